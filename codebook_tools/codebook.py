@@ -1,0 +1,87 @@
+"""The contract: a codebook and the latents it serves go in, a surgery comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+REMOVED = -1
+"""The new code of an old code that lost its identity."""
+
+
+class Lookup(Enum):
+    """How a family finds the nearest code of a latent."""
+
+    EUCLIDEAN = "euclidean"
+    COSINE = "cosine"
+    DOT = "dot"
+
+
+class Emit(Enum):
+    """What the decoder gets of a code: the row as stored, or the row at unit length."""
+
+    RAW = "raw"
+    UNIT = "unit"
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """The effective codes, as the decoder sees them.
+
+    vectors: (size, dim) float32, finite.
+    """
+
+    vectors: Tensor
+    lookup: Lookup = Lookup.EUCLIDEAN
+    emit: Emit = Emit.RAW
+
+    def __post_init__(self) -> None:
+        assert self.vectors.ndim == 2 and self.vectors.dtype == torch.float32, self.vectors.shape
+
+    @property
+    def size(self) -> int:
+        return self.vectors.shape[0]
+
+    @property
+    def dim(self) -> int:
+        return self.vectors.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Surgery:
+    """A new codebook, and what became of the old codes.
+
+    index_map: (old_size,) int64, the new code where the old one kept its identity or was merged, else REMOVED.
+    """
+
+    codebook: Codebook
+    index_map: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.index_map.ndim == 1 and self.index_map.dtype == torch.int64
+        assert bool(((self.index_map >= REMOVED) & (self.index_map < self.codebook.size)).all())
+
+
+@runtime_checkable
+class Latents(Protocol):
+    """Encoder outputs before quantisation, in batches that can be read again from the start.
+
+    Each batch is (n, dim) float32. They need not fit in memory together.
+    """
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+
+class Strategy(Protocol):
+    """A frozen, callable dataclass whose fields are its settings.
+
+    It leaves its inputs as they are and draws randomness from its own seed only: the same inputs give the same bytes.
+    counts: (codebook.size,) int64, assignments per code over all of the calibration data.
+    """
+
+    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery: ...

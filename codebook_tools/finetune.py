@@ -1,0 +1,298 @@
+"""Fine-tuning with the original encoder and decoder, so that a repaired codebook stays repaired."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from codebook_tools.assignment import unit
+from codebook_tools.codebook import Emit
+from codebook_tools.errors import CodebookError
+from codebook_tools.images import Images
+from codebook_tools.measure import Measurement, measure
+from codebook_tools.models.model import Model
+from codebook_tools.watch import Watch
+
+DECAY = 0.99  # of the EMA codebook, van den Oord et al. 2017, appendix A.1
+COMMITMENT = 0.25  # weight of the term that moves latents to codes, ibid., equation 3
+REVIVE_EVERY = 10
+REVIVE_UNTIL = 0.9  # of the run: the last codes placed need time to settle
+DEAD_BELOW = 0.03  # of the mean hits of a code: fewer, and it is dead
+WARM_UP, FLOOR = 100, 0.05  # steps of linear warm-up; share of the learning rate that cosine decay ends at
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """steps: of the optimiser, 0 for none. train: which networks. codebook_update: how the codes move; `ema` also
+    revives dead ones. batch_size: images. lr: Adam's, at the end of warm-up. loss: of the reconstruction."""
+
+    steps: int = 1000
+    train: Literal["all", "decoder", "none"] = "all"
+    codebook_update: Literal["ema", "gradient", "frozen"] = "ema"
+    batch_size: int = 64
+    lr: float = 1e-3
+    loss: Literal["mse", "l1"] = "mse"
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise CodebookError(f"{name}={getattr(self, name)} is below {least}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise CodebookError(f"lr={self.lr} is no learning rate; try --lr 0.001")
+        if self.steps and self.train == "none" and self.codebook_update != "ema":
+            raise CodebookError(
+                f"train=none with codebook_update={self.codebook_update} leaves nothing to train; use --steps 0"
+            )
+
+
+@dataclass(frozen=True)
+class TracePoint:
+    """One look at a run, over all validation images. loss: of the batch, None at step 0. revived: codes so far."""
+
+    step: int
+    loss: float | None
+    validation_mse: float
+    used: int
+    perplexity: float
+    distortion: float
+    revived: int
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Weights of a network at a step. revived: (size,) bool, the codes that were moved to a latent up to then."""
+
+    step: int
+    validation_mse: float
+    weights: dict[str, Tensor] = field(repr=False)
+    revived: Tensor = field(repr=False)
+
+    def restore(self, model: Model) -> None:
+        model.network.load_state_dict(self.weights)
+
+
+@dataclass(frozen=True, eq=False)
+class FineTuned:
+    """start: before the first step. best: the lowest validation error after it. trained: file keys of the parameters
+    that took part, and groups: which networks they are. diverged: the step at which the loss was no longer finite."""
+
+    start: State
+    best: State
+    trace: tuple[TracePoint, ...]
+    trained: tuple[str, ...]
+    groups: tuple[str, ...]
+    diverged: int | None
+
+
+def finetune(
+    model: Model, train: Images, validation: Images, recipe: Recipe, counts: Tensor, *, seed: int, watch: Watch
+) -> FineTuned:
+    """Train `model` in place, and leave it in the state with the lowest validation error after at least one step.
+
+    counts: (size,) int64 or float, assignments per code over the calibration data, where the EMA starts.
+    The loss is free of scale: reconstruction error over the images' variance, plus COMMITMENT times the squared
+    distance of latents to codes over the latents' variance. Gradients pass the quantiser straight through (Bengio et al. 2013).
+    """
+    random = torch.Generator().manual_seed(seed)
+    first, _ = train.load(train.items[: recipe.batch_size])
+    if not first:
+        raise CodebookError("none of the first training images can be read")
+    groups = {"all": ("encoder", "decoder"), "decoder": ("decoder",), "none": ()}[recipe.train]
+    names = _trained_names(model, train, groups)
+    parameters: list[Tensor] = list(_set_trainable(model, names))
+    image_scale, latent_scale = _scales(model, train)
+    quantiser = _Quantiser(model, recipe, counts, random)
+    weight = dict(model.network.named_parameters())[model.name] if recipe.codebook_update == "gradient" else None
+    if weight is not None:
+        parameters.append(weight.requires_grad_(True))
+    optimiser = torch.optim.Adam(parameters, lr=recipe.lr) if parameters else None
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda s: _rate(s, recipe.steps)) if optimiser else None
+
+    looks = _looks(recipe.steps)
+    trace: list[TracePoint] = []
+
+    def look(step: int, loss: float | None) -> State:
+        found = measure(model, validation, split="validation", structure=False, watch=Watch())
+        trace.append(_point(step, loss, found, int(quantiser.revived.sum())))
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in model.network.state_dict().items()}
+        return State(step, found.mse, weights, quantiser.revived.clone())
+
+    start = look(0, None)
+    best: State | None = None
+    diverged = None
+    batches = _batches(train, recipe.batch_size, random)
+    _training_mode(model.network)
+    for step in range(1, recipe.steps + 1):
+        images = next(batches).to(model.device)
+        latents = model.encode(images)
+        codes, quantised = quantiser(latents)
+        shown = model.decode(latents + (quantised - latents).detach())
+        if recipe.loss == "mse":
+            loss = functional.mse_loss(shown, images) / image_scale
+        else:
+            loss = functional.l1_loss(shown, images) / image_scale**0.5
+        loss = loss + COMMITMENT * functional.mse_loss(latents, quantised.detach()) / latent_scale
+        if weight is not None:
+            loss = loss + functional.mse_loss(quantised, latents.detach()) / latent_scale
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            diverged = step
+            break
+        if optimiser is not None and schedule is not None:
+            optimiser.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            optimiser.step()
+            schedule.step()
+        quantiser.update(latents.detach(), codes, step)
+        watch.progress("fine-tune", step, recipe.steps, loss=value, used=quantiser.in_use)
+        if step in looks:
+            model.network.eval()
+            state = look(step, value)
+            _training_mode(model.network)
+            if best is None or state.validation_mse < best.validation_mse:
+                best = state
+    model.network.eval().requires_grad_(False)
+    if best is None:
+        start.restore(model)
+        raise CodebookError(f"fine-tuning diverged at step {diverged}: the loss is not finite; try a lower --lr")
+    best.restore(model)
+    keys = sorted({model.keys[name] for name in names})
+    return FineTuned(start, best, tuple(trace), tuple(keys), groups, diverged)
+
+
+class _Quantiser:
+    """Nearest codes in training, and the codes' own movement: an exponential moving average, with revival."""
+
+    def __init__(self, model: Model, recipe: Recipe, counts: Tensor, random: torch.Generator) -> None:
+        self.model, self.recipe, self.random = model, recipe, random
+        self.revived = torch.zeros(len(counts), dtype=torch.bool)
+        shares = counts.float() / counts.sum().clamp(min=1)
+        self.shares = shares.to(model.device)  # of a batch's tokens, so that batch size does not matter
+        self.sums = model.codebook.vectors * self.shares[:, None]
+
+    @property
+    def in_use(self) -> int:
+        """Codes that are not dead, by the running average."""
+        return int((self.shares >= DEAD_BELOW / len(self.shares)).sum())
+
+    def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """latents (n, dim, *grid) -> codes (n, *grid), and what the decoder gets, with gradients to the codes."""
+        codes = self.model.assign(latents.detach())
+        return codes, self.model.embed_trained(codes)
+
+    def update(self, latents: Tensor, codes: Tensor, step: int) -> None:
+        """Move the codes after a step: latents (n, dim, *grid), their codes (n, *grid) at its beginning."""
+        rows, flat = latents.movedim(1, -1).flatten(0, -2).float(), codes.flatten()
+        if self.model.emit is Emit.UNIT:
+            rows = unit(rows)
+        hits = torch.bincount(flat, minlength=len(self.shares)).float() / len(flat)
+        self.shares.lerp_(hits, 1 - DECAY)
+        if self.recipe.codebook_update != "ema":
+            return
+        found = torch.zeros_like(self.sums).index_add_(0, flat, rows) / len(flat)
+        self.sums.lerp_(found, 1 - DECAY)
+        vectors = self.model.codebook.vectors.clone()
+        moved = hits > 0
+        vectors[moved] = self.sums[moved] / self.shares[moved, None]
+        if step % REVIVE_EVERY == 0 and step <= REVIVE_UNTIL * self.recipe.steps:
+            self._revive(vectors, rows, flat)
+        self.model.set_vectors(vectors)
+
+    def _revive(self, vectors: Tensor, rows: Tensor, codes: Tensor) -> None:
+        """Put dead codes at latents of this batch, drawn by their squared error, with the mean share of a code."""
+        dead = (self.shares < DEAD_BELOW / len(self.shares)).nonzero()[:, 0]
+        errors = (rows - vectors[codes]).square().sum(1).cpu()
+        dead = dead[: int((errors > 0).sum())]
+        if not len(dead):
+            return
+        chosen = torch.multinomial(errors, len(dead), generator=self.random).to(rows.device)
+        vectors[dead] = rows[chosen]
+        self.shares[dead] = 1 / len(self.shares)
+        self.sums[dead] = rows[chosen] / len(self.shares)
+        self.revived[dead.cpu()] = True
+
+
+def _looks(steps: int) -> set[int]:
+    """Early steps tell a bad installation from a later collapse; then ten looks over the run."""
+    return {step for step in (1, 10, 100) if step <= steps} | set(range(0, steps + 1, max(1, steps // 10))) | {steps}
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the learning rate at a step: linear warm-up, then cosine decay to FLOOR."""
+    warm_up = min(WARM_UP, max(1, steps // 10))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - warm_up)
+    return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def _batches(images: Images, size: int, random: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches: every image once in a seeded order, then in another. The last, short batch is left out."""
+    size = min(size, len(images))
+    while True:
+        order = torch.randperm(len(images), generator=random).tolist()
+        for start in range(0, len(order) - size + 1, size):
+            items, pixels = images.load([images.items[i] for i in order[start : start + size]])
+            if items:
+                yield pixels
+
+
+def _scales(model: Model, images: Images) -> tuple[float, float]:
+    """Variance of pixels and of latents about their means, over 512 images: the units of the two losses."""
+    few = images.subset(images.items[:512])
+    pixels, latents = [], []
+    with torch.no_grad():
+        for _, batch in few.batches(64):
+            pixels.append(batch)
+            latents.append(model.encode(batch).movedim(1, -1).flatten(0, -2).cpu())
+    return float(_variance(torch.cat(pixels).movedim(1, -1).flatten(0, -2))), float(_variance(torch.cat(latents)))
+
+
+def _variance(rows: Tensor) -> Tensor:
+    return rows.double().var(0, correction=0).mean().clamp(min=1e-12)
+
+
+def _trained_names(model: Model, images: Images, groups: tuple[str, ...]) -> set[str]:
+    """Names of the parameters that belong to the groups: those that a gradient through encode or decode reaches.
+
+    What both reach stays with the encoder: training the decoder alone must not move the latents.
+    """
+    _, pixels = images.load(images.items[:1])
+    parameters = {n: p for n, p in model.network.named_parameters() if n != model.name and p.is_floating_point()}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    latents = model.encode(pixels)
+    encoder = _reached(latents, parameters)
+    decoder = _reached(model.decode(model.embed(model.assign(latents.detach()))), parameters) - encoder
+    return (encoder if "encoder" in groups else set()) | (decoder if "decoder" in groups else set())
+
+
+def _reached(output: Tensor, parameters: dict[str, nn.Parameter]) -> set[str]:
+    gradients = torch.autograd.grad(output.sum(), list(parameters.values()), allow_unused=True)
+    return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+
+def _set_trainable(model: Model, names: set[str]) -> list[nn.Parameter]:
+    chosen = []
+    for name, parameter in model.network.named_parameters():
+        parameter.requires_grad_(name in names)
+        if name in names:
+            chosen.append(parameter)
+    return chosen
+
+
+def _training_mode(network: nn.Module) -> None:
+    """Training mode where something trains: a frozen encoder's batch norms must not drift."""
+    for module in network.modules():
+        module.training = any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _point(step: int, loss: float | None, found: Measurement, revived: int) -> TracePoint:
+    use = found.codebooks[0]
+    return TracePoint(step, loss, found.mse, use.used, use.perplexity, use.distortion, revived)

@@ -1,0 +1,344 @@
+"""Images as items with a name: folders, tar shards, arrays and the bundled sample; and how they are split."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from codebook_tools.errors import CodebookError
+from codebook_tools.watch import Watch
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SAMPLE = "sample"
+"""Stands for the bundled sample in messages: patches of the two photographs that scikit-learn ships."""
+
+_DECODED_CACHE_BYTES = 2 << 30
+_SPLIT = 10  # one in ten
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One image, not read yet.
+
+    name: its path relative to what was given, or FILE#row. nbytes: length of `read()`, known without reading.
+    read: its bytes as stored. decode: its pixels from those bytes and a number of channels (1 or 3), uint8
+    (channels, height, width).
+    """
+
+    name: str
+    nbytes: int
+    read: Callable[[], bytes] = field(repr=False)
+    decode: Callable[[bytes, int], NDArray[np.uint8]] = field(repr=False)
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the name: it decides the item's split and seeds the choice of its latents."""
+        return hashlib.sha256(self.name.encode()).digest()
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Item]:
+    """Every image under the paths, in order of name: folders of any depth, .tar shards, .npy and .npz files.
+
+    A {0000..0009} in a path stands for that range. Names that several paths share get the path's own name in front.
+    Raises CodebookError where a path is missing, of no known kind, or holds no image.
+    """
+    groups = [(path, _items(path)) for given in paths for path in _braces(str(given))]
+    for path, items in groups:
+        if not items:
+            raise CodebookError(f"no images in {path}: expected files ending in {', '.join(SUFFIXES)}")
+    shared = Counter(item.name for _, items in groups for item in items)
+    named = [
+        replace(item, name=f"{path.name}/{item.name}") if shared[item.name] > 1 else item
+        for path, items in groups
+        for item in items
+    ]
+    return sorted(named, key=lambda item: item.name)
+
+
+def _braces(given: str) -> list[Path]:
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", given)
+    if match is None:
+        return [Path(given)]
+    first, last = match.groups()
+    numbers = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+    return [path for n in numbers for path in _braces(given[: match.start()] + n + given[match.end() :])]
+
+
+def _items(path: Path) -> list[Item]:
+    if not path.exists():
+        raise CodebookError(f"no such file or folder: {path}")
+    if path.is_dir():
+        return [
+            Item(file.relative_to(path).as_posix(), file.stat().st_size, file.read_bytes, _decode_picture)
+            for file in sorted(path.rglob("*"))
+            if file.suffix.lower() in SUFFIXES and file.is_file()
+        ]
+    if path.suffix.lower() == ".tar":
+        return _tar_items(path)
+    if path.suffix.lower() in (".npy", ".npz"):
+        return _array_items(path)
+    if path.suffix.lower() in SUFFIXES:
+        return [Item(path.name, path.stat().st_size, path.read_bytes, _decode_picture)]
+    raise CodebookError(f"{path} is no image source: give a folder of images, a .tar, a .npy or a .npz")
+
+
+def _tar_items(path: Path) -> list[Item]:
+    try:
+        with tarfile.open(path, "r:") as archive:  # uncompressed only, so that any member can be read by its offset
+            members = [m for m in archive if m.isfile() and m.name.lower().endswith(SUFFIXES)]
+    except (tarfile.TarError, EOFError) as error:
+        raise CodebookError(f"{path} is not a readable, uncompressed tar: {error}") from error
+    return [
+        Item(m.name.removeprefix("./"), m.size, partial(_read_range, path, m.offset_data, m.size), _decode_picture)
+        for m in members
+    ]
+
+
+def _read_range(path: Path, offset: int, length: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(length)
+
+
+def _array_items(path: Path) -> list[Item]:
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays = [(path.name, loaded)] if isinstance(loaded, np.ndarray) else [(path.name, loaded[k]) for k in loaded]
+    except (ValueError, OSError, EOFError) as error:
+        raise CodebookError(f"{path} is not a readable array file: {error}") from error
+    if len(arrays) > 1:
+        raise CodebookError(f"{path} holds {len(arrays)} arrays; give a .npz with one array of images, or a .npy")
+    return [item for name, array in arrays for item in array_items(name, array)]
+
+
+def array_items(name: str, array: NDArray[np.generic]) -> list[Item]:
+    """One item a row, named NAME#row, from (n, height, width) or (n, height, width, 1|3) or (n, 1|3, height, width).
+
+    uint8, or floating point in [0, 1].
+    """
+    if array.ndim not in (3, 4) or (array.ndim == 4 and 1 not in _channels(array) and 3 not in _channels(array)):
+        raise CodebookError(
+            f"{name} has shape {array.shape}: expected (n, h, w), (n, h, w, 1 or 3) or (n, 1 or 3, h, w)"
+        )
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise CodebookError(f"{name} has dtype {array.dtype}: expected uint8, or floating point in [0, 1]")
+    nbytes = array.nbytes // max(1, len(array))
+    return [Item(f"{name}#{i}", nbytes, array[i].tobytes, partial(_decode_row, array[i])) for i in range(len(array))]
+
+
+def _channels(array: NDArray[np.generic]) -> tuple[int, int]:
+    return array.shape[1], array.shape[3]
+
+
+def _decode_row(stored: NDArray[np.generic], data: bytes, channels: int) -> NDArray[np.uint8]:
+    row: NDArray[Any] = np.frombuffer(data, stored.dtype).reshape(stored.shape)
+    if row.dtype != np.uint8:
+        if not (np.isfinite(row).all() and row.min() >= 0 and row.max() <= 1):
+            raise ValueError("floating-point images must lie in [0, 1]")
+        row = np.round(row.astype(np.float64) * 255).astype(np.uint8)
+    if row.ndim == 3 and row.shape[0] in (1, 3) and row.shape[2] not in (1, 3):
+        row = row.transpose(1, 2, 0)
+    from PIL import Image
+
+    return _channels_first(Image.fromarray(row[..., 0] if row.ndim == 3 and row.shape[2] == 1 else row), channels)
+
+
+def _decode_picture(data: bytes, channels: int) -> NDArray[np.uint8]:
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(data)) as picture:
+        return _channels_first(ImageOps.exif_transpose(picture), channels)
+
+
+def _channels_first(picture: object, channels: int) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    assert isinstance(picture, Image.Image)
+    pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def sample_photographs() -> dict[str, NDArray[np.uint8]]:
+    """The two photographs that scikit-learn ships, (427, 640, 3) uint8 each, by name."""
+    from sklearn.datasets import load_sample_images
+
+    loaded = load_sample_images()
+    return {Path(name).stem: image for name, image in zip(loaded.filenames, loaded.images, strict=True)}
+
+
+def sample_images(side: int = 32) -> list[Item]:
+    """The bundled sample: both photographs in tiles that do not overlap, so that any split is of disjoint regions."""
+    items = []
+    for name, photograph in sample_photographs().items():
+        for y in range(0, photograph.shape[0] - side + 1, side):
+            for x in range(0, photograph.shape[1] - side + 1, side):
+                tile = photograph[y : y + side, x : x + side]
+                row = array_items("tile", tile[None])[0]
+                items.append(replace(row, name=f"{SAMPLE}/{name}/y{y:03d}x{x:03d}"))
+    return items
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Items by what they may influence. calibration: counts and k-means. train and validation: its two parts, for
+    gradients and for the choice of the kept state. test: reported on, chooses nothing."""
+
+    train: list[Item]
+    validation: list[Item]
+    test: list[Item]
+
+    @property
+    def calibration(self) -> list[Item]:
+        return sorted([*self.train, *self.validation], key=lambda item: item.name)
+
+
+def _tenth(item: Item, part: int) -> bool:
+    return int.from_bytes(item.digest[8 * part : 8 * part + 8], "big") % _SPLIT == 0
+
+
+def split(data: list[Item], test: list[Item] | None = None) -> Splits:
+    """Test and validation data, each a tenth chosen by SHA-256 of the item's name, so an item never changes sides.
+
+    test: explicit test items; then all of `data` is calibration data. Raises CodebookError where there is no test or no
+    calibration data (whoever needs validation data says so), and where an explicit test item equals a calibration item
+    byte for byte.
+    """
+    if test is None:
+        test = [item for item in data if _tenth(item, 0)]
+        data = [item for item in data if not _tenth(item, 0)]
+    else:
+        _refuse_shared(data, test)
+    validation = [item for item in data if _tenth(item, 1)]
+    train = [item for item in data if not _tenth(item, 1)]
+    for name, items in (("test", test), ("calibration", data)):
+        if not items:
+            count = len(data) + len(test)
+            raise CodebookError(
+                f"the {name} split of {count} images is empty: a tenth is drawn by name; "
+                "give more images with --data, or the test images with --test-data"
+            )
+    return Splits(train, validation, test)
+
+
+def _refuse_shared(data: list[Item], test: list[Item]) -> None:
+    sizes = {item.nbytes for item in data} & {item.nbytes for item in test}
+    known = {hashlib.sha256(item.read()).digest(): item.name for item in data if item.nbytes in sizes}
+    for item in test:
+        if item.nbytes in sizes:
+            name = known.get(hashlib.sha256(item.read()).digest())
+            if name is not None:
+                raise CodebookError(
+                    f"test item {item.name} is also in --data, as {name}: take it out of --data, "
+                    "or leave out --test-data to have a tenth split off"
+                )
+
+
+def limited(items: list[Item], limit: int | None, seed: int) -> list[Item]:
+    """At most `limit` items, those whose seeded hash is smallest, in order of name."""
+    if limit is None or len(items) <= limit:
+        return items
+    salt = seed.to_bytes(8, "big", signed=True)
+    return sorted(
+        sorted(items, key=lambda item: hashlib.sha256(salt + item.digest).digest())[:limit], key=lambda item: item.name
+    )
+
+
+@dataclass
+class Images:
+    """Items as tensors, decoded once while they fit 2 GiB and again each time beyond that.
+
+    channels: 1 or 3. stride: height and width are cut to a multiple of it, from the centre. size: side of a square
+    that every image is resized and cropped to; None: all must have one size. bad: names of items left out.
+    """
+
+    items: list[Item]
+    channels: int
+    stride: int = 1
+    size: int | None = None
+    skip_bad: bool = False
+    watch: Watch = field(default_factory=Watch, repr=False)
+    bad: list[str] = field(default_factory=list)
+    _cache: dict[Item, Tensor] = field(default_factory=dict, repr=False)
+    _cached_bytes: int = 0
+    _shape: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def subset(self, items: list[Item]) -> Images:
+        """The same source restricted to `items`; decoded pixels and the list of bad items are shared."""
+        return replace(self, items=items)
+
+    def batches(self, size: int) -> Iterator[tuple[list[Item], Tensor]]:
+        """Items and their pixels, (n, channels, height, width) float32 in [0, 1], in order, `size` at a time."""
+        for start in range(0, len(self.items), size):
+            items, pixels = self.load(self.items[start : start + size])
+            if items:
+                yield items, pixels
+
+    def load(self, items: Sequence[Item]) -> tuple[list[Item], Tensor]:
+        """The readable ones of `items` and their pixels, (n, channels, height, width) float32 in [0, 1]."""
+        with self.watch.phase("load"):
+            loaded = [(item, pixels) for item in items if (pixels := self._pixels(item)) is not None]
+            if not loaded:
+                return [], torch.empty(0)
+            return [item for item, _ in loaded], torch.stack([pixels for _, pixels in loaded]).float().div_(255)
+
+    def _pixels(self, item: Item) -> Tensor | None:
+        pixels = self._cache.get(item)
+        if pixels is not None:
+            return pixels
+        if item.name in self.bad:
+            return None
+        try:
+            pixels = torch.tensor(self._fitted(item.decode(item.read(), self.channels)))
+        except CodebookError:
+            raise
+        except Exception as error:  # decoders raise whatever they like on a damaged file
+            if not self.skip_bad:
+                raise CodebookError(f"cannot read image {item.name}: {error}; --skip-bad goes on without it") from error
+            self.bad.append(item.name)
+            if len(self.bad) >= len(self.items):
+                raise CodebookError(
+                    f"none of the {len(self.items)} images can be read, the last one {item.name}"
+                ) from error
+            return None
+        if self._shape is None:
+            self._shape = tuple(pixels.shape)
+        if tuple(pixels.shape) != self._shape:
+            first, this = ("x".join(map(str, reversed(shape[1:]))) for shape in (self._shape, pixels.shape))
+            raise CodebookError(f"images of unlike sizes: {item.name} is {this}, earlier ones are {first}; give --size")
+        if self._cached_bytes + pixels.numel() <= _DECODED_CACHE_BYTES:
+            self._cache[item] = pixels
+            self._cached_bytes += pixels.numel()
+        return pixels
+
+    def _fitted(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if self.size is not None and pixels.shape[1:] != (self.size, self.size):
+            pixels = _square(pixels, self.size)
+        height, width = (side - side % self.stride for side in pixels.shape[1:])
+        if not height or not width:
+            raise ValueError(f"{pixels.shape[2]}x{pixels.shape[1]} is smaller than the model's stride of {self.stride}")
+        top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
+        return np.ascontiguousarray(pixels[:, top : top + height, left : left + width])
+
+
+def _square(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """The centre square, resized with an antialiasing filter: (channels, side, side)."""
+    from PIL import Image, ImageOps
+
+    picture = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    return _channels_first(ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC), len(pixels))

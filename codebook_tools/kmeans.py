@@ -1,0 +1,140 @@
+"""k-means: seeding, and Lloyd's iterations to convergence. The driver is here, the kernels are scikit-learn's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from codebook_tools.errors import CodebookError
+from codebook_tools.watch import Watch
+
+Init = Literal["kmeans++", "afkmc2", "random"]
+
+_GROWTH = 4  # each sample is so many times the one before
+_POINTS_PER_CENTROID = 64  # in the first sample: enough for seeds, few enough to be quick
+_BLOCK = 10  # iterations between two reports of progress
+_FLAT = 1e-4  # converged when a block of iterations lowers the inertia by less than this share
+
+
+@dataclass(frozen=True, eq=False)
+class Clustering:
+    """centroids: (k, dim) float32. inertia: sum of squared distances of all points to their centroids, at the end.
+    iterations: of Lloyd over all points. converged: whether the inertia had stopped falling by then."""
+
+    centroids: Tensor
+    inertia: float
+    iterations: int
+    converged: bool
+
+
+def kmeans(
+    points: Tensor, k: int, *, init: Init | Tensor = "kmeans++", iterations: int = 300, seed: int = 0, watch: Watch
+) -> Clustering:
+    """Lloyd's k-means over all points (Lloyd 1982), in squared Euclidean distance.
+
+    points: (n, dim) float32, in an order in which each head is a uniform sample (Survey.sample is). Seeds come from the
+    first head, and Lloyd runs to convergence on heads that grow fourfold until all points take part: as good an optimum
+    as from all points at once, in far fewer passes over all. A cluster that empties is moved to the point with the
+    largest error. init: how seeds are drawn, or the (k, dim) seeds themselves. iterations: the most of them, over each
+    head. Raises CodebookError where there are fewer than k distinct points.
+    """
+    if k < 1:
+        raise CodebookError(f"k={k} is no codebook size; use --k 1 or more")
+    distinct = count_distinct(points, enough=k)
+    if distinct < k:
+        raise CodebookError(
+            f"k={k} asks for more codes than the {distinct} distinct latents; "
+            f"use --k {distinct} or less, or give more images with --data"
+        )
+    data = points.contiguous().numpy()
+    heads = _heads(len(data), k)
+    first = data[: heads[0]]
+    if count_distinct(points[: heads[0]], enough=k) < k:  # repeats crowd the head: seeds need all the points
+        first = data
+    centroids = _seeds(first, k, init, seed)
+    result = None
+    for head in heads:
+        result = _lloyd(data[:head], centroids, iterations, watch)
+        centroids = result[0]
+    assert result is not None
+    centroids, inertia, done, converged = result
+    return Clustering(torch.from_numpy(centroids), inertia, done, converged)
+
+
+def count_distinct(points: Tensor, enough: int) -> int:
+    """Distinct rows of points (n, dim), at most `enough`: heads are tried first, for few points usually suffice."""
+    head = min(len(points), 4 * enough)
+    while True:
+        found = len(np.unique(points[:head].numpy(), axis=0))
+        if found >= enough or head == len(points):
+            return min(found, enough) if found >= enough else found
+        head = min(len(points), 8 * head)
+
+
+def _heads(n: int, k: int) -> list[int]:
+    heads = [n]
+    while heads[0] > _GROWTH * _POINTS_PER_CENTROID * k:
+        heads.insert(0, heads[0] // _GROWTH)
+    return heads
+
+
+def _lloyd(
+    data: NDArray[np.float32], centroids: NDArray[np.float32], iterations: int, watch: Watch
+) -> tuple[NDArray[np.float32], float, int, bool]:
+    from sklearn.cluster import KMeans
+
+    done, inertia, converged = 0, np.inf, False
+    while done < iterations and not converged:
+        block = min(_BLOCK, iterations - done)
+        # tol=0: scikit-learn stops early only when no label changes. It re-seeds empty clusters itself.
+        fit = KMeans(len(centroids), init=centroids, n_init=1, max_iter=block, tol=0, algorithm="lloyd").fit(data)
+        centroids, done = fit.cluster_centers_, done + fit.n_iter_
+        converged = fit.n_iter_ < block or inertia - fit.inertia_ <= _FLAT * fit.inertia_
+        inertia = float(fit.inertia_)
+        watch.progress(f"k-means on {len(data):,} latents", done, None, inertia=inertia / len(data))
+    return centroids, inertia, done, converged
+
+
+def _seeds(data: NDArray[np.float32], k: int, init: Init | Tensor, seed: int) -> NDArray[np.float32]:
+    if isinstance(init, Tensor):
+        assert init.shape == (k, data.shape[1])
+        return init.numpy().astype(np.float32)
+    rng = np.random.default_rng(seed)
+    if init == "kmeans++":
+        from sklearn.cluster import kmeans_plusplus
+
+        seeds: NDArray[np.float32] = kmeans_plusplus(data, k, random_state=int(rng.integers(2**31)))[0]
+        return seeds
+    if init == "afkmc2":
+        return afkmc2(data, k, rng)
+    chosen: NDArray[np.float32] = data[rng.choice(len(data), k, replace=False)]
+    return chosen
+
+
+def afkmc2(data: NDArray[np.float32], k: int, rng: np.random.Generator, chain: int = 200) -> NDArray[np.float32]:
+    """(k, dim) seeds by Markov chains that approximate k-means++ in one pass over the data.
+
+    Each seed is the end of a chain of `chain` proposals, drawn half by squared distance to the first seed, half alike.
+    Source: Bachem, Lucic, Hassani and Krause 2016, "Fast and Provably Good Seedings for k-Means", algorithm 1.
+    """
+    seeds: NDArray[np.float32] = data[rng.integers(len(data))][None]
+    proposal = ((data - seeds[0]) ** 2).sum(1, dtype=np.float64)
+    spread = proposal.sum()
+    proposal = proposal / max(spread, np.finfo(np.float64).tiny) + 1 / len(data)
+    proposal /= proposal.sum()
+    for _ in range(k - 1):
+        candidates = rng.choice(len(data), chain, p=proposal)
+        nearest = ((data[candidates, None] - seeds) ** 2).sum(2, dtype=np.float64).min(1)
+        draws = rng.random(chain)
+        at = 0
+        for step in range(1, chain):
+            x, y = candidates[at], candidates[step]
+            if nearest[step] * proposal[x] > draws[step] * nearest[at] * proposal[y]:
+                at = step
+        seeds = np.concatenate([seeds, data[candidates[at]][None]])
+    return seeds

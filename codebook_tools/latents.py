@@ -1,0 +1,126 @@
+"""Latents: streams that can be read twice, and the one pass that counts, measures and samples them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from codebook_tools.assignment import nearest, squared_errors
+from codebook_tools.codebook import Codebook
+from codebook_tools.errors import CodebookError
+from codebook_tools.images import Images, Item
+from codebook_tools.watch import Watch
+
+SAMPLE_LIMIT = 1_000_000
+"""Up to so many latents k-means sees all; beyond, a sample of so many."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredLatents:
+    """Latents that fit in memory. vectors: (n, dim) float32. batch: rows a batch."""
+
+    vectors: Tensor
+    batch: int = 65_536
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from torch.split(self.vectors, self.batch)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedLatents:
+    """Latents of images, encoded anew at each reading.
+
+    encode: images (n, channels, height, width) in [0, 1] -> (n, positions, dim) float32.
+    """
+
+    images: Images
+    encode: Callable[[Tensor], Tensor]
+    batch: int = 64
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _, latents in self.by_item():
+            yield latents.flatten(0, 1)
+
+    def by_item(self) -> Iterator[tuple[list[Item], Tensor]]:
+        """Items and their latents, (n, positions, dim). Raises CodebookError at the first that is not finite."""
+        for items, pixels in self.images.batches(self.batch):
+            latents = self.encode(pixels)
+            finite = torch.isfinite(latents).flatten(1).all(1)
+            if not bool(finite.all()):
+                raise CodebookError(f"the encoder's latents of {items[int(finite.int().argmin())].name} are not finite")
+            yield items, latents
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's finaliser (Steele, Lea and Flood 2014): a bijection of 64-bit words that looks random."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def sample_keys(items: list[Item], positions: int, seed: int) -> NDArray[np.uint64]:
+    """(len(items) * positions,) hashes of seed, item name and position: a latent's place in the sampling order."""
+    names = np.array([int.from_bytes(item.digest[24:], "big") for item in items], dtype=np.uint64)
+    salted = _mixed(names ^ _mixed(np.array([seed % 2**64], dtype=np.uint64)))
+    return _mixed(salted[:, None] + np.arange(positions, dtype=np.uint64)[None, :]).ravel()
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What one pass over the calibration latents found.
+
+    counts: (size,) int64. total: latents seen. sample: (n, dim) float32, ordered by hash, so that every head of it is a
+    uniform sample; all latents when total <= SAMPLE_LIMIT. error: sum of squared errors, over all latents.
+    """
+
+    counts: Tensor
+    total: int
+    sample: StoredLatents
+    error: float
+
+    @property
+    def sampled(self) -> bool:
+        return len(self.sample) < self.total
+
+
+def survey(
+    latents: EncodedLatents, codebook: Codebook, *, seed: int, limit: int = SAMPLE_LIMIT, watch: Watch
+) -> Survey:
+    """Encode, count and sample in one pass. The sample does not depend on order or batching, only on names and seed."""
+    counts = torch.zeros(codebook.size, dtype=torch.int64)
+    total, error, done = 0, 0.0, 0
+    kept: list[tuple[NDArray[np.uint64], Tensor]] = []
+    held, ceiling = 0, np.uint64(2**64 - 1)
+    for items, batch in latents.by_item():
+        rows = batch.flatten(0, 1)
+        codes = nearest(rows, codebook)
+        counts += torch.bincount(codes, minlength=codebook.size).cpu()
+        error += float(squared_errors(rows, codebook, codes).double().sum())
+        total += len(rows)
+        keys = sample_keys(items, batch.shape[1], seed)
+        chosen = np.flatnonzero(keys <= ceiling)
+        kept.append((keys[chosen], rows.cpu()[torch.from_numpy(chosen)]))
+        held += len(chosen)
+        if held > limit + max(limit // 4, 65_536):  # trimmed rarely, so that a pass over n latents costs O(n)
+            kept = [_smallest(kept, limit)]
+            held, ceiling = limit, kept[0][0].max()
+        done += len(items)
+        watch.progress("encode", done, len(latents.images))
+    if not kept:
+        raise CodebookError("no latents: none of the images could be read")
+    _, rows = _smallest(kept, limit)
+    return Survey(counts, total, StoredLatents(rows), error)
+
+
+def _smallest(kept: list[tuple[NDArray[np.uint64], Tensor]], limit: int) -> tuple[NDArray[np.uint64], Tensor]:
+    keys = np.concatenate([keys for keys, _ in kept])
+    order = np.argsort(keys, kind="stable")[:limit]
+    return keys[order], torch.cat([rows for _, rows in kept])[torch.from_numpy(order)]

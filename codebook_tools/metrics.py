@@ -1,0 +1,66 @@
+"""Pure functions of counts and errors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def used(counts: Tensor, hits: int = 1) -> int:
+    """Codes with at least `hits` assignments. counts: (size,) int64."""
+    return int((counts >= hits).sum())
+
+
+def usage(counts: Tensor) -> float:
+    """Share of codes with at least one assignment, 0 to 1. counts: (size,) int64; 0.0 for an empty codebook."""
+    return used(counts) / len(counts) if len(counts) else 0.0
+
+
+def bits(counts: Tensor) -> float:
+    """Entropy of code usage in bits: what an ideal entropy coder would spend on a token.
+
+    counts: (size,) int64, assignments per code over the whole dataset. 0.0 when nothing was assigned.
+    """
+    total = int(counts.sum())
+    if total == 0:
+        return 0.0
+    shares = counts[counts > 0].double() / total
+    return max(0.0, -float((shares * shares.log2()).sum()))
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp of the entropy, in nats, of code usage: 1 when one code is used, `size` when all are used alike.
+
+    counts: (size,) int64, assignments per code over the whole dataset. 0.0 when nothing was assigned.
+    Source: van den Oord et al. 2017, as DeepMind Sonnet computes it, without its 1e-10.
+    """
+    return 2.0 ** bits(counts) if int(counts.sum()) else 0.0
+
+
+def top_share(counts: Tensor) -> float:
+    """Share of all assignments that the most used code takes; 0.0 when there are none. counts: (size,) int64."""
+    total = int(counts.sum())
+    return int(counts.max()) / total if total else 0.0
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB of images in [0, 1]: infinite when there is no error."""
+    return -10 * math.log10(mse) if mse > 0 else math.inf
+
+
+def ssim(images: Tensor, others: Tensor) -> Tensor | None:
+    """(n,) structural similarity of each pair, as torchmetrics computes it: Gaussian window of 11, sigma 1.5.
+
+    images, others: (n, channels, height, width) float32 in [0, 1]. None where a side is
+    under 11 pixels: no window fits.
+    Source: Wang et al. 2004.
+    """
+    if min(images.shape[-2:]) < 11:
+        return None
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    scores = structural_similarity_index_measure(others, images, data_range=1.0, reduction="none")
+    assert isinstance(scores, torch.Tensor)
+    return scores

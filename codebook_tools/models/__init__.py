@@ -1,0 +1,1 @@
+"""Network families: encode, decode, and where each keeps its codebook."""

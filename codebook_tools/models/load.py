@@ -1,0 +1,189 @@
+"""From a file to a model that runs: which family it is, its network, its weights, and what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from codebook_tools.checkpoints.detect import Detection, FoundCodebook, find_codebooks
+from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.codebook import Emit, Lookup
+from codebook_tools.errors import CodebookError
+from codebook_tools.models import zalando
+from codebook_tools.models.companions import flags
+from codebook_tools.models.custom import make_network
+from codebook_tools.models.model import Model
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to recognise a layout and make its network.
+
+    prefix: what stands before its own key names, None where the shapes are another layout's. make: the network from
+    the shapes without that prefix. file_key: the file's key, without prefix, of what the network calls a name.
+    """
+
+    prefix: Callable[[Shapes], str | None]
+    make: Callable[[Shapes], nn.Module]
+    file_key: Callable[[str, Shapes], str]
+    lookup: Lookup = Lookup.EUCLIDEAN
+    emit: Emit = Emit.RAW
+
+
+FAMILIES = {"zalando": Family(zalando.prefix_of, zalando.ZalandoVQVAE, zalando.file_key)}
+CUSTOM = "custom"
+
+METRICS = {
+    "euclidean": (Lookup.EUCLIDEAN, Emit.RAW),
+    "cosine": (Lookup.COSINE, Emit.RAW),
+    "cosine-unit": (Lookup.COSINE, Emit.UNIT),
+    "dot": (Lookup.DOT, Emit.RAW),
+}
+
+
+def family_of(shapes: Shapes) -> str | None:
+    """The first family that recognises the shapes."""
+    return next((name for name, family in FAMILIES.items() if family.prefix(shapes) is not None), None)
+
+
+def choose_codebook(checkpoint: Checkpoint, key: str | None) -> FoundCodebook:
+    """The one codebook to work on. Raises CodebookError, with the candidates, where that is not plain."""
+    detection = find_codebooks(checkpoint.shapes, checkpoint.dtypes)
+    keys = [found.key for found in detection.codebooks]
+    if key is not None:
+        return _named(checkpoint, detection, key)
+    if not keys:
+        raise CodebookError(f"{checkpoint.path} has no codebook: {detection.reason}")
+    if len(keys) > 1:
+        raise CodebookError(
+            f"{checkpoint.path} has {len(keys)} codebooks: {', '.join(keys)}; choose with --codebook-key"
+        )
+    found = detection.codebooks[0]
+    if found.confidence == "low":
+        raise CodebookError(f"{found.key} is only perhaps a codebook; if it is, say so with --codebook-key {found.key}")
+    return found
+
+
+def _named(checkpoint: Checkpoint, detection: Detection, key: str) -> FoundCodebook:
+    for found in detection.codebooks:
+        if found.key == key:
+            return found
+    entry = checkpoint.entries.get(key)
+    candidates = ", ".join(found.key for found in detection.codebooks) or "none"
+    if entry is None:
+        raise CodebookError(f"--codebook-key {key}: no such tensor in {checkpoint.path}; the candidates: {candidates}")
+    if len(entry.shape) != 2 or entry.dtype not in ("F64", "F32", "F16", "BF16"):
+        raise CodebookError(
+            f"--codebook-key {key}: {entry.dtype} {entry.shape} is no matrix of codes; the candidates: {candidates}"
+        )
+    return FoundCodebook(key, entry.shape[0], entry.shape[1], 0, 1, entry.dtype, "unknown", (), "high")
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    network: str | None = None,
+    family: str | None = None,
+    codebook_key: str | None = None,
+    metric: str | None = None,
+    device: torch.device | None = None,
+    bf16: bool = False,
+) -> Model:
+    """The model of a file, in float32 and evaluation mode. Raises CodebookError where file and network do not fit.
+
+    network: "FILE.py:FUNCTION", the user's own. family: a name of FAMILIES, where recognition is to be overruled.
+    """
+    if family is not None and family not in (*FAMILIES, CUSTOM):
+        raise CodebookError(f"no family {family!r}; there are {', '.join((*FAMILIES, CUSTOM))}")
+    found = choose_codebook(checkpoint, codebook_key)
+    if found.heads > 1 or found.search == "logits":
+        kind = "chosen by logits" if found.search == "logits" else f"of {found.heads} heads"
+        raise CodebookError(f"{found.key} is a codebook {kind}: it can be inspected, not operated on")
+    shapes = checkpoint.shapes
+    lookup, emit = METRICS[metric or "euclidean"]
+    if network is not None:
+        name, prefix, module = CUSTOM, "", make_network(network, found.size)
+        keys = {name: name for name in module.state_dict()}
+    else:
+        known = family if family != CUSTOM else None
+        name = known or family_of(shapes) or ""
+        if not name:
+            raise CodebookError(
+                f"no network is known for the layout of {checkpoint.path} (codebook {found.key}, "
+                f"{found.size}x{found.dim}); "
+                "give yours with --network FILE.py:FUNCTION"
+            )
+        record = FAMILIES[name]
+        prefix_or_none = record.prefix(shapes)
+        if prefix_or_none is None:
+            raise CodebookError(f"{checkpoint.path} does not have the layout of family {name}")
+        prefix = prefix_or_none
+        inner = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+        module = record.make(inner)
+        keys = {name: prefix + record.file_key(name, inner) for name in module.state_dict()}
+        if metric is None:
+            lookup, emit = record.lookup, record.emit
+    if found.key not in keys.values():
+        raise CodebookError(f"the network has no {found.key}: its codebook must have the file's name for it")
+    _load_weights(module, keys, checkpoint)
+    target = device or torch.device("cpu")
+    module.to(target).eval().requires_grad_(False)
+    known_keys = {*keys.values(), *found.companions, *flags(found.key, shapes)}
+    carried = tuple(key for key in shapes if key not in known_keys)
+    return Model(name, checkpoint, module, keys, found, lookup, emit, target, bf16, carried=carried)
+
+
+def _load_weights(network: nn.Module, keys: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    wanted = {keys[name]: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    missing = [key for key in wanted if key not in checkpoint.entries]
+    if missing:
+        unknown = [key for key in checkpoint.entries if key not in wanted]
+        also = f"; the file has, unknown to it, {_few(unknown)}" if unknown else ""
+        raise CodebookError(f"the network wants {_few(missing)}, which {checkpoint.path} lacks{also}")
+    unlike = [
+        f"{key} is {checkpoint.entries[key].shape} in the file, {shape} in the network"
+        for key, shape in wanted.items()
+        if checkpoint.entries[key].shape != shape
+    ]
+    if unlike:
+        raise CodebookError(f"shapes differ: {_few(unlike)}")
+    stored = checkpoint.tensors()
+    for key, tensor in stored.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise CodebookError(f"{key} in {checkpoint.path} is not finite: {_first_bad(tensor)}")
+    network.float()
+    network.load_state_dict({name: stored[key] for name, key in keys.items()})
+    _tie(network, {name: stored[key] for name, key in keys.items()})
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _first_bad(tensor: Tensor) -> str:
+    index = tuple(int(i) for i in (~torch.isfinite(tensor.float())).nonzero()[0])
+    return f"{float(tensor[index])} at {list(index)}"
+
+
+def _tie(network: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """One layer used many times stands under many keys: make modules whose tensors have the same bytes one again.
+
+    Only where some tensor of the module is not constant: fresh biases and norms are alike without being one.
+    """
+    first: dict[object, nn.Module] = {}
+    for prefix, module in network.named_modules():
+        own = {leaf: stored[f"{prefix}.{leaf}".lstrip(".")] for leaf, _ in module.named_parameters(recurse=False)}
+        if not any(tensor.numel() > 1 and bool((tensor != tensor.flatten()[0]).any()) for tensor in own.values()):
+            continue
+        signature = (
+            type(module),
+            tuple((leaf, tuple(t.shape), t.float().numpy().tobytes()) for leaf, t in own.items()),
+        )
+        twin = first.setdefault(signature, module)
+        for leaf in own:
+            setattr(module, leaf, getattr(twin, leaf))

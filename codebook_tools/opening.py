@@ -1,0 +1,158 @@
+"""From what the user names to what can be worked on: a model on its device, and its images by split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.errors import CodebookError
+from codebook_tools.images import SAMPLE, Images, Item, Splits, find_images, limited, sample_images, split
+from codebook_tools.measure import find_input_range
+from codebook_tools.models.load import load_model
+from codebook_tools.models.model import INPUT_RANGES, Model
+from codebook_tools.watch import Watch
+
+DEMO = Path(__file__).with_name("demo.safetensors")
+"""The bundled checkpoint: a collapsed VQ-VAE of 512 codes."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be worked on, and how. Each field is the command line's option of that name.
+
+    model: None for the bundled demo. data: none for the bundled sample. test_data: none for a tenth of data.
+    """
+
+    model: Path | None = None
+    data: tuple[str, ...] = ()
+    test_data: tuple[str, ...] = ()
+    limit: int | None = None
+    size: int | None = None
+    skip_bad: bool = False
+    network: str | None = None
+    family: str | None = None
+    codebook_key: str | None = None
+    metric: str | None = None
+    input_range: tuple[float, float] | None = None
+    batch_size: int = 64
+    device: str = "auto"
+    precision: str = "fp32"
+    seed: int = 0
+    output: Path | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "size", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CodebookError(f"{name.replace('_', '-')}={value} is below 1")
+
+    @property
+    def source(self) -> Path:
+        return self.model or DEMO
+
+
+@dataclass(eq=False)
+class Opened:
+    """calibration and test: the images of `splits`. settings: what was found out or chosen on the way."""
+
+    model: Model
+    splits: Splits
+    calibration: Images
+    test: Images
+    warnings: list[str] = field(default_factory=list)
+    settings: dict[str, object] = field(default_factory=dict)
+
+
+def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> Opened:
+    """Read model and data, and find out channels, stride and input range. Raises CodebookError for all that is amiss.
+
+    measuring: only the test split is needed, and explicit test data alone will do.
+    """
+    with watch.phase("load"):
+        checkpoint = read_checkpoint(request.source)
+        model = load_model(
+            checkpoint,
+            network=request.network,
+            family=request.family,
+            codebook_key=request.codebook_key,
+            metric=request.metric,
+            device=_device(request.device),
+            bf16=request.precision == "bf16",
+        )
+        splits = _splits(request, measuring)
+        choosing = splits.calibration or splits.test
+        model.probe(*_first_size(choosing, request))
+        calibration, test = (
+            Images(items, model.channels, model.stride, request.size, request.skip_bad, watch)
+            for items in (splits.calibration, splits.test)
+        )
+    opened = Opened(model, splits, calibration, test)
+    if model.carried:
+        few = ", ".join(model.carried[:3]) + (", ..." if len(model.carried) > 3 else "")
+        opened.warnings.append(f"{len(model.carried)} tensors unknown to the network are carried over unchanged: {few}")
+    if request.model is not None and splits.calibration and not request.data:
+        opened.warnings.append("no --data: the bundled sample of two photographs stands in for your images")
+    with watch.phase("measure"):
+        _choose_input_range(request, opened)
+    opened.settings |= {
+        "data": list(request.data) or ([SAMPLE] if splits.calibration else []),
+        "test_data": list(request.test_data),
+        "images": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
+        "input_range": list(model.input_range),
+        "device": str(model.device),
+        "precision": request.precision,
+    }
+    return opened
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise CodebookError("--device cuda: this torch finds no CUDA device; use --device cpu or auto")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def _splits(request: Request, measuring: bool) -> Splits:
+    test = limited(find_images(request.test_data), request.limit, request.seed) if request.test_data else None
+    if measuring and test and not request.data:
+        return Splits([], [], test)
+    data = find_images(request.data) if request.data else sample_images()
+    return split(limited(data, request.limit, request.seed), test)
+
+
+def _first_size(items: list[Item], request: Request) -> tuple[int, int]:
+    """Height and width of the first readable image, as the model will see it but for the stride."""
+    if request.size is not None:
+        return request.size, request.size
+    for item in items:
+        _, pixels = Images(items, 3, skip_bad=request.skip_bad).load([item])
+        if len(pixels):
+            return pixels.shape[2], pixels.shape[3]
+    raise CodebookError(f"none of {len(items)} images can be read, the last {items[-1].name}")
+
+
+def _choose_input_range(request: Request, opened: Opened) -> None:
+    """The range given, or the one in which a few calibration images are reconstructed best."""
+    model = opened.model
+    if request.input_range is not None:
+        low, high = request.input_range
+        if not low < high:
+            raise CodebookError(f"--input-range {low},{high}: the first number must be the smaller one")
+        model.input_range = low, high
+        return
+    errors = find_input_range(model, opened.calibration if len(opened.calibration) else opened.test)
+    best, second, _ = sorted(INPUT_RANGES, key=lambda bounds: errors[bounds])
+    model.input_range = best
+    if errors[second] < 1.1 * errors[best]:
+        opened.warnings.append(
+            f"input range {_shown(best)} was chosen (mse {errors[best]:.4g}), but {_shown(second)} is close "
+            f"({errors[second]:.4g}); --input-range says which"
+        )
+
+
+def _shown(bounds: tuple[float, float]) -> str:
+    return f"[{bounds[0]:g}, {bounds[1]:g}]"

@@ -1,0 +1,289 @@
+"""The operation, whole: measure, operate on the codebook, install, measure, fine-tune, measure, write, read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from codebook_tools.assignment import nearest
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.writing import check_writable, index_map_path, write_checkpoint
+from codebook_tools.codebook import REMOVED, Codebook, Strategy, Surgery
+from codebook_tools.errors import CodebookError, VerificationError
+from codebook_tools.finetune import FineTuned, Recipe, TracePoint, finetune
+from codebook_tools.images import Item
+from codebook_tools.latents import EncodedLatents, Survey, survey
+from codebook_tools.measure import Measurement, measure
+from codebook_tools.models.companions import rows_of
+from codebook_tools.models.model import Model
+from codebook_tools.opening import DEMO, Opened, Request, open_request
+from codebook_tools.version import VERSION
+from codebook_tools.watch import Watch
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was done: the JSON of a command. before, surgery, finetuned: measured on the test data, None where there is
+    no such stage. kept: the stage that the written file holds. outputs: paths. bytes: file sizes. seconds: by phase."""
+
+    command: str
+    model: str
+    family: str
+    settings: Mapping[str, object]
+    seed: int
+    warnings: tuple[str, ...]
+    before: Measurement | None
+    surgery: Measurement | None = None
+    finetuned: Measurement | None = None
+    kept: str | None = None
+    trace: tuple[TracePoint, ...] = ()
+    outputs: Mapping[str, str | None] = field(default_factory=dict)
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    version: str = VERSION
+
+    @property
+    def stages(self) -> dict[str, Measurement | None]:
+        return {"before": self.before, "surgery": self.surgery, "finetuned": self.finetuned}
+
+    def to_json(self) -> dict[str, object]:
+        """The promised keys, of types that json can write."""
+        plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in self.stages}
+        stages = {name: asdict(stage) if stage else None for name, stage in self.stages.items()}
+        return {**plain, "warnings": list(self.warnings), "stages": stages, "trace": [asdict(p) for p in self.trace]}
+
+
+def measure_model(request: Request, watch: Watch) -> Result:
+    """Usage, perplexity, distortion and reconstruction error of a checkpoint on the test data."""
+    opened = open_request(request, watch, measuring=True)
+    with watch.phase("measure"):
+        before = measure(opened.model, opened.test, batch=request.batch_size, watch=watch)
+    return _result("measure", request, opened, watch, before=before)
+
+
+def operate(command: str, request: Request, strategy: Strategy | None, recipe: Recipe, watch: Watch) -> Result:
+    """One surgery and its fine-tuning, measured at each stage, installed, written and read back.
+
+    strategy: None fine-tunes the codebook as it is. A surgery's file holds the better of `surgery` and `finetuned` by
+    validation error, a fine-tuning's the better of `before` and `finetuned`. Raises CodebookError, before any long
+    work where that is possible, and leaves no file then.
+    """
+    check_writable(request.output or _default_output(request, command, 0), request.force)
+    opened = open_request(request, watch)
+    model = opened.model
+    if recipe.steps and not (opened.splits.train and opened.splits.validation):
+        count = len(opened.calibration)
+        raise CodebookError(
+            f"{count} calibration images leave the training or validation split empty; give more --data"
+        )
+    seen = _survey(request, opened, watch)
+    if seen.sampled:
+        opened.warnings.append(f"k-means and index maps see a sample of {len(seen.sample):,} of {seen.total:,} latents")
+    old = _on_cpu(model.codebook)
+    with watch.phase("strategy"):
+        surgery = strategy(old, seen.sample, seen.counts) if strategy else Surgery(old, torch.arange(old.size))
+    output = request.output or _default_output(request, command, surgery.codebook.size)
+    check_writable(output, request.force)
+
+    def measured() -> Measurement:
+        with watch.phase("measure"):
+            return measure(model, opened.test, batch=request.batch_size, watch=watch)
+
+    before, after, finetuned = measured(), None, None
+    old_codes = nearest(seen.sample.vectors, old)
+    model.install(surgery.codebook)
+    kept, index_map, tuned = "before", surgery.index_map, None
+    counts, new_codes = _sample_counts(seen, _on_cpu(model.codebook))
+    if strategy:
+        kept, after = "surgery", measured()
+    if recipe.steps:
+        tuned = _finetune(opened, recipe, counts, request.seed, watch)
+        finetuned = measured()
+        if tuned.best.validation_mse < tuned.start.validation_mse:
+            kept = "finetuned"
+            gone = torch.isin(index_map, tuned.best.revived.nonzero()[:, 0])
+            index_map = index_map.masked_fill(gone, REMOVED)
+            seen = _survey(request, opened, watch)
+            counts, new_codes = _sample_counts(seen, _on_cpu(model.codebook))
+        else:
+            tuned.start.restore(model)
+            model.round_to_stored()
+            opened.warnings.append(f"no fine-tuned state had a lower validation error: the file holds '{kept}'")
+
+    opened.settings |= _settings_of(strategy) | _settings_of(recipe)
+    key = model.found.key
+    joint = _nearest_map(index_map, old_codes, new_codes, old, _on_cpu(model.codebook))
+    with watch.phase("write"):
+        map_path = write_checkpoint(
+            model.checkpoint,
+            output,
+            model.changed(counts),
+            _provenance(command, request, opened, kept, tuned),
+            {f"{key}/index_map": index_map, f"{key}/nearest": joint},
+        )
+        _read_back(output, model)
+    return _result(
+        command,
+        request,
+        opened,
+        watch,
+        before=before,
+        surgery=after,
+        finetuned=finetuned,
+        kept=kept,
+        trace=tuned.trace if tuned else (),
+        outputs={"model": str(output), "index_map": str(map_path), "report": None},
+        bytes={"before": request.source.stat().st_size, "after": output.stat().st_size},
+    )
+
+
+def plan(command: str, request: Request, strategy: Strategy | None, recipe: Recipe, watch: Watch) -> dict[str, object]:
+    """What `operate` would do and write, its size in bytes and an estimate of its seconds. Writes nothing.
+
+    The new size and the output's name are None where only counting decides them; bytes is then the most it can be.
+    """
+    opened = open_request(request, watch)
+    model, old = opened.model, opened.model.found.size
+    asked = getattr(strategy, "k", None) or getattr(strategy, "keep", None)
+    size = old if strategy is None else asked
+    output = request.output or (_default_output(request, command, size) if size else None)
+    if output is not None:
+        check_writable(output, request.force)
+    row = model.found.dim * model.checkpoint.tensor(model.found.key).element_size()
+    nbytes = model.checkpoint.path.stat().st_size
+    few = opened.calibration.subset(opened.calibration.items[: request.batch_size])
+    timed = Watch()
+    with timed.phase("encode"):
+        survey(_latents(request, opened, few.items), model.codebook, seed=request.seed, watch=Watch())
+    # A pass of the decoder costs about one of the encoder, a training step three of both.
+    splits = opened.splits
+    passes = 2 * len(splits.calibration) + 6 * len(splits.test) + (30 * len(splits.validation) if recipe.steps else 0)
+    seconds = timed.seconds["encode"] / len(few) * (passes + 6 * recipe.steps * request.batch_size)
+    opened.settings |= _settings_of(strategy) | _settings_of(recipe)
+    return {
+        "command": command,
+        "dry_run": True,
+        "version": VERSION,
+        "model": str(request.source) if request.model else DEMO.name,
+        "family": model.family,
+        "settings": opened.settings,
+        "seed": request.seed,
+        "warnings": opened.warnings,
+        "size": {"before": old, "after": size},
+        "outputs": {
+            "model": str(output) if output else None,
+            "index_map": str(index_map_path(output)) if output else None,
+        },
+        "bytes": {"before": nbytes, "after": nbytes - (old - size) * row if size else nbytes},
+        "seconds": {"estimate": seconds},
+    }
+
+
+def _default_output(request: Request, command: str, size: int) -> Path:
+    """Beside the model; the bundled demo's goes into the current folder."""
+    folder = request.model.parent if request.model else Path()
+    return folder / f"{request.source.stem}.{command}-k{size}.safetensors"
+
+
+def _on_cpu(codebook: Codebook) -> Codebook:
+    return replace(codebook, vectors=codebook.vectors.cpu())
+
+
+def _latents(request: Request, opened: Opened, items: list[Item] | None = None) -> EncodedLatents:
+    model = opened.model
+
+    def encode(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model.encode(images).movedim(1, -1).flatten(1, -2)
+
+    images = opened.calibration if items is None else opened.calibration.subset(items)
+    return EncodedLatents(images, encode, request.batch_size)
+
+
+def _survey(request: Request, opened: Opened, watch: Watch) -> Survey:
+    with watch.phase("encode"):
+        return survey(_latents(request, opened), opened.model.codebook, seed=request.seed, watch=watch)
+
+
+def _sample_counts(seen: Survey, codebook: Codebook) -> tuple[Tensor, Tensor]:
+    """(size,) float64 counts, scaled from the sample to all latents, and the sample's codes."""
+    codes = nearest(seen.sample.vectors, codebook)
+    return torch.bincount(codes, minlength=codebook.size).double() * (seen.total / len(seen.sample)), codes
+
+
+def _finetune(opened: Opened, recipe: Recipe, counts: Tensor, seed: int, watch: Watch) -> FineTuned:
+    train, validation = (opened.calibration.subset(part) for part in (opened.splits.train, opened.splits.validation))
+    with watch.phase("finetune"):
+        tuned = finetune(opened.model, train, validation, recipe, counts, seed=seed, watch=watch)
+    if tuned.diverged:
+        opened.warnings.append(f"fine-tuning diverged at step {tuned.diverged}; an earlier state was taken")
+    opened.model.round_to_stored()
+    return tuned
+
+
+def _nearest_map(index_map: Tensor, old_codes: Tensor, new_codes: Tensor, old: Codebook, new: Codebook) -> Tensor:
+    """(old size,) int64: where a code kept its identity, the new code; else the one that most of its latents go to,
+    the lowest among equals, and the nearest one where it had no latents.
+
+    old_codes, new_codes: of the same latents, before and after.
+    """
+    pairs, hits = torch.unique(old_codes * new.size + new_codes, return_counts=True)
+    by_distance = nearest(old.vectors, new)
+    most = torch.zeros(old.size, dtype=torch.int64)
+    for pair, count in zip(pairs.tolist(), hits.tolist(), strict=True):
+        code, target = divmod(pair, new.size)
+        if count > most[code]:
+            most[code], by_distance[code] = count, target
+    return torch.where(index_map == REMOVED, by_distance, index_map)
+
+
+def _settings_of(thing: Strategy | Recipe | None) -> dict[str, object]:
+    """The printed fields of a dataclass."""
+    if thing is None or not is_dataclass(thing):
+        return {}
+    return {entry.name: getattr(thing, entry.name) for entry in fields(thing) if entry.repr}
+
+
+def _provenance(command: str, request: Request, opened: Opened, kept: str, tuned: FineTuned | None) -> dict[str, str]:
+    """What the written file says of itself: no times and no paths, so that the same work gives the same bytes."""
+    private = {"data", "test_data", "images", "device"}
+    settings = {key: value for key, value in opened.settings.items() if key not in private}
+    trained = tuned if tuned and kept == "finetuned" else None
+    return {
+        "command": command,
+        "version": VERSION,
+        "settings": json.dumps({**settings, "seed": request.seed}, sort_keys=True),
+        "codebook": opened.model.found.key,
+        "kept": kept,
+        "trained": ",".join(trained.groups) if trained else "",
+        "trained_tensors": json.dumps(trained.trained if trained else []),
+        "source_sha256": opened.model.checkpoint.sha256,
+    }
+
+
+def _read_back(path: Path, model: Model) -> None:
+    """The codebook on disk is the one in the running model, bit by bit."""
+    written = rows_of(read_checkpoint(path).tensor(model.found.key), model.found)
+    if not torch.equal(written, model.codebook.vectors.cpu()):
+        raise VerificationError(f"{path}: {model.found.key} on disk is not the codebook of the running model")
+
+
+def _result(command: str, request: Request, opened: Opened, watch: Watch, **found: object) -> Result:
+    skipped = opened.calibration.bad + opened.test.bad
+    if skipped:
+        opened.warnings.append(f"{len(skipped)} unreadable images were skipped: {', '.join(skipped[:3])}")
+    return Result(
+        command=command,
+        model=str(request.source) if request.model else DEMO.name,
+        family=opened.model.family,
+        settings=opened.settings,
+        seed=request.seed,
+        warnings=tuple(opened.warnings),
+        seconds=watch.seconds,
+        **found,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,40 @@
+"""Pruning: drop the codes that are hardly used, and leave the others as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
+from codebook_tools.errors import CodebookError
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Codes with more than `threshold` counts stay, or, with `keep`, the `keep` most used; in their old order.
+
+    With threshold 0 no latent that was counted changes its code: the surgery is lossless there.
+    """
+
+    threshold: int = 0
+    keep: int | None = None
+
+    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        if self.threshold < 0:
+            raise CodebookError(f"threshold={self.threshold} is below 0, the count of a dead code; use --threshold 0")
+        if self.keep is not None:
+            if not 1 <= self.keep <= codebook.size:
+                raise CodebookError(f"keep={self.keep} of {codebook.size} codes; use --keep 1 to {codebook.size}")
+            kept = counts.argsort(descending=True, stable=True)[: self.keep].sort().values
+        else:
+            kept = (counts > self.threshold).nonzero()[:, 0]
+        if len(kept) == 0:
+            raise CodebookError(
+                f"threshold={self.threshold} removes every code: the most used one counts {int(counts.max())}; "
+                f"use --threshold {int(counts.max()) - 1} or less"
+            )
+        index_map = torch.full((codebook.size,), REMOVED)
+        index_map[kept] = torch.arange(len(kept))
+        return Surgery(replace(codebook, vectors=codebook.vectors[kept].clone()), index_map)

@@ -1,0 +1,50 @@
+"""Re-Fit: rebuild the codebook from the latents by k-means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
+from codebook_tools.errors import CodebookError
+from codebook_tools.kmeans import Init, kmeans
+from codebook_tools.watch import Watch
+
+
+@dataclass(frozen=True)
+class Refit:
+    """k centroids of the latents, by full Lloyd to convergence. No old code keeps its identity.
+
+    k: new size. init: how the seeds are drawn; "used" starts from the k most used codes, filled up by k-means++ where
+    fewer are in use. iterations: the most of Lloyd. seed: of the seeding.
+    watch: is told of the progress.
+    Source: Hu et al. 2021, "Global Context with Discrete Diffusion in VQ Modelling" (VQ-DDM, arXiv 2112.01799).
+    """
+
+    k: int
+    init: Literal["kmeans++", "afkmc2", "used", "random"] = "kmeans++"
+    iterations: int = 300
+    seed: int = 0
+    watch: Watch = field(default_factory=Watch, repr=False, compare=False)
+
+    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        if codebook.lookup is not Lookup.EUCLIDEAN or codebook.emit is not Emit.RAW:
+            raise CodebookError(
+                f"refit has no k-means for {codebook.lookup.value} lookup with {codebook.emit.value} rows"
+            )
+        points = torch.cat(list(latents))
+        init: Init | Tensor = self._from_used(codebook, points, counts) if self.init == "used" else self.init
+        found = kmeans(points, self.k, init=init, iterations=self.iterations, seed=self.seed, watch=self.watch)
+        return Surgery(Codebook(found.centroids), torch.full((codebook.size,), REMOVED))
+
+    def _from_used(self, codebook: Codebook, points: Tensor, counts: Tensor) -> Tensor:
+        order = counts.argsort(descending=True, stable=True)[: self.k]
+        used = codebook.vectors[order[counts[order] > 0]]
+        missing = self.k - len(used)
+        if missing <= 0:
+            return used
+        more = kmeans(points, missing, iterations=1, seed=self.seed, watch=Watch()).centroids
+        return torch.cat([used, more])
