@@ -97,7 +97,8 @@ def finetune(
 
     counts: (size,) int64 or float, assignments per code over the calibration data, where the EMA starts.
     The loss is free of scale: reconstruction error over the images' variance, plus COMMITMENT times the squared
-    distance of latents to codes over the latents' variance. Gradients pass the quantiser straight through (Bengio et al. 2013).
+    distance of latents to codes over the latents' variance. Gradients pass the quantiser straight through (Bengio,
+    Leonard and Courville 2013).
     """
     random = torch.Generator().manual_seed(seed)
     first, _ = train.load(train.items[: recipe.batch_size])

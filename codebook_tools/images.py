@@ -26,7 +26,6 @@ SAMPLE = "sample"
 """Stands for the bundled sample in messages: patches of the two photographs that scikit-learn ships."""
 
 _DECODED_CACHE_BYTES = 2 << 30
-_SPLIT = 10  # one in ten
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,18 +34,24 @@ class Item:
 
     name: its path relative to what was given, or FILE#row. nbytes: length of `read()`, known without reading.
     read: its bytes as stored. decode: its pixels from those bytes and a number of channels (1 or 3), uint8
-    (channels, height, width).
+    (channels, height, width). group: items of one group go into one split; by default each is its own.
     """
 
     name: str
     nbytes: int
     read: Callable[[], bytes] = field(repr=False)
     decode: Callable[[bytes, int], NDArray[np.uint8]] = field(repr=False)
+    group: str | None = None
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of the name: it decides the item's split and seeds the choice of its latents."""
+        """SHA-256 of the name: it seeds the choice of the item's latents."""
         return hashlib.sha256(self.name.encode()).digest()
+
+    def in_tenth(self, part: int) -> bool:
+        """Whether the SHA-256 of name or group puts the item into this tenth; the parts 0 and 1 are independent."""
+        digest = hashlib.sha256((self.group or self.name).encode()).digest()
+        return int.from_bytes(digest[8 * part : 8 * part + 8], "big") % 10 == 0
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Item]:
@@ -179,16 +184,23 @@ def sample_photographs() -> dict[str, NDArray[np.uint8]]:
     return {Path(name).stem: image for name, image in zip(loaded.filenames, loaded.images, strict=True)}
 
 
-def sample_images(side: int = 32) -> list[Item]:
-    """The bundled sample: both photographs in tiles that do not overlap, so that any split is of disjoint regions."""
-    items = []
-    for name, photograph in sample_photographs().items():
-        for y in range(0, photograph.shape[0] - side + 1, side):
-            for x in range(0, photograph.shape[1] - side + 1, side):
-                tile = photograph[y : y + side, x : x + side]
-                row = array_items("tile", tile[None])[0]
-                items.append(replace(row, name=f"{SAMPLE}/{name}/y{y:03d}x{x:03d}"))
-    return items
+def sample_images() -> list[Item]:
+    """The bundled sample: 3,072 patches of 32x32 from both photographs.
+
+    Each photograph is cut into blocks that do not overlap, and a block stays whole in any split, so that no test patch
+    shares a pixel with a training patch. Patches of a block do overlap, at offsets that no model's stride divides.
+    """
+    side, block, offset = 32, 53, 7
+    return [
+        replace(array_items("patch", patch[None])[0], name=f"{SAMPLE}/{region}/{y:03d}-{x:03d}", group=region)
+        for name, photograph in sample_photographs().items()
+        for top in range(0, photograph.shape[0] - block + 1, block)
+        for left in range(0, photograph.shape[1] - block + 1, block)
+        for region in [f"{name}/{top}-{left}"]
+        for y in range(top, top + block - side + 1, offset)
+        for x in range(left, left + block - side + 1, offset)
+        for patch in [photograph[y : y + side, x : x + side]]
+    ]
 
 
 @dataclass(frozen=True)
@@ -205,24 +217,20 @@ class Splits:
         return sorted([*self.train, *self.validation], key=lambda item: item.name)
 
 
-def _tenth(item: Item, part: int) -> bool:
-    return int.from_bytes(item.digest[8 * part : 8 * part + 8], "big") % _SPLIT == 0
-
-
 def split(data: list[Item], test: list[Item] | None = None) -> Splits:
-    """Test and validation data, each a tenth chosen by SHA-256 of the item's name, so an item never changes sides.
+    """Test and validation data, each a tenth chosen by SHA-256 of item names, so an item never changes sides.
 
     test: explicit test items; then all of `data` is calibration data. Raises CodebookError where there is no test or no
     calibration data (whoever needs validation data says so), and where an explicit test item equals a calibration item
     byte for byte.
     """
     if test is None:
-        test = [item for item in data if _tenth(item, 0)]
-        data = [item for item in data if not _tenth(item, 0)]
+        test = [item for item in data if item.in_tenth(0)]
+        data = [item for item in data if not item.in_tenth(0)]
     else:
         _refuse_shared(data, test)
-    validation = [item for item in data if _tenth(item, 1)]
-    train = [item for item in data if not _tenth(item, 1)]
+    validation = [item for item in data if item.in_tenth(1)]
+    train = [item for item in data if not item.in_tenth(1)]
     for name, items in (("test", test), ("calibration", data)):
         if not items:
             count = len(data) + len(test)

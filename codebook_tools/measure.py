@@ -10,7 +10,7 @@ from torch import Tensor
 from codebook_tools import metrics
 from codebook_tools.assignment import squared_errors
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import Images
+from codebook_tools.images import Images, limited
 from codebook_tools.models.model import INPUT_RANGES, Model
 from codebook_tools.watch import Watch
 
@@ -54,7 +54,10 @@ class Measurement:
 
 
 def reconstruct(model: Model, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """images (n, channels, height, width) in [0, 1] -> their reconstructions, clamped to it; latents (n, dim, *grid); codes."""
+    """images (n, channels, height, width) in [0, 1] -> reconstructions clamped to it, latents (n, dim, *grid), codes.
+
+    Raises CodebookError where the network's output is not finite, or not of the images' shape.
+    """
     with torch.no_grad():
         latents = model.encode(images)
         if not bool(torch.isfinite(latents).all()):
@@ -113,7 +116,7 @@ def measure(
 
 def find_input_range(model: Model, images: Images) -> dict[tuple[float, float], float]:
     """Reconstruction error of a few images in each range that networks are trained on: the lowest is the model's."""
-    few = images.subset(images.items[:RANGE_IMAGES])
+    few = images.subset(limited(images.items, RANGE_IMAGES, seed=0))  # neighbours in name are often alike
     before, errors = model.input_range, {}
     for model.input_range in INPUT_RANGES:
         errors[model.input_range] = measure(model, few, structure=False, watch=Watch()).mse

@@ -142,46 +142,63 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     )
 
 
-def plan(command: str, request: Request, strategy: Strategy | None, recipe: Recipe, watch: Watch) -> dict[str, object]:
-    """What `operate` would do and write, its size in bytes and an estimate of its seconds. Writes nothing.
+@dataclass(frozen=True)
+class Plan:
+    """What `operate` would do and write. size: codes before and after, None where only counting decides; bytes is then
+    the most it can be. seconds: an estimate."""
 
-    The new size and the output's name are None where only counting decides them; bytes is then the most it can be.
-    """
+    command: str
+    model: str
+    family: str
+    settings: Mapping[str, object]
+    seed: int
+    warnings: tuple[str, ...]
+    size: Mapping[str, int | None]
+    outputs: Mapping[str, str | None]
+    bytes: Mapping[str, int]
+    seconds: Mapping[str, float]
+    version: str = VERSION
+    dry_run: bool = True
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def plan(command: str, request: Request, strategy: Strategy | None, recipe: Recipe, watch: Watch) -> Plan:
+    """Look at what `operate` would look at first, time one batch, and write nothing."""
     opened = open_request(request, watch)
     model, old = opened.model, opened.model.found.size
-    asked = getattr(strategy, "k", None) or getattr(strategy, "keep", None)
+    asked: int | None = getattr(strategy, "k", None) or getattr(strategy, "keep", None)
     size = old if strategy is None else asked
     output = request.output or (_default_output(request, command, size) if size else None)
     if output is not None:
         check_writable(output, request.force)
     row = model.found.dim * model.checkpoint.tensor(model.found.key).element_size()
-    nbytes = model.checkpoint.path.stat().st_size
-    few = opened.calibration.subset(opened.calibration.items[: request.batch_size])
+    nbytes = request.source.stat().st_size
+    few = opened.calibration.items[: request.batch_size]
     timed = Watch()
     with timed.phase("encode"):
-        survey(_latents(request, opened, few.items), model.codebook, seed=request.seed, watch=Watch())
+        survey(_latents(request, opened, few), model.codebook, seed=request.seed, watch=Watch())
     # A pass of the decoder costs about one of the encoder, a training step three of both.
     splits = opened.splits
     passes = 2 * len(splits.calibration) + 6 * len(splits.test) + (30 * len(splits.validation) if recipe.steps else 0)
     seconds = timed.seconds["encode"] / len(few) * (passes + 6 * recipe.steps * request.batch_size)
     opened.settings |= _settings_of(strategy) | _settings_of(recipe)
-    return {
-        "command": command,
-        "dry_run": True,
-        "version": VERSION,
-        "model": str(request.source) if request.model else DEMO.name,
-        "family": model.family,
-        "settings": opened.settings,
-        "seed": request.seed,
-        "warnings": opened.warnings,
-        "size": {"before": old, "after": size},
-        "outputs": {
+    return Plan(
+        command=command,
+        model=str(request.source) if request.model else DEMO.name,
+        family=model.family,
+        settings=opened.settings,
+        seed=request.seed,
+        warnings=tuple(opened.warnings),
+        size={"before": old, "after": size},
+        outputs={
             "model": str(output) if output else None,
             "index_map": str(index_map_path(output)) if output else None,
         },
-        "bytes": {"before": nbytes, "after": nbytes - (old - size) * row if size else nbytes},
-        "seconds": {"estimate": seconds},
-    }
+        bytes={"before": nbytes, "after": nbytes - (old - size) * row if size else nbytes},
+        seconds={"estimate": seconds},
+    )
 
 
 def _default_output(request: Request, command: str, size: int) -> Path:

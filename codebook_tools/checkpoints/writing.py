@@ -89,7 +89,7 @@ def write_checkpoint(
     metadata: Mapping[str, str],
     maps: Mapping[str, Tensor],
 ) -> Path:
-    """Write `original` with the tensors of `changed` in their place, and its index map beside it; return the map's path.
+    """Write `original` with the tensors of `changed` in their place, its index map beside it; return the map's path.
 
     changed: by key, in the stored dtype; shapes may differ. metadata: added to the original's, without PREFIX. maps:
     int64 tensors of the index map file. Both files are written whole to `.partial`, flushed, read back and compared,

@@ -6,7 +6,8 @@ where Class is a frozen dataclass that fits `codebook_tools.codebook.Strategy`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 
 from codebook_tools.codebook import Strategy
@@ -15,6 +16,8 @@ from codebook_tools.strategies.prune import Prune
 from codebook_tools.strategies.refit import Refit
 
 ENTRY_POINTS = "codebook_tools.strategies"
+
+__all__ = ["ENTRY_POINTS", "STRATEGIES", "Prune", "Refit", "find_strategy", "make_strategy"]
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {"refit": Refit, "prune": Prune}
 
@@ -28,3 +31,20 @@ def find_strategy(name: str) -> Callable[..., Strategy]:
         strategy: Callable[..., Strategy] = added[name].load()
         return strategy
     raise CodebookError(f"no strategy {name!r}; there are {', '.join(sorted({*STRATEGIES, *added}))}")
+
+
+def make_strategy(name: str, settings: Sequence[str]) -> Strategy:
+    """A strategy by name, with its fields given as FIELD=VALUE; a value is JSON, or else text. Raises CodebookError."""
+    values: dict[str, object] = {}
+    for setting in settings:
+        field, equals, text = setting.partition("=")
+        if not equals:
+            raise CodebookError(f"--set {setting}: expected FIELD=VALUE")
+        try:
+            values[field] = json.loads(text)
+        except ValueError:
+            values[field] = text
+    try:
+        return find_strategy(name)(**values)
+    except TypeError as error:
+        raise CodebookError(f"strategy {name} cannot be made from {values}: {error}") from error

@@ -1,0 +1,323 @@
+"""The commands. Each parses, makes one call into the library, and gives one output."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .options import (
+    DataOptions,
+    Init,
+    JsonFlag,
+    ModelArgument,
+    ModelOptions,
+    NoStepsTrainOptions,
+    RunOptions,
+    TrainOptions,
+    WriteOptions,
+    takes,
+)
+
+if TYPE_CHECKING:  # imported where it is used: --help must not import torch
+    from codebook_tools.codebook import Strategy
+    from codebook_tools.finetune import Recipe
+    from codebook_tools.opening import Request
+    from codebook_tools.operate import Plan, Result
+    from codebook_tools.watch import Watch
+
+
+class Commands(TyperGroup):
+    """Our commands, and one for each strategy that another distribution adds."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *sorted(_added_strategies())]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        ours = super().get_command(ctx, cmd_name)
+        return _added_command(cmd_name) if ours is None and cmd_name in _added_strategies() else ours
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Codebook surgery for pretrained VQ models: repair a collapsed codebook, and prove what it did.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from codebook_tools.version import VERSION
+
+        print(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: codebook inspect model.safetensors")
+def inspect(model: ModelArgument = None, json_: JsonFlag = False) -> None:
+    """Which codebooks a checkpoint holds, and what depends on them. Reads its header alone."""
+    with _reported():
+        from codebook_tools.inspection import inspect_checkpoint
+        from codebook_tools.opening import DEMO
+        from codebook_tools.report.tables import inspection_table
+
+        _show(inspect_checkpoint(model or DEMO), inspection_table, json_)
+
+
+@app.command(epilog="Example: codebook measure model.safetensors --data images/ --test-data held-out/")
+@takes(DataOptions, ModelOptions, RunOptions)
+def measure(given: dict[str, Any], model: ModelArgument = None) -> None:
+    """Usage, perplexity, distortion and reconstruction error on the test data."""
+
+    def work(watch: Watch) -> Result:
+        from codebook_tools.operate import measure_model
+
+        return measure_model(_request(model, given), watch)
+
+    _run(work, given)
+
+
+@app.command(epilog="Example: codebook refit model.safetensors --k 128 --data images/")
+@takes(TrainOptions, DataOptions, ModelOptions, WriteOptions, RunOptions)
+def refit(
+    given: dict[str, Any],
+    k: Annotated[int, typer.Option("--k", metavar="K", help="Codes of the new codebook.")],
+    model: ModelArgument = None,
+    init: Annotated[Init, typer.Option(help="Where k-means starts; used: at the codes in use.")] = Init.KMEANSPP,
+    iterations: Annotated[int, typer.Option(metavar="N", help="At most so many of Lloyd.")] = 300,
+) -> None:
+    """Re-Fit: a new codebook by k-means on the latents, then fine-tune with the original encoder and decoder."""
+
+    def strategy(watch: Watch) -> Strategy:
+        from codebook_tools.strategies import Refit
+
+        return Refit(k=k, init=init.value, iterations=iterations, seed=given["seed"], watch=watch)
+
+    _operate("refit", model, strategy, given)
+
+
+@app.command(epilog="Example: codebook prune model.safetensors --threshold 0 --data images/")
+@takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, RunOptions)
+def prune(
+    given: dict[str, Any],
+    model: ModelArgument = None,
+    threshold: Annotated[int, typer.Option(metavar="N", help="Drop codes that count N or fewer.")] = 0,
+    keep: Annotated[int | None, typer.Option(metavar="K", help="Keep the K most used codes instead.")] = None,
+) -> None:
+    """Drop the codes that are hardly used. Threshold 0 changes no reconstruction of what was counted."""
+
+    def strategy(watch: Watch) -> Strategy:
+        from codebook_tools.strategies import Prune
+
+        return Prune(threshold=threshold, keep=keep)
+
+    _operate("prune", model, strategy, given)
+
+
+@app.command(epilog="Example: codebook finetune model.safetensors --data images/ --steps 2000")
+@takes(TrainOptions, DataOptions, ModelOptions, WriteOptions, RunOptions)
+def finetune(given: dict[str, Any], model: ModelArgument = None) -> None:
+    """Train on with the original encoder and decoder; the codebook keeps its size, and dead codes are revived."""
+    _operate("finetune", model, None, given)
+
+
+@app.command(epilog="Example: codebook verify model.refit-k128.safetensors --against model.safetensors")
+def verify(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The checkpoint that was written.")],
+    against: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="The original. Left out: the bundled demo.")
+    ] = None,
+    map_: Annotated[
+        Path | None, typer.Option("--map", metavar="FILE", help="Its index map. Left out: the one beside it.")
+    ] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Check a written checkpoint and its index map against the original. Exit code 3 where something is wrong."""
+    with _reported():
+        from codebook_tools.opening import DEMO
+        from codebook_tools.report.tables import verification_table
+        from codebook_tools.verify import verify_checkpoint
+
+        found = verify_checkpoint(model, against or DEMO, map_)
+        _show(found, verification_table, json_)
+        if not found.ok:
+            raise typer.Exit(3)
+
+
+def _added_strategies() -> set[str]:
+    return {point.name for point in entry_points(group="codebook_tools.strategies")}
+
+
+def _added_command(name: str) -> Any:
+    added = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+    @added.command(name, help=f"The strategy {name}, which another installed distribution adds.")
+    @takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, RunOptions)
+    def run(
+        given: dict[str, Any],
+        model: ModelArgument = None,
+        set_: Annotated[
+            list[str] | None,
+            typer.Option("--set", metavar="FIELD=VALUE", help="A field of the strategy, as JSON or text. Repeatable."),
+        ] = None,
+    ) -> None:
+        def strategy(watch: Watch) -> Strategy:
+            from codebook_tools.strategies import make_strategy
+
+            return make_strategy(name, set_ or [])
+
+        _operate(name, model, strategy, given)
+
+    return typer.main.get_command(added)
+
+
+def _request(model: Path | None, given: dict[str, Any]) -> Request:
+    from codebook_tools.opening import Request
+
+    metric = given["metric"]
+    return Request(
+        model=model,
+        data=tuple(given["data"] or ()),
+        test_data=tuple(given["test_data"] or ()),
+        limit=given["limit"],
+        size=given["size"],
+        skip_bad=given["skip_bad"],
+        network=given["network"],
+        family=given["family"],
+        codebook_key=given["codebook_key"],
+        metric=metric.value if metric else None,
+        input_range=_input_range(given["input_range"]),
+        batch_size=given["batch_size"],
+        device=given["device"].value,
+        precision=given["precision"].value,
+        seed=given["seed"],
+        output=given.get("output"),
+        force=given.get("force", False),
+    )
+
+
+def _input_range(text: str | None) -> tuple[float, float] | None:
+    from codebook_tools.errors import CodebookError
+
+    if text is None:
+        return None
+    try:
+        low, high = (float(number) for number in text.split(","))
+    except ValueError:
+        raise CodebookError(f"--input-range {text}: expected two numbers, such as 0,1") from None
+    return low, high
+
+
+def _recipe(given: dict[str, Any]) -> Recipe:
+    from codebook_tools.finetune import Recipe
+
+    return Recipe(
+        steps=given["steps"],
+        train=given["train"].value,
+        codebook_update=given["codebook_update"].value,
+        batch_size=given["batch_size"],
+        lr=given["lr"],
+        loss=given["loss"].value,
+    )
+
+
+def _operate(
+    command: str, model: Path | None, strategy: Callable[[Watch], Strategy] | None, given: dict[str, Any]
+) -> None:
+    def work(watch: Watch) -> Result | Plan:
+        from codebook_tools.operate import operate, plan
+
+        chosen = strategy(watch) if strategy else None
+        return (plan if given["dry_run"] else operate)(command, _request(model, given), chosen, _recipe(given), watch)
+
+    _run(work, given)
+
+
+def _run(work: Callable[[Watch], Result | Plan], given: dict[str, Any]) -> None:
+    """Do the work, with progress, and print what came of it."""
+    with _reported():
+        from codebook_tools.operate import Result
+        from codebook_tools.report.tables import details_table, plan_table, result_table
+        from codebook_tools.watch import Watch
+
+        from .screen import ProgressShow, print_table, print_warnings
+
+        if given["deterministic"]:
+            import torch
+
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to repeat itself
+            torch.use_deterministic_algorithms(True)
+        with ProgressShow(given["quiet"]) as show:
+            found = work(Watch(show))
+        print_warnings(found.warnings, given["quiet"])
+        _show(found, result_table if isinstance(found, Result) else plan_table, given["json_"])
+        if given["verbose"] and isinstance(found, Result) and not given["json_"]:
+            print_table(details_table(found))
+
+
+def _show(found: Any, table: Callable[[Any], Any], as_json: bool) -> None:
+    """The one output: JSON, or a table."""
+    from .screen import print_json, print_table
+
+    print_json(found.to_json()) if as_json else print_table(table(found))
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """What goes wrong becomes one line on stderr and an exit code."""
+    try:
+        yield
+        sys.stdout.flush()
+    except typer.Exit:
+        raise
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except KeyboardInterrupt:
+        _say("interrupted; what was written is whole, or not there")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        from codebook_tools.errors import CodebookError
+
+        if isinstance(error, CodebookError):
+            _say(str(error))
+            raise typer.Exit(error.exit_code) from None
+        import traceback
+
+        traceback.print_exc()
+        _say("this is our fault; please report it, with the lines above and the command that you gave")
+        raise typer.Exit(70) from None
+
+
+def _say(message: str) -> None:
+    from .screen import print_error
+
+    print_error(message)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The options that commands share, in groups; a command takes a group by naming it in `@takes`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+
+# The library's choices once more: --help and completion must not import the library, and with it torch.
+class Train(StrEnum):
+    ALL = "all"
+    DECODER = "decoder"
+    NONE = "none"
+
+
+class Update(StrEnum):
+    EMA = "ema"
+    GRADIENT = "gradient"
+    FROZEN = "frozen"
+
+
+class Loss(StrEnum):
+    MSE = "mse"
+    L1 = "l1"
+
+
+class Device(StrEnum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Precision(StrEnum):
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class Init(StrEnum):
+    KMEANSPP = "kmeans++"
+    AFKMC2 = "afkmc2"
+    USED = "used"
+    RANDOM = "random"
+
+
+class Metric(StrEnum):
+    EUCLIDEAN = "euclidean"
+    COSINE = "cosine"
+    COSINE_UNIT = "cosine-unit"
+    DOT = "dot"
+
+
+def _group(panel: str) -> Callable[..., Any]:
+    """Options of one panel of --help: names, then metavar and help."""
+
+    def option(*names: str, help: str, metavar: str | None = None) -> Any:
+        return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=True)
+
+    return option
+
+
+_data, _model, _train, _output, _run = map(_group, ("Data", "Model", "Fine-tuning", "Output", "Running"))
+
+ModelArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[MODEL]", help="A .safetensors checkpoint; left out, the bundled demo.", show_default=False
+    ),
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    data: Annotated[
+        list[str] | None,
+        _data(
+            metavar="PATH",
+            help="Images to calibrate and train on: a folder, .tar shards ({0000..0009} too), .npy or .npz. "
+            "Repeatable. Left out: the bundled sample.",
+        ),
+    ] = None
+    test_data: Annotated[
+        list[str] | None,
+        _data(metavar="PATH", help="Images that are only reported on. Left out: a tenth of --data."),
+    ] = None
+    limit: Annotated[
+        int | None, _data(metavar="N", help="At most N items of each of --data and --test-data, drawn by seed.")
+    ] = None
+    size: Annotated[
+        int | None, _data(metavar="N", help="Side of the square that images are resized and cropped to.")
+    ] = None
+    skip_bad: Annotated[bool, _data("--skip-bad", help="Go on past unreadable images, and count them.")] = False
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    network: Annotated[
+        str | None,
+        _model(
+            metavar="FILE.py:FUNCTION",
+            help="Your own network: FUNCTION(codebook_size=K) returns a module with encode and decode. Runs that file.",
+        ),
+    ] = None
+    family: Annotated[str | None, _model(metavar="NAME", help="The layout's family, where recognition errs.")] = None
+    codebook_key: Annotated[
+        str | None, _model(metavar="KEY", help="The codebook's tensor, where several fit or none is sure.")
+    ] = None
+    metric: Annotated[
+        Metric | None, _model(help="How the nearest code is found, where the family's way is not yours.")
+    ] = None
+    input_range: Annotated[
+        str | None,
+        _model(metavar="LOW,HIGH", help="Of the network's images. Left out: the best of -1,1 and 0,1 and -0.5,0.5."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    steps: Annotated[int, _train(metavar="N", help="Fine-tuning steps, 0 for none.")] = 1000
+    train: Annotated[Train, _train(help="Which networks train.")] = Train.ALL
+    codebook_update: Annotated[Update, _train(help="How the codes move; ema also revives dead ones.")] = Update.EMA
+    lr: Annotated[float, _train(metavar="RATE", help="Adam's learning rate after warm-up.")] = 1e-3
+    loss: Annotated[Loss, _train(help="Of the reconstruction.")] = Loss.MSE
+
+
+@dataclass(frozen=True)
+class NoStepsTrainOptions(TrainOptions):
+    """For commands that fine-tune only when asked to."""
+
+    steps: Annotated[int, _train(metavar="N", help="Fine-tuning steps after the surgery, 0 for none.")] = 0
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    output: Annotated[
+        Path | None,
+        _output("--output", "-o", metavar="PATH", help="Left out: beside MODEL, <name>.<command>-k<K>.safetensors."),
+    ] = None
+    force: Annotated[bool, _output("--force", help="Replace the output if it exists.")] = False
+    dry_run: Annotated[
+        bool, _output("--dry-run", help="Say what would be done and written, its size and time; write nothing.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    batch_size: Annotated[int, _run(metavar="N", help="Images at a time, in passes and in training.")] = 64
+    device: Annotated[Device, _run(help="Where networks run.")] = Device.AUTO
+    precision: Annotated[Precision, _run(help="Of the networks; nearest codes are decided in fp32 either way.")] = (
+        Precision.FP32
+    )
+    seed: Annotated[int, _run(metavar="N", help="Of everything that is drawn.")] = 0
+    deterministic: Annotated[
+        bool, _run("--deterministic", help="Only algorithms that repeat bit by bit, on a GPU too.")
+    ] = False
+    json_: JsonFlag = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no warnings.")] = False
+    verbose: Annotated[bool, typer.Option("--verbose", help="Also settings, seconds by phase and the trace.")] = False
+
+
+def takes(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate command(given, own options...): the groups' options join its own, and arrive in `given`, by name."""
+    return partial(_joined, groups)
+
+
+def _joined(groups: tuple[type, ...], command: Callable[..., None]) -> Callable[..., None]:
+    hints = get_type_hints(command, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(command).parameters.values()
+        if parameter.name != "given"
+    ]
+    shared = [
+        inspect.Parameter(
+            entry.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=entry.default,
+            annotation=get_type_hints(group, include_extras=True)[entry.name],
+        )
+        for group in groups
+        for entry in fields(group)
+    ]
+    names = {parameter.name for parameter in own}
+
+    def run(**values: Any) -> None:
+        given = {name: value for name, value in values.items() if name not in names}
+        command(given, **{name: values[name] for name in names})
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
+    return run

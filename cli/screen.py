@@ -1,0 +1,86 @@
+"""What a person sees: progress and warnings on stderr, tables on stdout, or one JSON object there."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class ProgressShow(AbstractContextManager["ProgressShow"]):
+    """Progress bars on stderr where that is a terminal; nothing at all where it is piped or quiet was asked for.
+
+    Called as codebook_tools.watch.Show.
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        self.shown = ERRORS.is_terminal and not quiet
+        self.progress = Progress(
+            TextColumn("{task.description:<28}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=ERRORS,
+            transient=True,
+            expand=True,
+        )
+        self.tasks: dict[str, tuple[TaskID, float]] = {}
+
+    def __enter__(self) -> ProgressShow:
+        if self.shown:
+            self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.shown:
+            self.progress.stop()
+
+    def __call__(self, what: str, done: int, total: int | None, figures: Mapping[str, float]) -> None:
+        if not self.shown:
+            return
+        if what not in self.tasks or done < self.progress.tasks[self.tasks[what][0]].completed:
+            for task, _ in self.tasks.values():
+                self.progress.update(task, visible=False)
+            self.tasks[what] = self.progress.add_task(what, total=total, figures=""), time.perf_counter()
+        task, since = self.tasks[what]
+        shown = [f"{name} {value:.4g}" for name, value in figures.items()]
+        if figures and total and time.perf_counter() > since:
+            shown.append(f"{done / (time.perf_counter() - since):.1f}/s")
+        self.progress.update(task, completed=done, figures=" ".join(shown))
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    json.dump(value, sys.stdout, indent=2, allow_nan=False, default=str)
+    sys.stdout.write("\n")
+
+
+def print_table(table: RenderableType) -> None:
+    Console(highlight=False).print(table)
+
+
+def print_warnings(warnings: list[str] | tuple[str, ...], quiet: bool) -> None:
+    if not quiet:
+        for warning in warnings:
+            ERRORS.print(f"[yellow]warning:[/] {_escaped(warning)}")
+
+
+def print_error(message: str) -> None:
+    ERRORS.print(f"[bold red]error:[/] {_escaped(' '.join(message.split()))}")
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

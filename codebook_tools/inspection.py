@@ -1,0 +1,37 @@
+"""What a checkpoint holds, told from its header alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from codebook_tools.checkpoints.detect import Detection, find_codebooks
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.models.load import family_of
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """family: whose network we have, None where the user must give one. detection: codebooks and what hangs on them."""
+
+    model: str
+    family: str | None
+    detection: Detection
+
+    def to_json(self) -> dict[str, object]:
+        """The promised keys."""
+        return {
+            "family": self.family,
+            "reason": self.detection.reason,
+            "codebooks": [
+                {**asdict(found), "companions": list(found.companions)} for found in self.detection.codebooks
+            ],
+            "elsewhere": [{"key": key, "shape": list(shape)} for key, shape in self.detection.elsewhere],
+        }
+
+
+def inspect_checkpoint(path: Path) -> Inspection:
+    """Find the codebooks of a file. Raises CodebookError where it is no sound safetensors file."""
+    checkpoint = read_checkpoint(path)
+    detection = find_codebooks(checkpoint.shapes, checkpoint.dtypes)
+    return Inspection(str(path), family_of(checkpoint.shapes) if detection.codebooks else None, detection)

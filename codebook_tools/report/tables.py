@@ -1,0 +1,130 @@
+"""Results as tables for the terminal: renderables, which the command line prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from codebook_tools.inspection import Inspection
+from codebook_tools.measure import Measurement
+from codebook_tools.operate import Plan, Result
+from codebook_tools.verify import Verification
+
+STAGES = {"before": "before", "surgery": "after surgery", "finetuned": "after fine-tuning"}
+
+
+def result_table(result: Result) -> RenderableType:
+    """The stages side by side, and what was written."""
+    stages = {name: stage for name, stage in result.stages.items() if stage is not None}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in stages:
+        table.add_column(STAGES[name] + (" *" if name == result.kept and len(stages) > 1 else ""), justify="right")
+    for label, show in _ROWS:
+        table.add_row(label, *(show(stage) for stage in stages.values()))
+    lines: list[RenderableType] = [table]
+    first = next(iter(stages.values()))
+    about = f"measured on {first.images:,} {first.split} images, input range {result.settings['input_range']}"
+    lines.append(Text(about, style="dim"))
+    if result.outputs:
+        lines.append(Text(f"{'* kept, and ' if len(stages) > 1 else ''}written to {result.outputs['model']}"))
+    return Group(*lines)
+
+
+def _use(field: str, form: str) -> Any:
+    return lambda stage: format(getattr(stage.codebooks[0], field), form)
+
+
+def _used(stage: Measurement) -> str:
+    use = stage.codebooks[0]
+    return f"{use.used} of {use.size} ({use.usage:.1%})"
+
+
+def _optional(field: str, form: str) -> Any:
+    return lambda stage: "-" if getattr(stage, field) is None else format(getattr(stage, field), form)
+
+
+_ROWS = (
+    ("codes used", _used),
+    ("codes with 10 hits", _use("used_10", "d")),
+    ("perplexity", _use("perplexity", ".2f")),
+    ("bits per token", _use("bits", ".2f")),
+    ("distortion", _use("distortion", ".4g")),
+    ("mse", _optional("mse", ".6f")),
+    ("PSNR, dB", _optional("psnr", ".2f")),
+    ("SSIM", _optional("ssim", ".4f")),
+)
+
+
+def details_table(result: Result) -> RenderableType:
+    """Settings, seconds by phase, and the trace of the fine-tuning."""
+    settings = Table("setting", "value", box=None, pad_edge=False, header_style="bold")
+    for name, value in result.settings.items():
+        settings.add_row(name, str(value))
+    seconds = Table("phase", "seconds", box=None, pad_edge=False, header_style="bold")
+    for name, value in result.seconds.items():
+        seconds.add_row(name, f"{value:.1f}")
+    parts: list[RenderableType] = ["", settings, "", seconds]
+    if result.trace:
+        trace = Table(box=None, pad_edge=False, header_style="bold")
+        for heading in ("step", "loss", "validation mse", "used", "perplexity", "distortion", "revived"):
+            trace.add_column(heading, justify="right")
+        for p in result.trace:
+            loss = "-" if p.loss is None else f"{p.loss:.4f}"
+            spread = (f"{p.perplexity:.2f}", f"{p.distortion:.4g}", str(p.revived))
+            trace.add_row(str(p.step), loss, f"{p.validation_mse:.6f}", str(p.used), *spread)
+        parts += ["", trace]
+    return Group(*parts)
+
+
+def plan_table(found: Plan) -> RenderableType:
+    """What a dry run says."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    images = found.settings["images"]
+    assert isinstance(images, dict)
+    limit = "" if found.size["after"] else " at most"
+    for label, value in (
+        ("would run", found.command),
+        ("family", found.family),
+        ("codes", f"{found.size['before']} -> {found.size['after'] or 'as the counts decide'}"),
+        ("images", ", ".join(f"{count:,} {name}" for name, count in images.items())),
+        ("would write", found.outputs["model"] or "a file named after the new size"),
+        ("and", found.outputs["index_map"] or "its index map"),
+        ("bytes", f"{found.bytes['before']:,} -> {found.bytes['after']:,}{limit}"),
+        ("time", f"about {found.seconds['estimate']:.0f} s"),
+    ):
+        table.add_row(label, value)
+    return Group(table, "Nothing was written.")
+
+
+def inspection_table(found: Inspection) -> RenderableType:
+    """The codebooks of a checkpoint."""
+    detection = found.detection
+    if not detection.codebooks:
+        return Text(f"no codebook: {detection.reason}")
+    table = Table("codebook", "codes", "dim", "dtype", "search", "sure", box=None, pad_edge=False, header_style="bold")
+    for book in detection.codebooks:
+        sure = {"high": "yes", "low": "no: name it with --codebook-key"}[book.confidence]
+        table.add_row(book.key, str(book.size), str(book.dim), book.dtype, book.search, sure)
+    family = found.family or "unknown; give the network with --network FILE.py:FUNCTION to work on it"
+    parts: list[RenderableType] = [Text(f"family: {family}"), table]
+    parts += [
+        Text(f"follows {book.key}: {', '.join(book.companions)}") for book in detection.codebooks if book.companions
+    ]
+    if detection.elsewhere:
+        parts.append(Text("other tensors with K, K+1 or K+2 in their shape, which something downstream may depend on:"))
+        parts += [Text(f"  {key} {list(shape)}") for key, shape in detection.elsewhere]
+    return Group(*parts)
+
+
+def verification_table(found: Verification) -> RenderableType:
+    """What differs and must not."""
+    if found.ok:
+        return Text(f"{found.model} is sound: only what may differ from {found.against} differs")
+    table = Table("tensor", "what is wrong", box=None, pad_edge=False, header_style="bold")
+    for difference in found.differences:
+        table.add_row(difference.key, difference.what)
+    return table
