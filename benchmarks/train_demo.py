@@ -45,7 +45,8 @@ def train(path: str, steps: int, batch: int, seed: int) -> None:
         optimiser.step()
         if step % 250 == 0:
             print(
-                f"step {step}: loss {float(loss.detach()):.4f}, {len(chosen.unique())} codes in the batch", flush=True
+                f"step {step}: loss {float(loss.detach()):.4f}, {len(torch.unique(chosen))} codes in the batch",
+                flush=True,
             )
     tensors = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
     save_file(tensors, path, {"format": "pt"})
@@ -54,7 +55,7 @@ def train(path: str, steps: int, batch: int, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

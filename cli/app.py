@@ -265,7 +265,7 @@ def _run(work: Callable[[Watch], Result | Plan], given: dict[str, Any]) -> None:
             import torch
 
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to repeat itself
-            torch.use_deterministic_algorithms(True)
+            torch.use_deterministic_algorithms(True, warn_only=True)  # it names those that have none
         with ProgressShow(given["quiet"]) as show:
             found = work(Watch(show))
         print_warnings(found.warnings, given["quiet"])

@@ -106,6 +106,10 @@ def finetune(
         raise CodebookError("none of the first training images can be read")
     groups = {"all": ("encoder", "decoder"), "decoder": ("decoder",), "none": ()}[recipe.train]
     names = _trained_names(model, train, groups)
+    if recipe.train != "none" and not names:
+        raise CodebookError(
+            f"train={recipe.train}: no gradient reaches the network's parameters through encode or decode"
+        )
     parameters: list[Tensor] = list(_set_trainable(model, names))
     image_scale, latent_scale = _scales(model, train)
     quantiser = _Quantiser(model, recipe, counts, random)
@@ -163,7 +167,7 @@ def finetune(
         start.restore(model)
         raise CodebookError(f"fine-tuning diverged at step {diverged}: the loss is not finite; try a lower --lr")
     best.restore(model)
-    keys = sorted({model.keys[name] for name in names})
+    keys = sorted({model.keys[name] for name in _with_buffers(model.network, names)})
     return FineTuned(start, best, tuple(trace), tuple(keys), groups, diverged)
 
 
@@ -274,7 +278,16 @@ def _trained_names(model: Model, images: Images, groups: tuple[str, ...]) -> set
     return (encoder if "encoder" in groups else set()) | (decoder if "decoder" in groups else set())
 
 
+def _with_buffers(network: nn.Module, names: set[str]) -> set[str]:
+    """The names, and those of the buffers beside them: a batch norm's running statistics train along."""
+    owners = {name.rpartition(".")[0] for name in names}
+    buffers = {name for name, _ in network.named_buffers() if name.rpartition(".")[0] in owners}
+    return names | (buffers & network.state_dict().keys())
+
+
 def _reached(output: Tensor, parameters: dict[str, nn.Parameter]) -> set[str]:
+    if not output.requires_grad:  # a network that cuts its own gradients
+        return set()
     gradients = torch.autograd.grad(output.sum(), list(parameters.values()), allow_unused=True)
     return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
 

@@ -43,8 +43,7 @@ def kmeans(
     largest error. init: how seeds are drawn, or the (k, dim) seeds themselves. iterations: the most of them, over each
     head. Raises CodebookError where there are fewer than k distinct points.
     """
-    if k < 1:
-        raise CodebookError(f"k={k} is no codebook size; use --k 1 or more")
+    assert k >= 1 and iterations >= 1, (k, iterations)
     distinct = count_distinct(points, enough=k)
     if distinct < k:
         raise CodebookError(

@@ -21,7 +21,7 @@ from codebook_tools.latents import EncodedLatents, Survey, survey
 from codebook_tools.measure import Measurement, measure
 from codebook_tools.models.companions import rows_of
 from codebook_tools.models.model import Model
-from codebook_tools.opening import DEMO, Opened, Request, open_request
+from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.version import VERSION
 from codebook_tools.watch import Watch
 
@@ -42,8 +42,8 @@ class Result:
     finetuned: Measurement | None = None
     kept: str | None = None
     trace: tuple[TracePoint, ...] = ()
-    outputs: Mapping[str, str | None] = field(default_factory=dict)
-    bytes: Mapping[str, int] = field(default_factory=dict)
+    outputs: Mapping[str, str | None] = field(default_factory=lambda: dict.fromkeys(("model", "index_map", "report")))
+    bytes: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(("before", "after")))
     seconds: Mapping[str, float] = field(default_factory=dict)
     version: str = VERSION
 
@@ -63,7 +63,8 @@ def measure_model(request: Request, watch: Watch) -> Result:
     opened = open_request(request, watch, measuring=True)
     with watch.phase("measure"):
         before = measure(opened.model, opened.test, batch=request.batch_size, watch=watch)
-    return _result("measure", request, opened, watch, before=before)
+    sizes = {"before": request.source.stat().st_size, "after": None}
+    return _result("measure", request, opened, watch, before=before, bytes=sizes)
 
 
 def operate(command: str, request: Request, strategy: Strategy | None, recipe: Recipe, watch: Watch) -> Result:
@@ -186,7 +187,7 @@ def plan(command: str, request: Request, strategy: Strategy | None, recipe: Reci
     opened.settings |= _settings_of(strategy) | _settings_of(recipe)
     return Plan(
         command=command,
-        model=str(request.source) if request.model else DEMO.name,
+        model=str(request.source),
         family=model.family,
         settings=opened.settings,
         seed=request.seed,
@@ -296,7 +297,7 @@ def _result(command: str, request: Request, opened: Opened, watch: Watch, **foun
         opened.warnings.append(f"{len(skipped)} unreadable images were skipped: {', '.join(skipped[:3])}")
     return Result(
         command=command,
-        model=str(request.source) if request.model else DEMO.name,
+        model=str(request.source),
         family=opened.model.family,
         settings=opened.settings,
         seed=request.seed,

@@ -29,7 +29,7 @@ def result_table(result: Result) -> RenderableType:
     first = next(iter(stages.values()))
     about = f"measured on {first.images:,} {first.split} images, input range {result.settings['input_range']}"
     lines.append(Text(about, style="dim"))
-    if result.outputs:
+    if result.outputs["model"]:
         lines.append(Text(f"{'* kept, and ' if len(stages) > 1 else ''}written to {result.outputs['model']}"))
     return Group(*lines)
 

@@ -21,12 +21,16 @@ class Prune:
     threshold: int = 0
     keep: int | None = None
 
-    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+    def __post_init__(self) -> None:
         if self.threshold < 0:
             raise CodebookError(f"threshold={self.threshold} is below 0, the count of a dead code; use --threshold 0")
+        if self.keep is not None and self.keep < 1:
+            raise CodebookError(f"keep={self.keep} is below 1; use --keep 1 or more")
+
+    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
         if self.keep is not None:
-            if not 1 <= self.keep <= codebook.size:
-                raise CodebookError(f"keep={self.keep} of {codebook.size} codes; use --keep 1 to {codebook.size}")
+            if self.keep > codebook.size:
+                raise CodebookError(f"keep={self.keep} of {codebook.size} codes; use --keep {codebook.size} or less")
             kept = counts.argsort(descending=True, stable=True)[: self.keep].sort().values
         else:
             kept = (counts > self.threshold).nonzero()[:, 0]

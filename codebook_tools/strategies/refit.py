@@ -30,6 +30,11 @@ class Refit:
     seed: int = 0
     watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        for name, way_out in (("k", "--k 1 or more"), ("iterations", "--iterations 1 or more")):
+            if getattr(self, name) < 1:
+                raise CodebookError(f"{name}={getattr(self, name)} is below 1; use {way_out}")
+
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
         if codebook.lookup is not Lookup.EUCLIDEAN or codebook.emit is not Emit.RAW:
             raise CodebookError(
