@@ -12,7 +12,7 @@ _TILE_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
 
 
 def unit(rows: Tensor) -> Tensor:
-    """rows (n, dim) at Euclidean length 1; a row of zeros stays zeros."""
+    """rows (n, dim) at Euclidean length 1, as models do it: rows shorter than 1e-12 stay shorter than 1, zeros zeros."""
     return torch.nn.functional.normalize(rows, dim=-1)
 
 
@@ -38,8 +38,9 @@ def nearest(latents: Tensor, codebook: Codebook) -> Tensor:
     norms = codes.square().sum(1) if squares else codes.new_zeros(len(codes))
     weights = (-2 * codes if squares else -codes).T.contiguous()
     longest = codes.norm(dim=1).max()
-    # Error of a float32 inner product of `dim` terms, doubled for two scores: Higham 2002, section 3.1.
-    slack = 4 * (codebook.dim + 4) * torch.finfo(torch.float32).eps * longest
+    # Error of a float32 inner product of `dim` terms, doubled for two scores: Higham 2002, section 3.1. `tiny` is for
+    # products too small for float32.
+    single, terms = torch.finfo(torch.float32), 4 * (codebook.dim + 4)
 
     rows = max(1, _TILE_BYTES.get(latents.device.type, 4 << 20) // (4 * max(len(codes), codebook.dim)))
     found = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
@@ -53,7 +54,8 @@ def nearest(latents: Tensor, codebook: Codebook) -> Tensor:
             continue
         best, index = scores.topk(2, dim=1, largest=False)
         index = index[:, 0]
-        unsure = (best[:, 1] - best[:, 0]) <= slack * (tile.norm(dim=1) + longest)
+        gap, slack = best[:, 1] - best[:, 0], terms * (single.eps * longest * (tile.norm(dim=1) + longest) + single.tiny)
+        unsure = ~((gap > slack) & gap.isfinite())  # scores that overflow have no gap, or an infinite one
         if bool(unsure.any()):
             index[unsure] = _nearest_exact(tile[unsure], codes, squares)
         found[start : start + rows] = index
@@ -61,12 +63,15 @@ def nearest(latents: Tensor, codebook: Codebook) -> Tensor:
 
 
 def _nearest_exact(latents: Tensor, codes: Tensor, squares: bool) -> Tensor:
-    """(n,) int64, decided in float64 from differences, which do not cancel as the expanded square does."""
+    """(n,) int64, decided in float64 from differences, which do not cancel as the expanded square does.
+
+    A code's score is summed by itself: a matrix product may give equal codes scores that differ by their column.
+    """
     wide = codes.double()
     rows = max(1, _TILE_BYTES["cuda"] // (8 * wide.numel()))
     found = []
     for tile in torch.split(latents.double(), rows):
-        scores = (tile[:, None] - wide).square().sum(2) if squares else -(tile @ wide.T)
+        scores = (tile[:, None] - wide).square().sum(2) if squares else -(tile[:, None] * wide).sum(2)
         # min() promises no particular index among equals; the first equal one is the lowest.
         found.append((scores == scores.amin(1, keepdim=True)).int().argmax(1))
     return torch.cat(found)

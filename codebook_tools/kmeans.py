@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,7 +93,9 @@ def _lloyd(
     while done < iterations and not converged:
         block = min(_BLOCK, iterations - done)
         # tol=0: scikit-learn stops early only when no label changes. It re-seeds empty clusters itself.
-        fit = KMeans(len(centroids), init=centroids, n_init=1, max_iter=block, tol=0, algorithm="lloyd").fit(data)
+        model = KMeans(len(centroids), init=centroids, n_init=1, max_iter=block, tol=0, algorithm="lloyd")
+        with _repeatable():
+            fit = model.fit(data)
         centroids, done = fit.cluster_centers_, done + fit.n_iter_
         converged = fit.n_iter_ < block or inertia - fit.inertia_ <= _FLAT * fit.inertia_
         inertia = float(fit.inertia_)
@@ -99,11 +103,24 @@ def _lloyd(
     return centroids, inertia, done, converged
 
 
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """At most two threads: scikit-learn adds up the sums of its threads in the order in which they finish.
+
+    a + b is b + a, but the sum of three or more would round differently from run to run.
+    """
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    threads = [library["num_threads"] for library in threadpool_info() if library["user_api"] == "openmp"]
+    with threadpool_limits(min([2, *threads]), user_api="openmp"):
+        yield
+
+
 def _seeds(data: NDArray[np.float32], k: int, init: Init | Tensor, seed: int) -> NDArray[np.float32]:
     if isinstance(init, Tensor):
         assert init.shape == (k, data.shape[1])
         return init.numpy().astype(np.float32)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed % 2**64)  # numpy takes no negative seed
     if init == "kmeans++":
         from sklearn.cluster import kmeans_plusplus
 

@@ -1,0 +1,99 @@
+"""Repair the bundled, collapsed checkpoint, print the table, and draw a photograph through the three stages.
+
+    make demo            (or: python benchmarks/demo.py [FIGURES.json])
+
+Writes demo.png beside the README and the repaired checkpoint to build/demo/. The figures in the README are from
+benchmarks/results/demo.json, written by this script.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.finetune import Recipe
+from codebook_tools.images import sample_photographs
+from codebook_tools.measure import reconstruct
+from codebook_tools.models.load import load_model
+from codebook_tools.opening import DEMO, Request
+from codebook_tools.operate import Result, operate
+from codebook_tools.report.tables import result_table
+from codebook_tools.strategies import Refit
+from codebook_tools.watch import Watch
+
+ROOT = Path(__file__).parents[1]
+K = 128
+SIDE = 320  # of the square that is shown, from the middle of the photograph
+
+
+def refit(output: Path, steps: int, watch: Watch) -> Result:
+    request = Request(output=output, force=True)
+    return operate("refit", request, Refit(K, watch=watch), Recipe(steps=steps), watch)
+
+
+def through(model_path: Path, photograph: torch.Tensor, input_range: tuple[float, float]) -> torch.Tensor:
+    """photograph (1, 3, height, width) in [0, 1] -> what the model makes of it."""
+    model = load_model(read_checkpoint(model_path))
+    model.input_range = input_range
+    return reconstruct(model, photograph)[0]
+
+
+def draw(path: Path, pictures: list[tuple[str, torch.Tensor]]) -> None:
+    """Pictures (1, 3, height, width) side by side, each under its caption."""
+    font = ImageFont.load_default(18)
+    sheet = Image.new("RGB", (len(pictures) * (SIDE + 8) - 8, SIDE + 30), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (caption, picture) in enumerate(pictures):
+        top, left = ((n - SIDE) // 2 for n in picture.shape[-2:])
+        square = picture[0, :, top : top + SIDE, left : left + SIDE].permute(1, 2, 0).mul(255).round().byte()
+        sheet.paste(Image.fromarray(square.numpy()), (i * (SIDE + 8), 30))
+        pen.text((i * (SIDE + 8), 4), caption, "black", font)
+    sheet.save(path, optimize=True)
+
+
+def main() -> None:
+    os.chdir(ROOT)
+    folder = Path("build") / "demo"
+    folder.mkdir(parents=True, exist_ok=True)
+    after_surgery, finetuned = folder / "demo.surgery-k128.safetensors", folder / "demo.refit-k128.safetensors"
+    print(f"codebook refit --k {K}: k-means, install, 1,000 steps of fine-tuning; about a minute", file=sys.stderr)
+    refit(after_surgery, 0, Watch())
+    result = refit(finetuned, 1000, Watch())
+    Console(highlight=False).print(result_table(result))
+
+    bounds = result.settings["input_range"]
+    assert isinstance(bounds, list)
+    photograph = sample_photographs()["flower"][:424].transpose(2, 0, 1).astype(np.float32) / 255
+    original = torch.from_numpy(photograph[None])
+    pictures = [("original", original)]
+    for name, path, stage in (
+        ("before", DEMO, result.before),
+        ("after surgery", after_surgery, result.surgery),
+        ("after fine-tuning", finetuned, result.finetuned),
+    ):
+        assert stage is not None
+        use = stage.codebooks[0]
+        pictures.append((f"{name}: {use.used} of {use.size} codes", through(path, original, (bounds[0], bounds[1]))))
+    draw(Path("demo.png"), pictures)
+    if len(sys.argv) > 1:
+        figures: dict[str, Any] = {
+            "command": "python benchmarks/demo.py",
+            "torch": torch.__version__,
+            "result": result.to_json(),
+        }
+        figures["result"] |= {"model": DEMO.name, "outputs": {}}
+        Path(sys.argv[1]).write_text(json.dumps(figures, indent=2) + "\n")
+    print("the photograph through the stages: demo.png", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Tiny models and data: a VQ-VAE of the zalando layout with dead codes, its variants as others save it, small images."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from codebook_tools.models.zalando import CODEBOOK, make
+
+State = dict[str, Tensor]
+WriteModel = Callable[..., Path]
+
+DEAD = (1, 4, 5, 9, 12, 15)
+"""Codes of the tiny model that lie far from every latent."""
+
+
+def _pictures(seed: int, count: int, side: int = 16) -> list[bytes]:
+    """PNGs of smooth colour gradients: 4x4 random colours, enlarged."""
+    rng = np.random.default_rng(seed)
+    pictures = []
+    for coarse in rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8):
+        file = io.BytesIO()
+        Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(file, "PNG")
+        pictures.append(file.getvalue())
+    return pictures
+
+
+@pytest.fixture(scope="session")
+def images_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 images of 16x16 in two subfolders; by name 4 are test and 6 validation."""
+    folder = tmp_path_factory.mktemp("images")
+    for i, picture in enumerate(_pictures(0, 60)):
+        path = folder / "ab"[i % 2] / f"{i:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(picture)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def held_out_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 other images of 16x16."""
+    folder = tmp_path_factory.mktemp("held_out")
+    for i, picture in enumerate(_pictures(1, 12)):
+        (folder / f"{i:03d}.png").write_bytes(picture)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images_tar(images_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of `images_folder` under the same names, as an uncompressed tar."""
+    path = tmp_path_factory.mktemp("shards") / "images.tar"
+    with tarfile.open(path, "w") as archive:
+        for file in sorted(images_folder.rglob("*.png")):
+            archive.add(file, file.relative_to(images_folder).as_posix())
+    return path
+
+
+@pytest.fixture(scope="session")
+def image_tensor(images_folder: Path) -> Tensor:
+    """(60, 3, 16, 16) float32 in [0, 1]: the images of `images_folder` in order of name, read without the package."""
+    files = sorted(images_folder.rglob("*.png"), key=lambda file: file.relative_to(images_folder).as_posix())
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files]).transpose(0, 3, 1, 2)
+    return torch.from_numpy(pixels.astype(np.float32)) / 255
+
+
+@pytest.fixture(scope="session")
+def variants(image_tensor: Tensor) -> dict[str, State]:
+    """One tiny model, input [-1, 1], as different people save it, by name of the variant."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = make(codebook_size=16, hidden=8, residual=4, dim=4).eval()
+    with torch.no_grad():
+        latents = network.encode(image_tensor * 2 - 1).movedim(1, -1).flatten(0, -2)
+    alive = [i for i in range(16) if i not in DEAD]
+    chosen = [0]
+    while len(chosen) < len(alive):  # farthest-point seeds, so that each code in use has latents of its own
+        chosen.append(int(torch.cdist(latents, latents[chosen]).min(1).values.argmax()))
+    codes = torch.full((16, 4), 50.0) + torch.arange(16)[:, None]
+    codes[alive] = latents[chosen]
+    plain = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()} | {CODEBOOK: codes}
+
+    weights = [name for name, tensor in plain.items() if tensor.ndim == 4]
+    lengths = {name: plain[name].flatten(1).norm(dim=1).reshape(-1, 1, 1, 1) for name in weights}
+    directions = {name: plain[name] * torch.linspace(0.5, 2, len(plain[name])).reshape(-1, 1, 1, 1) for name in weights}
+    others = {name: tensor for name, tensor in plain.items() if name not in weights}
+    older = {f"{name}_g": lengths[name] for name in weights} | {f"{name}_v": directions[name] for name in weights}
+    stem = {name: name.removesuffix("weight") + "parametrizations.weight.original" for name in weights}
+    newer = {f"{stem[n]}0": lengths[n] for n in weights} | {f"{stem[n]}1": directions[n] for n in weights}
+    counts = torch.arange(16, dtype=torch.float32)
+    ema = {"_vq_vae._ema_cluster_size": counts, "_vq_vae._ema_w": codes * counts[:, None]}
+    return {
+        "plain": plain,
+        "ema": plain | ema,
+        "weight_norm_older": others | older,
+        "weight_norm_newer": others | newer,
+        "module_prefix": {f"module.{name}": tensor for name, tensor in (plain | ema).items()},
+        "tied": {name: plain[name.replace("_layers.1", "_layers.0")].clone() for name in plain},
+        "extra": plain | {"teacher.head.weight": torch.linspace(0, 1, 35).reshape(5, 7), "step": torch.tensor(1234)},
+        "float16": {name: tensor.half() for name, tensor in (plain | ema).items()},
+        "bfloat16": {name: tensor.bfloat16() for name, tensor in (plain | ema).items()},
+        "float64": {name: tensor.double() + 1e-12 for name, tensor in plain.items()},
+    }
+
+
+@pytest.fixture
+def write_model(tmp_path: Path, variants: dict[str, State]) -> WriteModel:
+    """write_model(variant="plain", name="tiny", state=None): a checkpoint under tmp_path, as safetensors saves it."""
+
+    def write(variant: str = "plain", name: str = "tiny", state: State | None = None) -> Path:
+        path = tmp_path / f"{name}.safetensors"
+        save_file(variants[variant] if state is None else state, path, {"format": "pt", "note": "by others"})
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tiny(write_model: WriteModel) -> Path:
+    """The plain tiny model, alone in tmp_path."""
+    return write_model()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of the command line left: its exit code and both outputs."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+@pytest.fixture
+def codebook() -> Callable[..., Outcome]:
+    """codebook("measure", path, "--json"): the command, run in this process."""
+    from codebook_cli.app import app
+
+    def run(*arguments: object) -> Outcome:
+        found = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return Outcome(found.exit_code, found.stdout, found.stderr)
+
+    return run
