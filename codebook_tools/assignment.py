@@ -12,7 +12,7 @@ _TILE_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
 
 
 def unit(rows: Tensor) -> Tensor:
-    """rows (n, dim) at Euclidean length 1, as models do it: rows shorter than 1e-12 stay shorter than 1, zeros zeros."""
+    """rows (n, dim) at Euclidean length 1; those shorter than 1e-12 stay shorter, as they do in models; zeros stay."""
     return torch.nn.functional.normalize(rows, dim=-1)
 
 
@@ -54,7 +54,8 @@ def nearest(latents: Tensor, codebook: Codebook) -> Tensor:
             continue
         best, index = scores.topk(2, dim=1, largest=False)
         index = index[:, 0]
-        gap, slack = best[:, 1] - best[:, 0], terms * (single.eps * longest * (tile.norm(dim=1) + longest) + single.tiny)
+        gap = best[:, 1] - best[:, 0]
+        slack = terms * (single.eps * longest * (tile.norm(dim=1) + longest) + single.tiny)
         unsure = ~((gap > slack) & gap.isfinite())  # scores that overflow have no gap, or an infinite one
         if bool(unsure.any()):
             index[unsure] = _nearest_exact(tile[unsure], codes, squares)

@@ -15,7 +15,7 @@ from codebook_tools.assignment import unit
 from codebook_tools.codebook import Emit
 from codebook_tools.errors import CodebookError
 from codebook_tools.images import Images
-from codebook_tools.measure import Measurement, measure
+from codebook_tools.measure import Measurement, NotFiniteError, measure
 from codebook_tools.models.model import Model
 from codebook_tools.watch import Watch
 
@@ -45,10 +45,8 @@ class Recipe:
                 raise CodebookError(f"{name}={getattr(self, name)} is below {least}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise CodebookError(f"lr={self.lr} is no learning rate; try --lr 0.001")
-        if self.steps and self.train == "none" and self.codebook_update != "ema":
-            raise CodebookError(
-                f"train=none with codebook_update={self.codebook_update} leaves nothing to train; use --steps 0"
-            )
+        if self.steps and self.train == "none" and self.codebook_update == "frozen":
+            raise CodebookError("train=none with codebook_update=frozen leaves nothing to train; use --steps 0")
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class State:
 @dataclass(frozen=True, eq=False)
 class FineTuned:
     """start: before the first step. best: the lowest validation error after it. trained: file keys of the parameters
-    that took part, and groups: which networks they are. diverged: the step at which the loss was no longer finite."""
+    that took part, and groups: which networks they are. diverged: the step whose loss, or network, was not finite."""
 
     start: State
     best: State
@@ -101,11 +99,11 @@ def finetune(
     Leonard and Courville 2013).
     """
     random = torch.Generator().manual_seed(seed)
-    first, _ = train.load(train.items[: recipe.batch_size])
+    first, pixels = train.load(train.items[: recipe.batch_size])
     if not first:
         raise CodebookError("none of the first training images can be read")
     groups = {"all": ("encoder", "decoder"), "decoder": ("decoder",), "none": ()}[recipe.train]
-    names = _trained_names(model, train, groups)
+    names = _trained_names(model, pixels[:1], groups)
     if recipe.train != "none" and not names:
         raise CodebookError(
             f"train={recipe.train}: no gradient reaches the network's parameters through encode or decode"
@@ -113,7 +111,9 @@ def finetune(
     parameters: list[Tensor] = list(_set_trainable(model, names))
     image_scale, latent_scale = _scales(model, train)
     quantiser = _Quantiser(model, recipe, counts, random)
-    weight = dict(model.network.named_parameters())[model.name] if recipe.codebook_update == "gradient" else None
+    weight = dict(model.network.named_parameters()).get(model.name) if recipe.codebook_update == "gradient" else None
+    if weight is None and recipe.codebook_update == "gradient":
+        raise CodebookError(f"{model.found.key} is a buffer of its network: no gradient; use --codebook-update ema")
     if weight is not None:
         parameters.append(weight.requires_grad_(True))
     optimiser = torch.optim.Adam(parameters, lr=recipe.lr) if parameters else None
@@ -158,16 +158,20 @@ def finetune(
         watch.progress("fine-tune", step, recipe.steps, loss=value, used=quantiser.in_use)
         if step in looks:
             model.network.eval()
-            state = look(step, value)
+            try:
+                state = look(step, value)
+            except NotFiniteError:
+                diverged = step
+                break
             _training_mode(model.network)
             if best is None or state.validation_mse < best.validation_mse:
                 best = state
     model.network.eval().requires_grad_(False)
     if best is None:
         start.restore(model)
-        raise CodebookError(f"fine-tuning diverged at step {diverged}: the loss is not finite; try a lower --lr")
+        raise CodebookError(f"fine-tuning diverged at step {diverged}: its numbers are not finite; try a lower --lr")
     best.restore(model)
-    keys = sorted({model.keys[name] for name in _with_buffers(model.network, names)})
+    keys = sorted({model.keys[name] for name in _written_names(model.network, names)})
     return FineTuned(start, best, tuple(trace), tuple(keys), groups, diverged)
 
 
@@ -230,7 +234,7 @@ def _looks(steps: int) -> set[int]:
 
 def _rate(step: int, steps: int) -> float:
     """Share of the learning rate at a step: linear warm-up, then cosine decay to FLOOR."""
-    warm_up = min(WARM_UP, max(1, steps // 10))
+    warm_up = min(WARM_UP, max(1, steps // 2))
     if step < warm_up:
         return (step + 1) / warm_up
     progress = (step - warm_up) / max(1, steps - warm_up)
@@ -263,12 +267,12 @@ def _variance(rows: Tensor) -> Tensor:
     return rows.double().var(0, correction=0).mean().clamp(min=1e-12)
 
 
-def _trained_names(model: Model, images: Images, groups: tuple[str, ...]) -> set[str]:
-    """Names of the parameters that belong to the groups: those that a gradient through encode or decode reaches.
+def _trained_names(model: Model, pixels: Tensor, groups: tuple[str, ...]) -> set[str]:
+    """Names of the parameters that belong to the groups: those that a gradient through encode or decode of images
+    reaches.
 
     What both reach stays with the encoder: training the decoder alone must not move the latents.
     """
-    _, pixels = images.load(images.items[:1])
     parameters = {n: p for n, p in model.network.named_parameters() if n != model.name and p.is_floating_point()}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -278,8 +282,11 @@ def _trained_names(model: Model, images: Images, groups: tuple[str, ...]) -> set
     return (encoder if "encoder" in groups else set()) | (decoder if "decoder" in groups else set())
 
 
-def _with_buffers(network: nn.Module, names: set[str]) -> set[str]:
-    """The names, and those of the buffers beside them: a batch norm's running statistics train along."""
+def _written_names(network: nn.Module, names: set[str]) -> set[str]:
+    """The names, all others of the same parameters (a layer used many times), and those of the buffers beside them:
+    a batch norm's running statistics train along."""
+    chosen = {id(parameter) for name, parameter in network.named_parameters() if name in names}
+    names = {name for name, parameter in network.named_parameters(remove_duplicate=False) if id(parameter) in chosen}
     owners = {name.rpartition(".")[0] for name in names}
     buffers = {name for name, _ in network.named_buffers() if name.rpartition(".")[0] in owners}
     return names | (buffers & network.state_dict().keys())

@@ -6,6 +6,8 @@ import hashlib
 import io
 import re
 import tarfile
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,28 +59,37 @@ class Item:
 def find_images(paths: Sequence[str | Path]) -> list[Item]:
     """Every image under the paths, in order of name: folders of any depth, .tar shards, .npy and .npz files.
 
-    A {0000..0009} in a path stands for that range. Names that several paths share get the path's own name in front.
-    Raises CodebookError where a path is missing, of no known kind, or holds no image.
+    A {0000..0009} in a path stands for that range. Names that several paths share get the path's own name in front,
+    or all of the path where that is shared too; they keep their place in the splits. Raises CodebookError where a path
+    is missing, of no known kind, holds no image, or is given twice.
     """
     groups = [(path, _items(path)) for given in paths for path in _braces(str(given))]
     for path, items in groups:
         if not items:
             raise CodebookError(f"no images in {path}: expected files ending in {', '.join(SUFFIXES)}")
     shared = Counter(item.name for _, items in groups for item in items)
-    named = [
-        replace(item, name=f"{path.name}/{item.name}") if shared[item.name] > 1 else item
-        for path, items in groups
-        for item in items
-    ]
-    return sorted(named, key=lambda item: item.name)
+    fronts = Counter(path.name for path, _ in groups)
+    named = {}
+    for path, items in groups:
+        front = path.name if fronts[path.name] == 1 else path.as_posix()
+        for item in items:
+            if shared[item.name] > 1:
+                item = replace(item, name=f"{front}/{item.name}", group=item.name)
+            if item.name in named:
+                raise CodebookError(f"{item.name} stands twice in the data; give each path once")
+            named[item.name] = item
+    return [named[name] for name in sorted(named)]
 
 
 def _braces(given: str) -> list[Path]:
     match = re.search(r"\{(\d+)\.\.(\d+)\}", given)
     if match is None:
         return [Path(given)]
-    first, last = match.groups()
-    numbers = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+    ends = match.groups()
+    low, high = sorted(map(int, ends))
+    padded = any(end != "0" and end.startswith("0") for end in ends)  # as a shell pads: {8..11}, but {08..11}
+    width = max(map(len, ends)) if padded else 1
+    numbers = [f"{n:0{width}d}" for n in range(low, high + 1)]
     return [path for n in numbers for path in _braces(given[: match.start()] + n + given[match.end() :])]
 
 
@@ -106,9 +117,10 @@ def _tar_items(path: Path) -> list[Item]:
             members = [m for m in archive if m.isfile() and m.name.lower().endswith(SUFFIXES)]
     except (tarfile.TarError, EOFError) as error:
         raise CodebookError(f"{path} is not a readable, uncompressed tar: {error}") from error
+    latest = {m.name.removeprefix("./"): m for m in members}  # a tar may hold a name again: the last one counts
     return [
-        Item(m.name.removeprefix("./"), m.size, partial(_read_range, path, m.offset_data, m.size), _decode_picture)
-        for m in members
+        Item(name, m.size, partial(_read_range, path, m.offset_data, m.size), _decode_picture)
+        for name, m in latest.items()
     ]
 
 
@@ -122,7 +134,7 @@ def _array_items(path: Path) -> list[Item]:
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         arrays = [(path.name, loaded)] if isinstance(loaded, np.ndarray) else [(path.name, loaded[k]) for k in loaded]
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CodebookError(f"{path} is not a readable array file: {error}") from error
     if len(arrays) > 1:
         raise CodebookError(f"{path} holds {len(arrays)} arrays; give a .npz with one array of images, or a .npy")
@@ -165,7 +177,12 @@ def _decode_picture(data: bytes, channels: int) -> NDArray[np.uint8]:
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(data)) as picture:
-        return _channels_first(ImageOps.exif_transpose(picture), channels)
+        upright = ImageOps.exif_transpose(picture)
+        if upright.mode.startswith("I;16"):  # Pillow clips 16 bits to 8 instead of scaling them
+            return _channels_first(Image.fromarray(np.round(np.asarray(upright) / 257).astype(np.uint8)), channels)
+        if upright.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {upright.mode} have no fixed range; save them with 8 or 16 bits")
+        return _channels_first(upright, channels)
 
 
 def _channels_first(picture: object, channels: int) -> NDArray[np.uint8]:
@@ -258,7 +275,7 @@ def limited(items: list[Item], limit: int | None, seed: int) -> list[Item]:
     """At most `limit` items, those whose seeded hash is smallest, in order of name."""
     if limit is None or len(items) <= limit:
         return items
-    salt = seed.to_bytes(8, "big", signed=True)
+    salt = (seed % 2**64).to_bytes(8, "big")
     return sorted(
         sorted(items, key=lambda item: hashlib.sha256(salt + item.digest).digest())[:limit], key=lambda item: item.name
     )
@@ -319,7 +336,7 @@ class Images:
             if not self.skip_bad:
                 raise CodebookError(f"cannot read image {item.name}: {error}; --skip-bad goes on without it") from error
             self.bad.append(item.name)
-            if len(self.bad) >= len(self.items):
+            if len(self.bad) >= len(self.items) and {item.name for item in self.items} <= set(self.bad):
                 raise CodebookError(
                     f"none of the {len(self.items)} images can be read, the last one {item.name}"
                 ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ Init = Literal["kmeans++", "afkmc2", "random"]
 _GROWTH = 4  # each sample is so many times the one before
 _POINTS_PER_CENTROID = 64  # in the first sample: enough for seeds, few enough to be quick
 _BLOCK = 10  # iterations between two reports of progress
-_FLAT = 1e-4  # converged when a block of iterations lowers the inertia by less than this share
+_FLAT = 1e-3  # converged when a block of iterations lowers the inertia by less than this share; seeds differ by 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,19 +89,39 @@ def _lloyd(
     data: NDArray[np.float32], centroids: NDArray[np.float32], iterations: int, watch: Watch
 ) -> tuple[NDArray[np.float32], float, int, bool]:
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
     done, inertia, converged = 0, np.inf, False
     while done < iterations and not converged:
         block = min(_BLOCK, iterations - done)
-        # tol=0: scikit-learn stops early only when no label changes. It re-seeds empty clusters itself.
+        # tol=0: scikit-learn stops early only when no label changes.
         model = KMeans(len(centroids), init=centroids, n_init=1, max_iter=block, tol=0, algorithm="lloyd")
-        with _repeatable():
+        with _repeatable(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # of a head whose points repeat: all have enough
             fit = model.fit(data)
         centroids, done = fit.cluster_centers_, done + fit.n_iter_
-        converged = fit.n_iter_ < block or inertia - fit.inertia_ <= _FLAT * fit.inertia_
-        inertia = float(fit.inertia_)
+        left = _fill_empty(centroids, data, fit.labels_)
+        flat = inertia - fit.inertia_ <= _FLAT * fit.inertia_
+        converged = flat or (fit.n_iter_ < block and left is None)
+        inertia = float(fit.inertia_) if left is None else left
         watch.progress(f"k-means on {len(data):,} latents", done, None, inertia=inertia / len(data))
     return centroids, inertia, done, converged
+
+
+def _fill_empty(centroids: NDArray[np.float32], data: NDArray[np.float32], labels: NDArray[np.int32]) -> float | None:
+    """Move clusters without points, in place, each to the point with the largest error by then; None if there are none.
+
+    scikit-learn moves all of them at once, to repeats of one point where that has the largest errors, and may stop so.
+    Returns the inertia that is left.
+    """
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(centroids)) == 0)
+    if not len(empty):
+        return None
+    errors = ((data - centroids[labels]) ** 2).sum(1)
+    for code in empty:
+        centroids[code] = data[errors.argmax()]
+        errors = np.minimum(errors, ((data - centroids[code]) ** 2).sum(1))
+    return float(errors.sum(dtype=np.float64))
 
 
 @contextmanager
@@ -109,7 +130,7 @@ def _repeatable() -> Iterator[None]:
 
     a + b is b + a, but the sum of three or more would round differently from run to run.
     """
-    from threadpoolctl import threadpool_info, threadpool_limits
+    from threadpoolctl import threadpool_info, threadpool_limits  # type: ignore[import-untyped]
 
     threads = [library["num_threads"] for library in threadpool_info() if library["user_api"] == "openmp"]
     with threadpool_limits(min([2, *threads]), user_api="openmp"):
@@ -138,6 +159,8 @@ def afkmc2(data: NDArray[np.float32], k: int, rng: np.random.Generator, chain: i
     Each seed is the end of a chain of `chain` proposals, drawn half by squared distance to the first seed, half alike.
     Source: Bachem, Lucic, Hassani and Krause 2016, "Fast and Provably Good Seedings for k-Means", algorithm 1.
     """
+    from scipy.spatial.distance import cdist
+
     seeds: NDArray[np.float32] = data[rng.integers(len(data))][None]
     proposal = ((data - seeds[0]) ** 2).sum(1, dtype=np.float64)
     spread = proposal.sum()
@@ -145,7 +168,7 @@ def afkmc2(data: NDArray[np.float32], k: int, rng: np.random.Generator, chain: i
     proposal /= proposal.sum()
     for _ in range(k - 1):
         candidates = rng.choice(len(data), chain, p=proposal)
-        nearest = ((data[candidates, None] - seeds) ** 2).sum(2, dtype=np.float64).min(1)
+        nearest = cdist(data[candidates], seeds, "sqeuclidean").min(1)
         draws = rng.random(chain)
         at = 0
         for step in range(1, chain):

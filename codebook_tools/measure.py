@@ -18,6 +18,10 @@ RANGE_IMAGES = 64
 """Images that the input range is found out with."""
 
 
+class NotFiniteError(CodebookError):
+    """What a network returns holds a NaN or an infinity."""
+
+
 @dataclass(frozen=True)
 class CodebookUse:
     """How one codebook is used. latents: assigned. used_10: codes with 10 hits or more. bits: log2 of the perplexity.
@@ -56,18 +60,18 @@ class Measurement:
 def reconstruct(model: Model, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """images (n, channels, height, width) in [0, 1] -> reconstructions clamped to it, latents (n, dim, *grid), codes.
 
-    Raises CodebookError where the network's output is not finite, or not of the images' shape.
+    Raises NotFiniteError where the network's output is not finite, CodebookError where it is not of the images' shape.
     """
     with torch.no_grad():
         latents = model.encode(images)
         if not bool(torch.isfinite(latents).all()):
-            raise CodebookError("the encoder's latents are not finite")
+            raise NotFiniteError("the encoder's latents are not finite")
         codes = model.assign(latents)
         shown = model.decode(model.embed(codes)).clamp(0, 1)
     if shown.shape != images.shape:
         raise CodebookError(f"decode returns {tuple(shown.shape[1:])} for images of {tuple(images.shape[1:])}")
     if not bool(torch.isfinite(shown).all()):
-        raise CodebookError("the decoder's reconstructions are not finite")
+        raise NotFiniteError("the decoder's reconstructions are not finite")
     return shown, latents, codes
 
 

@@ -47,7 +47,7 @@ def top_share(counts: Tensor) -> float:
 
 def psnr(mse: float) -> float:
     """Peak signal-to-noise ratio in dB of images in [0, 1]: infinite when there is no error."""
-    return -10 * math.log10(mse) if mse > 0 else math.inf
+    return math.inf if mse == 0 else -10 * math.log10(mse)
 
 
 def ssim(images: Tensor, others: Tensor) -> Tensor | None:

@@ -49,6 +49,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CodebookError(f"{name.replace('_', '-')}={value} is below 1")
+        if not 0 <= self.seed < 2**63:
+            raise CodebookError(f"seed={self.seed} is not within 0 and {2**63 - 1}")
 
     @property
     def source(self) -> Path:

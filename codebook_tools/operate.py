@@ -77,6 +77,9 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     check_writable(request.output or _default_output(request, command, 0), request.force)
     opened = open_request(request, watch)
     model = opened.model
+    asked = _asked_size(strategy, model.found.size)
+    if asked:
+        check_writable(request.output or _default_output(request, command, asked), request.force)
     if recipe.steps and not (opened.splits.train and opened.splits.validation):
         count = len(opened.calibration)
         raise CodebookError(
@@ -169,12 +172,12 @@ def plan(command: str, request: Request, strategy: Strategy | None, recipe: Reci
     """Look at what `operate` would look at first, time one batch, and write nothing."""
     opened = open_request(request, watch)
     model, old = opened.model, opened.model.found.size
-    asked: int | None = getattr(strategy, "k", None) or getattr(strategy, "keep", None)
-    size = old if strategy is None else asked
+    size = _asked_size(strategy, old)
     output = request.output or (_default_output(request, command, size) if size else None)
     if output is not None:
         check_writable(output, request.force)
-    row = model.found.dim * model.checkpoint.tensor(model.found.key).element_size()
+    follows = [model.checkpoint.entries[key] for key in (model.found.key, *model.found.companions)]
+    row = sum(entry.end - entry.start for entry in follows) // old
     nbytes = request.source.stat().st_size
     few = opened.calibration.items[: request.batch_size]
     timed = Watch()
@@ -200,6 +203,12 @@ def plan(command: str, request: Request, strategy: Strategy | None, recipe: Reci
         bytes={"before": nbytes, "after": nbytes - (old - size) * row if size else nbytes},
         seconds={"estimate": seconds},
     )
+
+
+def _asked_size(strategy: Strategy | None, old: int) -> int | None:
+    """Codes that there will be, where that is known before anything is counted."""
+    asked: int | None = getattr(strategy, "k", None) or getattr(strategy, "keep", None)
+    return asked if strategy else old
 
 
 def _default_output(request: Request, command: str, size: int) -> Path:

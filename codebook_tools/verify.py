@@ -97,7 +97,7 @@ def _tensors(written: Checkpoint, original: Checkpoint, found: FoundCodebook) ->
             yield Difference(key, f"shape {after.shape} instead of {before.shape}")
         elif key not in may_differ and not _same_bytes(written, original, key):
             yield Difference(key, "changed, though nothing says that it was trained")
-        elif "F" in before.dtype and not bool(torch.isfinite(written.tensor(key).float()).all()):
+        elif key in may_differ and "F" in before.dtype and not bool(torch.isfinite(written.tensor(key).float()).all()):
             yield Difference(key, "not finite")
 
 
@@ -124,8 +124,7 @@ def _maps(written: Checkpoint, original: Checkpoint, maps: Checkpoint, found: Fo
     if shape != wanted:
         yield Difference(found.key, f"shape {shape}, of which only axis {found.axis} may differ from the original's")
         return
-    for key in (*found.companions, *flags(found.key, original.entries)):
-        yield from _companion(written, original, found, key, size)
+    yield from _companions(written, original, found, size)
     if set(maps.entries) != set(names) or any(maps.entries[n].dtype != "I64" for n in names):
         yield Difference(names[0], f"{maps.path.name} does not hold {names[0]} and {names[1]}, both int64")
         return
@@ -140,36 +139,33 @@ def _maps(written: Checkpoint, original: Checkpoint, maps: Checkpoint, found: Fo
     kept = index_map != REMOVED
     if not torch.equal(index_map[kept], nearest[kept]):
         yield Difference(names[1], "a code that kept its identity is not its own nearest")
-    if written.metadata.get(PREFIX + "command") == "prune" and written.metadata.get(PREFIX + "kept") == "surgery":
+    done = tuple(written.metadata.get(PREFIX + name) for name in ("command", "kept"))
+    if done in {("prune", "surgery"), ("finetune", "before")}:
         old = rows_of(original.tensor(found.key), found)
         new = rows_of(written.tensor(found.key), replace(found, size=size))
         if int(kept.sum()) != size or not torch.equal(new[index_map[kept]], old[kept]):
             yield Difference(found.key, "the codes are not the original's that the index map says were kept")
 
 
-def _companion(
-    written: Checkpoint, original: Checkpoint, found: FoundCodebook, key: str, size: int
-) -> Iterator[Difference]:
-    if key not in written.entries:
-        return
-    before, after = original.entries[key].shape, written.entries[key].shape
-    if [n for n in before if n != found.size] != [n for n in after if n != size] or len(before) != len(after):
-        yield Difference(key, f"shape {after} does not follow {size} codes")
-        return
-    book = replace(found, size=size)
-    stored = {name: written.tensor(name) for name in (*found.companions, *flags(found.key, written.entries))}
-    weights = _weights(stored, found, size)
-    if weights is not None:
-        meant = companion_values(book, stored, rows_of(written.tensor(found.key), book), weights)[key]
-        if meant.dtype.is_floating_point and not torch.allclose(
-            meant.float(), stored[key].float(), rtol=1e-2, atol=1e-6
-        ):
+def _companions(written: Checkpoint, original: Checkpoint, found: FoundCodebook, size: int) -> Iterator[Difference]:
+    """What lies beside the codebook belongs to its codes; a tensor that is missing was told of already."""
+    flag_keys = flags(found.key, original.entries)
+    before = {key: original.tensor(key) for key in (*found.companions, *flag_keys)}
+    after = {key: written.tensor(key) for key in before if key in written.entries}
+    weights = _weights(after, size)
+    codes = rows_of(written.tensor(found.key), replace(found, size=size))
+    meant = companion_values(found, before, codes, torch.ones(size) if weights is None else weights)
+    for key, tensor in after.items():
+        if tensor.shape != meant[key].shape:
+            yield Difference(key, f"shape {tuple(tensor.shape)} does not follow {size} codes")
+        elif key in flag_keys:
+            if not torch.equal(tensor, meant[key]):
+                yield Difference(key, "says that the codebook is not initialised")
+        elif weights is not None and not torch.allclose(meant[key].double(), tensor.double(), rtol=1e-2, atol=1e-6):
             yield Difference(key, "does not belong to the codes: training would move them at the first step")
-        elif meant.dtype == torch.bool and not torch.equal(meant, stored[key]):
-            yield Difference(key, "says that the codebook is not initialised")
 
 
-def _weights(stored: dict[str, Tensor], found: FoundCodebook, size: int) -> Tensor | None:
+def _weights(stored: dict[str, Tensor], size: int) -> Tensor | None:
     """The running counts beside the codebook, where there are some: they are the companions' only free numbers."""
     vectors = [t for key, t in stored.items() if "size" in key or "usage" in key or "count" in key]
     return next((tensor.reshape(-1) for tensor in vectors if tensor.numel() == size), None)

@@ -1,14 +1,17 @@
-"""Tiny models and data: a VQ-VAE of the zalando layout with dead codes, its variants as others save it, small images."""
+"""Tiny models and data: a VQ-VAE of the zalando layout with dead codes, its variants, and small images."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, by torch and scikit-learn: threads only slow tiny work down
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from codebook_tools.images import Images, array_items
 from codebook_tools.models.zalando import CODEBOOK, make
 
 State = dict[str, Tensor]
@@ -156,3 +160,65 @@ def codebook() -> Callable[..., Outcome]:
         return Outcome(found.exit_code, found.stdout, found.stderr)
 
     return run
+
+
+GREY = '''
+from torch import Tensor, nn
+
+
+class Grey(nn.Module):
+    """A pixel x of a grey image has the latent (x, 0), and a code is shown as its first number."""
+
+    def __init__(self, codebook_size: int) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(1, 2, 1, bias=False)
+        self.quantizer = nn.Module()
+        self.quantizer.codebook = nn.Embedding(codebook_size, 2)
+        self.decoder = nn.Conv2d(2, 1, 1, bias=False)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.encoder(images)
+
+    def decode(self, quantised: Tensor) -> Tensor:
+        return self.decoder(quantised)
+
+
+def make(codebook_size: int) -> Grey:
+    return Grey(codebook_size)
+'''
+
+
+@dataclass(frozen=True)
+class Grey:
+    """A checkpoint of the network GREY, whose numbers can be worked by hand, and the --network that goes with it."""
+
+    path: Path
+    network: str
+
+
+@pytest.fixture
+def grey(tmp_path: Path) -> Callable[..., Grey]:
+    """grey([0.0, 0.5, 1.0]): codes (0, 0), (0.5, 0), (1, 0). dtype: of all tensors. more: other tensors."""
+
+    def write(firsts: list[float], dtype: torch.dtype = torch.float32, more: State | None = None) -> Grey:
+        (tmp_path / "grey.py").write_text(GREY)
+        state = {
+            "encoder.weight": torch.tensor([1.0, 0.0]).reshape(2, 1, 1, 1),
+            "decoder.weight": torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1),
+            "quantizer.codebook.weight": torch.tensor([[first, 0.0] for first in firsts]),
+        }
+        state = {name: tensor.to(dtype) for name, tensor in state.items()} | (more or {})
+        save_file(state, tmp_path / "grey.safetensors", {"format": "pt"})
+        return Grey(tmp_path / "grey.safetensors", f"{tmp_path / 'grey.py'}:make")
+
+    return write
+
+
+@pytest.fixture
+def grey_images() -> Callable[..., Images]:
+    """grey_images([[0.2, 0.4], [0.6, 0.8]], ...): one image for each list of rows, as .npy files give them."""
+
+    def make_images(*rows: list[list[float]]) -> Images:
+        return Images(array_items("grey.npy", np.array(rows, dtype=np.float32)), channels=1)
+
+    return make_images

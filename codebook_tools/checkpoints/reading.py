@@ -85,20 +85,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Open a safetensors file and read its header. Raises CodebookError with what the file is, where it is none."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.exists():
-        raise CodebookError(f"no such file: {path}")
-    if path.is_dir():
-        raise CodebookError(f"{path} is a directory; give the .safetensors file inside it")
     try:
+        if path.is_dir():
+            raise CodebookError(f"{path} is a directory; give the .safetensors file inside it")
         with path.open("rb") as file:
             head = file.read(8)
             with safe_open(path, framework="pt"):  # the library's own checks of offsets, overlaps and dtypes
                 pass
             length = int.from_bytes(head, "little")
             header = json.loads(file.read(length))
-    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+    except FileNotFoundError as error:
+        raise CodebookError(f"no such file: {path}") from error
+    except OSError as error:
+        raise CodebookError(f"cannot read {path}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise CodebookError(f"{path} is not a sound safetensors file: {_what_it_is(path, error)}") from error
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     entries = {
         key: Entry(value["dtype"], tuple(value["shape"]), *(8 + length + offset for offset in value["data_offsets"]))
         for key, value in header.items()

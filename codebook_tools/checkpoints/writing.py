@@ -8,12 +8,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint, torch_dtype
+from codebook_tools.checkpoints.reading import Checkpoint, file_sha256, read_checkpoint, torch_dtype
 from codebook_tools.errors import CodebookError, VerificationError
 
 PREFIX = "codebook_tools."
@@ -29,17 +30,21 @@ def partial_path(path: Path) -> Path:
 
 
 def check_writable(path: Path, force: bool) -> None:
-    """Raise CodebookError now, not after hours of work, where `path` cannot be written or exists without `force`."""
-    if path.is_dir():
-        raise CodebookError(f"{path} is a directory; name a file with --output")
-    if path.exists() and not force:
-        raise CodebookError(f"{path} exists; --force replaces it, --output writes elsewhere")
-    if not path.parent.is_dir():
-        raise CodebookError(f"no such folder: {path.parent}; make it first, or write elsewhere with --output")
-    probe = partial_path(path)
+    """Raise CodebookError now, not after hours of work, where `path` or its index map cannot be written.
+
+    So it is where one of the two exists and `force` is not given.
+    """
     try:
-        probe.touch()
-        probe.unlink()
+        if path.is_dir():
+            raise CodebookError(f"{path} is a directory; name a file with --output")
+        if not path.parent.is_dir():
+            raise CodebookError(f"no such folder: {path.parent}; make it first, or write elsewhere with --output")
+        for target in (path, index_map_path(path)):
+            if target.exists() and not force:
+                raise CodebookError(f"{target} exists; --force replaces it, --output writes elsewhere")
+            probe = partial_path(target)
+            probe.touch()
+            probe.unlink()
     except OSError as error:
         raise CodebookError(
             f"cannot write in {path.parent}: {error.strerror}; write elsewhere with --output"
@@ -135,29 +140,17 @@ def maps_sha256(maps: Mapping[str, Tensor]) -> str:
 
 def _write_partial(path: Path, header: bytes, parts: Sequence[_Part]) -> str:
     """Write to `.partial`, flush, read back and compare. Returns the SHA-256 of the file."""
-    target = partial_path(path)
-    meant, whole = {}, hashlib.sha256()
+    target, meant = partial_path(path), hashlib.sha256()
     with target.open("wb") as out:
-        for chunk in (len(header).to_bytes(8, "little"), header):
+        for chunk in chain((len(header).to_bytes(8, "little"), header), *(part.source() for part in parts)):
             out.write(chunk)
-            whole.update(chunk)
-        for part in parts:
-            one = hashlib.sha256()
-            for chunk in part.source():
-                out.write(chunk)
-                one.update(chunk)
-                whole.update(chunk)
-            meant[part.key] = one.digest()
+            meant.update(chunk)
         out.flush()
         os.fsync(out.fileno())
-    written = read_checkpoint(target)
-    for key, digest in meant.items():
-        one = hashlib.sha256()
-        for chunk in written.chunks(key):
-            one.update(chunk)
-        if one.digest() != digest:
-            raise VerificationError(f"{path}: {key} read back from disk is not what was written; nothing was kept")
-    return whole.hexdigest()
+    if file_sha256(target) != meant.hexdigest():
+        raise VerificationError(f"{path} read back from disk is not what was written; nothing was kept")
+    read_checkpoint(target)
+    return meant.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -52,9 +53,15 @@ def companion_values(
 ) -> dict[str, Tensor]:
     """New values of every companion and flag of a codebook, by key, in their stored dtypes.
 
-    stored: the old tensors by key. codes: (new size, dim) float32, as stored. counts: (new size,) int64 or float32.
+    stored: the old tensors by key. codes: (new size, dim) float32, as stored. counts: (new size,) int64 or float; a
+    float16 companion cannot hold those of a large data set, so they shrink together until it can.
     """
     weights = counts.float()
+    floats = [stored[key].dtype for key in found.companions if stored[key].is_floating_point()]
+    ceiling = min((torch.finfo(dtype).max for dtype in floats), default=math.inf)
+    most = float((weights * codes.abs().amax(1).clamp(min=1)).max())
+    if most > ceiling:
+        weights = weights * (ceiling / 2 / most)
     values = {}
     for key in found.companions:
         old = stored[key]

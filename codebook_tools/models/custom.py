@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from torch import nn
@@ -25,6 +26,9 @@ def make_network(spec: str, codebook_size: int) -> nn.Module:
     if module_spec is None or module_spec.loader is None:
         raise CodebookError(f"{path} is no Python file; --network takes FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses and pickles look their module up there
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # as for a script: the file may import its neighbours
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:  # the user's code: whatever it raises is theirs to read

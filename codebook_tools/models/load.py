@@ -153,9 +153,9 @@ def _load_weights(network: nn.Module, keys: Mapping[str, str], checkpoint: Check
     if unlike:
         raise CodebookError(f"shapes differ: {_few(unlike)}")
     stored = checkpoint.tensors()
-    for key, tensor in stored.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-            raise CodebookError(f"{key} in {checkpoint.path} is not finite: {_first_bad(tensor)}")
+    for key in wanted:  # what the network does not know is carried over, whatever it holds
+        if stored[key].is_floating_point() and not bool(torch.isfinite(stored[key].float()).all()):
+            raise CodebookError(f"{key} in {checkpoint.path} is not finite: {_first_bad(stored[key])}")
     network.float()
     network.load_state_dict({name: stored[key] for name, key in keys.items()})
     _tie(network, {name: stored[key] for name, key in keys.items()})

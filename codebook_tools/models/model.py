@@ -27,7 +27,6 @@ class Model:
     network: holds the codebook's tensor under the same name as the file. keys: file key by network name.
     found: where the codebook lies. lookup, emit: how it is used. input_range: of the network's images.
     channels: of its images. stride: image sides are multiples of it. carried: file keys the network does not know.
-    tied: groups of network names that are one tensor.
     """
 
     family: str
@@ -77,7 +76,12 @@ class Model:
         return (unit(vectors) if self.emit is Emit.UNIT else vectors)[codes].movedim(-1, 1)
 
     def _call(self, method: str, argument: Tensor) -> object:
-        return getattr(self.network, method)(argument)
+        try:
+            return getattr(self.network, method)(argument)
+        except Exception as error:  # whatever a user's network raises
+            raise CodebookError(
+                f"the network's {method} fails on {tuple(argument.shape)}: {type(error).__name__}: {error}"
+            ) from error
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
@@ -115,7 +119,7 @@ class Model:
         if isinstance(owner, nn.Embedding):
             owner.num_embeddings = codebook.size
         self.found = replace(self.found, size=codebook.size)
-        if not torch.equal(self.codebook.vectors, meant):
+        if _named(self.network, self.name).shape != new.shape or not torch.equal(self.codebook.vectors, meant):
             raise VerificationError(f"{self.found.key} in the running model is not the codebook that was installed")
 
     def set_vectors(self, vectors: Tensor) -> None:
@@ -134,15 +138,17 @@ class Model:
         entries = self.checkpoint.entries
         tensors = {}
         for name, tensor in self.network.state_dict().items():
-            key = self.keys[name]
-            stored = tensor.detach().cpu().to(torch_dtype(entries[key].dtype)).contiguous()
-            if key != self.found.key and not torch.equal(stored, self.checkpoint.tensor(key)):
-                tensors[key] = stored
+            key, running = self.keys[name], tensor.detach().cpu()
+            # In the running dtype: a float64 file does not become another by being loaded.
+            if key != self.found.key and not torch.equal(running, self.checkpoint.tensor(key).to(running.dtype)):
+                tensors[key] = running.to(torch_dtype(entries[key].dtype)).contiguous()
         old = replace(self.found, size=entries[self.found.key].shape[self.found.axis])
         beside = self.checkpoint.tensors()
         codebook_tensor = stored_as(self.codebook.vectors.cpu(), beside[old.key], old.axis)
         tensors |= {old.key: codebook_tensor}
-        tensors |= companion_values(old, beside, rows_of(codebook_tensor, self.found), counts.cpu())
+        # A code without hits counts one: with none, its running sum is 0, and the model's own EMA moves it there.
+        hits = counts.cpu().clamp(min=1)
+        tensors |= companion_values(old, beside, rows_of(codebook_tensor, self.found), hits)
         return tensors
 
     def round_to_stored(self) -> None:

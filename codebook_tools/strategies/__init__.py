@@ -28,7 +28,10 @@ def find_strategy(name: str) -> Callable[..., Strategy]:
     if name in STRATEGIES:
         return STRATEGIES[name]
     if name in added:
-        strategy: Callable[..., Strategy] = added[name].load()
+        try:
+            strategy: Callable[..., Strategy] = added[name].load()
+        except (ImportError, AttributeError) as error:
+            raise CodebookError(f"strategy {name}, installed as {added[name].value}, does not load: {error}") from error
         return strategy
     raise CodebookError(f"no strategy {name!r}; there are {', '.join(sorted({*STRATEGIES, *added}))}")
 

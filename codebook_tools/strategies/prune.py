@@ -35,9 +35,10 @@ class Prune:
         else:
             kept = (counts > self.threshold).nonzero()[:, 0]
         if len(kept) == 0:
+            most = int(counts.max())
+            way_out = f"use --threshold {most - 1} or less" if most else "use --keep, or give more images with --data"
             raise CodebookError(
-                f"threshold={self.threshold} removes every code: the most used one counts {int(counts.max())}; "
-                f"use --threshold {int(counts.max()) - 1} or less"
+                f"threshold={self.threshold} removes every code: the most used one counts {most}; {way_out}"
             )
         index_map = torch.full((codebook.size,), REMOVED)
         index_map[kept] = torch.arange(len(kept))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
 from codebook_tools.errors import CodebookError
-from codebook_tools.kmeans import Init, kmeans
+from codebook_tools.kmeans import Init, count_distinct, kmeans
 from codebook_tools.watch import Watch
 
 
@@ -51,5 +51,6 @@ class Refit:
         missing = self.k - len(used)
         if missing <= 0:
             return used
+        missing = count_distinct(points, enough=missing)  # where they are fewer, k-means says so, with the k asked for
         more = kmeans(points, missing, iterations=1, seed=self.seed, watch=Watch()).centroids
         return torch.cat([used, more])

@@ -1,0 +1,160 @@
+"""The floors of the house: a file imports only from floors below it, and `codebook --help` never waits for torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
+
+FLOORS = (
+    ("errors", "watch", "version"),
+    ("codebook",),
+    ("assignment", "metrics"),
+    ("kmeans", "images", "latents"),
+    ("strategies", "checkpoints"),
+    ("models",),
+    ("measure",),
+    ("finetune", "opening"),
+    ("operate", "inspection", "verify"),
+    ("report",),
+    ("__main__", COMMAND_LINE),
+)
+"""Rooms by floor, the lowest first. A room is a module of codebook_tools or a folder of it; the folder cli/ is one."""
+
+STAIRS = {("latents", "images"), ("__main__", COMMAND_LINE)}
+"""Rooms that may enter their neighbour on the same floor."""
+
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def sources() -> list[tuple[str, Path]]:
+    """(room, file) of every module of the library and of the command line."""
+    library = ROOT / LIBRARY
+    inside = [file for file in library.rglob("*.py") if file != library / "__init__.py"]
+    rooms = [(file.relative_to(library).parts[0].removesuffix(".py"), file) for file in inside]
+    return sorted([*rooms, *((COMMAND_LINE, file) for file in (ROOT / "cli").rglob("*.py"))])
+
+
+def entered(source: str) -> Iterator[str]:
+    """Rooms that a module's imports name, wherever in it they stand; "" is the library's own __init__."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module == LIBRARY:
+            names = [f"{LIBRARY}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+        else:
+            continue
+        for name in names:
+            top, _, rest = name.partition(".")
+            if top == COMMAND_LINE:
+                yield COMMAND_LINE
+            elif top == LIBRARY:
+                yield rest.partition(".")[0]
+
+
+def faults(room: str, source: str) -> list[str]:
+    """What a room enters and must not: what is not below it, unless there are stairs."""
+    wrong = []
+    for other in entered(source):
+        allowed = other == room or (room, other) in STAIRS or FLOOR_OF.get(other, len(FLOORS)) < FLOOR_OF[room]
+        if not allowed:
+            wrong.append(f"{room} (floor {FLOOR_OF[room]}) imports {other or LIBRARY} (floor {FLOOR_OF.get(other)})")
+    return wrong
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {room for room, _ in sources()} == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize(("room", "file"), [pytest.param(*s, id=s[1].relative_to(ROOT).as_posix()) for s in sources()])
+def test_a_module_imports_only_from_floors_below_it(room: str, file: Path) -> None:
+    assert faults(room, file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("metrics", "from codebook_tools.operate import operate"),
+        ("metrics", "from codebook_tools import operate"),
+        ("metrics", "import codebook_tools.operate as o"),
+        ("metrics", "def later():\n    from codebook_tools.models.model import Model"),
+        ("assignment", "from codebook_tools.metrics import usage"),
+        ("images", "from codebook_tools.latents import survey"),
+        ("report", "from codebook_cli.app import app"),
+        ("operate", "from codebook_tools.report.tables import result_table"),
+        ("metrics", "from codebook_tools.unheard_of import x"),
+    ],
+)
+def test_the_walk_sees_an_upward_import(room: str, source: str) -> None:
+    assert len(faults(room, source)) == 1
+
+
+def test_relative_imports_stay_within_their_folder() -> None:
+    climbing = [
+        file.name
+        for _, file in sources()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level > 1
+    ]
+    assert climbing == []
+
+
+def executed_imports(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Imports that run when the module is imported: not those in functions, nor those for type checkers alone."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            yield from executed_imports(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for field in ("body", "orelse", "finalbody", "handlers"):
+                yield from executed_imports(getattr(node, field, []))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "cli").rglob("*.py")), ids=lambda file: file.name)
+def test_the_command_line_imports_the_library_inside_functions_only(file: Path) -> None:
+    at_once = list(executed_imports(ast.parse(file.read_text(encoding="utf-8")).body))
+    names = [name for node in at_once for name in entered(ast.unparse(node))]
+    assert set(names) <= {COMMAND_LINE}
+
+
+def test_the_library_never_prints_and_never_exits() -> None:
+    spoken = [
+        f"{file.name}:{node.lineno} {ast.unparse(node.func)}"
+        for room, file in sources()
+        if room not in (COMMAND_LINE, "__main__")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("print", "exit", "quit", "sys.exit", "os._exit", "sys.stdout.write")
+    ]
+    assert spoken == []
+
+
+def test_help_imports_neither_torch_nor_the_library_nor_any_heavy_package() -> None:
+    program = """
+import sys
+from codebook_cli.app import app
+for arguments in ([], ["--help"], *([name, "--help"] for name in sys.argv[1:])):
+    try:
+        app(arguments)
+    except SystemExit as end:
+        assert end.code in (0, 2), (arguments, end.code)
+heavy = {"torch", "numpy", "scipy", "sklearn", "faiss", "PIL", "safetensors", "torchmetrics", "codebook_tools"}
+print("HEAVY", sorted(heavy & set(sys.modules)))
+"""
+    commands = ["inspect", "measure", "refit", "prune", "finetune", "verify"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *commands], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+    assert done.stdout.count("Usage:") == 2 + len(commands)

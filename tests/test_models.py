@@ -1,0 +1,515 @@
+"""Networks, their codebooks and what must follow them: against independent code, and against numbers worked by hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GREY, Grey, State
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tutorial import Tutorial
+
+from codebook_tools.checkpoints.detect import FoundCodebook
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.writing import tensor_bytes
+from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.errors import CodebookError, VerificationError
+from codebook_tools.models import zalando
+from codebook_tools.models.companions import companion_values, flags, rows_of, stored_as
+from codebook_tools.models.custom import make_network
+from codebook_tools.models.load import choose_codebook, family_of, load_model
+from codebook_tools.models.model import Model
+from codebook_tools.models.zalando import CODEBOOK
+
+WriteModel = Callable[..., Path]
+VARIANTS = ("plain", "ema", "weight_norm_older", "weight_norm_newer", "module_prefix", "tied", "extra")
+
+
+# --- the zalando network -------------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> Model:
+    return load_model(read_checkpoint(path))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_zalando_network_computes_what_the_tutorial_computes(
+    variant: str, write_model: WriteModel, variants: dict[str, State], image_tensor: Tensor
+) -> None:
+    model, theirs = load(write_model(variant)), Tutorial(variants[variant])
+    latents = model.encode(image_tensor)
+    assert latents.shape == (60, 4, 4, 4) and latents.dtype == torch.float32
+    torch.testing.assert_close(latents.double(), theirs.encode(image_tensor * 2 - 1), rtol=1e-5, atol=1e-6)
+    shown = model.decode(latents)
+    torch.testing.assert_close(shown.double(), (theirs.decode(latents) + 1) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_the_skip_path_of_a_residual_block_carries_the_rectified_input(
+    tiny: Path, variants: dict[str, State], image_tensor: Tensor
+) -> None:
+    latents = load(tiny).encode(image_tensor).double()
+    in_place, plain = (Tutorial(variants["plain"], flag).encode(image_tensor * 2 - 1) for flag in (True, False))
+    assert (plain - in_place).abs().max() > 1000 * (latents - in_place).abs().max()
+
+
+def test_the_encoder_leaves_its_input_as_it_was(tiny: Path, image_tensor: Tensor) -> None:
+    model, given_images = load(tiny), image_tensor.clone()
+    latents = model.encode(given_images)
+    before = latents.clone()
+    model.decode(latents)
+    assert torch.equal(given_images, image_tensor) and torch.equal(latents, before)
+
+
+def test_a_fresh_network_has_the_tutorials_names_and_shapes_and_initial_codes() -> None:
+    network = zalando.make()
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    assert shapes == {
+        "_encoder._conv_1.weight": (64, 3, 4, 4), "_encoder._conv_1.bias": (64,),
+        "_encoder._conv_2.weight": (128, 64, 4, 4), "_encoder._conv_2.bias": (128,),
+        "_encoder._conv_3.weight": (128, 128, 3, 3), "_encoder._conv_3.bias": (128,),
+        "_encoder._residual_stack._layers.0._block.1.weight": (32, 128, 3, 3),
+        "_encoder._residual_stack._layers.0._block.3.weight": (128, 32, 1, 1),
+        "_encoder._residual_stack._layers.1._block.1.weight": (32, 128, 3, 3),
+        "_encoder._residual_stack._layers.1._block.3.weight": (128, 32, 1, 1),
+        "_pre_vq_conv.weight": (64, 128, 1, 1), "_pre_vq_conv.bias": (64,),
+        "_vq_vae._embedding.weight": (512, 64),
+        "_decoder._conv_1.weight": (128, 64, 3, 3), "_decoder._conv_1.bias": (128,),
+        "_decoder._residual_stack._layers.0._block.1.weight": (32, 128, 3, 3),
+        "_decoder._residual_stack._layers.0._block.3.weight": (128, 32, 1, 1),
+        "_decoder._residual_stack._layers.1._block.1.weight": (32, 128, 3, 3),
+        "_decoder._residual_stack._layers.1._block.3.weight": (128, 32, 1, 1),
+        "_decoder._conv_trans_1.weight": (128, 64, 4, 4), "_decoder._conv_trans_1.bias": (64,),
+        "_decoder._conv_trans_2.weight": (64, 3, 4, 4), "_decoder._conv_trans_2.bias": (3,),
+    }  # fmt: skip
+    codes = network.state_dict()[CODEBOOK]
+    assert 0.99 / 512 < codes.abs().max() <= 1 / 512
+
+
+def test_a_layout_is_recognised_by_its_shapes_whatever_stands_before_its_names(variants: dict[str, State]) -> None:
+    shapes = {name: {key: tuple(t.shape) for key, t in state.items()} for name, state in variants.items()}
+    prefixes = {name: zalando.prefix_of(its) for name, its in shapes.items()}
+    assert prefixes == dict.fromkeys(variants, "") | {"module_prefix": "module."}
+    other = shapes["plain"] | {"_encoder._conv_3.weight": (8, 8, 5, 5)}
+    assert zalando.prefix_of(other) is None and family_of(other) is None
+    assert zalando.prefix_of({CODEBOOK: (16, 4)}) is None
+    assert family_of(shapes["plain"]) == "zalando"
+
+
+def test_the_network_knows_its_stride_and_channels(tiny: Path, write_model: WriteModel) -> None:
+    model = load(tiny)
+    model.probe(16, 16)
+    assert (model.channels, model.stride) == (3, 4)
+    grey = {name: tensor.detach() for name, tensor in zalando.make(16, 1, 8, 4, 1, 4).state_dict().items()}
+    model = load(write_model(state=grey))
+    model.probe(28, 30)
+    assert (model.channels, model.stride) == (1, 4)
+
+
+# --- what flows through a model ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def line(grey: Callable[..., Grey]) -> Callable[..., Model]:
+    """line([0.0, 1.0]): the model whose latents are the pixels, at input range [0, 1]."""
+
+    def make(*arguments: object, **more: object) -> Model:
+        made = grey(*arguments, **more)
+        model = load_model(read_checkpoint(made.path), network=made.network)
+        model.input_range = (0.0, 1.0)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5), (0.0, 255.0)])
+def test_images_are_mapped_into_the_input_range_and_back(line: Callable[..., Model], low: float, high: float) -> None:
+    model, images = line([0.0, 1.0]), torch.tensor([0.0, 0.25, 1.0]).reshape(1, 1, 1, 3)
+    model.input_range = low, high
+    latents = model.encode(images)
+    expected = torch.tensor([low, low + 0.25 * (high - low), high])
+    torch.testing.assert_close(latents[0, 0, 0], expected)
+    assert not latents[0, 1].any()
+    torch.testing.assert_close(model.decode(latents), images)
+
+
+def test_codes_and_what_the_decoder_gets_keep_the_grid(line: Callable[..., Model]) -> None:
+    model = line([0.0, 0.5, 1.0])
+    latents = model.encode(torch.tensor([[0.1, 0.6, 0.9], [0.2, 0.7, 0.8]]).reshape(1, 1, 2, 3))
+    codes = model.assign(latents)
+    assert codes.tolist() == [[[0, 1, 2], [0, 1, 2]]]
+    embedded = model.embed(codes)
+    assert embedded.shape == (1, 2, 2, 3)
+    assert embedded[0, 0].tolist() == [[0, 0.5, 1], [0, 0.5, 1]] and not embedded[0, 1].any()
+
+
+def test_unit_codes_are_emitted_at_length_one_in_training_too(grey: Callable[..., Grey]) -> None:
+    made = grey([0.5, -3.0])
+    model = load_model(read_checkpoint(made.path), network=made.network, metric="cosine-unit")
+    assert (model.lookup, model.emit) == (Lookup.COSINE, Emit.UNIT)
+    codes = torch.tensor([[[0, 1]]])
+    for embed in (model.embed, model.embed_trained):
+        assert embed(codes)[0, 0, 0].tolist() == [1.0, -1.0]
+
+
+def test_gradients_reach_the_codes_that_are_looked_up(line: Callable[..., Model]) -> None:
+    model = line([0.0, 0.5, 1.0])
+    weight = dict(model.network.named_parameters())[model.name].requires_grad_(True)
+    model.embed_trained(torch.tensor([[[0, 2, 2]]])).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [[1, 1], [0, 0], [2, 2]]
+
+
+# --- installation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 4, 16, 40])
+def test_a_codebook_of_any_size_is_installed_bit_by_bit(tiny: Path, image_tensor: Tensor, size: int) -> None:
+    model = load(tiny)
+    meant = Codebook(torch.randn(size, 4, generator=torch.Generator().manual_seed(size)))
+    model.install(meant)
+    assert torch.equal(model.codebook.vectors, meant.vectors) and model.found.size == size
+    embedding = model.network.get_submodule("_vq_vae._embedding")
+    assert isinstance(embedding, nn.Embedding) and embedding.num_embeddings == size
+    latents = model.encode(image_tensor)
+    distances = torch.cdist(latents.movedim(1, -1).flatten(0, -2).double(), meant.vectors.double())
+    assert torch.equal(model.assign(latents).flatten(), distances.argmin(1))
+
+
+@pytest.mark.parametrize("variant", ["float16", "bfloat16"])
+def test_codes_are_rounded_to_the_stored_dtype_before_they_are_used(write_model: WriteModel, variant: str) -> None:
+    model, codes = load(write_model(variant)), torch.rand(8, 4, generator=torch.Generator().manual_seed(0))
+    model.install(Codebook(codes))
+    assert torch.equal(model.codebook.vectors, codes.to(getattr(torch, variant)).float())
+    assert not torch.equal(model.codebook.vectors, codes)
+
+
+def test_codes_that_the_stored_dtype_cannot_hold_are_refused(write_model: WriteModel) -> None:
+    with pytest.raises(CodebookError, match=r"do not fit torch\.float16"):
+        load(write_model("float16")).install(Codebook(torch.full((2, 4), 1e5)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_network_that_swallows_the_codebook_is_found_out(line: Callable[..., Model], size: int) -> None:
+    class Deaf(nn.Embedding):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name != "weight" or "weight" not in self._parameters:
+                super().__setattr__(name, value)
+
+    model = line([0.0, 1.0])
+    deaf = Deaf(2, 2)
+    deaf.weight.data.copy_(model.codebook.vectors)
+    model.network.quantizer.codebook = deaf  # type: ignore[union-attr]
+    with pytest.raises(VerificationError, match="is not the codebook that was installed"):
+        model.install(Codebook(torch.ones(size, 2)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 5), others=st.lists(st.integers(1, 3), min_size=1, max_size=2), axis=st.integers(0, 2))
+def test_rows_can_be_laid_out_as_they_were_stored(rows: int, others: list[int], axis: int) -> None:
+    axis = min(axis, len(others))
+    shape = [*others[:axis], rows, *others[axis:]]
+    stored = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+    found = FoundCodebook("k", rows, stored.numel() // rows, axis, 1, "F32", "euclidean", (), "high")
+    codes = rows_of(stored, found)
+    assert codes.shape == (rows, stored.numel() // rows)
+    assert torch.equal(codes[0].flatten(), stored.select(axis, 0).flatten())
+    assert torch.equal(stored_as(codes, stored, axis), stored)
+    assert stored_as(codes[:1], stored, axis).shape == torch.Size([*others[:axis], 1, *others[axis:]])
+
+
+# --- what follows a codebook ---------------------------------------------------------------------------------------
+
+CODES = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+COUNTS = torch.tensor([3, 1])
+SUMS = [[3.0, 6.0, 9.0], [4.0, 5.0, 6.0]]
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "meant"),
+    [
+        ("_ema_w", torch.ones(5, 3), SUMS),
+        ("embed_avg", torch.ones(5, 3), SUMS),
+        ("embed_sum", torch.ones(5, 3), SUMS),
+        ("k_sum", torch.ones(5, 3), SUMS),
+        ("m_i_ts", torch.ones(5, 3), SUMS),
+        ("_ema_cluster_size", torch.ones(5), [3, 1]),
+        ("cluster_usage", torch.ones(5), [3, 1]),
+        ("k_elem", torch.ones(5), [3, 1]),
+        ("cluster_size", torch.ones(1, 5), [[3, 1]]),
+        ("N_i_ts", torch.ones(5, dtype=torch.int64), [3, 1]),
+        ("embed_prob", torch.ones(5), [0.75, 0.25]),
+        ("ema_embed_shadow", torch.ones(5, 3), SUMS),
+        ("weight_shadow", torch.ones(5, 3), CODES.tolist()),
+        ("vocab_hit", torch.ones(2, 5), [[0, 0], [0, 0]]),
+        ("last_seen", torch.ones(5), [0, 0]),
+    ],
+)
+def test_a_companion_is_what_its_name_says_for_the_new_codes(key: str, old: Tensor, meant: list[float]) -> None:
+    found = FoundCodebook("q.codes", 5, 3, 0, 1, "F32", "euclidean", (f"q.{key}",), "high")
+    value = companion_values(found, {f"q.{key}": old}, CODES, COUNTS)[f"q.{key}"]
+    assert value.tolist() == meant and value.dtype == old.dtype
+
+
+def test_a_companion_of_a_codebook_stored_column_by_column_is_laid_out_alike() -> None:
+    found = FoundCodebook("q.embed", 5, 3, 1, 1, "F32", "euclidean", ("q.embed_avg",), "high")
+    value = companion_values(found, {"q.embed_avg": torch.ones(3, 5)}, CODES, COUNTS)["q.embed_avg"]
+    assert value.tolist() == torch.tensor(SUMS).T.tolist()
+
+
+def test_the_new_size_may_equal_the_dimension() -> None:
+    found = FoundCodebook("q.embed", 5, 2, 0, 1, "F32", "euclidean", ("q.embed_avg",), "high")
+    value = companion_values(found, {"q.embed_avg": torch.ones(5, 2)}, CODES[:, :2], COUNTS)["q.embed_avg"]
+    assert value.tolist() == [[3, 6], [4, 5]]
+
+
+@pytest.mark.parametrize("name", ["initted", "inited", "is_initialized", "data_initialized", "_init", "initialised"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.uint8])
+def test_flags_beside_a_codebook_say_that_it_is_initialised(name: str, dtype: torch.dtype) -> None:
+    found = FoundCodebook("q.embed", 5, 3, 0, 1, "F32", "euclidean", (), "high")
+    stored = {
+        f"q.{name}": torch.zeros(1, dtype=dtype),
+        "other.initted": torch.zeros(1),
+        "q.initial_value": torch.ones(1),
+    }
+    assert flags("q.embed", stored) == [f"q.{name}"]
+    value = companion_values(found, stored, CODES, COUNTS)
+    assert list(value) == [f"q.{name}"] and torch.equal(value[f"q.{name}"], torch.ones(1, dtype=dtype))
+
+
+def test_companions_in_half_precision_hold_the_counts_of_any_data_set() -> None:
+    found = FoundCodebook("q.embed", 5, 3, 0, 1, "F16", "euclidean", ("q.cluster_size", "q.embed_avg"), "high")
+    old = {"q.cluster_size": torch.ones(5).half(), "q.embed_avg": torch.ones(5, 3).half()}
+    value = companion_values(found, old, CODES, torch.tensor([1_000_000, 2_000]))
+    sizes, sums = value["q.cluster_size"].float(), value["q.embed_avg"].float()
+    assert torch.isfinite(sums).all() and sizes[0] > 1000
+    torch.testing.assert_close(sums / sizes[:, None], CODES, rtol=2e-3, atol=0)
+    torch.testing.assert_close(sizes[0] / sizes[1], torch.tensor(500.0), rtol=2e-3, atol=0)
+
+
+def tutorial_ema_step(state: State, hits: Tensor, sums: Tensor, decay: float = 0.99, epsilon: float = 1e-5) -> Tensor:
+    """The codes after one training step of VectorQuantizerEMA, as the zalando tutorial writes it."""
+    size = state["_vq_vae._ema_cluster_size"] * decay + (1 - decay) * hits
+    n = size.sum()
+    size = (size + epsilon) / (n + len(size) * epsilon) * n
+    return (state["_vq_vae._ema_w"] * decay + (1 - decay) * sums) / size[:, None]
+
+
+@pytest.mark.parametrize(
+    "command", [["prune", "--keep", 13], ["refit", "--k", 6], ["finetune", "--steps", 4, "--batch-size", 8]]
+)
+def test_the_models_own_training_goes_on_from_the_written_codes(
+    command: list[object], write_model: WriteModel, codebook: Callable[..., object], images_folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.safetensors"
+    steps = [] if "--steps" in command else ["--steps", 0]
+    codebook(*command, *steps, write_model("ema"), "--data", images_folder, "-o", output)
+    state = load_file(output)
+    codes = state[CODEBOOK]
+    moved = tutorial_ema_step(state, torch.zeros(len(codes)), torch.zeros_like(codes))
+    torch.testing.assert_close(moved, codes, rtol=1e-3, atol=1e-5)
+
+
+# --- from a file to a model ----------------------------------------------------------------------------------------
+
+
+def test_layers_with_the_same_bytes_become_one_and_constant_ones_do_not(write_model: WriteModel) -> None:
+    model = load(write_model("tied"))
+    layers = [model.network.get_submodule(f"_encoder._residual_stack._layers.{i}._block.1") for i in range(2)]
+    assert layers[0].weight is layers[1].weight
+    plain = load(write_model("plain"))
+    layers = [plain.network.get_submodule(f"_encoder._residual_stack._layers.{i}._block.1") for i in range(2)]
+    assert layers[0].weight is not layers[1].weight
+    assert set(model.network.state_dict()) == set(plain.network.state_dict())
+
+
+def test_fresh_biases_that_are_alike_are_not_tied(write_model: WriteModel, variants: dict[str, State]) -> None:
+    state = dict(variants["plain"])
+    for name in ("_encoder._conv_2.bias", "_encoder._conv_3.bias"):
+        state[name] = torch.zeros(8)
+    network = load(write_model(state=state)).network
+    second, third = (network.get_submodule(f"_encoder._conv_{i}") for i in (2, 3))
+    assert second.bias is not third.bias
+
+
+def test_tensors_that_the_network_does_not_know_are_listed_and_companions_are_not(write_model: WriteModel) -> None:
+    assert set(load(write_model("extra")).carried) == {"teacher.head.weight", "step"}
+    assert load(write_model("ema")).carried == ()
+
+
+def test_only_the_codebook_differs_in_a_file_wider_than_the_network_runs(write_model: WriteModel) -> None:
+    model = load(write_model("float64"))
+    model.install(Codebook(model.codebook.vectors[:3]))
+    assert list(model.changed(torch.ones(3))) == [CODEBOOK]
+
+
+def test_weights_go_back_to_the_file_as_they_came(write_model: WriteModel, variants: dict[str, State]) -> None:
+    for variant in variants:
+        model = load(write_model(variant))
+        same = model.changed(torch.ones(16))
+        key = model.found.key
+        assert tensor_bytes(same[key].float()) == tensor_bytes(variants[variant][key].float())
+        assert set(same) == {key, *model.found.companions}
+
+
+def broken(variants: dict[str, State], **changes: Tensor | None) -> State:
+    state = dict(variants["plain"])
+    for key, tensor in changes.items():
+        state.pop(key, None)
+        if tensor is not None:
+            state[key] = tensor
+    return state
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({CODEBOOK: None}, "has no codebook: "),
+        ({"_encoder._conv_3.bias": torch.zeros(9)}, r"shapes differ: _encoder\._conv_3\.bias is \(9,\) .*\(8,\)"),
+        ({"_decoder._conv_1.bias": torch.full((8,), torch.nan)}, r"_decoder\._conv_1\.bias in .* nan at \[0\]"),
+        ({CODEBOOK: torch.tensor([[1.0, 2.0, -torch.inf, 4.0]] * 16)}, r"_embedding\.weight in .* -inf at \[0, 2\]"),
+        ({"quantize_b.embedding.weight": torch.rand(16, 4)}, r"2 codebooks: .*_vq_vae.*quantize_b.*--codebook-key"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_worked_on_is_refused_with_its_tensor(
+    changes: dict[str, Tensor | None], message: str, write_model: WriteModel, variants: dict[str, State]
+) -> None:
+    with pytest.raises(CodebookError, match=message):
+        load(write_model(state=broken(variants, **changes)))
+
+
+def test_an_unknown_tensor_may_hold_infinities(write_model: WriteModel, variants: dict[str, State]) -> None:
+    mask = torch.full((3, 3), -torch.inf)
+    assert load(write_model(state=variants["plain"] | {"attention.mask": mask})).carried == ("attention.mask",)
+
+
+def test_one_of_several_codebooks_is_chosen_by_its_key(write_model: WriteModel, variants: dict[str, State]) -> None:
+    state = variants["plain"] | {"quantize_b.embedding.weight": torch.rand(12, 4)}
+    checkpoint = read_checkpoint(write_model(state=state))
+    assert choose_codebook(checkpoint, "quantize_b.embedding.weight").size == 12
+    assert load_model(checkpoint, codebook_key=CODEBOOK).found.size == 16
+    with pytest.raises(CodebookError, match=r"the network has no quantize_b"):
+        load_model(checkpoint, codebook_key="quantize_b.embedding.weight")
+
+
+def test_a_codebook_key_must_name_a_matrix_of_the_file(tiny: Path) -> None:
+    checkpoint = read_checkpoint(tiny)
+    with pytest.raises(CodebookError, match=rf"no such tensor .* candidates: {re.escape(CODEBOOK)}"):
+        choose_codebook(checkpoint, "nowhere.weight")
+    with pytest.raises(CodebookError, match="is no matrix of codes"):
+        choose_codebook(checkpoint, "_encoder._conv_1.bias")
+
+
+def unsure(tmp_path: Path) -> Path:
+    state = {
+        "encoder.weight": torch.tensor([1.0, 0.0]).reshape(2, 1, 1, 1),
+        "decoder.weight": torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1),
+        "emb.weight": torch.rand(16, 2),
+    }
+    save_file(state, tmp_path / "unsure.safetensors")
+    return tmp_path / "unsure.safetensors"
+
+
+def test_a_tensor_that_is_only_perhaps_a_codebook_must_be_named(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(unsure(tmp_path))
+    with pytest.raises(CodebookError, match=r"only perhaps a codebook.*--codebook-key emb\.weight"):
+        choose_codebook(checkpoint, None)
+    assert choose_codebook(checkpoint, "emb.weight").size == 16
+
+
+@pytest.mark.parametrize(
+    ("family", "message"), [("vqgan", "no family 'vqgan'; there are zalando"), ("zalando", "layout")]
+)
+def test_a_family_that_is_unknown_or_does_not_fit_is_refused(
+    family: str, message: str, grey: Callable[..., Grey]
+) -> None:
+    with pytest.raises(CodebookError, match=message):
+        load_model(read_checkpoint(grey([0.0, 1.0]).path), family=family)
+
+
+def test_a_layout_without_a_network_asks_for_one(grey: Callable[..., Grey]) -> None:
+    with pytest.raises(CodebookError, match=r"no network is known .*quantizer\.codebook\.weight, 2x2.*--network"):
+        load(grey([0.0, 1.0]).path)
+
+
+# --- the user's own network ----------------------------------------------------------------------------------------
+
+NETWORKS = {
+    "import sys; x = (": "cannot be imported: SyntaxError",
+    "raise OSError('no weights here')": "cannot be imported: OSError: no weights here",
+    "def build(codebook_size): ...": "has no make",
+    "def make(size): ...": r"failed: TypeError: .*codebook_size",
+    "def make(codebook_size): return {}": "returned dict without encode and decode",
+    "import torch\ndef make(codebook_size): return torch.nn.Identity()": "returned Identity without encode and decode",
+    f"{GREY}\n    pass\nclass Half(Grey):\n    decode = None\nmake = Half": "returned Half without decode",
+    f"{GREY}\ndef make(codebook_size): return Grey(9)": r"shapes differ: .*codebook\.weight is \(2, 2\).*\(9, 2\)",
+    GREY.replace("self.encoder", "self.enc"): r"wants enc\.weight, which .* lacks; the file has, .* encoder\.weight",
+}
+
+
+@pytest.mark.parametrize("source", NETWORKS)
+def test_a_network_file_that_does_not_do_is_refused_with_the_reason(
+    source: str, grey: Callable[..., Grey], tmp_path: Path
+) -> None:
+    path = grey([0.0, 1.0]).path
+    (tmp_path / "own.py").write_text(source)
+    with pytest.raises(CodebookError, match=NETWORKS[source]):
+        load_model(read_checkpoint(path), network=f"{tmp_path / 'own.py'}:make")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("{}/gone.py:make", "no such network file"), ("{}/own.txt:make", "no Python"), ("own.py", "FILE")],
+)
+def test_a_network_must_be_given_as_file_and_function(spec: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "own.txt").touch()
+    with pytest.raises(CodebookError, match=message):
+        make_network(spec.format(tmp_path), 2)
+
+
+def test_a_network_file_is_a_module_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "neighbour_of_network.py").write_text(GREY)
+    (tmp_path / "own.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from neighbour_of_network import Grey\n"
+        "@dataclass\n"
+        "class Config:\n"
+        "    size: int\n"
+        "def make(codebook_size: int) -> Grey:\n"
+        "    return Grey(Config(codebook_size).size)\n"
+    )
+    assert type(make_network(f"{tmp_path / 'own.py'}:make", 7)).__name__ == "Grey"
+
+
+RETURNS = {
+    "return None": "encode returns a NoneType",
+    "return self.encoder(images)[:, :1]": r"encode returns \(1, 1, 16, 16\); expected \(n, 2, ...\)",
+    "return self.encoder(images).mean((2, 3))": r"encode returns \(1, 2\); expected \(n, 2, ...\)",
+    "raise ValueError('odd')": "encodes neither RGB images .* nor grey ones .*ValueError: odd",
+}
+
+
+@pytest.mark.parametrize("body", RETURNS)
+def test_an_encoder_that_returns_something_else_is_refused_with_what_it_returned(
+    body: str, grey: Callable[..., Grey], tmp_path: Path
+) -> None:
+    made = grey([0.0, 1.0])
+    (tmp_path / "grey.py").write_text(GREY.replace("return self.encoder(images)", body))
+    with pytest.raises(CodebookError, match=RETURNS[body]):
+        load_model(read_checkpoint(made.path), network=made.network).probe(16, 16)
+
+
+def test_a_decoder_that_fails_is_the_users_to_mend(grey: Callable[..., Grey], tmp_path: Path) -> None:
+    made = grey([0.0, 1.0])
+    (tmp_path / "grey.py").write_text(
+        GREY.replace("return self.decoder(quantised)", "return self.decoder(quantised.mT.movedim(1, 0))")
+    )
+    model = load_model(read_checkpoint(made.path), network=made.network)
+    with pytest.raises(CodebookError, match=r"the network's decode fails on \(1, 2, 3, 4\): RuntimeError"):
+        model.decode(torch.zeros(1, 2, 3, 4))

@@ -1,0 +1,536 @@
+"""The strategies: one contract for all, numbers worked by hand for each, and those that other distributions add."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from codebook_tools.assignment import nearest
+from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup, Surgery
+from codebook_tools.errors import CodebookError
+from codebook_tools.kmeans import kmeans
+from codebook_tools.latents import StoredLatents
+from codebook_tools.strategies import STRATEGIES, Prune, Refit, find_strategy, make_strategy
+from codebook_tools.watch import Watch
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Latents, the codebook they are assigned with, and how often it is used for them."""
+
+    codebook: Codebook
+    latents: Tensor
+
+    @property
+    def counts(self) -> Tensor:
+        return torch.bincount(nearest(self.latents, self.codebook), minlength=self.codebook.size)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A strategy's settings, and the size that they ask for; None where they ask for what is not to be had."""
+
+    settings: Settings
+    size: Callable[[Situation], int | None]
+    euclidean_only: bool = False
+
+
+def more_than(threshold: int) -> Callable[[Situation], int | None]:
+    return lambda situation: int((situation.counts > threshold).sum()) or None
+
+
+def up_to_the_codes(k: int) -> Callable[[Situation], int | None]:
+    return lambda situation: k if k <= situation.codebook.size else None
+
+
+def up_to_the_distinct_latents(k: int) -> Callable[[Situation], int | None]:
+    return lambda situation: k if k <= len(situation.latents.unique(dim=0)) else None
+
+
+CASES: dict[str, list[Case]] = {
+    "prune": [
+        Case({}, more_than(0)),
+        Case({"threshold": 2}, more_than(2)),
+        Case({"keep": 1}, up_to_the_codes(1)),
+        Case({"keep": 4}, up_to_the_codes(4)),
+    ],
+    "refit": [
+        Case({"k": k, "init": init, "seed": k}, up_to_the_distinct_latents(k), euclidean_only=True)
+        for k, init in ((1, "kmeans++"), (3, "kmeans++"), (3, "afkmc2"), (3, "random"), (3, "used"), (7, "used"))
+    ],
+}
+"""Settings of each strategy of STRATEGIES, with which it must keep the contract."""
+
+
+def test_every_strategy_has_settings_to_be_tested_with() -> None:
+    assert set(CASES) == set(STRATEGIES)
+
+
+# --- the contract --------------------------------------------------------------------------------------------------
+
+ALL = [pytest.param(name, case, id=f"{name} {case.settings}") for name in STRATEGIES for case in CASES.get(name, [])]
+each_strategy = pytest.mark.parametrize(("name", "case"), ALL)
+
+
+@st.composite
+def situations(draw: st.DrawFn, lookups: tuple[Lookup, ...] = (Lookup.EUCLIDEAN,)) -> Situation:
+    """Small grids, full of ties and repeats, or seeded normal rows, at several scales; some codes dead, some alike."""
+    size, dim, count = draw(st.integers(1, 9)), draw(st.integers(1, 3)), draw(st.integers(1, 40))
+    scale = draw(st.sampled_from([1e-3, 1.0, 1e3]))
+    numbers = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    if draw(st.booleans()):
+        codes, latents = numbers.integers(-2, 3, (size, dim)), numbers.integers(-2, 3, (count, dim))
+    else:
+        codes, latents = numbers.normal(size=(size, dim)), numbers.normal(size=(count, dim))
+    codes[draw(st.integers(0, size - 1)) :] *= draw(st.sampled_from([1, 50]))  # far from all latents: dead
+    rows = [torch.tensor(np.asarray(x), dtype=torch.float32) * scale for x in (codes, latents)]
+    lookup = draw(st.sampled_from(lookups))
+    emit = draw(st.sampled_from(list(Emit))) if len(lookups) > 1 else Emit.RAW
+    return Situation(Codebook(rows[0], lookup, emit), rows[1])
+
+
+def operated(name: str, case: Case, situation: Situation, batch: int = 1000) -> Surgery | None:
+    """What the strategy makes of the situation; None where it says that the user can fix this."""
+    strategy = STRATEGIES[name](**case.settings)
+    try:
+        return strategy(situation.codebook, StoredLatents(situation.latents, batch), situation.counts)
+    except CodebookError as error:
+        assert str(error) and "\n" not in str(error)
+        return None
+
+
+def as_bytes(surgery: Surgery) -> tuple[bytes, bytes]:
+    return surgery.codebook.vectors.numpy().tobytes(), surgery.index_map.numpy().tobytes()
+
+
+@each_strategy
+@given(data=st.data())
+def test_a_surgery_is_finite_in_range_and_of_the_size_asked_for(name: str, case: Case, data: st.DataObject) -> None:
+    situation = data.draw(situations((Lookup.EUCLIDEAN,) if case.euclidean_only else tuple(Lookup)))
+    surgery, old = operated(name, case, situation), situation.codebook
+    size = case.size(situation)
+    assert (surgery is None) == (size is None)
+    if surgery is None:
+        return
+    new = surgery.codebook
+    assert new.vectors.shape == (size, old.dim) and new.vectors.dtype == torch.float32
+    assert bool(torch.isfinite(new.vectors).all())
+    assert (new.lookup, new.emit) == (old.lookup, old.emit)
+    assert surgery.index_map.shape == (old.size,) and surgery.index_map.dtype == torch.int64
+    assert bool(((surgery.index_map >= REMOVED) & (surgery.index_map < new.size)).all())
+
+
+@each_strategy
+@given(data=st.data())
+def test_the_inputs_stay_as_they_are_and_the_output_is_no_view_of_them(
+    name: str, case: Case, data: st.DataObject
+) -> None:
+    situation = data.draw(situations())
+    counts = situation.counts
+    inputs = (situation.codebook.vectors, situation.latents, counts)
+    before = [tensor.clone() for tensor in inputs]
+    try:
+        surgery = STRATEGIES[name](**case.settings)(situation.codebook, StoredLatents(situation.latents), counts)
+    except CodebookError:
+        surgery = None
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(inputs, before, strict=True))
+    if surgery is not None:
+        surgery.codebook.vectors.fill_(-7)
+        surgery.index_map.fill_(0)
+        assert all(torch.equal(tensor, copy) for tensor, copy in zip(inputs, before, strict=True))
+
+
+@each_strategy
+@given(data=st.data())
+def test_the_same_inputs_give_the_same_bytes_however_they_are_batched(
+    name: str, case: Case, data: st.DataObject
+) -> None:
+    situation = data.draw(situations())
+    first, again = (operated(name, case, situation) for _ in range(2))
+    batched = operated(name, case, situation, batch=data.draw(st.integers(1, 7)))
+    if first is None:
+        assert again is batched is None
+    else:
+        assert again is not None and batched is not None
+        assert as_bytes(first) == as_bytes(again) == as_bytes(batched)
+
+
+@each_strategy
+def test_no_random_number_is_drawn_from_anybody_elses_generator(name: str, case: Case) -> None:
+    generator = torch.Generator().manual_seed(0)
+    situation = Situation(Codebook(torch.randn(9, 3, generator=generator)), torch.randn(400, 3, generator=generator))
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        before = torch.random.get_rng_state(), str(np.random.get_state()), random.getstate()
+        surgery = operated(name, case, situation)
+        assert surgery is not None
+        results.append(as_bytes(surgery))
+        assert torch.equal(torch.random.get_rng_state(), before[0])
+        assert str(np.random.get_state()) == before[1] and random.getstate() == before[2]
+    assert results[0] == results[1]
+
+
+@each_strategy
+def test_a_strategy_is_a_frozen_dataclass_whose_settings_print(name: str, case: Case) -> None:
+    strategy: Any = STRATEGIES[name](**case.settings)
+    assert is_dataclass(strategy)
+    entry = next(entry for entry in fields(strategy) if entry.repr)
+    with pytest.raises(FrozenInstanceError):
+        setattr(strategy, entry.name, 5)
+    assert all(f"{field}={value!r}" in repr(strategy) for field, value in case.settings.items())
+    assert strategy == STRATEGIES[name](**case.settings)
+
+
+# --- prune ---------------------------------------------------------------------------------------------------------
+
+NUMBERED = Codebook(torch.tensor([[0.0, 0.5], [1.0, 1.5], [2.0, 2.5], [3.0, 3.5], [4.0, 4.5]]))
+NO_LATENTS = StoredLatents(torch.empty(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts", "kept"),
+    [
+        ({}, [4, 0, 1, 0, 9], [0, 2, 4]),
+        ({"threshold": 1}, [4, 0, 1, 0, 9], [0, 4]),
+        ({"threshold": 3}, [4, 0, 1, 0, 9], [0, 4]),
+        ({"threshold": 4}, [4, 0, 1, 0, 9], [4]),
+        ({}, [1, 1, 1, 1, 1], [0, 1, 2, 3, 4]),
+        ({"keep": 2}, [4, 0, 1, 0, 9], [0, 4]),
+        ({"keep": 1}, [4, 0, 1, 0, 9], [4]),
+        ({"keep": 5}, [4, 0, 1, 0, 9], [0, 1, 2, 3, 4]),
+        ({"keep": 3}, [2, 7, 2, 2, 2], [0, 1, 2]),  # among equals the lower index stays
+        ({"keep": 4}, [5, 0, 0, 1, 0], [0, 1, 2, 3]),  # dead codes fill up, the lower index first
+        ({"keep": 2}, [0, 0, 0, 0, 0], [0, 1]),
+        ({"keep": 2, "threshold": 100}, [4, 0, 1, 0, 9], [0, 4]),  # keep alone decides
+    ],
+)
+def test_prune_by_hand(settings: Settings, counts: list[int], kept: list[int]) -> None:
+    found = Prune(**settings)(NUMBERED, NO_LATENTS, torch.tensor(counts))
+    assert torch.equal(found.codebook.vectors, NUMBERED.vectors[kept])
+    assert found.index_map.tolist() == [kept.index(code) if code in kept else REMOVED for code in range(5)]
+
+
+def test_prune_keeps_lookup_and_output_of_the_codebook() -> None:
+    old = Codebook(NUMBERED.vectors, Lookup.COSINE, Emit.UNIT)
+    found = Prune()(old, NO_LATENTS, torch.tensor([1, 0, 1, 0, 0])).codebook
+    assert (found.lookup, found.emit) == (Lookup.COSINE, Emit.UNIT)
+
+
+def test_a_threshold_that_removes_all_says_which_one_would_not() -> None:
+    counts = torch.tensor([4, 0, 1, 0, 9])
+    with pytest.raises(CodebookError, match=r"threshold=9 removes every code: .* counts 9; use --threshold 8 or less"):
+        Prune(threshold=9)(NUMBERED, NO_LATENTS, counts)
+    assert Prune(threshold=8)(NUMBERED, NO_LATENTS, counts).codebook.size == 1
+
+
+def test_where_no_code_was_counted_no_threshold_is_suggested() -> None:
+    with pytest.raises(CodebookError, match="removes every code") as caught:
+        Prune()(NUMBERED, NO_LATENTS, torch.zeros(5, dtype=torch.int64))
+    assert "--threshold" not in str(caught.value) and "--keep" in str(caught.value)
+
+
+def test_keeping_more_codes_than_there_are_says_how_many_there_are() -> None:
+    with pytest.raises(CodebookError, match=r"keep=6 of 5 codes; use --keep 5 or less"):
+        Prune(keep=6)(NUMBERED, NO_LATENTS, torch.ones(5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"threshold": -1}, "threshold=-1"), ({"keep": 0}, "keep=0"), ({"keep": -3}, "keep=-3")]
+)
+def test_settings_of_prune_that_make_no_sense_are_the_users_error(settings: Settings, message: str) -> None:
+    with pytest.raises(CodebookError, match=message):
+        Prune(**settings)
+
+
+@given(situations(tuple(Lookup)))
+def test_pruning_dead_codes_changes_no_assignment(situation: Situation) -> None:
+    found = Prune()(situation.codebook, StoredLatents(situation.latents), situation.counts)
+    before, after = nearest(situation.latents, situation.codebook), nearest(situation.latents, found.codebook)
+    assert torch.equal(found.index_map[before], after)
+    assert torch.equal(found.codebook.vectors[after], situation.codebook.vectors[before])
+
+
+# --- refit ---------------------------------------------------------------------------------------------------------
+
+RECTANGLE = torch.tensor([[0.0, 0.0], [0.0, 2.0], [10.0, 0.0], [10.0, 2.0]])
+
+
+@pytest.mark.parametrize("init", ["kmeans++", "afkmc2", "used", "random"])
+def test_refit_of_four_points_into_two_codes_by_hand(init: Any) -> None:
+    old = Codebook(torch.tensor([[0.0, 1.0], [9.0, 1.0], [500.0, 500.0]]))
+    best = None
+    for seed in range(6):  # uniform seeds may cut the rectangle the long way
+        found = Refit(2, init, seed=seed)(old, StoredLatents(RECTANGLE, 3), torch.tensor([2, 2, 0]))
+        assert found.index_map.tolist() == [REMOVED] * 3
+        assert (found.codebook.lookup, found.codebook.emit) == (Lookup.EUCLIDEAN, Emit.RAW)
+        best = best or sorted(found.codebook.vectors.tolist()) == [[0.0, 1.0], [10.0, 1.0]]
+    assert best
+
+
+def test_refit_of_as_many_codes_as_points_is_the_points() -> None:
+    found = Refit(4)(NUMBERED, StoredLatents(RECTANGLE), torch.tensor([1, 3, 0, 0, 0]))
+    assert sorted(found.codebook.vectors.tolist()) == RECTANGLE.tolist()
+
+
+def test_refit_beyond_the_distinct_latents_says_how_many_there_are() -> None:
+    latents = StoredLatents(RECTANGLE.repeat(50, 1))
+    for init in ("kmeans++", "used"):
+        with pytest.raises(CodebookError, match=r"k=5 asks for more codes than the 4 distinct latents; use --k 4"):
+            Refit(5, init)(NUMBERED, latents, torch.tensor([100, 100, 0, 0, 0]))  # type: ignore[arg-type]
+    with pytest.raises(CodebookError, match=r"k=300 asks for more codes than the 4 distinct latents; use --k 4"):
+        Refit(300, "used")(NUMBERED, latents, torch.tensor([200, 0, 0, 0, 0]))
+
+
+def test_used_starts_lloyd_at_the_most_used_codes_in_order_of_use() -> None:
+    """From the seeds 10 and 0, in this order, the cells are {9, 10, 11} and {0, 2}."""
+    old = Codebook(torch.tensor([[0.0], [500.0], [10.0], [7.0]]))
+    points = torch.tensor([[0.0], [2.0], [9.0], [10.0], [11.0]])
+    found = Refit(2, "used", iterations=1)(old, StoredLatents(points), torch.tensor([2, 0, 3, 0]))
+    assert found.codebook.vectors.flatten().tolist() == pytest.approx([10.0, 1.0])
+
+
+def test_used_takes_the_lower_index_among_equally_used_codes() -> None:
+    old = Codebook(torch.tensor([[100.0], [0.0], [50.0]]))
+    points = torch.tensor([[0.0], [1.0], [49.0], [51.0], [99.0], [101.0]])
+    found = Refit(2, "used", iterations=1)(old, StoredLatents(points), torch.tensor([2, 2, 2]))
+    # Seeds 100 and 0; 49 is nearer to 0 and 51 nearer to 100.
+    assert found.codebook.vectors.flatten().tolist() == pytest.approx([251 / 3, 50 / 3], rel=1e-5)
+
+
+def test_used_with_enough_codes_in_use_is_kmeans_from_those_codes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    old, points = Codebook(torch.randn(30, 4, generator=generator)), torch.randn(500, 4, generator=generator)
+    counts = torch.bincount(nearest(points, old), minlength=30)
+    seeds = old.vectors[counts.argsort(descending=True, stable=True)[:8]]
+    expected = kmeans(points, 8, init=seeds, watch=Watch()).centroids
+    assert torch.equal(Refit(8, "used")(old, StoredLatents(points), counts).codebook.vectors, expected)
+
+
+def test_used_fills_up_with_other_points_where_fewer_codes_are_in_use() -> None:
+    """Only one code is in use. All four points become codes all the same, whatever the filling draws."""
+    old = Codebook(torch.tensor([[0.0, 0.0], [900.0, 900.0]]))
+    for seed in range(5):
+        found = Refit(4, "used", seed=seed)(old, StoredLatents(RECTANGLE), torch.tensor([4, 0]))
+        assert sorted(found.codebook.vectors.tolist()) == RECTANGLE.tolist()
+
+
+@pytest.mark.parametrize("init", ["kmeans++", "used", "random"])
+def test_refit_leaves_no_code_unused_where_latents_repeat(init: Any) -> None:
+    """Flat regions of images give the same latent thousands of times."""
+    generator = torch.Generator().manual_seed(0)
+    distinct = torch.randn(40, 3, generator=generator)
+    latents = distinct[torch.randint(40, (3000,), generator=generator) ** 2 // 40]
+    old = Codebook(torch.randn(64, 3, generator=generator) * 0.01)
+    counts = torch.bincount(nearest(latents, old), minlength=64)
+    k = len(latents.unique(dim=0)) - 2
+    found = Refit(k, init)(old, StoredLatents(latents), counts).codebook
+    assert len(nearest(latents, found).unique()) == k
+
+
+@pytest.mark.parametrize(
+    ("lookup", "emit"),
+    [(Lookup.COSINE, Emit.RAW), (Lookup.COSINE, Emit.UNIT), (Lookup.DOT, Emit.RAW), (Lookup.EUCLIDEAN, Emit.UNIT)],
+)
+def test_refit_says_which_codebooks_it_has_no_kmeans_for(lookup: Lookup, emit: Emit) -> None:
+    old = Codebook(NUMBERED.vectors, lookup, emit)
+    with pytest.raises(CodebookError, match=f"no k-means for {lookup.value} lookup with {emit.value} rows"):
+        Refit(2)(old, StoredLatents(RECTANGLE), torch.ones(5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("settings", [{"k": 0}, {"k": -1}, {"k": 4, "iterations": 0}])
+def test_settings_of_refit_that_make_no_sense_are_the_users_error(settings: Settings) -> None:
+    with pytest.raises(CodebookError, match=r"is below 1; use --\w+ 1 or more"):
+        Refit(**settings)
+
+
+# --- by name -------------------------------------------------------------------------------------------------------
+
+
+def test_strategies_are_found_by_name() -> None:
+    assert {name: find_strategy(name) for name in STRATEGIES} == STRATEGIES
+
+
+def test_an_unknown_name_lists_those_there_are() -> None:
+    with pytest.raises(CodebookError, match=r"no strategy 'refitt'; there are .*prune.*, refit"):
+        find_strategy("refitt")
+
+
+def test_settings_are_json_or_else_text() -> None:
+    assert make_strategy("prune", ["threshold=3"]) == Prune(threshold=3)
+    assert make_strategy("prune", ["keep=null", "threshold=0"]) == Prune()
+    assert make_strategy("refit", ["k=8", "init=afkmc2"]) == Refit(8, "afkmc2")
+    assert make_strategy("refit", ["k=8", 'init="afkmc2"']) == Refit(8, "afkmc2")
+    assert make_strategy("prune", []) == Prune()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("prune", ["threshold"], "--set threshold: expected FIELD=VALUE"),
+        ("prune", ["no_such=1"], "strategy prune cannot be made from .*no_such"),
+        ("refit", [], "strategy refit cannot be made from .*'k'"),
+        ("prune", ["threshold=many"], "strategy prune cannot be made"),
+        ("prune", ["threshold=-1"], "threshold=-1 is below 0"),
+        ("prune-more", [], "no strategy 'prune-more'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_the_users_error(name: str, settings: list[str], message: str) -> None:
+    with pytest.raises(CodebookError, match=message):
+        make_strategy(name, settings)
+
+
+# --- those that other distributions add ----------------------------------------------------------------------------
+
+EVERY_NTH = '''
+"""A strategy as a third party would write it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from codebook_tools.codebook import REMOVED, Surgery
+
+
+@dataclass(frozen=True)
+class EveryNth:
+    """Keeps every step-th code."""
+
+    step: int = 2
+
+    def __call__(self, codebook, latents, counts):
+        kept = torch.arange(0, codebook.size, self.step)
+        index_map = torch.full((codebook.size,), REMOVED)
+        index_map[kept] = torch.arange(len(kept))
+        return Surgery(replace(codebook, vectors=codebook.vectors[kept].clone()), index_map)
+'''
+
+ENTRY_POINTS = """[codebook_tools.strategies]
+every-nth = every_nth_strategy:EveryNth
+not-there = every_nth_strategy:NoSuchClass
+no-module = no_such_module_anywhere:Strategy
+prune = every_nth_strategy:EveryNth
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder with a tiny distribution, as an installer would leave it in site-packages."""
+    folder = tmp_path / "site"
+    information = folder / "every_nth-1.0.dist-info"
+    information.mkdir(parents=True)
+    (folder / "every_nth_strategy.py").write_text(EVERY_NTH)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: every-nth\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text(ENTRY_POINTS)
+    return folder
+
+
+@pytest.fixture
+def importable(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, on this process's path."""
+    monkeypatch.syspath_prepend(str(installed))
+    monkeypatch.delitem(sys.modules, "every_nth_strategy", raising=False)
+    return installed
+
+
+def test_an_added_strategy_is_found_and_made_by_its_entry_point(importable: Path) -> None:
+    strategy: Any = make_strategy("every-nth", ["step=3"])
+    assert type(strategy).__name__ == "EveryNth" and type(strategy) is find_strategy("every-nth")
+    found = strategy(NUMBERED, NO_LATENTS, torch.ones(5, dtype=torch.int64))
+    assert found.codebook.vectors.tolist() == [[0.0, 0.5], [3.0, 3.5]]
+    assert found.index_map.tolist() == [0, REMOVED, REMOVED, 1, REMOVED]
+
+
+def test_an_added_strategy_is_not_there_once_its_distribution_is_gone() -> None:
+    with pytest.raises(CodebookError, match="no strategy 'every-nth'"):
+        find_strategy("every-nth")
+
+
+def test_an_added_strategy_is_listed_among_those_there_are(importable: Path) -> None:
+    with pytest.raises(CodebookError, match=r"there are every-nth, no-module, not-there, prune,.* refit"):
+        find_strategy("other")
+
+
+def test_an_added_strategy_cannot_take_the_name_of_ours(importable: Path) -> None:
+    assert find_strategy("prune") is Prune
+
+
+@pytest.mark.parametrize("name", ["not-there", "no-module"])
+def test_an_added_strategy_that_does_not_load_says_so_and_spoils_no_other(name: str, importable: Path) -> None:
+    with pytest.raises(CodebookError, match=f"strategy {name}, installed as .*, does not load"):
+        find_strategy(name)
+    assert find_strategy("every-nth").__name__ == "EveryNth"
+
+
+def test_settings_that_an_added_strategy_does_not_take_are_the_users_error(importable: Path) -> None:
+    with pytest.raises(CodebookError, match="strategy every-nth cannot be made from .*stride"):
+        make_strategy("every-nth", ["stride=3"])
+
+
+def test_an_added_strategy_runs_as_a_command_on_a_users_model(
+    importable: Path, codebook: Callable[..., Any], tiny: Path, images_folder: Path
+) -> None:
+    done = codebook("every-nth", tiny, "--set", "step=3", "--data", images_folder, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert done.json["command"] == "every-nth" and done.json["settings"]["step"] == 3
+    assert done.json["stages"]["surgery"]["codebooks"][0]["size"] == 6
+    old, new = load_file(tiny), load_file(done.json["outputs"]["model"])
+    key = "_vq_vae._embedding.weight"
+    assert torch.equal(new[key], old[key][::3])
+    assert all(torch.equal(new[name], old[name]) for name in old if name != key)
+
+
+def in_a_new_process(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "codebook_tools", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_an_added_strategy_has_a_command_of_its_own_with_help(installed: Path, tmp_path: Path) -> None:
+    one = in_a_new_process(installed, tmp_path, "every-nth", "--help")
+    assert one.returncode == 0, one.stderr
+    assert "every-nth [OPTIONS] [MODEL]" in one.stdout and "--set" in one.stdout and "--steps" in one.stdout
+    (installed / "every_nth_strategy.py").write_text("raise ImportError")  # the list must not import any of them
+    listed = in_a_new_process(installed, tmp_path, "--help")
+    assert listed.returncode == 0, listed.stderr
+    assert "every-nth" in listed.stdout and "The strategy every-nth" in listed.stdout
+
+
+@pytest.mark.slow
+def test_an_added_strategy_runs_on_the_bundled_demo(installed: Path, tmp_path: Path) -> None:
+    arguments = ("every-nth", "--set", "step=4", "--steps", "0", "--limit", "60", "--json")
+    done = in_a_new_process(installed, tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["kept"] == "surgery" and result["settings"]["step"] == 4
+    assert [stage["codebooks"][0]["size"] for stage in result["stages"].values() if stage] == [512, 128]
+    written = load_file(tmp_path / "demo.every-nth-k128.safetensors")
+    assert written["_vq_vae._embedding.weight"].shape[0] == 128
+    maps = load_file(tmp_path / "demo.every-nth-k128.index_map.safetensors")
+    expected = [code // 4 if code % 4 == 0 else REMOVED for code in range(512)]
+    assert maps["_vq_vae._embedding.weight/index_map"].tolist() == expected
