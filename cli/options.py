@@ -69,9 +69,7 @@ _data, _model, _train, _output, _run = map(_group, ("Data", "Model", "Fine-tunin
 
 ModelArgument = Annotated[
     Path | None,
-    typer.Argument(
-        metavar="MODEL", help="A .safetensors checkpoint; left out, the bundled demo.", show_default=False
-    ),
+    typer.Argument(metavar="MODEL", help="A .safetensors checkpoint; left out, the bundled demo.", show_default=False),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
 

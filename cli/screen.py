@@ -67,7 +67,8 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 def print_table(table: RenderableType) -> None:
-    Console(highlight=False).print(table)
+    # A pipe has no width: there, long paths stay in one piece.
+    Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def print_warnings(warnings: list[str] | tuple[str, ...], quiet: bool) -> None:

@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -130,11 +131,18 @@ def _repeatable() -> Iterator[None]:
 
     a + b is b + a, but the sum of three or more would round differently from run to run.
     """
-    from threadpoolctl import threadpool_info, threadpool_limits  # type: ignore[import-untyped]
-
-    threads = [library["num_threads"] for library in threadpool_info() if library["user_api"] == "openmp"]
-    with threadpool_limits(min([2, *threads]), user_api="openmp"):
+    openmp = _openmp()
+    with openmp.limit(limits=min([2, *(library["num_threads"] for library in openmp.info())])):
         yield
+
+
+@cache
+def _openmp() -> Any:
+    """The OpenMP libraries of this process, scikit-learn's among them. It takes milliseconds to find them."""
+    import sklearn.cluster  # noqa: F401  # so that its own is there to be found
+    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+
+    return ThreadpoolController().select(user_api="openmp")
 
 
 def _seeds(data: NDArray[np.float32], k: int, init: Init | Tensor, seed: int) -> NDArray[np.float32]:

@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, by torch and scikit-
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +24,9 @@ from typer.testing import CliRunner
 
 from codebook_tools.images import Images, array_items
 from codebook_tools.models.zalando import CODEBOOK, make
+
+settings.register_profile("tests", deadline=None, derandomize=True)  # no timing, and the same examples each time
+settings.load_profile("tests")
 
 State = dict[str, Tensor]
 WriteModel = Callable[..., Path]

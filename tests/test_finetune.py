@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEAD, GREY, Grey, State
-from torch import Tensor
 
 from codebook_tools import finetune as module
 from codebook_tools.checkpoints.reading import read_checkpoint

@@ -103,8 +103,9 @@ def test_a_layout_is_recognised_by_its_shapes_whatever_stands_before_its_names(v
 
 def test_the_network_knows_its_stride_and_channels(tiny: Path, write_model: WriteModel) -> None:
     model = load(tiny)
-    model.probe(16, 16)
-    assert (model.channels, model.stride) == (3, 4)
+    for side in (4, 6, 8, 10, 11, 14, 15, 16, 18, 28, 30, 33, 64, 130):
+        model.probe(side, side)
+        assert (model.channels, model.stride) == (3, 4), side
     grey = {name: tensor.detach() for name, tensor in zalando.make(16, 1, 8, 4, 1, 4).state_dict().items()}
     model = load(write_model(state=grey))
     model.probe(28, 30)

@@ -166,16 +166,32 @@ class Model:
         for sides in ((height, width), (64, 64), (256, 256)):
             for channels in (3, 1):
                 try:
-                    with torch.no_grad():
-                        latents = self._call("encode", torch.zeros(1, channels, *sides, device=self.device))
-                except Exception as error:  # whatever a user's network raises
+                    latents = self._encode_blank(channels, *sides)
+                except CodebookError as error:
                     problems[channels] = error
                     continue
                 grid = _checked(latents, self.found.dim).shape[2:]
                 self.channels = channels
-                self.stride = max(1, round(sides[-1] / grid[-1])) if len(grid) == 2 else 1
+                self.stride = self._stride(sides[-1], grid[-1]) if len(grid) == 2 else 1
                 return
         raise CodebookError(f"the network encodes neither RGB images ({problems[3]}) nor grey ones ({problems[1]})")
+
+    def _encode_blank(self, channels: int, height: int, width: int) -> object:
+        with torch.no_grad():
+            return self._call("encode", torch.zeros(1, channels, height, width, device=self.device))
+
+    def _stride(self, side: int, positions: int) -> int:
+        """Pixels to a position along a side. Where few positions leave that open (a network of stride 4 makes 2 of 10
+        pixels, too), a larger side decides, if the network takes it."""
+        stride = max(1, side // positions)
+        if stride * positions == side and positions >= stride:
+            return stride
+        larger = side << max(0, (256 // side).bit_length() - 1)
+        try:
+            latents = _checked(self._encode_blank(self.channels, larger, larger), self.found.dim)
+        except CodebookError:
+            return stride
+        return max(1, round(larger / latents.shape[-1]))
 
 
 def _checked(latents: object, dim: int) -> Tensor:

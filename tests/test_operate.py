@@ -1,0 +1,438 @@
+"""The whole operation: what is written is what was measured, and the maps say what became of every code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEAD, State
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from tutorial import Tutorial
+
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.writing import index_map_path, tensor_bytes
+from codebook_tools.codebook import Strategy
+from codebook_tools.errors import CodebookError
+from codebook_tools.finetune import Recipe
+from codebook_tools.images import find_images, split
+from codebook_tools.latents import survey
+from codebook_tools.measure import Measurement
+from codebook_tools.models.zalando import CODEBOOK
+from codebook_tools.opening import Request
+from codebook_tools.operate import Result, measure_model, operate, plan
+from codebook_tools.strategies import Prune, Refit
+from codebook_tools.verify import verify_checkpoint
+from codebook_tools.watch import Watch
+
+WriteModel = Callable[..., Path]
+NO_STEPS = Recipe(steps=0)
+FEW_STEPS = Recipe(steps=12, batch_size=16, lr=1e-3)
+RUINOUS = Recipe(steps=3, batch_size=16, lr=30.0)
+VARIANTS = (
+    "plain", "ema", "weight_norm_older", "weight_norm_newer", "module_prefix", "tied", "extra",
+    "float16", "bfloat16", "float64",
+)  # fmt: skip
+
+
+@pytest.fixture
+def request_for(images_folder: Path) -> Callable[..., Request]:
+    """request_for(model): the tiny images, input range [-1, 1]."""
+
+    def make(model: Path, **more: Any) -> Request:
+        return Request(model=model, **{"data": (str(images_folder),), "input_range": (-1.0, 1.0)} | more)
+
+    return make
+
+
+def do(request: Request, strategy: Strategy | None = None, recipe: Recipe = NO_STEPS) -> Result:
+    command = type(strategy).__name__.lower() if strategy else "finetune"
+    return operate(command, request, strategy, recipe, Watch())
+
+
+def output_of(result: Result) -> Path:
+    return Path(str(result.outputs["model"]))
+
+
+def maps_of(result: Result) -> tuple[Tensor, Tensor]:
+    """index_map and nearest, as the safetensors library reads them."""
+    path = Path(str(result.outputs["index_map"]))
+    assert path == index_map_path(output_of(result))
+    maps = load_file(path)
+    key = result.before.codebooks[0].key
+    assert maps.keys() == {f"{key}/index_map", f"{key}/nearest"}
+    return maps[f"{key}/index_map"], maps[f"{key}/nearest"]
+
+
+@pytest.fixture
+def calibration_latents(images_folder: Path, image_tensor: Tensor, variants: dict[str, State]) -> Tensor:
+    """(n, dim) float64: latents of the calibration images of the plain model, computed without the package."""
+    items = find_images([images_folder])
+    kept = {item.name for item in split(items).calibration}
+    pixels = image_tensor[[item.name in kept for item in items]]
+    return Tutorial(variants["plain"]).encode(pixels * 2 - 1).movedim(1, -1).flatten(0, -2)
+
+
+def assigned(latents: Tensor, codes: Tensor) -> Tensor:
+    return (latents[:, None] - codes.double()).square().sum(2).argmin(1)
+
+
+def most_go_to(latents: Tensor, old: Tensor, new: Tensor, code: int) -> set[int]:
+    """The new codes that most latents of an old one go to; by distance where it has none."""
+    targets = assigned(latents, new)[assigned(latents, old) == code]
+    if not len(targets):
+        return {int((old[code].double() - new.double()).square().sum(1).argmin())}
+    hits = torch.bincount(targets, minlength=len(new))
+    return set((hits == hits.max()).nonzero()[:, 0].tolist())
+
+
+# --- what became of every code -------------------------------------------------------------------------------------
+
+
+def test_pruning_dead_codes_keeps_the_others_and_changes_no_reconstruction(
+    tiny: Path, request_for: Callable[..., Request], variants: dict[str, State]
+) -> None:
+    result = do(request_for(tiny), Prune())
+    index_map, nearest = maps_of(result)
+    alive = [i for i in range(16) if i not in DEAD]
+    assert index_map.dtype == nearest.dtype == torch.int64
+    assert index_map.tolist() == [alive.index(i) if i in alive else -1 for i in range(16)]
+    old, new = variants["plain"][CODEBOOK], load_file(output_of(result))[CODEBOOK]
+    assert tensor_bytes(new) == tensor_bytes(old[alive])
+    assert nearest[alive].tolist() == list(range(len(alive)))
+    for code in DEAD:
+        assert nearest[code] == (old[code] - new).square().sum(1).argmin()
+    assert result.surgery is not None and result.kept == "surgery"
+    assert result.surgery.mse == result.before.mse and result.surgery.ssim == result.before.ssim
+    assert replace(result.surgery.codebooks[0], size=16, usage=0) == replace(result.before.codebooks[0], usage=0)
+
+
+def test_keeping_the_most_used_codes_sends_each_other_to_where_most_of_its_latents_go(
+    tiny: Path, request_for: Callable[..., Request], variants: dict[str, State], calibration_latents: Tensor
+) -> None:
+    result = do(request_for(tiny), Prune(keep=4))
+    index_map, nearest = maps_of(result)
+    old = variants["plain"][CODEBOOK]
+    counts = torch.bincount(assigned(calibration_latents, old), minlength=16)
+    kept = (index_map >= 0).nonzero()[:, 0]
+    assert len(kept) == 4 and index_map[kept].tolist() == [0, 1, 2, 3]
+    assert counts[kept].min() >= counts[index_map < 0].max()
+    new = load_file(output_of(result))[CODEBOOK]
+    assert torch.equal(new, old[kept])
+    for code in range(16):
+        expected = {int(index_map[code])} if index_map[code] >= 0 else most_go_to(calibration_latents, old, new, code)
+        assert int(nearest[code]) in expected
+
+
+def test_refit_removes_every_identity_and_maps_each_code_to_where_its_latents_go(
+    tiny: Path, request_for: Callable[..., Request], variants: dict[str, State], calibration_latents: Tensor
+) -> None:
+    result = do(request_for(tiny), Refit(6))
+    index_map, nearest = maps_of(result)
+    assert index_map.tolist() == [-1] * 16
+    old, new = variants["plain"][CODEBOOK], load_file(output_of(result))[CODEBOOK]
+    assert new.shape == (6, 4)
+    assert all(int(nearest[code]) in most_go_to(calibration_latents, old, new, code) for code in range(16))
+    assert result.surgery is not None and result.surgery.codebooks[0].size == 6
+
+
+def test_revived_codes_lose_their_identity_and_the_others_keep_it(
+    tiny: Path, request_for: Callable[..., Request]
+) -> None:
+    result = do(request_for(tiny), None, FEW_STEPS)
+    assert result.kept == "finetuned" and result.surgery is None
+    index_map, nearest = maps_of(result)
+    best = min((point for point in result.trace if point.step), key=lambda point: point.validation_mse)
+    gone = [code for code in range(16) if index_map[code] == -1]
+    assert len(gone) == best.revived > 0 and set(gone) <= set(DEAD)
+    assert all(index_map[code] == nearest[code] == code for code in range(16) if code not in gone)
+
+
+def test_a_surgery_that_is_fine_tuned_keeps_the_identities_that_pruning_kept(
+    tiny: Path, request_for: Callable[..., Request]
+) -> None:
+    result = do(request_for(tiny), Prune(), FEW_STEPS)
+    index_map, _ = maps_of(result)
+    assert result.kept == "finetuned"
+    assert [int(new) for new in index_map if new >= 0] == list(range(10))
+
+
+# --- the file is what was measured ---------------------------------------------------------------------------------
+
+
+def expected_stage(result: Result) -> Measurement:
+    stage = result.stages[str(result.kept)]
+    assert stage is not None
+    return stage
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("strategy", "recipe", "kept"),
+    [
+        (Prune(), NO_STEPS, "surgery"),
+        (Refit(4), FEW_STEPS, "finetuned"),  # as many codes as dimensions
+        (Refit(6), RUINOUS, "surgery"),
+        (None, FEW_STEPS, "finetuned"),
+        (None, RUINOUS, "before"),
+    ],
+    ids=["prune", "refit", "refit-worse", "finetune", "finetune-worse"],
+)
+def test_the_file_holds_the_kept_stage_and_passes_every_check(
+    variant: str,
+    strategy: Strategy | None,
+    recipe: Recipe,
+    kept: str,
+    write_model: WriteModel,
+    request_for: Callable[..., Request],
+    variants: dict[str, State],
+) -> None:
+    model = write_model(variant)
+    result = do(request_for(model), strategy, recipe)
+    assert result.kept == kept
+
+    again = measure_model(request_for(output_of(result)), Watch())
+    assert again.before == expected_stage(result)
+    assert verify_checkpoint(output_of(result), model).differences == ()
+
+    old, new = variants[variant], load_file(output_of(result))
+    key = result.before.codebooks[0].key
+    companions = {name for name in old if "_ema" in name}
+    assert new.keys() == old.keys()
+    assert {name: tensor.dtype for name, tensor in new.items()} == {name: t.dtype for name, t in old.items()}
+    with safe_open(output_of(result), "pt") as file:
+        trained = set(json.loads(file.metadata()["codebook_tools.trained_tensors"]))
+    assert bool(trained) == (kept == "finetuned")
+    for name in old.keys() - {key} - companions - trained:
+        assert tensor_bytes(new[name]) == tensor_bytes(old[name])
+    if kept == "before" and variant != "float64":
+        assert tensor_bytes(new[key]) == tensor_bytes(old[key])
+    assert not {"teacher.head.weight", "step"} & trained
+    if variant == "tied":
+        for name in new:
+            assert torch.equal(new[name], new[name.replace("_layers.1", "_layers.0")])
+
+    for name in companions:
+        size = new[key].shape[0]
+        assert new[name].shape == ((size,) if "cluster_size" in name else (size, 4))
+    if companions:
+        counts, sums = (new[next(n for n in companions if end in n)].float() for end in ("cluster_size", "_ema_w"))
+        assert bool((counts >= 1).all())
+        tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[new[key].dtype]
+        torch.testing.assert_close(sums / counts[:, None], new[key].float(), rtol=tolerance, atol=tolerance)
+
+
+def test_companions_count_the_calibration_latents_of_the_kept_codes(
+    write_model: WriteModel, request_for: Callable[..., Request], calibration_latents: Tensor
+) -> None:
+    new = load_file(output_of(do(request_for(write_model("ema")), Refit(6))))
+    counts = torch.bincount(assigned(calibration_latents, new[CODEBOOK]), minlength=6)
+    assert new["_vq_vae._ema_cluster_size"].tolist() == counts.tolist()
+    assert int(counts.sum()) == len(calibration_latents)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient", "frozen"])
+def test_the_decoder_trains_without_a_byte_of_the_encoder(
+    update: Any, tiny: Path, request_for: Callable[..., Request], variants: dict[str, State]
+) -> None:
+    result = do(request_for(tiny), None, replace(FEW_STEPS, train="decoder", codebook_update=update, lr=0.01))
+    assert result.kept == "finetuned"
+    new, old = load_file(output_of(result)), variants["plain"]
+    changed = {name for name in old if tensor_bytes(new[name]) != tensor_bytes(old[name])}
+    assert {name for name in changed if not name.startswith("_decoder")} == (
+        {CODEBOOK} - {update == "frozen" and CODEBOOK}
+    )
+    assert any(name.startswith("_decoder") for name in changed)
+
+
+def test_training_no_network_moves_the_codebook_alone(
+    tiny: Path, request_for: Callable[..., Request], variants: dict[str, State]
+) -> None:
+    result = do(request_for(tiny), Refit(3, init="random", iterations=1), replace(FEW_STEPS, train="none"))
+    new, old = load_file(output_of(result)), variants["plain"]
+    assert {name for name in old if tensor_bytes(new[name]) != tensor_bytes(old[name])} == {CODEBOOK}
+    assert [point.step for point in result.trace] == list(range(13))
+
+
+# --- provenance and repetition -------------------------------------------------------------------------------------
+
+
+def test_the_file_says_how_it_was_made_without_times_and_paths(
+    tiny: Path, request_for: Callable[..., Request], tmp_path: Path, images_folder: Path
+) -> None:
+    result = do(request_for(tiny, seed=5), Refit(6, seed=5), FEW_STEPS)
+    metadata = read_checkpoint(output_of(result)).metadata
+    ours = {name.removeprefix("codebook_tools."): value for name, value in metadata.items() if "codebook" in name}
+    assert metadata.keys() - {f"codebook_tools.{name}" for name in ours} == {"format", "note"}
+    settings = json.loads(ours.pop("settings"))
+    assert settings["k"] == 6 and settings["seed"] == 5 and settings["steps"] == 12
+    assert settings["init"] == "kmeans++" and settings["input_range"] == [-1.0, 1.0]
+    assert ours.pop("source_sha256") == hashlib.sha256(tiny.read_bytes()).hexdigest()
+    assert re.fullmatch(r"\d+\.\d+.*", ours.pop("version"))
+    trained = json.loads(ours.pop("trained_tensors"))
+    assert trained == sorted(trained) and CODEBOOK not in trained
+    assert ours == {"command": "refit", "codebook": CODEBOOK, "kept": "finetuned", "trained": "encoder,decoder"}
+    everything = (output_of(result).read_bytes(), Path(str(result.outputs["index_map"])).read_bytes())
+    assert not any(str(path).encode() in file for path in (tmp_path, images_folder) for file in everything)
+
+
+@pytest.mark.parametrize("strategy", [Prune(), Refit(6), None], ids=["prune", "refit", "finetune"])
+def test_the_same_work_gives_the_same_bytes_wherever_the_images_lie(
+    strategy: Strategy | None, tiny: Path, request_for: Callable[..., Request], images_tar: Path, tmp_path: Path
+) -> None:
+    written = []
+    for name, data in (("one", {}), ("two", {}), ("three", {"data": (str(images_tar),)})):
+        do(request_for(tiny, output=tmp_path / f"{name}.safetensors", **data), strategy, FEW_STEPS)
+        written.append([(tmp_path / f"{name}{end}").read_bytes() for end in (".safetensors", ".index_map.safetensors")])
+    assert written[0] == written[1] == written[2]
+
+
+def test_test_images_choose_nothing(
+    tiny: Path, request_for: Callable[..., Request], held_out_folder: Path, tmp_path: Path
+) -> None:
+    files = sorted(held_out_folder.iterdir())
+    written, measured = [], []
+    for name, chosen in (("one", files[:6]), ("two", files[6:])):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in chosen:
+            (folder / file.name).write_bytes(file.read_bytes())
+        asked = request_for(tiny, test_data=(str(folder),), input_range=None, output=folder / "out.safetensors")
+        result = do(asked, Refit(6), FEW_STEPS)
+        written.append([(folder / f"out{end}").read_bytes() for end in (".safetensors", ".index_map.safetensors")])
+        measured.append(expected_stage(result))
+    assert written[0] == written[1] and measured[0] != measured[1]
+
+
+def test_another_seed_gives_another_codebook(tiny: Path, request_for: Callable[..., Request], tmp_path: Path) -> None:
+    codes = [
+        load_file(output_of(do(request_for(tiny, output=tmp_path / f"{s}.safetensors", seed=s), Refit(6, seed=s))))
+        for s in (0, 1)
+    ]
+    assert not torch.equal(codes[0][CODEBOOK], codes[1][CODEBOOK])
+
+
+def test_a_sample_of_the_latents_stands_for_all_and_is_owned_up_to(
+    write_model: WriteModel, request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(survey.__kwdefaults__ or {}, "limit", 300)
+    result = do(request_for(write_model("ema")), Refit(6))
+    assert any("a sample of 300 of 912 latents" in warning for warning in result.warnings)
+    sizes = load_file(output_of(result))["_vq_vae._ema_cluster_size"]
+    assert sizes.sum().item() == pytest.approx(912)
+
+
+# --- before any long work ------------------------------------------------------------------------------------------
+
+
+def watched() -> tuple[Watch, list[str]]:
+    seen: list[str] = []
+    return Watch(lambda what, done, total, figures: seen.append(what)), seen
+
+
+@pytest.mark.parametrize(
+    ("command", "strategy", "name"),
+    [
+        ("refit", Refit(6), "tiny.refit-k6.safetensors"),
+        ("prune", Prune(keep=5), "tiny.prune-k5.safetensors"),
+        ("finetune", None, "tiny.finetune-k16.safetensors"),
+        ("refit", Refit(6), "tiny.refit-k6.index_map.safetensors"),
+    ],
+)
+def test_an_existing_output_is_found_before_anything_is_encoded(
+    command: str, strategy: Strategy | None, name: str, tiny: Path, request_for: Callable[..., Request]
+) -> None:
+    existing = tiny.with_name(name)
+    existing.write_bytes(b"precious")
+    watch, seen = watched()
+    with pytest.raises(CodebookError, match=f"{name} exists"):
+        operate(command, request_for(tiny), strategy, NO_STEPS, watch)
+    assert "encode" not in seen and existing.read_bytes() == b"precious"
+
+
+def test_fine_tuning_wants_training_and_validation_images(
+    tiny: Path, request_for: Callable[..., Request], held_out_folder: Path, images_folder: Path
+) -> None:
+    one = next(item for item in find_images([images_folder]) if not item.in_tenth(1))
+    asked = request_for(tiny, data=(str(images_folder / one.name),), test_data=(str(held_out_folder),))
+    with pytest.raises(CodebookError, match="1 calibration images leave the training or validation split empty"):
+        do(asked, None, FEW_STEPS)
+    assert do(asked, Prune()).kept == "surgery"  # without steps none are wanted
+
+
+@pytest.mark.parametrize("variant", ["plain", "ema", "float16"])
+@pytest.mark.parametrize("strategy", [Refit(6), Prune(keep=4), None], ids=["refit", "prune", "finetune"])
+def test_a_plan_says_what_would_be_written_and_writes_nothing(
+    variant: str,
+    strategy: Strategy | None,
+    write_model: WriteModel,
+    request_for: Callable[..., Request],
+    tmp_path: Path,
+) -> None:
+    asked = request_for(write_model(variant))
+    command = type(strategy).__name__.lower() if strategy else "finetune"
+    found = plan(command, asked, strategy, FEW_STEPS, Watch())
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.safetensors"]
+    result = do(asked, strategy, FEW_STEPS)
+    stage = result.surgery or result.before
+    assert found.size == {"before": 16, "after": stage.codebooks[0].size}
+    assert found.outputs == {name: result.outputs[name] for name in ("model", "index_map")}
+    assert found.bytes["before"] == result.bytes["before"]
+
+    def data_bytes(path: Path, size: int) -> int:
+        return size - (8 + int.from_bytes(path.read_bytes()[:8], "little"))
+
+    tiny, output = tmp_path / "tiny.safetensors", output_of(result)
+    header = found.bytes["before"] - data_bytes(tiny, found.bytes["before"])
+    assert found.bytes["after"] - header == data_bytes(output, output.stat().st_size)
+    assert found.seconds["estimate"] > 0
+
+
+def test_a_plan_for_a_threshold_cannot_know_the_size(tiny: Path, request_for: Callable[..., Request]) -> None:
+    found = plan("prune", request_for(tiny), Prune(), NO_STEPS, Watch())
+    assert found.size == {"before": 16, "after": None}
+    assert found.outputs == {"model": None, "index_map": None}
+    assert found.bytes["after"] == found.bytes["before"] == tiny.stat().st_size
+
+
+# --- figures of the result -----------------------------------------------------------------------------------------
+
+
+def test_the_phases_add_up_to_the_total(tiny: Path, request_for: Callable[..., Request]) -> None:
+    seconds = do(request_for(tiny), Refit(6), FEW_STEPS).seconds
+    assert list(seconds) == ["load", "encode", "strategy", "finetune", "measure", "write", "total"]
+    assert all(value > 0 for value in seconds.values())
+    assert sum(seconds.values()) - seconds["total"] <= seconds["total"]
+
+
+def test_the_trace_begins_before_training_and_tells_of_every_look(
+    tiny: Path, request_for: Callable[..., Request]
+) -> None:
+    result = do(request_for(tiny), Refit(6), replace(FEW_STEPS, steps=30))
+    assert [point.step for point in result.trace] == sorted({0, 1, 10, *range(0, 31, 3)})
+    assert [point.loss is None for point in result.trace] == [True] + [False] * (len(result.trace) - 1)
+
+
+def test_sizes_in_bytes_are_those_of_the_files(tiny: Path, request_for: Callable[..., Request]) -> None:
+    result = do(request_for(tiny), Prune())
+    assert result.bytes == {"before": tiny.stat().st_size, "after": output_of(result).stat().st_size}
+
+
+def test_a_model_that_is_operated_on_again_names_its_last_surgery(
+    tiny: Path, request_for: Callable[..., Request]
+) -> None:
+    first = output_of(do(request_for(tiny), Prune()))
+    second = do(request_for(first), Refit(4))
+    metadata = read_checkpoint(output_of(second)).metadata
+    assert output_of(second).name == "tiny.prune-k10.refit-k4.safetensors"
+    assert metadata["codebook_tools.command"] == "refit" and metadata["note"] == "by others"
+    assert metadata["codebook_tools.source_sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
+    assert verify_checkpoint(output_of(second), first).ok and not verify_checkpoint(output_of(second), tiny).ok
