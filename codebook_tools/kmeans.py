@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,39 +89,34 @@ def _lloyd(
     data: NDArray[np.float32], centroids: NDArray[np.float32], iterations: int, watch: Watch
 ) -> tuple[NDArray[np.float32], float, int, bool]:
     from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
 
     done, inertia, converged = 0, np.inf, False
+    rows, copies = _distinct(data)
+    if len(rows) < len(centroids):  # a head of repeats would only pull centroids away from the points behind it
+        return centroids, inertia, done, converged
     while done < iterations and not converged:
         block = min(_BLOCK, iterations - done)
-        # tol=0: scikit-learn stops early only when no label changes.
+        # tol=0: scikit-learn stops early only when no label changes. It re-seeds empty clusters itself.
         model = KMeans(len(centroids), init=centroids, n_init=1, max_iter=block, tol=0, algorithm="lloyd")
-        with _repeatable(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # of a head whose points repeat: all have enough
-            fit = model.fit(data)
+        with _repeatable():
+            fit = model.fit(rows, sample_weight=copies)
         centroids, done = fit.cluster_centers_, done + fit.n_iter_
-        left = _fill_empty(centroids, data, fit.labels_)
-        flat = inertia - fit.inertia_ <= _FLAT * fit.inertia_
-        converged = flat or (fit.n_iter_ < block and left is None)
-        inertia = float(fit.inertia_) if left is None else left
+        converged = fit.n_iter_ < block or inertia - fit.inertia_ <= _FLAT * fit.inertia_
+        inertia = float(fit.inertia_)
         watch.progress(f"k-means on {len(data):,} latents", done, None, inertia=inertia / len(data))
     return centroids, inertia, done, converged
 
 
-def _fill_empty(centroids: NDArray[np.float32], data: NDArray[np.float32], labels: NDArray[np.int32]) -> float | None:
-    """Move clusters without points, in place, each to the point with the largest error by then; None if there are none.
+def _distinct(data: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The distinct rows of data (n, dim), in order of their first, and how often each stands there.
 
-    scikit-learn moves all of them at once, to repeats of one point where that has the largest errors, and may stop so.
-    Returns the inertia that is left.
+    Flat regions of images repeat one latent thousands of times. Rounding may tell its copies apart, and so keep two
+    centroids at one place for good; and empty clusters would all move to copies of the point with the largest error.
     """
-    empty = np.flatnonzero(np.bincount(labels, minlength=len(centroids)) == 0)
-    if not len(empty):
-        return None
-    errors = ((data - centroids[labels]) ** 2).sum(1)
-    for code in empty:
-        centroids[code] = data[errors.argmax()]
-        errors = np.minimum(errors, ((data - centroids[code]) ** 2).sum(1))
-    return float(errors.sum(dtype=np.float64))
+    rows = data + 0  # -0 becomes 0: equal rows are told by their bytes
+    _, first, copies = np.unique(rows.view(f"V{rows.itemsize * rows.shape[1]}"), return_index=True, return_counts=True)
+    order = np.argsort(first)
+    return data[first[order]], copies[order]
 
 
 @contextmanager

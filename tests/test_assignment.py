@@ -98,7 +98,7 @@ def test_no_latents_have_no_codes(lookup: Lookup) -> None:
     assert found.shape == (0,) and found.dtype == torch.int64
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 3e-20, 1e-10, 1e10, 1e18, 1.2e19, 1e20, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 3e-22, 1e-21, 1e-20, 1e-10, 1e10, 1e18, 1.2e19, 1e20, 1e30])
 @pytest.mark.parametrize("lookup", [Lookup.EUCLIDEAN, Lookup.DOT])
 def test_scales_whose_squares_float32_cannot_hold_are_searched_as_well(lookup: Lookup, scale: float) -> None:
     codebook, latents = Codebook(normal(40, 5, seed=1) * scale, lookup), normal(500, 5, seed=2) * scale
@@ -257,16 +257,16 @@ def test_the_decoder_gets_the_row_or_its_unit_row() -> None:
 @pytest.mark.parametrize(
     ("lookup", "emit", "expected"),
     [
-        (Lookup.EUCLIDEAN, Emit.RAW, 5.0),  # (5, 0) to (3, 1): 4 + 1
-        (Lookup.DOT, Emit.RAW, 5.0),
-        (Lookup.COSINE, Emit.RAW, 5.0),
-        (Lookup.EUCLIDEAN, Emit.UNIT, (5 - 3 / 10**0.5) ** 2 + 0.1),  # (5, 0) to (3, 1)/√10
+        (Lookup.EUCLIDEAN, Emit.RAW, 10.0),  # (6, 0) to (3, 1): 9 + 1
+        (Lookup.DOT, Emit.RAW, 10.0),
+        (Lookup.COSINE, Emit.RAW, 10.0),
+        (Lookup.EUCLIDEAN, Emit.UNIT, (6 - 3 / 10**0.5) ** 2 + 0.1),  # (6, 0) to (3, 1)/√10
         (Lookup.COSINE, Emit.UNIT, 2 - 2 * 3 / 10**0.5),  # (1, 0) to (3, 1)/√10: 2 - 2 cos
     ],
 )
 def test_squared_errors_run_from_the_latent_to_what_is_emitted(lookup: Lookup, emit: Emit, expected: float) -> None:
     codebook = Codebook(torch.tensor([[100.0, 100.0], [3.0, 1.0]]), lookup, emit)
-    found = squared_errors(torch.tensor([[5.0, 0.0]]), codebook, torch.tensor([1]))
+    found = squared_errors(torch.tensor([[6.0, 0.0]]), codebook, torch.tensor([1]))
     assert found.tolist() == pytest.approx([expected], rel=1e-6)
 
 

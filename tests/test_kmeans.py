@@ -193,6 +193,29 @@ def test_rare_points_behind_a_crowded_head_get_codes_of_their_own(init: Init, co
     assert len(nearest(points, Codebook(found.centroids)).unique()) == 20
 
 
+@pytest.mark.parametrize("init", ["kmeans++", "afkmc2"])
+def test_seeds_are_drawn_from_all_points_where_repeats_crowd_the_first_head(init: Init) -> None:
+    """Ten blobs at growing distances behind thousands of zeros: without seeds of their own, the far ones take all."""
+    generator = torch.Generator().manual_seed(0)
+    blobs_ = [10.0 * i + torch.randn(30, 2, generator=generator) for i in range(1, 11)]
+    points = torch.cat([torch.zeros(12_000, 2), *blobs_])
+    found = min((run(points, 11, init=init, seed=seed) for seed in range(5)), key=lambda c: c.inertia)
+    assert found.inertia < 2 * 300 * 2  # the blobs' own variance is 1 in each of 2 dimensions
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("dim", [1, 3, 8, 17])
+def test_codes_are_not_wasted_on_copies_that_rounding_tells_apart(init: Init, dim: int) -> None:
+    """Products of matrices may round equal rows differently: two centroids at one place then both keep their points."""
+    numbers = np.random.default_rng(dim)
+    for seed in range(12):
+        distinct = torch.from_numpy(numbers.normal(size=(24, dim)).astype(np.float32))
+        points = distinct[torch.from_numpy((numbers.random(1500) ** 3 * 24).astype(np.int64))]
+        k = len(points.unique(dim=0)) - 1
+        found = run(points, k, init=init, seed=seed)
+        assert len(nearest(points, Codebook(found.centroids)).unique()) == k
+
+
 @pytest.mark.parametrize(("count", "repeats"), [(5, 1), (5, 30), (1, 1), (1, 9), (40, 60)])
 def test_more_codes_than_distinct_points_is_the_users_error_with_the_way_out(count: int, repeats: int) -> None:
     points = normal(count, 2).repeat(repeats, 1)
