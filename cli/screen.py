@@ -34,7 +34,7 @@ class ProgressShow(AbstractContextManager["ProgressShow"]):
             transient=True,
             expand=True,
         )
-        self.tasks: dict[str, tuple[TaskID, float]] = {}
+        self.tasks: dict[str, tuple[TaskID, float, int]] = {}  # with the time and count of the first report
 
     def __enter__(self) -> ProgressShow:
         if self.shown:
@@ -51,13 +51,14 @@ class ProgressShow(AbstractContextManager["ProgressShow"]):
         if not self.shown:
             return
         if what not in self.tasks or done < self.progress.tasks[self.tasks[what][0]].completed:
-            for task, _ in self.tasks.values():
-                self.progress.update(task, visible=False)
-            self.tasks[what] = self.progress.add_task(what, total=total, figures=""), time.perf_counter()
-        task, since = self.tasks[what]
+            for earlier, _, _ in self.tasks.values():
+                self.progress.update(earlier, visible=False)
+            task = self.progress.add_task(what, total=total, figures="")
+            self.tasks[what] = task, time.perf_counter(), done
+        task, since, first = self.tasks[what]
         shown = [f"{name} {value:.4g}" for name, value in figures.items()]
-        if figures and total and time.perf_counter() > since:
-            shown.append(f"{done / (time.perf_counter() - since):.1f}/s")
+        if figures and total and done > first:
+            shown.append(f"{(done - first) / (time.perf_counter() - since):.1f}/s")
         self.progress.update(task, completed=done, figures=" ".join(shown))
 
 

@@ -270,6 +270,22 @@ def test_a_frozen_encoders_running_statistics_do_not_drift_and_a_trained_ones_ar
         assert not any(module.training for module in model.network.modules())
 
 
+def test_a_parameter_of_both_halves_stays_where_the_decoder_trains_alone(
+    grey: Callable[..., Grey], grey_images: GreyImages
+) -> None:
+    made = grey([0.0, 1.0], more={"gain": torch.ones(1)})
+    source = GREY.replace("self.decoder = ", "self.gain = nn.Parameter(ones(1)); self.decoder = ")
+    source = source.replace("return self.encoder(images)", "return self.encoder(images) * self.gain")
+    source = source.replace("return self.decoder(quantised)", "return self.decoder(quantised) * self.gain")
+    Path(made.network.removesuffix(":make")).write_text("from torch import ones\n" + source)
+    for train, expected in (("decoder", ["decoder.weight"]), ("all", ["decoder.weight", "encoder.weight", "gain"])):
+        model = load_model(read_checkpoint(made.path), network=made.network)
+        model.input_range = (0.0, 1.0)
+        found = tune(model, grey_images(ROWS), [3, 1], steps=2, train=train)
+        assert list(found.trained) == expected
+        assert (model.network.state_dict()["gain"].item() == 1) == (train == "decoder")
+
+
 def test_a_network_that_cuts_its_gradients_cannot_be_trained(
     grey: Callable[..., Grey], grey_images: GreyImages
 ) -> None:

@@ -329,13 +329,14 @@ def test_layers_with_the_same_bytes_become_one_and_constant_ones_do_not(write_mo
     assert set(model.network.state_dict()) == set(plain.network.state_dict())
 
 
-def test_fresh_biases_that_are_alike_are_not_tied(write_model: WriteModel, variants: dict[str, State]) -> None:
-    state = dict(variants["plain"])
-    for name in ("_encoder._conv_2.bias", "_encoder._conv_3.bias"):
-        state[name] = torch.zeros(8)
-    network = load(write_model(state=state)).network
-    second, third = (network.get_submodule(f"_encoder._conv_{i}") for i in (2, 3))
-    assert second.bias is not third.bias
+def test_fresh_layers_that_are_alike_are_not_tied(grey: Callable[..., Grey]) -> None:
+    fresh = {"weight": torch.ones(2), "bias": torch.zeros(2)}
+    made = grey([0.0, 1.0], more={f"norms.{i}.{n}": t.clone() for i in range(2) for n, t in fresh.items()})
+    norms = "self.norms = nn.ModuleList([nn.GroupNorm(1, 2), nn.GroupNorm(1, 2)])"
+    Path(made.network.removesuffix(":make")).write_text(GREY.replace("self.quantizer =", f"{norms}; self.quantizer ="))
+    network = load_model(read_checkpoint(made.path), network=made.network).network
+    first, second = (network.get_submodule(f"norms.{i}") for i in range(2))
+    assert first.weight is not second.weight and first.bias is not second.bias
 
 
 def test_tensors_that_the_network_does_not_know_are_listed_and_companions_are_not(write_model: WriteModel) -> None:

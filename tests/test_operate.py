@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tutorial import Tutorial
 
+from codebook_tools import operate as operate_module
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import index_map_path, tensor_bytes
-from codebook_tools.codebook import Strategy
+from codebook_tools.codebook import Codebook, Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe
 from codebook_tools.images import find_images, split
@@ -73,12 +74,17 @@ def maps_of(result: Result) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def calibration_latents(images_folder: Path, image_tensor: Tensor, variants: dict[str, State]) -> Tensor:
-    """(n, dim) float64: latents of the calibration images of the plain model, computed without the package."""
+def calibration_pixels(images_folder: Path, image_tensor: Tensor) -> Tensor:
+    """(n, 3, 16, 16) float32 in [0, 1]: the calibration images of `images_folder`."""
     items = find_images([images_folder])
     kept = {item.name for item in split(items).calibration}
-    pixels = image_tensor[[item.name in kept for item in items]]
-    return Tutorial(variants["plain"]).encode(pixels * 2 - 1).movedim(1, -1).flatten(0, -2)
+    return image_tensor[[item.name in kept for item in items]]
+
+
+@pytest.fixture
+def calibration_latents(calibration_pixels: Tensor, variants: dict[str, State]) -> Tensor:
+    """(n, dim) float64: their latents in the plain model, computed without the package."""
+    return Tutorial(variants["plain"]).encode(calibration_pixels * 2 - 1).movedim(1, -1).flatten(0, -2)
 
 
 def assigned(latents: Tensor, codes: Tensor) -> Tensor:
@@ -163,6 +169,39 @@ def test_a_surgery_that_is_fine_tuned_keeps_the_identities_that_pruning_kept(
     index_map, _ = maps_of(result)
     assert result.kept == "finetuned"
     assert [int(new) for new in index_map if new >= 0] == list(range(10))
+
+
+def test_a_code_without_identity_goes_with_most_of_its_latents_and_without_latents_to_the_nearest() -> None:
+    old = Codebook(torch.tensor([[0.0], [1.0], [5.0], [9.0]]))
+    new = Codebook(torch.tensor([[0.1], [2.0], [6.0]]))
+    index_map = torch.tensor([-1, -1, 0, -1])
+    old_codes = torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    new_codes = torch.tensor([1, 2, 2, 2, 0, 1, 1])
+    # 0 goes to 2 with two of its three, 1 to the lower of two equals, 2 kept its identity, 3 had no latents.
+    assert operate_module._nearest_map(index_map, old_codes, new_codes, old, new).tolist() == [2, 0, 0, 2]
+
+
+def test_after_fine_tuning_maps_and_counts_are_those_of_the_trained_encoder(
+    write_model: WriteModel,
+    request_for: Callable[..., Request],
+    variants: dict[str, State],
+    calibration_pixels: Tensor,
+    calibration_latents: Tensor,
+) -> None:
+    result = do(request_for(write_model("ema")), Refit(6), replace(FEW_STEPS, lr=0.02))
+    assert result.kept == "finetuned"
+    new = load_file(output_of(result))
+    latents = Tutorial(new).encode(calibration_pixels * 2 - 1).movedim(1, -1).flatten(0, -2)
+    now = assigned(latents, new[CODEBOOK])
+    counts = torch.bincount(now, minlength=6)
+    without_training = torch.bincount(assigned(calibration_latents, new[CODEBOOK]), minlength=6)
+    assert (counts - without_training).abs().sum() > 20  # so that the difference can be seen
+    assert (new["_vq_vae._ema_cluster_size"] - counts).abs().sum() <= 2  # rounding may move a latent between two
+    _, nearest = maps_of(result)
+    before = assigned(calibration_latents, variants["ema"][CODEBOOK])
+    for code in set(range(16)) - set(DEAD):
+        hits = torch.bincount(now[before == code], minlength=6)
+        assert hits[nearest[code]] >= hits.max() - 1
 
 
 # --- the file is what was measured ---------------------------------------------------------------------------------

@@ -233,6 +233,14 @@ def test_prune_by_hand(settings: Settings, counts: list[int], kept: list[int]) -
     assert found.index_map.tolist() == [kept.index(code) if code in kept else REMOVED for code in range(5)]
 
 
+def test_among_thousands_of_equally_used_codes_the_lower_indices_stay() -> None:
+    codebook = Codebook(torch.arange(5000.0)[:, None])
+    counts = torch.full((5000,), 3)
+    counts[4999] = 4
+    found = Prune(keep=700)(codebook, NO_LATENTS, counts)
+    assert found.codebook.vectors.flatten().tolist() == [*range(699), 4999]
+
+
 def test_prune_keeps_lookup_and_output_of_the_codebook() -> None:
     old = Codebook(NUMBERED.vectors, Lookup.COSINE, Emit.UNIT)
     found = Prune()(old, NO_LATENTS, torch.tensor([1, 0, 1, 0, 0])).codebook
@@ -327,6 +335,31 @@ def test_used_with_enough_codes_in_use_is_kmeans_from_those_codes() -> None:
     seeds = old.vectors[counts.argsort(descending=True, stable=True)[:8]]
     expected = kmeans(points, 8, init=seeds, watch=Watch()).centroids
     assert torch.equal(Refit(8, "used")(old, StoredLatents(points), counts).codebook.vectors, expected)
+
+
+def test_a_dead_code_is_no_start_for_used() -> None:
+    """The code -3 was never used: the second seed comes from the points, and any of them parts 0 from the others."""
+    old, points = Codebook(torch.tensor([[0.0], [-3.0]])), torch.tensor([[0.0], [10.0], [11.0], [12.0]])
+    found = Refit(2, "used", iterations=1)(old, StoredLatents(points), torch.tensor([4, 0]))
+    assert found.codebook.vectors.flatten().tolist() == pytest.approx([0.0, 11.0])
+
+
+@pytest.mark.parametrize("init", ["kmeans++", "afkmc2", "random"])
+def test_refit_is_kmeans_with_its_own_seed_and_iterations(init: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    points, counts = torch.randn(700, 4, generator=generator), torch.ones(5, dtype=torch.int64)
+    old = Codebook(torch.randn(5, 4, generator=generator))
+    for seed, iterations in ((0, 2), (3, 2), (3, 300)):
+        expected = kmeans(points, 9, init=init, iterations=iterations, seed=seed, watch=Watch()).centroids
+        found = Refit(9, init, iterations, seed)(old, StoredLatents(points, 100), counts)
+        assert torch.equal(found.codebook.vectors, expected)
+
+
+def test_refit_tells_its_watch_of_the_progress() -> None:
+    told: list[str] = []
+    watch = Watch(lambda what, done, total, figures: told.append(what))
+    Refit(2, watch=watch)(NUMBERED, StoredLatents(RECTANGLE), torch.tensor([1, 3, 0, 0, 0]))
+    assert told == ["k-means on 4 latents"]
 
 
 def test_used_fills_up_with_other_points_where_fewer_codes_are_in_use() -> None:
