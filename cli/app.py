@@ -103,7 +103,7 @@ def refit(
     k: Annotated[int, typer.Option("--k", metavar="K", help="Codes of the new codebook.")],
     model: ModelArgument = None,
     init: Annotated[Init, typer.Option(help="Where k-means starts; used: at the codes in use.")] = Init.KMEANSPP,
-    iterations: Annotated[int, typer.Option(metavar="N", help="At most so many of Lloyd.")] = 300,
+    iterations: Annotated[int, typer.Option(metavar="N", help="At most so many Lloyd iterations.")] = 300,
 ) -> None:
     """Re-Fit: a new codebook by k-means on the latents, then fine-tune with the original encoder and decoder."""
 

@@ -115,7 +115,7 @@ class ModelOptions:
     ] = None
     input_range: Annotated[
         str | None,
-        _model(metavar="LOW,HIGH", help="Of the network's images. Left out: the best of -1,1 and 0,1 and -0.5,0.5."),
+        _model(metavar="LOW,HIGH", help="Of the network's images. Left out: the best of -1,1; 0,1; -0.5,0.5."),
     ] = None
 
 
@@ -125,7 +125,7 @@ class TrainOptions:
     train: Annotated[Train, _train(help="Which networks train.")] = Train.ALL
     codebook_update: Annotated[Update, _train(help="How the codes move; ema also revives dead ones.")] = Update.EMA
     lr: Annotated[float, _train(metavar="RATE", help="Adam's learning rate after warm-up.")] = 1e-3
-    loss: Annotated[Loss, _train(help="Of the reconstruction.")] = Loss.MSE
+    loss: Annotated[Loss, _train(help="Error that reconstructions are trained on.")] = Loss.MSE
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,10 @@ class WriteOptions:
 class RunOptions:
     batch_size: Annotated[int, _run(metavar="N", help="Images at a time, in passes and in training.")] = 64
     device: Annotated[Device, _run(help="Where networks run.")] = Device.AUTO
-    precision: Annotated[Precision, _run(help="Of the networks; nearest codes are decided in fp32 either way.")] = (
+    precision: Annotated[Precision, _run(help="For the networks; nearest codes are decided in fp32 either way.")] = (
         Precision.FP32
     )
-    seed: Annotated[int, _run(metavar="N", help="Of everything that is drawn.")] = 0
+    seed: Annotated[int, _run(metavar="N", help="Seed of everything that is drawn.")] = 0
     deterministic: Annotated[
         bool, _run("--deterministic", help="Only algorithms that repeat bit by bit, on a GPU too.")
     ] = False

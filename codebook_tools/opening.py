@@ -104,6 +104,10 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         "data": list(request.data) or ([SAMPLE] if splits.calibration else []),
         "test_data": list(request.test_data),
         "images": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
+        "limit": request.limit,
+        "size": request.size,
+        "skip_bad": request.skip_bad,
+        "network": request.network,
         "input_range": list(model.input_range),
         "device": str(model.device),
         "precision": request.precision,
@@ -149,10 +153,10 @@ def _choose_input_range(request: Request, opened: Opened) -> None:
     errors = find_input_range(model, opened.calibration if len(opened.calibration) else opened.test)
     best, second, _ = sorted(INPUT_RANGES, key=lambda bounds: errors[bounds])
     model.input_range = best
-    if errors[second] < 1.1 * errors[best]:
+    if errors[second] <= 1.1 * errors[best]:
         opened.warnings.append(
             f"input range {_shown(best)} was chosen (mse {errors[best]:.4g}), but {_shown(second)} is close "
-            f"({errors[second]:.4g}); --input-range says which"
+            f"({errors[second]:.4g}); set --input-range to decide"
         )
 
 

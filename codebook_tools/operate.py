@@ -74,12 +74,12 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     validation error, a fine-tuning's the better of `before` and `finetuned`. Raises CodebookError, before any long
     work where that is possible, and leaves no file then.
     """
-    check_writable(request.output or _default_output(request, command, 0), request.force)
+    _check_output(request, request.output or _default_output(request, command, 0))
     opened = open_request(request, watch)
     model = opened.model
     asked = _asked_size(strategy, model.found.size)
     if asked:
-        check_writable(request.output or _default_output(request, command, asked), request.force)
+        _check_output(request, request.output or _default_output(request, command, asked))
     if recipe.steps and not (opened.splits.train and opened.splits.validation):
         count = len(opened.calibration)
         raise CodebookError(
@@ -92,7 +92,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     with watch.phase("strategy"):
         surgery = strategy(old, seen.sample, seen.counts) if strategy else Surgery(old, torch.arange(old.size))
     output = request.output or _default_output(request, command, surgery.codebook.size)
-    check_writable(output, request.force)
+    _check_output(request, output)
 
     def measured() -> Measurement:
         with watch.phase("measure"):
@@ -117,7 +117,10 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         else:
             tuned.start.restore(model)
             model.round_to_stored()
-            opened.warnings.append(f"no fine-tuned state had a lower validation error: the file holds '{kept}'")
+            stage = {"before": "the original", "surgery": "the state after surgery"}[kept]
+            opened.warnings.append(
+                f"fine-tuning did not lower the validation error below that of {stage}: the file holds {stage}"
+            )
 
     opened.settings |= _settings_of(strategy) | _settings_of(recipe)
     key = model.found.key
@@ -175,7 +178,7 @@ def plan(command: str, request: Request, strategy: Strategy | None, recipe: Reci
     size = _asked_size(strategy, old)
     output = request.output or (_default_output(request, command, size) if size else None)
     if output is not None:
-        check_writable(output, request.force)
+        _check_output(request, output)
     follows = [model.checkpoint.entries[key] for key in (model.found.key, *model.found.companions)]
     row = sum(entry.end - entry.start for entry in follows) // old
     nbytes = request.source.stat().st_size
@@ -203,6 +206,15 @@ def plan(command: str, request: Request, strategy: Strategy | None, recipe: Reci
         bytes={"before": nbytes, "after": nbytes - (old - size) * row if size else nbytes},
         seconds={"estimate": seconds},
     )
+
+
+def _check_output(request: Request, output: Path) -> None:
+    """Raise CodebookError where the output cannot be written, is no .safetensors file, or is the model itself."""
+    if output.resolve() == request.source.resolve():
+        raise CodebookError(f"{output} is the model itself, which is never overwritten; write elsewhere with --output")
+    check_writable(output, request.force)
+    if output.suffix != ".safetensors":
+        raise CodebookError(f"{output} does not end in .safetensors, the one format that is written")
 
 
 def _asked_size(strategy: Strategy | None, old: int) -> int | None:
@@ -278,7 +290,7 @@ def _settings_of(thing: Strategy | Recipe | None) -> dict[str, object]:
 
 def _provenance(command: str, request: Request, opened: Opened, kept: str, tuned: FineTuned | None) -> dict[str, str]:
     """What the written file says of itself: no times and no paths, so that the same work gives the same bytes."""
-    private = {"data", "test_data", "images", "device"}
+    private = {"data", "test_data", "images", "device", "network"}
     settings = {key: value for key, value in opened.settings.items() if key not in private}
     trained = tuned if tuned and kept == "finetuned" else None
     return {

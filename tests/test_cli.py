@@ -122,7 +122,7 @@ def test_an_operation_gives_the_promised_json_and_writes_beside_the_model(
     assert steps == ([] if "finetuned" not in stages else [0, *range(1, max(steps) + 1)])
     assert all((point["loss"] is None) == (point["step"] == 0) for point in found.json["trace"])
     worse = kept != "finetuned" and "finetuned" in stages
-    assert any("no fine-tuned state had a lower validation error" in text for text in found.json["warnings"]) == worse
+    assert any("fine-tuning did not lower the validation error" in text for text in found.json["warnings"]) == worse
     verified = codebook("verify", model, "--against", tiny, "--json")
     assert (verified.exit_code, verified.json) == (0, {"ok": True, "differences": []})
 
@@ -141,7 +141,7 @@ def test_settings_say_what_was_asked_and_found_out(
         "codebook_update": "gradient", "loss": "l1", "lr": 0.002, "batch_size": 9, "data": [str(images_folder)],
         "test_data": [str(held_out_folder)], "images": {"train": 54, "validation": 6, "test": 12},
         "input_range": [-1.0, 1.0], "device": "cpu",
-        "precision": "fp32",
+        "precision": "fp32", "limit": None, "size": None, "skip_bad": False, "network": None,
     }  # fmt: skip
 
 
@@ -385,6 +385,41 @@ def test_an_input_range_is_two_numbers_of_any_sign(given: str, tiny: Path, codeb
     found = codebook("measure", tiny, "--data", images_folder, "--input-range", given, "--json")
     assert found.exit_code == 0
     assert found.json["settings"]["input_range"] == [float(number) for number in given.split(",")]
+
+
+def test_an_input_range_that_is_hardly_better_than_another_is_told(
+    grey: Callable[..., Grey], codebook: Run, tmp_path: Path
+) -> None:
+    made = grey([-1.0, -0.5, 0.0, 0.5, 1.0])
+    black_and_white = np.random.default_rng(0).integers(0, 2, (40, 4, 4), dtype=np.uint8) * 255
+    np.save(tmp_path / "images.npy", black_and_white)
+    found = codebook("measure", made.path, "--network", made.network, "--data", tmp_path / "images.npy", "--json").json
+    (warning,) = found["warnings"]
+    assert "input range [-1, 1] was chosen" in warning and "[0, 1] is close" in warning and "--input-range" in warning
+
+
+def test_the_input_range_is_the_calibration_images_choice(
+    grey: Callable[..., Grey], codebook: Run, tmp_path: Path
+) -> None:
+    made = grey([0.0, 0.2, 1.0])
+    for name, levels in (("data", (0, 255)), ("test", (153, 255))):  # 0.6 is 0.2 in the range [-1, 1]
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).choice(np.array(levels, np.uint8), (40, 4, 4)))
+    ranges = {}
+    for chosen in (["data", "test"], ["test", "data"]):
+        data, test = (tmp_path / f"{name}.npy" for name in chosen)
+        asked = ("measure", made.path, "--network", made.network, "--data", data, "--test-data", test, "--json")
+        ranges[chosen[0]] = codebook(*asked).json["settings"]["input_range"]
+    assert ranges == {"data": [0.0, 1.0], "test": [-1.0, 1.0]}
+
+
+def test_an_operation_on_test_data_alone_is_calibrated_on_the_sample(
+    tiny: Path, codebook: Run, held_out_folder: Path
+) -> None:
+    found = codebook("prune", tiny, "--test-data", held_out_folder, "--limit", 60, *RANGE, "--json")
+    assert found.exit_code == 0
+    assert found.json["settings"]["images"]["test"] == 12
+    assert found.json["settings"]["images"]["train"] + found.json["settings"]["images"]["validation"] == 60
+    assert any("no --data" in warning for warning in found.json["warnings"])
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -793,3 +828,21 @@ def test_tokens_are_rewritten_by_the_index_map_without_the_package(
     header = json.loads(Path(found["outputs"]["index_map"]).read_bytes()[8:].split(b"}}")[0].decode() + "}}")
     digest = hashlib.sha256(Path(found["outputs"]["model"]).read_bytes()).hexdigest()
     assert header["__metadata__"]["codebook_tools.checkpoint_sha256"] == digest
+
+
+@pytest.mark.parametrize("name", ["tiny.safetensors", "../folder/tiny.safetensors"])
+def test_the_model_itself_is_never_overwritten(tiny: Path, codebook: Run, images_folder: Path, name: str) -> None:
+    output = tiny.parent / name.replace("folder", tiny.parent.name).replace("tiny.safetensors", tiny.name)
+    before = tiny.read_bytes()
+    found = codebook("prune", tiny, "--data", images_folder, *RANGE, "-o", output, "--force")
+    assert found.exit_code == 1
+    assert "is the model itself" in found.stderr
+    assert tiny.read_bytes() == before
+
+
+def test_only_safetensors_are_written(tiny: Path, codebook: Run, images_folder: Path) -> None:
+    output = tiny.with_name("out.pt")
+    found = codebook("prune", tiny, "--data", images_folder, *RANGE, "-o", output)
+    assert found.exit_code == 1
+    assert "does not end in .safetensors" in found.stderr
+    assert not output.exists()

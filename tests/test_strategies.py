@@ -224,7 +224,6 @@ NO_LATENTS = StoredLatents(torch.empty(0, 2))
         ({"keep": 3}, [2, 7, 2, 2, 2], [0, 1, 2]),  # among equals the lower index stays
         ({"keep": 4}, [5, 0, 0, 1, 0], [0, 1, 2, 3]),  # dead codes fill up, the lower index first
         ({"keep": 2}, [0, 0, 0, 0, 0], [0, 1]),
-        ({"keep": 2, "threshold": 100}, [4, 0, 1, 0, 9], [0, 4]),  # keep alone decides
     ],
 )
 def test_prune_by_hand(settings: Settings, counts: list[int], kept: list[int]) -> None:
@@ -266,7 +265,13 @@ def test_keeping_more_codes_than_there_are_says_how_many_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"threshold": -1}, "threshold=-1"), ({"keep": 0}, "keep=0"), ({"keep": -3}, "keep=-3")]
+    ("settings", "message"),
+    [
+        ({"threshold": -1}, "threshold=-1"),
+        ({"keep": 0}, "keep=0"),
+        ({"keep": -3}, "keep=-3"),
+        ({"keep": 2, "threshold": 9}, "give one of them"),
+    ],
 )
 def test_settings_of_prune_that_make_no_sense_are_the_users_error(settings: Settings, message: str) -> None:
     with pytest.raises(CodebookError, match=message):

@@ -22,7 +22,8 @@ def result_table(result: Result) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for name in stages:
-        table.add_column(STAGES[name] + (" *" if name == result.kept and len(stages) > 1 else ""), justify="right")
+        heading = "measured" if result.command == "measure" else STAGES[name]
+        table.add_column(heading + (" *" if name == result.kept and len(stages) > 1 else ""), justify="right")
     for label, show in _ROWS:
         table.add_row(label, *(show(stage) for stage in stages.values()))
     lines: list[RenderableType] = [table]

@@ -24,6 +24,10 @@ class Prune:
     def __post_init__(self) -> None:
         if self.threshold < 0:
             raise CodebookError(f"threshold={self.threshold} is below 0, the count of a dead code; use --threshold 0")
+        if self.keep is not None and self.threshold:
+            raise CodebookError(
+                f"threshold={self.threshold} and keep={self.keep} ask for different codes; give one of them"
+            )
         if self.keep is not None and self.keep < 1:
             raise CodebookError(f"keep={self.keep} is below 1; use --keep 1 or more")
 
