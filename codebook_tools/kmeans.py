@@ -74,7 +74,7 @@ def count_distinct(points: Tensor, enough: int) -> int:
     while True:
         found = len(np.unique(points[:head].numpy(), axis=0))
         if found >= enough or head == len(points):
-            return min(found, enough) if found >= enough else found
+            return min(found, enough)
         head = min(len(points), 8 * head)
 
 
