@@ -57,10 +57,12 @@ class Surgery:
     """A new codebook, and what became of the old codes.
 
     index_map: (old_size,) int64, the new code where the old one kept its identity or was merged, else REMOVED.
+    bits: that an entry needs, where the rows were rounded to a grid; None: as many as its stored dtype has.
     """
 
     codebook: Codebook
     index_map: Tensor
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         assert self.index_map.ndim == 1 and self.index_map.dtype == torch.int64

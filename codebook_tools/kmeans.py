@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from codebook_tools.assignment import nearest, squared_errors, unit
+from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.watch import Watch
 
@@ -47,25 +49,26 @@ def kmeans(
     head. Raises CodebookError where there are fewer than k distinct points.
     """
     assert k >= 1 and iterations >= 1, (k, iterations)
+    _refuse_too_few(points, k)
+    centroids = (init if isinstance(init, Tensor) else seeds(points, k, init, seed)).numpy()
+    assert centroids.shape == (k, points.shape[1])
+    data = points.contiguous().numpy()
+    result = None
+    for head in _heads(len(data), k):
+        result = _lloyd(data[:head], centroids, iterations, watch)
+        centroids = result[0]
+    assert result is not None
+    centroids, inertia, done, converged = result
+    return Clustering(torch.from_numpy(centroids), inertia, done, converged)
+
+
+def _refuse_too_few(points: Tensor, k: int) -> None:
     distinct = count_distinct(points, enough=k)
     if distinct < k:
         raise CodebookError(
             f"k={k} asks for more codes than the {distinct} distinct latents; "
             f"use --k {distinct} or less, or give more images with --data"
         )
-    data = points.contiguous().numpy()
-    heads = _heads(len(data), k)
-    first = data[: heads[0]]
-    if count_distinct(points[: heads[0]], enough=k) < k:  # repeats crowd the head: seeds need all the points
-        first = data
-    centroids = _seeds(first, k, init, seed)
-    result = None
-    for head in heads:
-        result = _lloyd(data[:head], centroids, iterations, watch)
-        centroids = result[0]
-    assert result is not None
-    centroids, inertia, done, converged = result
-    return Clustering(torch.from_numpy(centroids), inertia, done, converged)
 
 
 def count_distinct(points: Tensor, enough: int) -> int:
@@ -98,7 +101,7 @@ def _lloyd(
         block = min(_BLOCK, iterations - done)
         # tol=0: scikit-learn stops early only when no label changes. It re-seeds empty clusters itself.
         model = KMeans(len(centroids), init=centroids, n_init=1, max_iter=block, tol=0, algorithm="lloyd")
-        with _repeatable():
+        with repeatable():
             fit = model.fit(rows, sample_weight=copies)
         centroids, done = fit.cluster_centers_, done + fit.n_iter_
         converged = fit.n_iter_ < block or inertia - fit.inertia_ <= _FLAT * fit.inertia_
@@ -120,7 +123,7 @@ def _distinct(data: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[n
 
 
 @contextmanager
-def _repeatable() -> Iterator[None]:
+def repeatable() -> Iterator[None]:
     """At most two threads: scikit-learn adds up the sums of its threads in the order in which they finish.
 
     a + b is b + a, but the sum of three or more would round differently from run to run.
@@ -139,20 +142,46 @@ def _openmp() -> Any:
     return ThreadpoolController().select(user_api="openmp")
 
 
-def _seeds(data: NDArray[np.float32], k: int, init: Init | Tensor, seed: int) -> NDArray[np.float32]:
-    if isinstance(init, Tensor):
-        assert init.shape == (k, data.shape[1])
-        return init.numpy().astype(np.float32)
+def seeds(points: Tensor, k: int, init: Init, seed: int) -> Tensor:
+    """(k, dim) seeds for k-means: some of the points.
+
+    points: (n, dim) float32, in an order in which each head is a uniform sample: the first head gives the seeds, unless
+    it is so full of repeats that it has fewer than k distinct points. Raises CodebookError where all have fewer.
+    """
+    _refuse_too_few(points, k)
+    head = points[: _heads(len(points), k)[0]]
+    data = (head if count_distinct(head, enough=k) == k else points).contiguous().numpy()
     rng = np.random.default_rng(seed % 2**64)  # numpy takes no negative seed
     if init == "kmeans++":
         from sklearn.cluster import kmeans_plusplus
 
-        seeds: NDArray[np.float32] = kmeans_plusplus(data, k, random_state=int(rng.integers(2**31)))[0]
-        return seeds
+        return torch.from_numpy(kmeans_plusplus(data, k, random_state=int(rng.integers(2**31)))[0])
     if init == "afkmc2":
-        return afkmc2(data, k, rng)
-    chosen: NDArray[np.float32] = data[rng.choice(len(data), k, replace=False)]
-    return chosen
+        return torch.from_numpy(afkmc2(data, k, rng))
+    return torch.from_numpy(data[rng.choice(len(data), k, replace=False)])
+
+
+def draw_by_error(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tensor:
+    """(n, dim) of the points, drawn one after the other by squared error to the codes and to those drawn before.
+
+    This is k-means++ seeding (Arthur and Vassilvitskii 2007) that goes on from codes that are there.
+    points: (m, dim), in an order in which each head is a uniform sample: of more than 65,536, or 128 for each draw, a
+    head does. Fewer than n rows where no more points differ from the codes.
+    """
+    points = points[: max(65_536, 128 * n)]
+    errors = squared_errors(points, codebook, nearest(points, codebook)).double()
+    places = unit(points) if (codebook.lookup, codebook.emit) == (Lookup.COSINE, Emit.UNIT) else points
+    random = torch.Generator().manual_seed(seed)
+    drawn: list[int] = []
+    while len(drawn) < n:
+        up_to = errors.cumsum(0)
+        total = float(up_to[-1])
+        if not total > 0:
+            break
+        at = float(torch.rand((), generator=random, dtype=torch.float64)) * total
+        drawn.append(min(int(torch.searchsorted(up_to, at, right=True)), len(points) - 1))
+        errors = torch.minimum(errors, (places - places[drawn[-1]]).square().sum(1).double())
+    return points[drawn]
 
 
 def afkmc2(data: NDArray[np.float32], k: int, rng: np.random.Generator, chain: int = 200) -> NDArray[np.float32]:

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
+from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from codebook_tools.assignment import nearest
+from codebook_tools.assignment import emitted, nearest, unit
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.kmeans import kmeans
@@ -65,6 +65,37 @@ def up_to_the_distinct_latents(k: int) -> Callable[[Situation], int | None]:
     return lambda situation: k if k <= len(situation.latents.unique(dim=0)) else None
 
 
+def unmoved_or_drawn(method: str, threshold: int) -> Callable[[Situation], int | None]:
+    """The codebook's own size, where a code stays, and there are latents enough for the codes that move."""
+
+    def size(situation: Situation) -> int | None:
+        stays = situation.counts > threshold
+        living = replace(situation.codebook, vectors=situation.codebook.vectors[stays])
+        if not living.size:
+            return None
+        moving = int((~stays).sum())
+        there = {"error": places_to_draw(situation, living), "random": len(situation.latents)}.get(method, moving)
+        return situation.codebook.size if moving <= there else None
+
+    return size
+
+
+def grown(k: int) -> Callable[[Situation], int | None]:
+    def size(situation: Situation) -> int | None:
+        living = replace(situation.codebook, vectors=situation.codebook.vectors[situation.counts > 0])
+        return k if living.size <= k <= living.size + places_to_draw(situation, living) else None
+
+    return size
+
+
+def places_to_draw(situation: Situation, living: Codebook) -> int:
+    """Distinct latents that no code emits, as lookup and output see them."""
+    points, codes = situation.latents, emitted(living)
+    places = unit(points) if (living.lookup, living.emit) == (Lookup.COSINE, Emit.UNIT) else points
+    off = (places - codes[nearest(points, living)]).square().sum(1) > 0
+    return len((places[off] + 0).unique(dim=0))
+
+
 CASES: dict[str, list[Case]] = {
     "prune": [
         Case({}, more_than(0)),
@@ -76,6 +107,23 @@ CASES: dict[str, list[Case]] = {
         Case({"k": k, "init": init, "seed": k}, up_to_the_distinct_latents(k), euclidean_only=True)
         for k, init in ((1, "kmeans++"), (3, "kmeans++"), (3, "afkmc2"), (3, "random"), (3, "used"), (7, "used"))
     ],
+    "quantize": [
+        *(
+            Case({"k": k, "method": method, "seed": k}, up_to_the_codes(k))
+            for k in (1, 3, 7)
+            for method in ("kmeans", "pnn")
+        ),
+        *(Case({"bits": bits}, lambda situation: situation.codebook.size) for bits in (2, 5, 8)),
+    ],
+    "restart": [
+        Case({"method": method, "threshold": threshold, "seed": 3}, unmoved_or_drawn(method, threshold))
+        for method in ("error", "random", "split", "nearest")
+        for threshold in (0, 2)
+    ],
+    "grow": [Case({"k": k, "seed": k}, grown(k)) for k in (9, 12)],
+    "top-k": [Case({"k": k}, up_to_the_codes(k)) for k in (1, 4)],
+    "random": [Case({"k": k, "seed": k}, up_to_the_distinct_latents(k)) for k in (1, 5)],
+    "kmeans++-seeds": [Case({"k": k, "seed": k}, up_to_the_distinct_latents(k)) for k in (1, 5)],
 }
 """Settings of each strategy of STRATEGIES, with which it must keep the contract."""
 
@@ -507,7 +555,7 @@ def test_an_added_strategy_is_not_there_once_its_distribution_is_gone() -> None:
 
 
 def test_an_added_strategy_is_listed_among_those_there_are(importable: Path) -> None:
-    with pytest.raises(CodebookError, match=r"there are every-nth, no-module, not-there, prune,.* refit"):
+    with pytest.raises(CodebookError, match=r"there are every-nth, grow, .*no-module, not-there, prune,.* refit"):
         find_strategy("other")
 
 

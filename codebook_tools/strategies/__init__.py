@@ -12,14 +12,41 @@ from importlib.metadata import entry_points
 
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
+from codebook_tools.strategies.controls import KmeansSeeds, RandomLatents, TopK
+from codebook_tools.strategies.grow import Grow
 from codebook_tools.strategies.prune import Prune
+from codebook_tools.strategies.quantize import Quantize
 from codebook_tools.strategies.refit import Refit
+from codebook_tools.strategies.restart import Restart
 
 ENTRY_POINTS = "codebook_tools.strategies"
 
-__all__ = ["ENTRY_POINTS", "STRATEGIES", "Prune", "Refit", "find_strategy", "make_strategy"]
+__all__ = [
+    "ENTRY_POINTS",
+    "STRATEGIES",
+    "Grow",
+    "KmeansSeeds",
+    "Prune",
+    "Quantize",
+    "RandomLatents",
+    "Refit",
+    "Restart",
+    "TopK",
+    "find_strategy",
+    "make_strategy",
+]
 
-STRATEGIES: dict[str, Callable[..., Strategy]] = {"refit": Refit, "prune": Prune}
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
+    "refit": Refit,
+    "prune": Prune,
+    "quantize": Quantize,
+    "restart": Restart,
+    "grow": Grow,
+    "top-k": TopK,
+    "random": RandomLatents,
+    "kmeans++-seeds": KmeansSeeds,
+}
+"""Surgeries, and at the end three controls, which only `compare` runs."""
 
 
 def find_strategy(name: str) -> Callable[..., Strategy]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
 from codebook_tools.errors import CodebookError
-from codebook_tools.kmeans import Init, count_distinct, kmeans
+from codebook_tools.kmeans import Init, draw_by_error, kmeans, seeds
 from codebook_tools.watch import Watch
 
 
@@ -18,8 +18,8 @@ from codebook_tools.watch import Watch
 class Refit:
     """k centroids of the latents, by full Lloyd to convergence. No old code keeps its identity.
 
-    k: new size. init: how the seeds are drawn; "used" starts from the k most used codes, filled up by k-means++ where
-    fewer are in use. iterations: the most of Lloyd. seed: of the seeding.
+    k: new size. init: how the seeds are drawn; "used" starts from the k most used codes, filled up with latents drawn
+    by squared error where fewer are in use. iterations: the most of Lloyd. seed: of the seeding.
     watch: is told of the progress.
     Source: Hu et al. 2021, "Global Context with Discrete Diffusion in VQ Modelling" (VQ-DDM, arXiv 2112.01799).
     """
@@ -47,10 +47,7 @@ class Refit:
 
     def _from_used(self, codebook: Codebook, points: Tensor, counts: Tensor) -> Tensor:
         order = counts.argsort(descending=True, stable=True)[: self.k]
-        used = codebook.vectors[order[counts[order] > 0]]
-        missing = self.k - len(used)
-        if missing <= 0:
-            return used
-        missing = count_distinct(points, enough=missing)  # where they are fewer, k-means says so, with the k asked for
-        more = kmeans(points, missing, iterations=1, seed=self.seed, watch=Watch()).centroids
-        return torch.cat([used, more])
+        used = replace(codebook, vectors=codebook.vectors[order[counts[order] > 0]])
+        if not used.size:
+            return seeds(points, self.k, "kmeans++", self.seed)
+        return torch.cat([used.vectors, draw_by_error(points, used, self.k - used.size, self.seed)])

@@ -1,0 +1,66 @@
+"""Controls: what a surgery must beat to be worth its trouble."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
+from codebook_tools.errors import CodebookError
+from codebook_tools.kmeans import Init, seeds
+from codebook_tools.strategies.prune import Prune
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k most used codes, as they are, dead ones among them where fewer are in use: pruning that only looks at K."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        _check(self.k)
+
+    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        if self.k > codebook.size:
+            raise CodebookError(f"k={self.k} of {codebook.size} codes; use --k {codebook.size} or less")
+        return Prune(keep=self.k)(codebook, latents, counts)
+
+
+@dataclass(frozen=True)
+class RandomLatents:
+    """k latents, drawn alike: a codebook from the data without any clustering (Forgy 1965's seeds)."""
+
+    k: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.k)
+
+    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        return _seeded(codebook, latents, self.k, "random", self.seed)
+
+
+@dataclass(frozen=True)
+class KmeansSeeds:
+    """k seeds of k-means++ (Arthur and Vassilvitskii 2007) and no Lloyd after them: what the iterations add to."""
+
+    k: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.k)
+
+    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        return _seeded(codebook, latents, self.k, "kmeans++", self.seed)
+
+
+def _check(k: int) -> None:
+    if k < 1:
+        raise CodebookError(f"k={k} is below 1; use --k 1 or more")
+
+
+def _seeded(codebook: Codebook, latents: Latents, k: int, init: Init, seed: int) -> Surgery:
+    vectors = seeds(torch.cat(list(latents)), k, init, seed)
+    return Surgery(replace(codebook, vectors=vectors), torch.full((codebook.size,), REMOVED))

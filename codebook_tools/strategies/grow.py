@@ -1,0 +1,48 @@
+"""Growing: the codes in use stay, and more are placed where the error is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
+from codebook_tools.errors import CodebookError
+from codebook_tools.kmeans import draw_by_error
+
+
+@dataclass(frozen=True)
+class Grow:
+    """The codes in use, in their old order, and after them latents drawn by squared error, up to k.
+
+    The decoder knows the codes in use: they keep their rows and their identity. The others are placed as k-means++
+    places seeds (Arthur and Vassilvitskii 2007), but going on from these. seed: of the drawing.
+    """
+
+    k: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise CodebookError(f"k={self.k} is below 1; use --k 1 or more")
+
+    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        kept = (counts > 0).nonzero()[:, 0]
+        if not len(kept):
+            raise CodebookError("every code is dead: there is none to grow from; use refit")
+        if len(kept) > self.k:
+            raise CodebookError(
+                f"k={self.k} is less than the {len(kept)} codes in use; use --k {len(kept)} or more, or refit"
+            )
+        used = replace(codebook, vectors=codebook.vectors[kept])
+        more = draw_by_error(torch.cat(list(latents)), used, self.k - len(kept), self.seed)
+        most = len(kept) + len(more)
+        if most < self.k:
+            raise CodebookError(
+                f"k={self.k} asks for more codes than the {most} that the distinct latents allow; "
+                f"use --k {most} or less, or give more images with --data"
+            )
+        index_map = torch.full((codebook.size,), REMOVED)
+        index_map[kept] = torch.arange(len(kept))
+        return Surgery(replace(codebook, vectors=torch.cat([used.vectors, more])), index_map)

@@ -1,0 +1,87 @@
+"""Quantising the codebook itself: fewer codes by merging them, or fewer bits per entry."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from codebook_tools.assignment import emitted, nearest
+from codebook_tools.codebook import Codebook, Latents, Surgery
+from codebook_tools.errors import CodebookError
+from codebook_tools.kmeans import repeatable
+from codebook_tools.strategies.pnn import merge_pairs
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """k merged codes, weighted by use, or entries rounded to `bits` bits; latents are not looked at.
+
+    k: new size. method: "kmeans", weighted k-means over the codes, the best of ten starts, or "pnn", pairwise nearest
+    neighbour merging (Equitz 1989). Every old code maps to the one it was merged into; dead codes weigh nothing and go
+    where they are nearest. Without any counts all codes weigh alike. bits: 2 to 8, in place of k. seed: of the k-means.
+    """
+
+    k: int | None = None
+    method: Literal["kmeans", "pnn"] = "kmeans"
+    bits: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.k is None) == (self.bits is None):
+            raise CodebookError("quantize takes either --k, to merge codes, or --bits, to round their entries")
+        if self.k is not None and self.k < 1:
+            raise CodebookError(f"k={self.k} is below 1; use --k 1 or more")
+        if self.bits is not None and not 2 <= self.bits <= 8:
+            raise CodebookError(f"bits={self.bits} is not within 2 and 8; --bits 8 has the least error")
+        if self.method not in ("kmeans", "pnn"):
+            raise CodebookError(f"method={self.method} is neither kmeans nor pnn")
+
+    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        if self.bits is not None:
+            rounded = replace(codebook, vectors=round_rows(codebook.vectors, self.bits))
+            return Surgery(rounded, torch.arange(codebook.size), bits=self.bits)
+        assert self.k is not None
+        if self.k > codebook.size:
+            raise CodebookError(f"k={self.k} of {codebook.size} codes; use --k {codebook.size} or less")
+        weights = counts.double() if int(counts.sum()) else torch.ones(codebook.size, dtype=torch.float64)
+        if int((weights > 0).sum()) < self.k:  # then dead codes stay too, with next to no weight
+            weights = weights.clamp(min=1e-6 * float(weights.sum()) / codebook.size)
+        merge = merge_pairs if self.method == "pnn" else self._merge_by_kmeans
+        used, shown = weights > 0, emitted(codebook)
+        rows, labels = merge(shown[used].double().numpy(), weights[used].numpy(), self.k)
+        merged = replace(codebook, vectors=torch.from_numpy(rows).float())
+        index_map = nearest(shown, merged)
+        index_map[used] = torch.from_numpy(labels)
+        return Surgery(merged, index_map)
+
+    def _merge_by_kmeans(
+        self, rows: NDArray[np.float64], weights: NDArray[np.float64], k: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        from sklearn.cluster import KMeans
+        from sklearn.exceptions import ConvergenceWarning
+
+        with repeatable(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # of fewer distinct codes than k: then some are alike
+            fit = KMeans(k, n_init=10, random_state=self.seed % 2**32).fit(rows, sample_weight=weights)
+        return fit.cluster_centers_, fit.labels_.astype(np.int64)
+
+
+def round_rows(rows: Tensor, bits: int) -> Tensor:
+    """rows (size, dim) float32, each rounded to 2**bits - 1 levels that lie symmetrically about 0, up to its largest.
+
+    No entry moves by more than half a step, max|row| / (2**bits - 2).
+    """
+    levels = 2 ** (bits - 1) - 1
+    steps = rows.double().abs().amax(1, keepdim=True) / levels
+    return torch.where(steps > 0, (rows / steps.clamp(min=torch.finfo(torch.float64).tiny)).round() * steps, 0).float()
+
+
+def packed_bytes(codebook: Codebook, bits: int) -> int:
+    """Bytes that a codebook rounded by `round_rows` packs to: `bits` an entry, and a float32 step a row."""
+    return (codebook.size * codebook.dim * bits + 7) // 8 + 4 * codebook.size

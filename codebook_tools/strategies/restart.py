@@ -1,0 +1,83 @@
+"""Random restart: dead codes are moved to where the latents are; the codebook keeps its size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from codebook_tools.assignment import nearest, squared_errors, unit
+from codebook_tools.codebook import REMOVED, Codebook, Latents, Lookup, Surgery
+from codebook_tools.errors import CodebookError
+from codebook_tools.kmeans import draw_by_error
+
+Method = Literal["error", "random", "split", "nearest"]
+
+_NOISE = 0.01  # of the latents' spread about their code: enough for two copies to part, too little to lose latents
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Codes with `threshold` counts or fewer are moved; the others stay as they are, and keep their identity.
+
+    method: where to. "error": latents drawn by their squared error, so that codes go where they are missed. "random":
+    latents drawn alike (Dhariwal et al. 2020, Jukebox). "split": the most used codes, each with a little noise, that
+    shares its latents (Linde, Buzo and Gray 1980). "nearest": the latent nearest to the dead code, as CVQ-VAE's
+    "closest" anchors (Zheng and Vedaldi 2023). seed: of what is drawn.
+    """
+
+    method: Method = "error"
+    threshold: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise CodebookError(f"method={self.method} is none of {', '.join(get_args(Method))}")
+        if self.threshold < 0:
+            raise CodebookError(f"threshold={self.threshold} is below 0, the count of a dead code; use --threshold 0")
+
+    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        points = torch.cat(list(latents))
+        dead = (counts <= self.threshold).nonzero()[:, 0]
+        living = replace(codebook, vectors=codebook.vectors[counts > self.threshold])
+        if not living.size:
+            most = int(counts.max())
+            way_out = f"use --threshold {most - 1} or less" if most else "use refit"
+            raise CodebookError(
+                f"threshold={self.threshold} moves every code: the most used one counts {most}; {way_out}"
+            )
+        random = torch.Generator().manual_seed(self.seed)
+        if self.method == "error":
+            new = draw_by_error(points, living, len(dead), self.seed)
+        elif self.method == "random":
+            new = points[torch.randperm(len(points), generator=random)[: len(dead)]]
+        elif self.method == "split":
+            new = _split(living, points, counts[counts > self.threshold], len(dead), random)
+        else:
+            new = points[_nearest_points(codebook, points, dead)]
+        if len(new) < len(dead):
+            raise CodebookError(
+                f"{len(dead)} codes are to be moved, but only {len(new)} latents are there for them; "
+                "give more images with --data, or use prune"
+            )
+        vectors = codebook.vectors.clone()
+        vectors[dead] = new
+        index_map = torch.arange(codebook.size)
+        index_map[dead] = REMOVED
+        return Surgery(replace(codebook, vectors=vectors), index_map)
+
+
+def _split(living: Codebook, points: Tensor, counts: Tensor, n: int, random: torch.Generator) -> Tensor:
+    """(n, dim) copies of the most used codes, taken again and again in order, with a little noise."""
+    order = counts.argsort(descending=True, stable=True)
+    parents = living.vectors[order[torch.arange(n) % len(order)]]
+    spread = (squared_errors(points, living, nearest(points, living)).mean() / living.dim).sqrt()
+    return parents + _NOISE * spread * torch.randn(parents.shape, generator=random)
+
+
+def _nearest_points(codebook: Codebook, points: Tensor, dead: Tensor) -> Tensor:
+    """(len(dead),) the latent nearest to each dead code: the lookup with the roles turned round."""
+    rows = points if codebook.lookup is not Lookup.COSINE else unit(points)
+    return nearest(codebook.vectors[dead], Codebook(rows, codebook.lookup))
