@@ -15,11 +15,14 @@ from typer.core import TyperGroup
 
 from .options import (
     DataOptions,
+    FolderOptions,
     Init,
     JsonFlag,
+    MergeMethod,
     ModelArgument,
     ModelOptions,
     NoStepsTrainOptions,
+    RestartMethod,
     RunOptions,
     TrainOptions,
     WriteOptions,
@@ -28,6 +31,7 @@ from .options import (
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.codebook import Strategy
+    from codebook_tools.comparison import Comparison
     from codebook_tools.finetune import Recipe
     from codebook_tools.opening import Request
     from codebook_tools.operate import Plan, Result
@@ -131,6 +135,88 @@ def prune(
         return Prune(threshold=threshold, keep=keep)
 
     _operate("prune", model, strategy, given)
+
+
+@app.command(epilog="Example: codebook quantize model.safetensors --k 128 --method pnn --data images/")
+@takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, RunOptions)
+def quantize(
+    given: dict[str, Any],
+    model: ModelArgument = None,
+    k: Annotated[int | None, typer.Option("--k", metavar="K", help="Merge the codes into K.")] = None,
+    method: Annotated[MergeMethod, typer.Option(help="How codes are merged.")] = MergeMethod.KMEANS,
+    bits: Annotated[int | None, typer.Option(metavar="B", help="Round entries to B bits, 2 to 8, instead.")] = None,
+) -> None:
+    """Merge codes that are alike, weighted by use, or round their entries to few bits. Latents are not looked at."""
+
+    def strategy(watch: Watch) -> Strategy:
+        from codebook_tools.strategies import Quantize
+
+        return Quantize(k=k, method=method.value, bits=bits, seed=given["seed"])
+
+    _operate("quantize", model, strategy, given)
+
+
+@app.command(epilog="Example: codebook restart model.safetensors --method error --data images/ --steps 1000")
+@takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, RunOptions)
+def restart(
+    given: dict[str, Any],
+    model: ModelArgument = None,
+    method: Annotated[
+        RestartMethod,
+        typer.Option(help="Where to: latents drawn by error or alike, used codes, or the nearest latent."),
+    ] = RestartMethod.ERROR,
+    threshold: Annotated[int, typer.Option(metavar="N", help="Move codes that count N or fewer.")] = 0,
+) -> None:
+    """Move dead codes to where latents are. The codebook keeps its size, and codes in use stay as they are."""
+
+    def strategy(watch: Watch) -> Strategy:
+        from codebook_tools.strategies import Restart
+
+        return Restart(method=method.value, threshold=threshold, seed=given["seed"])
+
+    _operate("restart", model, strategy, given)
+
+
+@app.command(epilog="Example: codebook grow model.safetensors --k 128 --data images/ --steps 1000")
+@takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, RunOptions)
+def grow(
+    given: dict[str, Any],
+    k: Annotated[int, typer.Option("--k", metavar="K", help="Codes of the new codebook, not fewer than are in use.")],
+    model: ModelArgument = None,
+) -> None:
+    """Keep the codes in use, drop the dead ones, and place new ones where the error is, up to K."""
+
+    def strategy(watch: Watch) -> Strategy:
+        from codebook_tools.strategies import Grow
+
+        return Grow(k=k, seed=given["seed"])
+
+    _operate("grow", model, strategy, given)
+
+
+@app.command(epilog="Example: codebook compare model.safetensors --k 128 --data images/ --seeds 3")
+@takes(TrainOptions, DataOptions, ModelOptions, FolderOptions, RunOptions)
+def compare(
+    given: dict[str, Any],
+    k: Annotated[int, typer.Option("--k", metavar="K", help="Codes, for the strategies that take a number.")],
+    model: ModelArgument = None,
+    strategies: Annotated[
+        str | None, typer.Option(metavar="A,B,C", help="Rows to run. Left out: every strategy and the controls.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Runs of each row, for mean and spread.")] = 1,
+) -> None:
+    """Every strategy and the controls, with the same data, batches and steps: one table. Goes on where it stopped."""
+
+    def work(watch: Watch) -> Comparison:
+        from codebook_tools.compare import compare as run_compare
+        from codebook_tools.opening import DEMO
+
+        folder = given["output"] or Path(f"{(model or DEMO).stem}.compare")
+        names = [name.strip() for name in strategies.split(",")] if strategies else []
+        request = _request(model, {**given, "output": None})
+        return run_compare(request, k, names, _recipe(given), seeds=seeds, folder=folder, watch=watch)
+
+    _run(work, given)
 
 
 @app.command(epilog="Example: codebook finetune model.safetensors --data images/ --steps 2000")
@@ -252,11 +338,11 @@ def _operate(
     _run(work, given)
 
 
-def _run(work: Callable[[Watch], Result | Plan], given: dict[str, Any]) -> None:
+def _run(work: Callable[[Watch], Result | Plan | Comparison], given: dict[str, Any]) -> None:
     """Do the work, with progress, and print what came of it."""
     with _reported():
         from codebook_tools.operate import Result
-        from codebook_tools.report.tables import details_table, plan_table, result_table
+        from codebook_tools.report.tables import details_table, table_of
         from codebook_tools.watch import Watch
 
         from .screen import ProgressShow, print_table, print_warnings
@@ -269,7 +355,7 @@ def _run(work: Callable[[Watch], Result | Plan], given: dict[str, Any]) -> None:
         with ProgressShow(given["quiet"]) as show:
             found = work(Watch(show))
         print_warnings(found.warnings, given["quiet"])
-        _show(found, result_table if isinstance(found, Result) else plan_table, given["json_"])
+        _show(found, table_of, given["json_"])
         if given["verbose"] and isinstance(found, Result) and not given["json_"]:
             print_table(details_table(found))
 

@@ -49,6 +49,18 @@ class Init(StrEnum):
     RANDOM = "random"
 
 
+class MergeMethod(StrEnum):
+    KMEANS = "kmeans"
+    PNN = "pnn"
+
+
+class RestartMethod(StrEnum):
+    ERROR = "error"
+    RANDOM = "random"
+    SPLIT = "split"
+    NEAREST = "nearest"
+
+
 class Metric(StrEnum):
     EUCLIDEAN = "euclidean"
     COSINE = "cosine"
@@ -145,6 +157,14 @@ class WriteOptions:
     dry_run: Annotated[
         bool, _output("--dry-run", help="Say what would be done and written, its size and time; write nothing.")
     ] = False
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    output: Annotated[
+        Path | None,
+        _output("--output", "-o", metavar="FOLDER", help="Left out: <name>.compare in the current folder."),
+    ] = None
 
 
 @dataclass(frozen=True)

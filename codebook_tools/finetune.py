@@ -98,7 +98,8 @@ def finetune(
     distance of latents to codes over the latents' variance. Gradients pass the quantiser straight through (Bengio,
     Leonard and Courville 2013).
     """
-    random = torch.Generator().manual_seed(seed)
+    # Two streams: the batches must not depend on how many codes a strategy leaves to be revived.
+    shuffling, reviving = (torch.Generator().manual_seed(seed + stream) for stream in (0, 1))
     first, pixels = train.load(train.items[: recipe.batch_size])
     if not first:
         raise CodebookError("none of the first training images can be read")
@@ -110,7 +111,7 @@ def finetune(
         )
     parameters: list[Tensor] = list(_set_trainable(model, names))
     image_scale, latent_scale = _scales(model, train)
-    quantiser = _Quantiser(model, recipe, counts, random)
+    quantiser = _Quantiser(model, recipe, counts, reviving)
     weight = dict(model.network.named_parameters()).get(model.name) if recipe.codebook_update == "gradient" else None
     if weight is None and recipe.codebook_update == "gradient":
         raise CodebookError(f"{model.found.key} is a buffer of its network: no gradient; use --codebook-update ema")
@@ -131,7 +132,7 @@ def finetune(
     start = look(0, None)
     best: State | None = None
     diverged = None
-    batches = _batches(train, recipe.batch_size, random)
+    batches = _batches(train, recipe.batch_size, shuffling)
     _training_mode(model.network)
     for step in range(1, recipe.steps + 1):
         images = next(batches).to(model.device)

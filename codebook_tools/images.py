@@ -271,14 +271,17 @@ def _refuse_shared(data: list[Item], test: list[Item]) -> None:
                 )
 
 
+def shuffled(items: list[Item], seed: int) -> list[Item]:
+    """The items in an order that depends on seed and names alone."""
+    salt = (seed % 2**64).to_bytes(8, "big")
+    return sorted(items, key=lambda item: hashlib.sha256(salt + item.digest).digest())
+
+
 def limited(items: list[Item], limit: int | None, seed: int) -> list[Item]:
-    """At most `limit` items, those whose seeded hash is smallest, in order of name."""
+    """At most `limit` items, the first of them as `shuffled`, in order of name."""
     if limit is None or len(items) <= limit:
         return items
-    salt = (seed % 2**64).to_bytes(8, "big")
-    return sorted(
-        sorted(items, key=lambda item: hashlib.sha256(salt + item.digest).digest())[:limit], key=lambda item: item.name
-    )
+    return sorted(shuffled(items, seed)[:limit], key=lambda item: item.name)
 
 
 @dataclass

@@ -26,8 +26,8 @@ class NotFiniteError(CodebookError):
 class CodebookUse:
     """How one codebook is used. latents: assigned. used_10: codes with 10 hits or more. bits: log2 of the perplexity.
 
-    distortion: mean squared distance from a latent to its emitted code, summed over dimensions. coverage: None, until
-    something computes it.
+    distortion: mean squared distance from a latent to its emitted code, summed over dimensions. coverage: share of the
+    latents that are nearer to their code than the reference distance; None without one (coverage.py says which).
     """
 
     key: str
@@ -76,12 +76,22 @@ def reconstruct(model: Model, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def measure(
-    model: Model, images: Images, *, split: str = "test", batch: int = 64, structure: bool = True, watch: Watch
+    model: Model,
+    images: Images,
+    *,
+    split: str = "test",
+    batch: int = 64,
+    structure: bool = True,
+    reference: float | None = None,
+    watch: Watch,
 ) -> Measurement:
-    """Measure a model on all of `images`. structure: with SSIM, which takes longer than the rest on small images."""
+    """Measure a model on all of `images`. structure: with SSIM, which takes longer than the rest on small images.
+
+    reference: the squared distance up to which a latent counts as covered.
+    """
     codebook = model.codebook
     counts = torch.zeros(codebook.size, dtype=torch.int64)
-    count, latent_count, values = 0, 0, 0
+    count, latent_count, values, near = 0, 0, 0, 0
     error = distortion = similarity = 0.0
     compared = structure
     for items, pixels in images.batches(batch):
@@ -89,7 +99,9 @@ def measure(
         pixels = pixels.to(shown.device)
         rows, flat = latents.movedim(1, -1).flatten(0, -2), codes.flatten()
         counts += torch.bincount(flat, minlength=codebook.size).cpu()
-        distortion += float(squared_errors(rows, codebook, flat).double().sum())
+        errors = squared_errors(rows, codebook, flat).double()
+        distortion += float(errors.sum())
+        near += int((errors <= reference).sum()) if reference is not None else 0
         error += float((shown - pixels).double().square().sum())
         count, latent_count, values = count + len(items), latent_count + len(rows), values + pixels.numel()
         scores = metrics.ssim(pixels, shown) if compared else None
@@ -111,7 +123,7 @@ def measure(
         bits=metrics.bits(counts),
         top_share=metrics.top_share(counts),
         distortion=distortion / latent_count,
-        coverage=None,
+        coverage=near / latent_count if reference is not None else None,
     )
     return Measurement(
         split, count, mse, metrics.psnr(mse) if mse else None, similarity / count if compared else None, (use,)

@@ -61,6 +61,7 @@ class Request:
 class Opened:
     """calibration and test: the images of `splits`. settings: what was found out or chosen on the way."""
 
+    request: Request
     model: Model
     splits: Splits
     calibration: Images
@@ -92,7 +93,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
             Images(items, model.channels, model.stride, request.size, request.skip_bad, watch)
             for items in (splits.calibration, splits.test)
         )
-    opened = Opened(model, splits, calibration, test)
+    opened = Opened(request, model, splits, calibration, test)
     if model.carried:
         few = ", ".join(model.carried[:3]) + (", ..." if len(model.carried) > 3 else "")
         opened.warnings.append(f"{len(model.carried)} tensors unknown to the network are carried over unchanged: {few}")

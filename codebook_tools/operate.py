@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 import torch
@@ -13,15 +13,23 @@ from torch import Tensor
 from codebook_tools.assignment import nearest
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import check_writable, index_map_path, write_checkpoint
-from codebook_tools.codebook import REMOVED, Codebook, Strategy, Surgery
+from codebook_tools.codebook import REMOVED, Codebook, Strategy
 from codebook_tools.errors import CodebookError, VerificationError
-from codebook_tools.finetune import FineTuned, Recipe, TracePoint, finetune
-from codebook_tools.images import Item
-from codebook_tools.latents import EncodedLatents, Survey, survey
-from codebook_tools.measure import Measurement, measure
+from codebook_tools.finetune import FineTuned, Recipe, TracePoint
+from codebook_tools.latents import survey
+from codebook_tools.measure import Measurement
 from codebook_tools.models.companions import rows_of
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Opened, Request, open_request
+from codebook_tools.stages import (
+    encoder_latents,
+    measure_stage,
+    on_cpu,
+    run_stages,
+    sample_counts,
+    survey_calibration,
+)
+from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.version import VERSION
 from codebook_tools.watch import Watch
 
@@ -29,7 +37,8 @@ from codebook_tools.watch import Watch
 @dataclass(frozen=True)
 class Result:
     """What was done: the JSON of a command. before, surgery, finetuned: measured on the test data, None where there is
-    no such stage. kept: the stage that the written file holds. outputs: paths. bytes: file sizes. seconds: by phase."""
+    no such stage. kept: the stage that the written file holds. outputs: paths. bytes: file sizes, and what a codebook
+    that was rounded to few bits would pack to. seconds: by phase."""
 
     command: str
     model: str
@@ -43,7 +52,7 @@ class Result:
     kept: str | None = None
     trace: tuple[TracePoint, ...] = ()
     outputs: Mapping[str, str | None] = field(default_factory=lambda: dict.fromkeys(("model", "index_map", "report")))
-    bytes: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(("before", "after")))
+    bytes: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(("before", "after", "packed")))
     seconds: Mapping[str, float] = field(default_factory=dict)
     version: str = VERSION
 
@@ -62,8 +71,8 @@ def measure_model(request: Request, watch: Watch) -> Result:
     """Usage, perplexity, distortion and reconstruction error of a checkpoint on the test data."""
     opened = open_request(request, watch, measuring=True)
     with watch.phase("measure"):
-        before = measure(opened.model, opened.test, batch=request.batch_size, watch=watch)
-    sizes = {"before": request.source.stat().st_size, "after": None}
+        before = measure_stage(opened, encoder_latents(opened), watch)
+    sizes = {"before": request.source.stat().st_size, "after": None, "packed": None}
     return _result("measure", request, opened, watch, before=before, bytes=sizes)
 
 
@@ -80,73 +89,66 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     asked = _asked_size(strategy, model.found.size)
     if asked:
         _check_output(request, request.output or _default_output(request, command, asked))
-    if recipe.steps and not (opened.splits.train and opened.splits.validation):
-        count = len(opened.calibration)
-        raise CodebookError(
-            f"{count} calibration images leave the training or validation split empty; give more --data"
-        )
-    seen = _survey(request, opened, watch)
+    require_training_data(opened, recipe)
+    seen = survey_calibration(opened, watch)
     if seen.sampled:
         opened.warnings.append(f"k-means and index maps see a sample of {len(seen.sample):,} of {seen.total:,} latents")
-    old = _on_cpu(model.codebook)
-    with watch.phase("strategy"):
-        surgery = strategy(old, seen.sample, seen.counts) if strategy else Surgery(old, torch.arange(old.size))
-    output = request.output or _default_output(request, command, surgery.codebook.size)
+    old = on_cpu(model.codebook)
+    old_codes = nearest(seen.sample.vectors, old)
+    surgery = None
+    if strategy:
+        with watch.phase("strategy"):
+            surgery = strategy(old, seen.sample, seen.counts)
+    output = request.output or _default_output(request, command, surgery.codebook.size if surgery else old.size)
     _check_output(request, output)
 
-    def measured() -> Measurement:
-        with watch.phase("measure"):
-            return measure(model, opened.test, batch=request.batch_size, watch=watch)
-
-    before, after, finetuned = measured(), None, None
-    old_codes = nearest(seen.sample.vectors, old)
-    model.install(surgery.codebook)
-    kept, index_map, tuned = "before", surgery.index_map, None
-    counts, new_codes = _sample_counts(seen, _on_cpu(model.codebook))
-    if strategy:
-        kept, after = "surgery", measured()
-    if recipe.steps:
-        tuned = _finetune(opened, recipe, counts, request.seed, watch)
-        finetuned = measured()
-        if tuned.best.validation_mse < tuned.start.validation_mse:
-            kept = "finetuned"
-            gone = torch.isin(index_map, tuned.best.revived.nonzero()[:, 0])
-            index_map = index_map.masked_fill(gone, REMOVED)
-            seen = _survey(request, opened, watch)
-            counts, new_codes = _sample_counts(seen, _on_cpu(model.codebook))
-        else:
-            tuned.start.restore(model)
-            model.round_to_stored()
-            stage = {"before": "the original", "surgery": "the state after surgery"}[kept]
-            opened.warnings.append(
-                f"fine-tuning did not lower the validation error below that of {stage}: the file holds {stage}"
-            )
-
-    opened.settings |= _settings_of(strategy) | _settings_of(recipe)
+    done = run_stages(opened, surgery, seen, recipe, seed=request.seed, watch=watch)
+    opened.warnings += done.warnings
+    if done.kept == "finetuned":
+        seen = survey_calibration(opened, watch)
+    new = on_cpu(model.codebook)
+    counts, new_codes = sample_counts(seen, new)
+    opened.settings |= settings_of(strategy) | settings_of(recipe)
     key = model.found.key
-    joint = _nearest_map(index_map, old_codes, new_codes, old, _on_cpu(model.codebook))
     with watch.phase("write"):
         map_path = write_checkpoint(
             model.checkpoint,
             output,
             model.changed(counts),
-            _provenance(command, request, opened, kept, tuned),
-            {f"{key}/index_map": index_map, f"{key}/nearest": joint},
+            _provenance(command, request, opened, done.kept, done.tuned),
+            {
+                f"{key}/index_map": done.index_map,
+                f"{key}/nearest": _nearest_map(done.index_map, old_codes, new_codes, old, new),
+            },
         )
         _read_back(output, model)
+    bits = surgery.bits if surgery and done.kept == "surgery" else None
     return _result(
         command,
         request,
         opened,
         watch,
-        before=before,
-        surgery=after,
-        finetuned=finetuned,
-        kept=kept,
-        trace=tuned.trace if tuned else (),
+        before=done.before,
+        surgery=done.surgery,
+        finetuned=done.finetuned,
+        kept=done.kept,
+        trace=done.tuned.trace if done.tuned else (),
         outputs={"model": str(output), "index_map": str(map_path), "report": None},
-        bytes={"before": request.source.stat().st_size, "after": output.stat().st_size},
+        bytes={
+            "before": request.source.stat().st_size,
+            "after": output.stat().st_size,
+            "packed": packed_bytes(new, bits) if bits else None,
+        },
     )
+
+
+def require_training_data(opened: Opened, recipe: Recipe) -> None:
+    """Raise CodebookError where there is to be fine-tuning, and nothing for its gradients or its choice of state."""
+    if recipe.steps and not (opened.splits.train and opened.splits.validation):
+        count = len(opened.calibration)
+        raise CodebookError(
+            f"{count} calibration images leave the training or validation split empty; give more --data"
+        )
 
 
 @dataclass(frozen=True)
@@ -179,18 +181,17 @@ def plan(command: str, request: Request, strategy: Strategy | None, recipe: Reci
     output = request.output or (_default_output(request, command, size) if size else None)
     if output is not None:
         _check_output(request, output)
-    follows = [model.checkpoint.entries[key] for key in (model.found.key, *model.found.companions)]
-    row = sum(entry.end - entry.start for entry in follows) // old
     nbytes = request.source.stat().st_size
     few = opened.calibration.items[: request.batch_size]
     timed = Watch()
     with timed.phase("encode"):
-        survey(_latents(request, opened, few), model.codebook, seed=request.seed, watch=Watch())
+        latents = model.latents(opened.calibration.subset(few), request.batch_size)
+        survey(latents, model.codebook, seed=request.seed, watch=Watch())
     # A pass of the decoder costs about one of the encoder, a training step three of both.
     splits = opened.splits
     passes = 2 * len(splits.calibration) + 6 * len(splits.test) + (30 * len(splits.validation) if recipe.steps else 0)
     seconds = timed.seconds["encode"] / len(few) * (passes + 6 * recipe.steps * request.batch_size)
-    opened.settings |= _settings_of(strategy) | _settings_of(recipe)
+    opened.settings |= settings_of(strategy) | settings_of(recipe)
     return Plan(
         command=command,
         model=str(request.source),
@@ -203,7 +204,7 @@ def plan(command: str, request: Request, strategy: Strategy | None, recipe: Reci
             "model": str(output) if output else None,
             "index_map": str(index_map_path(output)) if output else None,
         },
-        bytes={"before": nbytes, "after": nbytes - (old - size) * row if size else nbytes},
+        bytes={"before": nbytes, "after": model.file_bytes(size) if size else nbytes},
         seconds={"estimate": seconds},
     )
 
@@ -229,42 +230,6 @@ def _default_output(request: Request, command: str, size: int) -> Path:
     return folder / f"{request.source.stem}.{command}-k{size}.safetensors"
 
 
-def _on_cpu(codebook: Codebook) -> Codebook:
-    return replace(codebook, vectors=codebook.vectors.cpu())
-
-
-def _latents(request: Request, opened: Opened, items: list[Item] | None = None) -> EncodedLatents:
-    model = opened.model
-
-    def encode(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model.encode(images).movedim(1, -1).flatten(1, -2)
-
-    images = opened.calibration if items is None else opened.calibration.subset(items)
-    return EncodedLatents(images, encode, request.batch_size)
-
-
-def _survey(request: Request, opened: Opened, watch: Watch) -> Survey:
-    with watch.phase("encode"):
-        return survey(_latents(request, opened), opened.model.codebook, seed=request.seed, watch=watch)
-
-
-def _sample_counts(seen: Survey, codebook: Codebook) -> tuple[Tensor, Tensor]:
-    """(size,) float64 counts, scaled from the sample to all latents, and the sample's codes."""
-    codes = nearest(seen.sample.vectors, codebook)
-    return torch.bincount(codes, minlength=codebook.size).double() * (seen.total / len(seen.sample)), codes
-
-
-def _finetune(opened: Opened, recipe: Recipe, counts: Tensor, seed: int, watch: Watch) -> FineTuned:
-    train, validation = (opened.calibration.subset(part) for part in (opened.splits.train, opened.splits.validation))
-    with watch.phase("finetune"):
-        tuned = finetune(opened.model, train, validation, recipe, counts, seed=seed, watch=watch)
-    if tuned.diverged:
-        opened.warnings.append(f"fine-tuning diverged at step {tuned.diverged}; an earlier state was taken")
-    opened.model.round_to_stored()
-    return tuned
-
-
 def _nearest_map(index_map: Tensor, old_codes: Tensor, new_codes: Tensor, old: Codebook, new: Codebook) -> Tensor:
     """(old size,) int64: where a code kept its identity, the new code; else the one that most of its latents go to,
     the lowest among equals, and the nearest one where it had no latents.
@@ -281,7 +246,7 @@ def _nearest_map(index_map: Tensor, old_codes: Tensor, new_codes: Tensor, old: C
     return torch.where(index_map == REMOVED, by_distance, index_map)
 
 
-def _settings_of(thing: Strategy | Recipe | None) -> dict[str, object]:
+def settings_of(thing: Strategy | Recipe | None) -> dict[str, object]:
     """The printed fields of a dataclass."""
     if thing is None or not is_dataclass(thing):
         return {}

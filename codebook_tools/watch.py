@@ -46,3 +46,8 @@ class Watch:
         """Seconds of each phase, and `total` since the watch was made."""
         self._account()
         return {**self._seconds, "total": self._since - self._start}
+
+    def within(self, name: str) -> Watch:
+        """A watch of its own for a part of the work, whose progress is shown under a name."""
+        show = self._show
+        return Watch(None if show is None else lambda what, *rest: show(f"{name}: {what}", *rest))

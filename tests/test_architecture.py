@@ -20,9 +20,11 @@ FLOORS = (
     ("kmeans", "images", "latents"),
     ("strategies", "checkpoints"),
     ("models",),
-    ("measure",),
+    ("measure", "coverage"),
     ("finetune", "opening"),
-    ("operate", "inspection", "verify"),
+    ("stages", "inspection", "verify", "comparison"),
+    ("operate",),
+    ("compare",),
     ("report",),
     ("__main__", COMMAND_LINE),
 )
@@ -151,7 +153,7 @@ for arguments in ([], ["--help"], *([name, "--help"] for name in sys.argv[1:])):
 heavy = {"torch", "numpy", "scipy", "sklearn", "faiss", "PIL", "safetensors", "torchmetrics", "codebook_tools"}
 print("HEAVY", sorted(heavy & set(sys.modules)))
 """
-    commands = ["inspect", "measure", "refit", "prune", "finetune", "verify"]
+    commands = ["inspect", "measure", "refit", "prune", "quantize", "restart", "grow", "finetune", "compare", "verify"]
     done = subprocess.run(
         [sys.executable, "-c", program, *commands], capture_output=True, text=True, timeout=120, check=False
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,8 @@ def load_model(
     shapes = checkpoint.shapes
     lookup, emit = METRICS[metric or "euclidean"]
     if network is not None:
-        name, prefix, module = CUSTOM, "", make_network(network, found.size)
+        name, prefix, remake = CUSTOM, "", partial(make_network, network, found.size)
+        module = remake()
         keys = {name: name for name in module.state_dict()}
     else:
         known = family if family != CUSTOM else None
@@ -124,7 +126,8 @@ def load_model(
             raise CodebookError(f"{checkpoint.path} does not have the layout of family {name}")
         prefix = prefix_or_none
         inner = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-        module = record.make(inner)
+        remake = partial(record.make, inner)
+        module = remake()
         keys = {name: prefix + record.file_key(name, inner) for name in module.state_dict()}
         if metric is None:
             lookup, emit = record.lookup, record.emit
@@ -135,7 +138,7 @@ def load_model(
     module.to(target).eval().requires_grad_(False)
     known_keys = {*keys.values(), *found.companions, *flags(found.key, shapes)}
     carried = tuple(key for key in shapes if key not in known_keys)
-    return Model(name, checkpoint, module, keys, found, lookup, emit, target, bf16, carried=carried)
+    return Model(name, checkpoint, module, keys, found, remake, lookup, emit, target, bf16, carried=carried)
 
 
 def _load_weights(network: nn.Module, keys: Mapping[str, str], checkpoint: Checkpoint) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +14,8 @@ from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint, torch_dtype
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError, VerificationError
+from codebook_tools.images import Images
+from codebook_tools.latents import EncodedLatents
 from codebook_tools.models.companions import companion_values, rows_of, stored_as
 
 INPUT_RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))
@@ -27,6 +29,7 @@ class Model:
     network: holds the codebook's tensor under the same name as the file. keys: file key by network name.
     found: where the codebook lies. lookup, emit: how it is used. input_range: of the network's images.
     channels: of its images. stride: image sides are multiples of it. carried: file keys the network does not know.
+    remake: makes the network anew, with the weights that its kind starts training from.
     """
 
     family: str
@@ -34,6 +37,7 @@ class Model:
     network: nn.Module
     keys: Mapping[str, str]
     found: FoundCodebook
+    remake: Callable[[], nn.Module]
     lookup: Lookup = Lookup.EUCLIDEAN
     emit: Emit = Emit.RAW
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -60,6 +64,15 @@ class Model:
         if not isinstance(images, Tensor):
             raise CodebookError(f"the network's decode returns a {type(images).__name__}; expected a tensor of images")
         return (images.float() - low) / (high - low)
+
+    def latents(self, images: Images, batch: int) -> EncodedLatents:
+        """The latents of many images, as a stream."""
+
+        def encode(pixels: Tensor) -> Tensor:
+            with torch.no_grad():
+                return self.encode(pixels).movedim(1, -1).flatten(1, -2)
+
+        return EncodedLatents(images, encode, batch)
 
     def assign(self, latents: Tensor) -> Tensor:
         """latents (n, dim, *grid) -> the index of each one's nearest code, (n, *grid) int64."""
@@ -128,7 +141,22 @@ class Model:
         with torch.no_grad():
             tensor.copy_(stored_as(vectors, tensor, self.found.axis))
 
+    def with_fresh_network(self, seed: int) -> Model:
+        """The same model around a network that was never trained, its weights drawn by seed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = self.remake()
+        return replace(self, network=network.float().to(self.device).eval().requires_grad_(False))
+
     # The file it becomes
+
+    def file_bytes(self, size: int) -> int:
+        """Bytes that the file takes with `size` codes."""
+        entries = self.checkpoint.entries
+        old = entries[self.found.key].shape[self.found.axis]
+        follow = [entries[key] for key in (self.found.key, *self.found.companions)]
+        row = sum(entry.end - entry.start for entry in follow) // old
+        return self.checkpoint.path.stat().st_size - (old - size) * row
 
     def changed(self, counts: Tensor) -> dict[str, Tensor]:
         """Every tensor in which the model differs from its file, by file key, in the stored dtypes and shapes.

@@ -8,12 +8,20 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from codebook_tools.comparison import Comparison, table_rows
 from codebook_tools.inspection import Inspection
 from codebook_tools.measure import Measurement
 from codebook_tools.operate import Plan, Result
 from codebook_tools.verify import Verification
 
 STAGES = {"before": "before", "surgery": "after surgery", "finetuned": "after fine-tuning"}
+
+
+def table_of(found: Result | Plan | Comparison) -> RenderableType:
+    """What a command found, as its table."""
+    if isinstance(found, Comparison):
+        return comparison_table(found)
+    return result_table(found) if isinstance(found, Result) else plan_table(found)
 
 
 def result_table(result: Result) -> RenderableType:
@@ -48,12 +56,18 @@ def _optional(field: str, form: str) -> Any:
     return lambda stage: "-" if getattr(stage, field) is None else format(getattr(stage, field), form)
 
 
+def _coverage(stage: Measurement) -> str:
+    share = stage.codebooks[0].coverage
+    return "-" if share is None else f"{share:.1%}"
+
+
 _ROWS = (
     ("codes used", _used),
     ("codes with 10 hits", _use("used_10", "d")),
     ("perplexity", _use("perplexity", ".2f")),
     ("bits per token", _use("bits", ".2f")),
     ("distortion", _use("distortion", ".4g")),
+    ("coverage", _coverage),
     ("mse", _optional("mse", ".6f")),
     ("PSNR, dB", _optional("psnr", ".2f")),
     ("SSIM", _optional("ssim", ".4f")),
@@ -99,6 +113,20 @@ def plan_table(found: Plan) -> RenderableType:
     ):
         table.add_row(label, value)
     return Group(table, "Nothing was written.")
+
+
+def comparison_table(found: Comparison) -> RenderableType:
+    """A line for each strategy and size."""
+    headings, *lines = table_rows(found.summaries)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left")
+    for line in lines:
+        table.add_row(*line)
+    about = f"rows: {found.outputs['rows']}, table: {found.outputs['table']}"
+    if any(summary.seeds > 1 for summary in found.summaries):
+        about += "; figures are mean ± standard deviation over the seeds"
+    return Group(table, *(Text(note) for note in notes(found.summaries)), Text(about, style="dim"))
 
 
 def inspection_table(found: Inspection) -> RenderableType:

@@ -1,0 +1,128 @@
+"""Every strategy and the controls on a checkpoint: the tables of the README and of docs/comparison.md.
+
+    python benchmarks/compare.py [NAME ...] [--seeds N] [--shared ../shared]
+
+Without a name it is the bundled demo. Rows, table, settings and machine go to benchmarks/results/compare/NAME/; rows
+that are there already, made with the same model, data, settings and version, are not run again. `ages` wants the
+snapshots that `python benchmarks/train_demo.py` keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from codebook_tools.compare import ENTRIES, compare
+from codebook_tools.comparison import Comparison, markdown_table
+from codebook_tools.finetune import Recipe
+from codebook_tools.opening import Request
+from codebook_tools.watch import Watch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path("benchmarks") / "results" / "compare"
+ALL = tuple(ENTRIES)
+
+
+@dataclass(frozen=True)
+class Run:
+    """model: None for the demo. parts: sizes, and the rows to be run with each. steps: of fine-tuning."""
+
+    parts: Mapping[int, tuple[str, ...]]
+    model: str | None = None
+    data: str | None = None
+    test_data: str | None = None
+    network: str | None = None
+    steps: int = 1000
+
+    def request(self, shared: str) -> Request:
+        def path(text: str | None) -> str | None:
+            return text and text.format(shared=shared)
+
+        model, data, test, network = map(path, (self.model, self.data, self.test_data, self.network))
+        return Request(
+            model=Path(model) if model else None,
+            data=(data,) if data else (),
+            test_data=(test,) if test else (),
+            network=network,
+        )
+
+
+AGES = ("untouched", "untouched+same-recipe", "prune", "refit", "grow")
+RUNS = {
+    "demo": Run({128: ALL}),
+    "cifar10": Run(
+        {128: (*ALL, "refit+textbook", "refit+frozen-encoder"), 512: ("refit",)},
+        "{shared}/checkpoints/cifar10-vqvae-k512.safetensors",
+        "{shared}/data/cifar10-train.tar",
+        "{shared}/data/cifar10-test.tar",
+    ),
+    "fashion": Run(
+        {32: ALL, 64: ("refit", "grow"), 128: ("refit",)},
+        "{shared}/checkpoints/fashion-vqvae-k128.safetensors",
+        "{shared}/data/fashion-train.tar",
+        "{shared}/data/fashion-test.tar",
+        "{shared}/models/fashion_vqvae.py:make",
+        steps=300,
+    ),
+    **{f"demo-age-{age}": Run({128: AGES}, f"build/demo-{age}.safetensors") for age in (250, 1000, 4000)},
+}
+
+
+def run(name: str, shared: str, seeds: int) -> Comparison:
+    """All parts of a run, as one comparison."""
+    asked, folder = RUNS[name], RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [
+        compare(
+            asked.request(shared), k, names, Recipe(steps=asked.steps), seeds=seeds, folder=folder, watch=Watch(_say)
+        )
+        for k, names in asked.parts.items()
+    ]
+    whole = replace(found[0], rows=tuple(row for part in found for row in part.rows))
+    (folder / "table.md").write_text(markdown_table(whole.summaries))
+    about = whole.to_json()
+    del about["rows"], about["seconds"]
+    about |= {
+        "command": f"python benchmarks/compare.py {name} --seeds {seeds}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    }
+    (folder / "summary.json").write_text(json.dumps(about, indent=1) + "\n")
+    return whole
+
+
+_said: set[str] = set()
+
+
+def _say(what: str, done: int, total: int | None, figures: Mapping[str, float]) -> None:
+    row = what.partition(":")[0]
+    if row not in _said:
+        _said.add(row)
+        print(row, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}; left out: demo")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shared", default="../shared")
+    given = parser.parse_args()
+    unknown = set(given.names) - set(RUNS)
+    if unknown:
+        parser.error(f"no run {', '.join(sorted(unknown))}; there are {', '.join(RUNS)}")
+    os.chdir(ROOT)
+    for name in given.names or ["demo"]:
+        _said.clear()
+        print(f"{name}: {RESULTS / name}", file=sys.stderr)
+        print(markdown_table(run(name, given.shared, given.seeds).summaries), flush=True)
+
+
+if __name__ == "__main__":
+    main()

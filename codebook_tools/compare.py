@@ -1,0 +1,237 @@
+"""Every strategy and the controls on one model: the same data, the same batches, the same number of steps."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from codebook_tools.codebook import Strategy
+from codebook_tools.comparison import STAGES, Comparison, Row, RowStore, markdown_table, write_text
+from codebook_tools.errors import CodebookError
+from codebook_tools.finetune import Recipe
+from codebook_tools.latents import Survey
+from codebook_tools.measure import Measurement
+from codebook_tools.opening import Opened, Request, open_request
+from codebook_tools.operate import require_training_data, settings_of
+from codebook_tools.stages import encoder_latents, measure_stage, on_cpu, run_stages, survey_calibration
+from codebook_tools.strategies import find_strategy
+from codebook_tools.version import VERSION
+from codebook_tools.watch import Watch
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What makes a row: the strategy, None for the codebook as it is, and its settings beside k and seed.
+
+    recipe: what differs from the others' fine-tuning. fresh: with new weights in encoder and decoder.
+    """
+
+    strategy: str | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    fresh: bool = False
+
+
+# As van den Oord et al. 2017 have it in equation 3: codes move by gradient, and nothing revives the dead.
+_TEXTBOOK = {"codebook_update": "gradient"}
+
+ENTRIES = {
+    "untouched": Entry(recipe={"steps": 0}),
+    "untouched+same-recipe": Entry(),
+    "untouched+textbook": Entry(recipe=_TEXTBOOK),
+    "prune": Entry("prune"),
+    "refit": Entry("refit"),
+    "grow": Entry("grow"),
+    "quantize": Entry("quantize"),
+    "quantize+pnn": Entry("quantize", {"method": "pnn"}),
+    "restart": Entry("restart"),
+    "top-k": Entry("top-k"),
+    "random": Entry("random"),
+    "kmeans++-seeds": Entry("kmeans++-seeds"),
+    "refit+fresh-network": Entry("refit", fresh=True),
+}
+"""The rows that a comparison has unless it is told otherwise."""
+
+MORE_ENTRIES = {
+    **{f"restart+{method}": Entry("restart", {"method": method}) for method in ("random", "split", "nearest")},
+    "refit+used": Entry("refit", {"init": "used"}),
+    "refit+textbook": Entry("refit", recipe=_TEXTBOOK),
+    "refit+frozen-encoder": Entry("refit", recipe={"train": "decoder"}),
+}
+"""Further rows, by name. Any strategy that is installed is a row by its own name, too."""
+
+
+def find_entry(name: str) -> Entry:
+    """The row of a name. Raises CodebookError, with the names there are, for others."""
+    known = {**ENTRIES, **MORE_ENTRIES}
+    if name in known:
+        return known[name]
+    try:
+        find_strategy(name)
+    except CodebookError as error:
+        rows = [row for row in known if known[row].strategy != row]
+        raise CodebookError(f"{error}; and the rows {', '.join(rows)}") from error
+    return Entry(name)
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """A row to be done. k: the size asked for; None where the strategy has no k."""
+
+    name: str
+    entry: Entry
+    k: int | None
+    seed: int
+
+    def strategy(self) -> Strategy | None:
+        """Made with the settings of the entry, and with k and seed where it has such fields."""
+        if self.entry.strategy is None:
+            return None
+        make = find_strategy(self.entry.strategy)
+        own = _fields(make)
+        offered = {"seed": self.seed} | ({} if self.k is None else {"k": self.k})
+        return make(**{name: value for name, value in offered.items() if name in own}, **self.entry.settings)
+
+
+def compare(
+    request: Request, k: int, names: Sequence[str], recipe: Recipe, *, seeds: int, folder: Path, watch: Watch
+) -> Comparison:
+    """Run the named rows (ENTRIES where there are none) with `seeds` seeds each, from request.seed on.
+
+    Rows go to folder/rows.json one by one, and those found there, made with the same model, data, settings and version,
+    are not run again; folder/table.md is the table of all. Where `prune` is among the rows, `refit` is done at the size
+    that it leaves, too. The seed of a row is that of its strategy and its fine-tuning; data and splits are the same in
+    all. A row that cannot be done says why. Raises CodebookError where nothing can.
+    """
+    for name, value in (("k", k), ("seeds", seeds)):
+        if value < 1:
+            raise CodebookError(f"{name}={value} is below 1; use --{name} 1 or more")
+    entries = {name: find_entry(name) for name in names or ENTRIES}
+    _make_folder(folder)
+    store = RowStore(folder)
+    opened = open_request(request, watch)
+    require_training_data(opened, recipe)
+    seen = survey_calibration(opened, watch)
+    tasks = list(_tasks(entries, k, seen, request.seed, seeds))
+    made_with = {task: _made_with(opened, task, recipe) for task in tasks}
+    before: Measurement | None = None
+    rows, warnings = [], list(opened.warnings)
+    for i, task in enumerate(tasks):
+        row = store.find(task.name, task.k, task.seed, made_with[task])
+        if row is None:
+            if before is None:
+                with watch.phase("measure"):
+                    before = measure_stage(opened, encoder_latents(opened), watch)
+            told = watch.within(f"{i + 1} of {len(tasks)}, {task.name}")
+            row, said = _run(task, opened, seen, before, recipe, made_with[task], told)
+            warnings += [f"{task.name}, seed {task.seed}: {warning}" for warning in said]
+            if row.error is None:
+                store.add(row)
+        rows.append(row)
+    order = {name: i for i, name in enumerate(entries)}
+    rows.sort(key=lambda row: (order[row.strategy], row.k, row.seed))
+    table = folder / "table.md"
+    found = Comparison(
+        model=str(request.source),
+        family=opened.model.family,
+        settings=opened.settings | {"k": k, "seeds": seeds} | settings_of(recipe),
+        seed=request.seed,
+        warnings=tuple(warnings),
+        rows=tuple(rows),
+        outputs={"rows": str(store.path), "table": str(table)},
+        seconds=watch.seconds,
+    )
+    write_text(table, markdown_table(found.summaries))
+    return found
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise CodebookError(f"cannot make the folder {folder}: {error.strerror}; choose one with --output") from error
+
+
+def _tasks(entries: Mapping[str, Entry], k: int, seen: Survey, seed: int, seeds: int) -> Iterator[_Task]:
+    """All rows of a seed before the next: what is there after an interruption is a table of fewer seeds."""
+    used = int((seen.counts > 0).sum())
+    for run in range(seed, seed + seeds):
+        for name, entry in entries.items():
+            if name == "refit" and "prune" in entries and used != k:
+                yield _Task(name, entry, used, run)
+            yield _Task(name, entry, k if _takes_k(entry) else None, run)
+
+
+def _takes_k(entry: Entry) -> bool:
+    return entry.strategy is not None and "k" in _fields(find_strategy(entry.strategy))
+
+
+def _fields(make: Callable[..., Strategy]) -> set[str]:
+    return {entry.name for entry in fields(make)} if is_dataclass(make) else set()
+
+
+def _run(
+    task: _Task, opened: Opened, seen: Survey, before: Measurement, recipe: Recipe, made_with: str, watch: Watch
+) -> tuple[Row, tuple[str, ...]]:
+    """The row, and what it warns of."""
+    old = on_cpu(opened.model.codebook)
+    model = replace(opened.model, network=copy.deepcopy(opened.model.network))
+    stages: dict[str, Measurement | None] = dict.fromkeys(STAGES)
+    size, kept, error, warnings = task.k or old.size, None, None, tuple[str, ...]()
+    try:
+        strategy, surgery = task.strategy(), None
+        if strategy is not None:
+            with watch.phase("strategy"):
+                surgery = strategy(old, seen.sample, seen.counts)
+            size = surgery.codebook.size
+        its = replace(opened, model=model.with_fresh_network(task.seed) if task.entry.fresh else model)
+        if surgery and task.entry.fresh:
+            its.model.install(surgery.codebook)
+            seen = survey_calibration(its, watch)
+        its_recipe = replace(recipe, **task.entry.recipe)
+        if its_recipe.steps or surgery:
+            done = run_stages(its, surgery, seen, its_recipe, seed=task.seed, before=before, watch=watch)
+            stages |= {"surgery": done.surgery, "finetuned": done.finetuned}
+            kept, warnings = done.kept, done.warnings
+        stages["before"] = before
+    except CodebookError as problem:
+        error = str(problem)
+    seconds = watch.seconds["strategy"] + watch.seconds["finetune"]
+    nbytes = opened.model.file_bytes(size)
+    return Row(task.name, size, task.seed, stages, kept or "before", seconds, nbytes, error, made_with), warnings
+
+
+def _made_with(opened: Opened, task: _Task, recipe: Recipe) -> str:
+    """SHA-256 of all that the figures of a row depend on."""
+    request = opened.request
+    items = {
+        name: hashlib.sha256("\n".join(f"{item.name} {item.nbytes}" for item in split).encode()).hexdigest()
+        for name, split in (("calibration", opened.splits.calibration), ("test", opened.splits.test))
+    }
+    network = Path(request.network.rpartition(":")[0]) if request.network else None
+    said = {
+        "version": VERSION,
+        "model": opened.model.checkpoint.sha256,
+        "network": hashlib.sha256(network.read_bytes()).hexdigest() if network else None,
+        "data": items,
+        "opened": {name: value for name, value in opened.settings.items() if name not in ("data", "test_data")},
+        "codebook": [opened.model.found.key, opened.model.lookup.value, opened.model.emit.value],
+        "seeds": [request.seed, task.seed],
+        "entry": [task.name, task.k, task.entry.fresh],
+        "strategy": settings_of(task.strategy()) if _makes(task) else None,
+        "recipe": settings_of(replace(recipe, **task.entry.recipe)) | {"batch_size": request.batch_size},
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _makes(task: _Task) -> bool:
+    try:
+        task.strategy()
+    except CodebookError:
+        return False
+    return True

@@ -1,0 +1,225 @@
+"""Rows of a comparison: what they say, how they are kept on disk row by row, and what they say together."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from codebook_tools.checkpoints.writing import partial_path
+from codebook_tools.errors import CodebookError
+from codebook_tools.measure import CodebookUse, Measurement
+from codebook_tools.version import VERSION
+
+STAGES = ("before", "surgery", "finetuned")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy or control with one seed. stages: as of a single run. seconds: of surgery and fine-tuning alone.
+
+    bytes: of the file it would write. error: why there are no stages, where it could not be done. made_with: a hash of
+    everything that the figures depend on.
+    """
+
+    strategy: str
+    k: int
+    seed: int
+    stages: Mapping[str, Measurement | None]
+    kept: str | None
+    seconds: float
+    bytes: int
+    error: str | None
+    made_with: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(found: Mapping[str, Any]) -> Row:
+        """The inverse of `to_json`. Raises KeyError or TypeError where it is no row."""
+        stages = {name: _measurement(found["stages"][name]) for name in STAGES}
+        return Row(**{**{entry.name: found[entry.name] for entry in fields(Row)}, "stages": stages})
+
+
+def _measurement(found: Mapping[str, Any] | None) -> Measurement | None:
+    if found is None:
+        return None
+    return Measurement(**{**found, "codebooks": tuple(CodebookUse(**use) for use in found["codebooks"])})
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over seeds; the latter is None of one seed."""
+
+    mean: float
+    spread: float | None
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the seeds of one strategy and size say together. stages: figures by stage; those that no row has are left
+    out. kept: how many rows kept which stage. error: of the first row that has one."""
+
+    strategy: str
+    k: int
+    seeds: int
+    stages: Mapping[str, Mapping[str, Spread]]
+    kept: Mapping[str, int]
+    seconds: Spread
+    bytes: int
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The JSON of `compare`. rows: in the order of the strategies asked for, then by seed."""
+
+    model: str
+    family: str
+    settings: Mapping[str, object]
+    seed: int
+    warnings: tuple[str, ...]
+    rows: tuple[Row, ...]
+    outputs: Mapping[str, str]
+    seconds: Mapping[str, float]
+    command: str = "compare"
+    version: str = VERSION
+
+    @property
+    def summaries(self) -> list[Summary]:
+        groups: dict[tuple[str, int], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.strategy, row.k), []).append(row)
+        return [_summary(*key, rows) for key, rows in groups.items()]
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "rows"}
+        return {
+            **plain,
+            "warnings": list(self.warnings),
+            "rows": [row.to_json() for row in self.rows],
+            "summary": [asdict(summary) for summary in self.summaries],
+        }
+
+
+_FIGURES = ("used", "usage", "perplexity", "distortion", "coverage")
+
+
+def _summary(strategy: str, k: int, rows: list[Row]) -> Summary:
+    done = [row for row in rows if row.error is None]
+    stages: dict[str, dict[str, Spread]] = {}
+    for stage in STAGES:
+        found = [measured for row in done if (measured := row.stages[stage]) is not None]
+        figures = {
+            **{name: [getattr(m, name) for m in found] for name in ("mse", "psnr", "ssim")},
+            **{name: [getattr(m.codebooks[0], name) for m in found] for name in _FIGURES},
+        }
+        stages[stage] = {name: Spread.of(v) for name, v in figures.items() if v and None not in v}
+    kept: dict[str, int] = {}
+    for row in done:
+        if row.kept:
+            kept[row.kept] = kept.get(row.kept, 0) + 1
+    errors = [row.error for row in rows if row.error is not None]
+    seconds = Spread.of([row.seconds for row in rows])
+    return Summary(strategy, k, len(rows), stages, kept, seconds, rows[0].bytes, errors[0] if errors else None)
+
+
+class RowStore:
+    """The rows of a folder's rows.json, of any settings: found again by what they were made with, never dropped."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CodebookError where the file is none of ours."""
+        self.path = folder / "rows.json"
+        self._rows: list[Row] = []
+        if self.path.exists():
+            try:
+                self._rows = [Row.from_json(row) for row in json.loads(self.path.read_text())["rows"]]
+            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+                raise CodebookError(
+                    f"{self.path} is not a comparison's rows ({type(error).__name__}: {error}); "
+                    "move it away, or write elsewhere with --output"
+                ) from error
+
+    def find(self, strategy: str, k: int | None, seed: int, made_with: str) -> Row | None:
+        """The row of these; k: None for any."""
+        return next(
+            (
+                row
+                for row in self._rows
+                if (row.strategy, row.seed, row.made_with) == (strategy, seed, made_with) and k in (None, row.k)
+            ),
+            None,
+        )
+
+    def add(self, row: Row) -> None:
+        """Keep a row, on disk too: the file is replaced whole."""
+        self._rows.append(row)
+        write_text(self.path, json.dumps({"rows": [row.to_json() for row in self._rows]}, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises CodebookError where the disk fails."""
+    target = partial_path(path)
+    try:
+        target.write_text(text)
+        os.replace(target, path)
+    except OSError as error:
+        raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        target.unlink(missing_ok=True)
+
+
+_COLUMNS = (
+    ("mse at step 0", "mse", "surgery", ".6f"),
+    ("used at step 0", "used", "surgery", ".0f"),
+    ("mse fine-tuned", "mse", "finetuned", ".6f"),
+    ("used", "used", "finetuned", ".1f"),
+    ("perplexity", "perplexity", "finetuned", ".1f"),
+    ("coverage", "coverage", "finetuned", ".3f"),
+)
+
+
+def table_rows(summaries: Iterable[Summary]) -> list[list[str]]:
+    """The headings and the cells of a table, one line a strategy and size: figures with their spread over seeds."""
+    lines = [["strategy", "K", *(heading for heading, *_ in _COLUMNS), "kept", "seconds", "bytes"]]
+    for summary in summaries:
+        cells = [summary.strategy, str(summary.k)]
+        if summary.error is not None:
+            lines.append([*cells, "not possible", *[""] * (len(lines[0]) - 3)])
+            continue
+        for _, figure, stage, form in _COLUMNS:
+            # What was not operated on stands at step 0 as it was before.
+            at = "before" if stage == "surgery" and not summary.stages["surgery"] else stage
+            cells.append(_shown(summary.stages[at].get(figure), form))
+        kept = ", ".join(f"{name} {count}/{summary.seeds}" for name, count in summary.kept.items())
+        lines.append([*cells, kept, _shown(summary.seconds, ".0f"), f"{summary.bytes:,}"])
+    return lines
+
+
+def notes(summaries: Iterable[Summary]) -> list[str]:
+    """Why rows could not be done."""
+    return [f"{summary.strategy}: {summary.error}" for summary in summaries if summary.error is not None]
+
+
+def _shown(figure: Spread | None, form: str) -> str:
+    if figure is None:
+        return "–"
+    mean = format(figure.mean, form)
+    return mean if figure.spread is None else f"{mean} ± {figure.spread:{form}}"
+
+
+def markdown_table(summaries: Sequence[Summary]) -> str:
+    """The table in Markdown, and under it why rows could not be done."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in table_rows(summaries)]
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
+    return table + "".join(f"\n{note}\n" for note in notes(summaries))

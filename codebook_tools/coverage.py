@@ -1,0 +1,52 @@
+"""Coverage: how much of the latents' distribution the codes reach, against a k-means of the same size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from codebook_tools.assignment import nearest, squared_errors, unit
+from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.images import Images, shuffled
+from codebook_tools.kmeans import Init, count_distinct, kmeans
+from codebook_tools.latents import survey
+from codebook_tools.models.model import Model
+from codebook_tools.watch import Watch
+
+POINTS = 20_000
+"""Latents that the reference k-means sees."""
+
+_IMAGES_FOR = 4  # so many times POINTS are encoded, and POINTS drawn of them: neighbours in an image are alike
+_ITERATIONS = 10
+_PERCENTILE = 0.95
+_SEEDED_WELL = 2048  # codes, up to which k-means++ takes seconds
+
+
+def reference_latents(model: Model, calibration: Images, *, seed: int, batch: int) -> Tensor | None:
+    """(n, dim) float32: POINTS or fewer latents of the model's own encoder, drawn by seed; None without any image.
+
+    Which they are depends on names and seed alone, so that every state of a model is held against the same ones.
+    """
+    drawn = calibration.subset(shuffled(calibration.items, seed))
+    first = next(model.latents(drawn, batch).by_item(), None)
+    if first is None:
+        return None
+    few = drawn.subset(drawn.items[: -(-_IMAGES_FOR * POINTS // first[1].shape[1])])
+    return survey(model.latents(few, batch), model.codebook, seed=seed, limit=POINTS, watch=Watch()).sample.vectors
+
+
+def reference_distance(latents: Tensor | None, codebook: Codebook, *, seed: int) -> float | None:
+    """The 95th percentile of the latents' squared distances to their centroids, in a k-means of codebook.size.
+
+    latents: (n, dim), as `reference_latents` gives them. None where they are none, or fewer distinct ones than codes.
+    Distances are those that distortion is the mean of: between unit vectors where lookup and output both are.
+    """
+    if latents is None or count_distinct(latents, enough=codebook.size) < codebook.size:
+        return None
+    points = unit(latents) if (codebook.lookup, codebook.emit) == (Lookup.COSINE, Emit.UNIT) else latents
+    init: Init = "kmeans++" if codebook.size <= _SEEDED_WELL else "random"
+    centroids = Codebook(
+        kmeans(points, codebook.size, init=init, iterations=_ITERATIONS, seed=seed, watch=Watch()).centroids
+    )
+    errors = squared_errors(points, centroids, nearest(points, centroids))
+    return float(torch.quantile(errors.double(), _PERCENTILE))
