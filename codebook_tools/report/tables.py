@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from codebook_tools.comparison import Comparison, table_rows
+from codebook_tools.comparison import Comparison, notes, table_rows
 from codebook_tools.inspection import Inspection
 from codebook_tools.measure import Measurement
 from codebook_tools.operate import Plan, Result
