@@ -5,14 +5,18 @@
 The network and the loss are the zalando tutorial's: codebook at U(-1/K, 1/K), codebook and commitment losses by
 gradient, Adam at 1e-3, nothing against collapse and nothing for it. The images are the training part of the bundled
 sample (patches of the two photographs that scikit-learn ships); its validation and test patches are never seen.
+
+Snapshots at three ages go to build/demo-STEPS.safetensors, for `python benchmarks/compare.py demo-age-250 ...`.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torch.nn import functional
 
 from codebook_tools.assignment import nearest
@@ -20,8 +24,11 @@ from codebook_tools.codebook import Codebook
 from codebook_tools.images import Images, sample_images, split
 from codebook_tools.models.zalando import make
 
+BUILD = Path(__file__).parents[1] / "build"
+SNAPSHOTS = (250, 1000, 4000)
 
-def train(path: str, steps: int, batch: int, seed: int) -> None:
+
+def train(path: Path, steps: int, batch: int, seed: int) -> None:
     torch.manual_seed(seed)
     items = split(sample_images()).train
     _, images = Images(items, channels=3).load(items)
@@ -48,13 +55,20 @@ def train(path: str, steps: int, batch: int, seed: int) -> None:
                 f"step {step}: loss {float(loss.detach()):.4f}, {len(torch.unique(chosen))} codes in the batch",
                 flush=True,
             )
+        if step in SNAPSHOTS:
+            save(network, BUILD / f"demo-{step}.safetensors")
+    save(network, path)
+
+
+def save(network: nn.Module, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
     tensors = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
     save_file(tensors, path, {"format": "pt"})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output")
+    parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
