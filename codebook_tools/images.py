@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import tarfile
 import zipfile
@@ -13,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from codebook_tools.errors import CodebookError
+from codebook_tools.pictures import decode_picture, decode_row, square
 from codebook_tools.watch import Watch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -98,7 +97,7 @@ def _items(path: Path) -> list[Item]:
         raise CodebookError(f"no such file or folder: {path}")
     if path.is_dir():
         return [
-            Item(file.relative_to(path).as_posix(), file.stat().st_size, file.read_bytes, _decode_picture)
+            Item(file.relative_to(path).as_posix(), file.stat().st_size, file.read_bytes, decode_picture)
             for file in sorted(path.rglob("*"))
             if file.suffix.lower() in SUFFIXES and file.is_file()
         ]
@@ -107,7 +106,7 @@ def _items(path: Path) -> list[Item]:
     if path.suffix.lower() in (".npy", ".npz"):
         return _array_items(path)
     if path.suffix.lower() in SUFFIXES:
-        return [Item(path.name, path.stat().st_size, path.read_bytes, _decode_picture)]
+        return [Item(path.name, path.stat().st_size, path.read_bytes, decode_picture)]
     raise CodebookError(f"{path} is no image source: give a folder of images, a .tar, a .npy or a .npz")
 
 
@@ -119,7 +118,7 @@ def _tar_items(path: Path) -> list[Item]:
         raise CodebookError(f"{path} is not a readable, uncompressed tar: {error}") from error
     latest = {m.name.removeprefix("./"): m for m in members}  # a tar may hold a name again: the last one counts
     return [
-        Item(name, m.size, partial(_read_range, path, m.offset_data, m.size), _decode_picture)
+        Item(name, m.size, partial(_read_range, path, m.offset_data, m.size), decode_picture)
         for name, m in latest.items()
     ]
 
@@ -153,44 +152,11 @@ def array_items(name: str, array: NDArray[np.generic]) -> list[Item]:
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise CodebookError(f"{name} has dtype {array.dtype}: expected uint8, or floating point in [0, 1]")
     nbytes = array.nbytes // max(1, len(array))
-    return [Item(f"{name}#{i}", nbytes, array[i].tobytes, partial(_decode_row, array[i])) for i in range(len(array))]
+    return [Item(f"{name}#{i}", nbytes, array[i].tobytes, partial(decode_row, array[i])) for i in range(len(array))]
 
 
 def _channels(array: NDArray[np.generic]) -> tuple[int, int]:
     return array.shape[1], array.shape[3]
-
-
-def _decode_row(stored: NDArray[np.generic], data: bytes, channels: int) -> NDArray[np.uint8]:
-    row: NDArray[Any] = np.frombuffer(data, stored.dtype).reshape(stored.shape)
-    if row.dtype != np.uint8:
-        if not (np.isfinite(row).all() and row.min() >= 0 and row.max() <= 1):
-            raise ValueError("floating-point images must lie in [0, 1]")
-        row = np.round(row.astype(np.float64) * 255).astype(np.uint8)
-    if row.ndim == 3 and row.shape[0] in (1, 3) and row.shape[2] not in (1, 3):
-        row = row.transpose(1, 2, 0)
-    from PIL import Image
-
-    return _channels_first(Image.fromarray(row[..., 0] if row.ndim == 3 and row.shape[2] == 1 else row), channels)
-
-
-def _decode_picture(data: bytes, channels: int) -> NDArray[np.uint8]:
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(data)) as picture:
-        upright = ImageOps.exif_transpose(picture)
-        if upright.mode.startswith("I;16"):  # Pillow clips 16 bits to 8 instead of scaling them
-            return _channels_first(Image.fromarray(np.round(np.asarray(upright) / 257).astype(np.uint8)), channels)
-        if upright.mode in ("I", "F"):
-            raise ValueError(f"pixels of mode {upright.mode} have no fixed range; save them with 8 or 16 bits")
-        return _channels_first(upright, channels)
-
-
-def _channels_first(picture: object, channels: int) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    assert isinstance(picture, Image.Image)
-    pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def sample_photographs() -> dict[str, NDArray[np.uint8]]:
@@ -356,17 +322,9 @@ class Images:
 
     def _fitted(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if self.size is not None and pixels.shape[1:] != (self.size, self.size):
-            pixels = _square(pixels, self.size)
+            pixels = square(pixels, self.size)
         height, width = (side - side % self.stride for side in pixels.shape[1:])
         if not height or not width:
             raise ValueError(f"{pixels.shape[2]}x{pixels.shape[1]} is smaller than the model's stride of {self.stride}")
         top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
         return np.ascontiguousarray(pixels[:, top : top + height, left : left + width])
-
-
-def _square(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """The centre square, resized with an antialiasing filter: (channels, side, side)."""
-    from PIL import Image, ImageOps
-
-    picture = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    return _channels_first(ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC), len(pixels))
