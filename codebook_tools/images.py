@@ -323,7 +323,8 @@ class Images:
     """Items as tensors, decoded once while they fit 2 GiB and again each time beyond that.
 
     channels: 1 or 3. stride: height and width are cut to a multiple of it, from the centre. size: side of a square
-    that every image is resized and cropped to; None: all must have one size. bad: names of items left out.
+    that the centre of every image is cut and resized to; None: all must have one size. skip_bad: leave out what cannot
+    be read, where CodebookError is raised otherwise. bad: names of items left out, and the reasons.
     """
 
     items: list[Item]
@@ -332,10 +333,10 @@ class Images:
     size: int | None = None
     skip_bad: bool = False
     watch: Watch = field(default_factory=Watch, repr=False)
-    bad: list[str] = field(default_factory=list)
+    bad: dict[str, str] = field(default_factory=dict)
     _cache: dict[Item, Tensor] = field(default_factory=dict, repr=False)
     _cached_bytes: int = 0
-    _shape: tuple[int, ...] | None = None
+    _first: tuple[Item, tuple[int, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -367,26 +368,25 @@ class Images:
             return None
         try:
             pixels = torch.tensor(self._fitted(item.decode(item.read(), self.channels)))
-        except CodebookError:
-            raise
         except Exception as error:  # decoders raise whatever they like on a damaged file
-            if not self.skip_bad:
-                raise CodebookError(f"cannot read image {item.name}: {error}; --skip-bad goes on without it") from error
-            self.bad.append(item.name)
-            if len(self.bad) >= len(self.items) and {item.name for item in self.items} <= set(self.bad):
-                raise CodebookError(
-                    f"none of the {len(self.items)} images can be read, the last one {item.name}"
-                ) from error
+            self._leave_out(item, error)
             return None
-        if self._shape is None:
-            self._shape = tuple(pixels.shape)
-        if tuple(pixels.shape) != self._shape:
-            first, this = ("x".join(map(str, reversed(shape[1:]))) for shape in (self._shape, pixels.shape))
-            raise CodebookError(f"images of unlike sizes: {item.name} is {this}, earlier ones are {first}; give --size")
+        first, shape = self._first = self._first or (item, tuple(pixels.shape))
+        if tuple(pixels.shape) != shape:
+            this, other = ("x".join(map(str, reversed(sides))) for sides in (pixels.shape[1:], shape[1:]))
+            raise CodebookError(f"images of unlike sizes: {item} is {this}, {first} is {other}; give --size")
         if self._cached_bytes + pixels.numel() <= _DECODED_CACHE_BYTES:
             self._cache[item] = pixels
             self._cached_bytes += pixels.numel()
         return pixels
+
+    def _leave_out(self, item: Item, error: Exception) -> None:
+        reason = one_line(error)
+        if not self.skip_bad:
+            raise CodebookError(f"cannot read image {item}: {reason}; --skip-bad goes on without it") from error
+        self.bad[item.name] = reason
+        if len(self.bad) >= len(self.items) and all(item.name in self.bad for item in self.items):
+            raise CodebookError(f"none of the {len(self)} images can be read, the last one {item}: {reason}") from error
 
     def _fitted(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if self.size is not None and pixels.shape[1:] != (self.size, self.size):
