@@ -11,3 +11,9 @@ class VerificationError(CodebookError):
     """What was written, or installed, is not what was meant."""
 
     exit_code = 3
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line and without a path: whoever passes it on names the item."""
+    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(told.split()) or type(error).__name__

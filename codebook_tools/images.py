@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import os
+import posixpath
 import re
+import stat
 import tarfile
 import zipfile
 import zlib
@@ -13,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import CodebookError, one_line
+from codebook_tools.pictures import decode_picture, decode_row, square
 from codebook_tools.watch import Watch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -45,23 +47,33 @@ class Item:
     decode: Callable[[bytes, int], NDArray[np.uint8]] = field(repr=False)
     group: str | None = None
 
+    def __str__(self) -> str:
+        """The name on one line, whatever is in it."""
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in self.name)
+
     @property
     def digest(self) -> bytes:
         """SHA-256 of the name: it seeds the choice of the item's latents."""
-        return hashlib.sha256(self.name.encode()).digest()
+        return _sha256(self.name)
 
     def in_tenth(self, part: int) -> bool:
         """Whether the SHA-256 of name or group puts the item into this tenth; the parts 0 and 1 are independent."""
-        digest = hashlib.sha256((self.group or self.name).encode()).digest()
+        digest = _sha256(self.group or self.name)
         return int.from_bytes(digest[8 * part : 8 * part + 8], "big") % 10 == 0
+
+
+def _sha256(name: str) -> bytes:
+    return hashlib.sha256(name.encode(errors="surrogateescape")).digest()  # names of files need not be UTF-8
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Item]:
     """Every image under the paths, in order of name: folders of any depth, .tar shards, .npy and .npz files.
 
     A {0000..0009} in a path stands for that range. Names that several paths share get the path's own name in front,
-    or all of the path where that is shared too; they keep their place in the splits. Raises CodebookError where a path
-    is missing, of no known kind, holds no image, or is given twice.
+    or all of the path where that is shared too; they keep their place in the splits. Links are followed. What is
+    hidden (.thumbnails/, or ._x.jpg, in which macOS keeps a file's attributes) does not count. Whether an image can be
+    read shows when it is. Raises CodebookError where a path is missing, of no known kind, cannot be listed, holds no
+    image, or is given twice.
     """
     groups = [(path, _items(path)) for given in paths for path in _braces(str(given))]
     for path, items in groups:
@@ -94,34 +106,83 @@ def _braces(given: str) -> list[Path]:
 
 
 def _items(path: Path) -> list[Item]:
-    if not path.exists():
-        raise CodebookError(f"no such file or folder: {path}")
+    try:
+        path.stat()
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        reason = "no such file or folder" if missing else f"cannot be opened ({one_line(error)})"
+        raise CodebookError(f"{reason}: {path}") from error
     if path.is_dir():
-        return [
-            Item(file.relative_to(path).as_posix(), file.stat().st_size, file.read_bytes, _decode_picture)
-            for file in sorted(path.rglob("*"))
-            if file.suffix.lower() in SUFFIXES and file.is_file()
-        ]
+        return _folder_items(path)
     if path.suffix.lower() == ".tar":
         return _tar_items(path)
     if path.suffix.lower() in (".npy", ".npz"):
         return _array_items(path)
     if path.suffix.lower() in SUFFIXES:
-        return [Item(path.name, path.stat().st_size, path.read_bytes, _decode_picture)]
+        return [Item(path.name, path.stat().st_size, path.read_bytes, decode_picture)]
     raise CodebookError(f"{path} is no image source: give a folder of images, a .tar, a .npy or a .npz")
+
+
+def _is_image(name: str) -> bool:
+    """By a name relative to its source: it ends as images do, and neither it nor a folder of it is hidden."""
+    hidden = any(part.startswith(".") and part != ".." for part in name.split("/"))
+    return name.lower().endswith(SUFFIXES) and not hidden
+
+
+def _folder_items(folder: Path) -> list[Item]:
+    return [
+        Item(name, nbytes, file.read_bytes, decode_picture)
+        for file in _files(folder)
+        if _is_image(name := file.relative_to(folder).as_posix()) and (nbytes := _length(file)) is not None
+    ]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Files of any depth. Links to folders are followed, and a folder that is reached twice counts once."""
+
+    def refuse(error: OSError) -> None:
+        raise CodebookError(f"cannot list the folder {error.filename}: {one_line(error)}") from error
+
+    seen = set()
+    for top, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        place = os.path.realpath(top)
+        folders[:] = sorted(name for name in folders if place not in seen and not name.startswith("."))
+        yield from (Path(top, name) for name in files if place not in seen)
+        seen.add(place)
+
+
+def _length(file: Path) -> int | None:
+    """In bytes; None for what is no file. A link to nothing has 0, so that reading it names it."""
+    try:
+        status = file.stat()
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _tar_items(path: Path) -> list[Item]:
     try:
         with tarfile.open(path, "r:") as archive:  # uncompressed only, so that any member can be read by its offset
-            members = [m for m in archive if m.isfile() and m.name.lower().endswith(SUFFIXES)]
-    except (tarfile.TarError, EOFError) as error:
+            # A tar may hold a name again: the last one counts.
+            members = {posixpath.normpath(m.name): m for m in archive if m.isfile() or m.islnk() or m.issym()}
+    except (tarfile.TarError, EOFError, OSError) as error:
         raise CodebookError(f"{path} is not a readable, uncompressed tar: {error}") from error
-    latest = {m.name.removeprefix("./"): m for m in members}  # a tar may hold a name again: the last one counts
-    return [
-        Item(name, m.size, partial(_read_range, path, m.offset_data, m.size), _decode_picture)
-        for name, m in latest.items()
-    ]
+    return [_tar_item(path, name, members) for name in members if _is_image(name)]
+
+
+def _tar_item(path: Path, name: str, members: dict[str, tarfile.TarInfo]) -> Item:
+    """A member, or the one it links to: GNU tar stores a file that has two names once."""
+    member = members[name]
+    if not member.isfile():
+        target = member.linkname if member.islnk() else posixpath.join(posixpath.dirname(name), member.linkname)
+        member = members.get(posixpath.normpath(target), member)
+    if not member.isfile():
+        return Item(name, 0, partial(_refuse_link, member.linkname), decode_picture)
+    return Item(name, member.size, partial(_read_range, path, member.offset_data, member.size), decode_picture)
+
+
+def _refuse_link(target: str) -> bytes:
+    raise ValueError(f"it is a link to {target}, which is no file of the tar")
 
 
 def _read_range(path: Path, offset: int, length: int) -> bytes:
@@ -153,44 +214,11 @@ def array_items(name: str, array: NDArray[np.generic]) -> list[Item]:
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise CodebookError(f"{name} has dtype {array.dtype}: expected uint8, or floating point in [0, 1]")
     nbytes = array.nbytes // max(1, len(array))
-    return [Item(f"{name}#{i}", nbytes, array[i].tobytes, partial(_decode_row, array[i])) for i in range(len(array))]
+    return [Item(f"{name}#{i}", nbytes, array[i].tobytes, partial(decode_row, array[i])) for i in range(len(array))]
 
 
 def _channels(array: NDArray[np.generic]) -> tuple[int, int]:
     return array.shape[1], array.shape[3]
-
-
-def _decode_row(stored: NDArray[np.generic], data: bytes, channels: int) -> NDArray[np.uint8]:
-    row: NDArray[Any] = np.frombuffer(data, stored.dtype).reshape(stored.shape)
-    if row.dtype != np.uint8:
-        if not (np.isfinite(row).all() and row.min() >= 0 and row.max() <= 1):
-            raise ValueError("floating-point images must lie in [0, 1]")
-        row = np.round(row.astype(np.float64) * 255).astype(np.uint8)
-    if row.ndim == 3 and row.shape[0] in (1, 3) and row.shape[2] not in (1, 3):
-        row = row.transpose(1, 2, 0)
-    from PIL import Image
-
-    return _channels_first(Image.fromarray(row[..., 0] if row.ndim == 3 and row.shape[2] == 1 else row), channels)
-
-
-def _decode_picture(data: bytes, channels: int) -> NDArray[np.uint8]:
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(data)) as picture:
-        upright = ImageOps.exif_transpose(picture)
-        if upright.mode.startswith("I;16"):  # Pillow clips 16 bits to 8 instead of scaling them
-            return _channels_first(Image.fromarray(np.round(np.asarray(upright) / 257).astype(np.uint8)), channels)
-        if upright.mode in ("I", "F"):
-            raise ValueError(f"pixels of mode {upright.mode} have no fixed range; save them with 8 or 16 bits")
-        return _channels_first(upright, channels)
-
-
-def _channels_first(picture: object, channels: int) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    assert isinstance(picture, Image.Image)
-    pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def sample_photographs() -> dict[str, NDArray[np.uint8]]:
@@ -259,16 +287,22 @@ def split(data: list[Item], test: list[Item] | None = None) -> Splits:
 
 
 def _refuse_shared(data: list[Item], test: list[Item]) -> None:
-    sizes = {item.nbytes for item in data} & {item.nbytes for item in test}
-    known = {hashlib.sha256(item.read()).digest(): item.name for item in data if item.nbytes in sizes}
+    sizes = {item.nbytes for item in data} & {item.nbytes for item in test} - {0}
+    known = {_content(item): item.name for item in data if item.nbytes in sizes}
     for item in test:
-        if item.nbytes in sizes:
-            name = known.get(hashlib.sha256(item.read()).digest())
-            if name is not None:
-                raise CodebookError(
-                    f"test item {item.name} is also in --data, as {name}: take it out of --data, "
-                    "or leave out --test-data to have a tenth split off"
-                )
+        if item.nbytes in sizes and (content := _content(item)) is not None and content in known:
+            raise CodebookError(
+                f"test item {item.name} is also in --data, as {known[content]}: take it out of --data, "
+                "or leave out --test-data to have a tenth split off"
+            )
+
+
+def _content(item: Item) -> bytes | None:
+    """SHA-256 of what is stored; None where it cannot be read, which whoever decodes it says."""
+    try:
+        return hashlib.sha256(item.read()).digest()
+    except OSError:
+        return None
 
 
 def shuffled(items: list[Item], seed: int) -> list[Item]:
@@ -289,7 +323,8 @@ class Images:
     """Items as tensors, decoded once while they fit 2 GiB and again each time beyond that.
 
     channels: 1 or 3. stride: height and width are cut to a multiple of it, from the centre. size: side of a square
-    that every image is resized and cropped to; None: all must have one size. bad: names of items left out.
+    that the centre of every image is cut and resized to; None: all must have one size. skip_bad: leave out what cannot
+    be read, where CodebookError is raised otherwise. bad: names of items left out, and the reasons.
     """
 
     items: list[Item]
@@ -298,10 +333,10 @@ class Images:
     size: int | None = None
     skip_bad: bool = False
     watch: Watch = field(default_factory=Watch, repr=False)
-    bad: list[str] = field(default_factory=list)
+    bad: dict[str, str] = field(default_factory=dict)
     _cache: dict[Item, Tensor] = field(default_factory=dict, repr=False)
     _cached_bytes: int = 0
-    _shape: tuple[int, ...] | None = None
+    _first: tuple[Item, tuple[int, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -333,40 +368,31 @@ class Images:
             return None
         try:
             pixels = torch.tensor(self._fitted(item.decode(item.read(), self.channels)))
-        except CodebookError:
-            raise
         except Exception as error:  # decoders raise whatever they like on a damaged file
-            if not self.skip_bad:
-                raise CodebookError(f"cannot read image {item.name}: {error}; --skip-bad goes on without it") from error
-            self.bad.append(item.name)
-            if len(self.bad) >= len(self.items) and {item.name for item in self.items} <= set(self.bad):
-                raise CodebookError(
-                    f"none of the {len(self.items)} images can be read, the last one {item.name}"
-                ) from error
+            self._leave_out(item, error)
             return None
-        if self._shape is None:
-            self._shape = tuple(pixels.shape)
-        if tuple(pixels.shape) != self._shape:
-            first, this = ("x".join(map(str, reversed(shape[1:]))) for shape in (self._shape, pixels.shape))
-            raise CodebookError(f"images of unlike sizes: {item.name} is {this}, earlier ones are {first}; give --size")
+        first, shape = self._first = self._first or (item, tuple(pixels.shape))
+        if tuple(pixels.shape) != shape:
+            this, other = ("x".join(map(str, reversed(sides))) for sides in (pixels.shape[1:], shape[1:]))
+            raise CodebookError(f"images of unlike sizes: {item} is {this}, {first} is {other}; give --size")
         if self._cached_bytes + pixels.numel() <= _DECODED_CACHE_BYTES:
             self._cache[item] = pixels
             self._cached_bytes += pixels.numel()
         return pixels
 
+    def _leave_out(self, item: Item, error: Exception) -> None:
+        reason = one_line(error)
+        if not self.skip_bad:
+            raise CodebookError(f"cannot read image {item}: {reason}; --skip-bad goes on without it") from error
+        self.bad[item.name] = reason
+        if len(self.bad) >= len(self.items) and all(item.name in self.bad for item in self.items):
+            raise CodebookError(f"none of the {len(self)} images can be read, the last one {item}: {reason}") from error
+
     def _fitted(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if self.size is not None and pixels.shape[1:] != (self.size, self.size):
-            pixels = _square(pixels, self.size)
+            pixels = square(pixels, self.size)
         height, width = (side - side % self.stride for side in pixels.shape[1:])
         if not height or not width:
             raise ValueError(f"{pixels.shape[2]}x{pixels.shape[1]} is smaller than the model's stride of {self.stride}")
         top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
         return np.ascontiguousarray(pixels[:, top : top + height, left : left + width])
-
-
-def _square(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """The centre square, resized with an antialiasing filter: (channels, side, side)."""
-    from PIL import Image, ImageOps
-
-    picture = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    return _channels_first(ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC), len(pixels))

@@ -278,9 +278,10 @@ def _read_back(path: Path, model: Model) -> None:
 
 
 def _result(command: str, request: Request, opened: Opened, watch: Watch, **found: object) -> Result:
-    skipped = opened.calibration.bad + opened.test.bad
-    if skipped:
-        opened.warnings.append(f"{len(skipped)} unreadable images were skipped: {', '.join(skipped[:3])}")
+    bad = opened.calibration.bad | opened.test.bad
+    if bad:
+        first = "; ".join(f"{name} ({bad[name]})" for name in sorted(bad)[:3])
+        opened.warnings.append(f"{len(bad)} unreadable images were skipped: {first}")
     return Result(
         command=command,
         model=str(request.source),

@@ -16,7 +16,7 @@ LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
 FLOORS = (
     ("errors", "watch", "version"),
     ("codebook",),
-    ("assignment", "metrics"),
+    ("assignment", "metrics", "pictures"),
     ("kmeans", "images", "latents"),
     ("strategies", "checkpoints"),
     ("models",),

@@ -435,4 +435,4 @@ def test_unreadable_images_are_left_out_of_training_when_asked(tiny: Path, image
     images = Images(find_images([tmp_path]), 3, 4, skip_bad=True)
     model = load_model(read_checkpoint(tiny))
     found = tune(model, images, [1] * 16, steps=2, batch_size=4)
-    assert images.bad == ["0.png"] and len(found.trace) == 3
+    assert list(images.bad) == ["0.png"] and len(found.trace) == 3

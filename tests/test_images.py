@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import re
+import struct
 import tarfile
+import time
+import warnings
+import zlib
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -12,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Outcome
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -35,6 +42,51 @@ def png(pixels: Pixels) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+def saved(picture: Image.Image, kind: str, **how: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **how)
+    return file.getvalue()
+
+
+def png_of(colour: int, bits: int, rows: list[list[int]], **chunks: bytes) -> bytes:
+    """A PNG written by hand. colour: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA. bits: 8 or 16."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    width = len(rows[0]) // {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    header = struct.pack(">2I5B", width, len(rows), bits, colour, 0, 0, 0)
+    data = b"".join(b"\0" + struct.pack(f">{len(row)}{'BH'[bits == 16]}", *row) for row in rows)
+    more = b"".join(chunk(kind.encode(), content) for kind, content in chunks.items())
+    body = chunk(b"IHDR", header) + more + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def tiff_of(
+    data: bytes, width: int, bits: int, photometric: int, samples: int = 1, order: str = "<", **more: int
+) -> bytes:
+    """A TIFF of one row written by hand. photometric: 0 white at zero, 1 black at zero, 2 RGB, 5 CMYK, 6 YCbCr, 8 LAB.
+
+    order: < or >, for its bytes. more: compression, orientation, extra (what the last sample is), format.
+    """
+    tags: dict[int, list[int]] = {
+        256: [width], 257: [1], 258: [bits] * samples, 259: [more.get("compression", 1)], 262: [photometric],
+        273: [0], 274: [more.get("orientation", 1)], 277: [samples], 278: [1], 279: [len(data)],
+        339: [more.get("format", 1)] * samples,
+    } | ({338: [more["extra"]]} if "extra" in more else {})  # fmt: skip
+    start = 8 + 2 + 12 * len(tags) + 4
+    lists = sum(2 * len(values) for values in tags.values() if len(values) > 2)
+    tags[273] = [start + lists]
+    entries, tail = b"", b""
+    for tag, values in sorted(tags.items()):
+        packed = struct.pack(f"{order}{len(values)}H", *values)
+        if len(packed) > 4:
+            packed, tail = struct.pack(f"{order}I", start + len(tail)), tail + packed
+        entries += struct.pack(f"{order}2HI", tag, 3, len(values)) + packed.ljust(4, b"\0")
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, len(tags))
+    return head + entries + bytes(4) + tail + data
 
 
 def put(path: Path, pixels: Pixels) -> Path:
@@ -208,6 +260,112 @@ def test_a_tar_that_others_wrote_is_read_whole() -> None:
     assert torch.equal(found[:, 0], torch.from_numpy(np.stack(expected)).float() / 255)
 
 
+def test_what_is_hidden_is_no_data(tmp_path: Path) -> None:
+    """macOS leaves ._x.jpg beside x.jpg on foreign disks and in tars; notebooks and desktops keep copies of images."""
+    hidden = [
+        "._x.png",
+        "a/._y.png",
+        ".DS_Store",
+        ".ipynb_checkpoints/x.png",
+        "__MACOSX/._x.png",
+        "a/.thumbnails/y.png",
+    ]
+    for name in ["x.png", "a/y.png", *hidden]:
+        put(tmp_path / "d" / name, picture(len(name)))
+    tar_of(tmp_path / "s.tar", {f"./{name}": png(picture(len(name))) for name in ["x.png", "a/y.png", *hidden]})
+    for source in ("d", "s.tar"):
+        assert names(find_images([tmp_path / source])) == ["a/y.png", "x.png"]
+
+
+def test_a_hidden_folder_that_is_given_is_read(tmp_path: Path) -> None:
+    put(tmp_path / ".cache" / "x.png", picture(0))
+    assert names(find_images([tmp_path / ".cache"])) == ["x.png"]
+
+
+def test_links_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere" / "x.png", picture(0))
+    put(tmp_path / "d" / "sub" / "y.png", picture(1))
+    (tmp_path / "d" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "d" / "sub" / "up").symlink_to(tmp_path / "d")  # a circle
+    (tmp_path / "d" / "z.png").symlink_to(tmp_path / "elsewhere" / "x.png")
+    items = find_images([tmp_path / "d"])
+    assert names(items) == ["linked/x.png", "sub/y.png", "z.png"]
+    assert torch.equal(read(items), as_tensor(picture(0), picture(1), picture(0)))
+
+
+def test_a_link_to_nothing_is_named_and_a_pipe_is_no_image(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", picture(0))
+    (tmp_path / "gone.png").symlink_to(tmp_path / "moved.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    items = find_images([tmp_path])
+    assert names(items) == ["a.png", "gone.png"]
+    with pytest.raises(CodebookError, match=r"cannot read image gone\.png: No such file or directory; --skip-bad"):
+        read(items)
+
+
+def test_a_tar_of_links_holds_what_they_link_to(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    put(folder / "a" / "x.png", picture(0))
+    os.link(folder / "a" / "x.png", folder / "a" / "y.png")  # which tar stores once, as a link
+    (folder / "z.png").symlink_to("a/x.png")
+    (folder / "a" / "up.png").symlink_to("../z.png")
+    (folder / "gone.png").symlink_to("../moved.png")
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        archive.add(folder, ".")
+        assert sum(member.isfile() for member in archive.getmembers()) == 1
+    items = {item.name: item for item in find_images([tmp_path / "s.tar"])}
+    assert list(items) == ["a/up.png", "a/x.png", "a/y.png", "gone.png", "z.png"]
+    assert torch.equal(read([items[name] for name in ("a/x.png", "a/y.png", "z.png")]), as_tensor(*[picture(0)] * 3))
+    with pytest.raises(CodebookError, match=r"cannot read image gone\.png: it is a link to \.\./moved\.png, which is"):
+        read([items["gone.png"]])
+
+
+def test_names_need_be_neither_utf_8_nor_on_one_line(tmp_path: Path) -> None:
+    for name in (b"\xe4.png", b"two\nlines.png"):
+        Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_bytes(b"no picture")
+    for i in range(40):
+        put(tmp_path / f"{i}.png", picture(i))
+    items = find_images([tmp_path])
+    assert len(split(items).calibration) + len(split(items).test) == 42
+    with pytest.raises(CodebookError, match=r"^cannot read image two\\nlines\.png: "):
+        read([item for item in items if "two" in item.name])
+    with pytest.raises(CodebookError, match=r"^cannot read image \\udce4\.png: "):
+        read([item for item in items if "\udce4" in item.name])
+
+
+def test_a_thousand_files_are_found_at_once_in_an_order_of_their_own(tmp_path: Path) -> None:
+    data = png(picture(0, (2, 2, 3)))
+    written = [f"{i:04d}.png" for i in np.random.default_rng(0).permutation(1000)]
+    for name in written:
+        (tmp_path / name).write_bytes(data)
+    start = time.perf_counter()
+    items = find_images([tmp_path])
+    pixels = read(items)
+    assert time.perf_counter() - start < 5
+    assert names(items) == sorted(written) and len(pixels) == 1000
+
+
+def test_shards_are_listed_by_braces_and_by_repetition_and_may_share_names(tmp_path: Path) -> None:
+    for shard in range(12):
+        members = {f"./{i}.png": png(picture(100 * shard + i)) for i in range(5)}
+        tar_of(tmp_path / f"{shard:03d}.tar", members)
+    items = find_images([tmp_path / "{000..009}.tar", tmp_path / "010.tar", tmp_path / "011.tar"])
+    assert names(items) == [f"{shard:03d}.tar/{i}.png" for shard in range(12) for i in range(5)]
+    assert torch.equal(read(items), as_tensor(*(picture(100 * shard + i) for shard in range(12) for i in range(5))))
+    few = find_images([tmp_path / "{000..001}.tar"])
+    assert [item.read() for item in few] == [item.read() for item in items[:10]]
+
+
+def test_a_tar_that_the_system_refuses_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = tar_of(tmp_path / "s.tar", {"x.png": png(picture(0))})
+    monkeypatch.setattr(tarfile, "open", refuse)
+    with pytest.raises(CodebookError, match=r"s\.tar is not a readable, uncompressed tar: .*Permission denied"):
+        find_images([path])
+
+
 # --- arrays --------------------------------------------------------------------------------------------------------
 
 RGB, GREY = picture(0, (5, 6, 7, 3)), picture(1, (5, 6, 7))
@@ -309,9 +467,136 @@ def test_pictures_of_every_common_mode_become_rgb_or_grey(mode: str, bands: int,
         assert torch.equal(read(find_images([path]), channels), as_tensor(expected))
 
 
+COLOURS = [[200, 100, 50], [10, 20, 30]]
+"""What every picture of IN_COLOUR shows, its second pixel often hidden by alpha. Their luma is 124.2 and 18.15."""
+
+FOUR = [200, 100, 50, 255, 10, 20, 30, 0]
+THREE = [200, 100, 50, 10, 20, 30]
+PALETTE = bytes(THREE)
+CMYK = bytes([55, 155, 205, 0, 245, 235, 225, 0])
+RGBA_IMAGE = Image.fromarray(np.array(FOUR, dtype=np.uint8).reshape(1, 2, 4))
+RGB_IMAGE = Image.fromarray(np.array([COLOURS], dtype=np.uint8))
+
+
+def words(values: list[int], order: str) -> bytes:
+    """16 bits that stand for 8."""
+    return struct.pack(f"{order}{len(values)}H", *(257 * value for value in values))
+
+
+IN_COLOUR = {
+    "RGB": png_of(2, 8, [THREE]),
+    "RGBA": png_of(6, 8, [FOUR]),
+    "RGB with one colour transparent": png_of(2, 8, [THREE], tRNS=struct.pack(">3H", 10, 20, 30)),
+    "palette": png_of(3, 8, [[0, 1]], PLTE=PALETTE),
+    "palette with a transparent colour": png_of(3, 8, [[0, 1]], PLTE=PALETTE, tRNS=bytes([255, 0])),
+    "palette with alpha": png_of(3, 8, [[0, 1]], PLTE=PALETTE, tRNS=bytes([200, 128])),
+    "RGB of 16 bits": png_of(2, 16, [[257 * value for value in THREE]]),
+    "RGBA of 16 bits": png_of(6, 16, [[257 * value for value in FOUR]]),
+    "lossless webp": saved(RGB_IMAGE, "WEBP", lossless=True),
+    "lossless webp with alpha": saved(RGBA_IMAGE, "WEBP", lossless=True, exact=True),
+    "bmp": saved(RGB_IMAGE, "BMP"),
+    "bmp with alpha": saved(RGBA_IMAGE, "BMP"),
+    "tiff with alpha": tiff_of(bytes(FOUR), 2, 8, 2, 4, extra=2),
+    "lzw tiff": saved(RGB_IMAGE, "TIFF", compression="tiff_lzw"),
+    "tiff of 16 bits, little-endian": tiff_of(words(THREE, "<"), 2, 16, 2, 3),
+    "tiff of 16 bits, big-endian": tiff_of(words(THREE, ">"), 2, 16, 2, 3, ">"),
+    "CMYK tiff": tiff_of(CMYK, 2, 8, 5, 4),
+}
+
+
+@pytest.mark.parametrize("kind", IN_COLOUR)
+def test_colours_are_those_stored_whatever_their_alpha(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(IN_COLOUR[kind])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        items = find_images([tmp_path])
+        assert (read(items)[0, :, 0].T * 255).round().tolist() == COLOURS
+        assert (read(items, 1)[0, 0, 0] * 255).round().tolist() == [124, 18]
+
+
+DEFLATED = {order: zlib.compress(words([200, 10], order)) for order in "<>"}
+IN_GREY = {
+    "grey": png_of(0, 8, [[200, 10]]),
+    "with alpha": png_of(4, 8, [[200, 255, 10, 0]]),
+    "with one grey transparent": png_of(0, 8, [[200, 10]], tRNS=struct.pack(">H", 10)),
+    "16 bits": png_of(0, 16, [[257 * 200, 257 * 10]]),
+    "16 bits, one transparent": png_of(0, 16, [[257 * 200, 257 * 10]], tRNS=struct.pack(">H", 2570)),
+    "16 bits with alpha": png_of(4, 16, [[257 * 200, 65535, 257 * 10, 0]]),
+    "tiff of 16 bits, little-endian": tiff_of(words([200, 10], "<"), 2, 16, 1),
+    "tiff of 16 bits, big-endian": tiff_of(words([200, 10], ">"), 2, 16, 1, order=">"),
+    "deflated tiff of 16 bits": tiff_of(DEFLATED["<"], 2, 16, 1, compression=8),
+    "deflated tiff of 16 bits, big-endian": tiff_of(DEFLATED[">"], 2, 16, 1, order=">", compression=8),
+    "tiff of 16 bits, white at zero": tiff_of(words([55, 245], "<"), 2, 16, 0),
+    "tiff of 8 bits, white at zero": tiff_of(bytes([55, 245]), 2, 8, 0),
+    "tiff of 12 bits: 3212 and 161 of 4095": tiff_of(bytes([0xC8, 0xC0, 0xA1]), 2, 12, 1),
+    "tiff with alpha": tiff_of(bytes([200, 255, 10, 0]), 2, 8, 1, 2, extra=2),
+    "tiff multiplied by alpha: 6 of 153 is 10 of 255": tiff_of(bytes([200, 255, 6, 153]), 2, 8, 1, 2, extra=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", IN_GREY)
+def test_greys_are_those_stored_whatever_their_depth_and_alpha(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(IN_GREY[kind])
+    for channels in (1, 3):
+        found = read(find_images([tmp_path]), channels)[0, :, 0] * 255
+        assert found.round().tolist() == [[200, 10]] * channels, channels
+
+
+def test_one_bit_is_black_or_white(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[True, False, True]])).save(tmp_path / "x.png")
+    assert read(find_images([tmp_path]), 1).flatten().tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(("kind", "within"), [("TIFF", 0), ("JPEG", 3)])
+def test_cmyk_is_multiplied_out_and_inverted_in_jpegs_as_adobe_does(kind: str, within: int, tmp_path: Path) -> None:
+    """A key of 128 leaves 127 of 255: without cyan 127, with 128 of magenta 127 * 127 / 255 = 63, with all yellow 0."""
+    data = saved(Image.new("CMYK", (16, 16), (0, 128, 255, 128)), kind, **({"quality": 100} if within else {}))
+    assert kind == "TIFF" or b"Adobe" in data
+    (tmp_path / "x.jpg").write_bytes(data)
+    found = read(find_images([tmp_path]))[0, :, 8, 8] * 255
+    assert float((found - torch.tensor([127, 63, 0])).abs().max()) <= within
+
+
+@pytest.mark.parametrize("how", [{}, {"subsampling": 2}, {"keep_rgb": True}, {"progressive": True}])
+def test_jpegs_show_their_colour_whatever_space_they_store(how: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(saved(Image.new("RGB", (16, 16), (200, 100, 50)), "JPEG", quality=95, **how))
+    found = read(find_images([tmp_path]))[0, :, 8, 8] * 255
+    assert float((found - torch.tensor([200, 100, 50])).abs().max()) <= 3
+
+
+def test_tiffs_of_other_colour_spaces_are_converted(tmp_path: Path) -> None:
+    """Red in YCbCr; white and the middle grey of LAB, whose lightness 127 / 2.55 is 118 in sRGB."""
+    (tmp_path / "x.tif").write_bytes(tiff_of(bytes([76, 85, 255]), 1, 8, 6, 3))
+    found = read(find_images([tmp_path]))[0, :, 0, 0] * 255
+    assert float((found - torch.tensor([255, 0, 0])).abs().max()) <= 2
+    (tmp_path / "x.tif").write_bytes(tiff_of(bytes([255, 0, 0, 127, 0, 0]), 2, 8, 8, 3))
+    for channels in (1, 3):
+        found = read(find_images([tmp_path]), channels)[0, :, 0] * 255
+        assert float((found - torch.tensor([255.0, 118.0])).abs().max()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("PNG", {}), ("WEBP", {"lossless": True}), ("GIF", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})],
+)
+def test_of_several_frames_or_pages_the_first_counts(kind: str, how: dict[str, object], tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 3), colour) for colour in ("red", "lime", "blue")]
+    data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **how)
+    with Image.open(io.BytesIO(data)) as several:
+        assert several.n_frames == 3
+    (tmp_path / "x.webp").write_bytes(data)
+    assert torch.equal(read(find_images([tmp_path])), torch.tensor([1.0, 0, 0]).reshape(1, 3, 1, 1).expand(1, 3, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("JPEG", {"quality": 95, "subsampling": 0})],
+)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_stands_upright_as_its_exif_says(orientation: int, tmp_path: Path) -> None:
-    upright = picture(1, (4, 6, 3))
+def test_a_photograph_stands_upright_as_its_exif_says(
+    orientation: int, kind: str, how: dict[str, object], tmp_path: Path
+) -> None:
+    upright = picture(1, (2, 3, 3)).repeat(8, axis=0).repeat(8, axis=1)  # JPEG keeps blocks of one colour
     undone = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1]}
     # Of 5 to 8 the stored rows are columns of what was seen: row 0 its left side or (6, 7) right, column 0 its top or
     # (7, 8) bottom.
@@ -319,8 +604,27 @@ def test_a_photograph_stands_upright_as_its_exif_says(orientation: int, tmp_path
     undone |= {number: turned.transpose(1, 0, 2) for number, turned in seen.items()}
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(undone[orientation])).save(tmp_path / "x.png", exif=exif)
-    assert torch.equal(read(find_images([tmp_path])), as_tensor(upright))
+    stored = Image.fromarray(np.ascontiguousarray(undone[orientation]))
+    (tmp_path / "x.png").write_bytes(saved(stored, kind, exif=exif, **how))
+    found = read(find_images([tmp_path]))
+    assert found.shape == (1, 3, 16, 24)
+    assert float((found - as_tensor(upright)).abs().max()) <= (4 / 255 if kind == "JPEG" else 0)
+
+
+def test_sixteen_bits_are_turned_upright_too(tmp_path: Path) -> None:
+    (tmp_path / "x.tif").write_bytes(tiff_of(words([1, 2, 3], ">"), 3, 16, 1, order=">", orientation=3))
+    assert (read(find_images([tmp_path]), 1) * 255).round().flatten().tolist() == [3, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_damaged_exif_leaves_a_whole_picture_as_it_is(kind: str, tmp_path: Path) -> None:
+    source = Image.fromarray(picture(3, (8, 9, 3)))
+    whole, odd = saved(source, kind), saved(source, kind, exif=b"Exif\0\0nothing of the kind")
+    assert whole != odd
+    for name, data in (("whole", whole), ("odd", odd)):
+        (tmp_path / f"{name}.jpg").write_bytes(data)
+    found = read(find_images([tmp_path]))
+    assert torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
@@ -332,8 +636,18 @@ def test_sixteen_bits_are_scaled_not_clipped(suffix: str, channels: int, tmp_pat
     assert (found[0, 0] * 255).round().flatten().tolist() == [0, 0, 1, 10, 128, 200, 254, 255]
 
 
-def test_pictures_without_a_fixed_range_are_unreadable_not_guessed(tmp_path: Path) -> None:
-    Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(tmp_path / "x.tiff")
+@pytest.mark.parametrize(
+    "data",
+    [
+        tiff_of(struct.pack("<f", 0.5), 1, 32, 1, format=3),
+        tiff_of(struct.pack("<I", 7), 1, 32, 1),
+        tiff_of(struct.pack("<i", -7), 1, 32, 1, format=2),
+        tiff_of(struct.pack("<h", -7), 1, 16, 1, format=2),
+    ],
+    ids=["floating point", "32 bits", "32 bits, signed", "16 bits, signed"],
+)
+def test_pictures_without_a_fixed_range_are_unreadable_not_guessed(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.tiff").write_bytes(data)
     with pytest.raises(CodebookError, match="no fixed range"):
         read(find_images([tmp_path]), 1)
 
@@ -345,7 +659,124 @@ def test_formats_by_suffix_are_decoded_as_pillow_does(suffix: str, tmp_path: Pat
     assert torch.equal(read(find_images([tmp_path])), as_tensor(expected))
 
 
+@pytest.mark.parametrize("name", ["x.JPG", "x.Jpeg", "x.TIF", "x.TIFF", "x.WebP", "x.BMP", "x.PNG", "x.png"])
+def test_what_is_in_a_file_counts_not_its_name(name: str, tmp_path: Path) -> None:
+    for kind in ("PNG", "BMP", "TIFF", "GIF"):
+        (tmp_path / name).write_bytes(saved(Image.new("RGB", (2, 2), "red"), kind))
+        assert read(find_images([tmp_path])).flatten(2).mean(2).tolist() == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (9, 1)])
+def test_the_smallest_pictures_are_read(height: int, width: int, tmp_path: Path) -> None:
+    pixels = picture(4, (height, width, 3))
+    put(tmp_path / "x.png", pixels)
+    assert torch.equal(read(find_images([tmp_path])), as_tensor(pixels))
+
+
 # --- unreadable images ---------------------------------------------------------------------------------------------
+
+NOISE = Image.fromarray(picture(9, (64, 64, 3)))
+BAD = {
+    "nothing": (b"", "the file is empty"),
+    "text": (b"<html>404</html>", "no PNG, JPEG, WebP, BMP or TIFF picture"),
+    "a program for Ghostscript": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "no PNG, JPEG, WebP, BMP or TIFF",
+    ),
+    "too many samples": (tiff_of(bytes(9), 1, 8, 1, 9), "a rare kind"),
+    **{f"half a {kind}": (saved(NOISE, kind)[:1500], "damaged") for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF")},
+    **{f"a bit of a {kind}": (saved(NOISE, kind)[:30], "damaged") for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF")},
+    "noughts within a PNG": (saved(NOISE, "PNG")[:500] + bytes(99) + saved(NOISE, "PNG")[599:], "damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_is_named_with_its_reason_on_one_line(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, reason = BAD[kind]
+    put(tmp_path / "a.png", picture(0, (8, 8, 3)))
+    (tmp_path / "b.png").write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CodebookError, match=rf"^cannot read image b\.png: .*{reason}.*--skip-bad") as caught:
+            read(find_images([tmp_path]))
+        assert "\n" not in str(caught.value) and " at 0x" not in str(caught.value)
+        source = Images(find_images([tmp_path]), 3, skip_bad=True)
+        assert len(source.load(source.items)[0]) == 1
+        assert list(source.bad) == ["b.png"] and reason in source.bad["b.png"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_large_pictures_are_read_in_silence_and_larger_ones_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow warns beyond its limit and refuses beyond twice that."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    put(tmp_path / "a.png", picture(0, (8, 8, 3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(read(find_images([tmp_path]))) == 1
+    put(tmp_path / "b.png", picture(0, (16, 16, 3)))
+    with pytest.raises(CodebookError, match=r"b\.png: too many pixels: .*256 pixels.* exceeds limit of 100"):
+        read(find_images([tmp_path]), size=8)
+
+
+def test_a_few_bytes_that_claim_to_be_billions_of_pixels_are_named_as_that(tmp_path: Path) -> None:
+    small = png_of(0, 8, [[0]])
+    header = b"IHDR" + struct.pack(">2I5B", 60_000, 60_000, 8, 0, 0, 0, 0)
+    (tmp_path / "b.png").write_bytes(small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:])
+    with pytest.raises(CodebookError, match=r"cannot read image b\.png: too many pixels: .*3600000000"):
+        read(find_images([tmp_path]))
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied", "/a/b.png"), OSError(5, "Input/output error")]
+)
+def test_a_file_that_the_system_refuses_is_named_with_its_reason(
+    error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "a.png", picture(0))
+    items = find_images([put(tmp_path / "b.png", picture(1))])
+
+    def refuse() -> bytes:
+        raise error
+
+    object.__setattr__(items[0], "read", refuse)
+    with pytest.raises(CodebookError, match=rf"cannot read image b\.png: {error.strerror}; --skip-bad"):
+        read(items)
+    assert split(fakes(50), items).test == items  # whether it is also in the data, nobody can tell
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "a.png", picture(0))
+    put(tmp_path / "closed" / "b.png", picture(0))
+    listed = os.scandir
+
+    def refuse(folder: str) -> object:
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", folder)
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(CodebookError, match=r"cannot list the folder .*closed: Permission denied"):
+        find_images([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".tar", "x.png/y.png"])
+def test_a_path_that_cannot_be_is_the_users_error(name: str, tmp_path: Path) -> None:
+    put(tmp_path / "x.png", picture(0))
+    with pytest.raises(CodebookError, match=r"no such file or folder|File name too long"):
+        find_images([tmp_path / name])
+
+
+def test_empty_files_in_both_parts_are_not_taken_for_one_image(tmp_path: Path) -> None:
+    for start, part in enumerate(("data", "test")):
+        for i in range(20):
+            put(tmp_path / part / f"{part}{i}.png", picture(100 * start + i))
+        (tmp_path / part / f"empty-{part}.png").write_bytes(b"")
+    data, test = find_images([tmp_path / "data"]), find_images([tmp_path / "test"])
+    assert len(split(data, test).test) == 21
 
 
 @pytest.fixture
@@ -369,7 +800,7 @@ def test_with_skip_bad_the_others_are_read_and_the_bad_one_is_noted_once(one_bad
     for _ in range(2):
         read_names = [item.name for items, _ in source.batches(batch) for item in items]
         assert read_names == ["a.png", "b.png", "d.png", "e.png", "f.png"]
-        assert source.bad == ["c.png"]
+        assert list(source.bad) == ["c.png"]
     pixels = torch.cat([pixels for _, pixels in source.batches(batch)])
     assert torch.equal(pixels, as_tensor(*(picture(i, (32, 32, 3)) for i in (0, 1, 3, 4, 5))))
 
@@ -390,7 +821,7 @@ def test_bad_images_of_one_subset_do_not_condemn_another(tmp_path: Path) -> None
     source = Images(items, 3, skip_bad=True)
     assert [len(found) for found, _ in source.subset(items[:3]).batches(10)] == [1]
     assert names(source.subset(items[3:5]).load(items[3:5])[0]) == ["e.png"]
-    assert source.bad == ["a.png", "b.png", "d.png"]
+    assert list(source.bad) == ["a.png", "b.png", "d.png"]
 
 
 def test_a_file_that_vanished_after_listing_is_unreadable(tmp_path: Path) -> None:
@@ -403,6 +834,42 @@ def test_a_file_that_vanished_after_listing_is_unreadable(tmp_path: Path) -> Non
     assert len(read(items, skip_bad=True)) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("text.png", b"hello", "no PNG, JPEG, WebP, BMP or TIFF picture"),
+        ("empty.jpg", b"", "the file is empty"),
+        ("cut.webp", BAD["half a WEBP"][0], "damaged"),
+        ("wide.png", png(picture(0, (16, 24, 3))), "24x16, .* 16x16; give --size"),
+        ("float.tiff", tiff_of(struct.pack("<f", 0.5), 1, 32, 1, format=3), "no fixed range"),
+    ],
+)
+def test_the_command_says_which_item_failed_and_why_and_writes_nothing(
+    name: str,
+    data: bytes,
+    reason: str,
+    tiny: Path,
+    images_folder: Path,
+    codebook: Callable[..., Outcome],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / name).write_bytes(data)
+    asked = ("prune", tiny, "--data", images_folder, "--data", tmp_path / "d", "--input-range", "0,1")
+    before = sorted(tmp_path.rglob("*"))
+    found = codebook(*asked)
+    assert found.exit_code == 1 and found.stdout == "" and found.stderr.count("\n") == 1
+    assert name in found.stderr and re.search(reason, found.stderr)
+    assert sorted(tmp_path.rglob("*")) == before
+    found = codebook(*asked, "--skip-bad", "--json", "-o", tmp_path / "out.safetensors")
+    if "--size" in reason:
+        assert found.exit_code == 1
+        return
+    assert found.exit_code == 0
+    assert len(found.json["warnings"]) == 1
+    assert re.fullmatch(rf"1 unreadable images were skipped: {name} \(.*{reason}.*\)", found.json["warnings"][0])
+
+
 # --- sizes ---------------------------------------------------------------------------------------------------------
 
 
@@ -410,7 +877,7 @@ def test_images_of_unlike_sizes_are_named_with_both_sizes(tmp_path: Path) -> Non
     put(tmp_path / "a.png", picture(0, (8, 6, 3)))
     put(tmp_path / "b.png", picture(1, (9, 6, 3)))
     for skip_bad in (False, True):  # not a damaged file: --skip-bad must not hide it
-        with pytest.raises(CodebookError, match=r"b\.png is 6x9, earlier ones are 6x8; give --size"):
+        with pytest.raises(CodebookError, match=r"b\.png is 6x9, a\.png is 6x8; give --size"):
             read(find_images([tmp_path]), skip_bad=skip_bad)
 
 
@@ -430,6 +897,28 @@ def test_size_keeps_the_middle_and_the_proportions(tmp_path: Path) -> None:
     found = read(find_images([tmp_path]), size=4)
     assert torch.equal(found[0, 0, :, 1:3], torch.ones(4, 2)) and torch.equal(found[0, 1:], torch.zeros(2, 4, 4))
     assert float(found[0, 0].min()) > 0.9  # the filter sees a little of the black beside the cut
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_size_brings_all_kinds_together_in_the_models_channels(channels: int, tmp_path: Path) -> None:
+    """Evenly grey or evenly red pictures stay so, enlarged, shrunk, cut from strips, and whatever they store."""
+    for i, (height, width) in enumerate([(1, 1), (1, 9), (9, 1), (3, 5), (8, 8), (40, 30), (7, 300)]):
+        Image.new("L", (width, height), 100).save(tmp_path / f"grey{i}.png")
+        Image.new("RGB", (width, height), (200, 100, 50)).save(tmp_path / f"red{i}.png")
+        Image.new("RGBA", (width, height), (200, 100, 50, 0)).save(tmp_path / f"red-hidden{i}.png")
+    items = find_images([tmp_path])
+    found = read(items, channels, size=8) * 255
+    for item, pixels in zip(items, found, strict=True):
+        colour = [100] * channels if "grey" in item.name else [200, 100, 50] if channels == 3 else [124]
+        assert pixels.flatten(1).round().unique(dim=1).flatten().tolist() == colour, item.name
+
+
+def test_size_enlarges_smoothly_about_the_middle(tmp_path: Path) -> None:
+    """Of 32 columns over 8, number 13 has its centre at 13.5 / 4 - 0.5 = 2.875 of the ramp's steps of 30."""
+    put(tmp_path / "x.png", np.array([range(0, 240, 30)] * 8, dtype=np.uint8))
+    row = read(find_images([tmp_path]), 1, size=32)[0, 0, 16] * 255
+    assert bool((row.diff() >= 0).all()) and abs(float(row.mean()) - 105) < 1
+    assert row[13].round() == 86 and row[18].round() == 124
 
 
 def test_size_shrinks_with_a_filter_that_does_not_alias(tmp_path: Path) -> None:

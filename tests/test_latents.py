@@ -138,7 +138,7 @@ def test_bad_images_take_no_part(tmp_path: Path, images_folder: Path) -> None:
     images = Images(find_images([tmp_path]), 1, skip_bad=True)
     found = survey(EncodedLatents(images, encode, 2), CODES, seed=0, watch=Watch())
     assert found.total == 5 * 256 == int(found.counts.sum()) == len(found.sample)
-    assert images.bad == ["2.png"]
+    assert list(images.bad) == ["2.png"]
 
 
 def test_a_stream_without_any_image_is_the_users_error() -> None:

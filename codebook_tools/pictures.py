@@ -1,0 +1,130 @@
+"""Stored pictures as pixels: Pillow decodes; here stands what becomes of each kind of pixel, and why one fails."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what goes wrong is raised; nobody asked for log lines
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+"""What is decoded, whatever a file's name says. Others that Pillow knows stay shut: EPS would start Ghostscript."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets a picture upright, by its EXIF orientation."""
+
+_DETOURS = {"LAB": "RGB", "La": "LA", "RGBa": "RGBA"}
+"""Modes that Pillow does not convert to L or RGB at once."""
+
+_BITS, _PHOTOMETRIC = Base.BitsPerSample, Base.PhotometricInterpretation
+
+
+def decode_picture(data: bytes, channels: int) -> NDArray[np.uint8]:
+    """The pixels of an encoded picture, (channels, height, width); channels: 1 for grey, 3 for RGB.
+
+    As the loaders of torchvision and diffusers see it, because a model has been trained on what they show:
+
+    - Upright, as EXIF says; a damaged EXIF block says nothing. Of several frames or pages the first.
+    - Alpha of every kind (RGBA, grey with alpha, a palette's or a colour's tRNS) is dropped, and each pixel has its
+      stored colour. Where a file stores colours multiplied by alpha, that is divided out.
+    - CMYK becomes RGB without a profile, and JPEGs of it are taken as inverted, as Adobe writes them. Grey is the
+      luma of RGB (0.299, 0.587, 0.114). Embedded profiles and gamma are not applied.
+    - 12 and 16 bits are scaled to 8: grey to the nearest; of colour, and of grey with alpha, Pillow keeps the upper
+      byte, at most one level from that.
+
+    Raises ValueError with the reason: an empty or damaged file, content of no known format, more pixels than
+    Pillow's limit against decompression bombs, or pixels without a fixed range (signed, 32 bits, floating point).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata, large sizes, palettes with alpha: all decided here
+        return _channels_first(_upright(_opened(data)), channels)
+
+
+def _opened(data: bytes) -> Image.Image:
+    """The picture with its pixels, as stored. Raises ValueError with the reason why not."""
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        picture.load()
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        looks_right = data.startswith((b"\x89PNG", b"\xff\xd8", b"RIFF", b"BM", b"II", b"MM"))
+        reason = "damaged, or a picture of a rare kind" if looks_right else "no PNG, JPEG, WebP, BMP or TIFF picture"
+        raise ValueError(f"{reason}: Pillow cannot open its content") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"too many pixels: {error}") from error
+    except Exception as error:  # decoders raise whatever they like on a damaged file
+        raise ValueError(f"damaged file: {error}") from error
+    return picture
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """In 8 bits, and turned as its EXIF says."""
+    try:
+        turn = TURNS.get(picture.getexif().get(Base.Orientation, 1))
+    except Exception:  # damaged EXIF; the pixels are whole all the same
+        turn = None
+    decoded = _eight_bits(picture)
+    return decoded if turn is None else decoded.transpose(turn)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """In a mode that Pillow converts both to L and to RGB without losing the range."""
+    if picture.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels ({picture.format}, mode {picture.mode}) have no fixed range; save it with 8 or 16 bits"
+        )
+    if picture.mode in _DETOURS:
+        return picture.convert(_DETOURS[picture.mode])
+    if not picture.mode.startswith("I;16"):
+        return picture
+    # Pillow clips these to 8 bits instead of scaling them, and takes TIFF's 12 bits and white at zero as they stand.
+    tags = getattr(picture, "tag_v2", {})
+    top = 2 ** tags.get(_BITS, (16,))[0] - 1
+    levels = np.round(np.asarray(picture) / (top / 255)).astype(np.uint8)
+    return Image.fromarray(255 - levels if tags.get(_PHOTOMETRIC) == 0 else levels)
+
+
+def decode_row(stored: NDArray[np.generic], data: bytes, channels: int) -> NDArray[np.uint8]:
+    """The pixels of a row of an array, (channels, height, width), from its bytes.
+
+    stored: what has its dtype and shape, (height, width), (height, width, 1|3) or (1|3, height, width). Raises
+    ValueError where floating-point values are outside [0, 1].
+    """
+    row: NDArray[Any] = np.frombuffer(data, stored.dtype).reshape(stored.shape)
+    if row.dtype != np.uint8:
+        if not (np.isfinite(row).all() and row.min() >= 0 and row.max() <= 1):
+            raise ValueError("floating-point images must lie in [0, 1]")
+        row = np.round(row.astype(np.float64) * 255).astype(np.uint8)
+    if row.ndim == 3 and row.shape[0] in (1, 3) and row.shape[2] not in (1, 3):
+        row = row.transpose(1, 2, 0)
+    return _channels_first(Image.fromarray(row[..., 0] if row.ndim == 3 and row.shape[2] == 1 else row), channels)
+
+
+def _channels_first(picture: Image.Image, channels: int) -> NDArray[np.uint8]:
+    """(channels, height, width) of a picture: its luma or its RGB."""
+    pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def square(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """The centre square, resized with an antialiasing filter: (channels, side, side)."""
+    picture = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    return _channels_first(ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC), len(pixels))
