@@ -20,7 +20,7 @@ FLOORS = (
     ("kmeans", "images", "latents"),
     ("strategies", "checkpoints"),
     ("models",),
-    ("measure",),
+    ("measure", "output"),
     ("finetune", "opening"),
     ("operate", "inspection", "verify"),
     ("report",),
@@ -149,6 +149,7 @@ for arguments in ([], ["--help"], *([name, "--help"] for name in sys.argv[1:])):
     except SystemExit as end:
         assert end.code in (0, 2), (arguments, end.code)
 heavy = {"torch", "numpy", "scipy", "sklearn", "faiss", "PIL", "safetensors", "torchmetrics", "codebook_tools"}
+heavy.add("diffusers")
 print("HEAVY", sorted(heavy & set(sys.modules)))
 """
     commands = ["inspect", "measure", "refit", "prune", "finetune", "verify"]
