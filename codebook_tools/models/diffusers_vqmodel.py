@@ -49,7 +49,7 @@ class DiffusersVQModel(nn.Module):
 
 
 def prefix_of(checkpoint: Checkpoint) -> str | None:
-    """ "" where tensors and config are a VQModel's, None where this is another layout.
+    """The empty prefix where tensors and config are a VQModel's, None where this is another layout.
 
     A file without a config is recognised too, so that it is the config that is asked for.
     """
