@@ -81,7 +81,11 @@ _data, _model, _train, _output, _run = map(_group, ("Data", "Model", "Fine-tunin
 
 ModelArgument = Annotated[
     Path | None,
-    typer.Argument(metavar="MODEL", help="A .safetensors checkpoint; left out, the bundled demo.", show_default=False),
+    typer.Argument(
+        metavar="MODEL",
+        help="A .safetensors checkpoint, or a directory as diffusers saves it; left out, the bundled demo.",
+        show_default=False,
+    ),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
 
@@ -151,7 +155,7 @@ class NoStepsTrainOptions(TrainOptions):
 class WriteOptions:
     output: Annotated[
         Path | None,
-        _output("--output", "-o", metavar="PATH", help="Left out: beside MODEL, <name>.<command>-k<K>.safetensors."),
+        _output("--output", "-o", metavar="PATH", help="Left out: beside MODEL, <name>.<command>-k<K>, of its kind."),
     ] = None
     force: Annotated[bool, _output("--force", help="Replace the output if it exists.")] = False
     dry_run: Annotated[

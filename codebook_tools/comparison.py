@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from codebook_tools.checkpoints.writing import partial_path
+from codebook_tools.checkpoints.layout import partial_path
 from codebook_tools.errors import CodebookError
 from codebook_tools.measure import CodebookUse, Measurement
 from codebook_tools.version import VERSION

@@ -31,7 +31,7 @@ class Inspection:
 
 
 def inspect_checkpoint(path: Path) -> Inspection:
-    """Find the codebooks of a file. Raises CodebookError where it is no sound safetensors file."""
+    """Find the codebooks of a file or directory. Raises CodebookError where it holds no sound safetensors file."""
     checkpoint = read_checkpoint(path)
     detection = find_codebooks(checkpoint.shapes, checkpoint.dtypes)
-    return Inspection(str(path), family_of(checkpoint.shapes) if detection.codebooks else None, detection)
+    return Inspection(str(path), family_of(checkpoint) if detection.codebooks else None, detection)

@@ -93,7 +93,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
             Images(items, model.channels, model.stride, request.size, request.skip_bad, watch)
             for items in (splits.calibration, splits.test)
         )
-    opened = Opened(request, model, splits, calibration, test)
+    opened = Opened(request, model, splits, calibration, test, [*model.caveats])
     if model.carried:
         few = ", ".join(model.carried[:3]) + (", ..." if len(model.carried) > 3 else "")
         opened.warnings.append(f"{len(model.carried)} tensors unknown to the network are carried over unchanged: {few}")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from codebook_tools.assignment import nearest
+from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.checkpoints.writing import check_writable, index_map_path, write_checkpoint
+from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.codebook import REMOVED, Codebook, Strategy
 from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.finetune import FineTuned, Recipe, TracePoint
@@ -21,6 +22,7 @@ from codebook_tools.measure import Measurement
 from codebook_tools.models.companions import rows_of
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Opened, Request, open_request
+from codebook_tools.output import check_output, default_output, remarks
 from codebook_tools.stages import (
     encoder_latents,
     measure_stage,
@@ -37,7 +39,7 @@ from codebook_tools.watch import Watch
 @dataclass(frozen=True)
 class Result:
     """What was done: the JSON of a command. before, surgery, finetuned: measured on the test data, None where there is
-    no such stage. kept: the stage that the written file holds. outputs: paths. bytes: file sizes, and what a codebook
+    no such stage. kept: the stage that the written file holds. outputs: paths. bytes: of weights, and what a codebook
     that was rounded to few bits would pack to. seconds: by phase."""
 
     command: str
@@ -72,7 +74,7 @@ def measure_model(request: Request, watch: Watch) -> Result:
     opened = open_request(request, watch, measuring=True)
     with watch.phase("measure"):
         before = measure_stage(opened, encoder_latents(opened), watch)
-    sizes = {"before": request.source.stat().st_size, "after": None, "packed": None}
+    sizes = {"before": _bytes(request.source), "after": None, "packed": None}
     return _result("measure", request, opened, watch, before=before, bytes=sizes)
 
 
@@ -110,6 +112,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     counts, new_codes = sample_counts(seen, new)
     opened.settings |= settings_of(strategy) | settings_of(recipe)
     key = model.found.key
+    opened.warnings += remarks(model, output)
     with watch.phase("write"):
         map_path = write_checkpoint(
             model.checkpoint,
@@ -120,6 +123,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
                 f"{key}/index_map": done.index_map,
                 f"{key}/nearest": _nearest_map(done.index_map, old_codes, new_codes, old, new),
             },
+            model.config,
         )
         _read_back(output, model)
     bits = surgery.bits if surgery and done.kept == "surgery" else None
@@ -135,8 +139,8 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         trace=done.tuned.trace if done.tuned else (),
         outputs={"model": str(output), "index_map": str(map_path), "report": None},
         bytes={
-            "before": request.source.stat().st_size,
-            "after": output.stat().st_size,
+            "before": _bytes(request.source),
+            "after": _bytes(output),
             "packed": packed_bytes(new, bits) if bits else None,
         },
     )
@@ -181,7 +185,7 @@ def plan(command: str, request: Request, strategy: Strategy | None, recipe: Reci
     output = request.output or (_default_output(request, command, size) if size else None)
     if output is not None:
         _check_output(request, output)
-    nbytes = request.source.stat().st_size
+    nbytes = _bytes(request.source)
     few = opened.calibration.items[: request.batch_size]
     timed = Watch()
     with timed.phase("encode"):
@@ -210,12 +214,8 @@ def plan(command: str, request: Request, strategy: Strategy | None, recipe: Reci
 
 
 def _check_output(request: Request, output: Path) -> None:
-    """Raise CodebookError where the output cannot be written, is no .safetensors file, or is the model itself."""
-    if output.resolve() == request.source.resolve():
-        raise CodebookError(f"{output} is the model itself, which is never overwritten; write elsewhere with --output")
-    check_writable(output, request.force)
-    if output.suffix != ".safetensors":
-        raise CodebookError(f"{output} does not end in .safetensors, the one format that is written")
+    """Raise CodebookError where the output cannot be written, has no layout that is, or would replace the model."""
+    check_output(read_checkpoint(request.source), output, request.force)
 
 
 def _asked_size(strategy: Strategy | None, old: int) -> int | None:
@@ -226,8 +226,13 @@ def _asked_size(strategy: Strategy | None, old: int) -> int | None:
 
 def _default_output(request: Request, command: str, size: int) -> Path:
     """Beside the model; the bundled demo's goes into the current folder."""
-    folder = request.model.parent if request.model else Path()
-    return folder / f"{request.source.stem}.{command}-k{size}.safetensors"
+    folder = None if request.model else Path()
+    return default_output(read_checkpoint(request.source), command, size, folder)
+
+
+def _bytes(path: Path) -> int:
+    """Size of a model's weights."""
+    return read_checkpoint(path).path.stat().st_size
 
 
 def _nearest_map(index_map: Tensor, old_codes: Tensor, new_codes: Tensor, old: Codebook, new: Codebook) -> Tensor:

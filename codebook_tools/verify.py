@@ -10,17 +10,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from codebook_tools.checkpoints.config import same_config
 from codebook_tools.checkpoints.detect import FoundCodebook, find_codebooks
+from codebook_tools.checkpoints.layout import PREFIX, index_map_path
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
-from codebook_tools.checkpoints.writing import PREFIX, index_map_path, maps_sha256
+from codebook_tools.checkpoints.writing import maps_sha256
 from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.companions import companion_values, flags, rows_of
+from codebook_tools.models.load import config_key_of
 
 
 @dataclass(frozen=True)
 class Difference:
-    """key: the tensor, or the metadata entry, that is not as it must be. what: how, in a few words."""
+    """key: the tensor, metadata or config that is not as it must be. what: how, in a few words."""
 
     key: str
     what: str
@@ -62,6 +65,7 @@ def verify_checkpoint(model: Path, against: Path, index_map: Path | None = None)
         found = FoundCodebook(key, size, dim, 0, 1, original.entries[key].dtype, "unknown", (), "high")
     differences = (
         *_files(written, original, maps),
+        *_config(written, original, found),
         *_tensors(written, original, found),
         *_maps(written, original, maps, found),
     )
@@ -81,6 +85,24 @@ def _files(written: Checkpoint, original: Checkpoint, maps: Checkpoint) -> Itera
     for name, value in original.metadata.items():
         if not name.startswith(PREFIX) and written.metadata.get(name) != value:
             yield Difference("__metadata__", f"the original's entry {name} was not kept")
+
+
+def _config(written: Checkpoint, original: Checkpoint, found: FoundCodebook) -> Iterator[Difference]:
+    """The config is the original's but for K, which is the tensor's."""
+    key = config_key_of(original)
+    if (key is None and original.folder is None) or original.config is None:
+        return  # none, or one beside the file that may be anyone's
+    if written.config is None or written.config_path is None:
+        yield Difference("config.json", "missing")
+        return
+    name, before, after = written.config_path.name, original.config, written.config
+    for entry in {**before, **after}:
+        same = entry in before and entry in after and same_config(before[entry], after[entry])
+        if entry != key and not same:
+            yield Difference(name, f"entry {entry} is not the original's")
+    shape = written.entries[found.key].shape if found.key in written.entries else ()
+    if key is not None and len(shape) > found.axis and after.get(key) != shape[found.axis]:
+        yield Difference(name, f"{key} is {after.get(key)!r}, for {shape[found.axis]} codes")
 
 
 def _tensors(written: Checkpoint, original: Checkpoint, found: FoundCodebook) -> Iterator[Difference]:

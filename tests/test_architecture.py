@@ -20,7 +20,7 @@ FLOORS = (
     ("kmeans", "images", "latents"),
     ("strategies", "checkpoints"),
     ("models",),
-    ("measure", "coverage"),
+    ("measure", "coverage", "output"),
     ("finetune", "opening"),
     ("stages", "inspection", "verify", "comparison"),
     ("operate",),
@@ -150,7 +150,8 @@ for arguments in ([], ["--help"], *([name, "--help"] for name in sys.argv[1:])):
         app(arguments)
     except SystemExit as end:
         assert end.code in (0, 2), (arguments, end.code)
-heavy = {"torch", "numpy", "scipy", "sklearn", "faiss", "PIL", "safetensors", "torchmetrics", "codebook_tools"}
+heavy = {"torch", "numpy", "scipy", "sklearn", "faiss", "PIL", "safetensors", "torchmetrics", "diffusers"}
+heavy.add("codebook_tools")
 print("HEAVY", sorted(heavy & set(sys.modules)))
 """
     commands = ["inspect", "measure", "refit", "prune", "quantize", "restart", "grow", "finetune", "compare", "verify"]

@@ -1,4 +1,4 @@
-"""A safetensors file, read lazily: its header at once, its tensors when asked for."""
+"""A safetensors file or the directory around it, read lazily: its header at once, its tensors when asked for."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from codebook_tools.checkpoints.config import Config, parse_config
+from codebook_tools.checkpoints.layout import config_beside, config_in, weights_in
 from codebook_tools.errors import CodebookError
 
 _CHUNK = 16 << 20
@@ -29,11 +31,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A safetensors file that was found sound. entries: by key, in the order of their bytes."""
+    """A safetensors file that was found sound. entries: by key, in the order of their bytes.
+
+    path: of the file. folder: the directory that was named in its place. config_path: of the config that goes with it.
+    """
 
     path: Path
     entries: dict[str, Entry]
     metadata: dict[str, str]
+    folder: Path | None = None
+    config_path: Path | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -72,6 +79,11 @@ class Checkpoint:
                 yield chunk
 
     @cached_property
+    def config(self) -> Config | None:
+        """Read when asked for: a config.json beside a file may be anyone's. Raises CodebookError where it is none."""
+        return parse_config(self.config_path) if self.config_path else None
+
+    @cached_property
     def sha256(self) -> str:
         return file_sha256(self.path)
 
@@ -82,12 +94,17 @@ def file_sha256(path: Path) -> str:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Open a safetensors file and read its header. Raises CodebookError with what the file is, where it is none."""
+    """Open a safetensors file, or the one in a directory in diffusers layout, and read its header.
+
+    Raises CodebookError with what the file is, where it is none, and with what the directory lacks.
+    """
     from safetensors import SafetensorError, safe_open
 
+    folder = None
     try:
         if path.is_dir():
-            raise CodebookError(f"{path} is a directory; give the .safetensors file inside it")
+            folder, path = path, weights_in(path)
+        config_path = config_in(folder) if folder else config_beside(path)
         with path.open("rb") as file:
             head = file.read(8)
             with safe_open(path, framework="pt"):  # the library's own checks of offsets, overlaps and dtypes
@@ -106,7 +123,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         for key, value in header.items()
     }
     ordered = dict(sorted(entries.items(), key=lambda entry: (entry[1].start, entry[0])))
-    return Checkpoint(path, ordered, metadata)
+    checkpoint = Checkpoint(path, ordered, metadata, folder, config_path)
+    if folder:
+        _ = checkpoint.config  # part of what was named, so it must be sound
+    return checkpoint
 
 
 def _what_it_is(path: Path, error: Exception) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -14,37 +15,51 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from codebook_tools.checkpoints.layout import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    index_map_path,
+    is_directory_output,
+    own_config_path,
+    partial_path,
+    split_others,
+)
+from codebook_tools.checkpoints.places import (
+    check_leftovers,
+    check_replaceable,
+    partial_file,
+    partial_folder,
+    put_in_place,
+    sync_folder,
+)
 from codebook_tools.checkpoints.reading import Checkpoint, file_sha256, read_checkpoint, torch_dtype
 from codebook_tools.errors import CodebookError, VerificationError
 
-PREFIX = "codebook_tools."
-"""Of the metadata that we add."""
 
+def check_writable(path: Path, force: bool, with_config: bool = False) -> None:
+    """Raise CodebookError now, not after hours of work, where `path` or what lies beside it cannot be written.
 
-def index_map_path(model: Path) -> Path:
-    return model.with_name(f"{model.stem}.index_map.safetensors")
-
-
-def partial_path(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
-def check_writable(path: Path, force: bool) -> None:
-    """Raise CodebookError now, not after hours of work, where `path` or its index map cannot be written.
-
-    So it is where one of the two exists and `force` is not given.
+    So it is where one of them exists and `force` is not given. path: a .safetensors file, or the name of a directory.
+    with_config: where it is a file, a config is written beside it.
     """
+    as_folder = is_directory_output(path)
+    own = [own_config_path(path)] if with_config and not as_folder else []
     try:
-        if path.is_dir():
+        if path.is_dir() and not as_folder:
             raise CodebookError(f"{path} is a directory; name a file with --output")
         if not path.parent.is_dir():
             raise CodebookError(f"no such folder: {path.parent}; make it first, or write elsewhere with --output")
-        for target in (path, index_map_path(path)):
+        if as_folder:
+            check_leftovers(path)
+        for target in (path, index_map_path(path), *own):
             if target.exists() and not force:
                 raise CodebookError(f"{target} exists; --force replaces it, --output writes elsewhere")
             probe = partial_path(target)
             probe.touch()
             probe.unlink()
+        if as_folder:
+            check_replaceable(path)
     except OSError as error:
         raise CodebookError(
             f"cannot write in {path.parent}: {error.strerror}; write elsewhere with --output"
@@ -93,12 +108,16 @@ def write_checkpoint(
     changed: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     maps: Mapping[str, Tensor],
+    config: bytes | None = None,
 ) -> Path:
     """Write `original` with the tensors of `changed` in their place, its index map beside it; return the map's path.
 
-    changed: by key, in the stored dtype; shapes may differ. metadata: added to the original's, without PREFIX. maps:
-    int64 tensors of the index map file. Both files are written whole to `.partial`, flushed, read back and compared,
-    then renamed. Raises VerificationError where what was read back is not what was meant, CodebookError where the
+    path: a .safetensors file, or the name of a directory, which then holds weights, config, and the files of the
+    original's directory that go with them. changed: by key, in the stored dtype; shapes may differ. metadata: added
+    to the original's, without PREFIX. maps: int64 tensors of the index map file. config: what the config is to hold.
+
+    Everything is written whole under names that end in `.partial`, flushed, read back and compared, then renamed; a
+    directory as one. Raises VerificationError where what was read back is not what was meant, CodebookError where the
     disk fails.
     """
     parts = []
@@ -111,23 +130,42 @@ def write_checkpoint(
             parts.append(_Part(key, entry.dtype, entry.shape, entry.end - entry.start, source))
     header = _header(parts, {**original.metadata, **{PREFIX + key: value for key, value in metadata.items()}})
     map_path = index_map_path(path)
+    map_path = index_map_path(path)
     try:
-        of_map = {
-            PREFIX + "checkpoint_sha256": _write_partial(path, header, parts),
-            PREFIX + "data_sha256": maps_sha256(maps),
-        }
-        map_parts = [_Part.of(key, "I64", tensor) for key, tensor in sorted(maps.items())]
-        _write_partial(map_path, _header(map_parts, of_map), map_parts)
-        # The map first: where there is a model, there is its map.
-        for target in (map_path, path):
-            os.replace(partial_path(target), target)
-        _sync_folder(path.parent)
+        with ExitStack() as stack:
+            if is_directory_output(path):
+                building = stack.enter_context(partial_folder(path))
+                weights = _furnish(building, original, config)
+            else:
+                weights = stack.enter_context(partial_file(path))
+            of_map = {
+                PREFIX + "checkpoint_sha256": _write_tensors(weights, header, parts),
+                PREFIX + "data_sha256": maps_sha256(maps),
+            }
+            map_parts = [_Part.of(key, "I64", tensor) for key, tensor in sorted(maps.items())]
+            _write_tensors(stack.enter_context(partial_file(map_path)), _header(map_parts, of_map), map_parts)
+            beside = [map_path]
+            if config is not None and not is_directory_output(path):
+                beside.append(own_config_path(path))
+                _write_whole(stack.enter_context(partial_file(beside[-1])), [config])
+            # The model last: where there is a model, there is its map.
+            for target in (*beside, path):
+                put_in_place(target)
+            sync_folder(path.parent)
     except OSError as error:
         raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        for target in (map_path, path):
-            partial_path(target).unlink(missing_ok=True)
     return map_path
+
+
+def _furnish(folder: Path, original: Checkpoint, config: bytes | None) -> Path:
+    """Write all but the weights into a new directory; return where they belong."""
+    if config is not None:
+        _write_whole(folder / CONFIG, [config])
+    if original.folder is None:
+        return folder / WEIGHTS[0]
+    for other in split_others(original.folder)[0]:
+        _write_whole(folder / other.name, [other.read_bytes()])
+    return folder / original.path.name
 
 
 def maps_sha256(maps: Mapping[str, Tensor]) -> str:
@@ -138,26 +176,23 @@ def maps_sha256(maps: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write_partial(path: Path, header: bytes, parts: Sequence[_Part]) -> str:
-    """Write to `.partial`, flush, read back and compare. Returns the SHA-256 of the file."""
-    target, meant = partial_path(path), hashlib.sha256()
-    with target.open("wb") as out:
-        for chunk in chain((len(header).to_bytes(8, "little"), header), *(part.source() for part in parts)):
+def _write_tensors(path: Path, header: bytes, parts: Sequence[_Part]) -> str:
+    """Write a safetensors file as `_write_whole` does, and let its library look at it."""
+    prologue = (len(header).to_bytes(8, "little"), header)
+    digest = _write_whole(path, chain(prologue, *(part.source() for part in parts)))
+    read_checkpoint(path)
+    return digest
+
+
+def _write_whole(path: Path, chunks: Iterable[bytes]) -> str:
+    """Write, flush, read back and compare. Returns the SHA-256 of the file."""
+    meant = hashlib.sha256()
+    with path.open("wb") as out:
+        for chunk in chunks:
             out.write(chunk)
             meant.update(chunk)
         out.flush()
         os.fsync(out.fileno())
-    if file_sha256(target) != meant.hexdigest():
+    if file_sha256(path) != meant.hexdigest():
         raise VerificationError(f"{path} read back from disk is not what was written; nothing was kept")
-    read_checkpoint(target)
     return meant.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there, and renames are durable without
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

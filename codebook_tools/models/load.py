@@ -9,11 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from codebook_tools.checkpoints.config import Config
 from codebook_tools.checkpoints.detect import Detection, FoundCodebook, find_codebooks
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models import zalando
+from codebook_tools.models import diffusers_vqmodel, zalando
 from codebook_tools.models.companions import flags
 from codebook_tools.models.custom import make_network
 from codebook_tools.models.model import Model
@@ -25,18 +26,35 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Family:
     """How to recognise a layout and make its network.
 
-    prefix: what stands before its own key names, None where the shapes are another layout's. make: the network from
-    the shapes without that prefix. file_key: the file's key, without prefix, of what the network calls a name.
+    prefix: what stands before its own key names, None where tensors or config are another layout's. make: a network
+    with fresh weights, from the shapes without that prefix and, where the family has one, from the config. file_key:
+    the file's key, without prefix, of what the network calls a name. config_key: the config's entry that is K, None
+    for a family that knows no config. caveat: what to warn of, by the config.
     """
 
-    prefix: Callable[[Shapes], str | None]
-    make: Callable[[Shapes], nn.Module]
+    prefix: Callable[[Checkpoint], str | None]
+    make: Callable[[Shapes, Checkpoint], nn.Module]
     file_key: Callable[[str, Shapes], str]
     lookup: Lookup = Lookup.EUCLIDEAN
     emit: Emit = Emit.RAW
+    config_key: str | None = None
+    caveat: Callable[[Config], str | None] = lambda config: None
 
 
-FAMILIES = {"zalando": Family(zalando.prefix_of, zalando.ZalandoVQVAE, zalando.file_key)}
+FAMILIES = {
+    "zalando": Family(
+        prefix=lambda checkpoint: zalando.prefix_of(checkpoint.shapes),
+        make=lambda shapes, _: zalando.ZalandoVQVAE(shapes),
+        file_key=zalando.file_key,
+    ),
+    "diffusers-vqmodel": Family(
+        prefix=diffusers_vqmodel.prefix_of,
+        make=diffusers_vqmodel.make,
+        file_key=diffusers_vqmodel.file_key,
+        config_key=diffusers_vqmodel.CONFIG_KEY,
+        caveat=diffusers_vqmodel.caveat,
+    ),
+}
 CUSTOM = "custom"
 
 METRICS = {
@@ -47,9 +65,15 @@ METRICS = {
 }
 
 
-def family_of(shapes: Shapes) -> str | None:
-    """The first family that recognises the shapes."""
-    return next((name for name, family in FAMILIES.items() if family.prefix(shapes) is not None), None)
+def family_of(checkpoint: Checkpoint) -> str | None:
+    """The first family that recognises tensors and config."""
+    return next((name for name, family in FAMILIES.items() if family.prefix(checkpoint) is not None), None)
+
+
+def config_key_of(checkpoint: Checkpoint) -> str | None:
+    """The entry that is K, of the config that the checkpoint goes with; None where there is none that we know of."""
+    name = family_of(checkpoint)
+    return FAMILIES[name].config_key if name and checkpoint.config_path else None
 
 
 def choose_codebook(checkpoint: Checkpoint, key: str | None) -> FoundCodebook:
@@ -107,38 +131,54 @@ def load_model(
         raise CodebookError(f"{found.key} is a codebook {kind}: it can be inspected, not operated on")
     shapes = checkpoint.shapes
     lookup, emit = METRICS[metric or "euclidean"]
+    caveat = None
     if network is not None:
-        name, prefix, remake = CUSTOM, "", partial(make_network, network, found.size)
+        name, remake = CUSTOM, partial(make_network, network, found.size)
         module = remake()
         keys = {name: name for name in module.state_dict()}
     else:
         known = family if family != CUSTOM else None
-        name = known or family_of(shapes) or ""
+        name = known or family_of(checkpoint) or ""
         if not name:
+            described = f" and {checkpoint.config_path.name}" if checkpoint.config_path else ""
             raise CodebookError(
-                f"no network is known for the layout of {checkpoint.path} (codebook {found.key}, "
+                f"no network is known for the layout of {checkpoint.path}{described} (codebook {found.key}, "
                 f"{found.size}x{found.dim}); "
                 "give yours with --network FILE.py:FUNCTION"
             )
         record = FAMILIES[name]
-        prefix_or_none = record.prefix(shapes)
-        if prefix_or_none is None:
+        prefix = record.prefix(checkpoint)
+        if prefix is None:
             raise CodebookError(f"{checkpoint.path} does not have the layout of family {name}")
-        prefix = prefix_or_none
         inner = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-        remake = partial(record.make, inner)
+        remake = partial(record.make, inner, checkpoint)
         module = remake()
         keys = {name: prefix + record.file_key(name, inner) for name in module.state_dict()}
         if metric is None:
             lookup, emit = record.lookup, record.emit
+        if record.config_key is not None and checkpoint.config is not None:
+            caveat = record.caveat(checkpoint.config)
     if found.key not in keys.values():
         raise CodebookError(f"the network has no {found.key}: its codebook must have the file's name for it")
     _load_weights(module, keys, checkpoint)
     target = device or torch.device("cpu")
     module.to(target).eval().requires_grad_(False)
     known_keys = {*keys.values(), *found.companions, *flags(found.key, shapes)}
-    carried = tuple(key for key in shapes if key not in known_keys)
-    return Model(name, checkpoint, module, keys, found, remake, lookup, emit, target, bf16, carried=carried)
+    return Model(
+        name,
+        checkpoint,
+        module,
+        keys,
+        found,
+        remake,
+        lookup,
+        emit,
+        target,
+        bf16,
+        carried=tuple(key for key in shapes if key not in known_keys),
+        config_key=config_key_of(checkpoint),
+        caveats=(caveat,) if caveat else (),
+    )
 
 
 def _load_weights(network: nn.Module, keys: Mapping[str, str], checkpoint: Checkpoint) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from codebook_tools.assignment import emitted, nearest, unit
+from codebook_tools.checkpoints.config import with_entry
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint, torch_dtype
 from codebook_tools.codebook import Codebook, Emit, Lookup
@@ -29,7 +30,8 @@ class Model:
     network: holds the codebook's tensor under the same name as the file. keys: file key by network name.
     found: where the codebook lies. lookup, emit: how it is used. input_range: of the network's images.
     channels: of its images. stride: image sides are multiples of it. carried: file keys the network does not know.
-    remake: makes the network anew, with the weights that its kind starts training from.
+    remake: the network anew, of the file's codebook size, with fresh weights, in torch's default dtype on the CPU.
+    config_key: the config's entry that is K, None where no config is known. caveats: what to warn of.
     """
 
     family: str
@@ -46,6 +48,8 @@ class Model:
     channels: int = 3
     stride: int = 1
     carried: tuple[str, ...] = ()
+    config_key: str | None = None
+    caveats: tuple[str, ...] = ()
 
     # What flows through it
 
@@ -178,6 +182,15 @@ class Model:
         hits = counts.cpu().clamp(min=1)
         tensors |= companion_values(old, beside, rows_of(codebook_tensor, self.found), hits)
         return tensors
+
+    @property
+    def config(self) -> bytes | None:
+        """The config to be written with the file: that of the original, with K as it is now. None: there is none."""
+        path = self.checkpoint.config_path
+        if path is None or (self.config_key is None and self.checkpoint.folder is None):
+            return None
+        text = path.read_bytes()
+        return with_entry(text, self.config_key, self.found.size) if self.config_key else text
 
     def round_to_stored(self) -> None:
         """Round every weight as its file will store it, so that what is measured is what can be loaded again."""

@@ -1,0 +1,99 @@
+"""Building beside a place and moving in: at no moment is the old one lost before the new one is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from codebook_tools.checkpoints.layout import PREFIX, aside_path, partial_path
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.errors import CodebookError
+
+
+def check_leftovers(path: Path) -> None:
+    """Raise CodebookError, with how to recover, where an interrupted run left something beside the directory `path`."""
+    old, partial = aside_path(path), partial_path(path)
+    if old.exists() and path.exists():
+        raise CodebookError(f"{old} is left of an interrupted run that had already written {path.name}; delete it")
+    if old.exists():
+        raise CodebookError(f"{old} is what an interrupted run was replacing; rename it to {path.name}, or delete it")
+    if partial.exists():
+        raise CodebookError(f"{partial} is left of an interrupted run, or another is at work; delete it if none is")
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise CodebookError where `path` is there and is anything but a directory that this package wrote.
+
+    What --force replaces is deleted in the end, and `--output ~ --force` must not be how a home is lost.
+    """
+    if path.is_symlink() or (path.exists() and not _is_ours(path)):
+        raise CodebookError(f"{path} is not a directory that codebook-tools wrote, so it is not replaced; use --output")
+
+
+def _is_ours(path: Path) -> bool:
+    if not path.is_dir() or any(inside.is_dir() for inside in path.iterdir()):
+        return False
+    try:
+        return PREFIX + "codebook" in read_checkpoint(path).metadata
+    except CodebookError:
+        return False
+
+
+@contextmanager
+def partial_file(path: Path) -> Iterator[Path]:
+    """Where to write the file that `path` is to be; removed at the end, unless it was put in place."""
+    partial = partial_path(path)
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """The same for a directory, which is made here, so that none is removed that another run makes."""
+    partial = partial_path(path)
+    partial.mkdir()
+    try:
+        yield partial
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+
+
+def put_in_place(path: Path) -> None:
+    """Rename the finished partial to `path`. A directory that was there is moved aside first and removed last."""
+    partial, old = partial_path(path), aside_path(path)
+    if not partial.is_dir():
+        os.replace(partial, path)
+        return
+    sync_folder(partial)
+    replaced = path.exists()
+    if replaced:
+        check_replaceable(path)  # once more: much may have happened since the work began
+        os.rename(path, old)
+    try:
+        os.rename(partial, path)
+    except BaseException:
+        if replaced:
+            os.rename(old, path)
+        raise
+    sync_folder(path.parent)
+    if replaced:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            raise CodebookError(f"{path} is written; {old}, which it replaced, cannot be deleted: {error}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there, and renames are durable without
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

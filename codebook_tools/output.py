@@ -1,0 +1,57 @@
+"""Where a result goes, and in which layout: as a file, or as a directory that the model's own library loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from codebook_tools.checkpoints.layout import CONFIG, SUFFIX, is_directory_output, named, own_config_path, split_others
+from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.writing import check_writable
+from codebook_tools.errors import CodebookError
+from codebook_tools.models.load import config_key_of
+from codebook_tools.models.model import Model
+
+_NOT_WRITTEN = {".pt", ".pth", ".ckpt", ".bin"}
+
+
+def default_output(checkpoint: Checkpoint, command: str, size: int, folder: Path | None = None) -> Path:
+    """`<name>.<command>-k<K>` beside the model, or in `folder`: a directory where there is a config to go with it."""
+    place = named(checkpoint.folder or checkpoint.path)
+    name = f"{place.name if checkpoint.folder else place.stem}.{command}-k{size}"
+    ending = "" if _has_config(checkpoint) else SUFFIX
+    return (place.parent if folder is None else folder) / (name + ending)
+
+
+def check_output(checkpoint: Checkpoint, output: Path, force: bool) -> None:
+    """Raise CodebookError where the output cannot be written, has no layout that is, or would replace the model."""
+    if output.name in ("", ".."):
+        raise CodebookError(f"--output {output} has no name of its own, to write a partial one beside it; spell it out")
+    as_folder, described = is_directory_output(output), _has_config(checkpoint)
+    sources = {path.resolve() for path in (checkpoint.path, checkpoint.folder, checkpoint.config_path) if path}
+    written = {output.resolve()} if as_folder else {output.resolve(), own_config_path(output).resolve()}
+    if sources & written:
+        raise CodebookError(f"{output} is the model itself, which is never overwritten; write elsewhere with --output")
+    if as_folder and any(output.resolve() in source.parents for source in sources):
+        raise CodebookError(f"{output} holds the model, which is never overwritten; write elsewhere with --output")
+    if as_folder and not described and output.is_dir():
+        raise CodebookError(f"{output} is a directory; name a file with --output")
+    if as_folder and (not described or output.suffix in _NOT_WRITTEN):
+        raise CodebookError(f"{output} does not end in {SUFFIX}, the one format that is written")
+    check_writable(output, force, with_config=described)
+
+
+def remarks(model: Model, output: Path) -> list[str]:
+    """What to warn of in the directory, or the config, that is written to `output`."""
+    checkpoint, found = model.checkpoint, []
+    left_out = split_others(checkpoint.folder)[1] if checkpoint.folder and is_directory_output(output) else []
+    if left_out:
+        few = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        found.append(f"of the model's directory, {few} does not go into the new one")
+    changed = model.found.size != checkpoint.entries[model.found.key].shape[model.found.axis]
+    if model.config is not None and model.config_key is None and changed:
+        found.append(f"{CONFIG} goes along as it is: no entry of it is known to be K, which is {model.found.size} now")
+    return found
+
+
+def _has_config(checkpoint: Checkpoint) -> bool:
+    return checkpoint.folder is not None or config_key_of(checkpoint) is not None

@@ -1,0 +1,610 @@
+"""A diffusers VQModel goes through every command, and what comes out is what diffusers loads and computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Grey, Outcome
+from diffusers import VQModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from codebook_tools.checkpoints import places
+from codebook_tools.checkpoints.config import with_entry
+from codebook_tools.checkpoints.layout import index_map_path
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.errors import CodebookError
+from codebook_tools.measure import reconstruct
+from codebook_tools.models.diffusers_vqmodel import CODEBOOK
+from codebook_tools.models.load import load_model
+
+Run = Callable[..., Outcome]
+Save = Callable[..., Path]
+
+DEAD = (1, 4, 5, 9, 12, 15)
+FEW_STEPS = ("--steps", "12", "--batch-size", "16")
+RANGE = ("--input-range=-1,1",)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+MOVQ = {"norm_type": "spatial"}
+AMUSED = {"lookup_from_codebook": True}
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@pytest.fixture(scope="session")
+def saved(image_tensor: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Save:
+    """saved(norm_type="spatial"): a directory that diffusers wrote, of 16 codes of which DEAD lie far from all latents.
+
+    It is made once for each config: do not write into it.
+    """
+    made: dict[str, Path] = {}
+
+    def save(**more: Any) -> Path:
+        name = json.dumps(more)
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("diffusers") / "vae"
+            make(image_tensor, **more).save_pretrained(made[name], safe_serialization=True)
+        return made[name]
+
+    return save
+
+
+def make(images: Tensor, **more: Any) -> VQModel:
+    """A VQModel of stride 2. images: (n, 3, height, width) in [0, 1], some of whose latents are the codes in use."""
+    width = 32 if more == MOVQ else 8  # its norms have 32 groups, whatever the config says
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = VQModel(
+            block_out_channels=(width, width),
+            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+            norm_num_groups=4,
+            num_vq_embeddings=16,
+            **({"latent_channels": 4} | more),
+        ).eval()
+    with torch.no_grad():
+        latents = model.encode(images * 2 - 1).latents.movedim(1, -1).flatten(0, -2)
+        alive = [i for i in range(16) if i not in DEAD]
+        chosen = [0]
+        while len(chosen) < len(alive):  # farthest-point seeds, so that each code in use has latents of its own
+            chosen.append(int(torch.cdist(latents, latents[chosen]).min(1).values.argmax()))
+        codes = torch.full((16, 4), 50.0) + torch.arange(16)[:, None]
+        codes[alive] = latents[chosen]
+        model.quantize.embedding.weight.copy_(codes)
+    return model
+
+
+@pytest.fixture
+def vae(saved: Save, tmp_path: Path) -> Path:
+    """A copy of the plain model, alone in tmp_path."""
+    return Path(shutil.copytree(saved(), tmp_path / "vae"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Path and bytes of every file below a folder."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def assert_refused(found: Outcome, message: str) -> None:
+    assert found.exit_code == 1, found
+    assert found.stdout == ""
+    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1, found.stderr
+    assert message in found.stderr
+
+
+def by_diffusers(folder: Path, images: Tensor) -> Tensor:
+    """What diffusers' own encode, quantiser and decode make of images in [0, 1], clamped to it."""
+    model = VQModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return ((model(images * 2 - 1).sample + 1) / 2).clamp(0, 1)
+
+
+def by_us(path: Path, images: Tensor) -> Tensor:
+    model = load_model(read_checkpoint(path))
+    return reconstruct(model, images)[0]
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
+
+
+# --- what the network computes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [{}, MOVQ, AMUSED, {"latent_channels": 6, "vq_embed_dim": 4}], ids=str)
+def test_reconstructions_are_those_of_diffusers(more: dict[str, Any], image_tensor: Tensor, tmp_path: Path) -> None:
+    make(image_tensor, **more).save_pretrained(tmp_path)
+    assert torch.allclose(by_us(tmp_path, image_tensor), by_diffusers(tmp_path, image_tensor), atol=1e-5)
+
+
+def test_a_model_can_be_made_anew_with_fresh_weights(saved: Save) -> None:
+    model = load_model(read_checkpoint(saved()))
+    fresh = model.remake()
+    old, new = model.network.state_dict(), fresh.state_dict()
+    assert type(fresh) is type(model.network)
+    assert {name: t.shape for name, t in new.items()} == {name: t.shape for name, t in old.items()}
+    assert not torch.equal(new[model.name], old[model.name])
+
+
+def test_any_family_can_be_made_anew(tiny: Path, grey: Callable[..., Grey]) -> None:
+    own = grey([0.0, 0.5, 1.0])
+    for path, network in ((tiny, None), (own.path, own.network)):
+        model = load_model(read_checkpoint(path), network=network)
+        first, second = model.remake().state_dict(), model.remake().state_dict()
+        loaded = model.network.state_dict()
+        assert {name: t.shape for name, t in first.items()} == {name: t.shape for name, t in loaded.items()}
+        assert not any(torch.equal(first[name], second[name]) for name in first)
+
+
+def renamed(folder: Path) -> Path:
+    """The weights in `folder`, with the attention's names of 2022."""
+    state = load_file(folder / WEIGHTS)
+    for new, old in OLD_NAMES.items():
+        state = {key.replace(f".{new}.", f".{old}."): tensor for key, tensor in state.items()}
+    assert any(".proj_attn." in key for key in state)
+    save_file(state, folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def test_old_names_of_attention_layers_are_understood_and_kept(
+    vae: Path, codebook: Run, images_folder: Path, image_tensor: Tensor
+) -> None:
+    before = by_us(vae, image_tensor)
+    assert torch.equal(by_us(renamed(vae), image_tensor), before)
+    found = codebook("finetune", vae, "--data", images_folder, *RANGE, *FEW_STEPS, "--json")
+    output = Path(found.json["outputs"]["model"])
+    assert load_file(output / WEIGHTS).keys() == load_file(vae / WEIGHTS).keys()
+    assert torch.allclose(by_us(output, image_tensor), by_diffusers(output, image_tensor), atol=1e-5)
+
+
+# --- every command -------------------------------------------------------------------------------------------------
+
+
+def test_inspect_names_the_family_and_does_not_import_diffusers(
+    saved: Save, codebook: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)  # an import would fail
+    found = codebook("inspect", saved(), "--json").json
+    assert found["family"] == "diffusers-vqmodel"
+    (book,) = found["codebooks"]
+    assert (book["key"], book["size"], book["dim"], book["confidence"]) == (CODEBOOK, 16, 4, "high")
+
+
+COMMANDS = {
+    "prune": ("prune",),
+    "refit": ("refit", "--k", "6", "--steps", "0"),
+    "refit and fine-tune": ("refit", "--k", "20", *FEW_STEPS),
+    "finetune": ("finetune", *FEW_STEPS),
+    "frozen": ("finetune", *FEW_STEPS, "--codebook-update", "frozen", "--train", "decoder"),
+}
+
+
+@pytest.mark.parametrize("more", [{}, MOVQ], ids=["group", "spatial"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_result_is_what_diffusers_loads_and_computes(
+    command: str, more: dict[str, Any], saved: Save, codebook: Run, images_folder: Path, held_out_folder: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    original = Path(shutil.copytree(saved(**more), tmp_path / "vae"))
+    before = contents(original)
+    name, *options = COMMANDS[command]
+    data = ("--data", images_folder, "--test-data", held_out_folder, *RANGE)
+    found = codebook(name, original, *options, *data, "--json").json
+    assert contents(original) == before
+    kept = found["stages"][found["kept"]]
+    size = kept["codebooks"][0]["size"]
+    assert size == {"prune": kept["codebooks"][0]["size"], "refit": int((*options, 0, 0)[1]), "finetune": 16}[name]
+    output = tmp_path / f"vae.{name}-k{size}"
+    assert found["outputs"] == {
+        "model": str(output), "index_map": str(tmp_path / f"{output.name}.index_map.safetensors"), "report": None
+    }  # fmt: skip
+    assert found["bytes"] == {"before": (original / WEIGHTS).stat().st_size, "after": (output / WEIGHTS).stat().st_size}
+    assert {path.name for path in tmp_path.iterdir()} == {"vae", output.name, f"{output.name}.index_map.safetensors"}
+    assert {path.name for path in output.iterdir()} == {WEIGHTS, "config.json"}
+    assert config_of(output) == config_of(original) | {"num_vq_embeddings": size}
+    assert codebook("verify", output, "--against", original, "--json").json == {"ok": True, "differences": []}
+
+    model = VQModel.from_pretrained(output)
+    assert model.config.num_vq_embeddings == size == len(model.quantize.embedding.weight)
+    again = codebook("measure", output, "--test-data", held_out_folder, *RANGE, "--json").json["stages"]["before"]
+    assert again == kept
+    images = read_images(held_out_folder)
+    theirs = by_diffusers(output, images)
+    assert torch.allclose(by_us(output, images), theirs, atol=1e-5)
+    assert float((theirs - images).square().mean()) == pytest.approx(kept["mse"], rel=1e-5)
+
+
+def read_images(folder: Path) -> Tensor:
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))]).transpose(0, 3, 1, 2)
+    return torch.from_numpy(pixels.astype(np.float32)) / 255
+
+
+def test_pruning_dead_codes_drops_just_those(vae: Path, codebook: Run, images_folder: Path) -> None:
+    found = codebook("prune", vae, "--data", images_folder, *RANGE, "--json").json
+    output = Path(found["outputs"]["model"])
+    old, new = (load_file(folder / WEIGHTS)[CODEBOOK] for folder in (vae, output))
+    assert torch.equal(new, old[[i for i in range(16) if i not in DEAD]])
+    maps = load_file(index_map_path(output))
+    assert [i for i, to in enumerate(maps[f"{CODEBOOK}/index_map"].tolist()) if to == -1] == list(DEAD)
+
+
+def test_fine_tuning_lowers_the_error_and_trains_both_networks(vae: Path, codebook: Run, images_folder: Path) -> None:
+    found = codebook("finetune", vae, "--data", images_folder, *RANGE, "--steps", "40", "--json").json
+    assert found["kept"] == "finetuned"
+    assert found["stages"]["finetuned"]["mse"] < 0.9 * found["stages"]["before"]["mse"]
+    trained = json.loads(read_checkpoint(Path(found["outputs"]["model"])).metadata["codebook_tools.trained_tensors"])
+    assert {key.split(".")[0] for key in trained} == {"encoder", "quant_conv", "post_quant_conv", "decoder"}
+
+
+def test_the_spatial_norm_is_warned_of_and_no_other(saved: Save, codebook: Run, held_out_folder: Path) -> None:
+    for more, warned in ((MOVQ, True), ({}, False)):
+        found = codebook("measure", saved(**more), "--test-data", held_out_folder, *RANGE, "--json").json
+        assert any("force_not_quantize" in warning for warning in found["warnings"]) is warned
+
+
+def test_the_same_command_writes_the_same_bytes(vae: Path, codebook: Run, images_folder: Path, tmp_path: Path) -> None:
+    runs = []
+    for _ in range(2):
+        done = codebook(
+            "refit", vae, "--k", "5", *FEW_STEPS, "--data", images_folder, "-o", tmp_path / "out", "--force"
+        )
+        assert done.exit_code == 0, done.stderr
+        runs.append(contents(tmp_path))
+    assert runs[0] == runs[1]
+    assert {"out/config.json", f"out/{WEIGHTS}", "out.index_map.safetensors"} < runs[0].keys()
+    assert not any(".old" in name or ".partial" in name for name in runs[0])
+
+
+def test_a_dry_run_names_the_directory_and_writes_nothing(
+    vae: Path, codebook: Run, images_folder: Path, tmp_path: Path
+) -> None:
+    before = contents(tmp_path)
+    found = codebook("refit", vae, "--k", "5", "--data", images_folder, *RANGE, "--dry-run", "--json").json
+    assert found["outputs"]["model"] == str(tmp_path / "vae.refit-k5")
+    assert found["bytes"] == {
+        "before": (vae / WEIGHTS).stat().st_size,
+        "after": (vae / WEIGHTS).stat().st_size - 11 * 4 * 4,
+    }
+    assert contents(tmp_path) == before
+
+
+# --- a single file, with its config beside it ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def single(saved: Save, tmp_path: Path) -> Callable[[str], Path]:
+    """single("config.json"): the weights as tmp_path/one.safetensors, with their config under that name."""
+
+    def place(config: str | None) -> Path:
+        shutil.copy(saved() / WEIGHTS, tmp_path / "one.safetensors")
+        if config:
+            shutil.copy(saved() / "config.json", tmp_path / config)
+        return tmp_path / "one.safetensors"
+
+    return place
+
+
+@pytest.mark.parametrize("config", ["config.json", "one.config.json"])
+def test_a_file_with_a_config_becomes_a_directory_that_diffusers_loads(
+    config: str, single: Callable[[str], Path], codebook: Run, images_folder: Path, image_tensor: Tensor, tmp_path: Path
+) -> None:
+    path = single(config)
+    found = codebook("refit", path, "--k", "6", "--steps", "0", "--data", images_folder, *RANGE, "--json").json
+    output = tmp_path / "one.refit-k6"
+    assert found["outputs"]["model"] == str(output)
+    assert {file.name for file in output.iterdir()} == {WEIGHTS, "config.json"}
+    assert (tmp_path / "one.refit-k6.index_map.safetensors").is_file()
+    assert VQModel.from_pretrained(output).config.num_vq_embeddings == 6
+    assert torch.allclose(by_us(output, image_tensor), by_diffusers(output, image_tensor), atol=1e-5)
+    assert codebook("verify", output, "--against", path).exit_code == 0
+
+
+def test_asked_for_a_file_its_config_is_written_beside_it_and_found_there_again(
+    vae: Path, codebook: Run, images_folder: Path, image_tensor: Tensor, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    for source, output, size in ((vae, first, 8), (first, second, 5)):
+        done = codebook(
+            "refit", source, "--k", size, "--steps", "0", "--data", images_folder, *RANGE, "-o", output, "--json"
+        )
+        assert done.json["outputs"]["model"] == str(output)
+        assert json.loads(output.with_name(f"{output.stem}.config.json").read_text())["num_vq_embeddings"] == size
+        assert codebook("verify", output, "--against", source).exit_code == 0
+    assert by_us(second, image_tensor).shape == image_tensor.shape
+    again = ("refit", first, "--k", "5", "--steps", "0", "--data", images_folder, *RANGE, "-o", second)
+    assert_refused(codebook(*again), "second.safetensors exists; --force")
+    second.unlink()
+    index_map_path(second).unlink()
+    assert_refused(codebook(*again), "second.config.json exists; --force")
+
+
+def test_a_config_of_its_own_goes_before_that_of_the_folder(single: Callable[[str], Path], tmp_path: Path) -> None:
+    path = single("one.config.json")
+    (tmp_path / "config.json").write_text("[]")
+    assert load_model(read_checkpoint(path)).config_key == "num_vq_embeddings"
+
+
+def test_a_config_that_lies_beside_a_file_of_another_family_is_not_looked_at(
+    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{")
+    done = codebook("prune", tiny, "--data", images_folder, *RANGE)
+    assert done.exit_code == 0, done.stderr
+    output = tmp_path / "tiny.prune-k10.safetensors"
+    assert output.is_file() and not output.with_name("tiny.prune-k10.config.json").exists()
+    assert codebook("verify", output, "--against", tiny).exit_code == 0
+
+
+# --- the rest of the directory, and its config ---------------------------------------------------------------------
+
+
+def test_small_files_go_along_and_nothing_else(vae: Path, codebook: Run, images_folder: Path, tmp_path: Path) -> None:
+    (vae / "README.md").write_text("of mine")
+    (tmp_path / "secret").write_text("not yours")
+    (vae / "link").symlink_to(tmp_path / "secret")
+    (vae / "folder").mkdir()
+    (vae / "folder" / "file").touch()
+    (vae / "diffusion_pytorch_model.fp16.safetensors").write_bytes((vae / WEIGHTS).read_bytes())
+    found = codebook("prune", vae, "--data", images_folder, *RANGE, "--json").json
+    output = Path(found["outputs"]["model"])
+    assert {path.name for path in output.iterdir()} == {WEIGHTS, "config.json", "README.md"}
+    assert (output / "README.md").read_text() == "of mine"
+    assert any("diffusion_pytorch_model.fp16.safetensors, folder, link" in warning for warning in found["warnings"])
+
+
+def test_a_model_whose_files_are_links_is_read(vae: Path, codebook: Run, images_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "snapshot").mkdir()  # as the hub's cache keeps them
+    for name in (WEIGHTS, "config.json"):
+        (tmp_path / "snapshot" / name).symlink_to(vae / name)
+    found = codebook("prune", tmp_path / "snapshot", "--data", images_folder, *RANGE, "--json").json
+    output = Path(found["outputs"]["model"])
+    assert not any(path.is_symlink() for path in output.iterdir())
+    assert VQModel.from_pretrained(output).config.num_vq_embeddings == 10
+
+
+def test_the_config_stays_byte_for_byte_where_k_stays(vae: Path, codebook: Run, images_folder: Path) -> None:
+    odd = json.dumps(config_of(vae) | {"note": "Ünal", "num_vq_embeddings": 16}, indent=7, ensure_ascii=False)
+    (vae / "config.json").write_text(odd, encoding="utf-8")
+    data = ("--data", images_folder, *RANGE, "--json")
+    same = Path(codebook("finetune", vae, *FEW_STEPS, *data).json["outputs"]["model"])
+    assert (same / "config.json").read_bytes() == (vae / "config.json").read_bytes()
+    other = Path(codebook("prune", vae, *data).json["outputs"]["model"])
+    expected = odd.replace('"num_vq_embeddings": 16', '"num_vq_embeddings": 10')
+    assert (other / "config.json").read_text(encoding="utf-8") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"k":16,"b":[1, 2]}', '{"k":8,"b":[1, 2]}'),
+        ('{\n\t"a": NaN,\n\t"k" : 16\n}', '{\n\t"a": NaN,\n\t"k" : 8\n}'),
+        ('{"k": 8.5}', '{\n  "k": 8\n}\n'),
+        ('{"a": {"k": 16}, "k": 16}', '{\n  "a": {\n    "k": 16\n  },\n  "k": 8\n}\n'),
+        ('{"a": 1}', '{\n  "a": 1,\n  "k": 8\n}\n'),
+    ],
+)
+def test_one_entry_of_a_config_is_set_and_the_rest_left_as_it_was(text: str, expected: str) -> None:
+    assert with_entry(text.encode(), "k", 8).decode() == expected
+    assert with_entry(expected.encode(), "k", 8).decode() == expected
+
+
+def test_a_config_of_another_model_goes_along_with_a_warning(
+    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text('{"n_embed":16}')
+    tiny.rename(tmp_path / "own" / "weights.safetensors")
+    for k, warned in ((16, False), (8, True)):
+        done = codebook(
+            "refit", tmp_path / "own", "--k", k, "--steps", "0", "--data", images_folder, *RANGE, "--json"
+        ).json
+        output = tmp_path / f"own.refit-k{k}"
+        assert any("no entry of it is known to be K" in warning for warning in done["warnings"]) is warned
+        assert {path.name for path in output.iterdir()} == {"weights.safetensors", "config.json"}
+        assert (output / "config.json").read_text() == '{"n_embed":16}'
+        assert codebook("verify", output, "--against", tmp_path / "own").exit_code == 0
+
+
+# --- verification --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda config: config.update(num_vq_embeddings=11), "num_vq_embeddings is 11, for 10 codes"),
+        (lambda config: config.pop("num_vq_embeddings"), "num_vq_embeddings is None, for 10 codes"),
+        (lambda config: config.update(act_fn="relu"), "entry act_fn is not the original's"),
+        (lambda config: config.pop("act_fn"), "entry act_fn is not the original's"),
+        (lambda config: config.update(mine=1), "entry mine is not the original's"),
+    ],
+)
+def test_a_config_that_does_not_belong_to_the_result_is_found(
+    change: Callable[[dict[str, Any]], object], what: str, vae: Path, codebook: Run, images_folder: Path
+) -> None:
+    output = Path(codebook("prune", vae, "--data", images_folder, *RANGE, "--json").json["outputs"]["model"])
+    config = config_of(output)
+    change(config)
+    (output / "config.json").write_text(json.dumps(config))
+    found = codebook("verify", output, "--against", vae, "--json")
+    assert found.exit_code == 3
+    assert found.json["differences"] == [{"key": "config.json", "what": what}]
+
+
+def test_a_directory_can_be_verified_from_within(
+    vae: Path, codebook: Run, images_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(vae)
+    found = codebook("prune", ".", "--data", images_folder, *RANGE, "--json").json
+    monkeypatch.chdir(found["outputs"]["model"])
+    assert codebook("verify", ".", "--against", vae).exit_code == 0
+
+
+# --- what a user can mend ------------------------------------------------------------------------------------------
+
+
+def edit(folder: Path, **entries: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(config_of(folder) | entries))
+
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "garbage": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{"), "is no JSON"),
+    "truncated": (lambda folder: (folder / "config.json").write_text('{"a": [1,\n'), "is no JSON"),
+    "deep": (lambda folder: (folder / "config.json").write_text("[" * 200_000), "is no JSON"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[16]"), "holds a JSON list"),
+    "another K": (lambda folder: edit(folder, num_vq_embeddings=32), "num_vq_embeddings=32, but quantize.embedding."),
+    "K as text": (lambda folder: edit(folder, num_vq_embeddings="16"), "num_vq_embeddings='16'"),
+    "K as yes": (lambda folder: edit(folder, num_vq_embeddings=True), "num_vq_embeddings=True"),
+    "another class": (lambda folder: edit(folder, _class_name="AutoencoderKL"), "no network is known"),
+    "wrong types": (lambda folder: edit(folder, block_out_channels="8"), "diffusers makes no VQModel of"),
+    "wrong values": (lambda folder: edit(folder, act_fn="nothing"), "diffusers makes no VQModel of"),
+    "another network": (lambda folder: edit(folder, layers_per_block=2), "the network wants"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "a directory without a .safetensors file"),
+    "two weights": (
+        lambda folder: (shutil.copy(folder / WEIGHTS, folder / "a.safetensors"),
+                        (folder / WEIGHTS).rename(folder / "b.safetensors")),
+        "holds 2 .safetensors files",
+    ),
+    "shards": (lambda folder: (folder / f"{WEIGHTS}.index.json").write_text("{}"), "sharded weights"),
+}  # fmt: skip
+AT_ONCE = ("no config", "garbage", "truncated", "deep", "a list", "no weights", "two weights", "shards")
+
+
+@pytest.mark.parametrize("kind", BAD_MODELS)
+@pytest.mark.parametrize("command", ["measure", "prune"])
+def test_a_directory_that_is_amiss_is_refused(
+    kind: str, command: str, vae: Path, codebook: Run, images_folder: Path, tmp_path: Path
+) -> None:
+    change, message = BAD_MODELS[kind]
+    change(vae)
+    before = contents(tmp_path)
+    assert_refused(codebook(command, vae, "--data", images_folder, *RANGE), message)
+    assert (codebook("inspect", vae).exit_code == 1) == (kind in AT_ONCE)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [(None, "without its config"), ("[]", "holds a JSON list"), ("{", "is no JSON"), ("{}", "no network is known")],
+)
+def test_a_file_whose_config_is_amiss_is_refused(
+    config: str | None, message: str, single: Callable[[str | None], Path], codebook: Run, images_folder: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    path = single(None)
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    before = contents(tmp_path)
+    assert_refused(codebook("prune", path, "--data", images_folder, *RANGE), message)
+    assert contents(tmp_path) == before
+
+
+def test_without_diffusers_it_is_asked_for(
+    vae: Path, codebook: Run, images_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    assert_refused(codebook("prune", vae, "--data", images_folder), "pip install diffusers")
+
+
+BAD_OUTPUTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "it exists": (lambda folder: (folder / "out").mkdir(), "out", "out exists; --force replaces it"),
+    "its map exists": (lambda folder: (folder / "out.index_map.safetensors").touch(), "out", "exists; --force"),
+    "the model": (lambda folder: None, "vae", "is the model itself"),
+    "the model's weights": (lambda folder: None, f"vae/{WEIGHTS}", "is the model itself"),
+    "around the model": (lambda folder: None, ".", "holds the model"),
+    "a path without a name": (lambda folder: None, "..", "has no name of its own"),
+    "a pickle": (lambda folder: None, "out.pt", "does not end in .safetensors"),
+    "no folder": (lambda folder: None, "gone/out", "no such folder"),
+    "left over, not whole": (lambda folder: (folder / "out.partial").mkdir(), "out", "out.partial is left of"),
+    "left over, the old": (lambda folder: (folder / "out.old").mkdir(), "out", "rename it to out, or delete it"),
+    "left over, both": (
+        lambda folder: ((folder / "out.old").mkdir(), (folder / "out").mkdir()), "out", "already written out; delete it"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_OUTPUTS)
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    kind: str, vae: Path, codebook: Run, tmp_path: Path
+) -> None:
+    change, output, message = BAD_OUTPUTS[kind]
+    change(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert_refused(codebook("prune", vae, "--data", "nowhere", "-o", tmp_path / output), message)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["a home", "another model", "a link", "a file", "empty"])
+def test_force_replaces_nothing_that_is_not_ours(kind: str, vae: Path, codebook: Run, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    if kind == "a home":
+        (output / "letters").mkdir(parents=True)
+    elif kind == "another model":
+        shutil.copytree(vae, output)
+    elif kind == "a link":
+        output.symlink_to(vae)
+    elif kind == "a file":
+        output.write_text("precious")
+    else:
+        output.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    message = "is the model itself" if kind == "a link" else "is not a directory that codebook-tools wrote"
+    assert_refused(codebook("prune", vae, "--data", "nowhere", "-o", output, "--force"), message)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("failing", ["rename", "fsync"])
+def test_a_failure_on_the_way_leaves_the_old_directory_as_it_was(
+    failing: str, vae: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("prune", vae, "--data", images_folder, *RANGE, "-o", tmp_path / "out", "--force")
+    assert codebook(*command).exit_code == 0
+    before = contents(tmp_path)
+    real = getattr(os, failing)
+
+    def fail(*arguments: Any) -> Any:
+        if failing == "rename" and not str(arguments[0]).endswith(".partial"):
+            return real(*arguments)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    assert_refused(codebook(*command), "No space left on device")
+    assert contents(tmp_path) == before
+
+
+def test_an_old_directory_that_cannot_be_deleted_is_named(
+    vae: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("prune", vae, "--data", images_folder, *RANGE, "-o", tmp_path / "out", "--force")
+    assert codebook(*command).exit_code == 0
+
+    def rmtree(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(places.shutil, "rmtree", rmtree)
+    assert_refused(codebook(*command), "out.old, which it replaced, cannot be deleted")
+    assert VQModel.from_pretrained(tmp_path / "out").config.num_vq_embeddings == 10
+    assert_refused(codebook(*command), "had already written out; delete it")
+
+
+def test_a_directory_is_read_as_its_file_is(vae: Path) -> None:
+    found, file = read_checkpoint(vae), read_checkpoint(vae / WEIGHTS)
+    assert (found.path, found.folder, file.folder) == (vae / WEIGHTS, vae, None)
+    assert found.entries == file.entries and found.config == file.config == config_of(vae)
+    (vae / WEIGHTS).rename(vae / "only.safetensors")
+    assert read_checkpoint(vae).path == vae / "only.safetensors"
+    shutil.copy(vae / "only.safetensors", vae / "model.safetensors")
+    assert read_checkpoint(vae).path == vae / "model.safetensors"
+    (vae / "config.json").unlink()
+    with pytest.raises(CodebookError, match=r"has no config\.json"):
+        read_checkpoint(vae)
