@@ -25,7 +25,8 @@ from codebook_tools.images import sample_photographs
 from codebook_tools.measure import reconstruct
 from codebook_tools.models.load import load_model
 from codebook_tools.opening import DEMO, Request
-from codebook_tools.operate import Result, operate
+from codebook_tools.operate import operate
+from codebook_tools.outcome import Result
 from codebook_tools.report.tables import result_table
 from codebook_tools.strategies import Refit
 from codebook_tools.watch import Watch

@@ -24,6 +24,7 @@ from .options import (
     NoStepsTrainOptions,
     RestartMethod,
     RunOptions,
+    StatsOption,
     TrainOptions,
     WriteOptions,
     takes,
@@ -34,7 +35,8 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.comparison import Comparison
     from codebook_tools.finetune import Recipe
     from codebook_tools.opening import Request
-    from codebook_tools.operate import Plan, Result
+    from codebook_tools.operate import Plan
+    from codebook_tools.outcome import Result
     from codebook_tools.watch import Watch
 
 
@@ -89,13 +91,21 @@ def inspect(model: ModelArgument = None, json_: JsonFlag = False) -> None:
 
 @app.command(epilog="Example: codebook measure model.safetensors --data images/ --test-data held-out/")
 @takes(DataOptions, ModelOptions, RunOptions)
-def measure(given: dict[str, Any], model: ModelArgument = None) -> None:
+def measure(
+    given: dict[str, Any],
+    model: ModelArgument = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write counts of the --data, or else of the --test-data, for --stats there."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace that file if it exists.")] = False,
+) -> None:
     """Usage, perplexity, distortion and reconstruction error on the test data."""
 
     def work(watch: Watch) -> Result:
         from codebook_tools.operate import measure_model
 
-        return measure_model(_request(model, given), watch)
+        return measure_model(_request(model, {**given, "force": force}), watch, stats)
 
     _run(work, given)
 
@@ -126,6 +136,7 @@ def prune(
     model: ModelArgument = None,
     threshold: Annotated[int, typer.Option(metavar="N", help="Drop codes that count N or fewer.")] = 0,
     keep: Annotated[int | None, typer.Option(metavar="K", help="Keep the K most used codes instead.")] = None,
+    stats: StatsOption = None,
 ) -> None:
     """Drop the codes that are hardly used. Threshold 0 changes no reconstruction of what was counted."""
 
@@ -134,7 +145,7 @@ def prune(
 
         return Prune(threshold=threshold, keep=keep)
 
-    _operate("prune", model, strategy, given)
+    _operate("prune", model, strategy, {**given, "stats": stats})
 
 
 @app.command(epilog="Example: codebook quantize model.safetensors --k 128 --method pnn --data images/")
@@ -145,6 +156,7 @@ def quantize(
     k: Annotated[int | None, typer.Option("--k", metavar="K", help="Merge the codes into K.")] = None,
     method: Annotated[MergeMethod, typer.Option(help="How codes are merged.")] = MergeMethod.KMEANS,
     bits: Annotated[int | None, typer.Option(metavar="B", help="Round entries to B bits, 2 to 8, instead.")] = None,
+    stats: StatsOption = None,
 ) -> None:
     """Merge codes that are alike, weighted by use, or round their entries to few bits. Latents are not looked at."""
 
@@ -153,7 +165,7 @@ def quantize(
 
         return Quantize(k=k, method=method.value, bits=bits, seed=given["seed"])
 
-    _operate("quantize", model, strategy, given)
+    _operate("quantize", model, strategy, {**given, "stats": stats})
 
 
 @app.command(epilog="Example: codebook restart model.safetensors --method error --data images/ --steps 1000")
@@ -296,6 +308,7 @@ def _request(model: Path | None, given: dict[str, Any]) -> Request:
         device=given["device"].value,
         precision=given["precision"].value,
         seed=given["seed"],
+        stats=given.get("stats"),
         output=given.get("output"),
         force=given.get("force", False),
     )
@@ -341,7 +354,7 @@ def _operate(
 def _run(work: Callable[[Watch], Result | Plan | Comparison], given: dict[str, Any]) -> None:
     """Do the work, with progress, and print what came of it."""
     with _reported():
-        from codebook_tools.operate import Result
+        from codebook_tools.outcome import Result
         from codebook_tools.report.tables import details_table, table_of
         from codebook_tools.watch import Watch
 

@@ -87,6 +87,9 @@ ModelArgument = Annotated[
         show_default=False,
     ),
 ]
+StatsOption = Annotated[
+    Path | None, typer.Option("--stats", metavar="FILE", help="Counts from `measure --stats`, in place of images.")
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
 
 

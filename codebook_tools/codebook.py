@@ -84,6 +84,9 @@ class Strategy(Protocol):
 
     It leaves its inputs as they are and draws randomness from its own seed only: the same inputs give the same bytes.
     counts: (codebook.size,) int64, assignments per code over all of the calibration data.
+
+    A class that does without latents says so in an attribute `looks_at`: "counts", or "codebook" where it does without
+    counts, too (then they may all be 0). It can be run on a model whose network nobody has.
     """
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery: ...

@@ -16,9 +16,17 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe
 from codebook_tools.latents import Survey
 from codebook_tools.measure import Measurement
+from codebook_tools.models.companions import bytes_with
 from codebook_tools.opening import Opened, Request, open_request
-from codebook_tools.operate import require_training_data, settings_of
-from codebook_tools.stages import encoder_latents, measure_stage, on_cpu, run_stages, survey_calibration
+from codebook_tools.outcome import settings_of
+from codebook_tools.stages import (
+    encoder_latents,
+    measure_stage,
+    on_cpu,
+    require_training_data,
+    run_stages,
+    survey_calibration,
+)
 from codebook_tools.strategies import find_strategy
 from codebook_tools.version import VERSION
 from codebook_tools.watch import Watch
@@ -202,7 +210,7 @@ def _run(
     except CodebookError as problem:
         error = str(problem)
     seconds = watch.seconds["strategy"] + watch.seconds["finetune"]
-    nbytes = opened.model.file_bytes(size)
+    nbytes = bytes_with(opened.model.checkpoint, opened.model.found, size)
     return Row(task.name, size, task.seed, stages, kept or "before", seconds, nbytes, error, made_with), warnings
 
 

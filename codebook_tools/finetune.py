@@ -127,7 +127,7 @@ def finetune(
         found = measure(model, validation, split="validation", structure=False, watch=Watch())
         trace.append(_point(step, loss, found, int(quantiser.revived.sum())))
         weights = {name: tensor.detach().cpu().clone() for name, tensor in model.network.state_dict().items()}
-        return State(step, found.mse, weights, quantiser.revived.clone())
+        return State(step, found.error, weights, quantiser.revived.clone())
 
     start = look(0, None)
     best: State | None = None
@@ -317,4 +317,4 @@ def _training_mode(network: nn.Module) -> None:
 
 def _point(step: int, loss: float | None, found: Measurement, revived: int) -> TracePoint:
     use = found.codebooks[0]
-    return TracePoint(step, loss, found.mse, use.used, use.perplexity, use.distortion, revived)
+    return TracePoint(step, loss, found.error, use.used, use.perplexity, use.distortion, revived)

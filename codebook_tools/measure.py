@@ -44,17 +44,41 @@ class CodebookUse:
     coverage: float | None
 
 
+def use_of(key: str, dim: int, counts: Tensor, distortion: float, coverage: float | None) -> CodebookUse:
+    """All that counts tell of a codebook's use. counts: (size,) int64."""
+    return CodebookUse(
+        key=key,
+        size=len(counts),
+        dim=dim,
+        latents=int(counts.sum()),
+        used=metrics.used(counts),
+        usage=metrics.usage(counts),
+        used_10=metrics.used(counts, 10),
+        perplexity=metrics.perplexity(counts),
+        bits=metrics.bits(counts),
+        top_share=metrics.top_share(counts),
+        distortion=distortion,
+        coverage=coverage,
+    )
+
+
 @dataclass(frozen=True)
 class Measurement:
-    """mse: per value, images in [0, 1], reconstructions clamped to it. psnr: dB, None without any error. ssim: None
-    where the images are too small for its window."""
+    """mse: per value, images in [0, 1], reconstructions clamped to it; None where nothing was reconstructed. psnr: dB,
+    None without any error. ssim: None where the images are too small for its window."""
 
     split: str
     images: int
-    mse: float
+    mse: float | None
     psnr: float | None
     ssim: float | None
     codebooks: tuple[CodebookUse, ...]
+
+    @property
+    def error(self) -> float:
+        """The mse of a measurement that reconstructed images."""
+        assert self.mse is not None
+        return self.mse
 
 
 def reconstruct(model: Model, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,20 +135,8 @@ def measure(
     if not count:
         raise CodebookError(f"none of the {len(images)} {split} images can be read")
     mse = error / values
-    use = CodebookUse(
-        key=model.found.key,
-        size=codebook.size,
-        dim=codebook.dim,
-        latents=latent_count,
-        used=metrics.used(counts),
-        usage=metrics.usage(counts),
-        used_10=metrics.used(counts, 10),
-        perplexity=metrics.perplexity(counts),
-        bits=metrics.bits(counts),
-        top_share=metrics.top_share(counts),
-        distortion=distortion / latent_count,
-        coverage=near / latent_count if reference is not None else None,
-    )
+    coverage = near / latent_count if reference is not None else None
+    use = use_of(model.found.key, codebook.dim, counts, distortion / latent_count, coverage)
     return Measurement(
         split, count, mse, metrics.psnr(mse) if mse else None, similarity / count if compared else None, (use,)
     )
@@ -135,6 +147,6 @@ def find_input_range(model: Model, images: Images) -> dict[tuple[float, float], 
     few = images.subset(limited(images.items, RANGE_IMAGES, seed=0))  # neighbours in name are often alike
     before, errors = model.input_range, {}
     for model.input_range in INPUT_RANGES:
-        errors[model.input_range] = measure(model, few, structure=False, watch=Watch()).mse
+        errors[model.input_range] = measure(model, few, structure=False, watch=Watch()).error
     model.input_range = before
     return errors

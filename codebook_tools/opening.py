@@ -23,12 +23,14 @@ DEMO = Path(__file__).with_name("demo.safetensors")
 class Request:
     """What is to be worked on, and how. Each field is the command line's option of that name.
 
-    model: None for the bundled demo. data: none for the bundled sample. test_data: none for a tenth of data.
+    model: None for the bundled demo. data: none for the bundled sample. test_data: none for a tenth of data. stats: the
+    counts of an earlier pass, in place of images.
     """
 
     model: Path | None = None
     data: tuple[str, ...] = ()
     test_data: tuple[str, ...] = ()
+    stats: Path | None = None
     limit: int | None = None
     size: int | None = None
     skip_bad: bool = False

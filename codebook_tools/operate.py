@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,67 +14,63 @@ from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.codebook import REMOVED, Codebook, Strategy
+from codebook_tools.detached import goes_without_images, operate_detached
 from codebook_tools.errors import CodebookError, VerificationError
-from codebook_tools.finetune import FineTuned, Recipe, TracePoint
+from codebook_tools.finetune import Recipe
 from codebook_tools.latents import survey
-from codebook_tools.measure import Measurement
-from codebook_tools.models.companions import rows_of
+from codebook_tools.models.companions import bytes_with, rows_of
+from codebook_tools.models.load import CUSTOM, choose_codebook, family_of
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Opened, Request, open_request
-from codebook_tools.output import check_output, default_output, remarks
+from codebook_tools.outcome import (
+    Result,
+    asked_size,
+    check_request_output,
+    provenance,
+    request_output,
+    settings_of,
+    weights_bytes,
+)
+from codebook_tools.output import remarks, written_config
 from codebook_tools.stages import (
     encoder_latents,
     measure_stage,
     on_cpu,
+    require_training_data,
     run_stages,
     sample_counts,
     survey_calibration,
 )
+from codebook_tools.stats import Stats, write_stats
 from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.version import VERSION
 from codebook_tools.watch import Watch
 
 
-@dataclass(frozen=True)
-class Result:
-    """What was done: the JSON of a command. before, surgery, finetuned: measured on the test data, None where there is
-    no such stage. kept: the stage that the written file holds. outputs: paths. bytes: of weights, and what a codebook
-    that was rounded to few bits would pack to. seconds: by phase."""
+def measure_model(request: Request, watch: Watch, stats: Path | None = None) -> Result:
+    """Usage, perplexity, distortion and reconstruction error of a checkpoint on the test data.
 
-    command: str
-    model: str
-    family: str
-    settings: Mapping[str, object]
-    seed: int
-    warnings: tuple[str, ...]
-    before: Measurement | None
-    surgery: Measurement | None = None
-    finetuned: Measurement | None = None
-    kept: str | None = None
-    trace: tuple[TracePoint, ...] = ()
-    outputs: Mapping[str, str | None] = field(default_factory=lambda: dict.fromkeys(("model", "index_map", "report")))
-    bytes: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(("before", "after", "packed")))
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    version: str = VERSION
-
-    @property
-    def stages(self) -> dict[str, Measurement | None]:
-        return {"before": self.before, "surgery": self.surgery, "finetuned": self.finetuned}
-
-    def to_json(self) -> dict[str, object]:
-        """The promised keys, of types that json can write."""
-        plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in self.stages}
-        stages = {name: asdict(stage) if stage else None for name, stage in self.stages.items()}
-        return {**plain, "warnings": list(self.warnings), "stages": stages, "trace": [asdict(p) for p in self.trace]}
-
-
-def measure_model(request: Request, watch: Watch) -> Result:
-    """Usage, perplexity, distortion and reconstruction error of a checkpoint on the test data."""
+    stats: where to write the counts of the calibration data, or of the test data where there are no others.
+    """
+    if stats is not None and stats.exists() and not request.force:
+        raise CodebookError(f"{stats} exists; --force replaces it, another --stats writes elsewhere")
     opened = open_request(request, watch, measuring=True)
     with watch.phase("measure"):
         before = measure_stage(opened, encoder_latents(opened), watch)
-    sizes = {"before": _bytes(request.source), "after": None, "packed": None}
+    if stats is not None:
+        _write_stats(stats, opened, watch)
+    sizes = {"before": weights_bytes(request.source), "after": None, "packed": None}
     return _result("measure", request, opened, watch, before=before, bytes=sizes)
+
+
+def _write_stats(path: Path, opened: Opened, watch: Watch) -> None:
+    split = "calibration" if len(opened.calibration) else "test"
+    images = opened.calibration if len(opened.calibration) else opened.test
+    seen = survey_calibration(replace(opened, calibration=images), watch)
+    with watch.phase("write"):
+        read = len(images) - len({item.name for item in images.items} & images.bad.keys())
+        stats = Stats(seen.counts, seen.error, split, read)
+        write_stats(path, opened.model.checkpoint, opened.model.found.key, stats)
 
 
 def operate(command: str, request: Request, strategy: Strategy | None, recipe: Recipe, watch: Watch) -> Result:
@@ -85,12 +80,16 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     validation error, a fine-tuning's the better of `before` and `finetuned`. Raises CodebookError, before any long
     work where that is possible, and leaves no file then.
     """
-    _check_output(request, request.output or _default_output(request, command, 0))
+    check_request_output(request, request_output(request, command, 0))
+    if strategy and goes_without_images(request, strategy):
+        if recipe.steps:
+            raise CodebookError(f"{recipe.steps} steps of fine-tuning need images; give --data, or --steps 0")
+        return operate_detached(command, request, strategy, watch)
     opened = open_request(request, watch)
     model = opened.model
-    asked = _asked_size(strategy, model.found.size)
+    asked = asked_size(strategy, model.found.size)
     if asked:
-        _check_output(request, request.output or _default_output(request, command, asked))
+        check_request_output(request, request_output(request, command, asked))
     require_training_data(opened, recipe)
     seen = survey_calibration(opened, watch)
     if seen.sampled:
@@ -101,8 +100,8 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     if strategy:
         with watch.phase("strategy"):
             surgery = strategy(old, seen.sample, seen.counts)
-    output = request.output or _default_output(request, command, surgery.codebook.size if surgery else old.size)
-    _check_output(request, output)
+    output = request_output(request, command, surgery.codebook.size if surgery else old.size)
+    check_request_output(request, output)
 
     done = run_stages(opened, surgery, seen, recipe, seed=request.seed, watch=watch)
     opened.warnings += done.warnings
@@ -112,18 +111,18 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     counts, new_codes = sample_counts(seen, new)
     opened.settings |= settings_of(strategy) | settings_of(recipe)
     key = model.found.key
-    opened.warnings += remarks(model, output)
+    opened.warnings += remarks(model.checkpoint, old.size, new.size, output)
     with watch.phase("write"):
         map_path = write_checkpoint(
             model.checkpoint,
             output,
             model.changed(counts),
-            _provenance(command, request, opened, done.kept, done.tuned),
+            provenance(command, request, model.checkpoint, key, opened.settings, done.kept, done.tuned),
             {
                 f"{key}/index_map": done.index_map,
                 f"{key}/nearest": _nearest_map(done.index_map, old_codes, new_codes, old, new),
             },
-            model.config,
+            written_config(model.checkpoint, new.size),
         )
         _read_back(output, model)
     bits = surgery.bits if surgery and done.kept == "surgery" else None
@@ -139,20 +138,11 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         trace=done.tuned.trace if done.tuned else (),
         outputs={"model": str(output), "index_map": str(map_path), "report": None},
         bytes={
-            "before": _bytes(request.source),
-            "after": _bytes(output),
+            "before": weights_bytes(request.source),
+            "after": weights_bytes(output),
             "packed": packed_bytes(new, bits) if bits else None,
         },
     )
-
-
-def require_training_data(opened: Opened, recipe: Recipe) -> None:
-    """Raise CodebookError where there is to be fine-tuning, and nothing for its gradients or its choice of state."""
-    if recipe.steps and not (opened.splits.train and opened.splits.validation):
-        count = len(opened.calibration)
-        raise CodebookError(
-            f"{count} calibration images leave the training or validation split empty; give more --data"
-        )
 
 
 @dataclass(frozen=True)
@@ -179,13 +169,15 @@ class Plan:
 
 def plan(command: str, request: Request, strategy: Strategy | None, recipe: Recipe, watch: Watch) -> Plan:
     """Look at what `operate` would look at first, time one batch, and write nothing."""
+    if strategy and goes_without_images(request, strategy):
+        return _plan_detached(command, request, strategy)
     opened = open_request(request, watch)
     model, old = opened.model, opened.model.found.size
-    size = _asked_size(strategy, old)
-    output = request.output or (_default_output(request, command, size) if size else None)
+    size = asked_size(strategy, old)
+    output = request_output(request, command, size or 0) if size or request.output else None
     if output is not None:
-        _check_output(request, output)
-    nbytes = _bytes(request.source)
+        check_request_output(request, output)
+    nbytes = weights_bytes(request.source)
     few = opened.calibration.items[: request.batch_size]
     timed = Watch()
     with timed.phase("encode"):
@@ -204,35 +196,39 @@ def plan(command: str, request: Request, strategy: Strategy | None, recipe: Reci
         seed=request.seed,
         warnings=tuple(opened.warnings),
         size={"before": old, "after": size},
-        outputs={
-            "model": str(output) if output else None,
-            "index_map": str(index_map_path(output)) if output else None,
-        },
-        bytes={"before": nbytes, "after": model.file_bytes(size) if size else nbytes},
+        outputs=_planned(output),
+        bytes={"before": nbytes, "after": bytes_with(model.checkpoint, model.found, size or old)},
         seconds={"estimate": seconds},
     )
 
 
-def _check_output(request: Request, output: Path) -> None:
-    """Raise CodebookError where the output cannot be written, has no layout that is, or would replace the model."""
-    check_output(read_checkpoint(request.source), output, request.force)
+def _plan_detached(command: str, request: Request, strategy: Strategy) -> Plan:
+    checkpoint = read_checkpoint(request.source)
+    found = choose_codebook(checkpoint, request.codebook_key)
+    size = asked_size(strategy, found.size)
+    output = request_output(request, command, size or 0) if size or request.output else None
+    if output is not None:
+        check_request_output(request, output)
+    nbytes = weights_bytes(request.source)
+    return Plan(
+        command=command,
+        model=str(request.source),
+        family=request.family or family_of(checkpoint) or CUSTOM,
+        settings={"stats": str(request.stats) if request.stats else None, "images": {}} | settings_of(strategy),
+        seed=request.seed,
+        warnings=(),
+        size={"before": found.size, "after": size},
+        outputs=_planned(output),
+        bytes={"before": nbytes, "after": bytes_with(checkpoint, found, size or found.size)},
+        seconds={"estimate": 1.0},
+    )
 
 
-def _asked_size(strategy: Strategy | None, old: int) -> int | None:
-    """Codes that there will be, where that is known before anything is counted."""
-    asked: int | None = getattr(strategy, "k", None) or getattr(strategy, "keep", None)
-    return asked if strategy else old
-
-
-def _default_output(request: Request, command: str, size: int) -> Path:
-    """Beside the model; the bundled demo's goes into the current folder."""
-    folder = None if request.model else Path()
-    return default_output(read_checkpoint(request.source), command, size, folder)
-
-
-def _bytes(path: Path) -> int:
-    """Size of a model's weights."""
-    return read_checkpoint(path).path.stat().st_size
+def _planned(output: Path | None) -> dict[str, str | None]:
+    return {
+        "model": str(output) if output else None,
+        "index_map": str(index_map_path(output)) if output else None,
+    }
 
 
 def _nearest_map(index_map: Tensor, old_codes: Tensor, new_codes: Tensor, old: Codebook, new: Codebook) -> Tensor:
@@ -249,30 +245,6 @@ def _nearest_map(index_map: Tensor, old_codes: Tensor, new_codes: Tensor, old: C
         if count > most[code]:
             most[code], by_distance[code] = count, target
     return torch.where(index_map == REMOVED, by_distance, index_map)
-
-
-def settings_of(thing: Strategy | Recipe | None) -> dict[str, object]:
-    """The printed fields of a dataclass."""
-    if thing is None or not is_dataclass(thing):
-        return {}
-    return {entry.name: getattr(thing, entry.name) for entry in fields(thing) if entry.repr}
-
-
-def _provenance(command: str, request: Request, opened: Opened, kept: str, tuned: FineTuned | None) -> dict[str, str]:
-    """What the written file says of itself: no times and no paths, so that the same work gives the same bytes."""
-    private = {"data", "test_data", "images", "device", "network"}
-    settings = {key: value for key, value in opened.settings.items() if key not in private}
-    trained = tuned if tuned and kept == "finetuned" else None
-    return {
-        "command": command,
-        "version": VERSION,
-        "settings": json.dumps({**settings, "seed": request.seed}, sort_keys=True),
-        "codebook": opened.model.found.key,
-        "kept": kept,
-        "trained": ",".join(trained.groups) if trained else "",
-        "trained_tensors": json.dumps(trained.trained if trained else []),
-        "source_sha256": opened.model.checkpoint.sha256,
-    }
 
 
 def _read_back(path: Path, model: Model) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from codebook_tools.checkpoints.config import with_entry
 from codebook_tools.checkpoints.layout import CONFIG, SUFFIX, is_directory_output, named, own_config_path, split_others
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.checkpoints.writing import check_writable
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.load import config_key_of
-from codebook_tools.models.model import Model
 
 _NOT_WRITTEN = {".pt", ".pth", ".ckpt", ".bin"}
 
@@ -40,16 +40,24 @@ def check_output(checkpoint: Checkpoint, output: Path, force: bool) -> None:
     check_writable(output, force, with_config=described)
 
 
-def remarks(model: Model, output: Path) -> list[str]:
-    """What to warn of in the directory, or the config, that is written to `output`."""
-    checkpoint, found = model.checkpoint, []
+def written_config(checkpoint: Checkpoint, size: int) -> bytes | None:
+    """The config to be written with `size` codes: the original's, with that K. None: there is none that goes along."""
+    path, key = checkpoint.config_path, config_key_of(checkpoint)
+    if path is None or (key is None and checkpoint.folder is None):
+        return None
+    text = path.read_bytes()
+    return with_entry(text, key, size) if key else text
+
+
+def remarks(checkpoint: Checkpoint, old: int, new: int, output: Path) -> list[str]:
+    """What to warn of in the directory, or the config, that is written to `output`. old, new: numbers of codes."""
+    found = []
     left_out = split_others(checkpoint.folder)[1] if checkpoint.folder and is_directory_output(output) else []
     if left_out:
         few = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
         found.append(f"of the model's directory, {few} does not go into the new one")
-    changed = model.found.size != checkpoint.entries[model.found.key].shape[model.found.axis]
-    if model.config is not None and model.config_key is None and changed:
-        found.append(f"{CONFIG} goes along as it is: no entry of it is known to be K, which is {model.found.size} now")
+    if checkpoint.folder and config_key_of(checkpoint) is None and new != old:
+        found.append(f"{CONFIG} goes along as it is: no entry of it is known to be K, which is {new} now")
     return found
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from codebook_tools.assignment import nearest
 from codebook_tools.codebook import REMOVED, Codebook, Surgery
 from codebook_tools.coverage import reference_distance, reference_latents
+from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import FineTuned, Recipe, finetune
 from codebook_tools.latents import Survey, survey
 from codebook_tools.measure import Measurement, measure
@@ -31,6 +32,15 @@ class Stages:
     index_map: Tensor
     tuned: FineTuned | None
     warnings: tuple[str, ...] = ()
+
+
+def require_training_data(opened: Opened, recipe: Recipe) -> None:
+    """Raise CodebookError where there is to be fine-tuning, and nothing for its gradients or its choice of state."""
+    if recipe.steps and not (opened.splits.train and opened.splits.validation):
+        count = len(opened.calibration)
+        raise CodebookError(
+            f"{count} calibration images leave the training or validation split empty; give more --data"
+        )
 
 
 def survey_calibration(opened: Opened, watch: Watch) -> Survey:

@@ -130,7 +130,6 @@ def write_checkpoint(
             parts.append(_Part(key, entry.dtype, entry.shape, entry.end - entry.start, source))
     header = _header(parts, {**original.metadata, **{PREFIX + key: value for key, value in metadata.items()}})
     map_path = index_map_path(path)
-    map_path = index_map_path(path)
     try:
         with ExitStack() as stack:
             if is_directory_output(path):
@@ -155,6 +154,18 @@ def write_checkpoint(
     except OSError as error:
         raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
     return map_path
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write int64 and float64 tensors into a small file of their own, whole or not at all, and read it back."""
+    names = {torch.int64: "I64", torch.float64: "F64"}
+    parts = [_Part.of(key, names[tensor.dtype], tensor) for key, tensor in sorted(tensors.items())]
+    try:
+        with partial_file(path) as target:
+            _write_tensors(target, _header(parts, metadata), parts)
+            put_in_place(path)
+    except OSError as error:
+        raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _furnish(folder: Path, original: Checkpoint, config: bytes | None) -> Path:

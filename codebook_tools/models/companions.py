@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from codebook_tools.checkpoints.detect import FoundCodebook
+from codebook_tools.checkpoints.reading import Checkpoint, torch_dtype
+from codebook_tools.errors import CodebookError
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,36 @@ def companion_values(
     for key in flags(found.key, stored):
         values[key] = torch.ones_like(stored[key])
     return {key: value.contiguous() for key, value in values.items()}
+
+
+def rounded(checkpoint: Checkpoint, key: str, rows: Tensor) -> Tensor:
+    """rows (size, dim) float32 as the stored dtype has them. Raises CodebookError where it cannot hold them."""
+    dtype = torch_dtype(checkpoint.entries[key].dtype)
+    held = rows.to(dtype).float()
+    if not bool(torch.isfinite(held).all()):
+        raise CodebookError(f"the new codes of {key} do not fit {dtype}: some are not finite in it")
+    return held
+
+
+def bytes_with(checkpoint: Checkpoint, found: FoundCodebook, size: int) -> int:
+    """Bytes that the file takes with `size` codes, and with what follows them."""
+    old = checkpoint.entries[found.key].shape[found.axis]
+    follow = [checkpoint.entries[key] for key in (found.key, *found.companions)]
+    row = sum(entry.end - entry.start for entry in follow) // old
+    return checkpoint.path.stat().st_size - (old - size) * row
+
+
+def changed_codebook(checkpoint: Checkpoint, found: FoundCodebook, rows: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """The codebook's tensor and what follows it, by file key, for new rows (size, dim) and their counts (size,).
+
+    found: of the file, or of the running model: its size does not count.
+    """
+    stored = checkpoint.tensors()
+    old = replace(found, size=stored[found.key].shape[found.axis])
+    tensor = stored_as(rows, stored[found.key], found.axis)
+    written = rows_of(tensor, replace(found, size=len(rows)))
+    # A code without hits counts one: with none, its running sum is 0, and the model's own EMA moves it there.
+    return {found.key: tensor} | companion_values(old, stored, written, counts.clamp(min=1))
 
 
 def flags(codebook_key: str, keys: Iterable[str]) -> list[str]:

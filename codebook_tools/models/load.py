@@ -91,13 +91,27 @@ def choose_codebook(checkpoint: Checkpoint, key: str | None) -> FoundCodebook:
     found = detection.codebooks[0]
     if found.confidence == "low":
         raise CodebookError(f"{found.key} is only perhaps a codebook; if it is, say so with --codebook-key {found.key}")
+    return _operable(found)
+
+
+def _operable(found: FoundCodebook) -> FoundCodebook:
+    if found.heads > 1 or found.search == "logits":
+        kind = "chosen by logits" if found.search == "logits" else f"of {found.heads} heads"
+        raise CodebookError(f"{found.key} is a codebook {kind}: it can be inspected, not operated on")
     return found
+
+
+def lookup_of(family: str | None, metric: str | None) -> tuple[Lookup, Emit]:
+    """How codes are found and emitted: as told, else as the family does, else by Euclidean distance."""
+    if metric is None and family in FAMILIES:
+        return FAMILIES[family].lookup, FAMILIES[family].emit
+    return METRICS[metric or "euclidean"]
 
 
 def _named(checkpoint: Checkpoint, detection: Detection, key: str) -> FoundCodebook:
     for found in detection.codebooks:
         if found.key == key:
-            return found
+            return _operable(found)
     entry = checkpoint.entries.get(key)
     candidates = ", ".join(found.key for found in detection.codebooks) or "none"
     if entry is None:
@@ -126,11 +140,7 @@ def load_model(
     if family is not None and family not in (*FAMILIES, CUSTOM):
         raise CodebookError(f"no family {family!r}; there are {', '.join((*FAMILIES, CUSTOM))}")
     found = choose_codebook(checkpoint, codebook_key)
-    if found.heads > 1 or found.search == "logits":
-        kind = "chosen by logits" if found.search == "logits" else f"of {found.heads} heads"
-        raise CodebookError(f"{found.key} is a codebook {kind}: it can be inspected, not operated on")
     shapes = checkpoint.shapes
-    lookup, emit = METRICS[metric or "euclidean"]
     caveat = None
     if network is not None:
         name, remake = CUSTOM, partial(make_network, network, found.size)
@@ -154,8 +164,6 @@ def load_model(
         remake = partial(record.make, inner, checkpoint)
         module = remake()
         keys = {name: prefix + record.file_key(name, inner) for name in module.state_dict()}
-        if metric is None:
-            lookup, emit = record.lookup, record.emit
         if record.config_key is not None and checkpoint.config is not None:
             caveat = record.caveat(checkpoint.config)
     if found.key not in keys.values():
@@ -164,6 +172,7 @@ def load_model(
     target = device or torch.device("cpu")
     module.to(target).eval().requires_grad_(False)
     known_keys = {*keys.values(), *found.companions, *flags(found.key, shapes)}
+    lookup, emit = lookup_of(name, metric)
     return Model(
         name,
         checkpoint,
@@ -176,7 +185,6 @@ def load_model(
         target,
         bf16,
         carried=tuple(key for key in shapes if key not in known_keys),
-        config_key=config_key_of(checkpoint),
         caveats=(caveat,) if caveat else (),
     )
 

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from codebook_tools.assignment import emitted, nearest, unit
-from codebook_tools.checkpoints.config import with_entry
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint, torch_dtype
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.images import Images
 from codebook_tools.latents import EncodedLatents
-from codebook_tools.models.companions import companion_values, rows_of, stored_as
+from codebook_tools.models.companions import changed_codebook, rounded, rows_of, stored_as
 
 INPUT_RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))
 """Tried in turn: the file does not say what its network was trained on."""
@@ -31,7 +30,7 @@ class Model:
     found: where the codebook lies. lookup, emit: how it is used. input_range: of the network's images.
     channels: of its images. stride: image sides are multiples of it. carried: file keys the network does not know.
     remake: the network anew, of the file's codebook size, with fresh weights, in torch's default dtype on the CPU.
-    config_key: the config's entry that is K, None where no config is known. caveats: what to warn of.
+    caveats: what to warn of.
     """
 
     family: str
@@ -48,7 +47,6 @@ class Model:
     channels: int = 3
     stride: int = 1
     carried: tuple[str, ...] = ()
-    config_key: str | None = None
     caveats: tuple[str, ...] = ()
 
     # What flows through it
@@ -114,20 +112,12 @@ class Model:
     def codebook(self) -> Codebook:
         return Codebook(rows_of(_named(self.network, self.name).detach(), self.found), self.lookup, self.emit)
 
-    def rounded(self, codebook: Codebook) -> Codebook:
-        """The codebook as its stored dtype will have it. Raises CodebookError where that dtype cannot hold it."""
-        dtype = torch_dtype(self.checkpoint.entries[self.found.key].dtype)
-        vectors = codebook.vectors.to(dtype).float()
-        if not bool(torch.isfinite(vectors).all()):
-            raise CodebookError(f"the new codes of {self.found.key} do not fit {dtype}: some are not finite in it")
-        return replace(codebook, vectors=vectors)
-
     def install(self, codebook: Codebook) -> None:
         """Put a codebook of any size into the running network, rounded to the stored dtype, and prove that it is there.
 
         Raises VerificationError where the network then holds, bit by bit, anything else.
         """
-        meant = self.rounded(codebook).vectors.to(self.device)
+        meant = rounded(self.checkpoint, self.found.key, codebook.vectors).to(self.device)
         old = _named(self.network, self.name)
         new = stored_as(meant, old.detach(), self.found.axis)
         owner = self.network.get_submodule(self.name.rpartition(".")[0])
@@ -154,14 +144,6 @@ class Model:
 
     # The file it becomes
 
-    def file_bytes(self, size: int) -> int:
-        """Bytes that the file takes with `size` codes."""
-        entries = self.checkpoint.entries
-        old = entries[self.found.key].shape[self.found.axis]
-        follow = [entries[key] for key in (self.found.key, *self.found.companions)]
-        row = sum(entry.end - entry.start for entry in follow) // old
-        return self.checkpoint.path.stat().st_size - (old - size) * row
-
     def changed(self, counts: Tensor) -> dict[str, Tensor]:
         """Every tensor in which the model differs from its file, by file key, in the stored dtypes and shapes.
 
@@ -174,23 +156,7 @@ class Model:
             # In the running dtype: a float64 file does not become another by being loaded.
             if key != self.found.key and not torch.equal(running, self.checkpoint.tensor(key).to(running.dtype)):
                 tensors[key] = running.to(torch_dtype(entries[key].dtype)).contiguous()
-        old = replace(self.found, size=entries[self.found.key].shape[self.found.axis])
-        beside = self.checkpoint.tensors()
-        codebook_tensor = stored_as(self.codebook.vectors.cpu(), beside[old.key], old.axis)
-        tensors |= {old.key: codebook_tensor}
-        # A code without hits counts one: with none, its running sum is 0, and the model's own EMA moves it there.
-        hits = counts.cpu().clamp(min=1)
-        tensors |= companion_values(old, beside, rows_of(codebook_tensor, self.found), hits)
-        return tensors
-
-    @property
-    def config(self) -> bytes | None:
-        """The config to be written with the file: that of the original, with K as it is now. None: there is none."""
-        path = self.checkpoint.config_path
-        if path is None or (self.config_key is None and self.checkpoint.folder is None):
-            return None
-        text = path.read_bytes()
-        return with_entry(text, self.config_key, self.found.size) if self.config_key else text
+        return tensors | changed_codebook(self.checkpoint, self.found, self.codebook.vectors.cpu(), counts.cpu())
 
     def round_to_stored(self) -> None:
         """Round every weight as its file will store it, so that what is measured is what can be loaded again."""

@@ -11,7 +11,8 @@ from rich.text import Text
 from codebook_tools.comparison import Comparison, notes, table_rows
 from codebook_tools.inspection import Inspection
 from codebook_tools.measure import Measurement
-from codebook_tools.operate import Plan, Result
+from codebook_tools.operate import Plan
+from codebook_tools.outcome import Result
 from codebook_tools.verify import Verification
 
 STAGES = {"before": "before", "surgery": "after surgery", "finetuned": "after fine-tuning"}
@@ -34,12 +35,15 @@ def result_table(result: Result) -> RenderableType:
         table.add_column(heading + (" *" if name == result.kept and len(stages) > 1 else ""), justify="right")
     for label, show in _ROWS:
         table.add_row(label, *(show(stage) for stage in stages.values()))
-    lines: list[RenderableType] = [table]
-    first = next(iter(stages.values()))
-    about = f"measured on {first.images:,} {first.split} images, input range {result.settings['input_range']}"
-    lines.append(Text(about, style="dim"))
+    lines: list[RenderableType] = [table] if stages else []
+    for first in [*stages.values()][:1]:
+        bounds = result.settings.get("input_range")
+        about = f"measured on {first.images:,} {first.split} images" if bounds else f"counts of {first.images:,} images"
+        lines.append(Text(f"{about}, input range {bounds}" if bounds else about, style="dim"))
     if result.outputs["model"]:
         lines.append(Text(f"{'* kept, and ' if len(stages) > 1 else ''}written to {result.outputs['model']}"))
+    if result.bytes["packed"]:
+        lines.append(Text(f"at so few bits the codebook would pack into {result.bytes['packed']:,} bytes", style="dim"))
     return Group(*lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ class Prune:
 
     With threshold 0 no latent that was counted changes its code: the surgery is lossless there.
     """
+
+    looks_at: ClassVar = "counts"
 
     threshold: int = 0
     keep: int | None = None

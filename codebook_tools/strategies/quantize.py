@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ class Quantize:
     neighbour merging (Equitz 1989). Every old code maps to the one it was merged into; dead codes weigh nothing and go
     where they are nearest. Without any counts all codes weigh alike. bits: 2 to 8, in place of k. seed: of the k-means.
     """
+
+    looks_at: ClassVar = "codebook"
 
     k: int | None = None
     method: Literal["kmeans", "pnn"] = "kmeans"

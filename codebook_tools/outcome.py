@@ -1,0 +1,105 @@
+"""What an operation ends in: its result, where that goes, and what the written file says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.codebook import Strategy
+from codebook_tools.finetune import FineTuned, Recipe, TracePoint
+from codebook_tools.measure import Measurement
+from codebook_tools.opening import Request
+from codebook_tools.output import check_output, default_output
+from codebook_tools.version import VERSION
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was done: the JSON of a command. before, surgery, finetuned: measured on the test data, None where there is
+    no such stage. kept: the stage that the written file holds. outputs: paths. bytes: of weights, and what a codebook
+    that was rounded to few bits would pack to. seconds: by phase."""
+
+    command: str
+    model: str
+    family: str
+    settings: Mapping[str, object]
+    seed: int
+    warnings: tuple[str, ...]
+    before: Measurement | None
+    surgery: Measurement | None = None
+    finetuned: Measurement | None = None
+    kept: str | None = None
+    trace: tuple[TracePoint, ...] = ()
+    outputs: Mapping[str, str | None] = field(default_factory=lambda: dict.fromkeys(("model", "index_map", "report")))
+    bytes: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(("before", "after", "packed")))
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    version: str = VERSION
+
+    @property
+    def stages(self) -> dict[str, Measurement | None]:
+        return {"before": self.before, "surgery": self.surgery, "finetuned": self.finetuned}
+
+    def to_json(self) -> dict[str, object]:
+        """The promised keys, of types that json can write."""
+        plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in self.stages}
+        stages = {name: asdict(stage) if stage else None for name, stage in self.stages.items()}
+        return {**plain, "warnings": list(self.warnings), "stages": stages, "trace": [asdict(p) for p in self.trace]}
+
+
+def check_request_output(request: Request, output: Path) -> None:
+    """Raise CodebookError where the output cannot be written, has no layout that is, or would replace the model."""
+    check_output(read_checkpoint(request.source), output, request.force)
+
+
+def asked_size(strategy: Strategy | None, old: int) -> int | None:
+    """Codes that there will be, where that is known before anything is counted."""
+    asked: int | None = getattr(strategy, "k", None) or getattr(strategy, "keep", None)
+    return asked if strategy else old
+
+
+def request_output(request: Request, command: str, size: int) -> Path:
+    """The one asked for, or one beside the model; the bundled demo's goes into the current folder."""
+    if request.output is not None:
+        return request.output
+    folder = None if request.model else Path()
+    return default_output(read_checkpoint(request.source), command, size, folder)
+
+
+def weights_bytes(path: Path) -> int:
+    """Size of a model's weights."""
+    return read_checkpoint(path).path.stat().st_size
+
+
+def settings_of(thing: Strategy | Recipe | None) -> dict[str, object]:
+    """The printed fields of a dataclass."""
+    if thing is None or not is_dataclass(thing):
+        return {}
+    return {entry.name: getattr(thing, entry.name) for entry in fields(thing) if entry.repr}
+
+
+def provenance(
+    command: str,
+    request: Request,
+    checkpoint: Checkpoint,
+    key: str,
+    settings: Mapping[str, object],
+    kept: str,
+    tuned: FineTuned | None = None,
+) -> dict[str, str]:
+    """What the written file says of itself: no times and no paths, so that the same work gives the same bytes."""
+    private = {"data", "test_data", "stats", "images", "device", "network"}
+    public = {name: value for name, value in settings.items() if name not in private}
+    trained = tuned if kept == "finetuned" else None
+    return {
+        "command": command,
+        "version": VERSION,
+        "settings": json.dumps({**public, "seed": request.seed}, sort_keys=True),
+        "codebook": key,
+        "kept": kept,
+        "trained": ",".join(trained.groups) if trained else "",
+        "trained_tensors": json.dumps(trained.trained if trained else []),
+        "source_sha256": checkpoint.sha256,
+    }
