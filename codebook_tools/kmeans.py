@@ -166,9 +166,14 @@ def draw_by_error(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tens
 
     This is k-means++ seeding (Arthur and Vassilvitskii 2007) that goes on from codes that are there.
     points: (m, dim), in an order in which each head is a uniform sample: of more than 65,536, or 128 for each draw, a
-    head does. Fewer than n rows where no more points differ from the codes.
+    head does, unless it has too few that differ. Fewer than n rows where no more points differ from the codes.
     """
-    points = points[: max(65_536, 128 * n)]
+    head = points[: max(65_536, 128 * n)]
+    found = _drawn(head, codebook, n, seed)
+    return found if len(found) == n or len(head) == len(points) else _drawn(points, codebook, n, seed)
+
+
+def _drawn(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tensor:
     errors = squared_errors(points, codebook, nearest(points, codebook)).double()
     places = unit(points) if (codebook.lookup, codebook.emit) == (Lookup.COSINE, Emit.UNIT) else points
     random = torch.Generator().manual_seed(seed)

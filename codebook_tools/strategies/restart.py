@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools.assignment import nearest, squared_errors, unit
-from codebook_tools.codebook import REMOVED, Codebook, Latents, Lookup, Surgery
+from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.kmeans import draw_by_error
 
@@ -74,6 +74,8 @@ def _split(living: Codebook, points: Tensor, counts: Tensor, n: int, random: tor
     order = counts.argsort(descending=True, stable=True)
     parents = living.vectors[order[torch.arange(n) % len(order)]]
     spread = (squared_errors(points, living, nearest(points, living)).mean() / living.dim).sqrt()
+    if (living.lookup, living.emit) == (Lookup.COSINE, Emit.UNIT):  # the errors are those of rows at unit length
+        spread = spread * parents.norm(dim=1, keepdim=True)
     return parents + _NOISE * spread * torch.randn(parents.shape, generator=random)
 
 
