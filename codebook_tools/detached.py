@@ -107,7 +107,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         bytes={
             "before": weights_bytes(request.source),
             "after": weights_bytes(output),
-            "packed": packed_bytes(new, surgery.bits) if surgery.bits else None,
+            **({"packed": packed_bytes(new, surgery.bits)} if surgery.bits else {}),
         },
         seconds=watch.seconds,
     )

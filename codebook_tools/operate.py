@@ -59,7 +59,7 @@ def measure_model(request: Request, watch: Watch, stats: Path | None = None) -> 
         before = measure_stage(opened, encoder_latents(opened), watch)
     if stats is not None:
         _write_stats(stats, opened, watch)
-    sizes = {"before": weights_bytes(request.source), "after": None, "packed": None}
+    sizes = {"before": weights_bytes(request.source), "after": None}
     return _result("measure", request, opened, watch, before=before, bytes=sizes)
 
 
@@ -140,7 +140,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         bytes={
             "before": weights_bytes(request.source),
             "after": weights_bytes(output),
-            "packed": packed_bytes(new, bits) if bits else None,
+            **({"packed": packed_bytes(new, bits)} if bits else {}),
         },
     )
 

@@ -34,7 +34,7 @@ class Result:
     kept: str | None = None
     trace: tuple[TracePoint, ...] = ()
     outputs: Mapping[str, str | None] = field(default_factory=lambda: dict.fromkeys(("model", "index_map", "report")))
-    bytes: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(("before", "after", "packed")))
+    bytes: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(("before", "after")))
     seconds: Mapping[str, float] = field(default_factory=dict)
     version: str = VERSION
 

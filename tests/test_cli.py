@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from conftest import DEAD, GREY, Grey, Outcome, State
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from codebook_tools import operate, strategies
+from codebook_tools import operate, stages, strategies
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import DEMO
@@ -42,6 +43,9 @@ USE = {
     "coverage",
 }  # fmt: skip
 POINT = {"step", "loss", "validation_mse", "used", "perplexity", "distortion", "revived"}
+COMMANDS = [
+    "inspect", "measure", "refit", "prune", "quantize", "restart", "grow", "finetune", "compare", "verify",
+]  # fmt: skip
 SECONDS = {"load", "encode", "strategy", "finetune", "measure", "write", "total"}
 
 
@@ -58,7 +62,7 @@ def assert_promised(result: dict[str, Any], stages: set[str]) -> None:
     for name in stages:
         stage = result["stages"][name]
         assert stage.keys() == MEASUREMENT and stage["split"] == "test"
-        assert all(use.keys() == USE and use["coverage"] is None for use in stage["codebooks"])
+        assert all(use.keys() == USE and 0 <= use["coverage"] <= 1 for use in stage["codebooks"])
     assert all(point.keys() == POINT for point in result["trace"])
     assert result["outputs"].keys() == {"model", "index_map", "report"}
     assert result["bytes"].keys() == {"before", "after"}
@@ -249,7 +253,7 @@ def test_inspect_shows_codebooks_and_companions_as_a_table(write_model: WriteMod
     assert "follows _vq_vae._embedding.weight: _vq_vae._ema_cluster_size, _vq_vae._ema_w" in shown
 
 
-@pytest.mark.parametrize("command", ["inspect", "measure", "prune", "refit", "finetune", "verify"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_helps_with_an_example(command: str, codebook: Run) -> None:
     found = codebook(command, "--help")
     assert found.exit_code == 0 and f"codebook {command} model" in found.stdout and found.stderr == ""
@@ -417,7 +421,8 @@ def test_the_input_range_is_the_calibration_images_choice(
 def test_an_operation_on_test_data_alone_is_calibrated_on_the_sample(
     tiny: Path, codebook: Run, held_out_folder: Path
 ) -> None:
-    found = codebook("prune", tiny, "--test-data", held_out_folder, "--limit", 60, *RANGE, "--json")
+    given = ("--k", 6, "--steps", 0, "--test-data", held_out_folder, "--limit", 60)
+    found = codebook("refit", tiny, *given, *RANGE, "--json")
     assert found.exit_code == 0
     assert found.json["settings"]["images"]["test"] == 12
     assert found.json["settings"]["images"]["train"] + found.json["settings"]["images"]["validation"] == 60
@@ -715,14 +720,23 @@ def test_our_own_fault_is_exit_code_70_with_the_traceback_to_report(
     assert set(contents(tmp_path)) == {"tiny.safetensors"}
 
 
-@pytest.mark.parametrize("where", ["finetune", "write_checkpoint", "measure", "_read_back"])
+@pytest.mark.parametrize(
+    ("room", "where"),
+    [(stages, "finetune"), (operate, "write_checkpoint"), (stages, "measure"), (operate, "_read_back")],
+)
 def test_an_interruption_is_exit_code_130_wherever_it_comes(
-    where: str, tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    room: ModuleType,
+    where: str,
+    tiny: Path,
+    codebook: Run,
+    images_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(operate, where, interrupted)
+    monkeypatch.setattr(room, where, interrupted)
     found = codebook("finetune", tiny, "--steps", 1, "--data", images_folder, *RANGE)
     assert found.exit_code == 130 and found.stdout == "" and found.stderr.count("\n") == 1
     whole = {"tiny.finetune-k16.safetensors", "tiny.finetune-k16.index_map.safetensors"}

@@ -24,6 +24,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.measure import reconstruct
 from codebook_tools.models.diffusers_vqmodel import CODEBOOK
 from codebook_tools.models.load import load_model
+from codebook_tools.output import written_config
 
 Run = Callable[..., Outcome]
 Save = Callable[..., Path]
@@ -180,6 +181,12 @@ def test_inspect_names_the_family_and_does_not_import_diffusers(
 COMMANDS = {
     "prune": ("prune",),
     "refit": ("refit", "--k", "6", "--steps", "0"),
+    "quantize": ("quantize", "--k", "6"),
+    "quantize by pairs": ("quantize", "--k", "6", "--method", "pnn"),
+    "quantize to few bits": ("quantize", "--bits", "6"),
+    "restart": ("restart",),
+    "restart and fine-tune": ("restart", "--method", "split", *FEW_STEPS),
+    "grow": ("grow", "--k", "12"),
     "refit and fine-tune": ("refit", "--k", "20", *FEW_STEPS),
     "finetune": ("finetune", *FEW_STEPS),
     "frozen": ("finetune", *FEW_STEPS, "--codebook-update", "frozen", "--train", "decoder"),
@@ -200,12 +207,14 @@ def test_the_result_is_what_diffusers_loads_and_computes(
     assert contents(original) == before
     kept = found["stages"][found["kept"]]
     size = kept["codebooks"][0]["size"]
-    assert size == {"prune": kept["codebooks"][0]["size"], "refit": int((*options, 0, 0)[1]), "finetune": 16}[name]
+    asked = dict(zip(options[::2], options[1::2], strict=True)).get("--k")
+    assert size == (int(asked) if asked else 10 if name == "prune" else 16)
     output = tmp_path / f"vae.{name}-k{size}"
     assert found["outputs"] == {
         "model": str(output), "index_map": str(tmp_path / f"{output.name}.index_map.safetensors"), "report": None
     }  # fmt: skip
-    assert found["bytes"] == {"before": (original / WEIGHTS).stat().st_size, "after": (output / WEIGHTS).stat().st_size}
+    sizes = {"before": (original / WEIGHTS).stat().st_size, "after": (output / WEIGHTS).stat().st_size}
+    assert found["bytes"] == sizes | ({"packed": 16 * 4 * 6 // 8 + 4 * 16} if "--bits" in options else {})
     assert {path.name for path in tmp_path.iterdir()} == {"vae", output.name, f"{output.name}.index_map.safetensors"}
     assert {path.name for path in output.iterdir()} == {WEIGHTS, "config.json"}
     assert config_of(output) == config_of(original) | {"num_vq_embeddings": size}
@@ -213,7 +222,7 @@ def test_the_result_is_what_diffusers_loads_and_computes(
 
     model = VQModel.from_pretrained(output)
     assert model.config.num_vq_embeddings == size == len(model.quantize.embedding.weight)
-    again = codebook("measure", output, "--test-data", held_out_folder, *RANGE, "--json").json["stages"]["before"]
+    again = codebook("measure", output, *data, "--json").json["stages"]["before"]
     assert again == kept
     images = read_images(held_out_folder)
     theirs = by_diffusers(output, images)
@@ -331,7 +340,7 @@ def test_asked_for_a_file_its_config_is_written_beside_it_and_found_there_again(
 def test_a_config_of_its_own_goes_before_that_of_the_folder(single: Callable[[str], Path], tmp_path: Path) -> None:
     path = single("one.config.json")
     (tmp_path / "config.json").write_text("[]")
-    assert load_model(read_checkpoint(path)).config_key == "num_vq_embeddings"
+    assert written_config(read_checkpoint(path), 16) == path.with_name("one.config.json").read_bytes()
 
 
 def test_a_config_that_lies_beside_a_file_of_another_family_is_not_looked_at(

@@ -42,7 +42,7 @@ def result_table(result: Result) -> RenderableType:
         lines.append(Text(f"{about}, input range {bounds}" if bounds else about, style="dim"))
     if result.outputs["model"]:
         lines.append(Text(f"{'* kept, and ' if len(stages) > 1 else ''}written to {result.outputs['model']}"))
-    if result.bytes["packed"]:
+    if "packed" in result.bytes:
         lines.append(Text(f"at so few bits the codebook would pack into {result.bytes['packed']:,} bytes", style="dim"))
     return Group(*lines)
 

@@ -48,11 +48,6 @@ def merge_pairs(
         labels[labels == j] = i
         stale = alive & ((partner == i) | (partner == j))
         stale[i] = True
-        look(np.flatnonzero(stale))
-        # Clusters before i may now find it cheaper than their own partner.
-        before = np.flatnonzero(alive[:i])
-        found = costs(before, np.array([i]))[:, 0]
-        better = (found < cost[before]) | ((found == cost[before]) & (i < partner[before]))
-        partner[before[better]], cost[before[better]] = i, found[better]
+        look(np.flatnonzero(stale))  # the others' partners stay: a merged pair is never cheaper than its cheaper half
     kept = np.flatnonzero(alive)
     return centres[kept], np.searchsorted(kept, labels)

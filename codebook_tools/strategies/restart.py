@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import nearest, squared_errors, unit
+from codebook_tools.assignment import nearest, squared_errors
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.kmeans import draw_by_error
@@ -81,5 +81,4 @@ def _split(living: Codebook, points: Tensor, counts: Tensor, n: int, random: tor
 
 def _nearest_points(codebook: Codebook, points: Tensor, dead: Tensor) -> Tensor:
     """(len(dead),) the latent nearest to each dead code: the lookup with the roles turned round."""
-    rows = points if codebook.lookup is not Lookup.COSINE else unit(points)
-    return nearest(codebook.vectors[dead], Codebook(rows, codebook.lookup))
+    return nearest(codebook.vectors[dead], Codebook(points, codebook.lookup))
