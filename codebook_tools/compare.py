@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -120,7 +121,7 @@ def compare(
         if value < 1:
             raise CodebookError(f"{name}={value} is below 1; use --{name} 1 or more")
     entries = {name: find_entry(name) for name in names or ENTRIES}
-    _make_folder(folder)
+    _check_folder(folder)
     store = RowStore(folder)
     opened = open_request(request, watch)
     require_training_data(opened, recipe)
@@ -158,11 +159,15 @@ def compare(
     return found
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise CodebookError(f"cannot make the folder {folder}: {error.strerror}; choose one with --output") from error
+def _check_folder(folder: Path) -> None:
+    """Raise CodebookError now, not after the first row, where rows cannot be kept there."""
+    if folder.exists() and not folder.is_dir():
+        raise CodebookError(f"{folder} is a file; name a folder for the rows with --output")
+    place = folder if folder.exists() else folder.parent
+    if not place.is_dir():
+        raise CodebookError(f"no such folder: {place}; make it first, or choose another with --output")
+    if not os.access(place, os.W_OK):
+        raise CodebookError(f"cannot write in {place}; choose another folder with --output")
 
 
 def _tasks(entries: Mapping[str, Entry], k: int, seen: Survey, seed: int, seeds: int) -> Iterator[_Task]:
@@ -232,7 +237,7 @@ def _made_with(opened: Opened, task: _Task, recipe: Recipe) -> str:
         "seeds": [request.seed, task.seed],
         "entry": [task.name, task.k, task.entry.fresh],
         "strategy": settings_of(task.strategy()) if _makes(task) else None,
-        "recipe": settings_of(replace(recipe, **task.entry.recipe)) | {"batch_size": request.batch_size},
+        "recipe": settings_of(replace(recipe, **task.entry.recipe)),
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -22,8 +22,8 @@ STAGES = ("before", "surgery", "finetuned")
 class Row:
     """One strategy or control with one seed. stages: as of a single run. seconds: of surgery and fine-tuning alone.
 
-    bytes: of the file it would write. error: why there are no stages, where it could not be done. made_with: a hash of
-    everything that the figures depend on.
+    bytes: of the file it would write, but for its metadata. error: why there are no stages, where it could not be done.
+    made_with: a hash of everything that the figures depend on.
     """
 
     strategy: str
@@ -167,9 +167,10 @@ class RowStore:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises CodebookError where the disk fails."""
+    """Write a file whole or not at all, in a folder that is made. Raises CodebookError where the disk fails."""
     target = partial_path(path)
     try:
+        path.parent.mkdir(exist_ok=True)
         target.write_text(text)
         os.replace(target, path)
     except OSError as error:

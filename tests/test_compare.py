@@ -1,0 +1,361 @@
+"""The comparison: the same data, batches and steps for all rows, kept row by row, and what the rows say together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Outcome, State
+from safetensors.torch import save_file
+from torch import Tensor
+
+from codebook_tools import compare as compare_module
+from codebook_tools import finetune as finetune_module
+from codebook_tools.compare import ENTRIES, MORE_ENTRIES, compare
+from codebook_tools.comparison import Comparison, Row, RowStore, Spread, markdown_table, table_rows
+from codebook_tools.errors import CodebookError
+from codebook_tools.finetune import Recipe
+from codebook_tools.measure import CodebookUse, Measurement
+from codebook_tools.opening import Request
+from codebook_tools.operate import operate
+from codebook_tools.strategies import STRATEGIES, Refit
+from codebook_tools.watch import Watch
+
+RECIPE = Recipe(steps=12, batch_size=16)
+Ask = Callable[..., Comparison]
+
+
+@pytest.fixture
+def ask(tiny: Path, images_folder: Path, tmp_path: Path) -> Ask:
+    """ask("prune", "refit", k=6, seeds=2): a comparison of the tiny model, in tmp_path/rows."""
+
+    def run(*names: str, k: int = 12, seeds: int = 1, recipe: Recipe = RECIPE, **more: Any) -> Comparison:
+        request = Request(**{"model": tiny, "data": (str(images_folder),), "input_range": (-1.0, 1.0)} | more)
+        return compare(request, k, names, recipe, seeds=seeds, folder=tmp_path / "rows", watch=Watch())
+
+    return run
+
+
+def by_name(found: Comparison) -> dict[tuple[str, int], Row]:
+    return {(row.strategy, row.k): row for row in found.rows}
+
+
+def without_time(rows: tuple[Row, ...]) -> list[Row]:
+    return [replace(row, seconds=0) for row in rows]
+
+
+# --- the rows ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(variants: dict[str, State], images_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """All rows of the tiny model."""
+    folder = tmp_path_factory.mktemp("whole")
+    save_file(variants["plain"], folder / "tiny.safetensors", {"format": "pt"})
+    request = Request(model=folder / "tiny.safetensors", data=(str(images_folder),), input_range=(-1.0, 1.0))
+    return compare(request, 12, (), RECIPE, seeds=1, folder=folder / "rows", watch=Watch())
+
+
+def test_every_strategy_and_every_control_has_a_row(whole: Comparison) -> None:
+    rows = by_name(whole)
+    sizes = {"untouched": 16, "untouched+same-recipe": 16, "untouched+textbook": 16, "prune": 10, "restart": 16}
+    assert rows.keys() == {(name, sizes.get(name, 12)) for name in ENTRIES} | {("refit", 10)}
+    assert {entry.strategy for entry in ENTRIES.values()} == {None, *STRATEGIES}
+    assert all(row.error is None for row in whole.rows)
+    assert {row.seed for row in whole.rows} == {0}
+
+
+def test_rows_have_three_stages_but_for_what_was_not_operated_on(whole: Comparison) -> None:
+    for (name, k), row in by_name(whole).items():
+        stages = {stage for stage, measured in row.stages.items() if measured is not None}
+        surgery = set() if name.startswith("untouched") else {"surgery"}
+        tuned = set() if name == "untouched" else {"finetuned"}
+        assert stages == {"before"} | surgery | tuned, name
+        assert row.kept in stages
+        for stage in surgery | tuned:
+            measured = row.stages[stage]
+            assert measured is not None and measured.codebooks[0].size == k
+
+
+def test_all_rows_begin_with_the_same_model(whole: Comparison) -> None:
+    assert len({repr(row.stages["before"]) for row in whole.rows}) == 1
+
+
+def test_a_row_is_what_the_command_gives(whole: Comparison, tiny: Path, images_folder: Path, tmp_path: Path) -> None:
+    request = Request(
+        model=tiny, data=(str(images_folder),), input_range=(-1.0, 1.0), output=tmp_path / "one.safetensors"
+    )
+    result = operate("refit", request, Refit(12), RECIPE, Watch())
+    row = by_name(whole)["refit", 12]
+    assert dict(row.stages) == result.stages and row.kept == result.kept
+    assert Path(whole.model).stat().st_size - row.bytes == (16 - 12) * 4 * 4
+
+
+def test_a_fresh_network_is_drawn_by_seed_and_gets_the_same_codes(ask: Ask) -> None:
+    rows = ask("refit", "refit+fresh-network", seeds=2, seed=5).rows
+    stages = {(row.strategy, row.seed): row.stages["surgery"] for row in rows}
+    errors = {stage.error for stage in stages.values() if stage is not None}
+    assert len(stages) == 4 and len(errors) == 4
+
+
+def test_all_rows_train_on_the_same_batches(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[int]] = []
+    batches = finetune_module._batches
+
+    def recorded(*given: Any) -> Iterator[Tensor]:
+        drawn.append([])
+        for images in batches(*given):
+            drawn[-1].append(hash(images.numpy().tobytes()))
+            yield images
+
+    monkeypatch.setattr(finetune_module, "_batches", recorded)
+    recipe = replace(RECIPE, steps=30)  # with revival, which draws as well
+    ask("untouched+same-recipe", "untouched+textbook", "prune", "restart", "refit+fresh-network", recipe=recipe)
+    assert len(drawn) == 5 and len(drawn[0]) == 30
+    assert all(other == drawn[0] for other in drawn)
+
+
+def test_a_textbook_row_revives_nothing_and_a_frozen_encoder_stays(ask: Ask) -> None:
+    rows = by_name(ask("refit+textbook", "refit+frozen-encoder", "refit+used", "restart+split", k=6))
+    assert rows.keys() == {("refit+textbook", 6), ("refit+frozen-encoder", 6), ("refit+used", 6), ("restart+split", 16)}
+    assert all(row.error is None and row.strategy in MORE_ENTRIES for row in rows.values())
+
+
+def test_a_strategy_that_cannot_be_says_why_and_the_others_go_on(ask: Ask) -> None:
+    found = ask("grow", "top-k", "prune", k=4)
+    rows = by_name(found)
+    assert rows["grow", 4].error is not None and "10 codes in use" in rows["grow", 4].error
+    assert rows["grow", 4].stages == {"before": None, "surgery": None, "finetuned": None}
+    assert rows["top-k", 4].error is None and rows["prune", 10].error is None
+    table = markdown_table(found.summaries)
+    assert "| grow | 4 | not possible |" in table and "10 codes in use" in table
+
+
+def test_of_more_codes_than_there_are_only_what_can_grow_is_possible(ask: Ask) -> None:
+    rows = by_name(ask("quantize", "top-k", "grow", k=20))
+    assert [rows[name, 20].error is None for name in ("quantize", "top-k", "grow")] == [False, False, True]
+
+
+def test_the_model_is_never_written(ask: Ask, tiny: Path, tmp_path: Path) -> None:
+    before = tiny.read_bytes()
+    ask("refit", "prune")
+    assert tiny.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {tiny.name, "rows"}
+    assert {path.name for path in (tmp_path / "rows").iterdir()} == {"rows.json", "table.md"}
+
+
+# --- resuming ------------------------------------------------------------------------------------------------------
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("a row that was there already is run again")
+
+
+def test_rows_that_are_there_are_not_run_again(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ask("prune", "refit", seeds=2)
+    monkeypatch.setattr(compare_module, "_run", refuse)
+    assert ask("prune", "refit", seeds=2).rows == first.rows
+    assert ask("refit").rows == tuple(row for row in first.rows if row.seed == 0 and row.k == 12)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"k": 7},
+        {"recipe": replace(RECIPE, steps=11)},
+        {"recipe": replace(RECIPE, lr=1e-4)},
+        {"recipe": replace(RECIPE, batch_size=15)},
+        {"limit": 50},
+        {"input_range": (0.0, 1.0)},
+        {"seed": 1},
+    ],
+    ids=str,
+)
+def test_rows_of_other_settings_are_not_used_and_not_lost(ask: Ask, tmp_path: Path, changed: dict[str, Any]) -> None:
+    first = ask("refit")
+    second = ask("refit", **changed)
+    assert second.rows[0].made_with != first.rows[0].made_with
+    kept = json.loads((tmp_path / "rows" / "rows.json").read_text())["rows"]
+    assert [row["made_with"] for row in kept] == [first.rows[0].made_with, second.rows[0].made_with]
+    assert ask("refit").rows == first.rows
+
+
+def test_rows_of_another_model_or_version_are_not_used(
+    ask: Ask, write_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = [ask("refit").rows[0].made_with, ask("refit", model=write_model("extra", "other")).rows[0].made_with]
+    monkeypatch.setattr(compare_module, "VERSION", "999")
+    hashes.append(ask("refit").rows[0].made_with)
+    assert len(set(hashes)) == 3
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, names = compare_module._run, ("untouched", "prune", "refit", "top-k")
+    asked: list[str] = []
+
+    def interrupted(task: Any, *rest: Any) -> Any:
+        asked.append(task.name)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return run(task, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_module, "_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ask(*names)
+    assert len(json.loads((tmp_path / "rows" / "rows.json").read_text())["rows"]) == 3
+    asked.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_module, "_run", interrupted)
+        found = ask(*names)
+    assert len(asked) == 2  # one refit, and top-k
+    straight = ask(*names, seeds=1, skip_bad=True)  # another setting, so all anew
+    assert [replace(row, made_with="") for row in without_time(found.rows)] == [
+        replace(row, made_with="") for row in without_time(straight.rows)
+    ]
+
+
+def test_more_seeds_add_to_the_rows(ask: Ask) -> None:
+    first = ask("kmeans++-seeds")
+    both = ask("kmeans++-seeds", seeds=2)
+    assert both.rows[0] == first.rows[0] and [row.seed for row in both.rows] == [0, 1]
+    assert both.rows[0].stages["surgery"] != both.rows[1].stages["surgery"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": [{}]}', '{"rows": 5}', '{"rows": [{"stages": 3}]}'])
+def test_a_file_that_holds_no_rows_is_refused_and_left(ask: Ask, tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows").mkdir()
+    path = tmp_path / "rows" / "rows.json"
+    path.write_text(text)
+    with pytest.raises(CodebookError, match=r"rows.json is not a comparison's rows"):
+        ask("prune")
+    assert path.read_text() == text
+
+
+def test_rows_survive_the_way_to_disk_and_back(whole: Comparison) -> None:
+    store = RowStore(Path(whole.outputs["rows"]).parent)
+    for row in whole.rows:
+        assert store.find(row.strategy, row.k, row.seed, row.made_with) == row
+        assert store.find(row.strategy, row.k + 1, row.seed, row.made_with) is None
+        assert Row.from_json(json.loads(json.dumps(row.to_json()))) == row
+
+
+# --- what they say together ----------------------------------------------------------------------------------------
+
+
+def measurement(mse: float, used: int, coverage: float | None = 0.5) -> Measurement:
+    use = CodebookUse("key", 8, 2, 100, used, used / 8, used, 4.0, 2.0, 0.5, 0.1, coverage)
+    return Measurement("test", 10, mse, 20.0, None, (use,))
+
+
+def row(seed: int, mse: float, used: int, kept: str = "finetuned", coverage: float | None = 0.5) -> Row:
+    stages = {
+        "before": measurement(0.9, 1),
+        "surgery": measurement(0.5, 8),
+        "finetuned": measurement(mse, used, coverage),
+    }
+    return Row("refit", 8, seed, stages, kept, 10.0 + seed, 1234, None, "")
+
+
+def comparison(*rows: Row) -> Comparison:
+    return Comparison("m", "f", {}, 0, (), rows, {}, {})
+
+
+def test_mean_and_spread_by_hand() -> None:
+    """0.1, 0.2 and 0.6 have the mean 0.3; squares 0.04, 0.01 and 0.09 over 2 are 0.07."""
+    (found,) = comparison(row(0, 0.1, 5), row(1, 0.2, 6), row(2, 0.6, 7, "surgery")).summaries
+    assert (found.strategy, found.k, found.seeds, found.bytes) == ("refit", 8, 3, 1234)
+    assert found.stages["finetuned"]["mse"].mean == pytest.approx(0.3)
+    assert found.stages["finetuned"]["mse"].spread == pytest.approx(0.07**0.5)
+    assert found.stages["finetuned"]["used"] == Spread(6, 1)
+    assert found.stages["surgery"]["mse"] == Spread(0.5, 0)
+    assert found.kept == {"finetuned": 2, "surgery": 1}
+    assert found.seconds == Spread(11, 1)
+    assert "ssim" not in found.stages["surgery"]
+
+
+def test_one_seed_has_no_spread_and_a_figure_that_a_row_lacks_is_left_out() -> None:
+    (found,) = comparison(row(0, 0.1, 5)).summaries
+    assert found.stages["finetuned"]["mse"] == Spread(0.1, None)
+    (found,) = comparison(row(0, 0.1, 5), row(1, 0.1, 5, coverage=None)).summaries
+    assert "coverage" not in found.stages["finetuned"] and "coverage" in found.stages["surgery"]
+
+
+def test_the_table_shows_step_0_and_the_end_with_their_spread() -> None:
+    headings, line = table_rows(comparison(row(0, 0.1, 5), row(1, 0.3, 7)).summaries)
+    cells = dict(zip(headings, line, strict=True))
+    assert cells["mse at step 0"] == "0.500000 ± 0.000000"
+    assert cells["mse fine-tuned"] == "0.200000 ± 0.141421"
+    assert cells["used"] == "6.0 ± 1.4" and cells["kept"] == "finetuned 2/2" and cells["bytes"] == "1,234"
+    untouched = replace(row(0, 0.1, 5), strategy="untouched", stages={"before": measurement(0.9, 1)} | dict.fromkeys(
+        ("surgery", "finetuned")))  # fmt: skip
+    cells = dict(zip(*table_rows(comparison(untouched).summaries), strict=True))
+    assert cells["mse at step 0"] == "0.900000" and cells["mse fine-tuned"] == "–"
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+Run = Callable[..., Outcome]
+
+
+def test_the_command_gives_the_promised_json(
+    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ("--k", 12, "--strategies", "refit, prune", "--seeds", 2, "--steps", 4, "--batch-size", 16)
+    found = codebook("compare", tiny, "--data", images_folder, "--input-range", "-1,1", *given, "--json")
+    assert found.exit_code == 0, found.stderr
+    promised = {"strategy", "k", "seed", "stages", "kept", "seconds", "bytes"}
+    assert all(promised <= row.keys() for row in found.json["rows"])
+    order = [(row["strategy"], row["k"], row["seed"]) for row in found.json["rows"]]
+    assert order == [
+        ("refit", 10, 0),
+        ("refit", 10, 1),
+        ("refit", 12, 0),
+        ("refit", 12, 1),
+        ("prune", 10, 0),
+        ("prune", 10, 1),
+    ]
+    assert all(row["stages"].keys() == {"before", "surgery", "finetuned"} for row in found.json["rows"])
+    assert Path(found.json["outputs"]["rows"]) == Path("tiny.compare/rows.json")
+    table = (tmp_path / "tiny.compare" / "table.md").read_text().splitlines()
+    assert table[0].startswith("| strategy | K |") and len(table) == 2 + 3
+    shown = codebook("compare", tiny, "--data", images_folder, "--input-range", "-1,1", *given)
+    assert shown.exit_code == 0 and "refit" in shown.stdout and "±" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--k", 0), "k=0 is below 1"),
+        (("--k", 4, "--seeds", 0), "seeds=0 is below 1"),
+        (("--k", 4, "--strategies", "prune,nonsense"), "no strategy 'nonsense'; there are grow"),
+        (("--k", 4, "--output", "a-file"), "a-file is a file"),
+        (("--k", 4, "--output", "no/folder"), "no such folder: no"),
+        (("--k", 4, "--limit", 3), "empty"),
+        (("--k", 4, "--lr", 0), "lr=0.0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_compared_is_one_line_and_leaves_nothing(
+    given: tuple[object, ...], message: str, tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").touch()
+    found = codebook("compare", tiny, "--data", images_folder, "--input-range", "-1,1", "--steps", 2, *given)
+    assert found.exit_code == 1 and message in found.stderr and found.stderr.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"a-file", tiny.name}
+
+
+def test_figures_are_finite_wherever_they_stand(whole: Comparison) -> None:
+    for summary in whole.summaries:
+        for figures in summary.stages.values():
+            assert all(torch.isfinite(torch.tensor(figure.mean)) for figure in figures.values())
