@@ -571,6 +571,16 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "a key of no codebook": (["measure", "--codebook-key", "_encoder._conv_1.bias"], "is no matrix of codes"),
     "no network file": (["measure", "--network", "gone.py:make"], "no such network file: gone.py"),
     "no function": (["measure", "--network", "gone.py"], "expected FILE.py:FUNCTION"),
+    "neither k nor bits": (["quantize"], "either --k, to merge codes, or --bits"),
+    "k and bits": (["quantize", "--k", 4, "--bits", 4], "either --k, to merge codes, or --bits"),
+    "too few bits": (["quantize", "--bits", 1], "bits=1 is not within 2 and 8"),
+    "too many bits": (["quantize", "--bits", 9], "bits=9 is not within 2 and 8"),
+    "merging into none": (["quantize", "--k", 0], "k=0 is below 1"),
+    "merging into more": (["quantize", "--k", 17, "--method", "pnn"], "k=17 of 16 codes; use --k 16 or less"),
+    "restart of all": (["restart", "--threshold", 10_000], "threshold=10000 moves every code"),
+    "a negative restart": (["restart", "--threshold", -1], "threshold=-1 is below 0"),
+    "growing into less": (["grow", "--k", 4], "k=4 is less than the 10 codes in use; use --k 10 or more, or refit"),
+    "growing beyond the latents": (["grow", "--k", 5000], "k=5000 asks for more codes than"),
     "dot products": (["refit", "--k", 4, "--metric", "dot"], "no k-means for dot lookup"),
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from codebook_tools import compare as compare_module
 from codebook_tools import finetune as finetune_module
+from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.compare import ENTRIES, MORE_ENTRIES, compare
 from codebook_tools.comparison import Comparison, Row, RowStore, Spread, markdown_table, table_rows
 from codebook_tools.errors import CodebookError
@@ -124,6 +125,25 @@ def test_a_textbook_row_revives_nothing_and_a_frozen_encoder_stays(ask: Ask) -> 
     rows = by_name(ask("refit+textbook", "refit+frozen-encoder", "refit+used", "restart+split", k=6))
     assert rows.keys() == {("refit+textbook", 6), ("refit+frozen-encoder", 6), ("refit+used", 6), ("restart+split", 16)}
     assert all(row.error is None and row.strategy in MORE_ENTRIES for row in rows.values())
+
+
+@dataclass(frozen=True)
+class FirstK:
+    """A strategy that another distribution might add."""
+
+    k: int
+
+    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        index_map = torch.full((codebook.size,), REMOVED)
+        index_map[: self.k] = torch.arange(self.k)
+        return Surgery(replace(codebook, vectors=codebook.vectors[: self.k].clone()), index_map)
+
+
+def test_any_strategy_that_plugs_in_is_a_row_by_its_name(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STRATEGIES, "first-k", FirstK)
+    (found,) = ask("first-k", k=3).rows
+    assert (found.strategy, found.k, found.error) == ("first-k", 3, None)
+    assert ask("first-k", k=4).rows[0].made_with != found.made_with
 
 
 def test_a_strategy_that_cannot_be_says_why_and_the_others_go_on(ask: Ask) -> None:
