@@ -89,6 +89,51 @@ def test_pruning_the_cifar_checkpoint_of_dead_codes_changes_no_bit_of_a_reconstr
         assert torch.equal(shown, again) and torch.equal(index_map[codes], new_codes)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "change"), [(8, 0.01), (6, 0.01)])
+def test_the_cifar_codes_rounded_to_few_bits_reconstruct_as_well(
+    bits: int, change: float, codebook: Run, tmp_path: Path
+) -> None:
+    output = tmp_path / "rounded.safetensors"
+    done = codebook("quantize", CIFAR, "--bits", bits, "-o", output, "--json")
+    assert done.exit_code == 0, done
+    assert done.json["bytes"]["packed"] == 512 * 64 * bits // 8 + 4 * 512
+    found = codebook("measure", output, "--test-data", CIFAR_TEST, "--json").json["stages"]["before"]
+    assert found["mse"] == pytest.approx(0.009232, rel=change)
+    assert found["codebooks"][0]["used"] in range(83, 88)
+
+
+@pytest.mark.slow
+def test_merging_the_cifar_codes_distorts_less_than_keeping_the_most_used(codebook: Run, tmp_path: Path) -> None:
+    errors = []
+    for name, *options in (
+        ("prune", "--keep", 40),
+        ("quantize", "--k", 40),
+        ("quantize", "--k", 40, "--method", "pnn"),
+    ):
+        output = tmp_path / f"{'-'.join(map(str, (name, *options)))}.safetensors"
+        done = codebook(
+            name,
+            CIFAR,
+            *options,
+            "--data",
+            CIFAR_TRAIN,
+            "--limit",
+            1500,
+            "--test-data",
+            CIFAR_TEST,
+            "-o",
+            output,
+            "--json",
+        )
+        assert done.exit_code == 0, done
+        stages = done.json["stages"]
+        errors.append(stages["surgery"]["codebooks"][0]["distortion"])
+        assert stages["surgery"]["codebooks"][0]["used"] == 40
+    kept, kmeans, pnn = errors
+    assert max(kmeans, pnn) < kept
+
+
 def few(folder: Path) -> Path:
     """A folder of the first 20 test images."""
     chosen = folder / "few"
