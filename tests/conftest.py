@@ -166,6 +166,19 @@ def codebook() -> Callable[..., Outcome]:
     return run
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, so that two looks tell whether anything was written."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def assert_refused(found: Outcome, message: str) -> None:
+    """The user can mend it: exit code 1, and one line that says how."""
+    assert found.exit_code == 1, found
+    assert found.stdout == ""
+    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1 and found.stderr.endswith("\n"), found
+    assert message in found.stderr
+
+
 GREY = '''
 from torch import Tensor, nn
 

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
-import select
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEAD, GREY, Grey, Outcome, State
+from conftest import DEAD, Grey, Outcome, State, assert_refused, contents
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from codebook_tools import operate, stages, strategies
+from codebook_tools import strategies
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import DEMO
@@ -47,11 +40,6 @@ COMMANDS = [
     "inspect", "measure", "refit", "prune", "quantize", "restart", "grow", "finetune", "compare", "verify",
 ]  # fmt: skip
 SECONDS = {"load", "encode", "strategy", "finetune", "measure", "write", "total"}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder, so that two looks tell whether anything was written."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def assert_promised(result: dict[str, Any], stages: set[str]) -> None:
@@ -461,341 +449,6 @@ def test_the_same_command_gives_the_same_bytes(tiny: Path, codebook: Run, images
     assert written[0] == written[1] and len(written[0]) == 3
 
 
-# --- exit code 1: what a user can mend, in one line, with nothing written ------------------------------------------
-
-
-def assert_refused(found: Outcome, message: str) -> None:
-    assert found.exit_code == 1, found
-    assert found.stdout == ""
-    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1 and found.stderr.endswith("\n")
-    assert message in found.stderr
-
-
-BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no such file": (lambda path: None, "no such file: "),
-    "a directory": (lambda path: path.mkdir(), "is a directory"),
-    "empty": (lambda path: path.touch(), "it is empty"),
-    "a pickle": (lambda path: torch.save({"w": torch.ones(3)}, path), "it is a PyTorch pickle"),
-    "a web page": (lambda path: path.write_text("<html>\n<body>404\nNot found</body>"), "HTML"),
-    "truncated": (lambda path: path.write_bytes(DEMO.read_bytes()[:-1000]), "truncated"),
-    "cut in its header": (lambda path: path.write_bytes(DEMO.read_bytes()[:1000]), "truncated"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_MODELS)
-@pytest.mark.parametrize("command", ["inspect", "measure", "prune", "verify"])
-def test_a_file_that_is_no_checkpoint_is_refused(
-    kind: str, command: str, codebook: Run, images_folder: Path, tmp_path: Path
-) -> None:
-    make, message = BAD_MODELS[kind]
-    path = tmp_path / "model.safetensors"
-    make(path)
-    before = contents(tmp_path)
-    data = ("--data", images_folder) if command in ("measure", "prune") else ()
-    assert_refused(codebook(command, path, *data), message)
-    assert contents(tmp_path) == before
-
-
-def state_of(variants: dict[str, State], **changes: torch.Tensor | None) -> State:
-    state = dict(variants["plain"]) | changes
-    return {key: tensor for key, tensor in state.items() if tensor is not None}
-
-
-BAD_STATES: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
-    "no codebook": ({CODEBOOK: None}, "has no codebook: "),
-    "two codebooks": (
-        {"quantize_b.embedding.weight": torch.ones(16, 4)},
-        "2 codebooks: _vq_vae._embedding.weight, quantize_b.embedding.weight; choose with --codebook-key",
-    ),
-    "NaN": ({"_decoder._conv_1.bias": torch.full((8,), torch.nan)}, "_decoder._conv_1.bias in "),
-    "a layer missing": ({"_decoder._conv_1.weight": None}, "no network is known for the layout"),
-    "a shape that does not fit": ({"_decoder._conv_1.bias": torch.ones(9)}, "shapes differ: _decoder._conv_1.bias"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_STATES)
-def test_a_checkpoint_that_cannot_be_worked_on_is_refused(
-    kind: str, codebook: Run, write_model: WriteModel, variants: dict[str, State], images_folder: Path, tmp_path: Path
-) -> None:
-    changes, message = BAD_STATES[kind]
-    model = write_model(state=state_of(variants, **changes))
-    before = contents(tmp_path)
-    assert_refused(codebook("prune", model, "--data", images_folder), message)
-    assert contents(tmp_path) == before
-    assert codebook("inspect", model).exit_code == 0  # it always lists
-
-
-def test_a_low_confidence_codebook_is_operated_on_only_when_it_is_named(codebook: Run, tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(GREY.replace("self.quantizer.codebook", "self.emb").replace(
-        "self.quantizer = nn.Module()", "pass"))  # fmt: skip
-    state = {
-        "encoder.weight": torch.tensor([1.0, 0.0]).reshape(2, 1, 1, 1),
-        "decoder.weight": torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1),
-        "emb.weight": torch.stack([torch.linspace(0, 1, 16), torch.zeros(16)], 1),
-    }
-    save_file(state, tmp_path / "low.safetensors")
-    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (60, 4, 4), dtype=np.uint8))
-    assert codebook("inspect", tmp_path / "low.safetensors", "--json").json["codebooks"][0]["confidence"] == "low"
-    asked = ("prune", tmp_path / "low.safetensors", "--network", f"{tmp_path}/own.py:make",
-             "--data", tmp_path / "images.npy")  # fmt: skip
-    assert_refused(codebook(*asked), "emb.weight is only perhaps a codebook; if it is, say so with --codebook-key")
-    assert codebook(*asked, "--codebook-key", "emb.weight").exit_code == 0
-
-
-BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
-    "k over the distinct latents": (["refit", "--k", 5000], "k=5000 asks for more codes than the 912 distinct latents"),
-    "k of none": (["refit", "--k", 0], "k=0 is below 1; use --k 1 or more"),
-    "negative k": (["refit", "--k", -3], "k=-3 is below 1"),
-    "no iterations": (["refit", "--k", 4, "--iterations", 0], "iterations=0 is below 1"),
-    "a threshold that removes all": (["prune", "--threshold", 10_000], "threshold=10000 removes every code"),
-    "a negative threshold": (["prune", "--threshold", -1], "threshold=-1 is below 0"),
-    "more kept than there are": (["prune", "--keep", 17], "keep=17 of 16 codes; use --keep 16 or less"),
-    "none kept": (["prune", "--keep", 0], "keep=0 is below 1"),
-    "negative steps": (["finetune", "--steps", -1], "steps=-1 is below 0"),
-    "no learning rate": (["finetune", "--lr", 0], "lr=0.0 is no learning rate"),
-    "nothing to train": (["finetune", "--train", "none", "--codebook-update", "frozen"], "nothing to train"),
-    "a run that diverges": (["finetune", "--lr", 1e30, "--steps", 5, "--batch-size", 8], "try a lower --lr"),
-    "no batch": (["measure", "--batch-size", 0], "batch-size=0 is below 1"),
-    "no images": (["measure", "--limit", 0], "limit=0 is below 1"),
-    "no size": (["measure", "--size", -4], "size=-4 is below 1"),
-    "smaller than the stride": (["measure", "--size", 3], "smaller than the model's stride of 4"),
-    "a negative seed": (["refit", "--k", 4, "--seed", -1], "seed=-1 is not within 0 and"),
-    "a huge seed": (["measure", "--seed", 2**70], "is not within 0 and"),
-    "no range": (["measure", "--input-range", "wide"], "--input-range wide: expected two numbers, such as 0,1"),
-    "half a range": (["measure", "--input-range", "1"], "expected two numbers"),
-    "a range upside down": (["measure", "--input-range", "1,-1"], "the first number must be the smaller one"),
-    "a range of nan": (["measure", "--input-range", "nan,1"], "the first number must be the smaller one"),
-    "too few images": (["measure", "--limit", 1], "split of 1 images is empty"),
-    "another family": (["measure", "--family", "vqgan"], "no family 'vqgan'; there are zalando"),
-    "no such key": (["measure", "--codebook-key", "none.such"], "no such tensor in "),
-    "a key of no codebook": (["measure", "--codebook-key", "_encoder._conv_1.bias"], "is no matrix of codes"),
-    "no network file": (["measure", "--network", "gone.py:make"], "no such network file: gone.py"),
-    "no function": (["measure", "--network", "gone.py"], "expected FILE.py:FUNCTION"),
-    "neither k nor bits": (["quantize"], "either --k, to merge codes, or --bits"),
-    "k and bits": (["quantize", "--k", 4, "--bits", 4], "either --k, to merge codes, or --bits"),
-    "too few bits": (["quantize", "--bits", 1], "bits=1 is not within 2 and 8"),
-    "too many bits": (["quantize", "--bits", 9], "bits=9 is not within 2 and 8"),
-    "merging into none": (["quantize", "--k", 0], "k=0 is below 1"),
-    "merging into more": (["quantize", "--k", 17, "--method", "pnn"], "k=17 of 16 codes; use --k 16 or less"),
-    "restart of all": (["restart", "--threshold", 10_000], "threshold=10000 moves every code"),
-    "a negative restart": (["restart", "--threshold", -1], "threshold=-1 is below 0"),
-    "growing into less": (["grow", "--k", 4], "k=4 is less than the 10 codes in use; use --k 10 or more, or refit"),
-    "growing beyond the latents": (["grow", "--k", 5000], "k=5000 asks for more codes than"),
-    "dot products": (["refit", "--k", 4, "--metric", "dot"], "no k-means for dot lookup"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", BAD_OPTIONS)
-def test_a_value_that_cannot_be_is_refused_with_its_limit(
-    kind: str, tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path
-) -> None:
-    (command, *options), message = BAD_OPTIONS[kind]
-    before = contents(tmp_path)
-    assert_refused(codebook(command, tiny, "--data", images_folder, *RANGE, *options, "--json"), message)
-    assert contents(tmp_path) == before
-
-
-def test_cuda_is_refused_where_there_is_none(
-    tiny: Path, codebook: Run, images_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert_refused(codebook("measure", tiny, "--data", images_folder, "--device", "cuda"), "use --device cpu or auto")
-
-
-@pytest.mark.parametrize("kind", ["missing", "empty", "no images", "a text", "a compressed tar", "shared"])
-def test_data_that_cannot_be_used_are_refused(
-    kind: str, tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path
-) -> None:
-    data, more, message = tmp_path / "data", [], "no images in "
-    if kind == "missing":
-        message = f"no such file or folder: {data}"
-    elif kind == "empty":
-        data.mkdir()
-    elif kind == "no images":
-        data.mkdir()
-        (data / "notes.txt").write_text("none here")
-    elif kind == "a text":
-        data = tmp_path / "data.txt"
-        data.touch()
-        message = "is no image source"
-    elif kind == "a compressed tar":
-        data = tmp_path / "data.tar"
-        data.write_bytes(b"\x1f\x8b\x08\x00" * 200)
-        message = "is not a readable, uncompressed tar"
-    else:
-        data, more, message = images_folder, ["--test-data", images_folder / "a"], "is also in --data"
-    before = contents(tmp_path)
-    assert_refused(codebook("prune", tiny, "--data", data, *more, *RANGE), message)
-    assert contents(tmp_path) == before
-
-
-LATENTS, SHOWN = "self.encoder(images)", "self.decoder(quantised)"
-NETWORKS = {
-    "names that do not fit": (GREY.replace("self.encoder", "self.enc"), "the network wants enc.weight, which "),
-    "no function": ("def build(codebook_size): ...", "has no make"),
-    "no halves": ("import torch\ndef make(codebook_size): return torch.nn.Linear(1, 1)", "without encode and decode"),
-    "wrong latents": (GREY.replace(LATENTS, "images"), "encode returns (1, 3, 4, 4); expected (n, 2, ...)"),
-    "NaN latents": (GREY.replace(LATENTS, f"{LATENTS} * float('nan')"), "latents are not finite"),
-    "wrong images": (GREY.replace(SHOWN, f"{SHOWN}[..., 1:]"), "decode returns (1, 4, 3)"),
-    "an encoder that raises": (GREY.replace(LATENTS, "1 / 0"), "ZeroDivisionError: division by zero"),
-    "a decoder that raises": (GREY.replace(SHOWN, "1 / 0"), "the network's decode fails on "),
-    "a message of many lines": ("raise ValueError('one\\ntwo\\n\\nthree')", "ValueError: one two three"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_a_network_that_does_not_do_is_refused_with_the_reason(
-    kind: str, grey: Callable[..., Grey], codebook: Run, tmp_path: Path
-) -> None:
-    source, message = NETWORKS[kind]
-    made = grey([0.0, 0.5, 1.0])
-    (tmp_path / "own.py").write_text(source)
-    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (40, 4, 4), dtype=np.uint8))
-    before = contents(tmp_path)
-    network = f"{tmp_path / 'own.py'}:make"
-    assert_refused(codebook("prune", made.path, "--network", network, "--data", tmp_path / "images.npy"), message)
-    assert {name: data for name, data in contents(tmp_path).items() if "__pycache__" not in name} == before
-
-
-@pytest.mark.parametrize("kind", ["no folder", "a folder", "not writable", "too long"])
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(
-    kind: str, tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output, message = {
-        "no folder": (tmp_path / "gone" / "out.safetensors", "no such folder: "),
-        "a folder": (images_folder, "is a directory; name a file with --output"),
-        "not writable": (tmp_path / "out.safetensors", f"cannot write in {tmp_path}"),
-        "too long": (tmp_path / f"{'x' * 300}.safetensors", f"cannot write in {tmp_path}"),
-    }[kind]
-    if kind == "not writable":
-
-        def touch(path: Path, *_: object) -> None:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-        monkeypatch.setattr(Path, "touch", touch)  # permissions do not stop the superuser, whom CI may run as
-    before = contents(tmp_path)
-    # The data are missing too: the output is looked at first.
-    assert_refused(codebook("prune", tiny, "--data", "nowhere", "-o", output), message)
-    assert contents(tmp_path) == before
-
-
-# --- the other exit codes ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["refit"],
-        ["refit", "--k", "many"],
-        ["refit", "--k", "4", "--init", "lucky"],
-        ["prune", "--no-such-option"],
-        ["measure", "one.safetensors", "two.safetensors"],
-        ["finetune", "--train", "encoder"],
-        ["verify"],
-        ["no-such-command"],
-    ],
-)
-def test_wrong_usage_is_exit_code_2(
-    arguments: list[str], codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    found = codebook(*arguments)
-    assert found.exit_code == 2 and found.stdout == "" and "Usage:" in found.stderr
-    assert contents(tmp_path) == {}
-
-
-def test_a_file_that_is_not_what_was_meant_is_exit_code_3_and_leaves_nothing(
-    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fsync(handle: int) -> None:
-        os.lseek(handle, -1, os.SEEK_END)
-        os.write(handle, b"\x7f")
-
-    monkeypatch.setattr(os, "fsync", fsync)  # a disk that damages the last byte
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE)
-    assert found.exit_code == 3 and "is not what was written" in found.stderr
-    assert set(contents(tmp_path)) == {"tiny.safetensors"}
-
-
-def test_our_own_fault_is_exit_code_70_with_the_traceback_to_report(
-    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def faulty(*_: object, **__: object) -> None:
-        raise ZeroDivisionError("a fault of ours")
-
-    monkeypatch.setattr(operate, "write_checkpoint", faulty)
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE, "--json")
-    assert found.exit_code == 70 and found.stdout == ""
-    assert "Traceback" in found.stderr and "a fault of ours" in found.stderr and "please report it" in found.stderr
-    assert set(contents(tmp_path)) == {"tiny.safetensors"}
-
-
-@pytest.mark.parametrize(
-    ("room", "where"),
-    [(stages, "finetune"), (operate, "write_checkpoint"), (stages, "measure"), (operate, "_read_back")],
-)
-def test_an_interruption_is_exit_code_130_wherever_it_comes(
-    room: ModuleType,
-    where: str,
-    tiny: Path,
-    codebook: Run,
-    images_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(room, where, interrupted)
-    found = codebook("finetune", tiny, "--steps", 1, "--data", images_folder, *RANGE)
-    assert found.exit_code == 130 and found.stdout == "" and found.stderr.count("\n") == 1
-    whole = {"tiny.finetune-k16.safetensors", "tiny.finetune-k16.index_map.safetensors"}
-    assert set(contents(tmp_path)) - {"tiny.safetensors"} == (whole if where == "_read_back" else set())
-
-
-def start(*arguments: object, **more: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "codebook_tools", *map(str, arguments)], **more)
-
-
-def test_a_signal_during_fine_tuning_ends_with_130_and_leaves_nothing(
-    tiny: Path, images_folder: Path, tmp_path: Path
-) -> None:
-    pty = pytest.importorskip("pty")  # a terminal on stderr, so that progress says when fine-tuning has begun
-    reader, terminal = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    asked = ("finetune", tiny, "--steps", 10_000_000, "--batch-size", 8, "--data", images_folder, *RANGE, "--json")
-    with start(*asked, stdout=subprocess.PIPE, stderr=terminal, env=environment) as process:
-        os.close(terminal)
-        shown, deadline, sent = b"", time.monotonic() + 120, False
-        while time.monotonic() < deadline:
-            if not select.select([reader], [], [], 1)[0]:
-                continue
-            try:
-                chunk = os.read(reader, 65536)
-            except OSError:  # how Linux says that the other end is closed
-                break
-            if not chunk:
-                break
-            shown += chunk
-            if b"fine-tune" in shown and not sent:
-                process.send_signal(signal.SIGINT)
-                sent = True
-        os.close(reader)
-        assert process.stdout is not None and process.stdout.read() == b""
-        assert sent and process.wait(30) == 130, shown
-    assert b"interrupted" in shown and b"Traceback" not in shown
-    assert set(contents(tmp_path)) == {"tiny.safetensors"}
-
-
-def test_a_reader_that_leaves_early_is_no_error(tiny: Path) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    with start("inspect", tiny, "--json", stdout=writer, stderr=subprocess.PIPE) as process:
-        os.close(writer)
-        _, said = process.communicate(timeout=120)
-    assert (process.returncode, said) == (0, b"")
-
-
 # --- strategies of others ------------------------------------------------------------------------------------------
 
 EVERY_OTHER = '''
@@ -854,21 +507,3 @@ def test_tokens_are_rewritten_by_the_index_map_without_the_package(
     header = json.loads(Path(found["outputs"]["index_map"]).read_bytes()[8:].split(b"}}")[0].decode() + "}}")
     digest = hashlib.sha256(Path(found["outputs"]["model"]).read_bytes()).hexdigest()
     assert header["__metadata__"]["codebook_tools.checkpoint_sha256"] == digest
-
-
-@pytest.mark.parametrize("name", ["tiny.safetensors", "../folder/tiny.safetensors"])
-def test_the_model_itself_is_never_overwritten(tiny: Path, codebook: Run, images_folder: Path, name: str) -> None:
-    output = tiny.parent / name.replace("folder", tiny.parent.name).replace("tiny.safetensors", tiny.name)
-    before = tiny.read_bytes()
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE, "-o", output, "--force")
-    assert found.exit_code == 1
-    assert "is the model itself" in found.stderr
-    assert tiny.read_bytes() == before
-
-
-def test_only_safetensors_are_written(tiny: Path, codebook: Run, images_folder: Path) -> None:
-    output = tiny.with_name("out.pt")
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE, "-o", output)
-    assert found.exit_code == 1
-    assert "does not end in .safetensors" in found.stderr
-    assert not output.exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEAD, Outcome, State
+from conftest import DEAD, Outcome, State, assert_refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -31,11 +31,6 @@ def stats(tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path) -> Pat
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-def assert_refused(found: Outcome, message: str) -> None:
-    assert found.exit_code == 1 and found.stdout == "" and found.stderr.count("\n") == 1, found
-    assert message in found.stderr
 
 
 # --- counts of an earlier pass -------------------------------------------------------------------------------------

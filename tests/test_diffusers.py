@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Grey, Outcome
+from conftest import Grey, Outcome, assert_refused, contents
 from diffusers import VQModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -85,18 +85,6 @@ def make(images: Tensor, **more: Any) -> VQModel:
 def vae(saved: Save, tmp_path: Path) -> Path:
     """A copy of the plain model, alone in tmp_path."""
     return Path(shutil.copytree(saved(), tmp_path / "vae"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Path and bytes of every file below a folder."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-def assert_refused(found: Outcome, message: str) -> None:
-    assert found.exit_code == 1, found
-    assert found.stdout == ""
-    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1, found.stderr
-    assert message in found.stderr
 
 
 def by_diffusers(folder: Path, images: Tensor) -> Tensor:
