@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,19 @@ class _Task:
         if self.entry.strategy is None:
             return None
         make = find_strategy(self.entry.strategy)
-        own = _fields(make)
         offered = {"seed": self.seed} | ({} if self.k is None else {"k": self.k})
-        return make(**{name: value for name, value in offered.items() if name in own}, **self.entry.settings)
+        own = {name: value for name, value in offered.items() if name in _settings_taken(make)}
+        try:
+            return make(**own, **self.entry.settings)
+        except TypeError as error:  # somebody else's strategy, with settings that have no default
+            raise CodebookError(f"{self.entry.strategy} cannot be made of k and seed alone: {error}") from error
+
+    def settings(self) -> dict[str, object]:
+        """The strategy's; none where it cannot be made."""
+        try:
+            return settings_of(self.strategy())
+        except CodebookError:
+            return {}
 
 
 def compare(
@@ -181,11 +192,11 @@ def _tasks(entries: Mapping[str, Entry], k: int, seen: Survey, seed: int, seeds:
 
 
 def _takes_k(entry: Entry) -> bool:
-    return entry.strategy is not None and "k" in _fields(find_strategy(entry.strategy))
+    return entry.strategy is not None and "k" in _settings_taken(find_strategy(entry.strategy))
 
 
-def _fields(make: Callable[..., Strategy]) -> set[str]:
-    return {entry.name for entry in fields(make)} if is_dataclass(make) else set()
+def _settings_taken(make: Callable[..., Strategy]) -> set[str]:
+    return set(signature(make).parameters)
 
 
 def _run(
@@ -236,15 +247,7 @@ def _made_with(opened: Opened, task: _Task, recipe: Recipe) -> str:
         "codebook": [opened.model.found.key, opened.model.lookup.value, opened.model.emit.value],
         "seeds": [request.seed, task.seed],
         "entry": [task.name, task.k, task.entry.fresh],
-        "strategy": settings_of(task.strategy()) if _makes(task) else None,
+        "strategy": task.settings() if task.entry.strategy else None,
         "recipe": settings_of(replace(recipe, **task.entry.recipe)),
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _makes(task: _Task) -> bool:
-    try:
-        task.strategy()
-    except CodebookError:
-        return False
-    return True

@@ -146,6 +146,18 @@ def test_any_strategy_that_plugs_in_is_a_row_by_its_name(ask: Ask, monkeypatch: 
     assert ask("first-k", k=4).rows[0].made_with != found.made_with
 
 
+def test_a_strategy_with_settings_that_nobody_gives_is_an_error_of_its_row_alone(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def picky(seed: int, temper: str) -> FirstK:
+        raise AssertionError
+
+    monkeypatch.setitem(STRATEGIES, "picky", picky)
+    first, second = ask("picky", "top-k", k=3).rows
+    assert first.error is not None and "temper" in first.error
+    assert second.error is None
+
+
 def test_a_strategy_that_cannot_be_says_why_and_the_others_go_on(ask: Ask) -> None:
     found = ask("grow", "top-k", "prune", k=4)
     rows = by_name(found)
