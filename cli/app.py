@@ -213,7 +213,12 @@ def compare(
     k: Annotated[int, typer.Option("--k", metavar="K", help="Codes, for the strategies that take a number.")],
     model: ModelArgument = None,
     strategies: Annotated[
-        str | None, typer.Option(metavar="A,B,C", help="Rows to run. Left out: every strategy and the controls.")
+        str | None,
+        typer.Option(
+            metavar="A,B,C",
+            help="Rows to run, such as untouched+same-recipe,prune,refit; an unknown one lists them. Left out: every "
+            "strategy and the controls.",
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(metavar="N", help="Runs of each row, for mean and spread.")] = 1,
 ) -> None:
@@ -354,7 +359,7 @@ def _operate(
 def _run(work: Callable[[Watch], Result | Plan | Comparison], given: dict[str, Any]) -> None:
     """Do the work, with progress, and print what came of it."""
     with _reported():
-        from codebook_tools.outcome import Result
+        from codebook_tools.operate import Plan
         from codebook_tools.report.tables import details_table, table_of
         from codebook_tools.watch import Watch
 
@@ -369,7 +374,7 @@ def _run(work: Callable[[Watch], Result | Plan | Comparison], given: dict[str, A
             found = work(Watch(show))
         print_warnings(found.warnings, given["quiet"])
         _show(found, table_of, given["json_"])
-        if given["verbose"] and isinstance(found, Result) and not given["json_"]:
+        if given["verbose"] and not isinstance(found, Plan) and not given["json_"]:
             print_table(details_table(found))
 
 

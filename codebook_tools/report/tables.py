@@ -78,8 +78,8 @@ _ROWS = (
 )
 
 
-def details_table(result: Result) -> RenderableType:
-    """Settings, seconds by phase, and the trace of the fine-tuning."""
+def details_table(result: Result | Comparison) -> RenderableType:
+    """Settings, seconds by phase, and the trace of a fine-tuning."""
     settings = Table("setting", "value", box=None, pad_edge=False, header_style="bold")
     for name, value in result.settings.items():
         settings.add_row(name, str(value))
@@ -87,7 +87,7 @@ def details_table(result: Result) -> RenderableType:
     for name, value in result.seconds.items():
         seconds.add_row(name, f"{value:.1f}")
     parts: list[RenderableType] = ["", settings, "", seconds]
-    if result.trace:
+    if isinstance(result, Result) and result.trace:
         trace = Table(box=None, pad_edge=False, header_style="bold")
         for heading in ("step", "loss", "validation mse", "used", "perplexity", "distortion", "revived"):
             trace.add_column(heading, justify="right")
