@@ -1,0 +1,40 @@
+"""What the documents say is what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from codebook_tools.comparison import Comparison, Row, markdown_table, table_rows
+
+ROOT = Path(__file__).parents[1]
+TABLES = sorted((ROOT / "benchmarks" / "results" / "compare").glob("*/table.md"))
+
+
+def named(path: Path) -> str:
+    return path.parent.name
+
+
+@pytest.mark.parametrize("path", TABLES, ids=named)
+def test_a_table_of_the_documents_is_that_of_the_results(path: Path) -> None:
+    text = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    assert f"<!-- table: {named(path)} -->\n{path.read_text(encoding='utf-8')}<!-- end -->" in text
+
+
+@pytest.mark.parametrize("path", TABLES, ids=named)
+def test_a_table_is_that_of_its_rows(path: Path) -> None:
+    found = json.loads(path.with_name("rows.json").read_text())["rows"]
+    summaries = Comparison("", "", {}, 0, (), tuple(map(Row.from_json, found)), {}, {}).summaries
+    lines = {" | ".join(line) for line in table_rows(summaries)}
+    assert set(path.read_text(encoding="utf-8").splitlines()[2:]) <= {f"| {line} |" for line in lines}
+    assert markdown_table(summaries).splitlines()[:2] == path.read_text(encoding="utf-8").splitlines()[:2]
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/comparison.md", "CHANGELOG.md"])
+def test_every_link_to_a_file_leads_to_one(document: str) -> None:
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert "://" in target or (path.parent / target).exists(), target
