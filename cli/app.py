@@ -228,7 +228,8 @@ def compare(
         from codebook_tools.compare import compare as run_compare
         from codebook_tools.opening import DEMO
 
-        folder = given["output"] or Path(f"{(model or DEMO).stem}.compare")
+        source = (model or DEMO).absolute()
+        folder = given["output"] or Path(f"{source.name if source.is_dir() else source.stem}.compare")
         names = [name.strip() for name in strategies.split(",")] if strategies else []
         request = _request(model, {**given, "output": None})
         return run_compare(request, k, names, _recipe(given), seeds=seeds, folder=folder, watch=watch)

@@ -218,6 +218,20 @@ def test_the_result_is_what_diffusers_loads_and_computes(
     assert float((theirs - images).square().mean()) == pytest.approx(kept["mse"], rel=1e-5)
 
 
+def test_it_is_compared_with_a_fresh_network_of_the_librarys_own(
+    vae: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = vae.rename(vae.with_name("vae.v1"))
+    given = ("--strategies", "prune,refit,refit+fresh-network", "--k", 6, "--steps", 2, "--batch-size", 8)
+    found = codebook("compare", model, "--data", images_folder, *RANGE, *given, "--json")
+    assert found.exit_code == 0, found.stderr
+    assert [row["error"] for row in found.json["rows"]] == [None] * 4
+    assert Path(found.json["outputs"]["rows"]) == Path("vae.v1.compare/rows.json")
+    errors = {(row["strategy"], row["k"]): row["stages"]["surgery"]["mse"] for row in found.json["rows"]}
+    assert errors["refit+fresh-network", 6] != errors["refit", 6]
+
+
 def read_images(folder: Path) -> Tensor:
     import numpy as np
     from PIL import Image
