@@ -223,7 +223,7 @@ def test_it_is_compared_with_a_fresh_network_of_the_librarys_own(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model = vae.rename(vae.with_name("vae.v1"))
-    given = ("--strategies", "prune,refit,refit+fresh-network", "--k", 6, "--steps", 2, "--batch-size", 8)
+    given = ("--strategies", "prune,refit,refit+fresh-network", "--k", 6, "--steps", 2, "--batch-size", 8, "--seed", 3)
     found = codebook("compare", model, "--data", images_folder, *RANGE, *given, "--json")
     assert found.exit_code == 0, found.stderr
     assert [row["error"] for row in found.json["rows"]] == [None] * 4
