@@ -247,7 +247,7 @@ def _made_with(opened: Opened, task: _Task, recipe: Recipe) -> str:
         "codebook": [opened.model.found.key, opened.model.lookup.value, opened.model.emit.value],
         "seeds": [request.seed, task.seed],
         "entry": [task.name, task.k, task.entry.fresh],
-        "strategy": task.settings() if task.entry.strategy else None,
+        "strategy": task.settings(),
         "recipe": settings_of(replace(recipe, **task.entry.recipe)),
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
