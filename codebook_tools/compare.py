@@ -140,7 +140,7 @@ def compare(
     tasks = list(_tasks(entries, k, seen, request.seed, seeds))
     made_with = {task: _made_with(opened, task, recipe) for task in tasks}
     before: Measurement | None = None
-    rows, warnings = [], list(opened.warnings)
+    rows, warned = [], dict[str, list[str]]()
     for i, task in enumerate(tasks):
         row = store.find(task.name, task.k, task.seed, made_with[task])
         if row is None:
@@ -149,7 +149,8 @@ def compare(
                     before = measure_stage(opened, encoder_latents(opened), watch)
             told = watch.within(f"{i + 1} of {len(tasks)}, {task.name}")
             row, said = _run(task, opened, seen, before, recipe, made_with[task], told)
-            warnings += [f"{task.name}, seed {task.seed}: {warning}" for warning in said]
+            for warning in said:
+                warned.setdefault(warning, []).append(f"{task.name} of {row.k}, seed {task.seed}")
             if row.error is None:
                 store.add(row)
         rows.append(row)
@@ -161,7 +162,7 @@ def compare(
         family=opened.model.family,
         settings=opened.settings | {"k": k, "seeds": seeds} | settings_of(recipe),
         seed=request.seed,
-        warnings=tuple(warnings),
+        warnings=(*opened.warnings, *(f"{warning} ({'; '.join(who)})" for warning, who in warned.items())),
         rows=tuple(rows),
         outputs={"rows": str(store.path), "table": str(table)},
         seconds=watch.seconds,

@@ -79,7 +79,8 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
     new = replace(surgery.codebook, vectors=rounded(checkpoint, found.key, surgery.codebook.vectors))
     output = request_output(request, command, new.size)
     check_request_output(request, output)
-    settings = {"stats": str(request.stats) if request.stats else None} | settings_of(strategy)
+    counted = str(request.stats) if request.stats else None
+    settings = {"stats": counted, "codes": f"{old.size} -> {new.size}", **settings_of(strategy)}
     warnings += remarks(checkpoint, old.size, new.size, output)
     moved = _nearest_map(surgery, old, new)
     with watch.phase("write"):

@@ -59,6 +59,7 @@ def measure_model(request: Request, watch: Watch, stats: Path | None = None) -> 
         before = measure_stage(opened, encoder_latents(opened), watch)
     if stats is not None:
         _write_stats(stats, opened, watch)
+        opened.settings["stats"] = str(stats)
     sizes = {"before": weights_bytes(request.source), "after": None}
     return _result("measure", request, opened, watch, before=before, bytes=sizes)
 

@@ -41,9 +41,11 @@ def read_stats(path: Path, checkpoint: Checkpoint, found: FoundCodebook) -> Stat
     stored = read_checkpoint(path)
     made_for = stored.metadata.get(PREFIX + "checkpoint_sha256")
     if made_for is None or f"{found.key}/counts" not in stored.entries:
-        raise CodebookError(f"{path} holds no counts of {found.key}; write them with `codebook measure --stats {path}`")
+        raise CodebookError(f"{path} holds no counts of {found.key}; `codebook measure --stats FILE` writes them")
     if made_for != checkpoint.sha256:
-        raise CodebookError(f"{path} counts the codes of another checkpoint than {checkpoint.path}; measure that anew")
+        raise CodebookError(
+            f"{path} counts the codes of another checkpoint; measure {checkpoint.path} with a --stats of its own"
+        )
     counts = stored.tensor(f"{found.key}/counts")
     error = stored.tensor(f"{found.key}/squared_error") if f"{found.key}/squared_error" in stored.entries else None
     images = stored.metadata.get(PREFIX + "images", "")

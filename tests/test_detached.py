@@ -162,7 +162,7 @@ def test_quantize_without_counts_goes_on_unweighted_and_says_so(tmp_path: Path, 
         assert torch.equal(tensors["to_rgb.weight"], torch.ones(3))
         assert codebook("verify", output, "--against", model).exit_code == 0
     shown = codebook("quantize", model, "--bits", 3, "-o", tmp_path / "bits.safetensors")
-    assert shown.exit_code == 0 and "pack into 19 bytes" in shown.stdout  # 4 * 2 * 3 bits, and 4 steps of 4 bytes
+    assert shown.exit_code == 0 and "would take 19 bytes" in shown.stdout  # 4 * 2 * 3 bits, and 4 steps of 4 bytes
     assert "weigh" not in shown.stderr and "nothing is measured" in shown.stderr
 
 

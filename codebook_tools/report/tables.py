@@ -34,16 +34,23 @@ def result_table(result: Result) -> RenderableType:
         heading = "measured" if result.command == "measure" else STAGES[name]
         table.add_column(heading + (" *" if name == result.kept and len(stages) > 1 else ""), justify="right")
     for label, show in _ROWS:
-        table.add_row(label, *(show(stage) for stage in stages.values()))
+        cells = [show(stage) for stage in stages.values()]
+        if any(cell != "-" for cell in cells):
+            table.add_row(label, *cells)
     lines: list[RenderableType] = [table] if stages else []
     for first in [*stages.values()][:1]:
         bounds = result.settings.get("input_range")
         about = f"measured on {first.images:,} {first.split} images" if bounds else f"counts of {first.images:,} images"
         lines.append(Text(f"{about}, input range {bounds}" if bounds else about, style="dim"))
+    if "codes" in result.settings:
+        lines.append(Text(f"codes {result.settings['codes']}"))
+    if result.command == "measure" and "stats" in result.settings:
+        lines.append(Text(f"counts written to {result.settings['stats']}"))
     if result.outputs["model"]:
         lines.append(Text(f"{'* kept, and ' if len(stages) > 1 else ''}written to {result.outputs['model']}"))
     if "packed" in result.bytes:
-        lines.append(Text(f"at so few bits the codebook would pack into {result.bytes['packed']:,} bytes", style="dim"))
+        packed = f"packed, the codebook would take {result.bytes['packed']:,} bytes; the file stores it as before"
+        lines.append(Text(packed, style="dim"))
     return Group(*lines)
 
 
