@@ -121,8 +121,7 @@ def test_reference_latents_are_the_encoders_own_and_follow_from_names_and_seed_a
     assert torch.equal(few, rows(reference_latents(model, turned, seed=0, batch=64)))
     assert torch.allclose(few, rows(reference_latents(model, images, seed=0, batch=7)), atol=1e-6)
     assert not torch.equal(few, rows(reference_latents(model, images, seed=1, batch=64)))
-    known = set(map(tuple, everything.tolist()))
-    assert all(tuple(row) in known for row in few.tolist())
+    assert float(torch.cdist(few, everything).min(1).values.max()) < 1e-5  # rounding depends on the batch
 
 
 def test_four_times_the_latents_are_encoded_from_images_that_the_seed_draws(

@@ -29,7 +29,9 @@ def test_a_table_is_that_of_its_rows(path: Path) -> None:
     found = json.loads(path.with_name("rows.json").read_text())["rows"]
     summaries = Comparison("", "", {}, 0, (), tuple(map(Row.from_json, found)), {}, {}).summaries
     lines = {" | ".join(line) for line in table_rows(summaries)}
-    assert set(path.read_text(encoding="utf-8").splitlines()[2:]) <= {f"| {line} |" for line in lines}
+    shown = [line for line in path.read_text(encoding="utf-8").splitlines()[2:] if line.startswith("| ")]
+    # A row that could not be done is in the table alone.
+    assert {line for line in shown if "not possible" not in line} <= {f"| {line} |" for line in lines}
     assert markdown_table(summaries).splitlines()[:2] == path.read_text(encoding="utf-8").splitlines()[:2]
 
 

@@ -325,7 +325,12 @@ def test_a_signal_during_fine_tuning_ends_with_130_and_leaves_nothing(
     reader, terminal = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
     asked = ("finetune", tiny, "--steps", 10_000_000, "--batch-size", 8, "--data", images_folder, *RANGE, "--json")
-    with start(*asked, stdout=subprocess.PIPE, stderr=terminal, env=environment) as process:
+
+    def heed_interrupts() -> None:  # a background job is born deaf to them, and so would its children be
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    given: dict[str, Any] = {"stderr": terminal, "env": environment, "preexec_fn": heed_interrupts}
+    with start(*asked, stdout=subprocess.PIPE, **given) as process:
         os.close(terminal)
         shown, deadline, sent = b"", time.monotonic() + 120, False
         while time.monotonic() < deadline:
@@ -342,6 +347,10 @@ def test_a_signal_during_fine_tuning_ends_with_130_and_leaves_nothing(
                 process.send_signal(signal.SIGINT)
                 sent = True
         os.close(reader)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()  # or the rest of the tests would wait for it
         assert process.stdout is not None and process.stdout.read() == b""
         assert sent and process.wait(30) == 130, shown
     assert b"interrupted" in shown and b"Traceback" not in shown
