@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .exits import reported, show_result
 from .options import (
     DataOptions,
     FolderOptions,
@@ -81,12 +80,12 @@ def root(
 @app.command(epilog="Example: codebook inspect model.safetensors")
 def inspect(model: ModelArgument = None, json_: JsonFlag = False) -> None:
     """Which codebooks a checkpoint holds, and what depends on them. Reads its header alone."""
-    with _reported():
+    with reported():
         from codebook_tools.inspection import inspect_checkpoint
         from codebook_tools.opening import DEMO
         from codebook_tools.report.tables import inspection_table
 
-        _show(inspect_checkpoint(model or DEMO), inspection_table, json_)
+        show_result(inspect_checkpoint(model or DEMO), inspection_table, json_)
 
 
 @app.command(epilog="Example: codebook measure model.safetensors --data images/ --test-data held-out/")
@@ -256,13 +255,13 @@ def verify(
     json_: JsonFlag = False,
 ) -> None:
     """Check a written checkpoint and its index map against the original. Exit code 3 where something is wrong."""
-    with _reported():
+    with reported():
         from codebook_tools.opening import DEMO
         from codebook_tools.report.tables import verification_table
         from codebook_tools.verify import verify_checkpoint
 
         found = verify_checkpoint(model, against or DEMO, map_)
-        _show(found, verification_table, json_)
+        show_result(found, verification_table, json_)
         if not found.ok:
             raise typer.Exit(3)
 
@@ -359,7 +358,7 @@ def _operate(
 
 def _run(work: Callable[[Watch], Result | Plan | Comparison], given: dict[str, Any]) -> None:
     """Do the work, with progress, and print what came of it."""
-    with _reported():
+    with reported():
         from codebook_tools.operate import Plan
         from codebook_tools.report.tables import details_table, table_of
         from codebook_tools.watch import Watch
@@ -374,49 +373,9 @@ def _run(work: Callable[[Watch], Result | Plan | Comparison], given: dict[str, A
         with ProgressShow(given["quiet"]) as show:
             found = work(Watch(show))
         print_warnings(found.warnings, given["quiet"])
-        _show(found, table_of, given["json_"])
+        show_result(found, table_of, given["json_"])
         if given["verbose"] and not isinstance(found, Plan) and not given["json_"]:
             print_table(details_table(found))
-
-
-def _show(found: Any, table: Callable[[Any], Any], as_json: bool) -> None:
-    """The one output: JSON, or a table."""
-    from .screen import print_json, print_table
-
-    print_json(found.to_json()) if as_json else print_table(table(found))
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """What goes wrong becomes one line on stderr and an exit code."""
-    try:
-        yield
-        sys.stdout.flush()
-    except typer.Exit:
-        raise
-    except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
-    except KeyboardInterrupt:
-        _say("interrupted; what was written is whole, or not there")
-        raise typer.Exit(130) from None
-    except Exception as error:
-        from codebook_tools.errors import CodebookError
-
-        if isinstance(error, CodebookError):
-            _say(str(error))
-            raise typer.Exit(error.exit_code) from None
-        import traceback
-
-        traceback.print_exc()
-        _say("this is our fault; please report it, with the lines above and the command that you gave")
-        raise typer.Exit(70) from None
-
-
-def _say(message: str) -> None:
-    from .screen import print_error
-
-    print_error(message)
 
 
 def main() -> None:
