@@ -23,7 +23,7 @@ import torch
 from codebook_tools.compare import ENTRIES, compare
 from codebook_tools.comparison import Comparison, markdown_table
 from codebook_tools.finetune import Recipe
-from codebook_tools.opening import Request
+from codebook_tools.opening import DEMO, Request
 from codebook_tools.watch import Watch
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +91,7 @@ def run(name: str, shared: str, seeds: int) -> Comparison:
     about = whole.to_json()
     del about["rows"], about["seconds"]
     about |= {
+        "model": str(asked.model or DEMO.relative_to(ROOT)).format(shared=shared),
         "command": f"python benchmarks/compare.py {name} --seeds {seeds}",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
