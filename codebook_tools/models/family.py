@@ -40,7 +40,7 @@ class Walking(Network, Protocol):
     codebook, and `encode` returns its latents, (n, dim, *grid).
 
     codebooks: file keys, without the family's prefix, in the order of the stages.
-    walk: what `encode` returned -> what `decode` takes. It calls quantise(stage, latents) once for each stage, in order,
+    walk: what `encode` returned -> what `decode` takes. It calls quantise(stage, latents) once a stage, in order,
     and lets gradients through: a residual stage hands on `residual - quantised`, without detaching it.
     """
 
