@@ -45,7 +45,7 @@ def through(model_path: Path, photograph: torch.Tensor, input_range: tuple[float
     """photograph (1, 3, height, width) in [0, 1] -> what the model makes of it."""
     model = load_model(read_checkpoint(model_path))
     model.input_range = input_range
-    return reconstruct(model, photograph)[0]
+    return reconstruct(model, photograph).media
 
 
 def draw(path: Path, pictures: list[tuple[str, torch.Tensor]]) -> None:

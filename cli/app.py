@@ -17,6 +17,7 @@ from .options import (
     FolderOptions,
     Init,
     JsonFlag,
+    LatentsOption,
     MergeMethod,
     ModelArgument,
     ModelOptions,
@@ -34,8 +35,8 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.comparison import Comparison
     from codebook_tools.finetune import Recipe
     from codebook_tools.opening import Request
-    from codebook_tools.operate import Plan
     from codebook_tools.outcome import Result
+    from codebook_tools.planning import Plan
     from codebook_tools.watch import Watch
 
 
@@ -97,6 +98,7 @@ def measure(
         Path | None,
         typer.Option(metavar="FILE", help="Write counts of the --data, or else of the --test-data, for --stats there."),
     ] = None,
+    latents: LatentsOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace that file if it exists.")] = False,
 ) -> None:
     """Usage, perplexity, distortion and reconstruction error on the test data."""
@@ -104,7 +106,7 @@ def measure(
     def work(watch: Watch) -> Result:
         from codebook_tools.operate import measure_model
 
-        return measure_model(_request(model, {**given, "force": force}), watch, stats)
+        return measure_model(_request(model, {**given, "latents": latents, "force": force}), watch, stats)
 
     _run(work, given)
 
@@ -117,6 +119,7 @@ def refit(
     model: ModelArgument = None,
     init: Annotated[Init, typer.Option(help="Where k-means starts; used: at the codes in use.")] = Init.KMEANSPP,
     iterations: Annotated[int, typer.Option(metavar="N", help="At most so many Lloyd iterations.")] = 300,
+    latents: LatentsOption = None,
 ) -> None:
     """Re-Fit: a new codebook by k-means on the latents, then fine-tune with the original encoder and decoder."""
 
@@ -125,7 +128,7 @@ def refit(
 
         return Refit(k=k, init=init.value, iterations=iterations, seed=given["seed"], watch=watch)
 
-    _operate("refit", model, strategy, given)
+    _operate("refit", model, strategy, {**given, "latents": latents})
 
 
 @app.command(epilog="Example: codebook prune model.safetensors --threshold 0 --data images/")
@@ -136,6 +139,7 @@ def prune(
     threshold: Annotated[int, typer.Option(metavar="N", help="Drop codes that count N or fewer.")] = 0,
     keep: Annotated[int | None, typer.Option(metavar="K", help="Keep the K most used codes instead.")] = None,
     stats: StatsOption = None,
+    latents: LatentsOption = None,
 ) -> None:
     """Drop the codes that are hardly used. Threshold 0 changes no reconstruction of what was counted."""
 
@@ -144,7 +148,7 @@ def prune(
 
         return Prune(threshold=threshold, keep=keep)
 
-    _operate("prune", model, strategy, {**given, "stats": stats})
+    _operate("prune", model, strategy, {**given, "stats": stats, "latents": latents})
 
 
 @app.command(epilog="Example: codebook quantize model.safetensors --k 128 --method pnn --data images/")
@@ -156,6 +160,7 @@ def quantize(
     method: Annotated[MergeMethod, typer.Option(help="How codes are merged.")] = MergeMethod.KMEANS,
     bits: Annotated[int | None, typer.Option(metavar="B", help="Round entries to B bits, 2 to 8, instead.")] = None,
     stats: StatsOption = None,
+    latents: LatentsOption = None,
 ) -> None:
     """Merge codes that are alike, weighted by use, or round their entries to few bits. Latents are not looked at."""
 
@@ -164,7 +169,7 @@ def quantize(
 
         return Quantize(k=k, method=method.value, bits=bits, seed=given["seed"])
 
-    _operate("quantize", model, strategy, {**given, "stats": stats})
+    _operate("quantize", model, strategy, {**given, "stats": stats, "latents": latents})
 
 
 @app.command(epilog="Example: codebook restart model.safetensors --method error --data images/ --steps 1000")
@@ -177,6 +182,7 @@ def restart(
         typer.Option(help="Where to: latents drawn by error or alike, used codes, or the nearest latent."),
     ] = RestartMethod.ERROR,
     threshold: Annotated[int, typer.Option(metavar="N", help="Move codes that count N or fewer.")] = 0,
+    latents: LatentsOption = None,
 ) -> None:
     """Move dead codes to where latents are. The codebook keeps its size, and codes in use stay as they are."""
 
@@ -185,7 +191,7 @@ def restart(
 
         return Restart(method=method.value, threshold=threshold, seed=given["seed"])
 
-    _operate("restart", model, strategy, given)
+    _operate("restart", model, strategy, {**given, "latents": latents})
 
 
 @app.command(epilog="Example: codebook grow model.safetensors --k 128 --data images/ --steps 1000")
@@ -194,6 +200,7 @@ def grow(
     given: dict[str, Any],
     k: Annotated[int, typer.Option("--k", metavar="K", help="Codes of the new codebook, not fewer than are in use.")],
     model: ModelArgument = None,
+    latents: LatentsOption = None,
 ) -> None:
     """Keep the codes in use, drop the dead ones, and place new ones where the error is, up to K."""
 
@@ -202,7 +209,7 @@ def grow(
 
         return Grow(k=k, seed=given["seed"])
 
-    _operate("grow", model, strategy, given)
+    _operate("grow", model, strategy, {**given, "latents": latents})
 
 
 @app.command(epilog="Example: codebook compare model.safetensors --k 128 --data images/ --seeds 3")
@@ -306,7 +313,7 @@ def _request(model: Path | None, given: dict[str, Any]) -> Request:
         skip_bad=given["skip_bad"],
         network=given["network"],
         family=given["family"],
-        codebook_key=given["codebook_key"],
+        codebook_keys=tuple(given["codebook_key"] or ()),
         metric=metric.value if metric else None,
         input_range=_input_range(given["input_range"]),
         batch_size=given["batch_size"],
@@ -314,6 +321,7 @@ def _request(model: Path | None, given: dict[str, Any]) -> Request:
         precision=given["precision"].value,
         seed=given["seed"],
         stats=given.get("stats"),
+        latents=tuple(given.get("latents") or ()),
         output=given.get("output"),
         force=given.get("force", False),
     )
@@ -334,8 +342,9 @@ def _input_range(text: str | None) -> tuple[float, float] | None:
 def _recipe(given: dict[str, Any]) -> Recipe:
     from codebook_tools.finetune import Recipe
 
+    steps = given["steps"]
     return Recipe(
-        steps=given["steps"],
+        steps=(0 if given.get("latents") else 1000) if steps is None else steps,
         train=given["train"].value,
         codebook_update=given["codebook_update"].value,
         batch_size=given["batch_size"],
@@ -348,7 +357,8 @@ def _operate(
     command: str, model: Path | None, strategy: Callable[[Watch], Strategy] | None, given: dict[str, Any]
 ) -> None:
     def work(watch: Watch) -> Result | Plan:
-        from codebook_tools.operate import operate, plan
+        from codebook_tools.operate import operate
+        from codebook_tools.planning import plan
 
         chosen = strategy(watch) if strategy else None
         return (plan if given["dry_run"] else operate)(command, _request(model, given), chosen, _recipe(given), watch)
@@ -359,7 +369,7 @@ def _operate(
 def _run(work: Callable[[Watch], Result | Plan | Comparison], given: dict[str, Any]) -> None:
     """Do the work, with progress, and print what came of it."""
     with reported():
-        from codebook_tools.operate import Plan
+        from codebook_tools.planning import Plan
         from codebook_tools.report.tables import details_table, table_of
         from codebook_tools.watch import Watch
 

@@ -90,6 +90,14 @@ ModelArgument = Annotated[
 StatsOption = Annotated[
     Path | None, typer.Option("--stats", metavar="FILE", help="Counts from `measure --stats`, in place of images.")
 ]
+LatentsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--latents",
+        metavar="FILE",
+        help="Latents in place of images: .npy or .safetensors, (n, dim). Repeatable. No network is needed then.",
+    ),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
 
 
@@ -127,7 +135,8 @@ class ModelOptions:
     ] = None
     family: Annotated[str | None, _model(metavar="NAME", help="The layout's family, where recognition errs.")] = None
     codebook_key: Annotated[
-        str | None, _model(metavar="KEY", help="The codebook's tensor, where several fit or none is sure.")
+        list[str] | None,
+        _model(metavar="KEY", help="The codebook's tensor, where several fit or none is sure. Repeatable."),
     ] = None
     metric: Annotated[
         Metric | None, _model(help="How the nearest code is found, where the family's way is not yours.")
@@ -140,7 +149,9 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    steps: Annotated[int, _train(metavar="N", help="Fine-tuning steps, 0 for none.")] = 1000
+    steps: Annotated[
+        int | None, _train(metavar="N", help="Fine-tuning steps, 0 for none. Left out: 1000, but 0 with --latents.")
+    ] = None
     train: Annotated[Train, _train(help="Which networks train.")] = Train.ALL
     codebook_update: Annotated[Update, _train(help="How the codes move; ema also revives dead ones.")] = Update.EMA
     lr: Annotated[float, _train(metavar="RATE", help="Adam's learning rate after warm-up.")] = 1e-3
@@ -151,7 +162,7 @@ class TrainOptions:
 class NoStepsTrainOptions(TrainOptions):
     """For commands that fine-tune only when asked to."""
 
-    steps: Annotated[int, _train(metavar="N", help="Fine-tuning steps after the surgery, 0 for none.")] = 0
+    steps: Annotated[int | None, _train(metavar="N", help="Fine-tuning steps after the surgery, 0 for none.")] = 0
 
 
 @dataclass(frozen=True)

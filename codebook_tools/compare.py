@@ -15,19 +15,22 @@ from typing import Any
 from codebook_tools.codebook import Strategy
 from codebook_tools.comparison import STAGES, Comparison, Row, RowStore, markdown_table, write_text
 from codebook_tools.errors import CodebookError
+from codebook_tools.filling import power_of_two
 from codebook_tools.finetune import Recipe
-from codebook_tools.latents import Survey
 from codebook_tools.measure import Measurement
-from codebook_tools.models.companions import bytes_with
+from codebook_tools.models.companions import added_bytes
 from codebook_tools.opening import Opened, Request, open_request
-from codebook_tools.outcome import settings_of
+from codebook_tools.outcome import settings_of, weights_bytes
+from codebook_tools.output import check_size
 from codebook_tools.stages import (
+    Calibration,
+    Latents,
+    calibrate,
     encoder_latents,
     measure_stage,
-    on_cpu,
+    perform,
     require_training_data,
     run_stages,
-    survey_calibration,
 )
 from codebook_tools.strategies import find_strategy
 from codebook_tools.version import VERSION
@@ -136,19 +139,20 @@ def compare(
     store = RowStore(folder)
     opened = open_request(request, watch)
     require_training_data(opened, recipe)
-    seen = survey_calibration(opened, watch)
-    tasks = list(_tasks(entries, k, seen, request.seed, seeds))
+    check_size(opened.model.checkpoint, k)
+    seen = calibrate(opened, watch)
+    tasks = list(_tasks(entries, k, _in_use(opened, seen), request.seed, seeds))
     made_with = {task: _made_with(opened, task, recipe) for task in tasks}
-    before: Measurement | None = None
+    before: tuple[Measurement, Latents] | None = None
     rows, warned = [], dict[str, list[str]]()
     for i, task in enumerate(tasks):
         row = store.find(task.name, task.k, task.seed, made_with[task])
         if row is None:
             if before is None:
-                with watch.phase("measure"):
-                    before = measure_stage(opened, encoder_latents(opened), watch)
+                latents = encoder_latents(opened)
+                before = measure_stage(opened, latents, watch), latents
             told = watch.within(f"{i + 1} of {len(tasks)}, {task.name}")
-            row, said = _run(task, opened, seen, before, recipe, made_with[task], told)
+            row, said = _run(task, opened, seen, *before, recipe, made_with[task], told)
             for warning in said:
                 warned.setdefault(warning, []).append(f"{task.name} of {row.k}, seed {task.seed}")
             if row.error is None:
@@ -182,9 +186,14 @@ def _check_folder(folder: Path) -> None:
         raise CodebookError(f"cannot write in {place}; choose another folder with --output")
 
 
-def _tasks(entries: Mapping[str, Entry], k: int, seen: Survey, seed: int, seeds: int) -> Iterator[_Task]:
+def _in_use(opened: Opened, seen: Calibration) -> int:
+    """Codes that pruning leaves: the most of any book that is operated on, as many as the config takes."""
+    used = max(int((seen.tokens[stage].counts > 0).sum()) for stage in opened.model.chosen)
+    return power_of_two(used) if opened.model.power_of_two else used
+
+
+def _tasks(entries: Mapping[str, Entry], k: int, used: int, seed: int, seeds: int) -> Iterator[_Task]:
     """All rows of a seed before the next: what is there after an interruption is a table of fewer seeds."""
-    used = int((seen.counts > 0).sum())
     for run in range(seed, seed + seeds):
         for name, entry in entries.items():
             if name == "refit" and "prune" in entries and used != k:
@@ -201,34 +210,46 @@ def _settings_taken(make: Callable[..., Strategy]) -> set[str]:
 
 
 def _run(
-    task: _Task, opened: Opened, seen: Survey, before: Measurement, recipe: Recipe, made_with: str, watch: Watch
+    task: _Task,
+    opened: Opened,
+    seen: Calibration,
+    before: Measurement,
+    latents: Latents,
+    recipe: Recipe,
+    made_with: str,
+    watch: Watch,
 ) -> tuple[Row, tuple[str, ...]]:
     """The row, and what it warns of."""
-    old = on_cpu(opened.model.codebook)
-    model = replace(opened.model, network=copy.deepcopy(opened.model.network))
+    its = replace(opened, model=opened.model.copy(copy.deepcopy(opened.model.network)), warnings=[])
     stages: dict[str, Measurement | None] = dict.fromkeys(STAGES)
-    size, kept, error, warnings = task.k or old.size, None, None, tuple[str, ...]()
+    size, kept, error = task.k or _size(opened), None, None
     try:
-        strategy, surgery = task.strategy(), None
-        if strategy is not None:
-            with watch.phase("strategy"):
-                surgery = strategy(old, seen.sample, seen.counts)
-            size = surgery.codebook.size
-        its = replace(opened, model=model.with_fresh_network(task.seed) if task.entry.fresh else model)
-        if surgery and task.entry.fresh:
-            its.model.install(surgery.codebook)
-            seen = survey_calibration(its, watch)
+        strategy = task.strategy()
+        surgeries = perform(its, strategy, seen, watch) if strategy is not None else {}
+        size = _size(its)
+        if surgeries and task.entry.fresh:
+            its.model = its.model.with_fresh_network(task.seed)
+            seen, latents = calibrate(its, watch), encoder_latents(its)
         its_recipe = replace(recipe, **task.entry.recipe)
-        if its_recipe.steps or surgery:
-            done = run_stages(its, surgery, seen, its_recipe, seed=task.seed, before=before, watch=watch)
+        if its_recipe.steps or surgeries:
+            done = run_stages(its, surgeries, seen, latents, its_recipe, seed=task.seed, watch=watch)
             stages |= {"surgery": done.surgery, "finetuned": done.finetuned}
-            kept, warnings = done.kept, done.warnings
+            kept = done.kept
+            its.warnings += done.warnings
         stages["before"] = before
     except CodebookError as problem:
         error = str(problem)
     seconds = watch.seconds["strategy"] + watch.seconds["finetune"]
-    nbytes = bytes_with(opened.model.checkpoint, opened.model.found, size)
-    return Row(task.name, size, task.seed, stages, kept or "before", seconds, nbytes, error, made_with), warnings
+    books = [opened.model.books[stage].found for stage in opened.model.chosen]
+    nbytes = weights_bytes(opened.request.source) + sum(
+        added_bytes(opened.model.checkpoint, book, size) for book in books
+    )
+    row = Row(task.name, size, task.seed, stages, kept or "before", seconds, nbytes, error, made_with)
+    return row, tuple(its.warnings)
+
+
+def _size(opened: Opened) -> int:
+    return max(opened.model.books[stage].codebook.size for stage in opened.model.chosen)
 
 
 def _made_with(opened: Opened, task: _Task, recipe: Recipe) -> str:
@@ -245,7 +266,11 @@ def _made_with(opened: Opened, task: _Task, recipe: Recipe) -> str:
         "network": hashlib.sha256(network.read_bytes()).hexdigest() if network else None,
         "data": items,
         "opened": {name: value for name, value in opened.settings.items() if name not in ("data", "test_data")},
-        "codebook": [opened.model.found.key, opened.model.lookup.value, opened.model.emit.value],
+        "codebook": [
+            told
+            for book in (opened.model.books[stage] for stage in opened.model.chosen)
+            for told in (book.key, book.lookup.value, book.emit.value)
+        ],
         "seeds": [request.seed, task.seed],
         "entry": [task.name, task.k, task.entry.fresh],
         "strategy": task.settings(),

@@ -22,17 +22,18 @@ _PERCENTILE = 0.95
 _SEEDED_WELL = 2048  # codes, up to which k-means++ takes seconds
 
 
-def reference_latents(model: Model, calibration: Images, *, seed: int, batch: int) -> Tensor | None:
-    """(n, dim) float32: POINTS or fewer latents of the model's own encoder, drawn by seed; None without any image.
+def reference_latents(model: Model, calibration: Images, *, seed: int, batch: int, stage: int = 0) -> Tensor | None:
+    """(n, dim) float32: POINTS or fewer latents that meet the book `stage`, drawn by seed; None without any image.
 
     Which they are depends on names and seed alone, so that every state of a model is held against the same ones.
     """
     drawn = calibration.subset(shuffled(calibration.items, seed))
-    first = next(model.latents(drawn, batch).by_item(), None)
+    first = next(model.latents(drawn, batch, stage).by_item(), None)
     if first is None:
         return None
     few = drawn.subset(drawn.items[: -(-_IMAGES_FOR * POINTS // first[1].shape[1])])
-    return survey(model.latents(few, batch), model.codebook, seed=seed, limit=POINTS, watch=Watch()).sample.vectors
+    stream, codebook = model.latents(few, batch, stage), model.books[stage].codebook
+    return survey(stream, codebook, seed=seed, limit=POINTS, watch=Watch()).sample.vectors
 
 
 def reference_distance(latents: Tensor | None, codebook: Codebook, *, seed: int) -> float | None:

@@ -1,43 +1,46 @@
-"""A surgery on the codebook alone: no network, no images, so nothing is measured but what was counted before."""
+"""Surgeries on codebooks alone: no network and no images, but counts, or latents, or neither."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import nearest
+from codebook_tools.assignment import nearest, unit
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
-from codebook_tools.codebook import REMOVED, Codebook, Strategy, Surgery
+from codebook_tools.codebook import Codebook, Emit, Strategy, Surgery
+from codebook_tools.coverage import POINTS, reference_distance
 from codebook_tools.errors import CodebookError, VerificationError
-from codebook_tools.latents import StoredLatents
-from codebook_tools.measure import Measurement, use_of
-from codebook_tools.models.companions import changed_codebook, rounded, rows_of
-from codebook_tools.models.load import CUSTOM, choose_codebook, family_of, lookup_of
+from codebook_tools.filling import common_sizes, filled, remark
+from codebook_tools.index_maps import nearest_map
+from codebook_tools.latent_files import FileLatents, limited_latents, open_latents, split_latents
+from codebook_tools.latents import StoredLatents, Survey, survey
+from codebook_tools.measure import CodebookUse, Measurement, Tally, use_of
+from codebook_tools.models.companions import changed_codebook, effective_rows, rounded
+from codebook_tools.models.load import CUSTOM, choose_codebook, choose_codebooks, config_of, family_of, lookup_of
 from codebook_tools.opening import Request
-from codebook_tools.outcome import (
-    Result,
-    check_request_output,
-    provenance,
-    request_output,
-    settings_of,
-    weights_bytes,
-)
+from codebook_tools.outcome import Result, check_request_output, provenance, settings_of, weights_bytes
 from codebook_tools.output import remarks, written_config
-from codebook_tools.stats import Stats, read_stats
+from codebook_tools.stats import Stats, read_stats, write_stats
 from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.watch import Watch
 
 
 def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
-    """Whether the request is to be done on the codebook alone.
+    """Whether the request is to be done on the codebooks alone.
 
     Raises CodebookError where it would have to be, and the strategy needs more than it was given.
     """
     looks_at = getattr(strategy, "looks_at", "latents")
+    if request.latents:
+        if request.stats is not None or request.data:
+            raise CodebookError("--latents stand in for images and for --stats; leave out --data and --stats")
+        return True
     if request.stats is not None:
         if looks_at == "latents":
             raise CodebookError("--stats holds counts, and this looks at latents; give images with --data")
@@ -57,78 +60,190 @@ def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
     return True
 
 
-def operate_detached(command: str, request: Request, strategy: Strategy, watch: Watch) -> Result:
-    """Operate on the codebook of a file, write it, and read it back; see `operate` for the rest.
+def books_without_images(request: Request, checkpoint: Checkpoint) -> list[FoundCodebook]:
+    """The codebooks that would be operated on: those named, else all; latents are one codebook's."""
+    if request.latents:
+        return [choose_codebook(checkpoint, request.codebook_keys)]
+    return choose_codebooks(checkpoint, request.codebook_keys)
 
-    The result has the stage before as far as counts tell it, and no other.
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What is known of one codebook's use. seen, test: of its latents; stats: of an earlier pass; or nothing."""
+
+    found: FoundCodebook
+    old: Codebook
+    seen: Survey | None = None
+    test: FileLatents | None = None
+    stats: Stats | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        if self.seen is not None:
+            return self.seen.counts
+        return self.stats.counts if self.stats else torch.zeros(self.old.size, dtype=torch.int64)
+
+    def operated(self, strategy: Strategy) -> Surgery:
+        sample = self.seen.sample if self.seen else StoredLatents(torch.empty(0, self.old.dim))
+        return strategy(self.old, sample, self.counts)
+
+
+def measure_detached(request: Request, watch: Watch, stats: Path | None) -> Result:
+    """How one codebook is used by latents from files; see `measure_model` for the rest."""
+    goes_without_images(request, None)
+    known, settings = _look(request, read_checkpoint(request.source), watch)
+    before = _measured(request, known, [one.old for one in known])
+    if stats is not None:
+        counted = {one.found.key: Stats(one.seen.counts, one.seen.error, "calibration", 0) for one in known if one.seen}
+        write_stats(stats, read_checkpoint(request.source), counted)
+        settings["stats"] = str(stats)
+    return Result(
+        command="measure",
+        model=str(request.source),
+        family=request.family or family_of(read_checkpoint(request.source)) or CUSTOM,
+        settings=settings,
+        seed=request.seed,
+        warnings=(),
+        before=before,
+        bytes={"before": weights_bytes(request.source), "after": None},
+        seconds=watch.seconds,
+    )
+
+
+def operate_detached(command: str, request: Request, strategy: Strategy, watch: Watch) -> Result:
+    """Operate on the codebooks of a file, write them, and read them back; see `operate` for the rest.
+
+    Measured are the codebooks alone: on latents before and after, on counts before, else not at all.
     """
-    with watch.phase("load"):
-        checkpoint = read_checkpoint(request.source)
-        found = choose_codebook(checkpoint, request.codebook_key)
-        family = request.family or family_of(checkpoint)
-        lookup, emit = lookup_of(family, request.metric)
-        old = Codebook(_finite(checkpoint, found), lookup, emit)
-        stats = read_stats(request.stats, checkpoint, found) if request.stats else None
+    checkpoint = read_checkpoint(request.source)
+    known, settings = _look(request, checkpoint, watch)
     warnings = []
-    if stats is None:
+    if not request.latents and not request.stats:
         weights = "" if getattr(strategy, "bits", None) else "all codes weigh alike, and "
         warnings.append(f"neither --data nor --stats: {weights}nothing is measured")
     with watch.phase("strategy"):
-        counts = stats.counts if stats else torch.zeros(old.size, dtype=torch.int64)
-        surgery = strategy(old, StoredLatents(torch.empty(0, old.dim)), counts)
-    new = replace(surgery.codebook, vectors=rounded(checkpoint, found.key, surgery.codebook.vectors))
-    output = request_output(request, command, new.size)
-    check_request_output(request, output)
-    counted = str(request.stats) if request.stats else None
-    settings = {"stats": counted, "codes": f"{old.size} -> {new.size}", **settings_of(strategy)}
-    warnings += remarks(checkpoint, old.size, new.size, output)
-    moved = _nearest_map(surgery, old, new)
+        surgeries = [one.operated(strategy) for one in known]
+    asked, keys = [surgery.codebook.size for surgery in surgeries], [one.found.key for one in known]
+    sizes = common_sizes([one.old.size for one in known], asked, config_of(checkpoint).power_of_two)
+    warnings += remark(keys, asked, sizes)
+    output = check_request_output(request, command, max(sizes))
+    old_size = known[0].old.size
+    warnings += remarks(checkpoint, old_size, max(sizes), output)
+    settings |= {"codes": f"{old_size} -> {max(sizes)}", **settings_of(strategy)}
+    changed, maps, new = dict[str, Tensor](), dict[str, Tensor](), list[Codebook]()
+    for one, surgery, size in zip(known, surgeries, sizes, strict=True):
+        surgery = filled(surgery, one.old, one.counts, size)
+        book = _stored(checkpoint, one.found, surgery.codebook)
+        samples = (one.seen.codes, nearest(one.seen.sample.vectors, book)) if one.seen else None
+        moved = nearest_map(surgery.index_map, one.old, book, samples)
+        hits = torch.bincount(samples[1], minlength=size) if samples else _carried_over(one.counts, moved, size)
+        changed |= changed_codebook(checkpoint, one.found, book.vectors, hits)
+        maps |= {f"{one.found.key}/index_map": surgery.index_map, f"{one.found.key}/nearest": moved}
+        new.append(book)
     with watch.phase("write"):
         map_path = write_checkpoint(
             checkpoint,
             output,
-            changed_codebook(checkpoint, found, new.vectors, _carried_over(counts, moved, new.size)),
-            provenance(command, request, checkpoint, found.key, settings, "surgery"),
-            {f"{found.key}/index_map": surgery.index_map, f"{found.key}/nearest": moved},
-            written_config(checkpoint, new.size),
+            changed,
+            provenance(command, request, checkpoint, keys, settings, "surgery"),
+            maps,
+            written_config(checkpoint, max(sizes)),
         )
-        written = rows_of(read_checkpoint(output).tensor(found.key), replace(found, size=new.size))
-        if not torch.equal(written, new.vectors):
-            raise VerificationError(f"{output}: {found.key} on disk is not the codebook that was meant")
+        _read_back(output, known, new)
+    bits = surgeries[0].bits
     return Result(
         command=command,
         model=str(request.source),
-        family=family or CUSTOM,
+        family=request.family or family_of(checkpoint) or CUSTOM,
         settings=settings,
         seed=request.seed,
         warnings=tuple(warnings),
-        before=_before(found, stats) if stats else None,
+        before=_measured(request, known, [one.old for one in known]),
+        surgery=_measured(request, known, new) if request.latents else None,
         kept="surgery",
         outputs={"model": str(output), "index_map": str(map_path), "report": None},
         bytes={
             "before": weights_bytes(request.source),
             "after": weights_bytes(output),
-            **({"packed": packed_bytes(new, surgery.bits)} if surgery.bits else {}),
+            **({"packed": sum(packed_bytes(book, bits) for book in new)} if bits else {}),
         },
         seconds=watch.seconds,
     )
 
 
-def _finite(checkpoint: Checkpoint, found: FoundCodebook) -> Tensor:
-    rows = rows_of(checkpoint.tensor(found.key), found)
-    if not bool(torch.isfinite(rows).all()):
-        raise CodebookError(f"{found.key} in {checkpoint.path} is not finite")
-    return rows
+def _look(request: Request, checkpoint: Checkpoint, watch: Watch) -> tuple[list[_Known], dict[str, object]]:
+    """What there is to know of each codebook, and the settings that say where it came from."""
+    lookup, emit = lookup_of(request.family or family_of(checkpoint), request.metric)
+    with watch.phase("load"):
+        books = [
+            _Known(found, Codebook(effective_rows(checkpoint, found), lookup, emit))
+            for found in books_without_images(request, checkpoint)
+        ]
+    if request.latents:
+        one, settings = _with_latents(request, books[0], watch)
+        return [one], settings
+    if request.stats is not None:
+        books = [replace(one, stats=read_stats(request.stats, checkpoint, one.found)) for one in books]
+    return books, {"stats": str(request.stats) if request.stats else None}
 
 
-def _before(found: FoundCodebook, stats: Stats) -> Measurement:
-    distortion = stats.error / max(1, int(stats.counts.sum()))
-    use = use_of(found.key, found.dim, stats.counts, distortion, coverage=None)
-    return Measurement(stats.split, stats.images, None, None, None, (use,))
+def _with_latents(request: Request, one: _Known, watch: Watch) -> tuple[_Known, dict[str, object]]:
+    with watch.phase("load"):
+        calibration = open_latents([Path(path) for path in request.latents], one.old.dim)
+        if request.test_data:
+            test = open_latents([Path(path) for path in request.test_data], one.old.dim)
+        else:
+            calibration, test = split_latents(calibration)
+        calibration, test = (limited_latents(part, request.limit, request.seed) for part in (calibration, test))
+    with watch.phase("encode"):
+        seen = survey(calibration, one.old, seed=request.seed, watch=watch)
+    settings: dict[str, object] = {
+        "latents": list(request.latents),
+        "test_data": list(request.test_data),
+        "rows": {"calibration": len(calibration), "test": len(test)},
+        "limit": request.limit,
+    }
+    return replace(one, seen=seen, test=test), settings
 
 
-def _nearest_map(surgery: Surgery, old: Codebook, new: Codebook) -> Tensor:
-    return torch.where(surgery.index_map == REMOVED, nearest(old.vectors, new), surgery.index_map)
+def _stored(checkpoint: Checkpoint, found: FoundCodebook, codebook: Codebook) -> Codebook:
+    """The codebook as the file will hold it; rows that are given out at unit length are stored so."""
+    vectors = unit(codebook.vectors) if codebook.emit is Emit.UNIT else codebook.vectors
+    return replace(codebook, vectors=rounded(checkpoint, found, vectors))
+
+
+def _measured(request: Request, known: list[_Known], codebooks: list[Codebook]) -> Measurement | None:
+    """On the test latents; else what the counts tell of the codebooks as they were; else nothing."""
+    if request.latents:
+        uses = [_use(one, codebook, request.seed) for one, codebook in zip(known, codebooks, strict=True)]
+        return Measurement("test", None, None, None, None, tuple(uses))
+    stats = {one.found: one.stats for one in known if one.stats}
+    if not stats:
+        return None
+    first = next(iter(stats.values()))
+    return Measurement(first.split, first.images, None, None, None, _counted(stats))
+
+
+def _counted(stats: Mapping[FoundCodebook, Stats]) -> tuple[CodebookUse, ...]:
+    return tuple(
+        use_of(found.key, found.dim, of.counts, of.error / max(1, int(of.counts.sum())), coverage=None)
+        for found, of in stats.items()
+    )
+
+
+def _use(one: _Known, codebook: Codebook, seed: int) -> CodebookUse:
+    assert one.test is not None and one.seen is not None
+    tally = Tally(one.found.key, codebook, reference_distance(one.seen.sample.vectors[:POINTS], codebook, seed=seed))
+    for rows in one.test:
+        tally.add(rows, nearest(rows, codebook))
+    return tally.use()
+
+
+def _read_back(path: Path, known: list[_Known], new: list[Codebook]) -> None:
+    written = read_checkpoint(path)
+    for one, meant in zip(known, new, strict=True):
+        if not torch.equal(effective_rows(written, replace(one.found, size=meant.size)), meant.vectors):
+            raise VerificationError(f"{path}: {one.found.key} on disk is not the codebook that was meant")
 
 
 def _carried_over(counts: Tensor, moved: Tensor, size: int) -> Tensor:

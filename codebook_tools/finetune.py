@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from codebook_tools.codebook import Emit
 from codebook_tools.errors import CodebookError
 from codebook_tools.images import Images
 from codebook_tools.measure import Measurement, NotFiniteError, measure
-from codebook_tools.models.model import Model
+from codebook_tools.models.model import Book, Model
 from codebook_tools.watch import Watch
 
 DECAY = 0.99  # of the EMA codebook, van den Oord et al. 2017, appendix A.1
@@ -51,7 +52,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TracePoint:
-    """One look at a run, over all validation images. loss: of the batch, None at step 0. revived: codes so far."""
+    """One look at a run, over all validation images. loss: of the batch, None at step 0. used: codes; revived: those
+    so far; of all codebooks together. perplexity and distortion: the mean over codebooks."""
 
     step: int
     loss: float | None
@@ -64,15 +66,19 @@ class TracePoint:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Weights of a network at a step. revived: (size,) bool, the codes that were moved to a latent up to then."""
+    """Weights of a network and codes of its books at a step. revived: (size,) bool of each book, the codes that were
+    moved to a latent up to then."""
 
     step: int
     validation_mse: float
     weights: dict[str, Tensor] = field(repr=False)
-    revived: Tensor = field(repr=False)
+    vectors: tuple[Tensor, ...] = field(repr=False)
+    revived: tuple[Tensor, ...] = field(repr=False)
 
     def restore(self, model: Model) -> None:
         model.network.load_state_dict(self.weights)
+        for book, vectors in zip(model.books, self.vectors, strict=True):
+            book.vectors = vectors.to(model.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,20 +95,27 @@ class FineTuned:
 
 
 def finetune(
-    model: Model, train: Images, validation: Images, recipe: Recipe, counts: Tensor, *, seed: int, watch: Watch
+    model: Model,
+    train: Images,
+    validation: Images,
+    recipe: Recipe,
+    counts: Sequence[Tensor],
+    *,
+    seed: int,
+    watch: Watch,
 ) -> FineTuned:
     """Train `model` in place, and leave it in the state with the lowest validation error after at least one step.
 
-    counts: (size,) int64 or float, assignments per code over the calibration data, where the EMA starts.
-    The loss is free of scale: reconstruction error over the images' variance, plus COMMITMENT times the squared
-    distance of latents to codes over the latents' variance. Gradients pass the quantiser straight through (Bengio,
-    Leonard and Courville 2013).
+    counts: (size,) int64 or float of each book, assignments per code over the calibration data, where the EMA starts.
+    Only the chosen books move. The loss is free of scale: reconstruction error over the media's variance, plus
+    COMMITMENT times the squared distance of latents to codes over the latents' variance, a mean over the books.
+    Gradients pass the quantisers straight through (Bengio, Leonard and Courville 2013).
     """
     # Two streams: the batches must not depend on how many codes a strategy leaves to be revived.
     shuffling, reviving = (torch.Generator().manual_seed(seed + stream) for stream in (0, 1))
     first, pixels = train.load(train.items[: recipe.batch_size])
     if not first:
-        raise CodebookError("none of the first training images can be read")
+        raise CodebookError(f"none of the first training {model.media} can be read")
     groups = {"all": ("encoder", "decoder"), "decoder": ("decoder",), "none": ()}[recipe.train]
     names = _trained_names(model, pixels[:1], groups)
     if recipe.train != "none" and not names:
@@ -110,13 +123,11 @@ def finetune(
             f"train={recipe.train}: no gradient reaches the network's parameters through encode or decode"
         )
     parameters: list[Tensor] = list(_set_trainable(model, names))
-    image_scale, latent_scale = _scales(model, train)
-    quantiser = _Quantiser(model, recipe, counts, reviving)
-    weight = dict(model.network.named_parameters()).get(model.name) if recipe.codebook_update == "gradient" else None
-    if weight is None and recipe.codebook_update == "gradient":
-        raise CodebookError(f"{model.found.key} is a buffer of its network: no gradient; use --codebook-update ema")
-    if weight is not None:
-        parameters.append(weight.requires_grad_(True))
+    scale, latent_scales = _scales(model, train)
+    quantisers = [_Quantiser(model, stage, recipe, hits, reviving) for stage, hits in enumerate(counts)]
+    by_gradient = recipe.codebook_update == "gradient"
+    if by_gradient:
+        parameters += [model.books[stage].vectors.requires_grad_(True) for stage in model.chosen]
     optimiser = torch.optim.Adam(parameters, lr=recipe.lr) if parameters else None
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda s: _rate(s, recipe.steps)) if optimiser else None
 
@@ -125,9 +136,11 @@ def finetune(
 
     def look(step: int, loss: float | None) -> State:
         found = measure(model, validation, split="validation", structure=False, watch=Watch())
-        trace.append(_point(step, loss, found, int(quantiser.revived.sum())))
+        revived = tuple(quantiser.revived.clone() for quantiser in quantisers)
+        trace.append(_point(step, loss, found, sum(int(codes.sum()) for codes in revived)))
         weights = {name: tensor.detach().cpu().clone() for name, tensor in model.network.state_dict().items()}
-        return State(step, found.error, weights, quantiser.revived.clone())
+        vectors = tuple(book.vectors.detach().cpu().clone() for book in model.books)
+        return State(step, found.error, weights, vectors, revived)
 
     start = look(0, None)
     best: State | None = None
@@ -135,17 +148,24 @@ def finetune(
     batches = _batches(train, recipe.batch_size, shuffling)
     _training_mode(model.network)
     for step in range(1, recipe.steps + 1):
-        images = next(batches).to(model.device)
-        latents = model.encode(images)
-        codes, quantised = quantiser(latents)
-        shown = model.decode(latents + (quantised - latents).detach())
+        media = next(batches).to(model.device)
+        seen = list[tuple[Tensor, Tensor, Tensor]]()
+
+        def through(stage: int, latents: Tensor, seen: list[tuple[Tensor, Tensor, Tensor]] = seen) -> Tensor:
+            codes, quantised = quantisers[stage](latents)
+            seen.append((latents, codes, quantised))
+            return latents + (quantised - latents).detach()
+
+        shown = model.run(media, through)
         if recipe.loss == "mse":
-            loss = functional.mse_loss(shown, images) / image_scale
+            loss = functional.mse_loss(shown, media) / scale
         else:
-            loss = functional.l1_loss(shown, images) / image_scale**0.5
-        loss = loss + COMMITMENT * functional.mse_loss(latents, quantised.detach()) / latent_scale
-        if weight is not None:
-            loss = loss + functional.mse_loss(quantised, latents.detach()) / latent_scale
+            loss = functional.l1_loss(shown, media) / scale**0.5
+        for latent_scale, (latents, _, quantised) in zip(latent_scales, seen, strict=True):
+            unit_of_loss = latent_scale * len(seen)
+            loss = loss + COMMITMENT * functional.mse_loss(latents, quantised.detach()) / unit_of_loss
+            if by_gradient:
+                loss = loss + functional.mse_loss(quantised, latents.detach()) / unit_of_loss
         value = float(loss.detach())
         if not math.isfinite(value):
             diverged = step
@@ -155,8 +175,9 @@ def finetune(
             torch.autograd.backward(loss)
             optimiser.step()
             schedule.step()
-        quantiser.update(latents.detach(), codes, step)
-        watch.progress("fine-tune", step, recipe.steps, loss=value, used=quantiser.in_use)
+        for quantiser, (latents, codes, _) in zip(quantisers, seen, strict=True):
+            quantiser.update(latents.detach(), codes, step)
+        watch.progress("fine-tune", step, recipe.steps, loss=value, used=sum(q.in_use for q in quantisers))
         if step in looks:
             model.network.eval()
             try:
@@ -168,23 +189,27 @@ def finetune(
             if best is None or state.validation_mse < best.validation_mse:
                 best = state
     model.network.eval().requires_grad_(False)
+    (best or start).restore(model)
     if best is None:
-        start.restore(model)
         raise CodebookError(f"fine-tuning diverged at step {diverged}: its numbers are not finite; try a lower --lr")
-    best.restore(model)
     keys = sorted({model.keys[name] for name in _written_names(model.network, names)})
     return FineTuned(start, best, tuple(trace), tuple(keys), groups, diverged)
 
 
 class _Quantiser:
-    """Nearest codes in training, and the codes' own movement: an exponential moving average, with revival."""
+    """Nearest codes of one book in training, and their own movement: an exponential moving average, with revival."""
 
-    def __init__(self, model: Model, recipe: Recipe, counts: Tensor, random: torch.Generator) -> None:
-        self.model, self.recipe, self.random = model, recipe, random
+    def __init__(self, model: Model, stage: int, recipe: Recipe, counts: Tensor, random: torch.Generator) -> None:
+        self.model, self.stage, self.recipe, self.random = model, stage, recipe, random
+        self.moves = recipe.codebook_update == "ema" and stage in model.chosen
         self.revived = torch.zeros(len(counts), dtype=torch.bool)
         shares = counts.float() / counts.sum().clamp(min=1)
         self.shares = shares.to(model.device)  # of a batch's tokens, so that batch size does not matter
-        self.sums = model.codebook.vectors * self.shares[:, None]
+        self.sums = self.book.vectors.detach() * self.shares[:, None]
+
+    @property
+    def book(self) -> Book:
+        return self.model.books[self.stage]
 
     @property
     def in_use(self) -> int:
@@ -193,26 +218,26 @@ class _Quantiser:
 
     def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """latents (n, dim, *grid) -> codes (n, *grid), and what the decoder gets, with gradients to the codes."""
-        codes = self.model.assign(latents.detach())
-        return codes, self.model.embed_trained(codes)
+        codes = self.model.assign(latents.detach(), self.stage)
+        return codes, self.model.embed_trained(codes, self.stage)
 
     def update(self, latents: Tensor, codes: Tensor, step: int) -> None:
         """Move the codes after a step: latents (n, dim, *grid), their codes (n, *grid) at its beginning."""
         rows, flat = latents.movedim(1, -1).flatten(0, -2).float(), codes.flatten()
-        if self.model.emit is Emit.UNIT:
+        if self.book.emit is Emit.UNIT:
             rows = unit(rows)
         hits = torch.bincount(flat, minlength=len(self.shares)).float() / len(flat)
         self.shares.lerp_(hits, 1 - DECAY)
-        if self.recipe.codebook_update != "ema":
+        if not self.moves:
             return
         found = torch.zeros_like(self.sums).index_add_(0, flat, rows) / len(flat)
         self.sums.lerp_(found, 1 - DECAY)
-        vectors = self.model.codebook.vectors.clone()
+        vectors = self.book.vectors.clone()
         moved = hits > 0
         vectors[moved] = self.sums[moved] / self.shares[moved, None]
         if step % REVIVE_EVERY == 0 and step <= REVIVE_UNTIL * self.recipe.steps:
             self._revive(vectors, rows, flat)
-        self.model.set_vectors(vectors)
+        self.book.vectors = vectors
 
     def _revive(self, vectors: Tensor, rows: Tensor, codes: Tensor) -> None:
         """Put dead codes at latents of this batch, drawn by their squared error, with the mean share of a code."""
@@ -253,33 +278,41 @@ def _batches(images: Images, size: int, random: torch.Generator) -> Iterator[Ten
                 yield pixels
 
 
-def _scales(model: Model, images: Images) -> tuple[float, float]:
-    """Variance of pixels and of latents about their means, over 512 images: the units of the two losses."""
+def _scales(model: Model, images: Images) -> tuple[float, list[float]]:
+    """Variance of pixels and of each book's latents about their means, over 512 items: the units of the losses."""
     few = images.subset(images.items[:512])
-    pixels, latents = [], []
+    pixels, latents = list[Tensor](), [list[Tensor]() for _ in model.books]
     with torch.no_grad():
         for _, batch in few.batches(64):
             pixels.append(batch)
-            latents.append(model.encode(batch).movedim(1, -1).flatten(0, -2).cpu())
-    return float(_variance(torch.cat(pixels).movedim(1, -1).flatten(0, -2))), float(_variance(torch.cat(latents)))
+            for rows, found in zip(latents, model.pass_through(batch).latents, strict=True):
+                rows.append(found.movedim(1, -1).flatten(0, -2).cpu())
+    return _variance(torch.cat(pixels).movedim(1, -1).flatten(0, -2)), [_variance(torch.cat(rows)) for rows in latents]
 
 
-def _variance(rows: Tensor) -> Tensor:
-    return rows.double().var(0, correction=0).mean().clamp(min=1e-12)
+def _variance(rows: Tensor) -> float:
+    return float(rows.double().var(0, correction=0).mean().clamp(min=1e-12))
 
 
 def _trained_names(model: Model, pixels: Tensor, groups: tuple[str, ...]) -> set[str]:
     """Names of the parameters that belong to the groups: those that a gradient through encode or decode of images
     reaches.
 
-    What both reach stays with the encoder: training the decoder alone must not move the latents.
+    The encoder is all that latents depend on, those of later books, too: training the decoder alone must not move
+    them.
     """
-    parameters = {n: p for n, p in model.network.named_parameters() if n != model.name and p.is_floating_point()}
+    parameters = {name: parameter for name, parameter in model.own_parameters() if parameter.is_floating_point()}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    latents = model.encode(pixels)
-    encoder = _reached(latents, parameters)
-    decoder = _reached(model.decode(model.embed(model.assign(latents.detach()))), parameters) - encoder
+    met = list[Tensor]()
+
+    def cut(stage: int, latents: Tensor) -> Tensor:
+        met.append(latents)
+        return model.embed(model.assign(latents.detach(), stage), stage)
+
+    shown = model.run(pixels, cut)
+    encoder = set[str]().union(*(_reached(latents, parameters) for latents in met))
+    decoder = _reached(shown, parameters) - encoder
     return (encoder if "encoder" in groups else set()) | (decoder if "decoder" in groups else set())
 
 
@@ -296,7 +329,7 @@ def _written_names(network: nn.Module, names: set[str]) -> set[str]:
 def _reached(output: Tensor, parameters: dict[str, nn.Parameter]) -> set[str]:
     if not output.requires_grad:  # a network that cuts its own gradients
         return set()
-    gradients = torch.autograd.grad(output.sum(), list(parameters.values()), allow_unused=True)
+    gradients = torch.autograd.grad(output.sum(), list(parameters.values()), allow_unused=True, retain_graph=True)
     return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
 
 
@@ -316,5 +349,6 @@ def _training_mode(network: nn.Module) -> None:
 
 
 def _point(step: int, loss: float | None, found: Measurement, revived: int) -> TracePoint:
-    use = found.codebooks[0]
-    return TracePoint(step, loss, found.error, use.used, use.perplexity, use.distortion, revived)
+    uses = found.codebooks
+    perplexity, distortion = (mean(getattr(use, name) for use in uses) for name in ("perplexity", "distortion"))
+    return TracePoint(step, loss, found.error, sum(use.used for use in uses), perplexity, distortion, revived)

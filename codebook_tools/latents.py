@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,6 +35,21 @@ class StoredLatents:
         yield from torch.split(self.vectors, self.batch)
 
 
+class Named(Protocol):
+    """What latents belong to: an image, a clip, a row of a file. digest: SHA-256 of its name."""
+
+    @property
+    def digest(self) -> bytes: ...
+
+
+class ItemLatents(Protocol):
+    """Latents that are known by the items they belong to, how many of which there are."""
+
+    def __len__(self) -> int: ...
+
+    def by_item(self) -> Iterator[tuple[Sequence[Named], Tensor]]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class EncodedLatents:
     """Latents of images, encoded anew at each reading.
@@ -48,6 +64,9 @@ class EncodedLatents:
     def __iter__(self) -> Iterator[Tensor]:
         for _, latents in self.by_item():
             yield latents.flatten(0, 1)
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     def by_item(self) -> Iterator[tuple[list[Item], Tensor]]:
         """Items and their latents, (n, positions, dim). Raises CodebookError at the first that is not finite."""
@@ -66,7 +85,7 @@ def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def sample_keys(items: list[Item], positions: int, seed: int) -> NDArray[np.uint64]:
+def sample_keys(items: Sequence[Named], positions: int, seed: int) -> NDArray[np.uint64]:
     """(len(items) * positions,) hashes of seed, item name and position: a latent's place in the sampling order."""
     names = np.array([int.from_bytes(item.digest[24:], "big") for item in items], dtype=np.uint64)
     salted = _mixed(names ^ _mixed(np.array([seed % 2**64], dtype=np.uint64)))
@@ -78,12 +97,14 @@ class Survey:
     """What one pass over the calibration latents found.
 
     counts: (size,) int64. total: latents seen. sample: (n, dim) float32, ordered by hash, so that every head of it is a
-    uniform sample; all latents when total <= SAMPLE_LIMIT. error: sum of squared errors, over all latents.
+    uniform sample; all latents when total <= SAMPLE_LIMIT. codes: (n,) int64, of the sample. error: sum of squared
+    errors, over all latents.
     """
 
     counts: Tensor
     total: int
     sample: StoredLatents
+    codes: Tensor
     error: float
 
     @property
@@ -91,36 +112,53 @@ class Survey:
         return len(self.sample) < self.total
 
 
-def survey(
-    latents: EncodedLatents, codebook: Codebook, *, seed: int, limit: int = SAMPLE_LIMIT, watch: Watch
-) -> Survey:
-    """Encode, count and sample in one pass. The sample does not depend on order or batching, only on names and seed."""
+class Sampler:
+    """Rows of many latents, the `limit` whose hashes are the smallest: which they are does not depend on order or
+    batching, only on names and seed, so that two passes over one data set line up row by row."""
+
+    def __init__(self, seed: int, limit: int) -> None:
+        self._seed, self._limit = seed, limit
+        self._kept: list[tuple[NDArray[np.uint64], tuple[Tensor, ...]]] = []
+        self._held, self._ceiling = 0, np.uint64(2**64 - 1)
+
+    def add(self, items: Sequence[Named], positions: int, *columns: Tensor) -> None:
+        """columns: (len(items) * positions, ...) each, of the items' latents in order."""
+        keys = sample_keys(items, positions, self._seed)
+        chosen = np.flatnonzero(keys <= self._ceiling)
+        rows = torch.from_numpy(chosen)
+        self._kept.append((keys[chosen], tuple(column.cpu()[rows] for column in columns)))
+        self._held += len(chosen)
+        if self._held > self._limit + max(self._limit // 4, 65_536):  # rarely, so that n latents cost O(n)
+            self._kept = [self._smallest()]
+            self._held, self._ceiling = self._limit, self._kept[0][0].max()
+
+    def columns(self) -> tuple[Tensor, ...]:
+        """The sample, in the order of its hashes. Raises CodebookError where nothing was added."""
+        if not self._kept:
+            raise CodebookError("no latents: none of the items could be read")
+        return self._smallest()[1]
+
+    def _smallest(self) -> tuple[NDArray[np.uint64], tuple[Tensor, ...]]:
+        keys = np.concatenate([keys for keys, _ in self._kept])
+        order = np.argsort(keys, kind="stable")[: self._limit]
+        rows = torch.from_numpy(order)
+        columns = zip(*(columns for _, columns in self._kept), strict=True)
+        return keys[order], tuple(torch.cat(column)[rows] for column in columns)
+
+
+def survey(latents: ItemLatents, codebook: Codebook, *, seed: int, limit: int = SAMPLE_LIMIT, watch: Watch) -> Survey:
+    """Encode, count and sample in one pass."""
     counts = torch.zeros(codebook.size, dtype=torch.int64)
     total, error, done = 0, 0.0, 0
-    kept: list[tuple[NDArray[np.uint64], Tensor]] = []
-    held, ceiling = 0, np.uint64(2**64 - 1)
+    sampler = Sampler(seed, limit)
     for items, batch in latents.by_item():
         rows = batch.flatten(0, 1)
         codes = nearest(rows, codebook)
         counts += torch.bincount(codes, minlength=codebook.size).cpu()
         error += float(squared_errors(rows, codebook, codes).double().sum())
         total += len(rows)
-        keys = sample_keys(items, batch.shape[1], seed)
-        chosen = np.flatnonzero(keys <= ceiling)
-        kept.append((keys[chosen], rows.cpu()[torch.from_numpy(chosen)]))
-        held += len(chosen)
-        if held > limit + max(limit // 4, 65_536):  # trimmed rarely, so that a pass over n latents costs O(n)
-            kept = [_smallest(kept, limit)]
-            held, ceiling = limit, kept[0][0].max()
+        sampler.add(items, batch.shape[1], rows, codes)
         done += len(items)
-        watch.progress("encode", done, len(latents.images))
-    if not kept:
-        raise CodebookError("no latents: none of the images could be read")
-    _, rows = _smallest(kept, limit)
-    return Survey(counts, total, StoredLatents(rows), error)
-
-
-def _smallest(kept: list[tuple[NDArray[np.uint64], Tensor]], limit: int) -> tuple[NDArray[np.uint64], Tensor]:
-    keys = np.concatenate([keys for keys, _ in kept])
-    order = np.argsort(keys, kind="stable")[:limit]
-    return keys[order], torch.cat([rows for _, rows in kept])[torch.from_numpy(order)]
+        watch.progress("encode", done, len(latents))
+    rows, codes = sampler.columns()
+    return Survey(counts, total, StoredLatents(rows), codes, error)

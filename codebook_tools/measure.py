@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from codebook_tools import metrics
 from codebook_tools.assignment import squared_errors
+from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
 from codebook_tools.images import Images, limited
-from codebook_tools.models.model import INPUT_RANGES, Model
+from codebook_tools.models.model import INPUT_RANGES, Model, Pass
 from codebook_tools.watch import Watch
 
 RANGE_IMAGES = 64
@@ -64,11 +66,12 @@ def use_of(key: str, dim: int, counts: Tensor, distortion: float, coverage: floa
 
 @dataclass(frozen=True)
 class Measurement:
-    """mse: per value, images in [0, 1], reconstructions clamped to it; None where nothing was reconstructed. psnr: dB,
-    None without any error. ssim: None where the images are too small for its window."""
+    """mse: per value, images in [0, 1], reconstructions clamped to it, or of the waveform; None where nothing was
+    reconstructed. images: or clips; None where there were only latents. psnr: dB, None without any error. ssim: None
+    for waveforms, and where the images are too small for its window."""
 
     split: str
-    images: int
+    images: int | None
     mse: float | None
     psnr: float | None
     ssim: float | None
@@ -81,22 +84,44 @@ class Measurement:
         return self.mse
 
 
-def reconstruct(model: Model, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """images (n, channels, height, width) in [0, 1] -> reconstructions clamped to it, latents (n, dim, *grid), codes.
+def reconstruct(model: Model, media: Tensor) -> Pass:
+    """One batch through a model: images (n, channels, height, width) in [0, 1], reconstructed clamped to it, or
+    waveforms (n, channels, samples), which are not.
 
-    Raises NotFiniteError where the network's output is not finite, CodebookError where it is not of the images' shape.
+    Raises NotFiniteError where the network's output is not finite, CodebookError where it is not of the input's shape.
     """
     with torch.no_grad():
-        latents = model.encode(images)
-        if not bool(torch.isfinite(latents).all()):
-            raise NotFiniteError("the encoder's latents are not finite")
-        codes = model.assign(latents)
-        shown = model.decode(model.embed(codes)).clamp(0, 1)
-    if shown.shape != images.shape:
-        raise CodebookError(f"decode returns {tuple(shown.shape[1:])} for images of {tuple(images.shape[1:])}")
+        seen = model.pass_through(media)
+    if not all(bool(torch.isfinite(latents).all()) for latents in seen.latents):
+        raise NotFiniteError("the encoder's latents are not finite")
+    shown = seen.media.clamp(0, 1) if model.media == "images" else seen.media
+    if shown.shape != media.shape:
+        raise CodebookError(f"decode returns {tuple(shown.shape[1:])} for {model.media} of {tuple(media.shape[1:])}")
     if not bool(torch.isfinite(shown).all()):
         raise NotFiniteError("the decoder's reconstructions are not finite")
-    return shown, latents, codes
+    return replace(seen, media=shown)
+
+
+class Tally:
+    """What is counted of one codebook. reference: the squared distance up to which a latent counts as covered."""
+
+    def __init__(self, key: str, codebook: Codebook, reference: float | None) -> None:
+        self.key, self.codebook, self.reference = key, codebook, reference
+        self.counts = torch.zeros(codebook.size, dtype=torch.int64)
+        self.latents = self.near = 0
+        self.distortion = 0.0
+
+    def add(self, rows: Tensor, codes: Tensor) -> None:
+        """rows: (n, dim) latents, and their codes, (n,)."""
+        self.counts += torch.bincount(codes, minlength=self.codebook.size).cpu()
+        errors = squared_errors(rows, self.codebook, codes).double()
+        self.distortion += float(errors.sum())
+        self.near += int((errors <= self.reference).sum()) if self.reference is not None else 0
+        self.latents += len(rows)
+
+    def use(self) -> CodebookUse:
+        coverage = self.near / self.latents if self.reference is not None else None
+        return use_of(self.key, self.codebook.dim, self.counts, self.distortion / self.latents, coverage)
 
 
 def measure(
@@ -106,39 +131,35 @@ def measure(
     split: str = "test",
     batch: int = 64,
     structure: bool = True,
-    reference: float | None = None,
+    references: Sequence[float | None] | None = None,
     watch: Watch,
 ) -> Measurement:
     """Measure a model on all of `images`. structure: with SSIM, which takes longer than the rest on small images.
 
-    reference: the squared distance up to which a latent counts as covered.
+    references: of each book, the squared distance up to which a latent counts as covered.
     """
-    codebook = model.codebook
-    counts = torch.zeros(codebook.size, dtype=torch.int64)
-    count, latent_count, values, near = 0, 0, 0, 0
-    error = distortion = similarity = 0.0
-    compared = structure
+    given = references or [None] * len(model.books)
+    tallies = [Tally(book.key, book.codebook, of) for book, of in zip(model.books, given, strict=True)]
+    count, values = 0, 0
+    error = similarity = 0.0
+    compared = structure and model.media == "images"
     for items, pixels in images.batches(batch):
-        shown, latents, codes = reconstruct(model, pixels)
-        pixels = pixels.to(shown.device)
-        rows, flat = latents.movedim(1, -1).flatten(0, -2), codes.flatten()
-        counts += torch.bincount(flat, minlength=codebook.size).cpu()
-        errors = squared_errors(rows, codebook, flat).double()
-        distortion += float(errors.sum())
-        near += int((errors <= reference).sum()) if reference is not None else 0
-        error += float((shown - pixels).double().square().sum())
-        count, latent_count, values = count + len(items), latent_count + len(rows), values + pixels.numel()
-        scores = metrics.ssim(pixels, shown) if compared else None
+        seen = reconstruct(model, pixels)
+        pixels = pixels.to(seen.media.device)
+        for tally, latents, codes in zip(tallies, seen.latents, seen.codes, strict=True):
+            tally.add(latents.movedim(1, -1).flatten(0, -2), codes.flatten())
+        error += float((seen.media - pixels).double().square().sum())
+        count, values = count + len(items), values + pixels.numel()
+        scores = metrics.ssim(pixels, seen.media) if compared else None
         compared = scores is not None
         similarity += float(scores.double().sum()) if scores is not None else 0.0
         watch.progress(f"measure on {split}", count, len(images))
     if not count:
-        raise CodebookError(f"none of the {len(images)} {split} images can be read")
+        raise CodebookError(f"none of the {len(images)} {split} {model.media} can be read")
     mse = error / values
-    coverage = near / latent_count if reference is not None else None
-    use = use_of(model.found.key, codebook.dim, counts, distortion / latent_count, coverage)
+    uses = tuple(tally.use() for tally in tallies)
     return Measurement(
-        split, count, mse, metrics.psnr(mse) if mse else None, similarity / count if compared else None, (use,)
+        split, count, mse, metrics.psnr(mse) if mse else None, similarity / count if compared else None, uses
     )
 
 

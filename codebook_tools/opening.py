@@ -24,19 +24,20 @@ class Request:
     """What is to be worked on, and how. Each field is the command line's option of that name.
 
     model: None for the bundled demo. data: none for the bundled sample. test_data: none for a tenth of data. stats: the
-    counts of an earlier pass, in place of images.
+    counts of an earlier pass, and latents: files of them, in place of images.
     """
 
     model: Path | None = None
     data: tuple[str, ...] = ()
     test_data: tuple[str, ...] = ()
     stats: Path | None = None
+    latents: tuple[str, ...] = ()
     limit: int | None = None
     size: int | None = None
     skip_bad: bool = False
     network: str | None = None
     family: str | None = None
-    codebook_key: str | None = None
+    codebook_keys: tuple[str, ...] = ()
     metric: str | None = None
     input_range: tuple[float, float] | None = None
     batch_size: int = 64
@@ -83,7 +84,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
             checkpoint,
             network=request.network,
             family=request.family,
-            codebook_key=request.codebook_key,
+            codebook_keys=request.codebook_keys,
             metric=request.metric,
             device=_device(request.device),
             bf16=request.precision == "bf16",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from codebook_tools.codebook import Strategy
 from codebook_tools.finetune import FineTuned, Recipe, TracePoint
 from codebook_tools.measure import Measurement
 from codebook_tools.opening import Request
-from codebook_tools.output import check_output, default_output
+from codebook_tools.output import check_output, check_size, default_output
 from codebook_tools.version import VERSION
 
 
@@ -49,9 +49,14 @@ class Result:
         return {**plain, "warnings": list(self.warnings), "stages": stages, "trace": [asdict(p) for p in self.trace]}
 
 
-def check_request_output(request: Request, output: Path) -> None:
-    """Raise CodebookError where the output cannot be written, has no layout that is, or would replace the model."""
-    check_output(read_checkpoint(request.source), output, request.force)
+def check_request_output(request: Request, command: str, size: int | None) -> Path:
+    """Where the result goes. Raises CodebookError where that cannot be written, has no layout that is, or would replace
+    the model; and where the model's config refuses `size` codes (None or 0: not known yet)."""
+    checkpoint = read_checkpoint(request.source)
+    check_size(checkpoint, size)
+    output = request_output(request, command, size or 0)
+    check_output(checkpoint, output, request.force)
+    return output
 
 
 def asked_size(strategy: Strategy | None, old: int) -> int | None:
@@ -84,7 +89,7 @@ def provenance(
     command: str,
     request: Request,
     checkpoint: Checkpoint,
-    key: str,
+    keys: Iterable[str],
     settings: Mapping[str, object],
     kept: str,
     tuned: FineTuned | None = None,
@@ -97,7 +102,7 @@ def provenance(
         "command": command,
         "version": VERSION,
         "settings": json.dumps({**public, "seed": request.seed}, sort_keys=True),
-        "codebook": key,
+        "codebooks": json.dumps(list(keys)),
         "kept": kept,
         "trained": ",".join(trained.groups) if trained else "",
         "trained_tensors": json.dumps(trained.trained if trained else []),

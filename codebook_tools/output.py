@@ -9,7 +9,8 @@ from codebook_tools.checkpoints.layout import CONFIG, SUFFIX, is_directory_outpu
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.checkpoints.writing import check_writable
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.load import config_key_of
+from codebook_tools.filling import power_of_two
+from codebook_tools.models.load import config_of
 
 _NOT_WRITTEN = {".pt", ".pth", ".ckpt", ".bin"}
 
@@ -40,13 +41,26 @@ def check_output(checkpoint: Checkpoint, output: Path, force: bool) -> None:
     check_writable(output, force, with_config=described)
 
 
+def check_size(checkpoint: Checkpoint, size: int | None) -> None:
+    """Raise CodebookError, with the nearest that will do, where the model's config would refuse so many codes."""
+    if size is None or size < 1 or not config_of(checkpoint).power_of_two:
+        return
+    above = power_of_two(size)
+    if size != above:
+        raise CodebookError(
+            f"{size} codes: {checkpoint.config_path} takes powers of two only; the nearest are {above // 2} and {above}"
+        )
+
+
 def written_config(checkpoint: Checkpoint, size: int) -> bytes | None:
     """The config to be written with `size` codes: the original's, with that K. None: there is none that goes along."""
-    path, key = checkpoint.config_path, config_key_of(checkpoint)
-    if path is None or (key is None and checkpoint.folder is None):
+    path, entry = checkpoint.config_path, config_of(checkpoint)
+    if path is None or (entry.key is None and checkpoint.folder is None):
         return None
-    text = path.read_bytes()
-    return with_entry(text, key, size) if key else text
+    text, config = path.read_bytes(), checkpoint.config
+    if entry.key is None or config is None:
+        return text
+    return with_entry(text, entry.key, size)
 
 
 def remarks(checkpoint: Checkpoint, old: int, new: int, output: Path) -> list[str]:
@@ -56,10 +70,10 @@ def remarks(checkpoint: Checkpoint, old: int, new: int, output: Path) -> list[st
     if left_out:
         few = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
         found.append(f"of the model's directory, {few} does not go into the new one")
-    if checkpoint.folder and config_key_of(checkpoint) is None and new != old:
+    if checkpoint.folder and config_of(checkpoint).key is None and new != old:
         found.append(f"{CONFIG} goes along as it is: no entry of it is known to be K, which is {new} now")
     return found
 
 
 def _has_config(checkpoint: Checkpoint) -> bool:
-    return checkpoint.folder is not None or config_key_of(checkpoint) is not None
+    return checkpoint.folder is not None or config_of(checkpoint).key is not None

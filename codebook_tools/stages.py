@@ -1,35 +1,50 @@
-"""One surgery on a running model, in memory: measure, install, measure, fine-tune, measure."""
+"""One surgery on a running model, in memory: operate on each codebook, measure, fine-tune, measure."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import nearest
-from codebook_tools.codebook import REMOVED, Codebook, Surgery
+from codebook_tools.assignment import nearest, squared_errors
+from codebook_tools.codebook import REMOVED, Codebook, Strategy, Surgery
 from codebook_tools.coverage import reference_distance, reference_latents
 from codebook_tools.errors import CodebookError
+from codebook_tools.filling import common_sizes, filled, remark
 from codebook_tools.finetune import FineTuned, Recipe, finetune
 from codebook_tools.latents import Survey, survey
 from codebook_tools.measure import Measurement, measure
+from codebook_tools.models.model import Book
 from codebook_tools.opening import Opened
+from codebook_tools.tokens import Tokens, tokenise
 from codebook_tools.watch import Watch
+
+Latents = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The calibration data as the model sees them before anything changes. first: of the first book that is operated
+    on. tokens: of every book."""
+
+    first: Survey
+    tokens: tuple[Tokens, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Stages:
-    """before, surgery, finetuned: measured on the test data, None where there is no such stage.
+    """surgery, finetuned: measured on the test data, None where there is no such stage.
 
-    kept: the stage that the model is left in. index_map: as Surgery's, without the codes that fine-tuning revived.
+    kept: the stage that the model is left in. index_maps: as Surgery's, without the codes that fine-tuning revived, by
+    index of each book that may have changed.
     """
 
-    before: Measurement
     surgery: Measurement | None
     finetuned: Measurement | None
     kept: str
-    index_map: Tensor
+    index_maps: Mapping[int, Tensor]
     tuned: FineTuned | None
     warnings: tuple[str, ...] = ()
 
@@ -39,88 +54,142 @@ def require_training_data(opened: Opened, recipe: Recipe) -> None:
     if recipe.steps and not (opened.splits.train and opened.splits.validation):
         count = len(opened.calibration)
         raise CodebookError(
-            f"{count} calibration images leave the training or validation split empty; give more --data"
+            f"{count} calibration {opened.model.media} leave the training or validation split empty; give more --data"
         )
 
 
-def survey_calibration(opened: Opened, watch: Watch) -> Survey:
-    """Encode, count and sample the calibration data with the model as it is."""
+def calibrate(opened: Opened, watch: Watch) -> Calibration:
+    """See the calibration data with the model as it is."""
+    first = _survey(opened, opened.model.chosen[0], watch)
+    if len(opened.model.books) == 1:
+        return Calibration(first, (Tokens(first.counts, first.error, first.codes),))
+    return Calibration(first, calibration_tokens(opened, watch))
+
+
+def calibration_tokens(opened: Opened, watch: Watch) -> tuple[Tokens, ...]:
+    """The tokens of the calibration data by the model as it is."""
+    request = opened.request
+    with watch.phase("encode"):
+        return tokenise(opened.model, opened.calibration, seed=request.seed, batch=request.batch_size, watch=watch)
+
+
+def _survey(opened: Opened, stage: int, watch: Watch) -> Survey:
     request, model = opened.request, opened.model
     with watch.phase("encode"):
-        return survey(
-            model.latents(opened.calibration, request.batch_size), model.codebook, seed=request.seed, watch=watch
-        )
+        stream = model.latents(opened.calibration, request.batch_size, stage)
+        return survey(stream, model.books[stage].codebook, seed=request.seed, watch=watch)
 
 
-def sample_counts(seen: Survey, codebook: Codebook) -> tuple[Tensor, Tensor]:
-    """(size,) float64 counts, scaled from the sample to all latents, and the sample's codes."""
-    codes = nearest(seen.sample.vectors, codebook)
-    return torch.bincount(codes, minlength=codebook.size).double() * (seen.total / len(seen.sample)), codes
+def on_cpu(book: Book) -> Codebook:
+    return replace(book.codebook, vectors=book.codebook.vectors.cpu())
 
 
-def on_cpu(codebook: Codebook) -> Codebook:
-    return replace(codebook, vectors=codebook.vectors.cpu())
+def encoder_latents(opened: Opened) -> Latents:
+    """The calibration latents that the codes of the model as it is are held against, of each book."""
+    request, model = opened.request, opened.model
+    return tuple(
+        reference_latents(model, opened.calibration, seed=request.seed, batch=request.batch_size, stage=stage)
+        for stage in range(len(model.books))
+    )
 
 
-def encoder_latents(opened: Opened) -> Tensor | None:
-    """The calibration latents that the codes of the model as it is are held against."""
-    request = opened.request
-    return reference_latents(opened.model, opened.calibration, seed=request.seed, batch=request.batch_size)
-
-
-def measure_stage(opened: Opened, latents: Tensor | None, watch: Watch) -> Measurement:
+def measure_stage(opened: Opened, latents: Latents, watch: Watch) -> Measurement:
     """Measure the model as it is on the test data. latents: of its encoder, as `encoder_latents` gives them."""
     request, model = opened.request, opened.model
-    reference = reference_distance(latents, model.codebook, seed=request.seed)
-    return measure(model, opened.test, batch=request.batch_size, reference=reference, watch=watch)
+    with watch.phase("measure"):
+        references = [
+            reference_distance(rows, book.codebook, seed=request.seed)
+            for rows, book in zip(latents, model.books, strict=True)
+        ]
+        return measure(model, opened.test, batch=request.batch_size, references=references, watch=watch)
+
+
+def perform(opened: Opened, strategy: Strategy, seen: Calibration, watch: Watch) -> dict[int, Surgery]:
+    """Operate on the chosen books one after another, each on the latents that those before it leave, and install.
+
+    Books of one size stay of one size, and sizes that the config would refuse are filled up with dead codes. Returns
+    the surgeries by index of the book.
+    """
+    model = opened.model
+    before = [on_cpu(book) for book in model.books]
+    counts = {stage: tokens.counts for stage, tokens in enumerate(seen.tokens)}
+    surgeries = dict[int, Surgery]()
+    for stage in model.chosen:
+        found = seen.first if stage == model.chosen[0] else _survey(opened, stage, watch)
+        counts[stage] = found.counts
+        with watch.phase("strategy"):
+            surgeries[stage] = strategy(before[stage], found.sample, found.counts)
+        model.install(surgeries[stage].codebook, stage)
+    asked = [book.codebook.size for book in model.books]
+    sizes = common_sizes([book.size for book in before], asked, model.power_of_two)
+    for stage in (stage for stage, size in enumerate(sizes) if size > asked[stage]):
+        unchanged = Surgery(before[stage], torch.arange(before[stage].size))
+        surgeries[stage] = filled(surgeries.get(stage, unchanged), before[stage], counts[stage], sizes[stage])
+        model.install(surgeries[stage].codebook, stage)
+    opened.warnings += remark([book.key for book in model.books], asked, sizes)
+    return surgeries
 
 
 def run_stages(
     opened: Opened,
-    surgery: Surgery | None,
-    seen: Survey,
+    surgeries: Mapping[int, Surgery],
+    seen: Calibration,
+    latents: Latents,
     recipe: Recipe,
     *,
     seed: int,
-    before: Measurement | None = None,
     watch: Watch,
 ) -> Stages:
-    """Install a surgery in `opened.model` and fine-tune it; the model is left in the better state by validation error.
+    """Measure what `perform` made, and fine-tune; the model is left in the better state by validation error.
 
-    surgery: None fine-tunes the codebook as it is. seen: the calibration data, as the model's encoder sees it. seed: of
-    the fine-tuning. before: the first measurement, where it is known already.
+    surgeries: none, to fine-tune the codebooks as they are. seen: the calibration data, before the surgery. latents:
+    of the encoder as it is, by `encoder_latents`. seed: of the fine-tuning.
     """
     model = opened.model
-    with watch.phase("measure"):
-        latents = encoder_latents(opened)
-        before = before or measure_stage(opened, latents, watch)
     kept, after, finetuned, tuned = "before", None, None, None
-    index_map = surgery.index_map if surgery else torch.arange(model.codebook.size)
-    if surgery:
-        model.install(surgery.codebook)
-        with watch.phase("measure"):
-            kept, after = "surgery", measure_stage(opened, latents, watch)
+    index_maps = {stage: surgery.index_map for stage, surgery in surgeries.items()}
+    if surgeries:
+        several = len(model.books) > 1  # then what one leaves to the next is not what it was
+        kept, after = "surgery", measure_stage(opened, encoder_latents(opened) if several else latents, watch)
+    else:
+        index_maps = {stage: torch.arange(model.books[stage].codebook.size) for stage in model.chosen}
     warnings = []
     if recipe.steps:
-        counts, _ = sample_counts(seen, on_cpu(model.codebook))
+        counts = [tokens.counts for tokens in current_tokens(opened, seen, bool(surgeries), watch)]
         tuned = _finetune(opened, recipe, counts, seed, watch)
         if tuned.diverged:
             warnings.append(f"fine-tuning diverged at step {tuned.diverged}; an earlier state was taken")
-        with watch.phase("measure"):
-            finetuned = measure_stage(opened, encoder_latents(opened), watch)
+        finetuned = measure_stage(opened, encoder_latents(opened), watch)
         if tuned.best.validation_mse < tuned.start.validation_mse:
             kept = "finetuned"
-            gone = torch.isin(index_map, tuned.best.revived.nonzero()[:, 0])
-            index_map = index_map.masked_fill(gone, REMOVED)
+            for stage, index_map in index_maps.items():
+                gone = torch.isin(index_map, tuned.best.revived[stage].nonzero()[:, 0])
+                index_maps[stage] = index_map.masked_fill(gone, REMOVED)
         else:
             tuned.start.restore(model)
             model.round_to_stored()
-            stage = {"before": "the original", "surgery": "the state after surgery"}[kept]
-            warnings.append(f"fine-tuning did not lower the validation error below that of {stage}: {stage} is kept")
-    return Stages(before, after, finetuned, kept, index_map, tuned, tuple(warnings))
+            stage_kept = {"before": "the original", "surgery": "the state after surgery"}[kept]
+            warnings.append(
+                f"fine-tuning did not lower the validation error below that of {stage_kept}: {stage_kept} is kept"
+            )
+    return Stages(after, finetuned, kept, index_maps, tuned, tuple(warnings))
 
 
-def _finetune(opened: Opened, recipe: Recipe, counts: Tensor, seed: int, watch: Watch) -> FineTuned:
+def current_tokens(opened: Opened, seen: Calibration, moved: bool, watch: Watch) -> tuple[Tokens, ...]:
+    """The tokens of the calibration data by the model as it is. moved: codes did since `seen`, networks did not: with
+    one codebook the latents are the same, and need not be encoded once more."""
+    if not moved:
+        return seen.tokens
+    if len(opened.model.books) > 1:
+        return calibration_tokens(opened, watch)
+    codebook, first = on_cpu(opened.model.books[0]), seen.first
+    rows, share = first.sample.vectors, len(first.sample) / first.total
+    codes = nearest(rows, codebook)
+    counts = torch.bincount(codes, minlength=codebook.size).double() / share
+    return (Tokens(counts, float(squared_errors(rows, codebook, codes).double().sum()) / share, codes),)
+
+
+def _finetune(opened: Opened, recipe: Recipe, counts: list[Tensor], seed: int, watch: Watch) -> FineTuned:
     train, validation = (opened.calibration.subset(part) for part in (opened.splits.train, opened.splits.validation))
     with watch.phase("finetune"):
         tuned = finetune(opened.model, train, validation, recipe, counts, seed=seed, watch=watch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +27,14 @@ class Stats:
     images: int
 
 
-def write_stats(path: Path, checkpoint: Checkpoint, key: str, stats: Stats) -> None:
-    """Write them for the codebook `key` of a checkpoint. Raises CodebookError where the disk fails."""
-    about = {"checkpoint_sha256": checkpoint.sha256, "split": stats.split, "images": str(stats.images)}
-    tensors = {
-        f"{key}/counts": stats.counts,
-        f"{key}/squared_error": torch.tensor(stats.error, dtype=torch.float64),
-    }
+def write_stats(path: Path, checkpoint: Checkpoint, stats: Mapping[str, Stats]) -> None:
+    """Write them, by codebook key, for a checkpoint. Raises CodebookError where the disk fails."""
+    one = next(iter(stats.values()))
+    about = {"checkpoint_sha256": checkpoint.sha256, "split": one.split, "images": str(one.images)}
+    tensors = dict[str, Tensor]()
+    for key, found in stats.items():
+        tensors[f"{key}/counts"] = found.counts
+        tensors[f"{key}/squared_error"] = torch.tensor(found.error, dtype=torch.float64)
     write_tensors(path, tensors, {PREFIX + name: value for name, value in about.items()})
 
 

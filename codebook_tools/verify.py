@@ -10,15 +10,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from codebook_tools.assignment import unit
 from codebook_tools.checkpoints.config import same_config
-from codebook_tools.checkpoints.detect import FoundCodebook, find_codebooks
+from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.layout import PREFIX, index_map_path
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.writing import maps_sha256
 from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.companions import companion_values, flags, rows_of
-from codebook_tools.models.load import config_key_of
+from codebook_tools.models.companions import (
+    companion_values,
+    effective_rows,
+    flags,
+    owned_keys,
+    rounded,
+    rows_of,
+)
+from codebook_tools.models.load import config_of, find_book
+from codebook_tools.output import written_config
 
 
 @dataclass(frozen=True)
@@ -54,22 +63,26 @@ def verify_checkpoint(model: Path, against: Path, index_map: Path | None = None)
     """
     map_path = index_map or index_map_path(model)
     written, original, maps = read_checkpoint(model), read_checkpoint(against), read_checkpoint(map_path)
-    key = written.metadata.get(PREFIX + "codebook")
-    if key is None:
-        raise CodebookError(f"{model} says nothing of a surgery: it was not written by codebook-tools")
-    found = {book.key: book for book in find_codebooks(original.shapes, original.dtypes).codebooks}.get(key)
-    if found is None:
-        if key not in original.entries:
-            raise CodebookError(f"{against} has no {key}, the codebook of {model}: it is not the original")
-        size, dim = original.entries[key].shape
-        found = FoundCodebook(key, size, dim, 0, 1, original.entries[key].dtype, "unknown", (), "high")
+    books = list(_books(written, original, model, against))
     differences = (
         *_files(written, original, maps),
-        *_config(written, original, found),
-        *_tensors(written, original, found),
-        *_maps(written, original, maps, found),
+        *_config(written, original, books),
+        *_tensors(written, original, books),
+        *_map_names(maps, books),
+        *(difference for found in books for difference in _book(written, original, maps, found)),
     )
     return Verification(str(model), str(against), str(map_path), differences)
+
+
+def _books(written: Checkpoint, original: Checkpoint, model: Path, against: Path) -> Iterator[FoundCodebook]:
+    """Where the codebooks that the written file names lie in the original."""
+    keys = _listed(written, "codebooks")
+    if not keys:
+        raise CodebookError(f"{model} says nothing of a surgery: it was not written by codebook-tools")
+    for key in keys:
+        if key not in original.entries:
+            raise CodebookError(f"{against} has no {key}, a codebook of {model}: it is not the original")
+        yield find_book(original, key)
 
 
 def _files(written: Checkpoint, original: Checkpoint, maps: Checkpoint) -> Iterator[Difference]:
@@ -87,30 +100,40 @@ def _files(written: Checkpoint, original: Checkpoint, maps: Checkpoint) -> Itera
             yield Difference("__metadata__", f"the original's entry {name} was not kept")
 
 
-def _config(written: Checkpoint, original: Checkpoint, found: FoundCodebook) -> Iterator[Difference]:
-    """The config is the original's but for K, which is the tensor's."""
-    key = config_key_of(original)
-    if (key is None and original.folder is None) or original.config is None:
+def _config(written: Checkpoint, original: Checkpoint, books: list[FoundCodebook]) -> Iterator[Difference]:
+    """The config is the original's but for K, which is the tensors', and what K decides."""
+    entry = config_of(original)
+    if (entry.key is None and original.folder is None) or original.config is None:
         return  # none, or one beside the file that may be anyone's
     if written.config is None or written.config_path is None:
         yield Difference("config.json", "missing")
         return
     name, before, after = written.config_path.name, original.config, written.config
-    for entry in {**before, **after}:
-        same = entry in before and entry in after and same_config(before[entry], after[entry])
-        if entry != key and not same:
-            yield Difference(name, f"entry {entry} is not the original's")
-    shape = written.entries[found.key].shape if found.key in written.entries else ()
-    if key is not None and len(shape) > found.axis and after.get(key) != shape[found.axis]:
-        yield Difference(name, f"{key} is {after.get(key)!r}, for {shape[found.axis]} codes")
+    sizes = {shape[book.axis] for book in books if len(shape := _shape(written, book)) > book.axis}
+    if len(sizes) > 1:
+        yield Difference(name, f"one config for codebooks of {len(sizes)} sizes: {sorted(sizes)}")
+        return
+    text = written_config(original, sizes.pop()) if sizes else None
+    meant = json.loads(text) if text else before
+    for key in {**meant, **after}:
+        if key not in meant or key not in after or not same_config(meant[key], after[key]):
+            what = (
+                f"{after[key]!r} where {meant[key]!r} belongs" if key in meant and key in after else "extra or missing"
+            )
+            yield Difference(name, f"entry {key}: {what}")
 
 
-def _tensors(written: Checkpoint, original: Checkpoint, found: FoundCodebook) -> Iterator[Difference]:
-    """Keys, dtypes and bytes are the original's but for the codebook, its companions and what was trained."""
+def _shape(written: Checkpoint, found: FoundCodebook) -> tuple[int, ...]:
+    return written.entries[found.key].shape if found.key in written.entries else ()
+
+
+def _tensors(written: Checkpoint, original: Checkpoint, books: list[FoundCodebook]) -> Iterator[Difference]:
+    """Keys, dtypes and bytes are the original's but for the codebooks, their companions and what was trained."""
     for key in sorted(original.entries.keys() ^ written.entries.keys()):
         yield Difference(key, "missing" if key in original.entries else "not in the original")
-    follows = {found.key, *found.companions}
-    may_differ = follows | set(flags(found.key, original.entries)) | set(_trained(written))
+    follows = {key for book in books for key in (book.key, *book.companions)}
+    owned = {key for book in books for key in owned_keys(book, original.entries)}
+    may_differ = owned | set(_listed(written, "trained_tensors"))
     for key in sorted(original.entries.keys() & written.entries.keys()):
         before, after = original.entries[key], written.entries[key]
         if before.dtype != after.dtype:
@@ -123,9 +146,10 @@ def _tensors(written: Checkpoint, original: Checkpoint, found: FoundCodebook) ->
             yield Difference(key, "not finite")
 
 
-def _trained(written: Checkpoint) -> list[str]:
+def _listed(written: Checkpoint, entry: str) -> list[str]:
+    """A list of names in the metadata; empty where it is none."""
     try:
-        names = json.loads(written.metadata.get(PREFIX + "trained_tensors", "[]"))
+        names = json.loads(written.metadata.get(PREFIX + entry, "[]"))
     except ValueError:
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
@@ -135,20 +159,27 @@ def _same_bytes(a: Checkpoint, b: Checkpoint, key: str) -> bool:
     return all(one == other for one, other in zip(a.chunks(key), b.chunks(key), strict=True))
 
 
-def _maps(written: Checkpoint, original: Checkpoint, maps: Checkpoint, found: FoundCodebook) -> Iterator[Difference]:
+def _map_names(maps: Checkpoint, books: list[FoundCodebook]) -> Iterator[Difference]:
+    names = {f"{book.key}/{kind}" for book in books for kind in ("index_map", "nearest")}
+    if set(maps.entries) != names or any(entry.dtype != "I64" for entry in maps.entries.values()):
+        yield Difference(
+            min(names), f"{maps.path.name} does not hold an index_map and nearest, int64, of each codebook"
+        )
+
+
+def _book(written: Checkpoint, original: Checkpoint, maps: Checkpoint, found: FoundCodebook) -> Iterator[Difference]:
     """Sizes agree everywhere, companions follow their codes, and codes that kept their identity kept their numbers."""
-    names = (f"{found.key}/index_map", f"{found.key}/nearest")
-    if found.key not in written.entries:
-        return
-    shape = written.entries[found.key].shape
+    shape = _shape(written, found)
+    if not shape:
+        return  # told of already
     size = shape[found.axis] if len(shape) > found.axis else -1
     wanted = tuple(size if axis == found.axis else n for axis, n in enumerate(original.entries[found.key].shape))
     if shape != wanted:
         yield Difference(found.key, f"shape {shape}, of which only axis {found.axis} may differ from the original's")
         return
     yield from _companions(written, original, found, size)
-    if set(maps.entries) != set(names) or any(maps.entries[n].dtype != "I64" for n in names):
-        yield Difference(names[0], f"{maps.path.name} does not hold {names[0]} and {names[1]}, both int64")
+    names = (f"{found.key}/index_map", f"{found.key}/nearest")
+    if any(name not in maps.entries or maps.entries[name].dtype != "I64" for name in names):
         return
     index_map, nearest = (maps.tensor(name) for name in names)
     for name, tensor, least in ((names[0], index_map, REMOVED), (names[1], nearest, 0)):
@@ -163,9 +194,13 @@ def _maps(written: Checkpoint, original: Checkpoint, maps: Checkpoint, found: Fo
         yield Difference(names[1], "a code that kept its identity is not its own nearest")
     done = tuple(written.metadata.get(PREFIX + name) for name in ("command", "kept"))
     if done in {("prune", "surgery"), ("finetune", "before")}:
-        old = rows_of(original.tensor(found.key), found)
-        new = rows_of(written.tensor(found.key), replace(found, size=size))
-        if int(kept.sum()) != size or not torch.equal(new[index_map[kept]], old[kept]):
+        old, new = (
+            effective_rows(file, replace(found, size=n)) for file, n in ((original, found.size), (written, size))
+        )
+        moved, at = new[index_map[kept]], torch.zeros(size, dtype=torch.bool).index_fill_(0, index_map[kept], True)
+        # Rows that are given out at unit length are stored so; what no old code became is filled with copies of row 0.
+        same = any(torch.equal(moved, meant[kept]) for meant in (old, rounded(original, found, unit(old))))
+        if not same or not bool((new[~at] == new[:1]).all()):
             yield Difference(found.key, "the codes are not the original's that the index map says were kept")
 
 

@@ -37,7 +37,7 @@ def _is_ours(path: Path) -> bool:
     if not path.is_dir() or any(inside.is_dir() for inside in path.iterdir()):
         return False
     try:
-        return PREFIX + "codebook" in read_checkpoint(path).metadata
+        return PREFIX + "codebooks" in read_checkpoint(path).metadata
     except CodebookError:
         return False
 

@@ -83,21 +83,34 @@ def companion_values(
     return {key: value.contiguous() for key, value in values.items()}
 
 
-def rounded(checkpoint: Checkpoint, key: str, rows: Tensor) -> Tensor:
+def rounded(checkpoint: Checkpoint, found: FoundCodebook, rows: Tensor) -> Tensor:
     """rows (size, dim) float32 as the stored dtype has them. Raises CodebookError where it cannot hold them."""
-    dtype = torch_dtype(checkpoint.entries[key].dtype)
+    dtype = torch_dtype(checkpoint.entries[found.key].dtype)
     held = rows.to(dtype).float()
     if not bool(torch.isfinite(held).all()):
-        raise CodebookError(f"the new codes of {key} do not fit {dtype}: some are not finite in it")
+        raise CodebookError(f"the new codes of {found.key} do not fit {dtype}: some are not finite in it")
     return held
 
 
-def bytes_with(checkpoint: Checkpoint, found: FoundCodebook, size: int) -> int:
-    """Bytes that the file takes with `size` codes, and with what follows them."""
+def effective_rows(checkpoint: Checkpoint, found: FoundCodebook) -> Tensor:
+    """(size, dim) float32: the codes of a file, as the decoder sees them. Raises CodebookError where some are not
+    finite."""
+    rows = rows_of(checkpoint.tensor(found.key), found)
+    if not bool(torch.isfinite(rows).all()):
+        raise CodebookError(f"{found.key} in {checkpoint.path} is not finite")
+    return rows
+
+
+def owned_keys(found: FoundCodebook, keys: Iterable[str]) -> set[str]:
+    """Of the keys of a file, those that belong to a codebook and follow it."""
+    return {found.key, *found.companions, *flags(found.key, keys)}
+
+
+def added_bytes(checkpoint: Checkpoint, found: FoundCodebook, size: int) -> int:
+    """By how much the file grows with `size` codes and what follows them; negative where it shrinks."""
     old = checkpoint.entries[found.key].shape[found.axis]
     follow = [checkpoint.entries[key] for key in (found.key, *found.companions)]
-    row = sum(entry.end - entry.start for entry in follow) // old
-    return checkpoint.path.stat().st_size - (old - size) * row
+    return (size - old) * (sum(entry.end - entry.start for entry in follow) // old)
 
 
 def changed_codebook(checkpoint: Checkpoint, found: FoundCodebook, rows: Tensor, counts: Tensor) -> dict[str, Tensor]:
@@ -105,7 +118,7 @@ def changed_codebook(checkpoint: Checkpoint, found: FoundCodebook, rows: Tensor,
 
     found: of the file, or of the running model: its size does not count.
     """
-    stored = checkpoint.tensors()
+    stored = {key: checkpoint.tensor(key) for key in owned_keys(found, checkpoint.entries)}
     old = replace(found, size=stored[found.key].shape[found.axis])
     tensor = stored_as(rows, stored[found.key], found.axis)
     written = rows_of(tensor, replace(found, size=len(rows)))

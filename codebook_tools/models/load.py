@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,31 +16,10 @@ from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models import diffusers_vqmodel, zalando
-from codebook_tools.models.companions import flags
+from codebook_tools.models.companions import effective_rows, owned_keys
 from codebook_tools.models.custom import make_network
-from codebook_tools.models.model import Model
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to recognise a layout and make its network.
-
-    prefix: what stands before its own key names, None where tensors or config are another layout's. make: a network
-    with fresh weights, from the shapes without that prefix and, where the family has one, from the config. file_key:
-    the file's key, without prefix, of what the network calls a name. config_key: the config's entry that is K, None
-    for a family that knows no config. caveat: what to warn of, by the config.
-    """
-
-    prefix: Callable[[Checkpoint], str | None]
-    make: Callable[[Shapes, Checkpoint], nn.Module]
-    file_key: Callable[[str, Shapes], str]
-    lookup: Lookup = Lookup.EUCLIDEAN
-    emit: Emit = Emit.RAW
-    config_key: str | None = None
-    caveat: Callable[[Config], str | None] = lambda config: None
-
+from codebook_tools.models.family import Family
+from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Book, Model
 
 FAMILIES = {
     "zalando": Family(
@@ -70,28 +50,50 @@ def family_of(checkpoint: Checkpoint) -> str | None:
     return next((name for name, family in FAMILIES.items() if family.prefix(checkpoint) is not None), None)
 
 
-def config_key_of(checkpoint: Checkpoint) -> str | None:
-    """The entry that is K, of the config that the checkpoint goes with; None where there is none that we know of."""
+@dataclass(frozen=True)
+class SizeInConfig:
+    """How the config that goes with a checkpoint knows K. key: its entry, None where none is known. power_of_two:
+    whether it takes no other. follow: further entries that K decides."""
+
+    key: str | None = None
+    power_of_two: bool = False
+    follow: Callable[[Config, int], Mapping[str, object]] = lambda config, size: {}
+
+
+def config_of(checkpoint: Checkpoint) -> SizeInConfig:
+    """What the checkpoint's family says of its config; nothing where either is missing."""
     name = family_of(checkpoint)
-    return FAMILIES[name].config_key if name and checkpoint.config_path else None
+    if name is None or checkpoint.config_path is None:
+        return SizeInConfig()
+    family = FAMILIES[name]
+    return SizeInConfig(family.config_key, family.power_of_two, family.follow)
 
 
-def choose_codebook(checkpoint: Checkpoint, key: str | None) -> FoundCodebook:
-    """The one codebook to work on. Raises CodebookError, with the candidates, where that is not plain."""
+def choose_codebooks(checkpoint: Checkpoint, keys: Sequence[str]) -> list[FoundCodebook]:
+    """Those named, else all that are surely there. Raises CodebookError, with candidates, where that is not plain."""
     detection = find_codebooks(checkpoint.shapes, checkpoint.dtypes)
-    keys = [found.key for found in detection.codebooks]
-    if key is not None:
-        return _named(checkpoint, detection, key)
-    if not keys:
+    if keys:
+        return [_operable(_named(checkpoint, detection, key)) for key in keys]
+    if not detection.codebooks:
         raise CodebookError(f"{checkpoint.path} has no codebook: {detection.reason}")
-    if len(keys) > 1:
+    for found in detection.codebooks:
+        if found.confidence == "low":
+            raise CodebookError(
+                f"{found.key} is only perhaps a codebook; if it is, say so with --codebook-key {found.key}"
+            )
+    return [_operable(found) for found in detection.codebooks]
+
+
+def choose_codebook(checkpoint: Checkpoint, keys: Sequence[str]) -> FoundCodebook:
+    """The one codebook to work on. Raises CodebookError, with the candidates, where there are several."""
+    found = choose_codebooks(checkpoint, keys)
+    if len(found) > 1:
+        names = [book.key for book in found]
         raise CodebookError(
-            f"{checkpoint.path} has {len(keys)} codebooks: {', '.join(keys)}; choose with --codebook-key"
+            f"{checkpoint.path} has {len(names)} codebooks, and this takes one: choose with --codebook-key, "
+            f"of {_few(names)}"
         )
-    found = detection.codebooks[0]
-    if found.confidence == "low":
-        raise CodebookError(f"{found.key} is only perhaps a codebook; if it is, say so with --codebook-key {found.key}")
-    return _operable(found)
+    return found[0]
 
 
 def _operable(found: FoundCodebook) -> FoundCodebook:
@@ -111,7 +113,7 @@ def lookup_of(family: str | None, metric: str | None) -> tuple[Lookup, Emit]:
 def _named(checkpoint: Checkpoint, detection: Detection, key: str) -> FoundCodebook:
     for found in detection.codebooks:
         if found.key == key:
-            return _operable(found)
+            return found
     entry = checkpoint.entries.get(key)
     candidates = ", ".join(found.key for found in detection.codebooks) or "none"
     if entry is None:
@@ -123,12 +125,17 @@ def _named(checkpoint: Checkpoint, detection: Detection, key: str) -> FoundCodeb
     return FoundCodebook(key, entry.shape[0], entry.shape[1], 0, 1, entry.dtype, "unknown", (), "high")
 
 
+def find_book(checkpoint: Checkpoint, key: str) -> FoundCodebook:
+    """The codebook of that key, which is known to be one."""
+    return _named(checkpoint, find_codebooks(checkpoint.shapes, checkpoint.dtypes), key)
+
+
 def load_model(
     checkpoint: Checkpoint,
     *,
     network: str | None = None,
     family: str | None = None,
-    codebook_key: str | None = None,
+    codebook_keys: Sequence[str] = (),
     metric: str | None = None,
     device: torch.device | None = None,
     bf16: bool = False,
@@ -136,57 +143,84 @@ def load_model(
     """The model of a file, in float32 and evaluation mode. Raises CodebookError where file and network do not fit.
 
     network: "FILE.py:FUNCTION", the user's own. family: a name of FAMILIES, where recognition is to be overruled.
+    codebook_keys: those to be operated on, all where there are none.
     """
     if family is not None and family not in (*FAMILIES, CUSTOM):
         raise CodebookError(f"no family {family!r}; there are {', '.join((*FAMILIES, CUSTOM))}")
-    found = choose_codebook(checkpoint, codebook_key)
-    shapes = checkpoint.shapes
-    caveat = None
+    shapes, caveat, prefix, record = checkpoint.shapes, None, "", None
     if network is not None:
-        name, remake = CUSTOM, partial(make_network, network, found.size)
+        first = choose_codebooks(checkpoint, codebook_keys)[0]
+        name, remake = CUSTOM, partial(make_network, network, first.size)
         module = remake()
         keys = {name: name for name in module.state_dict()}
     else:
-        known = family if family != CUSTOM else None
-        name = known or family_of(checkpoint) or ""
-        if not name:
-            described = f" and {checkpoint.config_path.name}" if checkpoint.config_path else ""
-            raise CodebookError(
-                f"no network is known for the layout of {checkpoint.path}{described} (codebook {found.key}, "
-                f"{found.size}x{found.dim}); "
-                "give yours with --network FILE.py:FUNCTION"
-            )
-        record = FAMILIES[name]
-        prefix = record.prefix(checkpoint)
-        if prefix is None:
+        name, record = _known_family(checkpoint, family, codebook_keys)
+        given = record.prefix(checkpoint)
+        if given is None:
             raise CodebookError(f"{checkpoint.path} does not have the layout of family {name}")
+        if record.make is None:
+            raise CodebookError(f"{checkpoint.path} is of family {name}: {record.why_not}")
+        prefix = given
         inner = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
         remake = partial(record.make, inner, checkpoint)
         module = remake()
         keys = {name: prefix + record.file_key(name, inner) for name in module.state_dict()}
         if record.config_key is not None and checkpoint.config is not None:
             caveat = record.caveat(checkpoint.config)
-    if found.key not in keys.values():
-        raise CodebookError(f"the network has no {found.key}: its codebook must have the file's name for it")
+    lookup, emit = METRICS[metric] if metric else _lookup(module, record)
+    found = _books_of(module, prefix, checkpoint, codebook_keys)
+    if not hasattr(module, "walk") and found[0].key not in keys.values():
+        raise CodebookError(f"the network has no {found[0].key}: its codebook must have the file's name for it")
     _load_weights(module, keys, checkpoint)
     target = device or torch.device("cpu")
     module.to(target).eval().requires_grad_(False)
-    known_keys = {*keys.values(), *found.companions, *flags(found.key, shapes)}
-    lookup, emit = lookup_of(name, metric)
+    owned = {key for book in found for key in owned_keys(book, shapes)}
     return Model(
         name,
         checkpoint,
         module,
         keys,
-        found,
+        tuple(Book(book, effective_rows(checkpoint, book).to(target), lookup, emit) for book in found),
+        tuple(i for i, book in enumerate(found) if not codebook_keys or book.key in codebook_keys),
         remake,
-        lookup,
-        emit,
         target,
         bf16,
-        carried=tuple(key for key in shapes if key not in known_keys),
+        power_of_two=config_of(checkpoint).power_of_two,
+        media=record.media if record else "images",
+        input_range=AS_IT_IS if record and record.media == "audio" else INPUT_RANGES[0],
+        carried=tuple(key for key in shapes if key not in owned.union(keys.values())),
         caveats=(caveat,) if caveat else (),
     )
+
+
+def _known_family(checkpoint: Checkpoint, asked: str | None, codebook_keys: Sequence[str]) -> tuple[str, Family]:
+    name = (asked if asked != CUSTOM else None) or family_of(checkpoint)
+    if name is None:
+        found = choose_codebooks(checkpoint, codebook_keys)[0]
+        described = f" and {checkpoint.config_path.name}" if checkpoint.config_path else ""
+        raise CodebookError(
+            f"no network is known for the layout of {checkpoint.path}{described} (codebook {found.key}, "
+            f"{found.size}x{found.dim}); give yours with --network FILE.py:FUNCTION, or latents with --latents"
+        )
+    return name, FAMILIES[name]
+
+
+def _lookup(network: Any, record: Family | None) -> tuple[Lookup, Emit]:
+    """As the network says of itself, else as its family does, else by Euclidean distance."""
+    default = (record.lookup, record.emit) if record else METRICS["euclidean"]
+    return getattr(network, "lookup", default[0]), getattr(network, "emit", default[1])
+
+
+def _books_of(network: Any, prefix: str, checkpoint: Checkpoint, asked: Sequence[str]) -> list[FoundCodebook]:
+    """All codebooks that the network walks through, in its order; those asked for must be among them."""
+    if not hasattr(network, "walk"):
+        return [choose_codebook(checkpoint, asked)]
+    found = [_operable(find_book(checkpoint, prefix + key)) for key in network.codebooks]
+    keys = [book.key for book in found]
+    unknown = [key for key in asked if key not in keys]
+    if unknown:
+        raise CodebookError(f"--codebook-key {unknown[0]}: the network's codebooks are {', '.join(keys)}")
+    return found
 
 
 def _load_weights(network: nn.Module, keys: Mapping[str, str], checkpoint: Checkpoint) -> None:
@@ -199,17 +233,22 @@ def _load_weights(network: nn.Module, keys: Mapping[str, str], checkpoint: Check
     unlike = [
         f"{key} is {checkpoint.entries[key].shape} in the file, {shape} in the network"
         for key, shape in wanted.items()
-        if checkpoint.entries[key].shape != shape
+        if _without_ones(checkpoint.entries[key].shape) != _without_ones(shape)
     ]
     if unlike:
         raise CodebookError(f"shapes differ: {_few(unlike)}")
-    stored = checkpoint.tensors()
-    for key in wanted:  # what the network does not know is carried over, whatever it holds
+    stored = {key: checkpoint.tensor(key).reshape(shape) for key, shape in wanted.items()}
+    for key in wanted:
         if stored[key].is_floating_point() and not bool(torch.isfinite(stored[key].float()).all()):
             raise CodebookError(f"{key} in {checkpoint.path} is not finite: {_first_bad(stored[key])}")
     network.float()
     network.load_state_dict({name: stored[key] for name, key in keys.items()})
     _tie(network, {name: stored[key] for name, key in keys.items()})
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A linear layer is a convolution of one pixel: they differ in axes of length 1 alone."""
+    return tuple(length for length in shape if length > 1)
 
 
 def _few(names: list[str]) -> str:

@@ -1,9 +1,9 @@
-"""A model that runs: its network, its codebook inside it, and the file that both came from."""
+"""A model that runs: its network, its codebooks, and the file that both came from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,33 +16,71 @@ from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.images import Images
 from codebook_tools.latents import EncodedLatents
-from codebook_tools.models.companions import changed_codebook, rounded, rows_of, stored_as
+from codebook_tools.models.companions import changed_codebook, owned_keys, rounded
+from codebook_tools.models.family import Media, Quantise
 
 INPUT_RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))
 """Tried in turn: the file does not say what its network was trained on."""
+
+AS_IT_IS = (0.0, 1.0)
+"""The input range that changes nothing: waveforms are not mapped."""
+
+
+@dataclass(eq=False)
+class Book:
+    """A codebook of a running model. found: where it lies in the file. vectors: (size, dim) float32, the effective
+    codes, which the network never looks up itself; on the model's device."""
+
+    found: FoundCodebook
+    vectors: Tensor
+    lookup: Lookup = Lookup.EUCLIDEAN
+    emit: Emit = Emit.RAW
+
+    @property
+    def key(self) -> str:
+        return self.found.key
+
+    @property
+    def codebook(self) -> Codebook:
+        return Codebook(self.vectors.detach(), self.lookup, self.emit)
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One batch through a model. media: as decoded, images not clamped. latents: (n, dim, *grid) of each book, and
+    codes: (n, *grid) int64, of each."""
+
+    media: Tensor
+    latents: tuple[Tensor, ...]
+    codes: tuple[Tensor, ...]
+
+
+class _ReachedError(BaseException):
+    """The walk got to the stage that was wanted: the rest of the network need not run."""
 
 
 @dataclass(eq=False)
 class Model:
     """A network with `encode` and `decode` in float32, and what must be known to work on it and write it back.
 
-    network: holds the codebook's tensor under the same name as the file. keys: file key by network name.
-    found: where the codebook lies. lookup, emit: how it is used. input_range: of the network's images.
-    channels: of its images. stride: image sides are multiples of it. carried: file keys the network does not know.
-    remake: the network anew, of the file's codebook size, with fresh weights, in torch's default dtype on the CPU.
-    caveats: what to warn of.
+    keys: file key by network name. books: its codebooks, in the order in which latents meet them. chosen: indices of
+    those that are operated on. power_of_two: whether its config takes no other size of them. remake: the network anew,
+    for the file's codebook size, with fresh weights, in torch's default dtype on the CPU. input_range: of the network's
+    images. media, channels: of what it takes. stride: image sides, or samples, are multiples of it. carried: file keys
+    the network does not know. caveats: what to warn of.
     """
 
     family: str
     checkpoint: Checkpoint
     network: nn.Module
     keys: Mapping[str, str]
-    found: FoundCodebook
+    books: tuple[Book, ...]
+    chosen: tuple[int, ...]
     remake: Callable[[], nn.Module]
-    lookup: Lookup = Lookup.EUCLIDEAN
-    emit: Emit = Emit.RAW
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bf16: bool = False
+    power_of_two: bool = False
+    media: Media = "images"
     input_range: tuple[float, float] = INPUT_RANGES[0]
     channels: int = 3
     stride: int = 1
@@ -51,141 +89,185 @@ class Model:
 
     # What flows through it
 
-    def encode(self, images: Tensor) -> Tensor:
-        """images (n, channels, height, width) in [0, 1], on any device -> latents (n, dim, *grid) float32."""
+    def run(self, media: Tensor, quantise: Quantise) -> Tensor:
+        """media through encoder, `quantise` at every stage, and decoder; not clamped.
+
+        media: images (n, channels, height, width) in [0, 1], or waveforms (n, channels, samples) in [-1, 1], on any
+        device. quantise: gets float32 latents and gives back what the decoder is to see of them.
+        """
         low, high = self.input_range
         with self.autocast():
-            latents = self._call("encode", images.to(self.device) * (high - low) + low)
-        return _checked(latents, self.found.dim).float()
+            encoded = self._call("encode", media.to(self.device) * (high - low) + low)
+            shown = self._call("decode", self._walk(encoded, quantise))
+        if not isinstance(shown, Tensor):
+            raise CodebookError(f"the network's decode returns a {type(shown).__name__}; expected a tensor")
+        return (shown.float() - low) / (high - low)
 
-    def decode(self, quantised: Tensor) -> Tensor:
-        """emitted codes (n, dim, *grid) -> images (n, channels, height, width), not clamped to [0, 1]."""
+    def pass_through(self, media: Tensor) -> Pass:
+        """media through the model as it is, each latent replaced by its nearest code."""
+        latents, codes = list[Tensor](), list[Tensor]()
+
+        def look(stage: int, found: Tensor) -> Tensor:
+            latents.append(found)
+            codes.append(self.assign(found, stage))
+            return self.embed(codes[-1], stage)
+
+        return Pass(self.run(media, look), tuple(latents), tuple(codes))
+
+    def encode(self, media: Tensor, stage: int = 0) -> Tensor:
+        """media -> the latents that meet the book `stage`, (n, dim, *grid) float32; those before it quantise."""
+        reached: Tensor | None = None
+
+        def look(now: int, found: Tensor) -> Tensor:
+            nonlocal reached
+            if now == stage:
+                reached = found
+                raise _ReachedError
+            return self.embed(self.assign(found, now), now)
+
         low, high = self.input_range
         with self.autocast():
-            images = self._call("decode", quantised)
-        if not isinstance(images, Tensor):
-            raise CodebookError(f"the network's decode returns a {type(images).__name__}; expected a tensor of images")
-        return (images.float() - low) / (high - low)
+            encoded = self._call("encode", media.to(self.device) * (high - low) + low)
+            with suppress(_ReachedError):
+                self._walk(encoded, look)
+        assert reached is not None, f"the walk has no stage {stage}"
+        return reached
 
-    def latents(self, images: Images, batch: int) -> EncodedLatents:
-        """The latents of many images, as a stream."""
+    def latents(self, images: Images, batch: int, stage: int = 0) -> EncodedLatents:
+        """The latents of many images that meet the book `stage`, as a stream."""
 
         def encode(pixels: Tensor) -> Tensor:
             with torch.no_grad():
-                return self.encode(pixels).movedim(1, -1).flatten(1, -2)
+                return self.encode(pixels, stage).movedim(1, -1).flatten(1, -2)
 
         return EncodedLatents(images, encode, batch)
 
-    def assign(self, latents: Tensor) -> Tensor:
+    def assign(self, latents: Tensor, stage: int = 0) -> Tensor:
         """latents (n, dim, *grid) -> the index of each one's nearest code, (n, *grid) int64."""
         rows = latents.movedim(1, -1)
-        return nearest(rows.reshape(-1, rows.shape[-1]), self.codebook).reshape(rows.shape[:-1])
+        return nearest(rows.reshape(-1, rows.shape[-1]), self.books[stage].codebook).reshape(rows.shape[:-1])
 
-    def embed(self, codes: Tensor) -> Tensor:
+    def embed(self, codes: Tensor, stage: int = 0) -> Tensor:
         """codes (n, *grid) int64 -> what the decoder gets of them, (n, dim, *grid) float32."""
-        return emitted(self.codebook)[codes].movedim(-1, 1).contiguous()
+        return emitted(self.books[stage].codebook)[codes].movedim(-1, 1).contiguous()
 
-    def embed_trained(self, codes: Tensor) -> Tensor:
+    def embed_trained(self, codes: Tensor, stage: int = 0) -> Tensor:
         """As `embed`, with gradients to the codebook where it takes some."""
-        vectors = rows_of(_named(self.network, self.name), self.found)
-        return (unit(vectors) if self.emit is Emit.UNIT else vectors)[codes].movedim(-1, 1)
+        book = self.books[stage]
+        return (unit(book.vectors) if book.emit is Emit.UNIT else book.vectors)[codes].movedim(-1, 1)
 
-    def _call(self, method: str, argument: Tensor) -> object:
-        try:
+    def _walk(self, encoded: object, quantise: Quantise) -> object:
+        def checked(stage: int, latents: object) -> Tensor:
+            # Nearest codes are decided in float32, whatever the network computes in: bf16 gets one in ten wrong.
+            with torch.autocast(self.device.type, enabled=False):
+                return quantise(stage, _checked(latents, self.books[stage].vectors.shape[1]).float())
+
+        walk: Callable[[object, Quantise], object] | None = getattr(self.network, "walk", None)
+        if walk is None:
+            return checked(0, encoded)
+        with _told("walk", encoded):
+            return walk(encoded, checked)
+
+    def _call(self, method: str, argument: object) -> object:
+        with _told(method, argument):
             return getattr(self.network, method)(argument)
-        except Exception as error:  # whatever a user's network raises
-            raise CodebookError(
-                f"the network's {method} fails on {tuple(argument.shape)}: {type(error).__name__}: {error}"
-            ) from error
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
-    # The codebook in it
+    # The codebooks in it
 
-    @property
-    def name(self) -> str:
-        """The network's name of the codebook's tensor."""
-        return next(name for name, key in self.keys.items() if key == self.found.key)
+    def install(self, codebook: Codebook, stage: int = 0) -> None:
+        """Put a codebook of any size into the running model, rounded to the stored dtype, and prove that it is there.
 
-    @property
-    def codebook(self) -> Codebook:
-        return Codebook(rows_of(_named(self.network, self.name).detach(), self.found), self.lookup, self.emit)
-
-    def install(self, codebook: Codebook) -> None:
-        """Put a codebook of any size into the running network, rounded to the stored dtype, and prove that it is there.
-
-        Raises VerificationError where the network then holds, bit by bit, anything else.
+        Rows that are given out at unit length are stored so, for some libraries look them up as they stand. Raises
+        VerificationError where the model then holds, bit by bit, anything else.
         """
-        meant = rounded(self.checkpoint, self.found.key, codebook.vectors).to(self.device)
-        old = _named(self.network, self.name)
-        new = stored_as(meant, old.detach(), self.found.axis)
-        owner = self.network.get_submodule(self.name.rpartition(".")[0])
-        leaf = self.name.rpartition(".")[2]
-        setattr(owner, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
-        if isinstance(owner, nn.Embedding):
-            owner.num_embeddings = codebook.size
-        self.found = replace(self.found, size=codebook.size)
-        if _named(self.network, self.name).shape != new.shape or not torch.equal(self.codebook.vectors, meant):
-            raise VerificationError(f"{self.found.key} in the running model is not the codebook that was installed")
+        book = self.books[stage]
+        vectors = unit(codebook.vectors) if book.emit is Emit.UNIT else codebook.vectors
+        meant = rounded(self.checkpoint, book.found, vectors).to(self.device)
+        self._replace(stage, replace(book, found=replace(book.found, size=codebook.size), vectors=meant.clone()))
+        if not torch.equal(self.books[stage].codebook.vectors, meant):
+            raise VerificationError(f"{book.key} in the running model is not the codebook that was installed")
 
-    def set_vectors(self, vectors: Tensor) -> None:
-        """Overwrite the running codes, (size, dim) float32, without rounding: for training; surgery installs."""
-        tensor = _named(self.network, self.name)
-        with torch.no_grad():
-            tensor.copy_(stored_as(vectors, tensor, self.found.axis))
+    def _replace(self, stage: int, book: Book) -> None:
+        self.books = (*self.books[:stage], book, *self.books[stage + 1 :])
+
+    def copy(self, network: nn.Module) -> Model:
+        """The same model around another network, with codebooks of its own."""
+        return replace(self, network=network, books=tuple(replace(b, vectors=b.vectors.clone()) for b in self.books))
 
     def with_fresh_network(self, seed: int) -> Model:
         """The same model around a network that was never trained, its weights drawn by seed."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             network = self.remake()
-        return replace(self, network=network.float().to(self.device).eval().requires_grad_(False))
+        return self.copy(network.float().to(self.device).eval().requires_grad_(False))
 
     # The file it becomes
 
-    def changed(self, counts: Tensor) -> dict[str, Tensor]:
+    def changed(self, counts: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Every tensor in which the model differs from its file, by file key, in the stored dtypes and shapes.
 
-        counts: (size,), assignments per code, for the companions.
+        counts: assignments per code, (size,), for the companions, by index of each book that changed.
         """
         entries = self.checkpoint.entries
-        tensors = {}
-        for name, tensor in self.network.state_dict().items():
+        tensors = dict[str, Tensor]()
+        for name, tensor in self._own_state():
             key, running = self.keys[name], tensor.detach().cpu()
             # In the running dtype: a float64 file does not become another by being loaded.
-            if key != self.found.key and not torch.equal(running, self.checkpoint.tensor(key).to(running.dtype)):
-                tensors[key] = running.to(torch_dtype(entries[key].dtype)).contiguous()
-        return tensors | changed_codebook(self.checkpoint, self.found, self.codebook.vectors.cpu(), counts.cpu())
+            stored = self.checkpoint.tensor(key).to(running.dtype)
+            if not torch.equal(running, stored.reshape(running.shape)):
+                tensors[key] = running.to(torch_dtype(entries[key].dtype)).reshape(entries[key].shape).contiguous()
+        for stage, hits in counts.items():
+            book = self.books[stage]
+            tensors |= changed_codebook(self.checkpoint, book.found, book.codebook.vectors.cpu(), hits.cpu())
+        return tensors
 
     def round_to_stored(self) -> None:
-        """Round every weight as its file will store it, so that what is measured is what can be loaded again."""
+        """Round all that may have been trained as its file will store it, so that what is measured is what can be
+        loaded again."""
         with torch.no_grad():
-            for name, tensor in self.network.state_dict().items():
+            for name, tensor in self._own_state():
                 tensor.copy_(tensor.to(torch_dtype(self.checkpoint.entries[self.keys[name]].dtype)))
+        for stage in self.chosen:
+            self.install(self.books[stage].codebook, stage)
+
+    def _own_state(self) -> Iterator[tuple[str, Tensor]]:
+        """The network's tensors by name, without what belongs to a codebook: that is not looked up there."""
+        owned = self._owned()
+        yield from ((n, tensor) for n, tensor in self.network.state_dict().items() if self.keys[n] not in owned)
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The network's parameters by name, each once, without what belongs to a codebook."""
+        owned = self._owned()
+        yield from ((n, parameter) for n, parameter in self.network.named_parameters() if self.keys[n] not in owned)
+
+    def _owned(self) -> set[str]:
+        return {key for book in self.books for key in owned_keys(book.found, self.checkpoint.entries)}
 
     def probe(self, height: int, width: int) -> None:
         """Find out `channels` and `stride` by encoding an empty image of that size, or one of 64 or 256 pixels.
 
-        Raises CodebookError where no number of channels goes through, or the network gives no grid of latents.
+        Raises CodebookError where no number of channels goes through, or the network gives no grid of latents. A model
+        with several codebooks is of a family, whose first one says the stride of all.
         """
         problems = {}
         for sides in ((height, width), (64, 64), (256, 256)):
             for channels in (3, 1):
                 try:
-                    latents = self._encode_blank(channels, *sides)
+                    grid = self._encode_blank(channels, *sides).shape[2:]
                 except CodebookError as error:
                     problems[channels] = error
                     continue
-                grid = _checked(latents, self.found.dim).shape[2:]
                 self.channels = channels
                 self.stride = self._stride(sides[-1], grid[-1]) if len(grid) == 2 else 1
                 return
         raise CodebookError(f"the network encodes neither RGB images ({problems[3]}) nor grey ones ({problems[1]})")
 
-    def _encode_blank(self, channels: int, height: int, width: int) -> object:
+    def _encode_blank(self, channels: int, height: int, width: int) -> Tensor:
         with torch.no_grad():
-            return self._call("encode", torch.zeros(1, channels, height, width, device=self.device))
+            return self.encode(torch.zeros(1, channels, height, width))
 
     def _stride(self, side: int, positions: int) -> int:
         """Pixels to a position along a side. Where few positions leave that open (a network of stride 4 makes 2 of 10
@@ -195,10 +277,22 @@ class Model:
             return stride
         larger = side << max(0, (256 // side).bit_length() - 1)
         try:
-            latents = _checked(self._encode_blank(self.channels, larger, larger), self.found.dim)
+            latents = self._encode_blank(self.channels, larger, larger)
         except CodebookError:
             return stride
         return max(1, round(larger / latents.shape[-1]))
+
+
+@contextmanager
+def _told(method: str, argument: object) -> Iterator[None]:
+    """Whatever a network raises, with what it was asked for."""
+    try:
+        yield
+    except CodebookError:
+        raise
+    except Exception as error:
+        given = tuple(argument.shape) if isinstance(argument, Tensor) else type(argument).__name__
+        raise CodebookError(f"the network's {method} fails on {given}: {type(error).__name__}: {error}") from error
 
 
 def _checked(latents: object, dim: int) -> Tensor:
@@ -212,10 +306,3 @@ def _checked(latents: object, dim: int) -> Tensor:
             f"the network's encode returns {shape}; expected (n, {dim}, ...), for codes of {dim} dimensions"
         )
     return latents
-
-
-def _named(network: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    tensor = getattr(network.get_submodule(owner), leaf)
-    assert isinstance(tensor, Tensor)
-    return tensor

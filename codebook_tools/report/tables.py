@@ -11,8 +11,8 @@ from rich.text import Text
 from codebook_tools.comparison import Comparison, notes, table_rows
 from codebook_tools.inspection import Inspection
 from codebook_tools.measure import Measurement
-from codebook_tools.operate import Plan
 from codebook_tools.outcome import Result
+from codebook_tools.planning import Plan
 from codebook_tools.verify import Verification
 
 STAGES = {"before": "before", "surgery": "after surgery", "finetuned": "after fine-tuning"}

@@ -1,0 +1,52 @@
+"""Dead codes that bring a codebook to a size: a config may hold one K for many, or take powers of two only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from codebook_tools.codebook import REMOVED, Codebook, Surgery
+
+
+def filled(surgery: Surgery, old: Codebook, counts: Tensor, size: int) -> Surgery:
+    """The surgery with codes that nothing is assigned to behind its own, `size` in all.
+
+    Where the new codes are old ones, removed codes without hits come back, lowest index first, and keep their
+    identity. The rest are copies of code 0, which win no latent: the lowest index among equals does.
+    counts: (old.size,) int64, over the calibration data.
+    """
+    missing = size - surgery.codebook.size
+    if missing <= 0:
+        return surgery
+    own, index_map = surgery.codebook.vectors, surgery.index_map.clone()
+    kept = index_map != REMOVED
+    selection = int(kept.sum()) == len(own) and torch.equal(own[index_map[kept]], old.vectors[kept])
+    back = (~kept & (counts == 0)).nonzero()[:missing, 0] if selection else torch.empty(0, dtype=torch.int64)
+    index_map[back] = torch.arange(len(own), len(own) + len(back))
+    copies = own[:1].expand(missing - len(back), -1)
+    vectors = torch.cat([own, old.vectors[back], copies])
+    return Surgery(replace(surgery.codebook, vectors=vectors), index_map, surgery.bits)
+
+
+def common_sizes(before: Sequence[int], after: Sequence[int], powers_of_two: bool) -> list[int]:
+    """Sizes that codebooks must have after a surgery: those of one size stay of one size, the largest; and where the
+    config takes powers of two only, the next one."""
+    sizes = [max(after)] * len(after) if len(set(before)) == 1 else list(after)
+    return [power_of_two(size) for size in sizes] if powers_of_two else sizes
+
+
+def remark(keys: Sequence[str], asked: Sequence[int], sizes: Sequence[int]) -> list[str]:
+    """What to warn of where codebooks were filled: how many dead codes each got."""
+    added = [(size - least, key) for key, least, size in zip(keys, asked, sizes, strict=True) if size > least]
+    if not added:
+        return []
+    few = ", ".join(f"{count} of {key}" for count, key in added[:3]) + (", ..." if len(added) > 3 else "")
+    return [f"codebooks must be of one size that the config takes, {max(sizes)}: dead codes fill them up, {few}"]
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below `size`."""
+    return 1 << (size - 1).bit_length()

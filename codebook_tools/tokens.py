@@ -1,0 +1,46 @@
+"""One pass of a model over data: which codes stand at which positions, and how often each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from codebook_tools.assignment import squared_errors
+from codebook_tools.images import Images
+from codebook_tools.latents import SAMPLE_LIMIT, Sampler
+from codebook_tools.models.model import Model
+from codebook_tools.watch import Watch
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Of one book, over all of the data. counts: (size,) int64, or float where they stand for a sample. error: sum of
+    squared distances from latents to their codes. sample: (n,) int64, the codes of the latents that a Sampler of the
+    seed draws, in its order."""
+
+    counts: Tensor
+    error: float
+    sample: Tensor
+
+
+def tokenise(model: Model, images: Images, *, seed: int, batch: int, watch: Watch) -> tuple[Tokens, ...]:
+    """The tokens of each of the model's books. Raises CodebookError where no item can be read."""
+    books = [book.codebook for book in model.books]
+    counts = [torch.zeros(book.size, dtype=torch.int64) for book in books]
+    errors = [0.0] * len(books)
+    samplers = [Sampler(seed, SAMPLE_LIMIT) for _ in books]
+    done = 0
+    for items, media in images.batches(batch):
+        with torch.no_grad():
+            seen = model.pass_through(media)
+        for i, (latents, codes) in enumerate(zip(seen.latents, seen.codes, strict=True)):
+            flat = codes.flatten()
+            rows = latents.movedim(1, -1).flatten(0, -2)
+            counts[i] += torch.bincount(flat, minlength=books[i].size).cpu()
+            errors[i] += float(squared_errors(rows, books[i], flat).double().sum())
+            samplers[i].add(items, len(flat) // len(items), flat)
+        done += len(items)
+        watch.progress("tokens", done, len(images))
+    return tuple(map(Tokens, counts, errors, (sampler.columns()[0] for sampler in samplers)))
