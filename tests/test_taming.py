@@ -64,6 +64,14 @@ def test_it_is_found_inside_a_larger_model(prefix: str, tmp_path: Path) -> None:
         assert_close(loaded(FAMILY, path).encode(pictures()), twin.encode(pictures()))
 
 
+def test_a_copy_beside_it_is_not_taken_for_it(tmp_path: Path) -> None:
+    twin = Twin()
+    average = {f"a_ema_model.{key}": tensor * 0.5 for key, tensor in twin.state.items()}
+    path = saved(twin.state, tmp_path / "vqgan.safetensors", "z_model.", average)
+    with torch.no_grad():
+        assert_close(loaded(FAMILY, path).encode(pictures()), twin.encode(pictures()))
+
+
 def test_gradients_reach_every_layer(tmp_path: Path) -> None:
     network = loaded(FAMILY, saved(Twin(attended=(1,)).state, tmp_path / "vqgan.safetensors"))
     network.decode(network.encode(pictures())).square().mean().backward()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families import described
+from safetensors.torch import load_file, save_file
 
+from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.models import diffusers_vqmodel, janus, taming, unrunnable
 from codebook_tools.models.family import Family
@@ -61,3 +65,62 @@ def test_what_is_not_run_says_why_and_what_to_do(name: str) -> None:
     assert record.make is None
     assert "--latents" in record.why_not and "\n" not in record.why_not and not record.why_not.endswith(".")
     assert (record.emit is Emit.UNIT) == (record.lookup is Lookup.COSINE)
+
+
+def chameleon() -> Any:
+    from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
+
+    return ChameleonVQVAE(
+        ChameleonVQVAEConfig(
+            embed_dim=8,
+            num_embeddings=16,
+            latent_channels=8,
+            base_channels=32,
+            channel_multiplier=[1],
+            num_res_blocks=1,
+        )
+    )
+
+
+def emu3() -> Any:
+    from transformers import Emu3VQVAE, Emu3VQVAEConfig
+
+    return Emu3VQVAE(
+        Emu3VQVAEConfig(
+            codebook_size=16, base_channels=32, channel_multiplier=[1], num_res_blocks=1, attn_resolutions=[]
+        )
+    )
+
+
+def glm_image() -> Any:
+    from transformers.models.glm_image import GlmImageVQVAE, GlmImageVQVAEConfig
+
+    return GlmImageVQVAE(GlmImageVQVAEConfig(embed_dim=8, num_embeddings=16, latent_channels=4))
+
+
+def paella() -> Any:
+    from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
+
+    return PaellaVQModel(levels=1, bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16)
+
+
+OF_LIBRARIES: dict[str, Callable[[], Any]] = {
+    "chameleon-vqvae": chameleon, "emu3-vqvae": emu3, "glm-image-vqvae": glm_image, "paella-vqmodel": paella
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_LIBRARIES)
+def test_the_librarys_own_file_is_recognised_and_its_k_is_where_the_record_says(name: str, tmp_path: Path) -> None:
+    model = OF_LIBRARIES[name]()
+    model.save_pretrained(tmp_path)
+    checkpoint = read_checkpoint(tmp_path)
+    assert [family for family, record in FAMILIES.items() if record.prefix(checkpoint) is not None] == [name]
+    entry = (FAMILIES[name].config_key or "").rpartition(".")[2]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config[entry] == 16
+    (tmp_path / "config.json").write_text(json.dumps(config | {entry: 5}))
+    state = load_file(checkpoint.path)
+    (codes,) = (key for key in state if key.endswith("embedding.weight"))
+    kept = state[codes][:5].clone()
+    save_file(state | {codes: kept}, checkpoint.path, {"format": "pt"})
+    assert type(model).from_pretrained(tmp_path).state_dict()[codes].equal(kept)

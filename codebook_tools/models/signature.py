@@ -15,16 +15,19 @@ from codebook_tools.models.family import Shapes
 
 @dataclass(frozen=True)
 class Signature:
-    """Names that files of a layout have, and beginnings of names that they lack: all behind one prefix, any."""
+    """Names that a layout's files have, and beginnings of names that they lack, behind one and the same prefix."""
 
     has: tuple[str, ...]
     lacks: tuple[str, ...] = ()
 
     def prefix(self, checkpoint: Checkpoint) -> str | None:
-        """The first prefix behind which the layout lies ("" for none, "first_stage_model."), None where none does."""
+        """The shortest prefix behind which the layout lies ("" for none, "first_stage_model."), None where none does.
+
+        The shortest, for a copy of a model (its moving average) has a longer one.
+        """
         keys, first = checkpoint.entries.keys(), self.has[0]
         prefixes = (key.removesuffix(first) for key in keys if key == first or key.endswith(f".{first}"))
-        return next((prefix for prefix in prefixes if self._fits(prefix, keys)), None)
+        return min((prefix for prefix in prefixes if self._fits(prefix, keys)), key=len, default=None)
 
     def _fits(self, prefix: str, keys: Iterable[str]) -> bool:
         inner = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
