@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,11 +11,10 @@ from torch import Tensor, nn
 from codebook_tools.checkpoints.config import Config
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.errors import CodebookError
+from codebook_tools.models.family import Family, Shapes
 
 CODEBOOK = "quantize.embedding.weight"
 CONFIG_KEY = "num_vq_embeddings"
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 _LAYERS = (
     "encoder.conv_in",
@@ -74,17 +74,25 @@ def make(shapes: Shapes, checkpoint: Checkpoint) -> DiffusersVQModel:
         raise CodebookError(
             f"{path} says {CONFIG_KEY}={stated!r}, but {CODEBOOK} has {size} codes: they are of two models; mend one"
         )
+    return DiffusersVQModel(build(config, path), config.get("norm_type") == "spatial")
+
+
+def build(config: Mapping[str, object], path: Path | None) -> nn.Module:
+    """The library's own network, fresh, after a config found in `path`.
+
+    Raises CodebookError where the library is missing or makes none.
+    """
     try:
         from diffusers import VQModel
     except (ImportError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise CodebookError(f"a VQModel is built by the diffusers library: {reason}; pip install diffusers") from error
     try:
-        model = VQModel.from_config(dict(config))
+        model: nn.Module = VQModel.from_config(dict(config))
     except Exception as error:  # whatever the library makes of a config that is amiss
         reason = str(error).partition("\n")[0]
         raise CodebookError(f"diffusers makes no VQModel of {path}: {type(error).__name__}: {reason}") from error
-    return DiffusersVQModel(model, config.get("norm_type") == "spatial")
+    return model
 
 
 # The library renamed its attention layers; files keep the names they were saved with, and it reads both.
@@ -106,3 +114,6 @@ def caveat(config: Config) -> str | None:
         "norm_type is spatial, as in Kandinsky's MoVQ: pipelines that decode with force_not_quantize=True, as "
         "Kandinsky's do, never look at the codebook, and a new one changes nothing there"
     )
+
+
+FAMILY = Family(prefix=prefix_of, make=make, file_key=file_key, config_key=CONFIG_KEY, caveat=caveat)

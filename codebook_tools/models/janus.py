@@ -1,0 +1,140 @@
+"""The tokenizers of Janus and LlamaGen, run by the JanusVQVAE of transformers, which is built from the shapes.
+
+Both are one network: a JanusVQVAE renames LlamaGen's layers. Its own `encode` gives indices and its own `decode` takes
+them, on a fixed grid, so neither is used; its quantiser normalises codes at decode alone, the original one at lookup
+too, and on unit rows, which are what is written, the two agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from codebook_tools.checkpoints.config import Config
+from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.codebook import Emit, Lookup
+from codebook_tools.errors import CodebookError
+from codebook_tools.models.diffusers_vqmodel import CODEBOOK
+from codebook_tools.models.family import Family, Shapes
+from codebook_tools.models.signature import Signature, check_whole, count
+
+_BOTH = (CODEBOOK, "encoder.conv_in.weight", "post_quant_conv.weight", "decoder.conv_out.weight")
+_JANUS = Signature((*_BOTH, "encoder.down.0.block.0.conv1.weight", "decoder.up.0.upsample.conv.weight"))
+_LLAMAGEN = Signature(
+    (*_BOTH, "encoder.conv_blocks.0.res.0.conv1.weight", "decoder.conv_blocks.0.upsample.conv.weight")
+)
+
+_LLAMAGEN_NAMES = {
+    "mid.block_1": "mid.0", "mid.attn_1": "mid.1", "mid.block_2": "mid.2",
+    "encoder.down": "encoder.conv_blocks", "decoder.up": "decoder.conv_blocks", "block": "res",
+}  # fmt: skip
+"""Parts of a name in transformers, and what LlamaGen calls them; in this order."""
+
+
+class JanusVQ(nn.Module):
+    """model: a JanusVQVAE of transformers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images (n, channels, height, width) in [-1, 1] -> latents (n, dim, *grid), not normalised."""
+        latents: Tensor = self.model.quant_conv(self.model.encoder(images))
+        return latents
+
+    def decode(self, quantised: Tensor) -> Tensor:
+        """quantised (n, dim, *grid), of unit length -> images (n, channels, height, width)."""
+        images: Tensor = self.model.decoder(self.model.post_quant_conv(quantised))
+        return images
+
+
+def file_key(name: str, shapes: Shapes) -> str:
+    """The key under which the file holds what the network calls `name`."""
+    key = name.removeprefix("model.")
+    if key in shapes:
+        return key
+    for part, theirs in _LLAMAGEN_NAMES.items():
+        key = key.replace(f"{part}.", f"{theirs}.")
+    return key
+
+
+def make(shapes: Shapes, checkpoint: Checkpoint) -> JanusVQ:
+    """A fresh network. Raises CodebookError where transformers has none that is built so."""
+    try:
+        from transformers import JanusVQVAE, JanusVQVAEConfig
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CodebookError(
+            f"a JanusVQVAE is built by the transformers library: {reason}; pip install --upgrade transformers"
+        ) from error
+
+    def channels(name: str, axis: int = 0) -> int:
+        return shapes[file_key(f"{name}.weight", shapes)][axis]
+
+    size, dim = shapes[CODEBOOK]
+    first = file_key("encoder.down.0.block.0.conv1.weight", shapes)
+    levels = range(count(shapes, first.partition(".0.")[0]))
+    base = channels("encoder.conv_in")
+    config = JanusVQVAEConfig(
+        in_channels=channels("encoder.conv_in", 1),
+        out_channels=channels("decoder.conv_out"),
+        base_channels=base,
+        channel_multiplier=[max(1, channels(f"encoder.down.{level}.block.0.conv1") // base) for level in levels],
+        num_res_blocks=count(shapes, first.partition(".0.conv1")[0]),
+        latent_channels=channels("post_quant_conv"),
+        num_embeddings=size,
+        embed_dim=dim,
+    )
+    try:
+        network = JanusVQ(JanusVQVAE(config))
+    except Exception as error:  # whatever the library makes of shapes that are amiss
+        reason = str(error).partition("\n")[0]
+        raise CodebookError(
+            f"transformers makes no JanusVQVAE of {checkpoint.path}: {type(error).__name__}: {reason}"
+        ) from error
+    check_whole(network, shapes, file_key, checkpoint.path, "the JanusVQVAE of transformers")
+    return network
+
+
+_AROUND = {
+    "vq_config": "generation_embeddings and generation_head.vision_head",
+    "gen_vision_config": "gen_embed and gen_head.vision_head",
+}
+"""Of a whole Janus, by an entry of its config: what of its language model has a row for each code."""
+
+
+def caveat(config: Config) -> str | None:
+    """What a user should know of models with such a config."""
+    rows = next((rows for entry, rows in _AROUND.items() if entry in config), None)
+    if rows is None:
+        return None
+    return (
+        f"this is a whole Janus, with a row for each code in {rows}: they must follow the codes (codebook remap), and "
+        "while K is another than theirs the result does not load"
+    )
+
+
+def _original_prefix(checkpoint: Checkpoint) -> str | None:
+    prefix = _LLAMAGEN.prefix(checkpoint)
+    return prefix if prefix is not None and prefix.endswith("gen_vision_model.") else None
+
+
+_JANUS_VQVAE = Family(
+    prefix=_JANUS.prefix,
+    make=make,
+    file_key=file_key,
+    lookup=Lookup.COSINE,
+    emit=Emit.UNIT,
+    config_key="vq_config.num_embeddings",
+    caveat=caveat,
+)
+FAMILIES = {
+    "janus-vqvae": _JANUS_VQVAE,
+    "janus": replace(_JANUS_VQVAE, prefix=_original_prefix, config_key="gen_vision_config.params.image_token_size"),
+    # The entry is that of the config which huggingface_hub's mixin writes for LlamaGen's own VQModel.
+    "llamagen": replace(_JANUS_VQVAE, prefix=_LLAMAGEN.prefix, config_key="codebook_size"),
+}
+"""transformers' own files; DeepSeek's, in LlamaGen's names; LlamaGen's."""

@@ -1,0 +1,65 @@
+"""How a layout is told from its names, and whether a network is all of what a file in that layout holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.errors import CodebookError
+from codebook_tools.models.family import Shapes
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Names that a layout's files have, and beginnings of names that they lack, behind one and the same prefix."""
+
+    has: tuple[str, ...]
+    lacks: tuple[str, ...] = ()
+
+    def prefix(self, checkpoint: Checkpoint) -> str | None:
+        """The shortest prefix behind which the layout lies ("" for none, "first_stage_model."), None where none does.
+
+        The shortest, for a copy of a model (its moving average) has a longer one.
+        """
+        keys, first = checkpoint.entries.keys(), self.has[0]
+        prefixes = (key.removesuffix(first) for key in keys if key == first or key.endswith(f".{first}"))
+        return min((prefix for prefix in prefixes if self._fits(prefix, keys)), key=len, default=None)
+
+    def _fits(self, prefix: str, keys: Iterable[str]) -> bool:
+        inner = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+        return set(self.has) <= set(inner) and not any(key.startswith(self.lacks) for key in inner)
+
+
+def count(shapes: Shapes, place: str) -> int:
+    """How many numbered modules there are right below `place`, "encoder.down" for one."""
+    below = (key.removeprefix(f"{place}.") for key in shapes if key.startswith(f"{place}."))
+    return len({name.partition(".")[0] for name in below})
+
+
+def check_whole(
+    network: nn.Module, shapes: Shapes, file_key: Callable[[str, Shapes], str], path: Path, library: str
+) -> None:
+    """Raise CodebookError where encoder, decoder or what joins them to the codes are not the network's, layer by layer.
+
+    What a network does not know is carried over as it is: a layer too many in the file would silently not be run.
+    """
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    stored = {key: _squeezed(shape) for key, shape in shapes.items() if key.startswith(parts)}
+    wanted = {file_key(name, shapes): _squeezed(tensor.shape) for name, tensor in network.state_dict().items()}
+    wanted = {key: shape for key, shape in wanted.items() if key.startswith(parts)}
+    unlike = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
+    if unlike:
+        key, more = unlike[0], f" and {len(unlike) - 1} more" if len(unlike) > 1 else ""
+        raise CodebookError(
+            f"{library}, which is to run {path}, cannot be built like it: {key}{more} would be "
+            f"{wanted.get(key, 'missing')}, not {stored.get(key, 'missing')}; give your network with --network "
+            "FILE.py:FUNCTION"
+        )
+
+
+def _squeezed(shape: Iterable[int]) -> tuple[int, ...]:
+    return tuple(length for length in shape if length > 1)
