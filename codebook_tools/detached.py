@@ -22,7 +22,8 @@ from codebook_tools.latent_files import FileLatents, limited_latents, open_laten
 from codebook_tools.latents import StoredLatents, Survey, survey
 from codebook_tools.measure import CodebookUse, Measurement, Tally, use_of
 from codebook_tools.models.companions import changed_codebook, effective_rows, rounded
-from codebook_tools.models.load import CUSTOM, choose_codebook, choose_codebooks, config_of, family_of, lookup_of
+from codebook_tools.models.families import CUSTOM, check_stated, family_of, lookup_of, size_entry
+from codebook_tools.models.load import choose_codebook, choose_codebooks
 from codebook_tools.opening import Request
 from codebook_tools.outcome import Result, check_request_output, provenance, settings_of, weights_bytes
 from codebook_tools.output import remarks, written_config
@@ -124,7 +125,8 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
     with watch.phase("strategy"):
         surgeries = [one.operated(strategy) for one in known]
     asked, keys = [surgery.codebook.size for surgery in surgeries], [one.found.key for one in known]
-    sizes = common_sizes([one.old.size for one in known], asked, config_of(checkpoint).power_of_two)
+    entry = size_entry(checkpoint)
+    sizes = common_sizes([one.old.size for one in known], asked, entry is not None and entry.power_of_two)
     warnings += remark(keys, asked, sizes)
     output = check_request_output(request, command, max(sizes))
     old_size = known[0].old.size

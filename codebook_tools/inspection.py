@@ -7,7 +7,7 @@ from pathlib import Path
 
 from codebook_tools.checkpoints.detect import Detection, find_codebooks
 from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.models.load import family_of
+from codebook_tools.models.families import family_of
 
 
 @dataclass(frozen=True)

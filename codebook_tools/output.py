@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from codebook_tools.checkpoints.config import with_entry
+from codebook_tools.checkpoints.config import with_entries
 from codebook_tools.checkpoints.layout import CONFIG, SUFFIX, is_directory_output, named, own_config_path, split_others
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.checkpoints.writing import check_writable
 from codebook_tools.errors import CodebookError
 from codebook_tools.filling import power_of_two
-from codebook_tools.models.load import config_of
+from codebook_tools.models.families import size_entry
 
 _NOT_WRITTEN = {".pt", ".pth", ".ckpt", ".bin"}
 
@@ -43,7 +43,8 @@ def check_output(checkpoint: Checkpoint, output: Path, force: bool) -> None:
 
 def check_size(checkpoint: Checkpoint, size: int | None) -> None:
     """Raise CodebookError, with the nearest that will do, where the model's config would refuse so many codes."""
-    if size is None or size < 1 or not config_of(checkpoint).power_of_two:
+    entry = size_entry(checkpoint)
+    if size is None or size < 1 or entry is None or not entry.power_of_two:
         return
     above = power_of_two(size)
     if size != above:
@@ -54,13 +55,11 @@ def check_size(checkpoint: Checkpoint, size: int | None) -> None:
 
 def written_config(checkpoint: Checkpoint, size: int) -> bytes | None:
     """The config to be written with `size` codes: the original's, with that K. None: there is none that goes along."""
-    path, entry = checkpoint.config_path, config_of(checkpoint)
-    if path is None or (entry.key is None and checkpoint.folder is None):
+    path, entry = checkpoint.config_path, size_entry(checkpoint)
+    if path is None or (entry is None and checkpoint.folder is None):
         return None
-    text, config = path.read_bytes(), checkpoint.config
-    if entry.key is None or config is None:
-        return text
-    return with_entry(text, entry.key, size)
+    text = path.read_bytes()
+    return with_entries(text, entry.values(size)) if entry else text
 
 
 def remarks(checkpoint: Checkpoint, old: int, new: int, output: Path) -> list[str]:
@@ -70,10 +69,10 @@ def remarks(checkpoint: Checkpoint, old: int, new: int, output: Path) -> list[st
     if left_out:
         few = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
         found.append(f"of the model's directory, {few} does not go into the new one")
-    if checkpoint.folder and config_of(checkpoint).key is None and new != old:
+    if checkpoint.folder and size_entry(checkpoint) is None and new != old:
         found.append(f"{CONFIG} goes along as it is: no entry of it is known to be K, which is {new} now")
     return found
 
 
 def _has_config(checkpoint: Checkpoint) -> bool:
-    return checkpoint.folder is not None or config_of(checkpoint).key is not None
+    return checkpoint.folder is not None or size_entry(checkpoint) is not None

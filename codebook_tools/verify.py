@@ -26,7 +26,8 @@ from codebook_tools.models.companions import (
     rounded,
     rows_of,
 )
-from codebook_tools.models.load import config_of, find_book
+from codebook_tools.models.families import size_entry
+from codebook_tools.models.load import find_book
 from codebook_tools.output import written_config
 
 
@@ -102,8 +103,8 @@ def _files(written: Checkpoint, original: Checkpoint, maps: Checkpoint) -> Itera
 
 def _config(written: Checkpoint, original: Checkpoint, books: list[FoundCodebook]) -> Iterator[Difference]:
     """The config is the original's but for K, which is the tensors', and what K decides."""
-    entry = config_of(original)
-    if (entry.key is None and original.folder is None) or original.config is None:
+    entry = size_entry(original)
+    if (entry is None and original.folder is None) or original.config is None:
         return  # none, or one beside the file that may be anyone's
     if written.config is None or written.config_path is None:
         yield Difference("config.json", "missing")

@@ -24,7 +24,6 @@ _LAYERS = (
     "decoder.conv_in",
     "decoder.conv_out",
 )
-_DEFAULT_SIZE = 256  # the library's, for a config that does not say
 
 
 class DiffusersVQModel(nn.Module):
@@ -69,11 +68,6 @@ def make(shapes: Shapes, checkpoint: Checkpoint) -> DiffusersVQModel:
         raise CodebookError(
             f"{checkpoint.path} is a diffusers VQModel without its config; put that beside it, as config.json"
         )
-    stated, size = config.get(CONFIG_KEY, _DEFAULT_SIZE), shapes[CODEBOOK][0]
-    if type(stated) is not int or stated != size:
-        raise CodebookError(
-            f"{path} says {CONFIG_KEY}={stated!r}, but {CODEBOOK} has {size} codes: they are of two models; mend one"
-        )
     return DiffusersVQModel(build(config, path), config.get("norm_type") == "spatial")
 
 
@@ -116,4 +110,6 @@ def caveat(config: Config) -> str | None:
     )
 
 
-FAMILY = Family(prefix=prefix_of, make=make, file_key=file_key, config_key=CONFIG_KEY, caveat=caveat)
+FAMILY = Family(
+    prefix=prefix_of, make=make, file_key=file_key, config_key=CONFIG_KEY, default_size=256, caveat=caveat
+)

@@ -67,7 +67,8 @@ class Family:
     None where there is none to be had, and then `why_not` says in a sentence why. file_key: the file's key, without
     prefix, of what the network calls a name; shapes may differ in axes of length 1. lookup, emit: how its codes are
     found and given out.
-    config_key: the config's entry that is K, dots between levels; None for a family that knows no config.
+    config_key: the config's entry that is K, dots between levels; None for a family that knows no config. default_size:
+    K where that entry is missing, None where the library has no default.
     power_of_two: whether the config takes no other K. follow: further entries of the config that K decides, by dotted
     name: (config, new K) -> values. caveat: what to warn of, by the config.
     """
@@ -79,6 +80,7 @@ class Family:
     lookup: Lookup = Lookup.EUCLIDEAN
     emit: Emit = Emit.RAW
     config_key: str | None = None
+    default_size: int | None = None
     power_of_two: bool = False
     follow: Callable[[Config, int], Mapping[str, object]] = lambda config, size: {}
     caveat: Callable[[Config], str | None] = lambda config: None

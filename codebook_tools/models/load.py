@@ -15,59 +15,11 @@ from codebook_tools.checkpoints.detect import Detection, FoundCodebook, find_cod
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models import diffusers_vqmodel, zalando
 from codebook_tools.models.companions import effective_rows, owned_keys
 from codebook_tools.models.custom import make_network
+from codebook_tools.models.families import CUSTOM, FAMILIES, METRICS, check_stated, family_of, size_entry
 from codebook_tools.models.family import Family
 from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Book, Model
-
-FAMILIES = {
-    "zalando": Family(
-        prefix=lambda checkpoint: zalando.prefix_of(checkpoint.shapes),
-        make=lambda shapes, _: zalando.ZalandoVQVAE(shapes),
-        file_key=zalando.file_key,
-    ),
-    "diffusers-vqmodel": Family(
-        prefix=diffusers_vqmodel.prefix_of,
-        make=diffusers_vqmodel.make,
-        file_key=diffusers_vqmodel.file_key,
-        config_key=diffusers_vqmodel.CONFIG_KEY,
-        caveat=diffusers_vqmodel.caveat,
-    ),
-}
-CUSTOM = "custom"
-
-METRICS = {
-    "euclidean": (Lookup.EUCLIDEAN, Emit.RAW),
-    "cosine": (Lookup.COSINE, Emit.RAW),
-    "cosine-unit": (Lookup.COSINE, Emit.UNIT),
-    "dot": (Lookup.DOT, Emit.RAW),
-}
-
-
-def family_of(checkpoint: Checkpoint) -> str | None:
-    """The first family that recognises tensors and config."""
-    return next((name for name, family in FAMILIES.items() if family.prefix(checkpoint) is not None), None)
-
-
-@dataclass(frozen=True)
-class SizeInConfig:
-    """How the config that goes with a checkpoint knows K. key: its entry, None where none is known. power_of_two:
-    whether it takes no other. follow: further entries that K decides."""
-
-    key: str | None = None
-    power_of_two: bool = False
-    follow: Callable[[Config, int], Mapping[str, object]] = lambda config, size: {}
-
-
-def config_of(checkpoint: Checkpoint) -> SizeInConfig:
-    """What the checkpoint's family says of its config; nothing where either is missing."""
-    name = family_of(checkpoint)
-    if name is None or checkpoint.config_path is None:
-        return SizeInConfig()
-    family = FAMILIES[name]
-    return SizeInConfig(family.config_key, family.power_of_two, family.follow)
-
 
 def choose_codebooks(checkpoint: Checkpoint, keys: Sequence[str]) -> list[FoundCodebook]:
     """Those named, else all that are surely there. Raises CodebookError, with candidates, where that is not plain."""
@@ -101,13 +53,6 @@ def _operable(found: FoundCodebook) -> FoundCodebook:
         kind = "chosen by logits" if found.search == "logits" else f"of {found.heads} heads"
         raise CodebookError(f"{found.key} is a codebook {kind}: it can be inspected, not operated on")
     return found
-
-
-def lookup_of(family: str | None, metric: str | None) -> tuple[Lookup, Emit]:
-    """How codes are found and emitted: as told, else as the family does, else by Euclidean distance."""
-    if metric is None and family in FAMILIES:
-        return FAMILIES[family].lookup, FAMILIES[family].emit
-    return METRICS[metric or "euclidean"]
 
 
 def _named(checkpoint: Checkpoint, detection: Detection, key: str) -> FoundCodebook:
@@ -169,6 +114,7 @@ def load_model(
             caveat = record.caveat(checkpoint.config)
     lookup, emit = METRICS[metric] if metric else _lookup(module, record)
     found = _books_of(module, prefix, checkpoint, codebook_keys)
+    entry = size_entry(checkpoint)
     if not hasattr(module, "walk") and found[0].key not in keys.values():
         raise CodebookError(f"the network has no {found[0].key}: its codebook must have the file's name for it")
     _load_weights(module, keys, checkpoint)
@@ -185,7 +131,7 @@ def load_model(
         remake,
         target,
         bf16,
-        power_of_two=config_of(checkpoint).power_of_two,
+        power_of_two=entry is not None and entry.power_of_two,
         media=record.media if record else "images",
         input_range=AS_IT_IS if record and record.media == "audio" else INPUT_RANGES[0],
         carried=tuple(key for key in shapes if key not in owned.union(keys.values())),

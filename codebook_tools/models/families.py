@@ -1,0 +1,107 @@
+"""All network families by name, and what they say of a checkpoint: whose it is, how it is searched, where its K stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from codebook_tools.checkpoints.config import Config
+from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.codebook import Emit, Lookup
+from codebook_tools.errors import CodebookError
+from codebook_tools.models import diffusers_vqmodel, janus, taming, unrunnable, zalando
+from codebook_tools.models.family import Family
+
+FAMILIES = {
+    "zalando": Family(
+        prefix=lambda checkpoint: zalando.prefix_of(checkpoint.shapes),
+        make=lambda shapes, _: zalando.ZalandoVQVAE(shapes),
+        file_key=zalando.file_key,
+    ),
+    "diffusers-vqmodel": diffusers_vqmodel.FAMILY,
+    "taming": taming.FAMILY,
+    **janus.FAMILIES,
+    **unrunnable.FAMILIES,
+}
+"""Of several that recognise a file, the first counts: LlamaGen's names are those of the original Janus, too."""
+
+CUSTOM = "custom"
+"""The user's own network, or none."""
+
+METRICS = {
+    "euclidean": (Lookup.EUCLIDEAN, Emit.RAW),
+    "cosine": (Lookup.COSINE, Emit.RAW),
+    "cosine-unit": (Lookup.COSINE, Emit.UNIT),
+    "dot": (Lookup.DOT, Emit.RAW),
+}
+
+
+def family_of(checkpoint: Checkpoint) -> str | None:
+    """The first family that recognises tensors and config."""
+    return next((name for name, family in FAMILIES.items() if family.prefix(checkpoint) is not None), None)
+
+
+def lookup_of(family: str | None, metric: str | None) -> tuple[Lookup, Emit]:
+    """How codes are found and emitted: as told, else as the family does, else by Euclidean distance."""
+    if metric is None and family in FAMILIES:
+        return FAMILIES[family].lookup, FAMILIES[family].emit
+    return METRICS[metric or "euclidean"]
+
+
+@dataclass(frozen=True)
+class SizeEntry:
+    """How the config that goes with a checkpoint knows K. key: its entry, dots between levels. stated: what it says.
+    power_of_two: whether it takes no other number."""
+
+    key: str
+    stated: object
+    power_of_two: bool
+    family: Family
+    config: Config
+
+    def values(self, size: int) -> Mapping[str, object]:
+        """What the config says of `size` codes: all entries that follow, by dotted key."""
+        return {self.key: size, **self.family.follow(self.config, size)}
+
+
+def size_entry(checkpoint: Checkpoint) -> SizeEntry | None:
+    """Where K stands in the checkpoint's config; None without a config, or where its family knows of no entry.
+
+    A part of a model has the entries of its own level alone: levels that the config lacks are left out. An entry that
+    is missing is none, unless the library has a default for it.
+    """
+    name = family_of(checkpoint)
+    if name is None or checkpoint.config_path is None or checkpoint.config is None:
+        return None
+    family, config = FAMILIES[name], checkpoint.config
+    if family.config_key is None:
+        return None
+    levels = family.config_key.split(".")
+    for start in range(len(levels)):
+        key = ".".join(levels[start:])
+        stated = value_at(config, key)
+        if stated is not None:
+            return SizeEntry(key, stated, family.power_of_two, family, config)
+    if family.default_size is None:
+        return None
+    return SizeEntry(levels[-1], family.default_size, family.power_of_two, family, config)
+
+
+def check_stated(checkpoint: Checkpoint, key: str, size: int) -> None:
+    """Raise CodebookError where the config says another K than the tensor `key` has codes."""
+    entry = size_entry(checkpoint)
+    if entry is not None and (type(entry.stated) is not int or entry.stated != size):
+        raise CodebookError(
+            f"{checkpoint.config_path} says {entry.key}={entry.stated!r}, but {key} has {size} codes: they are of two "
+            "models; mend one"
+        )
+
+
+def value_at(config: Config, key: str) -> object:
+    """The value of a dotted key, None where there is none."""
+    found: object = config
+    for level in key.split("."):
+        if not isinstance(found, Mapping) or level not in found:
+            return None
+        found = found[level]
+    return found
