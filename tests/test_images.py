@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -25,9 +26,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from codebook_tools import images as images_module
+from codebook_tools import media as media_module
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import Images, Item, Splits, array_items, find_images, limited, sample_images, split
+from codebook_tools.images import Images, array_items, find_images, sample_images, sample_photographs
+from codebook_tools.items import Item
+from codebook_tools.sources import Source
+from codebook_tools.splits import Splits, limited, split
 
 Pixels = NDArray[np.uint8]
 SHARED = Path(__file__).parents[1] / ".." / "shared"
@@ -739,10 +743,10 @@ def test_a_file_that_the_system_refuses_is_named_with_its_reason(
     put(tmp_path / "a.png", picture(0))
     items = find_images([put(tmp_path / "b.png", picture(1))])
 
-    def refuse() -> bytes:
+    def refuse() -> BinaryIO:
         raise error
 
-    object.__setattr__(items[0], "read", refuse)
+    object.__setattr__(items[0].source, "open", refuse)
     with pytest.raises(CodebookError, match=rf"cannot read image b\.png: {error.strerror}; --skip-bad"):
         read(items)
     assert split(fakes(50), items).test == items  # whether it is also in the data, nobody can tell
@@ -961,7 +965,7 @@ def test_reading_twice_gives_the_same_whatever_fits_the_cache(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(images_module, "_DECODED_CACHE_BYTES", cache)
+    monkeypatch.setattr(media_module, "CACHE_BYTES", cache)
     np.save(tmp_path / "x.npy", picture(0, (20, 16, 16, 3)))
     sources: dict[str, Callable[[], list[Item]]] = {
         "folder": lambda: find_images([images_folder]),
@@ -999,8 +1003,12 @@ def test_changing_a_batch_changes_nothing_that_is_read_later(images_folder: Path
 # --- splits --------------------------------------------------------------------------------------------------------
 
 
+def fake(name: str, content: bytes = b"", group: str | None = None) -> Item:
+    return Item(name, Source(name, 1, lambda: io.BytesIO(content)), lambda channels: picture(0), group)
+
+
 def fakes(count: int, prefix: str = "") -> list[Item]:
-    return [Item(f"{prefix}{i:05d}.png", 1, lambda: b"", lambda data, channels: picture(0)) for i in range(count)]
+    return [fake(f"{prefix}{i:05d}.png") for i in range(count)]
 
 
 def sides(found: Splits) -> dict[str, str]:
@@ -1028,7 +1036,7 @@ def test_the_side_of_an_item_is_told_by_the_sha256_of_its_name() -> None:
 
 @given(st.sets(st.text("abc/", min_size=1, max_size=6), min_size=60, max_size=120), st.integers(0, 10**6))
 def test_an_item_never_changes_sides_when_data_are_added_or_reordered(given_: set[str], seed: int) -> None:
-    items = [Item(name, 1, bytes, lambda data, channels: picture(0)) for name in given_]
+    items = [fake(name) for name in given_]
     more = [*items, *fakes(200, "other/")]
     shuffled = [more[i] for i in np.random.default_rng(seed).permutation(len(more))]
     try:
@@ -1059,12 +1067,10 @@ def test_without_test_or_calibration_data_the_split_is_an_error() -> None:
 
 
 def test_with_explicit_test_data_all_of_the_data_is_calibration_data() -> None:
-    data, test = fakes(200, "a/"), fakes(30, "b/")
-    for i, item in enumerate([*data, *test]):
-        object.__setattr__(item, "read", lambda i=i: bytes([i]))
+    data, test = ([fake(f"{part}/{i}.png", bytes([i])) for i in range(n, m)] for part, n, m in (("a", 0, 200), ("b", 200, 230)))
     found = split(data, test)
     assert found.test == test
-    assert names(found.calibration) == names(data)
+    assert names(found.calibration) == sorted(names(data))
     assert 0 < len(found.validation) < 50
 
 
@@ -1104,7 +1110,7 @@ def rectangle(item: Item) -> tuple[str, int, int]:
 
 def test_the_sample_is_patches_of_both_photographs_where_their_names_say() -> None:
     items = sample_images()
-    photographs = images_module.sample_photographs()
+    photographs = sample_photographs()
     assert len(items) == len(set(names(items))) == 3072
     assert {rectangle(item)[0] for item in items} == {"china", "flower"} == set(photographs)
     for item in items[::97]:
