@@ -73,8 +73,8 @@ def decode_clip(source: Source, rate: int, start: int, samples: int, channels: i
         last = min(sound.frames, (start + samples) * down // up + reach + 1)
         sound.seek(first)
         frames = sound.read(last - first, dtype="float32", always_2d=True).T
-    if frames.shape[1] < last - first:
-        raise ValueError(f"damaged file: it ends before sample {last} of the {sound.frames} that its header tells of")
+    if frames.shape[1] < last - first or start * down >= last * up:
+        raise ValueError(f"damaged file: it ends before sample {last}")
     mixed = frames if len(frames) == channels else frames.mean(axis=0, keepdims=True).repeat(channels, axis=0)
     clip = resample_poly(mixed, up, down, axis=1)[:, start - block * up :][:, :samples]
     if not np.isfinite(clip).all():
