@@ -102,20 +102,21 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray(255 - levels if tags.get(_PHOTOMETRIC) == 0 else levels)
 
 
-def decode_row(stored: NDArray[np.generic], data: bytes, channels: int) -> NDArray[np.uint8]:
-    """The pixels of a row of an array, (channels, height, width), from its bytes.
+def decode_row(stored: NDArray[np.generic], channels: int) -> NDArray[np.uint8]:
+    """The pixels of a row of an array, (channels, height, width).
 
-    stored: what has its dtype and shape, (height, width), (height, width, 1|3) or (1|3, height, width). Raises
-    ValueError where floating-point values are outside [0, 1].
+    stored: (height, width), (height, width, 1|3) or (1|3, height, width), uint8 or floating point. Raises ValueError
+    where floating-point values are outside [0, 1].
     """
-    row: NDArray[Any] = np.frombuffer(data, stored.dtype).reshape(stored.shape)
+    row: NDArray[Any] = np.asarray(stored)
     if row.dtype != np.uint8:
         if not (np.isfinite(row).all() and row.min() >= 0 and row.max() <= 1):
             raise ValueError("floating-point images must lie in [0, 1]")
         row = np.round(row.astype(np.float64) * 255).astype(np.uint8)
     if row.ndim == 3 and row.shape[0] in (1, 3) and row.shape[2] not in (1, 3):
         row = row.transpose(1, 2, 0)
-    return _channels_first(Image.fromarray(row[..., 0] if row.ndim == 3 and row.shape[2] == 1 else row), channels)
+    row = row[..., 0] if row.ndim == 3 and row.shape[2] == 1 else row
+    return _channels_first(Image.fromarray(np.ascontiguousarray(row)), channels)
 
 
 def _channels_first(picture: Image.Image, channels: int) -> NDArray[np.uint8]:
@@ -128,3 +129,17 @@ def square(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """The centre square, resized with an antialiasing filter: (channels, side, side)."""
     picture = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     return _channels_first(ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC), len(pixels))
+
+
+def fitted(pixels: NDArray[np.uint8], size: int | None, stride: int) -> NDArray[np.uint8]:
+    """The centre of a picture, (channels, height, width), with sides that stride divides.
+
+    size: first made a square of this side. Raises ValueError for a picture smaller than the stride.
+    """
+    if size is not None and pixels.shape[1:] != (size, size):
+        pixels = square(pixels, size)
+    height, width = (side - side % stride for side in pixels.shape[1:])
+    if not height or not width:
+        raise ValueError(f"{pixels.shape[2]}x{pixels.shape[1]} is smaller than the model's stride of {stride}")
+    top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
+    return np.ascontiguousarray(pixels[:, top : top + height, left : left + width])

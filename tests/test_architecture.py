@@ -15,9 +15,9 @@ LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
 
 FLOORS = (
     ("errors", "watch", "version"),
-    ("codebook",),
-    ("assignment", "metrics", "pictures"),
-    ("kmeans", "images", "latents"),
+    ("codebook", "sources", "items", "pictures"),
+    ("assignment", "metrics", "splits", "media"),
+    ("kmeans", "images", "sounds", "latents"),
     ("strategies", "checkpoints"),
     ("models",),
     ("measure", "coverage", "output", "stats"),
@@ -30,7 +30,7 @@ FLOORS = (
 )
 """Rooms by floor, the lowest first. A room is a module of codebook_tools or a folder of it; the folder cli/ is one."""
 
-STAIRS = {("latents", "images"), ("__main__", COMMAND_LINE)}
+STAIRS = {("items", "sources"), ("latents", "images"), ("__main__", COMMAND_LINE)}
 """Rooms that may enter their neighbour on the same floor."""
 
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -91,6 +91,7 @@ def test_a_module_imports_only_from_floors_below_it(room: str, file: Path) -> No
         ("metrics", "def later():\n    from codebook_tools.models.model import Model"),
         ("assignment", "from codebook_tools.metrics import usage"),
         ("images", "from codebook_tools.latents import survey"),
+        ("media", "from codebook_tools.sounds import sounds"),
         ("report", "from codebook_cli.app import app"),
         ("operate", "from codebook_tools.report.tables import result_table"),
         ("metrics", "from codebook_tools.unheard_of import x"),

@@ -1,0 +1,134 @@
+"""Items of data, images or clips of sound: each with a name, found in folders, tars and files, in order of name."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from codebook_tools.errors import CodebookError
+from codebook_tools.sources import Source, find_sources
+
+Values = NDArray[Any]
+"""Decoded values of one item: pixels (channels, height, width) uint8, or a waveform (channels, samples) float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One image or clip, not read yet.
+
+    name: of its source, or SOURCE#number where that holds several. source: its bytes as stored. decode: its values in
+    a number of channels. group: items of one group go into one split; by default each is its own.
+    """
+
+    name: str
+    source: Source = field(repr=False)
+    decode: Callable[[int], Values] = field(repr=False)
+    group: str | None = None
+
+    def __str__(self) -> str:
+        """The name on one line, whatever is in it."""
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in self.name)
+
+    @property
+    def nbytes(self) -> int:
+        """Length of what is stored."""
+        return self.source.nbytes
+
+    def read(self) -> bytes:
+        """What is stored; clips of one file share it."""
+        return self.source.read()
+
+    @property
+    def kin(self) -> str:
+        """What all items of its group share, and no other item."""
+        return self.name if self.group is None else self.group
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the name: it seeds the choice of the item's latents."""
+        return _sha256(self.name)
+
+    def in_tenth(self, part: int) -> bool:
+        """Whether the SHA-256 of name or group puts the item into this tenth; the parts 0 and 1 are independent."""
+        digest = _sha256(self.kin)
+        return int.from_bytes(digest[8 * part : 8 * part + 8], "big") % 10 == 0
+
+
+def _sha256(name: str) -> bytes:
+    return hashlib.sha256(name.encode(errors="surrogateescape")).digest()  # names of files need not be UTF-8
+
+
+@dataclass(frozen=True)
+class Medium:
+    """What tells one kind of data from another.
+
+    one, many: what its items are called. suffixes: how its files end. items: those of one file. unit: what stands for
+    1 in decoded values. archives: by suffix, what files hold that count only where they themselves are given. fitted:
+    decoded values as the model takes them; ValueError where they cannot be made so.
+    """
+
+    one: str
+    many: str
+    suffixes: tuple[str, ...]
+    items: Callable[[Source], list[Item]]
+    unit: float
+    archives: Mapping[str, Callable[[Path], list[Item]]] = field(default_factory=dict)
+    fitted: Callable[[Values], Values] = lambda values: values
+
+
+def find_items(paths: Sequence[str | Path], medium: Medium) -> list[Item]:
+    """Every item under the paths, in order of name: folders of any depth, .tar shards, single files.
+
+    A {0000..0009} in a path stands for that range. Names that several paths share get the path's own name in front,
+    or all of the path where that is shared too; they keep their place in the splits. Whether an item can be read shows
+    when it is. Raises CodebookError where a path is missing, of no known kind, cannot be listed, holds no item, or is
+    given twice.
+    """
+    groups = [(path, _items(path, medium)) for given in paths for path in _braces(str(given))]
+    for path, items in groups:
+        if not items:
+            raise CodebookError(f"no {medium.many} in {path}: expected files ending in {', '.join(medium.suffixes)}")
+    shared = Counter(kin for _, items in groups for kin in {item.kin for item in items})
+    fronts = Counter(path.name for path, _ in groups)
+    named: dict[str, Item] = {}
+    for path, items in groups:
+        front = path.name if fronts[path.name] == 1 else path.as_posix()
+        for item in items:
+            if shared[item.kin] > 1:
+                item = replace(item, name=f"{front}/{item.name}", group=item.kin)
+            if item.name in named:
+                raise CodebookError(f"{item.name} stands twice in the data; give each path once")
+            named[item.name] = item
+    return [named[name] for name in sorted(named)]
+
+
+def _braces(given: str) -> list[Path]:
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", given)
+    if match is None:
+        return [Path(given)]
+    ends = match.groups()
+    low, high = sorted(map(int, ends))
+    padded = any(end != "0" and end.startswith("0") for end in ends)  # as a shell pads: {8..11}, but {08..11}
+    width = max(map(len, ends)) if padded else 1
+    numbers = [f"{n:0{width}d}" for n in range(low, high + 1)]
+    return [path for n in numbers for path in _braces(given[: match.start()] + n + given[match.end() :])]
+
+
+def _items(path: Path, medium: Medium) -> list[Item]:
+    sources = find_sources(path, medium.suffixes)
+    if sources is not None:
+        return [item for source in sources for item in medium.items(source)]
+    archive = medium.archives.get(path.suffix.lower())
+    if archive is None:
+        endings = ", ".join((".tar", *medium.archives, *medium.suffixes))
+        raise CodebookError(
+            f"{path} is no {medium.one} source: give a folder of {medium.many}, or a file ending in {endings}"
+        )
+    return archive(path)

@@ -1,0 +1,122 @@
+"""Waveforms as items: files cut into clips at the model's sampling rate, each read by seeking to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from math import gcd
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codebook_tools.errors import CodebookError
+from codebook_tools.items import Item, Medium
+from codebook_tools.sources import Source
+
+SUFFIXES = (".wav", ".flac")
+FORMATS = ("WAV", "WAVEX", "RF64", "FLAC")
+"""What is decoded, whatever a file's name says. libsndfile knows others, but in MP3 and Vorbis it misses the sample it
+is asked to seek to, by up to a block, so that clips would neither join nor be the same twice."""
+
+RATES = range(1_000, 768_001)
+"""Sampling rates in Hz; a damaged header says any number, and the resampling filter grows with it."""
+
+PEAK = 4.0
+"""Floating-point waveforms above 1 are clipped, as players do; above this (12 dB) they are of another scale."""
+
+ZEROS = 10
+"""Length of resample_poly's filter to either side, in samples of the lower rate."""
+
+
+def sounds(rate: int, hop: int, size: int | None = None) -> Medium:
+    """Waveforms for a model: clips of `size` samples at `rate` Hz (a second if None), less what `hop` does not divide.
+
+    Clips follow each other without a gap. What is left at a file's end is dropped; a file shorter than one clip is one
+    clip, silent at its end. Raises CodebookError for a size below the hop.
+    """
+    if size is not None and size < hop:
+        raise CodebookError(f"--size {size} is smaller than the model's hop of {hop} samples; give a multiple of that")
+    samples = max(hop, (size or rate) // hop * hop)
+    return Medium("clip", "clips", SUFFIXES, partial(_clips, rate=rate, samples=samples), 1)
+
+
+def _clips(source: Source, rate: int, samples: int) -> list[Item]:
+    """Named FILE#number; one file is one group. A file that cannot be read is one clip, which says so when decoded."""
+    try:
+        with _opened(source) as sound:
+            count = sound.frames * rate // sound.samplerate // samples
+    except (OSError, ValueError):
+        count = 0
+    return [
+        Item(f"{source.name}#{i}", source, partial(decode_clip, source, rate, i * samples, samples), source.name)
+        for i in range(max(1, count))
+    ]
+
+
+def decode_clip(source: Source, rate: int, start: int, samples: int, channels: int) -> NDArray[np.float32]:
+    """(channels, samples) in [-1, 1]: of the whole waveform at `rate`, `samples` from `start` on, then silence.
+
+    A file of as many channels keeps them; otherwise their mean stands in each. Resampled by polyphase filtering with
+    all the context that the filter reaches, so that clips join up as if the file had been resampled whole. Raises
+    ValueError with the reason where the file cannot be read.
+    """
+    from scipy.signal import resample_poly
+
+    with _opened(source) as sound:
+        divisor = gcd(rate, sound.samplerate)
+        up, down = rate // divisor, sound.samplerate // divisor
+        reach = -(-ZEROS * max(up, down) // up)
+        block = max(0, (start * down - reach * up) // (down * up))  # `down` frames become `up` samples, in phase
+        first = block * down
+        last = min(sound.frames, (start + samples) * down // up + reach + 1)
+        sound.seek(first)
+        frames = sound.read(last - first, dtype="float32", always_2d=True).T
+    if frames.shape[1] < last - first or start * down >= last * up:
+        raise ValueError(f"damaged file: it ends before sample {last}")
+    mixed = frames if len(frames) == channels else frames.mean(axis=0, keepdims=True).repeat(channels, axis=0)
+    clip = resample_poly(mixed, up, down, axis=1)[:, start - block * up :][:, :samples]
+    if not np.isfinite(clip).all():
+        raise ValueError("its waveform holds values that are not finite")
+    if (peak := float(np.abs(clip).max())) > PEAK:
+        raise ValueError(f"its waveform reaches {peak:.4g}: floating-point sound must lie in [-1, 1]")
+    padded = np.zeros((channels, samples), dtype=np.float32)
+    padded[:, : clip.shape[1]] = clip.clip(-1, 1)
+    return padded
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[Any]:
+    """A soundfile.SoundFile that has frames. Raises ValueError with the reason why not, CodebookError without the
+    library."""
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:  # OSError: the package without libsndfile
+        reason = str(error).partition("\n")[0]
+        raise CodebookError(
+            f'sound is read by the soundfile library: {reason}; pip install "codebook-tools[audio]"'
+        ) from error
+    with source.open() as stream:
+        if not source.nbytes:
+            raise ValueError("the file is empty")
+        try:
+            with soundfile.SoundFile(stream) as sound:
+                _refuse(sound)
+                yield sound
+        except soundfile.LibsndfileError as error:
+            kind = "no WAV or FLAC sound" if error.code == 1 else "damaged file"
+            told = error.error_string.rstrip(".") or f"code {error.code}"
+            raise ValueError(f"{kind}: libsndfile says {told!r}") from None
+
+
+def _refuse(sound: Any) -> None:
+    """Raise ValueError for what libsndfile opens and we do not read."""
+    if sound.format not in FORMATS:
+        raise ValueError(f"its content is {sound.format}; expected WAV or FLAC")
+    if sound.samplerate not in RATES:
+        raise ValueError(f"damaged file: its sampling rate is {sound.samplerate} Hz")
+    if not sound.frames:
+        raise ValueError("it holds no samples")
+    if sound.frames == 2**63 - 1:
+        raise ValueError("its header does not say how long it is: write it anew, with ffmpeg or sox")

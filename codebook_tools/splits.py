@@ -1,0 +1,83 @@
+"""Which items may influence what: train, validation and test, drawn by name; and draws of a few items."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from codebook_tools.errors import CodebookError
+from codebook_tools.items import Item
+from codebook_tools.sources import Source
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Items by what they may influence. calibration: counts and k-means. train and validation: its two parts, for
+    gradients and for the choice of the kept state. test: reported on, chooses nothing."""
+
+    train: list[Item]
+    validation: list[Item]
+    test: list[Item]
+
+    @property
+    def calibration(self) -> list[Item]:
+        return sorted([*self.train, *self.validation], key=lambda item: item.name)
+
+
+def split(data: list[Item], test: list[Item] | None = None, *, many: str = "images") -> Splits:
+    """Test and validation data, each a tenth chosen by SHA-256 of the names of items, or of their groups, so an item
+    never changes sides.
+
+    test: explicit test items; then all of `data` is calibration data. many: what items are called. Raises CodebookError
+    where there is no test or no calibration data (whoever needs validation data says so), and where what an explicit
+    test item is stored in equals byte for byte what a calibration item is stored in.
+    """
+    if test is None:
+        test = [item for item in data if item.in_tenth(0)]
+        data = [item for item in data if not item.in_tenth(0)]
+    else:
+        _refuse_shared(data, test)
+    validation = [item for item in data if item.in_tenth(1)]
+    train = [item for item in data if not item.in_tenth(1)]
+    for name, items in (("test", test), ("calibration", data)):
+        if not items:
+            count, groups = len(data) + len(test), len({item.kin for item in [*data, *test]})
+            of = f"{count} {many}" if groups == count else f"{count} {many} in {groups} groups that stay together"
+            raise CodebookError(
+                f"the {name} split of {of} is empty: a tenth is drawn by name; "
+                f"give more {many} with --data, or the test {many} with --test-data"
+            )
+    return Splits(train, validation, test)
+
+
+def _refuse_shared(data: list[Item], test: list[Item]) -> None:
+    known_as, tested_as = ({item.source: item.name for item in reversed(items)} for items in (data, test))
+    sizes = {source.nbytes for source in known_as} & {source.nbytes for source in tested_as} - {0}
+    known = {_content(source): name for source, name in known_as.items() if source.nbytes in sizes}
+    for source, name in tested_as.items():
+        if source.nbytes in sizes and (content := _content(source)) is not None and content in known:
+            raise CodebookError(
+                f"test item {name} is also in --data, as {known[content]}: take it out of --data, "
+                "or leave out --test-data to have a tenth split off"
+            )
+
+
+def _content(source: Source) -> bytes | None:
+    """SHA-256 of what is stored; None where it cannot be read, which whoever decodes it says."""
+    try:
+        return hashlib.sha256(source.read()).digest()
+    except OSError:
+        return None
+
+
+def shuffled(items: list[Item], seed: int) -> list[Item]:
+    """The items in an order that depends on seed and names alone."""
+    salt = (seed % 2**64).to_bytes(8, "big")
+    return sorted(items, key=lambda item: hashlib.sha256(salt + item.digest).digest())
+
+
+def limited(items: list[Item], limit: int | None, seed: int) -> list[Item]:
+    """At most `limit` items, the first of them as `shuffled`, in order of name."""
+    if limit is None or len(items) <= limit:
+        return items
+    return sorted(shuffled(items, seed)[:limit], key=lambda item: item.name)
