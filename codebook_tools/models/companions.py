@@ -93,11 +93,11 @@ def rounded(checkpoint: Checkpoint, key: str, rows: Tensor) -> Tensor:
 
 
 def bytes_with(checkpoint: Checkpoint, found: FoundCodebook, size: int) -> int:
-    """Bytes that the file takes with `size` codes, and with what follows them."""
+    """Bytes that the weights take with `size` codes, and with what follows them."""
     old = checkpoint.entries[found.key].shape[found.axis]
     follow = [checkpoint.entries[key] for key in (found.key, *found.companions)]
-    row = sum(entry.end - entry.start for entry in follow) // old
-    return checkpoint.path.stat().st_size - (old - size) * row
+    row = sum(entry.nbytes for entry in follow) // old
+    return checkpoint.nbytes - (old - size) * row
 
 
 def changed_codebook(checkpoint: Checkpoint, found: FoundCodebook, rows: Tensor, counts: Tensor) -> dict[str, Tensor]:
