@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools.checkpoints.entries import Held, Weights, can_hold
-from codebook_tools.errors import CodebookError, one_line
+from codebook_tools.errors import CodebookError
 
 WRAPPERS = (
     "state_dict", "model_state_dict", "model", "module", "params_ema", "params", "ema", "net", "generator",
@@ -19,7 +19,8 @@ WRAPPERS = (
 """Names under which people save a state dict beside other things: the first that holds tensors is it."""
 
 _DEPTH = 4
-_GLOBAL = re.compile(r"(?:GLOBAL|global|class|function) ((?:\w+\.)+\w+)")
+_REFUSED = re.compile(r"(?:GLOBAL|global|class|function) ((?:\w+\.)+\w+)")
+"""What torch says of a global that it does not let a pickle have."""
 
 
 def read_pickle(path: Path) -> Weights:
@@ -50,42 +51,38 @@ def _load(path: Path) -> object:
     except OSError:
         raise
     except Exception as error:  # a file that is not sound makes the unpickler fail in any way
-        asked = _GLOBAL.search(str(error))
-        if asked:
-            raise CodebookError(
-                f"{path} wants {asked[1]}, which is more than tensors, so it was refused and nothing of it was run; "
-                "where you trust its origin, load it in its own code and save model.state_dict() alone"
-            ) from error
-        if "TorchScript" in str(error):
-            raise CodebookError(
-                f"{path} is a TorchScript program, which is not run; save torch.jit.load(...).state_dict() instead"
-            ) from error
-        raise CodebookError(f"{path} is no sound PyTorch file: {one_line(error)[:200]}") from error
+        raise CodebookError(f"{path} {_why_not(str(error))}") from error
+
+
+def _why_not(error: str) -> str:
+    refused = _REFUSED.search(error)
+    if refused:
+        return (
+            f"wants {refused[1]}, more than tensors: it was refused, and nothing of it was run; where you trust "
+            "its origin, load it with its own code and save model.state_dict() alone"
+        )
+    if "TorchScript" in error:
+        return "is a TorchScript program, which is not run; save torch.jit.load(...).state_dict() instead"
+    told = " ".join(error.rpartition("WeightsUnpickler error: ")[2].split())
+    return f"is no sound PyTorch file: {told[:100] or 'it ends too early'}"
 
 
 def _unwrapped(path: Path, found: object) -> tuple[list[str], dict[object, object]]:
     """The names that lead to the state dict, and the state dict."""
     names = list[str]()
-    while isinstance(found, dict):
+    while isinstance(found, dict) and len(names) < _DEPTH:
         inside = [name for name, value in found.items() if isinstance(name, str) and _holds_tensors(value)]
         known = [name for name in WRAPPERS if name in inside]
-        if known:
-            inside = known[:1]
-        elif any(isinstance(value, Tensor) and value.ndim for value in found.values()):
+        own = [value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)]
+        if not known and (any(value.ndim for value in own) or (own and not inside)):
             return names, found
-        elif len(inside) > 1:
-            few = ", ".join(inside[:4])
-            raise CodebookError(
-                f"{path} holds {len(inside)} state dicts ({few}), none called {WRAPPERS[0]}; save one alone"
-            )
+        if not known and len(inside) > 1:
+            several = f"{path} holds {len(inside)} state dicts ({', '.join(inside[:4])})"
+            raise CodebookError(f"{several}, none called {WRAPPERS[0]}; save the one meant alone")
         if not inside:
-            return (names, found) if any(isinstance(value, Tensor) for value in found.values()) else _nothing(path)
-        names.append(inside[0])
-        found = found[inside[0]]
-    return _nothing(path)
-
-
-def _nothing(path: Path) -> tuple[list[str], dict[object, object]]:
+            break
+        names.append((known or inside)[0])
+        found = found[names[-1]]
     raise CodebookError(f"{path} holds no tensors by name; save model.state_dict() with torch.save, or as safetensors")
 
 
