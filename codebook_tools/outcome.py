@@ -75,7 +75,7 @@ def request_output(request: Request, command: str, size: int) -> Path:
 
 def weights_bytes(path: Path) -> int:
     """Size of a model's weights."""
-    return read_checkpoint(path).path.stat().st_size
+    return read_checkpoint(path).nbytes
 
 
 def settings_of(thing: Strategy | Recipe | None) -> dict[str, object]:

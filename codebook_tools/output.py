@@ -28,7 +28,7 @@ def check_output(checkpoint: Checkpoint, output: Path, force: bool) -> None:
     if output.name in ("", ".."):
         raise CodebookError(f"--output {output} has no name of its own, to write a partial one beside it; spell it out")
     as_folder, described = is_directory_output(output), _has_config(checkpoint)
-    sources = {path.resolve() for path in (checkpoint.path, checkpoint.folder, checkpoint.config_path) if path}
+    sources = {path.resolve() for path in (*checkpoint.files, checkpoint.folder, checkpoint.config_path) if path}
     written = {output.resolve()} if as_folder else {output.resolve(), own_config_path(output).resolve()}
     if sources & written:
         raise CodebookError(f"{output} is the model itself, which is never overwritten; write elsewhere with --output")
@@ -65,11 +65,15 @@ def written_config(checkpoint: Checkpoint, size: int) -> bytes | None:
 def remarks(checkpoint: Checkpoint, old: int, new: int, output: Path) -> list[str]:
     """What to warn of in the directory, or the config, that is written to `output`. old, new: numbers of codes."""
     found = []
-    left_out = split_others(checkpoint.folder)[1] if checkpoint.folder and is_directory_output(output) else []
+    left_out = (
+        split_others(checkpoint.folder, checkpoint.files)[1]
+        if checkpoint.folder and is_directory_output(output)
+        else []
+    )
     if left_out:
         few = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
         found.append(f"of the model's directory, {few} does not go into the new one")
-    if checkpoint.folder and size_entry(checkpoint) is None and new != old:
+    if checkpoint.folder and checkpoint.config_path and size_entry(checkpoint) is None and new != old:
         found.append(f"{CONFIG} goes along as it is: no entry of it is known to be K, which is {new} now")
     return found
 

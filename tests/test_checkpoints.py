@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from codebook_tools.checkpoints import reading
+from codebook_tools.checkpoints import entries
 from codebook_tools.checkpoints.reading import read_checkpoint, torch_dtype
 from codebook_tools.checkpoints.writing import (
     check_writable,
@@ -89,7 +89,7 @@ def test_entries_come_in_the_order_of_their_bytes(mixed: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 1 << 20])
 def test_chunks_joined_are_the_stored_bytes(mixed: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_CHUNK", chunk)
+    monkeypatch.setattr(entries, "CHUNK", chunk)
     found = read_checkpoint(mixed)
     for key, tensor in MIXED.items():
         chunks = list(found.chunks(key))

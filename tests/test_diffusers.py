@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from codebook_tools.checkpoints import places
-from codebook_tools.checkpoints.config import with_entry
 from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
@@ -392,21 +391,6 @@ def test_the_config_stays_byte_for_byte_where_k_stays(vae: Path, codebook: Run, 
     other = Path(codebook("prune", vae, *data).json["outputs"]["model"])
     expected = odd.replace('"num_vq_embeddings": 16', '"num_vq_embeddings": 10')
     assert (other / "config.json").read_text(encoding="utf-8") == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ('{"k":16,"b":[1, 2]}', '{"k":8,"b":[1, 2]}'),
-        ('{\n\t"a": NaN,\n\t"k" : 16\n}', '{\n\t"a": NaN,\n\t"k" : 8\n}'),
-        ('{"k": 8.5}', '{\n  "k": 8\n}\n'),
-        ('{"a": {"k": 16}, "k": 16}', '{\n  "a": {\n    "k": 16\n  },\n  "k": 8\n}\n'),
-        ('{"a": 1}', '{\n  "a": 1,\n  "k": 8\n}\n'),
-    ],
-)
-def test_one_entry_of_a_config_is_set_and_the_rest_left_as_it_was(text: str, expected: str) -> None:
-    assert with_entry(text.encode(), "k", 8).decode() == expected
-    assert with_entry(expected.encode(), "k", 8).decode() == expected
 
 
 def test_a_config_of_another_model_goes_along_with_a_warning(

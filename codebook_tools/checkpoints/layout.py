@@ -1,7 +1,8 @@
-"""Where a checkpoint's weights and config lie: in a directory as diffusers lays it out, or side by side as files."""
+"""Where a checkpoint's weights and config lie: in a directory as libraries lay it out, or side by side as files."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from codebook_tools.errors import CodebookError
@@ -10,6 +11,12 @@ SUFFIX = ".safetensors"
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 """The names that libraries load, the first before the second, and either before any other."""
+
+INDEX = ".index.json"
+"""What a library adds to that name for the index of shards."""
+
+_PICKLES = {"diffusion_pytorch_model.bin": WEIGHTS[0], "pytorch_model.bin": WEIGHTS[1]}
+"""What libraries called their weights before, and call them now."""
 
 PREFIX = "codebook_tools."
 """Of the metadata that we add."""
@@ -56,43 +63,62 @@ def config_beside(weights: Path) -> Path | None:
 
 
 def weights_in(folder: Path) -> Path:
-    """The one file of weights in a directory. Raises CodebookError where it has none, several, or shards."""
+    """The weights in a directory: a safetensors file or the index of several, else a library's pickle.
+
+    Raises CodebookError where it has none, or cannot be told which are meant.
+    """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    if any(name.endswith(SUFFIX + ".index.json") for name in names):
-        raise CodebookError(f"{folder} holds sharded weights, which are not supported yet; save the model in one file")
-    found = [name for name in names if name.endswith(SUFFIX) and not name.endswith(_INDEX_MAP)]
-    known = next((name for name in WEIGHTS if name in found), None)
-    if known is None and not found:
-        raise CodebookError(
-            f"{folder} is a directory without a {SUFFIX} file; give the model's own folder, where its weights lie"
-        )
-    if known is None and len(found) > 1:
-        raise CodebookError(
-            f"{folder} holds {len(found)} {SUFFIX} files, none called {WEIGHTS[0]}; give the file meant"
-        )
-    return folder / (known or found[0])
+    for name in WEIGHTS:
+        here = [known for known in (name, name + INDEX) if known in names]
+        if len(here) == 2:
+            raise CodebookError(f"{folder} holds {name} and sharded weights, {name + INDEX}; give the one meant")
+        if here:
+            return folder / here[0]
+    indices = [name for name in names if name.endswith(SUFFIX + INDEX)]
+    files = [name for name in names if name.endswith(SUFFIX) and not name.endswith(_INDEX_MAP)]
+    for kind, found in ((INDEX, indices), (SUFFIX, files)):
+        if len(found) > 1:
+            raise CodebookError(
+                f"{folder} holds {len(found)} {kind} files, none called {WEIGHTS[0]}; give the file meant"
+            )
+        if found:
+            return folder / found[0]
+    for name in _PICKLES:
+        if name + INDEX in names:
+            raise CodebookError(f"{folder} holds {name} in shards, which are read as {SUFFIX} alone; save the model so")
+        if name in names:
+            return folder / name
+    raise CodebookError(
+        f"{folder} is a directory without a {SUFFIX} file; give the model's own folder, where its weights lie"
+    )
+
+
+def written_name(original: Path, config: Mapping[str, object] | None) -> str:
+    """Of weights in a directory that is written, by those of the original and its config: as the library loads them."""
+    by_config = WEIGHTS[1] if config and "model_type" in config else WEIGHTS[0]  # as transformers calls itself
+    return _PICKLES.get(original.name, by_config)
 
 
 def config_in(folder: Path) -> Path:
     """The config of a directory. Raises CodebookError where it has none."""
     path = folder / CONFIG
     if not path.is_file():
-        raise CodebookError(f"{folder} has no {CONFIG}, by which a directory is read; give the {SUFFIX} file inside it")
+        raise CodebookError(f"{folder} has no {CONFIG}, by which a directory is read; give the file inside it")
     return path
 
 
-def split_others(folder: Path) -> tuple[list[Path], list[str]]:
+def split_others(folder: Path, weights: Collection[Path]) -> tuple[list[Path], list[str]]:
     """What lies in a directory beside weights and config: files that go with any weights, and names of the rest.
 
     The rest is folders, other weights (they would not fit the new config), files of 16 MiB and more, and links out of
     the directory: only what the user named is read.
     """
     go, stay = [], list[str]()
-    for path in sorted(folder.iterdir()):
-        if path.name in (CONFIG, weights_in(folder).name):
-            continue
+    own = {CONFIG, *(path.name for path in weights)}
+    for path in sorted(path for path in folder.iterdir() if path.name not in own):
         inside = path.resolve().parent == folder.resolve()
-        if path.is_file() and inside and path.suffix not in _OTHER_WEIGHTS and path.stat().st_size < _SMALL:
+        other = path.suffix in _OTHER_WEIGHTS or path.name.endswith(INDEX)
+        if path.is_file() and inside and not other and path.stat().st_size < _SMALL:
             go.append(path)
         else:
             stay.append(path.name)

@@ -1,46 +1,42 @@
-"""A safetensors file or the directory around it, read lazily: its header at once, its tensors when asked for."""
+"""A checkpoint: a file of weights, or several with an index, or the directory around them. Read lazily: what lies where
+at once, tensors when asked for."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from codebook_tools.checkpoints.config import Config, parse_config
-from codebook_tools.checkpoints.layout import config_beside, config_in, weights_in
+from codebook_tools.checkpoints.entries import Entry, Stored, Weights
+from codebook_tools.checkpoints.entries import torch_dtype as torch_dtype
+from codebook_tools.checkpoints.headers import PICKLED, read_safetensors
+from codebook_tools.checkpoints.layout import INDEX, SUFFIX, config_beside, config_in, weights_in
+from codebook_tools.checkpoints.pickles import read_pickle
+from codebook_tools.checkpoints.shards import read_shards
 from codebook_tools.errors import CodebookError
-
-_CHUNK = 16 << 20
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies. dtype: as safetensors names it ("F32"). start, end: byte offsets in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A safetensors file that was found sound. entries: by key, in the order of their bytes.
+    """Weights that were found sound. entries: by key, in the order of their bytes.
 
-    path: of the file. folder: the directory that was named in its place. config_path: of the config that goes with it.
+    path: of the file, or of the index. files: all of the weights', an index before its shards. folder: the directory
+    that was named in its place, or that an index lies in. config_path: of the config that goes with it. left_behind:
+    dotted names of what lies beside the weights in a pickle, and is not read.
     """
 
     path: Path
     entries: dict[str, Entry]
     metadata: dict[str, str]
+    files: tuple[Path, ...]
     folder: Path | None = None
     config_path: Path | None = None
+    left_behind: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -50,33 +46,28 @@ class Checkpoint:
     def dtypes(self) -> dict[str, str]:
         return {key: entry.dtype for key, entry in self.entries.items()}
 
-    def tensor(self, key: str) -> Tensor:
-        """One tensor, in its stored dtype."""
-        from safetensors import safe_open
+    @property
+    def sharded(self) -> bool:
+        return len(self.files) > 1
 
-        with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key)
-            return tensor
+    @property
+    def nbytes(self) -> int:
+        """Of the files of weights, without an index; of a pickle, of its tensors alone."""
+        if not all(isinstance(entry, Stored) for entry in self.entries.values()):
+            return sum(entry.nbytes for entry in self.entries.values())
+        return sum(file.stat().st_size for file in self.files[self.sharded :])
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor, in its stored dtype; no other is read."""
+        return self.entries[key].tensor()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, in their stored dtypes."""
-        from safetensors import safe_open
-
-        with safe_open(self.path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in self.entries}
+        """All of them, in their stored dtypes: in memory, however large."""
+        return {key: entry.tensor() for key, entry in self.entries.items()}
 
     def chunks(self, key: str) -> Iterator[bytes]:
-        """The stored bytes of a tensor, at most 16 MiB at a time."""
-        entry = self.entries[key]
-        with self.path.open("rb") as file:
-            file.seek(entry.start)
-            left = entry.end - entry.start
-            while left:
-                chunk = file.read(min(left, _CHUNK))
-                if not chunk:
-                    raise CodebookError(f"{self.path} was cut short while it was read, at {key}")
-                left -= len(chunk)
-                yield chunk
+        """The bytes of a tensor as safetensors stores them, at most 16 MiB at a time."""
+        return self.entries[key].chunks()
 
     @cached_property
     def config(self) -> Config | None:
@@ -85,7 +76,8 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        return file_sha256(self.path)
+        """Of the file; of an index and its shards, as `joined_sha256` has it."""
+        return joined_sha256({file.name: file_sha256(file) for file in self.files})
 
 
 def file_sha256(path: Path) -> str:
@@ -93,69 +85,36 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def joined_sha256(digests: Mapping[str, str]) -> str:
+    """One for several files, by name, in this order: the SHA-256 of what sha256sum prints of them. Of one, its own."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    return hashlib.sha256(lines.encode()).hexdigest() if len(digests) > 1 else next(iter(digests.values()))
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Open a safetensors file, or the one in a directory in diffusers layout, and read its header.
+    """Open a safetensors file, an index of shards or a file of torch.save, or the one in a directory.
 
-    Raises CodebookError with what the file is, where it is none, and with what the directory lacks.
+    An index stands for its directory. Raises CodebookError with what the file is, where it is none of these, and with
+    what the directory lacks.
     """
-    from safetensors import SafetensorError, safe_open
-
-    folder = None
     try:
-        if path.is_dir():
-            folder, path = path, weights_in(path)
-        config_path = config_in(folder) if folder else config_beside(path)
-        with path.open("rb") as file:
-            head = file.read(8)
-            with safe_open(path, framework="pt"):  # the library's own checks of offsets, overlaps and dtypes
-                pass
-            length = int.from_bytes(head, "little")
-            header = json.loads(file.read(length))
+        weights = weights_in(path) if path.is_dir() else path
+        sharded = weights.suffix == Path(INDEX).suffix
+        folder = path if path.is_dir() else weights.parent if sharded else None
+        config_path = config_in(path) if folder and not sharded else config_beside(weights)
+        found = read_shards(weights) if sharded else _read_file(weights)
     except FileNotFoundError as error:
         raise CodebookError(f"no such file: {path}") from error
     except OSError as error:
         raise CodebookError(f"cannot read {path}: {error.strerror or error}") from error
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise CodebookError(f"{path} is not a sound safetensors file: {_what_it_is(path, error)}") from error
-    metadata = header.pop("__metadata__", None) or {}
-    entries = {
-        key: Entry(value["dtype"], tuple(value["shape"]), *(8 + length + offset for offset in value["data_offsets"]))
-        for key, value in header.items()
-    }
-    ordered = dict(sorted(entries.items(), key=lambda entry: (entry[1].start, entry[0])))
-    checkpoint = Checkpoint(path, ordered, metadata, folder, config_path)
+    checkpoint = Checkpoint(weights, found.entries, found.metadata, found.files, folder, config_path, found.left_behind)
     if folder:
         _ = checkpoint.config  # part of what was named, so it must be sound
     return checkpoint
 
 
-def _what_it_is(path: Path, error: Exception) -> str:
-    try:
-        with path.open("rb") as file:
-            head = file.read(512)
-    except OSError as problem:
-        return str(problem)
-    if not head:
-        return "it is empty"
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        return (
-            "it is a PyTorch pickle; convert it with torch.load(..., weights_only=True) and safetensors.torch.save_file"
-        )
-    if head.lstrip()[:1] == b"<":
-        return "it is an HTML or XML page, perhaps a failed download"
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; fetch the file itself with git lfs pull"
-    return f"{error} (truncated or of another format)"
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name. Raises CodebookError for one that this torch does not know."""
-    known = {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }  # fmt: skip
-    if name not in known:
-        raise CodebookError(f"tensors of dtype {name} cannot be handled; there are {', '.join(known)}")
-    return known[name]
+def _read_file(path: Path) -> Weights:
+    """Told by how it begins, not by its name; but what is called safetensors must be that."""
+    with path.open("rb") as file:
+        pickled = file.read(2).startswith(PICKLED)
+    return read_pickle(path) if pickled and path.suffix != SUFFIX else read_safetensors(path)

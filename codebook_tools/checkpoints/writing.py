@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from codebook_tools.checkpoints.config import with_entries
+from codebook_tools.checkpoints.entries import CHUNK, Entry, Held, torch_dtype
+from codebook_tools.checkpoints.headers import header_of, laid_out, read_safetensors
 from codebook_tools.checkpoints.layout import (
     CONFIG,
     PREFIX,
-    WEIGHTS,
+    SUFFIX,
     index_map_path,
     is_directory_output,
     own_config_path,
     partial_path,
     split_others,
+    written_name,
 )
 from codebook_tools.checkpoints.places import (
     check_leftovers,
@@ -33,7 +33,8 @@ from codebook_tools.checkpoints.places import (
     put_in_place,
     sync_folder,
 )
-from codebook_tools.checkpoints.reading import Checkpoint, file_sha256, read_checkpoint, torch_dtype
+from codebook_tools.checkpoints.reading import Checkpoint, file_sha256, joined_sha256
+from codebook_tools.checkpoints.shards import read_shards
 from codebook_tools.errors import CodebookError, VerificationError
 
 
@@ -68,38 +69,7 @@ def check_writable(path: Path, force: bool, with_config: bool = False) -> None:
 
 def tensor_bytes(tensor: Tensor) -> bytes:
     """Little-endian bytes of a tensor, row by row, as safetensors stores them."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return b"" if flat.numel() == 0 else flat.view(torch.uint8).numpy().tobytes()
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A tensor to be written: its header entry, and its bytes, to be read as often as asked for."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    source: Callable[[], Iterable[bytes]]
-
-    @staticmethod
-    def of(key: str, dtype: str, tensor: Tensor) -> _Part:
-        data = tensor_bytes(tensor)
-        return _Part(key, dtype, tuple(tensor.shape), len(data), lambda: [data])
-
-
-def _header(parts: Sequence[_Part], metadata: Mapping[str, str]) -> bytes:
-    """Entries in sorted order, so that the same content gives the same bytes; padded to 8 bytes, as the format asks."""
-    # transformers of 2024 fails where "format" is missing.
-    header: dict[str, object] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
-    entries, offset = {}, 0
-    for part in parts:
-        span = [offset, offset + part.nbytes]
-        entries[part.key] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": span}
-        offset += part.nbytes
-    header.update(sorted(entries.items()))
-    data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return data + b" " * (-len(data) % 8)
+    return b"".join(Held("", tensor).chunks())
 
 
 def write_checkpoint(
@@ -112,37 +82,33 @@ def write_checkpoint(
 ) -> Path:
     """Write `original` with the tensors of `changed` in their place, its index map beside it; return the map's path.
 
-    path: a .safetensors file, or the name of a directory, which then holds weights, config, and the files of the
-    original's directory that go with them. changed: by key, in the stored dtype; shapes may differ. metadata: added
-    to the original's, without PREFIX. maps: int64 tensors of the index map file. config: what the config is to hold.
+    path: a .safetensors file, which takes all shards, or the name of a directory, which then holds weights, config, and
+    the files of the original's directory that go with them; shards stay shards. changed: by key, in the stored dtype;
+    shapes may differ. metadata: added to the original's, without PREFIX. maps: int64 tensors of the index map file.
+    config: what the config is to hold.
 
     Everything is written whole under names that end in `.partial`, flushed, read back and compared, then renamed; a
     directory as one. Raises VerificationError where what was read back is not what was meant, CodebookError where the
     disk fails.
     """
-    parts = []
-    for key, entry in original.entries.items():
-        if key in changed:
-            assert changed[key].dtype == torch_dtype(entry.dtype), key
-            parts.append(_Part.of(key, entry.dtype, changed[key]))
-        else:
-            source = partial(original.chunks, key)
-            parts.append(_Part(key, entry.dtype, entry.shape, entry.end - entry.start, source))
-    header = _header(parts, {**original.metadata, **{PREFIX + key: value for key, value in metadata.items()}})
+    entries = _changed(original.entries, changed)
+    ours = {PREFIX + key: value for key, value in metadata.items()}
     map_path = index_map_path(path)
     try:
         with ExitStack() as stack:
-            if is_directory_output(path):
-                building = stack.enter_context(partial_folder(path))
-                weights = _furnish(building, original, config)
+            if not is_directory_output(path):
+                target = stack.enter_context(partial_file(path))
+                digest = _write_tensors(target, entries, {**original.metadata, **ours})
             else:
-                weights = stack.enter_context(partial_file(path))
-            of_map = {
-                PREFIX + "checkpoint_sha256": _write_tensors(weights, header, parts),
-                PREFIX + "data_sha256": maps_sha256(maps),
-            }
-            map_parts = [_Part.of(key, "I64", tensor) for key, tensor in sorted(maps.items())]
-            _write_tensors(stack.enter_context(partial_file(map_path)), _header(map_parts, of_map), map_parts)
+                building = stack.enter_context(partial_folder(path))
+                _furnish(building, original, config)
+                if original.sharded:
+                    digest = _write_shards(building, original, changed, ours)
+                else:
+                    digest = _write_tensors(building / _weights_name(original), entries, {**original.metadata, **ours})
+            of_map = {PREFIX + "checkpoint_sha256": digest, PREFIX + "data_sha256": maps_sha256(maps)}
+            of_maps = [Held(key, tensor) for key, tensor in sorted(maps.items())]
+            _write_tensors(stack.enter_context(partial_file(map_path)), of_maps, of_map)
             beside = [map_path]
             if config is not None and not is_directory_output(path):
                 beside.append(own_config_path(path))
@@ -157,26 +123,59 @@ def write_checkpoint(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write int64 and float64 tensors into a small file of their own, whole or not at all, and read it back."""
-    names = {torch.int64: "I64", torch.float64: "F64"}
-    parts = [_Part.of(key, names[tensor.dtype], tensor) for key, tensor in sorted(tensors.items())]
+    """Write tensors into a small file of their own, whole or not at all, and read it back."""
     try:
         with partial_file(path) as target:
-            _write_tensors(target, _header(parts, metadata), parts)
+            _write_tensors(target, [Held(key, tensor) for key, tensor in sorted(tensors.items())], metadata)
             put_in_place(path)
     except OSError as error:
         raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _furnish(folder: Path, original: Checkpoint, config: bytes | None) -> Path:
-    """Write all but the weights into a new directory; return where they belong."""
+def _changed(entries: Mapping[str, Entry], changed: Mapping[str, Tensor]) -> list[Entry]:
+    for key in changed.keys() & entries.keys():
+        assert changed[key].dtype == torch_dtype(entries[key].dtype), key
+    return [Held(key, changed[key]) if key in changed else entry for key, entry in entries.items()]
+
+
+def _furnish(folder: Path, original: Checkpoint, config: bytes | None) -> None:
+    """Write all but the weights into a new directory."""
     if config is not None:
         _write_whole(folder / CONFIG, [config])
-    if original.folder is None:
-        return folder / WEIGHTS[0]
-    for other in split_others(original.folder)[0]:
-        _write_whole(folder / other.name, [other.read_bytes()])
-    return folder / original.path.name
+    for other in split_others(original.folder, original.files)[0] if original.folder else ():
+        _write_whole(folder / other.name, _content(other))
+
+
+def _weights_name(original: Checkpoint) -> str:
+    """Of the one file of weights in a new directory."""
+    kept = original.folder is not None and original.path.suffix == SUFFIX
+    return original.path.name if kept else written_name(original.path, original.config)
+
+
+def _write_shards(folder: Path, original: Checkpoint, changed: Mapping[str, Tensor], ours: Mapping[str, str]) -> str:
+    """Write the shards that hold changed tensors, and what we said of an earlier change; copy the others, and the index
+    but for its total. Returns the joined SHA-256."""
+    index, *shards = original.files
+    found = {shard: read_safetensors(shard) for shard in shards}
+    rewritten = [
+        shard
+        for shard, weights in found.items()
+        if changed.keys() & weights.entries.keys() or any(name.startswith(PREFIX) for name in weights.metadata)
+    ] or shards[:1]
+    digests = {index.name: ""}
+    for shard, weights in found.items():
+        target = folder / shard.name
+        if shard in rewritten:
+            digests[shard.name] = _write_tensors(
+                target, _changed(weights.entries, changed), {**weights.metadata, **ours}
+            )
+        else:
+            digests[shard.name] = _write_whole(target, _content(shard))
+    total = sum(entry.nbytes for entry in _changed(original.entries, changed))
+    text = with_entries(index.read_bytes(), {"metadata.total_size": total})
+    digests[index.name] = _write_whole(folder / index.name, [text])
+    read_shards(folder / index.name)
+    return joined_sha256(digests)
 
 
 def maps_sha256(maps: Mapping[str, Tensor]) -> str:
@@ -187,12 +186,20 @@ def maps_sha256(maps: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write_tensors(path: Path, header: bytes, parts: Sequence[_Part]) -> str:
+def _write_tensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> str:
     """Write a safetensors file as `_write_whole` does, and let its library look at it."""
+    ordered = laid_out(entries)
+    header = header_of(ordered, metadata)
     prologue = (len(header).to_bytes(8, "little"), header)
-    digest = _write_whole(path, chain(prologue, *(part.source() for part in parts)))
-    read_checkpoint(path)
+    digest = _write_whole(path, chain(prologue, *(entry.chunks() for entry in ordered)))
+    read_safetensors(path)
     return digest
+
+
+def _content(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
 
 
 def _write_whole(path: Path, chunks: Iterable[bytes]) -> str:

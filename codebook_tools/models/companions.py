@@ -110,7 +110,7 @@ def added_bytes(checkpoint: Checkpoint, found: FoundCodebook, size: int) -> int:
     """By how much the file grows with `size` codes and what follows them; negative where it shrinks."""
     old = checkpoint.entries[found.key].shape[found.axis]
     follow = [checkpoint.entries[key] for key in (found.key, *found.companions)]
-    return (size - old) * (sum(entry.end - entry.start for entry in follow) // old)
+    return (size - old) * (sum(entry.nbytes for entry in follow) // old)
 
 
 def changed_codebook(checkpoint: Checkpoint, found: FoundCodebook, rows: Tensor, counts: Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from codebook_tools.checkpoints.config import Config
+from codebook_tools.checkpoints.config import Config, entry_of
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
@@ -79,7 +79,7 @@ def size_entry(checkpoint: Checkpoint) -> SizeEntry | None:
     levels = family.config_key.split(".")
     for start in range(len(levels)):
         key = ".".join(levels[start:])
-        stated = value_at(config, key)
+        stated = entry_of(config, key)
         if stated is not None:
             return SizeEntry(key, stated, family.power_of_two, family, config)
     if family.default_size is None:
@@ -97,11 +97,3 @@ def check_stated(checkpoint: Checkpoint, key: str, size: int) -> None:
         )
 
 
-def value_at(config: Config, key: str) -> object:
-    """The value of a dotted key, None where there is none."""
-    found: object = config
-    for level in key.split("."):
-        if not isinstance(found, Mapping) or level not in found:
-            return None
-        found = found[level]
-    return found

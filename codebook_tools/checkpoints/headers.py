@@ -1,0 +1,79 @@
+"""The safetensors format: 8 bytes of length, a JSON header, and the tensors' bytes one after the other."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
+from pathlib import Path
+
+from codebook_tools.checkpoints.entries import Entry, Stored, Weights
+from codebook_tools.errors import CodebookError
+
+PICKLED = (b"PK", b"\x80")
+"""How files begin that torch.save wrote: a zip, or a bare pickle, as before torch 1.6."""
+
+
+def read_safetensors(path: Path) -> Weights:
+    """What a safetensors file holds, by its header. Raises CodebookError with what the file is, where it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            with safe_open(path, framework="pt"):  # the library's own checks of offsets, overlaps and dtypes
+                pass
+            header = json.loads(file.read(length))
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise CodebookError(f"{path} is not a sound safetensors file: {_what_it_is(path, error)}") from error
+    metadata = header.pop("__metadata__", None) or {}
+    entries: list[Entry] = [
+        Stored(key, its["dtype"], tuple(its["shape"]), path, *(8 + length + offset for offset in its["data_offsets"]))
+        for key, its in sorted(header.items(), key=lambda item: (item[1]["data_offsets"][0], item[0]))
+    ]
+    return Weights((path,), {entry.key: entry for entry in entries}, metadata)
+
+
+def laid_out(entries: Iterable[Entry]) -> list[Entry]:
+    """In the order given, or, where a number would then not start at a multiple of its size, the larger ones first."""
+    given = list(entries)
+    starts = accumulate((entry.nbytes for entry in given), initial=0)
+    aligned = all(not start % (_item(entry) or 1) for start, entry in zip(starts, given, strict=False))
+    return given if aligned else sorted(given, key=_item, reverse=True)
+
+
+def _item(entry: Entry) -> int:
+    return entry.nbytes // max(1, math.prod(entry.shape))
+
+
+def header_of(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
+    """The header of a file of these entries, in this order: sorted, so that the same content gives the same bytes;
+    padded to 8 bytes, as the format asks."""
+    # transformers of 2024 fails where "format" is missing.
+    header: dict[str, object] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    found, offset = {}, 0
+    for entry in entries:
+        span = [offset, offset + entry.nbytes]
+        found[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": span}
+        offset += entry.nbytes
+    header.update(sorted(found.items()))
+    data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return data + b" " * (-len(data) % 8)
+
+
+def _what_it_is(path: Path, error: Exception) -> str:
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as problem:
+        return str(problem)
+    if not head:
+        return "it is empty"
+    if head.startswith(PICKLED):
+        return "it is a PyTorch pickle; rename it to .pt, and it is read as one"
+    if head.lstrip()[:1] == b"<":
+        return "it is an HTML or XML page, perhaps a failed download"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the file itself with git lfs pull"
+    return f"{error} (truncated or of another format)"

@@ -1,0 +1,345 @@
+"""Files of torch.save: their tensors as safetensors stores them, out of every wrapper, and nothing in them run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Outcome, State, contents
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from codebook_tools.checkpoints import entries
+from codebook_tools.checkpoints.layout import CONFIG
+from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.writing import tensor_bytes, write_checkpoint
+from codebook_tools.errors import CodebookError
+
+STATE: State = {
+    "quantize.embedding.weight": torch.linspace(-1, 1, 12).reshape(4, 3),
+    "encoder.bias": torch.linspace(0, 1, 3).half(),
+}
+OTHER: State = {name: tensor + 1 for name, tensor in STATE.items()}
+OPTIMISER = {"state": {0: {"exp_avg": torch.ones(5)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and tensor_bytes(a) == tensor_bytes(b)
+
+
+def saved(found: object, path: Path, zipped: bool = True) -> Path:
+    torch.save(found, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def write(original: Checkpoint, output: Path, config: bytes | None = None, **changed: Tensor) -> State:
+    """What the library reads of a written checkpoint."""
+    write_checkpoint(original, output, changed, {"kept": "surgery"}, {}, config)
+    return load_file(output)
+
+
+# --- out of the wrappers -------------------------------------------------------------------------------------------
+
+WRAPPED: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "bare": (STATE, ()),
+    "ordered": (OrderedDict(STATE), ()),
+    "state_dict": ({"state_dict": STATE, "epoch": 3}, ("epoch",)),
+    "lightning": (
+        {"epoch": 3, "state_dict": STATE, "optimizer_states": [OPTIMISER], "hyper_parameters": {"lr": 1e-4, "x": {}}},
+        ("epoch", "optimizer_states", "hyper_parameters"),
+    ),
+    "beside an optimiser": ({"model_state_dict": STATE, "optimizer_state_dict": OPTIMISER, "loss": torch.tensor(0.5)},
+                            ("optimizer_state_dict", "loss")),
+    "beside a discriminator": ({"discriminator": OTHER, "generator": STATE}, ("discriminator",)),
+    "beside its average": ({"ema": OTHER, "model": STATE, "args": None}, ("ema", "args")),
+    "averaged": ({"params": OTHER, "params_ema": STATE}, ("params",)),
+    "twice": ({"model": {"module": STATE, "step": 7}, "cfg": "x"}, ("cfg", "model.step")),
+    "under a name of its own": ({"vqvae": STATE, "loss": torch.tensor(0.5), "epoch": 3}, ("loss", "epoch")),
+    "with other things inside": ({**STATE, "step": 7, 4: torch.ones(2), "extra": {"a": 1}}, ("step", "4", "extra")),
+    "numbers alone": ({"model": {"a": torch.tensor(1.0)}}, ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_the_state_dict_is_found_in_its_wrappers(kind: str, zipped: bool, tmp_path: Path) -> None:
+    found, left_behind = WRAPPED[kind]
+    read = read_checkpoint(saved(found, tmp_path / "model.pt", zipped))
+    expected = STATE if kind != "numbers alone" else found["model"]
+    assert read.entries.keys() == expected.keys() and read.left_behind == left_behind
+    assert all(same(read.tensor(key), tensor) for key, tensor in expected.items())
+
+
+def test_it_is_as_good_as_a_safetensors_file(tmp_path: Path) -> None:
+    path = saved({"model": STATE, "epoch": 1}, tmp_path / "model.ckpt")
+    before = path.read_bytes()
+    read = read_checkpoint(path)
+    assert read.shapes == {"quantize.embedding.weight": (4, 3), "encoder.bias": (3,)}
+    assert read.dtypes == {"quantize.embedding.weight": "F32", "encoder.bias": "F16"}
+    assert (read.metadata, read.path, read.files, read.folder, read.config_path) == ({}, path, (path,), None, None)
+    assert read.sha256 == hashlib.sha256(before).hexdigest()
+    assert read.nbytes == 12 * 4 + 3 * 2  # of its tensors alone: an optimiser's state does not count
+    read.tensor("encoder.bias").zero_()
+    assert same(read.tensor("encoder.bias"), STATE["encoder.bias"])  # each is a copy of its own
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.pth", "model.ckpt", "model.bin", "model.pth.tar", "model"])
+def test_a_pickle_is_told_by_its_first_bytes(name: str, tmp_path: Path) -> None:
+    assert read_checkpoint(saved(STATE, tmp_path / name)).shapes["encoder.bias"] == (3,)
+
+
+# --- written as safetensors ----------------------------------------------------------------------------------------
+
+
+def test_it_is_written_as_the_library_reads_it(tmp_path: Path) -> None:
+    new = torch.linspace(0, 1, 6).reshape(2, 3)
+    read = read_checkpoint(saved({"model": STATE, "epoch": 1}, tmp_path / "model.pt"))
+    written = write(read, tmp_path / "out.safetensors", **{"quantize.embedding.weight": new})
+    assert written.keys() == STATE.keys()
+    assert same(written["quantize.embedding.weight"], new) and same(written["encoder.bias"], STATE["encoder.bias"])
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "codebook_tools.kept": "surgery"}
+
+
+@pytest.mark.parametrize("chunk", [5, 1 << 20])
+def test_shared_turned_and_strided_tensors_are_written_in_full(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entries, "CHUNK", chunk)
+    base = torch.arange(24.0).reshape(4, 6)
+    state = {
+        "one": base,
+        "tied": base,
+        "turned": base.T,
+        "part": base[1:3, ::2],
+        "expanded": torch.tensor([1.0, 2.0]).expand(3, 2),
+        "parameter": nn.Parameter(base),
+        "channels last": torch.arange(24.0).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last),
+        "conjugate": torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64).conj(),
+        "nothing": torch.zeros(0, 3),
+        "scalar": torch.tensor(7),
+    }
+    read = read_checkpoint(saved(state, tmp_path / "model.pt"))
+    assert read.nbytes == sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    written = write(read, tmp_path / "out.safetensors")
+    assert written.keys() == state.keys()
+    assert all(torch.equal(written[key], tensor.detach()) for key, tensor in state.items())
+    assert all(tensor.is_contiguous() and read.tensor(key).is_contiguous() for key, tensor in written.items())
+
+
+def test_all_dtypes_are_kept_and_every_tensor_starts_where_its_numbers_may(tmp_path: Path) -> None:
+    names = ["uint8", "float64", "bool", "float32", "float8_e4m3fn", "bfloat16", "int64", "float16", "float8_e5m2"]
+    state = {
+        name: torch.tensor([0.0, 1.0, 2.0]).to(getattr(torch, name))
+        for name in [*names, "complex64", "int8", "int16", "int32", "uint16", "uint32", "uint64"]
+    }
+    read = read_checkpoint(saved(state, tmp_path / "model.pt"))
+    written = write(read, tmp_path / "out.safetensors")
+    assert all(same(written[name], tensor) and same(read.tensor(name), tensor) for name, tensor in state.items())
+    starts = {entry.key: entry.start for entry in read_checkpoint(tmp_path / "out.safetensors").entries.values()}
+    first = min(starts.values())
+    assert all((starts[name] - first) % tensor.element_size() == 0 for name, tensor in state.items())
+
+
+# --- a directory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("pytorch_model.bin", "model.safetensors"),
+        ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_a_directory_of_a_pickle_is_written_under_the_name_that_its_library_loads(
+    name: str, written: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    saved(STATE, folder / name)
+    saved({"lr": 1}, folder / "training_args.bin")
+    (folder / CONFIG).write_text('{"k": 4}')
+    (folder / "README.md").write_text("by others")
+    before = contents(folder)
+    read = read_checkpoint(folder)
+    assert (read.path, read.folder, read.config) == (folder / name, folder, {"k": 4})
+    write_checkpoint(read, tmp_path / "out", {}, {"codebook": "x"}, {}, b'{"k": 4}')
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {written, CONFIG, "README.md"}
+    assert load_file(tmp_path / "out" / written).keys() == STATE.keys()
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "written"),
+    [
+        ({"model_type": "encodec"}, "model.safetensors"),
+        ({"_class_name": "VQModel"}, "diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_the_config_beside_a_pickle_says_under_which_name(config: dict[str, str], written: str, tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    read = read_checkpoint(saved(STATE, tmp_path / "vq.pt"))
+    write_checkpoint(read, tmp_path / "out", {}, {}, {}, json.dumps(config).encode())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {written, CONFIG}
+
+
+def test_safetensors_come_before_a_pickle_in_one_directory(tmp_path: Path) -> None:
+    write(read_checkpoint(saved(STATE, tmp_path / "pytorch_model.bin")), tmp_path / "model.safetensors")
+    (tmp_path / CONFIG).write_text("{}")
+    assert read_checkpoint(tmp_path).path.name == "model.safetensors"
+
+
+def test_a_pickle_in_shards_is_refused(tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text("{}")
+    (tmp_path / "pytorch_model.bin.index.json").write_text("{}")
+    with pytest.raises(CodebookError, match=r"holds pytorch_model.bin in shards"):
+        read_checkpoint(tmp_path)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Leaves a mark where its pickle is run."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return os.mkdir, (self.mark,)
+
+
+class Whole(nn.Linear):
+    """A model that someone saved whole."""
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "arguments": (lambda mark: {"model": STATE, "args": argparse.Namespace(lr=1)}, r"wants argparse\.Namespace, more"),
+    "a scalar of numpy": (lambda mark: {"state_dict": STATE, "best": np.float64(3)}, r"wants numpy\.\S*scalar, more"),
+    "a model saved whole": (lambda mark: Whole(2, 2), r"wants \S*test_pickles\.Whole, more"),
+    "a command": (lambda mark: {"model": STATE, "x": Bomb(mark)}, r"wants \w+\.mkdir, more"),
+    "no tensors": (lambda mark: {"epoch": 3}, "holds no tensors by name"),
+    "one tensor": (lambda mark: torch.ones(3), "holds no tensors by name"),
+    "a list": (lambda mark: [STATE], "holds no tensors by name"),
+    "an optimiser": (lambda mark: OPTIMISER, "holds no tensors by name"),
+    "two models": (lambda mark: {"encoder": STATE, "decoder": OTHER}, r"2 state dicts \(encoder, decoder\), none"),
+    "sparse": (lambda mark: {"a": torch.eye(3).to_sparse()}, "a in .* is sparse_coo of float32 on cpu, which"),
+    "no numbers": (lambda mark: {"a": torch.ones(3, device="meta")}, "a in .* is strided of float32 on meta, which"),
+    "double complex": (lambda mark: {"a": torch.ones(3, dtype=torch.complex128)}, "a in .* of complex128 on cpu"),
+    "quantised": (lambda mark: {"a": torch.quantize_per_tensor(torch.ones(3), 1, 0, torch.qint8)}, "of qint8 on"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_more_or_less_than_tensors_is_refused_in_one_line(kind: str, zipped: bool, tmp_path: Path) -> None:
+    make, message = REFUSED[kind]
+    path, mark = tmp_path / "model.pt", tmp_path / "mark"
+    if not zipped and kind in ("sparse", "no numbers"):
+        pytest.skip("older files hold neither")
+    saved(make(mark), path, zipped)
+    with pytest.raises(CodebookError, match=message) as error:
+        read_checkpoint(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not mark.exists()
+
+
+def test_a_command_would_have_been_run(tmp_path: Path) -> None:
+    """The refusals above are worth something: the same file leaves its mark where a pickle is believed."""
+    torch.load(saved(Bomb(tmp_path / "mark"), tmp_path / "model.pt"), weights_only=False)
+    assert (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_of_no_torch_at_all_is_never_run(protocol: int, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "mark"), protocol))
+    with pytest.raises(CodebookError) as error:
+        read_checkpoint(tmp_path / "model.pt")
+    assert "\n" not in str(error.value) and not (tmp_path / "mark").exists()
+
+
+def test_a_program_of_torchscript_is_refused(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "model.pt")
+    with pytest.raises(CodebookError, match=r"is a TorchScript program, which is not run; save"):
+        read_checkpoint(tmp_path / "model.pt")
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), zipped=st.booleans())
+def test_a_damaged_file_is_refused_or_read(data: st.DataObject, zipped: bool, tmp_path: Path) -> None:
+    content = bytearray(saved({"model": STATE}, tmp_path / "model.pt", zipped).read_bytes())
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(2, len(content) - 1)) :]
+    else:
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(2, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "model.pt").write_bytes(content)
+    with contextlib.suppress(CodebookError):
+        read_checkpoint(tmp_path / "model.pt").tensors()
+
+
+def test_a_mapping_within_itself_has_an_end(tmp_path: Path) -> None:
+    endless: dict[str, Any] = {"w": torch.ones(3)}
+    endless["model"] = endless
+    with pytest.raises(CodebookError, match="holds no tensors by name"):
+        read_checkpoint(saved(endless, tmp_path / "model.pt"))
+
+
+def test_opening_reads_no_tensor(tmp_path: Path) -> None:
+    """A file of 80 MB opens without as much memory; only what is asked for is read."""
+    state = {"codebook": torch.ones(4, 3), "large": torch.zeros(20_000_000)}
+    program = """
+import sys
+from pathlib import Path
+import torch
+from codebook_tools.checkpoints.reading import read_checkpoint
+peak = lambda: int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
+before = peak()
+assert read_checkpoint(Path(sys.argv[1])).tensor("codebook").sum() == 12
+print(peak() - before)
+"""
+    path = saved(state, tmp_path / "model.pt")
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
+    path.unlink()
+    assert int(done.stdout) < 40
+
+
+# --- through the command line --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_pickle_is_operated_on_as_its_safetensors_twin(
+    wrapped: bool, tiny: Path, codebook: Callable[..., Outcome], images_folder: Path, tmp_path: Path
+) -> None:
+    state = load_file(tiny)
+    path = saved({"state_dict": state, "epoch": 3} if wrapped else state, tmp_path / "twin.pth")
+    found = {}
+    for model in (tiny, path):
+        done = codebook("prune", model, "--data", images_folder, "--input-range", "-1,1", "--json")
+        assert done.exit_code == 0, done.stderr
+        found[model] = done.json
+        written = Path(done.json["outputs"]["model"])
+        assert written.suffix == ".safetensors"
+        assert codebook("verify", written, "--against", model).exit_code == 0
+    assert found[path]["stages"] == found[tiny]["stages"]
+    pruned = [load_file(found[model]["outputs"]["model"]) for model in (tiny, path)]
+    assert pruned[0].keys() == pruned[1].keys()
+    assert all(same(pruned[0][key], pruned[1][key]) for key in pruned[0])
