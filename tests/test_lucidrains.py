@@ -154,6 +154,18 @@ def test_gradients_reach_whatever_lies_around_the_codes(name: str) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in made.state_dict().items())
 
 
+def test_a_residual_stage_hands_its_gradient_on() -> None:
+    """Each stage takes half of what is left: 1 - 1/8 of the latents after three, and as much of the gradient."""
+    made = Own(ResidualVQ(dim=DIM, codebook_size=SIZE, num_quantizers=3))
+    give_walk(made)
+    walk: Any = made.walk
+    latents = torch.randn(2, DIM, 3, 3, requires_grad=True)
+    out = walk(latents, lambda stage, rest: rest / 2)
+    out.sum().backward()
+    torch.testing.assert_close(out, latents * 0.875)
+    torch.testing.assert_close(latents.grad, torch.full_like(latents, 0.875))
+
+
 def test_codebooks_are_named_as_the_file_names_them() -> None:
     stages = [f"middle.vq.layers.{i}._codebook.embed" for i in range(3)]
     groups = [f"middle.vq.rvqs.{g}.layers.{i}._codebook.embed" for g in range(2) for i in range(2)]
