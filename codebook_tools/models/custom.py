@@ -9,11 +9,14 @@ from pathlib import Path
 from torch import nn
 
 from codebook_tools.errors import CodebookError
+from codebook_tools.models.lucidrains import give_walk
 
 
 def make_network(spec: str, codebook_size: int) -> nn.Module:
     """The module that FUNCTION(codebook_size=K) of FILE.py returns. spec: "FILE.py:FUNCTION".
 
+    Its `encode` stops before the quantiser, its `decode` starts after it. Where it has no `walk` and `codebooks`, and
+    holds a quantiser of vector-quantize-pytorch, it gets those.
     Raises CodebookError where file or function is missing or fails, or the module has no `encode` and `decode`.
     """
     file, colon, function = spec.rpartition(":")
@@ -46,4 +49,5 @@ def make_network(spec: str, codebook_size: int) -> nn.Module:
             f"{spec} returned {type(network).__name__} without {' and '.join(missing) or 'being a torch module'}: "
             "it must be a module with encode(images) -> latents and decode(quantised) -> images"
         )
+    give_walk(network)
     return network

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codebook_tools.errors import CodebookError
+from codebook_tools.models import convolutions
+from codebook_tools.models.convolutions import convolution, file_key
+from codebook_tools.models.family import Family, Shapes
 
 CODEBOOK = "_vq_vae._embedding.weight"
-
-Shapes = Mapping[str, tuple[int, ...]]
+KERNELS = {"_encoder._conv_1": 4, "_encoder._conv_2": 4, "_encoder._conv_3": 3, "_pre_vq_conv": 1,
+           "_decoder._conv_1": 3, "_decoder._conv_trans_1": 4, "_decoder._conv_trans_2": 4}  # fmt: skip
 
 
 class Residual(nn.Module):
@@ -20,7 +20,7 @@ class Residual(nn.Module):
     def __init__(self, shapes: Shapes, name: str) -> None:
         super().__init__()
         self._block = nn.Sequential(
-            nn.Identity(), _conv(shapes, f"{name}._block.1", padding=1), nn.ReLU(), _conv(shapes, f"{name}._block.3")
+            nn.Identity(), convolution(shapes, f"{name}._block.1"), nn.ReLU(), convolution(shapes, f"{name}._block.3")
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,9 +44,9 @@ class ResidualStack(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
-        self._conv_1 = _conv(shapes, "_encoder._conv_1", stride=2, padding=1)
-        self._conv_2 = _conv(shapes, "_encoder._conv_2", stride=2, padding=1)
-        self._conv_3 = _conv(shapes, "_encoder._conv_3", padding=1)
+        self._conv_1 = convolution(shapes, "_encoder._conv_1")
+        self._conv_2 = convolution(shapes, "_encoder._conv_2")
+        self._conv_3 = convolution(shapes, "_encoder._conv_3")
         self._residual_stack = ResidualStack(shapes, "_encoder._residual_stack")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,12 +57,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: Shapes, transposed: bool) -> None:
         super().__init__()
-        self._conv_1 = _conv(shapes, "_decoder._conv_1", padding=1)
+        self._conv_1 = convolution(shapes, "_decoder._conv_1", transposed)
         self._residual_stack = ResidualStack(shapes, "_decoder._residual_stack")
-        self._conv_trans_1 = _conv(shapes, "_decoder._conv_trans_1", stride=2, padding=1, transposed=True)
-        self._conv_trans_2 = _conv(shapes, "_decoder._conv_trans_2", stride=2, padding=1, transposed=True)
+        self._conv_trans_1 = convolution(shapes, "_decoder._conv_trans_1", transposed=True)
+        self._conv_trans_2 = convolution(shapes, "_decoder._conv_trans_2", transposed=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._residual_stack(self._conv_1(x))
@@ -72,16 +72,19 @@ class Decoder(nn.Module):
 
 
 class ZalandoVQVAE(nn.Module):
-    """shapes: by key, of a checkpoint in this layout; they give channels, depth, biases and weight normalisation."""
+    """shapes: by key, of a checkpoint in this layout; they give channels, depth, biases and weight normalisation.
 
-    def __init__(self, shapes: Shapes) -> None:
+    transposed: whether the decoder's first convolution is, too.
+    """
+
+    def __init__(self, shapes: Shapes, transposed: bool = False) -> None:
         super().__init__()
         self._encoder = Encoder(shapes)
-        self._pre_vq_conv = _conv(shapes, "_pre_vq_conv")
+        self._pre_vq_conv = convolution(shapes, "_pre_vq_conv")
         self._vq_vae = nn.Module()
         size, dim = shapes[CODEBOOK]
         self._vq_vae._embedding = nn.Embedding(size, dim)
-        self._decoder = Decoder(shapes)
+        self._decoder = Decoder(shapes, transposed)
 
     def encode(self, images: Tensor) -> Tensor:
         """images (n, channels, height, width) in the model's range -> latents (n, dim, height/4, width/4)."""
@@ -122,45 +125,11 @@ def make(
 
 def prefix_of(shapes: Shapes) -> str | None:
     """What stands before the layout's own key names ("", "module.", ...); None where this is another layout."""
-    key = next((key for key in shapes if key == CODEBOOK or key.endswith("." + CODEBOOK)), None)
-    if key is None:
-        return None
-    prefix = key.removesuffix(CODEBOOK)
-    kernels = {"_encoder._conv_1": 4, "_encoder._conv_2": 4, "_encoder._conv_3": 3, "_pre_vq_conv": 1,
-               "_decoder._conv_1": 3, "_decoder._conv_trans_1": 4, "_decoder._conv_trans_2": 4}  # fmt: skip
-    found = {name: _weight_shape(shapes, prefix + name) for name in kernels}
-    fits = all(shape is not None and shape[2:] == (kernels[name],) * 2 for name, shape in found.items())
-    return prefix if fits else None
+    return convolutions.prefix_of(shapes, CODEBOOK, KERNELS)
 
 
-# A convolution's weight is stored plain, or weight-normed by either of torch's two implementations. The network uses
-# the newer one for both; `file_key` gives back the older one's names.
-_DIRECTION, _LENGTH = ".parametrizations.weight.original1", ".parametrizations.weight.original0"
-_OLDER = {_DIRECTION: ".weight_v", _LENGTH: ".weight_g"}
-
-
-def file_key(name: str, shapes: Shapes) -> str:
-    """The key under which the file holds what the network calls `name`."""
-    for newer, older in _OLDER.items():
-        if name.endswith(newer) and name not in shapes:
-            return name.removesuffix(newer) + older
-    return name
-
-
-def _weight_shape(shapes: Shapes, name: str) -> tuple[int, ...] | None:
-    stored = (name + ending for ending in (".weight", _DIRECTION, _OLDER[_DIRECTION]))
-    return next((shapes[key] for key in stored if key in shapes), None)
-
-
-def _conv(shapes: Shapes, name: str, *, stride: int = 1, padding: int = 0, transposed: bool = False) -> nn.Module:
-    shape = _weight_shape(shapes, name)
-    if shape is None:
-        raise CodebookError(f"the zalando layout lacks {name}.weight")
-    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
-    channels = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
-    module: nn.Module = kind(*channels, shape[2], stride=stride, padding=padding, bias=f"{name}.bias" in shapes)
-    lengths = shapes.get(name + _LENGTH) or shapes.get(name + _OLDER[_LENGTH])
-    if lengths is not None:
-        axis = next((axis for axis, length in enumerate(lengths) if length > 1), 0)
-        module = nn.utils.parametrizations.weight_norm(module, dim=axis)
-    return module
+FAMILY = Family(
+    prefix=lambda checkpoint: prefix_of(checkpoint.shapes),
+    make=lambda shapes, _: ZalandoVQVAE(shapes),
+    file_key=file_key,
+)
