@@ -7,10 +7,11 @@ from torch import Tensor
 
 from codebook_tools.assignment import nearest, squared_errors, unit
 from codebook_tools.codebook import Codebook, Emit, Lookup
-from codebook_tools.images import Images, shuffled
 from codebook_tools.kmeans import Init, count_distinct, kmeans
 from codebook_tools.latents import survey
+from codebook_tools.media import Media
 from codebook_tools.models.model import Model
+from codebook_tools.splits import shuffled
 from codebook_tools.watch import Watch
 
 POINTS = 20_000
@@ -22,7 +23,7 @@ _PERCENTILE = 0.95
 _SEEDED_WELL = 2048  # codes, up to which k-means++ takes seconds
 
 
-def reference_latents(model: Model, calibration: Images, *, seed: int, batch: int, stage: int = 0) -> Tensor | None:
+def reference_latents(model: Model, calibration: Media, *, seed: int, batch: int, stage: int = 0) -> Tensor | None:
     """(n, dim) float32: POINTS or fewer latents that meet the book `stage`, drawn by seed; None without any image.
 
     Which they are depends on names and seed alone, so that every state of a model is held against the same ones.

@@ -15,8 +15,8 @@ from torch.nn import functional
 from codebook_tools.assignment import unit
 from codebook_tools.codebook import Emit
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import Images
 from codebook_tools.measure import Measurement, NotFiniteError, measure
+from codebook_tools.media import Media
 from codebook_tools.models.model import Book, Model
 from codebook_tools.watch import Watch
 
@@ -96,8 +96,8 @@ class FineTuned:
 
 def finetune(
     model: Model,
-    train: Images,
-    validation: Images,
+    train: Media,
+    validation: Media,
     recipe: Recipe,
     counts: Sequence[Tensor],
     *,
@@ -115,7 +115,7 @@ def finetune(
     shuffling, reviving = (torch.Generator().manual_seed(seed + stream) for stream in (0, 1))
     first, pixels = train.load(train.items[: recipe.batch_size])
     if not first:
-        raise CodebookError(f"none of the first training {model.media} can be read")
+        raise CodebookError(f"none of the first training {model.takes} can be read")
     groups = {"all": ("encoder", "decoder"), "decoder": ("decoder",), "none": ()}[recipe.train]
     names = _trained_names(model, pixels[:1], groups)
     if recipe.train != "none" and not names:
@@ -267,7 +267,7 @@ def _rate(step: int, steps: int) -> float:
     return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-def _batches(images: Images, size: int, random: torch.Generator) -> Iterator[Tensor]:
+def _batches(images: Media, size: int, random: torch.Generator) -> Iterator[Tensor]:
     """Endless batches: every image once in a seeded order, then in another. The last, short batch is left out."""
     size = min(size, len(images))
     while True:
@@ -278,7 +278,7 @@ def _batches(images: Images, size: int, random: torch.Generator) -> Iterator[Ten
                 yield pixels
 
 
-def _scales(model: Model, images: Images) -> tuple[float, list[float]]:
+def _scales(model: Model, images: Media) -> tuple[float, list[float]]:
     """Variance of pixels and of each book's latents about their means, over 512 items: the units of the losses."""
     few = images.subset(images.items[:512])
     pixels, latents = list[Tensor](), [list[Tensor]() for _ in model.books]

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codebook_tools.checkpoints.reading import read_checkpoint, torch_dtype
+from codebook_tools.checkpoints.entries import Stored, torch_dtype
+from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.latents import Named, sample_keys
 
@@ -114,7 +115,8 @@ def _open(path: Path) -> Tensor:
         if len(stored.entries) != 1:
             raise CodebookError(f"{path} holds {len(stored.entries)} tensors; give latents in a file of their own")
         entry = next(iter(stored.entries.values()))
-        mapped = np.memmap(path, np.uint8, "c", entry.start, (entry.end - entry.start,))
+        assert isinstance(entry, Stored)
+        mapped = np.memmap(entry.file, np.uint8, "c", entry.start, (entry.nbytes,))
         return torch.from_numpy(mapped).view(torch_dtype(entry.dtype)).reshape(entry.shape)
     if path.suffix != ".npy":
         raise CodebookError(f"{path} is no file of latents; --latents takes .npy and .safetensors, (n, dim)")

@@ -14,7 +14,8 @@ from torch import Tensor
 from codebook_tools.assignment import nearest, squared_errors
 from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import Images, Item
+from codebook_tools.items import Item
+from codebook_tools.media import Media
 from codebook_tools.watch import Watch
 
 SAMPLE_LIMIT = 1_000_000
@@ -57,7 +58,7 @@ class EncodedLatents:
     encode: images (n, channels, height, width) in [0, 1] -> (n, positions, dim) float32.
     """
 
-    images: Images
+    images: Media
     encode: Callable[[Tensor], Tensor]
     batch: int = 64
 

@@ -12,12 +12,13 @@ from codebook_tools import metrics
 from codebook_tools.assignment import squared_errors
 from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import Images, limited
+from codebook_tools.media import Media
 from codebook_tools.models.model import INPUT_RANGES, Model, Pass
+from codebook_tools.splits import limited
 from codebook_tools.watch import Watch
 
 RANGE_IMAGES = 64
-"""Images that the input range is found out with."""
+"""Media that the input range is found out with."""
 
 
 class NotFiniteError(CodebookError):
@@ -94,9 +95,9 @@ def reconstruct(model: Model, media: Tensor) -> Pass:
         seen = model.pass_through(media)
     if not all(bool(torch.isfinite(latents).all()) for latents in seen.latents):
         raise NotFiniteError("the encoder's latents are not finite")
-    shown = seen.media.clamp(0, 1) if model.media == "images" else seen.media
+    shown = seen.media.clamp(0, 1) if model.takes == "images" else seen.media
     if shown.shape != media.shape:
-        raise CodebookError(f"decode returns {tuple(shown.shape[1:])} for {model.media} of {tuple(media.shape[1:])}")
+        raise CodebookError(f"decode returns {tuple(shown.shape[1:])} for {model.takes} of {tuple(media.shape[1:])}")
     if not bool(torch.isfinite(shown).all()):
         raise NotFiniteError("the decoder's reconstructions are not finite")
     return replace(seen, media=shown)
@@ -126,7 +127,7 @@ class Tally:
 
 def measure(
     model: Model,
-    images: Images,
+    images: Media,
     *,
     split: str = "test",
     batch: int = 64,
@@ -142,7 +143,7 @@ def measure(
     tallies = [Tally(book.key, book.codebook, of) for book, of in zip(model.books, given, strict=True)]
     count, values = 0, 0
     error = similarity = 0.0
-    compared = structure and model.media == "images"
+    compared = structure and model.takes == "images"
     for items, pixels in images.batches(batch):
         seen = reconstruct(model, pixels)
         pixels = pixels.to(seen.media.device)
@@ -155,7 +156,7 @@ def measure(
         similarity += float(scores.double().sum()) if scores is not None else 0.0
         watch.progress(f"measure on {split}", count, len(images))
     if not count:
-        raise CodebookError(f"none of the {len(images)} {split} {model.media} can be read")
+        raise CodebookError(f"none of the {len(images)} {split} {model.takes} can be read")
     mse = error / values
     uses = tuple(tally.use() for tally in tallies)
     return Measurement(
@@ -163,7 +164,7 @@ def measure(
     )
 
 
-def find_input_range(model: Model, images: Images) -> dict[tuple[float, float], float]:
+def find_input_range(model: Model, images: Media) -> dict[tuple[float, float], float]:
     """Reconstruction error of a few images in each range that networks are trained on: the lowest is the model's."""
     few = images.subset(limited(images.items, RANGE_IMAGES, seed=0))  # neighbours in name are often alike
     before, errors = model.input_range, {}

@@ -9,10 +9,14 @@ import torch
 
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import SAMPLE, Images, Item, Splits, find_images, limited, sample_images, split
+from codebook_tools.images import SAMPLE, images, sample_images
+from codebook_tools.items import Item, Medium, find_items
 from codebook_tools.measure import find_input_range
+from codebook_tools.media import Media
 from codebook_tools.models.load import load_model
-from codebook_tools.models.model import INPUT_RANGES, Model
+from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Model
+from codebook_tools.sounds import sounds
+from codebook_tools.splits import Splits, limited, split
 from codebook_tools.watch import Watch
 
 DEMO = Path(__file__).with_name("demo.safetensors")
@@ -62,13 +66,13 @@ class Request:
 
 @dataclass(eq=False)
 class Opened:
-    """calibration and test: the images of `splits`. settings: what was found out or chosen on the way."""
+    """calibration and test: the items of `splits`. settings: what was found out or chosen on the way."""
 
     request: Request
     model: Model
     splits: Splits
-    calibration: Images
-    test: Images
+    calibration: Media
+    test: Media
     warnings: list[str] = field(default_factory=list)
     settings: dict[str, object] = field(default_factory=dict)
 
@@ -89,12 +93,9 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
             device=_device(request.device),
             bf16=request.precision == "bf16",
         )
-        splits = _splits(request, measuring)
-        choosing = splits.calibration or splits.test
-        model.probe(*_first_size(choosing, request))
+        splits, medium = _listed(request, model, measuring)
         calibration, test = (
-            Images(items, model.channels, model.stride, request.size, request.skip_bad, watch)
-            for items in (splits.calibration, splits.test)
+            Media(items, medium, model.channels, request.skip_bad, watch) for items in (splits.calibration, splits.test)
         )
     opened = Opened(request, model, splits, calibration, test, [*model.caveats])
     if model.carried:
@@ -126,12 +127,25 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def _splits(request: Request, measuring: bool) -> Splits:
-    test = limited(find_images(request.test_data), request.limit, request.seed) if request.test_data else None
+def _listed(request: Request, model: Model, measuring: bool) -> tuple[Splits, Medium]:
+    """The items by split, and the medium that they are read by: what the model takes decides."""
+    if model.takes == "clips":
+        model.stride, model.channels = model.network.hop, model.network.channels
+        medium = sounds(model.network.sampling_rate, model.stride, request.size)
+        return _splits(request, medium, measuring), medium
+    splits = _splits(request, images(request.size), measuring)
+    model.probe(*_first_size(splits.calibration or splits.test, request))
+    return splits, images(request.size, model.stride)
+
+
+def _splits(request: Request, medium: Medium, measuring: bool) -> Splits:
+    test = limited(find_items(request.test_data, medium), request.limit, request.seed) if request.test_data else None
     if measuring and test and not request.data:
         return Splits([], [], test)
-    data = find_images(request.data) if request.data else sample_images()
-    return split(limited(data, request.limit, request.seed), test)
+    if not request.data and medium.many != "images":
+        raise CodebookError(f"no --data: there is no bundled sample of {medium.many}; give some")
+    data = find_items(request.data, medium) if request.data else sample_images()
+    return split(limited(data, request.limit, request.seed), test, many=medium.many)
 
 
 def _first_size(items: list[Item], request: Request) -> tuple[int, int]:
@@ -139,15 +153,18 @@ def _first_size(items: list[Item], request: Request) -> tuple[int, int]:
     if request.size is not None:
         return request.size, request.size
     for item in items:
-        _, pixels = Images(items, 3, skip_bad=request.skip_bad).load([item])
+        _, pixels = Media(items, images(), 3, skip_bad=request.skip_bad).load([item])
         if len(pixels):
             return pixels.shape[2], pixels.shape[3]
     raise CodebookError(f"none of {len(items)} images can be read, the last {items[-1].name}")
 
 
 def _choose_input_range(request: Request, opened: Opened) -> None:
-    """The range given, or the one in which a few calibration images are reconstructed best."""
+    """The range given, or the one in which a few calibration images are reconstructed best; sounds have one."""
     model = opened.model
+    if model.takes != "images":
+        model.input_range = AS_IT_IS
+        return
     if request.input_range is not None:
         low, high = request.input_range
         if not low < high:

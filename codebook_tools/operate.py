@@ -161,7 +161,7 @@ def _result(command: str, request: Request, opened: Opened, watch: Watch, **foun
     bad = opened.calibration.bad | opened.test.bad
     if bad:
         first = "; ".join(f"{name} ({bad[name]})" for name in sorted(bad)[:3])
-        opened.warnings.append(f"{len(bad)} unreadable {opened.model.media} were skipped: {first}")
+        opened.warnings.append(f"{len(bad)} unreadable {opened.model.takes} were skipped: {first}")
     return Result(
         command=command,
         model=str(request.source),

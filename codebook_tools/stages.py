@@ -54,7 +54,7 @@ def require_training_data(opened: Opened, recipe: Recipe) -> None:
     if recipe.steps and not (opened.splits.train and opened.splits.validation):
         count = len(opened.calibration)
         raise CodebookError(
-            f"{count} calibration {opened.model.media} leave the training or validation split empty; give more --data"
+            f"{count} calibration {opened.model.takes} leave the training or validation split empty; give more --data"
         )
 
 

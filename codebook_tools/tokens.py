@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from codebook_tools.assignment import squared_errors
-from codebook_tools.images import Images
 from codebook_tools.latents import SAMPLE_LIMIT, Sampler
+from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.watch import Watch
 
@@ -25,7 +25,7 @@ class Tokens:
     sample: Tensor
 
 
-def tokenise(model: Model, images: Images, *, seed: int, batch: int, watch: Watch) -> tuple[Tokens, ...]:
+def tokenise(model: Model, images: Media, *, seed: int, batch: int, watch: Watch) -> tuple[Tokens, ...]:
     """The tokens of each of the model's books. Raises CodebookError where no item can be read."""
     books = [book.codebook for book in model.books]
     counts = [torch.zeros(book.size, dtype=torch.int64) for book in books]

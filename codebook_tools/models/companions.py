@@ -69,7 +69,8 @@ def companion_values(
         old = stored[key]
         role = next(role for role in ROLES if role.leaf.search(key.rpartition(".")[2]))
         value = role.value(codes, weights)
-        axis = next(axis for axis, length in enumerate(old.shape) if length == found.size)
+        axes = [axis for axis, length in enumerate(old.shape) if length == found.size]
+        axis = found.axis if found.axis in axes else axes[0]
         if value.ndim == 1 and old.numel() != found.size:  # per code, but repeated along other axes
             value = value.reshape([-1 if i == axis else 1 for i in range(old.ndim)])
             values[key] = value.expand([len(codes) if i == axis else n for i, n in enumerate(old.shape)]).to(old.dtype)

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from codebook_tools.checkpoints.config import Config
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.family import Family, Shapes
@@ -100,9 +99,9 @@ def file_key(name: str, shapes: Shapes) -> str:
     return older if key not in shapes and older in shapes else key
 
 
-def caveat(config: Config) -> str | None:
-    """What a user should know of models with such a config."""
-    if config.get("norm_type") != "spatial":
+def caveat(checkpoint: Checkpoint) -> str | None:
+    """What a user should know of such a model."""
+    if (checkpoint.config or {}).get("norm_type") != "spatial":
         return None
     return (
         "norm_type is spatial, as in Kandinsky's MoVQ: pipelines that decode with force_not_quantize=True, as "
@@ -110,6 +109,4 @@ def caveat(config: Config) -> str | None:
     )
 
 
-FAMILY = Family(
-    prefix=prefix_of, make=make, file_key=file_key, config_key=CONFIG_KEY, default_size=256, caveat=caveat
-)
+FAMILY = Family(prefix=prefix_of, make=make, file_key=file_key, config_key=CONFIG_KEY, default_size=256, caveat=caveat)

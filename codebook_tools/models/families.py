@@ -1,4 +1,4 @@
-"""All network families by name, and what they say of a checkpoint: whose it is, how it is searched, where its K stands."""
+"""All network families by name, and what they say of a checkpoint: how it is searched, where its K stands."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ from codebook_tools.checkpoints.config import Config, entry_of
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models import diffusers_vqmodel, janus, taming, unrunnable, zalando
+from codebook_tools.models import (
+    diffusers_vqmodel,
+    janus,
+    mishalaskin,
+    pytorch_vae,
+    rosinality,
+    taming,
+    unrunnable,
+    zalando,
+)
 from codebook_tools.models.family import Family
 
 FAMILIES = {
-    "zalando": Family(
-        prefix=lambda checkpoint: zalando.prefix_of(checkpoint.shapes),
-        make=lambda shapes, _: zalando.ZalandoVQVAE(shapes),
-        file_key=zalando.file_key,
-    ),
+    "zalando": zalando.FAMILY,
+    "mishalaskin": mishalaskin.FAMILY,
+    "pytorch-vae": pytorch_vae.FAMILY,
+    "rosinality": rosinality.FAMILY,
+    "rosinality-2019": rosinality.FAMILY_OF_2019,
     "diffusers-vqmodel": diffusers_vqmodel.FAMILY,
     "taming": taming.FAMILY,
     **janus.FAMILIES,
@@ -95,5 +104,3 @@ def check_stated(checkpoint: Checkpoint, key: str, size: int) -> None:
             f"{checkpoint.config_path} says {entry.key}={entry.stated!r}, but {key} has {size} codes: they are of two "
             "models; mend one"
         )
-
-

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -19,8 +19,6 @@ Quantise = Callable[[int, Tensor], Tensor]
 
 Whoever calls it decides what that is: the nearest codes, those and a straight-through gradient, a look at the latents.
 """
-
-Media = Literal["images", "audio"]
 
 
 class Network(Protocol):
@@ -70,7 +68,8 @@ class Family:
     config_key: the config's entry that is K, dots between levels; None for a family that knows no config. default_size:
     K where that entry is missing, None where the library has no default.
     power_of_two: whether the config takes no other K. follow: further entries of the config that K decides, by dotted
-    name: (config, new K) -> values. caveat: what to warn of, by the config.
+    name: (config, new K) -> values. axis: of the codes in their tensors, None where that can be told from the names.
+    caveat: what to warn of.
     """
 
     prefix: Callable[[Checkpoint], str | None]
@@ -83,5 +82,5 @@ class Family:
     default_size: int | None = None
     power_of_two: bool = False
     follow: Callable[[Config, int], Mapping[str, object]] = lambda config, size: {}
-    caveat: Callable[[Config], str | None] = lambda config: None
-    media: Media = field(default="images")
+    axis: int | None = None
+    caveat: Callable[[Checkpoint], str | None] = lambda checkpoint: None

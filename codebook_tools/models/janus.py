@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from codebook_tools.checkpoints.config import Config
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
@@ -106,9 +105,9 @@ _AROUND = {
 """Of a whole Janus, by an entry of its config: what of its language model has a row for each code."""
 
 
-def caveat(config: Config) -> str | None:
-    """What a user should know of models with such a config."""
-    rows = next((rows for entry, rows in _AROUND.items() if entry in config), None)
+def caveat(checkpoint: Checkpoint) -> str | None:
+    """What a user should know of such a model."""
+    rows = next((rows for entry, rows in _AROUND.items() if entry in (checkpoint.config or {})), None)
     if rows is None:
         return None
     return (

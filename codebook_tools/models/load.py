@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from codebook_tools.checkpoints.config import Config
 from codebook_tools.checkpoints.detect import Detection, FoundCodebook, find_codebooks
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.companions import effective_rows, owned_keys
 from codebook_tools.models.custom import make_network
-from codebook_tools.models.families import CUSTOM, FAMILIES, METRICS, check_stated, family_of, size_entry
+from codebook_tools.models.families import CUSTOM, FAMILIES, METRICS, family_of, size_entry
 from codebook_tools.models.family import Family
-from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Book, Model
+from codebook_tools.models.model import Book, Model, walks
+
 
 def choose_codebooks(checkpoint: Checkpoint, keys: Sequence[str]) -> list[FoundCodebook]:
     """Those named, else all that are surely there. Raises CodebookError, with candidates, where that is not plain."""
@@ -110,12 +110,11 @@ def load_model(
         remake = partial(record.make, inner, checkpoint)
         module = remake()
         keys = {name: prefix + record.file_key(name, inner) for name in module.state_dict()}
-        if record.config_key is not None and checkpoint.config is not None:
-            caveat = record.caveat(checkpoint.config)
+        caveat = record.caveat(checkpoint)
     lookup, emit = METRICS[metric] if metric else _lookup(module, record)
-    found = _books_of(module, prefix, checkpoint, codebook_keys)
+    found = _books_of(module, prefix, record.axis if record else None, checkpoint, codebook_keys)
     entry = size_entry(checkpoint)
-    if not hasattr(module, "walk") and found[0].key not in keys.values():
+    if not walks(module) and found[0].key not in keys.values():
         raise CodebookError(f"the network has no {found[0].key}: its codebook must have the file's name for it")
     _load_weights(module, keys, checkpoint)
     target = device or torch.device("cpu")
@@ -132,8 +131,6 @@ def load_model(
         target,
         bf16,
         power_of_two=entry is not None and entry.power_of_two,
-        media=record.media if record else "images",
-        input_range=AS_IT_IS if record and record.media == "audio" else INPUT_RANGES[0],
         carried=tuple(key for key in shapes if key not in owned.union(keys.values())),
         caveats=(caveat,) if caveat else (),
     )
@@ -153,20 +150,31 @@ def _known_family(checkpoint: Checkpoint, asked: str | None, codebook_keys: Sequ
 
 def _lookup(network: Any, record: Family | None) -> tuple[Lookup, Emit]:
     """As the network says of itself, else as its family does, else by Euclidean distance."""
-    default = (record.lookup, record.emit) if record else METRICS["euclidean"]
-    return getattr(network, "lookup", default[0]), getattr(network, "emit", default[1])
+    lookup, emit = (record.lookup, record.emit) if record else METRICS["euclidean"]
+    told = getattr(network, "lookup", None), getattr(network, "emit", None)  # a user's own may be of another meaning
+    return (told[0] if isinstance(told[0], Lookup) else lookup), (told[1] if isinstance(told[1], Emit) else emit)
 
 
-def _books_of(network: Any, prefix: str, checkpoint: Checkpoint, asked: Sequence[str]) -> list[FoundCodebook]:
+def _books_of(
+    network: Any, prefix: str, axis: int | None, checkpoint: Checkpoint, asked: Sequence[str]
+) -> list[FoundCodebook]:
     """All codebooks that the network walks through, in its order; those asked for must be among them."""
-    if not hasattr(network, "walk"):
+    if not walks(network):
         return [choose_codebook(checkpoint, asked)]
-    found = [_operable(find_book(checkpoint, prefix + key)) for key in network.codebooks]
+    found = [_operable(_turned(find_book(checkpoint, prefix + key), axis, checkpoint)) for key in network.codebooks]
     keys = [book.key for book in found]
     unknown = [key for key in asked if key not in keys]
     if unknown:
         raise CodebookError(f"--codebook-key {unknown[0]}: the network's codebooks are {', '.join(keys)}")
     return found
+
+
+def _turned(found: FoundCodebook, axis: int | None, checkpoint: Checkpoint) -> FoundCodebook:
+    """The codebook with its codes along the axis that its family says: a square matrix does not tell."""
+    if axis is None or axis == found.axis:
+        return found
+    shape = checkpoint.entries[found.key].shape
+    return replace(found, axis=axis, size=shape[axis], dim=shape[1 - axis])
 
 
 def _load_weights(network: nn.Module, keys: Mapping[str, str], checkpoint: Checkpoint) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,10 @@ from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint, torch_dtype
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError, VerificationError
-from codebook_tools.images import Images
 from codebook_tools.latents import EncodedLatents
+from codebook_tools.media import Media
 from codebook_tools.models.companions import changed_codebook, owned_keys, rounded
-from codebook_tools.models.family import Media, Quantise
+from codebook_tools.models.family import Quantise
 
 INPUT_RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))
 """Tried in turn: the file does not say what its network was trained on."""
@@ -66,13 +67,13 @@ class Model:
     keys: file key by network name. books: its codebooks, in the order in which latents meet them. chosen: indices of
     those that are operated on. power_of_two: whether its config takes no other size of them. remake: the network anew,
     for the file's codebook size, with fresh weights, in torch's default dtype on the CPU. input_range: of the network's
-    images. media, channels: of what it takes. stride: image sides, or samples, are multiples of it. carried: file keys
+    images. channels: of what it takes. stride: image sides, or samples, are multiples of it. carried: file keys
     the network does not know. caveats: what to warn of.
     """
 
     family: str
     checkpoint: Checkpoint
-    network: nn.Module
+    network: Any  # a nn.Module and a Network
     keys: Mapping[str, str]
     books: tuple[Book, ...]
     chosen: tuple[int, ...]
@@ -80,12 +81,16 @@ class Model:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bf16: bool = False
     power_of_two: bool = False
-    media: Media = "images"
     input_range: tuple[float, float] = INPUT_RANGES[0]
     channels: int = 3
     stride: int = 1
     carried: tuple[str, ...] = ()
     caveats: tuple[str, ...] = ()
+
+    @property
+    def takes(self) -> Literal["images", "clips"]:
+        """Of waveforms, where the network says a sampling rate; else pictures."""
+        return "clips" if hasattr(self.network, "sampling_rate") else "images"
 
     # What flows through it
 
@@ -133,7 +138,7 @@ class Model:
         assert reached is not None, f"the walk has no stage {stage}"
         return reached
 
-    def latents(self, images: Images, batch: int, stage: int = 0) -> EncodedLatents:
+    def latents(self, images: Media, batch: int, stage: int = 0) -> EncodedLatents:
         """The latents of many images that meet the book `stage`, as a stream."""
 
         def encode(pixels: Tensor) -> Tensor:
@@ -162,11 +167,10 @@ class Model:
             with torch.autocast(self.device.type, enabled=False):
                 return quantise(stage, _checked(latents, self.books[stage].vectors.shape[1]).float())
 
-        walk: Callable[[object, Quantise], object] | None = getattr(self.network, "walk", None)
-        if walk is None:
+        if not walks(self.network):
             return checked(0, encoded)
         with _told("walk", encoded):
-            return walk(encoded, checked)
+            return self.network.walk(encoded, checked)
 
     def _call(self, method: str, argument: object) -> object:
         with _told(method, argument):
@@ -281,6 +285,11 @@ class Model:
         except CodebookError:
             return stride
         return max(1, round(larger / latents.shape[-1]))
+
+
+def walks(network: object) -> bool:
+    """Whether it has the two members of a network of several codebooks."""
+    return hasattr(network, "walk") and hasattr(network, "codebooks")
 
 
 @contextmanager

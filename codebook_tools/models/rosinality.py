@@ -117,6 +117,15 @@ def _prefix(checkpoint: Checkpoint) -> str | None:
     return prefix_of(checkpoint.shapes)
 
 
-FAMILY = Family(prefix=_prefix, make=lambda shapes, _: RosinalityVQVAE2(shapes, rectified=False))
-FAMILY_OF_2019 = Family(prefix=_prefix, make=lambda shapes, _: RosinalityVQVAE2(shapes, rectified=True))
+_CAVEAT = (
+    "files from before 2021-01-23 rectify the skip path of their residual blocks, and do not say so: "
+    "if reconstructions are poor, try --family rosinality-2019"
+)
+FAMILY = Family(
+    prefix=_prefix,
+    make=lambda shapes, _: RosinalityVQVAE2(shapes, rectified=False),
+    axis=1,
+    caveat=lambda _: _CAVEAT,
+)
+FAMILY_OF_2019 = Family(prefix=_prefix, make=lambda shapes, _: RosinalityVQVAE2(shapes, rectified=True), axis=1)
 """For files trained before January 2021. None is recognised as such: it must be named."""
