@@ -54,9 +54,10 @@ OWNERS = ((_re(r"(?!.*emb).*(quant(?!il|it|um)|vq(?!a(?![a-z]))|code_?book|\bpq\
 WORTH = {"counts": 3, "logits": 3, "recoding": 5, "between": 2, "grid": -9}
 BARE, LISTED, SURE = 1, 4, 5  # of a vague name straight in a quantiser; to be listed; to need no --codebook-key
 AGAINST = _re(
-    r"(?<![^_])(activation|after|att(n|ention)|basis|before|bias|bits|cl(as)?s|cond(ition)?|conv|disc(riminator)?|fake"
-    r"|fc|heads?|implicit|init(i?t?ed|ialized)?|input|label|latents|levels|linear|ln|logits?|lora|loss|lpips|mask|mlp"
-    r"|norm|patch|pos(ition(al)?)?|post|pre|proj(ect(ion|or))?|quer(y|ies)|scale|text|time(step)?|to|weight)(?![^_])"
+    r"(?<![^_])(activation|after|amax|att(n|ention)|basis|before|bias|bits|cl(as)?s|cond(ition)?|conv|disc(riminator)?"
+    r"|fake|fc|heads?|implicit|init(i?t?ed|ialized)?|input|label|latents|levels|linear|ln|logits?|lora|loss|lpips|mask"
+    r"|mlp|norm|patch|pos(ition(al)?)?|post|pre|proj(ect(ion|or)?)?s?|quer(y|ies)|scale|text|time(step)?|to"
+    r"|weight)(?![^_])"
 )
 COUNTS = _re(r"cluster|count|usage|used|hits?(_|$)|elem|freq|prob|num|(^|[._])n(_|$)")
 GRID = _re(r"\.\w*(levels|basis|mask|bits_to_indices|power)\w*")  # its product is the codebook, which is then computed
@@ -75,17 +76,17 @@ EMA = _re(r"(?<![^._])(ema|shadow|averaged)(?![^._])")  # what bears more such m
 WRAPPER = _re(r"(?<![^.])_*(model|module|params|net|generator|online_model|orig_mod|vq_?vae|vq_?gan)?_*(?![^.])")
 SEARCHES = (  # "unknown": the metric is a switch of the library, or latents are not compared with the rows as stored
     (_re(rf"_codebook\.embed:3d|_hit|prob|embedding\.initt?ed|{RECODE}"), "unknown"),
-    (_re(r"codebook_used|\.in_proj.*\.out_proj"), "cosine"),  # kept by, or made low-dimensional for, l2 lookup
+    (_re(r"codebook_used|\n\.in_proj.*\n\.out_proj"), "cosine"),  # kept by, or made low-dimensional for, l2 lookup
 )
 VOCABULARY = "its embeddings are the vocabulary of a language model, or of a prior over tokens"
 NO_CODEBOOK = (
     (_re(r"absmax|quant_map|qweight|qzeros|weight_quantizer"), "its weights are stored in fewer bits: not as vectors"),
     (_re(r"[bf]sq|lfq|\b_?(\w+_)?(v?quanti[sz]e[rd]?s?|r?vq)\."), "its quantiser stores no codes, as in FSQ, LFQ, BSQ"),
     (_re(r"fc_mu|to_mu|log_?var|fc_var|quant_conv"), "a KL autoencoder: its latents are continuous"),
-    (_re(r"tok(en)?s?_emb|embed_tok|word_emb|wte|lm_head|codebooks?_(head|emb)|logit|self_attn|rnn|lstm"), VOCABULARY),
-    (_re(r"label|class_emb|cls_emb|y_emb"), "its only embedding is that of a class label"),
+    (_re(r"tok(en)?s?_emb|embed_tok|word_emb|wte|lm_head|codebooks?_(head|emb)|logit"), VOCABULARY),
+    (_re(r"label|class_emb|cls_emb|y_emb"), "it embeds class labels, and no codes"),
     (_re(r"patch|pos(ition)?_emb"), "a transformer over patches, without a quantiser"),
-    (_re(r"(^|(?<!\.bias)\n)([^\n]*[._])?emb(ed(ding)?)?s?\.weight(\n|$)"), VOCABULARY),
+    (_re(r"(^|(?<!\.bias)\n)([^\n]*[._])?emb(ed(ding)?)?s?(\.\d+)?\.weight(\n|$)"), VOCABULARY),
     (_re(r"\A(?=.*enc(oder)?s?[._]).*dec(oder)?s?[._]"), "an encoder and a decoder with no quantiser between them"),
     (_re(r""), "no matrix in it is named or placed like a codebook"),
 )
@@ -106,8 +107,7 @@ class _Names:
         self.copies = {name: first for least, first, group in groups for marks, name in group if marks > least}
 
     def under(self, module: str) -> list[str]:
-        prefix = f"{module}." if module else ""
-        return [name for name in self.shapes if name.startswith(prefix)]
+        return [name for name in self.shapes if not module or name.startswith(f"{module}.")]
 
     def owner(self, owner: str) -> tuple[int, list[str]]:
         """Points for the modules above a leaf, and the parts of the path after the one that earned them."""
@@ -116,8 +116,8 @@ class _Names:
             part = path.rpartition(".")[2]
             model = MODEL.match(part) and any(name in self.channels for name in self.under(path))
             here = 0 if model or AGAINST.search(part) else next((n for pattern, n in OWNERS if pattern.match(part)), 0)
-            coder = CODER.fullmatch(part)  # what stands before an encoder or decoder names the model
-            points, since = 0 if coder else max(points, here), [] if coder or here else [*since, part]
+            # What stands before an encoder or decoder names the model.
+            points, since = (0, []) if CODER.fullmatch(part) else (max(points, here), [] if here else [*since, part])
         return points, since
 
     def orient(self, shape: Shape, counts: set[int], weight: bool) -> tuple[int, int, bool]:
@@ -138,9 +138,8 @@ class _Names:
         owner, _, leaf = re.sub(r"(\.\d+)+$", "", module).rpartition(".")
         leaf = re.sub(r"^_+|[_\d]+$", "", leaf).lower()
         points = next((points for pattern, points in LEAVES if pattern.fullmatch(leaf)), -2)
-        # A weight of three axes is a convolution, one with a bias is a linear layer.
-        wrong = weight and (len(shape) == 3 or points < -1 or f"{module}.bias" in self.shapes)
-        if wrong or len(shape) not in (2, 3) or max(shape) < 2:
+        layer = weight and (len(shape) == 3 or points < -1 or f"{module}.bias" in self.shapes)  # or a convolution
+        if layer or len(shape) not in (2, 3) or max(shape) < 2:
             return None
         rank, since = self.owner(owner)
         named = rank > 0 and all(map(CONTAINER.fullmatch, since))
@@ -162,21 +161,21 @@ class _Names:
         beside = (CODER.fullmatch(other[len(place) :].strip(".").split(".")[0]) for other in self.under(place))
         between = size >= 16 and len({coder[1].lower() for coder in beside if coder}) == 2
         outputs = [other for other, channels in self.channels.items() if size in channels]
-        emitted = not rank and len(outputs) == 1 and re.search(r"(^|[._])enc", outputs[0])
+        emitted = not rank and len(outputs) == 1 and len(self.shapes[outputs[0]]) > 2  # by a convolution, as in a dVAE
         prior = any(PRIOR.search(o) and len(self.shapes[o]) == 2 for o in outputs)
         recoding = [other for other in self.under(owner) if other in self.channels and re.search(RECODE, other)]
         evidence = {
             "counts": size in counts,
-            "logits": bool(emitted or any(LOGITS.search(scope.get(other, "")) for other in outputs)),
+            "logits": any(LOGITS.search(scope.get(other, "")) for other in outputs),
             "recoding": any("code" in other and self.channels[other][1] == dim for other in recoding),
-            "between": between and not prior and not NO_VQ.search(self.text),
+            "between": between and not prior and not any(map(NO_VQ.search, self.under(place))),
             "grid": any(GRID.fullmatch(inside) and self.shapes[other] == (dim,) for other, inside in scope.items()),
         }
         points += rank + sum(WORTH[what] for what, holds in evidence.items() if holds)
         level = "high" if sure and points >= SURE else "low"
         about = "\n".join([f"{name}:{len(shape)}d", *sorted(scope.values()), *recoding])
         search = next((metric for pattern, metric in SEARCHES if pattern.search(about)), "euclidean")
-        search = "logits" if evidence["logits"] else search if level == "high" else "unknown"
+        search = "logits" if emitted or evidence["logits"] else search if level == "high" else "unknown"
         own = {other for other, inside in scope.items() if size in self.shapes[other] and not CHANNELS.search(inside)}
         own |= {copy for copy, original in self.copies.items() if original == name or original in own}
         return points, FoundCodebook(name, size, dim, axis, head, "F32", search, tuple(own), level), scope
