@@ -18,7 +18,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.filling import power_of_two
 from codebook_tools.finetune import Recipe
 from codebook_tools.measure import Measurement
-from codebook_tools.models.companions import added_bytes
+from codebook_tools.models.stored import added_bytes
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.outcome import settings_of, weights_bytes
 from codebook_tools.output import check_size

@@ -21,9 +21,9 @@ from codebook_tools.index_maps import nearest_map
 from codebook_tools.latent_files import FileLatents, limited_latents, open_latents, split_latents
 from codebook_tools.latents import StoredLatents, Survey, survey
 from codebook_tools.measure import CodebookUse, Measurement, Tally, use_of
-from codebook_tools.models.companions import changed_codebook, effective_rows, rounded
 from codebook_tools.models.families import CUSTOM, family_of, lookup_of, size_entry
 from codebook_tools.models.load import choose_codebook, choose_codebooks
+from codebook_tools.models.stored import changed_codebook, effective_rows, rounded
 from codebook_tools.opening import Request
 from codebook_tools.outcome import Result, check_request_output, provenance, settings_of, weights_bytes
 from codebook_tools.output import remarks, written_config

@@ -16,8 +16,8 @@ from codebook_tools.detached import goes_without_images, measure_detached, opera
 from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.finetune import Recipe
 from codebook_tools.index_maps import nearest_map
-from codebook_tools.models.companions import effective_rows
 from codebook_tools.models.model import Model
+from codebook_tools.models.stored import effective_rows
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.outcome import (
     Result,

@@ -18,16 +18,10 @@ from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.writing import maps_sha256
 from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.companions import (
-    companion_values,
-    effective_rows,
-    flags,
-    owned_keys,
-    rounded,
-    rows_of,
-)
+from codebook_tools.models.companions import companion_values, flags
 from codebook_tools.models.families import size_entry
 from codebook_tools.models.load import find_book
+from codebook_tools.models.stored import effective_rows, owned_keys, rounded
 from codebook_tools.output import written_config
 
 
@@ -133,7 +127,7 @@ def _tensors(written: Checkpoint, original: Checkpoint, books: list[FoundCodeboo
     for key in sorted(original.entries.keys() ^ written.entries.keys()):
         yield Difference(key, "missing" if key in original.entries else "not in the original")
     follows = {key for book in books for key in (book.key, *book.companions)}
-    owned = {key for book in books for key in owned_keys(book, original.entries)}
+    owned = {key for book in books for key in owned_keys(original, book)}
     may_differ = owned | set(_listed(written, "trained_tensors"))
     for key in sorted(original.entries.keys() & written.entries.keys()):
         before, after = original.entries[key], written.entries[key]

@@ -14,11 +14,11 @@ from codebook_tools.checkpoints.detect import Detection, FoundCodebook, find_cod
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.companions import effective_rows, owned_keys
 from codebook_tools.models.custom import make_network
 from codebook_tools.models.families import CUSTOM, FAMILIES, METRICS, family_of, size_entry
 from codebook_tools.models.family import Family
 from codebook_tools.models.model import Book, Model, walks
+from codebook_tools.models.stored import effective_rows, owned_keys
 
 
 def choose_codebooks(checkpoint: Checkpoint, keys: Sequence[str]) -> list[FoundCodebook]:
@@ -119,7 +119,7 @@ def load_model(
     _load_weights(module, keys, checkpoint)
     target = device or torch.device("cpu")
     module.to(target).eval().requires_grad_(False)
-    owned = {key for book in found for key in owned_keys(book, shapes)}
+    owned = {key for book in found for key in owned_keys(checkpoint, book)}
     return Model(
         name,
         checkpoint,

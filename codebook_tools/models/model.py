@@ -17,8 +17,8 @@ from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.latents import EncodedLatents
 from codebook_tools.media import Media
-from codebook_tools.models.companions import changed_codebook, owned_keys, rounded
 from codebook_tools.models.family import Quantise
+from codebook_tools.models.stored import changed_codebook, owned_keys, rounded
 
 INPUT_RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))
 """Tried in turn: the file does not say what its network was trained on."""
@@ -248,7 +248,7 @@ class Model:
         yield from ((n, parameter) for n, parameter in self.network.named_parameters() if self.keys[n] not in owned)
 
     def _owned(self) -> set[str]:
-        return {key for book in self.books for key in owned_keys(book.found, self.checkpoint.entries)}
+        return {key for book in self.books for key in owned_keys(self.checkpoint, book.found)}
 
     def probe(self, height: int, width: int) -> None:
         """Find out `channels` and `stride` by encoding an empty image of that size, or one of 64 or 256 pixels.
