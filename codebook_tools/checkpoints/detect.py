@@ -161,7 +161,7 @@ class _Names:
         beside = (CODER.fullmatch(other[len(place) :].strip(".").split(".")[0]) for other in self.under(place))
         between = size >= 16 and len({coder[1].lower() for coder in beside if coder}) == 2
         outputs = [other for other, channels in self.channels.items() if size in channels]
-        emitted = not rank and len(outputs) == 1 and len(self.shapes[outputs[0]]) > 2
+        emitted = not rank and len(outputs) == 1 and len(self.shapes[outputs[0]]) > 2  # by a convolution, as in a dVAE
         prior = any(PRIOR.search(o) and len(self.shapes[o]) == 2 for o in outputs)
         recoding = [other for other in self.under(owner) if other in self.channels and re.search(RECODE, other)]
         evidence = {

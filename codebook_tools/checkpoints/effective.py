@@ -16,11 +16,11 @@ _RECODER = re.compile(rf"\w*({RECODE})\w*(\.\w+)*\.weight", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Effective:
-    """kind: what makes a code of `dim` numbers out of a stored row; beside: the keys that takes part, in this order.
+    """kind: how a stored row becomes a code of `dim` numbers; beside: the keys of the tensors that this takes.
 
-    "rows": nothing. "ratio": code = row / count, beside = (counts,), as in Mimi. "projected": code = W row + b, beside =
-    (W,) or (W, b), as in SimVQ and VQGAN-LC. "network": several layers, beside = their weights; we do not apply them.
-    padding: the rows that are stored after the last code, as in RQ-VAE.
+    "rows": it is the code. "ratio": row / count, beside the counts, as in Mimi. "projected": W row + b, beside W and,
+    if there is one, b, as in SimVQ and VQGAN-LC. "network": through other layers, beside their weights: we cannot.
+    padding: how many rows are stored after the last code, as in RQ-VAE.
     """
 
     kind: Literal["rows", "ratio", "projected", "network"]
