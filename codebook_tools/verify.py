@@ -13,6 +13,7 @@ from torch import Tensor
 from codebook_tools.assignment import unit
 from codebook_tools.checkpoints.config import same_config
 from codebook_tools.checkpoints.detect import FoundCodebook
+from codebook_tools.checkpoints.effective import effective
 from codebook_tools.checkpoints.layout import PREFIX, index_map_path
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.writing import maps_sha256
@@ -21,7 +22,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.models.companions import companion_values, flags
 from codebook_tools.models.families import size_entry
 from codebook_tools.models.load import find_book
-from codebook_tools.models.stored import effective_rows, owned_keys, rounded
+from codebook_tools.models.stored import effective_rows, owned_keys, rounded, stored_rows
 from codebook_tools.output import written_config
 
 
@@ -104,7 +105,7 @@ def _config(written: Checkpoint, original: Checkpoint, books: list[FoundCodebook
         yield Difference("config.json", "missing")
         return
     name, before, after = written.config_path.name, original.config, written.config
-    sizes = {shape[book.axis] for book in books if len(shape := _shape(written, book)) > book.axis}
+    sizes = {_size(written, original, book) for book in books if _shape(written, book)}
     if len(sizes) > 1:
         yield Difference(name, f"one config for codebooks of {len(sizes)} sizes: {sorted(sizes)}")
         return
@@ -120,6 +121,14 @@ def _config(written: Checkpoint, original: Checkpoint, books: list[FoundCodebook
 
 def _shape(written: Checkpoint, found: FoundCodebook) -> tuple[int, ...]:
     return written.entries[found.key].shape if found.key in written.entries else ()
+
+
+def _size(written: Checkpoint, original: Checkpoint, found: FoundCodebook) -> int:
+    """Codes in the written file: its rows without as much padding as the original has. Of another layout: -1."""
+    shape = _shape(written, found)
+    if len(shape) != len(original.entries[found.key].shape):
+        return -1
+    return shape[found.axis] - effective(found, original.shapes).padding
 
 
 def _tensors(written: Checkpoint, original: Checkpoint, books: list[FoundCodebook]) -> Iterator[Difference]:
@@ -167,8 +176,9 @@ def _book(written: Checkpoint, original: Checkpoint, maps: Checkpoint, found: Fo
     shape = _shape(written, found)
     if not shape:
         return  # told of already
-    size = shape[found.axis] if len(shape) > found.axis else -1
-    wanted = tuple(size if axis == found.axis else n for axis, n in enumerate(original.entries[found.key].shape))
+    size = _size(written, original, found)
+    before = original.entries[found.key].shape
+    wanted = tuple(before[axis] - found.size + size if axis == found.axis else n for axis, n in enumerate(before))
     if shape != wanted:
         yield Difference(found.key, f"shape {shape}, of which only axis {found.axis} may differ from the original's")
         return
@@ -205,7 +215,9 @@ def _companions(written: Checkpoint, original: Checkpoint, found: FoundCodebook,
     before = {key: original.tensor(key) for key in (*found.companions, *flag_keys)}
     after = {key: written.tensor(key) for key in before if key in written.entries}
     weights = _weights(after, size)
-    codes = rows_of(written.tensor(found.key), replace(found, size=size))
+    its = replace(found, size=size)
+    summed = effective(found, original.shapes).kind == "ratio"
+    codes = effective_rows(written, its) if summed else stored_rows(written.tensor(found.key), its)
     meant = companion_values(found, before, codes, torch.ones(size) if weights is None else weights)
     for key, tensor in after.items():
         if tensor.shape != meant[key].shape:

@@ -1,4 +1,4 @@
-"""The effective codes of a file, to and from the tensors that it stores: as rows, as sums over counts, projected, padded."""
+"""The effective codes of a file, from and to the tensors that it stores: rows, sums over counts, projected, padded."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _behind_identity(
     out, into = layer[0].shape
     if out > into:
         raise CodebookError(
-            f"{found.key} has {into} numbers a row, projected to {out}: codes in all {out} dimensions have no room in it"
+            f"{found.key} has {into} numbers a row, projected to {out}: no room for codes in all {out} dimensions"
         )
     meant = [torch.eye(out, into), torch.zeros(out)]
     values = {key: new.to(old.dtype) for key, old, new in zip(keys, layer, meant, strict=False)}
