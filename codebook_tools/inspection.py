@@ -7,16 +7,18 @@ from pathlib import Path
 
 from codebook_tools.checkpoints.detect import Detection, find_codebooks
 from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.models.families import family_of
+from codebook_tools.models.families import FAMILIES, family_of
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """family: whose network we have, None where the user must give one. detection: codebooks and what hangs on them."""
+    """family: that recognises the layout, None where the user must give a network. why_not: why the family's network
+    cannot be run, empty where it can. detection: codebooks and what hangs on them."""
 
     model: str
     family: str | None
     detection: Detection
+    why_not: str = ""
 
     def to_json(self) -> dict[str, object]:
         """The promised keys."""
@@ -34,4 +36,5 @@ def inspect_checkpoint(path: Path) -> Inspection:
     """Find the codebooks of a file or directory. Raises CodebookError where it holds no sound safetensors file."""
     checkpoint = read_checkpoint(path)
     detection = find_codebooks(checkpoint.shapes, checkpoint.dtypes)
-    return Inspection(str(path), family_of(checkpoint) if detection.codebooks else None, detection)
+    family = family_of(checkpoint) if detection.codebooks else None
+    return Inspection(str(path), family, detection, FAMILIES[family].why_not if family else "")

@@ -114,7 +114,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read_file(path: Path) -> Weights:
-    """Told by how it begins, not by its name; but what is called safetensors must be that."""
+    """Told by how it begins, not by its name; but what is called safetensors must be that.
+
+    A header's length may begin as a pickle does: what follows it, a brace, tells them apart.
+    """
     with path.open("rb") as file:
-        pickled = file.read(2).startswith(PICKLED)
+        head = file.read(9)
+    pickled = head.startswith(PICKLED) and head[8:] != b"{"
     return read_pickle(path) if pickled and path.suffix != SUFFIX else read_safetensors(path)

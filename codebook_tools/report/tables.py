@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -39,9 +40,9 @@ def result_table(result: Result) -> RenderableType:
             table.add_row(label, *cells)
     lines: list[RenderableType] = [table] if stages else []
     for first in [*stages.values()][:1]:
-        bounds = result.settings.get("input_range")
-        about = f"measured on {first.images:,} {first.split} images" if bounds else f"counts of {first.images:,} images"
-        lines.append(Text(f"{about}, input range {bounds}" if bounds else about, style="dim"))
+        lines.append(Text(_about(first, result.settings), style="dim"))
+        if len(first.codebooks) > 1:
+            lines += ["", books_table(stages), ""]
     if "codes" in result.settings:
         lines.append(Text(f"codes {result.settings['codes']}"))
     if result.command == "measure" and "stats" in result.settings:
@@ -54,22 +55,45 @@ def result_table(result: Result) -> RenderableType:
     return Group(*lines)
 
 
+def _about(first: Measurement, settings: Mapping[str, object]) -> str:
+    """What was measured."""
+    if first.images is None:
+        return f"measured on {first.codebooks[0].latents:,} {first.split} latents"
+    if "input_range" not in settings:
+        return f"counts of {first.images:,} items"
+    bounds = f", input range {settings['input_range']}" if first.ssim is not None else ""
+    return f"measured on {first.images:,} {first.split} items{bounds}"
+
+
+def books_table(stages: Mapping[str, Measurement]) -> RenderableType:
+    """Codes used and perplexity of each of several codebooks, stage by stage."""
+    table = Table("codebook", *(STAGES[name] for name in stages), box=None, pad_edge=False, header_style="bold")
+    for uses in zip(*(stage.codebooks for stage in stages.values()), strict=True):
+        cells = [f"{use.used} of {use.size}, perplexity {use.perplexity:.1f}" for use in uses]
+        table.add_row(uses[0].key, *cells)
+    return table
+
+
 def _use(field: str, form: str) -> Any:
-    return lambda stage: format(getattr(stage.codebooks[0], field), form)
+    """A figure of the codebook; of several, the lowest and the highest."""
+
+    def show(stage: Measurement) -> str:
+        values = [getattr(use, field) for use in stage.codebooks]
+        if any(value is None for value in values):
+            return "-"
+        low, high = format(min(values), form), format(max(values), form)
+        return low if low == high else f"{low} to {high}"
+
+    return show
 
 
 def _used(stage: Measurement) -> str:
-    use = stage.codebooks[0]
-    return f"{use.used} of {use.size} ({use.usage:.1%})"
+    used, size = (sum(getattr(use, field) for use in stage.codebooks) for field in ("used", "size"))
+    return f"{used} of {size} ({used / size:.1%})"
 
 
 def _optional(field: str, form: str) -> Any:
     return lambda stage: "-" if getattr(stage, field) is None else format(getattr(stage, field), form)
-
-
-def _coverage(stage: Measurement) -> str:
-    share = stage.codebooks[0].coverage
-    return "-" if share is None else f"{share:.1%}"
 
 
 _ROWS = (
@@ -78,7 +102,7 @@ _ROWS = (
     ("perplexity", _use("perplexity", ".2f")),
     ("bits per token", _use("bits", ".2f")),
     ("distortion", _use("distortion", ".4g")),
-    ("coverage", _coverage),
+    ("coverage", _use("coverage", ".1%")),
     ("mse", _optional("mse", ".6f")),
     ("PSNR, dB", _optional("psnr", ".2f")),
     ("SSIM", _optional("ssim", ".4f")),
@@ -151,6 +175,8 @@ def inspection_table(found: Inspection) -> RenderableType:
         table.add_row(book.key, str(book.size), str(book.dim), book.dtype, book.search, sure)
     family = found.family or "unknown; give the network with --network FILE.py:FUNCTION to work on it"
     parts: list[RenderableType] = [Text(f"family: {family}"), table]
+    if found.why_not:
+        parts.append(Text(found.why_not))
     parts += [
         Text(f"follows {book.key}: {', '.join(book.companions)}") for book in detection.codebooks if book.companions
     ]
