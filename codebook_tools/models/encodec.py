@@ -1,0 +1,96 @@
+"""EncodecModel of the transformers library (EnCodec, and the codec of MusicGen): residual stages on the latents."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.models.bandwidths import bandwidths
+from codebook_tools.models.family import Family, Quantise, Shapes
+from codebook_tools.models.residual import fitted, residual
+from codebook_tools.models.transformers_model import (
+    CONFIG_KEY,
+    WEIGHT_NORM,
+    build,
+    check_codebooks,
+    file_key,
+    prefix_of,
+)
+
+_AXES = {
+    "quantizer.layers.0.codebook.embed": 2,
+    "quantizer.layers.0.codebook.embed_avg": 2,
+    "encoder.layers.0.conv.bias": 1,
+    "decoder.layers.0.conv.bias": 1,
+}
+_DEFAULT_BANDWIDTHS = (1.5, 3.0, 6.0, 12.0, 24.0)  # the library's, for a config that does not say
+
+
+class Chunks(NamedTuple):
+    """latents: (n, dim, positions) of all chunks, one after the other. lengths: positions of each.
+    loudness: (n, 1, 1) of each, which its waveforms were divided by. samples: how many the waveforms had."""
+
+    latents: Tensor
+    lengths: tuple[int, ...]
+    loudness: tuple[Tensor, ...]
+    samples: int
+
+
+class Encodec(nn.Module):
+    """model: an EncodecModel. All of its stages are walked; the library uses fewer at a lower bandwidth, and its
+    default is the lowest."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.codebooks = tuple(f"quantizer.layers.{i}.codebook.embed" for i in range(model.config.num_quantizers))
+        self.sampling_rate = int(model.config.sampling_rate)
+        self.hop = math.prod(model.config.upsampling_ratios)
+        self.channels = int(model.config.audio_channels)
+
+    def encode(self, waveforms: Tensor) -> Chunks:
+        """waveforms (n, channels, samples) in [-1, 1] -> the latents of overlapping chunks, as the library cuts them,
+        or of one where the config names no chunk length."""
+        config, samples = self.model.config, waveforms.shape[-1]
+        length, stride = (config.chunk_length, config.chunk_stride) if config.chunk_length else (samples, samples)
+        chunks = [waveforms[..., start : start + length] for start in range(0, samples, stride)]
+        loudness = tuple(self._loudness(chunk) for chunk in chunks)
+        latents = [self.model.encoder(chunk / level) for chunk, level in zip(chunks, loudness, strict=True)]
+        return Chunks(torch.cat(latents, -1), tuple(part.shape[-1] for part in latents), loudness, samples)
+
+    def walk(self, encoded: Chunks, quantise: Quantise) -> Chunks:
+        return encoded._replace(latents=residual(encoded.latents, range(len(self.codebooks)), quantise))
+
+    def decode(self, quantised: Chunks) -> Tensor:
+        """-> waveforms (n, channels, samples), chunks faded into each other."""
+        parts = quantised.latents.split(quantised.lengths, -1)
+        chunks = [self.model.decoder(part) * level for part, level in zip(parts, quantised.loudness, strict=True)]
+        whole = self.model._linear_overlap_add(chunks, self.model.config.chunk_stride) if chunks[1:] else chunks[0]
+        return fitted(whole, quantised.samples)
+
+    def _loudness(self, chunk: Tensor) -> Tensor:
+        if not self.model.config.normalize:
+            return chunk.new_ones(len(chunk), 1, 1)
+        return chunk.mean(1, keepdim=True).pow(2).mean(-1, keepdim=True).sqrt() + 1e-8
+
+
+def make(shapes: Shapes, checkpoint: Checkpoint) -> Encodec:
+    """A fresh network after the config. Raises CodebookError where there is none, or it does not fit the tensors."""
+    network = Encodec(build(checkpoint, "EncodecModel"))
+    check_codebooks(shapes, checkpoint, network.codebooks, network.model.config.codebook_size)
+    return network
+
+
+FAMILY = Family(
+    prefix=lambda checkpoint: prefix_of(checkpoint, "encodec", _AXES),
+    make=make,
+    file_key=lambda name, shapes: file_key(name, shapes, WEIGHT_NORM),
+    config_key=CONFIG_KEY,
+    power_of_two=True,
+    follow=lambda config, size: bandwidths(config, size, _DEFAULT_BANDWIDTHS),
+    media="audio",
+)
