@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,7 @@ from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.codebook import Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models import dac, encodec, mimi, xcodec
-from codebook_tools.models.family import Family, Shapes
+from codebook_tools.models.family import Family
 
 K = 16
 WEIGHTS = "model.safetensors"
@@ -49,17 +51,17 @@ CASES = {
     "encodec": Case("Encodec", encodec.FAMILY, 4, ENCODEC),
     "encodec, chunks": Case(
         "Encodec", encodec.FAMILY, 4, ENCODEC | {"normalize": True, "audio_channels": 2, "chunk_length_s": 0.05,
-        "overlap": 0.1, "norm_type": "time_group_norm", "use_causal_conv": False},
+        "overlap": 0.15, "norm_type": "time_group_norm", "use_causal_conv": False},
     ),
     "dac": Case(
         "Dac", dac.FAMILY, 3, {"encoder_hidden_size": 8, "downsampling_ratios": [2, 4], "decoder_hidden_size": 16,
         "n_codebooks": 3, "codebook_dim": 4, "sampling_rate": 1600},
     ),
     "mimi": Case(
-        "Mimi", mimi.FAMILY, 4, {"sampling_rate": 1600, "hidden_size": 16, "num_filters": 4, "upsampling_ratios": [4, 2],
-        "codebook_dim": 8, "vector_quantization_hidden_dimension": 8, "num_quantizers": 4, "num_semantic_quantizers": 2,
-        "upsample_groups": 16, "num_hidden_layers": 1, "intermediate_size": 16, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "sliding_window": 20, "layer_scale_initial_scale": 1.0},
+        "Mimi", mimi.FAMILY, 4, {"sampling_rate": 1600, "hidden_size": 16, "num_filters": 4,
+        "upsampling_ratios": [4, 2], "codebook_dim": 8, "vector_quantization_hidden_dimension": 8, "num_quantizers": 4,
+        "num_semantic_quantizers": 2, "upsample_groups": 16, "num_hidden_layers": 1, "intermediate_size": 16,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 20, "layer_scale_initial_scale": 1.0},
     ),
     "xcodec": Case(
         "Xcodec", xcodec.FAMILY, 3, {"target_bandwidths": [0.9, 2.5], "sample_rate": 1600,
@@ -73,7 +75,7 @@ CASES["mimi, no projection"] = Case(
 )
 
 
-def waveforms(network: Any, positions: int = 26) -> Tensor:
+def waveforms(network: Any, positions: int = 28) -> Tensor:
     noise = torch.randn(2, network.channels, positions * network.hop, generator=torch.Generator().manual_seed(1))
     return (noise * torch.tensor([0.1, 0.3])[:, None, None]).clamp(-1, 1)
 
@@ -107,7 +109,7 @@ def save(case: Case, folder: Path) -> Path:
     model = getattr(transformers, f"{case.name}Model")(config)
     for module in model.modules():
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d) and not hasattr(module, "parametrizations"):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear").mul_(0.7)
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear").data.mul_(0.7)
     model.save_pretrained(folder)
     network, _ = load(case, read_checkpoint(folder))
     state, drawn = load_file(folder / WEIGHTS), list[Tensor]()
@@ -208,3 +210,182 @@ def test_gradients_reach_every_weight_that_makes_the_waveform(name: str, saved: 
     for parameter, value in network.named_parameters():
         idle = parameter.startswith(unused) or "codebook" in parameter
         assert (value.grad is None) if idle else bool(value.grad.abs().sum() > 0), parameter
+
+
+# --- another K -----------------------------------------------------------------------------------------------------
+
+
+def resized(case: Case, source: Path, target: Path, size: int) -> Path:
+    """The model in `source` with every codebook and its companions cut, or repeated, to `size` codes."""
+    state, config = load_file(source / WEIGHTS), json.loads((source / "config.json").read_text())
+    for key, tensor in state.items():
+        if ".codebook." in key and tensor.shape[0] == K:  # repeated with their numbers the other way round
+            state[key] = torch.cat([tensor, tensor.flip(1) if tensor.ndim == 2 else tensor])[:size].contiguous()
+    assert case.family.config_key is not None
+    config |= {case.family.config_key: size} | dict(case.family.follow(config, size))
+    target.mkdir()
+    save_file(state, target / WEIGHTS, {"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize("size", [2, 8, 32, 12])
+@pytest.mark.parametrize("name", ["encodec", "encodec, chunks", "dac", "mimi", "xcodec"])
+def test_a_file_of_another_size_loads_whole_and_computes_what_ours_does(
+    name: str, size: int, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    case = CASES[name]
+    path = resized(case, saved(name), tmp_path / "model", size)
+    if case.family.power_of_two and size == 12:
+        with pytest.raises(CodebookError, match="power of 2"):
+            load(case, read_checkpoint(path))
+        return
+    indices, rebuilt, network = by_us(case, path)
+    codes, values = by_library(case, path, waveforms(network))
+    assert torch.equal(indices, codes) and int(indices.max()) < size
+    assert torch.allclose(rebuilt, values, atol=1e-5)
+
+
+def counted(config: Any) -> list[int]:
+    """Quantisers of a config, and those in use at each of its bandwidths, all by the library."""
+    quantiser = SimpleNamespace(
+        codebook_size=config.codebook_size, frame_rate=config.frame_rate, num_quantizers=config.num_quantizers
+    )
+    if isinstance(config, transformers.XcodecConfig):
+        cls: Any = transformers.models.xcodec.modeling_xcodec.XcodecResidualVectorQuantization
+        quantiser.get_bandwidth_per_quantizer = lambda: cls.get_bandwidth_per_quantizer(quantiser)
+    else:
+        cls = transformers.models.encodec.modeling_encodec.EncodecResidualVectorQuantizer
+    used = [cls.get_num_quantizers_for_bandwidth(quantiser, rate) for rate in config.target_bandwidths]
+    return [config.num_quantizers, *(min(number, config.num_quantizers) for number in used)]
+
+
+def changed(config: Any, entries: dict[str, Any]) -> Any:
+    other = copy.copy(config)
+    for name, value in entries.items():
+        setattr(other, name, value)
+    return other
+
+
+PUBLISHED = {
+    "encodec 24 kHz": (encodec.FAMILY, transformers.EncodecConfig(), [32, 2, 4, 8, 16, 32]),
+    "encodec 48 kHz": (
+        encodec.FAMILY,
+        transformers.EncodecConfig(
+            sampling_rate=48_000, target_bandwidths=[3.0, 6.0, 12.0, 24.0], chunk_length_s=1.0, overlap=0.01
+        ),
+        [16, 2, 4, 8, 16],
+    ),
+    "musicgen": (
+        encodec.FAMILY,
+        transformers.EncodecConfig(
+            sampling_rate=32_000, target_bandwidths=[2.2], codebook_size=2048, upsampling_ratios=[8, 5, 4, 4]
+        ),
+        [4, 4],
+    ),
+    "xcodec": (xcodec.FAMILY, transformers.XcodecConfig(), [8, 1, 2, 3, 4, 8]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_as_many_quantisers_as_before_at_every_bandwidth(name: str) -> None:
+    family, config, expected = PUBLISHED[name]
+    assert counted(config) == expected
+    described = config.to_dict()
+    assert family.follow(described, config.codebook_size) == {}
+    for size in [2**bits for bits in range(1, 15)] if family.power_of_two else range(2, 1200):
+        there = {"codebook_size": size} | dict(family.follow(described, size))
+        assert counted(changed(config, there)) == expected, size
+        back = {"codebook_size": config.codebook_size} | dict(family.follow(described | there, config.codebook_size))
+        assert counted(changed(config, back)) == expected, size
+
+
+def test_bandwidths_by_hand_and_of_a_config_that_names_none() -> None:
+    assert encodec.FAMILY.follow({"codebook_size": 1024, "target_bandwidths": [3.0, 6]}, 256) == {
+        "target_bandwidths": pytest.approx([2.400001, 4.800001], abs=1e-9)
+    }
+    assert encodec.FAMILY.follow({}, 32) == {
+        "target_bandwidths": pytest.approx([0.750001, 1.500001, 3.000001, 6.000001, 12.000001], abs=1e-9)
+    }
+    assert encodec.FAMILY.follow({}, 1024) == dac.FAMILY.follow({}, 32) == mimi.FAMILY.follow({}, 32) == {}
+
+
+# --- recognition, and what a user can mend -------------------------------------------------------------------------
+
+
+def test_a_file_is_one_familys_alone_with_its_config_or_without(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    families = {"encodec": encodec.FAMILY, "dac": dac.FAMILY, "mimi": mimi.FAMILY, "xcodec": xcodec.FAMILY}
+    for name in families:
+        (tmp_path / name).mkdir()
+        alone = tmp_path / name / "codec.safetensors"
+        alone.write_bytes((saved(name) / WEIGHTS).read_bytes())
+        for path in (saved(name), alone):
+            checkpoint = read_checkpoint(path)
+            assert [other for other in families if families[other].prefix(checkpoint) == ""] == [name]
+        with pytest.raises(CodebookError, match="Model without its config; put that beside it"):
+            load(CASES[name], read_checkpoint(alone))
+        (tmp_path / name / "config.json").write_text('{"model_type": "vits"}')
+        assert all(family.prefix(read_checkpoint(alone)) is None for family in families.values())
+
+
+def test_names_of_older_versions_are_found(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    older = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    for name in ("encodec", "xcodec"):
+        path = tmp_path / name
+        path.mkdir()
+        state = load_file(saved(name) / WEIGHTS)
+        for new, old in older.items():
+            state = {key.replace(new, old): tensor for key, tensor in state.items()}
+        assert any(key.endswith("weight_g") for key in state)
+        save_file(state, path / WEIGHTS, {"format": "pt"})
+        (path / "config.json").write_bytes((saved(name) / "config.json").read_bytes())
+        assert torch.equal(by_us(CASES[name], path)[1], by_us(CASES[name], saved(name))[1])
+
+
+AMISS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "another K": (
+        "dac",
+        {"codebook_size": 32},
+        "says codebook_size=32, but quantizer.quantizers.0.codebook.weig",
+    ),
+    "no power of two": ("encodec", {"codebook_size": 12}, "makes no EncodecModel of .*must be a power of 2"),
+    "K as text": ("mimi", {"codebook_size": "16"}, "makes no MimiModel of .*codebook_size"),
+    "more quantisers": ("encodec", {"target_bandwidths": [4.0]}, "makes 5 quantisers, but the file has the .* of 4"),
+    "fewer quantisers": ("xcodec", {"target_bandwidths": [0.8]}, "makes 1 quantisers, but the file has the .* of 3"),
+    "fewer stages": ("mimi", {"num_quantizers": 3}, "makes 3 quantisers, but the file has the codebooks of 4"),
+    "no bandwidths": ("encodec", {"target_bandwidths": []}, "transformers makes no EncodecModel of"),
+}
+
+
+@pytest.mark.parametrize("kind", AMISS)
+def test_a_config_that_is_amiss_is_refused(kind: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    name, entries, message = AMISS[kind]
+    (tmp_path / WEIGHTS).write_bytes((saved(name) / WEIGHTS).read_bytes())
+    config = json.loads((saved(name) / "config.json").read_text()) | entries
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CodebookError, match=message) as caught:
+        load(CASES[name], read_checkpoint(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("library", [None, SimpleNamespace()], ids=["none", "one that is too old"])
+def test_without_the_library_it_is_asked_for(
+    library: object, saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    with pytest.raises(CodebookError, match=r"DacModel is built by the transformers library: .*; pip install -U trans"):
+        load(CASES["dac"], read_checkpoint(saved("dac")))
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "message"),
+    [
+        ({}, 1, "K=1: its codes have no bits"),
+        ({"codebook_size": "1024"}, 8, "codebook_size='1024'"),
+        ({"target_bandwidths": []}, 8, r"target_bandwidths=\[\]"),
+        ({"target_bandwidths": ["6"]}, 8, r"target_bandwidths=\['6'\]"),
+    ],
+)
+def test_bandwidths_that_cannot_follow_are_refused(config: dict[str, object], size: int, message: str) -> None:
+    with pytest.raises(CodebookError, match=message):
+        encodec.FAMILY.follow(config, size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 from codebook_tools.checkpoints.config import Config
 from codebook_tools.errors import CodebookError
@@ -32,7 +33,7 @@ def bandwidths(config: Config, size: int, default: Sequence[float]) -> Mapping[s
     return {_KEY: [rate + _MARGIN for rate in scaled]}
 
 
-def _numbers(rates: object) -> bool:
+def _numbers(rates: object) -> TypeGuard[Sequence[float]]:
     return isinstance(rates, Sequence) and len(rates) > 0 and all(type(rate) in (int, float) for rate in rates)
 
 

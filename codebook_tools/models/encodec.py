@@ -67,7 +67,7 @@ class Encodec(nn.Module):
 
     def decode(self, quantised: Chunks) -> Tensor:
         """-> waveforms (n, channels, samples), chunks faded into each other."""
-        parts = quantised.latents.split(quantised.lengths, -1)
+        parts = quantised.latents.split_with_sizes(quantised.lengths, -1)
         chunks = [self.model.decoder(part) * level for part, level in zip(parts, quantised.loudness, strict=True)]
         whole = self.model._linear_overlap_add(chunks, self.model.config.chunk_stride) if chunks[1:] else chunks[0]
         return fitted(whole, quantised.samples)
