@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Lookup
-from codebook_tools.models.family import Family, Quantise, Shapes
+from codebook_tools.models.family import Family, Quantise
 from codebook_tools.models.residual import Encoded, fitted, residual
-from codebook_tools.models.transformers_model import CONFIG_KEY, build, check_codebooks, file_key, prefix_of
+from codebook_tools.models.transformers_model import CONFIG_KEY, file_key, make, prefix_of
 
 _AXES = {
     "quantizer.quantizers.0.codebook.weight": 2,
@@ -53,16 +52,9 @@ class Dac(nn.Module):
         return fitted(self.model.decoder(quantised.latents), quantised.samples)
 
 
-def make(shapes: Shapes, checkpoint: Checkpoint) -> Dac:
-    """A fresh network after the config. Raises CodebookError where there is none, or it does not fit the tensors."""
-    network = Dac(build(checkpoint, "DacModel"))
-    check_codebooks(shapes, checkpoint, network.codebooks, network.model.config.codebook_size)
-    return network
-
-
 FAMILY = Family(
     prefix=lambda checkpoint: prefix_of(checkpoint, "dac", _AXES),
-    make=make,
+    make=lambda shapes, checkpoint: make(shapes, checkpoint, "DacModel", Dac),
     file_key=lambda name, shapes: file_key(name, shapes, {}),
     lookup=Lookup.COSINE,
     config_key=CONFIG_KEY,

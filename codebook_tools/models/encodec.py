@@ -8,18 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.models.bandwidths import bandwidths
-from codebook_tools.models.family import Family, Quantise, Shapes
+from codebook_tools.models.family import Family, Quantise
 from codebook_tools.models.residual import fitted, residual
-from codebook_tools.models.transformers_model import (
-    CONFIG_KEY,
-    WEIGHT_NORM,
-    build,
-    check_codebooks,
-    file_key,
-    prefix_of,
-)
+from codebook_tools.models.transformers_model import CONFIG_KEY, WEIGHT_NORM, file_key, make, prefix_of
 
 _AXES = {
     "quantizer.layers.0.codebook.embed": 2,
@@ -78,16 +70,9 @@ class Encodec(nn.Module):
         return chunk.mean(1, keepdim=True).pow(2).mean(-1, keepdim=True).sqrt() + 1e-8
 
 
-def make(shapes: Shapes, checkpoint: Checkpoint) -> Encodec:
-    """A fresh network after the config. Raises CodebookError where there is none, or it does not fit the tensors."""
-    network = Encodec(build(checkpoint, "EncodecModel"))
-    check_codebooks(shapes, checkpoint, network.codebooks, network.model.config.codebook_size)
-    return network
-
-
 FAMILY = Family(
     prefix=lambda checkpoint: prefix_of(checkpoint, "encodec", _AXES),
-    make=make,
+    make=lambda shapes, checkpoint: make(shapes, checkpoint, "EncodecModel", Encodec),
     file_key=lambda name, shapes: file_key(name, shapes, WEIGHT_NORM),
     config_key=CONFIG_KEY,
     power_of_two=True,

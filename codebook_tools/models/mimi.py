@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from codebook_tools.checkpoints.reading import Checkpoint
-from codebook_tools.models.family import Family, Quantise, Shapes
+from codebook_tools.models.family import Family, Quantise
 from codebook_tools.models.residual import Encoded, fitted, residual
-from codebook_tools.models.transformers_model import CONFIG_KEY, build, check_codebooks, file_key, prefix_of
+from codebook_tools.models.transformers_model import CONFIG_KEY, file_key, make, prefix_of
 
 _SEMANTIC, _ACOUSTIC = "semantic_residual_vector_quantizer", "acoustic_residual_vector_quantizer"
 _AXES = {
@@ -68,13 +67,6 @@ class Mimi(nn.Module):
         return half if hasattr(half, f"{name}_transformer") else self.model
 
 
-def make(shapes: Shapes, checkpoint: Checkpoint) -> Mimi:
-    """A fresh network after the config. Raises CodebookError where there is none, or it does not fit the tensors."""
-    network = Mimi(build(checkpoint, "MimiModel"))
-    check_codebooks(shapes, checkpoint, network.codebooks, network.model.config.codebook_size)
-    return network
-
-
 _FLAT = {
     "encoder.encoder_seanet.": "encoder.",
     "encoder.encoder_transformer.": "encoder_transformer.",
@@ -87,7 +79,7 @@ _FLAT = {
 
 FAMILY = Family(
     prefix=lambda checkpoint: prefix_of(checkpoint, "mimi", _AXES),
-    make=make,
+    make=lambda shapes, checkpoint: make(shapes, checkpoint, "MimiModel", Mimi),
     file_key=lambda name, shapes: file_key(name, shapes, _FLAT),
     config_key=CONFIG_KEY,
     power_of_two=True,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from torch import nn
 
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.errors import CodebookError
@@ -25,9 +27,34 @@ def prefix_of(checkpoint: Checkpoint, model_type: str, axes: Mapping[str, int]) 
     return "" if described else None
 
 
-def build(checkpoint: Checkpoint, name: str) -> Any:
-    """The library's own model `name`, with fresh weights, after the config. Raises CodebookError where there is no
-    config or no such class, or where the library refuses."""
+def make(shapes: Shapes, checkpoint: Checkpoint, name: str, wrap: Callable[[Any], nn.Module]) -> nn.Module:
+    """The library's own model `name` after the config, with fresh weights, as the family's module.
+
+    Raises CodebookError where there is no config or no such class, where the library refuses, and where the file's
+    codebooks are not those that the config makes: weights beyond these would pass for tensors that nobody knows.
+    """
+    network: Any = wrap(_build(checkpoint, name))
+    size, patterns = network.model.config.codebook_size, {_numberless(key) for key in network.codebooks}
+    held = [key for key in shapes if _numberless(key) in patterns]
+    other = next((key for key in held if shapes[key][:1] != (size,)), None)
+    if other is not None:
+        raise CodebookError(
+            f"{checkpoint.config_path} says {CONFIG_KEY}={size}, but {other} is {shapes[other]}: they are of two "
+            "models; mend one"
+        )
+    if set(held) != set(network.codebooks):
+        raise CodebookError(
+            f"{checkpoint.config_path} makes {len(network.codebooks)} quantisers, but the file has the codebooks of "
+            f"{len(held)}: they are of two models; mend one"
+        )
+    return cast(nn.Module, network)
+
+
+def _numberless(key: str) -> str:
+    return re.sub(r"\d+", "#", key)
+
+
+def _build(checkpoint: Checkpoint, name: str) -> Any:
     config, path = checkpoint.config, checkpoint.config_path
     if config is None:
         raise CodebookError(
@@ -47,26 +74,6 @@ def build(checkpoint: Checkpoint, name: str) -> Any:
     except Exception as error:  # whatever the library makes of a config that is amiss
         reason = " ".join(str(error).split())
         raise CodebookError(f"transformers makes no {name} of {path}: {type(error).__name__}: {reason}") from error
-
-
-def check_codebooks(shapes: Shapes, checkpoint: Checkpoint, codebooks: tuple[str, ...], size: int) -> None:
-    """Raise CodebookError where the file's codebooks are not those, of that size, that the config makes.
-
-    To be looked at by itself: the weights of codebooks beyond those would pass for tensors that nobody knows.
-    """
-    alike = {re.sub(r"\d+", "#", key) for key in codebooks}
-    held = [key for key in shapes if re.sub(r"\d+", "#", key) in alike]
-    other = next((key for key in held if shapes[key][0] != size), None)
-    if other is not None:
-        raise CodebookError(
-            f"{checkpoint.config_path} says {CONFIG_KEY}={size}, but {other} has {shapes[other][0]} codes: they are "
-            "of two models; mend one"
-        )
-    if set(held) != set(codebooks):
-        raise CodebookError(
-            f"{checkpoint.config_path} makes {len(codebooks)} quantisers, but the file has the codebooks of "
-            f"{len(held)}: they are of two models; mend one"
-        )
 
 
 def file_key(name: str, shapes: Shapes, older: Mapping[str, str]) -> str:

@@ -8,18 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.models.bandwidths import bandwidths
-from codebook_tools.models.family import Family, Quantise, Shapes
+from codebook_tools.models.family import Family, Quantise
 from codebook_tools.models.residual import Encoded, fitted, residual
-from codebook_tools.models.transformers_model import (
-    CONFIG_KEY,
-    WEIGHT_NORM,
-    build,
-    check_codebooks,
-    file_key,
-    prefix_of,
-)
+from codebook_tools.models.transformers_model import CONFIG_KEY, WEIGHT_NORM, file_key, make, prefix_of
 
 _AXES = {
     "quantizer.quantizers.0.codebook.embed": 2,
@@ -72,16 +64,9 @@ def _linear(layer: nn.Module, latents: Tensor) -> Tensor:
     return mapped.transpose(1, 2)
 
 
-def make(shapes: Shapes, checkpoint: Checkpoint) -> Xcodec:
-    """A fresh network after the config. Raises CodebookError where there is none, or it does not fit the tensors."""
-    network = Xcodec(build(checkpoint, "XcodecModel"))
-    check_codebooks(shapes, checkpoint, network.codebooks, network.model.config.codebook_size)
-    return network
-
-
 FAMILY = Family(
     prefix=lambda checkpoint: prefix_of(checkpoint, "xcodec", _AXES),
-    make=make,
+    make=lambda shapes, checkpoint: make(shapes, checkpoint, "XcodecModel", Xcodec),
     file_key=lambda name, shapes: file_key(name, shapes, WEIGHT_NORM),
     config_key=CONFIG_KEY,
     follow=lambda config, size: bandwidths(config, size, _DEFAULT_BANDWIDTHS),
