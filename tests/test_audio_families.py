@@ -200,6 +200,16 @@ def test_indices_and_waveforms_are_the_librarys(name: str, saved: Callable[[str]
         assert values.shape == sound.shape
 
 
+@pytest.mark.parametrize("positions", [1, 2, 18, 26])  # of chunks: 1, 1, 3 and 4, and the library fails at 18 and 26
+@pytest.mark.parametrize("name", CASES)
+def test_waveforms_of_any_length_come_out_as_long(name: str, positions: int, saved: Callable[[str], Path]) -> None:
+    network, codes = load(CASES[name], read_checkpoint(saved(name)))
+    sound = waveforms(network, positions)
+    with torch.no_grad():
+        rebuilt = network.decode(network.walk(network.encode(sound), Nearest(codes)))
+    assert rebuilt.shape == sound.shape and bool(rebuilt.isfinite().all())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_reach_every_weight_that_makes_the_waveform(name: str, saved: Callable[[str], Path]) -> None:
     network, codes = load(CASES[name], read_checkpoint(saved(name)))

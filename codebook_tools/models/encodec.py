@@ -47,9 +47,9 @@ class Encodec(nn.Module):
     def encode(self, waveforms: Tensor) -> Chunks:
         """waveforms (n, channels, samples) in [-1, 1] -> the latents of overlapping chunks, as the library cuts them,
         or of one where the config names no chunk length."""
-        config, samples = self.model.config, waveforms.shape[-1]
-        length, stride = (config.chunk_length, config.chunk_stride) if config.chunk_length else (samples, samples)
-        chunks = [waveforms[..., start : start + length] for start in range(0, samples, stride)]
+        length, samples = self.model.config.chunk_length, waveforms.shape[-1]
+        starts = self._starts(samples)
+        chunks = [waveforms[..., start : start + length if length else None] for start in starts]
         loudness = tuple(self._loudness(chunk) for chunk in chunks)
         latents = [self.model.encoder(chunk / level) for chunk, level in zip(chunks, loudness, strict=True)]
         return Chunks(torch.cat(latents, -1), tuple(part.shape[-1] for part in latents), loudness, samples)
@@ -61,8 +61,17 @@ class Encodec(nn.Module):
         """-> waveforms (n, channels, samples), chunks faded into each other."""
         parts = quantised.latents.split_with_sizes(quantised.lengths, -1)
         chunks = [self.model.decoder(part) * level for part, level in zip(parts, quantised.loudness, strict=True)]
-        whole = self.model._linear_overlap_add(chunks, self.model.config.chunk_stride) if chunks[1:] else chunks[0]
+        if len(chunks) == 1:
+            return fitted(chunks[0], quantised.samples)
+        # Where the last chunk is short, the one before it reaches beyond it by up to a hop: the library fails there.
+        starts = self._starts(quantised.samples)
+        within = [chunk[..., : quantised.samples - start] for chunk, start in zip(chunks, starts, strict=True)]
+        whole: Tensor = self.model._linear_overlap_add(within, starts.step)
         return fitted(whole, quantised.samples)
+
+    def _starts(self, samples: int) -> range:
+        config = self.model.config
+        return range(0, samples, config.chunk_stride if config.chunk_length else samples)
 
     def _loudness(self, chunk: Tensor) -> Tensor:
         if not self.model.config.normalize:
