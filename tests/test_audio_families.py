@@ -1,0 +1,401 @@
+"""The audio codecs of transformers: our modules compute what the library does, and it loads files of another K."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.codebook import Lookup
+from codebook_tools.errors import CodebookError
+from codebook_tools.models import dac, encodec, mimi, xcodec
+from codebook_tools.models.family import Family
+
+K = 16
+WEIGHTS = "model.safetensors"
+HUBERT = {
+    "model_type": "hubert", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8,
+    "conv_dim": [8, 8], "conv_kernel": [4, 4], "conv_stride": [4, 2], "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+ENCODEC = {
+    "target_bandwidths": [1.6, 3.2], "sampling_rate": 1600, "hidden_size": 8, "num_filters": 4,
+    "upsampling_ratios": [4, 2], "num_lstm_layers": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny codec. quantisers: that its config makes. more: entries of its config, beside the codebook size."""
+
+    name: str
+    family: Family
+    quantisers: int
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "encodec": Case("Encodec", encodec.FAMILY, 4, ENCODEC),
+    "encodec, chunks": Case(
+        "Encodec", encodec.FAMILY, 4, ENCODEC | {"normalize": True, "audio_channels": 2, "chunk_length_s": 0.05,
+        "overlap": 0.15, "norm_type": "time_group_norm", "use_causal_conv": False},
+    ),
+    "dac": Case(
+        "Dac", dac.FAMILY, 3, {"encoder_hidden_size": 8, "downsampling_ratios": [2, 4], "decoder_hidden_size": 16,
+        "n_codebooks": 3, "codebook_dim": 4, "sampling_rate": 1600},
+    ),
+    "mimi": Case(
+        "Mimi", mimi.FAMILY, 4, {"sampling_rate": 1600, "hidden_size": 16, "num_filters": 4,
+        "upsampling_ratios": [4, 2], "codebook_dim": 8, "vector_quantization_hidden_dimension": 8, "num_quantizers": 4,
+        "num_semantic_quantizers": 2, "upsample_groups": 16, "num_hidden_layers": 1, "intermediate_size": 16,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 20, "layer_scale_initial_scale": 1.0},
+    ),
+    "xcodec": Case(
+        "Xcodec", xcodec.FAMILY, 3, {"target_bandwidths": [0.9, 2.5], "sample_rate": 1600,
+        "semantic_model_config": HUBERT, "acoustic_model_config": {"model_type": "dac", "encoder_hidden_size": 4,
+        "decoder_hidden_size": 16, "downsampling_ratios": [4, 2], "upsampling_ratios": [4, 2], "hidden_size": 8}},
+    ),
+}  # fmt: skip
+CASES["dac, odd ratio"] = Case("Dac", dac.FAMILY, 3, CASES["dac"].more | {"downsampling_ratios": [2, 5, 2]})
+CASES["mimi, no projection"] = Case(
+    "Mimi", mimi.FAMILY, 4, CASES["mimi"].more | {"vector_quantization_hidden_dimension": 16, "codebook_dim": 16}
+)
+
+
+def waveforms(network: Any, positions: int = 28) -> Tensor:
+    noise = torch.randn(2, network.channels, positions * network.hop, generator=torch.Generator().manual_seed(1))
+    return (noise * torch.tensor([0.1, 0.3])[:, None, None]).clamp(-1, 1)
+
+
+def effective(state: dict[str, Tensor], key: str) -> Tensor:
+    if not key.endswith("embed_sum"):
+        return state[key]
+    return state[key] / state[key.replace("embed_sum", "cluster_usage")].clamp(min=1e-5)[:, None]
+
+
+class Nearest:
+    """A quantise callback: nearest codes by torch.cdist, and the indices it found, by stage."""
+
+    def __init__(self, codes: list[Tensor], cosine: bool = False, straight: bool = False) -> None:
+        self.codes, self.cosine, self.straight, self.found = codes, cosine, straight, dict[int, Tensor]()
+
+    def __call__(self, stage: int, latents: Tensor) -> Tensor:
+        assert stage == len(self.found)
+        rows, codes = latents.detach().movedim(1, -1), self.codes[stage]
+        scaled = (functional.normalize(rows, dim=-1), functional.normalize(codes, dim=-1))
+        a, b = scaled if self.cosine else (rows, codes)
+        self.found[stage] = torch.cdist(a, b[None]).argmin(-1)
+        quantised = codes[self.found[stage]].movedim(-1, 1)
+        return latents + (quantised - latents).detach() if self.straight else quantised
+
+
+def save(case: Case, folder: Path) -> Path:
+    """A directory that the library wrote, with random weights, and the codes of each stage drawn from its latents."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{case.name}Config")(codebook_size=K, **case.more)
+    model = getattr(transformers, f"{case.name}Model")(config)
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d) and not hasattr(module, "parametrizations"):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear").data.mul_(0.7)
+    model.save_pretrained(folder)
+    network, _ = load(case, read_checkpoint(folder))
+    state, drawn = load_file(folder / WEIGHTS), list[Tensor]()
+
+    def draw(stage: int, latents: Tensor) -> Tensor:
+        rows = latents.movedim(1, -1).flatten(0, -2)
+        drawn.append(rows[torch.randperm(len(rows))[:K]] * 0.9)
+        return drawn[-1][torch.cdist(rows, drawn[-1]).argmin(-1)].reshape(latents.movedim(1, -1).shape).movedim(-1, 1)
+
+    with torch.no_grad():
+        network.walk(network.encode(waveforms(network)), draw)
+    for key, codes in zip(network.codebooks, drawn, strict=True):
+        stem, _, leaf = key.rpartition(".")
+        counts = torch.linspace(0, 40, K)  # the first of them is held at the library's least
+        sums = codes * counts.clamp(min=1e-5)[:, None]
+        values = {"embed_sum": sums, "cluster_usage": counts} if leaf == "embed_sum" else {leaf: codes}
+        values |= {"embed_avg": codes * counts[:, None], "cluster_size": counts} if leaf == "embed" else {}
+        state |= {f"{stem}.{name}": value for name, value in values.items()}
+    save_file(state, folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def load(case: Case, checkpoint: Checkpoint) -> tuple[Any, list[Tensor]]:
+    """Our module with the file's weights, and the effective codes of its stages."""
+    prefix = case.family.prefix(checkpoint)
+    assert prefix == "" and case.family.make is not None
+    state, shapes = checkpoint.tensors(), checkpoint.shapes
+    network: Any = case.family.make(shapes, checkpoint)
+    keys = {name: case.family.file_key(name, shapes) for name in network.state_dict()}
+    assert sorted(keys.values()) == sorted(shapes), "names and keys go together one by one"
+    network.load_state_dict({name: state[key] for name, key in keys.items()})
+    return network.eval(), [effective(state, key) for key in network.codebooks]
+
+
+def by_us(case: Case, path: Path) -> tuple[Tensor, Tensor, Any]:
+    """indices (n, quantisers, positions) of all chunks in a row, waveforms, and the module."""
+    network, codes = load(case, read_checkpoint(path))
+    nearest = Nearest(codes, case.family.lookup is Lookup.COSINE)
+    with torch.no_grad():
+        rebuilt = network.decode(network.walk(network.encode(waveforms(network)), nearest))
+    return torch.stack(list(nearest.found.values()), 1), rebuilt, network
+
+
+def by_library(case: Case, path: Path, sound: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, at the highest bandwidth, of the library's own forward, which must have found its every weight."""
+    cls: Any = getattr(transformers, f"{case.name}Model")
+    model, told = cls.from_pretrained(path, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    rates = getattr(model.config, "target_bandwidths", None)
+    with torch.no_grad():
+        made = model.eval()(sound, **({"bandwidth": rates[-1]} if rates else {}))
+        codes = made.audio_codes
+        if case.name == "Encodec":  # (chunks, n, quantisers, positions), the last one padded
+            short = model.encode(sound, bandwidth=rates[-1]).last_frame_pad_length
+            codes = torch.cat(list(codes), -1)[..., : codes.shape[0] * codes.shape[-1] - short]
+    assert codes.shape[1] == case.quantisers
+    return codes, made.audio_values.reshape(len(sound), sound.shape[1], -1)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """saved("dac"): the directory of a case, made once: do not write into it."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = save(CASES[name], tmp_path_factory.mktemp("codec"))
+        return made[name]
+
+    return get
+
+
+# --- what the networks compute -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_indices_and_waveforms_are_the_librarys(name: str, saved: Callable[[str], Path]) -> None:
+    case = CASES[name]
+    indices, rebuilt, network = by_us(case, saved(name))
+    sound = waveforms(network)
+    codes, values = by_library(case, saved(name), sound)
+    assert torch.equal(indices, codes) and len(indices.unique()) > K // 2
+    assert rebuilt.shape == sound.shape and rebuilt.std() > 1e-3
+    assert torch.allclose(rebuilt[..., : values.shape[-1]], values, atol=1e-5)
+    if name == "dac, odd ratio":  # ... of which the library's decoder makes 2 samples too few
+        assert values.shape[-1] == sound.shape[-1] - 2 and not rebuilt[..., -2:].any()
+    else:
+        assert values.shape == sound.shape
+
+
+@pytest.mark.parametrize("positions", [1, 2, 18, 26])  # of chunks: 1, 1, 3 and 4, and the library fails at 18 and 26
+@pytest.mark.parametrize("name", CASES)
+def test_waveforms_of_any_length_come_out_as_long(name: str, positions: int, saved: Callable[[str], Path]) -> None:
+    network, codes = load(CASES[name], read_checkpoint(saved(name)))
+    sound = waveforms(network, positions)
+    with torch.no_grad():
+        rebuilt = network.decode(network.walk(network.encode(sound), Nearest(codes)))
+    assert rebuilt.shape == sound.shape and bool(rebuilt.isfinite().all())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_reach_every_weight_that_makes_the_waveform(name: str, saved: Callable[[str], Path]) -> None:
+    network, codes = load(CASES[name], read_checkpoint(saved(name)))
+    straight = Nearest(codes, CASES[name].family.lookup is Lookup.COSINE, straight=True)
+    sound = waveforms(network)
+    (network.decode(network.walk(network.encode(sound), straight)) - sound).pow(2).mean().backward()
+    unused = ("model.semantic_model.", "model.decoder_semantic.", "model.fc1.")
+    for parameter, value in network.named_parameters():
+        idle = parameter.startswith(unused) or "codebook" in parameter
+        assert (value.grad is None) if idle else bool(value.grad.abs().sum() > 0), parameter
+
+
+# --- another K -----------------------------------------------------------------------------------------------------
+
+
+def resized(case: Case, source: Path, target: Path, size: int) -> Path:
+    """The model in `source` with every codebook and its companions cut, or repeated, to `size` codes."""
+    state, config = load_file(source / WEIGHTS), json.loads((source / "config.json").read_text())
+    for key, tensor in state.items():
+        if ".codebook." in key and tensor.shape[0] == K:  # repeated with their numbers the other way round
+            state[key] = torch.cat([tensor, tensor.flip(1) if tensor.ndim == 2 else tensor])[:size].contiguous()
+    assert case.family.config_key is not None
+    config |= {case.family.config_key: size} | dict(case.family.follow(config, size))
+    target.mkdir()
+    save_file(state, target / WEIGHTS, {"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize("size", [2, 8, 32, 12])
+@pytest.mark.parametrize("name", ["encodec", "encodec, chunks", "dac", "mimi", "xcodec"])
+def test_a_file_of_another_size_loads_whole_and_computes_what_ours_does(
+    name: str, size: int, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    case = CASES[name]
+    path = resized(case, saved(name), tmp_path / "model", size)
+    if case.family.power_of_two and size == 12:
+        with pytest.raises(CodebookError, match="power of 2"):
+            load(case, read_checkpoint(path))
+        return
+    indices, rebuilt, network = by_us(case, path)
+    codes, values = by_library(case, path, waveforms(network))
+    assert torch.equal(indices, codes) and int(indices.max()) < size
+    assert torch.allclose(rebuilt, values, atol=1e-5)
+
+
+def counted(config: Any) -> list[int]:
+    """Quantisers of a config, and those in use at each of its bandwidths, all by the library."""
+    quantiser = SimpleNamespace(
+        codebook_size=config.codebook_size, frame_rate=config.frame_rate, num_quantizers=config.num_quantizers
+    )
+    if isinstance(config, transformers.XcodecConfig):
+        cls: Any = transformers.models.xcodec.modeling_xcodec.XcodecResidualVectorQuantization
+        quantiser.get_bandwidth_per_quantizer = lambda: cls.get_bandwidth_per_quantizer(quantiser)
+    else:
+        cls = transformers.models.encodec.modeling_encodec.EncodecResidualVectorQuantizer
+    used = [cls.get_num_quantizers_for_bandwidth(quantiser, rate) for rate in config.target_bandwidths]
+    return [config.num_quantizers, *(min(number, config.num_quantizers) for number in used)]
+
+
+def changed(config: Any, entries: dict[str, Any]) -> Any:
+    other = copy.copy(config)
+    for name, value in entries.items():
+        setattr(other, name, value)
+    return other
+
+
+PUBLISHED = {
+    "encodec 24 kHz": (encodec.FAMILY, transformers.EncodecConfig(), [32, 2, 4, 8, 16, 32]),
+    "encodec 48 kHz": (
+        encodec.FAMILY,
+        transformers.EncodecConfig(
+            sampling_rate=48_000, target_bandwidths=[3.0, 6.0, 12.0, 24.0], chunk_length_s=1.0, overlap=0.01
+        ),
+        [16, 2, 4, 8, 16],
+    ),
+    "musicgen": (
+        encodec.FAMILY,
+        transformers.EncodecConfig(
+            sampling_rate=32_000, target_bandwidths=[2.2], codebook_size=2048, upsampling_ratios=[8, 5, 4, 4]
+        ),
+        [4, 4],
+    ),
+    "xcodec": (xcodec.FAMILY, transformers.XcodecConfig(), [8, 1, 2, 3, 4, 8]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_as_many_quantisers_as_before_at_every_bandwidth(name: str) -> None:
+    family, config, expected = PUBLISHED[name]
+    assert counted(config) == expected
+    described = config.to_dict()
+    assert family.follow(described, config.codebook_size) == {}
+    for size in [2**bits for bits in range(1, 15)] if family.power_of_two else range(2, 1200):
+        there = {"codebook_size": size} | dict(family.follow(described, size))
+        assert counted(changed(config, there)) == expected, size
+        back = {"codebook_size": config.codebook_size} | dict(family.follow(described | there, config.codebook_size))
+        assert counted(changed(config, back)) == expected, size
+
+
+def test_bandwidths_by_hand_and_of_a_config_that_names_none() -> None:
+    assert encodec.FAMILY.follow({"codebook_size": 1024, "target_bandwidths": [3.0, 6]}, 256) == {
+        "target_bandwidths": pytest.approx([2.400001, 4.800001], abs=1e-9)
+    }
+    assert encodec.FAMILY.follow({}, 32) == {
+        "target_bandwidths": pytest.approx([0.750001, 1.500001, 3.000001, 6.000001, 12.000001], abs=1e-9)
+    }
+    assert encodec.FAMILY.follow({}, 1024) == dac.FAMILY.follow({}, 32) == mimi.FAMILY.follow({}, 32) == {}
+
+
+# --- recognition, and what a user can mend -------------------------------------------------------------------------
+
+
+def test_a_file_is_one_familys_alone_with_its_config_or_without(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    families = {"encodec": encodec.FAMILY, "dac": dac.FAMILY, "mimi": mimi.FAMILY, "xcodec": xcodec.FAMILY}
+    for name in families:
+        (tmp_path / name).mkdir()
+        alone = tmp_path / name / "codec.safetensors"
+        alone.write_bytes((saved(name) / WEIGHTS).read_bytes())
+        for path in (saved(name), alone):
+            checkpoint = read_checkpoint(path)
+            assert [other for other in families if families[other].prefix(checkpoint) == ""] == [name]
+        with pytest.raises(CodebookError, match="Model without its config; put that beside it"):
+            load(CASES[name], read_checkpoint(alone))
+        (tmp_path / name / "config.json").write_text('{"model_type": "vits"}')
+        assert all(family.prefix(read_checkpoint(alone)) is None for family in families.values())
+
+
+def test_names_of_older_versions_are_found(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    older = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    for name in ("encodec", "xcodec"):
+        path = tmp_path / name
+        path.mkdir()
+        state = load_file(saved(name) / WEIGHTS)
+        for new, old in older.items():
+            state = {key.replace(new, old): tensor for key, tensor in state.items()}
+        assert any(key.endswith("weight_g") for key in state)
+        save_file(state, path / WEIGHTS, {"format": "pt"})
+        (path / "config.json").write_bytes((saved(name) / "config.json").read_bytes())
+        assert torch.equal(by_us(CASES[name], path)[1], by_us(CASES[name], saved(name))[1])
+
+
+AMISS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "another K": (
+        "dac",
+        {"codebook_size": 32},
+        "says codebook_size=32, but quantizer.quantizers.0.codebook",
+    ),
+    "no power of two": ("encodec", {"codebook_size": 12}, "makes no EncodecModel of .*must be a power of 2"),
+    "K as text": ("mimi", {"codebook_size": "16"}, "transformers makes no MimiModel of"),
+    "more quantisers": ("encodec", {"target_bandwidths": [4.0]}, "makes 5 quantisers, but the file has the .* of 4"),
+    "fewer quantisers": ("xcodec", {"target_bandwidths": [0.8]}, "makes 1 quantisers, but the file has the .* of 3"),
+    "fewer stages": ("mimi", {"num_quantizers": 3}, "makes 3 quantisers, but the file has the codebooks of 4"),
+    "no bandwidths": ("encodec", {"target_bandwidths": []}, "transformers makes no EncodecModel of"),
+}
+
+
+@pytest.mark.parametrize("kind", AMISS)
+def test_a_config_that_is_amiss_is_refused(kind: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    name, entries, message = AMISS[kind]
+    (tmp_path / WEIGHTS).write_bytes((saved(name) / WEIGHTS).read_bytes())
+    config = json.loads((saved(name) / "config.json").read_text()) | entries
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CodebookError, match=message) as caught:
+        load(CASES[name], read_checkpoint(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("library", [None, SimpleNamespace()], ids=["none", "one that is too old"])
+def test_without_the_library_it_is_asked_for(
+    library: object, saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    with pytest.raises(CodebookError, match=r"DacModel is built by the transformers library: .*; pip install -U trans"):
+        load(CASES["dac"], read_checkpoint(saved("dac")))
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "message"),
+    [
+        ({}, 1, "K=1: its codes have no bits"),
+        ({"codebook_size": "1024"}, 8, "codebook_size='1024'"),
+        ({"target_bandwidths": []}, 8, r"target_bandwidths=\[\]"),
+        ({"target_bandwidths": ["6"]}, 8, r"target_bandwidths=\['6'\]"),
+    ],
+)
+def test_bandwidths_that_cannot_follow_are_refused(config: dict[str, object], size: int, message: str) -> None:
+    with pytest.raises(CodebookError, match=message):
+        encodec.FAMILY.follow(config, size)
