@@ -253,8 +253,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_what_is_more_or_less_than_tensors_is_refused_in_one_line(kind: str, zipped: bool, tmp_path: Path) -> None:
     make, message = REFUSED[kind]
     path, mark = tmp_path / "model.pt", tmp_path / "mark"
-    if not zipped and kind in ("sparse", "no numbers"):
-        pytest.skip("older files hold neither")
     saved(make(mark), path, zipped)
     with pytest.raises(CodebookError, match=message) as error:
         read_checkpoint(path)

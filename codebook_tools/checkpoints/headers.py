@@ -9,10 +9,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from codebook_tools.checkpoints.entries import Entry, Stored, Weights
+from codebook_tools.checkpoints.pickles import PICKLED
 from codebook_tools.errors import CodebookError
-
-PICKLED = (b"PK", b"\x80")
-"""How files begin that torch.save wrote: a zip, or a bare pickle, as before torch 1.6."""
 
 
 def read_safetensors(path: Path) -> Weights:

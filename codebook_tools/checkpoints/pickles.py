@@ -13,6 +13,9 @@ from torch import Tensor
 from codebook_tools.checkpoints.entries import Held, Weights, can_hold
 from codebook_tools.errors import CodebookError
 
+PICKLED = (b"PK", b"\x80")
+"""How files begin that torch.save wrote: a zip, or a bare pickle, as before torch 1.6."""
+
 WRAPPERS = (
     "state_dict", "model_state_dict", "model", "module", "params_ema", "params", "ema", "net", "generator",
 )  # fmt: skip
@@ -64,7 +67,7 @@ def _why_not(error: str) -> str:
     if "TorchScript" in error:
         return "is a TorchScript program, which is not run; save torch.jit.load(...).state_dict() instead"
     told = " ".join(error.rpartition("WeightsUnpickler error: ")[2].split())
-    return f"is no sound PyTorch file: {told[:100] or 'it ends too early'}"
+    return f"is no sound PyTorch file ({told[:100] or 'it ends too early'}); fetch it again"
 
 
 def _unwrapped(path: Path, found: object) -> tuple[list[str], dict[object, object]]:

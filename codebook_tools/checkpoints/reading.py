@@ -14,9 +14,9 @@ from torch import Tensor
 from codebook_tools.checkpoints.config import Config, parse_config
 from codebook_tools.checkpoints.entries import Entry, Stored, Weights
 from codebook_tools.checkpoints.entries import torch_dtype as torch_dtype
-from codebook_tools.checkpoints.headers import PICKLED, read_safetensors
+from codebook_tools.checkpoints.headers import read_safetensors
 from codebook_tools.checkpoints.layout import INDEX, SUFFIX, config_beside, config_in, weights_in
-from codebook_tools.checkpoints.pickles import read_pickle
+from codebook_tools.checkpoints.pickles import PICKLED, read_pickle
 from codebook_tools.checkpoints.shards import read_shards
 from codebook_tools.errors import CodebookError
 
