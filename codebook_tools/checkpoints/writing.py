@@ -109,12 +109,14 @@ def write_checkpoint(
     metadata: Mapping[str, str],
     maps: Mapping[str, Tensor],
     config: bytes | None = None,
+    others: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write `original` with the tensors of `changed` in their place, its index map beside it; return the map's path.
 
     path: a .safetensors file, or the name of a directory, which then holds weights, config, and the files of the
     original's directory that go with them. changed: by key, in the stored dtype; shapes may differ. metadata: added
-    to the original's, without PREFIX. maps: int64 tensors of the index map file. config: what the config is to hold.
+    to the original's, without PREFIX. maps: int64 tensors of the index map file; without any, there is none. config:
+    what the config is to hold. others: what other files of the directory are to hold, by name, where that changes.
 
     Everything is written whole under names that end in `.partial`, flushed, read back and compared, then renamed; a
     directory as one. Raises VerificationError where what was read back is not what was meant, CodebookError where the
@@ -134,16 +136,18 @@ def write_checkpoint(
         with ExitStack() as stack:
             if is_directory_output(path):
                 building = stack.enter_context(partial_folder(path))
-                weights = _furnish(building, original, config)
+                weights = _furnish(building, original, config, others or {})
             else:
                 weights = stack.enter_context(partial_file(path))
             of_map = {
                 PREFIX + "checkpoint_sha256": _write_tensors(weights, header, parts),
                 PREFIX + "data_sha256": maps_sha256(maps),
             }
-            map_parts = [_Part.of(key, "I64", tensor) for key, tensor in sorted(maps.items())]
-            _write_tensors(stack.enter_context(partial_file(map_path)), _header(map_parts, of_map), map_parts)
-            beside = [map_path]
+            beside = []
+            if maps:
+                beside.append(map_path)
+                map_parts = [_Part.of(key, "I64", tensor) for key, tensor in sorted(maps.items())]
+                _write_tensors(stack.enter_context(partial_file(map_path)), _header(map_parts, of_map), map_parts)
             if config is not None and not is_directory_output(path):
                 beside.append(own_config_path(path))
                 _write_whole(stack.enter_context(partial_file(beside[-1])), [config])
@@ -168,14 +172,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _furnish(folder: Path, original: Checkpoint, config: bytes | None) -> Path:
+def write_file(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write any other file, whole or not at all, and read it back."""
+    try:
+        with partial_file(path) as target:
+            _write_whole(target, chunks)
+            put_in_place(path)
+            sync_folder(path.parent)
+    except OSError as error:
+        raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _furnish(folder: Path, original: Checkpoint, config: bytes | None, others: Mapping[str, bytes]) -> Path:
     """Write all but the weights into a new directory; return where they belong."""
     if config is not None:
         _write_whole(folder / CONFIG, [config])
     if original.folder is None:
         return folder / WEIGHTS[0]
     for other in split_others(original.folder)[0]:
-        _write_whole(folder / other.name, [other.read_bytes()])
+        _write_whole(folder / other.name, [others.get(other.name) or other.read_bytes()])
     return folder / original.path.name
 
 
