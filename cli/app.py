@@ -296,8 +296,16 @@ def remap(
             sources=tuple(sources),
             maps=tuple(maps),
             on_removed=parse_on_removed(given["on_removed"]),
-            **{name: given[name] for name in ("offset", "special", "axis", "pad_to_multiple", "output", "force")},
-            **{name: tuple(given[name] or ()) for name in ("codebook_key", "key", "embedding_key", "head_key")},
+            offset=given["offset"],
+            special=given["special"],
+            codebook_key=tuple(given["codebook_key"] or ()),
+            axis=given["axis"],
+            key=tuple(given["key"] or ()),
+            embedding_key=tuple(given["embedding_key"] or ()),
+            head_key=tuple(given["head_key"] or ()),
+            pad_to_multiple=given["pad_to_multiple"],
+            output=given["output"],
+            force=given["force"],
         )
         found = run_remap(request)
         print_warnings(found.warnings, given["quiet"])

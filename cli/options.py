@@ -78,6 +78,7 @@ def _group(panel: str) -> Callable[..., Any]:
 
 
 _data, _model, _train, _output, _run = map(_group, ("Data", "Model", "Fine-tuning", "Output", "Running"))
+_tokens, _prior = map(_group, ("Tokens", "Priors"))
 
 ModelArgument = Annotated[
     Path | None,
@@ -194,33 +195,34 @@ class RunOptions:
 class RemapOptions:
     on_removed: Annotated[
         str,
-        _run(
+        _tokens(
             metavar="error|nearest|mask=ID",
             help="What the token of a removed code becomes; for a prior, where new codes have their rows from.",
         ),
     ] = "error"
-    offset: Annotated[int, _data(metavar="N", help="The id of code 0. Ids below it are special and stay.")] = 0
+    offset: Annotated[int, _tokens(metavar="N", help="The id of code 0. Ids below it are special and stay.")] = 0
     special: Annotated[
-        int, _data(metavar="N", help="How many special ids follow the codes in token files; they move with their end.")
+        int,
+        _tokens(metavar="N", help="How many special ids follow the codes in token files; they move with their end."),
     ] = 0
     codebook_key: Annotated[
         list[str] | None,
-        _data(metavar="KEY", help="The codebook whose tokens these are; repeated, those along --axis in order."),
+        _tokens(metavar="KEY", help="The codebook whose tokens these are; repeated, those along --axis in order."),
     ] = None
     axis: Annotated[
-        int | None, _data(metavar="N", help="The axis of the tokens that runs over several codebooks, from 0.")
+        int | None, _tokens(metavar="N", help="The axis of the tokens that runs over several codebooks, from 0.")
     ] = None
     key: Annotated[
         list[str] | None,
-        _data(metavar="NAME", help="The tensor, column or ending of tar members that holds tokens. Repeatable."),
+        _tokens(metavar="NAME", help="The tensor, column or ending of tar members that holds tokens. Repeatable."),
     ] = None
     embedding_key: Annotated[
-        list[str] | None, _model(metavar="KEY", help="A prior's input embedding, where its name does not tell.")
+        list[str] | None, _prior(metavar="KEY", help="A prior's input embedding, where its name does not tell.")
     ] = None
     head_key: Annotated[
-        list[str] | None, _model(metavar="KEY", help="Its output head. Repeatable, as --embedding-key is.")
+        list[str] | None, _prior(metavar="KEY", help="Its output head. Repeatable, as --embedding-key is.")
     ] = None
-    pad_to_multiple: Annotated[int, _model(metavar="N", help="Pad a prior's vocabulary at its end to such a size.")] = 1
+    pad_to_multiple: Annotated[int, _prior(metavar="N", help="Pad a prior's vocabulary at its end to such a size.")] = 1
     output: Annotated[
         Path | None,
         _output("--output", "-o", metavar="PATH", help="Left out: beside each, <name>.remapped, of its kind."),
