@@ -15,51 +15,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, assert_refused, contents
+from conftest import KEY, Outcome, WriteMap, assert_refused, contents, save_map
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from codebook_tools.checkpoints.layout import PREFIX, index_map_path
 from codebook_tools.checkpoints.reading import file_sha256
-from codebook_tools.checkpoints.writing import maps_sha256
 from codebook_tools.codebook import REMOVED
 from codebook_tools.downstream.maps import IndexMap, read_index_maps
 from codebook_tools.downstream.translation import OnRemoved, Translation
 from codebook_tools.errors import CodebookError
 
-KEY = "quantizer.codebook.weight"
 Run = Callable[..., Outcome]
-WriteMap = Callable[..., Path]
-
-
-def save_map(path: Path, maps: dict[str, tuple[list[int], list[int]]], checkpoint: str = "nobody's") -> Path:
-    """An index map as it lies beside a model. maps: index map and nearest by key."""
-    tensors: dict[str, Tensor] = {}
-    for key, pair in maps.items():
-        tensors |= {f"{key}/{name}": torch.tensor(t) for name, t in zip(("index_map", "nearest"), pair, strict=True)}
-    about = {PREFIX + "checkpoint_sha256": checkpoint, PREFIX + "data_sha256": maps_sha256(tensors)}
-    save_file(tensors, path, about)
-    return path
 
 
 @pytest.fixture
 def pruned(tmp_path: Path) -> Path:
     """Six codes, of which 1 and 4 were removed; they stand nearest to the new codes 0 and 3."""
     return save_map(tmp_path / "map.safetensors", {KEY: ([0, -1, 1, 2, -1, 3], [0, 0, 1, 2, 3, 3])})
-
-
-@pytest.fixture
-def with_model(tmp_path: Path) -> WriteMap:
-    """with_model("a", 8, ([0, ...], [0, ...]), source="..."): a model of 8 codes with its map; the map's path."""
-
-    def write(name: str, size: int, pair: tuple[list[int], list[int]], source: str = "") -> Path:
-        model = tmp_path / f"{name}.safetensors"
-        save_file({KEY: torch.randn(size, 4)}, model, {PREFIX + "source_sha256": source})
-        return save_map(index_map_path(model), {KEY: pair}, file_sha256(model))
-
-    return write
 
 
 def nothing_but(folder: Path, before: dict[str, bytes]) -> None:

@@ -112,9 +112,7 @@ def _read(path: Path) -> _File:
     checkpoint, model = stored.metadata.get(PREFIX + "checkpoint_sha256"), _model_beside(path)
     if model is not None and model.sha256 != checkpoint:
         raise CodebookError(f"{path} is of another checkpoint than {model.path} beside it, or one of them is damaged")
-    found = find_codebooks(model.shapes, model.dtypes).codebooks if model else ()
-    sizes = {book.key: book.size for book in found}
-    maps = {}
+    sizes, maps = _sizes(model) if model else {}, {}
     for key in sorted(name.removesuffix("/index_map") for name in tensors if name.endswith("/index_map")):
         index_map, nearest = tensors[f"{key}/index_map"], tensors.get(f"{key}/nearest")
         if nearest is None or not _sound(index_map, nearest, sizes.get(key)):
@@ -130,6 +128,12 @@ def _sound(index_map: Tensor, nearest: Tensor, size: int | None) -> bool:
         return False
     within = nearest.min() >= 0 and (size is None or nearest.max() < size)
     return bool(within and ((index_map == REMOVED) | (index_map == nearest)).all())
+
+
+def _sizes(model: Checkpoint) -> dict[str, int]:
+    """Codes by key; of a tensor that only the user took for a codebook, rows."""
+    rows = {key: shape[0] for key, shape in model.shapes.items() if len(shape) == 2}
+    return rows | {book.key: book.size for book in find_codebooks(model.shapes, model.dtypes).codebooks}
 
 
 def _model_beside(path: Path) -> Checkpoint | None:

@@ -27,7 +27,7 @@ class Tables:
 
 
 def find_tables(prior: Checkpoint, embeddings: Sequence[str], heads: Sequence[str]) -> Tables:
-    """embeddings, heads: keys that the user names, else by name; the bias beside a head is found either way.
+    """embeddings, heads: keys that the user names, a bias that stands alone among the heads; without any, told by name.
 
     Raises CodebookError where none or several could be meant, or a key is not there or holds no rows of numbers.
     """
@@ -38,9 +38,11 @@ def find_tables(prior: Checkpoint, embeddings: Sequence[str], heads: Sequence[st
             "or what holds tokens with --key"
         )
     outputs = tuple(heads) or _named(prior, HEADS, "weight", "--head-key")
-    beside = (re.sub(r"weight$", "bias", key) for key in outputs)
-    biases = tuple(key for key in beside if key not in outputs and key in prior.entries)
-    found = Tables(tables, outputs, biases or _named(prior, HEADS, "bias", "--head-key"))
+    weights = tuple(key for key in outputs if len(prior.shapes.get(key, ())) != 1)
+    alone = tuple(key for key in outputs if key not in weights)  # BERT's bias has a place of its own
+    beside = (re.sub(r"weight$", "bias", key) for key in weights)
+    biases = alone or tuple(key for key in beside if key not in weights and key in prior.entries)
+    found = Tables(tables, weights, biases or _named(prior, HEADS, "bias", "--head-key"))
     for key in (*found.embeddings, *found.heads, *found.biases):
         entry = prior.entries.get(key)
         if entry is None:

@@ -62,14 +62,17 @@ def rewrite_tokens(path: Path, translation: Translation, keys: Sequence[str], ax
     keys: of its tensors, columns or kinds of members, where several could hold tokens. axis: the one that runs over the
     codebooks. Raises CodebookError where the file is unsound, holds no integers, or several things that could be meant.
     """
-    if path.suffix == ".parquet":
-        yield from rewrite_parquet(path, translation, keys, axis)
-        return
-    with path.open("rb") as file:
-        for block in BLOCKS[path.suffix](path, keys):
-            yield from _copied(file, block.start - file.tell())
-            yield from _translated(file, block, translation, axis)
-        yield from _copied(file)
+    try:
+        if path.suffix == ".parquet":
+            yield from rewrite_parquet(path, translation, keys, axis)
+            return
+        with path.open("rb") as file:
+            for block in BLOCKS[path.suffix](path, keys):
+                yield from _copied(file, block.start - file.tell())
+                yield from _translated(file, block, translation, axis)
+            yield from _copied(file)
+    except OSError as error:
+        raise CodebookError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _copied(file: BinaryIO, left: int | None = None) -> Iterator[bytes]:
