@@ -308,6 +308,9 @@ def test_other_files_of_the_directory(codebook: Run, with_model: WriteMap, tmp_p
     assert_refused(codebook("remap", tmp_path / "prior", "--map", map_path), "exists; --force replaces it")
     assert contents(tmp_path) == before
     assert codebook("remap", tmp_path / "prior", "--map", map_path, "--force", "--quiet").exit_code == 0
+    as_file = codebook("remap", tmp_path / "prior", "--map", map_path, "-o", tmp_path / "one.safetensors", "--quiet")
+    assert as_file.exit_code == 0, as_file
+    assert json.loads((tmp_path / "one.config.json").read_text())["vocab_size"] == 4
     alone = codebook("remap", tmp_path / "prior" / "model.safetensors", "--map", map_path, "--json")
     assert alone.json["warnings"] == ["config.json beside it is left as it is; give the directory to have it follow"]
     assert load_file(tmp_path / "prior" / "model.remapped.safetensors")["transformer.wte.weight"].shape == (4, 16)

@@ -83,6 +83,7 @@ def test_tokens_of_removed_codes(
         ([[0, 8], [9, 6]], ("--offset", 2), "at [0, 1]: token 8 is not within 0 and 7"),
         ([[0, 1]], ("--on-removed", "mask=300"), "at [0, 1]: token 1 becomes 300, for which int8 has no room"),
         ([[0, 1]], ("--on-removed", "drop"), "--on-removed drop: expected error, nearest, or mask=ID"),
+        ([[0, 1]], ("--on-removed", "mask=9999999999999999999"), "expected error, nearest, or mask=ID"),
         ([[0, 1]], ("--offset", -1), "offset=-1 is below 0"),
         ([[0, 2]], ("--axis", 2), "has shape (1, 2) and no axis 2"),
         ([[0, 2]], ("--axis", 1), "has 2 codebooks along axis 1 and the map 1"),
@@ -124,6 +125,9 @@ def test_arrays_that_are_no_tokens_are_refused(codebook: Run, pruned: Path, tmp_
     path.write_bytes(path.read_bytes()[:-1])
     assert_refused(codebook("remap", path, "--map", pruned), "is cut short: its header says 100 ids")
     assert_refused(codebook("remap", tmp_path / "none.npy", "--map", pruned), "no such file")
+    np.savez(tmp_path / "tokens.npz", np.zeros(2, np.int64))
+    message = "holds neither tokens (.npy, .parquet, .safetensors, .tar) nor a prior's weights; convert it first"
+    assert_refused(codebook("remap", tmp_path / "tokens.npz", "--map", pruned), message)
 
 
 def test_nothing_is_overwritten_unless_asked(codebook: Run, pruned: Path, tmp_path: Path) -> None:
@@ -143,7 +147,16 @@ def test_several_files_at_once(codebook: Run, pruned: Path, tmp_path: Path) -> N
     for path in paths:
         np.save(path, np.array([0, 5]))
     assert_refused(codebook("remap", *paths, "--map", pruned, "-o", tmp_path / "c.npy"), "is one place for 2 files")
-    found = codebook("remap", *paths, "--map", pruned, "--json")
+    shown = codebook("remap", *paths, "--map", pruned)
+    lines = [
+        "tokens                 4",
+        "changed                2",
+        "of removed codes       0",
+        "by their nearest code  0",
+    ]
+    assert [line.rstrip() for line in shown.stdout.splitlines()][:4] == lines
+    assert f"written to {tmp_path / 'b.remapped.npy'}" in shown.stdout
+    found = codebook("remap", *paths, "--map", pruned, "--json", "--force")
     assert found.json["tokens"] == 4 and len(found.json["outputs"]) == 2
     assert all(np.load(output).tolist() == [0, 3] for output in found.json["outputs"].values())
 

@@ -17,6 +17,8 @@ from codebook_tools.downstream.vocabulary import Vocabulary
 from codebook_tools.errors import CodebookError
 from codebook_tools.output import check_output
 
+_PRIOR_SUFFIXES = {SUFFIX, ".pt", ".pth", ".ckpt", ".bin"}
+
 
 @dataclass(frozen=True)
 class RemapRequest:
@@ -93,25 +95,31 @@ def remap(request: RemapRequest) -> Remapped:
 
 def _open(source: Path, request: RemapRequest) -> Checkpoint | None:
     """The prior, or None for tokens, which are all integers or have a --key. The output is looked at, too."""
-    output = request.output_of(source)
-    prior = None if source.suffix in TOKEN_SUFFIXES else read_checkpoint(source)
-    if prior is not None and source.suffix == SUFFIX:
-        integers = all(dtype.startswith(("I", "U")) for dtype in prior.dtypes.values())
-        prior = None if integers or request.key else prior
-    if prior is not None:
-        check_output(prior, output, request.force)
-        return prior
-    if not source.is_file():
+    if not source.exists():
         raise CodebookError(f"no such file: {source}")
+    if source.is_file() and source.suffix not in TOKEN_SUFFIXES | _PRIOR_SUFFIXES:
+        readable = ", ".join(sorted(TOKEN_SUFFIXES | {SUFFIX}))
+        raise CodebookError(f"{source} holds neither tokens ({readable}) nor a prior's weights; convert it first")
+    output = request.output_of(source)
+    if source.is_dir() or source.suffix not in TOKEN_SUFFIXES:
+        prior = read_checkpoint(source)
+        integers = all(dtype.startswith(("I", "U")) for dtype in prior.dtypes.values())
+        if source.suffix != SUFFIX or not (integers or request.key):
+            check_output(prior, output, request.force)
+            return prior
+    _check_token_output(source, output, request.force)
+    return None
+
+
+def _check_token_output(source: Path, output: Path, force: bool) -> None:
     if output.suffix != source.suffix:
         raise CodebookError(f"{output} does not end in {source.suffix}, in which {source} is written again")
     if output.resolve() == source.resolve():
         raise CodebookError(f"{output} is the file that is read, which is never overwritten; write elsewhere")
     if not output.parent.is_dir():
         raise CodebookError(f"no such folder: {output.parent}; make it first, or write elsewhere with --output")
-    if output.is_dir() or (output.exists() and not request.force):
+    if output.is_dir() or (output.exists() and not force):
         raise CodebookError(f"{output} exists; --force replaces it, --output writes elsewhere")
-    return None
 
 
 def _remap_tokens(source: Path, maps: tuple[IndexMap, ...], request: RemapRequest) -> Counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from typing import Any
@@ -25,11 +26,8 @@ def parse_on_removed(text: str) -> OnRemoved:
     if text in ("error", "nearest"):
         return text
     name, _, number = text.partition("=")
-    try:
-        if name == "mask":
-            return int(number)
-    except ValueError:
-        pass
+    if name == "mask" and re.fullmatch(r"-?\d{1,18}", number, re.ASCII):
+        return int(number)
     raise CodebookError(f"--on-removed {text}: expected error, nearest, or mask=ID with the new id of a mask token")
 
 
