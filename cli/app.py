@@ -22,6 +22,7 @@ from .options import (
     ModelArgument,
     ModelOptions,
     NoStepsTrainOptions,
+    RemapOptions,
     RestartMethod,
     RunOptions,
     StatsOption,
@@ -271,6 +272,51 @@ def verify(
         show_result(found, verification_table, json_)
         if not found.ok:
             raise typer.Exit(3)
+
+
+@app.command(epilog="Example: codebook remap tokens.npy prior/ --map model.prune-k86.index_map.safetensors")
+@takes(RemapOptions)
+def remap(
+    given: dict[str, Any],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TOKENS|PRIOR...",
+            help="Token files (.npy, .safetensors, .parquet, .tar), and priors: a .safetensors file or a directory.",
+        ),
+    ],
+    maps: Annotated[
+        list[Path],
+        typer.Option("--map", metavar="FILE", help="The index map. Repeated: those of surgeries in a row, in order."),
+    ],
+) -> None:
+    """Rewrite stored tokens, or a prior's embedding and head, by the index map of a surgery."""
+    with reported():
+        from codebook_tools.downstream.remap import RemapRequest
+        from codebook_tools.downstream.remap import remap as run_remap
+        from codebook_tools.downstream.translation import parse_on_removed
+        from codebook_tools.report.tables import remap_table
+
+        from .screen import print_warnings
+
+        request = RemapRequest(
+            sources=tuple(sources),
+            maps=tuple(maps),
+            on_removed=parse_on_removed(given["on_removed"]),
+            offset=given["offset"],
+            special=given["special"],
+            codebook_key=tuple(given["codebook_key"] or ()),
+            axis=given["axis"],
+            key=tuple(given["key"] or ()),
+            embedding_key=tuple(given["embedding_key"] or ()),
+            head_key=tuple(given["head_key"] or ()),
+            pad_to_multiple=given["pad_to_multiple"],
+            output=given["output"],
+            force=given["force"],
+        )
+        found = run_remap(request)
+        print_warnings(found.warnings, given["quiet"])
+        show_result(found, remap_table, given["json_"])
 
 
 def _added_strategies() -> set[str]:

@@ -78,6 +78,7 @@ def _group(panel: str) -> Callable[..., Any]:
 
 
 _data, _model, _train, _output, _run = map(_group, ("Data", "Model", "Fine-tuning", "Output", "Running"))
+_tokens, _prior = map(_group, ("Tokens", "Priors"))
 
 ModelArgument = Annotated[
     Path | None,
@@ -199,6 +200,47 @@ class RunOptions:
     json_: JsonFlag = False
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no warnings.")] = False
     verbose: Annotated[bool, typer.Option("--verbose", help="Also settings, seconds by phase and the trace.")] = False
+
+
+@dataclass(frozen=True)
+class RemapOptions:
+    on_removed: Annotated[
+        str,
+        _tokens(
+            metavar="error|nearest|mask=ID",
+            help="What the token of a removed code becomes; for a prior, where new codes have their rows from.",
+        ),
+    ] = "error"
+    offset: Annotated[int, _tokens(metavar="N", help="The id of code 0. Ids below it are special and stay.")] = 0
+    special: Annotated[
+        int,
+        _tokens(metavar="N", help="How many special ids follow the codes in token files; they move with their end."),
+    ] = 0
+    codebook_key: Annotated[
+        list[str] | None,
+        _tokens(metavar="KEY", help="The codebook whose tokens these are; repeated, those along --axis in order."),
+    ] = None
+    axis: Annotated[
+        int | None, _tokens(metavar="N", help="The axis of the tokens that runs over several codebooks, from 0.")
+    ] = None
+    key: Annotated[
+        list[str] | None,
+        _tokens(metavar="NAME", help="The tensor, column or ending of tar members that holds tokens. Repeatable."),
+    ] = None
+    embedding_key: Annotated[
+        list[str] | None, _prior(metavar="KEY", help="A prior's input embedding, where its name does not tell.")
+    ] = None
+    head_key: Annotated[
+        list[str] | None, _prior(metavar="KEY", help="Its output head. Repeatable, as --embedding-key is.")
+    ] = None
+    pad_to_multiple: Annotated[int, _prior(metavar="N", help="Pad a prior's vocabulary at its end to such a size.")] = 1
+    output: Annotated[
+        Path | None,
+        _output("--output", "-o", metavar="PATH", help="Left out: beside each, <name>.remapped, of its kind."),
+    ] = None
+    force: Annotated[bool, _output("--force", help="Replace the output if it exists.")] = False
+    json_: JsonFlag = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="No warnings.")] = False
 
 
 def takes(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -147,7 +147,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
             checkpoint,
             output,
             changed,
-            provenance(command, request, checkpoint, keys, settings, "surgery"),
+            provenance(command, request, checkpoint, dict(zip(keys, sizes, strict=True)), settings, "surgery"),
             maps,
             written_config(checkpoint, max(sizes)),
         )

@@ -112,7 +112,8 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         tokens = current_tokens(opened, seen, done.kept == "surgery", watch)
     opened.settings |= settings_of(strategy) | settings_of(recipe)
     opened.warnings += remarks(model.checkpoint, old[model.chosen[0]].size, size, output)
-    keys = {stage: model.books[stage].key for stage in done.index_maps}
+    keys = {stage: model.books[stage].key for stage in sorted(done.index_maps)}
+    sizes = {key: model.books[stage].codebook.size for stage, key in keys.items()}
     maps = dict[str, Tensor]()
     for stage, index_map in done.index_maps.items():
         samples = (seen.tokens[stage].sample, tokens[stage].sample)
@@ -123,7 +124,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
             model.checkpoint,
             output,
             model.changed({stage: tokens[stage].counts for stage in keys}),
-            provenance(command, request, model.checkpoint, keys.values(), opened.settings, done.kept, done.tuned),
+            provenance(command, request, model.checkpoint, sizes, opened.settings, done.kept, done.tuned),
             maps,
             written_config(model.checkpoint, size),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -89,12 +89,15 @@ def provenance(
     command: str,
     request: Request,
     checkpoint: Checkpoint,
-    keys: Iterable[str],
+    sizes: Mapping[str, int],
     settings: Mapping[str, object],
     kept: str,
     tuned: FineTuned | None = None,
 ) -> dict[str, str]:
-    """What the written file says of itself: no times and no paths, so that the same work gives the same bytes."""
+    """What the written file says of itself: no times and no paths, so that the same work gives the same bytes.
+
+    sizes: new codes by codebook key, in the order of the stages.
+    """
     private = {"data", "test_data", "stats", "images", "device", "network"}
     public = {name: value for name, value in settings.items() if name not in private}
     trained = tuned if kept == "finetuned" else None
@@ -102,7 +105,7 @@ def provenance(
         "command": command,
         "version": VERSION,
         "settings": json.dumps({**public, "seed": request.seed}, sort_keys=True),
-        "codebooks": json.dumps(list(keys)),
+        "codebooks": json.dumps(sizes),
         "kept": kept,
         "trained": ",".join(trained.groups) if trained else "",
         "trained_tensors": json.dumps(trained.trained if trained else []),

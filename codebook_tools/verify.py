@@ -57,8 +57,9 @@ def verify_checkpoint(model: Path, against: Path, index_map: Path | None = None)
 
     Raises CodebookError where a file is missing or unsound, or the checkpoint was not written by this package.
     """
-    map_path = index_map or index_map_path(model)
-    written, original, maps = read_checkpoint(model), read_checkpoint(against), read_checkpoint(map_path)
+    written, original = read_checkpoint(model), read_checkpoint(against)
+    map_path = index_map or index_map_path(written.folder or model)
+    maps = read_checkpoint(map_path)
     books = list(_books(written, original, model, against))
     differences = (
         *_files(written, original, maps),
@@ -151,12 +152,12 @@ def _tensors(written: Checkpoint, original: Checkpoint, books: list[FoundCodeboo
 
 
 def _listed(written: Checkpoint, entry: str) -> list[str]:
-    """A list of names in the metadata; empty where it is none."""
+    """Names in the metadata, a list of them or the keys of an object; none where it is neither."""
     try:
         names = json.loads(written.metadata.get(PREFIX + entry, "[]"))
     except ValueError:
         return []
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list | dict) else []
 
 
 def _same_bytes(a: Checkpoint, b: Checkpoint, key: str) -> bool:

@@ -22,6 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from codebook_tools.checkpoints.layout import PREFIX, index_map_path
+from codebook_tools.checkpoints.reading import file_sha256
+from codebook_tools.checkpoints.writing import maps_sha256
 from codebook_tools.images import Images, array_items
 from codebook_tools.models.zalando import CODEBOOK, make
 
@@ -239,3 +242,29 @@ def grey_images() -> Callable[..., Images]:
         return Images(array_items("grey.npy", np.array(rows, dtype=np.float32)), channels=1)
 
     return make_images
+
+
+KEY = "quantizer.codebook.weight"
+WriteMap = Callable[..., Path]
+
+
+def save_map(path: Path, maps: dict[str, tuple[list[int], list[int]]], checkpoint: str = "nobody's") -> Path:
+    """An index map as it lies beside a model. maps: index map and nearest by key."""
+    tensors: dict[str, Tensor] = {}
+    for key, pair in maps.items():
+        tensors |= {f"{key}/{name}": torch.tensor(t) for name, t in zip(("index_map", "nearest"), pair, strict=True)}
+    about = {PREFIX + "checkpoint_sha256": checkpoint, PREFIX + "data_sha256": maps_sha256(tensors)}
+    save_file(tensors, path, about)
+    return path
+
+
+@pytest.fixture
+def with_model(tmp_path: Path) -> WriteMap:
+    """with_model("a", 8, ([0, ...], [0, ...]), source="..."): a model of 8 codes with its map; the map's path."""
+
+    def write(name: str, size: int, pair: tuple[list[int], list[int]], source: str = "") -> Path:
+        model = tmp_path / f"{name}.safetensors"
+        save_file({KEY: torch.randn(size, 4)}, model, {PREFIX + "source_sha256": source})
+        return save_map(index_map_path(model), {KEY: pair}, file_sha256(model))
+
+    return write

@@ -22,7 +22,7 @@ FLOORS = (
     ("models",),
     ("measure", "coverage", "output", "stats"),
     ("finetune", "opening"),
-    ("stages", "outcome", "inspection", "verify", "comparison"),
+    ("stages", "outcome", "inspection", "verify", "comparison", "downstream"),
     ("detached", "compare"),
     ("operate",),
     ("report",),
@@ -155,7 +155,19 @@ heavy = {"torch", "numpy", "scipy", "sklearn", "faiss", "PIL", "safetensors", "t
 heavy.add("codebook_tools")
 print("HEAVY", sorted(heavy & set(sys.modules)))
 """
-    commands = ["inspect", "measure", "refit", "prune", "quantize", "restart", "grow", "finetune", "compare", "verify"]
+    commands = [
+        "inspect",
+        "measure",
+        "refit",
+        "prune",
+        "quantize",
+        "restart",
+        "grow",
+        "finetune",
+        "compare",
+        "verify",
+        "remap",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", program, *commands], capture_output=True, text=True, timeout=120, check=False
     )

@@ -79,13 +79,15 @@ def write_checkpoint(
     metadata: Mapping[str, str],
     maps: Mapping[str, Tensor],
     config: bytes | None = None,
+    others: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write `original` with the tensors of `changed` in their place, its index map beside it; return the map's path.
 
     path: a .safetensors file, which takes all shards, or the name of a directory, which then holds weights, config, and
     the files of the original's directory that go with them; shards stay shards. changed: by key, in the stored dtype;
-    shapes may differ. metadata: added to the original's, without PREFIX. maps: int64 tensors of the index map file.
-    config: what the config is to hold.
+    shapes may differ. metadata: added to the original's, without PREFIX. maps: int64 tensors of the index map file;
+    without any, there is none. config: what the config is to hold. others: what other files of the directory are to
+    hold, by name, where that changes.
 
     Everything is written whole under names that end in `.partial`, flushed, read back and compared, then renamed; a
     directory as one. Raises VerificationError where what was read back is not what was meant, CodebookError where the
@@ -101,15 +103,18 @@ def write_checkpoint(
                 digest = _write_tensors(target, entries, {**original.metadata, **ours})
             else:
                 building = stack.enter_context(partial_folder(path))
-                _furnish(building, original, config)
+                _furnish(building, original, config, others or {})
                 if original.sharded:
                     digest = _write_shards(building, original, changed, ours)
                 else:
                     digest = _write_tensors(building / _weights_name(original), entries, {**original.metadata, **ours})
-            of_map = {PREFIX + "checkpoint_sha256": digest, PREFIX + "data_sha256": maps_sha256(maps)}
-            of_maps = [Held(key, tensor) for key, tensor in sorted(maps.items())]
-            _write_tensors(stack.enter_context(partial_file(map_path)), of_maps, of_map)
-            beside = [map_path]
+            beside = []
+            if maps:
+                beside.append(map_path)
+                shared = {PREFIX + name: metadata[name] for name in ("codebooks", "source_sha256") if name in metadata}
+                of_map = {PREFIX + "checkpoint_sha256": digest, PREFIX + "data_sha256": maps_sha256(maps), **shared}
+                of_maps = [Held(key, tensor) for key, tensor in sorted(maps.items())]
+                _write_tensors(stack.enter_context(partial_file(map_path)), of_maps, of_map)
             if config is not None and not is_directory_output(path):
                 beside.append(own_config_path(path))
                 _write_whole(stack.enter_context(partial_file(beside[-1])), [config])
@@ -132,18 +137,29 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def write_file(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write any other file, whole or not at all, and read it back."""
+    try:
+        with partial_file(path) as target:
+            _write_whole(target, chunks)
+            put_in_place(path)
+            sync_folder(path.parent)
+    except OSError as error:
+        raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def _changed(entries: Mapping[str, Entry], changed: Mapping[str, Tensor]) -> list[Entry]:
     for key in changed.keys() & entries.keys():
         assert changed[key].dtype == torch_dtype(entries[key].dtype), key
     return [Held(key, changed[key]) if key in changed else entry for key, entry in entries.items()]
 
 
-def _furnish(folder: Path, original: Checkpoint, config: bytes | None) -> None:
+def _furnish(folder: Path, original: Checkpoint, config: bytes | None, others: Mapping[str, bytes]) -> None:
     """Write all but the weights into a new directory."""
     if config is not None:
         _write_whole(folder / CONFIG, [config])
     for other in split_others(original.folder, original.files)[0] if original.folder else ():
-        _write_whole(folder / other.name, _content(other))
+        _write_whole(folder / other.name, [others[other.name]] if other.name in others else _content(other))
 
 
 def _weights_name(original: Checkpoint) -> str:

@@ -59,5 +59,4 @@ FAMILY = Family(
     lookup=Lookup.COSINE,
     config_key=CONFIG_KEY,
     power_of_two=True,
-    media="audio",
 )

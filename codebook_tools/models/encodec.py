@@ -86,5 +86,4 @@ FAMILY = Family(
     config_key=CONFIG_KEY,
     power_of_two=True,
     follow=lambda config, size: bandwidths(config, size, _DEFAULT_BANDWIDTHS),
-    media="audio",
 )

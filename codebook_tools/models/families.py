@@ -10,13 +10,17 @@ from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models import (
+    dac,
     diffusers_vqmodel,
+    encodec,
     janus,
+    mimi,
     mishalaskin,
     pytorch_vae,
     rosinality,
     taming,
     unrunnable,
+    xcodec,
     zalando,
 )
 from codebook_tools.models.family import Family
@@ -30,6 +34,10 @@ FAMILIES = {
     "diffusers-vqmodel": diffusers_vqmodel.FAMILY,
     "taming": taming.FAMILY,
     **janus.FAMILIES,
+    "encodec": encodec.FAMILY,
+    "dac": dac.FAMILY,
+    "mimi": mimi.FAMILY,
+    "xcodec": xcodec.FAMILY,
     **unrunnable.FAMILIES,
 }
 """Of several that recognise a file, the first counts: LlamaGen's names are those of the original Janus, too."""

@@ -83,5 +83,4 @@ FAMILY = Family(
     file_key=lambda name, shapes: file_key(name, shapes, _FLAT),
     config_key=CONFIG_KEY,
     power_of_two=True,
-    media="audio",
 )

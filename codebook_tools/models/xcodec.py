@@ -70,5 +70,4 @@ FAMILY = Family(
     file_key=lambda name, shapes: file_key(name, shapes, WEIGHT_NORM),
     config_key=CONFIG_KEY,
     follow=lambda config, size: bandwidths(config, size, _DEFAULT_BANDWIDTHS),
-    media="audio",
 )

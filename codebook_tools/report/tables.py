@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from codebook_tools.comparison import Comparison, notes, table_rows
+from codebook_tools.downstream.remap import Remapped
 from codebook_tools.inspection import Inspection
 from codebook_tools.measure import Measurement
 from codebook_tools.outcome import Result
@@ -194,3 +195,18 @@ def verification_table(found: Verification) -> RenderableType:
     for difference in found.differences:
         table.add_row(difference.key, difference.what)
     return table
+
+
+def remap_table(found: Remapped) -> RenderableType:
+    """What became of the tokens, or of a prior's rows, and what was written."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for label, count in (
+        ("tokens", found.tokens),
+        ("changed", found.changed),
+        ("of removed codes", found.removed),
+        ("by their nearest code", found.nearest),
+    ):
+        table.add_row(label, f"{count:,}")
+    return Group(table, *(Text(f"written to {output}") for output in found.outputs.values()))

@@ -1,0 +1,128 @@
+"""Priors, which predict tokens: embedding, head and bias follow the index map along the vocabulary, and the config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from pathlib import Path
+
+from codebook_tools.checkpoints.layout import is_directory_output, split_others
+from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.writing import maps_sha256, write_checkpoint
+from codebook_tools.downstream.prior_config import Change, followed
+from codebook_tools.downstream.prior_tables import Tables, find_tables
+from codebook_tools.downstream.translation import OnRemoved
+from codebook_tools.downstream.vocabulary import Vocabulary
+from codebook_tools.errors import CodebookError
+from codebook_tools.version import VERSION
+
+_GENERATION = "generation_config.json"
+_TOKENISER = {"tokenizer.json", "vocab.json", "added_tokens.json"}
+
+
+def remap_prior(
+    prior: Checkpoint,
+    output: Path,
+    vocabularies: Sequence[Vocabulary],
+    on_removed: OnRemoved,
+    embedding_keys: Sequence[str] = (),
+    head_keys: Sequence[str] = (),
+) -> tuple[list[tuple[Vocabulary, int]], list[str]]:
+    """Write `prior` to `output` with its tables as the vocabularies make them, and its config where it is a directory.
+
+    vocabularies: one for all tables, or one for each. on_removed: "nearest" lets a new code that is no old one's
+    inherit the rows of those nearest to it. Returns each embedding's vocabulary with its rows before, and warnings.
+    Raises CodebookError where a table is not found or too short for the codes, or a new code inherits nothing.
+    """
+    if isinstance(on_removed, int):
+        raise CodebookError(f"--on-removed mask={on_removed} is for tokens; for a prior, give error or nearest")
+    for one in vocabularies:
+        if on_removed == "error" and bool(one.bereft.any()):
+            raise CodebookError(
+                f"{int(one.bereft.sum())} of {len(one.bereft)} new codes of {one.codes.key}, the first "
+                f"{int(one.bereft.int().argmax())}, are no old one's; --on-removed nearest gives each the mean row of "
+                "the old codes nearest to it"
+            )
+    tables = find_tables(prior, embedding_keys, head_keys)
+    changed, embedded = {}, []
+    for key, one in _paired(prior, tables.embeddings, vocabularies):
+        changed[key] = one.new_rows(prior.tensor(key))
+        embedded.append((one, prior.shapes[key][0]))
+    for key, one in _paired(prior, tables.heads, vocabularies):
+        changed[key] = one.new_rows(prior.tensor(key))
+    for key, one in _paired(prior, tables.biases, vocabularies):
+        changed[key] = one.new_bias(prior.tensor(key))
+    if vocabularies[0].multiple > 1 and len({prior.shapes[key][0] for key in changed}) > 1:
+        raise CodebookError(f"{prior.path}: {', '.join(changed)} differ in length; --pad-to-multiple would part them")
+    config, others = _configs(prior, embedded)
+    write_checkpoint(prior, output, changed, _about(prior, vocabularies, on_removed), {}, config, others)
+    return embedded, [*_warnings(prior, output, tables, vocabularies)]
+
+
+def _paired(
+    prior: Checkpoint, keys: Sequence[str], vocabularies: Sequence[Vocabulary]
+) -> Iterator[tuple[str, Vocabulary]]:
+    """Each table with its vocabulary. Raises CodebookError where their numbers do not meet, or a table is too short."""
+    if len(vocabularies) > 1 and keys and len(keys) != len(vocabularies):
+        raise CodebookError(
+            f"{prior.path}: {len(keys)} tables ({', '.join(keys)}) for {len(vocabularies)} codebooks; name one of each "
+            "with --embedding-key and --head-key, or the only codebook with --codebook-key"
+        )
+    for key, one in zip(keys, vocabularies if len(vocabularies) > 1 else repeat(vocabularies[0]), strict=False):
+        rows, end = prior.shapes[key][0], one.offset + one.codes.old_size
+        if rows < end:
+            raise CodebookError(
+                f"{key} in {prior.path} has {rows} rows, and the map's {one.codes.old_size} codes from id {one.offset} "
+                f"on need {end}; is the map of another checkpoint, or --offset another?"
+            )
+        yield key, one
+
+
+def _configs(prior: Checkpoint, embedded: Sequence[tuple[Vocabulary, int]]) -> tuple[bytes | None, dict[str, bytes]]:
+    """What the config of a directory is to hold, and others of its files that know the vocabulary."""
+    if prior.folder is None or prior.config_path is None:
+        return None, {}
+    changes = {(rows, one.rows(rows), one.codes.old_size, one.codes.size) for one, rows in embedded}
+    if len(changes) > 1:
+        raise CodebookError(f"{prior.config_path} has one vocabulary size, and the codebooks' new sizes differ")
+    before, after, old, new = changes.pop()
+    change = Change((before, after), (old, new), embedded[0][0].new_id)
+    generation = prior.folder / _GENERATION
+    others = {_GENERATION: followed(generation, change)} if generation.is_file() else {}
+    return followed(prior.config_path, change), others
+
+
+def _about(prior: Checkpoint, vocabularies: Sequence[Vocabulary], on_removed: OnRemoved) -> dict[str, str]:
+    first = vocabularies[0]
+    settings = {"on_removed": on_removed, "offset": first.offset, "pad_to_multiple": first.multiple}
+    maps = {f"{i}/nearest": one.codes.nearest for i, one in enumerate(vocabularies)}
+    return {
+        "command": "remap",
+        "version": VERSION,
+        "settings": json.dumps(settings, sort_keys=True),
+        "codebook": ",".join(one.codes.key for one in vocabularies),
+        "source_sha256": prior.sha256,
+        "nearest_sha256": maps_sha256(maps),
+    }
+
+
+def _warnings(prior: Checkpoint, output: Path, tables: Tables, vocabularies: Sequence[Vocabulary]) -> Iterator[str]:
+    merged = sum(one.merged for one in vocabularies)
+    if merged:
+        low = "" if tables.biases else "; for want of a head bias they are too unlikely, by up to as many times"
+        yield f"{merged} codes stand for several old ones: their rows are means, so the prior is approximate there{low}"
+    barren = sum(int((one.inherited == 0).sum()) for one in vocabularies)
+    if barren:
+        yield f"{barren} new codes are nearest to no old one: their rows are the mean of all codes"
+    if vocabularies[0].multiple > 1 and not tables.biases:
+        yield "rows of padding have the logit 0, not a low one, for the head has no bias"
+    if prior.folder is None and prior.config_path is not None:
+        yield f"{prior.config_path.name} beside it is left as it is; give the directory to have it follow"
+    if prior.folder is not None and is_directory_output(output):
+        others, left_out = split_others(prior.folder, prior.files)
+        tokeniser = [path.name for path in others if path.name in _TOKENISER]
+        if tokeniser:
+            yield f"{', '.join(tokeniser)} goes along as it is, with the ids of the old vocabulary"
+        if left_out:
+            yield f"of the prior's directory, {', '.join(left_out[:3])} does not go into the new one"
