@@ -204,9 +204,9 @@ def _book(written: Checkpoint, original: Checkpoint, maps: Checkpoint, found: Fo
             effective_rows(file, replace(found, size=n)) for file, n in ((original, found.size), (written, size))
         )
         moved, at = new[index_map[kept]], torch.zeros(size, dtype=torch.bool).index_fill_(0, index_map[kept], True)
-        # Rows that are given out at unit length are stored so; what no old code became is filled with copies of row 0.
+        # Rows that are given out at unit length are stored so; what no old code became copies row 0, which one did.
         same = any(torch.equal(moved, meant[kept]) for meant in (old, rounded(original, found, unit(old))))
-        if not same or not bool((new[~at] == new[:1]).all()):
+        if not same or not bool(at[0]) or not bool((new[~at] == new[:1]).all()):
             yield Difference(found.key, "the codes are not the original's that the index map says were kept")
 
 

@@ -87,7 +87,7 @@ def test_a_measurement_counts_the_latents_within_the_reference_distance(
     model.input_range = (0.0, 1.0)
     images = grey_images([[0.0, 0.2], [0.2, 0.4]], [[1.0, 0.8], [0.4, 0.0]])
     shares = {
-        limit: measure(model, images, reference=limit, watch=Watch()).codebooks[0].coverage
+        limit: measure(model, images, references=[limit], watch=Watch()).codebooks[0].coverage
         for limit in (None, 0.0, 0.02, 0.05)
     }
     assert shares == {None: None, 0.0: 3 / 8, 0.02: 5 / 8, 0.05: 1.0}
@@ -132,9 +132,9 @@ def test_four_times_the_latents_are_encoded_from_images_that_the_seed_draws(
     seen: set[int] = set()
     encode = model.encode
 
-    def counted(pixels: Tensor) -> Tensor:
+    def counted(pixels: Tensor, stage: int = 0) -> Tensor:
         seen.update(hash(image.numpy().tobytes()) for image in pixels)
-        return encode(pixels)
+        return encode(pixels, stage)
 
     monkeypatch.setattr(model, "encode", counted)
     assert len(rows(reference_latents(model, images, seed=0, batch=1))) == 20

@@ -44,11 +44,15 @@ def line(grey: Callable[..., Grey]) -> Callable[..., Model]:
 
 def tune(model: Model, images: Images, counts: list[int], validation: Images | None = None, **recipe: Any) -> FineTuned:
     recipe.setdefault("batch_size", len(images))
-    return finetune(model, images, validation or images, Recipe(**recipe), torch.tensor(counts), seed=0, watch=Watch())
+    return finetune(
+        model, images, validation or images, Recipe(**recipe), [torch.tensor(counts)], seed=0, watch=Watch()
+    )
 
 
 def weights_of(model: Model) -> State:
-    return {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    """The network's, and in the place of its own codebooks those that it runs with."""
+    vectors = {book.key: book.vectors for book in model.books}
+    return {name: tensor.detach().clone() for name, tensor in (model.network.state_dict() | vectors).items()}
 
 
 # --- the codebook's own movement -----------------------------------------------------------------------------------
@@ -62,8 +66,8 @@ def test_one_step_of_the_moving_average_is_the_one_worked_by_hand(
     # Shares 0.5 and 0.25 move by 1% to the batch's 0.75 and 0.25; so do the sums, 0 and 0.25, to 0.2 and 0.2.
     first = 0.01 * 0.2 / (0.99 * 0.5 + 0.01 * 0.75)
     second = (0.99 * 0.25 + 0.01 * 0.2) / (0.99 * 0.25 + 0.01 * 0.25)
-    torch.testing.assert_close(model.codebook.vectors[:2], torch.tensor([[first, 0.0], [second, 0.0]]))
-    assert model.codebook.vectors[2].tolist() == [9.0, 0.0]  # no latent chose it
+    torch.testing.assert_close(model.books[0].vectors[:2], torch.tensor([[first, 0.0], [second, 0.0]]))
+    assert model.books[0].vectors[2].tolist() == [9.0, 0.0]  # no latent chose it
 
 
 def test_two_steps_of_the_moving_average_go_on_from_the_first(
@@ -74,7 +78,7 @@ def test_two_steps_of_the_moving_average_go_on_from_the_first(
     share, total = 0.75, 0.0
     for _ in range(2):
         share, total = 0.99 * share + 0.01 * 0.75, 0.99 * total + 0.01 * 0.2
-    assert model.codebook.vectors[0, 0].item() == pytest.approx(total / share, rel=1e-5)
+    assert model.books[0].vectors[0, 0].item() == pytest.approx(total / share, rel=1e-5)
 
 
 def test_the_moving_average_does_not_depend_on_the_scale_of_the_counts(
@@ -84,7 +88,7 @@ def test_the_moving_average_does_not_depend_on_the_scale_of_the_counts(
     for counts in ([3, 1], [3_000_000, 1_000_000]):
         model = line([0.0, 1.0])
         tune(model, grey_images(ROWS), counts, steps=3, train="none")
-        ended.append(model.codebook.vectors)
+        ended.append(model.books[0].vectors)
     torch.testing.assert_close(*ended)
 
 
@@ -95,21 +99,20 @@ def test_a_gradient_step_moves_the_codes_in_use_towards_their_latents(
     tune(model, grey_images(ROWS), [3, 1, 0], steps=1, train="none", codebook_update="gradient", lr=0.01)
     # Adam's first step is the learning rate, whatever the size of the gradient.
     expected = torch.tensor([[0.01, 0.0], [0.99, 0.0], [9.0, 0.0]])
-    torch.testing.assert_close(model.codebook.vectors, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.books[0].vectors, expected, rtol=0, atol=1e-6)
 
 
-def test_a_codebook_that_takes_no_gradient_says_so(grey: Callable[..., Grey], grey_images: GreyImages) -> None:
+def test_a_codebook_that_is_a_buffer_moves_like_any_other(grey: Callable[..., Grey], grey_images: GreyImages) -> None:
     made = grey([0.0, 1.0])
     script = Path(made.network.removesuffix(":make"))
     buffer = 'self.quantizer.codebook = nn.Module(); self.quantizer.codebook.register_buffer("weight", zeros(2, 2))'
     source = GREY.replace("self.quantizer.codebook = nn.Embedding(codebook_size, 2)", buffer)
     script.write_text("from torch import zeros\n" + source)
-    model = load_model(read_checkpoint(made.path), network=made.network)
-    model.input_range = (0.0, 1.0)
-    with pytest.raises(CodebookError, match="buffer"):
-        tune(model, grey_images(ROWS), [3, 1], steps=1, codebook_update="gradient")
-    tune(model, grey_images(ROWS), [3, 1], steps=1, train="none")
-    assert model.codebook.vectors[0, 0] > 0  # the moving average does without
+    for update, expected in (("gradient", 0.01), ("ema", 0.01 * 0.2 / 0.75)):
+        model = load_model(read_checkpoint(made.path), network=made.network)
+        model.input_range = (0.0, 1.0)
+        tune(model, grey_images(ROWS), [3, 1], steps=1, train="none", codebook_update=update, lr=0.01)
+        assert model.books[0].vectors[0, 0].item() == pytest.approx(expected, rel=1e-5)
 
 
 # --- revival -------------------------------------------------------------------------------------------------------
@@ -124,22 +127,22 @@ def test_a_dead_code_moves_to_a_latent_drawn_by_its_error(line: Callable[..., Mo
     model = line([0.0, 1.0, 9.0])
     found = tune(model, outlier(grey_images), [8, 7, 0], steps=12, train="none")
     assert [point.revived for point in found.trace] == [0] * 10 + [1] * (len(found.trace) - 10)
-    assert found.best.step >= 10 and found.best.revived.tolist() == [False, False, True]
-    assert model.codebook.vectors[2].tolist() == pytest.approx([0.4, 0.0])
+    assert found.best.step >= 10 and [codes.tolist() for codes in found.best.revived] == [[False, False, True]]
+    assert model.books[0].vectors[2].tolist() == pytest.approx([0.4, 0.0])
 
 
 def test_a_dead_code_rests_until_the_tenth_step(line: Callable[..., Model], grey_images: GreyImages) -> None:
     model = line([0.0, 1.0, 9.0])
     found = tune(model, outlier(grey_images), [8, 7, 0], steps=11, train="none")  # the tenth is after 90% of the run
-    assert found.trace[-1].revived == 0 and model.codebook.vectors[2].tolist() == [9.0, 0.0]
+    assert found.trace[-1].revived == 0 and model.books[0].vectors[2].tolist() == [9.0, 0.0]
 
 
 @pytest.mark.parametrize("update", ["gradient", "frozen"])
 def test_only_the_moving_average_revives(line: Callable[..., Model], grey_images: GreyImages, update: str) -> None:
     model = line([0.0, 1.0, 9.0])
     found = tune(model, outlier(grey_images), [8, 7, 0], steps=20, codebook_update=update)
-    assert not found.best.revived.any() and found.trace[-1].revived == 0
-    assert model.codebook.vectors[2].tolist() == [9.0, 0.0]
+    assert not found.best.revived[0].any() and found.trace[-1].revived == 0
+    assert model.books[0].vectors[2].tolist() == [9.0, 0.0]
 
 
 def test_no_more_codes_are_revived_than_latents_have_an_error(
@@ -321,7 +324,7 @@ def test_the_state_at_step_0_is_the_model_before_training(line: Callable[..., Mo
     assert found.start.validation_mse == found.trace[0].validation_mse == before.mse
     assert found.trace[0].distortion == before.codebooks[0].distortion
     found.start.restore(model)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.network.state_dict().items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(model).items())
 
 
 def test_the_best_state_after_a_step_is_restored_exactly(line: Callable[..., Model], grey_images: GreyImages) -> None:
@@ -332,6 +335,7 @@ def test_the_best_state_after_a_step_is_restored_exactly(line: Callable[..., Mod
     assert found.best.step != 12  # so that restoring it is more than stopping
     assert measure(model, images, watch=Watch()).mse == found.best.validation_mse == errors[found.best.step]
     assert all(torch.equal(tensor, found.best.weights[name]) for name, tensor in model.network.state_dict().items())
+    assert torch.equal(model.books[0].vectors, found.best.vectors[0])
 
 
 def test_the_best_state_is_one_after_a_step_even_when_the_start_was_better(
@@ -356,7 +360,7 @@ def test_no_gradient_sees_a_validation_image(line: Callable[..., Model], grey_im
     for pixel in (0.3, 0.7):
         model = line([0.0, 1.0])
         found = tune(model, grey_images(ROWS), [3, 1], grey_images([[pixel, 1.0]]), steps=1)
-        ended.append(found.best.weights)
+        ended.append(found.best.weights | {"codes": found.best.vectors[0]})
     assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
 
 
@@ -369,7 +373,7 @@ def test_a_run_that_diverges_keeps_the_best_state_before(line: Callable[..., Mod
     found = tune(model, grey_images(ROWS), [3, 1], steps=60, lr=1e12)
     assert found.diverged is not None and 1 <= found.best.step <= found.diverged
     assert found.trace[-1].step <= found.diverged
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in model.network.state_dict().values())
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights_of(model).values())
 
 
 def test_a_run_that_diverges_at_once_says_so_and_leaves_the_model_as_it_was(tiny: Path, images_folder: Path) -> None:
@@ -377,7 +381,7 @@ def test_a_run_that_diverges_at_once_says_so_and_leaves_the_model_as_it_was(tiny
     before = weights_of(model)
     with pytest.raises(CodebookError, match=r"diverged at step 1: .*lower --lr"):
         tune(model, images, [1] * 16, steps=5, lr=1e30)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.network.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(model).items())
 
 
 @pytest.mark.parametrize(
@@ -406,9 +410,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tiny: Path
         counts = torch.tensor([int(i not in DEAD) for i in range(16)])
         recipe = Recipe(steps=12, batch_size=8)
         splits = split(images.items)
-        finetune(model, images.subset(splits.train), images.subset(splits.validation), recipe, counts,
+        finetune(model, images.subset(splits.train), images.subset(splits.validation), recipe, [counts],
                  seed=seed, watch=Watch())  # fmt: skip
-        ended.append(torch.cat([tensor.flatten() for tensor in model.network.state_dict().values()]))
+        ended.append(torch.cat([tensor.flatten() for tensor in weights_of(model).values()]))
     assert torch.equal(ended[0], ended[1]) and not torch.equal(ended[0], ended[2])
 
 

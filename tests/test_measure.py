@@ -109,9 +109,10 @@ def test_a_measurement_is_what_an_independent_pass_in_float64_finds(
 
 def test_measuring_leaves_the_model_as_it_was(halves: Model, grey_images: GreyImages) -> None:
     before = {name: tensor.clone() for name, tensor in halves.network.state_dict().items()}
+    codes = halves.books[0].vectors.clone()
     measure(halves, grey_images(*BY_HAND), watch=Watch())
     assert all(torch.equal(tensor, before[name]) for name, tensor in halves.network.state_dict().items())
-    assert halves.input_range == (0.0, 1.0)
+    assert torch.equal(halves.books[0].vectors, codes) and halves.input_range == (0.0, 1.0)
 
 
 # --- the input range -----------------------------------------------------------------------------------------------
@@ -132,8 +133,8 @@ def test_the_range_is_found_out_with_few_images_drawn_from_all(
     halves: Model, grey_images: GreyImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    encode = Model.encode
-    monkeypatch.setattr(Model, "encode", lambda model, images: seen.append(len(images)) or encode(model, images))
+    run = Model.run
+    monkeypatch.setattr(Model, "run", lambda model, media, *more: seen.append(len(media)) or run(model, media, *more))
     find_input_range(halves, grey_images(*[[[i / 255]] for i in range(200)]))
     assert sum(seen) == 3 * 64
 

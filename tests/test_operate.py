@@ -18,18 +18,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tutorial import Tutorial
 
-from codebook_tools import operate as operate_module
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import index_map_path, tensor_bytes
 from codebook_tools.codebook import Codebook, Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe
 from codebook_tools.images import find_images, split
+from codebook_tools.index_maps import nearest_map
 from codebook_tools.latents import survey
 from codebook_tools.measure import Measurement
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import Request
-from codebook_tools.operate import Result, measure_model, operate, plan
+from codebook_tools.operate import Result, measure_model, operate
+from codebook_tools.planning import plan
 from codebook_tools.strategies import Prune, Refit
 from codebook_tools.verify import verify_checkpoint
 from codebook_tools.watch import Watch
@@ -179,7 +180,7 @@ def test_a_code_without_identity_goes_with_most_of_its_latents_and_without_laten
     old_codes = torch.tensor([0, 0, 0, 1, 1, 2, 2])
     new_codes = torch.tensor([1, 2, 2, 2, 0, 1, 1])
     # 0 goes to 2 with two of its three, 1 to the lower of two equals, 2 kept its identity, 3 had no latents.
-    assert operate_module._nearest_map(index_map, old_codes, new_codes, old, new).tolist() == [2, 0, 0, 2]
+    assert nearest_map(index_map, old, new, (old_codes, new_codes)).tolist() == [2, 0, 0, 2]
 
 
 def test_after_fine_tuning_maps_and_counts_are_those_of_the_trained_encoder(
@@ -319,7 +320,8 @@ def test_the_file_says_how_it_was_made_without_times_and_paths(
     assert re.fullmatch(r"\d+\.\d+.*", ours.pop("version"))
     trained = json.loads(ours.pop("trained_tensors"))
     assert trained == sorted(trained) and CODEBOOK not in trained
-    assert ours == {"command": "refit", "codebook": CODEBOOK, "kept": "finetuned", "trained": "encoder,decoder"}
+    assert json.loads(ours.pop("codebooks")) == [CODEBOOK]
+    assert ours == {"command": "refit", "kept": "finetuned", "trained": "encoder,decoder"}
     everything = (output_of(result).read_bytes(), Path(str(result.outputs["index_map"])).read_bytes())
     assert not any(str(path).encode() in file for path in (tmp_path, images_folder) for file in everything)
 

@@ -66,7 +66,7 @@ BAD_STATES: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
     "no codebook": ({CODEBOOK: None}, "has no codebook: "),
     "two codebooks": (
         {"quantize_b.embedding.weight": torch.ones(16, 4)},
-        "2 codebooks: _vq_vae._embedding.weight, quantize_b.embedding.weight; choose with --codebook-key",
+        "2 codebooks, and this takes one: choose with --codebook-key, of _vq_vae._embedding.weight, quantize_b.",
     ),
     "NaN": ({"_decoder._conv_1.bias": torch.full((8,), torch.nan)}, "_decoder._conv_1.bias in "),
     "a layer missing": ({"_decoder._conv_1.weight": None}, "no network is known for the layout"),

@@ -84,9 +84,8 @@ def test_pruning_the_cifar_checkpoint_of_dead_codes_changes_no_bit_of_a_reconstr
     before, after = (load_model(read_checkpoint(path)) for path in (CIFAR, output))
     images = Images(find_images([CIFAR_TEST])[:200], 3, 4)
     for _, pixels in images.batches(50):
-        shown, _, codes = reconstruct(before, pixels)
-        again, _, new_codes = reconstruct(after, pixels)
-        assert torch.equal(shown, again) and torch.equal(index_map[codes], new_codes)
+        old, new = reconstruct(before, pixels), reconstruct(after, pixels)
+        assert torch.equal(old.media, new.media) and torch.equal(index_map[old.codes[0]], new.codes[0])
 
 
 @pytest.mark.slow

@@ -235,7 +235,7 @@ MAP_FAULTS: dict[str, tuple[Callable[[State], object], str, str]] = {
     "too short": (lambda m: m.__setitem__(NEAREST, m[NEAREST][:9].clone()), NEAREST, "shape (9,) for 16 old codes"),
     "no nearest": (lambda m: m.pop(NEAREST), INDEX_MAP, "does not hold"),
     "a stranger": (lambda m: m.__setitem__("x", torch.ones(1)), INDEX_MAP, "does not hold"),
-    "another dtype": (lambda m: m.__setitem__(NEAREST, m[NEAREST].int()), INDEX_MAP, "both int64"),
+    "another dtype": (lambda m: m.__setitem__(NEAREST, m[NEAREST].int()), INDEX_MAP, "int64, of each codebook"),
 }  # fmt: skip
 
 

@@ -262,7 +262,7 @@ class Model:
                 try:
                     grid = self._encode_blank(channels, *sides).shape[2:]
                 except CodebookError as error:
-                    problems[channels] = error
+                    problems.setdefault(channels, error)  # of the size that was asked for
                     continue
                 self.channels = channels
                 self.stride = self._stride(sides[-1], grid[-1]) if len(grid) == 2 else 1

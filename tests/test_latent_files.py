@@ -1,0 +1,200 @@
+"""Latents from files: every format and dtype gives the same rows, and a row's name alone decides where it goes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from codebook_tools.errors import CodebookError
+from codebook_tools.latent_files import FileLatents, limited_latents, open_latents, split_latents
+
+DIM = 3
+ROWS = torch.randn(200, DIM, generator=torch.Generator().manual_seed(0))
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """write("a.npy", rows): a file of latents, of the kind that its name says."""
+
+    def save(name: str, rows: Tensor = ROWS) -> Path:
+        path = tmp_path / name
+        if path.suffix == ".npy":
+            np.save(path, rows.numpy())
+        else:
+            save_file({"latents": rows.contiguous()}, path)
+        return path
+
+    return save
+
+
+def names(latents: FileLatents) -> list[str]:
+    return [row.name for rows, _ in latents.by_item() for row in rows]  # type: ignore[attr-defined]
+
+
+def rows_of(latents: FileLatents) -> Tensor:
+    return torch.cat(list(latents))
+
+
+# --- what is read --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("ending", [".npy", ".safetensors"])
+def test_rows_of_any_floating_dtype_come_as_float32(dtype: torch.dtype, ending: str, write: Write) -> None:
+    if ending == ".npy" and dtype is torch.bfloat16:
+        return  # numpy has none
+    latents = open_latents([write(f"a{ending}", ROWS.to(dtype))], DIM)
+    assert len(latents) == 200 and rows_of(latents).dtype == torch.float32
+    assert torch.equal(rows_of(latents), ROWS.to(dtype).float())
+
+
+def test_files_follow_one_another_and_rows_are_named_by_file_and_number(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    paths = [write("deep/b.safetensors", ROWS[:2]), write("a.npy", ROWS[2:5])]
+    latents = open_latents(paths, DIM)
+    assert names(latents) == ["b.safetensors#0", "b.safetensors#1", "a.npy#0", "a.npy#1", "a.npy#2"]
+    assert torch.equal(rows_of(latents), ROWS[:5])
+    assert all(found.shape == (len(items), 1, DIM) for items, found in latents.by_item())
+    (first, *_), _ = next(latents.by_item())
+    assert first.digest == hashlib.sha256(b"b.safetensors#0").digest()
+
+
+@pytest.mark.parametrize("ending", [".npy", ".safetensors"])
+def test_files_are_mapped_not_read(ending: str, write: Write) -> None:
+    """What is written into the file after it was opened is what the rows hold; and the file never takes a change."""
+    path = write(f"a{ending}")
+    latents = open_latents([path], DIM)
+    content = path.read_bytes()
+    with path.open("r+b") as file:
+        file.seek(len(content) - 4)
+        file.write(np.float32(7).tobytes())
+    assert rows_of(latents)[-1, -1] == 7
+    latents.files[0][1][0] = 5.0
+    assert path.read_bytes()[:-4] == content[:-4]
+
+
+def test_many_rows_come_in_batches(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("codebook_tools.latent_files._BATCH", 64)
+    latents = open_latents([write("a.npy"), write("b.npy", ROWS[:10])], DIM)
+    assert [len(rows) for rows, _ in latents.by_item()] == [64, 64, 64, 8, 10]
+    assert torch.equal(rows_of(latents), torch.cat([ROWS, ROWS[:10]]))
+
+
+# --- who goes where ------------------------------------------------------------------------------------------------
+
+
+def is_tenth(name: str) -> bool:
+    return int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) % 10 == 0
+
+
+def test_a_tenth_by_name_is_held_out(write: Write) -> None:
+    latents = open_latents([write("a.npy"), write("b.safetensors", ROWS + 1)], DIM)
+    calibration, test = split_latents(latents)
+    assert names(test) == [name for name in names(latents) if is_tenth(name)]
+    assert names(calibration) == [name for name in names(latents) if not is_tenth(name)]
+    assert len(calibration) + len(test) == 400 and 20 <= len(test) <= 60
+    everything = dict(zip(names(latents), rows_of(latents).tolist(), strict=True))
+    for side in (calibration, test):
+        assert rows_of(side).tolist() == [everything[name] for name in names(side)]
+
+
+def test_rows_that_are_added_move_no_other_row(write: Write) -> None:
+    few, many = (names(split_latents(open_latents([write("a.npy", ROWS[:n])], DIM))[1]) for n in (100, 200))
+    assert many[: len(few)] == few and 0 < len(few) < len(many)
+
+
+def test_a_limit_draws_rows_by_seed_and_name_alone(write: Write) -> None:
+    a, b = write("a.npy"), write("b.npy")
+    latents = open_latents([a, b], DIM)
+    assert limited_latents(latents, None, 0) is limited_latents(latents, 400, 0) is latents
+    drawn = limited_latents(latents, 50, seed=3)
+    assert len(drawn) == 50 == len(set(names(drawn))) and {len(part) for part in drawn.chosen} != {50, 0}
+    assert set(names(limited_latents(latents, 20, seed=3))) < set(names(drawn)) < set(names(latents))
+    assert set(names(limited_latents(open_latents([b, a], DIM), 50, seed=3))) == set(names(drawn))
+    assert set(names(limited_latents(latents, 50, seed=4))) != set(names(drawn))
+    assert all(bool((np.diff(part) > 0).all()) for part in drawn.chosen)  # files are read forwards
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.zeros(5, 4), r"a\.npy holds float32 \(5, 4\); latents of this codebook are \(n, 3\) of floats"),
+        (torch.zeros(3), r"holds float32 \(3,\)"),
+        (torch.zeros(2, 3, 3), r"holds float32 \(2, 3, 3\)"),
+        (torch.zeros(5, 3, dtype=torch.int64), r"holds int64 \(5, 3\)"),
+        (torch.zeros(5, 3, dtype=torch.bool), r"holds bool \(5, 3\)"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".npy", ".safetensors"])
+def test_what_is_no_matrix_of_the_codebooks_latents_is_refused(
+    rows: Tensor, message: str, ending: str, write: Write
+) -> None:
+    with pytest.raises(CodebookError, match=message.replace(r"\.npy", ending)):
+        open_latents([write(f"a{ending}", rows)], DIM)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_the_first_latent_that_is_not_finite_is_named(value: float, write: Write) -> None:
+    rows = ROWS.clone()
+    rows[[150, 170], 1] = value
+    latents = open_latents([write("good.npy"), write("bad.npy", rows)], DIM)
+    with pytest.raises(CodebookError, match=r"latent bad\.npy#150 is not finite"):
+        rows_of(latents)
+    held_out = FileLatents(latents.files, (np.arange(3), np.array([7, 170])))
+    with pytest.raises(CodebookError, match=r"latent bad\.npy#170 is not finite"):
+        rows_of(held_out)
+
+
+def test_files_of_one_name_are_refused(write: Write, tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(CodebookError, match=r"a\.npy stands twice in --latents"):
+        open_latents([write("one/a.npy"), write("two/a.npy", ROWS + 1)], DIM)
+
+
+def test_files_of_several_tensors_are_refused(tmp_path: Path) -> None:
+    save_file({"x": ROWS, "y": ROWS + 1}, tmp_path / "two.safetensors")
+    with pytest.raises(CodebookError, match="holds 2 tensors; give latents in a file of their own"):
+        open_latents([tmp_path / "two.safetensors"], DIM)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.npy", None, "cannot read latents from .*gone"),
+        ("gone.safetensors", None, "no such file: .*gone"),
+        ("text.npy", b"latents", "cannot read latents from .*text"),
+        ("text.safetensors", b"latents", "not a sound safetensors file"),
+        ("empty.npy", b"", "cannot read latents from .*empty"),
+        ("a.csv", b"1,2,3", r"is no file of latents; --latents takes \.npy and \.safetensors"),
+    ],
+)
+def test_a_file_that_is_none_is_refused(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CodebookError, match=message):
+        open_latents([tmp_path / name], DIM)
+
+
+def test_pickled_arrays_are_never_loaded(tmp_path: Path) -> None:
+    np.save(tmp_path / "objects.npy", np.array([{}, []], dtype=object), allow_pickle=True)
+    with pytest.raises(CodebookError, match="cannot read latents"):
+        open_latents([tmp_path / "objects.npy"], DIM)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("ending", [".npy", ".safetensors"])
+def test_too_few_rows_for_both_splits_are_refused(count: int, ending: str, write: Write) -> None:
+    with pytest.raises(CodebookError, match=f"{count} latents leave the calibration or the test split empty"):
+        split_latents(open_latents([write(f"a{ending}", ROWS[:count])], DIM))
