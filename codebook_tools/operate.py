@@ -154,7 +154,8 @@ def _read_back(path: Path, model: Model, stages: Iterable[int]) -> None:
     """The codebooks on disk are those in the running model, bit by bit."""
     written = read_checkpoint(path)
     for book in (model.books[stage] for stage in stages):
-        if not torch.equal(effective_rows(written, book.found), book.codebook.vectors.cpu()):
+        codes = effective_rows(written, replace(book.found, size=book.codebook.size))
+        if not torch.equal(codes, book.codebook.vectors.cpu()):
             raise VerificationError(f"{path}: {book.key} on disk is not the codebook of the running model")
 
 

@@ -29,8 +29,8 @@ AS_IT_IS = (0.0, 1.0)
 
 @dataclass(eq=False)
 class Book:
-    """A codebook of a running model. found: where it lies in the file. vectors: (size, dim) float32, the effective
-    codes, which the network never looks up itself; on the model's device."""
+    """A codebook of a running model. found: where it lies in the file, and how large it is there. vectors: (size, dim)
+    float32, the effective codes, which the network never looks up itself; on the model's device."""
 
     found: FoundCodebook
     vectors: Tensor
@@ -190,7 +190,7 @@ class Model:
         book = self.books[stage]
         vectors = unit(codebook.vectors) if book.emit is Emit.UNIT else codebook.vectors
         meant = rounded(self.checkpoint, book.found, vectors).to(self.device)
-        self._replace(stage, replace(book, found=replace(book.found, size=codebook.size), vectors=meant.clone()))
+        self._replace(stage, replace(book, vectors=meant.clone()))
         if not torch.equal(self.books[stage].codebook.vectors, meant):
             raise VerificationError(f"{book.key} in the running model is not the codebook that was installed")
 

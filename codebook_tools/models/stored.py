@@ -70,12 +70,10 @@ def rounded(checkpoint: Checkpoint, found: FoundCodebook, rows: Tensor) -> Tenso
 def changed_codebook(checkpoint: Checkpoint, found: FoundCodebook, rows: Tensor, counts: Tensor) -> dict[str, Tensor]:
     """The codebook's tensor and what follows it, by file key, for new effective rows (size, dim) and their counts.
 
-    found: of the file, or of the running model: its size does not count. Raises CodebookError where the file's layout
-    has no room for such codes.
+    Raises CodebookError where the file's layout has no room for such codes.
     """
     stored = {key: checkpoint.tensor(key) for key in owned_keys(checkpoint, found)}
     how, old = effective(found, checkpoint.shapes), stored[found.key]
-    before = replace(found, size=old.shape[found.axis] - how.padding)
     # A code without hits counts one: with none, its running sum is 0, and the model's own EMA moves it there.
     hits = counts.clamp(min=1)
     beside = dict[str, Tensor]()
@@ -87,10 +85,10 @@ def changed_codebook(checkpoint: Checkpoint, found: FoundCodebook, rows: Tensor,
         tensor, beside = _behind_identity(found, rows, [stored[key] for key in how.beside], how.beside)
     else:
         tensor = rows
-    padding = old.movedim(found.axis, 0)[before.size :].flatten(1).float()
+    padding = old.movedim(found.axis, 0)[found.size :].flatten(1).float()
     tensor = laid_out(torch.cat([tensor, padding]), old, found.axis)
     followed = rows if how.kind == "ratio" else stored_rows(tensor, replace(found, size=len(rows)))
-    return {found.key: tensor} | companion_values(before, stored, followed, hits) | beside
+    return {found.key: tensor} | companion_values(found, stored, followed, hits) | beside
 
 
 def _behind_identity(
