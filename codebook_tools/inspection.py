@@ -8,17 +8,19 @@ from pathlib import Path
 from codebook_tools.checkpoints.detect import Detection, find_codebooks
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.models.families import FAMILIES, family_of
+from codebook_tools.output import left_behind
 
 
 @dataclass(frozen=True)
 class Inspection:
     """family: that recognises the layout, None where the user must give a network. why_not: why the family's network
-    cannot be run, empty where it can. detection: codebooks and what hangs on them."""
+    cannot be run, empty where it can. detection: codebooks and what hangs on them. warnings: of what was not read."""
 
     model: str
     family: str | None
     detection: Detection
     why_not: str = ""
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """The promised keys."""
@@ -37,4 +39,6 @@ def inspect_checkpoint(path: Path) -> Inspection:
     checkpoint = read_checkpoint(path)
     detection = find_codebooks(checkpoint.shapes, checkpoint.dtypes)
     family = family_of(checkpoint) if detection.codebooks else None
-    return Inspection(str(path), family, detection, FAMILIES[family].why_not if family else "")
+    return Inspection(
+        str(path), family, detection, FAMILIES[family].why_not if family else "", tuple(left_behind(checkpoint))
+    )

@@ -15,6 +15,7 @@ from codebook_tools.measure import find_input_range
 from codebook_tools.media import Media
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Model
+from codebook_tools.output import left_behind
 from codebook_tools.sounds import sounds
 from codebook_tools.splits import Splits, limited, split
 from codebook_tools.watch import Watch
@@ -97,7 +98,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         calibration, test = (
             Media(items, medium, model.channels, request.skip_bad, watch) for items in (splits.calibration, splits.test)
         )
-    opened = Opened(request, model, splits, calibration, test, [*model.caveats])
+    opened = Opened(request, model, splits, calibration, test, [*model.caveats, *left_behind(checkpoint)])
     if model.carried:
         few = ", ".join(model.carried[:3]) + (", ..." if len(model.carried) > 3 else "")
         opened.warnings.append(f"{len(model.carried)} tensors unknown to the network are carried over unchanged: {few}")

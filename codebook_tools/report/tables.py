@@ -181,6 +181,7 @@ def inspection_table(found: Inspection) -> RenderableType:
     parts += [
         Text(f"follows {book.key}: {', '.join(book.companions)}") for book in detection.codebooks if book.companions
     ]
+    parts += [Text(warning) for warning in found.warnings]
     if detection.elsewhere:
         parts.append(Text("other tensors with K, K+1 or K+2 in their shape, which something downstream may depend on:"))
         parts += [Text(f"  {key} {list(shape)}") for key, shape in detection.elsewhere]
