@@ -67,7 +67,10 @@ def sha256(path: Path) -> str:
 def write(original: Path, output: Path, changed: dict[str, Tensor] = CHANGED, **metadata: str) -> dict[str, str]:
     """Write, and return the metadata of the index map."""
     config = b'{"k": 2}' if output.suffix != ".safetensors" else None
-    map_path = write_checkpoint(read_checkpoint(original), output, changed, metadata or {"kept": "surgery"}, {}, config)
+    maps = {"codes/index_map": torch.tensor([0, -1, 1, -1])}
+    map_path = write_checkpoint(
+        read_checkpoint(original), output, changed, metadata or {"kept": "surgery"}, maps, config
+    )
     with safe_open(map_path, "pt") as file:
         found: dict[str, str] = file.metadata()
         return found
