@@ -246,7 +246,7 @@ def test_shards_can_be_written_as_one_file(sharded: Path, tmp_path: Path) -> Non
 
 
 def test_a_written_directory_is_replaced_where_it_is_ours_alone(sharded: Path, tmp_path: Path) -> None:
-    write(sharded, tmp_path / "out", codebook="quantize.embedding.weight")
+    write(sharded, tmp_path / "out", codebooks=json.dumps({"quantize.embedding.weight": 2}))
     check_writable(tmp_path / "out", force=True)
     with pytest.raises(CodebookError, match="is not a directory that codebook-tools wrote"):
         check_writable(sharded, force=True)
