@@ -180,7 +180,7 @@ def test_a_directory_of_a_pickle_is_written_under_the_name_that_its_library_load
     before = contents(folder)
     read = read_checkpoint(folder)
     assert (read.path, read.folder, read.config) == (folder / name, folder, {"k": 4})
-    write_checkpoint(read, tmp_path / "out", {}, {"codebook": "x"}, {}, b'{"k": 4}')
+    write_checkpoint(read, tmp_path / "out", {}, {"kept": "surgery"}, {}, b'{"k": 4}')
     assert {path.name for path in (tmp_path / "out").iterdir()} == {written, CONFIG, "README.md"}
     assert load_file(tmp_path / "out" / written).keys() == STATE.keys()
     assert contents(folder) == before
