@@ -95,7 +95,7 @@ def provenance(
     tuned: FineTuned | None = None,
 ) -> dict[str, str]:
     """What the written file says of itself: no times and no paths, so that the same work gives the same bytes."""
-    private = {"data", "test_data", "stats", "images", "device", "network"}
+    private = {"data", "test_data", "stats", "latents", "images", "device", "network"}
     public = {name: value for name, value in settings.items() if name not in private}
     trained = tuned if kept == "finetuned" else None
     return {
