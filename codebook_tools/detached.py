@@ -227,7 +227,8 @@ def _measured(request: Request, known: list[_Known], codebooks: list[Codebook]) 
     if not stats:
         return None
     first = next(iter(stats.values()))
-    return Measurement(first.split, first.images, None, None, None, _counted(stats))
+    images = first.images or None  # the counts of latents from files have none
+    return Measurement(first.split, images, None, None, None, _counted(stats))
 
 
 def _counted(stats: Mapping[FoundCodebook, Stats]) -> tuple[CodebookUse, ...]:
