@@ -252,7 +252,7 @@ class Model:
         Raises CodebookError where no number of channels goes through, or the network gives no grid of latents. A model
         with several codebooks is of a family, whose first one says the stride of all.
         """
-        problems = {}
+        problems = dict[int, CodebookError]()
         for sides in ((height, width), (64, 64), (256, 256)):
             for channels in (3, 1):
                 try:
