@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from codebook_tools.checkpoints.layout import PREFIX, index_map_path
 from codebook_tools.checkpoints.reading import file_sha256
-from codebook_tools.checkpoints.writing import maps_sha256
+from codebook_tools.checkpoints.writing import maps_sha256, tensor_bytes
 from codebook_tools.images import Images, array_items
 from codebook_tools.models.zalando import CODEBOOK, make
 
@@ -167,6 +167,11 @@ def codebook() -> Callable[..., Outcome]:
         return Outcome(found.exit_code, found.stdout, found.stderr)
 
     return run
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """To the last bit, dtype and shape included."""
+    return a.dtype == b.dtype and a.shape == b.shape and tensor_bytes(a) == tensor_bytes(b)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import State
 from torch import Tensor
 
 from codebook_tools.checkpoints.entries import Stored
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.models.families import FAMILIES
 from codebook_tools.models.family import Family, Shapes
-
-State = dict[str, Tensor]
 
 NAMED_ALONE = {"rosinality-2019"}
 """Families of another's layout, which count only where they are asked for by name."""

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import State, assert_close, claims, described, loaded, pictures, shapes_of
+from conftest import State
+from families import assert_close, claims, described, loaded, pictures, shapes_of
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 from transformers import JanusVQVAE, JanusVQVAEConfig

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import State, assert_close, described, loaded, pictures, shapes_of
+from conftest import State
+from families import assert_close, described, loaded, pictures, shapes_of
 from safetensors.torch import save_file
 from vqgan_twin import Twin
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import State, claims, described, shapes_of
+from conftest import State
+from families import claims, described, shapes_of
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 from torch.nn import functional

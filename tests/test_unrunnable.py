@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 from families import claims, described, inner_shapes
 from safetensors.torch import load_file, save_file
+from state_dicts import SURVEY, surveyed
 
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.models import unrunnable
 from codebook_tools.models.families import FAMILIES
-
-LAYOUTS_JSON = Path(__file__).parents[1] / ".." / "shared" / "data" / "layouts.json"
-SURVEY = json.loads(LAYOUTS_JSON.read_text()) if LAYOUTS_JSON.exists() else {}
 
 CLAIMED = {
     "diffusers VQModel": ("diffusers-vqmodel", ""),
@@ -36,14 +34,14 @@ CLAIMED = {
 }
 
 
-@pytest.mark.skipif(not SURVEY, reason="../shared/data/layouts.json is absent")
+@surveyed
 @pytest.mark.parametrize("name", SURVEY)
 def test_a_surveyed_layout_is_claimed_by_its_own_family_alone(name: str) -> None:
     found = claims(described(SURVEY[name]["tensors"]))
     assert list(found.items()) == ([CLAIMED[name]] if name in CLAIMED else [])
 
 
-@pytest.mark.skipif(not SURVEY, reason="../shared/data/layouts.json is absent")
+@surveyed
 @pytest.mark.parametrize("name", ["HF JanusVQVAE", "HF Janus full", "LlamaGen VQ-16"])
 def test_a_surveyed_layout_is_all_that_its_network_holds(name: str) -> None:
     family, prefix = CLAIMED[name]
