@@ -15,7 +15,7 @@ from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.custom import make_network
-from codebook_tools.models.families import CUSTOM, FAMILIES, METRICS, family_of, size_entry
+from codebook_tools.models.families import CUSTOM, FAMILIES, METRICS, check_stated, family_of, size_entry
 from codebook_tools.models.family import Family
 from codebook_tools.models.model import Book, Model, walks
 from codebook_tools.models.stored import effective_rows, owned_keys
@@ -105,6 +105,8 @@ def load_model(
             raise CodebookError(f"{checkpoint.path} does not have the layout of family {name}")
         if record.make is None:
             raise CodebookError(f"{checkpoint.path} is of family {name}: {record.why_not}")
+        for book in find_codebooks(shapes, checkpoint.dtypes).codebooks[:1]:
+            check_stated(checkpoint, book.key, book.size)
         prefix = given
         inner = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
         remake = partial(record.make, inner, checkpoint)
