@@ -38,7 +38,14 @@ class Clustering:
 
 
 def kmeans(
-    points: Tensor, k: int, *, init: Init | Tensor = "kmeans++", iterations: int = 300, seed: int = 0, watch: Watch
+    points: Tensor,
+    k: int,
+    *,
+    init: Init | Tensor = "kmeans++",
+    iterations: int = 300,
+    seed: int = 0,
+    spherical: bool = False,
+    watch: Watch,
 ) -> Clustering:
     """Lloyd's k-means over all points (Lloyd 1982), in squared Euclidean distance.
 
@@ -46,7 +53,8 @@ def kmeans(
     first head, and Lloyd runs to convergence on heads that grow fourfold until all points take part: as good an optimum
     as from all points at once, in far fewer passes over all. A cluster that empties is moved to the point with the
     largest error. init: how seeds are drawn, or the (k, dim) seeds themselves. iterations: the most of them, over each
-    head. Raises CodebookError where there are fewer than k distinct points.
+    head. spherical: points and seeds are of unit length, and centroids are kept so (Dhillon and Modha 2001). Raises
+    CodebookError where there are fewer than k distinct points.
     """
     assert k >= 1 and iterations >= 1, (k, iterations)
     _refuse_too_few(points, k)
@@ -55,7 +63,7 @@ def kmeans(
     data = points.contiguous().numpy()
     result = None
     for head in _heads(len(data), k):
-        result = _lloyd(data[:head], centroids, iterations, watch)
+        result = _lloyd(data[:head], centroids, iterations, spherical, watch)
         centroids = result[0]
     assert result is not None
     centroids, inertia, done, converged = result
@@ -89,7 +97,7 @@ def _heads(n: int, k: int) -> list[int]:
 
 
 def _lloyd(
-    data: NDArray[np.float32], centroids: NDArray[np.float32], iterations: int, watch: Watch
+    data: NDArray[np.float32], centroids: NDArray[np.float32], iterations: int, spherical: bool, watch: Watch
 ) -> tuple[NDArray[np.float32], float, int, bool]:
     from sklearn.cluster import KMeans
 
@@ -97,14 +105,17 @@ def _lloyd(
     rows, copies = _distinct(data)
     if len(rows) < len(centroids):  # a head of repeats would only pull centroids away from the points behind it
         return centroids, inertia, done, converged
+    longest, flat = (1, _FLAT / _BLOCK) if spherical else (_BLOCK, _FLAT)
     while done < iterations and not converged:
-        block = min(_BLOCK, iterations - done)
+        block = min(longest, iterations - done)
         # tol=0: scikit-learn stops early only when no label changes. It re-seeds empty clusters itself.
         model = KMeans(len(centroids), init=centroids, n_init=1, max_iter=block, tol=0, algorithm="lloyd")
         with repeatable():
             fit = model.fit(rows, sample_weight=copies)
         centroids, done = fit.cluster_centers_, done + fit.n_iter_
-        converged = fit.n_iter_ < block or inertia - fit.inertia_ <= _FLAT * fit.inertia_
+        if spherical:
+            centroids = unit(torch.from_numpy(centroids)).numpy()
+        converged = fit.n_iter_ < block or inertia - fit.inertia_ <= flat * fit.inertia_
         inertia = float(fit.inertia_)
         watch.progress(f"k-means on {len(data):,} latents", done, None, inertia=inertia / len(data))
     return centroids, inertia, done, converged

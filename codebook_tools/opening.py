@@ -14,7 +14,7 @@ from codebook_tools.items import Item, Medium, find_items
 from codebook_tools.measure import find_input_range
 from codebook_tools.media import Media
 from codebook_tools.models.load import load_model
-from codebook_tools.models.model import INPUT_RANGES, Model
+from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Model
 from codebook_tools.sounds import sounds
 from codebook_tools.splits import Splits, limited, split
 from codebook_tools.watch import Watch
@@ -163,6 +163,7 @@ def _choose_input_range(request: Request, opened: Opened) -> None:
     """The range given, or the one in which a few calibration images are reconstructed best; sounds have one."""
     model = opened.model
     if model.takes != "images":
+        model.input_range = AS_IT_IS
         return
     if request.input_range is not None:
         low, high = request.input_range
