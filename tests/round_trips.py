@@ -62,12 +62,12 @@ def state_of(path: Path) -> State:
     path = read_checkpoint(path).path
     if path.suffix == ".safetensors":
         return load_file(path)
-    state: State = torch.load(path, weights_only=True)
+    state: State = torch.load(path, weights_only=True)["state_dict"]
     return state
 
 
 def assert_only_these_differ(result: Path, source: Path, owned: Iterable[str]) -> None:
-    """Names, their order and dtypes are the source's, and so is every bit but of tensors whose name holds one of `owned`."""
+    """Names and dtypes are the source's, and so is every bit but of tensors whose name holds one of `owned`."""
     before, after = state_of(source), state_of(result)
     assert sorted(before) == sorted(after)
     for key, tensor in before.items():
@@ -76,13 +76,11 @@ def assert_only_these_differ(result: Path, source: Path, owned: Iterable[str]) -
             assert torch.equal(after[key], tensor), key
 
 
-def assert_averages_follow(state: State, codes: str, sums: str, counts: str) -> None:
-    """Running sums are codes times running counts, and no count is so small that training would move its code."""
-    rows, size = state[codes], state[counts]
-    assert bool((size >= 1).all())
-    axis = list(rows.shape).index(len(size.flatten()))
-    shape = [-1 if i == axis else 1 for i in range(rows.ndim)]
-    assert torch.allclose(state[sums], rows * size.reshape(shape), rtol=1e-6)
+def assert_averages_follow(codes: Tensor, sums: Tensor, counts: Tensor) -> None:
+    """Running sums are codes times running counts, and no count is so small that training would move its code.
+    codes, sums: (..., size, dim); counts: (..., size)."""
+    assert bool((counts >= 1).all())
+    assert torch.allclose(sums, codes * counts[..., None], rtol=1e-6)
 
 
 def assert_same_indices(ours: Iterable[Tensor], theirs: Iterable[Tensor], size: int) -> None:

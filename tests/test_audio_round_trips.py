@@ -17,10 +17,8 @@ from round_trips import OPERATIONS, Operation, assert_averages_follow, assert_sa
 from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.errors import CodebookError
 from codebook_tools.models.load import load_model
 from codebook_tools.opening import Request
-from codebook_tools.strategies import Prune, Quantize, Refit
 
 LENGTH = 224
 """Samples of a clip: 28 latents."""
@@ -98,5 +96,5 @@ def test_what_is_written_the_library_loads_and_computes(
     for key in state:
         stem = key.removesuffix("embed_avg")
         if stem != key:
-            assert_averages_follow(state, f"{stem}embed", key, f"{stem}cluster_size")
+            assert_averages_follow(state[f"{stem}embed"], state[key], state[f"{stem}cluster_size"])
             assert bool(state[f"{stem}inited"].all())
