@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,15 @@ from round_trips import OPERATIONS, Operation, assert_averages_follow, assert_sa
 from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.compare import compare
+from codebook_tools.errors import CodebookError
+from codebook_tools.finetune import Recipe
 from codebook_tools.models.load import load_model
+from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
+from codebook_tools.operate import operate
+from codebook_tools.strategies import Grow, Prune, Quantize, Refit
+from codebook_tools.watch import Watch
 
 LENGTH = 224
 """Samples of a clip: 28 latents."""
@@ -98,3 +106,113 @@ def test_what_is_written_the_library_loads_and_computes(
         if stem != key:
             assert_averages_follow(state[f"{stem}embed"], state[key], state[f"{stem}cluster_size"])
             assert bool(state[f"{stem}inited"].all())
+
+
+# --- sizes that a config takes -------------------------------------------------------------------------------------
+
+POWERS_ONLY = ("encodec", "dac", "mimi")
+TWELVE = {"prune": Prune(keep=12), "refit": Refit(k=12), "quantize": Quantize(k=12), "grow": Grow(k=12)}
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model is run."""
+
+    def run(*_: object) -> None:
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr(Model, "run", run)
+    monkeypatch.setattr(Model, "encode", run)
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("command", TWELVE)
+@pytest.mark.parametrize("name", POWERS_ONLY)
+def test_a_size_that_the_config_does_not_take_is_refused_before_any_work(
+    name: str, command: str, request_for: Callable[..., Request], tmp_path: Path
+) -> None:
+    request = request_for(name)
+    with pytest.raises(CodebookError, match=r"12 codes: .* takes powers of two only; the nearest are 8 and 16"):
+        operate(command, request, TWELVE[command], Recipe(steps=0), Watch())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("name", POWERS_ONLY)
+def test_so_it_is_by_compare(name: str, request_for: Callable[..., Request], tmp_path: Path) -> None:
+    request = request_for(name)
+    with pytest.raises(CodebookError, match=r"12 codes: .* takes powers of two only; the nearest are 8 and 16"):
+        compare(request, 12, ["refit"], Recipe(steps=0), seeds=1, folder=tmp_path / "rows", watch=Watch())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_config_that_takes_any_size_gets_it(request_for: Callable[..., Request]) -> None:
+    _, result = operated(Operation("refit", Refit(k=12)), request_for("xcodec"))
+    assert_the_library_agrees(CASES["xcodec"], result, 12)
+
+
+@pytest.mark.parametrize("name", POWERS_ONLY)
+def test_pruning_fills_up_to_what_the_config_takes_and_says_so(name: str, request_for: Callable[..., Request]) -> None:
+    done, result = operated(Operation("prune", Prune()), request_for(name))
+    (said,) = (warning for warning in done.warnings if "dead codes fill them up" in warning)
+    assert "one size that the config takes, 8" in said and said.partition(", 8: ")[2].count("2 of quantizer.") == 3
+    assert done.surgery is not None and done.before is not None
+    assert done.surgery.mse == done.before.mse
+    assert [use.size for use in done.surgery.codebooks] == [8] * CASES[name].quantisers
+    assert [use.used for use in done.surgery.codebooks] == [use.used for use in done.before.codebooks]
+    rates = json.loads((result / "config.json").read_text()).get("target_bandwidths")
+    assert rates is None or rates == pytest.approx([1.2, 2.4], abs=1e-5)  # 4 bits a code have become 3
+
+
+@pytest.mark.parametrize(("k", "size"), [(8, 16), (32, 32)])
+def test_of_several_stages_one_may_be_chosen_and_all_stay_of_one_size(
+    k: int, size: int, request_for: Callable[..., Request]
+) -> None:
+    key = "quantizer.layers.1.codebook.embed"
+    request = request_for("encodec", codebook_keys=(key,))
+    done, result = operated(Operation("refit", Refit(k=k)), request)
+    assert_the_library_agrees(CASES["encodec"], result, size)
+    before, after = (load_file(path / WEIGHTS) for path in (request.source, result))
+    for other in (name for name in before if name.endswith(".embed") and name != key):
+        assert torch.equal(after[other][:K], before[other])
+        assert torch.equal(after[other][K:], before[other][:1].expand(size - K, -1))
+    assert len(after[key].unique(dim=0)) == k
+    assert any("dead codes fill them up" in warning for warning in done.warnings)
+
+
+AMISS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "a config of another K": (
+        lambda folder: (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace('"codebook_size": 16', '"codebook_size": 32')
+        ),
+        "codebook_size=32, but quantizer",
+    ),
+    "no power of two": (
+        lambda folder: (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace('"codebook_size": 16', '"codebook_size": 12')
+        ),
+        "codebook_size",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("kind", AMISS)
+@pytest.mark.parametrize("name", POWERS_ONLY)
+def test_a_config_that_is_not_the_weights_is_refused(
+    name: str, kind: str, request_for: Callable[..., Request], tmp_path: Path
+) -> None:
+    request = request_for(name)
+    change, message = AMISS[kind]
+    change(request.source)
+    with pytest.raises(CodebookError, match=re.escape(message)) as caught:
+        operate("prune", request, Prune(), Recipe(steps=0), Watch())
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.usefixtures("idle")
+def test_weights_alone_are_refused(collapsed: Saved, clips: tuple[str, ...], tmp_path: Path) -> None:
+    alone = Path(shutil.copy(collapsed("encodec") / WEIGHTS, tmp_path / "codec.safetensors"))
+    with pytest.raises(CodebookError, match="EncodecModel without its config"):
+        operate("prune", Request(alone, clips), Prune(), Recipe(steps=0), Watch())
