@@ -447,10 +447,32 @@ def test_refit_leaves_no_code_unused_where_latents_repeat(init: Any) -> None:
     assert len(nearest(latents, found).unique()) == k
 
 
-@pytest.mark.parametrize(
-    ("lookup", "emit"),
-    [(Lookup.DOT, Emit.RAW), (Lookup.EUCLIDEAN, Emit.UNIT)],
-)
+@pytest.mark.parametrize(("emit", "first", "second"), [(Emit.RAW, [3.0, 0.0], [0.0, 3.0]), (Emit.UNIT, [1, 0], [0, 1])])
+def test_refit_for_cosine_goes_by_directions(emit: Emit, first: list[float], second: list[float]) -> None:
+    """Two clusters of directions, of latents as far from each other within as between them: their means by hand."""
+    latents = torch.tensor([[1.0, 0.1], [1.0, -0.1], [7.0, 0.0], [0.1, 1.0], [-0.1, 1.0], [0.0, 7.0]])
+    old = Codebook(NUMBERED.vectors[:, :2], Lookup.COSINE, emit)
+    found = Refit(2)(old, StoredLatents(latents), torch.ones(old.size, dtype=torch.int64)).codebook
+    assert (found.lookup, found.emit) == (Lookup.COSINE, emit)
+    rows = sorted(found.vectors.tolist(), reverse=True)
+    torch.testing.assert_close(torch.tensor(rows), torch.tensor([first, second]).float())
+
+
+@pytest.mark.parametrize("init", ["kmeans++", "afkmc2", "used", "random"])
+def test_refit_for_cosine_stays_at_unit_length_and_lowers_the_error(init: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3000, 4, generator=generator) * torch.tensor([3.0, 1, 1, 0.2]) + 1
+    old = Codebook(torch.nn.functional.normalize(latents[:16], dim=1), Lookup.COSINE, Emit.UNIT)
+    counts = torch.bincount(nearest(latents, old), minlength=16)
+    found = Refit(16, init)(old, StoredLatents(latents), counts).codebook
+    torch.testing.assert_close(found.vectors.norm(dim=1), torch.ones(16))
+    cosines = [
+        (torch.nn.functional.normalize(latents, dim=1) @ book.vectors.mT).amax(1).mean() for book in (old, found)
+    ]
+    assert 1 - cosines[1] < 0.8 * (1 - cosines[0])
+
+
+@pytest.mark.parametrize(("lookup", "emit"), [(Lookup.DOT, Emit.RAW), (Lookup.EUCLIDEAN, Emit.UNIT)])
 def test_refit_says_which_codebooks_it_has_no_kmeans_for(lookup: Lookup, emit: Emit) -> None:
     old = Codebook(NUMBERED.vectors, lookup, emit)
     with pytest.raises(CodebookError, match=f"no k-means for {lookup.value} lookup with {emit.value} rows"):

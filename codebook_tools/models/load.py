@@ -17,7 +17,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.models.custom import make_network
 from codebook_tools.models.families import CUSTOM, FAMILIES, METRICS, check_stated, family_of, size_entry
 from codebook_tools.models.family import Family
-from codebook_tools.models.model import Book, Model, walks
+from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Book, Model, walks
 from codebook_tools.models.stored import effective_rows, owned_keys
 
 
@@ -133,6 +133,7 @@ def load_model(
         target,
         bf16,
         power_of_two=entry is not None and entry.power_of_two,
+        input_range=AS_IT_IS if hasattr(module, "sampling_rate") else INPUT_RANGES[0],
         carried=tuple(key for key in shapes if key not in owned.union(keys.values())),
         caveats=(caveat,) if caveat else (),
     )
