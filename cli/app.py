@@ -258,7 +258,12 @@ def verify(
         Path | None, typer.Option(metavar="MODEL", help="The original. Left out: the bundled demo.")
     ] = None,
     map_: Annotated[
-        Path | None, typer.Option("--map", metavar="FILE", help="Its index map. Left out: the one beside it.")
+        list[Path] | None,
+        typer.Option(
+            "--map",
+            metavar="FILE",
+            help="Its index map. Left out: the one beside it. Of a prior: those that it followed. Repeatable.",
+        ),
     ] = None,
     json_: JsonFlag = False,
 ) -> None:
@@ -268,7 +273,7 @@ def verify(
         from codebook_tools.report.tables import verification_table
         from codebook_tools.verify import verify_checkpoint
 
-        found = verify_checkpoint(model, against or DEMO, map_)
+        found = verify_checkpoint(model, against or DEMO, map_ or [])
         show_result(found, verification_table, json_)
         if not found.ok:
             raise typer.Exit(3)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,67 +18,51 @@ from codebook_tools.checkpoints.layout import PREFIX, index_map_path
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.writing import maps_sha256
 from codebook_tools.codebook import REMOVED
+from codebook_tools.downstream.verify_prior import prior_differences
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.companions import companion_values, flags
 from codebook_tools.models.families import size_entry
 from codebook_tools.models.load import find_book
 from codebook_tools.models.stored import effective_rows, owned_keys, rounded, stored_rows
 from codebook_tools.output import written_config
+from codebook_tools.verification import Difference, Verification, listed, same_bytes
 
 
-@dataclass(frozen=True)
-class Difference:
-    """key: the tensor, metadata or config that is not as it must be. what: how, in a few words."""
+def verify_checkpoint(model: Path, against: Path, maps: Sequence[Path] = ()) -> Verification:
+    """Check `model`, written by this package, against the original. maps: none for the one beside it.
 
-    key: str
-    what: str
-
-
-@dataclass(frozen=True)
-class Verification:
-    """differences: empty where the checkpoint is what it says it is."""
-
-    model: str
-    against: str
-    index_map: str
-    differences: tuple[Difference, ...]
-
-    @property
-    def ok(self) -> bool:
-        return not self.differences
-
-    def to_json(self) -> dict[str, object]:
-        """The promised keys."""
-        return {"ok": self.ok, "differences": [asdict(difference) for difference in self.differences]}
-
-
-def verify_checkpoint(model: Path, against: Path, index_map: Path | None = None) -> Verification:
-    """Check `model`, written by this package, against the original. index_map: None for the one beside it.
-
-    Raises CodebookError where a file is missing or unsound, or the checkpoint was not written by this package.
+    A prior that was remapped is held against the original prior and the maps that it followed. Raises CodebookError
+    where a file is missing or unsound, or the checkpoint was not written by this package.
     """
     written, original = read_checkpoint(model), read_checkpoint(against)
-    map_path = index_map or index_map_path(written.folder or model)
-    maps = read_checkpoint(map_path)
-    books = list(_books(written, original, model, against))
-    differences = (
-        *_files(written, original, maps),
-        *_config(written, original, books),
-        *_tensors(written, original, books),
-        *_map_names(maps, books),
-        *(difference for found in books for difference in _book(written, original, maps, found)),
-    )
-    return Verification(str(model), str(against), str(map_path), differences)
+    if written.metadata.get(PREFIX + "command") == "remap":
+        paths, differences = list(maps), tuple(prior_differences(written, original, maps))
+    else:
+        paths = list(maps) or [index_map_path(written.folder or model)]
+        if len(paths) > 1:
+            raise CodebookError(f"--map: {len(paths)} maps; a checkpoint that a surgery wrote has one")
+        differences = tuple(_differences(written, original, read_checkpoint(paths[0])))
+    return Verification(str(model), str(against), ", ".join(map(str, paths)), differences)
 
 
-def _books(written: Checkpoint, original: Checkpoint, model: Path, against: Path) -> Iterator[FoundCodebook]:
+def _differences(written: Checkpoint, original: Checkpoint, maps: Checkpoint) -> Iterator[Difference]:
+    books = list(_books(written, original))
+    yield from _files(written, original, maps)
+    yield from _config(written, original, books)
+    yield from _tensors(written, original, books)
+    yield from _map_names(maps, books)
+    for found in books:
+        yield from _book(written, original, maps, found)
+
+
+def _books(written: Checkpoint, original: Checkpoint) -> Iterator[FoundCodebook]:
     """Where the codebooks that the written file names lie in the original."""
-    keys = _listed(written, "codebooks")
+    keys = listed(written, "codebooks")
     if not keys:
-        raise CodebookError(f"{model} says nothing of a surgery: it was not written by codebook-tools")
+        raise CodebookError(f"{written.path} says nothing of a surgery: it was not written by codebook-tools")
     for key in keys:
         if key not in original.entries:
-            raise CodebookError(f"{against} has no {key}, a codebook of {model}: it is not the original")
+            raise CodebookError(f"{original.path} has no {key}, a codebook of {written.path}: it is not the original")
         yield find_book(original, key)
 
 
@@ -138,30 +122,17 @@ def _tensors(written: Checkpoint, original: Checkpoint, books: list[FoundCodeboo
         yield Difference(key, "missing" if key in original.entries else "not in the original")
     follows = {key for book in books for key in (book.key, *book.companions)}
     owned = {key for book in books for key in owned_keys(original, book)}
-    may_differ = owned | set(_listed(written, "trained_tensors"))
+    may_differ = owned | set(listed(written, "trained_tensors"))
     for key in sorted(original.entries.keys() & written.entries.keys()):
         before, after = original.entries[key], written.entries[key]
         if before.dtype != after.dtype:
             yield Difference(key, f"dtype {after.dtype} instead of {before.dtype}")
         elif key not in follows and before.shape != after.shape:
             yield Difference(key, f"shape {after.shape} instead of {before.shape}")
-        elif key not in may_differ and not _same_bytes(written, original, key):
+        elif key not in may_differ and not same_bytes(written, original, key):
             yield Difference(key, "changed, though nothing says that it was trained")
         elif key in may_differ and "F" in before.dtype and not bool(torch.isfinite(written.tensor(key).float()).all()):
             yield Difference(key, "not finite")
-
-
-def _listed(written: Checkpoint, entry: str) -> list[str]:
-    """Names in the metadata, a list of them or the keys of an object; none where it is neither."""
-    try:
-        names = json.loads(written.metadata.get(PREFIX + entry, "[]"))
-    except ValueError:
-        return []
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list | dict) else []
-
-
-def _same_bytes(a: Checkpoint, b: Checkpoint, key: str) -> bool:
-    return all(one == other for one, other in zip(a.chunks(key), b.chunks(key), strict=True))
 
 
 def _map_names(maps: Checkpoint, books: list[FoundCodebook]) -> Iterator[Difference]:

@@ -22,9 +22,9 @@ FLOORS = (
     ("models",),
     ("measure", "tokens", "coverage", "latent_files", "output", "stats"),
     ("finetune", "opening"),
-    ("stages", "outcome", "inspection", "verify", "comparison", "downstream"),
-    ("detached", "compare"),
-    ("operate", "planning"),
+    ("stages", "outcome", "inspection", "comparison", "verification"),
+    ("detached", "compare", "downstream"),
+    ("operate", "planning", "verify"),
     ("report",),
     ("__main__", COMMAND_LINE),
 )

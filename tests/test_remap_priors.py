@@ -364,3 +364,40 @@ def test_a_prior_over_the_demo_models_tokens_loses_nothing(codebook: Run, tmp_pa
     after = loss(loaded(tmp_path / "prior.remapped"), new_tokens, torch.arange(96))
     assert before < math.log(96) - 0.3  # it learnt something
     assert after == pytest.approx(before, abs=1e-5)
+
+
+# --- verified ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_remapped_prior_is_verified_against_its_original_and_its_map(
+    codebook: Run, with_model: WriteMap, tmp_path: Path
+) -> None:
+    llama(tmp_path / "prior", 9, bos_token_id=0, eos_token_id=7)
+    map_path = with_model("m", 4, PRUNE)
+    done = codebook("remap", tmp_path / "prior", "--map", map_path, "--offset", 1)
+    assert done.exit_code == 0, done
+    asked = ("verify", tmp_path / "prior.remapped", "--against", tmp_path / "prior")
+    assert codebook(*asked, "--map", map_path).exit_code == 0
+    alone = codebook(*asked)
+    assert alone.exit_code == 1 and "name the maps that it followed with --map" in alone.stderr
+    other = codebook(*asked, "--map", with_model("n", 4, ([0, -1, 1, 2, 3, -1], [0, 0, 1, 2, 3, 3])), "--json")
+    assert other.exit_code == 3
+    assert {found["key"] for found in other.json["differences"]} == {"lm_head.weight", "model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("key", ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "config.json"])
+def test_one_number_of_a_remapped_prior_that_is_another_is_found(
+    codebook: Run, with_model: WriteMap, tmp_path: Path, key: str
+) -> None:
+    llama(tmp_path / "prior", 9, bos_token_id=0, eos_token_id=7)
+    map_path, output = with_model("m", 4, PRUNE), tmp_path / "prior.remapped"
+    assert codebook("remap", tmp_path / "prior", "--map", map_path, "--offset", 1).exit_code == 0
+    if key == "config.json":
+        config = json.loads((output / key).read_text())
+        (output / key).write_text(json.dumps({**config, "vocab_size": 8}))
+    else:
+        stored, metadata = load_file(output / "model.safetensors"), read_checkpoint(output).metadata
+        stored[key].view(-1)[-1] += 1
+        save_file(stored, output / "model.safetensors", metadata)
+    found = codebook("verify", output, "--against", tmp_path / "prior", "--map", map_path, "--json")
+    assert found.exit_code == 3 and [one["key"] for one in found.json["differences"]] == [key]

@@ -104,7 +104,7 @@ def test_a_map_that_lies_elsewhere_is_read_where_it_is_said_to_lie(
 ) -> None:
     model, original = done()
     moved = index_map_path(model).rename(tmp_path / "elsewhere.safetensors")
-    assert found_in(model, original, index_map=moved) == ()
+    assert found_in(model, original, maps=[moved]) == ()
     with pytest.raises(CodebookError, match=r"no such file: .*out\.index_map"):
         verify_checkpoint(model, original)
 
@@ -155,7 +155,7 @@ def test_the_map_of_another_surgery_is_found(done: Callable[..., tuple[Path, Pat
     model, _ = done(Prune(keep=5))
     other = index_map_path(model).rename(tmp_path / "other.safetensors")
     model, original = done(Prune())
-    found = found_in(model, original, index_map=other)
+    found = found_in(model, original, maps=[other])
     assert {difference.key for difference in found} == {"__metadata__", CODEBOOK}
     assert "other.safetensors belongs to another checkpoint" in found[0].what
 
@@ -297,7 +297,7 @@ def test_infinities_of_a_tensor_that_was_carried_over_are_no_fault(
 def test_a_file_that_the_package_did_not_write_cannot_be_verified(done: Callable[..., tuple[Path, Path]]) -> None:
     model, original = done()
     with pytest.raises(CodebookError, match="says nothing of a surgery"):
-        verify_checkpoint(original, original, index_map_path(model))
+        verify_checkpoint(original, original, [index_map_path(model)])
 
 
 def test_an_original_without_the_codebook_is_none(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
+
+from torch import Tensor
 
 from codebook_tools.checkpoints.layout import is_directory_output, split_others
 from codebook_tools.checkpoints.reading import Checkpoint
@@ -21,19 +24,30 @@ _GENERATION = "generation_config.json"
 _TOKENISER = {"tokenizer.json", "vocab.json", "added_tokens.json"}
 
 
-def remap_prior(
+@dataclass(frozen=True, eq=False)
+class RemappedPrior:
+    """changed: new tables by key. embedded: each embedding's vocabulary, and its rows before. config, others: what the
+    config and other files of a directory are to hold."""
+
+    tables: Tables
+    changed: dict[str, Tensor]
+    embedded: list[tuple[Vocabulary, int]]
+    config: bytes | None
+    others: dict[str, bytes]
+
+
+def remapped(
     prior: Checkpoint,
-    output: Path,
     vocabularies: Sequence[Vocabulary],
     on_removed: OnRemoved,
     embedding_keys: Sequence[str] = (),
     head_keys: Sequence[str] = (),
-) -> tuple[list[tuple[Vocabulary, int]], list[str]]:
-    """Write `prior` to `output` with its tables as the vocabularies make them, and its config where it is a directory.
+) -> RemappedPrior:
+    """The prior with its tables as the vocabularies make them, and its config.
 
     vocabularies: one for all tables, or one for each. on_removed: "nearest" lets a new code that is no old one's
-    inherit the rows of those nearest to it. Returns each embedding's vocabulary with its rows before, and warnings.
-    Raises CodebookError where a table is not found or too short for the codes, or a new code inherits nothing.
+    inherit the rows of those nearest to it. Raises CodebookError where a table is not found or too short for the codes,
+    or a new code inherits nothing.
     """
     if isinstance(on_removed, int):
         raise CodebookError(f"--on-removed mask={on_removed} is for tokens; for a prior, give error or nearest")
@@ -55,9 +69,22 @@ def remap_prior(
         changed[key] = one.new_bias(prior.tensor(key))
     if vocabularies[0].multiple > 1 and len({prior.shapes[key][0] for key in changed}) > 1:
         raise CodebookError(f"{prior.path}: {', '.join(changed)} differ in length; --pad-to-multiple would part them")
-    config, others = _configs(prior, embedded)
-    write_checkpoint(prior, output, changed, _about(prior, vocabularies, on_removed), {}, config, others)
-    return embedded, [*_warnings(prior, output, tables, vocabularies)]
+    return RemappedPrior(tables, changed, embedded, *_configs(prior, embedded))
+
+
+def remap_prior(
+    prior: Checkpoint,
+    output: Path,
+    vocabularies: Sequence[Vocabulary],
+    on_removed: OnRemoved,
+    embedding_keys: Sequence[str] = (),
+    head_keys: Sequence[str] = (),
+) -> tuple[list[tuple[Vocabulary, int]], list[str]]:
+    """Write `remapped` to `output`. Returns each embedding's vocabulary with its rows before, and warnings."""
+    new = remapped(prior, vocabularies, on_removed, embedding_keys, head_keys)
+    about = _about(prior, vocabularies, on_removed, embedding_keys, head_keys)
+    write_checkpoint(prior, output, new.changed, about, {}, new.config, new.others)
+    return new.embedded, [*_warnings(prior, output, new.tables, vocabularies)]
 
 
 def _paired(
@@ -93,9 +120,21 @@ def _configs(prior: Checkpoint, embedded: Sequence[tuple[Vocabulary, int]]) -> t
     return followed(prior.config_path, change), others
 
 
-def _about(prior: Checkpoint, vocabularies: Sequence[Vocabulary], on_removed: OnRemoved) -> dict[str, str]:
+def _about(
+    prior: Checkpoint,
+    vocabularies: Sequence[Vocabulary],
+    on_removed: OnRemoved,
+    embedding_keys: Sequence[str],
+    head_keys: Sequence[str],
+) -> dict[str, str]:
     first = vocabularies[0]
-    settings = {"on_removed": on_removed, "offset": first.offset, "pad_to_multiple": first.multiple}
+    settings = {
+        "on_removed": on_removed,
+        "offset": first.offset,
+        "pad_to_multiple": first.multiple,
+        "embedding_keys": list(embedding_keys),
+        "head_keys": list(head_keys),
+    }
     maps = {f"{i}/nearest": one.codes.nearest for i, one in enumerate(vocabularies)}
     return {
         "command": "remap",

@@ -15,7 +15,7 @@ from codebook_tools.inspection import Inspection
 from codebook_tools.measure import Measurement
 from codebook_tools.outcome import Result
 from codebook_tools.planning import Plan
-from codebook_tools.verify import Verification
+from codebook_tools.verification import Verification
 
 STAGES = {"before": "before", "surgery": "after surgery", "finetuned": "after fine-tuning"}
 

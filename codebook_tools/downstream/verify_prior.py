@@ -1,0 +1,73 @@
+"""A remapped prior held against the original: its tables are those that the maps make, and all else is as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codebook_tools.checkpoints.config import parse_config, same_config
+from codebook_tools.checkpoints.layout import PREFIX
+from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.downstream.maps import read_index_maps
+from codebook_tools.downstream.priors import RemappedPrior, remapped
+from codebook_tools.downstream.vocabulary import Vocabulary
+from codebook_tools.errors import CodebookError
+from codebook_tools.verification import Difference, listed, same_bytes
+
+
+def prior_differences(written: Checkpoint, original: Checkpoint, maps: Sequence[Path]) -> Iterator[Difference]:
+    """What is not as it must be. maps: as they were given to the remapping; it is done once more, in memory.
+
+    Raises CodebookError where there are no maps, or they cannot be those.
+    """
+    if not maps:
+        raise CodebookError(f"{written.path} is a remapped prior: name the maps that it followed with --map")
+    settings = _settings(written)
+    vocabularies = [
+        Vocabulary(one, settings["offset"], settings["pad_to_multiple"])
+        for one in read_index_maps(maps, listed(written, "codebooks"))
+    ]
+    keys = (settings["embedding_keys"], settings["head_keys"])
+    meant = remapped(original, vocabularies, settings["on_removed"], *keys)
+    if written.metadata.get(PREFIX + "source_sha256") != original.sha256:
+        yield Difference("__metadata__", f"{original.path.name} is not the prior that was remapped")
+    yield from _tensors(written, original, meant)
+    yield from _configs(written, meant)
+
+
+def _settings(written: Checkpoint) -> dict[str, Any]:
+    try:
+        settings = json.loads(written.metadata.get(PREFIX + "settings", ""))
+    except ValueError:
+        settings = None
+    wanted = {"on_removed", "offset", "pad_to_multiple", "embedding_keys", "head_keys"}
+    if not isinstance(settings, dict) or not wanted <= settings.keys():
+        raise CodebookError(f"{written.path} does not say how it was remapped: its metadata are damaged")
+    return settings
+
+
+def _tensors(written: Checkpoint, original: Checkpoint, meant: RemappedPrior) -> Iterator[Difference]:
+    for key in sorted(original.entries.keys() ^ written.entries.keys()):
+        yield Difference(key, "missing" if key in original.entries else "not in the original")
+    for key in sorted(original.entries.keys() & written.entries.keys()):
+        before, after = original.entries[key], written.entries[key]
+        shape = tuple(meant.changed[key].shape) if key in meant.changed else before.shape
+        if (after.dtype, after.shape) != (before.dtype, shape):
+            yield Difference(key, f"{after.dtype} {after.shape} instead of {before.dtype} {shape}")
+        elif key in meant.changed and not torch.equal(written.tensor(key), meant.changed[key]):
+            yield Difference(key, "its rows are not those that the map makes of the original's")
+        elif key not in meant.changed and not same_bytes(written, original, key):
+            yield Difference(key, "changed, though no map is about it")
+
+
+def _configs(written: Checkpoint, meant: RemappedPrior) -> Iterator[Difference]:
+    if written.folder is None or meant.config is None:
+        return
+    for name, text in {"config.json": meant.config, **meant.others}.items():
+        path = written.folder / name
+        if not path.is_file() or not same_config(parse_config(path), json.loads(text)):
+            yield Difference(name, "not what follows from the original's and the map")
