@@ -20,12 +20,12 @@ from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import tensor_bytes
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models import zalando
 from codebook_tools.models.companions import companion_values, flags, rows_of, stored_as
-from codebook_tools.models.custom import make_network
 from codebook_tools.models.load import choose_codebook, family_of, load_model
 from codebook_tools.models.model import Model
 from codebook_tools.models.zalando import CODEBOOK
+from codebook_tools.networks import zalando
+from codebook_tools.networks.custom import make_network
 
 WriteModel = Callable[..., Path]
 VARIANTS = ("plain", "ema", "weight_norm_older", "weight_norm_newer", "module_prefix", "tied", "extra")
