@@ -69,7 +69,8 @@ def _nearest_exact(latents: Tensor, codes: Tensor, squares: bool) -> Tensor:
     A code's score is summed by itself: a matrix product may give equal codes scores that differ by their column.
     """
     wide = codes.double()
-    rows = max(1, _TILE_BYTES["cuda"] // (8 * wide.numel()))
+    # Differences and their squares lie side by side: on a CPU, few enough that memory hardly notices.
+    rows = max(1, (_TILE_BYTES["cuda"] if latents.is_cuda else 16 << 20) // (8 * wide.numel()))
     found = []
     for tile in torch.split(latents.double(), rows):
         scores = (tile[:, None] - wide).square().sum(2) if squares else -(tile[:, None] * wide).sum(2)

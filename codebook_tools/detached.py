@@ -21,7 +21,7 @@ from codebook_tools.index_maps import nearest_map
 from codebook_tools.latent_files import FileLatents, limited_latents, open_latents, split_latents
 from codebook_tools.latents import StoredLatents, Survey, survey
 from codebook_tools.measure import CodebookUse, Measurement, Tally, use_of
-from codebook_tools.models.families import CUSTOM, family_of, lookup_of, size_entry
+from codebook_tools.models.families import CUSTOM, check_stated, family_of, lookup_of, size_entry
 from codebook_tools.models.load import choose_codebook, choose_codebooks
 from codebook_tools.models.stored import changed_codebook, effective_rows, rounded
 from codebook_tools.opening import Request
@@ -95,11 +95,7 @@ def measure_detached(request: Request, watch: Watch, stats: Path | None) -> Resu
     known, settings = _look(request, read_checkpoint(request.source), watch)
     before = _measured(request, known, [one.old for one in known])
     if stats is not None:
-        counted = {
-            one.found.key: Stats(one.seen.counts, one.seen.error, "calibration", one.seen.total)
-            for one in known
-            if one.seen
-        }
+        counted = {one.found.key: Stats(one.seen.counts, one.seen.error, "calibration", 0) for one in known if one.seen}
         write_stats(stats, read_checkpoint(request.source), counted)
         settings["stats"] = str(stats)
     return Result(
@@ -181,10 +177,10 @@ def _look(request: Request, checkpoint: Checkpoint, watch: Watch) -> tuple[list[
     """What there is to know of each codebook, and the settings that say where it came from."""
     lookup, emit = lookup_of(request.family or family_of(checkpoint), request.metric)
     with watch.phase("load"):
-        books = [
-            _Known(found, Codebook(effective_rows(checkpoint, found), lookup, emit))
-            for found in books_without_images(request, checkpoint)
-        ]
+        found_books = books_without_images(request, checkpoint)
+        for found in found_books:
+            check_stated(checkpoint, found.key, found.size)
+        books = [_Known(found, Codebook(effective_rows(checkpoint, found), lookup, emit)) for found in found_books]
     if request.latents:
         one, settings = _with_latents(request, books[0], watch)
         return [one], settings
@@ -227,7 +223,8 @@ def _measured(request: Request, known: list[_Known], codebooks: list[Codebook]) 
     if not stats:
         return None
     first = next(iter(stats.values()))
-    return Measurement(first.split, first.images, None, None, None, _counted(stats))
+    images = first.images or None  # the counts of latents from files have none
+    return Measurement(first.split, images, None, None, None, _counted(stats))
 
 
 def _counted(stats: Mapping[FoundCodebook, Stats]) -> tuple[CodebookUse, ...]:

@@ -18,14 +18,16 @@ def nearest_map(
     index_map: as Surgery's. samples: codes of the same latents before and after, (n,) int64 each; None where no latents
     are known.
     """
-    by_distance = nearest(old.vectors, new)
+    gone = index_map == REMOVED
+    found = index_map.clone()
+    found[gone] = nearest(old.vectors[gone], new)
     if samples is None:
-        return torch.where(index_map == REMOVED, by_distance, index_map)
+        return found
     old_codes, new_codes = samples
     pairs, hits = torch.unique(old_codes * new.size + new_codes, return_counts=True)
     most = torch.zeros(old.size, dtype=torch.int64)
     for pair, count in zip(pairs.tolist(), hits.tolist(), strict=True):
         code, target = divmod(pair, new.size)
-        if count > most[code]:
-            most[code], by_distance[code] = count, target
-    return torch.where(index_map == REMOVED, by_distance, index_map)
+        if gone[code] and count > most[code]:
+            most[code], found[code] = count, target
+    return found

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -38,28 +38,39 @@ class Clustering:
 
 
 def kmeans(
-    points: Tensor, k: int, *, init: Init | Tensor = "kmeans++", iterations: int = 300, seed: int = 0, watch: Watch
+    points: Tensor,
+    k: int,
+    *,
+    init: Init | Tensor = "kmeans++",
+    iterations: int = 300,
+    seed: int = 0,
+    lookup: Lookup = Lookup.EUCLIDEAN,
+    emit: Emit = Emit.RAW,
+    watch: Watch,
 ) -> Clustering:
-    """Lloyd's k-means over all points (Lloyd 1982), in squared Euclidean distance.
+    """Lloyd's k-means over all points (Lloyd 1982), in squared Euclidean distance, or by the cosine.
 
     points: (n, dim) float32, in an order in which each head is a uniform sample (Survey.sample is). Seeds come from the
     first head, and Lloyd runs to convergence on heads that grow fourfold until all points take part: as good an optimum
     as from all points at once, in far fewer passes over all. A cluster that empties is moved to the point with the
     largest error. init: how seeds are drawn, or the (k, dim) seeds themselves. iterations: the most of them, over each
-    head. Raises CodebookError where there are fewer than k distinct points.
+    head. lookup, emit: how centroids are searched and given out. By the cosine, those at unit length are mean
+    directions (spherical k-means, Dhillon and Modha 2001), and raw ones the means of the points that they are the
+    nearest direction of. There is none for the dot product. Raises CodebookError where there are fewer than k distinct
+    points.
     """
-    assert k >= 1 and iterations >= 1, (k, iterations)
-    _refuse_too_few(points, k)
-    centroids = (init if isinstance(init, Tensor) else seeds(points, k, init, seed)).numpy()
+    assert k >= 1 and iterations >= 1 and lookup is not Lookup.DOT, (k, iterations, lookup)
+    places = points if lookup is Lookup.EUCLIDEAN else unit(points)
+    _refuse_too_few(places, k)
+    centroids = init if isinstance(init, Tensor) else seeds(places, k, init, seed)
     assert centroids.shape == (k, points.shape[1])
-    data = points.contiguous().numpy()
+    lloyd = _lloyd if lookup is Lookup.EUCLIDEAN else partial(_cosine_lloyd, emit)
     result = None
-    for head in _heads(len(data), k):
-        result = _lloyd(data[:head], centroids, iterations, watch)
-        centroids = result[0]
+    for head in _heads(len(points), k):
+        result = lloyd(points[:head], centroids, iterations, watch)
+        centroids = result.centroids
     assert result is not None
-    centroids, inertia, done, converged = result
-    return Clustering(torch.from_numpy(centroids), inertia, done, converged)
+    return result
 
 
 def _refuse_too_few(points: Tensor, k: int) -> None:
@@ -88,15 +99,14 @@ def _heads(n: int, k: int) -> list[int]:
     return heads
 
 
-def _lloyd(
-    data: NDArray[np.float32], centroids: NDArray[np.float32], iterations: int, watch: Watch
-) -> tuple[NDArray[np.float32], float, int, bool]:
+def _lloyd(points: Tensor, start: Tensor, iterations: int, watch: Watch) -> Clustering:
     from sklearn.cluster import KMeans
 
     done, inertia, converged = 0, np.inf, False
+    data, centroids = points.contiguous().numpy(), start.numpy()
     rows, copies = _distinct(data)
     if len(rows) < len(centroids):  # a head of repeats would only pull centroids away from the points behind it
-        return centroids, inertia, done, converged
+        return Clustering(start, inertia, done, converged)
     while done < iterations and not converged:
         block = min(_BLOCK, iterations - done)
         # tol=0: scikit-learn stops early only when no label changes. It re-seeds empty clusters itself.
@@ -107,7 +117,39 @@ def _lloyd(
         converged = fit.n_iter_ < block or inertia - fit.inertia_ <= _FLAT * fit.inertia_
         inertia = float(fit.inertia_)
         watch.progress(f"k-means on {len(data):,} latents", done, None, inertia=inertia / len(data))
-    return centroids, inertia, done, converged
+    return Clustering(torch.from_numpy(centroids), inertia, done, converged)
+
+
+def _cosine_lloyd(emit: Emit, points: Tensor, start: Tensor, iterations: int, watch: Watch) -> Clustering:
+    """As `_lloyd`, by the cosine. Of raw centroids the inertia may rise again: the best are kept."""
+    rows = unit(points) if emit is Emit.UNIT else points
+    now = Codebook(start, Lookup.COSINE, emit)
+    best, done, converged, before = Clustering(start, np.inf, 0, False), 0, False, np.inf
+    while True:
+        codes = nearest(rows, now)
+        errors = squared_errors(rows, now, codes)
+        inertia = float(errors.double().sum())
+        if inertia < best.inertia:
+            best = Clustering(now.vectors, inertia, done, False)
+        if done % _BLOCK == 0:
+            converged, before = before - best.inertia <= _FLAT * best.inertia, best.inertia
+            watch.progress(f"k-means on {len(rows):,} latents", done, None, inertia=inertia / len(rows))
+        if done == iterations or converged:
+            return replace(best, iterations=done, converged=converged)
+        means = _means(rows, codes, errors, now.vectors)
+        if emit is Emit.UNIT:  # directions that cancel out have no mean: the old one stays
+            means = torch.where(means.norm(dim=1, keepdim=True) > 0, unit(means), now.vectors)
+        now, done = replace(now, vectors=means), done + 1
+
+
+def _means(rows: Tensor, codes: Tensor, errors: Tensor, old: Tensor) -> Tensor:
+    """(k, dim) means of the rows of each code; one without rows moves to a row of the largest error."""
+    sums = torch.zeros(old.shape, dtype=torch.float64).index_add_(0, codes, rows.double())
+    hits = torch.bincount(codes, minlength=len(old))
+    means = (sums / hits.clamp(min=1)[:, None]).float()
+    empty = (hits == 0).nonzero()[:, 0]
+    means[empty] = rows[errors.argsort(descending=True, stable=True)[: len(empty)]]
+    return means
 
 
 def _distinct(data: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

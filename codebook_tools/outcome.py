@@ -98,7 +98,7 @@ def provenance(
 
     sizes: new codes by codebook key, in the order of the stages.
     """
-    private = {"data", "test_data", "stats", "images", "device", "network"}
+    private = {"data", "test_data", "stats", "latents", "images", "device", "network"}
     public = {name: value for name, value in settings.items() if name not in private}
     trained = tuned if kept == "finetuned" else None
     return {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -117,7 +118,7 @@ def perform(opened: Opened, strategy: Strategy, seen: Calibration, watch: Watch)
     for stage in model.chosen:
         found = seen.first if stage == model.chosen[0] else _survey(opened, stage, watch)
         counts[stage] = found.counts
-        with watch.phase("strategy"):
+        with watch.phase("strategy"), _named(model.books[stage].key, several=len(model.books) > 1):
             surgeries[stage] = strategy(before[stage], found.sample, found.counts)
         model.install(surgeries[stage].codebook, stage)
     asked = [book.codebook.size for book in model.books]
@@ -128,6 +129,15 @@ def perform(opened: Opened, strategy: Strategy, seen: Calibration, watch: Watch)
         model.install(surgeries[stage].codebook, stage)
     opened.warnings += remark([book.key for book in model.books], asked, sizes)
     return surgeries
+
+
+@contextmanager
+def _named(key: str, several: bool) -> Iterator[None]:
+    """Of several codebooks, an error names the one that it is of."""
+    try:
+        yield
+    except CodebookError as error:
+        raise (CodebookError(f"{key}: {error}") if several else error) from error
 
 
 def run_stages(

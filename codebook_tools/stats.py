@@ -19,7 +19,7 @@ from codebook_tools.errors import CodebookError
 @dataclass(frozen=True, eq=False)
 class Stats:
     """counts: (size,) int64, assignments per code. error: sum of squared distances from latents to their codes. split:
-    whose latents they are, "calibration" or "test". images: how many those were, or latents from files."""
+    whose latents they are, "calibration" or "test". images: how many those were, 0 where there were only latents."""
 
     counts: Tensor
     error: float

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from codebook_tools.checkpoints.layout import PREFIX, index_map_path
 from codebook_tools.checkpoints.reading import file_sha256
-from codebook_tools.checkpoints.writing import maps_sha256
+from codebook_tools.checkpoints.writing import maps_sha256, tensor_bytes
 from codebook_tools.images import Images, array_items
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.networks.zalando import make
@@ -170,6 +170,11 @@ def codebook() -> Callable[..., Outcome]:
     return run
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """To the last bit, dtype and shape included."""
+    return a.dtype == b.dtype and a.shape == b.shape and tensor_bytes(a) == tensor_bytes(b)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, so that two looks tell whether anything was written."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
@@ -249,13 +254,25 @@ KEY = "quantizer.codebook.weight"
 WriteMap = Callable[..., Path]
 
 
-def save_map(path: Path, maps: dict[str, tuple[list[int], list[int]]], checkpoint: str = "nobody's") -> Path:
-    """An index map as it lies beside a model. maps: index map and nearest by key."""
+def save_map(
+    path: Path,
+    maps: dict[str, tuple[list[int], list[int]]],
+    checkpoint: str = "nobody's",
+    source: str = "",
+    sizes: dict[str, int] | None = None,
+) -> Path:
+    """An index map as it lies beside a model. maps: index map and nearest by key, in the order of the stages. sizes: of
+    the new codebooks, where some codes follow the last that an old one became."""
     tensors: dict[str, Tensor] = {}
     for key, pair in maps.items():
         tensors |= {f"{key}/{name}": torch.tensor(t) for name, t in zip(("index_map", "nearest"), pair, strict=True)}
-    about = {PREFIX + "checkpoint_sha256": checkpoint, PREFIX + "data_sha256": maps_sha256(tensors)}
-    save_file(tensors, path, about)
+    about = {
+        "checkpoint_sha256": checkpoint,
+        "source_sha256": source,
+        "data_sha256": maps_sha256(tensors),
+        "codebooks": json.dumps({key: max(nearest) + 1 for key, (_, nearest) in maps.items()} | (sizes or {})),
+    }
+    save_file(tensors, path, {PREFIX + name: value for name, value in about.items()})
     return path
 
 
@@ -265,7 +282,7 @@ def with_model(tmp_path: Path) -> WriteMap:
 
     def write(name: str, size: int, pair: tuple[list[int], list[int]], source: str = "") -> Path:
         model = tmp_path / f"{name}.safetensors"
-        save_file({KEY: torch.randn(size, 4)}, model, {PREFIX + "source_sha256": source})
-        return save_map(index_map_path(model), {KEY: pair}, file_sha256(model))
+        save_file({KEY: torch.randn(size, 4)}, model)
+        return save_map(index_map_path(model), {KEY: pair}, file_sha256(model), source, {KEY: size})
 
     return write

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import State
 from torch import Tensor
 
-from codebook_tools.checkpoints.reading import Checkpoint, Entry, read_checkpoint
-from codebook_tools.models.family import Family
+from codebook_tools.checkpoints.entries import Stored
+from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.models.families import FAMILIES
+from codebook_tools.models.family import Family, Shapes
 
-State = dict[str, Tensor]
+NAMED_ALONE = {"rosinality-2019"}
+"""Families of another's layout, which count only where they are asked for by name."""
 
 
-def described(shapes: dict[str, tuple[int, ...]]) -> Checkpoint:
-    """A checkpoint of which only names and shapes are known."""
-    return Checkpoint(
-        Path("described.safetensors"), {key: Entry("F32", shape, 0, 0) for key, shape in shapes.items()}, {}
-    )
+def described(shapes: Mapping[str, Iterable[int]], metadata: dict[str, str] | None = None) -> Checkpoint:
+    """A checkpoint of which only names and shapes are known, and what its header says of itself."""
+    path = Path("described.safetensors")
+    entries = {key: Stored(key, "F32", tuple(shape), path, 0, 0) for key, shape in shapes.items()}
+    return Checkpoint(path, {**entries}, metadata or {}, (path,))
+
+
+def shapes_of(state: State) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
+def claims(checkpoint: Checkpoint) -> dict[str, str]:
+    """The prefix by name of every family that takes a checkpoint for its own."""
+    prefixes = {name: family.prefix(checkpoint) for name, family in FAMILIES.items() if name not in NAMED_ALONE}
+    return {name: prefix for name, prefix in prefixes.items() if prefix is not None}
+
+
+def inner_shapes(checkpoint: Checkpoint, prefix: str) -> Shapes:
+    """Those behind a family's prefix, by the family's own names."""
+    return {key.removeprefix(prefix): shape for key, shape in checkpoint.shapes.items() if key.startswith(prefix)}
 
 
 def loaded(family: Family, path: Path) -> Any:
@@ -26,7 +46,7 @@ def loaded(family: Family, path: Path) -> Any:
     checkpoint = read_checkpoint(path)
     prefix = family.prefix(checkpoint)
     assert prefix is not None and family.make is not None
-    inner = {key.removeprefix(prefix): shape for key, shape in checkpoint.shapes.items() if key.startswith(prefix)}
+    inner = inner_shapes(checkpoint, prefix)
     network = family.make(inner, checkpoint)
     stored = checkpoint.tensors()
     keys = {name: prefix + family.file_key(name, inner) for name in network.state_dict()}

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 Answer = dict[str, tuple[int, int, int, int]]
 """key -> size, dim, axis, heads."""
+
+_LAYOUTS_JSON = Path(__file__).parents[1] / ".." / "shared" / "data" / "layouts.json"
+SURVEY: dict[str, Any] = json.loads(_LAYOUTS_JSON.read_text()) if _LAYOUTS_JSON.exists() else {}
+"""Tensors, as shapes by key, and codebooks of state dicts by name, where the survey lies beside the repository."""
+
+surveyed = pytest.mark.skipif(not SURVEY, reason="../shared/data/layouts.json is absent")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import copy
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,134 +13,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from audio_codecs import CASES, WEIGHTS, Case, K, Nearest, by_library, load, save, waveforms
+from families import claims
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.codebook import Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models import dac, encodec, mimi, xcodec
-from codebook_tools.models.family import Family
-
-K = 16
-WEIGHTS = "model.safetensors"
-HUBERT = {
-    "model_type": "hubert", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8,
-    "conv_dim": [8, 8], "conv_kernel": [4, 4], "conv_stride": [4, 2], "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
-}  # fmt: skip
-ENCODEC = {
-    "target_bandwidths": [1.6, 3.2], "sampling_rate": 1600, "hidden_size": 8, "num_filters": 4,
-    "upsampling_ratios": [4, 2], "num_lstm_layers": 1,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Case:
-    """A tiny codec. quantisers: that its config makes. more: entries of its config, beside the codebook size."""
-
-    name: str
-    family: Family
-    quantisers: int
-    more: dict[str, Any] = field(default_factory=dict)
-
-
-CASES = {
-    "encodec": Case("Encodec", encodec.FAMILY, 4, ENCODEC),
-    "encodec, chunks": Case(
-        "Encodec", encodec.FAMILY, 4, ENCODEC | {"normalize": True, "audio_channels": 2, "chunk_length_s": 0.05,
-        "overlap": 0.15, "norm_type": "time_group_norm", "use_causal_conv": False},
-    ),
-    "dac": Case(
-        "Dac", dac.FAMILY, 3, {"encoder_hidden_size": 8, "downsampling_ratios": [2, 4], "decoder_hidden_size": 16,
-        "n_codebooks": 3, "codebook_dim": 4, "sampling_rate": 1600},
-    ),
-    "mimi": Case(
-        "Mimi", mimi.FAMILY, 4, {"sampling_rate": 1600, "hidden_size": 16, "num_filters": 4,
-        "upsampling_ratios": [4, 2], "codebook_dim": 8, "vector_quantization_hidden_dimension": 8, "num_quantizers": 4,
-        "num_semantic_quantizers": 2, "upsample_groups": 16, "num_hidden_layers": 1, "intermediate_size": 16,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 20, "layer_scale_initial_scale": 1.0},
-    ),
-    "xcodec": Case(
-        "Xcodec", xcodec.FAMILY, 3, {"target_bandwidths": [0.9, 2.5], "sample_rate": 1600,
-        "semantic_model_config": HUBERT, "acoustic_model_config": {"model_type": "dac", "encoder_hidden_size": 4,
-        "decoder_hidden_size": 16, "downsampling_ratios": [4, 2], "upsampling_ratios": [4, 2], "hidden_size": 8}},
-    ),
-}  # fmt: skip
-CASES["dac, odd ratio"] = Case("Dac", dac.FAMILY, 3, CASES["dac"].more | {"downsampling_ratios": [2, 5, 2]})
-CASES["mimi, no projection"] = Case(
-    "Mimi", mimi.FAMILY, 4, CASES["mimi"].more | {"vector_quantization_hidden_dimension": 16, "codebook_dim": 16}
-)
-
-
-def waveforms(network: Any, positions: int = 28) -> Tensor:
-    noise = torch.randn(2, network.channels, positions * network.hop, generator=torch.Generator().manual_seed(1))
-    return (noise * torch.tensor([0.1, 0.3])[:, None, None]).clamp(-1, 1)
-
-
-def effective(state: dict[str, Tensor], key: str) -> Tensor:
-    if not key.endswith("embed_sum"):
-        return state[key]
-    return state[key] / state[key.replace("embed_sum", "cluster_usage")].clamp(min=1e-5)[:, None]
-
-
-class Nearest:
-    """A quantise callback: nearest codes by torch.cdist, and the indices it found, by stage."""
-
-    def __init__(self, codes: list[Tensor], cosine: bool = False, straight: bool = False) -> None:
-        self.codes, self.cosine, self.straight, self.found = codes, cosine, straight, dict[int, Tensor]()
-
-    def __call__(self, stage: int, latents: Tensor) -> Tensor:
-        assert stage == len(self.found)
-        rows, codes = latents.detach().movedim(1, -1), self.codes[stage]
-        scaled = (functional.normalize(rows, dim=-1), functional.normalize(codes, dim=-1))
-        a, b = scaled if self.cosine else (rows, codes)
-        self.found[stage] = torch.cdist(a, b[None]).argmin(-1)
-        quantised = codes[self.found[stage]].movedim(-1, 1)
-        return latents + (quantised - latents).detach() if self.straight else quantised
-
-
-def save(case: Case, folder: Path) -> Path:
-    """A directory that the library wrote, with random weights, and the codes of each stage drawn from its latents."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{case.name}Config")(codebook_size=K, **case.more)
-    model = getattr(transformers, f"{case.name}Model")(config)
-    for module in model.modules():
-        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d) and not hasattr(module, "parametrizations"):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear").data.mul_(0.7)
-    model.save_pretrained(folder)
-    network, _ = load(case, read_checkpoint(folder))
-    state, drawn = load_file(folder / WEIGHTS), list[Tensor]()
-
-    def draw(stage: int, latents: Tensor) -> Tensor:
-        rows = latents.movedim(1, -1).flatten(0, -2)
-        drawn.append(rows[torch.randperm(len(rows))[:K]] * 0.9)
-        return drawn[-1][torch.cdist(rows, drawn[-1]).argmin(-1)].reshape(latents.movedim(1, -1).shape).movedim(-1, 1)
-
-    with torch.no_grad():
-        network.walk(network.encode(waveforms(network)), draw)
-    for key, codes in zip(network.codebooks, drawn, strict=True):
-        stem, _, leaf = key.rpartition(".")
-        counts = torch.linspace(0, 40, K)  # the first of them is held at the library's least
-        sums = codes * counts.clamp(min=1e-5)[:, None]
-        values = {"embed_sum": sums, "cluster_usage": counts} if leaf == "embed_sum" else {leaf: codes}
-        values |= {"embed_avg": codes * counts[:, None], "cluster_size": counts} if leaf == "embed" else {}
-        state |= {f"{stem}.{name}": value for name, value in values.items()}
-    save_file(state, folder / WEIGHTS, {"format": "pt"})
-    return folder
-
-
-def load(case: Case, checkpoint: Checkpoint) -> tuple[Any, list[Tensor]]:
-    """Our module with the file's weights, and the effective codes of its stages."""
-    prefix = case.family.prefix(checkpoint)
-    assert prefix == "" and case.family.make is not None
-    state, shapes = checkpoint.tensors(), checkpoint.shapes
-    network: Any = case.family.make(shapes, checkpoint)
-    keys = {name: case.family.file_key(name, shapes) for name in network.state_dict()}
-    assert sorted(keys.values()) == sorted(shapes), "names and keys go together one by one"
-    network.load_state_dict({name: state[key] for name, key in keys.items()})
-    return network.eval(), [effective(state, key) for key in network.codebooks]
 
 
 def by_us(case: Case, path: Path) -> tuple[Tensor, Tensor, Any]:
@@ -151,22 +31,6 @@ def by_us(case: Case, path: Path) -> tuple[Tensor, Tensor, Any]:
     with torch.no_grad():
         rebuilt = network.decode(network.walk(network.encode(waveforms(network)), nearest))
     return torch.stack(list(nearest.found.values()), 1), rebuilt, network
-
-
-def by_library(case: Case, path: Path, sound: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, at the highest bandwidth, of the library's own forward, which must have found its every weight."""
-    cls: Any = getattr(transformers, f"{case.name}Model")
-    model, told = cls.from_pretrained(path, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
-    rates = getattr(model.config, "target_bandwidths", None)
-    with torch.no_grad():
-        made = model.eval()(sound, **({"bandwidth": rates[-1]} if rates else {}))
-        codes = made.audio_codes
-        if case.name == "Encodec":  # (chunks, n, quantisers, positions), the last one padded
-            short = model.encode(sound, bandwidth=rates[-1]).last_frame_pad_length
-            codes = torch.cat(list(codes), -1)[..., : codes.shape[0] * codes.shape[-1] - short]
-    assert codes.shape[1] == case.quantisers
-    return codes, made.audio_values.reshape(len(sound), sound.shape[1], -1)
 
 
 @pytest.fixture(scope="module")
@@ -324,18 +188,16 @@ def test_bandwidths_by_hand_and_of_a_config_that_names_none() -> None:
 
 
 def test_a_file_is_one_familys_alone_with_its_config_or_without(saved: Callable[[str], Path], tmp_path: Path) -> None:
-    families = {"encodec": encodec.FAMILY, "dac": dac.FAMILY, "mimi": mimi.FAMILY, "xcodec": xcodec.FAMILY}
-    for name in families:
+    for name in ("encodec", "dac", "mimi", "xcodec"):
         (tmp_path / name).mkdir()
         alone = tmp_path / name / "codec.safetensors"
         alone.write_bytes((saved(name) / WEIGHTS).read_bytes())
         for path in (saved(name), alone):
-            checkpoint = read_checkpoint(path)
-            assert [other for other in families if families[other].prefix(checkpoint) == ""] == [name]
+            assert claims(read_checkpoint(path)) == {name: ""}
         with pytest.raises(CodebookError, match="Model without its config; put that beside it"):
             load(CASES[name], read_checkpoint(alone))
         (tmp_path / name / "config.json").write_text('{"model_type": "vits"}')
-        assert all(family.prefix(read_checkpoint(alone)) is None for family in families.values())
+        assert claims(read_checkpoint(alone)) == {}
 
 
 def test_names_of_older_versions_are_found(saved: Callable[[str], Path], tmp_path: Path) -> None:

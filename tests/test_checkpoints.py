@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import State, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from codebook_tools.checkpoints import entries
 from codebook_tools.checkpoints.reading import read_checkpoint, torch_dtype
@@ -30,8 +30,6 @@ from codebook_tools.checkpoints.writing import (
     write_checkpoint,
 )
 from codebook_tools.errors import CodebookError, VerificationError
-
-State = dict[str, Tensor]
 
 MIXED: State = {
     "b.weight": torch.linspace(-1, 1, 35).reshape(5, 7),
@@ -62,10 +60,6 @@ def stored_bytes(path: Path, key: str) -> bytes:
     header, data = header_of(path)
     start, end = header[key]["data_offsets"]
     return data[start:end]
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and tensor_bytes(a) == tensor_bytes(b)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

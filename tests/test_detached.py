@@ -75,7 +75,7 @@ def test_the_result_says_what_was_counted_and_nothing_of_images(stats: Path, tin
     (use,) = before["codebooks"]
     assert (use["size"], use["used"], use["latents"], use["coverage"]) == (16, 10, 57 * 16, None)
     shown = codebook("prune", tiny, "--stats", stats, "--force")
-    assert shown.exit_code == 0 and "10 of 16" in shown.stdout and "counts of 57 images" in shown.stdout
+    assert shown.exit_code == 0 and "10 of 16" in shown.stdout and "counts of 57 items" in shown.stdout
 
 
 def test_stats_are_of_the_calibration_data_or_else_of_the_test_data(

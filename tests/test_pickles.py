@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, State, contents
+from conftest import Outcome, State, contents, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from codebook_tools.checkpoints import entries
 from codebook_tools.checkpoints.layout import CONFIG
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
-from codebook_tools.checkpoints.writing import tensor_bytes, write_checkpoint
+from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.errors import CodebookError
 
 STATE: State = {
@@ -37,10 +37,6 @@ STATE: State = {
 }
 OTHER: State = {name: tensor + 1 for name, tensor in STATE.items()}
 OPTIMISER = {"state": {0: {"exp_avg": torch.ones(5)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and tensor_bytes(a) == tensor_bytes(b)
 
 
 def saved(found: object, path: Path, zipped: bool = True) -> Path:
@@ -180,7 +176,7 @@ def test_a_directory_of_a_pickle_is_written_under_the_name_that_its_library_load
     before = contents(folder)
     read = read_checkpoint(folder)
     assert (read.path, read.folder, read.config) == (folder / name, folder, {"k": 4})
-    write_checkpoint(read, tmp_path / "out", {}, {"codebook": "x"}, {}, b'{"k": 4}')
+    write_checkpoint(read, tmp_path / "out", {}, {"kept": "surgery"}, {}, b'{"k": 4}')
     assert {path.name for path in (tmp_path / "out").iterdir()} == {written, CONFIG, "README.md"}
     assert load_file(tmp_path / "out" / written).keys() == STATE.keys()
     assert contents(folder) == before

@@ -20,7 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.reading import file_sha256
+from codebook_tools.checkpoints.writing import maps_sha256
 from codebook_tools.codebook import REMOVED
 from codebook_tools.downstream.maps import IndexMap, read_index_maps
 from codebook_tools.downstream.translation import OnRemoved, Translation
@@ -87,7 +89,6 @@ def test_tokens_of_removed_codes(
         ([[0, 1]], ("--offset", -1), "offset=-1 is below 0"),
         ([[0, 2]], ("--axis", 2), "has shape (1, 2) and no axis 2"),
         ([[0, 2]], ("--axis", 1), "has 2 codebooks along axis 1 and the map 1"),
-        ([[0, 2]], ("--special", 1), "the number of new codes of quantizer.codebook.weight is not in its map"),
         ([[0, 2]], ("--codebook-key", "other"), "has no map of other; it maps quantizer.codebook.weight"),
         ([[0, 2]], ("-o", "x.tar"), "x.tar does not end in .npy"),
         ([[0, 2]], ("-o", "nowhere/x.npy"), "no such folder: nowhere"),
@@ -275,7 +276,7 @@ def test_a_parquet_table_keeps_schema_nulls_and_compression(codebook: Run, prune
 # Several codebooks
 
 STAGES = {f"layers.{i}.embed": ([(c + i) % 4 for c in range(4)], [(c + i) % 4 for c in range(4)]) for i in (0, 2, 10)}
-"""Code c of stage i becomes c + i: of the names' numbers 0, 2 and 10, in that order."""
+"""Code c of stage i becomes c + i. Of the names 10 comes before 2, of the stages behind it."""
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -311,15 +312,16 @@ def test_levels_of_lists_are_axes(codebook: Run, tmp_path: Path) -> None:
     )
 
 
-def test_an_order_that_names_do_not_tell_is_asked_for(codebook: Run, tmp_path: Path) -> None:
+def test_the_map_says_the_order_whatever_the_names_are(codebook: Run, tmp_path: Path) -> None:
     identity, turned = ([0, 1], [0, 1]), ([1, 0], [1, 0])
-    map_path = save_map(tmp_path / "map.safetensors", {"acoustic.0.embed": identity, "semantic.0.embed": turned})
+    map_path = save_map(tmp_path / "map.safetensors", {"semantic.0.embed": turned, "acoustic.0.embed": identity})
     path = tmp_path / "tokens.npy"
     np.save(path, np.array([[0, 0], [0, 0]]))
-    assert_refused(codebook("remap", path, "--map", map_path, "--axis", 0), "whose order the names do not tell")
-    keys = ("--codebook-key", "semantic.0.embed", "--codebook-key", "acoustic.0.embed")
-    assert codebook("remap", path, "--map", map_path, "--axis", 0, *keys).exit_code == 0
+    assert codebook("remap", path, "--map", map_path, "--axis", 0).exit_code == 0
     assert np.load(tmp_path / "tokens.remapped.npy").tolist() == [[1, 1], [0, 0]]
+    keys = ("--codebook-key", "acoustic.0.embed", "--codebook-key", "semantic.0.embed")
+    assert codebook("remap", path, "--map", map_path, "--axis", 0, *keys, "--force").exit_code == 0
+    assert np.load(tmp_path / "tokens.remapped.npy").tolist() == [[0, 0], [1, 1]]
 
 
 # Maps
@@ -337,9 +339,10 @@ def test_maps_of_surgeries_in_a_row_are_one(codebook: Run, with_model: WriteMap,
     message = "is of another checkpoint: its surgery was not done on the model of"
     assert_refused(codebook("remap", path, "--map", second, "--map", first, "--force"), message)
     (tmp_path / "b.safetensors").unlink()
-    (tmp_path / "a.safetensors").unlink()
-    turned = codebook("remap", path, "--map", first, "--map", first, "--force", "--on-removed", "nearest")
-    assert turned.exit_code == 0  # 0 to 2 are codes of the second's four: nothing speaks against it
+    (tmp_path / "a.safetensors").unlink()  # a map alone knows as well what it was made of
+    assert_refused(codebook("remap", path, "--map", first, "--map", first, "--force"), message)
+    again = codebook("remap", path, "--map", first, "--map", second, "--force", "--on-removed", "nearest")
+    assert again.exit_code == 0
 
 
 def test_a_map_that_is_none_or_of_another_checkpoint_is_refused(
@@ -356,6 +359,14 @@ def test_a_map_that_is_none_or_of_another_checkpoint_is_refused(
     for pair in (([0, -2], [0, 0]), ([0, 1], [0, 0]), ([0, -1], [0])):
         forged = save_map(tmp_path / "forged.safetensors", {KEY: pair})
         assert_refused(codebook("remap", path, "--map", forged), "its numbers are no codes")
+    small = save_map(tmp_path / "forged.safetensors", {KEY: ([0, 1], [0, 1])}, sizes={KEY: 1})
+    assert_refused(codebook("remap", path, "--map", small), "its numbers are no codes")
+    tensors = load_file(good)
+    for said in ({}, {"codebooks": KEY}, {"codebooks": "{}"}, {"codebooks": json.dumps({KEY: "2"})}):
+        about = {PREFIX + name: value for name, value in {"data_sha256": maps_sha256(tensors), **said}.items()}
+        save_file(tensors, tmp_path / "forged.safetensors", about)
+        message = "is no index map: it does not say how many new codes there are"
+        assert_refused(codebook("remap", path, "--map", tmp_path / "forged.safetensors"), message)
     save_file({KEY: torch.randn(2, 4)}, tmp_path / "m.safetensors")
     assert_refused(codebook("remap", path, "--map", good), "is of another checkpoint than")
 
@@ -386,9 +397,9 @@ def test_composing_is_applying_one_after_the_other(data: st.DataObject) -> None:
     assert torch.equal(both.index_map[kept], both.nearest[kept])
 
 
-@pytest.mark.parametrize(("size", "next_size"), [(3, 2), (3, 4), (None, 2)])
-def test_maps_whose_sizes_do_not_meet_do_not_compose(size: int | None, next_size: int) -> None:
-    first = IndexMap(KEY, torch.arange(3), torch.arange(3), size)
+@pytest.mark.parametrize("next_size", [2, 4])
+def test_maps_whose_sizes_do_not_meet_do_not_compose(next_size: int) -> None:
+    first = IndexMap(KEY, torch.arange(3), torch.arange(3), 3)
     later = IndexMap(KEY, torch.arange(next_size), torch.arange(next_size), next_size)
     with pytest.raises(CodebookError, match=f"leads to 3 codes and the next starts from {next_size}"):
         first.then(later)
@@ -402,7 +413,7 @@ def twin(token: int, one: IndexMap, on_removed: OnRemoved, offset: int, special:
     if code < 0:
         return token
     if code >= one.old_size:
-        return offset + one.new_size + (code - one.old_size)
+        return offset + one.size + (code - one.old_size)
     new = one.index_map.tolist()[code]
     if new == REMOVED and on_removed == "error":
         return None

@@ -67,7 +67,10 @@ def sha256(path: Path) -> str:
 def write(original: Path, output: Path, changed: dict[str, Tensor] = CHANGED, **metadata: str) -> dict[str, str]:
     """Write, and return the metadata of the index map."""
     config = b'{"k": 2}' if output.suffix != ".safetensors" else None
-    map_path = write_checkpoint(read_checkpoint(original), output, changed, metadata or {"kept": "surgery"}, {}, config)
+    maps = {"codes/index_map": torch.tensor([0, -1, 1, -1])}
+    map_path = write_checkpoint(
+        read_checkpoint(original), output, changed, metadata or {"kept": "surgery"}, maps, config
+    )
     with safe_open(map_path, "pt") as file:
         found: dict[str, str] = file.metadata()
         return found
@@ -243,7 +246,7 @@ def test_shards_can_be_written_as_one_file(sharded: Path, tmp_path: Path) -> Non
 
 
 def test_a_written_directory_is_replaced_where_it_is_ours_alone(sharded: Path, tmp_path: Path) -> None:
-    write(sharded, tmp_path / "out", codebook="quantize.embedding.weight")
+    write(sharded, tmp_path / "out", codebooks=json.dumps({"quantize.embedding.weight": 2}))
     check_writable(tmp_path / "out", force=True)
     with pytest.raises(CodebookError, match="is not a directory that codebook-tools wrote"):
         check_writable(sharded, force=True)

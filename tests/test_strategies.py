@@ -50,7 +50,7 @@ class Case:
 
     settings: Settings
     size: Callable[[Situation], int | None]
-    euclidean_only: bool = False
+    lookups: tuple[Lookup, ...] = tuple(Lookup)
 
 
 def more_than(threshold: int) -> Callable[[Situation], int | None]:
@@ -63,6 +63,17 @@ def up_to_the_codes(k: int) -> Callable[[Situation], int | None]:
 
 def up_to_the_distinct_latents(k: int) -> Callable[[Situation], int | None]:
     return lambda situation: k if k <= len(situation.latents.unique(dim=0)) else None
+
+
+def up_to_the_centroids(k: int) -> Callable[[Situation], int | None]:
+    """By the cosine, latents of one direction are one; there is no k-means for codes that only come out as units."""
+
+    def size(situation: Situation) -> int | None:
+        by_cosine, raw = situation.codebook.lookup is Lookup.COSINE, situation.codebook.emit is Emit.RAW
+        places = unit(situation.latents) if by_cosine else situation.latents
+        return k if k <= len(places.unique(dim=0)) and (by_cosine or raw) else None
+
+    return size
 
 
 def unmoved_or_drawn(method: str, threshold: int) -> Callable[[Situation], int | None]:
@@ -104,7 +115,7 @@ CASES: dict[str, list[Case]] = {
         Case({"keep": 4}, up_to_the_codes(4)),
     ],
     "refit": [
-        Case({"k": k, "init": init, "seed": k}, up_to_the_distinct_latents(k), euclidean_only=True)
+        Case({"k": k, "init": init, "seed": k}, up_to_the_centroids(k), (Lookup.EUCLIDEAN, Lookup.COSINE))
         for k, init in ((1, "kmeans++"), (3, "kmeans++"), (3, "afkmc2"), (3, "random"), (3, "used"), (7, "used"))
     ],
     "quantize": [
@@ -172,7 +183,7 @@ def as_bytes(surgery: Surgery) -> tuple[bytes, bytes]:
 @examples(max_examples=20)
 @given(data=st.data())
 def test_a_surgery_is_finite_in_range_and_of_the_size_asked_for(name: str, case: Case, data: st.DataObject) -> None:
-    situation = data.draw(situations((Lookup.EUCLIDEAN,) if case.euclidean_only else tuple(Lookup)))
+    situation = data.draw(situations(case.lookups))
     surgery, old = operated(name, case, situation), situation.codebook
     size = case.size(situation)
     assert (surgery is None) == (size is None)
@@ -436,10 +447,32 @@ def test_refit_leaves_no_code_unused_where_latents_repeat(init: Any) -> None:
     assert len(nearest(latents, found).unique()) == k
 
 
-@pytest.mark.parametrize(
-    ("lookup", "emit"),
-    [(Lookup.COSINE, Emit.RAW), (Lookup.COSINE, Emit.UNIT), (Lookup.DOT, Emit.RAW), (Lookup.EUCLIDEAN, Emit.UNIT)],
-)
+@pytest.mark.parametrize(("emit", "first", "second"), [(Emit.RAW, [3.0, 0.0], [0.0, 3.0]), (Emit.UNIT, [1, 0], [0, 1])])
+def test_refit_for_cosine_goes_by_directions(emit: Emit, first: list[float], second: list[float]) -> None:
+    """Two clusters of directions, of latents as far from each other within as between them: their means by hand."""
+    latents = torch.tensor([[1.0, 0.1], [1.0, -0.1], [7.0, 0.0], [0.1, 1.0], [-0.1, 1.0], [0.0, 7.0]])
+    old = Codebook(NUMBERED.vectors[:, :2], Lookup.COSINE, emit)
+    found = Refit(2)(old, StoredLatents(latents), torch.ones(old.size, dtype=torch.int64)).codebook
+    assert (found.lookup, found.emit) == (Lookup.COSINE, emit)
+    rows = sorted(found.vectors.tolist(), reverse=True)
+    torch.testing.assert_close(torch.tensor(rows), torch.tensor([first, second]).float())
+
+
+@pytest.mark.parametrize("init", ["kmeans++", "afkmc2", "used", "random"])
+def test_refit_for_cosine_stays_at_unit_length_and_lowers_the_error(init: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3000, 4, generator=generator) * torch.tensor([3.0, 1, 1, 0.2]) + 1
+    old = Codebook(torch.nn.functional.normalize(latents[:16], dim=1), Lookup.COSINE, Emit.UNIT)
+    counts = torch.bincount(nearest(latents, old), minlength=16)
+    found = Refit(16, init)(old, StoredLatents(latents), counts).codebook
+    torch.testing.assert_close(found.vectors.norm(dim=1), torch.ones(16))
+    cosines = [
+        (torch.nn.functional.normalize(latents, dim=1) @ book.vectors.mT).amax(1).mean() for book in (old, found)
+    ]
+    assert 1 - cosines[1] < 0.8 * (1 - cosines[0])
+
+
+@pytest.mark.parametrize(("lookup", "emit"), [(Lookup.DOT, Emit.RAW), (Lookup.EUCLIDEAN, Emit.UNIT)])
 def test_refit_says_which_codebooks_it_has_no_kmeans_for(lookup: Lookup, emit: Emit) -> None:
     old = Codebook(NUMBERED.vectors, lookup, emit)
     with pytest.raises(CodebookError, match=f"no k-means for {lookup.value} lookup with {emit.value} rows"):

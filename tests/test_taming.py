@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import State, assert_close, described, loaded, pictures
+from conftest import State
+from families import assert_close, described, loaded, pictures, shapes_of
 from safetensors.torch import save_file
 from vqgan_twin import Twin
 
@@ -119,7 +120,7 @@ def narrowed(state: State) -> State:
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_diffusers_cannot_build_is_refused_in_one_line(kind: str) -> None:
     change, message = REFUSED[kind]
-    checkpoint = described({key: tuple(tensor.shape) for key, tensor in change().items()})
+    checkpoint = described(shapes_of(change()))
     assert FAMILY.prefix(checkpoint) == "" and FAMILY.make is not None
     with pytest.raises(CodebookError) as refused:
         FAMILY.make(checkpoint.shapes, checkpoint)
@@ -130,7 +131,7 @@ def test_what_diffusers_cannot_build_is_refused_in_one_line(kind: str) -> None:
     "other", ["quantize.embedding_proj.weight", "quantize.embed_prob", "quantize.ema_vocab_hit_SV", "quantize.used"]
 )
 def test_a_quantiser_that_uses_its_rows_in_another_way_is_left_alone(other: str) -> None:
-    shapes = {key: tuple(tensor.shape) for key, tensor in Twin().state.items()}
+    shapes = shapes_of(Twin().state)
     assert FAMILY.prefix(described(shapes)) == ""
     assert FAMILY.prefix(described(shapes | {"quantize.embedding.cluster_size": (16,)})) == ""
     assert FAMILY.prefix(described(shapes | {other: (16, 4)})) is None

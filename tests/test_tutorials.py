@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import State
+from families import claims, described, shapes_of
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codebook_tools.checkpoints.reading import Checkpoint, Entry, read_checkpoint
-from codebook_tools.models import mishalaskin, pytorch_vae, rosinality, zalando
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.models import mishalaskin, pytorch_vae, rosinality
+from codebook_tools.models.families import family_of
 from codebook_tools.models.family import Family
-
-LAYOUTS_JSON = Path(__file__).parents[1] / ".." / "shared" / "data" / "layouts.json"
-FAMILIES = {
-    "zalando": zalando.FAMILY,
-    "rosinality": rosinality.FAMILY,
-    "pytorch-vae": pytorch_vae.FAMILY,
-    "mishalaskin": mishalaskin.FAMILY,
-}
-State = dict[str, Tensor]
 
 
 def drawn(shapes: dict[str, tuple[int, ...]]) -> State:
@@ -69,19 +62,11 @@ class Reference:
         return codes.double()[indices].movedim(-1, 1), indices
 
 
-def checkpoint_of(shapes: dict[str, Any], metadata: dict[str, str] | None = None) -> Checkpoint:
-    return Checkpoint(Path("some.file"), {k: Entry("F32", tuple(s), 0, 0) for k, s in shapes.items()}, metadata or {})
-
-
-def shapes_of(state: State) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in state.items()}
-
-
 def loaded(family: Family, state: State, metadata: dict[str, str] | None = None) -> Any:
     """The family's network with the weights of a state dict without prefix, in float64."""
     shapes = shapes_of(state)
     assert family.make is not None
-    network = family.make(shapes, checkpoint_of(shapes, metadata))
+    network = family.make(shapes, described(shapes, metadata))
     own = {name: state[family.file_key(name, shapes)] for name in network.state_dict()}
     network.load_state_dict(own)
     return network.double().eval()
@@ -340,17 +325,12 @@ def test_mishalaskins_repeated_layers_count_though_the_file_holds_them_once(tmp_
 STATES = {"rosinality": two_levels, "pytorch-vae": pytorch_vae_state, "mishalaskin": mishalaskin_state}
 
 
-def claimed(shapes: dict[str, Any]) -> dict[str, str]:
-    """prefix by family, of those that take these shapes for theirs"""
-    prefixes = {name: family.prefix(checkpoint_of(shapes)) for name, family in FAMILIES.items()}
-    return {name: prefix for name, prefix in prefixes.items() if prefix is not None}
-
-
 @pytest.mark.parametrize("prefix", ["", "module.", "model.vqvae."])
 @pytest.mark.parametrize("name", STATES)
 def test_a_family_knows_its_own_layout_and_no_other_does(name: str, prefix: str) -> None:
-    shapes = {prefix + key: tuple(tensor.shape) for key, tensor in STATES[name]().items()}
-    assert claimed(shapes | {"epoch": (), "discriminator.blocks.0.weight": (8, 3, 4, 4)}) == {name: prefix}
+    shapes = {prefix + key: shape for key, shape in shapes_of(STATES[name]()).items()}
+    others = {"epoch": (), "discriminator.blocks.0.weight": (8, 3, 4, 4)}
+    assert claims(described(shapes | others)) == {name: prefix}
 
 
 ODD = {
@@ -369,19 +349,7 @@ ODD = {
 def test_a_network_that_is_only_nearly_so_is_not_claimed(odd: str) -> None:
     name, changes = ODD[odd]
     shapes: dict[str, Any] = {**shapes_of(STATES[name]()), **changes}
-    assert claimed({key: shape for key, shape in shapes.items() if shape is not None}) == {}
-
-
-@pytest.mark.skipif(not LAYOUTS_JSON.exists(), reason="../shared/data/layouts.json is absent")
-def test_no_family_claims_a_surveyed_layout_of_another() -> None:
-    surveyed = json.loads(LAYOUTS_JSON.read_text())
-    assert len(surveyed) > 60
-    wrong = {
-        layout: families
-        for layout, about in surveyed.items()
-        if (families := claimed(about["tensors"])) and not any(name in layout.lower() for name in families)
-    }
-    assert wrong == {}
+    assert claims(described({key: shape for key, shape in shapes.items() if shape is not None})) == {}
 
 
 def test_networks_are_told_from_a_file_as_well(tmp_path: Path) -> None:
@@ -389,4 +357,4 @@ def test_networks_are_told_from_a_file_as_well(tmp_path: Path) -> None:
         state = {f"model.{key}": tensor.clone() for key, tensor in make().items()}
         save_file(state, tmp_path / "a.safetensors")
         checkpoint = read_checkpoint(tmp_path / "a.safetensors")
-        assert FAMILIES[name].prefix(checkpoint) == "model."
+        assert claims(checkpoint) == {name: "model."} and family_of(checkpoint) == name

@@ -8,24 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import described
+from families import claims, described, inner_shapes
 from safetensors.torch import load_file, save_file
+from state_dicts import SURVEY, surveyed
 
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.codebook import Emit, Lookup
-from codebook_tools.models import diffusers_vqmodel, janus, taming, unrunnable
-from codebook_tools.models.family import Family
-
-FAMILIES = {
-    "diffusers-vqmodel": diffusers_vqmodel.FAMILY, "taming": taming.FAMILY, **janus.FAMILIES, **unrunnable.FAMILIES
-}  # fmt: skip
-
-LAYOUTS_JSON = Path(__file__).parents[1] / ".." / "shared" / "data" / "layouts.json"
-SURVEY = json.loads(LAYOUTS_JSON.read_text()) if LAYOUTS_JSON.exists() else {}
+from codebook_tools.models import unrunnable
+from codebook_tools.models.families import FAMILIES
 
 CLAIMED = {
     "diffusers VQModel": ("diffusers-vqmodel", ""),
     "diffusers PaellaVQModel": ("paella-vqmodel", ""),
+    "HF Encodec": ("encodec", ""),
+    "HF Dac": ("dac", ""),
     "HF ChameleonVQVAE": ("chameleon-vqvae", ""),
     "HF Chameleon full": ("chameleon-vqvae", "model.vqmodel."),
     "HF JanusVQVAE": ("janus-vqvae", ""),
@@ -38,20 +34,19 @@ CLAIMED = {
 }
 
 
-@pytest.mark.skipif(not SURVEY, reason="../shared/data/layouts.json is absent")
+@surveyed
 @pytest.mark.parametrize("name", SURVEY)
 def test_a_surveyed_layout_is_claimed_by_its_own_family_alone(name: str) -> None:
-    checkpoint = described({key: tuple(shape) for key, shape in SURVEY[name]["tensors"].items()})
-    found = [(family, record.prefix(checkpoint)) for family, record in FAMILIES.items()]
-    assert [claim for claim in found if claim[1] is not None] == ([CLAIMED[name]] if name in CLAIMED else [])
+    found = claims(described(SURVEY[name]["tensors"]))
+    assert list(found.items()) == ([CLAIMED[name]] if name in CLAIMED else [])
 
 
-@pytest.mark.skipif(not SURVEY, reason="../shared/data/layouts.json is absent")
+@surveyed
 @pytest.mark.parametrize("name", ["HF JanusVQVAE", "HF Janus full", "LlamaGen VQ-16"])
 def test_a_surveyed_layout_is_all_that_its_network_holds(name: str) -> None:
     family, prefix = CLAIMED[name]
-    checkpoint = described({key: tuple(shape) for key, shape in SURVEY[name]["tensors"].items()})
-    inner = {key.removeprefix(prefix): shape for key, shape in checkpoint.shapes.items() if key.startswith(prefix)}
+    checkpoint = described(SURVEY[name]["tensors"])
+    inner = inner_shapes(checkpoint, prefix)
     record = FAMILIES[family]
     assert record.make is not None
     state = record.make(inner, checkpoint).state_dict()
@@ -61,7 +56,7 @@ def test_a_surveyed_layout_is_all_that_its_network_holds(name: str) -> None:
 
 @pytest.mark.parametrize("name", unrunnable.FAMILIES)
 def test_what_is_not_run_says_why_and_what_to_do(name: str) -> None:
-    record: Family = FAMILIES[name]
+    record = FAMILIES[name]
     assert record.make is None
     assert "--latents" in record.why_not and "\n" not in record.why_not and not record.why_not.endswith(".")
     assert (record.emit is Emit.UNIT) == (record.lookup is Lookup.COSINE)
@@ -114,7 +109,7 @@ def test_the_librarys_own_file_is_recognised_and_its_k_is_where_the_record_says(
     model = OF_LIBRARIES[name]()
     model.save_pretrained(tmp_path)
     checkpoint = read_checkpoint(tmp_path)
-    assert [family for family, record in FAMILIES.items() if record.prefix(checkpoint) is not None] == [name]
+    assert claims(checkpoint) == {name: ""}
     entry = (FAMILIES[name].config_key or "").rpartition(".")[2]
     config = json.loads((tmp_path / "config.json").read_text())
     assert config[entry] == 16

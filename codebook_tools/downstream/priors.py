@@ -101,7 +101,7 @@ def _about(prior: Checkpoint, vocabularies: Sequence[Vocabulary], on_removed: On
         "command": "remap",
         "version": VERSION,
         "settings": json.dumps(settings, sort_keys=True),
-        "codebook": ",".join(one.codes.key for one in vocabularies),
+        "codebooks": json.dumps({one.codes.key: one.codes.size for one in vocabularies}),
         "source_sha256": prior.sha256,
         "nearest_sha256": maps_sha256(maps),
     }

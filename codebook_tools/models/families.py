@@ -88,11 +88,10 @@ def size_entry(checkpoint: Checkpoint) -> SizeEntry | None:
     is missing is none, unless the library has a default for it.
     """
     name = family_of(checkpoint)
-    if name is None or checkpoint.config_path is None or checkpoint.config is None:
-        return None
-    family, config = FAMILIES[name], checkpoint.config
-    if family.config_key is None:
-        return None
+    family = FAMILIES[name] if name else None
+    if family is None or family.config_key is None or checkpoint.config is None:
+        return None  # in this order: a config beside a file of another family may be anyone's, and is not read
+    config = checkpoint.config
     levels = family.config_key.split(".")
     for start in range(len(levels)):
         key = ".".join(levels[start:])

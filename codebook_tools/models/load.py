@@ -14,9 +14,9 @@ from codebook_tools.checkpoints.detect import Detection, FoundCodebook, find_cod
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.families import CUSTOM, FAMILIES, METRICS, family_of, size_entry
+from codebook_tools.models.families import CUSTOM, FAMILIES, METRICS, check_stated, family_of, size_entry
 from codebook_tools.models.family import Family
-from codebook_tools.models.model import Book, Model, walks
+from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Book, Model, walks
 from codebook_tools.models.stored import effective_rows, owned_keys
 from codebook_tools.networks.custom import make_network
 
@@ -105,6 +105,8 @@ def load_model(
             raise CodebookError(f"{checkpoint.path} does not have the layout of family {name}")
         if record.make is None:
             raise CodebookError(f"{checkpoint.path} is of family {name}: {record.why_not}")
+        for book in find_codebooks(shapes, checkpoint.dtypes).codebooks[:1]:
+            check_stated(checkpoint, book.key, book.size)
         prefix = given
         inner = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
         remake = partial(record.make, inner, checkpoint)
@@ -131,6 +133,7 @@ def load_model(
         target,
         bf16,
         power_of_two=entry is not None and entry.power_of_two,
+        input_range=AS_IT_IS if hasattr(module, "sampling_rate") else INPUT_RANGES[0],
         carried=tuple(key for key in shapes if key not in owned.union(keys.values())),
         caveats=(caveat,) if caveat else (),
     )

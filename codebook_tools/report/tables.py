@@ -58,7 +58,8 @@ def result_table(result: Result) -> RenderableType:
 def _about(first: Measurement, settings: Mapping[str, object]) -> str:
     """What was measured."""
     if first.images is None:
-        return f"measured on {first.codebooks[0].latents:,} {first.split} latents"
+        done = "measured on" if "latents" in settings else "counts of"
+        return f"{done} {first.codebooks[0].latents:,} {first.split} latents"
     if "input_range" not in settings:
         return f"counts of {first.images:,} items"
     bounds = f", input range {settings['input_range']}" if first.ssim is not None else ""

@@ -16,7 +16,8 @@ from codebook_tools.watch import Watch
 
 @dataclass(frozen=True)
 class Refit:
-    """k centroids of the latents, by full Lloyd to convergence. No old code keeps its identity.
+    """k centroids of the latents, by full Lloyd to convergence, in the codebook's own metric. No old code keeps its
+    identity.
 
     k: new size. init: how the seeds are drawn; "used" starts from the k most used codes, filled up with latents drawn
     by squared error where fewer are in use. iterations: the most of Lloyd. seed: of the seeding.
@@ -36,14 +37,24 @@ class Refit:
                 raise CodebookError(f"{name}={getattr(self, name)} is below 1; use {way_out}")
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
-        if codebook.lookup is not Lookup.EUCLIDEAN or codebook.emit is not Emit.RAW:
+        if codebook.lookup is Lookup.DOT or (codebook.lookup, codebook.emit) == (Lookup.EUCLIDEAN, Emit.UNIT):
             raise CodebookError(
-                f"refit has no k-means for {codebook.lookup.value} lookup with {codebook.emit.value} rows"
+                f"refit has no k-means for {codebook.lookup.value} lookup with {codebook.emit.value} rows; "
+                "prune, quantize and grow work for it"
             )
         points = torch.cat(list(latents))
         init: Init | Tensor = self._from_used(codebook, points, counts) if self.init == "used" else self.init
-        found = kmeans(points, self.k, init=init, iterations=self.iterations, seed=self.seed, watch=self.watch)
-        return Surgery(Codebook(found.centroids), torch.full((codebook.size,), REMOVED))
+        found = kmeans(
+            points,
+            self.k,
+            init=init,
+            iterations=self.iterations,
+            seed=self.seed,
+            lookup=codebook.lookup,
+            emit=codebook.emit,
+            watch=self.watch,
+        )
+        return Surgery(replace(codebook, vectors=found.centroids), torch.full((codebook.size,), REMOVED))
 
     def _from_used(self, codebook: Codebook, points: Tensor, counts: Tensor) -> Tensor:
         order = counts.argsort(descending=True, stable=True)[: self.k]

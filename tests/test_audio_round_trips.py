@@ -1,0 +1,218 @@
+"""Audio codecs of transformers go through every command, and what comes out is what the library loads and computes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from audio_codecs import CASES, WEIGHTS, Case, K, by_library, save, waveforms
+from round_trips import OPERATIONS, Operation, assert_averages_follow, assert_same_indices, operated
+from safetensors.torch import load_file, save_file
+
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.compare import compare
+from codebook_tools.errors import CodebookError
+from codebook_tools.finetune import Recipe
+from codebook_tools.models.load import load_model
+from codebook_tools.models.model import Model
+from codebook_tools.opening import Request
+from codebook_tools.operate import operate
+from codebook_tools.strategies import Grow, Prune, Quantize, Refit
+from codebook_tools.watch import Watch
+
+LENGTH = 224
+"""Samples of a clip: 28 latents."""
+
+CODECS = ("encodec", "encodec, chunks", "dac", "mimi", "xcodec")
+ALIVE = 6
+"""Codes of a stage in use; the others are copies of the first, which win no latent."""
+
+Saved = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """A folder of 30 short waveforms, noise over a tone, as loud as the codes were drawn from."""
+    folder, random = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
+    for i in range(30):
+        tone = np.sin(np.arange(LENGTH) * random.uniform(0.05, 1.0)) * random.uniform(0, 0.3)
+        noise = random.normal(0, random.uniform(0.1, 0.3), LENGTH)
+        soundfile.write(folder / f"{i:02d}.wav", (tone + noise).clip(-1, 1), 1600, subtype="FLOAT")
+    return (str(folder),)
+
+
+@pytest.fixture(scope="module")
+def collapsed(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """collapsed("dac"): the directory of a case, of whose codes ALIVE are in use: do not write into it."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = save(CASES[name], tmp_path_factory.mktemp("codec") / "model")
+            state = load_file(made[name] / WEIGHTS)
+            for key, tensor in state.items():
+                if ".codebook." in key and tensor.shape[0] == K:
+                    state[key] = torch.cat([tensor[:ALIVE], tensor[:1].expand_as(tensor)])[:K].contiguous()
+            save_file(state, made[name] / WEIGHTS, {"format": "pt"})
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def request_for(collapsed: Saved, clips: tuple[str, ...], tmp_path: Path) -> Callable[..., Request]:
+    """request_for("dac"): a copy of the model, alone in tmp_path, and the clips."""
+
+    def make(name: str, **more: Any) -> Request:
+        model = Path(shutil.copytree(collapsed(name), tmp_path / "model"))
+        return Request(model=model, **{"data": clips, "size": LENGTH, "batch_size": 16} | more)
+
+    return make
+
+
+def assert_the_library_agrees(case: Case, result: Path, size: int) -> None:
+    """It finds all that it wants in the file, and codes and waveforms are ours, at its highest bandwidth."""
+    model = load_model(read_checkpoint(result))
+    assert [book.codebook.size for book in model.books] == [size] * case.quantisers
+    assert json.loads((result / "config.json").read_text())["codebook_size"] == size
+    sound = waveforms(model.network)
+    with torch.no_grad():
+        ours = model.pass_through(sound)
+    codes, values = by_library(case, result, sound)
+    assert_same_indices(ours.codes, codes.unbind(1), size)
+    assert torch.allclose(ours.media, values, atol=1e-5) and ours.media.std() > 1e-3
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+@pytest.mark.parametrize("name", CODECS)
+def test_what_is_written_the_library_loads_and_computes(
+    name: str, operation: Operation, request_for: Callable[..., Request]
+) -> None:
+    case, request = CASES[name], request_for(name)
+    _, result = operated(operation, request)
+    filled = 8 if case.family.power_of_two else ALIVE
+    assert_the_library_agrees(case, result, operation.size or filled)
+    state = load_file(result / WEIGHTS)
+    for key in state:
+        stem = key.removesuffix("embed_avg")
+        if stem != key:
+            assert_averages_follow(state[f"{stem}embed"], state[key], state[f"{stem}cluster_size"])
+            assert bool(state[f"{stem}inited"].all())
+
+
+# --- sizes that a config takes -------------------------------------------------------------------------------------
+
+POWERS_ONLY = ("encodec", "dac", "mimi")
+TWELVE = {"prune": Prune(keep=12), "refit": Refit(k=12), "quantize": Quantize(k=12), "grow": Grow(k=12)}
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model is run."""
+
+    def run(*_: object) -> None:
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr(Model, "run", run)
+    monkeypatch.setattr(Model, "encode", run)
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("command", TWELVE)
+@pytest.mark.parametrize("name", POWERS_ONLY)
+def test_a_size_that_the_config_does_not_take_is_refused_before_any_work(
+    name: str, command: str, request_for: Callable[..., Request], tmp_path: Path
+) -> None:
+    request = request_for(name)
+    with pytest.raises(CodebookError, match=r"12 codes: .* takes powers of two only; the nearest are 8 and 16"):
+        operate(command, request, TWELVE[command], Recipe(steps=0), Watch())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("name", POWERS_ONLY)
+def test_so_it_is_by_compare(name: str, request_for: Callable[..., Request], tmp_path: Path) -> None:
+    request = request_for(name)
+    with pytest.raises(CodebookError, match=r"12 codes: .* takes powers of two only; the nearest are 8 and 16"):
+        compare(request, 12, ["refit"], Recipe(steps=0), seeds=1, folder=tmp_path / "rows", watch=Watch())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_config_that_takes_any_size_gets_it(request_for: Callable[..., Request]) -> None:
+    _, result = operated(Operation("refit", Refit(k=12)), request_for("xcodec"))
+    assert_the_library_agrees(CASES["xcodec"], result, 12)
+
+
+@pytest.mark.parametrize("name", POWERS_ONLY)
+def test_pruning_fills_up_to_what_the_config_takes_and_says_so(name: str, request_for: Callable[..., Request]) -> None:
+    done, result = operated(Operation("prune", Prune()), request_for(name))
+    (said,) = (warning for warning in done.warnings if "dead codes fill them up" in warning)
+    assert "one size that the config takes, 8" in said and said.partition(", 8: ")[2].count("2 of quantizer.") == 3
+    assert done.surgery is not None and done.before is not None
+    assert done.surgery.mse == done.before.mse
+    assert [use.size for use in done.surgery.codebooks] == [8] * CASES[name].quantisers
+    assert [use.used for use in done.surgery.codebooks] == [use.used for use in done.before.codebooks]
+    rates = json.loads((result / "config.json").read_text()).get("target_bandwidths")
+    assert rates is None or rates == pytest.approx([1.2, 2.4], abs=1e-5)  # 4 bits a code have become 3
+
+
+@pytest.mark.parametrize(("k", "size"), [(8, 16), (32, 32)])
+def test_of_several_stages_one_may_be_chosen_and_all_stay_of_one_size(
+    k: int, size: int, request_for: Callable[..., Request]
+) -> None:
+    key = "quantizer.layers.1.codebook.embed"
+    request = request_for("encodec", codebook_keys=(key,))
+    done, result = operated(Operation("refit", Refit(k=k)), request)
+    assert_the_library_agrees(CASES["encodec"], result, size)
+    before, after = (load_file(path / WEIGHTS) for path in (request.source, result))
+    for other in (name for name in before if name.endswith(".embed") and name != key):
+        assert torch.equal(after[other][:K], before[other])
+        assert torch.equal(after[other][K:], before[other][:1].expand(size - K, -1))
+    assert len(after[key].unique(dim=0)) == k
+    assert any("dead codes fill them up" in warning for warning in done.warnings)
+
+
+AMISS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "a config of another K": (
+        lambda folder: (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace('"codebook_size": 16', '"codebook_size": 32')
+        ),
+        "codebook_size=32, but quantizer",
+    ),
+    "no power of two": (
+        lambda folder: (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace('"codebook_size": 16', '"codebook_size": 12')
+        ),
+        "codebook_size",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("kind", AMISS)
+@pytest.mark.parametrize("name", POWERS_ONLY)
+def test_a_config_that_is_not_the_weights_is_refused(
+    name: str, kind: str, request_for: Callable[..., Request], tmp_path: Path
+) -> None:
+    request = request_for(name)
+    change, message = AMISS[kind]
+    change(request.source)
+    with pytest.raises(CodebookError, match=re.escape(message)) as caught:
+        operate("prune", request, Prune(), Recipe(steps=0), Watch())
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.usefixtures("idle")
+def test_weights_alone_are_refused(collapsed: Saved, clips: tuple[str, ...], tmp_path: Path) -> None:
+    alone = Path(shutil.copy(collapsed("encodec") / WEIGHTS, tmp_path / "codec.safetensors"))
+    with pytest.raises(CodebookError, match="EncodecModel without its config"):
+        operate("prune", Request(alone, clips), Prune(), Recipe(steps=0), Watch())

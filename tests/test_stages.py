@@ -1,0 +1,381 @@
+"""Two residual codebooks through every command: each is operated on with what those before it leave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Outcome, State, assert_refused
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.codebook import REMOVED, Strategy
+from codebook_tools.finetune import FineTuned, Recipe, finetune
+from codebook_tools.images import Images, array_items
+from codebook_tools.models.load import load_model
+from codebook_tools.models.model import Model
+from codebook_tools.opening import Request
+from codebook_tools.operate import measure_model, operate
+from codebook_tools.outcome import Result
+from codebook_tools.strategies import Grow, Prune, Quantize, Refit, Restart
+from codebook_tools.verify import verify_checkpoint
+from codebook_tools.watch import Watch
+
+NO_STEPS = Recipe(steps=0)
+KEYS = ("quantizers.0.embed", "quantizers.1.embed")
+
+RESIDUAL = '''
+from torch import Tensor, nn, ones
+
+
+class Residual(nn.Module):
+    """A grey pixel x has the latent (x, 0); a second codebook codes what the first leaves of it."""
+
+    codebooks = ("quantizers.0.embed", "quantizers.1.embed")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(1, 2, 1, bias=False)
+        self.between = nn.Parameter(ones(1))
+        self.decoder = nn.Conv2d(2, 1, 1, bias=False)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.encoder(images)
+
+    def walk(self, latents: Tensor, quantise) -> Tensor:
+        first = quantise(0, latents)
+        return first + quantise(1, (latents - first) * self.between)
+
+    def decode(self, quantised: Tensor) -> Tensor:
+        return self.decoder(quantised)
+
+
+def make(codebook_size: int) -> Residual:
+    return Residual()
+'''
+
+PIXELS = (0.0, 0.2, 0.6, 0.8)
+FIRST, SECOND = (0.0, 0.3, 9.0, -9.0), (0.0, 0.3, 0.5, 9.0)
+"""The first codebook takes 0.0 as its code 0, and 0.2, 0.6 and 0.8 as 1: that leaves 0, -0.1, 0.3 and 0.5, of which
+the second takes two as its code 0, one as 1 and one as 2."""
+
+
+@pytest.fixture
+def residual(tmp_path: Path) -> Callable[..., Path]:
+    """residual([0.0, 1.0], [0.0, 0.1]): a checkpoint of codes (0, 0), (1, 0) and (0, 0), (0.1, 0), and its EMA."""
+
+    def write(*books: tuple[float, ...]) -> Path:
+        (tmp_path / "residual.py").write_text(RESIDUAL)
+        state: State = {
+            "encoder.weight": torch.tensor([1.0, 0.0]).reshape(2, 1, 1, 1),
+            "between": torch.ones(1),
+            "decoder.weight": torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1),
+        }
+        for i, firsts in enumerate(books or (FIRST, SECOND)):
+            codes = torch.tensor([[first, 0.0] for first in firsts])
+            state |= {f"quantizers.{i}.embed": codes, f"quantizers.{i}.embed_avg": codes.clone()}
+            state[f"quantizers.{i}.cluster_size"] = torch.ones(len(codes))
+        path = tmp_path / "residual.safetensors"
+        save_file(state, path, {"format": "pt"})
+        return path
+
+    return write
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Callable[..., Request]:
+    """ask(path): with 40 images, each of which holds the four PIXELS four times."""
+    image = np.repeat(np.array([round(255 * x) for x in PIXELS], dtype=np.uint8), 4).reshape(4, 4)
+    np.save(tmp_path / "images.npy", np.stack([image] * 40))
+
+    def make(path: Path, **more: Any) -> Request:
+        own = {"network": f"{tmp_path / 'residual.py'}:make", "input_range": (0.0, 1.0)}
+        return Request(model=path, **{"data": (str(tmp_path / "images.npy"),)} | own | more)
+
+    return make
+
+
+def do(request: Request, strategy: Strategy | None, recipe: Recipe = NO_STEPS) -> Result:
+    """The result, once its file is found sound."""
+    result = operate(type(strategy).__name__.lower() if strategy else "finetune", request, strategy, recipe, Watch())
+    assert verify_checkpoint(Path(str(result.outputs["model"])), request.source).differences == ()
+    return result
+
+
+def written(result: Result) -> State:
+    tensors: State = load_file(str(result.outputs["model"]))
+    return tensors
+
+
+def firsts(result: Result, stage: int) -> list[float]:
+    """The first numbers of the written codes."""
+    return [round(first, 5) for first in written(result)[KEYS[stage]][:, 0].tolist()]
+
+
+def maps(result: Result, kind: str) -> list[list[int]]:
+    found = load_file(str(result.outputs["index_map"]))
+    return [found[f"{key}/{kind}"].tolist() for key in KEYS if f"{key}/{kind}" in found]
+
+
+def counts(request: Request, path: Path) -> list[list[float]]:
+    """What `measure --stats` counts of each book, as shares."""
+    measure_model(request, Watch(), path)
+    found = [load_file(path)[f"{key}/counts"] for key in KEYS]
+    return [(of / of.sum()).tolist() for of in found]
+
+
+# --- surgeries -----------------------------------------------------------------------------------------------------
+
+
+def test_each_codebook_is_measured_with_what_the_one_before_leaves(
+    residual: Callable[..., Path], ask: Callable[..., Request], tmp_path: Path
+) -> None:
+    path = residual()
+    found = measure_model(ask(path), Watch()).before
+    assert found is not None
+    first, second = found.codebooks
+    assert (first.key, second.key) == KEYS and first.latents == second.latents
+    assert (first.used, second.used) == (2, 3)
+    assert first.distortion == pytest.approx((0 + 0.01 + 0.09 + 0.25) / 4, rel=1e-4)
+    assert second.distortion == pytest.approx(0.01 / 4, rel=1e-4)
+    assert found.mse == pytest.approx(0.01 / 4, rel=1e-4)
+    stats = tmp_path / "stats.safetensors"
+    assert counts(ask(path), stats) == [[0.25, 0.75, 0, 0], [0.5, 0.25, 0.25, 0]]
+    images = 40 - found.images  # the other images are those that are counted
+    assert int(load_file(stats)[f"{KEYS[1]}/counts"].sum()) == 16 * images
+
+
+def test_a_refit_of_the_second_sees_what_the_refitted_first_leaves(
+    residual: Callable[..., Path], ask: Callable[..., Request], tmp_path: Path
+) -> None:
+    path = residual()
+    result = do(ask(path), Refit(2))
+    # 0.1 and 0.7 leave -0.1 and 0.1 of each pixel; the old first codes would have left -0.1, 0, 0.3 and 0.5.
+    assert sorted(firsts(result, 0)) == [0.1, 0.7] and sorted(firsts(result, 1)) == [-0.1, 0.1]
+    assert result.surgery is not None and result.surgery.mse == pytest.approx(0, abs=1e-10)
+    assert [use.size for use in result.surgery.codebooks] == [2, 2] and result.warnings == ()
+    output = Path(str(result.outputs["model"]))
+    assert counts(ask(output), tmp_path / "after.safetensors") == [[0.5, 0.5], [0.5, 0.5]]
+    new = written(result)
+    for i in range(2):
+        size = new[f"quantizers.{i}.cluster_size"]
+        assert size.tolist() == [size.sum() / 2] * 2 and size.sum() > 500  # counted anew: not the ones of the file
+        torch.testing.assert_close(new[f"quantizers.{i}.embed_avg"], new[KEYS[i]] * size[:, None])
+
+
+def test_nearest_goes_from_the_tokens_of_the_original_to_those_of_the_result(
+    residual: Callable[..., Path], ask: Callable[..., Request]
+) -> None:
+    result = do(ask(residual()), Refit(2))
+    assert maps(result, "index_map") == [[REMOVED] * 4] * 2
+    low, high = (firsts(result, 0).index(x) for x in (0.1, 0.7))
+    less, more = (firsts(result, 1).index(x) for x in (-0.1, 0.1))
+    first, second = maps(result, "nearest")
+    # Of 0.2, 0.6 and 0.8, once code 1, two are now with 0.7; dead codes go by distance.
+    assert first == [low, high, high, low]
+    # 0.6 was 0.3 + 0.3 and is 0.7 - 0.1, though 0.1 is nearer to 0.3; 0.8 was 0.3 + 0.5 and is 0.7 + 0.1. The pixels
+    # 0.0 and 0.2 had code 0 and have one each: the lowest.
+    assert second == [0, less, more, more]
+
+
+def test_codebooks_of_one_size_stay_so_with_dead_codes_and_it_is_said(
+    residual: Callable[..., Path], ask: Callable[..., Request]
+) -> None:
+    result = do(ask(residual()), Prune())
+    assert firsts(result, 0) == pytest.approx([0, 0.3, 9]) and firsts(result, 1) == pytest.approx([0, 0.3, 0.5])
+    assert maps(result, "index_map") == [[0, 1, 2, REMOVED], [0, 1, 2, REMOVED]]
+    assert [said for said in result.warnings if "one size" in said] == [
+        "codebooks must be of one size that the config takes, 3: dead codes fill them up, 1 of quantizers.0.embed"
+    ]
+    assert result.surgery is not None and result.before is not None and result.surgery.mse == result.before.mse
+    assert [(use.size, use.used) for use in result.surgery.codebooks] == [(3, 2), (3, 3)]
+
+
+def test_one_of_the_codebooks_is_chosen_by_its_key(residual: Callable[..., Path], ask: Callable[..., Request]) -> None:
+    path = residual()
+    result = do(ask(path, codebook_keys=(KEYS[1],)), Refit(2))
+    # The old first codes leave -0.1, 0, 0.3 and 0.5; and two codes are filled up to the four that the first one has.
+    assert sorted(firsts(result, 1)[:2]) == [-0.05, 0.4] and firsts(result, 1)[2:] == [firsts(result, 1)[0]] * 2
+    assert any("2 of quantizers.1.embed" in said for said in result.warnings)
+    before, after = load_file(path), written(result)
+    assert all(torch.equal(before[key], after[key]) for key in before if not key.startswith("quantizers.1"))
+    assert maps(result, "index_map") == [[REMOVED] * 4]  # of the second alone
+
+
+def test_a_codebook_that_was_not_chosen_is_filled_up_where_the_chosen_one_grows(
+    residual: Callable[..., Path], ask: Callable[..., Request]
+) -> None:
+    result = do(ask(residual(), codebook_keys=(KEYS[0],)), Refit(2))
+    assert sorted(firsts(result, 0)[:2]) == [0.1, 0.7] and len(firsts(result, 0)) == 4
+    grown = do(ask(residual((0.0, 0.3), (0.0, 0.4)), codebook_keys=(KEYS[0],), force=True), Grow(3))
+    assert len(firsts(grown, 0)) == 3 and firsts(grown, 0)[:2] == pytest.approx([0, 0.3])
+    assert firsts(grown, 1) == pytest.approx([0, 0.4, 0])
+    assert [of[:2] for of in maps(grown, "index_map")] == [[0, 1], [0, 1]]
+
+
+def test_merged_codes_of_the_second_weigh_what_the_merged_first_leaves(
+    residual: Callable[..., Path], ask: Callable[..., Request]
+) -> None:
+    result = do(ask(residual((0.0, 0.3, 0.4, -9.0), (0.0, 0.3, -0.32))), Quantize(k=2, method="pnn"))
+    # Of the first, 0.3 has the pixel 0.2, and 0.4 has 0.6 and 0.8; -9 has none, and weighs nothing.
+    assert firsts(result, 0) == pytest.approx([0, 11 / 30], abs=1e-4)
+    # That leaves 0, -1/6, 7/30 and 13/30: -0.32 has one of them, which was -0.1, and 0.0's.
+    assert sorted(firsts(result, 1)) == pytest.approx([-0.16, 0.3], abs=1e-4)
+    first, second = maps(result, "index_map")
+    assert first == [0, 1, 1, 0] and second[0] == second[2] != second[1]
+
+
+def test_codes_rounded_to_few_bits_are_packed_together(
+    residual: Callable[..., Path], ask: Callable[..., Request]
+) -> None:
+    path = residual()
+    result = do(ask(path), Quantize(bits=4))
+    assert result.bytes["packed"] == 2 * (4 * 2 * 4 // 8 + 4 * 4)  # of each: 8 numbers of 4 bits, and 4 steps
+    assert [len(firsts(result, stage)) for stage in range(2)] == [4, 4]
+
+
+def test_a_restart_of_the_second_sees_what_the_restarted_first_leaves(
+    residual: Callable[..., Path], ask: Callable[..., Request]
+) -> None:
+    """The dead code of the first goes to 0.8 or to 0.2, and the other one of them is left to the second."""
+    result = do(ask(residual((0.0, 0.3, 0.6, 9.0), (0.05, 9.0))), Restart())
+    moved = firsts(result, 0)[3]
+    assert firsts(result, 0)[:3] == pytest.approx([0, 0.3, 0.6]) and moved in (0.2, 0.8)
+    assert firsts(result, 1) == pytest.approx([0.05, {0.8: -0.1, 0.2: 0.2}[moved]], abs=1e-5)
+    assert result.surgery is not None and result.surgery.mse == pytest.approx(3 / 4 * 0.05**2, rel=1e-4)
+    assert maps(result, "index_map") == [[0, 1, 2, REMOVED], [0, REMOVED]]
+    assert not any("one size" in said for said in result.warnings)  # they never had one
+
+
+def test_counts_from_a_file_prune_both(
+    residual: Callable[..., Path], ask: Callable[..., Request], tmp_path: Path
+) -> None:
+    path, stats = residual(), tmp_path / "stats.safetensors"
+    seen = do(ask(path), Prune())
+    counts(ask(path), stats)
+    asked = Request(model=path, stats=stats, output=tmp_path / "counted.safetensors")
+    counted = do(asked, Prune())
+    assert all(torch.equal(written(counted)[key], written(seen)[key]) for key in KEYS)
+    assert maps(counted, "index_map") == maps(seen, "index_map")
+    assert counted.before is not None and [use.used for use in counted.before.codebooks] == [2, 3]
+
+
+def test_a_key_that_the_network_does_not_walk_through_is_refused(
+    residual: Callable[..., Path], ask: Callable[..., Request], codebook: Callable[..., Outcome]
+) -> None:
+    asked = ask(residual())
+    found = codebook("measure", asked.model, "--network", asked.network, "--data", *asked.data,
+                     "--codebook-key", "quantizers.0.embed_avg")  # fmt: skip
+    assert_refused(found, "quantizers.0.embed_avg")
+
+
+# --- fine-tuning ---------------------------------------------------------------------------------------------------
+
+
+def opened(path: Path, **more: Any) -> Model:
+    model = load_model(read_checkpoint(path), network=f"{path.parent / 'residual.py'}:make", **more)
+    model.input_range, model.channels = (0.0, 1.0), 1
+    return model
+
+
+def images() -> Images:
+    return Images(array_items("grey.npy", np.array([[[0.0, 0.2], [0.6, 0.8]]], dtype=np.float32)), channels=1)
+
+
+def tune(model: Model, hits: list[list[int]], **recipe: Any) -> FineTuned:
+    given = [torch.tensor(of) for of in hits]
+    return finetune(model, images(), images(), Recipe(batch_size=1, **recipe), given, seed=0, watch=Watch())
+
+
+def test_one_step_of_both_moving_averages_is_the_one_worked_by_hand(residual: Callable[..., Path]) -> None:
+    model = opened(residual((0.0, 0.5), (0.04, 0.24)))
+    tune(model, [[1, 1], [1, 1]], steps=1, train="none")
+    # The first: 1% towards the means of 0, 0.2 and of 0.6, 0.8. That leaves 0, 0.1 and 0.2, 0.3 to the second's.
+    torch.testing.assert_close(model.books[0].vectors[:, 0], torch.tensor([0.001, 0.502]))
+    torch.testing.assert_close(model.books[1].vectors[:, 0], torch.tensor([0.0401, 0.2401]))
+
+
+def test_only_chosen_codebooks_move(residual: Callable[..., Path]) -> None:
+    for update in ("ema", "gradient"):
+        model = opened(residual((0.0, 0.5), (0.04, 0.24)), codebook_keys=[KEYS[1]])
+        tune(model, [[1, 1], [1, 1]], steps=2, train="none", codebook_update=update)
+        assert model.books[0].vectors[:, 0].tolist() == [0, 0.5]
+        assert model.books[1].vectors[0, 0] > 0.04 and model.books[1].vectors[1, 0] > 0.24
+
+
+def latents_of(model: Model) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return model.pass_through(torch.tensor(PIXELS).reshape(1, 1, 2, 2)).latents
+
+
+def test_the_decoder_alone_moves_no_latent_of_any_codebook(residual: Callable[..., Path]) -> None:
+    """`between` shapes what the second codebook meets: it is of the encoder, though only the decoder's side uses it."""
+    for train, trained in (
+        ("decoder", ["decoder.weight"]),
+        ("all", ["between", "decoder.weight", "encoder.weight"]),
+    ):
+        model = opened(residual((0.0, 0.5), (0.04, 0.24)))
+        before = latents_of(model)
+        found = tune(model, [[1, 1], [1, 1]], steps=5, train=train, codebook_update="frozen", lr=0.01)
+        assert list(found.trained) == trained
+        same = [torch.equal(a, b) for a, b in zip(before, latents_of(model), strict=True)]
+        assert same == [train == "decoder"] * 2
+        assert model.network.get_parameter("decoder.weight").flatten()[0] != 1
+
+
+def test_revived_codes_are_told_apart_by_codebook(residual: Callable[..., Path]) -> None:
+    model = opened(residual((0.0, 0.5, 9.0), (0.0, 0.1, 0.2)))
+    found = tune(model, [[2, 2, 0], [1, 1, 2]], steps=12, train="none")
+    assert found.best.step >= 10
+    assert [codes.tolist() for codes in found.best.revived] == [[False, False, True], [False] * 3]
+    assert found.trace[-1].revived == 1
+
+
+def test_a_fine_tuning_is_written_and_the_second_meets_what_the_trained_first_leaves(
+    residual: Callable[..., Path], ask: Callable[..., Request], tmp_path: Path
+) -> None:
+    path = residual((0.0, 0.5), (0.04, 0.24))
+    result = do(ask(path), None, Recipe(steps=20, batch_size=8, lr=1e-3))
+    assert result.kept == "finetuned" and result.before is not None and result.finetuned is not None
+    assert result.finetuned.mse is not None and result.before.mse is not None
+    assert result.finetuned.mse < result.before.mse
+    old, new = load_file(path), written(result)
+    assert not any(torch.equal(old[key], new[key]) for key in (*KEYS, "encoder.weight", "decoder.weight"))
+    again = measure_model(ask(Path(str(result.outputs["model"]))), Watch())
+    assert again.before == result.finetuned
+    assert maps(result, "index_map") == maps(result, "nearest") == [[0, 1], [0, 1]]
+    latents = torch.tensor(PIXELS)[:, None] * new["encoder.weight"].flatten()
+    first = new[KEYS[0]]
+    left = (latents - first[torch.cdist(latents, first).argmin(1)]) * new["between"]
+    distortion = torch.cdist(left, new[KEYS[1]]).amin(1).square().mean()
+    assert result.finetuned.codebooks[1].distortion == pytest.approx(float(distortion), rel=1e-3)
+
+
+def test_a_refit_is_fine_tuned_with_both_codebooks(residual: Callable[..., Path], ask: Callable[..., Request]) -> None:
+    result = do(ask(residual()), Refit(3, init="random", iterations=1), Recipe(steps=20, batch_size=8))
+    assert result.finetuned is not None and [use.size for use in result.finetuned.codebooks] == [3, 3]
+    assert len(maps(result, "nearest")) == 2
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
+
+
+def test_the_commands_tell_of_both_codebooks(
+    residual: Callable[..., Path], ask: Callable[..., Request], codebook: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    asked = ask(residual())
+    given = ("--network", asked.network, "--data", *asked.data, "--input-range", "0,1", "--json")
+    done = codebook("prune", asked.model, *given)
+    assert done.exit_code == 0, done.stderr
+    assert [use["key"] for use in done.json["stages"]["surgery"]["codebooks"]] == list(KEYS)
+    assert codebook("verify", done.json["outputs"]["model"], "--against", asked.model).exit_code == 0
+    one = codebook("prune", asked.model, *given, "--codebook-key", KEYS[1], "-o", tmp_path / "one.safetensors")
+    assert one.exit_code == 0, one.stderr
+    listed = json.dumps(read_checkpoint(tmp_path / "one.safetensors").metadata["codebook_tools.codebooks"])
+    assert KEYS[1] in listed and KEYS[0] not in listed
