@@ -22,8 +22,9 @@ import torch
 
 from codebook_tools.compare import ENTRIES, compare
 from codebook_tools.comparison import Comparison, markdown_table
+from codebook_tools.demo import DEMO
 from codebook_tools.finetune import Recipe
-from codebook_tools.opening import DEMO, Request
+from codebook_tools.opening import Request
 from codebook_tools.watch import Watch
 
 ROOT = Path(__file__).parents[1]

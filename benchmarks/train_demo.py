@@ -22,7 +22,7 @@ from torch.nn import functional
 from codebook_tools.assignment import nearest
 from codebook_tools.codebook import Codebook
 from codebook_tools.images import Images, sample_images, split
-from codebook_tools.models.zalando import make
+from codebook_tools.networks.zalando import make
 
 BUILD = Path(__file__).parents[1] / "build"
 SNAPSHOTS = (250, 1000, 4000)

@@ -83,9 +83,9 @@ def root(
 def inspect(model: ModelArgument = None, json_: JsonFlag = False) -> None:
     """Which codebooks a checkpoint holds, and what depends on them. Reads its header alone."""
     with reported():
+        from codebook_tools.demo import DEMO
         from codebook_tools.inspection import inspect_checkpoint
-        from codebook_tools.opening import DEMO
-        from codebook_tools.report.tables import inspection_table
+        from codebook_tools.report.inspection import inspection_table
 
         show_result(inspect_checkpoint(model or DEMO), inspection_table, json_)
 
@@ -233,7 +233,7 @@ def compare(
 
     def work(watch: Watch) -> Comparison:
         from codebook_tools.compare import compare as run_compare
-        from codebook_tools.opening import DEMO
+        from codebook_tools.demo import DEMO
 
         source = (model or DEMO).absolute()
         folder = given["output"] or Path(f"{source.name if source.is_dir() else source.stem}.compare")
@@ -269,7 +269,7 @@ def verify(
 ) -> None:
     """Check a written checkpoint and its index map against the original. Exit code 3 where something is wrong."""
     with reported():
-        from codebook_tools.opening import DEMO
+        from codebook_tools.demo import DEMO
         from codebook_tools.report.tables import verification_table
         from codebook_tools.verify import verify_checkpoint
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # names and shapes of a checkpoint are told without torch, which takes seconds to import
+    from torch import Tensor
 
 REMOVED = -1
 """The new code of an old code that lost its identity."""
@@ -41,6 +41,8 @@ class Codebook:
     emit: Emit = Emit.RAW
 
     def __post_init__(self) -> None:
+        import torch
+
         assert self.vectors.ndim == 2 and self.vectors.dtype == torch.float32, self.vectors.shape
 
     @property
@@ -65,6 +67,8 @@ class Surgery:
     bits: int | None = None
 
     def __post_init__(self) -> None:
+        import torch
+
         assert self.index_map.ndim == 1 and self.index_map.dtype == torch.int64
         assert bool(((self.index_map >= REMOVED) & (self.index_map < self.codebook.size)).all())
 

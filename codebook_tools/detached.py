@@ -26,7 +26,7 @@ from codebook_tools.models.load import choose_codebook, choose_codebooks
 from codebook_tools.models.stored import changed_codebook, effective_rows, rounded
 from codebook_tools.opening import Request
 from codebook_tools.outcome import Result, check_request_output, provenance, settings_of, weights_bytes
-from codebook_tools.output import left_behind, remarks, written_config
+from codebook_tools.output import remarks, written_config
 from codebook_tools.stats import Stats, read_stats, write_stats
 from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.watch import Watch
@@ -118,7 +118,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
     """
     checkpoint = read_checkpoint(request.source)
     known, settings = _look(request, checkpoint, watch)
-    warnings = left_behind(checkpoint)
+    warnings = checkpoint.warnings
     if not request.latents and not request.stats:
         weights = "" if getattr(strategy, "bits", None) else "all codes weigh alike, and "
         warnings.append(f"neither --data nor --stats: {weights}nothing is measured")

@@ -8,7 +8,6 @@ from pathlib import Path
 from codebook_tools.checkpoints.detect import Detection, find_codebooks
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.models.families import FAMILIES, family_of
-from codebook_tools.output import left_behind
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,5 @@ def inspect_checkpoint(path: Path) -> Inspection:
     checkpoint = read_checkpoint(path)
     detection = find_codebooks(checkpoint.shapes, checkpoint.dtypes)
     family = family_of(checkpoint) if detection.codebooks else None
-    return Inspection(
-        str(path), family, detection, FAMILIES[family].why_not if family else "", tuple(left_behind(checkpoint))
-    )
+    why_not = FAMILIES[family].why_not if family else ""
+    return Inspection(str(path), family, detection, why_not, tuple(checkpoint.warnings))

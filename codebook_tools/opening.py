@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.demo import DEMO
 from codebook_tools.errors import CodebookError
 from codebook_tools.images import SAMPLE, images, sample_images
 from codebook_tools.items import Item, Medium, find_items
@@ -15,13 +16,9 @@ from codebook_tools.measure import find_input_range
 from codebook_tools.media import Media
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Model
-from codebook_tools.output import left_behind
 from codebook_tools.sounds import sounds
 from codebook_tools.splits import Splits, limited, split
 from codebook_tools.watch import Watch
-
-DEMO = Path(__file__).with_name("demo.safetensors")
-"""The bundled checkpoint: a collapsed VQ-VAE of 512 codes."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         calibration, test = (
             Media(items, medium, model.channels, request.skip_bad, watch) for items in (splits.calibration, splits.test)
         )
-    opened = Opened(request, model, splits, calibration, test, [*model.caveats, *left_behind(checkpoint)])
+    opened = Opened(request, model, splits, calibration, test, [*model.caveats, *checkpoint.warnings])
     if model.carried:
         few = ", ".join(model.carried[:3]) + (", ..." if len(model.carried) > 3 else "")
         opened.warnings.append(f"{len(model.carried)} tensors unknown to the network are carried over unchanged: {few}")

@@ -62,15 +62,6 @@ def written_config(checkpoint: Checkpoint, size: int) -> bytes | None:
     return with_entries(text, entry.values(size)) if entry else text
 
 
-def left_behind(checkpoint: Checkpoint) -> list[str]:
-    """What to warn of in what was read: of a pickle, all that is no weights of the model."""
-    names = checkpoint.left_behind
-    if not names:
-        return []
-    few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return [f"{checkpoint.path.name} holds more than the weights that were read; {few} is left behind"]
-
-
 def remarks(checkpoint: Checkpoint, old: int, new: int, output: Path) -> list[str]:
     """What to warn of in the directory, or the config, that is written to `output`. old, new: numbers of codes."""
     found = []

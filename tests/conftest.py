@@ -26,7 +26,8 @@ from codebook_tools.checkpoints.layout import PREFIX, index_map_path
 from codebook_tools.checkpoints.reading import file_sha256
 from codebook_tools.checkpoints.writing import maps_sha256, tensor_bytes
 from codebook_tools.images import Images, array_items
-from codebook_tools.models.zalando import CODEBOOK, make
+from codebook_tools.models.zalando import CODEBOOK
+from codebook_tools.networks.zalando import make
 
 settings.register_profile("tests", deadline=None, derandomize=True)  # no timing, and the same examples each time
 settings.load_profile("tests")

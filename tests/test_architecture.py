@@ -1,24 +1,28 @@
-"""The floors of the house: a file imports only from floors below it, and `codebook --help` never waits for torch."""
+"""The floors of the house: a file imports only from floors below it; neither help nor a header waits for torch."""
 
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
 LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
 
 FLOORS = (
-    ("errors", "watch", "version"),
+    ("errors", "watch", "version", "demo"),
     ("codebook", "sources", "items", "pictures"),
     ("assignment", "metrics", "splits", "media"),
     ("kmeans", "images", "sounds", "latents", "index_maps", "filling"),
     ("strategies", "checkpoints"),
+    ("networks",),
     ("models",),
     ("measure", "tokens", "coverage", "latent_files", "output", "stats"),
     ("finetune", "opening"),
@@ -174,3 +178,43 @@ print("HEAVY", sorted(heavy & set(sys.modules)))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "HEAVY []"
     assert done.stdout.count("Usage:") == 2 + len(commands)
+
+
+def one_file(folder: Path) -> list[str]:
+    path = folder / "model.safetensors"
+    save_file({"quantize.embedding.weight": torch.zeros(16, 4)}, path)
+    return [str(path)]
+
+
+def sharded(folder: Path) -> list[str]:
+    places = {"quantize.embedding.weight": "a.safetensors", "encoder.conv.weight": "b.safetensors"}
+    for key, name in places.items():
+        save_file({key: torch.zeros(16, 4)}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "config.json").write_text("{}")
+    return [str(folder)]
+
+
+@pytest.mark.parametrize("output", [[], ["--json"]], ids=["table", "json"])
+@pytest.mark.parametrize("model", [one_file, sharded, lambda folder: []], ids=["file", "shards", "demo"])
+def test_inspecting_a_header_imports_no_torch(
+    model: Callable[[Path], list[str]], output: list[str], tmp_path: Path
+) -> None:
+    program = """
+import runpy, sys
+try:
+    runpy.run_module("codebook_tools", run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+print("HEAVY", sorted({"torch", "scipy", "sklearn", "faiss", "PIL", "diffusers", "transformers"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "inspect", *model(tmp_path), *output],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+    assert "embedding.weight" in done.stdout

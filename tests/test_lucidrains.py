@@ -17,8 +17,8 @@ from codebook_tools.checkpoints.detect import FoundCodebook, find_codebooks
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.companions import companion_values
-from codebook_tools.models.custom import make_network
-from codebook_tools.models.lucidrains import give_walk
+from codebook_tools.networks.custom import make_network
+from codebook_tools.networks.lucidrains import give_walk
 
 DIM, SIZE = 6, 16
 Make = Callable[..., nn.Module]

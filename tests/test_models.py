@@ -20,13 +20,13 @@ from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import tensor_bytes
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models import zalando
 from codebook_tools.models.companions import companion_values, flags, laid_out
-from codebook_tools.models.custom import make_network
 from codebook_tools.models.load import choose_codebook, family_of, load_model
 from codebook_tools.models.model import Model
 from codebook_tools.models.stored import stored_rows
-from codebook_tools.models.zalando import CODEBOOK
+from codebook_tools.models.zalando import CODEBOOK, prefix_of
+from codebook_tools.networks import zalando
+from codebook_tools.networks.custom import make_network
 
 WriteModel = Callable[..., Path]
 VARIANTS = ("plain", "ema", "weight_norm_older", "weight_norm_newer", "module_prefix", "tied", "extra")
@@ -96,9 +96,9 @@ def test_a_layout_is_recognised_by_its_shapes_whatever_stands_before_its_names(
     variants: dict[str, State], write_model: WriteModel
 ) -> None:
     shapes = {name: {key: tuple(t.shape) for key, t in state.items()} for name, state in variants.items()}
-    prefixes = {name: zalando.prefix_of(its) for name, its in shapes.items()}
+    prefixes = {name: prefix_of(its) for name, its in shapes.items()}
     assert prefixes == dict.fromkeys(variants, "") | {"module_prefix": "module."}
-    assert zalando.prefix_of({CODEBOOK: (16, 4)}) is None
+    assert prefix_of({CODEBOOK: (16, 4)}) is None
     assert family_of(read_checkpoint(write_model())) == "zalando"
     other = write_model(state=variants["plain"] | {"_encoder._conv_3.weight": torch.zeros(8, 8, 5, 5)})
     assert family_of(read_checkpoint(other)) is None

@@ -10,6 +10,9 @@ from functools import partial
 from itertools import accumulate
 
 Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+"""Of tensors, by name."""
+
 _re = partial(re.compile, flags=re.IGNORECASE | re.DOTALL)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from codebook_tools.errors import CodebookError
+
+if TYPE_CHECKING:  # imported where a tensor is made: a header is read without waiting for torch
+    import torch
+    from torch import Tensor
 
 CHUNK = 16 << 20
 
@@ -20,15 +23,27 @@ _DTYPES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-_KNOWN: dict[str, torch.dtype] = {name: getattr(torch, its) for name, its in _DTYPES.items() if hasattr(torch, its)}
-_NAMES = {dtype: name for name, dtype in _KNOWN.items()}
+
+
+@cache
+def _known() -> dict[str, torch.dtype]:
+    """Those that this torch has, by the name that safetensors gives them."""
+    import torch
+
+    return {name: getattr(torch, its) for name, its in _DTYPES.items() if hasattr(torch, its)}
+
+
+@cache
+def _names() -> dict[torch.dtype, str]:
+    return {dtype: name for name, dtype in _known().items()}
 
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype name. Raises CodebookError for one that this torch does not know."""
-    if name not in _KNOWN:
-        raise CodebookError(f"tensors of dtype {name} cannot be handled; there are {', '.join(_KNOWN)}")
-    return _KNOWN[name]
+    known = _known()
+    if name not in known:
+        raise CodebookError(f"tensors of dtype {name} cannot be handled; there are {', '.join(known)}")
+    return known[name]
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,8 @@ class Stored:
 
     def tensor(self) -> Tensor:
         """Read now, in the stored dtype. Raises CodebookError for a dtype that torch lacks."""
+        import torch
+
         tensor = torch.empty(self.shape, dtype=torch_dtype(self.dtype))
         into, at = tensor.reshape(-1).view(torch.uint8).numpy(), 0
         for chunk in self.chunks():
@@ -77,7 +94,7 @@ class Held:
 
     @property
     def dtype(self) -> str:
-        return _NAMES[self.value.dtype]
+        return _names()[self.value.dtype]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,10 +106,14 @@ class Held:
 
     def tensor(self) -> Tensor:
         """A copy of its own."""
+        import torch
+
         return self.value.clone(memory_format=torch.contiguous_format)
 
     def chunks(self) -> Iterator[bytes]:
         """The bytes that safetensors stores: little-endian, row by row, at most 16 MiB at a time."""
+        import torch
+
         if self.nbytes:
             flat = self.value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             yield from (flat[at : at + CHUNK].tobytes() for at in range(0, len(flat), CHUNK))
@@ -103,7 +124,7 @@ Entry = Stored | Held
 
 def can_hold(dtype: torch.dtype) -> bool:
     """Whether safetensors has a name for it."""
-    return dtype in _NAMES
+    return dtype in _names()
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ from itertools import accumulate
 from pathlib import Path
 
 from codebook_tools.checkpoints.entries import Entry, Stored, Weights
-from codebook_tools.checkpoints.pickles import PICKLED
 from codebook_tools.errors import CodebookError
+
+PICKLED = (b"PK", b"\x80")
+"""How files begin that torch.save wrote, and that are of another format: a zip, or, before torch 1.6, a bare pickle."""
 
 
 def read_safetensors(path: Path) -> Weights:
@@ -20,7 +22,8 @@ def read_safetensors(path: Path) -> Weights:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            with safe_open(path, framework="pt"):  # the library's own checks of offsets, overlaps and dtypes
+            # The library's own checks of offsets, overlaps and dtypes. No tensor is asked for, so no torch is needed.
+            with safe_open(path, framework="np"):
                 pass
             header = json.loads(file.read(length))
     except (SafetensorError, ValueError, RecursionError) as error:

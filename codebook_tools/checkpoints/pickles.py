@@ -13,9 +13,6 @@ from torch import Tensor
 from codebook_tools.checkpoints.entries import Held, Weights, can_hold
 from codebook_tools.errors import CodebookError
 
-PICKLED = (b"PK", b"\x80")
-"""How files begin that torch.save wrote: a zip, or a bare pickle, as before torch 1.6."""
-
 WRAPPERS = (
     "state_dict", "model_state_dict", "model", "module", "params_ema", "params", "ema", "net", "generator",
 )  # fmt: skip

@@ -8,17 +8,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.config import Config, parse_config
 from codebook_tools.checkpoints.entries import Entry, Stored, Weights
 from codebook_tools.checkpoints.entries import torch_dtype as torch_dtype
-from codebook_tools.checkpoints.headers import read_safetensors
+from codebook_tools.checkpoints.headers import PICKLED, read_safetensors
 from codebook_tools.checkpoints.layout import INDEX, SUFFIX, config_beside, config_in, weights_in
-from codebook_tools.checkpoints.pickles import PICKLED, read_pickle
 from codebook_tools.checkpoints.shards import read_shards
 from codebook_tools.errors import CodebookError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,14 @@ class Checkpoint:
     def chunks(self, key: str) -> Iterator[bytes]:
         """The bytes of a tensor as safetensors stores them, at most 16 MiB at a time."""
         return self.entries[key].chunks()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to warn of in what was read: of a pickle, all that is no weights of the model."""
+        if not self.left_behind:
+            return []
+        few = ", ".join(self.left_behind[:3]) + (", ..." if len(self.left_behind) > 3 else "")
+        return [f"{self.path.name} holds more than the weights that were read; {few} is left behind"]
 
     @cached_property
     def config(self) -> Config | None:
@@ -121,4 +130,8 @@ def _read_file(path: Path) -> Weights:
     with path.open("rb") as file:
         head = file.read(9)
     pickled = head.startswith(PICKLED) and head[8:] != b"{"
-    return read_pickle(path) if pickled and path.suffix != SUFFIX else read_safetensors(path)
+    if not pickled or path.suffix == SUFFIX:
+        return read_safetensors(path)
+    from codebook_tools.checkpoints.pickles import read_pickle  # which torch is needed for
+
+    return read_pickle(path)

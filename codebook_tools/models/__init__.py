@@ -1,1 +1,1 @@
-"""Network families: encode, decode, and where each keeps its codebook."""
+"""Models: how files are recognised and what follows from it, one record a family, and the model that runs."""

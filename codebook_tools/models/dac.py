@@ -1,15 +1,17 @@
-"""DacModel of the transformers library (Descript Audio Codec): each stage looks its codes up in few dimensions."""
+"""DacModel of the transformers library: the Descript Audio Codec."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
+from codebook_tools.checkpoints.detect import Shapes
+from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Lookup
-from codebook_tools.models.family import Family, Quantise
-from codebook_tools.models.residual import Encoded, fitted, residual
-from codebook_tools.models.transformers_model import CONFIG_KEY, file_key, make, prefix_of
+from codebook_tools.models.family import Family
+from codebook_tools.models.transformers_model import CONFIG_KEY, built, file_key, prefix_of
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 _AXES = {
     "quantizer.quantizers.0.codebook.weight": 2,
@@ -20,41 +22,16 @@ _AXES = {
 }
 
 
-class Dac(nn.Module):
-    """model: a DacModel. All of its stages are walked; the library's `n_quantizers` takes the first few of them."""
+def make(shapes: Shapes, checkpoint: Checkpoint) -> Module:
+    """The library's own network after the config."""
+    from codebook_tools.networks.dac import Dac
 
-    channels = 1
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.codebooks = tuple(f"quantizer.quantizers.{i}.codebook.weight" for i in range(model.config.n_codebooks))
-        self.sampling_rate = int(model.config.sampling_rate)
-        self.hop = int(model.config.hop_length)
-
-    def encode(self, waveforms: Tensor) -> Encoded:
-        """waveforms (n, 1, samples) in [-1, 1] -> their latents, in the large space."""
-        return Encoded(self.model.encoder(waveforms), waveforms.shape[-1])
-
-    def walk(self, encoded: Encoded, quantise: Quantise) -> Encoded:
-        """A stage quantises in the small space, between its projections; what it leaves is left in the large one."""
-        layers = self.model.quantizer.quantizers
-
-        def projected(stage: int, left: Tensor) -> Tensor:
-            quantised: Tensor = layers[stage].out_proj(quantise(stage, layers[stage].in_proj(left)))
-            return quantised
-
-        return encoded._replace(latents=residual(encoded.latents, range(len(layers)), projected))
-
-    def decode(self, quantised: Encoded) -> Tensor:
-        """-> waveforms (n, 1, samples). With an odd ratio, as at 24 kHz, the library's decoder makes some samples too
-        few (8 there): silence stands in for the last."""
-        return fitted(self.model.decoder(quantised.latents), quantised.samples)
+    return built(shapes, checkpoint, "DacModel", Dac)
 
 
 FAMILY = Family(
     prefix=lambda checkpoint: prefix_of(checkpoint, "dac", _AXES),
-    make=lambda shapes, checkpoint: make(shapes, checkpoint, "DacModel", Dac),
+    make=make,
     file_key=lambda name, shapes: file_key(name, shapes, {}),
     lookup=Lookup.COSINE,
     config_key=CONFIG_KEY,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
+from codebook_tools.checkpoints.detect import Shapes
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.family import Family, Shapes
+from codebook_tools.models.family import Family
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 CODEBOOK = "quantize.embedding.weight"
 CONFIG_KEY = "num_vq_embeddings"
@@ -23,27 +23,6 @@ _LAYERS = (
     "decoder.conv_in",
     "decoder.conv_out",
 )
-
-
-class DiffusersVQModel(nn.Module):
-    """model: a diffusers VQModel. spatial: whether its decoder's norms are modulated by the codes, as in MoVQ."""
-
-    def __init__(self, model: nn.Module, spatial: bool) -> None:
-        super().__init__()
-        self.model: Any = model
-        self._spatial = spatial
-
-    def encode(self, images: Tensor) -> Tensor:
-        """images (n, channels, height, width) in the model's range -> latents (n, dim, *grid), not quantised."""
-        latents: Tensor = self.model.encode(images).latents
-        return latents
-
-    def decode(self, quantised: Tensor) -> Tensor:
-        """quantised (n, dim, *grid) -> images (n, channels, height, width)."""
-        # By its parts: the library's own `decode` quantises again or, with lookup_from_codebook, takes indices.
-        modulation = quantised if self._spatial else None
-        images: Tensor = self.model.decoder(self.model.post_quant_conv(quantised), modulation)
-        return images
 
 
 def prefix_of(checkpoint: Checkpoint) -> str | None:
@@ -60,32 +39,15 @@ def prefix_of(checkpoint: Checkpoint) -> str | None:
     return "" if described else None
 
 
-def make(shapes: Shapes, checkpoint: Checkpoint) -> DiffusersVQModel:
+def make(shapes: Shapes, checkpoint: Checkpoint) -> Module:
     """A fresh network after the config. Raises CodebookError where there is none, or it does not fit the tensors."""
-    config, path = checkpoint.config, checkpoint.config_path
-    if config is None:
+    if checkpoint.config is None:
         raise CodebookError(
             f"{checkpoint.path} is a diffusers VQModel without its config; put that beside it, as config.json"
         )
-    return DiffusersVQModel(build(config, path), config.get("norm_type") == "spatial")
+    from codebook_tools.networks.diffusers_vqmodel import DiffusersVQModel
 
-
-def build(config: Mapping[str, object], path: Path | None) -> nn.Module:
-    """The library's own network, fresh, after a config found in `path`.
-
-    Raises CodebookError where the library is missing or makes none.
-    """
-    try:
-        from diffusers import VQModel
-    except (ImportError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CodebookError(f"a VQModel is built by the diffusers library: {reason}; pip install diffusers") from error
-    try:
-        model: nn.Module = VQModel.from_config(dict(config))
-    except Exception as error:  # whatever the library makes of a config that is amiss
-        reason = str(error).partition("\n")[0]
-        raise CodebookError(f"diffusers makes no VQModel of {path}: {type(error).__name__}: {reason}") from error
-    return model
+    return DiffusersVQModel(checkpoint.config, checkpoint.config_path)
 
 
 # The library renamed its attention layers; files keep the names they were saved with, and it reads both.

@@ -1,59 +1,21 @@
-"""What a network family is to us: a record that says how its files are recognised, made, and written back."""
+"""What a network family is to us: a record that says how its files are recognised, made, and written back.
+
+Records are read without torch, so that a file is recognised at once; what makes a network imports it when called.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.config import Config
+from codebook_tools.checkpoints.detect import Shapes
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-Quantise = Callable[[int, Tensor], Tensor]
-"""quantise(stage, latents (n, dim, *grid)) -> what the decoder gets of their codes, of the same shape.
-
-Whoever calls it decides what that is: the nearest codes, those and a straight-through gradient, a look at the latents.
-"""
-
-
-class Network(Protocol):
-    """What a family's module, or the user's own, can do. What `encode` returns, only `walk` looks into.
-
-    encode: images (n, channels, height, width) in the model's range, or waveforms (n, channels, samples) in [-1, 1].
-    decode: what `walk` returned -> media of the same shape.
-    """
-
-    def encode(self, media: Tensor, /) -> Any: ...
-
-    def decode(self, quantised: Any, /) -> Tensor: ...
-
-
-class Walking(Network, Protocol):
-    """A network of several codebooks, or of one that latents are projected for. Without these two members: of one
-    codebook, and `encode` returns its latents, (n, dim, *grid).
-
-    codebooks: file keys, without the family's prefix, in the order of the stages.
-    walk: what `encode` returned -> what `decode` takes. It calls quantise(stage, latents) once a stage, in order,
-    and lets gradients through: a residual stage hands on `residual - quantised`, without detaching it.
-    """
-
-    codebooks: tuple[str, ...]
-
-    def walk(self, encoded: Any, quantise: Quantise, /) -> Any: ...
-
-
-class Listening(Network, Protocol):
-    """A network of waveforms. sampling_rate: in Hz. hop: samples a latent; inputs are cut to multiples of it.
-    channels: of its waveforms."""
-
-    sampling_rate: int
-    hop: int
-    channels: int
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 
 @dataclass(frozen=True)
@@ -73,7 +35,7 @@ class Family:
     """
 
     prefix: Callable[[Checkpoint], str | None]
-    make: Callable[[Shapes, Checkpoint], nn.Module] | None
+    make: Callable[[Shapes, Checkpoint], Module] | None
     file_key: Callable[[str, Shapes], str] = lambda name, shapes: name
     why_not: str = ""
     lookup: Lookup = Lookup.EUCLIDEAN

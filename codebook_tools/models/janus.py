@@ -1,23 +1,23 @@
 """The tokenizers of Janus and LlamaGen, run by the JanusVQVAE of transformers, which is built from the shapes.
 
-Both are one network: a JanusVQVAE renames LlamaGen's layers. Its own `encode` gives indices and its own `decode` takes
-them, on a fixed grid, so neither is used; its quantiser normalises codes at decode alone, the original one at lookup
-too, and on unit rows, which are what is written, the two agree.
+Both are one network: a JanusVQVAE renames LlamaGen's layers. Its own quantiser normalises codes at decode alone, the
+original one at lookup too, and on unit rows, which are what is written, the two agree.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
+from codebook_tools.checkpoints.detect import Shapes
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
-from codebook_tools.errors import CodebookError
 from codebook_tools.models.diffusers_vqmodel import CODEBOOK
-from codebook_tools.models.family import Family, Shapes
+from codebook_tools.models.family import Family
 from codebook_tools.models.signature import Signature, check_whole, count
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 _BOTH = (CODEBOOK, "encoder.conv_in.weight", "post_quant_conv.weight", "decoder.conv_out.weight")
 _JANUS = Signature((*_BOTH, "encoder.down.0.block.0.conv1.weight", "decoder.up.0.upsample.conv.weight"))
@@ -32,24 +32,6 @@ _LLAMAGEN_NAMES = {
 """Parts of a name in transformers, and what LlamaGen calls them; in this order."""
 
 
-class JanusVQ(nn.Module):
-    """model: a JanusVQVAE of transformers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model: Any = model
-
-    def encode(self, images: Tensor) -> Tensor:
-        """images (n, channels, height, width) in [-1, 1] -> latents (n, dim, *grid), not normalised."""
-        latents: Tensor = self.model.quant_conv(self.model.encoder(images))
-        return latents
-
-    def decode(self, quantised: Tensor) -> Tensor:
-        """quantised (n, dim, *grid), of unit length -> images (n, channels, height, width)."""
-        images: Tensor = self.model.decoder(self.model.post_quant_conv(quantised))
-        return images
-
-
 def file_key(name: str, shapes: Shapes) -> str:
     """The key under which the file holds what the network calls `name`."""
     key = name.removeprefix("model.")
@@ -60,15 +42,9 @@ def file_key(name: str, shapes: Shapes) -> str:
     return key
 
 
-def make(shapes: Shapes, checkpoint: Checkpoint) -> JanusVQ:
+def make(shapes: Shapes, checkpoint: Checkpoint) -> Module:
     """A fresh network. Raises CodebookError where transformers has none that is built so."""
-    try:
-        from transformers import JanusVQVAE, JanusVQVAEConfig
-    except (ImportError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CodebookError(
-            f"a JanusVQVAE is built by the transformers library: {reason}; pip install --upgrade transformers"
-        ) from error
+    from codebook_tools.networks.janus import JanusVQ
 
     def channels(name: str, axis: int = 0) -> int:
         return shapes[file_key(f"{name}.weight", shapes)][axis]
@@ -77,23 +53,17 @@ def make(shapes: Shapes, checkpoint: Checkpoint) -> JanusVQ:
     first = file_key("encoder.down.0.block.0.conv1.weight", shapes)
     levels = range(count(shapes, first.partition(".0.")[0]))
     base = channels("encoder.conv_in")
-    config = JanusVQVAEConfig(
-        in_channels=channels("encoder.conv_in", 1),
-        out_channels=channels("decoder.conv_out"),
-        base_channels=base,
-        channel_multiplier=[max(1, channels(f"encoder.down.{level}.block.0.conv1") // base) for level in levels],
-        num_res_blocks=count(shapes, first.partition(".0.conv1")[0]),
-        latent_channels=channels("post_quant_conv"),
-        num_embeddings=size,
-        embed_dim=dim,
-    )
-    try:
-        network = JanusVQ(JanusVQVAE(config))
-    except Exception as error:  # whatever the library makes of shapes that are amiss
-        reason = str(error).partition("\n")[0]
-        raise CodebookError(
-            f"transformers makes no JanusVQVAE of {checkpoint.path}: {type(error).__name__}: {reason}"
-        ) from error
+    config = {
+        "in_channels": channels("encoder.conv_in", 1),
+        "out_channels": channels("decoder.conv_out"),
+        "base_channels": base,
+        "channel_multiplier": [max(1, channels(f"encoder.down.{level}.block.0.conv1") // base) for level in levels],
+        "num_res_blocks": count(shapes, first.partition(".0.conv1")[0]),
+        "latent_channels": channels("post_quant_conv"),
+        "num_embeddings": size,
+        "embed_dim": dim,
+    }
+    network = JanusVQ(config, checkpoint.path)
     check_whole(network, shapes, file_key, checkpoint.path, "the JanusVQVAE of transformers")
     return network
 

@@ -14,11 +14,11 @@ from codebook_tools.checkpoints.detect import Detection, FoundCodebook, find_cod
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.custom import make_network
 from codebook_tools.models.families import CUSTOM, FAMILIES, METRICS, check_stated, family_of, size_entry
 from codebook_tools.models.family import Family
 from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Book, Model, walks
 from codebook_tools.models.stored import effective_rows, owned_keys
+from codebook_tools.networks.custom import make_network
 
 
 def choose_codebooks(checkpoint: Checkpoint, keys: Sequence[str]) -> list[FoundCodebook]:

@@ -6,11 +6,15 @@ Its residual blocks begin with an in-place ReLU, too, so the skip path carries r
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
+from codebook_tools.checkpoints.detect import Shapes
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.models import convolutions, zalando
-from codebook_tools.models.family import Family, Shapes
-from codebook_tools.models.zalando import ZalandoVQVAE
+from codebook_tools.models.family import Family
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 _NAMES = {
     "_encoder._conv_1.": "encoder.conv_stack.0.",
@@ -34,8 +38,10 @@ def prefix_of(shapes: Shapes) -> str | None:
     return convolutions.prefix_of(shapes, _theirs(zalando.CODEBOOK), sides)
 
 
-def make(shapes: Shapes, checkpoint: Checkpoint) -> ZalandoVQVAE:
+def make(shapes: Shapes, checkpoint: Checkpoint) -> Module:
     """A fresh network after the shapes. Layers that the file leaves out as shared count."""
+    from codebook_tools.networks.zalando import ZalandoVQVAE
+
     # safetensors' save_model writes a shared tensor once, and its other names into the metadata.
     prefix = prefix_of(checkpoint.shapes) or ""
     shared = {
@@ -43,7 +49,8 @@ def make(shapes: Shapes, checkpoint: Checkpoint) -> ZalandoVQVAE:
         for name, kept in checkpoint.metadata.items()
         if kept.removeprefix(prefix) in shapes
     }
-    return ZalandoVQVAE({_ours(key): shape for key, shape in {**shapes, **shared}.items()}, transposed=True)
+    ours = {_ours(key): shape for key, shape in {**shapes, **shared}.items()}
+    return ZalandoVQVAE(ours, ours[zalando.CODEBOOK], transposed=True)
 
 
 def file_key(name: str, shapes: Shapes) -> str:

@@ -17,8 +17,8 @@ from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import EncodedLatents
 from codebook_tools.media import Media
-from codebook_tools.models.family import Quantise
 from codebook_tools.models.stored import changed_codebook, owned_keys, rounded
+from codebook_tools.networks.network import Quantise
 
 INPUT_RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))
 """Tried in turn: the file does not say what its network was trained on."""

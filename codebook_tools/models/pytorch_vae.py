@@ -1,70 +1,22 @@
-"""The VQVAE of AntixK/PyTorch-VAE, told from the shapes: any number of halvings and of residual layers.
-
-Stride, padding and activations are no shapes: they are the published code's. A layer without tensors is a LeakyReLU of
-slope 0.01, so is what follows each convolution, and a tanh ends the decoder. Latents come out of a LeakyReLU.
-"""
+"""The layout of the VQVAE of AntixK/PyTorch-VAE: any number of halvings and of residual layers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
+from codebook_tools.checkpoints.detect import Shapes
+from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.models import convolutions
-from codebook_tools.models.convolutions import convolution, decoding, kernels, sequence
-from codebook_tools.models.family import Family, Shapes
+from codebook_tools.models.convolutions import kernels
+from codebook_tools.models.family import Family
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 CODEBOOK = "vq_layer.embedding.weight"
 _LAYER = re.compile(r"\d+\.(0\.(weight|bias)|resblock\.[02]\.weight)")
 _ORDER = re.compile(r"(4+)3(31)*1\|3(31)*\1")  # kernels of encoder and decoder
-
-
-class ResidualLayer(nn.Module):
-    """x + block(x): nothing works in place on x."""
-
-    def __init__(self, shapes: Shapes, name: str) -> None:
-        super().__init__()
-        self.resblock = nn.Sequential(
-            convolution(shapes, f"{name}.resblock.0"), nn.ReLU(), convolution(shapes, f"{name}.resblock.2")
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        changed: Tensor = self.resblock(x)
-        return x + changed
-
-
-class PyTorchVQVAE(nn.Module):
-    """shapes: by key, of a checkpoint in this layout."""
-
-    def __init__(self, shapes: Shapes) -> None:
-        super().__init__()
-        self.encoder = _side(shapes, "encoder", convolution)
-        self.vq_layer = nn.Module()
-        size, dim = shapes[CODEBOOK]
-        self.vq_layer.embedding = nn.Embedding(size, dim)
-        self.decoder = _side(shapes, "decoder", decoding)
-        last = self.decoder[-1]
-        assert isinstance(last, nn.Sequential)
-        last[1] = nn.Tanh()
-
-    def encode(self, images: Tensor) -> Tensor:
-        """images (n, channels, height, width) in the model's range -> latents (n, dim, *grid)."""
-        latents: Tensor = self.encoder(images)
-        return latents
-
-    def decode(self, quantised: Tensor) -> Tensor:
-        """quantised (n, dim, *grid) -> images (n, channels, height, width) in [-1, 1]."""
-        images: Tensor = self.decoder(quantised)
-        return images
-
-
-def _side(shapes: Shapes, name: str, layer: Callable[[Shapes, str], nn.Module]) -> nn.Sequential:
-    kinds: dict[str, Callable[[str], nn.Module]] = {
-        ".0.weight": lambda name: nn.Sequential(layer(shapes, f"{name}.0"), nn.LeakyReLU()),
-        ".resblock.0.weight": lambda name: ResidualLayer(shapes, name),
-    }
-    return sequence(shapes, name, kinds, nn.LeakyReLU)
 
 
 def prefix_of(shapes: Shapes) -> str | None:
@@ -79,7 +31,11 @@ def prefix_of(shapes: Shapes) -> str | None:
     return prefix if fits else None
 
 
-FAMILY = Family(
-    prefix=lambda checkpoint: prefix_of(checkpoint.shapes),
-    make=lambda shapes, _: PyTorchVQVAE(shapes),
-)
+def make(shapes: Shapes, _: Checkpoint) -> Module:
+    """A fresh network after the shapes."""
+    from codebook_tools.networks.pytorch_vae import PyTorchVQVAE
+
+    return PyTorchVQVAE(shapes, shapes[CODEBOOK])
+
+
+FAMILY = Family(prefix=lambda checkpoint: prefix_of(checkpoint.shapes), make=make)

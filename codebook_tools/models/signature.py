@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
+from codebook_tools.checkpoints.detect import Shapes
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.family import Shapes
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def count(shapes: Shapes, place: str) -> int:
 
 
 def check_whole(
-    network: nn.Module, shapes: Shapes, file_key: Callable[[str, Shapes], str], path: Path, library: str
+    network: Module, shapes: Shapes, file_key: Callable[[str, Shapes], str], path: Path, library: str
 ) -> None:
     """Raise CodebookError where encoder, decoder or what joins them to the codes are not the network's, layer by layer.
 

@@ -6,11 +6,16 @@ It is the same network under other names, which the file keeps. Depth, channels 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
+from codebook_tools.checkpoints.detect import Shapes
 from codebook_tools.checkpoints.reading import Checkpoint
-from codebook_tools.models.diffusers_vqmodel import CODEBOOK, DiffusersVQModel, build
-from codebook_tools.models.family import Family, Shapes
+from codebook_tools.models.diffusers_vqmodel import CODEBOOK
+from codebook_tools.models.family import Family
 from codebook_tools.models.signature import Signature, check_whole, count
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 _SIGNATURE = Signature(
     has=(
@@ -48,14 +53,15 @@ def file_key(name: str, shapes: Shapes) -> str:
     return re.sub(r"(?<=^decoder\.up\.)\d+", lambda level: str(coarsest - int(level[0])), key)
 
 
-def make(shapes: Shapes, checkpoint: Checkpoint) -> DiffusersVQModel:
+def make(shapes: Shapes, checkpoint: Checkpoint) -> Module:
     """A fresh network. Raises CodebookError where diffusers has none that is built so."""
+    from codebook_tools.networks.diffusers_vqmodel import DiffusersVQModel
+
     levels = range(count(shapes, "encoder.down"))
 
     def blocks(side: str, kind: str) -> list[str]:
         return [("Attn" if f"{side}.{level}.attn.0.q.weight" in shapes else "") + kind for level in levels]
 
-    spatial = "decoder.norm_out.conv_y.weight" in shapes
     size, dim = shapes[CODEBOOK]
     config = {
         "in_channels": shapes["encoder.conv_in.weight"][1],
@@ -68,9 +74,9 @@ def make(shapes: Shapes, checkpoint: Checkpoint) -> DiffusersVQModel:
         "latent_channels": shapes["post_quant_conv.weight"][0],
         "num_vq_embeddings": size,
         "vq_embed_dim": dim,
-        "norm_type": "spatial" if spatial else "group",
+        "norm_type": "spatial" if "decoder.norm_out.conv_y.weight" in shapes else "group",
     }
-    network = DiffusersVQModel(build(config, checkpoint.path), spatial)
+    network = DiffusersVQModel(config, checkpoint.path)
     check_whole(network, shapes, file_key, checkpoint.path, "the VQModel of diffusers")
     return network
 

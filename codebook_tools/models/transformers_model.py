@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
-
+from codebook_tools.checkpoints.detect import Shapes
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.family import Shapes
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 CONFIG_KEY = "codebook_size"
 
@@ -27,7 +28,7 @@ def prefix_of(checkpoint: Checkpoint, model_type: str, axes: Mapping[str, int]) 
     return "" if described else None
 
 
-def make(shapes: Shapes, checkpoint: Checkpoint, name: str, wrap: Callable[[Any], nn.Module]) -> nn.Module:
+def built(shapes: Shapes, checkpoint: Checkpoint, name: str, wrap: Callable[[Any], Module]) -> Module:
     """The library's own model `name` after the config, with fresh weights, as the family's module.
 
     Raises CodebookError where there is no config or no such class, where the library refuses, and where the file's
@@ -47,7 +48,7 @@ def make(shapes: Shapes, checkpoint: Checkpoint, name: str, wrap: Callable[[Any]
             f"{checkpoint.config_path} makes {len(network.codebooks)} quantisers, but the file has the codebooks of "
             f"{len(held)}: they are of two models; mend one"
         )
-    return cast(nn.Module, network)
+    return cast("Module", network)
 
 
 def _numberless(key: str) -> str:
@@ -84,7 +85,3 @@ def file_key(name: str, shapes: Shapes, older: Mapping[str, str]) -> str:
     key = name.removeprefix("model.")
     before = next((key.replace(new, old) for new, old in older.items() if new in key), key)
     return before if key not in shapes and before in shapes else key
-
-
-WEIGHT_NORM = {".parametrizations.weight.original0": ".weight_g", ".parametrizations.weight.original1": ".weight_v"}
-"""torch renamed the two tensors of a weight norm; the library reads both names and writes the newer."""

@@ -1,17 +1,18 @@
-"""XcodecModel of the transformers library (X-Codec): an acoustic and a semantic encoder share residual stages."""
+"""XcodecModel of the transformers library: X-Codec."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-
+from codebook_tools.checkpoints.detect import Shapes
+from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.weight_norm import OLDER
 from codebook_tools.models.bandwidths import bandwidths
-from codebook_tools.models.family import Family, Quantise
-from codebook_tools.models.residual import Encoded, fitted, residual
-from codebook_tools.models.transformers_model import CONFIG_KEY, WEIGHT_NORM, file_key, make, prefix_of
+from codebook_tools.models.family import Family
+from codebook_tools.models.transformers_model import CONFIG_KEY, built, file_key, prefix_of
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 _AXES = {
     "quantizer.quantizers.0.codebook.embed": 2,
@@ -24,50 +25,17 @@ _AXES = {
 _DEFAULT_BANDWIDTHS = (0.5, 1, 1.5, 2, 4)  # the library's, for a config that does not say
 
 
-class Xcodec(nn.Module):
-    """model: an XcodecModel, its semantic model (HuBERT or WavLM) in it. All of its stages are walked; the library
-    uses fewer at a lower bandwidth, and its default is the highest.
+def make(shapes: Shapes, checkpoint: Checkpoint) -> Module:
+    """The library's own network after the config."""
+    from codebook_tools.networks.xcodec import Xcodec
 
-    No gradient reaches the semantic model, which the library keeps as it is, nor `fc1` and `decoder_semantic`, which
-    serve a loss in training alone.
-    """
-
-    channels = 1
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.codebooks = tuple(f"quantizer.quantizers.{i}.codebook.embed" for i in range(model.config.num_quantizers))
-        self.sampling_rate = int(model.config.sample_rate)
-        self.hop = int(model.config.hop_length)
-
-    def encode(self, waveforms: Tensor) -> Encoded:
-        """waveforms (n, 1, samples) in [-1, 1] -> acoustic and semantic latents, mixed."""
-        semantic = self.model._extract_semantic_features(waveforms).transpose(1, 2)
-        semantic = self.model.encoder_semantic(semantic)
-        acoustic = self.model.acoustic_encoder(waveforms)
-        if acoustic.shape[-1] != semantic.shape[-1]:  # then the library pads as it did for the semantic model
-            acoustic = self.model.acoustic_encoder(functional.pad(waveforms, (self.hop // 2, self.hop // 2)))
-        latents = _linear(self.model.fc, torch.cat([acoustic, semantic], 1))
-        return Encoded(latents, waveforms.shape[-1])
-
-    def walk(self, encoded: Encoded, quantise: Quantise) -> Encoded:
-        return encoded._replace(latents=residual(encoded.latents, range(len(self.codebooks)), quantise))
-
-    def decode(self, quantised: Encoded) -> Tensor:
-        """-> waveforms (n, 1, samples)."""
-        return fitted(self.model.acoustic_decoder(_linear(self.model.fc2, quantised.latents)), quantised.samples)
-
-
-def _linear(layer: nn.Module, latents: Tensor) -> Tensor:
-    mapped: Tensor = layer(latents.transpose(1, 2))
-    return mapped.transpose(1, 2)
+    return built(shapes, checkpoint, "XcodecModel", Xcodec)
 
 
 FAMILY = Family(
     prefix=lambda checkpoint: prefix_of(checkpoint, "xcodec", _AXES),
-    make=lambda shapes, checkpoint: make(shapes, checkpoint, "XcodecModel", Xcodec),
-    file_key=lambda name, shapes: file_key(name, shapes, WEIGHT_NORM),
+    make=make,
+    file_key=lambda name, shapes: file_key(name, shapes, OLDER),
     config_key=CONFIG_KEY,
     follow=lambda config, size: bandwidths(config, size, _DEFAULT_BANDWIDTHS),
 )

@@ -11,7 +11,6 @@ from rich.text import Text
 
 from codebook_tools.comparison import Comparison, notes, table_rows
 from codebook_tools.downstream.remap import Remapped
-from codebook_tools.inspection import Inspection
 from codebook_tools.measure import Measurement
 from codebook_tools.outcome import Result
 from codebook_tools.planning import Plan
@@ -164,29 +163,6 @@ def comparison_table(found: Comparison) -> RenderableType:
     if any(summary.seeds > 1 for summary in found.summaries):
         about += "; figures are mean ± standard deviation over the seeds"
     return Group(table, *(Text(note) for note in notes(found.summaries)), Text(about, style="dim"))
-
-
-def inspection_table(found: Inspection) -> RenderableType:
-    """The codebooks of a checkpoint."""
-    detection = found.detection
-    if not detection.codebooks:
-        return Text(f"no codebook: {detection.reason}")
-    table = Table("codebook", "codes", "dim", "dtype", "search", "sure", box=None, pad_edge=False, header_style="bold")
-    for book in detection.codebooks:
-        sure = {"high": "yes", "low": "no: name it with --codebook-key"}[book.confidence]
-        table.add_row(book.key, str(book.size), str(book.dim), book.dtype, book.search, sure)
-    family = found.family or "unknown; give the network with --network FILE.py:FUNCTION to work on it"
-    parts: list[RenderableType] = [Text(f"family: {family}"), table]
-    if found.why_not:
-        parts.append(Text(found.why_not))
-    parts += [
-        Text(f"follows {book.key}: {', '.join(book.companions)}") for book in detection.codebooks if book.companions
-    ]
-    parts += [Text(warning) for warning in found.warnings]
-    if detection.elsewhere:
-        parts.append(Text("other tensors with K, K+1 or K+2 in their shape, which something downstream may depend on:"))
-        parts += [Text(f"  {key} {list(shape)}") for key, shape in detection.elsewhere]
-    return Group(*parts)
 
 
 def verification_table(found: Verification) -> RenderableType:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.lucidrains import give_walk
+from codebook_tools.networks.lucidrains import give_walk
 
 
 def make_network(spec: str, codebook_size: int) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional
 
-from codebook_tools.models.family import Quantise
+from codebook_tools.networks.network import Quantise
 
 
 class Encoded(NamedTuple):

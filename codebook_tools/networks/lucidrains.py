@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.family import Quantise
+from codebook_tools.networks.network import Quantise
 
 _LIBRARY = "vector_quantize_pytorch"
 _MEMBERS = ("walk", "codebooks", "lookup", "emit")

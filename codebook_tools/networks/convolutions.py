@@ -1,0 +1,53 @@
+"""Convolutions of the tutorials' networks, and what stands between them, made after the shapes of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from codebook_tools.checkpoints.detect import Shapes
+from codebook_tools.checkpoints.weight_norm import LENGTH, OLDER, weight_shape
+from codebook_tools.errors import CodebookError
+
+
+def convolution(shapes: Shapes, name: str, transposed: bool = False) -> nn.Module:
+    """A fresh convolution with the bias and the weight norm that the file has.
+
+    Stride and padding are no shapes: in all these tutorials an even kernel halves the sides, or, transposed, doubles
+    them, and an odd one keeps them. Raises CodebookError where the file has no such weight.
+    """
+    shape = weight_shape(shapes, name)
+    if shape is None:
+        raise CodebookError(f"the file lacks {name}.weight, which the layout has")
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    channels = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
+    side = shape[2]
+    module: nn.Module = kind(
+        *channels, side, stride=1 if side % 2 else 2, padding=(side - 1) // 2, bias=f"{name}.bias" in shapes
+    )
+    lengths = shapes.get(name + LENGTH) or shapes.get(name + OLDER[LENGTH])
+    if lengths is not None:  # the newer weight norm for both: a family's `file_key` gives back the older one's names
+        axis = next((axis for axis, length in enumerate(lengths) if length > 1), 0)
+        module = nn.utils.parametrizations.weight_norm(module, dim=axis)
+    return module
+
+
+def decoding(shapes: Shapes, name: str) -> nn.Module:
+    """A convolution of a decoder in which those of even kernel are transposed."""
+    return convolution(shapes, name, transposed=shapes[f"{name}.weight"][2] % 2 == 0)
+
+
+def sequence(
+    shapes: Shapes, name: str, kinds: Mapping[str, Callable[[str], nn.Module]], between: Callable[[], nn.Module]
+) -> nn.Sequential:
+    """The layers name.0, name.1, ... up to the last that has tensors; those that have none are activations.
+
+    kinds: what makes a layer of its name, by the ending of a key that only layers of the kind have.
+    """
+    last = max(int(key[len(name) + 1 :].partition(".")[0]) for key in shapes if key.startswith(f"{name}."))
+    layers = []
+    for layer in (f"{name}.{i}" for i in range(last + 1)):
+        make = next((make for ending, make in kinds.items() if layer + ending in shapes), None)
+        layers.append(make(layer) if make else between())
+    return nn.Sequential(*layers)

@@ -1,0 +1,49 @@
+"""The network of a diffusers VQModel, and of the VQGANs that diffusers can build."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from codebook_tools.errors import CodebookError
+
+
+class DiffusersVQModel(nn.Module):
+    """config: of a diffusers VQModel, found in `path`.
+
+    Raises CodebookError where the library is missing or makes none.
+    """
+
+    def __init__(self, config: Mapping[str, object], path: Path | None) -> None:
+        super().__init__()
+        self.model: Any = _build(config, path)
+        self._spatial = config.get("norm_type") == "spatial"  # the codes modulate the decoder's norms, as in MoVQ
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images (n, channels, height, width) in the model's range -> latents (n, dim, *grid), not quantised."""
+        latents: Tensor = self.model.encode(images).latents
+        return latents
+
+    def decode(self, quantised: Tensor) -> Tensor:
+        """quantised (n, dim, *grid) -> images (n, channels, height, width)."""
+        # By its parts: the library's own `decode` quantises again or, with lookup_from_codebook, takes indices.
+        modulation = quantised if self._spatial else None
+        images: Tensor = self.model.decoder(self.model.post_quant_conv(quantised), modulation)
+        return images
+
+
+def _build(config: Mapping[str, object], path: Path | None) -> nn.Module:
+    try:
+        from diffusers import VQModel
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CodebookError(f"a VQModel is built by the diffusers library: {reason}; pip install diffusers") from error
+    try:
+        model: nn.Module = VQModel.from_config(dict(config))
+    except Exception as error:  # whatever the library makes of a config that is amiss
+        reason = str(error).partition("\n")[0]
+        raise CodebookError(f"diffusers makes no VQModel of {path}: {type(error).__name__}: {reason}") from error
+    return model

@@ -1,0 +1,49 @@
+"""The network of Janus and LlamaGen: the JanusVQVAE of the transformers library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from codebook_tools.errors import CodebookError
+
+
+class JanusVQ(nn.Module):
+    """config: what a JanusVQVAEConfig takes, told from the shapes in `path`.
+
+    Its own `encode` gives indices and its own `decode` takes them, on a fixed grid, so neither is used.
+    Raises CodebookError where the library is missing or makes none.
+    """
+
+    def __init__(self, config: Mapping[str, object], path: Path) -> None:
+        super().__init__()
+        self.model: Any = _build(config, path)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images (n, channels, height, width) in [-1, 1] -> latents (n, dim, *grid), not normalised."""
+        latents: Tensor = self.model.quant_conv(self.model.encoder(images))
+        return latents
+
+    def decode(self, quantised: Tensor) -> Tensor:
+        """quantised (n, dim, *grid), of unit length -> images (n, channels, height, width)."""
+        images: Tensor = self.model.decoder(self.model.post_quant_conv(quantised))
+        return images
+
+
+def _build(config: Mapping[str, object], path: Path) -> nn.Module:
+    try:
+        from transformers import JanusVQVAE, JanusVQVAEConfig
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CodebookError(
+            f"a JanusVQVAE is built by the transformers library: {reason}; pip install --upgrade transformers"
+        ) from error
+    try:
+        model: nn.Module = JanusVQVAE(JanusVQVAEConfig(**config))
+    except Exception as error:  # whatever the library makes of shapes that are amiss
+        reason = str(error).partition("\n")[0]
+        raise CodebookError(f"transformers makes no JanusVQVAE of {path}: {type(error).__name__}: {reason}") from error
+    return model
