@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,10 @@ def lucidrains(name: str, suffix: str) -> Case:
         key = next(key for key in state if key.endswith(("_codebook.embed", "frozen_codebook")))
         model: Any = make_network(f"{result.parent / 'own.py'}:make", state[key].shape[-2])
         model.load_state_dict(state, strict=True)
+        for owner in (key.removesuffix("embed") for key in state if key.endswith("_codebook.embed")):
+            codes, sums, counts = (state[owner + leaf] for leaf in ("embed", "embed_avg", "cluster_size"))
+            assert_averages_follow(codes, sums, counts)
+            assert bool(state[f"{owner}initted"].all())
         latents = model.eval().encode(images)
         quantised, indices, *_ = model.vq(latents.flatten(2).mT)
         if indices.ndim == 4:  # (groups, n, positions, stages)
@@ -160,24 +165,26 @@ def lucidrains(name: str, suffix: str) -> Case:
 
 # --- networks that are in no library ---------------------------------------------------------------------------------
 
+BOOK, SHADOW = "quantize.embedding.weight", "model_ema.quantizeembeddingweight"
 RECENT = "quantize.codebook_used"
 
 
-def save_taming(folder: Path) -> Path:
-    """As latent diffusion saves it: within a larger model, its average beside it."""
-    state = Twin((32, 64), dim=4).state
-    codes = state["quantize.embedding.weight"]
-    more = {"model_ema.quantizeembeddingweight": codes * 2, "loss.discriminator.main.0.weight": torch.ones(3)}
-    return saved(state | more, folder / "vqgan.safetensors")
+def taming(dtype: torch.dtype) -> Case:
+    """As latent diffusion saves it: beside its average and its loss. dtype: of all tensors."""
 
+    def save(folder: Path) -> Path:
+        state = Twin((32, 64), dim=4).state
+        more = {SHADOW: state[BOOK] * 2, "loss.discriminator.main.0.weight": torch.ones(3)}
+        return saved({key: tensor.to(dtype) for key, tensor in (state | more).items()}, folder / "vqgan.safetensors")
 
-def look_by_twin(result: Path, images: Tensor) -> Seen:
-    state = load_file(result)
-    codes = state["quantize.embedding.weight"]
-    assert torch.equal(state["model_ema.quantizeembeddingweight"], codes)
-    twin = Twin((32, 64), dim=4, state=state)
-    quantised, indices = looked_up(twin.encode(images), codes)
-    return twin.decode(quantised), [indices]
+    def look(result: Path, images: Tensor) -> Seen:
+        state = {key: tensor.float() for key, tensor in load_file(result).items()}
+        assert torch.equal(state[SHADOW], state[BOOK])
+        twin = Twin((32, 64), dim=4, state=state)
+        quantised, indices = looked_up(twin.encode(images), state[BOOK])
+        return twin.decode(quantised), [indices]
+
+    return Case("taming", save, look, (BOOK, SHADOW))
 
 
 def turned(state: State) -> State:
@@ -186,21 +193,21 @@ def turned(state: State) -> State:
     return {next((b + key[len(a) :] for a, b in swap.items() if key.startswith(a)), key): t for key, t in state.items()}
 
 
-TWIN = {"widths": (32, 64), "attended": (1,), "dim": 8}
+LLAMAGEN = partial(Twin, (32, 64), attended=(1,), dim=8)
 
 
 def save_llamagen(folder: Path) -> Path:
-    state = in_llamagen_names(turned(Twin(**TWIN).state))  # type: ignore[arg-type]
-    state["quantize.embedding.weight"] = normalize(state["quantize.embedding.weight"])
+    state = in_llamagen_names(turned(LLAMAGEN().state))
+    state[BOOK] = normalize(state[BOOK])
     return saved(state, folder / "vq.safetensors")
 
 
 def look_by_llamagens_twin(result: Path, images: Tensor) -> Seen:
     state = load_file(result)
     assert state[RECENT].shape == (65536,) and not state[RECENT].any()
-    names = dict(zip(in_llamagen_names(turned(Twin(**TWIN).state)), turned(Twin(**TWIN).state), strict=False))  # type: ignore[arg-type]
-    twin = Twin(**TWIN, state=turned({names[key]: tensor for key, tensor in state.items() if key != RECENT}))  # type: ignore[arg-type]
-    codes = state["quantize.embedding.weight"]
+    names = dict(zip(in_llamagen_names(turned(LLAMAGEN().state)), turned(LLAMAGEN().state), strict=False))
+    twin = LLAMAGEN(state=turned({names[key]: tensor for key, tensor in state.items() if key != RECENT}))
+    codes = state[BOOK]
     assert torch.allclose(codes.norm(dim=1), torch.ones(len(codes)))
     quantised, indices = looked_up(normalize(twin.encode(images), dim=1), codes)
     return twin.decode(quantised), [indices]
@@ -235,9 +242,7 @@ def tutorial(family: str, key: str, make_state: Callable[[], State], twin: Calla
 CASES = {
     "JanusVQVAE": Case("janus-vqvae", save_janus, look_by_janus, ("quantize.embedding",)),
     **{name: lucidrains(name, ".pt" if name == "ResidualVQ" else ".safetensors") for name in QUANTISERS},
-    "taming": Case(
-        "taming", save_taming, look_by_twin, ("quantize.embedding", "model_ema.quantizeembedding")
-    ),
+    "taming": taming(torch.float32), "taming, bfloat16": taming(torch.bfloat16),
     "LlamaGen": Case("llamagen", save_llamagen, look_by_llamagens_twin, ("quantize.embedding", RECENT)),
     "rosinality": Case(
         "rosinality", lambda folder: saved(two_levels(sizes=(16, 16)), folder / "a.safetensors"), look_by_rosinality,
@@ -259,11 +264,8 @@ def test_what_is_written_its_own_code_loads_and_computes(
     case = CASES[name]
     source = case.save(tmp_path)
     network = str(tmp_path / case.network) if case.network else None
-    request = Request(
-        source, (str(images_folder),), limit=30, network=network, input_range=(-1.0, 1.0), output=tmp_path / "result"
-    )
-    if not source.is_dir():
-        request = Request(**{**vars(request), "output": tmp_path / "result.safetensors"})
+    output = tmp_path / ("result" if source.is_dir() else "result.safetensors")
+    request = Request(source, (str(images_folder),), limit=30, network=network, input_range=(-1.0, 1.0), output=output)
     done, result = operated(operation, request)
     assert done.family == case.family
     if not operation.recipe.steps:

@@ -28,7 +28,7 @@ class Role:
 # The first row whose pattern is found in the last part of the key counts. A stale row of any kind wipes a codebook out
 # in one training step of the model's own code, or has k-means overwrite it at the first forward pass.
 ROLES = (
-    Role("sums", re.compile(r"emb\w*_?(?:avg|sum)|ema_?(?:w$|embed)|k_sum|m_i_ts"), lambda c, n: c * n[:, None]),
+    Role("sums", re.compile(r"emb\w*_?(?:avg|sum|ema$)|ema_?(?:w$|embed)|k_sum|m_i_ts"), lambda c, n: c * n[:, None]),
     Role("counts", re.compile(r"cluster|usage|count|_size|k_elem|n_i_ts", re.IGNORECASE), lambda c, n: n),
     Role("shares", re.compile(r"prob"), lambda c, n: n / n.sum().clamp(min=1)),
     Role("shadow", re.compile(r"embed|weight|codebook"), lambda c, n: c),

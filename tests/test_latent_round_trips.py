@@ -1,0 +1,238 @@
+"""Models that are not run, and codes that are no plain rows: latents from a file stand in for images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import State
+from round_trips import (
+    NO_STEPS,
+    OPERATIONS,
+    Operation,
+    assert_averages_follow,
+    assert_only_these_differ,
+    assert_same_indices,
+    operated,
+)
+from safetensors.torch import load_file, save_file
+from test_unrunnable import chameleon
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from codebook_tools.assignment import nearest
+from codebook_tools.codebook import Codebook
+from codebook_tools.errors import CodebookError
+from codebook_tools.opening import Request
+from codebook_tools.operate import operate
+from codebook_tools.watch import Watch
+
+SURGERIES = [operation for operation in OPERATIONS if operation.recipe == NO_STEPS]
+CODES = torch.cat([torch.randn(10, 4, generator=torch.Generator().manual_seed(0)), torch.full((6, 4), 40.0)])
+"""Ten near the latents, six that none is assigned to."""
+
+BOOK = "quantize.embedding.weight"
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """state: of a file whose effective codes are `codes`. effective: what its own code would make of a state dict.
+    owned: as in `assert_only_these_differ`. check: what must hold of the state before and after, beside that."""
+
+    family: str
+    state: Callable[[], State]
+    effective: Callable[[State], Tensor]
+    owned: tuple[str, ...]
+    check: Callable[[State, State], object] = lambda before, after: None
+    codes: Tensor = CODES
+
+
+PROJECTION = drawn(4, 4) + 2 * torch.eye(4)
+LONG, BIAS = drawn(4, 12), drawn(4)
+
+
+def projected(state: State, weight: str, bias: str, rows: str) -> Tensor:
+    return state[rows] @ state[weight].mT + state[bias]
+
+
+def rows_for(codes: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Rows that the projection gives out as the codes."""
+    return (codes - bias) @ torch.linalg.pinv(weight).mT
+
+
+def check_identity(weight: str, bias: str) -> Callable[[State, State], object]:
+    def check(_: State, after: State) -> None:
+        assert torch.equal(after[weight], torch.eye(*after[weight].shape)) and not after[bias].any()
+
+    return check
+
+
+def check_padding(before: State, after: State) -> None:
+    stage = "quantizer.codebooks.0"
+    assert torch.equal(after[f"{stage}.weight"][-1], before[f"{stage}.weight"][-1])
+    assert_averages_follow(
+        after[f"{stage}.weight"][:-1], after[f"{stage}.embed_ema"], after[f"{stage}.cluster_size_ema"]
+    )
+
+
+def check_hits(before: State, after: State) -> None:
+    assert after["quantize.ema_vocab_hit_SV"].shape == (10, len(after[BOOK]))
+
+
+VAR = {BOOK: CODES, "quantize.ema_vocab_hit_SV": torch.ones(10, 16), "quant_conv.weight": drawn(4, 4, 3, 3)}
+TITOK = {BOOK: normalize(CODES), "latent_tokens": drawn(7, 8), "encoder.ln_pre.weight": drawn(8)}
+LAYOUTS = {
+    "VAR": Layout("var", lambda: VAR, lambda state: state[BOOK], (BOOK, "ema_vocab_hit"), check_hits),
+    "TiTok": Layout("titok", lambda: TITOK, lambda state: state[BOOK], (BOOK,), codes=normalize(CODES)),
+    "RQ-VAE": Layout(
+        "custom",
+        lambda: {
+            "quantizer.codebooks.0.weight": torch.cat([CODES, torch.full((1, 4), 7.0)]),
+            "quantizer.codebooks.0.cluster_size_ema": torch.ones(16), "quantizer.codebooks.0.embed_ema": CODES,
+        },
+        lambda state: state["quantizer.codebooks.0.weight"][:-1],
+        ("quantizer.codebooks.0.",),
+        check_padding,
+    ),
+    "SimVQ": Layout(
+        "custom",
+        lambda: {
+            BOOK: rows_for(CODES, PROJECTION, BIAS), "quantize.embedding_proj.weight": PROJECTION,
+            "quantize.embedding_proj.bias": BIAS, "quant_conv.weight": drawn(4, 9, 1, 1),
+        },
+        lambda state: projected(state, "quantize.embedding_proj.weight", "quantize.embedding_proj.bias", BOOK),
+        ("quantize.",),
+        check_identity("quantize.embedding_proj.weight", "quantize.embedding_proj.bias"),
+    ),
+    "VQGAN-LC": Layout(
+        "custom",
+        lambda: {
+            "tok_embeddings.weight": rows_for(CODES, LONG, BIAS), "codebook_projection.weight": LONG,
+            "codebook_projection.bias": BIAS, "cluster_size": torch.ones(16), "encoder.weight": drawn(9, 3, 3, 3),
+            "decoder.weight": drawn(3, 9, 3, 3),
+        },
+        lambda state: projected(
+            state, "codebook_projection.weight", "codebook_projection.bias", "tok_embeddings.weight"
+        ),
+        ("tok_embeddings", "codebook_projection", "cluster_size"),
+        check_identity("codebook_projection.weight", "codebook_projection.bias"),
+    ),
+}  # fmt: skip
+
+
+def latents_beside(folder: Path, rows: Tensor) -> tuple[str]:
+    np.save(folder / "latents.npy", rows.numpy())
+    return (str(folder / "latents.npy"),)
+
+
+BLIND = [(operation, True) for operation in SURGERIES if operation.command == "quantize"]
+
+
+@pytest.mark.parametrize(("operation", "blind"), [*((operation, False) for operation in SURGERIES), *BLIND], ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_codes_in_the_file_are_those_that_a_plain_file_would_hold(
+    name: str, operation: Operation, blind: bool, tmp_path: Path
+) -> None:
+    """blind: on the codes alone, without latents."""
+    layout = LAYOUTS[name]
+    before = {key: tensor.clone() for key, tensor in layout.state().items()}
+    source, plain = tmp_path / "odd.safetensors", tmp_path / "plain.safetensors"
+    save_file(before, source)
+    save_file({BOOK: layout.effective(before)}, plain)
+    metric = "cosine-unit" if name == "TiTok" else None
+    request = Request(source, metric=metric, latents=() if blind else latents_beside(tmp_path, drawn(400, 4)))
+    done, result = operated(operation, request)
+    assert done.family == layout.family
+    after, meant = load_file(result), load_file(operated(operation, replace(request, model=plain))[1])[BOOK]
+    torch.testing.assert_close(layout.effective(before), layout.codes, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layout.effective(after), meant, atol=1e-5, rtol=1e-5)
+    assert_only_these_differ(result, source, layout.owned)
+    layout.check(before, after)
+
+
+# --- libraries' models that reconstruct nothing ----------------------------------------------------------------------
+
+
+def tokens(model: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The latents (n, dim) that meet its quantiser, and the indices (n,) that it gives them."""
+    seen: list[Tensor] = []
+
+    def look(_: object, met: tuple[Tensor], found: Any) -> None:
+        seen.extend((met[0], found if isinstance(found, Tensor) else found[-1]))
+
+    hook = model.quantize.register_forward_hook(look)
+    with torch.no_grad():
+        model.eval().encode(*given)
+    hook.remove()
+    latents, indices = seen
+    return latents.movedim(-3, -1).flatten(0, -2), indices.flatten()
+
+
+def emu3() -> Any:
+    from transformers import Emu3VQVAE, Emu3VQVAEConfig
+
+    return Emu3VQVAE(
+        Emu3VQVAEConfig(
+            codebook_size=16, base_channels=32, channel_multiplier=[1], num_res_blocks=1, attn_resolutions=[],
+            hidden_size=32, num_attention_heads=1,
+        )
+    )  # fmt: skip
+
+
+LIBRARIES: dict[str, tuple[Callable[[], Any], str, tuple[Tensor, ...]]] = {
+    "chameleon-vqvae": (chameleon, "num_embeddings", (drawn(4, 3, 16, 16),)),
+    "emu3-vqvae": (emu3, "codebook_size", (drawn(4, 3, 16, 16), torch.full((4, 2), 16))),
+}
+"""How each is made, its entry of K, and what it encodes."""
+
+
+@pytest.mark.parametrize("operation", SURGERIES, ids=str)
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_latents_from_the_library_give_a_codebook_that_it_loads(
+    name: str, operation: Operation, tmp_path: Path
+) -> None:
+    make, key, given = LIBRARIES[name]
+    torch.manual_seed(0)
+    model = make()
+    latents, _ = tokens(model, given)
+    scattered = latents[torch.linspace(0, len(latents) - 1, 16).long()]
+    model.quantize.embedding.weight.data = scattered + 90.0 * (torch.arange(16) > 9)[:, None]
+    model.save_pretrained(tmp_path / "model")
+    request = Request(tmp_path / "model", latents=latents_beside(tmp_path, latents))
+    done, result = operated(operation, request)
+    loaded, told = type(model).from_pretrained(result, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    rows = loaded.quantize.embedding.weight.detach()
+    size = operation.size or 10
+    assert len(rows) == json.loads((result / "config.json").read_text())[key] == size and done.family == name
+    again, indices = tokens(loaded, given)
+    assert torch.equal(again, latents)
+    assert_same_indices([nearest(latents, Codebook(rows))], [indices], size)
+    assert_only_these_differ(result, request.source, (BOOK,))
+
+
+@pytest.mark.parametrize("name", [*LIBRARIES, *LAYOUTS])
+def test_without_latents_one_line_says_why_and_what_to_do(name: str, images_folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    if name in LIBRARIES:
+        LIBRARIES[name][0]().save_pretrained(model)
+    else:
+        model = tmp_path / "model.safetensors"
+        save_file({key: tensor.clone() for key, tensor in LAYOUTS[name].state().items()}, model)
+    there = sorted(tmp_path.iterdir())
+    for operation in SURGERIES:
+        request = Request(model, (str(images_folder),), input_range=(-1.0, 1.0))
+        with pytest.raises(CodebookError, match="--latents") as caught:
+            operate(operation.command, request, operation.strategy, NO_STEPS, Watch())
+        assert "\n" not in str(caught.value) and str(model) in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == there
