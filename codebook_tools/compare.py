@@ -12,6 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.comparison import STAGES, Comparison, Row, RowStore, markdown_table, write_text
 from codebook_tools.errors import CodebookError
@@ -137,9 +138,9 @@ def compare(
     entries = {name: find_entry(name) for name in names or ENTRIES}
     _check_folder(folder)
     store = RowStore(folder)
+    check_size(read_checkpoint(request.source), k)
     opened = open_request(request, watch)
     require_training_data(opened, recipe)
-    check_size(opened.model.checkpoint, k)
     seen = calibrate(opened, watch)
     tasks = list(_tasks(entries, k, _in_use(opened, seen), request.seed, seeds))
     made_with = {task: _made_with(opened, task, recipe) for task in tasks}

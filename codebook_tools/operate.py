@@ -82,7 +82,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     by validation error, a fine-tuning's the better of `before` and `finetuned`. Raises CodebookError, before any long
     work where that is possible, and leaves no file then.
     """
-    check_request_output(request, command, None)
+    check_request_output(request, command, asked_size(strategy, 0))
     if strategy and goes_without_images(request, strategy):
         if recipe.steps:
             raise CodebookError(f"{recipe.steps} steps of fine-tuning need images; give --data, or --steps 0")

@@ -60,7 +60,7 @@ def check_request_output(request: Request, command: str, size: int | None) -> Pa
 
 
 def asked_size(strategy: Strategy | None, old: int) -> int | None:
-    """Codes that there will be, where that is known before anything is counted."""
+    """Codes that there will be, where that is known before anything is counted. old: without a strategy, as many."""
     asked: int | None = getattr(strategy, "k", None) or getattr(strategy, "keep", None)
     return asked if strategy else old
 

@@ -17,6 +17,7 @@ from codebook_tools.models.families import CUSTOM, family_of
 from codebook_tools.models.stored import added_bytes
 from codebook_tools.opening import Request, open_request
 from codebook_tools.outcome import asked_size, check_request_output, settings_of, weights_bytes
+from codebook_tools.output import check_size
 from codebook_tools.version import VERSION
 from codebook_tools.watch import Watch
 
@@ -45,6 +46,7 @@ class Plan:
 
 def plan(command: str, request: Request, strategy: Strategy | None, recipe: Recipe, watch: Watch) -> Plan:
     """Look at what `operate` would look at first, time one batch, and write nothing."""
+    check_size(read_checkpoint(request.source), asked_size(strategy, 0))
     if strategy and goes_without_images(request, strategy):
         return _plan_detached(command, request, strategy)
     opened = open_request(request, watch)
