@@ -1,7 +1,5 @@
-"""Which tensors of a state dict are codebooks, told from names, shapes and dtypes: no tensor is opened.
-
-A tensor earns points for its name, its owner and what lies beside it; no family has a rule of its own.
-"""
+"""Which tensors of a state dict are codebooks, told from names, shapes and dtypes: no tensor is opened. A tensor earns
+points for its name, its owner and what lies beside it; no family has a rule of its own."""
 
 import re
 from collections.abc import Mapping
@@ -9,9 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
-"""Of tensors, by name."""
+from codebook_tools.checkpoints.entries import Shape, Shapes
 
 _re = partial(re.compile, flags=re.IGNORECASE | re.DOTALL)
 
@@ -98,7 +94,7 @@ NO_CODEBOOK = (
 class _Names:
     """The tensors of a file by name, and the channels (in either order) of its layers."""
 
-    def __init__(self, shapes: Mapping[str, Shape]) -> None:
+    def __init__(self, shapes: Shapes) -> None:
         self.shapes, self.text = shapes, "\n".join(shapes)
         layers = ((name, shape) for name, shape in shapes.items() if len(shape) > 1 and LAYER.match(name))
         self.channels = {name: shape[-2:] if name.endswith("kernel") else shape[:2] for name, shape in layers}
@@ -184,7 +180,7 @@ class _Names:
         return points, FoundCodebook(name, size, dim, axis, head, "F32", search, tuple(own), level), scope
 
 
-def find_codebooks(shapes: Mapping[str, Shape], dtypes: Mapping[str, str] | None = None) -> Detection:
+def find_codebooks(shapes: Shapes, dtypes: Mapping[str, str] | None = None) -> Detection:
     """The codebooks of a state dict, given as key -> shape and key -> dtype; where there is none, why."""
     natural = partial(re.sub, r"\d+", lambda digits: digits[0].zfill(9))  # layers.2 before layers.10
     keys = {key.removesuffix(":0").replace("/", "."): key for key in sorted(shapes, key=natural)}

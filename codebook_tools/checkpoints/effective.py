@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from codebook_tools.checkpoints.detect import COUNTS, RECODE, FoundCodebook, Shape
+from codebook_tools.checkpoints.detect import COUNTS, RECODE, FoundCodebook
+from codebook_tools.checkpoints.entries import Shape
 
 _SUM = re.compile(r"(^|.*[._])sum", re.IGNORECASE)
 _OWN_NAME = re.compile(r"[^.]+(\.\d+)*(\.weight)?$")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,10 @@ if TYPE_CHECKING:  # imported where a tensor is made: a header is read without w
     from torch import Tensor
 
 CHUNK = 16 << 20
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+"""Of tensors, by name."""
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",

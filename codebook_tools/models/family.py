@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.config import Config
-from codebook_tools.checkpoints.detect import Shapes
+from codebook_tools.checkpoints.entries import Shapes
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 

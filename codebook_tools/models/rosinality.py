@@ -7,7 +7,7 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING
 
-from codebook_tools.checkpoints.detect import Shapes
+from codebook_tools.checkpoints.entries import Shapes
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.models import convolutions
 from codebook_tools.models.convolutions import kernels

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from codebook_tools.checkpoints.detect import Shapes
+from codebook_tools.checkpoints.entries import Shapes
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.errors import CodebookError
 
