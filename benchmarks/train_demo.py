@@ -21,8 +21,10 @@ from torch.nn import functional
 
 from codebook_tools.assignment import nearest
 from codebook_tools.codebook import Codebook
-from codebook_tools.images import Images, sample_images, split
+from codebook_tools.images import images, sample_images
+from codebook_tools.media import Media
 from codebook_tools.networks.zalando import make
+from codebook_tools.splits import split
 
 BUILD = Path(__file__).parents[1] / "build"
 SNAPSHOTS = (250, 1000, 4000)
@@ -31,15 +33,15 @@ SNAPSHOTS = (250, 1000, 4000)
 def train(path: Path, steps: int, batch: int, seed: int) -> None:
     torch.manual_seed(seed)
     items = split(sample_images()).train
-    _, images = Images(items, channels=3).load(items)
-    images = images * 2 - 1
+    _, decoded = Media(items, images(), channels=3).load(items)
+    patches = decoded * 2 - 1
     network = make(codebook_size=512, hidden=64, residual=32, depth=2, dim=64)
     codes = network.get_submodule("_vq_vae._embedding")
     assert isinstance(codes, torch.nn.Embedding)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
-    variance = images.var()
+    variance = patches.var()
     for step in range(1, steps + 1):
-        pixels = images[torch.randint(len(images), (batch,))]
+        pixels = patches[torch.randint(len(patches), (batch,))]
         latents = network.encode(pixels)
         rows = latents.movedim(1, -1)
         chosen = nearest(rows.detach().flatten(0, -2), Codebook(codes.weight.detach())).reshape(rows.shape[:-1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,17 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codebook_tools.errors import CodebookError
-from codebook_tools.items import Item, Medium, Values, find_items
-from codebook_tools.media import Media
+from codebook_tools.items import Item, Medium, Values
 from codebook_tools.pictures import decode_picture, decode_row, fitted
 from codebook_tools.sources import Source
-from codebook_tools.splits import Splits, limited, shuffled, split
-from codebook_tools.watch import Watch
-
-__all__ = (
-    "SAMPLE", "SUFFIXES", "Images", "Item", "Splits", "array_items", "find_images", "images", "limited",
-    "sample_images", "sample_photographs", "shuffled", "split",
-)  # fmt: skip
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SAMPLE = "sample"
@@ -38,26 +29,6 @@ def images(size: int | None = None, stride: int = 1) -> Medium:
     """
     arrays = {".npy": _stored_items, ".npz": _stored_items}
     return Medium("image", "images", SUFFIXES, _picture_items, 255, arrays, partial(fitted, size=size, stride=stride))
-
-
-class Images(Media):
-    """Media whose medium is `images(size, stride)`: (n, channels, height, width) float32 in [0, 1]."""
-
-    def __init__(
-        self,
-        items: list[Item],
-        channels: int,
-        stride: int = 1,
-        size: int | None = None,
-        skip_bad: bool = False,
-        watch: Watch | None = None,
-    ) -> None:
-        super().__init__(items, images(size, stride), channels, skip_bad, watch or Watch())
-
-
-def find_images(paths: Sequence[str | Path]) -> list[Item]:
-    """Every image under the paths, as `find_items` finds them."""
-    return find_items(paths, images())
 
 
 def _picture_items(source: Source) -> list[Item]:

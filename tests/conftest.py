@@ -19,13 +19,14 @@ import torch
 from hypothesis import settings
 from PIL import Image
 from safetensors.torch import save_file
+from sources_of_images import Images
 from torch import Tensor
 from typer.testing import CliRunner
 
 from codebook_tools.checkpoints.layout import PREFIX, index_map_path
 from codebook_tools.checkpoints.reading import file_sha256
 from codebook_tools.checkpoints.writing import maps_sha256, tensor_bytes
-from codebook_tools.images import Images, array_items
+from codebook_tools.images import array_items
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.networks.zalando import make
 

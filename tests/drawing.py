@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from sources_of_images import Images
 from torch import Tensor
 
-from codebook_tools.images import Images
 from codebook_tools.items import Item
 from codebook_tools.sources import Source
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Grey
+from sources_of_images import Images, find_images
 from torch import Tensor
 
 from codebook_tools import coverage
@@ -15,7 +16,6 @@ from codebook_tools.assignment import nearest, squared_errors
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.coverage import reference_distance, reference_latents
-from codebook_tools.images import Images, find_images
 from codebook_tools.measure import measure
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model

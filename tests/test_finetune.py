@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEAD, GREY, Grey, State
+from sources_of_images import Images, find_images
 
 from codebook_tools import finetune as module
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import FineTuned, Recipe, finetune
-from codebook_tools.images import Images, find_images, split
 from codebook_tools.measure import measure
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.models.zalando import CODEBOOK
+from codebook_tools.splits import split
 from codebook_tools.watch import Watch
 
 GreyImages = Callable[..., Images]

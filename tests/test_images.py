@@ -11,9 +11,10 @@ import torch
 from drawing import Pixels, as_tensor, names, picture, put, read
 from numpy.typing import NDArray
 from PIL import Image
+from sources_of_images import find_images
 
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import array_items, find_images, sample_images, sample_photographs
+from codebook_tools.images import array_items, sample_images, sample_photographs
 from codebook_tools.items import Item
 from codebook_tools.splits import limited, split
 

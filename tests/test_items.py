@@ -12,9 +12,9 @@ import pytest
 import torch
 from drawing import as_tensor, names, picture, png, put, read, tar_of
 from PIL import Image
+from sources_of_images import find_images
 
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import find_images
 from codebook_tools.splits import split
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"

@@ -11,11 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from sources_of_images import Images, find_images
 from torch import Tensor
 
 from codebook_tools.codebook import Codebook, Emit, Latents, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import Images, Item, array_items, find_images
+from codebook_tools.images import array_items
+from codebook_tools.items import Item
 from codebook_tools.latents import SAMPLE_LIMIT, EncodedLatents, StoredLatents, Survey, sample_keys, survey
 from codebook_tools.watch import Watch
 

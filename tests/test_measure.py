@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Grey, State
+from sources_of_images import Images, find_images
 from torch import Tensor, nn
 from tutorial import Tutorial
 
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import Images, find_images
 from codebook_tools.measure import NotFiniteError, find_input_range, measure, reconstruct
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model

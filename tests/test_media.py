@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from drawing import as_tensor, fakes, names, picture, put, read
+from sources_of_images import Images, find_images
 
 from codebook_tools import media as media_module
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import Images, find_images, sample_images
+from codebook_tools.images import sample_images
 from codebook_tools.items import Item
 from codebook_tools.splits import split
 

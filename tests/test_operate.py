@@ -15,6 +15,7 @@ import torch
 from conftest import DEAD, State
 from safetensors import safe_open
 from safetensors.torch import load_file
+from sources_of_images import find_images
 from torch import Tensor
 from tutorial import Tutorial
 
@@ -23,7 +24,6 @@ from codebook_tools.checkpoints.writing import index_map_path, tensor_bytes
 from codebook_tools.codebook import Codebook, Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe
-from codebook_tools.images import find_images, split
 from codebook_tools.index_maps import nearest_map
 from codebook_tools.latents import survey
 from codebook_tools.measure import Measurement
@@ -31,6 +31,7 @@ from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import Request
 from codebook_tools.operate import Result, measure_model, operate
 from codebook_tools.planning import plan
+from codebook_tools.splits import split
 from codebook_tools.strategies import Prune, Refit
 from codebook_tools.verify import verify_checkpoint
 from codebook_tools.watch import Watch

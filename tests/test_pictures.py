@@ -16,9 +16,9 @@ import torch
 from conftest import Outcome
 from drawing import as_tensor, picture, png, png_of, put, read, saved, tiff_of
 from PIL import Image
+from sources_of_images import Images, find_images
 
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import Images, find_images
 
 
 @pytest.mark.parametrize(

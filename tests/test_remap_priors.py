@@ -15,6 +15,7 @@ from conftest import Outcome, WriteMap, assert_refused, contents, save_map
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from sources_of_images import Images
 from test_remap_tokens import index_maps
 from torch import Tensor
 from torch.nn import functional
@@ -23,7 +24,7 @@ from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.checkpoints.reading import file_sha256, read_checkpoint
 from codebook_tools.codebook import REMOVED
 from codebook_tools.downstream.vocabulary import Vocabulary
-from codebook_tools.images import Images, sample_images
+from codebook_tools.images import sample_images
 from codebook_tools.models.load import load_model
 from codebook_tools.opening import DEMO
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import Outcome
 from safetensors.torch import load_file
+from sources_of_images import Images, find_images
 
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import tensor_bytes
-from codebook_tools.images import Images, find_images
 from codebook_tools.measure import reconstruct
 from codebook_tools.models.load import load_model
 from codebook_tools.models.zalando import CODEBOOK

@@ -10,9 +10,9 @@ import pytest
 from drawing import fake, fakes, names, picture, png, put, tar_of
 from hypothesis import given
 from hypothesis import strategies as st
+from sources_of_images import find_images
 
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import find_images
 from codebook_tools.splits import Splits, limited, split
 
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from conftest import Outcome, State, assert_refused
 from safetensors.torch import load_file, save_file
+from sources_of_images import Images
 from torch import Tensor
 
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.codebook import REMOVED, Strategy
 from codebook_tools.finetune import FineTuned, Recipe, finetune
-from codebook_tools.images import Images, array_items
+from codebook_tools.images import array_items
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request

@@ -1,0 +1,31 @@
+"""Images as the tests name them: items and their settings in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from codebook_tools.images import images
+from codebook_tools.items import Item, find_items
+from codebook_tools.media import Media
+from codebook_tools.watch import Watch
+
+
+class Images(Media):
+    """Media whose medium is `images(size, stride)`: (n, channels, height, width) float32 in [0, 1]."""
+
+    def __init__(
+        self,
+        items: list[Item],
+        channels: int,
+        stride: int = 1,
+        size: int | None = None,
+        skip_bad: bool = False,
+        watch: Watch | None = None,
+    ) -> None:
+        super().__init__(items, images(size, stride), channels, skip_bad, watch or Watch())
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Item]:
+    """Every image under the paths, as `find_items` finds them."""
+    return find_items(paths, images())
