@@ -34,7 +34,7 @@ FLOORS = (
 )
 """Rooms by floor, the lowest first. A room is a module of codebook_tools or a folder of it; the folder cli/ is one."""
 
-STAIRS = {("items", "sources"), ("latents", "images"), ("__main__", COMMAND_LINE)}
+STAIRS = {("items", "sources"), ("__main__", COMMAND_LINE)}
 """Rooms that may enter their neighbour on the same floor."""
 
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
