@@ -84,7 +84,8 @@ ModelArgument = Annotated[
     Path | None,
     typer.Argument(
         metavar="MODEL",
-        help="A .safetensors checkpoint, or a directory as diffusers saves it; left out, the bundled demo.",
+        help="A .safetensors, .pt, .pth or .ckpt file, or a directory as diffusers or transformers saves it; left out, "
+        "the bundled demo.",
         show_default=False,
     ),
 ]
@@ -108,21 +109,22 @@ class DataOptions:
         list[str] | None,
         _data(
             metavar="PATH",
-            help="Images to calibrate and train on: a folder, .tar shards ({0000..0009} too), .npy or .npz. "
-            "Repeatable. Left out: the bundled sample.",
+            help="Images to calibrate and train on: a folder, .tar shards ({0000..0009} too), .npy or .npz; for an audio "
+            "codec, folders or shards of .wav and .flac. Repeatable. Left out: the bundled sample.",
         ),
     ] = None
     test_data: Annotated[
         list[str] | None,
-        _data(metavar="PATH", help="Images that are only reported on. Left out: a tenth of --data."),
+        _data(metavar="PATH", help="What is only reported on. Left out: a tenth of --data, or of --latents."),
     ] = None
     limit: Annotated[
         int | None, _data(metavar="N", help="At most N items of each of --data and --test-data, drawn by seed.")
     ] = None
     size: Annotated[
-        int | None, _data(metavar="N", help="Side of the square that images are resized and cropped to.")
+        int | None,
+        _data(metavar="N", help="Side of the square that images are resized and cropped to; of sound, samples a clip."),
     ] = None
-    skip_bad: Annotated[bool, _data("--skip-bad", help="Go on past unreadable images, and count them.")] = False
+    skip_bad: Annotated[bool, _data("--skip-bad", help="Go on past what cannot be read, and count it.")] = False
 
 
 @dataclass(frozen=True)
