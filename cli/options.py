@@ -109,8 +109,8 @@ class DataOptions:
         list[str] | None,
         _data(
             metavar="PATH",
-            help="Images to calibrate and train on: a folder, .tar shards ({0000..0009} too), .npy or .npz; for an audio "
-            "codec, folders or shards of .wav and .flac. Repeatable. Left out: the bundled sample.",
+            help="Images to calibrate and train on: a folder, .tar shards ({0000..0009} too), .npy or .npz; for audio "
+            "codecs, folders or shards of .wav and .flac. Repeatable. Left out: the bundled sample.",
         ),
     ] = None
     test_data: Annotated[
@@ -122,7 +122,7 @@ class DataOptions:
     ] = None
     size: Annotated[
         int | None,
-        _data(metavar="N", help="Side of the square that images are resized and cropped to; of sound, samples a clip."),
+        _data(metavar="N", help="Side of the square that images are cropped and resized to; of sound, samples."),
     ] = None
     skip_bad: Annotated[bool, _data("--skip-bad", help="Go on past what cannot be read, and count it.")] = False
 

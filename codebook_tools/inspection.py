@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from codebook_tools.checkpoints.detect import Detection, find_codebooks
+from codebook_tools.checkpoints.detect import Detection
 from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.models.families import FAMILIES, family_of
+from codebook_tools.models.families import FAMILIES, detected, family_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Inspection:
 def inspect_checkpoint(path: Path) -> Inspection:
     """Find the codebooks of a file or directory. Raises CodebookError where it holds no sound safetensors file."""
     checkpoint = read_checkpoint(path)
-    detection = find_codebooks(checkpoint.shapes, checkpoint.dtypes)
+    detection = detected(checkpoint)
     family = family_of(checkpoint) if detection.codebooks else None
     why_not = FAMILIES[family].why_not if family else ""
     return Inspection(str(path), family, detection, why_not, tuple(checkpoint.warnings))

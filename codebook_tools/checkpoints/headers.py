@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from codebook_tools.checkpoints.entries import Entry, Stored, Weights
+from codebook_tools.checkpoints.layout import SUFFIX
 from codebook_tools.errors import CodebookError
 
 PICKLED = (b"PK", b"\x80")
@@ -27,7 +28,8 @@ def read_safetensors(path: Path) -> Weights:
                 pass
             header = json.loads(file.read(length))
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise CodebookError(f"{path} is not a sound safetensors file: {_what_it_is(path, error)}") from error
+        kind = "safetensors file" if path.suffix == SUFFIX else "safetensors file, nor one of torch.save"
+        raise CodebookError(f"{path} is not a sound {kind}: {_what_it_is(path, error)}") from error
     metadata = header.pop("__metadata__", None) or {}
     entries: list[Entry] = [
         Stored(key, its["dtype"], tuple(its["shape"]), path, *(8 + length + offset for offset in its["data_offsets"]))

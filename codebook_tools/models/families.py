@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from codebook_tools.checkpoints.config import Config, entry_of
+from codebook_tools.checkpoints.detect import Detection, FoundCodebook, find_codebooks
+from codebook_tools.checkpoints.entries import Shapes
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
@@ -56,6 +58,26 @@ METRICS = {
 def family_of(checkpoint: Checkpoint) -> str | None:
     """The first family that recognises tensors and config."""
     return next((name for name, family in FAMILIES.items() if family.prefix(checkpoint) is not None), None)
+
+
+def detected(checkpoint: Checkpoint) -> Detection:
+    """The codebooks of a checkpoint, searched as its family does, and along the axis that it says: a square does not
+    tell which."""
+    found, name = find_codebooks(checkpoint.shapes, checkpoint.dtypes), family_of(checkpoint)
+    if name is None:
+        return found
+    return replace(
+        found, codebooks=tuple(_as_used(book, FAMILIES[name], checkpoint.shapes) for book in found.codebooks)
+    )
+
+
+def _as_used(found: FoundCodebook, family: Family, shapes: Shapes) -> FoundCodebook:
+    if found.search == "logits":
+        return found
+    axis, shape = found.axis if family.axis is None else family.axis, shapes[found.key]
+    if axis != found.axis:
+        found = replace(found, axis=axis, size=shape[axis], dim=shape[1 - axis])
+    return replace(found, search=family.lookup.value)
 
 
 def lookup_of(family: str | None, metric: str | None) -> tuple[Lookup, Emit]:

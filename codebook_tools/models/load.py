@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from codebook_tools.checkpoints.detect import Detection, FoundCodebook, find_codebooks
+from codebook_tools.checkpoints.detect import Detection, FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.families import CUSTOM, FAMILIES, METRICS, check_stated, family_of, size_entry
+from codebook_tools.models.families import CUSTOM, FAMILIES, METRICS, check_stated, detected, family_of, size_entry
 from codebook_tools.models.family import Family
 from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Book, Model, walks
 from codebook_tools.models.stored import effective_rows, owned_keys
@@ -23,7 +22,7 @@ from codebook_tools.networks.custom import make_network
 
 def choose_codebooks(checkpoint: Checkpoint, keys: Sequence[str]) -> list[FoundCodebook]:
     """Those named, else all that are surely there. Raises CodebookError, with candidates, where that is not plain."""
-    detection = find_codebooks(checkpoint.shapes, checkpoint.dtypes)
+    detection = detected(checkpoint)
     if keys:
         return [_operable(_named(checkpoint, detection, key)) for key in keys]
     if not detection.codebooks:
@@ -72,7 +71,7 @@ def _named(checkpoint: Checkpoint, detection: Detection, key: str) -> FoundCodeb
 
 def find_book(checkpoint: Checkpoint, key: str) -> FoundCodebook:
     """The codebook of that key, which is known to be one."""
-    return _named(checkpoint, find_codebooks(checkpoint.shapes, checkpoint.dtypes), key)
+    return _named(checkpoint, detected(checkpoint), key)
 
 
 def load_model(
@@ -105,7 +104,7 @@ def load_model(
             raise CodebookError(f"{checkpoint.path} does not have the layout of family {name}")
         if record.make is None:
             raise CodebookError(f"{checkpoint.path} is of family {name}: {record.why_not}")
-        for book in find_codebooks(shapes, checkpoint.dtypes).codebooks[:1]:
+        for book in detected(checkpoint).codebooks[:1]:
             check_stated(checkpoint, book.key, book.size)
         prefix = given
         inner = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
@@ -114,7 +113,7 @@ def load_model(
         keys = {name: prefix + record.file_key(name, inner) for name in module.state_dict()}
         caveat = record.caveat(checkpoint)
     lookup, emit = METRICS[metric] if metric else _lookup(module, record)
-    found = _books_of(module, prefix, record.axis if record else None, checkpoint, codebook_keys)
+    found = _books_of(module, prefix, checkpoint, codebook_keys)
     entry = size_entry(checkpoint)
     if not walks(module) and found[0].key not in keys.values():
         raise CodebookError(f"the network has no {found[0].key}: its codebook must have the file's name for it")
@@ -158,26 +157,16 @@ def _lookup(network: Any, record: Family | None) -> tuple[Lookup, Emit]:
     return (told[0] if isinstance(told[0], Lookup) else lookup), (told[1] if isinstance(told[1], Emit) else emit)
 
 
-def _books_of(
-    network: Any, prefix: str, axis: int | None, checkpoint: Checkpoint, asked: Sequence[str]
-) -> list[FoundCodebook]:
+def _books_of(network: Any, prefix: str, checkpoint: Checkpoint, asked: Sequence[str]) -> list[FoundCodebook]:
     """All codebooks that the network walks through, in its order; those asked for must be among them."""
     if not walks(network):
         return [choose_codebook(checkpoint, asked)]
-    found = [_operable(_turned(find_book(checkpoint, prefix + key), axis, checkpoint)) for key in network.codebooks]
+    found = [_operable(find_book(checkpoint, prefix + key)) for key in network.codebooks]
     keys = [book.key for book in found]
     unknown = [key for key in asked if key not in keys]
     if unknown:
         raise CodebookError(f"--codebook-key {unknown[0]}: the network's codebooks are {', '.join(keys)}")
     return found
-
-
-def _turned(found: FoundCodebook, axis: int | None, checkpoint: Checkpoint) -> FoundCodebook:
-    """The codebook with its codes along the axis that its family says: a square matrix does not tell."""
-    if axis is None or axis == found.axis:
-        return found
-    shape = checkpoint.entries[found.key].shape
-    return replace(found, axis=axis, size=shape[axis], dim=shape[1 - axis])
 
 
 def _load_weights(network: nn.Module, keys: Mapping[str, str], checkpoint: Checkpoint) -> None:

@@ -8,6 +8,9 @@ from rich.text import Text
 
 from codebook_tools.inspection import Inspection
 
+FEW = 10
+"""Tensors that are shown: where K is a number of channels, too, there are hundreds."""
+
 
 def inspection_table(found: Inspection) -> RenderableType:
     """The codebooks of a checkpoint."""
@@ -28,5 +31,7 @@ def inspection_table(found: Inspection) -> RenderableType:
     parts += [Text(warning) for warning in found.warnings]
     if detection.elsewhere:
         parts.append(Text("other tensors with K, K+1 or K+2 in their shape, which something downstream may depend on:"))
-        parts += [Text(f"  {key} {list(shape)}") for key, shape in detection.elsewhere]
+        parts += [Text(f"  {key} {list(shape)}") for key, shape in detection.elsewhere[:FEW]]
+        more = len(detection.elsewhere) - FEW
+        parts += [Text(f"  and {more} more, which --json lists")] if more > 0 else []
     return Group(*parts)
