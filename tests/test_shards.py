@@ -341,19 +341,18 @@ def make_mixed(folder: Path, shards: int, tensors: int, nbytes: int) -> dict[str
 
 STREAM = """
 import json, sys
-from time import process_time
 from pathlib import Path
 import safetensors, torch
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
 status = Path("/proc/self/status")  # getrusage would count what the process that started this one took
 peak = lambda: int(status.read_text().partition("VmHWM:")[2].split()[0]) // 1024
-before, clock = peak(), process_time()
+before = peak()
 original = read_checkpoint(Path(sys.argv[1]))
-seconds, opened = process_time() - clock, peak() - before
+opened = peak() - before
 original.tensor("quantize.embedding.weight")
 write_checkpoint(original, Path(sys.argv[2]), {"quantize.embedding.weight": torch.ones(8, 4)}, {"kept": "surgery"}, {})
-print(json.dumps({"seconds": seconds, "opened": opened, "written": peak() - before}))
+print(json.dumps({"opened": opened, "written": peak() - before}))
 """
 
 
@@ -383,7 +382,6 @@ def test_mixed_dtypes_stream_through_unchanged_in_little_memory(
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
     assert used["opened"] < 20 and used["written"] < 200  # MB
-    assert used["seconds"] < 1
     before, after = read_checkpoint(roomy / "model"), read_checkpoint(roomy / output)
     assert before.nbytes >= shards * (tensors - 1) * nbytes * 0.99
     assert {key: entry.dtype for key, entry in after.entries.items()} == before.dtypes
