@@ -21,7 +21,7 @@ from codebook_tools.index_maps import nearest_map
 from codebook_tools.latent_files import FileLatents, limited_latents, open_latents, split_latents
 from codebook_tools.latents import StoredLatents, Survey, survey
 from codebook_tools.measure import CodebookUse, Measurement, Tally, use_of
-from codebook_tools.models.families import CUSTOM, check_stated, family_of, lookup_of, size_entry
+from codebook_tools.models.families import CUSTOM, check_stated, family_of, guessed, lookup_of, metric_of, size_entry
 from codebook_tools.models.load import choose_codebook, choose_codebooks
 from codebook_tools.models.stored import changed_codebook, effective_rows, rounded
 from codebook_tools.opening import Request
@@ -92,19 +92,20 @@ class _Known:
 def measure_detached(request: Request, watch: Watch, stats: Path | None) -> Result:
     """How one codebook is used by latents from files; see `measure_model` for the rest."""
     goes_without_images(request, None)
-    known, settings = _look(request, read_checkpoint(request.source), watch)
+    checkpoint = read_checkpoint(request.source)
+    known, settings = _look(request, checkpoint, watch)
     before = _measured(request, known, [one.old for one in known])
     if stats is not None:
         counted = {one.found.key: Stats(one.seen.counts, one.seen.error, "calibration", 0) for one in known if one.seen}
-        write_stats(stats, read_checkpoint(request.source), counted)
+        write_stats(stats, checkpoint, counted)
         settings["stats"] = str(stats)
     return Result(
         command="measure",
         model=str(request.source),
-        family=request.family or family_of(read_checkpoint(request.source)) or CUSTOM,
+        family=request.family or family_of(checkpoint) or CUSTOM,
         settings=settings,
         seed=request.seed,
-        warnings=(),
+        warnings=tuple(_guesses(request, checkpoint, known)),
         before=before,
         bytes={"before": weights_bytes(request.source), "after": None},
         seconds=watch.seconds,
@@ -118,7 +119,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
     """
     checkpoint = read_checkpoint(request.source)
     known, settings = _look(request, checkpoint, watch)
-    warnings = checkpoint.warnings
+    warnings = _guesses(request, checkpoint, known)
     if not request.latents and not request.stats:
         weights = "" if getattr(strategy, "bits", None) else "all codes weigh alike, and "
         warnings.append(f"neither --data nor --stats: {weights}nothing is measured")
@@ -176,6 +177,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
 def _look(request: Request, checkpoint: Checkpoint, watch: Watch) -> tuple[list[_Known], dict[str, object]]:
     """What there is to know of each codebook, and the settings that say where it came from."""
     lookup, emit = lookup_of(request.family or family_of(checkpoint), request.metric)
+    metric = {"metric": metric_of(lookup, emit)}
     with watch.phase("load"):
         found_books = books_without_images(request, checkpoint)
         for found in found_books:
@@ -183,10 +185,16 @@ def _look(request: Request, checkpoint: Checkpoint, watch: Watch) -> tuple[list[
         books = [_Known(found, Codebook(effective_rows(checkpoint, found), lookup, emit)) for found in found_books]
     if request.latents:
         one, settings = _with_latents(request, books[0], watch)
-        return [one], settings
+        return [one], settings | metric
     if request.stats is not None:
         books = [replace(one, stats=read_stats(request.stats, checkpoint, one.found)) for one in books]
-    return books, {"stats": str(request.stats) if request.stats else None}
+    return books, {"stats": str(request.stats) if request.stats else None, **metric}
+
+
+def _guesses(request: Request, checkpoint: Checkpoint, known: list[_Known]) -> list[str]:
+    """What to warn of before anything is done: what was not read of the file, and what nobody says of its codes."""
+    family = request.family or family_of(checkpoint)
+    return [*checkpoint.warnings, *(told for one in known for told in guessed(one.found, family, request.metric))]
 
 
 def _with_latents(request: Request, one: _Known, watch: Watch) -> tuple[_Known, dict[str, object]]:

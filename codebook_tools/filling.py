@@ -12,22 +12,21 @@ from codebook_tools.codebook import REMOVED, Codebook, Surgery
 
 
 def filled(surgery: Surgery, old: Codebook, counts: Tensor, size: int) -> Surgery:
-    """The surgery with codes that nothing is assigned to behind its own, `size` in all.
+    """The surgery with codes that nothing is assigned to, `size` codes in all.
 
-    Where the new codes are old ones, removed codes without hits come back, lowest index first, and keep their
-    identity. The rest are copies of code 0, which win no latent: the lowest index among equals does.
-    counts: (old.size,) int64, over the calibration data.
+    Where the new codes are old ones, removed codes without hits come back, lowest index first, keep their identity, and
+    all stand in their old order. The rest are copies of code 0 at the end, which win no latent: the lowest index among
+    equals does. counts: (old.size,) int64, over the calibration data.
     """
     missing = size - surgery.codebook.size
     if missing <= 0:
         return surgery
-    own, index_map = surgery.codebook.vectors, surgery.index_map.clone()
-    kept = index_map != REMOVED
-    selection = int(kept.sum()) == len(own) and torch.equal(own[index_map[kept]], old.vectors[kept])
-    back = (~kept & (counts == 0)).nonzero()[:missing, 0] if selection else torch.empty(0, dtype=torch.int64)
-    index_map[back] = torch.arange(len(own), len(own) + len(back))
-    copies = own[:1].expand(missing - len(back), -1)
-    vectors = torch.cat([own, old.vectors[back], copies])
+    own, index_map = surgery.codebook.vectors, surgery.index_map
+    stays = index_map != REMOVED
+    if int(stays.sum()) == len(own) and torch.equal(own[index_map[stays]], old.vectors[stays]):
+        stays[(~stays & (counts == 0)).nonzero()[:missing, 0]] = True
+        own, index_map = old.vectors[stays], torch.where(stays, stays.cumsum(0) - 1, REMOVED)
+    vectors = torch.cat([own, own[:1].expand(size - len(own), -1)])
     return Surgery(replace(surgery.codebook, vectors=vectors), index_map, surgery.bits)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from codebook_tools.checkpoints.detect import Detection
-from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.models.families import FAMILIES, detected, family_of
+from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.errors import CodebookError
+from codebook_tools.models.families import FAMILIES, check_stated, detected, family_of
 
 
 @dataclass(frozen=True)
@@ -39,4 +41,13 @@ def inspect_checkpoint(path: Path) -> Inspection:
     detection = detected(checkpoint)
     family = family_of(checkpoint) if detection.codebooks else None
     why_not = FAMILIES[family].why_not if family else ""
-    return Inspection(str(path), family, detection, why_not, tuple(checkpoint.warnings))
+    return Inspection(str(path), family, detection, why_not, (*checkpoint.warnings, *_amiss(checkpoint, detection)))
+
+
+def _amiss(checkpoint: Checkpoint, detection: Detection) -> Iterator[str]:
+    """What every other command would refuse."""
+    for found in detection.codebooks[:1]:
+        try:
+            check_stated(checkpoint, found.key, found.size)
+        except CodebookError as error:
+            yield str(error)

@@ -78,7 +78,7 @@ def _refuse_too_few(points: Tensor, k: int) -> None:
     if distinct < k:
         raise CodebookError(
             f"k={k} asks for more codes than the {distinct} distinct latents; "
-            f"use --k {distinct} or less, or give more images with --data"
+            f"use --k {distinct} or less, or give more data"
         )
 
 

@@ -16,6 +16,7 @@ from codebook_tools.detached import goes_without_images, measure_detached, opera
 from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.finetune import Recipe
 from codebook_tools.index_maps import nearest_map
+from codebook_tools.models.families import metric_of
 from codebook_tools.models.model import Model
 from codebook_tools.models.stored import effective_rows
 from codebook_tools.opening import Opened, Request, open_request
@@ -110,7 +111,8 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         tokens = calibration_tokens(opened, watch)
     else:
         tokens = current_tokens(opened, seen, done.kept == "surgery", watch)
-    opened.settings |= settings_of(strategy) | settings_of(recipe)
+    first = model.books[model.chosen[0]]
+    opened.settings |= {"metric": metric_of(first.lookup, first.emit)} | settings_of(strategy) | settings_of(recipe)
     opened.warnings += remarks(model.checkpoint, old[model.chosen[0]].size, size, output)
     keys = {stage: model.books[stage].key for stage in sorted(done.index_maps)}
     sizes = {key: model.books[stage].codebook.size for stage, key in keys.items()}

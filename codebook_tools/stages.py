@@ -163,7 +163,7 @@ def run_stages(
         kept, after = "surgery", measure_stage(opened, encoder_latents(opened) if several else latents, watch)
     else:
         index_maps = {stage: torch.arange(model.books[stage].codebook.size) for stage in model.chosen}
-    warnings = []
+    warnings = list[str]()
     if recipe.steps:
         counts = [tokens.counts for tokens in current_tokens(opened, seen, bool(surgeries), watch)]
         tuned = _finetune(opened, recipe, counts, seed, watch)
@@ -172,6 +172,7 @@ def run_stages(
         finetuned = measure_stage(opened, encoder_latents(opened), watch)
         if tuned.best.validation_mse < tuned.start.validation_mse:
             kept = "finetuned"
+            warnings += _collapse(after, finetuned)
             for stage, index_map in index_maps.items():
                 gone = torch.isin(index_map, tuned.best.revived[stage].nonzero()[:, 0])
                 index_maps[stage] = index_map.masked_fill(gone, REMOVED)
@@ -183,6 +184,15 @@ def run_stages(
                 f"fine-tuning did not lower the validation error below that of {stage_kept}: {stage_kept} is kept"
             )
     return Stages(after, finetuned, kept, index_maps, tuned, tuple(warnings))
+
+
+def _collapse(after: Measurement | None, finetuned: Measurement) -> list[str]:
+    """What to warn of where fewer than half of the codes that a surgery had in use are left after the fine-tuning."""
+    before = sum(use.used for use in after.codebooks) if after else 0
+    left = sum(use.used for use in finetuned.codebooks)
+    if 2 * left >= before:
+        return []
+    return [f"fine-tuning lowered the error with {left} of {before} codes in use: --steps 0 keeps them, more steps may"]
 
 
 def current_tokens(opened: Opened, seen: Calibration, moved: bool, watch: Watch) -> tuple[Tokens, ...]:

@@ -37,14 +37,19 @@ def column(found: Surgery) -> list[float]:
 
 def test_removed_codes_without_hits_come_back_and_keep_their_identity() -> None:
     found = filled(pruned(), OLD, COUNTS, 5)
-    assert column(found) == [0, 20, 40, 10, 30]  # 10 and 30: the lowest indices of those without hits
-    assert found.index_map.tolist() == [0, 3, 1, 4, 2, REMOVED]
+    assert column(found) == [0, 10, 20, 30, 40]  # 10 and 30: the lowest indices of those without hits
+    assert found.index_map.tolist() == [0, 1, 2, 3, 4, REMOVED]
+
+
+def test_where_all_come_back_nothing_has_changed() -> None:
+    found = filled(pruned(), OLD, COUNTS, 6)
+    assert torch.equal(found.codebook.vectors, OLD.vectors) and found.index_map.tolist() == [*range(6)]
 
 
 def test_removed_codes_with_hits_do_not_come_back() -> None:
     found = filled(pruned(keep=1), OLD, COUNTS, 6)
-    assert column(found) == [20, 10, 30, 50, 20, 20]  # 0 and 40 had latents, which 20 has now
-    assert found.index_map.tolist() == [REMOVED, 1, 0, 2, REMOVED, 3]
+    assert column(found) == [10, 20, 30, 50, 10, 10]  # 0 and 40 had latents, which 20 has now
+    assert found.index_map.tolist() == [REMOVED, 0, 1, 2, REMOVED, 3]
 
 
 def test_codes_that_are_new_are_filled_with_copies_of_the_first() -> None:
@@ -104,7 +109,8 @@ def test_no_latent_goes_to_a_code_that_fills(values: list[int], points: list[int
     surgery = Prune()(old, StoredLatents(latents), counts)
     found = filled(surgery, old, counts, surgery.codebook.size + extra)
     assert found.codebook.size == surgery.codebook.size + extra
-    assert torch.equal(nearest(latents, found.codebook), nearest(latents, surgery.codebook))
+    ours, before = nearest(latents, found.codebook), nearest(latents, surgery.codebook)
+    assert torch.equal(found.codebook.vectors[ours], surgery.codebook.vectors[before])
     kept = found.index_map != REMOVED
     assert torch.equal(found.codebook.vectors[found.index_map[kept]], old.vectors[kept])
 

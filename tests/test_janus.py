@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 from vqgan_twin import Twin
 
 from codebook_tools.assignment import nearest
+from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.diffusers_vqmodel import CODEBOOK
 from codebook_tools.models.families import FAMILIES, family_of
+from codebook_tools.models.janus import whole
+from codebook_tools.models.load import load_model
 
 JANUS, LLAMAGEN = FAMILIES["janus-vqvae"], FAMILIES["llamagen"]
 
@@ -163,5 +167,16 @@ def test_what_transformers_cannot_build_is_refused_in_one_line(
 )
 def test_a_whole_janus_is_warned_of(config: dict[str, object], said: str | None, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    warning = JANUS.caveat(replace(described({}), config_path=tmp_path / "config.json"))
-    assert warning is None if said is None else said in (warning or "")
+    warnings = whole(replace(described({}), config_path=tmp_path / "config.json"))
+    assert (said is None and not warnings) or (said or "") in warnings[0]
+
+
+def test_rows_that_the_library_looks_up_as_they_stand_are_warned_of(
+    library: tuple[JanusVQVAE, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "vqvae"
+    shutil.copytree(library[1], path)
+    assert load_model(read_checkpoint(path)).caveats == ()
+    state = load_file(path / "model.safetensors")
+    save_file(state | {CODEBOOK: 3 * state[CODEBOOK]}, path / "model.safetensors", {"format": "pt"})
+    assert "are 3 to 3 long" in load_model(read_checkpoint(path)).caveats[0]

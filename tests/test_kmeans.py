@@ -223,7 +223,7 @@ def test_more_codes_than_distinct_points_is_the_users_error_with_the_way_out(cou
         run(points, count + 1)
     message = str(caught.value)
     assert message.startswith(f"k={count + 1} asks for more codes than the {count} distinct latents")
-    assert f"--k {count} or less" in message and "--data" in message and "\n" not in message
+    assert f"--k {count} or less" in message and "more data" in message and "\n" not in message
     assert len(run(points, count).centroids) == count
 
 

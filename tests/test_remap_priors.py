@@ -341,6 +341,7 @@ def loss(model: Any, tokens: Tensor, among: Tensor) -> float:
     return float(functional.cross_entropy(found, targets))
 
 
+@pytest.mark.slow
 def test_a_prior_over_the_demo_models_tokens_loses_nothing(codebook: Run, tmp_path: Path) -> None:
     model = load_model(read_checkpoint(DEMO))
     images = Images(sample_images()[:64], 3, model.stride)
@@ -365,6 +366,14 @@ def test_a_prior_over_the_demo_models_tokens_loses_nothing(codebook: Run, tmp_pa
     after = loss(loaded(tmp_path / "prior.remapped"), new_tokens, torch.arange(96))
     assert before < math.log(96) - 0.3  # it learnt something
     assert after == pytest.approx(before, abs=1e-5)
+
+
+def test_a_prior_of_torch_save_becomes_safetensors(codebook: Run, with_model: WriteMap, tmp_path: Path) -> None:
+    torch.save({"model": state(6), "step": 3}, tmp_path / "prior.pt")
+    found = codebook("remap", tmp_path / "prior.pt", "--map", with_model("m", 4, PRUNE), "--json")
+    assert found.exit_code == 0, found
+    written = load_file(tmp_path / "prior.remapped.safetensors")
+    assert torch.equal(written["head.weight"], state(6)["head.weight"][KEPT])
 
 
 # --- verified ---------------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def test_several_files_at_once(codebook: Run, pruned: Path, tmp_path: Path) -> N
     assert_refused(codebook("remap", *paths, "--map", pruned, "-o", tmp_path / "c.npy"), "is one place for 2 files")
     shown = codebook("remap", *paths, "--map", pruned)
     lines = [
-        "tokens                 4",
+        "ids                    4",
         "changed                2",
         "of removed codes       0",
         "by their nearest code  0",
@@ -160,6 +160,9 @@ def test_several_files_at_once(codebook: Run, pruned: Path, tmp_path: Path) -> N
     found = codebook("remap", *paths, "--map", pruned, "--json", "--force")
     assert found.json["tokens"] == 4 and len(found.json["outputs"]) == 2
     assert all(np.load(output).tolist() == [0, 3] for output in found.json["outputs"].values())
+    np.save(paths[1], np.array([0, 6]))
+    refused = codebook("remap", *paths, "--map", pruned, "--force")
+    assert_refused(refused, f"already written: {tmp_path / 'a.remapped.npy'}")
 
 
 def test_special_ids_keep_their_place_beside_the_codes(codebook: Run, with_model: WriteMap, tmp_path: Path) -> None:

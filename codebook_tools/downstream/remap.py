@@ -55,7 +55,8 @@ class RemapRequest:
             return self.output
         source = named(source)
         ending = "" if source.is_dir() else source.suffix
-        return source.with_name(source.name.removesuffix(ending) + ".remapped" + ending)
+        written = SUFFIX if ending in _PRIOR_SUFFIXES else ending
+        return source.with_name(source.name.removesuffix(ending) + ".remapped" + written)
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,17 @@ def remap(request: RemapRequest) -> Remapped:
     priors = {source: _open(source, request) for source in request.sources}
     outputs = {str(source): str(request.output_of(source)) for source in request.sources}
     counts, warnings = Counts(), list[str]()
+    done = list[str]()
     for source, prior in priors.items():
-        if prior is None:
-            counts += _remap_tokens(source, maps, request)
-        else:
-            found, told = _remap_prior(prior, source, maps, request)
-            counts, warnings = counts + found, [*warnings, *told]
+        try:
+            if prior is None:
+                counts += _remap_tokens(source, maps, request)
+            else:
+                found, told = _remap_prior(prior, source, maps, request)
+                counts, warnings = counts + found, [*warnings, *told]
+        except CodebookError as error:
+            raise (CodebookError(f"{error}; already written: {', '.join(done)}") if done else error) from error
+        done.append(outputs[str(source)])
     return Remapped(**asdict(counts), outputs=outputs, warnings=tuple(warnings))
 
 

@@ -30,7 +30,7 @@ def bandwidths(config: Config, size: int, default: Sequence[float]) -> Mapping[s
         return {}
     *lower, last = rates
     scaled = [rate * math.log2(size) / math.log2(old) for rate in lower] + [last * _bits(size) / _bits(old)]
-    return {_KEY: [rate + _MARGIN for rate in scaled]}
+    return {_KEY: [round(rate + _MARGIN, 9) for rate in scaled]}
 
 
 def _numbers(rates: object) -> TypeGuard[Sequence[float]]:

@@ -61,14 +61,16 @@ def file_key(name: str, shapes: Shapes) -> str:
     return older if key not in shapes and older in shapes else key
 
 
-def caveat(checkpoint: Checkpoint) -> str | None:
+def caveats(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What a user should know of such a model."""
     if (checkpoint.config or {}).get("norm_type") != "spatial":
-        return None
+        return ()
     return (
         "norm_type is spatial, as in Kandinsky's MoVQ: pipelines that decode with force_not_quantize=True, as "
-        "Kandinsky's do, never look at the codebook, and a new one changes nothing there"
+        "Kandinsky's do, never look at the codebook, and a new one changes nothing there",
     )
 
 
-FAMILY = Family(prefix=prefix_of, make=make, file_key=file_key, config_key=CONFIG_KEY, default_size=256, caveat=caveat)
+FAMILY = Family(
+    prefix=prefix_of, make=make, file_key=file_key, config_key=CONFIG_KEY, default_size=256, caveats=caveats
+)

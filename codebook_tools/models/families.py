@@ -87,6 +87,19 @@ def lookup_of(family: str | None, metric: str | None) -> tuple[Lookup, Emit]:
     return METRICS[metric or "euclidean"]
 
 
+def metric_of(lookup: Lookup, emit: Emit) -> str:
+    """Its name in METRICS."""
+    return next(name for name, pair in METRICS.items() if pair == (lookup, emit))
+
+
+def guessed(found: FoundCodebook, family: str | None, metric: str | None) -> list[str]:
+    """What to warn of where nobody says how the codes are searched, and their names do not speak for distance."""
+    if metric is not None or family in FAMILIES or found.search == "euclidean":
+        return []
+    told = "nothing says" if found.search == "unknown" else f"its names suggest {found.search}, but do not say"
+    return [f"{told} how {found.key} is searched: Euclidean distance is taken; --metric says otherwise"]
+
+
 @dataclass(frozen=True)
 class SizeEntry:
     """How the config that goes with a checkpoint knows K. key: its entry, dots between levels. stated: what it says.

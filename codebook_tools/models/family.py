@@ -31,7 +31,7 @@ class Family:
     K where that entry is missing, None where the library has no default.
     power_of_two: whether the config takes no other K. follow: further entries of the config that K decides, by dotted
     name: (config, new K) -> values. axis: of the codes in their tensors, None where that can be told from the names.
-    caveat: what to warn of.
+    caveats: what to warn of.
     """
 
     prefix: Callable[[Checkpoint], str | None]
@@ -45,4 +45,4 @@ class Family:
     power_of_two: bool = False
     follow: Callable[[Config, int], Mapping[str, object]] = lambda config, size: {}
     axis: int | None = None
-    caveat: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+    caveats: Callable[[Checkpoint], tuple[str, ...]] = lambda checkpoint: ()

@@ -68,6 +68,8 @@ def make(shapes: Shapes, checkpoint: Checkpoint) -> Module:
     return network
 
 
+_UNIT = 1e-2  # half precision, and rows that drifted a little, are within
+
 _AROUND = {
     "vq_config": "generation_embeddings and generation_head.vision_head",
     "gen_vision_config": "gen_embed and gen_head.vision_head",
@@ -75,14 +77,28 @@ _AROUND = {
 """Of a whole Janus, by an entry of its config: what of its language model has a row for each code."""
 
 
-def caveat(checkpoint: Checkpoint) -> str | None:
-    """What a user should know of such a model."""
+def whole(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What to warn of where the tokenizer is one part of a larger model."""
     rows = next((rows for entry, rows in _AROUND.items() if entry in (checkpoint.config or {})), None)
     if rows is None:
-        return None
+        return ()
     return (
         f"this is a whole Janus, with a row for each code in {rows}: they must follow the codes (codebook remap), and "
-        "while K is another than theirs the result does not load"
+        "while K is another than theirs the result does not load",
+    )
+
+
+def unlike_original(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What to warn of in a file of transformers': its quantiser takes rows as they stand."""
+    key = (_JANUS.prefix(checkpoint) or "") + CODEBOOK
+    lengths = checkpoint.tensor(key).float().norm(dim=1)
+    if bool((lengths - 1).abs().max() < _UNIT):
+        return whole(checkpoint)
+    return (
+        *whole(checkpoint),
+        f"rows of {key} are {float(lengths.min()):.3g} to {float(lengths.max()):.3g} long: a JanusVQVAE looks them up "
+        "as they stand, the original Janus by their direction, which is what is done here; the library's own tokens of "
+        "this file are others. What is written has rows of length 1, on which both agree",
     )
 
 
@@ -98,10 +114,10 @@ _JANUS_VQVAE = Family(
     lookup=Lookup.COSINE,
     emit=Emit.UNIT,
     config_key="vq_config.num_embeddings",
-    caveat=caveat,
+    caveats=whole,
 )
 FAMILIES = {
-    "janus-vqvae": _JANUS_VQVAE,
+    "janus-vqvae": replace(_JANUS_VQVAE, caveats=unlike_original),
     "janus": replace(_JANUS_VQVAE, prefix=_original_prefix, config_key="gen_vision_config.params.image_token_size"),
     # The entry is that of the config which huggingface_hub's mixin writes for LlamaGen's own VQModel.
     "llamagen": replace(_JANUS_VQVAE, prefix=_LLAMAGEN.prefix, config_key="codebook_size"),

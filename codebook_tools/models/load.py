@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,16 @@ from codebook_tools.checkpoints.detect import Detection, FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.families import CUSTOM, FAMILIES, METRICS, check_stated, detected, family_of, size_entry
+from codebook_tools.models.families import (
+    CUSTOM,
+    FAMILIES,
+    METRICS,
+    check_stated,
+    detected,
+    family_of,
+    guessed,
+    size_entry,
+)
 from codebook_tools.models.family import Family
 from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Book, Model, walks
 from codebook_tools.models.stored import effective_rows, owned_keys
@@ -91,12 +100,13 @@ def load_model(
     """
     if family is not None and family not in (*FAMILIES, CUSTOM):
         raise CodebookError(f"no family {family!r}; there are {', '.join((*FAMILIES, CUSTOM))}")
-    shapes, caveat, prefix, record = checkpoint.shapes, None, "", None
+    shapes, prefix, record = checkpoint.shapes, "", None
     if network is not None:
         first = choose_codebooks(checkpoint, codebook_keys)[0]
         name, remake = CUSTOM, partial(make_network, network, first.size)
         module = remake()
-        keys = {name: name for name in module.state_dict()}
+        prefix = _common_prefix(module.state_dict(), checkpoint)
+        keys = {name: prefix + name for name in module.state_dict()}
     else:
         name, record = _known_family(checkpoint, family, codebook_keys)
         given = record.prefix(checkpoint)
@@ -111,7 +121,6 @@ def load_model(
         remake = partial(record.make, inner, checkpoint)
         module = remake()
         keys = {name: prefix + record.file_key(name, inner) for name in module.state_dict()}
-        caveat = record.caveat(checkpoint)
     lookup, emit = METRICS[metric] if metric else _lookup(module, record)
     found = _books_of(module, prefix, checkpoint, codebook_keys)
     entry = size_entry(checkpoint)
@@ -134,8 +143,17 @@ def load_model(
         power_of_two=entry is not None and entry.power_of_two,
         input_range=AS_IT_IS if hasattr(module, "sampling_rate") else INPUT_RANGES[0],
         carried=tuple(key for key in shapes if key not in owned.union(keys.values())),
-        caveats=(caveat,) if caveat else (),
+        caveats=record.caveats(checkpoint) if record else tuple(_guesses(module, found, metric)),
     )
+
+
+def _common_prefix(names: Iterable[str], checkpoint: Checkpoint) -> str:
+    """What the file puts before every name of the user's network, as Lightning does; nothing where it does not."""
+    wanted, keys = list(names), checkpoint.entries.keys()
+    if not wanted or wanted[0] in keys:
+        return ""
+    prefixes = (key.removesuffix(wanted[0]) for key in keys if key.endswith(f".{wanted[0]}"))
+    return min((prefix for prefix in prefixes if all(prefix + name in keys for name in wanted)), key=len, default="")
 
 
 def _known_family(checkpoint: Checkpoint, asked: str | None, codebook_keys: Sequence[str]) -> tuple[str, Family]:
@@ -155,6 +173,11 @@ def _lookup(network: Any, record: Family | None) -> tuple[Lookup, Emit]:
     lookup, emit = (record.lookup, record.emit) if record else METRICS["euclidean"]
     told = getattr(network, "lookup", None), getattr(network, "emit", None)  # a user's own may be of another meaning
     return (told[0] if isinstance(told[0], Lookup) else lookup), (told[1] if isinstance(told[1], Emit) else emit)
+
+
+def _guesses(network: Any, found: Sequence[FoundCodebook], metric: str | None) -> Iterator[str]:
+    if not isinstance(getattr(network, "lookup", None), Lookup):
+        yield from (told for book in found for told in guessed(book, None, metric))
 
 
 def _books_of(network: Any, prefix: str, checkpoint: Checkpoint, asked: Sequence[str]) -> list[FoundCodebook]:

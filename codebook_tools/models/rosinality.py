@@ -54,7 +54,7 @@ FAMILY = Family(
     prefix=_prefix,
     make=partial(make, rectified=False),
     axis=1,
-    caveat=lambda _: _CAVEAT,
+    caveats=lambda _: (_CAVEAT,),
 )
 FAMILY_OF_2019 = Family(prefix=_prefix, make=partial(make, rectified=True), axis=1)
 """For files trained before January 2021. None is recognised as such: it must be named."""

@@ -176,12 +176,12 @@ def verification_table(found: Verification) -> RenderableType:
 
 
 def remap_table(found: Remapped) -> RenderableType:
-    """What became of the tokens, or of a prior's rows, and what was written."""
+    """What became of the ids, of tokens or of a prior's rows, and what was written."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for label, count in (
-        ("tokens", found.tokens),
+        ("ids", found.tokens),
         ("changed", found.changed),
         ("of removed codes", found.removed),
         ("by their nearest code", found.nearest),

@@ -41,7 +41,7 @@ class Grow:
         if most < self.k:
             raise CodebookError(
                 f"k={self.k} asks for more codes than the {most} that the distinct latents allow; "
-                f"use --k {most} or less, or give more images with --data"
+                f"use --k {most} or less, or give more data"
             )
         index_map = torch.full((codebook.size,), REMOVED)
         index_map[kept] = torch.arange(len(kept))

@@ -43,7 +43,7 @@ class Prune:
             kept = (counts > self.threshold).nonzero()[:, 0]
         if len(kept) == 0:
             most = int(counts.max())
-            way_out = f"use --threshold {most - 1} or less" if most else "use --keep, or give more images with --data"
+            way_out = f"use --threshold {most - 1} or less" if most else "use --keep, or give more data"
             raise CodebookError(
                 f"threshold={self.threshold} removes every code: the most used one counts {most}; {way_out}"
             )

@@ -60,7 +60,7 @@ class Restart:
         if len(new) < len(dead):
             raise CodebookError(
                 f"{len(dead)} codes are to be moved, but only {len(new)} latents are there for them; "
-                "give more images with --data, or use prune"
+                "give more data, or use prune"
             )
         vectors = codebook.vectors.clone()
         vectors[dead] = new
