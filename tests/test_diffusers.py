@@ -166,6 +166,12 @@ def test_inspect_names_the_family_and_does_not_import_diffusers(
     assert (book["key"], book["size"], book["dim"], book["confidence"]) == (CODEBOOK, 16, 4, "high")
 
 
+def test_inspect_says_what_the_other_commands_would_refuse(codebook: Run, vae: Path) -> None:
+    edit(vae, num_vq_embeddings=32)
+    shown = codebook("inspect", vae)
+    assert shown.exit_code == 0 and "num_vq_embeddings=32, but quantize.embedding." in shown.stdout
+
+
 COMMANDS = {
     "prune": ("prune",),
     "refit": ("refit", "--k", "6", "--steps", "0"),

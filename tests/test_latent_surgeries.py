@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +232,19 @@ def test_the_commands_take_latents(
         "demo.refit-k8.safetensors",
         "demo.refit-k8.index_map.safetensors",
     }
+
+
+def test_a_metric_that_nobody_names_is_guessed_and_said(tmp_path: Path) -> None:
+    rows = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    state = {"quantizer.codebook": rows[:16].clone(), "quantizer.codebook_used": torch.zeros(99)}
+    path = tmp_path / "own.safetensors"
+    save_file(state, path)
+    np.save(tmp_path / "latents.npy", torch.cat([rows, rows + 0.01]).numpy())
+    asked = Request(model=path, latents=(str(tmp_path / "latents.npy"),), force=True)
+    guessed = operate("refit", asked, Refit(4), Recipe(steps=0), Watch())
+    assert "its names suggest cosine, but do not say how quantizer.codebook is searched" in " ".join(guessed.warnings)
+    assert guessed.settings["metric"] == "euclidean"
+    told = operate("refit", replace(asked, metric="cosine-unit"), Refit(4), Recipe(steps=0), Watch())
+    assert "--metric" not in " ".join(told.warnings) and told.settings["metric"] == "cosine-unit"
+    written = load_file(str(told.outputs["model"]))["quantizer.codebook"]
+    torch.testing.assert_close(written.norm(dim=1), torch.ones(4))

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from sources_of_images import Images
 from torch import Tensor
 
+from codebook_tools import stages
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.codebook import REMOVED, Strategy
 from codebook_tools.finetune import FineTuned, Recipe, finetune
+from codebook_tools.finetune import State as Kept
 from codebook_tools.images import array_items
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
@@ -380,3 +382,33 @@ def test_the_commands_tell_of_both_codebooks(
     assert one.exit_code == 0, one.stderr
     listed = json.dumps(read_checkpoint(tmp_path / "one.safetensors").metadata["codebook_tools.codebooks"])
     assert KEYS[1] in listed and KEYS[0] not in listed
+
+
+def test_a_file_that_puts_something_before_every_name_is_the_networks_all_the_same(
+    residual: Callable[..., Path], ask: Callable[..., Request]
+) -> None:
+    """As Lightning does, with `model.`; the result has the file's names."""
+    path = residual()
+    alone = do(ask(path, force=True), Prune())
+    save_file({f"model.net.{key}": t for key, t in load_file(path).items()}, path, {"format": "pt"})
+    found = do(ask(path, force=True), Prune())
+    assert found.surgery is not None and alone.surgery is not None and found.surgery.mse == alone.surgery.mse
+    assert [use.key for use in found.surgery.codebooks] == [f"model.net.{use.key}" for use in alone.surgery.codebooks]
+
+
+def test_codes_that_a_fine_tuning_loses_are_warned_of(
+    residual: Callable[..., Path], ask: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that leaves one code of each book, and is said to be better."""
+
+    def lose(model: Any, train: Any, validation: Any, recipe: Any, counts: Any, **more: Any) -> FineTuned:
+        tensors = model.network.state_dict(), tuple(book.vectors for book in model.books)
+        revived = tuple(torch.zeros(len(book.vectors), dtype=torch.bool) for book in model.books)
+        for book in model.books:
+            book.vectors = torch.full_like(book.vectors, 9.0)
+        start, best = Kept(0, 1.0, *tensors, revived), Kept(1, 0.5, *tensors, revived)
+        return FineTuned(start, best, (), (), ("encoder",), None)
+
+    monkeypatch.setattr(stages, "finetune", lose)
+    result = do(ask(residual()), Refit(3), Recipe(steps=1))
+    assert "fine-tuning lowered the error with 2 of 6 codes in use" in " ".join(result.warnings)
