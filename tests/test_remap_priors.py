@@ -368,6 +368,22 @@ def test_a_prior_over_the_demo_models_tokens_loses_nothing(codebook: Run, tmp_pa
     assert after == pytest.approx(before, abs=1e-5)
 
 
+def test_ids_of_another_vocabulary_in_the_same_config_stay(codebook: Run, with_model: WriteMap, tmp_path: Path) -> None:
+    """As in a whole Janus: a language model's ids stand at the level of its own vocabulary."""
+    (tmp_path / "prior").mkdir()
+    save_file(state(6), tmp_path / "prior" / "model.safetensors")
+    text = json.dumps(
+        {"text_config": {"vocab_size": 64, "eos_token_id": 2}, "vq_config": {"num_embeddings": 6, "width": 6}}, indent=3
+    )
+    (tmp_path / "prior" / "config.json").write_text(text)
+    (tmp_path / "prior" / "generation_config.json").write_text('{"eos_token_id": 2}')
+    found = codebook("remap", tmp_path / "prior", "--map", with_model("m", 4, PRUNE))
+    assert found.exit_code == 0, found
+    output = tmp_path / "prior.remapped"
+    assert (output / "config.json").read_text() == text.replace('"num_embeddings": 6', '"num_embeddings": 4')
+    assert (output / "generation_config.json").read_text() == '{"eos_token_id": 2}'
+
+
 def test_a_prior_of_torch_save_becomes_safetensors(codebook: Run, with_model: WriteMap, tmp_path: Path) -> None:
     torch.save({"model": state(6), "step": 3}, tmp_path / "prior.pt")
     found = codebook("remap", tmp_path / "prior.pt", "--map", with_model("m", 4, PRUNE), "--json")

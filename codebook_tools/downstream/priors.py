@@ -116,7 +116,7 @@ def _configs(prior: Checkpoint, embedded: Sequence[tuple[Vocabulary, int]]) -> t
     before, after, old, new = changes.pop()
     change = Change((before, after), (old, new), embedded[0][0].new_id)
     generation = prior.folder / _GENERATION
-    others = {_GENERATION: followed(generation, change)} if generation.is_file() else {}
+    others = {_GENERATION: followed(generation, change, prior.config_path)} if generation.is_file() else {}
     return followed(prior.config_path, change), others
 
 
