@@ -17,6 +17,7 @@ from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import EncodedLatents
 from codebook_tools.media import Media
+from codebook_tools.models.kept import Kept
 from codebook_tools.models.stored import changed_codebook, owned_keys, rounded
 from codebook_tools.networks.network import Quantise
 
@@ -86,6 +87,7 @@ class Model:
     stride: int = 1
     carried: tuple[str, ...] = ()
     caveats: tuple[str, ...] = ()
+    _kept: Kept = field(default_factory=Kept, init=False, repr=False)
 
     @property
     def takes(self) -> Literal["images", "clips"]:
@@ -102,8 +104,7 @@ class Model:
         """
         low, high = self.input_range
         with self.autocast():
-            encoded = self._call("encode", media.to(self.device) * (high - low) + low)
-            shown = self._call("decode", self._walk(encoded, quantise))
+            shown = self._call("decode", self._walk(self._encoded(media), quantise))
         if not isinstance(shown, Tensor):
             raise CodebookError(f"the network's decode returns a {type(shown).__name__}; expected a tensor")
         return (shown.float() - low) / (high - low)
@@ -130,11 +131,8 @@ class Model:
                 raise _ReachedError
             return self.embed(self.assign(found, now), now)
 
-        low, high = self.input_range
-        with self.autocast():
-            encoded = self._call("encode", media.to(self.device) * (high - low) + low)
-            with suppress(_ReachedError):
-                self._walk(encoded, look)
+        with self.autocast(), suppress(_ReachedError):
+            self._walk(self._encoded(media), look)
         assert reached is not None, f"the walk has no stage {stage}"
         return reached
 
@@ -160,6 +158,15 @@ class Model:
         """As `embed`, with gradients to the codebook where it takes some."""
         book = self.books[stage]
         return (unit(book.vectors) if book.emit is Emit.UNIT else book.vectors)[codes].movedim(-1, 1)
+
+    def _encoded(self, media: Tensor) -> object:
+        """What the encoder makes of media; without gradients it need not be made twice."""
+        low, high = self.input_range
+
+        def encode() -> object:
+            return self._call("encode", media.to(self.device) * (high - low) + low)
+
+        return encode() if torch.is_grad_enabled() else self._kept.encoded(self.network, media, (low, high), encode)
 
     def _walk(self, encoded: object, quantise: Quantise) -> object:
         def checked(stage: int, latents: object) -> Tensor:
