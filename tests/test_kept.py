@@ -71,3 +71,15 @@ def test_beyond_the_limit_nothing_more_is_kept(
     monkeypatch.setattr(kept, "LIMIT", 1)
     with torch.no_grad():
         assert torch.equal(model.encode(image_tensor), model.encode(image_tensor)) and len(asked) == 2
+
+
+def test_a_network_may_write_into_what_it_was_given(counted: tuple[Model, list[Tensor]], image_tensor: Tensor) -> None:
+    """As a residual walk does that subtracts in place."""
+    model, asked = counted
+    with torch.no_grad():
+        first = model.encode(image_tensor).clone()
+        for _ in range(3):
+            found = model.encode(image_tensor)
+            assert torch.equal(found, first)
+            found.zero_()
+    assert len(asked) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import chain
 from typing import Any
 
@@ -29,13 +30,13 @@ class Kept:
             self._found.clear()
         digest = hashlib.blake2b(media.cpu().contiguous().numpy().tobytes(), digest_size=16).digest()
         key = (digest, tuple(media.shape), about)
-        if key not in self._found:
-            made = encode()
-            nbytes = _bytes_of(made)
-            if self._nbytes + nbytes > LIMIT:
-                return made
-            self._found[key], self._nbytes = made, self._nbytes + nbytes
-        return self._found[key]
+        if key in self._found:
+            return deepcopy(self._found[key])
+        made = encode()
+        nbytes = _bytes_of(made)
+        if self._nbytes + nbytes <= LIMIT:  # a copy: what comes after the encoder may write into what it was given
+            self._found[key], self._nbytes = deepcopy(made), self._nbytes + nbytes
+        return made
 
 
 def _bytes_of(made: Any) -> int:
