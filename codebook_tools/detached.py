@@ -181,7 +181,7 @@ def _look(request: Request, checkpoint: Checkpoint, watch: Watch) -> tuple[list[
     with watch.phase("load"):
         found_books = books_without_images(request, checkpoint)
         for found in found_books:
-            check_stated(checkpoint, found.key, found.size)
+            check_stated(checkpoint, [found])  # each: K in the config will follow it
         books = [_Known(found, Codebook(effective_rows(checkpoint, found), lookup, emit)) for found in found_books]
     if request.latents:
         one, settings = _with_latents(request, books[0], watch)

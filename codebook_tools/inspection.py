@@ -46,8 +46,7 @@ def inspect_checkpoint(path: Path) -> Inspection:
 
 def _amiss(checkpoint: Checkpoint, detection: Detection) -> Iterator[str]:
     """What every other command would refuse."""
-    for found in detection.codebooks[:1]:
-        try:
-            check_stated(checkpoint, found.key, found.size)
-        except CodebookError as error:
-            yield str(error)
+    try:
+        check_stated(checkpoint, detection.codebooks)
+    except CodebookError as error:
+        yield str(error)

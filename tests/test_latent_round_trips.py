@@ -29,8 +29,10 @@ from torch.nn.functional import normalize
 from codebook_tools.assignment import nearest
 from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
+from codebook_tools.inspection import inspect_checkpoint
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
+from codebook_tools.strategies import Quantize
 from codebook_tools.watch import Watch
 
 SURGERIES = [operation for operation in OPERATIONS if operation.recipe == NO_STEPS]
@@ -236,3 +238,24 @@ def test_without_latents_one_line_says_why_and_what_to_do(name: str, images_fold
             operate(operation.command, request, operation.strategy, NO_STEPS, Watch())
         assert "\n" not in str(caught.value) and str(model) in str(caught.value)
     assert sorted(tmp_path.iterdir()) == there
+
+
+def test_a_config_is_about_one_of_two_codebooks_that_differ(tmp_path: Path) -> None:
+    """TiTok's K is that of quantize; pixel_quantize has its own size, and the config must not follow that."""
+    (tmp_path / "titok").mkdir()
+    save_file(TITOK | {"pixel_quantize.embedding.weight": drawn(24, 4)}, tmp_path / "titok" / "model.safetensors")
+    (tmp_path / "titok" / "config.json").write_text(json.dumps({"model": {"vq_model": {"codebook_size": 16}}}))
+    assert inspect_checkpoint(tmp_path / "titok").warnings == ()
+    asked = Request(model=tmp_path / "titok", codebook_keys=(BOOK,))
+    output = Path(str(operate("quantize", asked, Quantize(8), NO_STEPS, Watch()).outputs["model"]))
+    assert json.loads((output / "config.json").read_text())["model"]["vq_model"]["codebook_size"] == 8
+    written = load_file(output / "model.safetensors")
+    assert (len(written[BOOK]), len(written["pixel_quantize.embedding.weight"])) == (8, 24)
+    with pytest.raises(CodebookError, match=r"codebook_size=16, but pixel_quantize\.embedding\.weight has 24"):
+        operate(
+            "quantize",
+            replace(asked, codebook_keys=("pixel_quantize.embedding.weight",), output=tmp_path / "other"),
+            Quantize(8),
+            NO_STEPS,
+            Watch(),
+        )

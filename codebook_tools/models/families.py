@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from codebook_tools.checkpoints.config import Config, entry_of
@@ -138,11 +138,15 @@ def size_entry(checkpoint: Checkpoint) -> SizeEntry | None:
     return SizeEntry(levels[-1], family.default_size, family.power_of_two, family, config)
 
 
-def check_stated(checkpoint: Checkpoint, key: str, size: int) -> None:
-    """Raise CodebookError where the config says another K than the tensor `key` has codes."""
+def check_stated(checkpoint: Checkpoint, books: Sequence[FoundCodebook]) -> None:
+    """Raise CodebookError where the config says a K that none of the codebooks has.
+
+    Of several codebooks it may be about one alone: TiTok's config says nothing of pixel_quantize.
+    """
     entry = size_entry(checkpoint)
-    if entry is not None and (type(entry.stated) is not int or entry.stated != size):
-        raise CodebookError(
-            f"{checkpoint.config_path} says {entry.key}={entry.stated!r}, but {key} has {size} codes: they are of two "
-            "models; mend one"
-        )
+    if entry is None or not books or (type(entry.stated) is int and entry.stated in {book.size for book in books}):
+        return
+    raise CodebookError(
+        f"{checkpoint.config_path} says {entry.key}={entry.stated!r}, but {books[0].key} has {books[0].size} codes: "
+        "they are of two models, and one is to be mended; or it is about another codebook, which --codebook-key names"
+    )

@@ -114,8 +114,7 @@ def load_model(
             raise CodebookError(f"{checkpoint.path} does not have the layout of family {name}")
         if record.make is None:
             raise CodebookError(f"{checkpoint.path} is of family {name}: {record.why_not}")
-        for book in detected(checkpoint).codebooks[:1]:
-            check_stated(checkpoint, book.key, book.size)
+        check_stated(checkpoint, detected(checkpoint).codebooks)
         prefix = given
         inner = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
         remake = partial(record.make, inner, checkpoint)
