@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .calls import operate_on, recipe_of, request_of, run_and_show
 from .exits import reported, show_result
 from .options import (
     DataOptions,
@@ -34,10 +33,7 @@ from .options import (
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.codebook import Strategy
     from codebook_tools.comparison import Comparison
-    from codebook_tools.finetune import Recipe
-    from codebook_tools.opening import Request
     from codebook_tools.outcome import Result
-    from codebook_tools.planning import Plan
     from codebook_tools.watch import Watch
 
 
@@ -107,9 +103,9 @@ def measure(
     def work(watch: Watch) -> Result:
         from codebook_tools.operate import measure_model
 
-        return measure_model(_request(model, {**given, "latents": latents, "force": force}), watch, stats)
+        return measure_model(request_of(model, {**given, "latents": latents, "force": force}), watch, stats)
 
-    _run(work, given)
+    run_and_show(work, given)
 
 
 @app.command(epilog="Example: codebook refit model.safetensors --k 128 --data images/")
@@ -129,7 +125,7 @@ def refit(
 
         return Refit(k=k, init=init.value, iterations=iterations, seed=given["seed"], watch=watch)
 
-    _operate("refit", model, strategy, {**given, "latents": latents})
+    operate_on("refit", model, strategy, {**given, "latents": latents})
 
 
 @app.command(epilog="Example: codebook prune model.safetensors --threshold 0 --data images/")
@@ -149,7 +145,7 @@ def prune(
 
         return Prune(threshold=threshold, keep=keep)
 
-    _operate("prune", model, strategy, {**given, "stats": stats, "latents": latents})
+    operate_on("prune", model, strategy, {**given, "stats": stats, "latents": latents})
 
 
 @app.command(epilog="Example: codebook quantize model.safetensors --k 128 --method pnn --data images/")
@@ -170,7 +166,7 @@ def quantize(
 
         return Quantize(k=k, method=method.value, bits=bits, seed=given["seed"])
 
-    _operate("quantize", model, strategy, {**given, "stats": stats, "latents": latents})
+    operate_on("quantize", model, strategy, {**given, "stats": stats, "latents": latents})
 
 
 @app.command(epilog="Example: codebook restart model.safetensors --method error --data images/ --steps 1000")
@@ -192,7 +188,7 @@ def restart(
 
         return Restart(method=method.value, threshold=threshold, seed=given["seed"])
 
-    _operate("restart", model, strategy, {**given, "latents": latents})
+    operate_on("restart", model, strategy, {**given, "latents": latents})
 
 
 @app.command(epilog="Example: codebook grow model.safetensors --k 128 --data images/ --steps 1000")
@@ -210,7 +206,7 @@ def grow(
 
         return Grow(k=k, seed=given["seed"])
 
-    _operate("grow", model, strategy, {**given, "latents": latents})
+    operate_on("grow", model, strategy, {**given, "latents": latents})
 
 
 @app.command(epilog="Example: codebook compare model.safetensors --k 128 --data images/ --seeds 3")
@@ -238,17 +234,17 @@ def compare(
         source = (model or DEMO).absolute()
         folder = given["output"] or Path(f"{source.name if source.is_dir() else source.stem}.compare")
         names = [name.strip() for name in strategies.split(",")] if strategies else []
-        request = _request(model, {**given, "output": None})
-        return run_compare(request, k, names, _recipe(given), seeds=seeds, folder=folder, watch=watch)
+        request = request_of(model, {**given, "output": None})
+        return run_compare(request, k, names, recipe_of(given), seeds=seeds, folder=folder, watch=watch)
 
-    _run(work, given)
+    run_and_show(work, given)
 
 
 @app.command(epilog="Example: codebook finetune model.safetensors --data images/ --steps 2000")
 @takes(TrainOptions, DataOptions, ModelOptions, WriteOptions, RunOptions)
 def finetune(given: dict[str, Any], model: ModelArgument = None) -> None:
     """Train on with the original encoder and decoder; the codebook keeps its size, and dead codes are revived."""
-    _operate("finetune", model, None, given)
+    operate_on("finetune", model, None, given)
 
 
 @app.command(epilog="Example: codebook verify model.refit-k128.safetensors --against model.safetensors")
@@ -346,97 +342,9 @@ def _added_command(name: str) -> Any:
 
             return make_strategy(name, set_ or [])
 
-        _operate(name, model, strategy, given)
+        operate_on(name, model, strategy, given)
 
     return typer.main.get_command(added)
-
-
-def _request(model: Path | None, given: dict[str, Any]) -> Request:
-    from codebook_tools.opening import Request
-
-    metric = given["metric"]
-    return Request(
-        model=model,
-        data=tuple(given["data"] or ()),
-        test_data=tuple(given["test_data"] or ()),
-        limit=given["limit"],
-        size=given["size"],
-        skip_bad=given["skip_bad"],
-        network=given["network"],
-        family=given["family"],
-        codebook_keys=tuple(given["codebook_key"] or ()),
-        metric=metric.value if metric else None,
-        input_range=_input_range(given["input_range"]),
-        batch_size=given["batch_size"],
-        device=given["device"].value,
-        precision=given["precision"].value,
-        seed=given["seed"],
-        stats=given.get("stats"),
-        latents=tuple(given.get("latents") or ()),
-        output=given.get("output"),
-        force=given.get("force", False),
-    )
-
-
-def _input_range(text: str | None) -> tuple[float, float] | None:
-    from codebook_tools.errors import CodebookError
-
-    if text is None:
-        return None
-    try:
-        low, high = (float(number) for number in text.split(","))
-    except ValueError:
-        raise CodebookError(f"--input-range {text}: expected two numbers, such as 0,1") from None
-    return low, high
-
-
-def _recipe(given: dict[str, Any]) -> Recipe:
-    from codebook_tools.finetune import Recipe
-
-    steps = given["steps"]
-    return Recipe(
-        steps=(0 if given.get("latents") else 1000) if steps is None else steps,
-        train=given["train"].value,
-        codebook_update=given["codebook_update"].value,
-        batch_size=given["batch_size"],
-        lr=given["lr"],
-        loss=given["loss"].value,
-    )
-
-
-def _operate(
-    command: str, model: Path | None, strategy: Callable[[Watch], Strategy] | None, given: dict[str, Any]
-) -> None:
-    def work(watch: Watch) -> Result | Plan:
-        from codebook_tools.operate import operate
-        from codebook_tools.planning import plan
-
-        chosen = strategy(watch) if strategy else None
-        return (plan if given["dry_run"] else operate)(command, _request(model, given), chosen, _recipe(given), watch)
-
-    _run(work, given)
-
-
-def _run(work: Callable[[Watch], Result | Plan | Comparison], given: dict[str, Any]) -> None:
-    """Do the work, with progress, and print what came of it."""
-    with reported():
-        from codebook_tools.planning import Plan
-        from codebook_tools.report.tables import details_table, table_of
-        from codebook_tools.watch import Watch
-
-        from .screen import ProgressShow, print_table, print_warnings
-
-        if given["deterministic"]:
-            import torch
-
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to repeat itself
-            torch.use_deterministic_algorithms(True, warn_only=True)  # it names those that have none
-        with ProgressShow(given["quiet"]) as show:
-            found = work(Watch(show))
-        print_warnings(found.warnings, given["quiet"])
-        show_result(found, table_of, given["json_"])
-        if given["verbose"] and not isinstance(found, Plan) and not given["json_"]:
-            print_table(details_table(found))
 
 
 def main() -> None:

@@ -1,0 +1,113 @@
+"""From the options given to the library's words, and the one call that a command makes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .exits import reported, show_result
+
+if TYPE_CHECKING:  # imported where it is used: --help must not import torch
+    from codebook_tools.codebook import Strategy
+    from codebook_tools.comparison import Comparison
+    from codebook_tools.finetune import Recipe
+    from codebook_tools.opening import Request
+    from codebook_tools.outcome import Result
+    from codebook_tools.planning import Plan
+    from codebook_tools.watch import Watch
+
+
+def request_of(model: Path | None, given: dict[str, Any]) -> Request:
+    """What is to be worked on. given: the options of a command, by name; those that it lacks are left out."""
+    from codebook_tools.opening import Request
+
+    metric = given["metric"]
+    return Request(
+        model=model,
+        data=tuple(given["data"] or ()),
+        test_data=tuple(given["test_data"] or ()),
+        limit=given["limit"],
+        size=given["size"],
+        skip_bad=given["skip_bad"],
+        network=given["network"],
+        family=given["family"],
+        codebook_keys=tuple(given["codebook_key"] or ()),
+        metric=metric.value if metric else None,
+        input_range=_input_range(given["input_range"]),
+        batch_size=given["batch_size"],
+        device=given["device"].value,
+        precision=given["precision"].value,
+        seed=given["seed"],
+        stats=given.get("stats"),
+        latents=tuple(given.get("latents") or ()),
+        output=given.get("output"),
+        force=given.get("force", False),
+    )
+
+
+def _input_range(text: str | None) -> tuple[float, float] | None:
+    from codebook_tools.errors import CodebookError
+
+    if text is None:
+        return None
+    try:
+        low, high = (float(number) for number in text.split(","))
+    except ValueError:
+        raise CodebookError(f"--input-range {text}: expected two numbers, such as 0,1") from None
+    return low, high
+
+
+def recipe_of(given: dict[str, Any]) -> Recipe:
+    """How it is to be fine-tuned; not at all where there are only latents, unless that is asked for."""
+    from codebook_tools.finetune import Recipe
+
+    steps = given["steps"]
+    return Recipe(
+        steps=(0 if given.get("latents") else 1000) if steps is None else steps,
+        train=given["train"].value,
+        codebook_update=given["codebook_update"].value,
+        batch_size=given["batch_size"],
+        lr=given["lr"],
+        loss=given["loss"].value,
+    )
+
+
+def operate_on(
+    command: str, model: Path | None, strategy: Callable[[Watch], Strategy] | None, given: dict[str, Any]
+) -> None:
+    """Do a surgery, or say what it would do, and show what came of it. strategy: None fine-tunes."""
+
+    def work(watch: Watch) -> Result | Plan:
+        from codebook_tools.operate import operate
+        from codebook_tools.planning import plan
+
+        chosen = strategy(watch) if strategy else None
+        return (plan if given["dry_run"] else operate)(
+            command, request_of(model, given), chosen, recipe_of(given), watch
+        )
+
+    run_and_show(work, given)
+
+
+def run_and_show(work: Callable[[Watch], Result | Plan | Comparison], given: dict[str, Any]) -> None:
+    """Do the work, with progress, and print what came of it."""
+    with reported():
+        from codebook_tools.planning import Plan
+        from codebook_tools.report.tables import details_table, table_of
+        from codebook_tools.watch import Watch
+
+        from .screen import ProgressShow, print_table, print_warnings
+
+        if given["deterministic"]:
+            import torch
+
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to repeat itself
+            torch.use_deterministic_algorithms(True, warn_only=True)  # it names those that have none
+        with ProgressShow(given["quiet"]) as show:
+            found = work(Watch(show))
+        print_warnings(found.warnings, given["quiet"])
+        show_result(found, table_of, given["json_"])
+        if given["verbose"] and not isinstance(found, Plan) and not given["json_"]:
+            print_table(details_table(found))
