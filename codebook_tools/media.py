@@ -35,7 +35,8 @@ class Media:
     """Items as tensors, decoded once while they fit CACHE_BYTES and again each time beyond that.
 
     channels: 1 or 3 of images, any number of waveforms. skip_bad: leave out what cannot be read, where CodebookError is
-    raised otherwise. bad: names of items left out, and the reasons.
+    raised otherwise. part: which of how many parts of the batches a pass over them sees, where others see the rest.
+    bad: names of items left out, and the reasons.
     """
 
     items: list[Item]
@@ -43,6 +44,7 @@ class Media:
     channels: int
     skip_bad: bool = False
     watch: Watch = field(default_factory=Watch, repr=False)
+    part: tuple[int, int] = (0, 1)
     bad: dict[str, str] = field(default_factory=dict)
     _cache: _Cache = field(default_factory=_Cache, repr=False)
     _first: tuple[Item, tuple[int, ...]] | None = None
@@ -57,8 +59,10 @@ class Media:
         return part
 
     def batches(self, size: int) -> Iterator[tuple[list[Item], Tensor]]:
-        """Items and their values as `load` returns them, in order, `size` at a time."""
-        for start in range(0, len(self.items), size):
+        """Items and their values as `load` returns them, in order, `size` at a time; those of `part` alone, so that the
+        batches of all parts together are those of the whole."""
+        mine, parts = self.part
+        for start in range(mine * size, len(self.items), parts * size):
             items, values = self.load(self.items[start : start + size])
             if items:
                 yield items, values

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
 
 FLOORS = (
-    ("errors", "watch", "version", "demo"),
+    ("errors", "watch", "version", "demo", "processes"),
     ("codebook", "sources", "items", "pictures"),
     ("assignment", "metrics", "splits", "media"),
     ("kmeans", "images", "sounds", "latents", "index_maps", "filling"),
