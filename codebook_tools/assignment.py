@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.threads import spread
 
 # Scores that fit the cache of one core are searched fastest; a GPU wants far larger tiles. Both stay under 256 MB.
 _TILE_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
+_EXACT_BYTES = 16 << 20
+_CODES = 1024  # searched at a time, on a CPU
+
+# Else torch multiplies by MKL, which takes up to twice as long where the CPU is of another maker.
+_ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+
+_ROUNDING = {"highest": torch.finfo(torch.float32).eps, "high": 2.0**-10, "medium": 2.0**-7}
+"""Of a product's terms, by what torch.set_float32_matmul_precision allows it to compute in: float32, TF32, bfloat16."""
 
 
 def unit(rows: Tensor) -> Tensor:
@@ -29,54 +42,131 @@ def nearest(latents: Tensor, codebook: Codebook) -> Tensor:
     decides. So the answer does not depend on tile, thread or codebook size: dropping codes that nobody uses changes
     no assignment.
     """
-    if codebook.lookup is Lookup.EUCLIDEAN:
-        codes = codebook.vectors.to(latents.device)
-    else:
-        codes = unit(codebook.vectors.to(latents.device)) if codebook.lookup is Lookup.COSINE else codebook.vectors
-        codes = codes.to(latents.device)
-    squares = codebook.lookup is not Lookup.DOT
-    norms = codes.square().sum(1) if squares else codes.new_zeros(len(codes))
-    weights = (-2 * codes if squares else -codes).T.contiguous()
-    longest = codes.norm(dim=1).max()
-    # Error of a float32 inner product of `dim` terms, doubled for two scores: Higham 2002, section 3.1. `tiny` is for
-    # products too small for float32.
-    single, terms = torch.finfo(torch.float32), 4 * (codebook.dim + 4)
+    codes = codebook.vectors.to(latents.device)
+    if codebook.lookup is Lookup.COSINE:
+        codes = unit(codes)
+    if len(codes) == 1:
+        return torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
+    search = _Search(codes, codebook.lookup)
+    tiles = torch.split(latents, search.rows)
+    alone = latents.is_cuda or len(tiles) == 1
+    found = map(search, tiles) if alone else spread(search, tiles)
+    index, limit = (torch.cat(parts) for parts in zip(*found, strict=True))
+    unsure = (limit > -torch.inf).nonzero()[:, 0]
+    if len(unsure):
+        index[unsure] = search.decide(latents[unsure], limit[unsure])
+    return index
 
-    rows = max(1, _TILE_BYTES.get(latents.device.type, 4 << 20) // (4 * max(len(codes), codebook.dim)))
-    found = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
-    for start in range(0, len(latents), rows):
-        tile = latents[start : start + rows]
-        if codebook.lookup is Lookup.COSINE:
-            tile = unit(tile)
-        scores = torch.addmm(norms, tile, weights)
-        if len(codes) == 1:
-            found[start : start + rows] = 0
-            continue
-        best, index = scores.topk(2, dim=1, largest=False)
-        index = index[:, 0]
-        gap = best[:, 1] - best[:, 0]
-        slack = terms * (single.eps * longest * (tile.norm(dim=1) + longest) + single.tiny)
-        unsure = ~((gap > slack) & gap.isfinite())  # scores that overflow have no gap, or an infinite one
-        if bool(unsure.any()):
-            index[unsure] = _nearest_exact(tile[unsure], codes, squares)
-        found[start : start + rows] = index
+
+class _Search:
+    """The codes (size, dim) as a search wants them: lookup by the cosine takes them at unit length."""
+
+    def __init__(self, codes: Tensor, lookup: Lookup) -> None:
+        self.codes, self.lookup = codes, lookup
+        squares = lookup is not Lookup.DOT
+        # |x|² - 2xc + |c|², less |x|², which is the same for all codes.
+        self.weights = -2 * codes if squares else -codes
+        self.norms = codes.square().sum(1) if squares else codes.new_zeros(len(codes))
+        self.longest = codes.norm(dim=1).max()
+        size, dim = codes.shape
+        at_once = min(size, _CODES) if not codes.is_cuda else size
+        self.starts = range(0, size, at_once)
+        self.blocks = list(zip(torch.split(self.weights, at_once), torch.split(self.norms, at_once), strict=True))
+        self.rows = max(1, _TILE_BYTES.get(codes.device.type, 4 << 20) // (4 * max(at_once, dim)))
+
+    def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,) int64, the nearest code of each latent (n, dim) by float32 scores; and (n,) up to which score another
+        one may be, -inf where there is none."""
+        if self.lookup is Lookup.COSINE:
+            latents = unit(latents)
+        found = _Best.of(latents, *self.blocks[0])
+        for start, block in zip(self.starts[1:], self.blocks[1:], strict=True):
+            found = found.or_better(_Best.of(latents, *block), start)
+        slack = self._slack(latents.norm(dim=1), found.best)
+        gap = found.second - found.best
+        sure = (gap > slack) & gap.isfinite()  # scores that overflow have no gap, or an infinite one
+        return found.index, (found.best + slack).nan_to_num(torch.inf, torch.inf, torch.inf).masked_fill(
+            sure, -torch.inf
+        )
+
+    def _slack(self, lengths: Tensor, best: Tensor) -> Tensor:
+        """(n,) by how much rounding may have changed the gap between two scores of latents of these lengths (n,).
+
+        An inner product of `dim` terms errs by dim times the rounding of one, of the lengths' product: Higham 2002,
+        section 3.1. Only a code that is about as near as the best may be confused with it, so it is not much longer
+        than the way there and on by the best distance. The last term is for products too small for float32.
+        """
+        terms = 2 * (self.codes.shape[1] + 4)
+        rounding, longest = terms * _ROUNDING[torch.get_float32_matmul_precision()], self.longest
+        if self.lookup is Lookup.EUCLIDEAN:
+            squares = lengths.square()
+            longest = torch.minimum(lengths + 1.1 * ((best + squares).relu() + 8 * rounding * squares).sqrt(), longest)
+        slack: Tensor = rounding * longest * (lengths + longest) + terms * torch.finfo(torch.float32).tiny
+        return slack
+
+    def decide(self, latents: Tensor, limit: Tensor) -> Tensor:
+        """(n,) int64, decided in float64 among the codes whose float32 scores are within limit (n,)."""
+        if self.lookup is Lookup.COSINE:
+            latents = unit(latents)
+        rows = max(1, _EXACT_BYTES // (8 * len(self.codes)))
+        found = []
+        for tile, bound in zip(torch.split(latents, rows), torch.split(limit[:, None], rows), strict=True):
+            scores = torch.addmm(self.norms, tile, self.weights.T)
+            row, code = (~(scores > bound) | ~scores.isfinite()).nonzero(as_tuple=True)
+            exact = self._exact(tile, row, code)
+            least = exact.new_full((len(tile),), torch.inf).scatter_reduce_(0, row, exact, "amin")
+            equal = exact == least[row]
+            lowest = code.new_zeros(len(tile))  # and 0 for what is no number
+            found.append(lowest.scatter_reduce_(0, row[equal], code[equal], "amin", include_self=False))
+        return torch.cat(found)
+
+    def _exact(self, latents: Tensor, rows: Tensor, codes: Tensor) -> Tensor:
+        """(pairs,) float64 scores of the pairs of a row of latents (n, dim) and a code.
+
+        From differences, which do not cancel as the expanded square does, and each summed by itself: a matrix product
+        may give equal codes scores that differ by their column.
+        """
+        scores = []
+        at_once = max(1, _EXACT_BYTES // (8 * self.codes.shape[1]))
+        for row, code in zip(torch.split(rows, at_once), torch.split(codes, at_once), strict=True):
+            x, c = latents[row].double(), self.codes[code].double()
+            scores.append(-(x * c).sum(1) if self.lookup is Lookup.DOT else (x - c).square().sum(1))
+        return torch.cat(scores)
+
+
+def _product(latents: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
+    if not _ONEDNN:
+        return torch.addmm(norms, latents, weights.T)
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(latents.contiguous(), weights, norms, "none", [], "")
     return found
 
 
-def _nearest_exact(latents: Tensor, codes: Tensor, squares: bool) -> Tensor:
-    """(n,) int64, decided in float64 from differences, which do not cancel as the expanded square does.
+@dataclass(frozen=True, eq=False)
+class _Best:
+    """Of some codes: index, (n,) int64, of the one with the lowest score, `best` (n,) float32; and the next lowest."""
 
-    A code's score is summed by itself: a matrix product may give equal codes scores that differ by their column.
-    """
-    wide = codes.double()
-    # Differences and their squares lie side by side: on a CPU, few enough that memory hardly notices.
-    rows = max(1, (_TILE_BYTES["cuda"] if latents.is_cuda else 16 << 20) // (8 * wide.numel()))
-    found = []
-    for tile in torch.split(latents.double(), rows):
-        scores = (tile[:, None] - wide).square().sum(2) if squares else -(tile[:, None] * wide).sum(2)
-        # min() promises no particular index among equals; the first equal one is the lowest.
-        found.append((scores == scores.amin(1, keepdim=True)).int().argmax(1))
-    return torch.cat(found)
+    index: Tensor
+    best: Tensor
+    second: Tensor
+
+    @staticmethod
+    def of(latents: Tensor, weights: Tensor, norms: Tensor) -> _Best:
+        """latents (n, dim), weights (size, dim), norms (size,): scores are norms + latents @ weights.T."""
+        if latents.is_cuda:
+            scores = torch.addmm(norms, latents, weights.T)
+            index = scores.argmin(1)
+        else:
+            scores = _product(latents, weights, norms)
+            index = torch.from_numpy(scores.numpy().argmin(1))  # numpy compares many at a time, torch one by one
+        best = scores.gather(1, index[:, None])[:, 0]
+        return _Best(index, best, scores.scatter_(1, index[:, None], torch.inf).amin(1))
+
+    def or_better(self, other: _Best, start: int) -> _Best:
+        """Of both; the other's codes begin at `start`. What is no number stays none."""
+        better = other.best < self.best
+        index = torch.where(better, other.index + start, self.index)
+        second = torch.minimum(torch.maximum(self.best, other.best), torch.minimum(self.second, other.second))
+        return _Best(index, torch.minimum(self.best, other.best), second)
 
 
 def squared_errors(latents: Tensor, codebook: Codebook, codes: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[1]
 LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
 
 FLOORS = (
-    ("errors", "watch", "version", "demo", "processes"),
+    ("errors", "watch", "version", "demo", "processes", "threads"),
     ("codebook", "sources", "items", "pictures"),
     ("assignment", "metrics", "splits", "media"),
-    ("kmeans", "images", "sounds", "latents", "index_maps", "filling"),
+    ("seeding", "kmeans", "images", "sounds", "latents", "index_maps", "filling"),
     ("strategies", "checkpoints"),
     ("networks",),
     ("models",),
@@ -34,7 +34,7 @@ FLOORS = (
 )
 """Rooms by floor, the lowest first. A room is a module of codebook_tools or a folder of it; the folder cli/ is one."""
 
-STAIRS = {("items", "sources"), ("__main__", COMMAND_LINE)}
+STAIRS = {("items", "sources"), ("kmeans", "seeding"), ("__main__", COMMAND_LINE)}
 """Rooms that may enter their neighbour on the same floor."""
 
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

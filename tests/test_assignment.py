@@ -105,6 +105,11 @@ def test_scales_whose_squares_float32_cannot_hold_are_searched_as_well(lookup: L
     assert torch.equal(nearest(latents, codebook), by_brute_force(latents, codebook))
 
 
+def test_what_is_no_number_gets_some_code() -> None:
+    latents = torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0], [1.0, 0.0]])
+    assert nearest(latents, Codebook(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))).tolist() == [0, 0, 1]
+
+
 @pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
 @pytest.mark.parametrize("dim", [1, 4, 32])
 def test_a_large_common_offset_does_not_blur_the_answer(offset: float, dim: int) -> None:
@@ -235,6 +240,34 @@ def test_the_answer_does_not_depend_on_the_number_of_threads(lookup: Lookup) -> 
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("lookup", LOOKUPS)
+@pytest.mark.parametrize("size", [5, 37])
+def test_the_answer_does_not_depend_on_how_products_are_made_and_codes_parted(
+    lookup: Lookup, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codebook, latents = Codebook(normal(size, 6, seed=1) + 20, lookup), normal(500, 6, seed=2) + 20
+    found = nearest(latents, codebook)
+    monkeypatch.setattr(assignment, "_CODES", 4)  # the last block has one code
+    assert torch.equal(nearest(latents, codebook), found)
+    monkeypatch.setattr(assignment, "_ONEDNN", False)
+    assert torch.equal(nearest(latents, codebook), found)
+
+
+def test_products_of_low_precision_are_told_by_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU rounds them where TF32 is allowed: ten bits of each factor."""
+    codebook, latents = Codebook(normal(200, 16, seed=1)), normal(30_000, 16, seed=2)
+    found = nearest(latents, codebook)
+
+    def coarse(rows: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
+        low = [(x.view(torch.int32) + 4096 & ~8191).view(torch.float32) for x in (rows.contiguous(), weights)]
+        return torch.addmm(norms, low[0], low[1].T)
+
+    monkeypatch.setattr(assignment, "_product", coarse)
+    assert not torch.equal(nearest(latents, codebook), found)  # else this tests nothing
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert torch.equal(nearest(latents, codebook), found)
 
 
 # --- what goes with it ---------------------------------------------------------------------------------------------

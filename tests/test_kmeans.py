@@ -12,13 +12,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans, kmeans_plusplus
+from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from codebook_tools.assignment import nearest, squared_errors, unit
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.kmeans import Clustering, Init, afkmc2, count_distinct, kmeans
+from codebook_tools.kmeans import Clustering, kmeans
+from codebook_tools.seeding import Init, afkmc2, count_distinct
 from codebook_tools.watch import Watch
 
 INITS: tuple[Init, ...] = ("kmeans++", "afkmc2", "random")
@@ -74,23 +76,33 @@ def test_one_cluster_is_the_mean() -> None:
 
 
 @pytest.mark.parametrize(("count", "k", "dim"), [(400, 3, 2), (1000, 10, 8), (2000, 7, 1), (1500, 20, 16)])
-def test_the_same_start_ends_where_scikit_learn_ends(count: int, k: int, dim: int) -> None:
+def test_the_same_start_ends_as_low_as_scikit_learn_or_lower(count: int, k: int, dim: int) -> None:
     """Few enough points that there is one head: then it is Lloyd from the given seeds, nothing else."""
     points = normal(count, dim, seed=k)
     reference = KMeans(k, init=points[:k].numpy(), n_init=1, max_iter=300, tol=0, algorithm="lloyd").fit(points.numpy())
     found = run(points, k, init=points[:k])
     assert found.centroids.dtype == torch.float32 and found.centroids.shape == (k, dim)
-    # It counts as converged once ten iterations gain less than a thousandth: a little before scikit-learn's tol=0.
-    assert reference.inertia_ * (1 - 1e-5) <= found.inertia <= reference.inertia_ * 1.003
+    # Momentum may carry it past a shallow optimum; it stops a little before scikit-learn's tol=0.
+    assert reference.inertia_ * 0.98 <= found.inertia <= reference.inertia_ * 1.001
     assert found.inertia == pytest.approx(inertia_of(points, found.centroids), rel=1e-5)
 
 
-def test_few_iterations_equal_scikit_learns_centroids() -> None:
+def test_one_iteration_gives_scikit_learns_centroids() -> None:
     points = normal(600, 5)
-    reference = KMeans(9, init=points[:9].numpy(), n_init=1, max_iter=4, tol=0, algorithm="lloyd").fit(points.numpy())
-    found = run(points, 9, init=points[:9], iterations=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = KMeans(9, init=points[:9].numpy(), n_init=1, max_iter=1, tol=0, algorithm="lloyd")
+        reference = model.fit(points.numpy())
+    found = run(points, 9, init=points[:9], iterations=1)
     assert torch.allclose(found.centroids, torch.from_numpy(reference.cluster_centers_), atol=1e-5)
-    assert found.iterations == 4 and not found.converged
+    assert found.iterations == 1 and not found.converged
+
+
+def test_momentum_needs_a_fraction_of_the_iterations() -> None:
+    """Many cells in a smooth cloud: where Lloyd alone creeps."""
+    points, k = normal(8000, 8), 100
+    alone = KMeans(k, init=points[:k].numpy(), n_init=1, max_iter=60, tol=0, algorithm="lloyd").fit(points.numpy())
+    assert run(points, k, init=points[:k], iterations=30).inertia < alone.inertia_
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -359,7 +371,7 @@ def test_the_watch_is_told_of_iterations_and_inertia() -> None:
     found = kmeans(points, 5, watch=watch)
     assert told[0][0] == "k-means on 375 latents" and told[-1][0] == "k-means on 6,000 latents"
     assert told[-1][1] == found.iterations
-    assert told[-1][3]["inertia"] == pytest.approx(found.inertia / 6000)
+    assert told[-1][3]["inertia"] == pytest.approx(found.inertia / 6000, rel=1e-4)
 
 
 # --- by the cosine ---------------------------------------------------------------------------------------------------

@@ -423,7 +423,7 @@ def test_refit_tells_its_watch_of_the_progress() -> None:
     told: list[str] = []
     watch = Watch(lambda what, done, total, figures: told.append(what))
     Refit(2, watch=watch)(NUMBERED, StoredLatents(RECTANGLE), torch.tensor([1, 3, 0, 0, 0]))
-    assert told == ["k-means on 4 latents"]
+    assert set(told) == {"k-means on 4 latents"}
 
 
 def test_used_fills_up_with_other_points_where_fewer_codes_are_in_use() -> None:

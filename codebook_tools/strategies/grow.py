@@ -9,7 +9,7 @@ from torch import Tensor
 
 from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
-from codebook_tools.kmeans import draw_by_error
+from codebook_tools.seeding import draw_by_error
 
 
 @dataclass(frozen=True)

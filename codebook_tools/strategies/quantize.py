@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from functools import cache
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,7 +17,6 @@ from torch import Tensor
 from codebook_tools.assignment import emitted, nearest
 from codebook_tools.codebook import Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
-from codebook_tools.kmeans import repeatable
 from codebook_tools.strategies.pnn import merge_pairs
 
 
@@ -68,10 +70,30 @@ class Quantize:
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning
 
-        with repeatable(), warnings.catch_warnings():
+        with _repeatable(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # of fewer distinct codes than k: then some are alike
             fit = KMeans(k, n_init=10, random_state=self.seed % 2**32).fit(rows, sample_weight=weights)
         return fit.cluster_centers_, fit.labels_.astype(np.int64)
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """At most two threads: scikit-learn adds up the sums of its threads in the order in which they finish.
+
+    a + b is b + a, but the sum of three or more would round differently from run to run.
+    """
+    openmp = _openmp()
+    with openmp.limit(limits=min([2, *(library["num_threads"] for library in openmp.info())])):
+        yield
+
+
+@cache
+def _openmp() -> Any:
+    """The OpenMP libraries of this process, scikit-learn's among them. It takes milliseconds to find them."""
+    import sklearn.cluster  # noqa: F401  # so that its own is there to be found
+    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+
+    return ThreadpoolController().select(user_api="openmp")
 
 
 def round_rows(rows: Tensor, bits: int) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
 from codebook_tools.errors import CodebookError
-from codebook_tools.kmeans import Init, draw_by_error, kmeans, seeds
+from codebook_tools.kmeans import kmeans
+from codebook_tools.seeding import Init, draw_by_error, seeds
 from codebook_tools.watch import Watch
 
 

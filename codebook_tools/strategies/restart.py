@@ -11,7 +11,7 @@ from torch import Tensor
 from codebook_tools.assignment import nearest, squared_errors
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
 from codebook_tools.errors import CodebookError
-from codebook_tools.kmeans import draw_by_error
+from codebook_tools.seeding import draw_by_error
 
 Method = Literal["error", "random", "split", "nearest"]
 

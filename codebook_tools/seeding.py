@@ -1,0 +1,139 @@
+"""Seeds for k-means: some of the points, drawn so that they lie apart; and codes placed beside those that are there."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from codebook_tools.assignment import nearest, squared_errors, unit
+from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.errors import CodebookError
+
+Init = Literal["kmeans++", "afkmc2", "random"]
+
+_POINTS_PER_SEED = 16  # that seeds are drawn from: more make hardly better ones, and take as much longer
+
+
+def seeds(points: Tensor, k: int, init: Init, seed: int) -> Tensor:
+    """(k, dim) seeds for k-means: some of the points.
+
+    points: (n, dim) float32, in an order in which each head is a uniform sample: the first head gives the seeds, unless
+    it is so full of repeats that it has fewer than k distinct points. Raises CodebookError where all have fewer.
+    """
+    refuse_too_few(points, k)
+    head = points[: _POINTS_PER_SEED * k]
+    data = (head if count_distinct(head, enough=k) == k else points).cpu().contiguous()
+    rng = np.random.default_rng(seed % 2**64)  # numpy takes no negative seed
+    draw = {"kmeans++": kmeans_plus_plus, "afkmc2": afkmc2, "random": _at_random}[init]
+    return torch.from_numpy(draw(data.numpy(), k, rng)).to(points.device)
+
+
+def refuse_too_few(points: Tensor, k: int) -> None:
+    """Raise CodebookError where there are fewer than k distinct points (n, dim)."""
+    distinct = count_distinct(points, enough=k)
+    if distinct < k:
+        raise CodebookError(
+            f"k={k} asks for more codes than the {distinct} distinct latents; "
+            f"use --k {distinct} or less, or give more data"
+        )
+
+
+def count_distinct(points: Tensor, enough: int) -> int:
+    """Distinct rows of points (n, dim), at most `enough`: heads are tried first, for few points usually suffice."""
+    head = min(len(points), 4 * enough)
+    while True:
+        found = len(np.unique(points[:head].cpu().numpy(), axis=0))
+        if found >= enough or head == len(points):
+            return min(found, enough)
+        head = min(len(points), 8 * head)
+
+
+def _at_random(data: NDArray[np.float32], k: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    return data[rng.choice(len(data), k, replace=False)]
+
+
+def kmeans_plus_plus(data: NDArray[np.float32], k: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """(k, dim) seeds of data (n, dim): each the best of a few points that are drawn by squared distance to the seeds
+    before it, the one that leaves the least of it.
+
+    Source: Arthur and Vassilvitskii 2007, "k-means++: The Advantages of Careful Seeding", with its greedy trials.
+    """
+    trials = 2 + int(math.log(k))
+    rows = data - data.mean(0)  # nearer to 0 the products below round less
+    squares = (rows * rows).sum(1)
+    chosen = [int(rng.integers(len(rows)))]
+    errors = _squared_distances(rows, rows[chosen[0]])
+    while len(chosen) < k:
+        up_to = errors.cumsum(dtype=np.float64)
+        drawn = np.searchsorted(up_to, rng.random(trials) * up_to[-1], side="right").clip(max=len(rows) - 1)
+        left = squares[:, None] - 2 * (rows @ rows[drawn].T) + squares[drawn]
+        best = drawn[np.minimum(left, errors[:, None], out=left).sum(0).argmin()]
+        chosen.append(int(best))
+        errors = np.minimum(errors, _squared_distances(rows, rows[best]))
+    return data[chosen]
+
+
+def _squared_distances(rows: NDArray[np.float32], row: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n,) from differences: 0 for copies, so that none is drawn again."""
+    apart = rows - row
+    distances: NDArray[np.float32] = np.einsum("nd,nd->n", apart, apart)
+    return distances
+
+
+def afkmc2(data: NDArray[np.float32], k: int, rng: np.random.Generator, chain: int = 200) -> NDArray[np.float32]:
+    """(k, dim) seeds by Markov chains that approximate k-means++ in one pass over the data.
+
+    Each seed is the end of a chain of `chain` proposals, drawn half by squared distance to the first seed, half alike.
+    Source: Bachem, Lucic, Hassani and Krause 2016, "Fast and Provably Good Seedings for k-Means", algorithm 1.
+    """
+    rows = data - data.mean(0)
+    squares = (rows * rows).sum(1)
+    chosen = [int(rng.integers(len(rows)))]
+    proposal = _squared_distances(rows, rows[chosen[0]]).astype(np.float64)
+    proposal = proposal / max(proposal.sum(), np.finfo(np.float64).tiny) + 1 / len(rows)
+    up_to = proposal.cumsum()
+    while len(chosen) < k:
+        drawn = np.searchsorted(up_to, rng.random(chain) * up_to[-1], side="right").clip(max=len(rows) - 1)
+        sizes = squares[drawn][:, None] + squares[chosen]
+        apart = sizes - 2 * (rows[drawn] @ rows[chosen].T)
+        nearest = np.where(apart > 1e-6 * sizes, apart, 0).min(1)  # what rounding leaves of a distance is none
+        draws, at = rng.random(chain), 0
+        for step in range(1, chain):
+            x, y = drawn[at], drawn[step]
+            if nearest[step] * proposal[x] > draws[step] * nearest[at] * proposal[y]:
+                at = step
+        chosen.append(int(drawn[at]))
+    return data[chosen]
+
+
+def draw_by_error(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tensor:
+    """(n, dim) of the points, drawn one after the other by squared error to the codes and to those drawn before.
+
+    This is k-means++ seeding (Arthur and Vassilvitskii 2007) that goes on from codes that are there.
+    points: (m, dim), in an order in which each head is a uniform sample: of more than 65,536, or 128 for each draw, a
+    head does, unless it has too few that differ. Fewer than n rows where no more points differ from the codes.
+    """
+    head = points[: max(65_536, 128 * n)]
+    found = _drawn(head, codebook, n, seed)
+    return found if len(found) == n or len(head) == len(points) else _drawn(points, codebook, n, seed)
+
+
+def _drawn(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tensor:
+    errors = squared_errors(points, codebook, nearest(points, codebook)).double()
+    places = unit(points) if (codebook.lookup, codebook.emit) == (Lookup.COSINE, Emit.UNIT) else points
+    random = torch.Generator().manual_seed(seed)
+    drawn: list[int] = []
+    while len(drawn) < n:
+        up_to = errors.cumsum(0)
+        total = float(up_to[-1])
+        if not total > 0:
+            break
+        at = float(torch.rand((), generator=random, dtype=torch.float64)) * total
+        drawn.append(min(int(torch.searchsorted(up_to, at, right=True)), len(points) - 1))
+        errors = torch.minimum(errors, (places - places[drawn[-1]]).square().sum(1).double())
+    return points[drawn]
