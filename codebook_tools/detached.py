@@ -20,7 +20,7 @@ from codebook_tools.filling import common_sizes, filled, remark
 from codebook_tools.index_maps import nearest_map
 from codebook_tools.latent_files import FileLatents, limited_latents, open_latents, split_latents
 from codebook_tools.latents import StoredLatents, Survey, survey
-from codebook_tools.measure import CodebookUse, Measurement, Tally, use_of
+from codebook_tools.measure import CodebookUse, Measurement, use_of
 from codebook_tools.models.families import CUSTOM, check_stated, family_of, guessed, lookup_of, metric_of, size_entry
 from codebook_tools.models.load import choose_codebook, choose_codebooks
 from codebook_tools.models.stored import changed_codebook, effective_rows, rounded
@@ -29,6 +29,7 @@ from codebook_tools.outcome import Result, check_request_output, provenance, set
 from codebook_tools.output import remarks, written_config
 from codebook_tools.stats import Stats, read_stats, write_stats
 from codebook_tools.strategies.quantize import packed_bytes
+from codebook_tools.sums import BookSums, book_sums, exact, no_sums
 from codebook_tools.watch import Watch
 
 
@@ -237,17 +238,17 @@ def _measured(request: Request, known: list[_Known], codebooks: list[Codebook]) 
 
 def _counted(stats: Mapping[FoundCodebook, Stats]) -> tuple[CodebookUse, ...]:
     return tuple(
-        use_of(found.key, found.dim, of.counts, of.error / max(1, int(of.counts.sum())), coverage=None)
-        for found, of in stats.items()
+        use_of(BookSums(found.key, found.dim, of.counts, exact(of.error), near=None)) for found, of in stats.items()
     )
 
 
 def _use(one: _Known, codebook: Codebook, seed: int) -> CodebookUse:
     assert one.test is not None and one.seen is not None
-    tally = Tally(one.found.key, codebook, reference_distance(one.seen.sample.vectors[:POINTS], codebook, seed=seed))
+    reference = reference_distance(one.seen.sample.vectors[:POINTS], codebook, seed=seed)
+    sums = no_sums(one.found.key, codebook, reference)
     for rows in one.test:
-        tally.add(rows, nearest(rows, codebook))
-    return tally.use()
+        sums += book_sums(one.found.key, codebook, reference, rows, nearest(rows, codebook))
+    return use_of(sums)
 
 
 def _read_back(path: Path, known: list[_Known], new: list[Codebook]) -> None:

@@ -20,7 +20,7 @@ FLOORS = (
     ("errors", "watch", "version", "demo", "processes"),
     ("codebook", "sources", "items", "pictures"),
     ("assignment", "metrics", "splits", "media"),
-    ("kmeans", "images", "sounds", "latents", "index_maps", "filling"),
+    ("kmeans", "images", "sounds", "latents", "sums", "index_maps", "filling"),
     ("strategies", "checkpoints"),
     ("networks",),
     ("models",),
