@@ -27,7 +27,7 @@ FLOORS = (
     ("measure", "tokens", "coverage", "latent_files", "output", "stats"),
     ("finetune", "opening"),
     ("stages", "outcome", "inspection", "comparison", "verification"),
-    ("detached", "compare", "downstream"),
+    ("detached", "compare", "downstream", "merging"),
     ("operate", "planning", "verify"),
     ("report",),
     ("__main__", COMMAND_LINE),
