@@ -189,9 +189,9 @@ def test_shards_of_other_settings_or_data_are_refused_with_what_differs(
     tmp_path: Path,
 ) -> None:
     moved = tmp_path / "moved"
-    moved.mkdir()
-    for picture in images_folder.rglob("*.png"):
-        (moved / f"moved-{picture.name}").write_bytes(picture.read_bytes())
+    shutil.copytree(images_folder, moved)
+    picture = next(iter(sorted(moved.rglob("*.png"))))  # in training data under either name
+    picture.rename(picture.with_name("moved.png"))
     given = {"--shard": f"2/{N}", **dict(zip(data[::2], data[1::2], strict=True)), options[0]: options[1]}
     if options[1] == "MOVED":
         given["--data"] = moved
