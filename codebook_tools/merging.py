@@ -168,7 +168,7 @@ def _check_alike(first_path: Path, first: Part, path: Path, part: Part) -> None:
         {"shards": of.shard[1], "split": of.split, "codebooks": [b.key for b in of.counted.books], **of.about}
         for of in (first, part)
     )
-    for name in sorted(ours.keys() | theirs.keys(), key=lambda name: name == "data"):  # what else differs says more
+    for name in sorted(ours.keys() | theirs.keys(), key=lambda name: (name == "data", name)):  # others say more
         if ours.get(name) != theirs.get(name):
             what = name.replace("_", " ")
             both = f"{path} is of {what} {theirs.get(name)}, {first_path} of {ours.get(name)}"
