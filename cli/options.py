@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -251,6 +251,12 @@ def takes(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]
     return partial(_joined, groups)
 
 
+@cache
+def _hints(group: type) -> dict[str, Any]:
+    """Evaluated once, not for every option of every command: nobody waits for --help."""
+    return get_type_hints(group, include_extras=True)
+
+
 def _joined(groups: tuple[type, ...], command: Callable[..., None]) -> Callable[..., None]:
     hints = get_type_hints(command, include_extras=True)
     own = [
@@ -263,7 +269,7 @@ def _joined(groups: tuple[type, ...], command: Callable[..., None]) -> Callable[
             entry.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=entry.default,
-            annotation=get_type_hints(group, include_extras=True)[entry.name],
+            annotation=_hints(group)[entry.name],
         )
         for group in groups
         for entry in fields(group)
