@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -343,8 +344,6 @@ def remap(
 
 
 def _added_strategies() -> set[str]:
-    from importlib.metadata import entry_points  # only where all commands are listed, or none of ours is meant
-
     return {point.name for point in entry_points(group="codebook_tools.strategies")}
 
 
