@@ -60,12 +60,12 @@ def _input_range(text: str | None) -> tuple[float, float] | None:
 
 
 def recipe_of(given: dict[str, Any]) -> Recipe:
-    """How it is to be fine-tuned; not at all where there are only latents, unless that is asked for."""
+    """How it is to be fine-tuned; not at all where there are no images, unless that is asked for."""
     from codebook_tools.finetune import Recipe
 
     steps = given["steps"]
     return Recipe(
-        steps=(0 if given.get("latents") else 1000) if steps is None else steps,
+        steps=(0 if given.get("latents") or given.get("stats") else 1000) if steps is None else steps,
         train=given["train"].value,
         codebook_update=given["codebook_update"].value,
         batch_size=given["batch_size"],
@@ -78,6 +78,8 @@ def operate_on(
     command: str, model: Path | None, strategy: Callable[[Watch], Strategy] | None, given: dict[str, Any]
 ) -> None:
     """Do a surgery, or say what it would do, and show what came of it. strategy: None fine-tunes."""
+    if given.get("stats") and not given["dry_run"]:
+        _hash_ahead(model)
 
     def work(watch: Watch) -> Result | Plan:
         from codebook_tools.operate import operate
@@ -89,6 +91,16 @@ def operate_on(
         )
 
     run_and_show(work, given)
+
+
+def _hash_ahead(model: Path | None) -> None:
+    """Counts are of one checkpoint, told by its SHA-256: a thread finds that out while torch is imported."""
+    with reported():
+        from codebook_tools.checkpoints.hashing import hash_ahead
+        from codebook_tools.checkpoints.reading import read_checkpoint
+        from codebook_tools.demo import DEMO
+
+        hash_ahead(read_checkpoint(model or DEMO).files)
 
 
 def run_and_show(work: Callable[[Watch], Result | Plan | Comparison], given: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -90,7 +90,7 @@ ModelArgument = Annotated[
     ),
 ]
 StatsOption = Annotated[
-    Path | None, typer.Option("--stats", metavar="FILE", help="Counts from `measure --stats`, in place of images.")
+    Path | None, typer.Option("--stats", metavar="FILE", help="What `measure --stats` wrote, in place of images.")
 ]
 LatentsOption = Annotated[
     list[str] | None,
@@ -153,7 +153,8 @@ class ModelOptions:
 @dataclass(frozen=True)
 class TrainOptions:
     steps: Annotated[
-        int | None, _train(metavar="N", help="Fine-tuning steps, 0 for none. Left out: 1000, but 0 with --latents.")
+        int | None,
+        _train(metavar="N", help="Fine-tuning steps, 0 for none. Left out: 1000, but 0 without images."),
     ] = None
     train: Annotated[Train, _train(help="Which networks train.")] = Train.ALL
     codebook_update: Annotated[Update, _train(help="How the codes move; ema also revives dead ones.")] = Update.EMA
@@ -250,6 +251,12 @@ def takes(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]
     return partial(_joined, groups)
 
 
+@cache
+def _hints(group: type) -> dict[str, Any]:
+    """Evaluated once, not for every option of every command: nobody waits for --help."""
+    return get_type_hints(group, include_extras=True)
+
+
 def _joined(groups: tuple[type, ...], command: Callable[..., None]) -> Callable[..., None]:
     hints = get_type_hints(command, include_extras=True)
     own = [
@@ -262,7 +269,7 @@ def _joined(groups: tuple[type, ...], command: Callable[..., None]) -> Callable[
             entry.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=entry.default,
-            annotation=get_type_hints(group, include_extras=True)[entry.name],
+            annotation=_hints(group)[entry.name],
         )
         for group in groups
         for entry in fields(group)

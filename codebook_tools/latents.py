@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -113,6 +113,14 @@ class Survey:
         return len(self.sample) < self.total
 
 
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Latents whose hashes are the smallest. hashes: (n,) uint64, ascending. vectors: (n, dim) float32."""
+
+    hashes: Tensor
+    vectors: Tensor
+
+
 class Sampler:
     """Rows of many latents, the `limit` whose hashes are the smallest: which they are does not depend on order or
     batching, only on names and seed, so that two passes over one data set line up row by row."""
@@ -124,7 +132,10 @@ class Sampler:
 
     def add(self, items: Sequence[Named], positions: int, *columns: Tensor) -> None:
         """columns: (len(items) * positions, ...) each, of the items' latents in order."""
-        keys = sample_keys(items, positions, self._seed)
+        self.add_hashed(sample_keys(items, positions, self._seed), *columns)
+
+    def add_hashed(self, keys: NDArray[np.uint64], *columns: Tensor) -> None:
+        """keys: (n,), the hashes of latents. columns: (n, ...) each."""
         chosen = np.flatnonzero(keys <= self._ceiling)
         rows = torch.from_numpy(chosen)
         self._kept.append((keys[chosen], tuple(column.cpu()[rows] for column in columns)))
@@ -139,12 +150,25 @@ class Sampler:
             raise CodebookError("no latents: none of the items could be read")
         return self._smallest()[1]
 
+    def sample(self) -> Sample:
+        """The sample with its hashes; of latents alone, and of nothing where that was added."""
+        keys, (vectors,) = self._smallest()
+        return Sample(torch.from_numpy(keys), vectors)
+
     def _smallest(self) -> tuple[NDArray[np.uint64], tuple[Tensor, ...]]:
         keys = np.concatenate([keys for keys, _ in self._kept])
         order = np.argsort(keys, kind="stable")[: self._limit]
         rows = torch.from_numpy(order)
         columns = zip(*(columns for _, columns in self._kept), strict=True)
         return keys[order], tuple(torch.cat(column)[rows] for column in columns)
+
+
+def smallest(samples: Iterable[Sample], limit: int) -> Sample:
+    """The sample of all that samples were drawn from, each by the same seed and of `limit` or all."""
+    sampler = Sampler(0, limit)
+    for sample in samples:
+        sampler.add_hashed(sample.hashes.numpy(), sample.vectors)
+    return sampler.sample()
 
 
 def survey(latents: ItemLatents, codebook: Codebook, *, seed: int, limit: int = SAMPLE_LIMIT, watch: Watch) -> Survey:

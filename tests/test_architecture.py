@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Outcome
 from safetensors.torch import save_file
+
+from codebook_tools.checkpoints.entries import Stored
+from codebook_tools.checkpoints.reading import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
@@ -20,14 +25,14 @@ FLOORS = (
     ("errors", "watch", "version", "demo", "processes", "threads"),
     ("codebook", "sources", "items", "pictures"),
     ("assignment", "metrics", "splits", "media"),
-    ("seeding", "kmeans", "images", "sounds", "latents", "index_maps", "filling"),
+    ("seeding", "kmeans", "images", "sounds", "latents", "sums", "index_maps", "filling"),
     ("strategies", "checkpoints"),
     ("networks",),
     ("models",),
     ("measure", "tokens", "coverage", "latent_files", "output", "stats"),
     ("finetune", "opening"),
     ("stages", "outcome", "inspection", "comparison", "verification"),
-    ("detached", "compare", "downstream"),
+    ("detached", "compare", "downstream", "merging"),
     ("operate", "planning", "verify"),
     ("report",),
     ("__main__", COMMAND_LINE),
@@ -146,6 +151,18 @@ def test_the_library_never_prints_and_never_exits() -> None:
     assert spoken == []
 
 
+HEAVY = """
+heavy = {"torch", "numpy", "scipy", "sklearn", "faiss", "PIL", "safetensors", "torchmetrics", "diffusers"}
+heavy.add("codebook_tools")
+print("HEAVY", sorted(heavy & set(sys.modules)))
+"""
+
+COMMANDS = (
+    *("inspect", "measure", "refit", "prune", "quantize", "restart"),
+    *("grow", "finetune", "compare", "verify", "remap"),
+)
+
+
 def test_help_imports_neither_torch_nor_the_library_nor_any_heavy_package() -> None:
     program = """
 import sys
@@ -155,29 +172,38 @@ for arguments in ([], ["--help"], *([name, "--help"] for name in sys.argv[1:])):
         app(arguments)
     except SystemExit as end:
         assert end.code in (0, 2), (arguments, end.code)
-heavy = {"torch", "numpy", "scipy", "sklearn", "faiss", "PIL", "safetensors", "torchmetrics", "diffusers"}
-heavy.add("codebook_tools")
-print("HEAVY", sorted(heavy & set(sys.modules)))
 """
-    commands = [
-        "inspect",
-        "measure",
-        "refit",
-        "prune",
-        "quantize",
-        "restart",
-        "grow",
-        "finetune",
-        "compare",
-        "verify",
-        "remap",
-    ]
     done = subprocess.run(
-        [sys.executable, "-c", program, *commands], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program + HEAVY, *COMMANDS], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "HEAVY []"
-    assert done.stdout.count("Usage:") == 2 + len(commands)
+    assert done.stdout.count("Usage:") == 2 + len(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"), [("codebook re", ["refit", "restart", "remap"]), ("codebook refit --ite", ["--iterations"])]
+)
+def test_completion_imports_no_more_than_help_does(words: str, offered: list[str]) -> None:
+    program = """
+import sys
+from codebook_cli.app import app
+try:
+    app([], prog_name="codebook")
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    asked = {"_CODEBOOK_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run(
+        [sys.executable, "-c", program + HEAVY],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, **asked},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [*offered, "HEAVY []"]
 
 
 def one_file(folder: Path) -> list[str]:
@@ -218,3 +244,15 @@ print("HEAVY", sorted({"torch", "scipy", "sklearn", "faiss", "PIL", "diffusers",
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "HEAVY []"
     assert "embedding.weight" in done.stdout
+
+
+def test_inspecting_opens_no_tensor(
+    codebook: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = one_file(tmp_path)
+    monkeypatch.setattr(Stored, "chunks", lambda entry: pytest.fail(f"{entry.key} was read"))
+    monkeypatch.setattr(Stored, "tensor", lambda entry: pytest.fail(f"{entry.key} was read"))
+    for arguments in ((path,), (path, "--json"), ()):
+        assert codebook("inspect", *arguments).exit_code == 0
+    with pytest.raises(pytest.fail.Exception):
+        read_checkpoint(Path(path)).tensor("quantize.embedding.weight")

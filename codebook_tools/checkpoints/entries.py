@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # imported where a tensor is made: a header is read without w
     import torch
     from torch import Tensor
 
-CHUNK = 16 << 20
+CHUNK = 4 << 20
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -77,7 +77,7 @@ class Stored:
         return tensor
 
     def chunks(self) -> Iterator[bytes]:
-        """The stored bytes, at most 16 MiB at a time."""
+        """The stored bytes, at most 4 MiB at a time."""
         with self.file.open("rb") as file:
             file.seek(self.start)
             left = self.nbytes
@@ -115,7 +115,7 @@ class Held:
         return self.value.clone(memory_format=torch.contiguous_format)
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes that safetensors stores: little-endian, row by row, at most 16 MiB at a time."""
+        """The bytes that safetensors stores: little-endian, row by row, at most 4 MiB at a time."""
         import torch
 
         if self.nbytes:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from codebook_tools.checkpoints.config import Config, parse_config
 from codebook_tools.checkpoints.entries import Entry, Stored, Weights
 from codebook_tools.checkpoints.entries import torch_dtype as torch_dtype
+from codebook_tools.checkpoints.hashing import file_sha256 as file_sha256
 from codebook_tools.checkpoints.headers import PICKLED, read_safetensors
 from codebook_tools.checkpoints.layout import INDEX, SUFFIX, config_beside, config_in, weights_in
 from codebook_tools.checkpoints.shards import read_shards
@@ -67,7 +68,7 @@ class Checkpoint:
         return {key: entry.tensor() for key, entry in self.entries.items()}
 
     def chunks(self, key: str) -> Iterator[bytes]:
-        """The bytes of a tensor as safetensors stores them, at most 16 MiB at a time."""
+        """The bytes of a tensor as safetensors stores them, at most 4 MiB at a time."""
         return self.entries[key].chunks()
 
     @property
@@ -87,11 +88,6 @@ class Checkpoint:
     def sha256(self) -> str:
         """Of the file; of an index and its shards, as `joined_sha256` has it."""
         return joined_sha256({file.name: file_sha256(file) for file in self.files})
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def joined_sha256(digests: Mapping[str, str]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.config import with_entries
 from codebook_tools.checkpoints.entries import CHUNK, Entry, Held, torch_dtype
+from codebook_tools.checkpoints.hashing import file_sha256
 from codebook_tools.checkpoints.headers import header_of, laid_out, read_safetensors
 from codebook_tools.checkpoints.layout import (
     CONFIG,
@@ -33,7 +36,7 @@ from codebook_tools.checkpoints.places import (
     put_in_place,
     sync_folder,
 )
-from codebook_tools.checkpoints.reading import Checkpoint, file_sha256, joined_sha256
+from codebook_tools.checkpoints.reading import Checkpoint, joined_sha256
 from codebook_tools.checkpoints.shards import read_shards
 from codebook_tools.errors import CodebookError, VerificationError
 
@@ -117,7 +120,7 @@ def write_checkpoint(
                 _write_tensors(stack.enter_context(partial_file(map_path)), of_maps, of_map)
             if config is not None and not is_directory_output(path):
                 beside.append(own_config_path(path))
-                _write_whole(stack.enter_context(partial_file(beside[-1])), [config])
+                _write_whole(stack.enter_context(partial_file(beside[-1])), lambda: [config])
             # The model last: where there is a model, there is its map.
             for target in (*beside, path):
                 put_in_place(target)
@@ -141,7 +144,8 @@ def write_file(path: Path, chunks: Iterable[bytes]) -> None:
     """Write any other file, whole or not at all, and read it back."""
     try:
         with partial_file(path) as target:
-            _write_whole(target, chunks)
+            if _write(target, chunks) != file_sha256(target):
+                raise VerificationError(f"{path} read back from disk is not what was written; nothing was kept")
             put_in_place(path)
             sync_folder(path.parent)
     except OSError as error:
@@ -157,9 +161,10 @@ def _changed(entries: Mapping[str, Entry], changed: Mapping[str, Tensor]) -> lis
 def _furnish(folder: Path, original: Checkpoint, config: bytes | None, others: Mapping[str, bytes]) -> None:
     """Write all but the weights into a new directory."""
     if config is not None:
-        _write_whole(folder / CONFIG, [config])
+        _write_whole(folder / CONFIG, lambda: [config])
     for other in split_others(original.folder, original.files)[0] if original.folder else ():
-        _write_whole(folder / other.name, [others[other.name]] if other.name in others else _content(other))
+        content = partial(_content, other) if other.name not in others else partial(iter, [others[other.name]])
+        _write_whole(folder / other.name, content)
 
 
 def _weights_name(original: Checkpoint) -> str:
@@ -186,10 +191,10 @@ def _write_shards(folder: Path, original: Checkpoint, changed: Mapping[str, Tens
                 target, _changed(weights.entries, changed), {**weights.metadata, **ours}
             )
         else:
-            digests[shard.name] = _write_whole(target, _content(shard))
+            digests[shard.name] = _write_whole(target, partial(_content, shard))
     total = sum(entry.nbytes for entry in _changed(original.entries, changed))
     text = with_entries(index.read_bytes(), {"metadata.total_size": total})
-    digests[index.name] = _write_whole(folder / index.name, [text])
+    digests[index.name] = _write_whole(folder / index.name, lambda: [text])
     read_shards(folder / index.name)
     return joined_sha256(digests)
 
@@ -207,7 +212,7 @@ def _write_tensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, 
     ordered = laid_out(entries)
     header = header_of(ordered, metadata)
     prologue = (len(header).to_bytes(8, "little"), header)
-    digest = _write_whole(path, chain(prologue, *(entry.chunks() for entry in ordered)))
+    digest = _write_whole(path, lambda: chain(prologue, *(entry.chunks() for entry in ordered)))
     read_safetensors(path)
     return digest
 
@@ -218,15 +223,25 @@ def _content(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _write_whole(path: Path, chunks: Iterable[bytes]) -> str:
-    """Write, flush, read back and compare. Returns the SHA-256 of the file."""
+def _write_whole(path: Path, content: Callable[[], Iterable[bytes]]) -> str:
+    """Write, flush, read back and compare with the content once more. Returns the SHA-256 of the file."""
+    digest = _write(path, content())
+    with path.open("rb") as file:
+        if not all(file.read(len(chunk)) == chunk for chunk in content()) or file.read(1):
+            raise VerificationError(f"{path} read back from disk is not what was written; nothing was kept")
+    return digest
+
+
+def _write(path: Path, chunks: Iterable[bytes]) -> str:
+    """Write and flush. Returns the SHA-256 of what was to be written, which another thread finds out meanwhile."""
     meant = hashlib.sha256()
-    with path.open("wb") as out:
+    with path.open("wb") as out, ThreadPoolExecutor(1) as beside:
+        hashed: Future[None] | None = None
         for chunk in chunks:
+            if hashed is not None:
+                hashed.result()  # before the next, so that few chunks are in memory
+            hashed = beside.submit(meant.update, chunk)
             out.write(chunk)
-            meant.update(chunk)
         out.flush()
         os.fsync(out.fileno())
-    if file_sha256(path) != meant.hexdigest():
-        raise VerificationError(f"{path} read back from disk is not what was written; nothing was kept")
     return meant.hexdigest()
