@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from codebook_tools import processes
 from codebook_tools.assignment import nearest, unit
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
@@ -97,7 +98,7 @@ def measure_detached(request: Request, watch: Watch, stats: Path | None) -> Resu
     before = _measured(request, known, [one.old for one in known])
     if stats is not None:
         counted = {one.found.key: Stats(one.seen.counts, one.seen.error, "calibration", 0) for one in known if one.seen}
-        write_stats(stats, checkpoint, counted)
+        processes.by_first(lambda: write_stats(stats, checkpoint, counted))
         settings["stats"] = str(stats)
     return Result(
         command="measure",
@@ -124,7 +125,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         weights = "" if getattr(strategy, "bits", None) else "all codes weigh alike, and "
         warnings.append(f"neither --data nor --stats: {weights}nothing is measured")
     with watch.phase("strategy"):
-        surgeries = [one.operated(strategy) for one in known]
+        surgeries = [processes.of_first(one.operated(strategy)) for one in known]
     asked, keys = [surgery.codebook.size for surgery in surgeries], [one.found.key for one in known]
     entry = size_entry(checkpoint)
     sizes = common_sizes([one.old.size for one in known], asked, entry is not None and entry.power_of_two)
@@ -144,15 +145,15 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         maps |= {f"{one.found.key}/index_map": surgery.index_map, f"{one.found.key}/nearest": moved}
         new.append(book)
     with watch.phase("write"):
-        map_path = write_checkpoint(
-            checkpoint,
-            output,
-            changed,
-            provenance(command, request, checkpoint, dict(zip(keys, sizes, strict=True)), settings, "surgery"),
-            maps,
-            written_config(checkpoint, max(sizes)),
-        )
-        _read_back(output, known, new)
+        about = provenance(command, request, checkpoint, dict(zip(keys, sizes, strict=True)), settings, "surgery")
+        config = written_config(checkpoint, max(sizes))
+
+        def write() -> tuple[Path, int]:
+            map_path = write_checkpoint(checkpoint, output, changed, about, maps, config)
+            _read_back(output, known, new)
+            return map_path, weights_bytes(output)
+
+        map_path, nbytes = processes.by_first(write)
     bits = surgeries[0].bits
     return Result(
         command=command,
@@ -167,7 +168,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         outputs={"model": str(output), "index_map": str(map_path), "report": None},
         bytes={
             "before": weights_bytes(request.source),
-            "after": weights_bytes(output),
+            "after": nbytes,
             **({"packed": sum(packed_bytes(book, bits) for book in new)} if bits else {}),
         },
         seconds=watch.seconds,
@@ -205,6 +206,7 @@ def _with_latents(request: Request, one: _Known, watch: Watch) -> tuple[_Known, 
         else:
             calibration, test = split_latents(calibration)
         calibration, test = (limited_latents(part, request.limit, request.seed) for part in (calibration, test))
+        calibration = replace(calibration, part=processes.part())
     with watch.phase("encode"):
         seen = survey(calibration, one.old, seed=request.seed, watch=watch)
     settings: dict[str, object] = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from codebook_tools import metrics
+from codebook_tools import metrics, processes
 from codebook_tools.assignment import squared_errors
 from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
@@ -120,6 +120,13 @@ class Tally:
         self.near += int((errors <= self.reference).sum()) if self.reference is not None else 0
         self.latents += len(rows)
 
+    def together(self) -> None:
+        """Add what other processes counted on their parts."""
+        self.counts = processes.summed(self.counts)
+        self.latents = int(self.counts.sum())
+        sums = torch.tensor([self.distortion, self.near], dtype=torch.float64)
+        self.distortion, self.near = processes.summed(sums).tolist()
+
     def use(self) -> CodebookUse:
         coverage = self.near / self.latents if self.reference is not None else None
         return use_of(self.key, self.codebook.dim, self.counts, self.distortion / self.latents, coverage)
@@ -135,26 +142,35 @@ def measure(
     references: Sequence[float | None] | None = None,
     watch: Watch,
 ) -> Measurement:
-    """Measure a model on all of `images`. structure: with SSIM, which takes longer than the rest on small images.
+    """Measure a model on all of `images`; where they are a part, with what all processes found on theirs.
 
-    references: of each book, the squared distance up to which a latent counts as covered.
+    structure: with SSIM, which takes longer than the rest on small images. references: of each book, the squared
+    distance up to which a latent counts as covered.
     """
     given = references or [None] * len(model.books)
     tallies = [Tally(book.key, book.codebook, of) for book, of in zip(model.books, given, strict=True)]
     count, values = 0, 0
     error = similarity = 0.0
     compared = structure and model.takes == "images"
-    for items, pixels in images.batches(batch):
-        seen = reconstruct(model, pixels)
-        pixels = pixels.to(seen.media.device)
-        for tally, latents, codes in zip(tallies, seen.latents, seen.codes, strict=True):
-            tally.add(latents.movedim(1, -1).flatten(0, -2), codes.flatten())
-        error += float((seen.media - pixels).double().square().sum())
-        count, values = count + len(items), values + pixels.numel()
-        scores = metrics.ssim(pixels, seen.media) if compared else None
-        compared = scores is not None
-        similarity += float(scores.double().sum()) if scores is not None else 0.0
-        watch.progress(f"measure on {split}", count, len(images))
+    parts = images.part[1]
+    with processes.alike(NotFiniteError):
+        for items, pixels in images.batches(batch):
+            seen = reconstruct(model, pixels)
+            pixels = pixels.to(seen.media.device)
+            for tally, latents, codes in zip(tallies, seen.latents, seen.codes, strict=True):
+                tally.add(latents.movedim(1, -1).flatten(0, -2), codes.flatten())
+            error += float((seen.media - pixels).double().square().sum())
+            count, values = count + len(items), values + pixels.numel()
+            scores = metrics.ssim(pixels, seen.media) if compared else None
+            compared = scores is not None
+            similarity += float(scores.double().sum()) if scores is not None else 0.0
+            watch.progress(f"measure on {split}", min(count * parts, len(images)), len(images))
+    if parts > 1:
+        sums = processes.summed(torch.tensor([count, values, error, similarity, not compared], dtype=torch.float64))
+        count, values, compared = int(sums[0]), int(sums[1]), not sums[4]
+        error, similarity = sums[2:4].tolist()
+        for tally in tallies:
+            tally.together()
     if not count:
         raise CodebookError(f"none of the {len(images)} {split} {model.takes} can be read")
     mse = error / values

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from codebook_tools import processes
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.codebook import Strategy
@@ -16,6 +17,7 @@ from codebook_tools.detached import goes_without_images, measure_detached, opera
 from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.finetune import Recipe
 from codebook_tools.index_maps import nearest_map
+from codebook_tools.media import Media
 from codebook_tools.models.families import metric_of
 from codebook_tools.models.model import Model
 from codebook_tools.models.stored import effective_rows
@@ -70,10 +72,10 @@ def _write_stats(path: Path, opened: Opened, watch: Watch) -> None:
     images = opened.calibration if len(opened.calibration) else opened.test
     tokens = calibration_tokens(replace(opened, calibration=images), watch)
     with watch.phase("write"):
-        read = len(images) - len({item.name for item in images.items} & images.bad.keys())
+        read = len(images) - len({item.name for item in images.items} & _bad(images).keys())
         keys = [book.key for book in opened.model.books]
         stats = {key: Stats(of.counts, of.error, split, read) for key, of in zip(keys, tokens, strict=True)}
-        write_stats(path, opened.model.checkpoint, stats)
+        processes.by_first(lambda: write_stats(path, opened.model.checkpoint, stats))
 
 
 def operate(command: str, request: Request, strategy: Strategy | None, recipe: Recipe, watch: Watch) -> Result:
@@ -122,15 +124,16 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         maps[f"{keys[stage]}/index_map"] = index_map
         maps[f"{keys[stage]}/nearest"] = nearest_map(index_map, old[stage], on_cpu(model.books[stage]), samples)
     with watch.phase("write"):
-        map_path = write_checkpoint(
-            model.checkpoint,
-            output,
-            model.changed({stage: tokens[stage].counts for stage in keys}),
-            provenance(command, request, model.checkpoint, sizes, opened.settings, done.kept, done.tuned),
-            maps,
-            written_config(model.checkpoint, size),
-        )
-        _read_back(output, model, keys)
+        config = written_config(model.checkpoint, size)
+        about = provenance(command, request, model.checkpoint, sizes, opened.settings, done.kept, done.tuned)
+
+        def write() -> tuple[Path, int]:
+            changed = model.changed({stage: tokens[stage].counts for stage in keys})
+            map_path = write_checkpoint(model.checkpoint, output, changed, about, maps, config)
+            _read_back(output, model, keys)
+            return map_path, weights_bytes(output)
+
+        map_path, nbytes = processes.by_first(write)
     bits = next(iter(surgeries.values())).bits if surgeries and done.kept == "surgery" else None
     packed = sum(packed_bytes(on_cpu(model.books[stage]), bits) for stage in surgeries) if bits else 0
     return _result(
@@ -146,7 +149,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         outputs={"model": str(output), "index_map": str(map_path), "report": None},
         bytes={
             "before": weights_bytes(request.source),
-            "after": weights_bytes(output),
+            "after": nbytes,
             **({"packed": packed} if bits else {}),
         },
     )
@@ -162,7 +165,7 @@ def _read_back(path: Path, model: Model, stages: Iterable[int]) -> None:
 
 
 def _result(command: str, request: Request, opened: Opened, watch: Watch, **found: object) -> Result:
-    bad = opened.calibration.bad | opened.test.bad
+    bad = _bad(opened.calibration) | _bad(opened.test)
     if bad:
         first = "; ".join(f"{name} ({bad[name]})" for name in sorted(bad)[:3])
         opened.warnings.append(f"{len(bad)} unreadable {opened.model.takes} were skipped: {first}")
@@ -176,3 +179,8 @@ def _result(command: str, request: Request, opened: Opened, watch: Watch, **foun
         seconds=watch.seconds,
         **found,  # type: ignore[arg-type]
     )
+
+
+def _bad(media: Media) -> dict[str, str]:
+    """What could not be read, by whichever process, and why."""
+    return {name: reason for found in processes.each(media.bad) for name, reason in found.items()}

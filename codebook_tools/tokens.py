@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from codebook_tools import processes
 from codebook_tools.assignment import squared_errors
 from codebook_tools.latents import SAMPLE_LIMIT, Sampler
 from codebook_tools.media import Media
@@ -26,12 +27,15 @@ class Tokens:
 
 
 def tokenise(model: Model, images: Media, *, seed: int, batch: int, watch: Watch) -> tuple[Tokens, ...]:
-    """The tokens of each of the model's books. Raises CodebookError where no item can be read."""
+    """The tokens of each of the model's books; of parts, those of all processes together. Raises CodebookError where no
+    item can be read."""
     books = [book.codebook for book in model.books]
     counts = [torch.zeros(book.size, dtype=torch.int64) for book in books]
-    errors = [0.0] * len(books)
+    errors = torch.zeros(len(books), dtype=torch.float64)
     samplers = [Sampler(seed, SAMPLE_LIMIT) for _ in books]
-    done = 0
+    for sampler in samplers:
+        sampler.add([], 0, torch.empty(0, dtype=torch.int64))  # a part may have no batch
+    done, parts = 0, images.part[1]
     for items, media in images.batches(batch):
         with torch.no_grad():
             seen = model.pass_through(media)
@@ -39,8 +43,11 @@ def tokenise(model: Model, images: Media, *, seed: int, batch: int, watch: Watch
             flat = codes.flatten()
             rows = latents.movedim(1, -1).flatten(0, -2)
             counts[i] += torch.bincount(flat, minlength=books[i].size).cpu()
-            errors[i] += float(squared_errors(rows, books[i], flat).double().sum())
+            errors[i] += squared_errors(rows, books[i], flat).double().sum().cpu()
             samplers[i].add(items, len(flat) // len(items), flat)
-        done += len(items)
-        watch.progress("tokens", done, len(images))
-    return tuple(map(Tokens, counts, errors, (sampler.columns()[0] for sampler in samplers)))
+        done += len(items) * parts
+        watch.progress("tokens", min(done, len(images)), len(images))
+    if parts > 1:
+        counts, errors = [processes.summed(of) for of in counts], processes.summed(errors)
+    samples = [sampler.columns(parts)[0] for sampler in samplers]
+    return tuple(map(Tokens, counts, errors.tolist(), samples))

@@ -17,14 +17,14 @@ ROOT = Path(__file__).parents[1]
 LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
 
 FLOORS = (
-    ("errors", "watch", "version", "demo", "processes"),
-    ("codebook", "sources", "items", "pictures"),
+    ("errors", "watch", "version", "demo"),
+    ("codebook", "processes", "sources", "items", "pictures"),
     ("assignment", "metrics", "splits", "media"),
     ("kmeans", "images", "sounds", "latents", "index_maps", "filling"),
     ("strategies", "checkpoints"),
     ("networks",),
     ("models",),
-    ("measure", "tokens", "coverage", "latent_files", "output", "stats"),
+    ("measure", "tokens", "coverage", "latent_files", "output", "stats", "losses", "quantiser", "trainable"),
     ("finetune", "opening"),
     ("stages", "outcome", "inspection", "comparison", "verification"),
     ("detached", "compare", "downstream"),
