@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from typing import Any, NoReturn
 
 import typer
+
+_WRONG_USAGE = 2
+_LAST_WORDS = 10  # seconds that the first process needs at most
 
 
 def show_result(found: Any, table: Callable[[Any], Any], as_json: bool) -> None:
@@ -25,7 +29,12 @@ def one_voice() -> Iterator[None]:
         yield
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
+        try:
+            yield
+        except SystemExit as end:
+            if end.code == _WRONG_USAGE:
+                time.sleep(_LAST_WORDS)  # the first says what is wrong; torchrun ends all as soon as one ends
+            raise
 
 
 def _is_first() -> bool:
