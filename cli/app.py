@@ -91,19 +91,39 @@ def inspect(model: ModelArgument = None, json_: JsonFlag = False) -> None:
 def measure(
     given: dict[str, Any],
     model: ModelArgument = None,
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FILE", help="More files of --merge, as a pattern names them.", show_default=False),
+    ] = None,
     stats: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write counts of the --data, or else of the --test-data, for --stats there."),
+        typer.Option(
+            metavar="FILE",
+            help="Write counts and a sample of latents of the --data, or else of the --test-data, for --stats there.",
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Part I, from 1, of N of the data alone, into --stats; for --merge."),
+    ] = None,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Add what all shards wrote, in place of data: one pass, in any order."),
     ] = None,
     latents: LatentsOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace that file if it exists.")] = False,
 ) -> None:
     """Usage, perplexity, distortion and reconstruction error on the test data."""
+    if more and not merge:
+        raise typer.BadParameter(f"{more[0]}: one MODEL at a time; more files go with --merge")
 
     def work(watch: Watch) -> Result:
+        from codebook_tools.merging import parse_shard
         from codebook_tools.operate import measure_model
 
-        return measure_model(request_of(model, {**given, "latents": latents, "force": force}), watch, stats)
+        request = request_of(model, {**given, "latents": latents, "force": force})
+        part = parse_shard(shard) if shard else None
+        return measure_model(request, watch, stats, part, [*(merge or ()), *(more or ())])
 
     run_and_show(work, given)
 
@@ -116,6 +136,7 @@ def refit(
     model: ModelArgument = None,
     init: Annotated[Init, typer.Option(help="Where k-means starts; used: at the codes in use.")] = Init.KMEANSPP,
     iterations: Annotated[int, typer.Option(metavar="N", help="At most so many Lloyd iterations.")] = 300,
+    stats: StatsOption = None,
     latents: LatentsOption = None,
 ) -> None:
     """Re-Fit: a new codebook by k-means on the latents, then fine-tune with the original encoder and decoder."""
@@ -125,7 +146,7 @@ def refit(
 
         return Refit(k=k, init=init.value, iterations=iterations, seed=given["seed"], watch=watch)
 
-    operate_on("refit", model, strategy, {**given, "latents": latents})
+    operate_on("refit", model, strategy, {**given, "stats": stats, "latents": latents})
 
 
 @app.command(epilog="Example: codebook prune model.safetensors --threshold 0 --data images/")
@@ -179,6 +200,7 @@ def restart(
         typer.Option(help="Where to: latents drawn by error or alike, used codes, or the nearest latent."),
     ] = RestartMethod.ERROR,
     threshold: Annotated[int, typer.Option(metavar="N", help="Move codes that count N or fewer.")] = 0,
+    stats: StatsOption = None,
     latents: LatentsOption = None,
 ) -> None:
     """Move dead codes to where latents are. The codebook keeps its size, and codes in use stay as they are."""
@@ -188,7 +210,7 @@ def restart(
 
         return Restart(method=method.value, threshold=threshold, seed=given["seed"])
 
-    operate_on("restart", model, strategy, {**given, "latents": latents})
+    operate_on("restart", model, strategy, {**given, "stats": stats, "latents": latents})
 
 
 @app.command(epilog="Example: codebook grow model.safetensors --k 128 --data images/ --steps 1000")
@@ -197,6 +219,7 @@ def grow(
     given: dict[str, Any],
     k: Annotated[int, typer.Option("--k", metavar="K", help="Codes of the new codebook, not fewer than are in use.")],
     model: ModelArgument = None,
+    stats: StatsOption = None,
     latents: LatentsOption = None,
 ) -> None:
     """Keep the codes in use, drop the dead ones, and place new ones where the error is, up to K."""
@@ -206,7 +229,7 @@ def grow(
 
         return Grow(k=k, seed=given["seed"])
 
-    operate_on("grow", model, strategy, {**given, "latents": latents})
+    operate_on("grow", model, strategy, {**given, "stats": stats, "latents": latents})
 
 
 @app.command(epilog="Example: codebook compare model.safetensors --k 128 --data images/ --seeds 3")

@@ -60,12 +60,12 @@ def _input_range(text: str | None) -> tuple[float, float] | None:
 
 
 def recipe_of(given: dict[str, Any]) -> Recipe:
-    """How it is to be fine-tuned; not at all where there are only latents, unless that is asked for."""
+    """How it is to be fine-tuned; not at all where there are no images, unless that is asked for."""
     from codebook_tools.finetune import Recipe
 
     steps = given["steps"]
     return Recipe(
-        steps=(0 if given.get("latents") else 1000) if steps is None else steps,
+        steps=(0 if given.get("latents") or given.get("stats") else 1000) if steps is None else steps,
         train=given["train"].value,
         codebook_update=given["codebook_update"].value,
         batch_size=given["batch_size"],

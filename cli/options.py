@@ -90,7 +90,7 @@ ModelArgument = Annotated[
     ),
 ]
 StatsOption = Annotated[
-    Path | None, typer.Option("--stats", metavar="FILE", help="Counts from `measure --stats`, in place of images.")
+    Path | None, typer.Option("--stats", metavar="FILE", help="What `measure --stats` wrote, in place of images.")
 ]
 LatentsOption = Annotated[
     list[str] | None,
@@ -153,7 +153,8 @@ class ModelOptions:
 @dataclass(frozen=True)
 class TrainOptions:
     steps: Annotated[
-        int | None, _train(metavar="N", help="Fine-tuning steps, 0 for none. Left out: 1000, but 0 with --latents.")
+        int | None,
+        _train(metavar="N", help="Fine-tuning steps, 0 for none. Left out: 1000, but 0 without images."),
     ] = None
     train: Annotated[Train, _train(help="Which networks train.")] = Train.ALL
     codebook_update: Annotated[Update, _train(help="How the codes move; ema also revives dead ones.")] = Update.EMA

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -21,15 +22,16 @@ from codebook_tools.filling import common_sizes, filled, remark
 from codebook_tools.index_maps import nearest_map
 from codebook_tools.latent_files import FileLatents, limited_latents, open_latents, split_latents
 from codebook_tools.latents import StoredLatents, Survey, survey
-from codebook_tools.measure import CodebookUse, Measurement, Tally, use_of
+from codebook_tools.measure import CodebookUse, Measurement, use_of
 from codebook_tools.models.families import CUSTOM, check_stated, family_of, guessed, lookup_of, metric_of, size_entry
 from codebook_tools.models.load import choose_codebook, choose_codebooks
 from codebook_tools.models.stored import changed_codebook, effective_rows, rounded
 from codebook_tools.opening import Request
 from codebook_tools.outcome import Result, check_request_output, provenance, settings_of, weights_bytes
 from codebook_tools.output import remarks, written_config
-from codebook_tools.stats import Stats, read_stats, write_stats
+from codebook_tools.stats import Part, Stats, holds_sample, read_sample, read_stats, write_part
 from codebook_tools.strategies.quantize import packed_bytes
+from codebook_tools.sums import BookSums, Sums, book_sums, exact, no_sums
 from codebook_tools.watch import Watch
 
 
@@ -44,7 +46,7 @@ def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
             raise CodebookError("--latents stand in for images and for --stats; leave out --data and --stats")
         return True
     if request.stats is not None:
-        if looks_at == "latents":
+        if looks_at == "latents" and not holds_sample(request.stats):
             raise CodebookError("--stats holds counts, and this looks at latents; give images with --data")
         if request.data or request.test_data:
             raise CodebookError(
@@ -62,11 +64,18 @@ def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
     return True
 
 
-def books_without_images(request: Request, checkpoint: Checkpoint) -> list[FoundCodebook]:
+def books_without_images(
+    request: Request, checkpoint: Checkpoint, strategy: Strategy | None = None
+) -> list[FoundCodebook]:
     """The codebooks that would be operated on: those named, else all; latents are one codebook's."""
-    if request.latents:
+    if request.latents or _takes_sample(request, strategy):
         return [choose_codebook(checkpoint, request.codebook_keys)]
     return choose_codebooks(checkpoint, request.codebook_keys)
+
+
+def _takes_sample(request: Request, strategy: Strategy | None) -> bool:
+    """Whether the latents that were kept with counts are looked at."""
+    return request.stats is not None and getattr(strategy, "looks_at", "latents") == "latents"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +94,11 @@ class _Known:
             return self.seen.counts
         return self.stats.counts if self.stats else torch.zeros(self.old.size, dtype=torch.int64)
 
+    def hits(self, codes: Tensor, size: int) -> Tensor:
+        """(size,) float64: of all latents, by the codes of the sample."""
+        assert self.seen is not None
+        return torch.bincount(codes, minlength=size).double() * (self.seen.total / len(codes))
+
     def operated(self, strategy: Strategy) -> Surgery:
         sample = self.seen.sample if self.seen else StoredLatents(torch.empty(0, self.old.dim))
         return strategy(self.old, sample, self.counts)
@@ -97,8 +111,10 @@ def measure_detached(request: Request, watch: Watch, stats: Path | None) -> Resu
     known, settings = _look(request, checkpoint, watch)
     before = _measured(request, known, [one.old for one in known])
     if stats is not None:
-        counted = {one.found.key: Stats(one.seen.counts, one.seen.error, "calibration", 0) for one in known if one.seen}
-        processes.by_first(lambda: write_stats(stats, checkpoint, counted))
+        books = tuple(_sums(one.found, one.seen.counts, one.seen.error) for one in known if one.seen)
+        counted = Sums(0, 0, Fraction(0), None, books)
+        part = Part(checkpoint.sha256, "calibration", {}, (1, 1), counted, {})
+        processes.by_first(lambda: write_part(stats, part))
         settings["stats"] = str(stats)
     return Result(
         command="measure",
@@ -119,7 +135,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
     Measured are the codebooks alone: on latents before and after, on counts before, else not at all.
     """
     checkpoint = read_checkpoint(request.source)
-    known, settings = _look(request, checkpoint, watch)
+    known, settings = _look(request, checkpoint, watch, strategy)
     warnings = _guesses(request, checkpoint, known)
     if not request.latents and not request.stats:
         weights = "" if getattr(strategy, "bits", None) else "all codes weigh alike, and "
@@ -140,7 +156,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         book = _stored(checkpoint, one.found, surgery.codebook)
         samples = (one.seen.codes, nearest(one.seen.sample.vectors, book)) if one.seen else None
         moved = nearest_map(surgery.index_map, one.old, book, samples)
-        hits = torch.bincount(samples[1], minlength=size) if samples else _carried_over(one.counts, moved, size)
+        hits = one.hits(samples[1], size) if samples else _carried_over(one.counts, moved, size)
         changed |= changed_codebook(checkpoint, one.found, book.vectors, hits)
         maps |= {f"{one.found.key}/index_map": surgery.index_map, f"{one.found.key}/nearest": moved}
         new.append(book)
@@ -175,12 +191,14 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
     )
 
 
-def _look(request: Request, checkpoint: Checkpoint, watch: Watch) -> tuple[list[_Known], dict[str, object]]:
+def _look(
+    request: Request, checkpoint: Checkpoint, watch: Watch, strategy: Strategy | None = None
+) -> tuple[list[_Known], dict[str, object]]:
     """What there is to know of each codebook, and the settings that say where it came from."""
     lookup, emit = lookup_of(request.family or family_of(checkpoint), request.metric)
     metric = {"metric": metric_of(lookup, emit)}
     with watch.phase("load"):
-        found_books = books_without_images(request, checkpoint)
+        found_books = books_without_images(request, checkpoint, strategy)
         for found in found_books:
             check_stated(checkpoint, [found])  # each: K in the config will follow it
         books = [_Known(found, Codebook(effective_rows(checkpoint, found), lookup, emit)) for found in found_books]
@@ -189,6 +207,8 @@ def _look(request: Request, checkpoint: Checkpoint, watch: Watch) -> tuple[list[
         return [one], settings | metric
     if request.stats is not None:
         books = [replace(one, stats=read_stats(request.stats, checkpoint, one.found)) for one in books]
+        if _takes_sample(request, strategy):
+            books = [_with_sample(one, request.stats) for one in books]
     return books, {"stats": str(request.stats) if request.stats else None, **metric}
 
 
@@ -218,6 +238,14 @@ def _with_latents(request: Request, one: _Known, watch: Watch) -> tuple[_Known, 
     return replace(one, seen=seen, test=test), settings
 
 
+def _with_sample(one: _Known, path: Path) -> _Known:
+    """With the latents that were kept beside the counts; the counts are of all."""
+    assert one.stats is not None
+    rows = read_sample(path, one.found)
+    total, codes = int(one.stats.counts.sum()), nearest(rows, one.old)
+    return replace(one, seen=Survey(one.stats.counts, total, StoredLatents(rows), codes, one.stats.error))
+
+
 def _stored(checkpoint: Checkpoint, found: FoundCodebook, codebook: Codebook) -> Codebook:
     """The codebook as the file will hold it; rows that are given out at unit length are stored so."""
     vectors = unit(codebook.vectors) if codebook.emit is Emit.UNIT else codebook.vectors
@@ -238,18 +266,20 @@ def _measured(request: Request, known: list[_Known], codebooks: list[Codebook]) 
 
 
 def _counted(stats: Mapping[FoundCodebook, Stats]) -> tuple[CodebookUse, ...]:
-    return tuple(
-        use_of(found.key, found.dim, of.counts, of.error / max(1, int(of.counts.sum())), coverage=None)
-        for found, of in stats.items()
-    )
+    return tuple(use_of(_sums(found, of.counts, of.error)) for found, of in stats.items())
+
+
+def _sums(found: FoundCodebook, counts: Tensor, error: float) -> BookSums:
+    return BookSums(found.key, found.dim, counts, exact(error), near=None)
 
 
 def _use(one: _Known, codebook: Codebook, seed: int) -> CodebookUse:
     assert one.test is not None and one.seen is not None
-    tally = Tally(one.found.key, codebook, reference_distance(one.seen.sample.vectors[:POINTS], codebook, seed=seed))
+    reference = reference_distance(one.seen.sample.vectors[:POINTS], codebook, seed=seed)
+    sums = no_sums(one.found.key, codebook, reference)
     for rows in one.test:
-        tally.add(rows, nearest(rows, codebook))
-    return tally.use()
+        sums += book_sums(one.found.key, codebook, reference, rows, nearest(rows, codebook))
+    return use_of(sums)
 
 
 def _read_back(path: Path, known: list[_Known], new: list[Codebook]) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from codebook_tools import processes
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.losses import Loss, Seen, loss_of, scales_of
-from codebook_tools.measure import Measurement, NotFiniteError, measure
+from codebook_tools.measure import Measurement, measure
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.networks.network import Quantise

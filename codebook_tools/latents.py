@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -122,6 +122,14 @@ class Survey:
         return len(self.sample) < self.total
 
 
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Latents whose hashes are the smallest. hashes: (n,) uint64, ascending. vectors: (n, dim) float32."""
+
+    hashes: Tensor
+    vectors: Tensor
+
+
 class Sampler:
     """Rows of many latents, the `limit` whose hashes are the smallest: which they are does not depend on order or
     batching, only on names and seed, so that two passes over one data set line up row by row."""
@@ -133,7 +141,10 @@ class Sampler:
 
     def add(self, items: Sequence[Named], positions: int, *columns: Tensor) -> None:
         """columns: (len(items) * positions, ...) each, of the items' latents in order."""
-        keys = sample_keys(items, positions, self._seed)
+        self.add_hashed(sample_keys(items, positions, self._seed), *columns)
+
+    def add_hashed(self, keys: NDArray[np.uint64], *columns: Tensor) -> None:
+        """keys: (n,), the hashes of latents. columns: (n, ...) each."""
         chosen = np.flatnonzero(keys <= self._ceiling)
         rows = torch.from_numpy(chosen)
         self._kept.append((keys[chosen], tuple(column.cpu()[rows] for column in columns)))
@@ -145,20 +156,22 @@ class Sampler:
     def columns(self, parts: int = 1) -> tuple[Tensor, ...]:
         """The sample, in the order of its hashes: of what all processes added, where there are several parts. Raises
         CodebookError where nothing was added."""
-        keys, columns = self._smallest()
-        if parts > 1:
-            keys, columns = self._gathered(keys, columns)
+        keys, columns = self._of_all() if parts > 1 else self._smallest()
         if not len(keys):
             raise CodebookError("no latents: none of the items could be read")
         return columns
 
-    def _gathered(
-        self, keys: NDArray[np.uint64], columns: tuple[Tensor, ...]
-    ) -> tuple[NDArray[np.uint64], tuple[Tensor, ...]]:
+    def sample(self, parts: int = 1) -> Sample:
+        """The sample with its hashes; of latents alone, and of nothing where that was added."""
+        keys, (vectors,) = self._of_all() if parts > 1 else self._smallest()
+        return Sample(torch.from_numpy(keys), vectors)
+
+    def _of_all(self) -> tuple[NDArray[np.uint64], tuple[Tensor, ...]]:
         """The smallest of all processes: of the rows, only those are sent that are among them."""
-        everyones = np.sort(processes.gathered(torch.from_numpy(keys.view(np.int64))).numpy().view(np.uint64))
-        mine = np.searchsorted(keys, everyones[: self._limit][-1], "right") if len(everyones) else 0
-        sent = processes.gathered(torch.from_numpy(keys[:mine].view(np.int64))).numpy().view(np.uint64)
+        keys, columns = self._smallest()
+        everyones = np.sort(_gathered(keys))[: self._limit]
+        mine = int(np.searchsorted(keys, everyones[-1], "right")) if len(everyones) else 0
+        sent = _gathered(keys[:mine])
         order = np.argsort(sent, kind="stable")[: self._limit]
         rows = torch.from_numpy(order)
         return sent[order], tuple(processes.gathered(column[:mine])[rows] for column in columns)
@@ -169,6 +182,20 @@ class Sampler:
         rows = torch.from_numpy(order)
         columns = zip(*(columns for _, columns in self._kept), strict=True)
         return keys[order], tuple(torch.cat(column)[rows] for column in columns)
+
+
+def _gathered(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """All processes' keys, one after another."""
+    found: NDArray[np.uint64] = processes.gathered(torch.from_numpy(keys.view(np.int64))).numpy().view(np.uint64)
+    return found
+
+
+def smallest(samples: Iterable[Sample], limit: int) -> Sample:
+    """The sample of all that samples were drawn from, each by the same seed and of `limit` or all."""
+    sampler = Sampler(0, limit)
+    for sample in samples:
+        sampler.add_hashed(sample.hashes.numpy(), sample.vectors)
+    return sampler.sample()
 
 
 def survey(latents: ItemLatents, codebook: Codebook, *, seed: int, limit: int = SAMPLE_LIMIT, watch: Watch) -> Survey:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import starmap
 
 import torch
 from torch import Tensor
 
 from codebook_tools import metrics, processes
-from codebook_tools.assignment import squared_errors
-from codebook_tools.codebook import Codebook
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.media import Media
 from codebook_tools.models.model import INPUT_RANGES, Model, Pass
 from codebook_tools.splits import limited
+from codebook_tools.sums import BookSums, Sums, book_sums, exact, no_sums, rows_of
 from codebook_tools.watch import Watch
 
 RANGE_IMAGES = 64
 """Media that the input range is found out with."""
-
-
-class NotFiniteError(CodebookError):
-    """What a network returns holds a NaN or an infinity."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +44,22 @@ class CodebookUse:
     coverage: float | None
 
 
-def use_of(key: str, dim: int, counts: Tensor, distortion: float, coverage: float | None) -> CodebookUse:
-    """All that counts tell of a codebook's use. counts: (size,) int64."""
+def use_of(sums: BookSums) -> CodebookUse:
+    """What sums tell of a codebook's use."""
+    counts, latents = sums.counts, int(sums.counts.sum())
     return CodebookUse(
-        key=key,
+        key=sums.key,
         size=len(counts),
-        dim=dim,
-        latents=int(counts.sum()),
+        dim=sums.dim,
+        latents=latents,
         used=metrics.used(counts),
         usage=metrics.usage(counts),
         used_10=metrics.used(counts, 10),
         perplexity=metrics.perplexity(counts),
         bits=metrics.bits(counts),
         top_share=metrics.top_share(counts),
-        distortion=distortion,
-        coverage=coverage,
+        distortion=float(sums.error / max(1, latents)),
+        coverage=None if sums.near is None else sums.near / max(1, latents),
     )
 
 
@@ -103,35 +101,6 @@ def reconstruct(model: Model, media: Tensor) -> Pass:
     return replace(seen, media=shown)
 
 
-class Tally:
-    """What is counted of one codebook. reference: the squared distance up to which a latent counts as covered."""
-
-    def __init__(self, key: str, codebook: Codebook, reference: float | None) -> None:
-        self.key, self.codebook, self.reference = key, codebook, reference
-        self.counts = torch.zeros(codebook.size, dtype=torch.int64)
-        self.latents = self.near = 0
-        self.distortion = 0.0
-
-    def add(self, rows: Tensor, codes: Tensor) -> None:
-        """rows: (n, dim) latents, and their codes, (n,)."""
-        self.counts += torch.bincount(codes, minlength=self.codebook.size).cpu()
-        errors = squared_errors(rows, self.codebook, codes).double()
-        self.distortion += float(errors.sum())
-        self.near += int((errors <= self.reference).sum()) if self.reference is not None else 0
-        self.latents += len(rows)
-
-    def together(self) -> None:
-        """Add what other processes counted on their parts."""
-        self.counts = processes.summed(self.counts)
-        self.latents = int(self.counts.sum())
-        sums = torch.tensor([self.distortion, self.near], dtype=torch.float64)
-        self.distortion, self.near = processes.summed(sums).tolist()
-
-    def use(self) -> CodebookUse:
-        coverage = self.near / self.latents if self.reference is not None else None
-        return use_of(self.key, self.codebook.dim, self.counts, self.distortion / self.latents, coverage)
-
-
 def measure(
     model: Model,
     images: Media,
@@ -142,41 +111,62 @@ def measure(
     references: Sequence[float | None] | None = None,
     watch: Watch,
 ) -> Measurement:
-    """Measure a model on all of `images`; where they are a part, with what all processes found on theirs.
+    """Measure a model on all of `images`, whichever process reads them. structure: with SSIM, which takes longer than
+    the rest on small images.
 
-    structure: with SSIM, which takes longer than the rest on small images. references: of each book, the squared
-    distance up to which a latent counts as covered.
+    references: of each book, the squared distance up to which a latent counts as covered.
     """
+    sums = collect(model, images, split=split, batch=batch, structure=structure, references=references, watch=watch)
+    return measurement_of(sums, split)
+
+
+def collect(
+    model: Model,
+    images: Media,
+    *,
+    split: str,
+    batch: int,
+    structure: bool = True,
+    references: Sequence[float | None] | None,
+    watch: Watch,
+) -> Sums:
+    """What a measurement adds up, over the parts of `images` that the processes see; see `measure`."""
     given = references or [None] * len(model.books)
-    tallies = [Tally(book.key, book.codebook, of) for book, of in zip(model.books, given, strict=True)]
-    count, values = 0, 0
-    error = similarity = 0.0
+    books = [(book.key, book.codebook, of) for book, of in zip(model.books, given, strict=True)]
     compared = structure and model.takes == "images"
+    total = Sums(0, 0, Fraction(0), Fraction(0) if compared else None, tuple(starmap(no_sums, books)))
     parts = images.part[1]
     with processes.alike(NotFiniteError):
         for items, pixels in images.batches(batch):
             seen = reconstruct(model, pixels)
             pixels = pixels.to(seen.media.device)
-            for tally, latents, codes in zip(tallies, seen.latents, seen.codes, strict=True):
-                tally.add(latents.movedim(1, -1).flatten(0, -2), codes.flatten())
-            error += float((seen.media - pixels).double().square().sum())
-            count, values = count + len(items), values + pixels.numel()
             scores = metrics.ssim(pixels, seen.media) if compared else None
-            compared = scores is not None
-            similarity += float(scores.double().sum()) if scores is not None else 0.0
-            watch.progress(f"measure on {split}", min(count * parts, len(images)), len(images))
-    if parts > 1:
-        sums = processes.summed(torch.tensor([count, values, error, similarity, not compared], dtype=torch.float64))
-        count, values, compared = int(sums[0]), int(sums[1]), not sums[4]
-        error, similarity = sums[2:4].tolist()
-        for tally in tallies:
-            tally.together()
-    if not count:
-        raise CodebookError(f"none of the {len(images)} {split} {model.takes} can be read")
-    mse = error / values
-    uses = tuple(tally.use() for tally in tallies)
+            total += Sums(
+                images=len(items),
+                values=pixels.numel(),
+                error=exact(float((seen.media - pixels).double().square().sum())),
+                similarity=None if scores is None else exact(float(scores.double().sum())),
+                books=tuple(
+                    book_sums(*book, rows_of(latents), codes.flatten())
+                    for book, latents, codes in zip(books, seen.latents, seen.codes, strict=True)
+                ),
+            )
+            watch.progress(f"measure on {split}", min(parts * total.images, len(images)), len(images))
+    return total.unpacked(*map(processes.summed, total.packed())) if parts > 1 else total
+
+
+def measurement_of(sums: Sums, split: str) -> Measurement:
+    """What sums say. Raises CodebookError where they are of nothing."""
+    if not sums.images:
+        raise CodebookError(f"nothing was measured: none of the {split} data can be read")
+    mse = float(sums.error / sums.values)
     return Measurement(
-        split, count, mse, metrics.psnr(mse) if mse else None, similarity / count if compared else None, uses
+        split=split,
+        images=sums.images,
+        mse=mse,
+        psnr=metrics.psnr(mse) if mse else None,
+        ssim=None if sums.similarity is None else float(sums.similarity / sums.images),
+        codebooks=tuple(map(use_of, sums.books)),
     )
 
 

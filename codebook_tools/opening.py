@@ -75,6 +75,11 @@ class Opened:
     warnings: list[str] = field(default_factory=list)
     settings: dict[str, object] = field(default_factory=dict)
 
+    def unreadable(self) -> dict[str, str]:
+        """Names of the items that some process could not read, and why."""
+        found = processes.each(self.calibration.bad | self.test.bad)
+        return {name: reason for bad in found for name, reason in bad.items()}
+
 
 def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> Opened:
     """Read model and data, and find out channels, stride and input range. Raises CodebookError for all that is amiss.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from codebook_tools.detached import goes_without_images, measure_detached, opera
 from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.finetune import Recipe
 from codebook_tools.index_maps import nearest_map
-from codebook_tools.media import Media
+from codebook_tools.measure import measurement_of
+from codebook_tools.merging import check_shard, in_part, merge, part_of
 from codebook_tools.models.families import metric_of
 from codebook_tools.models.model import Model
 from codebook_tools.models.stored import effective_rows
@@ -41,41 +42,49 @@ from codebook_tools.stages import (
     perform,
     require_training_data,
     run_stages,
+    stage_sums,
 )
-from codebook_tools.stats import Stats, write_stats
+from codebook_tools.stats import write_part
 from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.watch import Watch
 
 
-def measure_model(request: Request, watch: Watch, stats: Path | None = None) -> Result:
+def measure_model(
+    request: Request,
+    watch: Watch,
+    stats: Path | None = None,
+    shard: tuple[int, int] | None = None,
+    merging: Sequence[Path] = (),
+) -> Result:
     """Usage, perplexity, distortion and reconstruction error of a checkpoint on the test data.
 
-    stats: where to write the counts of the calibration data, or of the test data where there are no others.
+    stats: where to write the counts of the calibration data, or of the test data where there are no others, and what
+    the measurement adds up. shard: which part of the data is seen, from 1, of how many. merging: files of all parts, in
+    place of data.
     """
     if stats is not None and stats.exists() and not request.force:
         raise CodebookError(f"{stats} exists; --force replaces it, another --stats writes elsewhere")
+    if shard is not None:
+        check_shard(request, stats, merging)
+    if merging:
+        return merge(request, merging, stats, watch)
     if request.latents:
         return measure_detached(request, watch, stats)
     opened = open_request(request, watch, measuring=True)
     with watch.phase("measure"):
-        latents = encoder_latents(opened)
-    before = measure_stage(opened, latents, watch)
+        latents = encoder_latents(opened)  # those of the whole, so that all parts are held against the same
+    if shard is not None:
+        opened = in_part(opened, shard)
+        opened.settings["shard"] = f"{shard[0]}/{shard[1]}"
+    sums = stage_sums(opened, latents, watch)
     if stats is not None:
-        _write_stats(stats, opened, watch)
+        part = part_of(opened, sums, shard or (1, 1), watch)
+        with watch.phase("write"):
+            processes.by_first(lambda: write_part(stats, part))
         opened.settings["stats"] = str(stats)
     sizes = {"before": weights_bytes(request.source), "after": None}
+    before = None if shard and not sums.images else measurement_of(sums, "test")
     return _result("measure", request, opened, watch, before=before, bytes=sizes)
-
-
-def _write_stats(path: Path, opened: Opened, watch: Watch) -> None:
-    split = "calibration" if len(opened.calibration) else "test"
-    images = opened.calibration if len(opened.calibration) else opened.test
-    tokens = calibration_tokens(replace(opened, calibration=images), watch)
-    with watch.phase("write"):
-        read = len(images) - len({item.name for item in images.items} & _bad(images).keys())
-        keys = [book.key for book in opened.model.books]
-        stats = {key: Stats(of.counts, of.error, split, read) for key, of in zip(keys, tokens, strict=True)}
-        processes.by_first(lambda: write_stats(path, opened.model.checkpoint, stats))
 
 
 def operate(command: str, request: Request, strategy: Strategy | None, recipe: Recipe, watch: Watch) -> Result:
@@ -165,7 +174,7 @@ def _read_back(path: Path, model: Model, stages: Iterable[int]) -> None:
 
 
 def _result(command: str, request: Request, opened: Opened, watch: Watch, **found: object) -> Result:
-    bad = _bad(opened.calibration) | _bad(opened.test)
+    bad = opened.unreadable()
     if bad:
         first = "; ".join(f"{name} ({bad[name]})" for name in sorted(bad)[:3])
         opened.warnings.append(f"{len(bad)} unreadable {opened.model.takes} were skipped: {first}")
@@ -179,8 +188,3 @@ def _result(command: str, request: Request, opened: Opened, watch: Watch, **foun
         seconds=watch.seconds,
         **found,  # type: ignore[arg-type]
     )
-
-
-def _bad(media: Media) -> dict[str, str]:
-    """What could not be read, by whichever process, and why."""
-    return {name: reason for found in processes.each(media.bad) for name, reason in found.items()}

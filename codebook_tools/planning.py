@@ -84,7 +84,7 @@ def _plan_detached(command: str, request: Request, strategy: Strategy) -> Plan:
         seed=request.seed,
         warnings=(),
         seconds={"estimate": 1.0},
-        **_sizes(command, request, strategy, checkpoint, books_without_images(request, checkpoint)),
+        **_sizes(command, request, strategy, checkpoint, books_without_images(request, checkpoint, strategy)),
     )
 
 

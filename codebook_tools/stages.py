@@ -17,9 +17,10 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.filling import common_sizes, filled, remark
 from codebook_tools.finetune import FineTuned, Recipe, finetune
 from codebook_tools.latents import Survey, survey
-from codebook_tools.measure import Measurement, measure
+from codebook_tools.measure import Measurement, collect, measurement_of
 from codebook_tools.models.model import Book
 from codebook_tools.opening import Opened
+from codebook_tools.sums import Sums
 from codebook_tools.tokens import Tokens, tokenise
 from codebook_tools.watch import Watch
 
@@ -97,13 +98,18 @@ def encoder_latents(opened: Opened) -> Latents:
 
 def measure_stage(opened: Opened, latents: Latents, watch: Watch) -> Measurement:
     """Measure the model as it is on the test data. latents: of its encoder, as `encoder_latents` gives them."""
+    return measurement_of(stage_sums(opened, latents, watch), "test")
+
+
+def stage_sums(opened: Opened, latents: Latents, watch: Watch) -> Sums:
+    """What such a measurement adds up."""
     request, model = opened.request, opened.model
     with watch.phase("measure"):
         references = [
             reference_distance(rows, book.codebook, seed=request.seed)
             for rows, book in zip(latents, model.books, strict=True)
         ]
-        return measure(model, opened.test, batch=request.batch_size, references=references, watch=watch)
+        return collect(model, opened.test, split="test", batch=request.batch_size, references=references, watch=watch)
 
 
 def perform(opened: Opened, strategy: Strategy, seen: Calibration, watch: Watch) -> dict[int, Surgery]:

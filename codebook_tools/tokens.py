@@ -1,17 +1,20 @@
-"""One pass of a model over data: which codes stand at which positions, and how often each."""
+"""One pass of a model over data: which codes stand at which positions, how often each, and for which latents."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import starmap
 
 import torch
 from torch import Tensor
 
 from codebook_tools import processes
 from codebook_tools.assignment import squared_errors
-from codebook_tools.latents import SAMPLE_LIMIT, Sampler
+from codebook_tools.latents import SAMPLE_LIMIT, Sample, Sampler
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
+from codebook_tools.sums import Sums, book_sums, no_sums, rows_of
 from codebook_tools.watch import Watch
 
 
@@ -51,3 +54,28 @@ def tokenise(model: Model, images: Media, *, seed: int, batch: int, watch: Watch
         counts, errors = [processes.summed(of) for of in counts], processes.summed(errors)
     samples = [sampler.columns(parts)[0] for sampler in samplers]
     return tuple(map(Tokens, counts, errors.tolist(), samples))
+
+
+def counted(
+    model: Model, images: Media, *, seed: int, limit: int, batch: int, watch: Watch
+) -> tuple[Sums, tuple[Sample, ...]]:
+    """How often each code stands in the parts of `images` that the processes see, and of each book's latents a sample:
+    the `limit` whose hashes are the smallest."""
+    books = [(book.key, book.codebook, None) for book in model.books]
+    samplers = [Sampler(seed, limit) for _ in books]
+    for sampler, (_, codebook, _) in zip(samplers, books, strict=True):
+        sampler.add([], 0, torch.empty(0, codebook.dim))
+    total, parts = Sums(0, 0, Fraction(0), None, tuple(starmap(no_sums, books))), images.part[1]
+    for items, media in images.batches(batch):
+        with torch.no_grad():
+            seen = model.pass_through(media)
+        found = list(zip(books, map(rows_of, seen.latents), map(torch.flatten, seen.codes), strict=True))
+        for sampler, (_, rows, _) in zip(samplers, found, strict=True):
+            sampler.add(items, len(rows) // len(items), rows)
+        total += Sums(
+            len(items), 0, Fraction(0), None, tuple(book_sums(*book, rows, codes) for book, rows, codes in found)
+        )
+        watch.progress("tokens", min(parts * total.images, len(images)), len(images))
+    if parts > 1:
+        total = total.unpacked(*map(processes.summed, total.packed()))
+    return total, tuple(sampler.sample(parts) for sampler in samplers)

@@ -21,10 +21,10 @@ from sources_of_images import Images, find_images
 
 from codebook_tools import processes
 from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.finetune import Recipe, finetune
 from codebook_tools.latents import Sampler, survey
-from codebook_tools.measure import NotFiniteError, measure
+from codebook_tools.measure import measure
 from codebook_tools.models.load import load_model
 from codebook_tools.splits import split
 from codebook_tools.tokens import tokenise

@@ -43,6 +43,10 @@ def result_table(result: Result) -> RenderableType:
         lines.append(Text(_about(first, result.settings), style="dim"))
         if len(first.codebooks) > 1:
             lines += ["", books_table(stages), ""]
+    if "shard" in result.settings:
+        lines.append(
+            Text(f"of shard {result.settings['shard']} alone; `codebook measure --merge` adds all", style="dim")
+        )
     if "codes" in result.settings:
         lines.append(Text(f"codes {result.settings['codes']}"))
     if result.command == "measure" and "stats" in result.settings:

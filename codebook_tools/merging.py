@@ -1,0 +1,185 @@
+"""Parts of one pass over data, each done by itself on any machine, and added in any order."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from operator import add
+from pathlib import Path
+
+from codebook_tools import processes
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.errors import CodebookError
+from codebook_tools.latents import smallest
+from codebook_tools.measure import measurement_of
+from codebook_tools.models.families import metric_of
+from codebook_tools.opening import Opened, Request
+from codebook_tools.outcome import Result
+from codebook_tools.splits import Splits
+from codebook_tools.stats import Part, read_hashed, read_part, write_part
+from codebook_tools.sums import Sums
+from codebook_tools.tokens import counted
+from codebook_tools.version import VERSION
+from codebook_tools.watch import Watch
+
+SAMPLE = 131_072
+"""Latents of a codebook that are kept with its counts, at most."""
+
+SAMPLE_BYTES = 256 << 20
+"""Of all codebooks' together: of many, or of wide ones, fewer are kept."""
+
+_OPTIONS = {"seed": "--seed", "batch_size": "--batch-size", "limit": "--limit", "size": "--size"}
+
+
+def sample_limit(dims: Sequence[int]) -> int:
+    """How many latents of each codebook are kept. dims: of all codebooks."""
+    return min(SAMPLE, SAMPLE_BYTES // sum(4 * dim + 8 for dim in dims))
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "3/8": the third of eight. Raises CodebookError where there is no such part."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    i, n = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= i <= n:
+        raise CodebookError(
+            f"--shard {text}: expected I/N, I from 1 to N, such as 3/8 for the third of eight; in a Slurm array, "
+            "--array=1-8 and --shard $SLURM_ARRAY_TASK_ID/8"
+        )
+    return i, n
+
+
+def check_shard(request: Request, stats: Path | None, merging: Sequence[Path]) -> None:
+    """Raise CodebookError where a part of the data is asked for that cannot be seen by itself."""
+    if merging:
+        raise CodebookError("--shard measures a part and --merge adds parts; give one of the two")
+    if stats is None:
+        raise CodebookError("--shard without --stats: give a FILE to write, or there is nothing to merge")
+    if request.latents:
+        raise CodebookError("--shard is a part of the images; --latents are read in one pass, leave out --shard")
+    if processes.count() > 1:
+        raise CodebookError(f"torchrun's {processes.count()} processes part the data already; leave out --shard")
+
+
+def in_part(opened: Opened, shard: tuple[int, int]) -> Opened:
+    """The same, but passes over its data see one of the parts alone."""
+    i, n = shard
+    calibration, test = (replace(data, part=(i - 1, n)) for data in (opened.calibration, opened.test))
+    return replace(opened, calibration=calibration, test=test)
+
+
+def part_of(opened: Opened, measured: Sums, shard: tuple[int, int], watch: Watch) -> Part:
+    """Count the codes of the calibration data, or of the test data where there are no others.
+
+    opened: in part, where it is one. measured: what a measurement of it added up.
+    """
+    request, model = opened.request, opened.model
+    split, data = ("calibration", opened.calibration) if len(opened.calibration) else ("test", opened.test)
+    limit = sample_limit([book.codebook.dim for book in model.books])
+    with watch.phase("encode"):
+        total, samples = counted(model, data, seed=request.seed, limit=limit, batch=request.batch_size, watch=watch)
+    first = model.books[0]
+    about = {
+        "family": model.family,
+        "metric": metric_of(first.lookup, first.emit),
+        "seed": request.seed,
+        "batch_size": request.batch_size,
+        "data": _digest(opened.splits),
+        "version": VERSION,
+        **{name: opened.settings[name] for name in _SETTINGS},
+    }
+    return Part(model.checkpoint.sha256, split, about, shard, total, opened.unreadable(), measured, samples)
+
+
+_SETTINGS = ("images", "limit", "size", "skip_bad", "input_range", "precision")
+
+
+def _digest(splits: Splits) -> str:
+    """SHA-256 of the names of all items, by split."""
+    names = hashlib.sha256()
+    for items in (splits.train, splits.validation, splits.test):
+        names.update(b"".join([len(items).to_bytes(8, "big"), *(item.digest for item in items)]))
+    return names.hexdigest()
+
+
+def merge(request: Request, files: Sequence[Path], stats: Path | None, watch: Watch) -> Result:
+    """What one pass over all of the data would have measured, from files of its parts, in any order.
+
+    request: whose model it is. stats: where to write what the pass would have written. Raises CodebookError where the
+    files are not all parts of one pass over that model, or not each of them once.
+    """
+    if request.data or request.test_data or request.latents:
+        raise CodebookError("--merge adds what was measured before; leave out --data, --test-data and --latents")
+    checkpoint = read_checkpoint(request.source)
+    with watch.phase("load"):
+        whole = merged([(path, read_part(path)) for path in files], checkpoint.sha256, request.source)
+    assert whole.measured is not None
+    if stats is not None:
+        with watch.phase("write"):
+            processes.by_first(lambda: write_part(stats, whole))
+    few = [f"{name} ({why})" for name, why in sorted(whole.bad.items())]
+    return Result(
+        command="measure",
+        model=str(request.source),
+        family=str(whole.about["family"]),
+        settings={**whole.about, "merged": [str(path) for path in files], **({"stats": str(stats)} if stats else {})},
+        seed=int(str(whole.about["seed"])),
+        warnings=(f"{len(few)} unreadable items were skipped: {'; '.join(few[:3])}",) if few else (),
+        before=measurement_of(whole.measured, "test"),
+        bytes={"before": checkpoint.nbytes, "after": None},
+        seconds=watch.seconds,
+    )
+
+
+def merged(parts: Sequence[tuple[Path, Part]], checkpoint: str, model: Path) -> Part:
+    """The whole that they are the parts of. checkpoint: SHA-256 of `model`."""
+    for path, part in parts:
+        if part.checkpoint != checkpoint:
+            raise CodebookError(f"{path} was measured of another checkpoint than {model}; name its own as MODEL")
+    (first_path, first), *others = parts
+    for path, part in others:
+        _check_alike(first_path, first, path, part)
+    by_number = dict[int, tuple[Path, Part]]()
+    for path, part in parts:
+        number, of = part.shard
+        if number in by_number:
+            raise CodebookError(f"{path} and {by_number[number][0]} are both shard {number} of {of}; give each once")
+        by_number[number] = path, part
+    if missing := [number for number in range(1, first.shard[1] + 1) if number not in by_number]:
+        raise CodebookError(_how_to_mend(missing, first, model))
+    limit = sample_limit([book.dim for book in first.counted.books])
+    paths = [path for path, _ in parts]
+    return replace(
+        first,
+        shard=(1, 1),
+        counted=reduce(add, (part.counted for _, part in parts)),
+        measured=reduce(add, (part.measured for _, part in parts if part.measured)),
+        bad={name: why for _, part in parts for name, why in part.bad.items()},
+        samples=tuple(smallest((read_hashed(path, book) for path in paths), limit) for book in first.counted.books),
+    )
+
+
+def _check_alike(first_path: Path, first: Part, path: Path, part: Part) -> None:
+    """Raise CodebookError, with the first thing that differs, unless two parts are of one pass."""
+    ours, theirs = (
+        {"shards": of.shard[1], "split": of.split, "codebooks": [b.key for b in of.counted.books], **of.about}
+        for of in (first, part)
+    )
+    for name in sorted(ours.keys() | theirs.keys(), key=lambda name: (name == "data", name)):  # others say more
+        if ours.get(name) != theirs.get(name):
+            what = name.replace("_", " ")
+            both = f"{path} is of {what} {theirs.get(name)}, {first_path} of {ours.get(name)}"
+            if name == "data":
+                both = f"{path} and {first_path} are of different data: names and splits of the items are not the same"
+            raise CodebookError(f"{both}; shards of one pass share all settings and data")
+
+
+def _how_to_mend(missing: Sequence[int], of: Part, model: Path) -> str:
+    few = ", ".join(map(str, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    given = {option: of.about.get(name) for name, option in _OPTIONS.items()}
+    options = " ".join(f"{option} {value}" for option, value in given.items() if value is not None)
+    command = f"codebook measure {model} --shard {missing[0]}/{of.shard[1]} --stats FILE {options}"
+    shards = "shards" if len(missing) > 1 else "shard"
+    return f"{shards} {few} of {of.shard[1]} missing; run `{command}`, with --data and the rest as it was"

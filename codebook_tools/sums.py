@@ -1,0 +1,137 @@
+"""What one pass over data adds up, in parts: the whole is the same in whatever order the parts are added."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from codebook_tools.assignment import squared_errors
+from codebook_tools.codebook import Codebook
+from codebook_tools.errors import NotFiniteError
+
+_Number = TypeVar("_Number", int, Fraction)
+
+LIMBS = 3
+"""Numbers of float64 that a sum is carried in: each the nearest to what those before it leave."""
+
+
+@dataclass(frozen=True, eq=False)
+class BookSums:
+    """Of one codebook. counts: (size,) int64. error: squared distances from latents to their codes. near: latents
+    within the reference distance of theirs; None where there is no such distance."""
+
+    key: str
+    dim: int
+    counts: Tensor
+    error: Fraction
+    near: int | None
+
+    def __add__(self, other: Self) -> Self:
+        return replace(
+            self,
+            counts=self.counts + other.counts,
+            error=self.error + other.error,
+            near=_both(self.near, other.near),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """images: or clips. values: that were reconstructed, 0 where none was. error: of their squared errors. similarity:
+    SSIM of each image; None where there is none to compute. books: in the order of the model."""
+
+    images: int
+    values: int
+    error: Fraction
+    similarity: Fraction | None
+    books: tuple[BookSums, ...]
+
+    def __add__(self, other: Self) -> Self:
+        return replace(
+            self,
+            images=self.images + other.images,
+            values=self.values + other.values,
+            error=self.error + other.error,
+            similarity=_both(self.similarity, other.similarity),
+            books=tuple(mine + its for mine, its in zip(self.books, other.books, strict=True)),
+        )
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """All numbers, as int64 and as float64, flat: packed sums of one model add up as the sums themselves do."""
+        integers = [self.images, self.values, int(self.similarity is None)]
+        integers += [number for book in self.books for number in (book.near or 0, int(book.near is None))]
+        fractions = [self.error, self.similarity or Fraction(0), *(book.error for book in self.books)]
+        counts = [book.counts for book in self.books]
+        return torch.cat([torch.tensor(integers), *counts]), torch.cat([limbs(its) for its in fractions])
+
+    def unpacked(self, integers: Tensor, floats: Tensor) -> Self:
+        """The sums that `packed` made these of; self: any of the same model."""
+        books = len(self.books)
+        images, values, lacking, *nears = integers[: 3 + 2 * books].tolist()
+        counts = torch.split(integers[3 + 2 * books :], [len(book.counts) for book in self.books])
+        error, similarity, *errors = map(from_limbs, torch.split(floats, LIMBS))
+        found = [
+            replace(book, counts=its, error=of, near=None if lacks else near)
+            for book, its, of, near, lacks in zip(self.books, counts, errors, nears[::2], nears[1::2], strict=True)
+        ]
+        return replace(
+            self,
+            images=images,
+            values=values,
+            error=error,
+            similarity=None if lacking else similarity,
+            books=tuple(found),
+        )
+
+
+def book_sums(key: str, codebook: Codebook, reference: float | None, rows: Tensor, codes: Tensor) -> BookSums:
+    """Of latents, (n, dim), and their codes, (n,). reference: the squared distance up to which they are covered."""
+    errors = squared_errors(rows, codebook, codes).double()
+    return BookSums(
+        key=key,
+        dim=codebook.dim,
+        counts=torch.bincount(codes, minlength=codebook.size).cpu(),
+        error=exact(float(errors.sum())),
+        near=None if reference is None else int((errors <= reference).sum()),
+    )
+
+
+def no_sums(key: str, codebook: Codebook, reference: float | None = None) -> BookSums:
+    """Of no latents yet."""
+    return book_sums(key, codebook, reference, torch.empty(0, codebook.dim), torch.empty(0, dtype=torch.int64))
+
+
+def rows_of(latents: Tensor) -> Tensor:
+    """(n * positions, dim), of latents (n, dim, ...)."""
+    return latents.movedim(1, -1).flatten(0, -2)
+
+
+def _both(a: _Number | None, b: _Number | None) -> _Number | None:
+    """What one part lacks, the whole lacks."""
+    return None if a is None or b is None else a + b
+
+
+def exact(value: float) -> Fraction:
+    """The number that a float is: fractions add up without rounding. Raises NotFiniteError where it is none."""
+    if not math.isfinite(value):
+        raise NotFiniteError(f"squared errors add up to {value}: latents or codes are too large for float32")
+    return Fraction(value)
+
+
+def limbs(total: Fraction) -> Tensor:
+    """(LIMBS,) float64 that add up to it: to 159 bits, which is all of it for sums of any length."""
+    found = list[float]()
+    for _ in range(LIMBS):
+        found.append(float(total))
+        total -= Fraction(found[-1])
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def from_limbs(values: Tensor) -> Fraction:
+    """The sum of floats, (n,), without rounding."""
+    return sum(map(exact, values.tolist()), Fraction(0))

@@ -1,0 +1,369 @@
+"""A pass in parts, each done by itself: merged in any order it is the pass, and what is no pass is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Outcome, State, assert_refused, contents
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from codebook_tools import merging
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.errors import CodebookError
+from codebook_tools.latents import survey
+from codebook_tools.merging import parse_shard, sample_limit
+from codebook_tools.models.load import load_model
+from codebook_tools.models.zalando import CODEBOOK
+from codebook_tools.opening import Request, open_request
+from codebook_tools.operate import measure_model
+from codebook_tools.watch import Watch
+
+Run = Callable[..., Outcome]
+N = 8
+
+
+@pytest.fixture
+def data(images_folder: Path, held_out_folder: Path) -> tuple[object, ...]:
+    """60 calibration images in 9 batches, 12 test images in 2: of 8 shards, 6 see no test data."""
+    return "--data", images_folder, "--test-data", held_out_folder, "--batch-size", 7
+
+
+def measured(folder: Path, state: State, data: Path, test_data: Path) -> None:
+    """One pass and its shards, in files of their own: whole.safetensors, shard-1.safetensors, ..."""
+    save_file(state, folder / "tiny.safetensors", {"format": "pt", "note": "by others"})
+    asked = Request(folder / "tiny.safetensors", (str(data),), (str(test_data),), batch_size=7)
+    whole = measure_model(asked, Watch(), folder / "whole.safetensors")
+    (folder / "whole.json").write_text(json.dumps(whole.to_json()))
+    for i in range(1, N + 1):
+        part = measure_model(asked, Watch(), folder / f"shard-{i}.safetensors", (i, N))
+        assert (part.before is None) == (i > 2) and part.settings["shard"] == f"{i}/{N}"
+
+
+@pytest.fixture(scope="module")
+def done(
+    variants: dict[str, State], images_folder: Path, held_out_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("merging")
+    measured(folder, variants["plain"], images_folder, held_out_folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(done: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(done / "tiny.safetensors", tmp_path))
+
+
+@pytest.fixture
+def shards(done: Path, tmp_path: Path) -> list[Path]:
+    return [Path(shutil.copy(done / f"shard-{i}.safetensors", tmp_path)) for i in range(1, N + 1)]
+
+
+@pytest.fixture
+def whole(done: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(done / "whole.safetensors", tmp_path))
+
+
+def tensor(path: Path, name: str) -> torch.Tensor:
+    return load_file(path)[f"{CODEBOOK}/{name}"]
+
+
+@pytest.mark.parametrize("limit", [131_072, 100], ids=["all latents", "a sample"])
+def test_shards_in_any_order_are_the_pass_to_the_last_byte(
+    limit: int,
+    variants: dict[str, State],
+    images_folder: Path,
+    held_out_folder: Path,
+    codebook: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(merging, "SAMPLE", limit)
+    measured(tmp_path, variants["plain"], images_folder, held_out_folder)
+    one = json.loads((tmp_path / "whole.json").read_text())
+    shards = sorted(tmp_path.glob("shard-*.safetensors"))
+    assert sum(int(tensor(path, "counts").sum()) for path in shards) == 60 * 16
+    model, out = tmp_path / "tiny.safetensors", tmp_path / "merged.safetensors"
+    for seed in range(3):
+        random.Random(seed).shuffle(shards)
+        found = codebook("measure", model, "--merge", *shards, "--stats", out, "--force", "--json")
+        assert found.exit_code == 0 and found.stderr == "", found.stderr
+        assert found.json["stages"] == one["stages"] and found.json["bytes"] == one["bytes"]
+        assert (found.json["family"], found.json["seed"]) == (one["family"], one["seed"])
+        assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert one["stages"]["before"]["codebooks"][0]["coverage"] is not None
+    assert len(tensor(out, "sample")) == min(limit, 960)
+    again = codebook("measure", model, "--merge", out, "--json")  # the only part of one
+    assert again.json["stages"] == one["stages"]
+
+
+def test_the_sample_is_what_a_survey_of_the_same_data_draws(
+    whole: Path, tiny: Path, images_folder: Path, held_out_folder: Path
+) -> None:
+    asked = Request(model=tiny, data=(str(images_folder),), test_data=(str(held_out_folder),), batch_size=11)
+    opened = open_request(asked, Watch())
+    stream, codes = opened.model.latents(opened.calibration, 11), opened.model.books[0].codebook
+    seen = survey(stream, codes, seed=0, limit=200, watch=Watch())
+    sample, hashes = (tensor(whole, name) for name in ("sample", "sample_hashes"))
+    assert torch.allclose(sample[:200], seen.sample.vectors, atol=1e-6)
+    ordered = hashes.numpy()
+    assert ordered.dtype == np.uint64 and bool((ordered[1:] > ordered[:-1]).all()) and len(ordered) == 960
+
+
+def test_a_shard_is_of_its_own_batches(tiny: Path, codebook: Run, data: tuple[object, ...], tmp_path: Path) -> None:
+    """Every eighth batch of 7: the first shard has the first and the ninth, of 4."""
+    path = tmp_path / "shard.safetensors"
+    found = codebook("measure", tiny, *data, "--shard", f"1/{N}", "--stats", path)
+    assert found.exit_code == 0 and "shard 1/8 alone" in found.stdout and str(path) in found.stdout
+    with safe_open(path, "pt") as file:
+        assert (file.metadata()["codebook_tools.shard"], file.metadata()["codebook_tools.images"]) == ("1/8", "11")
+
+
+def test_unreadable_items_of_all_shards_are_counted_once(
+    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, picture in enumerate(sorted(images_folder.rglob("*.png"))):
+        (folder / f"{i:02d}.png").write_bytes(picture.read_bytes() if i not in (3, 40) else b"not a picture")
+    given = ("--data", folder, "--batch-size", 8, "--skip-bad")
+    one = codebook("measure", tiny, *given, "--stats", tmp_path / "whole.safetensors", "--json")
+    for i in (1, 2):
+        part = tmp_path / f"{i}.safetensors"
+        assert codebook("measure", tiny, *given, "--shard", f"{i}/2", "--stats", part).exit_code == 0
+    out = tmp_path / "out.safetensors"
+    two = codebook(
+        "measure", tiny, "--merge", tmp_path / "2.safetensors", tmp_path / "1.safetensors", "--stats", out, "--json"
+    )
+    assert two.json["stages"] == one.json["stages"]
+    assert "2 unreadable" in two.json["warnings"][-1] and "2 unreadable" in one.json["warnings"][-1]
+    assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_missing_shards_are_named_with_the_command_that_makes_them(
+    shards: list[Path], tiny: Path, codebook: Run, tmp_path: Path
+) -> None:
+    before = contents(tmp_path)
+    found = codebook("measure", tiny, "--merge", *(shards[:2] + shards[3:7]), "--stats", tmp_path / "out.safetensors")
+    assert_refused(found, "shards 3, 8 of 8 missing")
+    assert f"codebook measure {tiny} --shard 3/8 --stats FILE --seed 0 --batch-size 7`" in found.stderr
+    assert contents(tmp_path) == before
+
+
+def test_a_shard_twice_is_refused(shards: list[Path], tiny: Path, codebook: Run) -> None:
+    assert_refused(codebook("measure", tiny, "--merge", *shards, shards[4]), "are both shard 5 of 8; give each once")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch-size", 6), "is of batch size 6,"),
+        (("--seed", 3), "is of seed 3,"),
+        (("--input-range", "0,1"), "is of input range [0.0, 1.0],"),
+        (("--precision", "bf16"), "is of precision bf16,"),
+        (("--limit", 5), "is of images"),
+        (("--metric", "cosine"), "is of metric cosine,"),
+        (("--shard", "2/9"), "is of shards 9,"),
+        (("--data", "MOVED"), "of different data"),
+    ],
+    ids=str,
+)
+def test_shards_of_other_settings_or_data_are_refused_with_what_differs(
+    options: tuple[str, object],
+    message: str,
+    shards: list[Path],
+    tiny: Path,
+    codebook: Run,
+    data: tuple[object, ...],
+    images_folder: Path,
+    tmp_path: Path,
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(images_folder, moved)
+    picture = next(iter(sorted(moved.rglob("*.png"))))  # in training data under either name
+    picture.rename(picture.with_name("moved.png"))
+    given = {"--shard": f"2/{N}", **dict(zip(data[::2], data[1::2], strict=True)), options[0]: options[1]}
+    if options[1] == "MOVED":
+        given["--data"] = moved
+    listed = [part for pair in given.items() for part in pair]
+    made = codebook("measure", tiny, *listed, "--stats", shards[1], "--force")
+    assert made.exit_code == 0, made.stderr
+    found = codebook("measure", tiny, "--merge", *shards)
+    assert_refused(found, message)
+    assert "shard-2.safetensors" in found.stderr and "shard-1.safetensors" in found.stderr
+
+
+def test_shards_of_another_model_are_refused(
+    shards: list[Path], tiny: Path, codebook: Run, tmp_path: Path, variants: dict[str, State]
+) -> None:
+    other = tmp_path / "other.safetensors"
+    save_file(variants["plain"] | {CODEBOOK: variants["plain"][CODEBOOK] + 1}, other)
+    assert_refused(codebook("measure", other, "--merge", *shards), "another checkpoint than")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shard", "3/8"), "--shard without --stats"),
+        (("--shard", "0/8", "--stats", "x"), "--shard 0/8: expected I/N, I from 1 to N"),
+        (("--shard", "9/8", "--stats", "x"), "--array=1-8"),
+        (("--shard", "3", "--stats", "x"), "--shard 3: expected"),
+        (("--shard", "1/2", "--stats", "x", "--merge", "x"), "give one of the two"),
+        (("--shard", "1/2", "--stats", "x", "--latents", "l.npy"), "--latents are read in one pass"),
+        (("--merge", "x", "--data", "images"), "--merge adds what was measured before"),
+        (("--merge", "x"), "no such file: x"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_parted_or_merged_is_refused(
+    arguments: tuple[str, ...], message: str, tiny: Path, codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    assert_refused(codebook("measure", tiny, *arguments), message)
+    assert contents(tmp_path) == before
+
+
+def test_processes_and_shards_do_not_part_the_data_twice(
+    tiny: Path, codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("codebook_tools.processes.count", lambda: 2)
+    found = codebook("measure", tiny, "--shard", "1/2", "--stats", tmp_path / "x.safetensors")
+    assert_refused(found, "torchrun's 2 processes part the data already")
+
+
+def test_a_second_model_is_a_mistake_of_usage(tiny: Path, codebook: Run) -> None:
+    assert codebook("measure", tiny, tiny).exit_code == 2
+
+
+def test_what_is_no_part_of_a_pass_is_refused(shards: list[Path], tiny: Path, codebook: Run, tmp_path: Path) -> None:
+    latents = tmp_path / "latents.npy"
+    np.save(latents, np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32))
+    stats = tmp_path / "stats.safetensors"
+    assert codebook("measure", tiny, "--latents", latents, "--stats", stats).exit_code == 0
+    for file in (tiny, stats):
+        assert_refused(codebook("measure", tiny, "--merge", file), "is no part of a pass over images")
+    for command in (("prune",), ("refit", "--k", 4)):
+        assert_refused(codebook(*command, tiny, "--stats", shards[0]), "is part 1/8 of a pass")
+
+
+@pytest.mark.parametrize("damage", ["no counts", "no sample", "another dim", "short sums", "no settings"])
+def test_a_damaged_part_is_named(damage: str, shards: list[Path], tiny: Path, codebook: Run) -> None:
+    with safe_open(shards[2], "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(shards[2])
+    if damage == "no counts":
+        del tensors[f"{CODEBOOK}/counts"]
+    elif damage == "no sample":
+        del tensors[f"{CODEBOOK}/sample"]
+    elif damage == "another dim":
+        tensors[f"{CODEBOOK}/sample"] = tensors[f"{CODEBOOK}/sample"][:, :2].clone()
+    elif damage == "short sums":
+        tensors["measured/integers"] = tensors["measured/integers"][:-1].clone()
+    else:
+        metadata["codebook_tools.about"] = "{"
+    save_file(tensors, shards[2], metadata)
+    found = codebook("measure", tiny, "--merge", *shards)
+    assert_refused(found, "shard-3.safetensors is damaged")
+
+
+# --- numbers of shards, and of latents -----------------------------------------------------------------------------
+
+
+def test_shards_are_numbered_from_one() -> None:
+    assert [parse_shard(text) for text in ("1/1", "3/8", "8/8")] == [(1, 1), (3, 8), (8, 8)]
+    for text in ("0/8", "9/8", "-1/8", "1/0", "a/b", "1/8/2", "", "1.0/8"):
+        with pytest.raises(CodebookError, match="expected I/N"):
+            parse_shard(text)
+
+
+def test_a_file_of_stats_stays_below_its_limit() -> None:
+    assert sample_limit([64]) == sample_limit([8] * 9) == 131_072
+    for dims in ([1024], [128] * 32):
+        assert 0.99 * (256 << 20) < sample_limit(dims) * sum(4 * dim + 8 for dim in dims) <= 256 << 20
+
+
+# --- surgeries on the sample ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [("refit", "--k", 6), ("restart",), ("grow", "--k", 12)], ids=lambda c: c[0])
+@pytest.mark.parametrize("variant", ["plain", "ema"])
+def test_a_sample_that_is_all_latents_does_what_the_images_do(
+    command: tuple[object, ...],
+    variant: str,
+    write_model: Callable[..., Path],
+    codebook: Run,
+    images_folder: Path,
+    tmp_path: Path,
+) -> None:
+    model, stats = write_model(variant), tmp_path / "stats.safetensors"
+    assert codebook("measure", model, "--data", images_folder, "--stats", stats).exit_code == 0
+    paths = [tmp_path / "seen.safetensors", tmp_path / "kept.safetensors"]
+    for path, of in zip(paths, (("--data", images_folder), ("--stats", stats)), strict=True):
+        done = codebook(*command, model, *of, "--steps", 0, "-o", path, "--json")
+        assert done.exit_code == 0, done.stderr
+    assert done.json["stages"]["surgery"] is None and done.json["stages"]["before"]["split"] == "calibration"
+    first, second = map(load_file, paths)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    maps = [load_file(path.with_name(f"{path.stem}.index_map.safetensors")) for path in paths]
+    assert all(torch.equal(maps[0][key], maps[1][key]) for key in maps[0])
+    assert codebook("verify", paths[1], "--against", model).exit_code == 0
+
+
+def test_counts_that_stand_for_more_than_the_sample_count_in_full(
+    write_model: Callable[..., Path],
+    codebook: Run,
+    images_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(merging, "SAMPLE", 456)
+    model, stats, out = write_model("ema"), tmp_path / "stats.safetensors", tmp_path / "out.safetensors"
+    codebook("measure", model, "--data", images_folder, "--stats", stats)
+    assert codebook("refit", model, "--k", 6, "--stats", stats, "-o", out).exit_code == 0
+    sizes = load_file(out)["_vq_vae._ema_cluster_size"]
+    assert float(sizes.sum()) == pytest.approx(57 * 16) and len(sizes) == 6
+
+
+def test_counts_alone_do_not_read_the_sample(
+    whole: Path, tiny: Path, codebook: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from codebook_tools.checkpoints.entries import Stored
+
+    read, chunks = list[str](), Stored.chunks
+    monkeypatch.setattr(Stored, "chunks", lambda entry: read.append(entry.key) or chunks(entry))
+    for command in (("prune",), ("quantize", "--k", 4)):
+        assert codebook(*command, tiny, "--stats", whole, "--force").exit_code == 0
+    assert f"{CODEBOOK}/counts" in read and not any("sample" in key for key in read)
+    assert codebook("refit", tiny, "--k", 4, "--stats", whole, "--force").exit_code == 0
+    assert any("sample" in key for key in read)
+
+
+def test_stats_without_a_sample_are_no_latents(whole: Path, tiny: Path, codebook: Run) -> None:
+    stats = whole
+    with safe_open(stats, "pt") as file:
+        metadata = file.metadata()
+    save_file({key: its for key, its in load_file(stats).items() if "sample" not in key}, stats, metadata)
+    assert_refused(
+        codebook("refit", tiny, "--k", 4, "--stats", stats), "--stats holds counts, and this looks at latents"
+    )
+    asked = ("refit", tiny, "--k", 4, "--stats", stats, "--dry-run")
+    assert_refused(codebook(*asked), "--stats holds counts, and this looks at latents")
+    assert codebook("prune", tiny, "--stats", stats).exit_code == 0
+
+
+def test_a_part_says_in_words_what_it_is_of(shards: list[Path], tiny: Path) -> None:
+    told = read_checkpoint(shards[5]).metadata
+    about = json.loads(told["codebook_tools.about"])
+    assert about["batch_size"] == 7 and about["images"] == {"train": 54, "validation": 6, "test": 12}
+    assert load_model(read_checkpoint(tiny)).family == about["family"]
