@@ -211,7 +211,7 @@ class _Whole(nn.Module):
 
     def __init__(self, model: Model, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
-        self.network, self.parameters_of_it, self.run = model.network, nn.ParameterList(parameters), model.run
+        self.network, self.trained, self.run = model.network, nn.ParameterList(parameters), model.run
 
     def forward(self, media: Tensor, quantise: Quantise) -> Tensor:
         return self.run(media, quantise)
