@@ -56,7 +56,7 @@ def joined(device: str) -> Iterator[None]:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(_own_gpu(torch.cuda.device_count()))
-    store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
+    store, rank, count = next(rendezvous("env://"))
     backend = "nccl" if on_gpu else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_PATIENCE)
     _together.rank, _together.count = rank, count
