@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from .calls import operate_on, recipe_of, request_of, run_and_show
-from .exits import reported, show_result
+from .exits import one_voice, reported, show_result
 from .options import (
     DataOptions,
     FolderOptions,
@@ -372,7 +372,8 @@ def _added_command(name: str) -> Any:
 
 def main() -> None:
     """The console script."""
-    app()
+    with one_voice():
+        app()
 
 
 if __name__ == "__main__":

@@ -104,22 +104,29 @@ def _hash_ahead(model: Path | None) -> None:
 
 
 def run_and_show(work: Callable[[Watch], Result | Plan | Comparison], given: dict[str, Any]) -> None:
-    """Do the work, with progress, and print what came of it."""
+    """Do the work, with progress, and print what came of it; with others where torchrun started several processes."""
     with reported():
-        from codebook_tools.planning import Plan
-        from codebook_tools.report.tables import details_table, table_of
-        from codebook_tools.watch import Watch
+        from codebook_tools.processes import joined
 
-        from .screen import ProgressShow, print_table, print_warnings
+        with joined(given["device"].value), reported():  # while they are joined, they agree on who reports
+            _run_and_show(work, given)
 
-        if given["deterministic"]:
-            import torch
 
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to repeat itself
-            torch.use_deterministic_algorithms(True, warn_only=True)  # it names those that have none
-        with ProgressShow(given["quiet"]) as show:
-            found = work(Watch(show))
-        print_warnings(found.warnings, given["quiet"])
-        show_result(found, table_of, given["json_"])
-        if given["verbose"] and not isinstance(found, Plan) and not given["json_"]:
-            print_table(details_table(found))
+def _run_and_show(work: Callable[[Watch], Result | Plan | Comparison], given: dict[str, Any]) -> None:
+    from codebook_tools.planning import Plan
+    from codebook_tools.report.tables import details_table, table_of
+    from codebook_tools.watch import Watch
+
+    from .screen import ProgressShow, print_table, print_warnings
+
+    if given["deterministic"]:
+        import torch
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to repeat itself
+        torch.use_deterministic_algorithms(True, warn_only=True)  # it names those that have none
+    with ProgressShow(given["quiet"]) as show:
+        found = work(Watch(show))
+    print_warnings(found.warnings, given["quiet"])
+    show_result(found, table_of, given["json_"])
+    if given["verbose"] and not isinstance(found, Plan) and not given["json_"]:
+        print_table(details_table(found))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from typing import Any, NoReturn
 
 import typer
+
+_WRONG_USAGE = 2
+_LAST_WORDS = 10  # seconds that the first process needs at most
 
 
 def show_result(found: Any, table: Callable[[Any], Any], as_json: bool) -> None:
@@ -16,6 +20,25 @@ def show_result(found: Any, table: Callable[[Any], Any], as_json: bool) -> None:
     from .screen import print_json, print_table
 
     print_json(found.to_json()) if as_json else print_table(table(found))
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Of several processes that torchrun started the first alone is heard; the others only say why they fail."""
+    if _is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            yield
+        except SystemExit as end:
+            if end.code == _WRONG_USAGE:
+                time.sleep(_LAST_WORDS)  # the first says what is wrong; torchrun ends all as soon as one ends
+            raise
+
+
+def _is_first() -> bool:
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -30,22 +53,34 @@ def reported() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
     except KeyboardInterrupt:
-        _say("interrupted; what was written is whole, or not there")
-        raise typer.Exit(130) from None
+        _end(130, "interrupted; what was written is whole, or not there")
     except Exception as error:
         from codebook_tools.errors import CodebookError
 
         if isinstance(error, CodebookError):
-            _say(str(error))
-            raise typer.Exit(error.exit_code) from None
+            _end(error.exit_code, str(error))
         import traceback
 
-        traceback.print_exc()
-        _say("this is our fault; please report it, with the lines above and the command that you gave")
-        raise typer.Exit(70) from None
+        _end(
+            70,
+            "this is our fault; please report it, with the lines above and the command that you gave",
+            before=traceback.format_exc(),
+        )
 
 
-def _say(message: str) -> None:
-    from .screen import print_error
+def _end(code: int, message: str, before: str = "") -> NoReturn:
+    """Exit with a line that says why; of several processes one says it."""
+    from codebook_tools import processes
 
-    print_error(message)
+    def say() -> None:
+        from .screen import print_error
+
+        with _aloud():
+            sys.stderr.write(before)
+            print_error(message)
+
+    raise typer.Exit(processes.fail(code, say)) from None
+
+
+def _aloud() -> AbstractContextManager[object]:
+    return nullcontext() if _is_first() else redirect_stderr(sys.__stderr__)

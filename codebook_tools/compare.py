@@ -12,6 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from codebook_tools import processes
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.comparison import STAGES, Comparison, Row, RowStore, markdown_table, write_text
@@ -132,6 +133,8 @@ def compare(
     that it leaves, too. The seed of a row is that of its strategy and its fine-tuning; data and splits are the same in
     all. A row that cannot be done says why. Raises CodebookError where nothing can.
     """
+    if processes.count() > 1:
+        raise CodebookError(f"compare works in one process, not {processes.count()}; start it without torchrun")
     for name, value in (("k", k), ("seeds", seeds)):
         if value < 1:
             raise CodebookError(f"{name}={value} is below 1; use --{name} 1 or more")

@@ -30,7 +30,8 @@ def reference_latents(model: Model, calibration: Media, *, seed: int, batch: int
     Which they are depends on names and seed alone, so that every state of a model is held against the same ones.
     """
     drawn = calibration.subset(shuffled(calibration.items, seed))
-    first = next(model.latents(drawn, batch, stage).by_item(), None)
+    # Whole: every process must know how many latents an image has.
+    first = next(model.latents(drawn.whole(), batch, stage).by_item(), None)
     if first is None:
         return None
     few = drawn.subset(drawn.items[: -(-_IMAGES_FOR * POINTS // first[1].shape[1])])

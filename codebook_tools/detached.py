@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from codebook_tools import processes
 from codebook_tools.assignment import nearest, unit
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
@@ -112,7 +113,8 @@ def measure_detached(request: Request, watch: Watch, stats: Path | None) -> Resu
     if stats is not None:
         books = tuple(_sums(one.found, one.seen.counts, one.seen.error) for one in known if one.seen)
         counted = Sums(0, 0, Fraction(0), None, books)
-        write_part(stats, Part(checkpoint.sha256, "calibration", {}, (1, 1), counted, {}))
+        part = Part(checkpoint.sha256, "calibration", {}, (1, 1), counted, {})
+        processes.by_first(lambda: write_part(stats, part))
         settings["stats"] = str(stats)
     return Result(
         command="measure",
@@ -139,7 +141,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         weights = "" if getattr(strategy, "bits", None) else "all codes weigh alike, and "
         warnings.append(f"neither --data nor --stats: {weights}nothing is measured")
     with watch.phase("strategy"):
-        surgeries = [one.operated(strategy) for one in known]
+        surgeries = [processes.of_first(one.operated(strategy)) for one in known]
     asked, keys = [surgery.codebook.size for surgery in surgeries], [one.found.key for one in known]
     entry = size_entry(checkpoint)
     sizes = common_sizes([one.old.size for one in known], asked, entry is not None and entry.power_of_two)
@@ -159,15 +161,15 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         maps |= {f"{one.found.key}/index_map": surgery.index_map, f"{one.found.key}/nearest": moved}
         new.append(book)
     with watch.phase("write"):
-        map_path = write_checkpoint(
-            checkpoint,
-            output,
-            changed,
-            provenance(command, request, checkpoint, dict(zip(keys, sizes, strict=True)), settings, "surgery"),
-            maps,
-            written_config(checkpoint, max(sizes)),
-        )
-        _read_back(output, known, new)
+        about = provenance(command, request, checkpoint, dict(zip(keys, sizes, strict=True)), settings, "surgery")
+        config = written_config(checkpoint, max(sizes))
+
+        def write() -> tuple[Path, int]:
+            map_path = write_checkpoint(checkpoint, output, changed, about, maps, config)
+            _read_back(output, known, new)
+            return map_path, weights_bytes(output)
+
+        map_path, nbytes = processes.by_first(write)
     bits = surgeries[0].bits
     return Result(
         command=command,
@@ -182,7 +184,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         outputs={"model": str(output), "index_map": str(map_path), "report": None},
         bytes={
             "before": weights_bytes(request.source),
-            "after": weights_bytes(output),
+            "after": nbytes,
             **({"packed": sum(packed_bytes(book, bits) for book in new)} if bits else {}),
         },
         seconds=watch.seconds,
@@ -224,6 +226,7 @@ def _with_latents(request: Request, one: _Known, watch: Watch) -> tuple[_Known, 
         else:
             calibration, test = split_latents(calibration)
         calibration, test = (limited_latents(part, request.limit, request.seed) for part in (calibration, test))
+        calibration = replace(calibration, part=processes.part())
     with watch.phase("encode"):
         seen = survey(calibration, one.old, seed=request.seed, watch=watch)
     settings: dict[str, object] = {

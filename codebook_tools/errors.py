@@ -13,6 +13,10 @@ class VerificationError(CodebookError):
     exit_code = 3
 
 
+class NotFiniteError(CodebookError):
+    """What a network returns, or what is added up of it, holds a NaN or an infinity."""
+
+
 def one_line(error: Exception) -> str:
     """What an error says, on one line and without a path: whoever passes it on names the item."""
     told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -38,24 +39,32 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class FileLatents:
-    """Rows of memory-mapped files, by file name. chosen: (n,) positions in each, ascending."""
+    """Rows of memory-mapped files, by file name. chosen: (n,) positions in each, ascending. part: which of how many
+    parts of the batches a pass over them sees."""
 
     files: tuple[tuple[str, Tensor], ...]
     chosen: tuple[NDArray[np.int64], ...]
+    part: tuple[int, int] = (0, 1)
 
     def __len__(self) -> int:
         return sum(map(len, self.chosen))
 
     def by_item(self) -> Iterator[tuple[Sequence[Named], Tensor]]:
         """Rows and their latents, (n, 1, dim) float32. Raises CodebookError at the first that is not finite."""
-        for (name, rows), chosen in zip(self.files, self.chosen, strict=True):
-            for start in range(0, len(chosen), _BATCH):
-                part = chosen[start : start + _BATCH]
-                latents = rows[torch.from_numpy(part)].float()
-                finite = torch.isfinite(latents).all(1)
-                if not bool(finite.all()):
-                    raise CodebookError(f"latent {name}#{part[int(finite.int().argmin())]} is not finite")
-                yield [Row(f"{name}#{i}") for i in part.tolist()], latents[:, None]
+        for name, rows, batch in self._own_batches():
+            latents = rows[torch.from_numpy(batch)].float()
+            finite = torch.isfinite(latents).all(1)
+            if not bool(finite.all()):
+                raise CodebookError(f"latent {name}#{batch[int(finite.int().argmin())]} is not finite")
+            yield [Row(f"{name}#{i}") for i in batch.tolist()], latents[:, None]
+
+    def _own_batches(self) -> Iterator[tuple[str, Tensor, NDArray[np.int64]]]:
+        batches = (
+            (name, rows, chosen[start : start + _BATCH])
+            for (name, rows), chosen in zip(self.files, self.chosen, strict=True)
+            for start in range(0, len(chosen), _BATCH)
+        )
+        return islice(batches, self.part[0], None, self.part[1])
 
     def __iter__(self) -> Iterator[Tensor]:
         for _, latents in self.by_item():

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from codebook_tools import processes
 from codebook_tools.assignment import nearest, squared_errors
 from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
@@ -44,7 +45,11 @@ class Named(Protocol):
 
 
 class ItemLatents(Protocol):
-    """Latents that are known by the items they belong to, how many of which there are."""
+    """Latents that are known by the items they belong to, how many of which there are. part: which of how many parts of
+    them `by_item` gives; as Media.part."""
+
+    @property
+    def part(self) -> tuple[int, int]: ...
 
     def __len__(self) -> int: ...
 
@@ -68,6 +73,10 @@ class EncodedLatents:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def part(self) -> tuple[int, int]:
+        return self.images.part
 
     def by_item(self) -> Iterator[tuple[list[Item], Tensor]]:
         """Items and their latents, (n, positions, dim). Raises CodebookError at the first that is not finite."""
@@ -144,16 +153,28 @@ class Sampler:
             self._kept = [self._smallest()]
             self._held, self._ceiling = self._limit, self._kept[0][0].max()
 
-    def columns(self) -> tuple[Tensor, ...]:
-        """The sample, in the order of its hashes. Raises CodebookError where nothing was added."""
-        if not self._kept:
+    def columns(self, parts: int = 1) -> tuple[Tensor, ...]:
+        """The sample, in the order of its hashes: of what all processes added, where there are several parts. Raises
+        CodebookError where nothing was added."""
+        keys, columns = self._of_all() if parts > 1 else self._smallest()
+        if not len(keys):
             raise CodebookError("no latents: none of the items could be read")
-        return self._smallest()[1]
+        return columns
 
-    def sample(self) -> Sample:
+    def sample(self, parts: int = 1) -> Sample:
         """The sample with its hashes; of latents alone, and of nothing where that was added."""
-        keys, (vectors,) = self._smallest()
+        keys, (vectors,) = self._of_all() if parts > 1 else self._smallest()
         return Sample(torch.from_numpy(keys), vectors)
+
+    def _of_all(self) -> tuple[NDArray[np.uint64], tuple[Tensor, ...]]:
+        """The smallest of all processes: of the rows, only those are sent that are among them."""
+        keys, columns = self._smallest()
+        everyones = np.sort(_gathered(keys))[: self._limit]
+        mine = int(np.searchsorted(keys, everyones[-1], "right")) if len(everyones) else 0
+        sent = _gathered(keys[:mine])
+        order = np.argsort(sent, kind="stable")[: self._limit]
+        rows = torch.from_numpy(order)
+        return sent[order], tuple(processes.gathered(column[:mine])[rows] for column in columns)
 
     def _smallest(self) -> tuple[NDArray[np.uint64], tuple[Tensor, ...]]:
         keys = np.concatenate([keys for keys, _ in self._kept])
@@ -161,6 +182,12 @@ class Sampler:
         rows = torch.from_numpy(order)
         columns = zip(*(columns for _, columns in self._kept), strict=True)
         return keys[order], tuple(torch.cat(column)[rows] for column in columns)
+
+
+def _gathered(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """All processes' keys, one after another."""
+    found: NDArray[np.uint64] = processes.gathered(torch.from_numpy(keys.view(np.int64))).numpy().view(np.uint64)
+    return found
 
 
 def smallest(samples: Iterable[Sample], limit: int) -> Sample:
@@ -172,18 +199,20 @@ def smallest(samples: Iterable[Sample], limit: int) -> Sample:
 
 
 def survey(latents: ItemLatents, codebook: Codebook, *, seed: int, limit: int = SAMPLE_LIMIT, watch: Watch) -> Survey:
-    """Encode, count and sample in one pass."""
+    """Encode, count and sample in one pass; of parts, what all processes found together."""
     counts = torch.zeros(codebook.size, dtype=torch.int64)
-    total, error, done = 0, 0.0, 0
+    error, done, parts = torch.zeros((), dtype=torch.float64), 0, latents.part[1]
     sampler = Sampler(seed, limit)
+    sampler.add([], 0, torch.empty(0, codebook.dim), torch.empty(0, dtype=torch.int64))  # a part may have no batch
     for items, batch in latents.by_item():
         rows = batch.flatten(0, 1)
         codes = nearest(rows, codebook)
         counts += torch.bincount(codes, minlength=codebook.size).cpu()
-        error += float(squared_errors(rows, codebook, codes).double().sum())
-        total += len(rows)
+        error += squared_errors(rows, codebook, codes).double().sum().cpu()
         sampler.add(items, batch.shape[1], rows, codes)
-        done += len(items)
-        watch.progress("encode", done, len(latents))
-    rows, codes = sampler.columns()
-    return Survey(counts, total, StoredLatents(rows), codes, error)
+        done += len(items) * parts
+        watch.progress("encode", min(done, len(latents)), len(latents))
+    if parts > 1:
+        counts, error = processes.summed(counts), processes.summed(error)
+    rows, codes = sampler.columns(parts)
+    return Survey(counts, int(counts.sum()), StoredLatents(rows), codes, float(error))

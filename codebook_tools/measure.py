@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools import metrics, processes
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.media import Media
 from codebook_tools.models.model import INPUT_RANGES, Model, Pass
 from codebook_tools.splits import limited
@@ -20,10 +20,6 @@ from codebook_tools.watch import Watch
 
 RANGE_IMAGES = 64
 """Media that the input range is found out with."""
-
-
-class NotFiniteError(CodebookError):
-    """What a network returns holds a NaN or an infinity."""
 
 
 @dataclass(frozen=True)
@@ -139,22 +135,24 @@ def collect(
     books = [(book.key, book.codebook, of) for book, of in zip(model.books, given, strict=True)]
     compared = structure and model.takes == "images"
     total = Sums(0, 0, Fraction(0), Fraction(0) if compared else None, tuple(starmap(no_sums, books)))
-    for items, pixels in images.batches(batch):
-        seen = reconstruct(model, pixels)
-        pixels = pixels.to(seen.media.device)
-        scores = metrics.ssim(pixels, seen.media) if compared else None
-        total += Sums(
-            images=len(items),
-            values=pixels.numel(),
-            error=exact(float((seen.media - pixels).double().square().sum())),
-            similarity=None if scores is None else exact(float(scores.double().sum())),
-            books=tuple(
-                book_sums(*book, rows_of(latents), codes.flatten())
-                for book, latents, codes in zip(books, seen.latents, seen.codes, strict=True)
-            ),
-        )
-        watch.progress(f"measure on {split}", total.images, len(images))
-    return total.unpacked(*map(processes.summed, total.packed()))
+    parts = images.part[1]
+    with processes.alike(NotFiniteError):
+        for items, pixels in images.batches(batch):
+            seen = reconstruct(model, pixels)
+            pixels = pixels.to(seen.media.device)
+            scores = metrics.ssim(pixels, seen.media) if compared else None
+            total += Sums(
+                images=len(items),
+                values=pixels.numel(),
+                error=exact(float((seen.media - pixels).double().square().sum())),
+                similarity=None if scores is None else exact(float(scores.double().sum())),
+                books=tuple(
+                    book_sums(*book, rows_of(latents), codes.flatten())
+                    for book, latents, codes in zip(books, seen.latents, seen.codes, strict=True)
+                ),
+            )
+            watch.progress(f"measure on {split}", min(parts * total.images, len(images)), len(images))
+    return total.unpacked(*map(processes.summed, total.packed())) if parts > 1 else total
 
 
 def measurement_of(sums: Sums, split: str) -> Measurement:

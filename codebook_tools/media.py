@@ -58,6 +58,12 @@ class Media:
         part.items = items
         return part
 
+    def whole(self) -> Self:
+        """The same source, all of it, whatever part this is."""
+        whole = copy(self)
+        whole.part = (0, 1)
+        return whole
+
     def batches(self, size: int) -> Iterator[tuple[list[Item], Tensor]]:
         """Items and their values as `load` returns them, in order, `size` at a time; those of `part` alone, so that the
         batches of all parts together are those of the whole."""

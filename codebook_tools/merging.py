@@ -90,8 +90,7 @@ def part_of(opened: Opened, measured: Sums, shard: tuple[int, int], watch: Watch
         "version": VERSION,
         **{name: opened.settings[name] for name in _SETTINGS},
     }
-    bad = opened.calibration.bad | opened.test.bad
-    return Part(model.checkpoint.sha256, split, about, shard, total, bad, measured, samples)
+    return Part(model.checkpoint.sha256, split, about, shard, total, opened.unreadable(), measured, samples)
 
 
 _SETTINGS = ("images", "limit", "size", "skip_bad", "input_range", "precision")
@@ -119,7 +118,7 @@ def merge(request: Request, files: Sequence[Path], stats: Path | None, watch: Wa
     assert whole.measured is not None
     if stats is not None:
         with watch.phase("write"):
-            write_part(stats, whole)
+            processes.by_first(lambda: write_part(stats, whole))
     few = [f"{name} ({why})" for name, why in sorted(whole.bad.items())]
     return Result(
         command="measure",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from codebook_tools import processes
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.demo import DEMO
 from codebook_tools.errors import CodebookError
@@ -74,11 +75,17 @@ class Opened:
     warnings: list[str] = field(default_factory=list)
     settings: dict[str, object] = field(default_factory=dict)
 
+    def unreadable(self) -> dict[str, str]:
+        """Names of the items that some process could not read, and why."""
+        found = processes.each(self.calibration.bad | self.test.bad)
+        return {name: reason for bad in found for name, reason in bad.items()}
+
 
 def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> Opened:
     """Read model and data, and find out channels, stride and input range. Raises CodebookError for all that is amiss.
 
-    measuring: only the test split is needed, and explicit test data alone will do.
+    measuring: only the test split is needed, and explicit test data alone will do. Of several processes each sees its
+    part of both splits.
     """
     with watch.phase("load"):
         checkpoint = read_checkpoint(request.source)
@@ -93,7 +100,8 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         )
         splits, medium = _listed(request, model, measuring)
         calibration, test = (
-            Media(items, medium, model.channels, request.skip_bad, watch) for items in (splits.calibration, splits.test)
+            Media(items, medium, model.channels, request.skip_bad, watch, processes.part())
+            for items in (splits.calibration, splits.test)
         )
     opened = Opened(request, model, splits, calibration, test, [*model.caveats, *checkpoint.warnings])
     if model.carried:
@@ -122,7 +130,9 @@ def _device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise CodebookError("--device cuda: this torch finds no CUDA device; use --device cpu or auto")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if processes.count() > 1 else torch.device("cuda")
 
 
 def _listed(request: Request, model: Model, measuring: bool) -> tuple[Splits, Medium]:

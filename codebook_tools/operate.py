@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from codebook_tools import processes
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.codebook import Strategy
@@ -79,7 +80,7 @@ def measure_model(
     if stats is not None:
         part = part_of(opened, sums, shard or (1, 1), watch)
         with watch.phase("write"):
-            write_part(stats, part)
+            processes.by_first(lambda: write_part(stats, part))
         opened.settings["stats"] = str(stats)
     sizes = {"before": weights_bytes(request.source), "after": None}
     before = None if shard and not sums.images else measurement_of(sums, "test")
@@ -132,15 +133,16 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         maps[f"{keys[stage]}/index_map"] = index_map
         maps[f"{keys[stage]}/nearest"] = nearest_map(index_map, old[stage], on_cpu(model.books[stage]), samples)
     with watch.phase("write"):
-        map_path = write_checkpoint(
-            model.checkpoint,
-            output,
-            model.changed({stage: tokens[stage].counts for stage in keys}),
-            provenance(command, request, model.checkpoint, sizes, opened.settings, done.kept, done.tuned),
-            maps,
-            written_config(model.checkpoint, size),
-        )
-        _read_back(output, model, keys)
+        config = written_config(model.checkpoint, size)
+        about = provenance(command, request, model.checkpoint, sizes, opened.settings, done.kept, done.tuned)
+
+        def write() -> tuple[Path, int]:
+            changed = model.changed({stage: tokens[stage].counts for stage in keys})
+            map_path = write_checkpoint(model.checkpoint, output, changed, about, maps, config)
+            _read_back(output, model, keys)
+            return map_path, weights_bytes(output)
+
+        map_path, nbytes = processes.by_first(write)
     bits = next(iter(surgeries.values())).bits if surgeries and done.kept == "surgery" else None
     packed = sum(packed_bytes(on_cpu(model.books[stage]), bits) for stage in surgeries) if bits else 0
     return _result(
@@ -156,7 +158,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         outputs={"model": str(output), "index_map": str(map_path), "report": None},
         bytes={
             "before": weights_bytes(request.source),
-            "after": weights_bytes(output),
+            "after": nbytes,
             **({"packed": packed} if bits else {}),
         },
     )
@@ -172,7 +174,7 @@ def _read_back(path: Path, model: Model, stages: Iterable[int]) -> None:
 
 
 def _result(command: str, request: Request, opened: Opened, watch: Watch, **found: object) -> Result:
-    bad = opened.calibration.bad | opened.test.bad
+    bad = opened.unreadable()
     if bad:
         first = "; ".join(f"{name} ({bad[name]})" for name in sorted(bad)[:3])
         opened.warnings.append(f"{len(bad)} unreadable {opened.model.takes} were skipped: {first}")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
+from codebook_tools import processes
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.finetune import FineTuned, Recipe, TracePoint
@@ -51,7 +52,11 @@ class Result:
 
 def check_request_output(request: Request, command: str, size: int | None) -> Path:
     """Where the result goes. Raises CodebookError where that cannot be written, has no layout that is, or would replace
-    the model; and where the model's config refuses `size` codes (None or 0: not known yet)."""
+    the model; and where the model's config refuses `size` codes (None or 0: not known yet). The first process looks."""
+    return processes.by_first(lambda: _checked_output(request, command, size))
+
+
+def _checked_output(request: Request, command: str, size: int | None) -> Path:
     checkpoint = read_checkpoint(request.source)
     check_size(checkpoint, size)
     output = request_output(request, command, size or 0)

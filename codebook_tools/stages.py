@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from codebook_tools import processes
 from codebook_tools.assignment import nearest, squared_errors
 from codebook_tools.codebook import REMOVED, Codebook, Strategy, Surgery
 from codebook_tools.coverage import reference_distance, reference_latents
@@ -125,7 +126,8 @@ def perform(opened: Opened, strategy: Strategy, seen: Calibration, watch: Watch)
         found = seen.first if stage == model.chosen[0] else _survey(opened, stage, watch)
         counts[stage] = found.counts
         with watch.phase("strategy"), _named(model.books[stage].key, several=len(model.books) > 1):
-            surgeries[stage] = strategy(before[stage], found.sample, found.counts)
+            # Strategies see the same everywhere, but machines that differ may round differently.
+            surgeries[stage] = processes.of_first(strategy(before[stage], found.sample, found.counts))
         model.install(surgeries[stage].codebook, stage)
     asked = [book.codebook.size for book in model.books]
     sizes = common_sizes([book.size for book in before], asked, model.power_of_two)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from codebook_tools.assignment import squared_errors
 from codebook_tools.codebook import Codebook
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import NotFiniteError
 
 _Number = TypeVar("_Number", int, Fraction)
 
@@ -117,9 +117,9 @@ def _both(a: _Number | None, b: _Number | None) -> _Number | None:
 
 
 def exact(value: float) -> Fraction:
-    """The number that a float is: fractions add up without rounding. Raises CodebookError where it is none."""
+    """The number that a float is: fractions add up without rounding. Raises NotFiniteError where it is none."""
     if not math.isfinite(value):
-        raise CodebookError(f"squared errors add up to {value}: latents or codes are too large for float32")
+        raise NotFiniteError(f"squared errors add up to {value}: latents or codes are too large for float32")
     return Fraction(value)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from codebook_tools import processes
 from codebook_tools.assignment import squared_errors
-from codebook_tools.latents import SAMPLE_LIMIT, Sample, Sampler, smallest
+from codebook_tools.latents import SAMPLE_LIMIT, Sample, Sampler
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.sums import Sums, book_sums, no_sums, rows_of
@@ -30,12 +30,15 @@ class Tokens:
 
 
 def tokenise(model: Model, images: Media, *, seed: int, batch: int, watch: Watch) -> tuple[Tokens, ...]:
-    """The tokens of each of the model's books. Raises CodebookError where no item can be read."""
+    """The tokens of each of the model's books; of parts, those of all processes together. Raises CodebookError where no
+    item can be read."""
     books = [book.codebook for book in model.books]
     counts = [torch.zeros(book.size, dtype=torch.int64) for book in books]
-    errors = [0.0] * len(books)
+    errors = torch.zeros(len(books), dtype=torch.float64)
     samplers = [Sampler(seed, SAMPLE_LIMIT) for _ in books]
-    done = 0
+    for sampler in samplers:
+        sampler.add([], 0, torch.empty(0, dtype=torch.int64))  # a part may have no batch
+    done, parts = 0, images.part[1]
     for items, media in images.batches(batch):
         with torch.no_grad():
             seen = model.pass_through(media)
@@ -43,11 +46,14 @@ def tokenise(model: Model, images: Media, *, seed: int, batch: int, watch: Watch
             flat = codes.flatten()
             rows = latents.movedim(1, -1).flatten(0, -2)
             counts[i] += torch.bincount(flat, minlength=books[i].size).cpu()
-            errors[i] += float(squared_errors(rows, books[i], flat).double().sum())
+            errors[i] += squared_errors(rows, books[i], flat).double().sum().cpu()
             samplers[i].add(items, len(flat) // len(items), flat)
-        done += len(items)
-        watch.progress("tokens", done, len(images))
-    return tuple(map(Tokens, counts, errors, (sampler.columns()[0] for sampler in samplers)))
+        done += len(items) * parts
+        watch.progress("tokens", min(done, len(images)), len(images))
+    if parts > 1:
+        counts, errors = [processes.summed(of) for of in counts], processes.summed(errors)
+    samples = [sampler.columns(parts)[0] for sampler in samplers]
+    return tuple(map(Tokens, counts, errors.tolist(), samples))
 
 
 def counted(
@@ -59,7 +65,7 @@ def counted(
     samplers = [Sampler(seed, limit) for _ in books]
     for sampler, (_, codebook, _) in zip(samplers, books, strict=True):
         sampler.add([], 0, torch.empty(0, codebook.dim))
-    total = Sums(0, 0, Fraction(0), None, tuple(starmap(no_sums, books)))
+    total, parts = Sums(0, 0, Fraction(0), None, tuple(starmap(no_sums, books))), images.part[1]
     for items, media in images.batches(batch):
         with torch.no_grad():
             seen = model.pass_through(media)
@@ -69,12 +75,7 @@ def counted(
         total += Sums(
             len(items), 0, Fraction(0), None, tuple(book_sums(*book, rows, codes) for book, rows, codes in found)
         )
-        watch.progress("tokens", total.images, len(images))
-    total = total.unpacked(*map(processes.summed, total.packed()))
-    return total, tuple(smallest([_gathered(sampler.sample())], limit) for sampler in samplers)
-
-
-def _gathered(sample: Sample) -> Sample:
-    """All processes' samples, one after another."""
-    hashes = processes.gathered(sample.hashes.view(torch.int64)).view(torch.uint64)
-    return Sample(hashes, processes.gathered(sample.vectors))
+        watch.progress("tokens", min(parts * total.images, len(images)), len(images))
+    if parts > 1:
+        total = total.unpacked(*map(processes.summed, total.packed()))
+    return total, tuple(sampler.sample(parts) for sampler in samplers)

@@ -22,14 +22,14 @@ ROOT = Path(__file__).parents[1]
 LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
 
 FLOORS = (
-    ("errors", "watch", "version", "demo", "processes", "threads"),
-    ("codebook", "sources", "items", "pictures"),
+    ("errors", "watch", "version", "demo", "threads"),
+    ("codebook", "processes", "sources", "items", "pictures"),
     ("assignment", "metrics", "splits", "media"),
     ("seeding", "kmeans", "images", "sounds", "latents", "sums", "index_maps", "filling"),
     ("strategies", "checkpoints"),
     ("networks",),
     ("models",),
-    ("measure", "tokens", "coverage", "latent_files", "output", "stats"),
+    ("measure", "tokens", "coverage", "latent_files", "output", "stats", "losses", "quantiser", "trainable"),
     ("finetune", "opening"),
     ("stages", "outcome", "inspection", "comparison", "verification"),
     ("detached", "compare", "downstream", "merging"),

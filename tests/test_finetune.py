@@ -420,9 +420,11 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tiny: Path
 def test_every_image_is_seen_once_before_one_is_seen_again(images_folder: Path) -> None:
     images = Images(find_images([images_folder])[:12], 3, 4)
     seen: list[bytes] = []
-    batches = module._batches(images, 4, torch.Generator().manual_seed(0))
+    batches = module._batches(images, 4, torch.Generator().manual_seed(0), torch.empty(1, 3, 16, 16))
     for _ in range(6):
-        seen += [pixels.numpy().tobytes() for pixels in next(batches)]
+        batch, share = next(batches)
+        seen += [pixels.numpy().tobytes() for pixels in batch]
+        assert share == 1
     assert len(set(seen[:12])) == len(set(seen[12:])) == 12
     assert seen[:12] != seen[12:]
 

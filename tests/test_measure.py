@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tutorial import Tutorial
 
 from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.errors import CodebookError
-from codebook_tools.measure import NotFiniteError, find_input_range, measure, reconstruct
+from codebook_tools.errors import CodebookError, NotFiniteError
+from codebook_tools.measure import find_input_range, measure, reconstruct
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.models.zalando import CODEBOOK

@@ -1,0 +1,64 @@
+"""What a fine-tuning minimises, in units of the data, so that nothing is tuned to a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from codebook_tools.media import Media
+from codebook_tools.models.model import Model
+
+COMMITMENT = 0.25  # weight of the term that moves latents to codes, van den Oord et al. 2017, equation 3
+
+Loss = Literal["mse", "l1"]
+"""Of the reconstruction."""
+
+Seen = tuple[Tensor, Tensor, Tensor]
+"""What met a book: latents (n, dim, *grid), their codes (n, *grid), and those codes as the decoder gets them."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Variances of pixels, and of each book's latents, about their means: the units of the losses."""
+
+    pixels: float
+    latents: tuple[float, ...]
+
+
+def loss_of(
+    shown: Tensor, media: Tensor, seen: Sequence[Seen], scales: Scales, kind: Loss, moves_codes: bool
+) -> Tensor:
+    """Reconstruction error over the media's variance, plus COMMITMENT times the squared distance of latents to codes
+    over the latents' variance, a mean over the books; and that distance once more where gradients move codes."""
+    if kind == "mse":
+        loss = functional.mse_loss(shown, media) / scales.pixels
+    else:
+        loss = functional.l1_loss(shown, media) / scales.pixels**0.5
+    for scale, (latents, _, quantised) in zip(scales.latents, seen, strict=True):
+        unit_of_loss = scale * len(seen)
+        loss = loss + COMMITMENT * functional.mse_loss(latents, quantised.detach()) / unit_of_loss
+        if moves_codes:
+            loss = loss + functional.mse_loss(quantised, latents.detach()) / unit_of_loss
+    return loss
+
+
+def scales_of(model: Model, images: Media) -> Scales:
+    """The scales of 512 items."""
+    few = images.whole().subset(images.items[:512])
+    pixels, latents = list[Tensor](), [list[Tensor]() for _ in model.books]
+    with torch.no_grad():
+        for _, batch in few.batches(64):
+            pixels.append(batch)
+            for rows, found in zip(latents, model.pass_through(batch).latents, strict=True):
+                rows.append(found.movedim(1, -1).flatten(0, -2).cpu())
+    of_pixels = _variance(torch.cat(pixels).movedim(1, -1).flatten(0, -2))
+    return Scales(of_pixels, tuple(_variance(torch.cat(rows)) for rows in latents))
+
+
+def _variance(rows: Tensor) -> float:
+    return float(rows.double().var(0, correction=0).mean().clamp(min=1e-12))

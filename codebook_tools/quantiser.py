@@ -1,0 +1,83 @@
+"""The codes of a book in training: nearest ones, their moving average, and the revival of the dead."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from codebook_tools import processes
+from codebook_tools.assignment import unit
+from codebook_tools.codebook import Emit
+from codebook_tools.models.model import Book, Model
+
+DECAY = 0.99  # of the EMA codebook, van den Oord et al. 2017, appendix A.1
+REVIVE_EVERY = 10
+DEAD_BELOW = 0.03  # of the mean hits of a code: fewer, and it is dead
+
+
+class Quantiser:
+    """Nearest codes of one book in training, and their own movement: an exponential moving average, with revival.
+
+    counts: (size,) int64 or float, assignments per code over the calibration data, where the average starts. moves:
+    whether it moves the codes, or only counts. random: what revivals draw from, the same on every process.
+    """
+
+    def __init__(self, model: Model, stage: int, counts: Tensor, moves: bool, random: torch.Generator) -> None:
+        self.model, self.stage, self.moves, self.random = model, stage, moves, random
+        self.revived = torch.zeros(len(counts), dtype=torch.bool)
+        shares = counts.float() / counts.sum().clamp(min=1)
+        self.shares = shares.to(model.device)  # of a batch's tokens, so that batch size does not matter
+        self.sums = self.book.vectors.detach() * self.shares[:, None]
+
+    @property
+    def book(self) -> Book:
+        return self.model.books[self.stage]
+
+    @property
+    def in_use(self) -> int:
+        """Codes that are not dead, by the running average."""
+        return int((self.shares >= DEAD_BELOW / len(self.shares)).sum())
+
+    def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """latents (n, dim, *grid) -> codes (n, *grid), and what the decoder gets, with gradients to the codes."""
+        codes = self.model.assign(latents.detach(), self.stage)
+        return codes, self.model.embed_trained(codes, self.stage)
+
+    def update(self, latents: Tensor, codes: Tensor, revive: bool) -> None:
+        """Move the codes after a step: latents (n, dim, *grid), their codes (n, *grid) at its beginning; of several
+        processes, each brings what it saw. revive: the dead among them, too.
+
+        Nothing here waits for a GPU, but a revival.
+        """
+        rows, flat = latents.movedim(1, -1).flatten(0, -2).float(), codes.flatten()
+        if self.book.emit is Emit.UNIT:
+            rows = unit(rows)
+        # A column of ones counts the hits along with the sums; floats count exactly up to 16 million.
+        ones = rows.new_ones(len(rows), 1)
+        found = rows.new_zeros(len(self.shares), rows.shape[1] + 1).index_add_(0, flat, torch.cat([rows, ones], 1))
+        found = processes.summed(found)
+        found /= found[:, -1].sum()
+        hits, sums = found[:, -1], found[:, :-1]
+        self.shares.lerp_(hits, 1 - DECAY)
+        if not self.moves:
+            return
+        self.sums.lerp_(sums, 1 - DECAY)
+        self.book.vectors = torch.where((hits > 0)[:, None], self.sums / self.shares[:, None], self.book.vectors)
+        if revive:
+            self._revive(rows, flat)
+
+    def _revive(self, rows: Tensor, codes: Tensor) -> None:
+        """Put dead codes at latents of this batch, drawn by their squared error, with the mean share of a code."""
+        dead = (self.shares < DEAD_BELOW / len(self.shares)).nonzero()[:, 0]
+        if not len(dead):
+            return
+        errors = processes.gathered((rows - self.book.vectors[codes]).square().sum(1)).cpu()
+        dead = dead[: int((errors > 0).sum())]
+        if not len(dead):
+            return
+        chosen = torch.multinomial(errors, len(dead), generator=self.random).to(rows.device)
+        drawn = processes.gathered(rows)[chosen]
+        self.book.vectors[dead] = drawn
+        self.shares[dead] = 1 / len(self.shares)
+        self.sums[dead] = drawn / len(self.shares)
+        self.revived[dead.cpu()] = True
