@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,13 +49,14 @@ def _stored_items(path: Path) -> list[Item]:
         raise CodebookError(f"{path} is not a readable array file: {error}") from error
     if len(arrays) > 1:
         raise CodebookError(f"{path} holds {len(arrays)} arrays; give a .npz with one array of images, or a .npy")
-    return [item for name, array in arrays for item in array_items(name, array)]
+    file = None if path.suffix.lower() == ".npz" else str(path)
+    return [item for name, array in arrays for item in array_items(name, array, str(path))]
 
 
-def array_items(name: str, array: NDArray[np.generic]) -> list[Item]:
+def array_items(name: str, array: NDArray[np.generic], file: str | None = None) -> list[Item]:
     """One item a row, named NAME#row, from (n, height, width) or (n, height, width, 1|3) or (n, 1|3, height, width).
 
-    uint8, or floating point in [0, 1].
+    uint8, or floating point in [0, 1]. file: that it lies in.
     """
     if array.ndim not in (3, 4) or (array.ndim == 4 and 1 not in _channels(array) and 3 not in _channels(array)):
         raise CodebookError(
@@ -61,16 +64,31 @@ def array_items(name: str, array: NDArray[np.generic]) -> list[Item]:
         )
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise CodebookError(f"{name} has dtype {array.dtype}: expected uint8, or floating point in [0, 1]")
-    return [_row_item(f"{name}#{i}", array[i]) for i in range(len(array))]
+    plain = array.view(np.ndarray)  # rows of a memmap would each carry what the whole knows of its file
+    nbytes = plain[:1].nbytes
+    return [_row_item(f"{name}#{i}", _Row(plain, i), nbytes, file) for i in range(len(plain))]
 
 
 def _channels(array: NDArray[np.generic]) -> tuple[int, int]:
     return array.shape[1], array.shape[3]
 
 
-def _row_item(name: str, row: NDArray[np.generic], group: str | None = None) -> Item:
-    source = Source(name, row.nbytes, lambda: io.BytesIO(row.tobytes()))
-    return Item(name, source, partial(decode_row, row), group)
+@dataclass(frozen=True, eq=False, slots=True)
+class _Row:
+    """A row of an array: called, its pixels; opened, its bytes."""
+
+    array: NDArray[np.generic]
+    number: int
+
+    def __call__(self, channels: int) -> Values:
+        return decode_row(self.array[self.number], channels)
+
+    def open(self) -> BinaryIO:
+        return io.BytesIO(self.array[self.number].tobytes())
+
+
+def _row_item(name: str, row: _Row, nbytes: int, file: str | None = None, group: str | None = None) -> Item:
+    return Item(name, Source(name, nbytes, row.open, file), row, group)
 
 
 def sample_photographs() -> dict[str, NDArray[np.uint8]]:
@@ -89,7 +107,13 @@ def sample_images() -> list[Item]:
     """
     side, block, offset = 32, 53, 7
     return [
-        _row_item(f"{SAMPLE}/{region}/{y:03d}-{x:03d}", photograph[y : y + side, x : x + side], region)
+        _row_item(
+            f"{SAMPLE}/{region}/{y:03d}-{x:03d}",
+            _Row(photograph[None, y : y + side, x : x + side], 0),
+            3 * side**2,
+            None,
+            region,
+        )
         for name, photograph in sample_photographs().items()
         for top in range(0, photograph.shape[0] - block + 1, block)
         for left in range(0, photograph.shape[1] - block + 1, block)

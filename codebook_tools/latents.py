@@ -37,10 +37,14 @@ class StoredLatents:
 
 
 class Named(Protocol):
-    """What latents belong to: an image, a clip, a row of a file. digest: SHA-256 of its name."""
+    """What latents belong to: an image or a clip. digest: SHA-256 of its name."""
 
     @property
     def digest(self) -> bytes: ...
+
+
+Hashed = NDArray[np.uint64]
+"""(n,) hashes of names, of what there is too much of to name each."""
 
 
 class ItemLatents(Protocol):
@@ -48,7 +52,7 @@ class ItemLatents(Protocol):
 
     def __len__(self) -> int: ...
 
-    def by_item(self) -> Iterator[tuple[Sequence[Named], Tensor]]: ...
+    def by_item(self) -> Iterator[tuple[Sequence[Named] | Hashed, Tensor]]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,24 +77,31 @@ class EncodedLatents:
         """Items and their latents, (n, positions, dim). Raises CodebookError at the first that is not finite."""
         for items, pixels in self.images.batches(self.batch):
             latents = self.encode(pixels)
-            finite = torch.isfinite(latents).flatten(1).all(1)
-            if not bool(finite.all()):
+            if not all_finite(latents):
+                finite = torch.isfinite(latents).flatten(1).all(1)
                 raise CodebookError(f"the encoder's latents of {items[int(finite.int().argmin())].name} are not finite")
             yield items, latents
 
 
-def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def all_finite(values: Tensor) -> bool:
+    """Of one value at least. In one pass without a mask: it is asked of every batch."""
+    low, high = torch.aminmax(values)  # which hand on a NaN
+    return bool(low.isfinite() & high.isfinite())
+
+
+def mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """splitmix64's finaliser (Steele, Lea and Flood 2014): a bijection of 64-bit words that looks random."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def sample_keys(items: Sequence[Named], positions: int, seed: int) -> NDArray[np.uint64]:
+def sample_keys(items: Sequence[Named] | Hashed, positions: int, seed: int) -> NDArray[np.uint64]:
     """(len(items) * positions,) hashes of seed, item name and position: a latent's place in the sampling order."""
-    names = np.array([int.from_bytes(item.digest[24:], "big") for item in items], dtype=np.uint64)
-    salted = _mixed(names ^ _mixed(np.array([seed % 2**64], dtype=np.uint64)))
-    return _mixed(salted[:, None] + np.arange(positions, dtype=np.uint64)[None, :]).ravel()
+    if not isinstance(items, np.ndarray):
+        items = np.array([int.from_bytes(item.digest[24:], "big") for item in items], dtype=np.uint64)
+    salted = mixed(items ^ mixed(np.array([seed % 2**64], dtype=np.uint64)))
+    return mixed(salted[:, None] + np.arange(positions, dtype=np.uint64)[None, :]).ravel()
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +133,7 @@ class Sampler:
         self._kept: list[tuple[NDArray[np.uint64], tuple[Tensor, ...]]] = []
         self._held, self._ceiling = 0, np.uint64(2**64 - 1)
 
-    def add(self, items: Sequence[Named], positions: int, *columns: Tensor) -> None:
+    def add(self, items: Sequence[Named] | Hashed, positions: int, *columns: Tensor) -> None:
         """columns: (len(items) * positions, ...) each, of the items' latents in order."""
         keys = sample_keys(items, positions, self._seed)
         chosen = np.flatnonzero(keys <= self._ceiling)
