@@ -49,7 +49,6 @@ def _stored_items(path: Path) -> list[Item]:
         raise CodebookError(f"{path} is not a readable array file: {error}") from error
     if len(arrays) > 1:
         raise CodebookError(f"{path} holds {len(arrays)} arrays; give a .npz with one array of images, or a .npy")
-    file = None if path.suffix.lower() == ".npz" else str(path)
     return [item for name, array in arrays for item in array_items(name, array, str(path))]
 
 
@@ -107,17 +106,12 @@ def sample_images() -> list[Item]:
     """
     side, block, offset = 32, 53, 7
     return [
-        _row_item(
-            f"{SAMPLE}/{region}/{y:03d}-{x:03d}",
-            _Row(photograph[None, y : y + side, x : x + side], 0),
-            3 * side**2,
-            None,
-            region,
-        )
+        _row_item(f"{SAMPLE}/{region}/{y:03d}-{x:03d}", _Row(patch[None], 0), patch.nbytes, group=region)
         for name, photograph in sample_photographs().items()
         for top in range(0, photograph.shape[0] - block + 1, block)
         for left in range(0, photograph.shape[1] - block + 1, block)
         for region in [f"{name}/{top}-{left}"]
         for y in range(top, top + block - side + 1, offset)
         for x in range(left, left + block - side + 1, offset)
+        for patch in [photograph[y : y + side, x : x + side]]
     ]

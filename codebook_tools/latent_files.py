@@ -28,8 +28,8 @@ Numbers = NDArray[np.int64]
 @dataclass(frozen=True, eq=False)
 class LatentFile:
     """Some rows of a file. name: the file's. length: its rows. mapped: all of them, (length, dim), mapped anew at each
-    call, for the pages that were read count as memory of the process for as long as a mapping lives. chosen: which rows,
-    one bit each, in np.packbits' order."""
+    call, for pages that were read count as memory of the process as long as their mapping lives. chosen: which rows, one
+    bit each, in np.packbits' order."""
 
     name: str
     length: int
@@ -102,7 +102,7 @@ class FileLatents:
         return sum(file.count for file in self.files)
 
     def by_item(self) -> Iterator[tuple[NDArray[np.uint64], Tensor]]:
-        """Hashes of rows, and their latents, (n, 1, dim) float32. Raises CodebookError at the first that is not finite."""
+        """Hashes of rows, and their latents, (n, 1, dim) float32. CodebookError names the first that is not finite."""
         mine, parts = self.part
         blocks = ((file, numbers) for file in self.files for numbers in file.blocks() if len(numbers))
         for file, numbers in islice(blocks, mine, None, parts):
