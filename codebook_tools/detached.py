@@ -13,7 +13,7 @@ from codebook_tools.assignment import nearest, unit
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
-from codebook_tools.codebook import Codebook, Emit, Strategy, Surgery
+from codebook_tools.codebook import Codebook, Emit, Latents, Strategy, Surgery
 from codebook_tools.coverage import POINTS, reference_distance
 from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.filling import common_sizes, filled, remark
@@ -41,6 +41,8 @@ def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
     if request.latents:
         if request.stats is not None or request.data:
             raise CodebookError("--latents stand in for images and for --stats; leave out --data and --stats")
+        if request.latents_cache is not None:
+            raise CodebookError("--latents lie on disk already; leave out --latents-cache")
         return True
     if request.stats is not None:
         if looks_at == "latents":
@@ -70,10 +72,11 @@ def books_without_images(request: Request, checkpoint: Checkpoint) -> list[Found
 
 @dataclass(frozen=True, eq=False)
 class _Known:
-    """What is known of one codebook's use. seen, test: of its latents; stats: of an earlier pass; or nothing."""
+    """What is known of one codebook's use. calibration, seen, test: its latents; stats: of a pass; or nothing."""
 
     found: FoundCodebook
     old: Codebook
+    calibration: FileLatents | None = None
     seen: Survey | None = None
     test: FileLatents | None = None
     stats: Stats | None = None
@@ -85,8 +88,10 @@ class _Known:
         return self.stats.counts if self.stats else torch.zeros(self.old.size, dtype=torch.int64)
 
     def operated(self, strategy: Strategy) -> Surgery:
-        sample = self.seen.sample if self.seen else StoredLatents(torch.empty(0, self.old.dim))
-        return strategy(self.old, sample, self.counts)
+        latents: Latents = self.seen.sample if self.seen else StoredLatents(torch.empty(0, self.old.dim))
+        if self.seen and self.calibration and self.seen.sampled and getattr(strategy, "exact", False):
+            latents = self.calibration
+        return strategy(self.old, latents, self.counts)
 
 
 def measure_detached(request: Request, watch: Watch, stats: Path | None) -> Result:
@@ -213,7 +218,7 @@ def _with_latents(request: Request, one: _Known, watch: Watch) -> tuple[_Known, 
         "rows": {"calibration": len(calibration), "test": len(test)},
         "limit": request.limit,
     }
-    return replace(one, seen=seen, test=test), settings
+    return replace(one, calibration=calibration, seen=seen, test=test), settings
 
 
 def _stored(checkpoint: Checkpoint, found: FoundCodebook, codebook: Codebook) -> Codebook:

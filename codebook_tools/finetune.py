@@ -148,7 +148,7 @@ def finetune(
     batches = _batches(train, recipe.batch_size, shuffling)
     _training_mode(model.network)
     for step in range(1, recipe.steps + 1):
-        media = next(batches).to(model.device)
+        media = next(batches).to(model.device, non_blocking=True)
         seen = list[tuple[Tensor, Tensor, Tensor]]()
 
         def through(stage: int, latents: Tensor, seen: list[tuple[Tensor, Tensor, Tensor]] = seen) -> Tensor:
@@ -270,12 +270,14 @@ def _rate(step: int, steps: int) -> float:
 def _batches(images: Media, size: int, random: torch.Generator) -> Iterator[Tensor]:
     """Endless batches: every image once in a seeded order, then in another. The last, short batch is left out."""
     size = min(size, len(images))
-    while True:
-        order = torch.randperm(len(images), generator=random).tolist()
-        for start in range(0, len(order) - size + 1, size):
-            items, pixels = images.load([images.items[i] for i in order[start : start + size]])
-            if items:
-                yield pixels
+
+    def places() -> Iterator[list[int]]:
+        while True:
+            order = torch.randperm(len(images), generator=random).tolist()
+            yield from (order[start : start + size] for start in range(0, len(order) - size + 1, size))
+
+    for _, pixels in images.stream(places()):
+        yield pixels
 
 
 def _scales(model: Model, images: Media) -> tuple[float, list[float]]:

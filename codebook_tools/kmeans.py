@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from codebook_tools.assignment import nearest, squared_errors, unit
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.codebook import Codebook, Emit, Latents, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.watch import Watch
 
@@ -46,6 +46,7 @@ def kmeans(
     seed: int = 0,
     lookup: Lookup = Lookup.EUCLIDEAN,
     emit: Emit = Emit.RAW,
+    whole: Latents | None = None,
     watch: Watch,
 ) -> Clustering:
     """Lloyd's k-means over all points (Lloyd 1982), in squared Euclidean distance, or by the cosine.
@@ -70,7 +71,24 @@ def kmeans(
         result = lloyd(points[:head], centroids, iterations, watch)
         centroids = result.centroids
     assert result is not None
-    return result
+    return result if whole is None else _whole_lloyd(whole, result.centroids, iterations, lookup, emit)
+
+
+def _whole_lloyd(whole: Latents, centroids: Tensor, iterations: int, lookup: Lookup, emit: Emit) -> Clustering:
+    before, done = np.inf, 0
+    while True:
+        book = Codebook(centroids, lookup, emit)
+        sums, hits, inertia = torch.zeros(centroids.shape, dtype=torch.float64), torch.zeros(len(centroids)), 0.0
+        for rows in whole:
+            codes = nearest(rows, book)
+            sums.index_add_(0, codes, rows.double())
+            hits += torch.bincount(codes, minlength=len(hits))
+            inertia += float(squared_errors(rows, book, codes).double().sum())
+        converged = before - inertia <= _FLAT / _BLOCK * inertia
+        if done == iterations or converged:
+            return Clustering(centroids, inertia, done, converged)
+        centroids = torch.where(hits[:, None] > 0, (sums / hits.clamp(min=1)[:, None]).float(), centroids)
+        before, done = inertia, done + 1
 
 
 def _refuse_too_few(points: Tensor, k: int) -> None:

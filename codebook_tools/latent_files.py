@@ -28,8 +28,8 @@ Numbers = NDArray[np.int64]
 @dataclass(frozen=True, eq=False)
 class LatentFile:
     """Some rows of a file. name: the file's. length: its rows. mapped: all of them, (length, dim), mapped anew at each
-    call, for pages that were read count as memory of the process as long as their mapping lives. chosen: which rows, one
-    bit each, in np.packbits' order."""
+    call: pages that were read count as memory of the process while their mapping lives. chosen: which rows, one bit
+    each, in np.packbits' order."""
 
     name: str
     length: int

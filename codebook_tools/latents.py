@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from codebook_tools.assignment import nearest, squared_errors
-from codebook_tools.codebook import Codebook
+from codebook_tools.codebook import Codebook, Latents
 from codebook_tools.errors import CodebookError
 from codebook_tools.items import Item
 from codebook_tools.media import Media
@@ -156,6 +156,16 @@ class Sampler:
         rows = torch.from_numpy(order)
         columns = zip(*(columns for _, columns in self._kept), strict=True)
         return keys[order], tuple(torch.cat(column)[rows] for column in columns)
+
+
+def drawn_rows(latents: Latents, seed: int) -> Tensor:
+    """(n, dim) float32: SAMPLE_LIMIT of the latents or all, by their place in the stream, in an order whose heads are
+    uniform samples."""
+    sampler, at = Sampler(seed, SAMPLE_LIMIT), 0
+    for rows in latents:
+        sampler.add(mixed(np.arange(at, at + len(rows), dtype=np.uint64)), 1, rows)
+        at += len(rows)
+    return sampler.columns()[0]
 
 
 def survey(latents: ItemLatents, codebook: Codebook, *, seed: int, limit: int = SAMPLE_LIMIT, watch: Watch) -> Survey:

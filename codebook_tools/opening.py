@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,8 @@ class Request:
     """What is to be worked on, and how. Each field is the command line's option of that name.
 
     model: None for the bundled demo. data: none for the bundled sample. test_data: none for a tenth of data. stats: the
-    counts of an earlier pass, and latents: files of them, in place of images.
+    counts of an earlier pass, and latents: files of them, in place of images. latents_cache: a folder that keeps the
+    calibration latents of running models for the next run. workers: processes that decode ahead; None: as many as help.
     """
 
     model: Path | None = None
@@ -42,7 +44,10 @@ class Request:
     codebook_keys: tuple[str, ...] = ()
     metric: str | None = None
     input_range: tuple[float, float] | None = None
+    latents_cache: Path | None = None
     batch_size: int = 64
+    workers: int | None = None
+    compiled: bool = False
     device: str = "auto"
     precision: str = "fp32"
     seed: int = 0
@@ -54,6 +59,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CodebookError(f"{name.replace('_', '-')}={value} is below 1")
+        if self.workers is not None and self.workers < 0:
+            raise CodebookError(f"workers={self.workers} is below 0")
         if not 0 <= self.seed < 2**63:
             raise CodebookError(f"seed={self.seed} is not within 0 and {2**63 - 1}")
 
@@ -74,6 +81,16 @@ class Opened:
     warnings: list[str] = field(default_factory=list)
     settings: dict[str, object] = field(default_factory=dict)
 
+    def pass_once(self) -> None:
+        """Where calibration data are read once and test data twice, keep none of those and little of these: memory
+        must not grow with the data."""
+        self.calibration.keep(0)
+        self.test.keep(_LITTLE)
+        self.model.kept.limit = _LITTLE
+
+
+_LITTLE = 32 << 20
+
 
 def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> Opened:
     """Read model and data, and find out channels, stride and input range. Raises CodebookError for all that is amiss.
@@ -92,8 +109,12 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
             bf16=request.precision == "bf16",
         )
         splits, medium = _listed(request, model, measuring)
+        model.compiled = request.compiled
+        on_gpu = model.device.type == "cuda"
+        workers = (min(8, _cores()) if on_gpu else 0) if request.workers is None else request.workers
         calibration, test = (
-            Media(items, medium, model.channels, request.skip_bad, watch) for items in (splits.calibration, splits.test)
+            Media(items, medium, model.channels, request.skip_bad, watch, workers=workers, pinned=on_gpu)
+            for items in (splits.calibration, splits.test)
         )
     opened = Opened(request, model, splits, calibration, test, [*model.caveats, *checkpoint.warnings])
     if model.carried:
@@ -123,6 +144,11 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise CodebookError("--device cuda: this torch finds no CUDA device; use --device cpu or auto")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def _cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _listed(request: Request, model: Model, measuring: bool) -> tuple[Splits, Medium]:

@@ -24,7 +24,7 @@ FLOORS = (
     ("strategies", "checkpoints"),
     ("networks",),
     ("models",),
-    ("measure", "tokens", "coverage", "latent_files", "output", "stats"),
+    ("measure", "tokens", "coverage", "latent_files", "latent_cache", "output", "stats"),
     ("finetune", "opening"),
     ("stages", "outcome", "inspection", "comparison", "verification"),
     ("detached", "compare", "downstream"),
