@@ -27,6 +27,7 @@ from codebook_tools.models.stored import changed_codebook, effective_rows, round
 from codebook_tools.opening import Request
 from codebook_tools.outcome import Result, check_request_output, provenance, settings_of, weights_bytes
 from codebook_tools.output import remarks, written_config
+from codebook_tools.processes import part
 from codebook_tools.stats import Stats, read_stats, write_stats
 from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.watch import Watch
@@ -209,7 +210,8 @@ def _with_latents(request: Request, one: _Known, watch: Watch) -> tuple[_Known, 
             test = open_latents([Path(path) for path in request.test_data], one.old.dim)
         else:
             calibration, test = split_latents(calibration)
-        calibration, test = (limited_latents(part, request.limit, request.seed) for part in (calibration, test))
+        calibration, test = (limited_latents(rows, request.limit, request.seed) for rows in (calibration, test))
+        calibration = replace(calibration, part=part())
     with watch.phase("encode"):
         seen = survey(calibration, one.old, seed=request.seed, watch=watch)
     settings: dict[str, object] = {

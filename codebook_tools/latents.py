@@ -16,6 +16,7 @@ from codebook_tools.codebook import Codebook, Latents
 from codebook_tools.errors import CodebookError
 from codebook_tools.items import Item
 from codebook_tools.media import Media
+from codebook_tools.processes import rank
 from codebook_tools.watch import Watch
 
 SAMPLE_LIMIT = 1_000_000
@@ -161,7 +162,7 @@ class Sampler:
 def drawn_rows(latents: Latents, seed: int) -> Tensor:
     """(n, dim) float32: SAMPLE_LIMIT of the latents or all, by their place in the stream, in an order whose heads are
     uniform samples."""
-    sampler, at = Sampler(seed, SAMPLE_LIMIT), 0
+    sampler, at = Sampler(seed, SAMPLE_LIMIT), rank() << 48  # each process has latents of its own
     for rows in latents:
         sampler.add(mixed(np.arange(at, at + len(rows), dtype=np.uint64)), 1, rows)
         at += len(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
@@ -117,16 +118,18 @@ class Media:
                 yield unknown
 
         decoding: Any = _Decoding(self)
-        loader: Any = DataLoader(
-            decoding,
-            batch_size=None,
-            sampler=wanted(),
-            num_workers=self.workers,
-            collate_fn=list,  # as they are: its own way would put each into shared memory, of which containers lack
-            generator=torch.Generator(),  # it draws a seed for the workers: not from ours
-            multiprocessing_context=_CONTEXT,
-        )
-        batches = iter(loader)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of more workers than cores, which somebody asked for
+            loader: Any = DataLoader(
+                decoding,
+                batch_size=None,
+                sampler=wanted(),
+                num_workers=self.workers,
+                collate_fn=list,  # as they are: otherwise each goes through shared memory, of which containers lack
+                generator=torch.Generator(),  # it draws a seed for the workers: not from ours
+                multiprocessing_context=_CONTEXT,
+            )
+            batches = iter(loader)
         while True:
             with self.watch.phase("load"):
                 found = next(batches, None)

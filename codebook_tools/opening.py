@@ -111,7 +111,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         splits, medium = _listed(request, model, measuring)
         model.compiled = request.compiled
         on_gpu = model.device.type == "cuda"
-        workers = (min(8, _cores()) if on_gpu else 0) if request.workers is None else request.workers
+        workers = (_helpful_workers() if on_gpu else 0) if request.workers is None else request.workers
         calibration, test = (
             Media(items, medium, model.channels, request.skip_bad, watch, workers=workers, pinned=on_gpu)
             for items in (splits.calibration, splits.test)
@@ -146,9 +146,10 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def _cores() -> int:
-    """That this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _helpful_workers() -> int:
+    """Its share of the cores for each process that torchrun started here, and no more than keep a GPU busy."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _listed(request: Request, model: Model, measuring: bool) -> tuple[Splits, Medium]:
