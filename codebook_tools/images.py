@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,13 +50,13 @@ def _stored_items(path: Path) -> list[Item]:
         raise CodebookError(f"{path} is not a readable array file: {error}") from error
     if len(arrays) > 1:
         raise CodebookError(f"{path} holds {len(arrays)} arrays; give a .npz with one array of images, or a .npy")
-    return [item for name, array in arrays for item in array_items(name, array, str(path))]
+    return [item for name, array in arrays for item in array_items(name, array)]
 
 
-def array_items(name: str, array: NDArray[np.generic], file: str | None = None) -> list[Item]:
+def array_items(name: str, array: NDArray[np.generic]) -> list[Item]:
     """One item a row, named NAME#row, from (n, height, width) or (n, height, width, 1|3) or (n, 1|3, height, width).
 
-    uint8, or floating point in [0, 1]. file: that it lies in.
+    uint8, or floating point in [0, 1].
     """
     if array.ndim not in (3, 4) or (array.ndim == 4 and 1 not in _channels(array) and 3 not in _channels(array)):
         raise CodebookError(
@@ -63,27 +64,46 @@ def array_items(name: str, array: NDArray[np.generic], file: str | None = None) 
         )
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise CodebookError(f"{name} has dtype {array.dtype}: expected uint8, or floating point in [0, 1]")
-    plain = array.view(np.ndarray)  # rows of a memmap would each carry what the whole knows of its file
-    nbytes = plain[:1].nbytes
-    return [_row_item(f"{name}#{i}", _Row(plain, i), nbytes, file) for i in range(len(plain))]
+    rows: NDArray[Any] | _FileRows = array.view(np.ndarray)
+    file = None
+    if isinstance(array, np.memmap):
+        file = str(array.filename)
+        rows = _FileRows(file, array.offset, array.dtype, array.shape[1:]) if array.flags.c_contiguous else rows
+    nbytes = array[:1].nbytes
+    return [_row_item(f"{name}#{i}", _Row(rows, i), nbytes, file) for i in range(len(array))]
 
 
 def _channels(array: NDArray[np.generic]) -> tuple[int, int]:
     return array.shape[1], array.shape[3]
 
 
+@dataclass(frozen=True, eq=False)
+class _FileRows:
+    """Rows of an array in a file, read when asked for: what is mapped counts as memory once it was touched."""
+
+    file: str
+    start: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def __getitem__(self, number: int) -> NDArray[Any]:
+        count = math.prod(self.shape)
+        at = self.start + number * count * self.dtype.itemsize
+        return np.fromfile(self.file, self.dtype, count, offset=at).reshape(self.shape)
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class _Row:
     """A row of an array: called, its pixels; opened, its bytes."""
 
-    array: NDArray[np.generic]
+    rows: NDArray[Any] | _FileRows
     number: int
 
     def __call__(self, channels: int) -> Values:
-        return decode_row(self.array[self.number], channels)
+        return decode_row(self.rows[self.number], channels)
 
     def open(self) -> BinaryIO:
-        return io.BytesIO(self.array[self.number].tobytes())
+        return io.BytesIO(self.rows[self.number].tobytes())
 
 
 def _row_item(name: str, row: _Row, nbytes: int, file: str | None = None, group: str | None = None) -> Item:
