@@ -71,6 +71,14 @@ def test_changing_a_batch_changes_nothing_that_is_read_later(images_folder: Path
     assert torch.equal(images.load(images.items[:4])[1], before)
 
 
+def test_what_is_kept_of_decoded_values_can_be_limited(images_folder: Path) -> None:
+    images = Images(find_images([images_folder]), 3)
+    images.keep(3 * 16 * 16 * 5)
+    first, second = (list(images.batches(7)) for _ in range(2))
+    assert list(images._cache.values) == images.items[:5] == list(images.subset(images.items[9:])._cache.values)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(first, second, strict=True))
+
+
 # --- workers ---------------------------------------------------------------------------------------------------------
 
 
