@@ -17,6 +17,7 @@ from .options import (
     Init,
     JsonFlag,
     LatentsOption,
+    LongRunOptions,
     MergeMethod,
     ModelArgument,
     ModelOptions,
@@ -129,7 +130,7 @@ def measure(
 
 
 @app.command(epilog="Example: codebook refit model.safetensors --k 128 --data images/")
-@takes(TrainOptions, DataOptions, ModelOptions, WriteOptions, RunOptions)
+@takes(TrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def refit(
     given: dict[str, Any],
     k: Annotated[int, typer.Option("--k", metavar="K", help="Codes of the new codebook.")],
@@ -137,6 +138,9 @@ def refit(
     init: Annotated[Init, typer.Option(help="Where k-means starts; used: at the codes in use.")] = Init.KMEANSPP,
     iterations: Annotated[int, typer.Option(metavar="N", help="At most so many Lloyd iterations.")] = 300,
     stats: StatsOption = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="k-means over all latents, not a million, of --latents or --latents-cache.")
+    ] = False,
     latents: LatentsOption = None,
 ) -> None:
     """Re-Fit: a new codebook by k-means on the latents, then fine-tune with the original encoder and decoder."""
@@ -144,13 +148,13 @@ def refit(
     def strategy(watch: Watch) -> Strategy:
         from codebook_tools.strategies import Refit
 
-        return Refit(k=k, init=init.value, iterations=iterations, seed=given["seed"], watch=watch)
+        return Refit(k=k, init=init.value, iterations=iterations, exact=exact, seed=given["seed"], watch=watch)
 
     operate_on("refit", model, strategy, {**given, "stats": stats, "latents": latents})
 
 
 @app.command(epilog="Example: codebook prune model.safetensors --threshold 0 --data images/")
-@takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, RunOptions)
+@takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def prune(
     given: dict[str, Any],
     model: ModelArgument = None,
@@ -170,7 +174,7 @@ def prune(
 
 
 @app.command(epilog="Example: codebook quantize model.safetensors --k 128 --method pnn --data images/")
-@takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, RunOptions)
+@takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def quantize(
     given: dict[str, Any],
     model: ModelArgument = None,
@@ -191,7 +195,7 @@ def quantize(
 
 
 @app.command(epilog="Example: codebook restart model.safetensors --method error --data images/ --steps 1000")
-@takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, RunOptions)
+@takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def restart(
     given: dict[str, Any],
     model: ModelArgument = None,
@@ -214,7 +218,7 @@ def restart(
 
 
 @app.command(epilog="Example: codebook grow model.safetensors --k 128 --data images/ --steps 1000")
-@takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, RunOptions)
+@takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def grow(
     given: dict[str, Any],
     k: Annotated[int, typer.Option("--k", metavar="K", help="Codes of the new codebook, not fewer than are in use.")],
@@ -233,7 +237,7 @@ def grow(
 
 
 @app.command(epilog="Example: codebook compare model.safetensors --k 128 --data images/ --seeds 3")
-@takes(TrainOptions, DataOptions, ModelOptions, FolderOptions, RunOptions)
+@takes(TrainOptions, DataOptions, ModelOptions, FolderOptions, LongRunOptions)
 def compare(
     given: dict[str, Any],
     k: Annotated[int, typer.Option("--k", metavar="K", help="Codes, for the strategies that take a number.")],
@@ -264,7 +268,7 @@ def compare(
 
 
 @app.command(epilog="Example: codebook finetune model.safetensors --data images/ --steps 2000")
-@takes(TrainOptions, DataOptions, ModelOptions, WriteOptions, RunOptions)
+@takes(TrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def finetune(given: dict[str, Any], model: ModelArgument = None) -> None:
     """Train on with the original encoder and decoder; the codebook keeps its size, and dead codes are revived."""
     operate_on("finetune", model, None, given)
@@ -351,7 +355,7 @@ def _added_command(name: str) -> Any:
     added = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 
     @added.command(name, help=f"The strategy {name}, which another installed distribution adds.")
-    @takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, RunOptions)
+    @takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
     def run(
         given: dict[str, Any],
         model: ModelArgument = None,

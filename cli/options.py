@@ -192,10 +192,17 @@ class FolderOptions:
 @dataclass(frozen=True)
 class RunOptions:
     batch_size: Annotated[int, _run(metavar="N", help="Images at a time, in passes and in training.")] = 64
+    workers: Annotated[
+        int | None,
+        _run(metavar="N", help="Processes that decode ahead, 0 for none. Left out: 0 on a CPU, up to 8 beside a GPU."),
+    ] = None
     device: Annotated[Device, _run(help="Where networks run.")] = Device.AUTO
     precision: Annotated[Precision, _run(help="For the networks; nearest codes are decided in fp32 either way.")] = (
         Precision.FP32
     )
+    compiled: Annotated[
+        bool, _run("--compile", help="Compile the network with torch.compile: worth its minute on long runs.")
+    ] = False
     seed: Annotated[int, _run(metavar="N", help="Seed of everything that is drawn.")] = 0
     deterministic: Annotated[
         bool, _run("--deterministic", help="Only algorithms that repeat bit by bit, on a GPU too.")
@@ -203,6 +210,16 @@ class RunOptions:
     json_: JsonFlag = False
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no warnings.")] = False
     verbose: Annotated[bool, typer.Option("--verbose", help="Also settings, seconds by phase and the trace.")] = False
+
+
+@dataclass(frozen=True)
+class LongRunOptions(RunOptions):
+    """For commands that go over the calibration data."""
+
+    latents_cache: Annotated[
+        Path | None,
+        _run(metavar="DIR", help="Keep the latents of the calibration data there: the next run reads them."),
+    ] = None
 
 
 @dataclass(frozen=True)

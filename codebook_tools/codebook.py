@@ -90,7 +90,8 @@ class Strategy(Protocol):
     counts: (codebook.size,) int64, assignments per code over all of the calibration data.
 
     A class that does without latents says so in an attribute `looks_at`: "counts", or "codebook" where it does without
-    counts, too (then they may all be 0). It can be run on a model whose network nobody has.
+    counts, too (then they may all be 0). It can be run on a model whose network nobody has. One with a true attribute
+    `exact` gets all latents, however many there are; others a sample of a million, in an order whose heads are samples.
     """
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery: ...

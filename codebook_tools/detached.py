@@ -15,7 +15,7 @@ from codebook_tools.assignment import nearest, unit
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
-from codebook_tools.codebook import Codebook, Emit, Strategy, Surgery
+from codebook_tools.codebook import Codebook, Emit, Latents, Strategy, Surgery
 from codebook_tools.coverage import POINTS, reference_distance
 from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.filling import common_sizes, filled, remark
@@ -44,6 +44,8 @@ def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
     if request.latents:
         if request.stats is not None or request.data:
             raise CodebookError("--latents stand in for images and for --stats; leave out --data and --stats")
+        if request.latents_cache is not None:
+            raise CodebookError("--latents lie on disk already; leave out --latents-cache")
         return True
     if request.stats is not None:
         if looks_at == "latents" and not holds_sample(request.stats):
@@ -80,10 +82,11 @@ def _takes_sample(request: Request, strategy: Strategy | None) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Known:
-    """What is known of one codebook's use. seen, test: of its latents; stats: of an earlier pass; or nothing."""
+    """What is known of one codebook's use. calibration, seen, test: its latents; stats: of a pass; or nothing."""
 
     found: FoundCodebook
     old: Codebook
+    calibration: FileLatents | None = None
     seen: Survey | None = None
     test: FileLatents | None = None
     stats: Stats | None = None
@@ -100,8 +103,10 @@ class _Known:
         return torch.bincount(codes, minlength=size).double() * (self.seen.total / len(codes))
 
     def operated(self, strategy: Strategy) -> Surgery:
-        sample = self.seen.sample if self.seen else StoredLatents(torch.empty(0, self.old.dim))
-        return strategy(self.old, sample, self.counts)
+        latents: Latents = self.seen.sample if self.seen else StoredLatents(torch.empty(0, self.old.dim))
+        if self.seen and self.calibration and self.seen.sampled and getattr(strategy, "exact", False):
+            latents = self.calibration
+        return strategy(self.old, latents, self.counts)
 
 
 def measure_detached(request: Request, watch: Watch, stats: Path | None) -> Result:
@@ -225,7 +230,7 @@ def _with_latents(request: Request, one: _Known, watch: Watch) -> tuple[_Known, 
             test = open_latents([Path(path) for path in request.test_data], one.old.dim)
         else:
             calibration, test = split_latents(calibration)
-        calibration, test = (limited_latents(part, request.limit, request.seed) for part in (calibration, test))
+        calibration, test = (limited_latents(rows, request.limit, request.seed) for rows in (calibration, test))
         calibration = replace(calibration, part=processes.part())
     with watch.phase("encode"):
         seen = survey(calibration, one.old, seed=request.seed, watch=watch)
@@ -235,7 +240,7 @@ def _with_latents(request: Request, one: _Known, watch: Watch) -> tuple[_Known, 
         "rows": {"calibration": len(calibration), "test": len(test)},
         "limit": request.limit,
     }
-    return replace(one, seen=seen, test=test), settings
+    return replace(one, calibration=calibration, seen=seen, test=test), settings
 
 
 def _with_sample(one: _Known, path: Path) -> _Known:

@@ -159,7 +159,7 @@ def finetune(
     training_mode(model.network)
     for step in range(1, recipe.steps + 1):
         media, share = next(batches)
-        media = media.to(model.device)
+        media = media.to(model.device, non_blocking=True)
         seen = list[Seen]()
 
         def through(stage: int, latents: Tensor, seen: list[Seen] = seen) -> Tensor:
@@ -246,13 +246,16 @@ def _batches(images: Media, size: int, random: torch.Generator, stand_in: Tensor
     """
     size = min(size, len(images))
     own = processes.own_slice(size)
-    while True:
-        order = torch.randperm(len(images), generator=random).tolist()
-        for start in range(0, len(order) - size + 1, size):
-            items, pixels = images.load([images.items[i] for i in order[start : start + size][own]])
-            readable = int(processes.summed(torch.tensor(len(items)))) if images.skip_bad else size
-            if readable:
-                yield pixels if items else stand_in, len(items) / readable
+
+    def places() -> Iterator[list[int]]:
+        while True:
+            order = torch.randperm(len(images), generator=random).tolist()
+            yield from (order[start : start + size][own] for start in range(0, len(order) - size + 1, size))
+
+    for items, pixels in images.stream(places()):
+        readable = int(processes.summed(torch.tensor(len(items)))) if images.skip_bad else size
+        if readable:
+            yield pixels if items else stand_in, len(items) / readable
 
 
 def _point(step: int, loss: float | None, found: Measurement, revived: int) -> TracePoint:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 import zlib
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,16 +64,50 @@ def array_items(name: str, array: NDArray[np.generic]) -> list[Item]:
         )
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise CodebookError(f"{name} has dtype {array.dtype}: expected uint8, or floating point in [0, 1]")
-    return [_row_item(f"{name}#{i}", array[i]) for i in range(len(array))]
+    rows: NDArray[Any] | _FileRows = array.view(np.ndarray)
+    file = None
+    if isinstance(array, np.memmap):
+        file = str(array.filename)
+        rows = _FileRows(file, array.offset, array.dtype, array.shape[1:]) if array.flags.c_contiguous else rows
+    nbytes = array[:1].nbytes
+    return [_row_item(f"{name}#{i}", _Row(rows, i), nbytes, file) for i in range(len(array))]
 
 
 def _channels(array: NDArray[np.generic]) -> tuple[int, int]:
     return array.shape[1], array.shape[3]
 
 
-def _row_item(name: str, row: NDArray[np.generic], group: str | None = None) -> Item:
-    source = Source(name, row.nbytes, lambda: io.BytesIO(row.tobytes()))
-    return Item(name, source, partial(decode_row, row), group)
+@dataclass(frozen=True, eq=False)
+class _FileRows:
+    """Rows of an array in a file, read when asked for: what is mapped counts as memory once it was touched."""
+
+    file: str
+    start: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def __getitem__(self, number: int) -> NDArray[Any]:
+        count = math.prod(self.shape)
+        at = self.start + number * count * self.dtype.itemsize
+        return np.fromfile(self.file, self.dtype, count, offset=at).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Row:
+    """A row of an array: called, its pixels; opened, its bytes."""
+
+    rows: NDArray[Any] | _FileRows
+    number: int
+
+    def __call__(self, channels: int) -> Values:
+        return decode_row(self.rows[self.number], channels)
+
+    def open(self) -> BinaryIO:
+        return io.BytesIO(self.rows[self.number].tobytes())
+
+
+def _row_item(name: str, row: _Row, nbytes: int, file: str | None = None, group: str | None = None) -> Item:
+    return Item(name, Source(name, nbytes, row.open, file), row, group)
 
 
 def sample_photographs() -> dict[str, NDArray[np.uint8]]:
@@ -89,11 +126,12 @@ def sample_images() -> list[Item]:
     """
     side, block, offset = 32, 53, 7
     return [
-        _row_item(f"{SAMPLE}/{region}/{y:03d}-{x:03d}", photograph[y : y + side, x : x + side], region)
+        _row_item(f"{SAMPLE}/{region}/{y:03d}-{x:03d}", _Row(patch[None], 0), patch.nbytes, group=region)
         for name, photograph in sample_photographs().items()
         for top in range(0, photograph.shape[0] - block + 1, block)
         for left in range(0, photograph.shape[1] - block + 1, block)
         for region in [f"{name}/{top}-{left}"]
         for y in range(top, top + block - side + 1, offset)
         for x in range(left, left + block - side + 1, offset)
+        for patch in [photograph[y : y + side, x : x + side]]
     ]

@@ -19,7 +19,7 @@ Values = NDArray[Any]
 """Decoded values of one item: pixels (channels, height, width) uint8, or a waveform (channels, samples) float32."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Item:
     """One image or clip, not read yet.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from codebook_tools import processes
 from codebook_tools.assignment import nearest, squared_errors
-from codebook_tools.codebook import Codebook
+from codebook_tools.codebook import Codebook, Latents
 from codebook_tools.errors import CodebookError
 from codebook_tools.items import Item
 from codebook_tools.media import Media
@@ -38,10 +38,14 @@ class StoredLatents:
 
 
 class Named(Protocol):
-    """What latents belong to: an image, a clip, a row of a file. digest: SHA-256 of its name."""
+    """What latents belong to: an image or a clip. digest: SHA-256 of its name."""
 
     @property
     def digest(self) -> bytes: ...
+
+
+Hashed = NDArray[np.uint64]
+"""(n,) hashes of names, of what there is too much of to name each."""
 
 
 class ItemLatents(Protocol):
@@ -53,7 +57,7 @@ class ItemLatents(Protocol):
 
     def __len__(self) -> int: ...
 
-    def by_item(self) -> Iterator[tuple[Sequence[Named], Tensor]]: ...
+    def by_item(self) -> Iterator[tuple[Sequence[Named] | Hashed, Tensor]]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,24 +86,31 @@ class EncodedLatents:
         """Items and their latents, (n, positions, dim). Raises CodebookError at the first that is not finite."""
         for items, pixels in self.images.batches(self.batch):
             latents = self.encode(pixels)
-            finite = torch.isfinite(latents).flatten(1).all(1)
-            if not bool(finite.all()):
+            if not all_finite(latents):
+                finite = torch.isfinite(latents).flatten(1).all(1)
                 raise CodebookError(f"the encoder's latents of {items[int(finite.int().argmin())].name} are not finite")
             yield items, latents
 
 
-def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def all_finite(values: Tensor) -> bool:
+    """Of one value at least. In one pass without a mask: it is asked of every batch."""
+    low, high = torch.aminmax(values)  # which hand on a NaN
+    return bool(low.isfinite() & high.isfinite())
+
+
+def mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """splitmix64's finaliser (Steele, Lea and Flood 2014): a bijection of 64-bit words that looks random."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def sample_keys(items: Sequence[Named], positions: int, seed: int) -> NDArray[np.uint64]:
+def sample_keys(items: Sequence[Named] | Hashed, positions: int, seed: int) -> NDArray[np.uint64]:
     """(len(items) * positions,) hashes of seed, item name and position: a latent's place in the sampling order."""
-    names = np.array([int.from_bytes(item.digest[24:], "big") for item in items], dtype=np.uint64)
-    salted = _mixed(names ^ _mixed(np.array([seed % 2**64], dtype=np.uint64)))
-    return _mixed(salted[:, None] + np.arange(positions, dtype=np.uint64)[None, :]).ravel()
+    if not isinstance(items, np.ndarray):
+        items = np.array([int.from_bytes(item.digest[24:], "big") for item in items], dtype=np.uint64)
+    salted = mixed(items ^ mixed(np.array([seed % 2**64], dtype=np.uint64)))
+    return mixed(salted[:, None] + np.arange(positions, dtype=np.uint64)[None, :]).ravel()
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +150,7 @@ class Sampler:
         self._kept: list[tuple[NDArray[np.uint64], tuple[Tensor, ...]]] = []
         self._held, self._ceiling = 0, np.uint64(2**64 - 1)
 
-    def add(self, items: Sequence[Named], positions: int, *columns: Tensor) -> None:
+    def add(self, items: Sequence[Named] | Hashed, positions: int, *columns: Tensor) -> None:
         """columns: (len(items) * positions, ...) each, of the items' latents in order."""
         self.add_hashed(sample_keys(items, positions, self._seed), *columns)
 
@@ -196,6 +207,16 @@ def smallest(samples: Iterable[Sample], limit: int) -> Sample:
     for sample in samples:
         sampler.add_hashed(sample.hashes.numpy(), sample.vectors)
     return sampler.sample()
+
+
+def drawn_rows(latents: Latents, seed: int) -> Tensor:
+    """(n, dim) float32: SAMPLE_LIMIT of the latents or all, by their place in the stream, in an order whose heads are
+    uniform samples."""
+    sampler, at = Sampler(seed, SAMPLE_LIMIT), processes.rank() << 48  # each process has latents of its own
+    for rows in latents:
+        sampler.add(mixed(np.arange(at, at + len(rows), dtype=np.uint64)), 1, rows)
+        at += len(rows)
+    return sampler.columns(processes.count())[0]
 
 
 def survey(latents: ItemLatents, codebook: Codebook, *, seed: int, limit: int = SAMPLE_LIMIT, watch: Watch) -> Survey:

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from codebook_tools.errors import CodebookError, one_line
-from codebook_tools.items import Item, Medium
+from codebook_tools.items import Item, Medium, Values
 from codebook_tools.watch import Watch
 
 CACHE_BYTES = 2 << 30
 """Decoded values are kept up to this many bytes."""
+
+Decoded = Values | Exception
+"""Of one item: what it holds, or why it cannot be read."""
 
 
 @dataclass
 class _Cache:
     values: dict[Item, Tensor] = field(default_factory=dict)
     nbytes: int = 0
+    limit: int = field(default_factory=lambda: CACHE_BYTES)
 
     def add(self, item: Item, values: Tensor) -> None:
         """Keep it where there is room."""
-        if self.nbytes + values.nbytes <= CACHE_BYTES:
+        if self.nbytes + values.nbytes <= self.limit:
             self.values[item] = values
             self.nbytes += values.nbytes
 
@@ -36,7 +42,8 @@ class Media:
 
     channels: 1 or 3 of images, any number of waveforms. skip_bad: leave out what cannot be read, where CodebookError is
     raised otherwise. part: which of how many parts of the batches a pass over them sees, where others see the rest.
-    bad: names of items left out, and the reasons.
+    workers: processes that decode ahead; 0: this one does, when asked. pinned: batches lie in memory that a GPU copies
+    from by itself. bad: names of items left out, and the reasons.
     """
 
     items: list[Item]
@@ -45,6 +52,8 @@ class Media:
     skip_bad: bool = False
     watch: Watch = field(default_factory=Watch, repr=False)
     part: tuple[int, int] = (0, 1)
+    workers: int = 0
+    pinned: bool = False
     bad: dict[str, str] = field(default_factory=dict)
     _cache: _Cache = field(default_factory=_Cache, repr=False)
     _first: tuple[Item, tuple[int, ...]] | None = None
@@ -64,36 +73,89 @@ class Media:
         whole.part = (0, 1)
         return whole
 
+    def keep(self, nbytes: int) -> None:
+        """Keep so many bytes of decoded values at most from now on: none where no item is read twice."""
+        self._cache.limit = nbytes
+
     def batches(self, size: int) -> Iterator[tuple[list[Item], Tensor]]:
         """Items and their values as `load` returns them, in order, `size` at a time; those of `part` alone, so that the
         batches of all parts together are those of the whole."""
         mine, parts = self.part
-        for start in range(mine * size, len(self.items), parts * size):
-            items, values = self.load(self.items[start : start + size])
-            if items:
-                yield items, values
+        starts = range(mine * size, len(self.items), parts * size)
+        batches = self.stream(range(start, min(start + size, len(self.items))) for start in starts)
+        return ((items, values) for items, values in batches if items)
+
+    def stream(self, places: Iterable[Sequence[int]]) -> Iterator[tuple[list[Item], Tensor]]:
+        """As `load` of the items at these places, list by list; the workers are some lists ahead."""
+        ahead = self.workers and any(not self._known(item) for item in self.items)
+        for items, decoded in self._ahead(places) if ahead else ((self._at(its), {}) for its in places):
+            yield self._batch(items, decoded)
 
     def load(self, items: Sequence[Item]) -> tuple[list[Item], Tensor]:
         """The readable ones of `items` and their values, float32: images (n, channels, height, width) in [0, 1], or
         waveforms (n, channels, samples) in [-1, 1]."""
+        return self._batch(items, {})
+
+    def _at(self, places: Sequence[int]) -> list[Item]:
+        return [self.items[place] for place in places]
+
+    def _batch(self, items: Sequence[Item], decoded: dict[Item, Decoded]) -> tuple[list[Item], Tensor]:
+        """decoded: those of the items that somebody has decoded already."""
         with self.watch.phase("load"):
-            loaded = [(item, values) for item in items if (values := self._values(item)) is not None]
+            loaded = [(item, values) for item in items if (values := self._values(item, decoded)) is not None]
             if not loaded:
                 return [], torch.empty(0)
-            stacked = torch.stack([values for _, values in loaded])
-            return [item for item, _ in loaded], stacked.float().div_(self.medium.unit)
+            stacked = torch.stack([values for _, values in loaded]).float().div_(self.medium.unit)
+            return [item for item, _ in loaded], stacked.pin_memory() if self.pinned else stacked
 
-    def _values(self, item: Item) -> Tensor | None:
+    def _ahead(self, places: Iterable[Sequence[int]]) -> Iterator[tuple[list[Item], dict[Item, Decoded]]]:
+        """Lists of items, and what the workers made of those that were not known yet."""
+        from torch.utils.data import DataLoader
+
+        drawn = deque[tuple[list[Item], list[int]]]()
+
+        def wanted() -> Iterator[list[int]]:
+            for its in places:
+                items = self._at(its)
+                unknown = [place for place, item in zip(its, items, strict=True) if not self._known(item)]
+                drawn.append((items, unknown))
+                yield unknown
+
+        decoding: Any = _Decoding(self)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of more workers than cores, which somebody asked for
+            loader: Any = DataLoader(
+                decoding,
+                batch_size=None,
+                sampler=wanted(),
+                num_workers=self.workers,
+                collate_fn=list,  # as they are: otherwise each goes through shared memory, of which containers lack
+                generator=torch.Generator(),  # it draws a seed for the workers: not from ours
+                multiprocessing_context=_CONTEXT,
+            )
+            batches = iter(loader)
+        while True:
+            with self.watch.phase("load"):
+                found = next(batches, None)
+            if found is None:
+                return
+            items, unknown = drawn.popleft()
+            yield items, dict(zip(self._at(unknown), found, strict=True))
+
+    def _known(self, item: Item) -> bool:
+        return item in self._cache.values or item.name in self.bad
+
+    def _values(self, item: Item, decoded: dict[Item, Decoded]) -> Tensor | None:
         values = self._cache.values.get(item)
         if values is not None:
             return values
         if item.name in self.bad:
             return None
-        try:
-            values = torch.tensor(self.medium.fitted(item.decode(self.channels)))
-        except Exception as error:  # decoders raise whatever they like on a damaged file
-            self._leave_out(item, error)
+        found = decoded[item] if item in decoded else self.decode(item)
+        if isinstance(found, Exception):
+            self._leave_out(item, found)
             return None
+        values = torch.tensor(found)
         first, shape = self._first = self._first or (item, tuple(values.shape))
         if tuple(values.shape) != shape:
             this, other = ("x".join(map(str, reversed(sides))) for sides in (values.shape[1:], shape[1:]))
@@ -103,6 +165,13 @@ class Media:
         self._cache.add(item, values)
         return values
 
+    def decode(self, item: Item) -> Decoded:
+        """The item's values as the model takes them, in the medium's own numbers, or why there are none."""
+        try:
+            return self.medium.fitted(item.decode(self.channels))
+        except Exception as error:  # decoders raise whatever they like on a damaged file
+            return error
+
     def _leave_out(self, item: Item, error: Exception) -> None:
         reason, one, many = one_line(error), self.medium.one, self.medium.many
         if not self.skip_bad:
@@ -110,3 +179,19 @@ class Media:
         self.bad[item.name] = reason
         if len(self.bad) >= len(self.items) and all(item.name in self.bad for item in self.items):
             raise CodebookError(f"none of the {len(self)} {many} can be read, the last one {item}: {reason}") from error
+
+
+_CONTEXT = "fork" if "fork" in torch.multiprocessing.get_all_start_methods() else None
+"""How workers start: by a fork they have the items at once, where the others would copy every one."""
+
+
+class _Decoding:
+    """What a worker does: lists of places in `media.items` to decoded items."""
+
+    def __init__(self, media: Media) -> None:
+        self._media = media
+
+    def __getitem__(self, places: list[int]) -> list[Decoded]:
+        found = [self._media.decode(self._media.items[place]) for place in places]
+        # As text: an exception may hold what does not travel between processes.
+        return [ValueError(one_line(its)) if isinstance(its, Exception) else its for its in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,8 @@ class Request:
     """What is to be worked on, and how. Each field is the command line's option of that name.
 
     model: None for the bundled demo. data: none for the bundled sample. test_data: none for a tenth of data. stats: the
-    counts of an earlier pass, and latents: files of them, in place of images.
+    counts of an earlier pass, and latents: files of them, in place of images. latents_cache: a folder that keeps the
+    calibration latents of running models for the next run. workers: processes that decode ahead; None: as many as help.
     """
 
     model: Path | None = None
@@ -43,7 +45,10 @@ class Request:
     codebook_keys: tuple[str, ...] = ()
     metric: str | None = None
     input_range: tuple[float, float] | None = None
+    latents_cache: Path | None = None
     batch_size: int = 64
+    workers: int | None = None
+    compiled: bool = False
     device: str = "auto"
     precision: str = "fp32"
     seed: int = 0
@@ -55,6 +60,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CodebookError(f"{name.replace('_', '-')}={value} is below 1")
+        if self.workers is not None and self.workers < 0:
+            raise CodebookError(f"workers={self.workers} is below 0")
         if not 0 <= self.seed < 2**63:
             raise CodebookError(f"seed={self.seed} is not within 0 and {2**63 - 1}")
 
@@ -80,6 +87,16 @@ class Opened:
         found = processes.each(self.calibration.bad | self.test.bad)
         return {name: reason for bad in found for name, reason in bad.items()}
 
+    def pass_once(self) -> None:
+        """Where calibration data are read once and test data twice, keep none of those and little of these: memory
+        must not grow with the data."""
+        self.calibration.keep(0)
+        self.test.keep(_LITTLE)
+        self.model.kept.limit = _LITTLE
+
+
+_LITTLE = 32 << 20
+
 
 def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> Opened:
     """Read model and data, and find out channels, stride and input range. Raises CodebookError for all that is amiss.
@@ -99,8 +116,20 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
             bf16=request.precision == "bf16",
         )
         splits, medium = _listed(request, model, measuring)
+        model.compiled = request.compiled
+        on_gpu = model.device.type == "cuda"
+        workers = (_helpful_workers() if on_gpu else 0) if request.workers is None else request.workers
         calibration, test = (
-            Media(items, medium, model.channels, request.skip_bad, watch, processes.part())
+            Media(
+                items,
+                medium,
+                model.channels,
+                request.skip_bad,
+                watch,
+                processes.part(),
+                workers=workers,
+                pinned=on_gpu,
+            )
             for items in (splits.calibration, splits.test)
         )
     opened = Opened(request, model, splits, calibration, test, [*model.caveats, *checkpoint.warnings])
@@ -133,6 +162,12 @@ def _device(name: str) -> torch.device:
     if not available or name == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device()) if processes.count() > 1 else torch.device("cuda")
+
+
+def _helpful_workers() -> int:
+    """Its share of the cores for each process that torchrun started here, and no more than keep a GPU busy."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _listed(request: Request, model: Model, measuring: bool) -> tuple[Splits, Medium]:

@@ -101,13 +101,16 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         return operate_detached(command, request, strategy, watch)
     opened = open_request(request, watch)
     model = opened.model
+    if not recipe.steps and len(model.books) == 1:
+        opened.pass_once()
     if asked := asked_size(strategy, model.books[model.chosen[0]].codebook.size):
         check_request_output(request, command, asked)
     require_training_data(opened, recipe)
     seen = calibrate(opened, watch)
     if seen.first.sampled:
         few, all_ = len(seen.first.sample), seen.first.total
-        opened.warnings.append(f"k-means and index maps see a sample of {few:,} of {all_:,} latents")
+        what = "index maps see" if getattr(strategy, "exact", False) else "k-means and index maps see"
+        opened.warnings.append(f"{what} a sample of {few:,} of {all_:,} latents")
     with watch.phase("measure"):
         latents = encoder_latents(opened)
     before = measure_stage(opened, latents, watch)

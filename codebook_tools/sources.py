@@ -19,17 +19,18 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)  # slots: there are hundreds of thousands of them
 class Source:
     """What is stored under one name, not read yet.
 
     name: its path relative to what was given. nbytes: its length, known without reading. open: its bytes as a stream
-    that can be read from any place.
+    that can be read from any place. file: that they lie in; None where they lie in memory.
     """
 
     name: str
     nbytes: int
     open: Callable[[], BinaryIO] = field(repr=False)
+    file: str | None = None
 
     def read(self) -> bytes:
         with self.open() as stream:
@@ -52,11 +53,16 @@ def find_sources(path: Path, suffixes: tuple[str, ...]) -> list[Source] | None:
         return _in_folder(path, suffixes)
     if path.suffix.lower() == ".tar":
         return _in_tar(path, suffixes)
-    return [Source(path.name, nbytes, partial(_open, path))] if path.suffix.lower() in suffixes else None
+    return [_whole(path.name, nbytes, path)] if path.suffix.lower() in suffixes else None
 
 
-def _open(file: Path) -> BinaryIO:
-    return file.open("rb")
+def _whole(name: str, nbytes: int, path: Path) -> Source:
+    file = str(path)
+    return Source(name, nbytes, partial(_open, file), file)
+
+
+def _open(file: str) -> BinaryIO:
+    return open(file, "rb")
 
 
 def _counts(name: str, suffixes: tuple[str, ...]) -> bool:
@@ -67,7 +73,7 @@ def _counts(name: str, suffixes: tuple[str, ...]) -> bool:
 
 def _in_folder(folder: Path, suffixes: tuple[str, ...]) -> list[Source]:
     return [
-        Source(name, nbytes, partial(_open, file))
+        _whole(name, nbytes, file)
         for file in _files(folder)
         if _counts(name := file.relative_to(folder).as_posix(), suffixes) and (nbytes := _length(file)) is not None
     ]
@@ -103,32 +109,33 @@ def _in_tar(path: Path, suffixes: tuple[str, ...]) -> list[Source]:
             members = {posixpath.normpath(m.name): m for m in archive if m.isfile() or m.islnk() or m.issym()}
     except (tarfile.TarError, EOFError, OSError) as error:
         raise CodebookError(f"{path} is not a readable, uncompressed tar: {error}") from error
-    return [_member(path, name, members) for name in members if _counts(name, suffixes)]
+    file = str(path)
+    return [_member(file, name, members) for name in members if _counts(name, suffixes)]
 
 
-def _member(path: Path, name: str, members: dict[str, tarfile.TarInfo]) -> Source:
+def _member(file: str, name: str, members: dict[str, tarfile.TarInfo]) -> Source:
     """A member, or the one it links to: GNU tar stores a file that has two names once."""
     member = members[name]
     if not member.isfile():
         target = member.linkname if member.islnk() else posixpath.join(posixpath.dirname(name), member.linkname)
         member = members.get(posixpath.normpath(target), member)
     if not member.isfile():
-        return Source(name, 0, partial(_refuse_link, member.linkname))
-    return Source(name, member.size, partial(_open_range, path, member.offset_data, member.size))
+        return Source(name, 0, partial(_refuse_link, member.linkname), file)
+    return Source(name, member.size, partial(_open_range, file, member.offset_data, member.size), file)
 
 
 def _refuse_link(target: str) -> BinaryIO:
     raise ValueError(f"it is a link to {target}, which is no file of the tar")
 
 
-def _open_range(path: Path, start: int, length: int) -> BinaryIO:
+def _open_range(path: str, start: int, length: int) -> BinaryIO:
     return io.BufferedReader(_Range(path, start, length))
 
 
 class _Range(io.RawIOBase):
     """`length` bytes of a file, from `start` on, as a file of their own."""
 
-    def __init__(self, path: Path, start: int, length: int) -> None:
+    def __init__(self, path: str, start: int, length: int) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
         self._start, self._length, self._at = start, length, 0
 

@@ -16,7 +16,8 @@ from codebook_tools.coverage import reference_distance, reference_latents
 from codebook_tools.errors import CodebookError
 from codebook_tools.filling import common_sizes, filled, remark
 from codebook_tools.finetune import FineTuned, Recipe, finetune
-from codebook_tools.latents import Survey, survey
+from codebook_tools.latent_cache import CachedLatents, cached
+from codebook_tools.latents import EncodedLatents, Survey, survey
 from codebook_tools.measure import Measurement, collect, measurement_of
 from codebook_tools.models.model import Book
 from codebook_tools.opening import Opened
@@ -76,11 +77,16 @@ def calibration_tokens(opened: Opened, watch: Watch) -> tuple[Tokens, ...]:
         return tokenise(opened.model, opened.calibration, seed=request.seed, batch=request.batch_size, watch=watch)
 
 
-def _survey(opened: Opened, stage: int, watch: Watch) -> Survey:
+def _latents(opened: Opened, stage: int) -> EncodedLatents | CachedLatents:
+    """All calibration latents that meet the book `stage`."""
     request, model = opened.request, opened.model
+    return cached(request.latents_cache, model.latents(opened.calibration, request.batch_size, stage), model, stage)
+
+
+def _survey(opened: Opened, stage: int, watch: Watch) -> Survey:
     with watch.phase("encode"):
-        stream = model.latents(opened.calibration, request.batch_size, stage)
-        return survey(stream, model.books[stage].codebook, seed=request.seed, watch=watch)
+        codebook = opened.model.books[stage].codebook
+        return survey(_latents(opened, stage), codebook, seed=opened.request.seed, watch=watch)
 
 
 def on_cpu(book: Book) -> Codebook:
@@ -126,8 +132,15 @@ def perform(opened: Opened, strategy: Strategy, seen: Calibration, watch: Watch)
         found = seen.first if stage == model.chosen[0] else _survey(opened, stage, watch)
         counts[stage] = found.counts
         with watch.phase("strategy"), _named(model.books[stage].key, several=len(model.books) > 1):
+            whole = found.sampled and getattr(strategy, "exact", False)
+            if whole and opened.request.latents_cache is None:
+                raise CodebookError(
+                    f"--exact goes over {found.total:,} latents many times: keep them with --latents-cache DIR, or "
+                    f"leave it out for k-means on {len(found.sample):,} of them"
+                )
+            latents = _latents(opened, stage) if whole else found.sample
             # Strategies see the same everywhere, but machines that differ may round differently.
-            surgeries[stage] = processes.of_first(strategy(before[stage], found.sample, found.counts))
+            surgeries[stage] = processes.of_first(strategy(before[stage], latents, found.counts))
         model.install(surgeries[stage].codebook, stage)
     asked = [book.codebook.size for book in model.books]
     sizes = common_sizes([book.size for book in before], asked, model.power_of_two)

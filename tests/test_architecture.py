@@ -29,7 +29,10 @@ FLOORS = (
     ("strategies", "checkpoints"),
     ("networks",),
     ("models",),
-    ("measure", "tokens", "coverage", "latent_files", "output", "stats", "losses", "quantiser", "trainable"),
+    (
+        *("measure", "tokens", "coverage", "latent_files", "latent_cache", "output", "stats"),
+        *("losses", "quantiser", "trainable"),
+    ),
     ("finetune", "opening"),
     ("stages", "outcome", "inspection", "comparison", "verification"),
     ("detached", "compare", "downstream", "merging"),

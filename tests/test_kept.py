@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.models import kept
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 
@@ -64,11 +63,9 @@ def test_training_is_never_served_from_what_was_kept(counted: tuple[Model, list[
     assert model.encode(image_tensor).requires_grad and model.encode(image_tensor).requires_grad and len(asked) == 3
 
 
-def test_beyond_the_limit_nothing_more_is_kept(
-    counted: tuple[Model, list[Tensor]], image_tensor: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_beyond_the_limit_nothing_more_is_kept(counted: tuple[Model, list[Tensor]], image_tensor: Tensor) -> None:
     model, asked = counted
-    monkeypatch.setattr(kept, "LIMIT", 1)
+    model.kept.limit = 1
     with torch.no_grad():
         assert torch.equal(model.encode(image_tensor), model.encode(image_tensor)) and len(asked) == 2
 

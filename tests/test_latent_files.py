@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from codebook_tools.errors import CodebookError
 from codebook_tools.latent_files import FileLatents, limited_latents, open_latents, split_latents
+from codebook_tools.latents import mixed
 
 DIM = 3
 ROWS = torch.randn(200, DIM, generator=torch.Generator().manual_seed(0))
@@ -36,7 +38,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def names(latents: FileLatents) -> list[str]:
-    return [row.name for rows, _ in latents.by_item() for row in rows]  # type: ignore[attr-defined]
+    return [f"{file.name}#{number}" for file in latents.files for rows in file.blocks() for number in rows]
 
 
 def rows_of(latents: FileLatents) -> Tensor:
@@ -63,8 +65,6 @@ def test_files_follow_one_another_and_rows_are_named_by_file_and_number(write: W
     assert names(latents) == ["b.safetensors#0", "b.safetensors#1", "a.npy#0", "a.npy#1", "a.npy#2"]
     assert torch.equal(rows_of(latents), ROWS[:5])
     assert all(found.shape == (len(items), 1, DIM) for items, found in latents.by_item())
-    (first, *_), _ = next(latents.by_item())
-    assert first.digest == hashlib.sha256(b"b.safetensors#0").digest()
 
 
 @pytest.mark.parametrize("ending", [".npy", ".safetensors"])
@@ -77,7 +77,7 @@ def test_files_are_mapped_not_read(ending: str, write: Write) -> None:
         file.seek(len(content) - 4)
         file.write(np.float32(7).tobytes())
     assert rows_of(latents)[-1, -1] == 7
-    latents.files[0][1][0] = 5.0
+    latents.files[0].mapped()[0] = 5.0
     assert path.read_bytes()[:-4] == content[:-4]
 
 
@@ -86,6 +86,25 @@ def test_many_rows_come_in_batches(write: Write, monkeypatch: pytest.MonkeyPatch
     latents = open_latents([write("a.npy"), write("b.npy", ROWS[:10])], DIM)
     assert [len(rows) for rows, _ in latents.by_item()] == [64, 64, 64, 8, 10]
     assert torch.equal(rows_of(latents), torch.cat([ROWS, ROWS[:10]]))
+
+
+def test_the_parts_of_a_pass_are_its_batches_in_turn(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("codebook_tools.latent_files._BATCH", 64)
+    latents, _ = split_latents(open_latents([write("a.npy"), write("b.npy", ROWS[:90])], DIM))
+    whole = [rows.tolist() for rows in latents]
+    parts = [[rows.tolist() for rows in replace(latents, part=(i, 3))] for i in range(3)]
+    assert [parts[i % 3][i // 3] for i in range(len(whole))] == whole and sum(map(len, parts)) == len(whole)
+
+
+def test_hashes_do_not_depend_on_which_rows_are_chosen(write: Write) -> None:
+    file = open_latents([write("a.npy")], DIM).files[0]
+    word = int.from_bytes(hashlib.sha256(b"a.npy").digest()[24:], "big")
+    every = dict(zip(range(200), file.hashes(np.arange(200)).tolist(), strict=True))
+    assert len(set(every.values())) == 200
+    assert every[7] == int(mixed(np.array([(word + 7) % 2**64], dtype=np.uint64))[0])
+    few = file.where(lambda numbers: numbers % 3 == 1)
+    assert [file.hashes(numbers).tolist() for numbers in few.blocks()] == [[every[i] for i in range(1, 200, 3)]]
+    assert torch.equal(few.rows(next(few.blocks())), ROWS[1::3])
 
 
 # --- who goes where ------------------------------------------------------------------------------------------------
@@ -116,11 +135,12 @@ def test_a_limit_draws_rows_by_seed_and_name_alone(write: Write) -> None:
     latents = open_latents([a, b], DIM)
     assert limited_latents(latents, None, 0) is limited_latents(latents, 400, 0) is latents
     drawn = limited_latents(latents, 50, seed=3)
-    assert len(drawn) == 50 == len(set(names(drawn))) and {len(part) for part in drawn.chosen} != {50, 0}
+    assert len(drawn) == 50 == len(set(names(drawn))) and {file.count for file in drawn.files} != {50, 0}
     assert set(names(limited_latents(latents, 20, seed=3))) < set(names(drawn)) < set(names(latents))
     assert set(names(limited_latents(open_latents([b, a], DIM), 50, seed=3))) == set(names(drawn))
     assert set(names(limited_latents(latents, 50, seed=4))) != set(names(drawn))
-    assert all(bool((np.diff(part) > 0).all()) for part in drawn.chosen)  # files are read forwards
+    numbers = [np.concatenate(list(file.blocks())) for file in drawn.files]
+    assert all(bool((np.diff(part) > 0).all()) for part in numbers)  # files are read forwards
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -151,7 +171,7 @@ def test_the_first_latent_that_is_not_finite_is_named(value: float, write: Write
     latents = open_latents([write("good.npy"), write("bad.npy", rows)], DIM)
     with pytest.raises(CodebookError, match=r"latent bad\.npy#150 is not finite"):
         rows_of(latents)
-    held_out = FileLatents(latents.files, (np.arange(3), np.array([7, 170])))
+    held_out = FileLatents(tuple(file.where(lambda numbers: np.isin(numbers, [7, 170])) for file in latents.files))
     with pytest.raises(CodebookError, match=r"latent bad\.npy#170 is not finite"):
         rows_of(held_out)
 

@@ -171,12 +171,12 @@ def mixed(x: int) -> int:
 
 def test_the_hash_is_splitmix64s_as_published() -> None:
     """The generator adds 0x9E3779B97F4A7C15 to its state and finalises: the first number from 0, and from 1234567."""
-    from codebook_tools.latents import _mixed
+    from codebook_tools.latents import mixed as ours
 
     gamma = 0x9E3779B97F4A7C15
     assert mixed(gamma) == 0xE220A8397B1DCDAF and mixed(1234567 + gamma) == 6457827717110365317
     values = [0, 1, gamma, 1234567 + gamma, 2**64 - 1, 2**63]
-    assert _mixed(np.array(values, dtype=np.uint64)).tolist() == [mixed(x) for x in values]
+    assert ours(np.array(values, dtype=np.uint64)).tolist() == [mixed(x) for x in values]
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**64 - 1, 2**70 + 3])

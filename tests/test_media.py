@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import count, islice
+from multiprocessing import active_children
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,6 +17,7 @@ import pytest
 import torch
 from drawing import as_tensor, fakes, names, picture, put, read
 from sources_of_images import Images, find_images
+from torch import Tensor
 
 from codebook_tools import media as media_module
 from codebook_tools.errors import CodebookError
@@ -64,6 +71,80 @@ def test_changing_a_batch_changes_nothing_that_is_read_later(images_folder: Path
     assert torch.equal(images.load(images.items[:4])[1], before)
 
 
+def test_what_is_kept_of_decoded_values_can_be_limited(images_folder: Path) -> None:
+    images = Images(find_images([images_folder]), 3)
+    images.keep(3 * 16 * 16 * 5)
+    first, second = (list(images.batches(7)) for _ in range(2))
+    assert list(images._cache.values) == images.items[:5] == list(images.subset(images.items[9:])._cache.values)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(first, second, strict=True))
+
+
+# --- workers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("cache", [0, 3 * 16 * 16 * 20, 2 << 30])
+@pytest.mark.parametrize("source", ["folder", "tar", "array"])
+def test_workers_give_the_same_values_in_the_same_order(
+    workers: int, cache: int, source: str, images_folder: Path, images_tar: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "x.npy", picture(0, (40, 16, 16, 3)))
+    items = find_images([{"folder": images_folder, "tar": images_tar, "array": tmp_path / "x.npy"}[source]])
+    alone, helped = Images(items, 3), Images(items, 3)
+    helped.workers = workers
+    helped.keep(cache)
+    places = [[5, 3, 5], [1], [], *([i, 2] for i in range(25))]
+    for _ in range(2):
+        state = torch.get_rng_state()
+        assert same_batches(helped.batches(7), alone.batches(7)) and same_batches(
+            helped.stream(places), alone.stream(places)
+        )
+        assert torch.equal(torch.get_rng_state(), state)  # what is drawn elsewhere does not depend on them
+
+
+def same_batches(a: Iterator[tuple[list[Item], Tensor]], b: Iterator[tuple[list[Item], Tensor]]) -> bool:
+    return all(names(x) == names(y) and torch.equal(p, q) for (x, p), (y, q) in zip(a, b, strict=True))
+
+
+def test_an_endless_stream_ends_with_its_workers(images_folder: Path) -> None:
+    images = Images(find_images([images_folder]), 3)
+    images.workers = 2
+    images.keep(0)
+    stream = images.stream([i % 60] for i in count())
+    first = [names(items) for items, _ in islice(stream, 100)]
+    assert first == [[images.items[i % 60].name] for i in range(100)] and len(active_children()) == 2
+    stream.close()
+    assert active_children() == []
+
+
+def test_an_interrupt_leaves_no_workers_behind(images_folder: Path) -> None:
+    program = """
+import itertools, sys
+sys.path.insert(0, sys.argv[2])
+from multiprocessing import active_children
+from sources_of_images import Images, find_images
+images = Images(find_images([sys.argv[1]]), 3)
+images.workers = 2
+images.keep(0)
+for n, _ in enumerate(images.stream([i % 60] for i in itertools.count())):
+    if n == 10:
+        print(*(child.pid for child in active_children()), flush=True)
+"""
+    running = subprocess.Popen(
+        [sys.executable, "-c", program, str(images_folder), str(Path(__file__).parent)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert running.stdout is not None
+    workers = [int(pid) for pid in running.stdout.readline().split()]
+    running.send_signal(signal.SIGINT)
+    assert running.wait(60) != 0 and len(workers) == 2
+    for pid in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
 # --- unreadable items ------------------------------------------------------------------------------------------------
 
 
@@ -85,6 +166,11 @@ def test_a_file_that_the_system_refuses_is_named_with_its_reason(
     assert split(fakes(50), items).test == items  # whether it is also in the data, nobody can tell
 
 
+@pytest.fixture(params=[0, 2], ids=["alone", "workers"])
+def workers(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture
 def one_bad(tmp_path: Path) -> Path:
     """Six images, of which c.png is cut off."""
@@ -94,15 +180,19 @@ def one_bad(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_an_unreadable_image_is_named_with_the_way_out(one_bad: Path) -> None:
+def test_an_unreadable_image_is_named_with_the_way_out(one_bad: Path, workers: int) -> None:
     source = Images(find_images([one_bad]), 3)
+    source.workers = workers
     with pytest.raises(CodebookError, match=r"cannot read image c\.png: .*--skip-bad"):
         list(source.batches(2))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 100])
-def test_with_skip_bad_the_others_are_read_and_the_bad_one_is_noted_once(one_bad: Path, batch: int) -> None:
+def test_with_skip_bad_the_others_are_read_and_the_bad_one_is_noted_once(
+    one_bad: Path, batch: int, workers: int
+) -> None:
     source = Images(find_images([one_bad]), 3, skip_bad=True)
+    source.workers = workers
     for _ in range(2):
         read_names = [item.name for items, _ in source.batches(batch) for item in items]
         assert read_names == ["a.png", "b.png", "d.png", "e.png", "f.png"]
@@ -111,11 +201,13 @@ def test_with_skip_bad_the_others_are_read_and_the_bad_one_is_noted_once(one_bad
     assert torch.equal(pixels, as_tensor(*(picture(i, (32, 32, 3)) for i in (0, 1, 3, 4, 5))))
 
 
-def test_when_every_image_is_unreadable_skip_bad_is_an_error(tmp_path: Path) -> None:
+def test_when_every_image_is_unreadable_skip_bad_is_an_error(tmp_path: Path, workers: int) -> None:
     for name in "ab":
         (tmp_path / f"{name}.png").write_bytes(b"no image")
+    source = Images(find_images([tmp_path]), 3, skip_bad=True)
+    source.workers = workers
     with pytest.raises(CodebookError, match="none of the 2 images can be read"):
-        list(Images(find_images([tmp_path]), 3, skip_bad=True).batches(10))
+        list(source.batches(10))
 
 
 def test_bad_images_of_one_subset_do_not_condemn_another(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ LIMIT = 1 << 30
 
 
 class Kept:
-    """Encoded batches by their content. A training step, or weights that are loaded, empty it."""
+    """Encoded batches by their content. A training step, or weights that are loaded, empty it. limit: in bytes."""
 
     def __init__(self) -> None:
+        self.limit = LIMIT
         self._version = -1
         self._found: dict[object, Any] = {}
         self._nbytes = 0
@@ -34,7 +35,7 @@ class Kept:
             return deepcopy(self._found[key])
         made = encode()
         nbytes = _bytes_of(made)
-        if self._nbytes + nbytes <= LIMIT:  # a copy: what comes after the encoder may write into what it was given
+        if self._nbytes + nbytes <= self.limit:  # a copy: what comes after the encoder may write into what it was given
             self._found[key], self._nbytes = deepcopy(made), self._nbytes + nbytes
         return made
 

@@ -69,7 +69,8 @@ class Model:
     those that are operated on. power_of_two: whether its config takes no other size of them. remake: the network anew,
     for the file's codebook size, with fresh weights, in torch's default dtype on the CPU. input_range: of the network's
     images. channels: of what it takes. stride: image sides, or samples, are multiples of it. carried: file keys
-    the network does not know. caveats: what to warn of.
+    the network does not know. caveats: what to warn of. compiled: whether torch.compile makes encode and decode faster.
+    kept: what was encoded.
     """
 
     family: str
@@ -87,7 +88,9 @@ class Model:
     stride: int = 1
     carried: tuple[str, ...] = ()
     caveats: tuple[str, ...] = ()
-    _kept: Kept = field(default_factory=Kept, init=False, repr=False)
+    compiled: bool = False
+    kept: Kept = field(default_factory=Kept, init=False, repr=False)
+    _programs: dict[str, Callable[[object], object]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def takes(self) -> Literal["images", "clips"]:
@@ -120,8 +123,11 @@ class Model:
 
         return Pass(self.run(media, look), tuple(latents), tuple(codes))
 
-    def encode(self, media: Tensor, stage: int = 0) -> Tensor:
-        """media -> the latents that meet the book `stage`, (n, dim, *grid) float32; those before it quantise."""
+    def encode(self, media: Tensor, stage: int = 0, *, keep: bool = True) -> Tensor:
+        """media -> the latents that meet the book `stage`, (n, dim, *grid) float32; those before it quantise.
+
+        keep: what the encoder makes of media, for those who ask for that again.
+        """
         reached: Tensor | None = None
 
         def look(now: int, found: Tensor) -> Tensor:
@@ -132,16 +138,17 @@ class Model:
             return self.embed(self.assign(found, now), now)
 
         with self.autocast(), suppress(_ReachedError):
-            self._walk(self._encoded(media), look)
+            self._walk(self._encoded(media, keep), look)
         assert reached is not None, f"the walk has no stage {stage}"
         return reached
 
     def latents(self, images: Media, batch: int, stage: int = 0) -> EncodedLatents:
         """The latents of many images that meet the book `stage`, as a stream."""
+        several = len(self.books) > 1  # then other books look at the same batches; one codebook sees its data once
 
         def encode(pixels: Tensor) -> Tensor:
             with torch.no_grad():
-                return self.encode(pixels, stage).movedim(1, -1).flatten(1, -2)
+                return self.encode(pixels, stage, keep=several).movedim(1, -1).flatten(1, -2)
 
         return EncodedLatents(images, encode, batch)
 
@@ -159,14 +166,16 @@ class Model:
         book = self.books[stage]
         return (unit(book.vectors) if book.emit is Emit.UNIT else book.vectors)[codes].movedim(-1, 1)
 
-    def _encoded(self, media: Tensor) -> object:
+    def _encoded(self, media: Tensor, keep: bool = True) -> object:
         """What the encoder makes of media; without gradients it need not be made twice."""
         low, high = self.input_range
 
         def encode() -> object:
-            return self._call("encode", media.to(self.device) * (high - low) + low)
+            return self._call("encode", media.to(self.device, non_blocking=True) * (high - low) + low)
 
-        return encode() if torch.is_grad_enabled() else self._kept.encoded(self.network, media, (low, high), encode)
+        if torch.is_grad_enabled() or not keep:
+            return encode()
+        return self.kept.encoded(self.network, media, (low, high), encode)
 
     def _walk(self, encoded: object, quantise: Quantise) -> object:
         def checked(stage: int, latents: object) -> Tensor:
@@ -180,8 +189,14 @@ class Model:
             return self.network.walk(encoded, checked)
 
     def _call(self, method: str, argument: object) -> object:
-        with _told(method, argument):
-            return getattr(self.network, method)(argument)
+        with _told(method, argument, self.compiled):
+            return self._program(method)(argument)
+
+    def _program(self, method: str) -> Callable[[object], object]:
+        run: Callable[[object], object] = getattr(self.network, method)
+        if self.compiled and method not in self._programs:
+            self._programs[method] = torch.compile(run)
+        return self._programs.get(method, run)
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
@@ -294,14 +309,20 @@ def walks(network: object) -> bool:
 
 
 @contextmanager
-def _told(method: str, argument: object) -> Iterator[None]:
-    """Whatever a network raises, with what it was asked for."""
+def _told(method: str, argument: object, compiled: bool = False) -> Iterator[None]:
+    """Whatever a network raises, with what it was asked for; or what torch raises that cannot compile it."""
     try:
         yield
     except CodebookError:
         raise
     except Exception as error:
         given = tuple(argument.shape) if isinstance(argument, Tensor) else type(argument).__name__
+        if compiled:
+            told = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            raise CodebookError(
+                f"the network's {method} cannot be compiled for {given}: {type(error).__name__}: {told}; "
+                "leave out --compile"
+            ) from error
         raise CodebookError(f"the network's {method} fails on {given}: {type(error).__name__}: {error}") from error
 
 

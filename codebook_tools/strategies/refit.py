@@ -11,6 +11,7 @@ from torch import Tensor
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.kmeans import kmeans
+from codebook_tools.latents import StoredLatents, drawn_rows
 from codebook_tools.seeding import Init, draw_by_error, seeds
 from codebook_tools.watch import Watch
 
@@ -21,7 +22,8 @@ class Refit:
     identity.
 
     k: new size. init: how the seeds are drawn; "used" starts from the k most used codes, filled up with latents drawn
-    by squared error where fewer are in use. iterations: the most of Lloyd. seed: of the seeding.
+    by squared error where fewer are in use. iterations: the most of Lloyd. seed: of the seeding. exact: over all
+    latents, however many, which are gone through once an iteration; seeds are drawn from a sample.
     watch: is told of the progress.
     Source: Hu et al. 2021, "Global Context with Discrete Diffusion in VQ Modelling" (VQ-DDM, arXiv 2112.01799).
     """
@@ -30,6 +32,7 @@ class Refit:
     init: Literal["kmeans++", "afkmc2", "used", "random"] = "kmeans++"
     iterations: int = 300
     seed: int = 0
+    exact: bool = False
     watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -43,7 +46,8 @@ class Refit:
                 f"refit has no k-means for {codebook.lookup.value} lookup with {codebook.emit.value} rows; "
                 "prune, quantize and grow work for it"
             )
-        points = torch.cat(list(latents))
+        whole = latents if self.exact and not isinstance(latents, StoredLatents) else None
+        points = torch.cat(list(latents)) if whole is None else drawn_rows(whole, self.seed)
         init: Init | Tensor = self._from_used(codebook, points, counts) if self.init == "used" else self.init
         found = kmeans(
             points,
@@ -53,6 +57,7 @@ class Refit:
             seed=self.seed,
             lookup=codebook.lookup,
             emit=codebook.emit,
+            whole=whole,
             watch=self.watch,
         )
         return Surgery(replace(codebook, vectors=found.centroids), torch.full((codebook.size,), REMOVED))

@@ -1,0 +1,178 @@
+"""Latents of calibration data kept on disk: what an encoder made of them once, the next run reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from codebook_tools.checkpoints.entries import Entry, Held, Stored
+from codebook_tools.checkpoints.headers import header_of, read_safetensors
+from codebook_tools.errors import CodebookError, one_line
+from codebook_tools.items import Item
+from codebook_tools.latents import EncodedLatents
+from codebook_tools.models.model import Model
+from codebook_tools.version import VERSION
+
+_HEADER = 4096
+"""Bytes for the header, which is written last: only then is it known how many items could be read."""
+
+_ABOUT = ("places", "ends", "sums", "bad")
+
+
+@dataclass(frozen=True, eq=False)
+class CachedLatents:
+    """Latents as `encoded` gives them, batch by batch to the last bit: from `path` where that is there, else encoded,
+    and written there by the first reading that comes to the end. device: that the batches are to lie on.
+
+    The file is of safetensors: latents (n, positions, dim); places (n,), of the items that could be read; ends and sums
+    (batches,), where each batch ends in them and its CRC-32; bad, names and reasons of the others, as JSON.
+    """
+
+    encoded: EncodedLatents
+    path: Path
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def part(self) -> tuple[int, int]:
+        return self.encoded.part
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _, latents in self.by_item():
+            yield latents.flatten(0, 1)
+
+    def by_item(self) -> Iterator[tuple[list[Item], Tensor]]:
+        """As EncodedLatents.by_item. Raises CodebookError where the file is damaged, or cannot be written."""
+        return self._read() if self.path.exists() else self._written()
+
+    def _written(self) -> Iterator[tuple[list[Item], Tensor]]:
+        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        place_of = {item: place for place, item in enumerate(self.encoded.images.items)}
+        places, ends, sums, shape = list[int](), list[int](), list[int](), tuple[int, ...]()
+        try:
+            with partial.open("wb") as file:
+                file.seek(_HEADER)
+                for items, latents in self.encoded.by_item():
+                    rows = latents.cpu().contiguous().numpy()
+                    file.write(rows.data)
+                    places += [place_of[item] for item in items]
+                    ends.append(len(places))
+                    sums.append(zlib.crc32(rows.data))
+                    shape = rows.shape[1:]
+                    yield items, latents
+                stored = Stored("latents", "F32", (len(places), *shape), partial, _HEADER, file.tell())
+                bad = list(json.dumps(self.encoded.images.bad).encode())
+                about = [
+                    Held(name, torch.tensor(of)) for name, of in zip(_ABOUT, (places, ends, sums, bad), strict=True)
+                ]
+                for entry in about:
+                    file.writelines(entry.chunks())
+                header = header_of([stored, *about], {"check": _check(about)})
+                file.seek(0)
+                file.write((_HEADER - 8).to_bytes(8, "little") + header.ljust(_HEADER - 8))
+                file.flush()
+                os.fsync(file.fileno())
+            if places:
+                partial.replace(self.path)
+        except OSError as error:
+            raise CodebookError(f"cannot write latents into {self.path.parent}: {one_line(error)}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _read(self) -> Iterator[tuple[list[Item], Tensor]]:
+        images = self.encoded.images
+        stored, (places, ends, sums, bad) = self._opened()
+        images.bad |= json.loads(bytes(bad))
+        for start, end, checksum in zip([0, *ends], ends, sums, strict=False):
+            # Mapped anew: pages that were read count as memory of the process while their mapping lives.
+            rows = np.array(np.memmap(self.path, np.float32, "r", stored.start, stored.shape)[start:end])
+            if zlib.crc32(rows.data) != checksum:
+                raise self._damaged()
+            yield [images.items[place] for place in places[start:end]], torch.from_numpy(rows).to(self.device)
+
+    def _opened(self) -> tuple[Stored, list[list[int]]]:
+        """Where the latents lie, and what stands beside them."""
+        try:
+            weights = read_safetensors(self.path)
+            latents, *about = (weights.entries[name] for name in ("latents", *_ABOUT))
+            if weights.metadata["check"] != _check(about) or not isinstance(latents, Stored):
+                raise self._damaged()
+        except (CodebookError, KeyError) as error:
+            raise self._damaged() from error
+        return latents, [entry.tensor().tolist() for entry in about]
+
+    def _damaged(self) -> CodebookError:
+        return CodebookError(f"the latents in {self.path} are damaged: delete that file, and they are encoded anew")
+
+
+def _check(entries: Sequence[Entry]) -> str:
+    return str(zlib.crc32(b"".join(chunk for entry in entries for chunk in entry.chunks())))
+
+
+def cached(folder: Path | None, latents: EncodedLatents, model: Model, stage: int) -> EncodedLatents | CachedLatents:
+    """The calibration latents of a model that meet the book `stage`, as `Model.latents` gives them: kept in `folder`,
+    where there is one, under a hash of all that they depend on."""
+    if folder is None:
+        return latents
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CodebookError(f"cannot keep latents in {folder}: {one_line(error)}") from error
+    return CachedLatents(latents, folder / f"{_key(latents, model, stage)}.safetensors", model.device)
+
+
+def _key(latents: EncodedLatents, model: Model, stage: int) -> str:
+    """Of the network as it runs and its code, the codebooks that latents went through, the items as they are stored,
+    and how both are read."""
+    images, network = latents.images, model.network
+    first = images.decode(images.items[0])  # it shows what became of --size and the stride
+    said = {
+        "versions": [VERSION, *(version(name) for name in ("torch", "numpy", "pillow"))],
+        "code": [str(network), *(hashlib.sha256(file.read_bytes()).hexdigest() for file in _source_files(network))],
+        "config": model.checkpoint.config,
+        "weights": {name: _digest(tensor) for name, tensor in network.state_dict().items()},
+        "books": [[book.lookup.value, book.emit.value, _digest(book.vectors)] for book in model.books[:stage]],
+        "computed": [model.device.type, model.bf16, model.compiled, model.input_range, latents.batch],
+        "media": [images.medium.one, images.channels, images.part, getattr(network, "sampling_rate", None)],
+        "shape": one_line(first) if isinstance(first, Exception) else first.shape,
+        "items": _items_digest(images.items),
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _source_files(network: nn.Module) -> list[Path]:
+    """Of the code of its modules."""
+    modules = {sys.modules.get(type(module).__module__) for module in network.modules()}
+    return sorted({Path(file) for module in modules if (file := getattr(module, "__file__", None))})
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def _items_digest(items: Sequence[Item]) -> str:
+    """Of names, and of what is stored: size and time of the file it lies in, or the bytes themselves in memory."""
+    times = dict[str, list[int]]()
+    digest = hashlib.sha256()
+    for item in items:
+        file = item.source.file
+        if file is None:
+            stored: object = hashlib.sha256(item.read()).hexdigest()
+        elif (stored := times.get(file)) is None:
+            status = os.stat(file)
+            stored = times[file] = [status.st_size, status.st_mtime_ns]
+        digest.update(json.dumps([item.name, item.nbytes, stored]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,50 @@
+"""--compile: the compiled network gives what the plain one gives, and where nothing can be compiled, that is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Outcome, assert_refused
+from torch import Tensor
+
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.models.load import load_model
+
+
+def test_a_compiled_model_gives_what_the_plain_one_gives(
+    tiny: Path, image_tensor: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, methods = partial(torch.compile, backend="eager"), list[str]()
+
+    def watched(method: Callable[..., object]) -> object:
+        methods.append(method.__name__)
+        return compiled(method)
+
+    monkeypatch.setattr(torch, "compile", watched)
+    model = load_model(read_checkpoint(tiny))
+    plain = model.pass_through(image_tensor)
+    model.compiled = True
+    for images in (image_tensor, image_tensor[:7]):  # of any number
+        seen = model.pass_through(images)
+        torch.testing.assert_close(seen.media, plain.media[: len(images)])
+        assert torch.equal(seen.codes[0], plain.codes[0][: len(images)])
+    assert methods == ["encode", "decode"]
+    other = model.with_fresh_network(seed=1)
+    assert not torch.allclose(other.pass_through(image_tensor).latents[0], plain.latents[0])
+    assert methods == ["encode", "decode", "encode", "decode"]  # of its own network
+
+
+def test_without_a_compiler_the_way_out_is_said_in_one_line(
+    codebook: Callable[..., Outcome], tiny: Path, images_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    done = codebook("prune", tiny, "--data", images_folder, "--compile", "--device", "cpu")
+    assert_refused(done, "leave out --compile")
+    assert "encode cannot be compiled for (57, 3, 16, 16)" in done.stderr
