@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.threads import spread
 
 # Scores that fit the cache of one core are searched fastest; a GPU wants far larger tiles. Both stay under 256 MB.
-_TILE_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
+_TILE_BYTES = {"cpu": 2 << 20, "cuda": 128 << 20}
 _EXACT_BYTES = 16 << 20
 _CODES = 1024  # searched at a time, on a CPU
 
@@ -51,8 +49,10 @@ def nearest(latents: Tensor, codebook: Codebook) -> Tensor:
     tiles = torch.split(latents, search.rows)
     alone = latents.is_cuda or len(tiles) == 1
     found = map(search, tiles) if alone else spread(search, tiles)
-    index, limit = (torch.cat(parts) for parts in zip(*found, strict=True))
-    unsure = (limit > -torch.inf).nonzero()[:, 0]
+    index, best, second = (torch.cat(parts) for parts in zip(*found, strict=True))
+    limit = best + search.slack(latents, best)
+    # Scores that overflow are infinite, or no numbers.
+    unsure = (~((second > limit) & second.isfinite() & best.isfinite())).nonzero()[:, 0]
     if len(unsure):
         index[unsure] = search.decide(latents[unsure], limit[unsure])
     return index
@@ -74,30 +74,30 @@ class _Search:
         self.blocks = list(zip(torch.split(self.weights, at_once), torch.split(self.norms, at_once), strict=True))
         self.rows = max(1, _TILE_BYTES.get(codes.device.type, 4 << 20) // (4 * max(at_once, dim)))
 
-    def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """(n,) int64, the nearest code of each latent (n, dim) by float32 scores; and (n,) up to which score another
-        one may be, -inf where there is none."""
+    def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(n,) int64, the code with the lowest score, that score (n,) float32, and the next: of latents (n, dim)."""
         if self.lookup is Lookup.COSINE:
             latents = unit(latents)
-        found = _Best.of(latents, *self.blocks[0])
+        found = _two_best(latents, *self.blocks[0])
         for start, block in zip(self.starts[1:], self.blocks[1:], strict=True):
-            found = found.or_better(_Best.of(latents, *block), start)
-        slack = self._slack(latents.norm(dim=1), found.best)
-        gap = found.second - found.best
-        sure = (gap > slack) & gap.isfinite()  # scores that overflow have no gap, or an infinite one
-        return found.index, (found.best + slack).nan_to_num(torch.inf, torch.inf, torch.inf).masked_fill(
-            sure, -torch.inf
-        )
+            (index, best, second), (its_index, its_best, its_second) = found, _two_best(latents, *block)
+            found = (
+                torch.where(its_best < best, its_index + start, index),
+                torch.minimum(best, its_best),
+                torch.minimum(torch.maximum(best, its_best), torch.minimum(second, its_second)),
+            )
+        return found
 
-    def _slack(self, lengths: Tensor, best: Tensor) -> Tensor:
-        """(n,) by how much rounding may have changed the gap between two scores of latents of these lengths (n,).
+    def slack(self, latents: Tensor, best: Tensor) -> Tensor:
+        """(n,) by how much rounding may have changed the gap between two scores of latents (n, dim).
 
         An inner product of `dim` terms errs by dim times the rounding of one, of the lengths' product: Higham 2002,
         section 3.1. Only a code that is about as near as the best may be confused with it, so it is not much longer
         than the way there and on by the best distance. The last term is for products too small for float32.
         """
-        terms = 2 * (self.codes.shape[1] + 4)
-        rounding, longest = terms * _ROUNDING[torch.get_float32_matmul_precision()], self.longest
+        terms, longest = 2 * (self.codes.shape[1] + 4), self.longest
+        rounding = terms * _ROUNDING[torch.get_float32_matmul_precision()]
+        lengths = latents.norm(dim=1) if self.lookup is not Lookup.COSINE else torch.ones_like(best)
         if self.lookup is Lookup.EUCLIDEAN:
             squares = lengths.square()
             longest = torch.minimum(lengths + 1.1 * ((best + squares).relu() + 8 * rounding * squares).sqrt(), longest)
@@ -134,39 +134,23 @@ class _Search:
         return torch.cat(scores)
 
 
+def _two_best(latents: Tensor, weights: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As _Search gives them, of the codes whose scores are norms (size,) + latents (n, dim) @ weights (size, dim).T."""
+    if latents.is_cuda:
+        scores = torch.addmm(norms, latents, weights.T)
+        index = scores.argmin(1, keepdim=True)
+    else:
+        scores = _product(latents, weights, norms)
+        index = torch.from_numpy(scores.numpy().argmin(1)[:, None])  # numpy compares many at a time, torch one by one
+    best = scores.gather(1, index)
+    return index[:, 0], best[:, 0], scores.scatter_(1, index, torch.inf).amin(1)
+
+
 def _product(latents: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
     if not _ONEDNN:
         return torch.addmm(norms, latents, weights.T)
     found: Tensor = torch.ops.mkldnn._linear_pointwise(latents.contiguous(), weights, norms, "none", [], "")
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Best:
-    """Of some codes: index, (n,) int64, of the one with the lowest score, `best` (n,) float32; and the next lowest."""
-
-    index: Tensor
-    best: Tensor
-    second: Tensor
-
-    @staticmethod
-    def of(latents: Tensor, weights: Tensor, norms: Tensor) -> _Best:
-        """latents (n, dim), weights (size, dim), norms (size,): scores are norms + latents @ weights.T."""
-        if latents.is_cuda:
-            scores = torch.addmm(norms, latents, weights.T)
-            index = scores.argmin(1)
-        else:
-            scores = _product(latents, weights, norms)
-            index = torch.from_numpy(scores.numpy().argmin(1))  # numpy compares many at a time, torch one by one
-        best = scores.gather(1, index[:, None])[:, 0]
-        return _Best(index, best, scores.scatter_(1, index[:, None], torch.inf).amin(1))
-
-    def or_better(self, other: _Best, start: int) -> _Best:
-        """Of both; the other's codes begin at `start`. What is no number stays none."""
-        better = other.best < self.best
-        index = torch.where(better, other.index + start, self.index)
-        second = torch.minimum(torch.maximum(self.best, other.best), torch.minimum(self.second, other.second))
-        return _Best(index, torch.minimum(self.best, other.best), second)
 
 
 def squared_errors(latents: Tensor, codebook: Codebook, codes: Tensor) -> Tensor:

@@ -19,19 +19,19 @@ from codebook_tools.watch import Watch
 
 _GROWTH = 4  # each sample is so many times the one before
 _POINTS_PER_CENTROID = 64  # in the first sample: fewer fit what is chance in it
-_SLAB = 16_384  # points that are assigned and summed by one thread at a time
-_IN_CACHE = 8192  # points that are widened to float64 at a time
+_SLAB = 65_536  # points at most that one thread assigns and sums at a time
+_SLABS = 16  # at least, so that there is work for all threads; never by their number, which must not change results
+_IN_CACHE = 2048  # points that are widened to float64 at a time
 _STRETCH = 1.3  # of each step to the means; more than 1.5 overshoots where cells are many
 _AS_IF = 3  # iterations that momentum starts as if they had been made
 _LOOK_BACK = 3  # iterations over which progress is judged: single ones may go up
-_FLAT = 1e-3  # of the inertia, an iteration: less progress than this, and a sample has told what it can
-_FLAT_AT_LAST = 1e-4  # as much over all points
 
 
 @dataclass(frozen=True, eq=False)
 class Clustering:
-    """centroids: (k, dim) float32. inertia: sum of squared distances of all points to their centroids, at the end.
-    iterations: of Lloyd over all points. converged: whether the inertia had stopped falling by then."""
+    """centroids: (k, dim) float32. inertia: sum of squared distances of all points to the centroids of the cells that
+    these are the means of; to the nearest it can only be less. iterations: of Lloyd over all points. converged: whether
+    the inertia had stopped falling by then."""
 
     centroids: Tensor
     inertia: float
@@ -45,6 +45,7 @@ def kmeans(
     *,
     init: Init | Tensor = "kmeans++",
     iterations: int = 300,
+    tolerance: float = 1e-3,
     seed: int = 0,
     lookup: Lookup = Lookup.EUCLIDEAN,
     emit: Emit = Emit.RAW,
@@ -57,10 +58,11 @@ def kmeans(
     done is where they are. Seeds come from a small head, and Lloyd runs over heads that grow fourfold until all points
     take part: as good an optimum as from all points at once, in far fewer passes over all. A cluster that empties is
     moved to a point drawn by squared error. init: how seeds are drawn, or the (k, dim) seeds themselves. iterations:
-    the most of them, over each head. lookup, emit: how centroids are searched and given out. By the cosine, those at
-    unit length are mean directions (spherical k-means, Dhillon and Modha 2001), and raw ones the means of the points
-    that they are the nearest direction of. There is none for the dot product. whole: what `points` are a sample of, to
-    go on over; then each process has its part of it, where it has the same `points` as all others.
+    the most of them, over each head. tolerance: share of the inertia that an iteration must gain for more to follow.
+    lookup, emit: how centroids are searched and given out. By the cosine, those at unit length are mean directions
+    (spherical k-means, Dhillon and Modha 2001), and raw ones the means of the points that they are the nearest
+    direction of. There is none for the dot product. whole: what `points` are a sample of, to go on over; then each
+    process has its part of it, where it has the same `points` as all others.
 
     Each iteration goes beyond the means and on in the direction of the last ones (Nesterov 1983), until that fails
     (O'Donoghue and Candès 2015): a fourth of the passes. Raises CodebookError where there are fewer than k distinct
@@ -75,13 +77,12 @@ def kmeans(
     for head in _heads(len(points), k):
         if count_distinct(places[:head], enough=k) < k:  # repeats would only pull codes away from the points behind
             continue
-        flat = _FLAT if head < len(points) or whole is not None else _FLAT_AT_LAST
-        slabs = partial(_own, torch.split(points[:head], _SLAB))
-        found = _lloyd(slabs, points[:head], replace(now, vectors=found.centroids), iterations, flat, seed, watch)
+        slabs = partial(_own, torch.split(points[:head], min(_SLAB, max(1, head // _SLABS))))
+        found = _lloyd(slabs, points[:head], replace(now, vectors=found.centroids), iterations, tolerance, seed, watch)
     if whole is not None:
         slabs = partial(_in_slabs, whole)
-        found = _lloyd(slabs, points, replace(now, vectors=found.centroids), iterations, _FLAT_AT_LAST, seed, watch)
-    return replace(found, inertia=_Cells.over(slabs(), replace(now, vectors=found.centroids)).inertia(found.centroids))
+        found = _lloyd(slabs, points, replace(now, vectors=found.centroids), iterations, tolerance, seed, watch)
+    return found
 
 
 def _heads(n: int, k: int) -> list[int]:
@@ -119,7 +120,7 @@ class _Cells:
         for rows, at in zip(torch.split(shown, _IN_CACHE), torch.split(codes, _IN_CACHE), strict=True):
             wide = rows.double()
             sums.index_add_(0, at, wide)
-            squares += wide.square().sum()
+            squares += torch.dot(wide.flatten(), wide.flatten())
         return _Cells(sums, torch.bincount(codes, minlength=codebook.size).double(), squares)
 
     @staticmethod
@@ -158,11 +159,11 @@ def _lloyd(
     points: Tensor,
     start: Codebook,
     iterations: int,
-    flat: float,
+    tolerance: float,
     seed: int,
     watch: Watch,
 ) -> Clustering:
-    """Iterate over the slabs until progress is below `flat`. points: those that empty cells are moved to.
+    """Iterate over the slabs until progress is below the tolerance. points: those that empty cells are moved to.
 
     The best means are kept, for momentum may overshoot. Raw centroids by the cosine do without it: the means of cells
     are not the best centroids that have these cells, and the inertia may rise by itself.
@@ -182,7 +183,7 @@ def _lloyd(
             best, complete = Clustering(judged, inertia, done, False), not placed
         count = int(cells.hits.sum())
         watch.progress(f"k-means on {count:,} latents", done, None, inertia=inertia / count)
-        if torch.equal(means, now) or (not placed and fell[0] - best.inertia <= flat * _LOOK_BACK * best.inertia):
+        if torch.equal(means, now) or (not placed and fell[0] - best.inertia <= tolerance * _LOOK_BACK * best.inertia):
             return replace(best, iterations=done, converged=True)
         fell = [*fell[1:], best.inertia]
         if by_direction:

@@ -19,6 +19,8 @@ from codebook_tools.items import Item
 from codebook_tools.media import Media
 from codebook_tools.watch import Watch
 
+_AT_ONCE = 65_536  # latents whose codes are looked up together
+
 SAMPLE_LIMIT = 1_000_000
 """Up to so many latents k-means sees all; beyond, a sample of so many."""
 
@@ -46,6 +48,10 @@ class Named(Protocol):
 
 Hashed = NDArray[np.uint64]
 """(n,) hashes of names, of what there is too much of to name each."""
+
+
+Batch = tuple[Sequence[Named] | Hashed, Tensor]
+"""What latents belong to, and they: (n, positions, dim) float32."""
 
 
 class ItemLatents(Protocol):
@@ -147,7 +153,7 @@ class Sampler:
 
     def __init__(self, seed: int, limit: int) -> None:
         self._seed, self._limit = seed, limit
-        self._kept: list[tuple[NDArray[np.uint64], tuple[Tensor, ...]]] = []
+        self._keys, self._columns = np.empty(0, dtype=np.uint64), tuple[Tensor, ...]()
         self._held, self._ceiling = 0, np.uint64(2**64 - 1)
 
     def add(self, items: Sequence[Named] | Hashed, positions: int, *columns: Tensor) -> None:
@@ -156,13 +162,34 @@ class Sampler:
 
     def add_hashed(self, keys: NDArray[np.uint64], *columns: Tensor) -> None:
         """keys: (n,), the hashes of latents. columns: (n, ...) each."""
+        if len(self._columns) < len(columns):
+            self._columns = tuple(torch.empty((0, *column.shape[1:]), dtype=column.dtype) for column in columns)
         chosen = np.flatnonzero(keys <= self._ceiling)
-        rows = torch.from_numpy(chosen)
-        self._kept.append((keys[chosen], tuple(column.cpu()[rows] for column in columns)))
-        self._held += len(chosen)
-        if self._held > self._limit + max(self._limit // 4, 65_536):  # rarely, so that n latents cost O(n)
-            self._kept = [self._smallest()]
-            self._held, self._ceiling = self._limit, self._kept[0][0].max()
+        self._make_room(len(chosen))
+        held, self._held = self._held, self._held + len(chosen)
+        self._keys[held : self._held] = keys[chosen]
+        for kept, column in zip(self._columns, columns, strict=True):
+            all_ = len(chosen) == len(keys)
+            kept[held : self._held] = column if all_ else column.cpu()[torch.from_numpy(chosen)]
+
+    def _make_room(self, rows: int) -> None:
+        """For so many more: what is not among the smallest is dropped when a quarter too much is held, which is rarely,
+        so that n latents cost O(n)."""
+        most = self._limit + max(self._limit // 4, 65_536)
+        if self._held + rows > most and self._held > self._limit:
+            kept = np.argpartition(self._keys[: self._held], self._limit - 1)[: self._limit]
+            for column in self._columns:
+                column[: self._limit] = column[torch.from_numpy(kept)]
+            self._keys[: self._limit] = self._keys[kept]
+            self._held, self._ceiling = self._limit, self._keys[: self._limit].max()
+        if self._held + rows > len(self._keys):
+            size = max(min(4 * len(self._keys), most), self._held + rows)
+            grown = tuple(column.new_empty((size, *column.shape[1:])) for column in self._columns)
+            for new, old in zip(grown, self._columns, strict=True):
+                new[: self._held] = old[: self._held]
+            keys = np.empty(size, dtype=np.uint64)
+            keys[: self._held] = self._keys[: self._held]
+            self._keys, self._columns = keys, grown
 
     def columns(self, parts: int = 1) -> tuple[Tensor, ...]:
         """The sample, in the order of its hashes: of what all processes added, where there are several parts. Raises
@@ -188,11 +215,10 @@ class Sampler:
         return sent[order], tuple(processes.gathered(column[:mine])[rows] for column in columns)
 
     def _smallest(self) -> tuple[NDArray[np.uint64], tuple[Tensor, ...]]:
-        keys = np.concatenate([keys for keys, _ in self._kept])
-        order = np.argsort(keys, kind="stable")[: self._limit]
+        keys = self._keys[: self._held]
+        order = np.argsort(keys)[: self._limit]
         rows = torch.from_numpy(order)
-        columns = zip(*(columns for _, columns in self._kept), strict=True)
-        return keys[order], tuple(torch.cat(column)[rows] for column in columns)
+        return keys[order], tuple(column.index_select(0, rows) for column in self._columns)
 
 
 def _gathered(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -222,18 +248,43 @@ def drawn_rows(latents: Latents, seed: int) -> Tensor:
 def survey(latents: ItemLatents, codebook: Codebook, *, seed: int, limit: int = SAMPLE_LIMIT, watch: Watch) -> Survey:
     """Encode, count and sample in one pass; of parts, what all processes found together."""
     counts = torch.zeros(codebook.size, dtype=torch.int64)
-    error, done, parts = torch.zeros((), dtype=torch.float64), 0, latents.part[1]
+    error, parts = torch.zeros((), dtype=torch.float64), latents.part[1]
     sampler = Sampler(seed, limit)
     sampler.add([], 0, torch.empty(0, codebook.dim), torch.empty(0, dtype=torch.int64))  # a part may have no batch
-    for items, batch in latents.by_item():
-        rows = batch.flatten(0, 1)
-        codes = nearest(rows, codebook)
+
+    def told() -> Iterator[Batch]:
+        done = 0
+        for items, batch in latents.by_item():
+            done += len(items) * parts
+            watch.progress("encode", min(done, len(latents)), len(latents))
+            yield items, batch
+
+    for held in _grouped(told()):
+        batches = [batch.flatten(0, 1) for _, batch in held]
+        codes = nearest(torch.cat(batches), codebook)
         counts += torch.bincount(codes, minlength=codebook.size).cpu()
-        error += squared_errors(rows, codebook, codes).double().sum().cpu()
-        sampler.add(items, batch.shape[1], rows, codes)
-        done += len(items) * parts
-        watch.progress("encode", min(done, len(latents)), len(latents))
+        for (items, batch), rows, its in zip(held, batches, torch.split(codes, [*map(len, batches)]), strict=True):
+            error += squared_errors(rows, codebook, its).double().sum().cpu()
+            sampler.add(items, batch.shape[1], rows, its)
     if parts > 1:
         counts, error = processes.summed(counts), processes.summed(error)
     rows, codes = sampler.columns(parts)
     return Survey(counts, int(counts.sum()), StoredLatents(rows), codes, float(error))
+
+
+def _grouped(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+    """Several at a time: finding the nearest codes of a few latents takes longer to begin than to do."""
+    held, rows = list[Batch](), 0
+    for items, latents in batches:
+        held.append((items, latents))
+        rows += latents.shape[0] * latents.shape[1]
+        if rows >= _AT_ONCE:
+            yield held
+            held, rows = [], 0
+    if held:
+        yield held
+
+
+def joined(latents: Latents) -> Tensor:
+    """(n, dim) float32: all of them."""
+    return latents.vectors if isinstance(latents, StoredLatents) else torch.cat(list(latents))

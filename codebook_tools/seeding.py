@@ -16,7 +16,7 @@ from codebook_tools.errors import CodebookError
 
 Init = Literal["kmeans++", "afkmc2", "random"]
 
-_POINTS_PER_SEED = 16  # that seeds are drawn from: more make hardly better ones, and take as much longer
+_POINTS, _POINTS_PER_SEED = 4096, 16  # that seeds are drawn from: more hardly make better ones, and take longer
 
 
 def seeds(points: Tensor, k: int, init: Init, seed: int) -> Tensor:
@@ -26,7 +26,7 @@ def seeds(points: Tensor, k: int, init: Init, seed: int) -> Tensor:
     it is so full of repeats that it has fewer than k distinct points. Raises CodebookError where all have fewer.
     """
     refuse_too_few(points, k)
-    head = points[: _POINTS_PER_SEED * k]
+    head = points[: max(_POINTS, _POINTS_PER_SEED * k)]
     data = (head if count_distinct(head, enough=k) == k else points).cpu().contiguous()
     rng = np.random.default_rng(seed % 2**64)  # numpy takes no negative seed
     draw = {"kmeans++": kmeans_plus_plus, "afkmc2": afkmc2, "random": _at_random}[init]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -23,15 +24,26 @@ def spread(work: Callable[[_P], _R], parts: Iterable[_P]) -> Iterator[_R]:
     if threads == 1:
         yield from map(work, parts)
         return
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     running: deque[Future[_R]] = deque()
     try:
         for part in parts:
-            running.append(pool.submit(work, part))
+            running.append(_pool(threads).submit(work, part))
             if len(running) == 2 * threads:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        for future in running:
+            future.cancel()
         torch.set_num_threads(threads)  # what threads to come start with is one number for all of them
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Kept: it takes longer to start threads than they have to do for a small batch."""
+    return ThreadPoolExecutor(threads, initializer=_with_one_thread)
+
+
+def _with_one_thread() -> None:
+    torch.get_num_threads()  # the first question of a thread gives it as many as the others have
+    torch.set_num_threads(1)

@@ -108,11 +108,11 @@ def test_all_rows_train_on_the_same_batches(ask: Ask, monkeypatch: pytest.Monkey
     drawn: list[list[int]] = []
     batches = finetune_module._batches
 
-    def recorded(*given: Any) -> Iterator[Tensor]:
+    def recorded(*given: Any) -> Iterator[tuple[Tensor, float]]:
         drawn.append([])
-        for images in batches(*given):
+        for images, share in batches(*given):
             drawn[-1].append(hash(images.numpy().tobytes()))
-            yield images
+            yield images, share
 
     monkeypatch.setattr(finetune_module, "_batches", recorded)
     recipe = replace(RECIPE, steps=30)  # with revival, which draws as well

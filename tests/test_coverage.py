@@ -63,6 +63,7 @@ def test_good_codes_cover_about_95_percent_and_a_few_of_them_far_less() -> None:
     generator = torch.Generator().manual_seed(1)
     centres = 10 * torch.randn(32, 4, generator=generator)
     points = (centres[:, None] + torch.randn(32, 200, 4, generator=generator)).flatten(0, 1)
+    points = points[torch.randperm(len(points), generator=generator)]
     limit = reference_distance(points[::2], Codebook(centres), seed=0)
     assert limit is not None
     codes = {"all": Codebook(centres), "collapsed": Codebook(torch.cat([centres[:8], 500 + centres[8:]]))}
@@ -132,9 +133,9 @@ def test_four_times_the_latents_are_encoded_from_images_that_the_seed_draws(
     seen: set[int] = set()
     encode = model.encode
 
-    def counted(pixels: Tensor, stage: int = 0) -> Tensor:
+    def counted(pixels: Tensor, stage: int = 0, **more: bool) -> Tensor:
         seen.update(hash(image.numpy().tobytes()) for image in pixels)
-        return encode(pixels, stage)
+        return encode(pixels, stage, **more)
 
     monkeypatch.setattr(model, "encode", counted)
     assert len(rows(reference_latents(model, images, seed=0, batch=1))) == 20

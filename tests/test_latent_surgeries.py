@@ -85,7 +85,8 @@ def test_the_encoders_own_latents_do_what_the_images_do(
         torch.testing.assert_close(codes_of(given), codes_of(seen), rtol=0, atol=1e-4)
     assert maps_of(given)["index_map"] == maps_of(seen)["index_map"]
     same = [a == b for a, b in zip(maps_of(given)["nearest"], maps_of(seen)["nearest"], strict=True)]
-    assert sum(same) >= len(same) - 2  # equals may fall either way where rounding moves a latent
+    # Equals may fall either way where rounding moves a latent; k-means stops a little before it has converged.
+    assert sum(same) >= len(same) - (len(same) // 50 if isinstance(strategy, Refit) else 2)
     for stage in ("before", "surgery"):
         (mine,), (theirs,) = given.stages[stage].codebooks, seen.stages[stage].codebooks  # type: ignore[union-attr]
         assert (mine.key, mine.size, mine.dim, mine.latents) == (theirs.key, theirs.size, theirs.dim, theirs.latents)

@@ -293,7 +293,7 @@ def test_our_own_fault_is_exit_code_70_with_the_traceback_to_report(
 
 @pytest.mark.parametrize(
     ("room", "where"),
-    [(stages, "finetune"), (operate, "write_checkpoint"), (stages, "measure"), (operate, "_read_back")],
+    [(stages, "finetune"), (operate, "write_checkpoint"), (stages, "measure_stage"), (operate, "_read_back")],
 )
 def test_an_interruption_is_exit_code_130_wherever_it_comes(
     room: ModuleType,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
+from codebook_tools.latents import joined
 from codebook_tools.seeding import Init, seeds
 from codebook_tools.strategies.prune import Prune
 
@@ -62,5 +63,5 @@ def _check(k: int) -> None:
 
 
 def _seeded(codebook: Codebook, latents: Latents, k: int, init: Init, seed: int) -> Surgery:
-    vectors = seeds(torch.cat(list(latents)), k, init, seed)
+    vectors = seeds(joined(latents), k, init, seed)
     return Surgery(replace(codebook, vectors=vectors), torch.full((codebook.size,), REMOVED))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
+from codebook_tools.latents import joined
 from codebook_tools.seeding import draw_by_error
 
 
@@ -36,7 +37,7 @@ class Grow:
                 f"k={self.k} is less than the {len(kept)} codes in use; use --k {len(kept)} or more, or refit"
             )
         used = replace(codebook, vectors=codebook.vectors[kept])
-        more = draw_by_error(torch.cat(list(latents)), used, self.k - len(kept), self.seed)
+        more = draw_by_error(joined(latents), used, self.k - len(kept), self.seed)
         most = len(kept) + len(more)
         if most < self.k:
             raise CodebookError(

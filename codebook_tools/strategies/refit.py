@@ -11,7 +11,7 @@ from torch import Tensor
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.kmeans import kmeans
-from codebook_tools.latents import StoredLatents, drawn_rows
+from codebook_tools.latents import StoredLatents, drawn_rows, joined
 from codebook_tools.seeding import Init, draw_by_error, seeds
 from codebook_tools.watch import Watch
 
@@ -47,7 +47,7 @@ class Refit:
                 "prune, quantize and grow work for it"
             )
         whole = latents if self.exact and not isinstance(latents, StoredLatents) else None
-        points = torch.cat(list(latents)) if whole is None else drawn_rows(whole, self.seed)
+        points = joined(latents) if whole is None else drawn_rows(whole, self.seed)
         init: Init | Tensor = self._from_used(codebook, points, counts) if self.init == "used" else self.init
         found = kmeans(
             points,

@@ -11,6 +11,7 @@ from torch import Tensor
 from codebook_tools.assignment import nearest, squared_errors
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
 from codebook_tools.errors import CodebookError
+from codebook_tools.latents import joined
 from codebook_tools.seeding import draw_by_error
 
 Method = Literal["error", "random", "split", "nearest"]
@@ -39,7 +40,7 @@ class Restart:
             raise CodebookError(f"threshold={self.threshold} is below 0, the count of a dead code; use --threshold 0")
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
-        points = torch.cat(list(latents))
+        points = joined(latents)
         dead = (counts <= self.threshold).nonzero()[:, 0]
         living = replace(codebook, vectors=codebook.vectors[counts > self.threshold])
         if not living.size:
