@@ -33,8 +33,8 @@ from codebook_tools.opening import Request, open_request
 from codebook_tools.watch import Watch
 
 RESULTS = Path(__file__).parent / "results"
-TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
-DEFAULT = 1e-3
+DEFAULT = 5e-4
+TOLERANCES = (1e-2, 3e-3, 1e-3, DEFAULT, 1e-4, 3e-5, 1e-5)
 DEFAULT_OF_FAISS, ALL_POINTS, SCIKIT_LEARN = "faiss, its defaults", "faiss, all points, 60 iterations", "scikit-learn"
 
 Clusterer = Callable[[Tensor, int, int], Any]

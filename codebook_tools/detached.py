@@ -26,10 +26,11 @@ from codebook_tools.measure import CodebookUse, Measurement, use_of
 from codebook_tools.models.families import CUSTOM, check_stated, family_of, guessed, lookup_of, metric_of, size_entry
 from codebook_tools.models.load import choose_codebook, choose_codebooks
 from codebook_tools.models.stored import changed_codebook, effective_rows, rounded
-from codebook_tools.opening import Request
+from codebook_tools.opening import Request, device_of
 from codebook_tools.outcome import Result, check_request_output, provenance, settings_of, weights_bytes
 from codebook_tools.output import remarks, written_config
 from codebook_tools.stats import Part, Stats, holds_sample, read_sample, read_stats, write_part
+from codebook_tools.strategies import on_device
 from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.sums import BookSums, Sums, book_sums, exact, no_sums
 from codebook_tools.watch import Watch
@@ -146,6 +147,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         weights = "" if getattr(strategy, "bits", None) else "all codes weigh alike, and "
         warnings.append(f"neither --data nor --stats: {weights}nothing is measured")
     with watch.phase("strategy"):
+        strategy = on_device(strategy, device_of(request.device))
         surgeries = [processes.of_first(one.operated(strategy)) for one in known]
     asked, keys = [surgery.codebook.size for surgery in surgeries], [one.found.key for one in known]
     entry = size_entry(checkpoint)

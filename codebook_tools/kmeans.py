@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from itertools import islice
 
 import torch
@@ -19,9 +20,9 @@ from codebook_tools.watch import Watch
 
 _GROWTH = 4  # each sample is so many times the one before
 _POINTS_PER_CENTROID = 64  # in the first sample: fewer fit what is chance in it
-_SLAB = 65_536  # points at most that one thread assigns and sums at a time
+_SLAB = {"cpu": 65_536, "cuda": 1 << 20}  # points at most that one thread, or a GPU, assigns and sums at a time
 _SLABS = 16  # at least, so that there is work for all threads; never by their number, which must not change results
-_IN_CACHE = 2048  # points that are widened to float64 at a time
+_WIDENED = {"cpu": 2048, "cuda": 1 << 18}  # points that are float64 at a time: in the cache of a core
 _STRETCH = 1.3  # of each step to the means; more than 1.5 overshoots where cells are many
 _AS_IF = 3  # iterations that momentum starts as if they had been made
 _LOOK_BACK = 3  # iterations over which progress is judged: single ones may go up
@@ -45,7 +46,7 @@ def kmeans(
     *,
     init: Init | Tensor = "kmeans++",
     iterations: int = 300,
-    tolerance: float = 1e-3,
+    tolerance: float = 5e-4,
     seed: int = 0,
     lookup: Lookup = Lookup.EUCLIDEAN,
     emit: Emit = Emit.RAW,
@@ -77,10 +78,10 @@ def kmeans(
     for head in _heads(len(points), k):
         if count_distinct(places[:head], enough=k) < k:  # repeats would only pull codes away from the points behind
             continue
-        slabs = partial(_own, torch.split(points[:head], min(_SLAB, max(1, head // _SLABS))))
+        slabs = partial(_own, torch.split(points[:head], min(_SLAB[points.device.type], max(1, head // _SLABS))))
         found = _lloyd(slabs, points[:head], replace(now, vectors=found.centroids), iterations, tolerance, seed, watch)
     if whole is not None:
-        slabs = partial(_in_slabs, whole)
+        slabs = partial(_in_slabs, whole, points.device)
         found = _lloyd(slabs, points, replace(now, vectors=found.centroids), iterations, tolerance, seed, watch)
     return found
 
@@ -97,8 +98,8 @@ def _own(slabs: Iterable[Tensor]) -> Iterable[Tensor]:
     return islice(slabs, processes.rank(), None, processes.count())
 
 
-def _in_slabs(whole: Latents) -> Iterable[Tensor]:
-    return (slab for batch in whole for slab in torch.split(batch, _SLAB))
+def _in_slabs(whole: Latents, device: torch.device) -> Iterable[Tensor]:
+    return (slab.to(device) for batch in whole for slab in torch.split(batch, _SLAB[device.type]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,11 +114,12 @@ class _Cells:
     @staticmethod
     def of(points: Tensor, codebook: Codebook) -> _Cells:
         """points: (n, dim)."""
-        codes = nearest(points, codebook)
+        codes = _nearest(points, codebook)
         shown = unit(points) if codebook.emit is Emit.UNIT else points
         sums = shown.new_zeros((codebook.size, codebook.dim), dtype=torch.float64)
         squares = sums.new_zeros(())
-        for rows, at in zip(torch.split(shown, _IN_CACHE), torch.split(codes, _IN_CACHE), strict=True):
+        at_once = _WIDENED[points.device.type]
+        for rows, at in zip(torch.split(shown, at_once), torch.split(codes, at_once), strict=True):
             wide = rows.double()
             sums.index_add_(0, at, wide)
             squares += torch.dot(wide.flatten(), wide.flatten())
@@ -152,6 +154,26 @@ class _Cells:
         wide = vectors.double()
         found = self.squares - 2 * (wide * self.sums).sum() + (self.hits * wide.square().sum(1)).sum()
         return max(0.0, float(found))
+
+
+def _nearest(points: Tensor, codebook: Codebook) -> Tensor:
+    """On a GPU by the kernel of flash-kmeans, where that is installed: it keeps no scores, and decides no near-ties."""
+    flash = _flash_kmeans() if points.is_cuda and codebook.lookup is Lookup.EUCLIDEAN else None
+    if flash is None:
+        return nearest(points, codebook)
+    found: Tensor = flash(points[None], codebook.vectors[None], points.square().sum(1)[None])
+    return found[0].long()
+
+
+@cache
+def _flash_kmeans() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Nearest codes (1, n) of points (1, n, dim), codes (1, k, dim) and the points' squared lengths (1, n)."""
+    if find_spec("flash_kmeans") is None:
+        return None
+    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+    found: Callable[[Tensor, Tensor, Tensor], Tensor] = euclid_assign_triton
+    return found
 
 
 def _lloyd(

@@ -112,7 +112,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
             family=request.family,
             codebook_keys=request.codebook_keys,
             metric=request.metric,
-            device=_device(request.device),
+            device=device_of(request.device),
             bf16=request.precision == "bf16",
         )
         splits, medium = _listed(request, model, measuring)
@@ -155,7 +155,8 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
     return opened
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Where networks and k-means run: "auto", "cpu" or "cuda", of several processes each on a GPU of its own."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise CodebookError("--device cuda: this torch finds no CUDA device; use --device cpu or auto")

@@ -21,6 +21,7 @@ from codebook_tools.latents import EncodedLatents, Survey, survey
 from codebook_tools.measure import Measurement, collect, measurement_of
 from codebook_tools.models.model import Book
 from codebook_tools.opening import Opened
+from codebook_tools.strategies import on_device
 from codebook_tools.sums import Sums
 from codebook_tools.tokens import Tokens, tokenise
 from codebook_tools.watch import Watch
@@ -125,6 +126,7 @@ def perform(opened: Opened, strategy: Strategy, seen: Calibration, watch: Watch)
     the surgeries by index of the book.
     """
     model = opened.model
+    strategy = on_device(strategy, model.device)
     before = [on_cpu(book) for book in model.books]
     counts = {stage: tokens.counts for stage, tokens in enumerate(seen.tokens)}
     surgeries = dict[int, Surgery]()

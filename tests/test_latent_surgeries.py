@@ -90,8 +90,9 @@ def test_the_encoders_own_latents_do_what_the_images_do(
     for stage in ("before", "surgery"):
         (mine,), (theirs,) = given.stages[stage].codebooks, seen.stages[stage].codebooks  # type: ignore[union-attr]
         assert (mine.key, mine.size, mine.dim, mine.latents) == (theirs.key, theirs.size, theirs.dim, theirs.latents)
-        assert mine.used == theirs.used and mine.perplexity == pytest.approx(theirs.perplexity, rel=1e-3)
-        assert mine.distortion == pytest.approx(theirs.distortion, rel=1e-3)
+        near = 0.02 if isinstance(strategy, Refit) and stage == "surgery" else 1e-3
+        assert mine.used == theirs.used and mine.perplexity == pytest.approx(theirs.perplexity, rel=near)
+        assert mine.distortion == pytest.approx(theirs.distortion, rel=near)
 
 
 def test_figures_of_images_are_null_and_nothing_was_trained(asked: Callable[..., Request]) -> None:

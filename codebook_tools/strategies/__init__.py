@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import entry_points
+from typing import Any, cast
+
+import torch
 
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
@@ -34,6 +38,7 @@ __all__ = [
     "TopK",
     "find_strategy",
     "make_strategy",
+    "on_device",
 ]
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
@@ -61,6 +66,11 @@ def find_strategy(name: str) -> Callable[..., Strategy]:
             raise CodebookError(f"strategy {name}, installed as {added[name].value}, does not load: {error}") from error
         return strategy
     raise CodebookError(f"no strategy {name!r}; there are {', '.join(sorted({*STRATEGIES, *added}))}")
+
+
+def on_device(strategy: Strategy, device: torch.device) -> Strategy:
+    """The strategy, to do its work there, if it says in a field `device` that it can."""
+    return cast(Strategy, replace(cast(Any, strategy), device=str(device))) if hasattr(strategy, "device") else strategy
 
 
 def make_strategy(name: str, settings: Sequence[str]) -> Strategy:

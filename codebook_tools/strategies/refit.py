@@ -23,8 +23,8 @@ class Refit:
 
     k: new size. init: how the seeds are drawn; "used" starts from the k most used codes, filled up with latents drawn
     by squared error where fewer are in use. iterations: the most of Lloyd. seed: of the seeding. exact: over all
-    latents, however many, which are gone through once an iteration; seeds are drawn from a sample.
-    watch: is told of the progress.
+    latents, however many, gone through once an iteration; seeds are drawn from a sample. device: that k-means
+    runs on. watch: is told of the progress.
     Source: Hu et al. 2021, "Global Context with Discrete Diffusion in VQ Modelling" (VQ-DDM, arXiv 2112.01799).
     """
 
@@ -33,6 +33,7 @@ class Refit:
     iterations: int = 300
     seed: int = 0
     exact: bool = False
+    device: str = field(default="cpu", repr=False, compare=False)
     watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -47,7 +48,7 @@ class Refit:
                 "prune, quantize and grow work for it"
             )
         whole = latents if self.exact and not isinstance(latents, StoredLatents) else None
-        points = joined(latents) if whole is None else drawn_rows(whole, self.seed)
+        points = (joined(latents) if whole is None else drawn_rows(whole, self.seed)).to(self.device)
         init: Init | Tensor = self._from_used(codebook, points, counts) if self.init == "used" else self.init
         found = kmeans(
             points,
@@ -60,11 +61,11 @@ class Refit:
             whole=whole,
             watch=self.watch,
         )
-        return Surgery(replace(codebook, vectors=found.centroids), torch.full((codebook.size,), REMOVED))
+        return Surgery(replace(codebook, vectors=found.centroids.cpu()), torch.full((codebook.size,), REMOVED))
 
     def _from_used(self, codebook: Codebook, points: Tensor, counts: Tensor) -> Tensor:
         order = counts.argsort(descending=True, stable=True)[: self.k]
-        used = replace(codebook, vectors=codebook.vectors[order[counts[order] > 0]])
+        used = replace(codebook, vectors=codebook.vectors[order[counts[order] > 0]].to(points.device))
         if not used.size:
             return seeds(points, self.k, "kmeans++", self.seed)
         return torch.cat([used.vectors, draw_by_error(points, used, self.k - used.size, self.seed)])
