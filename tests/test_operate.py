@@ -199,7 +199,8 @@ def test_after_fine_tuning_maps_and_counts_are_those_of_the_trained_encoder(
     counts = torch.bincount(now, minlength=6)
     without_training = torch.bincount(assigned(calibration_latents, new[CODEBOOK]), minlength=6)
     assert (counts - without_training).abs().sum() > 20  # so that the difference can be seen
-    assert (new["_vq_vae._ema_cluster_size"] - counts).abs().sum() <= 2  # rounding may move a latent between two
+    hits_or_one = counts.clamp(min=1)  # as a code without hits is written
+    assert (new["_vq_vae._ema_cluster_size"] - hits_or_one).abs().sum() <= 2  # rounding may move a latent between two
     _, nearest = maps_of(result)
     before = assigned(calibration_latents, variants["ema"][CODEBOOK])
     for code in set(range(16)) - set(DEAD):
