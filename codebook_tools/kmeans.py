@@ -21,7 +21,7 @@ from codebook_tools.watch import Watch
 _GROWTH = 4  # each sample is so many times the one before
 _POINTS_PER_CENTROID = 64  # in the first sample: fewer fit what is chance in it
 _SLAB = {"cpu": 65_536, "cuda": 1 << 20}  # points at most that one thread, or a GPU, assigns and sums at a time
-_SLABS = 16  # at least, so that there is work for all threads; never by their number, which must not change results
+_LEAST, _SLABS = 4096, 16  # points of a slab; slabs, for all threads to work, but never by their number: results would
 _WIDENED = {"cpu": 2048, "cuda": 1 << 18}  # points that are float64 at a time: in the cache of a core
 _STRETCH = 1.3  # of each step to the means; more than 1.5 overshoots where cells are many
 _AS_IF = 3  # iterations that momentum starts as if they had been made
@@ -78,7 +78,7 @@ def kmeans(
     for head in _heads(len(points), k):
         if count_distinct(places[:head], enough=k) < k:  # repeats would only pull codes away from the points behind
             continue
-        slabs = partial(_own, torch.split(points[:head], min(_SLAB[points.device.type], max(1, head // _SLABS))))
+        slabs = partial(_own, torch.split(points[:head], _slab(head, points.device)))
         found = _lloyd(slabs, points[:head], replace(now, vectors=found.centroids), iterations, tolerance, seed, watch)
     if whole is not None:
         slabs = partial(_in_slabs, whole, points.device)
@@ -91,6 +91,11 @@ def _heads(n: int, k: int) -> list[int]:
     while heads[0] >= _GROWTH * _POINTS_PER_CENTROID * k:
         heads.insert(0, heads[0] // _GROWTH)
     return heads
+
+
+def _slab(points: int, device: torch.device) -> int:
+    """How many of so many points are done at a time."""
+    return min(_SLAB[device.type], max(_LEAST, points // _SLABS))
 
 
 def _own(slabs: Iterable[Tensor]) -> Iterable[Tensor]:

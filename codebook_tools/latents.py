@@ -153,7 +153,7 @@ class Sampler:
 
     def __init__(self, seed: int, limit: int) -> None:
         self._seed, self._limit = seed, limit
-        self._keys, self._columns = np.empty(0, dtype=np.uint64), tuple[Tensor, ...]()
+        self._kept: list[tuple[NDArray[np.uint64], tuple[Tensor, ...]]] = []
         self._held, self._ceiling = 0, np.uint64(2**64 - 1)
 
     def add(self, items: Sequence[Named] | Hashed, positions: int, *columns: Tensor) -> None:
@@ -162,34 +162,16 @@ class Sampler:
 
     def add_hashed(self, keys: NDArray[np.uint64], *columns: Tensor) -> None:
         """keys: (n,), the hashes of latents. columns: (n, ...) each."""
-        if len(self._columns) < len(columns):
-            self._columns = tuple(torch.empty((0, *column.shape[1:]), dtype=column.dtype) for column in columns)
         chosen = np.flatnonzero(keys <= self._ceiling)
-        self._make_room(len(chosen))
-        held, self._held = self._held, self._held + len(chosen)
-        self._keys[held : self._held] = keys[chosen]
-        for kept, column in zip(self._columns, columns, strict=True):
-            all_ = len(chosen) == len(keys)
-            kept[held : self._held] = column if all_ else column.cpu()[torch.from_numpy(chosen)]
-
-    def _make_room(self, rows: int) -> None:
-        """For so many more: what is not among the smallest is dropped when a quarter too much is held, which is rarely,
-        so that n latents cost O(n)."""
-        most = self._limit + max(self._limit // 4, 65_536)
-        if self._held + rows > most and self._held > self._limit:
-            kept = np.argpartition(self._keys[: self._held], self._limit - 1)[: self._limit]
-            for column in self._columns:
-                column[: self._limit] = column[torch.from_numpy(kept)]
-            self._keys[: self._limit] = self._keys[kept]
-            self._held, self._ceiling = self._limit, self._keys[: self._limit].max()
-        if self._held + rows > len(self._keys):
-            size = max(min(4 * len(self._keys), most), self._held + rows)
-            grown = tuple(column.new_empty((size, *column.shape[1:])) for column in self._columns)
-            for new, old in zip(grown, self._columns, strict=True):
-                new[: self._held] = old[: self._held]
-            keys = np.empty(size, dtype=np.uint64)
-            keys[: self._held] = self._keys[: self._held]
-            self._keys, self._columns = keys, grown
+        if len(chosen) == len(keys):
+            self._kept.append((keys, tuple(column.cpu() for column in columns)))
+        else:
+            rows = torch.from_numpy(chosen)
+            self._kept.append((keys[chosen], tuple(column.cpu()[rows] for column in columns)))
+        self._held += len(chosen)
+        if self._held > self._limit + max(self._limit // 4, 65_536):  # rarely, so that n latents cost O(n)
+            self._kept = [self._smallest()]
+            self._held, self._ceiling = self._limit, self._kept[0][0].max()
 
     def columns(self, parts: int = 1) -> tuple[Tensor, ...]:
         """The sample, in the order of its hashes: of what all processes added, where there are several parts. Raises
@@ -215,10 +197,22 @@ class Sampler:
         return sent[order], tuple(processes.gathered(column[:mine])[rows] for column in columns)
 
     def _smallest(self) -> tuple[NDArray[np.uint64], tuple[Tensor, ...]]:
-        keys = self._keys[: self._held]
+        keys = np.concatenate([keys for keys, _ in self._kept])
         order = np.argsort(keys)[: self._limit]
-        rows = torch.from_numpy(order)
-        return keys[order], tuple(column.index_select(0, rows) for column in self._columns)
+        places = np.full(len(keys), -1)
+        places[order] = np.arange(len(order))
+        parts = np.split(places, np.cumsum([len(keys) for keys, _ in self._kept])[:-1])
+        columns = zip(*(columns for _, columns in self._kept), strict=True)
+        return keys[order], tuple(_placed(column, parts, len(order)) for column in columns)
+
+
+def _placed(column: Sequence[Tensor], places: Sequence[NDArray[np.int64]], count: int) -> Tensor:
+    """(count, ...): each row of the column's parts in its place; those without one, below 0, are left out."""
+    found = column[0].new_empty((count, *column[0].shape[1:]))
+    for rows, its in zip(column, places, strict=True):
+        kept = its >= 0
+        found[torch.from_numpy(its[kept])] = rows if kept.all() else rows[torch.from_numpy(kept)]
+    return found
 
 
 def _gathered(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
