@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # imported where a tensor is made: a header is read without w
     import torch
     from torch import Tensor
 
-CHUNK = 4 << 20
+CHUNK = 1 << 20
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
