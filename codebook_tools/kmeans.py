@@ -66,8 +66,7 @@ def kmeans(
     process has its part of it, where it has the same `points` as all others.
 
     Each iteration goes beyond the means and on in the direction of the last ones (Nesterov 1983), until that fails
-    (O'Donoghue and Candès 2015): a fourth of the passes. Raises CodebookError where there are fewer than k distinct
-    points.
+    (O'Donoghue and Candès 2015). Raises CodebookError where there are fewer than k distinct points.
     """
     assert k >= 1 and iterations >= 1 and lookup is not Lookup.DOT, (k, iterations, lookup)
     places = points if lookup is Lookup.EUCLIDEAN else unit(points)
