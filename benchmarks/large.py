@@ -1,4 +1,5 @@
-"""A 600 MB checkpoint in three shards of mixed dtypes: how long `inspect` takes, and how much memory `prune --stats`.
+"""A 600 MB checkpoint in three shards of mixed dtypes: how long `--help` and `inspect` take, and how much memory
+`prune --stats`.
 
     python benchmarks/large.py [--runs 5]
 
@@ -96,6 +97,7 @@ def main() -> None:
     commands: dict[str, tuple[object, ...]] = {
         "interpreter alone": ("pass",),
         "import torch": ("import torch",),
+        "--help": (ours, "--help"),
         "inspect": (ours, "inspect", MODEL),
         "prune --stats": (ours, "prune", MODEL, "--stats", STATS, "-o", OUTPUT, "--force"),
     }
