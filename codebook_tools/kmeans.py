@@ -21,7 +21,8 @@ from codebook_tools.watch import Watch
 _GROWTH = 4  # each sample is so many times the one before
 _POINTS_PER_CENTROID = 64  # in the first sample: fewer fit what is chance in it
 _SLAB = {"cpu": 65_536, "cuda": 1 << 20}  # points at most that one thread, or a GPU, assigns and sums at a time
-_LEAST, _SLABS = 4096, 16  # points of a slab; slabs, for all threads to work, but never by their number: results would
+_SLABS = 16  # at least, so that all threads have work: not as many as there are threads, or results would hang on that
+_LEAST = 4096  # points of a slab even so: fewer take longer to begin than to do
 _WIDENED = {"cpu": 2048, "cuda": 1 << 18}  # points that are float64 at a time: in the cache of a core
 _STRETCH = 1.3  # of each step to the means; more than 1.5 overshoots where cells are many
 _AS_IF = 3  # iterations that momentum starts as if they had been made

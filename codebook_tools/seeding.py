@@ -22,8 +22,9 @@ _POINTS, _POINTS_PER_SEED = 4096, 16  # that seeds are drawn from: more hardly m
 def seeds(points: Tensor, k: int, init: Init, seed: int) -> Tensor:
     """(k, dim) seeds for k-means: some of the points.
 
-    points: (n, dim) float32, in an order in which each head is a uniform sample: the first head gives the seeds, unless
-    it is so full of repeats that it has fewer than k distinct points. Raises CodebookError where all have fewer.
+    points: (n, dim) float32, in an order in which each head is a uniform sample: the first 4,096, or 16 a seed where
+    those are more, give the seeds, unless they are so full of repeats that fewer than k are distinct. Raises
+    CodebookError where all have fewer.
     """
     refuse_too_few(points, k)
     head = points[: max(_POINTS, _POINTS_PER_SEED * k)]

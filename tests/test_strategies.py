@@ -26,7 +26,7 @@ from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.kmeans import kmeans
 from codebook_tools.latents import StoredLatents
-from codebook_tools.strategies import STRATEGIES, Prune, Refit, find_strategy, make_strategy
+from codebook_tools.strategies import STRATEGIES, Prune, Refit, find_strategy, make_strategy, on_device
 from codebook_tools.watch import Watch
 
 Settings = dict[str, Any]
@@ -656,3 +656,10 @@ def test_an_added_strategy_runs_on_the_bundled_demo(installed: Path, tmp_path: P
     maps = load_file(tmp_path / "demo.every-nth-k128.index_map.safetensors")
     expected = [code // 4 if code % 4 == 0 else REMOVED for code in range(512)]
     assert maps["_vq_vae._embedding.weight/index_map"].tolist() == expected
+
+
+def test_a_strategy_that_can_is_told_where_to_work_and_stays_the_same_otherwise() -> None:
+    moved = on_device(Refit(3, seed=7), torch.device("cuda", 1))
+    assert moved == Refit(3, seed=7) and getattr(moved, "device") == "cuda:1"  # noqa: B009 (not of every strategy)
+    prune = Prune()
+    assert on_device(prune, torch.device("cuda")) is prune

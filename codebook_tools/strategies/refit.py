@@ -18,8 +18,8 @@ from codebook_tools.watch import Watch
 
 @dataclass(frozen=True)
 class Refit:
-    """k centroids of the latents, by full Lloyd to convergence, in the codebook's own metric. No old code keeps its
-    identity.
+    """k centroids of the latents, by k-means until an iteration gains little, in the codebook's own metric. No old code
+    keeps its identity.
 
     k: new size. init: how the seeds are drawn; "used" starts from the k most used codes, filled up with latents drawn
     by squared error where fewer are in use. iterations: the most of Lloyd. seed: of the seeding. exact: over all
