@@ -8,11 +8,11 @@ from torch import Tensor
 from codebook_tools.assignment import nearest, squared_errors, unit
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.kmeans import kmeans
-from codebook_tools.latents import survey
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.seeding import Init, count_distinct
 from codebook_tools.splits import shuffled
+from codebook_tools.survey import survey
 from codebook_tools.watch import Watch
 
 POINTS = 20_000

@@ -21,7 +21,7 @@ from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.filling import common_sizes, filled, remark
 from codebook_tools.index_maps import nearest_map
 from codebook_tools.latent_files import FileLatents, limited_latents, open_latents, split_latents
-from codebook_tools.latents import StoredLatents, Survey, survey
+from codebook_tools.latents import StoredLatents
 from codebook_tools.measure import CodebookUse, Measurement, use_of
 from codebook_tools.models.families import CUSTOM, check_stated, family_of, guessed, lookup_of, metric_of, size_entry
 from codebook_tools.models.load import choose_codebook, choose_codebooks
@@ -33,6 +33,7 @@ from codebook_tools.stats import Part, Stats, holds_sample, read_sample, read_st
 from codebook_tools.strategies import on_device
 from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.sums import BookSums, Sums, book_sums, exact, no_sums
+from codebook_tools.survey import Survey, survey
 from codebook_tools.watch import Watch
 
 

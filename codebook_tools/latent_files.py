@@ -17,7 +17,8 @@ from torch import Tensor
 from codebook_tools.checkpoints.entries import Stored, torch_dtype
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError, one_line
-from codebook_tools.latents import all_finite, mixed, sample_keys
+from codebook_tools.latents import all_finite
+from codebook_tools.sampling import mixed, sample_keys
 
 _BATCH = 65_536
 """Rows that are looked at together; a multiple of 8, for the chosen ones are kept as bits."""

@@ -13,11 +13,11 @@ from pathlib import Path
 from codebook_tools import processes
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import smallest
 from codebook_tools.measure import measurement_of
 from codebook_tools.models.families import metric_of
 from codebook_tools.opening import Opened, Request
 from codebook_tools.outcome import Result
+from codebook_tools.sampling import smallest
 from codebook_tools.splits import Splits
 from codebook_tools.stats import Part, read_hashed, read_part, write_part
 from codebook_tools.sums import Sums

@@ -17,12 +17,13 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.filling import common_sizes, filled, remark
 from codebook_tools.finetune import FineTuned, Recipe, finetune
 from codebook_tools.latent_cache import CachedLatents, cached
-from codebook_tools.latents import EncodedLatents, Survey, survey
+from codebook_tools.latents import EncodedLatents
 from codebook_tools.measure import Measurement, collect, measurement_of
 from codebook_tools.models.model import Book
 from codebook_tools.opening import Opened
 from codebook_tools.strategies import on_device
 from codebook_tools.sums import Sums
+from codebook_tools.survey import Survey, survey
 from codebook_tools.tokens import Tokens, tokenise
 from codebook_tools.watch import Watch
 

@@ -16,7 +16,7 @@ from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.writing import write_tensors
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import Sample
+from codebook_tools.sampling import Sample
 from codebook_tools.sums import LIMBS, BookSums, Sums, from_limbs, limbs
 
 

@@ -24,9 +24,9 @@ LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
 FLOORS = (
     ("errors", "watch", "version", "demo", "threads"),
     ("codebook", "processes", "sources", "items", "pictures"),
-    ("assignment", "metrics", "splits", "media"),
+    ("assignment", "metrics", "splits", "media", "sampling"),
     ("seeding", "kmeans", "images", "sounds", "latents", "sums", "index_maps", "filling"),
-    ("strategies", "checkpoints"),
+    ("strategies", "checkpoints", "survey"),
     ("networks",),
     ("models",),
     (
@@ -102,7 +102,7 @@ def test_a_module_imports_only_from_floors_below_it(room: str, file: Path) -> No
         ("metrics", "import codebook_tools.operate as o"),
         ("metrics", "def later():\n    from codebook_tools.models.model import Model"),
         ("assignment", "from codebook_tools.metrics import usage"),
-        ("images", "from codebook_tools.latents import survey"),
+        ("images", "from codebook_tools.survey import survey"),
         ("media", "from codebook_tools.sounds import sounds"),
         ("report", "from codebook_cli.app import app"),
         ("operate", "from codebook_tools.report.tables import result_table"),

@@ -12,11 +12,13 @@ from conftest import Outcome, assert_refused
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codebook_tools import latents as latents_module
+from codebook_tools import sampling
 from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import StoredLatents, drawn_rows
+from codebook_tools.latents import StoredLatents
+from codebook_tools.sampling import drawn_rows
 from codebook_tools.strategies.refit import Refit
+from codebook_tools.survey import survey
 
 LIMIT = 100
 
@@ -34,7 +36,7 @@ class Stream:
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latents_module, "SAMPLE_LIMIT", LIMIT)
+    monkeypatch.setattr(sampling, "SAMPLE_LIMIT", LIMIT)
 
 
 @pytest.fixture
@@ -109,13 +111,13 @@ def test_images_without_a_cache_are_refused_where_the_sample_is_not_all(
     codebook: Callable[..., Outcome], tiny: Path, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = ("--data", images_folder)
-    monkeypatch.setattr(latents_module.survey, "__kwdefaults__", {"limit": LIMIT})
+    monkeypatch.setattr(survey, "__kwdefaults__", {"limit": LIMIT})
     refused = refit(codebook, tiny, *data)
     assert_refused(refused, "--exact goes over 912 latents many times: keep them with --latents-cache DIR")
     done = refit(codebook, tiny, *data, "--latents-cache", tmp_path / "cache")
     assert done.exit_code == 0, done
     assert "index maps see a sample of 100 of 912 latents" in done.json["warnings"]
-    monkeypatch.setattr(latents_module.survey, "__kwdefaults__", {"limit": 912})
+    monkeypatch.setattr(survey, "__kwdefaults__", {"limit": 912})
     assert refit(codebook, tiny, *data).exit_code == 0
 
 
@@ -124,7 +126,7 @@ def test_latents_from_files_are_gone_through_as_they_lie(
 ) -> None:
     random = torch.Generator().manual_seed(0)
     np.save(tmp_path / "l.npy", torch.randn(2000, 4, generator=random).numpy())
-    monkeypatch.setattr(latents_module.survey, "__kwdefaults__", {"limit": LIMIT})
+    monkeypatch.setattr(survey, "__kwdefaults__", {"limit": LIMIT})
     found = {}
     for name, more in {"exact": ("--exact",), "sample": ()}.items():
         out = tmp_path / f"{name}.safetensors"

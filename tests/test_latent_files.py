@@ -15,7 +15,7 @@ from torch import Tensor
 
 from codebook_tools.errors import CodebookError
 from codebook_tools.latent_files import FileLatents, limited_latents, open_latents, split_latents
-from codebook_tools.latents import mixed
+from codebook_tools.sampling import mixed
 
 DIM = 3
 ROWS = torch.randn(200, DIM, generator=torch.Generator().manual_seed(0))

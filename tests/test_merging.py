@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from codebook_tools import merging
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import survey
 from codebook_tools.merging import parse_shard, sample_limit
 from codebook_tools.models.load import load_model
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import Request, open_request
 from codebook_tools.operate import measure_model
+from codebook_tools.survey import survey
 from codebook_tools.watch import Watch
 
 Run = Callable[..., Outcome]

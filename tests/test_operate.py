@@ -25,7 +25,6 @@ from codebook_tools.codebook import Codebook, Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe
 from codebook_tools.index_maps import nearest_map
-from codebook_tools.latents import survey
 from codebook_tools.measure import Measurement
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import Request
@@ -33,6 +32,7 @@ from codebook_tools.operate import Result, measure_model, operate
 from codebook_tools.planning import plan
 from codebook_tools.splits import split
 from codebook_tools.strategies import Prune, Refit
+from codebook_tools.survey import survey
 from codebook_tools.verify import verify_checkpoint
 from codebook_tools.watch import Watch
 

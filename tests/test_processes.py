@@ -23,10 +23,11 @@ from codebook_tools import processes
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.finetune import Recipe, finetune
-from codebook_tools.latents import Sampler, survey
 from codebook_tools.measure import measure
 from codebook_tools.models.load import load_model
+from codebook_tools.sampling import Sampler
 from codebook_tools.splits import split
+from codebook_tools.survey import survey
 from codebook_tools.tokens import tokenise
 from codebook_tools.watch import Watch
 

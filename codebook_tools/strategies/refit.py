@@ -11,7 +11,8 @@ from torch import Tensor
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.kmeans import kmeans
-from codebook_tools.latents import StoredLatents, drawn_rows, joined
+from codebook_tools.latents import StoredLatents, joined
+from codebook_tools.sampling import drawn_rows
 from codebook_tools.seeding import Init, draw_by_error, seeds
 from codebook_tools.watch import Watch
 
