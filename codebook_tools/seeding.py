@@ -16,13 +16,13 @@ from codebook_tools.errors import CodebookError
 
 Init = Literal["kmeans++", "afkmc2", "random"]
 
-_POINTS, _POINTS_PER_SEED = 4096, 16  # that seeds are drawn from: more hardly make better ones, and take longer
+_POINTS, _POINTS_PER_SEED = 4096, 8  # that seeds are drawn from: more hardly make better ones, and take longer
 
 
 def seeds(points: Tensor, k: int, init: Init, seed: int) -> Tensor:
     """(k, dim) seeds for k-means: some of the points.
 
-    points: (n, dim) float32, in an order in which each head is a uniform sample: the first 4,096, or 16 a seed where
+    points: (n, dim) float32, in an order in which each head is a uniform sample: the first 4,096, or 8 a seed where
     those are more, give the seeds, unless they are so full of repeats that fewer than k are distinct. Raises
     CodebookError where all have fewer.
     """
@@ -70,12 +70,16 @@ def kmeans_plus_plus(data: NDArray[np.float32], k: int, rng: np.random.Generator
     chosen = [int(rng.integers(len(rows)))]
     errors = _squared_distances(rows, rows[chosen[0]])
     while len(chosen) < k:
-        up_to = errors.cumsum(dtype=np.float64)
+        before, up_to = errors, errors.cumsum(dtype=np.float64)
         drawn = np.searchsorted(up_to, rng.random(trials) * up_to[-1], side="right").clip(max=len(rows) - 1)
         left = squares[:, None] - 2 * (rows @ rows[drawn].T) + squares[drawn]
-        best = drawn[np.minimum(left, errors[:, None], out=left).sum(0).argmin()]
-        chosen.append(int(best))
-        errors = np.minimum(errors, _squared_distances(rows, rows[best]))
+        np.minimum(left, errors[:, None], out=left)
+        best = int(left.sum(0).argmin())
+        chosen.append(int(drawn[best]))
+        errors = left[:, best].copy()
+        # What is small beside its terms is rounding; copies must be at 0, or they might be drawn, too.
+        unsure = np.flatnonzero(errors < 1e-3 * (squares + squares[chosen[-1]]))
+        errors[unsure] = np.minimum(before[unsure], _squared_distances(rows[unsure], rows[chosen[-1]]))
     return data[chosen]
 
 

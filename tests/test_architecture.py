@@ -25,7 +25,7 @@ FLOORS = (
     ("errors", "watch", "version", "demo", "threads"),
     ("codebook", "processes", "sources", "items", "pictures"),
     ("assignment", "metrics", "splits", "media", "sampling"),
-    ("seeding", "kmeans", "images", "sounds", "latents", "sums", "index_maps", "filling"),
+    ("seeding", "cells", "swaps", "kmeans", "images", "sounds", "latents", "sums", "index_maps", "filling"),
     ("strategies", "checkpoints", "survey"),
     ("networks",),
     ("models",),
@@ -42,7 +42,13 @@ FLOORS = (
 )
 """Rooms by floor, the lowest first. A room is a module of codebook_tools or a folder of it; the folder cli/ is one."""
 
-STAIRS = {("items", "sources"), ("kmeans", "seeding"), ("__main__", COMMAND_LINE)}
+STAIRS = {
+    ("items", "sources"),
+    ("kmeans", "seeding"),
+    ("kmeans", "cells"),
+    ("kmeans", "swaps"),
+    ("__main__", COMMAND_LINE),
+}
 """Rooms that may enter their neighbour on the same floor."""
 
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

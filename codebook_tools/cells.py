@@ -1,0 +1,92 @@
+"""A pass of k-means over its points: what falls to each code, summed over threads and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from codebook_tools import processes
+from codebook_tools.assignment import emitted, nearest, unit
+from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.threads import spread
+
+_WIDENED = {"cpu": 2048, "cuda": 1 << 18}  # points that are float64 at a time: in the cache of a core
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """What falls to each code. sums: (k, dim) float64 of its points, hits: (k,) float64 how many. squares: float64, sum
+    of the squared lengths of all points."""
+
+    sums: Tensor
+    hits: Tensor
+    squares: Tensor
+
+    @staticmethod
+    def of(points: Tensor, codebook: Codebook) -> Cells:
+        """points: (n, dim)."""
+        codes = _nearest(points, codebook)
+        shown = unit(points) if codebook.emit is Emit.UNIT else points
+        sums = shown.new_zeros((codebook.size, codebook.dim), dtype=torch.float64)
+        squares = sums.new_zeros(())
+        at_once = _WIDENED[points.device.type]
+        for rows, at in zip(torch.split(shown, at_once), torch.split(codes, at_once), strict=True):
+            wide = rows.double()
+            sums.index_add_(0, at, wide)
+            squares += torch.dot(wide.flatten(), wide.flatten())
+        return Cells(sums, torch.bincount(codes, minlength=codebook.size).double(), squares)
+
+    @staticmethod
+    def over(slabs: Iterable[Tensor], codebook: Codebook) -> Cells:
+        """Of all slabs, those of the other processes among them."""
+        vectors = codebook.vectors
+        sums = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
+        hits, squares = sums.new_zeros(codebook.size), sums.new_zeros(1)
+        work = partial(Cells.of, codebook=codebook)
+        for found in map(work, slabs) if vectors.is_cuda else spread(work, slabs):
+            sums += found.sums
+            hits += found.hits
+            squares += found.squares
+        total = processes.summed(torch.cat([sums.flatten(), hits, squares]))
+        parts = torch.split(total, [sums.numel(), len(hits), 1])
+        return Cells(parts[0].reshape(sums.shape), parts[1], parts[2])
+
+    def means(self, old: Codebook) -> Tensor:
+        """(k, dim) float32, as they are given out; where there are none, the old code."""
+        means = (self.sums / self.hits.clamp(min=1)[:, None]).float()
+        if old.emit is Emit.UNIT:
+            means = unit(means)
+        lost = (means == 0).all(1) if old.emit is Emit.UNIT else self.hits == 0  # directions may cancel out
+        means[lost] = emitted(old)[lost]
+        return means
+
+    def inertia(self, vectors: Tensor) -> float:
+        """Sum of squared distances of all points to the vectors (k, dim) of their cells."""
+        wide = vectors.double()
+        found = self.squares - 2 * (wide * self.sums).sum() + (self.hits * wide.square().sum(1)).sum()
+        return max(0.0, float(found))
+
+
+def _nearest(points: Tensor, codebook: Codebook) -> Tensor:
+    """On a GPU by the kernel of flash-kmeans, where that is installed: it keeps no scores, and decides no near-ties."""
+    flash = _flash_kmeans() if points.is_cuda and codebook.lookup is Lookup.EUCLIDEAN else None
+    if flash is None:
+        return nearest(points, codebook)
+    found: Tensor = flash(points[None], codebook.vectors[None], points.square().sum(1)[None])
+    return found[0].long()
+
+
+@cache
+def _flash_kmeans() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Nearest codes (1, n) of points (1, n, dim), codes (1, k, dim) and the points' squared lengths (1, n)."""
+    if find_spec("flash_kmeans") is None:
+        return None
+    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+    found: Callable[[Tensor, Tensor, Tensor], Tensor] = euclid_assign_triton
+    return found

@@ -1,0 +1,78 @@
+"""Out of an optimum that is only local: codes that are hardly needed go where one stands for many."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from codebook_tools.assignment import nearest, squared_errors, unit
+from codebook_tools.codebook import Codebook, Emit
+
+_AT_ONCE = 1 << 22  # costs of merging that are looked at together
+_APART = 0.3  # how far to its point a half of a cell starts: near enough to leave other cells alone
+
+
+def swapped(codebook: Codebook, points: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """(k, dim): the codes, `count` of them moved at most: where merging a cell into another costs least, n₁n₂/(n₁+n₂)
+    times the squared distance of their codes (Equitz 1989), its code goes into one of the cells of the largest error.
+
+    That cell is cut in two, across the way from its code to one of its points (n, dim), drawn by squared error. What is
+    gained shows after some iterations of Lloyd. Split and merge as here: Kaukoranta, Fränti and Nevalainen 1998,
+    "Iterative split-and-merge algorithm for VQ codebook generation".
+    """
+    codes = nearest(points, codebook)
+    errors = squared_errors(points, codebook, codes).double()
+    hits = torch.bincount(codes, minlength=codebook.size).double()
+    of_cells = errors.new_zeros(codebook.size).index_add_(0, codes, errors)
+    moved, cut = _pairs(*_cheapest_merges(codebook.vectors, hits), of_cells, count)
+    towards = points[_drawn(codes, errors, codebook.size, random)[cut]]
+    if codebook.emit is Emit.UNIT:
+        towards = unit(towards)
+    step = _APART * (towards - codebook.vectors[cut])
+    vectors = codebook.vectors.clone()
+    vectors[moved], vectors[cut] = codebook.vectors[cut] + step, codebook.vectors[cut] - step
+    return unit(vectors) if codebook.emit is Emit.UNIT else vectors
+
+
+def _cheapest_merges(vectors: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
+    """(k,) float64 and (k,) int64: what it costs to merge each cell into another, and into which; an empty one is
+    merged into none."""
+    wide, index = vectors.double(), torch.arange(len(vectors), device=vectors.device)
+    dead = hits == 0
+    costs, partners = [], []
+    for rows in torch.split(index, max(1, _AT_ONCE // len(index))):
+        both = hits[rows, None] + hits
+        found = torch.cdist(wide[rows], wide).square_().mul_(hits[rows, None] * hits / both.clamp(min=1))
+        found[(rows[:, None] == index) | dead] = torch.inf
+        least = found.min(1)
+        costs.append(least.values)
+        partners.append(least.indices)
+    return torch.cat(costs).masked_fill(dead, 0), torch.where(dead, index, torch.cat(partners))
+
+
+def _pairs(costs: Tensor, partners: Tensor, errors: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Codes to be moved, the cheapest first, and cells to be cut, those of the largest errors: none twice, and none
+    that a moved one merges into."""
+    moved, taken = list[int](), set[int]()
+    into = partners.tolist()
+    for code in costs.argsort(stable=True).tolist():
+        if len(moved) == count:
+            break
+        if code not in taken:
+            moved.append(code)
+            taken |= {code, into[code]}
+    by_error = errors.argsort(descending=True, stable=True).tolist()
+    cut = [cell for cell in by_error if cell not in taken and errors[cell] > 0][: len(moved)]
+    found = torch.tensor([moved[: len(cut)], cut], dtype=torch.int64, device=costs.device)
+    return found[0], found[1]
+
+
+def _drawn(codes: Tensor, errors: Tensor, size: int, random: torch.Generator) -> Tensor:
+    """(size,) int64: one point of each cell, drawn by its error; 0 for a cell without one.
+
+    The largest of log(error) plus Gumbel noise is such a draw."""
+    noise = torch.rand(len(codes), generator=random, dtype=torch.float64).to(errors.device)
+    order = (errors.log() - (-noise.log()).log()).argsort()
+    places = torch.arange(len(order), device=order.device)
+    last = places.new_zeros(size).scatter_reduce_(0, codes[order], places, "amax")
+    return order[last]
