@@ -34,8 +34,8 @@ class Course:
         """Measure, keep the best, and save all. Raises NotFiniteError where the network gives no numbers."""
         with self.training.as_kept():
             self.trace.append(self._measured(step, loss))
-            better = self.best is None or self.last.validation_mse < self.best.validation_mse
-            if better and not has_fallen(self.training.recipe, self.trace, self.codes):
+            fallen = has_fallen(self.training.recipe, self.trace, self.codes)
+            if self.best is None or (self.last.validation_mse < self.best.validation_mse and not fallen):
                 self.best = State.of(self.training.model, self.last, self.training.revived)
         if self.saving and self.best:
             self.saving.write(self.training.state(), self.trace, self.start, self.best)
@@ -48,6 +48,12 @@ class Course:
     def stopped(self) -> str | None:
         """Why the run is to end here, where it is."""
         return reason_to_stop(self.training.recipe, self.trace, self.codes)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether even the best has lost codes that the guard is there to keep: the first look after the start did."""
+        until = [point for point in self.trace if self.best and point.step <= self.best.step]
+        return has_fallen(self.training.recipe, until, self.codes)
 
     def _measured(self, step: int, loss: float | None) -> TracePoint:
         found = measure(self.training.model, self.validation, split="validation", structure=False, watch=Watch())
