@@ -33,7 +33,7 @@ FLOORS = (
         *("measure", "tokens", "coverage", "latent_files", "latent_cache", "output", "stats"),
         *("losses", "quantiser", "trainable"),
     ),
-    ("finetune", "opening"),
+    ("training", "finetune", "opening"),
     ("stages", "outcome", "inspection", "comparison", "verification"),
     ("detached", "compare", "downstream", "merging"),
     ("operate", "planning", "verify"),
@@ -44,9 +44,8 @@ FLOORS = (
 
 STAIRS = {
     ("items", "sources"),
-    ("kmeans", "seeding"),
-    ("kmeans", "cells"),
-    ("kmeans", "swaps"),
+    *(("kmeans", room) for room in ("seeding", "cells", "swaps")),
+    ("finetune", "training"),
     ("__main__", COMMAND_LINE),
 }
 """Rooms that may enter their neighbour on the same floor."""

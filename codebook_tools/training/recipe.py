@@ -1,0 +1,49 @@
+"""The settings of a fine-tuning, checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from codebook_tools.errors import CodebookError
+from codebook_tools.losses import Loss
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """steps: of the optimiser, 0 for none. train: which networks. codebook_update: how the codes move; `ema` also
+    revives dead ones. batch_size: images. lr: Adam's, at the end of warm-up. loss: of the reconstruction.
+
+    accumulate: batches to a step. clip: the most that the norm of all gradients may be. weight_ema: decay of a moving
+    average of all that gradients move; it is then what is validated and kept. patience: looks without a lower
+    validation error that end the run. min_usage: share of the codes; to fall below it ends the run, too.
+    """
+
+    steps: int = 1000
+    train: Literal["all", "decoder", "none"] = "all"
+    codebook_update: Literal["ema", "gradient", "frozen"] = "ema"
+    batch_size: int = 64
+    lr: float = 1e-3
+    loss: Loss = "mse"
+    accumulate: int = 1
+    clip: float | None = None
+    weight_ema: float | None = None
+    patience: int | None = None
+    min_usage: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("batch_size", 1), ("accumulate", 1), ("patience", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise CodebookError(f"{name}={value} is below {least}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise CodebookError(f"lr={self.lr} is no learning rate; try --lr 0.001")
+        if self.clip is not None and not (self.clip > 0 and math.isfinite(self.clip)):
+            raise CodebookError(f"clip={self.clip} is no norm to keep gradients below; try --clip 1, or leave it out")
+        if self.weight_ema is not None and not 0 <= self.weight_ema < 1:
+            raise CodebookError(f"weight_ema={self.weight_ema} is not within 0 and 1; try --weight-ema 0.999")
+        if not 0 <= self.min_usage <= 1:
+            raise CodebookError(f"min_usage={self.min_usage} is no share of the codes; try --min-usage 0.5")
+        if self.steps and self.train == "none" and self.codebook_update == "frozen":
+            raise CodebookError("train=none with codebook_update=frozen leaves nothing to train; use --steps 0")
