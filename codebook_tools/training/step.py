@@ -20,13 +20,29 @@ from codebook_tools.training.averaging import WeightAverage
 from codebook_tools.training.batches import Batches
 from codebook_tools.training.objective import objective_of
 from codebook_tools.training.parts import Tensors, by_number, joined, numbered, part
+from codebook_tools.training.rates import shares
 from codebook_tools.training.recipe import Recipe
 from codebook_tools.training.schedule import rate
 from codebook_tools.training.together import run_together
 
 REVIVE_UNTIL = 0.9  # of the run: the last codes placed need time to settle
 
+BETAS = (0.9, 0.95)  # of Adam; with 0.999 the first, large gradients still count after 1,000 steps
+
 GROUPS = {"all": ("encoder", "decoder"), "decoder": ("decoder",), "none": ()}
+
+
+def straight_through(latents: Tensor, quantised: Tensor) -> Tensor:
+    """quantised, with gradients that go to the latents unchanged (Bengio, Leonard and Courville 2013)."""
+    return latents + (quantised - latents).detach()
+
+
+def _groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, object]]:
+    """For an optimiser: those that share a learning rate."""
+    by_share = dict[float, list[nn.Parameter]]()
+    for parameter, share in zip(parameters, shares(parameters), strict=True):
+        by_share.setdefault(share, []).append(parameter)
+    return [{"params": its, "share": share} for share, its in by_share.items()]
 
 
 class Training:
@@ -61,7 +77,7 @@ class Training:
             for stage in model.chosen:
                 self.parameters.append(nn.Parameter(model.books[stage].vectors))
                 model.books[stage].vectors = self.parameters[-1]
-        self.optimiser = torch.optim.Adam(self.parameters, lr=recipe.lr) if self.parameters else None
+        self.optimiser = torch.optim.Adam(_groups(self.parameters), betas=BETAS) if self.parameters else None
         self.average = None if recipe.weight_ema is None else WeightAverage(self.parameters, recipe.weight_ema)
         self._run = run_together(model, self.parameters)
         self._coming = iter(self.batches)
@@ -83,7 +99,7 @@ class Training:
         def through(stage: int, latents: Tensor) -> Tensor:
             codes, quantised = self.quantisers[stage](latents)
             seen.append((latents, codes, quantised))
-            return latents + (quantised - latents).detach()
+            return straight_through(latents, quantised)
 
         terms = self.objective(self._run(media, through), media, seen)
         weight = share / self.recipe.accumulate
@@ -102,7 +118,7 @@ class Training:
             if self.recipe.clip is not None:
                 nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
             for group in self.optimiser.param_groups:
-                group["lr"] = self.recipe.lr * rate(step - 1, steps)
+                group["lr"] = self.recipe.lr * group["share"] * rate(step - 1, steps)
             self.optimiser.step()
         if self.average is not None:
             self.average.update()

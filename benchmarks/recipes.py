@@ -1,0 +1,188 @@
+"""Fine-tuning recipes side by side: one thing changed at a time, at equal steps, after the same surgery.
+
+    python benchmarks/recipes.py [VARIANT ...] [--data cifar10] [--k 128] [--strategy refit] [--steps 1000] [--seeds 3]
+                                 [--jobs 2] [--shared ../shared]
+
+Without a name: all variants. `default` is the tool's own recipe; the others say what they change in it. What did not
+make it into the tool lives in variants.py alone. Rows go to benchmarks/results/recipes/DATA.json; those that are there
+already, made with the same settings, are not run again. Each is measured on test data that the run did not see, and is
+done by a process with one thread, of which there are as many as jobs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import cache
+from inspect import signature
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine
+from variants import VARIANTS, Variant
+
+from codebook_tools.codebook import Strategy
+from codebook_tools.compare import find_entry
+from codebook_tools.opening import Opened, Request, open_request
+from codebook_tools.stages import Calibration, Latents, calibrate, encoder_latents, perform, run_stages
+from codebook_tools.strategies import find_strategy
+from codebook_tools.training.recipe import Recipe
+from codebook_tools.watch import Watch
+
+RESULTS = Path(__file__).parent / "results" / "recipes"
+MODELS = {
+    "demo": {},
+    "cifar10": {
+        "model": "checkpoints/cifar10-vqvae-k512.safetensors",
+        "data": "data/cifar10-train.tar",
+        "test_data": "data/cifar10-test.tar",
+    },
+    "fashion": {
+        "model": "checkpoints/fashion-vqvae-k128.safetensors",
+        "data": "data/fashion-train.tar",
+        "test_data": "data/fashion-test.tar",
+        "network": "models/fashion_vqvae.py:make",
+    },
+}
+"""Paths within --shared; the bundled demo needs none."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a row is of. strategy: a row of `codebook compare`."""
+
+    data: str
+    variant: str
+    strategy: str
+    k: int
+    steps: int
+    seed: int
+
+
+def request_of(data: str, shared: str) -> Request:
+    paths = {name: str(Path(shared) / path) for name, path in MODELS[data].items()}
+    return Request(
+        model=Path(paths["model"]) if paths else None,
+        data=(paths["data"],) if paths else (),
+        test_data=(paths["test_data"],) if paths else (),
+        network=paths.get("network"),
+    )
+
+
+@cache
+def opened(data: str, shared: str) -> tuple[Opened, Calibration, Latents]:
+    """Model and data before anything changes: once a process."""
+    found = open_request(request_of(data, shared), Watch())
+    return found, calibrate(found, Watch()), encoder_latents(found)
+
+
+def strategy_of(run: Run) -> Strategy | None:
+    entry = find_entry(run.strategy)
+    if entry.strategy is None:
+        return None
+    make = find_strategy(entry.strategy)
+    asked = {"k": run.k, "seed": run.seed} | dict(entry.settings)
+    return make(**{name: value for name, value in asked.items() if name in signature(make).parameters})
+
+
+def done(run: Run, variant: Variant, shared: str) -> dict[str, Any]:
+    """The row: settings, what became of the codebook and of the error, and the trace."""
+    torch.set_num_threads(1)
+    found, seen, latents = opened(run.data, shared)
+    before, since = deepcopy(found.model), time.perf_counter()
+    try:
+        with variant.in_place(found, run.seed):
+            strategy = strategy_of(run)
+            surgeries = perform(found, strategy, seen, Watch()) if strategy else {}
+            recipe = Recipe(steps=run.steps, **variant.recipe)
+            stages = run_stages(found, surgeries, seen, latents, recipe, seed=run.seed, watch=Watch())
+    finally:
+        found.model = before
+    assert stages.finetuned and stages.tuned
+    use = stages.finetuned.codebooks[0]
+    return asdict(run) | {
+        "settings": variant.settings(),
+        "surgery": stages.surgery.mse if stages.surgery else None,
+        "mse": stages.finetuned.mse,
+        "ssim": stages.finetuned.ssim,
+        "size": use.size,
+        "used": use.used,
+        "perplexity": use.perplexity,
+        "coverage": use.coverage,
+        "kept": stages.kept,
+        "seconds": round(time.perf_counter() - since, 1),
+        "trace": [asdict(point) for point in stages.tuned.trace],
+    }
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of the rows of one (strategy, k, steps), the best first: means and spread over the seeds."""
+    lines = ["| variant | mse | used | perplexity | seeds |", "| --- | ---: | ---: | ---: | ---: |"]
+    by_variant = {name: [row for row in rows if row["variant"] == name] for name in {row["variant"] for row in rows}}
+    for name, its in sorted(by_variant.items(), key=lambda one: statistics.mean(row["mse"] for row in one[1])):
+        cells = (
+            _spread(row["mse"] for row in its),
+            *(_mean(row[key] for row in its) for key in ("used", "perplexity")),
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(its)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Iterable[float]) -> str:
+    found = list(values)
+    deviation = statistics.stdev(found) if len(found) > 1 else 0.0
+    return f"{statistics.mean(found):.6f} ± {deviation:.6f}"
+
+
+def _mean(values: Iterable[float]) -> str:
+    return f"{statistics.mean(values):.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--data", choices=tuple(MODELS), default="cifar10")
+    parser.add_argument("--k", type=int, default=128)
+    parser.add_argument("--strategy", default="refit")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--shared", default="../shared")
+    given = parser.parse_args()
+    unknown = set(given.variants) - set(VARIANTS)
+    if unknown:
+        parser.error(f"no variant {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+    path = RESULTS / f"{given.data}.json"
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    asked = [
+        Run(given.data, name, given.strategy, given.k, given.steps, seed)
+        for seed in range(given.seeds)
+        for name in given.variants or VARIANTS
+    ]
+    rows = {
+        Run(**{name: row[name] for name in Run.__dataclass_fields__}): row
+        for row in kept
+        if row["settings"] == VARIANTS[row["variant"]].settings()
+    }
+    with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
+        waiting = {pool.submit(done, run, VARIANTS[run.variant], given.shared): run for run in asked if run not in rows}
+        for future in as_completed(waiting):
+            run = waiting[future]
+            row = rows[run] = future.result()
+            print(f"{run.variant}, seed {run.seed}: {row['mse']:.6f}, {row['used']} used", flush=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"machine": machine(), "rows": [*rows.values()]}, indent=1) + "\n")
+    print(summary([rows[run] for run in asked]))
+
+
+if __name__ == "__main__":
+    main()

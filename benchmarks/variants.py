@@ -1,0 +1,154 @@
+"""Recipes of fine-tuning that differ from the tool's own in one thing each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from codebook_tools.opening import Opened
+from codebook_tools.quantiser import DEAD_BELOW, Quantiser
+
+
+@dataclass(frozen=True)
+class Variant:
+    """recipe: fields of Recipe. inside: what else is another in the library while it runs, by MODULE:NAME. before:
+    called with the opened model and the seed, before any surgery."""
+
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    inside: Mapping[str, Any] = field(default_factory=dict)
+    before: Callable[[Opened, int], None] | None = None
+
+    @contextmanager
+    def in_place(self, opened: Opened, seed: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            for where, value in self.inside.items():
+                module, _, name = where.partition(":")
+                owner, _, attribute = name.rpartition(".")
+                place = import_module(f"codebook_tools.{module}")
+                stack.enter_context(patch.object(getattr(place, owner) if owner else place, attribute, value))
+            if self.before:
+                self.before(opened, seed)
+            yield
+
+    def settings(self) -> dict[str, str]:
+        """What a row depends on: the library's own numbers, and what is changed in them."""
+        inside = {where: _told(value) for where, value in (_library() | dict(self.inside)).items()}
+        return {**inside, **{name: str(value) for name, value in self.recipe.items()}, "before": _told(self.before)}
+
+
+NUMBERS = (
+    "losses:COMMITMENT",
+    "quantiser:DECAY",
+    "quantiser:REVIVE_EVERY",
+    "quantiser:DEAD_BELOW",
+    "training.step:REVIVE_UNTIL",
+    "training.step:BETAS",
+    "training.schedule:WARM_UP",
+    "training.schedule:FLOOR",
+    "training.recipe:Recipe.lr",
+)
+
+
+def _library() -> dict[str, Any]:
+    found = dict[str, Any]()
+    for where in NUMBERS:
+        module, _, name = where.partition(":")
+        value: Any = import_module(f"codebook_tools.{module}")
+        for part in name.split("."):
+            value = getattr(value, part)
+        found[where] = value
+    return found
+
+
+def _told(value: Any) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+def rotation(latents: Tensor, quantised: Tensor) -> Tensor:
+    """quantised, with gradients that are turned and scaled as latents are on their way to it: Fifty et al. 2024,
+    "Restructuring Vector Quantization with the Rotation Trick" (arXiv 2410.06424), equation 4."""
+    x, y = latents.movedim(1, -1), quantised.detach().movedim(1, -1)
+    from_, to = functional.normalize(x.detach(), dim=-1), functional.normalize(y, dim=-1)
+    middle = functional.normalize(from_ + to, dim=-1)
+    scale = y.norm(dim=-1, keepdim=True) / x.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    turned = x - 2 * (x * middle).sum(-1, keepdim=True) * middle + 2 * (x * from_).sum(-1, keepdim=True) * to
+    found: Tensor = (turned * scale).movedim(-1, 1)
+    return found
+
+
+def _placed(quantiser: Quantiser, dead: Tensor, vectors: Tensor) -> None:
+    """As the tool places revived codes, at other vectors."""
+    mean = 1 / len(quantiser.shares)
+    quantiser.book.vectors[dead] = vectors
+    quantiser.shares[dead] = mean
+    quantiser.sums[dead] = vectors * mean
+    quantiser.revived[dead.cpu()] = True
+
+
+def _dead(quantiser: Quantiser) -> Tensor:
+    return (quantiser.shares < DEAD_BELOW / len(quantiser.shares)).nonzero()[:, 0]
+
+
+def revive_alike(quantiser: Quantiser, rows: Tensor, codes: Tensor) -> None:
+    """Dead codes go to latents of the batch, all as likely."""
+    dead = _dead(quantiser)
+    _placed(quantiser, dead, rows[torch.randint(len(rows), (len(dead),), generator=quantiser.random)])
+
+
+def revive_by_splits(quantiser: Quantiser, rows: Tensor, codes: Tensor) -> None:
+    """Dead codes go beside the most used ones, and share with them (Linde, Buzo and Gray 1980)."""
+    dead = _dead(quantiser)
+    most = quantiser.shares.argsort(descending=True)[: len(dead)]
+    noise = torch.randn(len(dead), rows.shape[1], generator=quantiser.random) * rows.std(0) * 0.01
+    vectors, half = quantiser.book.vectors[most], quantiser.shares[most] / 2
+    _placed(quantiser, dead, vectors + noise)
+    for at in (dead, most):
+        quantiser.shares[at] = half
+        quantiser.sums[at] = quantiser.book.vectors[at] * half[:, None]
+
+
+def anchors(quantiser: Quantiser, rows: Tensor, codes: Tensor) -> None:
+    """All codes move towards the latents nearest to them, the less they are used the further: CVQ-VAE, Zheng and
+    Vedaldi 2023, "Online Clustered Codebook" (arXiv 2307.15139), equations 4 to 6."""
+    size, epsilon = len(quantiser.shares), 1e-3
+    decay = torch.exp(-quantiser.shares * size * 10 / (1 - 0.99) - epsilon)[:, None]
+    nearest = torch.cdist(quantiser.book.vectors, rows).argmin(1)
+    quantiser.book.vectors = quantiser.book.vectors * (1 - decay) + rows[nearest] * decay
+    quantiser.sums = quantiser.book.vectors * quantiser.shares[:, None]
+
+
+VARIANTS = {
+    "default": Variant(),
+    # Which way the codes move.
+    "codes by gradient, none revived": Variant({"codebook_update": "gradient"}),
+    "codes frozen": Variant({"codebook_update": "frozen"}),
+    "decoder alone": Variant({"train": "decoder"}),
+    **{f"EMA decay {decay}": Variant(inside={"quantiser:DECAY": decay}) for decay in (0.8, 0.9, 0.95, 0.98, 0.99)},
+    # Gradients through the quantiser.
+    "rotation trick": Variant(inside={"training.step:straight_through": rotation}),
+    # Revival.
+    "none revived": Variant(inside={"training.step:REVIVE_UNTIL": 0.0}),
+    "revived alike": Variant(inside={"quantiser:Quantiser._revive": revive_alike}),
+    "revived by splits": Variant(inside={"quantiser:Quantiser._revive": revive_by_splits}),
+    "CVQ anchors": Variant(inside={"quantiser:Quantiser._revive": anchors}),
+    **{f"revived every {n}": Variant(inside={"quantiser:REVIVE_EVERY": n}) for n in (1, 10, 50)},
+    **{f"dead below {share}": Variant(inside={"quantiser:DEAD_BELOW": share}) for share in (0.01, 0.03, 0.1, 0.3)},
+    **{f"revived until {share}": Variant(inside={"training.step:REVIVE_UNTIL": share}) for share in (0.5, 0.9, 1.0)},
+    # The loss.
+    **{f"commitment {w}": Variant(inside={"losses:COMMITMENT": w}) for w in (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)},
+    # The optimiser.
+    **{f"lr {rate:g}": Variant({"lr": rate}) for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)},
+    **{f"warm-up {n}": Variant(inside={"training.schedule:WARM_UP": n}) for n in (1, 20, 100, 300)},
+    **{f"decay to {share}": Variant(inside={"training.schedule:FLOOR": share}) for share in (0.0, 0.05, 0.2, 1.0)},
+    **{f"Adam's second decay {b}": Variant(inside={"training.step:BETAS": (0.9, b)}) for b in (0.95, 0.99, 0.999)},
+    **{f"average of weights {decay}": Variant({"weight_ema": decay}) for decay in (0.98, 0.995)},
+}
+"""One thing changed at a time. Those that name the tool's own number are the same as the default."""
