@@ -38,7 +38,7 @@ from codebook_tools.strategies import find_strategy
 from codebook_tools.training.recipe import Recipe
 from codebook_tools.watch import Watch
 
-RESULTS = Path(__file__).parent / "results" / "recipes"
+RESULTS = Path(os.environ.get("RECIPES", Path(__file__).parent / "results" / "recipes"))
 MODELS = {
     "demo": {},
     "cifar10": {

@@ -158,7 +158,7 @@ class TrainOptions:
     ] = None
     train: Annotated[Train, _train(help="Which networks train.")] = Train.ALL
     codebook_update: Annotated[Update, _train(help="How the codes move; ema also revives dead ones.")] = Update.EMA
-    lr: Annotated[float, _train(metavar="RATE", help="Adam's learning rate after warm-up.")] = 1e-3
+    lr: Annotated[float, _train(metavar="RATE", help="Adam's learning rate after warm-up.")] = 2e-3
     loss: Annotated[Loss, _train(help="Error that reconstructions are trained on.")] = Loss.MSE
     accumulate: Annotated[int, _train(metavar="N", help="Batches to a step, where memory holds no larger ones.")] = 1
     clip: Annotated[

@@ -13,7 +13,7 @@ from torch.nn import functional
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 
-COMMITMENT = 0.25  # weight of the term that moves latents to codes, van den Oord et al. 2017, equation 3
+COMMITMENT = 1.0  # weight of the term that moves latents to codes, in units of their variance
 
 Loss = Literal["mse", "l1"]
 """Of the reconstruction."""

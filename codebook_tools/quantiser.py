@@ -12,7 +12,7 @@ from codebook_tools.assignment import unit
 from codebook_tools.codebook import Emit
 from codebook_tools.models.model import Book, Model
 
-DECAY = 0.99  # of the EMA codebook, van den Oord et al. 2017, appendix A.1
+DECAY = 0.95  # of the EMA codebook: shorter than usual (0.99), for latents move fast at this learning rate
 REVIVE_EVERY = 10
 DEAD_BELOW = 0.03  # of the mean hits of a code: fewer, and it is dead
 

@@ -24,7 +24,7 @@ class Recipe:
     train: Literal["all", "decoder", "none"] = "all"
     codebook_update: Literal["ema", "gradient", "frozen"] = "ema"
     batch_size: int = 64
-    lr: float = 1e-3
+    lr: float = 2e-3
     loss: Loss = "mse"
     accumulate: int = 1
     clip: float | None = None
