@@ -33,7 +33,7 @@ FLOORS = (
         *("measure", "tokens", "coverage", "latent_files", "latent_cache", "output", "stats"),
         *("losses", "quantiser", "trainable"),
     ),
-    ("finetune", "opening"),
+    ("finetune", "opening", "blur"),
     ("stages", "outcome", "inspection", "comparison", "verification"),
     ("detached", "compare", "downstream", "merging"),
     ("operate", "planning", "verify"),

@@ -30,7 +30,7 @@ RESULT = {
     "command", "version", "model", "family", "settings", "seed", "warnings", "stages", "kept", "trace", "outputs",
     "bytes", "seconds",
 }  # fmt: skip
-MEASUREMENT = {"split", "images", "mse", "psnr", "ssim", "codebooks"}
+MEASUREMENT = {"split", "images", "mse", "psnr", "ssim", "codebooks", "sharpness"}
 USE = {
     "key", "size", "dim", "latents", "used", "usage", "used_10", "perplexity", "bits", "top_share", "distortion",
     "coverage",
