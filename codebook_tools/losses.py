@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,21 +30,41 @@ class Scales:
     latents: tuple[float, ...]
 
 
-def loss_of(
-    shown: Tensor, media: Tensor, seen: Sequence[Seen], scales: Scales, kind: Loss, moves_codes: bool
-) -> Tensor:
+@dataclass(frozen=True)
+class Reconstruction:
     """Reconstruction error over the media's variance, plus COMMITMENT times the squared distance of latents to codes
     over the latents' variance, a mean over the books; and that distance once more where gradients move codes."""
-    if kind == "mse":
-        loss = functional.mse_loss(shown, media) / scales.pixels
-    else:
-        loss = functional.l1_loss(shown, media) / scales.pixels**0.5
-    for scale, (latents, _, quantised) in zip(scales.latents, seen, strict=True):
-        unit_of_loss = scale * len(seen)
-        loss = loss + COMMITMENT * functional.mse_loss(latents, quantised.detach()) / unit_of_loss
-        if moves_codes:
-            loss = loss + functional.mse_loss(quantised, latents.detach()) / unit_of_loss
-    return loss
+
+    scales: Scales
+    kind: Loss
+    moves_codes: bool
+
+    def __call__(self, shown: Tensor, media: Tensor, seen: Sequence[Seen]) -> dict[str, Tensor]:
+        """The terms by name, scalars; their sum is what is minimised."""
+        if self.kind == "mse":
+            error = functional.mse_loss(shown, media) / self.scales.pixels
+        else:
+            error = functional.l1_loss(shown, media) / self.scales.pixels**0.5
+        terms = {"reconstruction": error}
+        for scale, (latents, _, quantised) in zip(self.scales.latents, seen, strict=True):
+            unit_of_loss = scale * len(seen)
+            _add(terms, "commitment", COMMITMENT * functional.mse_loss(latents, quantised.detach()) / unit_of_loss)
+            if self.moves_codes:
+                _add(terms, "codebook", functional.mse_loss(quantised, latents.detach()) / unit_of_loss)
+        return terms
+
+    def step(self) -> None:
+        """Nothing trains beside the model."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """There is nothing to be loaded."""
+
+
+def _add(terms: dict[str, Tensor], name: str, term: Tensor) -> None:
+    terms[name] = terms[name] + term if name in terms else term
 
 
 def scales_of(model: Model, images: Media) -> Scales:

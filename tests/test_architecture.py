@@ -33,7 +33,7 @@ FLOORS = (
         *("measure", "tokens", "coverage", "latent_files", "latent_cache", "output", "stats"),
         *("losses", "quantiser", "trainable"),
     ),
-    ("finetune", "opening", "blur"),
+    ("training", "finetune", "opening", "blur"),
     ("stages", "outcome", "inspection", "comparison", "verification"),
     ("detached", "compare", "downstream", "merging"),
     ("operate", "planning", "verify"),
@@ -42,7 +42,7 @@ FLOORS = (
 )
 """Rooms by floor, the lowest first. A room is a module of codebook_tools or a folder of it; the folder cli/ is one."""
 
-STAIRS = {("items", "sources"), ("kmeans", "seeding"), ("__main__", COMMAND_LINE)}
+STAIRS = {("items", "sources"), ("kmeans", "seeding"), ("finetune", "training"), ("__main__", COMMAND_LINE)}
 """Rooms that may enter their neighbour on the same floor."""
 
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from codebook_tools import compare as compare_module
-from codebook_tools import finetune as finetune_module
 from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.compare import ENTRIES, MORE_ENTRIES, compare
 from codebook_tools.comparison import Comparison, Row, RowStore, Spread, markdown_table, table_rows
@@ -25,6 +24,7 @@ from codebook_tools.measure import CodebookUse, Measurement
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
 from codebook_tools.strategies import STRATEGIES, Refit
+from codebook_tools.training.batches import Batches
 from codebook_tools.watch import Watch
 
 RECIPE = Recipe(steps=12, batch_size=16)
@@ -106,15 +106,15 @@ def test_a_fresh_network_is_drawn_by_seed_and_gets_the_same_codes(ask: Ask) -> N
 
 def test_all_rows_train_on_the_same_batches(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[list[int]] = []
-    batches = finetune_module._batches
+    batches = Batches.__iter__
 
-    def recorded(*given: Any) -> Iterator[tuple[Tensor, float]]:
+    def recorded(stream: Batches) -> Iterator[tuple[Tensor, float]]:
         drawn.append([])
-        for images, share in batches(*given):
+        for images, share in batches(stream):
             drawn[-1].append(hash(images.numpy().tobytes()))
             yield images, share
 
-    monkeypatch.setattr(finetune_module, "_batches", recorded)
+    monkeypatch.setattr(Batches, "__iter__", recorded)
     recipe = replace(RECIPE, steps=30)  # with revival, which draws as well
     ask("untouched+same-recipe", "untouched+textbook", "prune", "restart", "refit+fresh-network", recipe=recipe)
     assert len(drawn) == 5 and len(drawn[0]) == 30

@@ -12,7 +12,6 @@ import torch
 from conftest import DEAD, GREY, Grey, State
 from sources_of_images import Images, find_images
 
-from codebook_tools import finetune as module
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import FineTuned, Recipe, finetune
@@ -21,6 +20,8 @@ from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.splits import split
+from codebook_tools.training.batches import Batches
+from codebook_tools.training.schedule import rate
 from codebook_tools.watch import Watch
 
 GreyImages = Callable[..., Images]
@@ -420,7 +421,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tiny: Path
 def test_every_image_is_seen_once_before_one_is_seen_again(images_folder: Path) -> None:
     images = Images(find_images([images_folder])[:12], 3, 4)
     seen: list[bytes] = []
-    batches = module._batches(images, 4, torch.Generator().manual_seed(0), torch.empty(1, 3, 16, 16))
+    batches = iter(Batches(images, 4, 0, torch.empty(1, 3, 16, 16)))
     for _ in range(6):
         batch, share = next(batches)
         seen += [pixels.numpy().tobytes() for pixels in batch]
@@ -430,7 +431,7 @@ def test_every_image_is_seen_once_before_one_is_seen_again(images_folder: Path) 
 
 
 def test_the_learning_rate_warms_up_and_decays_to_a_twentieth() -> None:
-    rates = [module._rate(step, 1000) for step in range(1000)]
+    rates = [rate(step, 1000) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01) and rates[49] == pytest.approx(0.5) and rates[99] == pytest.approx(1.0)
     assert rates[550] == pytest.approx(0.525) and rates[-1] == pytest.approx(0.05, abs=1e-4)
     assert all(a >= b for a, b in pairwise(rates[99:]))

@@ -19,7 +19,6 @@ from codebook_tools import stages
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.codebook import REMOVED, Strategy
 from codebook_tools.finetune import FineTuned, Recipe, finetune
-from codebook_tools.finetune import State as Kept
 from codebook_tools.images import array_items
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
@@ -27,6 +26,7 @@ from codebook_tools.opening import Request
 from codebook_tools.operate import measure_model, operate
 from codebook_tools.outcome import Result
 from codebook_tools.strategies import Grow, Prune, Quantize, Refit, Restart
+from codebook_tools.training.states import State as Kept
 from codebook_tools.verify import verify_checkpoint
 from codebook_tools.watch import Watch
 

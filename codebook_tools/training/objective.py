@@ -1,0 +1,37 @@
+"""What a fine-tuning minimises, as the loop sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from codebook_tools import processes
+from codebook_tools.losses import Reconstruction, Seen, scales_of
+from codebook_tools.media import Media
+from codebook_tools.models.model import Model
+from codebook_tools.training.recipe import Recipe
+
+
+class Objective(Protocol):
+    """Terms of a loss, and whatever trains beside the model so that they can be told."""
+
+    def __call__(self, shown: Tensor, media: Tensor, seen: Sequence[Seen]) -> dict[str, Tensor]:
+        """The terms by name, scalars; their sum is what is minimised. shown: what the model makes of media, not
+        clamped, with gradients. seen: of each book. Called once for each of the batches of a step."""
+
+    def step(self) -> None:
+        """Train what is beside the model; called after each step of the model's own optimiser."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All that `step` changes, for a run that is resumed."""
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+
+
+def objective_of(model: Model, train: Media, recipe: Recipe) -> Objective:
+    """The one of a recipe, in the units of the model and the data as they are before the first step."""
+    scales = processes.of_first(scales_of(model, train))
+    return Reconstruction(scales, recipe.loss, recipe.codebook_update == "gradient")

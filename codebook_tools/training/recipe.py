@@ -1,0 +1,32 @@
+"""The settings of a fine-tuning, checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from codebook_tools.errors import CodebookError
+from codebook_tools.losses import Loss
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """steps: of the optimiser, 0 for none. train: which networks. codebook_update: how the codes move; `ema` also
+    revives dead ones. batch_size: images. lr: Adam's, at the end of warm-up. loss: of the reconstruction."""
+
+    steps: int = 1000
+    train: Literal["all", "decoder", "none"] = "all"
+    codebook_update: Literal["ema", "gradient", "frozen"] = "ema"
+    batch_size: int = 64
+    lr: float = 1e-3
+    loss: Loss = "mse"
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise CodebookError(f"{name}={getattr(self, name)} is below {least}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise CodebookError(f"lr={self.lr} is no learning rate; try --lr 0.001")
+        if self.steps and self.train == "none" and self.codebook_update == "frozen":
+            raise CodebookError("train=none with codebook_update=frozen leaves nothing to train; use --steps 0")

@@ -1,0 +1,69 @@
+"""What is known of a run at a step: the figures of its trace, and the state that can be gone back to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import mean
+
+from torch import Tensor
+
+from codebook_tools.measure import Measurement
+from codebook_tools.models.model import Model
+
+
+@dataclass(frozen=True)
+class TracePoint:
+    """One look at a run, over all validation images. loss: of the batch, None at step 0. used: codes; revived: those
+    so far; of all codebooks together. perplexity and distortion: the mean over codebooks."""
+
+    step: int
+    loss: float | None
+    validation_mse: float
+    used: int
+    perplexity: float
+    distortion: float
+    revived: int
+
+    @staticmethod
+    def of(step: int, loss: float | None, found: Measurement, revived: int) -> TracePoint:
+        uses = found.codebooks
+        perplexity, distortion = (mean(getattr(use, name) for use in uses) for name in ("perplexity", "distortion"))
+        return TracePoint(step, loss, found.error, sum(use.used for use in uses), perplexity, distortion, revived)
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Weights of a network and codes of its books at a step. revived: (size,) bool of each book, the codes that were
+    moved to a latent up to then."""
+
+    step: int
+    validation_mse: float
+    weights: dict[str, Tensor] = field(repr=False)
+    vectors: tuple[Tensor, ...] = field(repr=False)
+    revived: tuple[Tensor, ...] = field(repr=False)
+
+    @staticmethod
+    def of(model: Model, point: TracePoint, revived: Iterable[Tensor]) -> State:
+        """The model's as it is now. point: the look at it."""
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in model.network.state_dict().items()}
+        vectors = tuple(book.vectors.detach().cpu().clone() for book in model.books)
+        return State(point.step, point.validation_mse, weights, vectors, tuple(codes.clone() for codes in revived))
+
+    def restore(self, model: Model) -> None:
+        model.network.load_state_dict(self.weights)
+        for book, vectors in zip(model.books, self.vectors, strict=True):
+            book.vectors = vectors.to(model.device)
+
+
+@dataclass(frozen=True, eq=False)
+class FineTuned:
+    """start: before the first step. best: the lowest validation error after it. trained: file keys of the parameters
+    that took part, and groups: which networks they are. diverged: the step whose loss, or network, was not finite."""
+
+    start: State
+    best: State
+    trace: tuple[TracePoint, ...]
+    trained: tuple[str, ...]
+    groups: tuple[str, ...]
+    diverged: int | None

@@ -1,0 +1,29 @@
+"""A training step of several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from codebook_tools import processes
+from codebook_tools.models.model import Model
+from codebook_tools.networks.network import Quantise
+
+
+class _Whole(nn.Module):
+    """All that trains in one module, as DistributedDataParallel wants it."""
+
+    def __init__(self, model: Model, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.network, self.trained, self.run = model.network, nn.ParameterList(parameters), model.run
+
+    def forward(self, media: Tensor, quantise: Quantise) -> Tensor:
+        return self.run(media, quantise)
+
+
+def run_together(model: Model, parameters: Sequence[nn.Parameter]) -> Callable[[Tensor, Quantise], Tensor]:
+    """model.run, of several processes with gradients that are averaged over them."""
+    if processes.count() == 1 or not parameters:
+        return model.run
+    return nn.parallel.DistributedDataParallel(_Whole(model, parameters), gradient_as_bucket_view=True)
