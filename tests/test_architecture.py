@@ -31,7 +31,7 @@ FLOORS = (
     ("models",),
     (
         *("measure", "tokens", "coverage", "latent_files", "latent_cache", "output", "stats"),
-        *("losses", "quantiser", "trainable"),
+        *("losses", "adversarial", "perceptual", "distill", "quantiser", "trainable"),
     ),
     ("training", "finetune", "opening", "blur"),
     ("stages", "outcome", "inspection", "comparison", "verification"),

@@ -12,6 +12,7 @@ from codebook_tools.losses import Reconstruction, Seen, scales_of
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.training.recipe import Recipe
+from codebook_tools.training.several import several
 
 
 class Objective(Protocol):
@@ -20,6 +21,10 @@ class Objective(Protocol):
     def __call__(self, shown: Tensor, media: Tensor, seen: Sequence[Seen]) -> dict[str, Tensor]:
         """The terms by name, scalars; their sum is what is minimised. shown: what the model makes of media, not
         clamped, with gradients. seen: of each book. Called once for each of the batches of a step."""
+
+    @property
+    def counts_from(self) -> int:
+        """The step from which on all terms count; states from before it are kept for want of others alone."""
 
     def step(self) -> None:
         """Train what is beside the model; called after each step of the model's own optimiser."""
@@ -31,7 +36,10 @@ class Objective(Protocol):
         """Take back what `state` gave."""
 
 
-def objective_of(model: Model, train: Media, recipe: Recipe) -> Objective:
-    """The one of a recipe, in the units of the model and the data as they are before the first step."""
+def objective_of(model: Model, train: Media, recipe: Recipe, pixels: Tensor, seed: int) -> Objective:
+    """The one of a recipe, in the units of the model and the data as they are before the first step. pixels: (1, ...),
+    an item of the data. Raises CodebookError where a term has nothing to go by."""
     scales = processes.of_first(scales_of(model, train))
-    return Reconstruction(scales, recipe.loss, recipe.codebook_update == "gradient")
+    plain = Reconstruction(scales, recipe.loss, recipe.codebook_update == "gradient")
+    asked = recipe.perceptual or recipe.adversarial or recipe.distill
+    return several(plain, model, recipe, pixels, seed) if asked else plain

@@ -13,7 +13,11 @@ from codebook_tools.losses import Loss
 @dataclass(frozen=True)
 class Recipe:
     """steps: of the optimiser, 0 for none. train: which networks. codebook_update: how the codes move; `ema` also
-    revives dead ones. batch_size: images. lr: Adam's, at the end of warm-up. loss: of the reconstruction."""
+    revives dead ones. batch_size: images. lr: Adam's, at the end of warm-up. loss: of the reconstruction.
+
+    perceptual: a file of VGG16's weights, or "auto"; None for no LPIPS. adversarial: a discriminator trains along.
+    distill: weight of the distance to what the original model reconstructs.
+    """
 
     steps: int = 1000
     train: Literal["all", "decoder", "none"] = "all"
@@ -21,6 +25,9 @@ class Recipe:
     batch_size: int = 64
     lr: float = 1e-3
     loss: Loss = "mse"
+    perceptual: str | None = None
+    adversarial: bool = False
+    distill: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("batch_size", 1)):
@@ -28,5 +35,9 @@ class Recipe:
                 raise CodebookError(f"{name}={getattr(self, name)} is below {least}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise CodebookError(f"lr={self.lr} is no learning rate; try --lr 0.001")
+        if not (self.distill >= 0 and math.isfinite(self.distill)):
+            raise CodebookError(f"distill={self.distill} is no weight; try --distill 1")
+        if self.adversarial and self.train == "none":
+            raise CodebookError("adversarial with train=none: no decoder is there to learn from it; leave one out")
         if self.steps and self.train == "none" and self.codebook_update == "frozen":
             raise CodebookError("train=none with codebook_update=frozen leaves nothing to train; use --steps 0")
