@@ -47,6 +47,8 @@ def request_of(model: Path | None, given: dict[str, Any]) -> Request:
         latents=tuple(given.get("latents") or ()),
         output=given.get("output"),
         force=given.get("force", False),
+        resume=given.get("resume", False),
+        log_dir=given.get("log_dir"),
     )
 
 
@@ -77,6 +79,7 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
         perceptual=given["perceptual"],
         adversarial=given["adversarial"],
         distill=given["distill"],
+        **{name: given[name] for name in ("accumulate", "clip", "weight_ema", "patience", "min_usage")},
     )
 
 

@@ -170,6 +170,20 @@ class TrainOptions:
     distill: Annotated[
         float, _train(metavar="WEIGHT", help="Also stay near what the original model reconstructs; 1: as near.")
     ] = 0.0
+    accumulate: Annotated[int, _train(metavar="N", help="Batches to a step, where memory holds no larger ones.")] = 1
+    clip: Annotated[
+        float | None, _train(metavar="NORM", help="The most that the norm of all gradients may be. Left out: no limit.")
+    ] = None
+    weight_ema: Annotated[
+        float | None,
+        _train(metavar="DECAY", help="Validate and keep a moving average of the weights, of 0.999 say."),
+    ] = None
+    patience: Annotated[
+        int | None, _train(metavar="N", help="Stop after N looks, a tenth of the steps each, without a gain.")
+    ] = None
+    min_usage: Annotated[
+        float, _train(metavar="SHARE", help="Stop where fewer of the codes are in use than before, and than SHARE.")
+    ] = 0.0
 
 
 @dataclass(frozen=True)
@@ -181,11 +195,19 @@ class NoStepsTrainOptions(TrainOptions):
 
 @dataclass(frozen=True)
 class WriteOptions:
+    """For commands that write a model, after a fine-tuning or without."""
+
     output: Annotated[
         Path | None,
         _output("--output", "-o", metavar="PATH", help="Left out: beside MODEL, <name>.<command>-k<K>, of its kind."),
     ] = None
     force: Annotated[bool, _output("--force", help="Replace the output if it exists.")] = False
+    resume: Annotated[
+        bool, _train("--resume", help="Go on with an interrupted fine-tuning from what it left beside the output.")
+    ] = False
+    log_dir: Annotated[
+        Path | None, _train(metavar="DIR", help="Write losses, usage and perplexity there, for TensorBoard.")
+    ] = None
     dry_run: Annotated[
         bool, _output("--dry-run", help="Say what would be done and written, its size and time; write nothing.")
     ] = False

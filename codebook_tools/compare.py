@@ -19,6 +19,7 @@ from codebook_tools.comparison import STAGES, Comparison, Row, RowStore, markdow
 from codebook_tools.errors import CodebookError
 from codebook_tools.filling import power_of_two
 from codebook_tools.finetune import Recipe
+from codebook_tools.items import items_sha256
 from codebook_tools.measure import Measurement
 from codebook_tools.models.stored import added_bytes
 from codebook_tools.opening import Opened, Request, open_request
@@ -259,16 +260,13 @@ def _size(opened: Opened) -> int:
 def _made_with(opened: Opened, task: _Task, recipe: Recipe) -> str:
     """SHA-256 of all that the figures of a row depend on."""
     request = opened.request
-    items = {
-        name: hashlib.sha256("\n".join(f"{item.name} {item.nbytes}" for item in split).encode()).hexdigest()
-        for name, split in (("calibration", opened.splits.calibration), ("test", opened.splits.test))
-    }
+    splits = opened.splits
     network = Path(request.network.rpartition(":")[0]) if request.network else None
     said = {
         "version": VERSION,
         "model": opened.model.checkpoint.sha256,
         "network": hashlib.sha256(network.read_bytes()).hexdigest() if network else None,
-        "data": items,
+        "data": {"calibration": items_sha256(splits.calibration), "test": items_sha256(splits.test)},
         "opened": {name: value for name, value in opened.settings.items() if name not in ("data", "test_data")},
         "codebook": [
             told

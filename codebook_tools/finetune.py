@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.errors import CodebookError, NotFiniteError
-from codebook_tools.measure import measure
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
-from codebook_tools.trainable import training_mode
+from codebook_tools.training.course import Course
+from codebook_tools.training.readings import SUM, Readings
 from codebook_tools.training.recipe import Recipe
+from codebook_tools.training.saving import Saving
+from codebook_tools.training.scalars import Scalars, figures_of, scalars_into
 from codebook_tools.training.schedule import looks_at
-from codebook_tools.training.states import FineTuned, State, TracePoint
+from codebook_tools.training.states import FineTuned, TracePoint
 from codebook_tools.training.step import Training
 from codebook_tools.watch import Watch
 
 __all__ = ["FineTuned", "Recipe", "TracePoint", "finetune"]  # with what it is given, and gives back
-
-READ_EVERY = {"cpu": 1}  # steps from one reading of the losses to the next: a GPU would stand still for each
-READ_OTHERWISE = 10
 
 
 def finetune(
@@ -35,59 +33,55 @@ def finetune(
     *,
     seed: int,
     watch: Watch,
+    saving: Saving | None = None,
+    log_dir: Path | None = None,
 ) -> FineTuned:
     """Train `model` in place, and leave it in the state with the lowest validation error after at least one step.
 
     counts: (size,) int64 or float of each book, assignments per code over the calibration data, where the EMA starts.
+    saving: where the run is kept at each look, and goes on from if it was interrupted. log_dir: for TensorBoard.
     Only the chosen books move. The loss is that of losses.py. Gradients pass the quantisers straight through (Bengio,
     Leonard and Courville 2013). Several processes do together what one does alone: a batch is split among them.
     """
     training = Training(model, train, recipe, counts, seed)
+    course = Course(training, validation, saving)
+    with scalars_into(log_dir, after=course.last.step) as log:
+        diverged = _train(training, course, watch, log)
+    model.network.eval().requires_grad_(False)
+    (course.best or course.start).restore(model)
+    if course.best is None:
+        if saving:
+            saving.remove()
+        why = f"fine-tuning diverged at step {diverged}: its numbers are not finite; try a lower --lr"
+        raise CodebookError(why if diverged else course.stopped)
+    trace, stopped = tuple(course.trace), None if diverged else course.stopped
+    return FineTuned(course.start, course.best, trace, training.trained, training.groups, diverged, stopped)
 
-    def look(step: int, loss: float | None) -> TracePoint:
-        processes.follow_first([*model.network.buffers(), *(book.vectors for book in model.books)])
-        found = measure(model, validation, split="validation", structure=False, watch=Watch())
-        return TracePoint.of(step, loss, found, sum(int(quantiser.revived.sum()) for quantiser in training.quantisers))
 
-    def state(point: TracePoint) -> State:
-        return State.of(model, point, (quantiser.revived for quantiser in training.quantisers))
-
-    trace = [look(0, None)]
-    start = state(trace[0])
-    best: State | None = None
-    diverged = None
-    looks = looks_at(recipe.steps)
-    unread = list[Tensor]()
-    read_every = READ_EVERY.get(model.device.type, READ_OTHERWISE)
-    training_mode(model.network)
-    for step in range(1, recipe.steps + 1):
-        terms = training.gradients()
-        unread.append(torch.stack([*terms.values()]))
+def _train(training: Training, course: Course, watch: Watch, log: Scalars) -> int | None:
+    """Train to the last step, or where there is a reason to stop. Returns the step that was not finite, if one was."""
+    steps, readings = training.recipe.steps, Readings(training.model.device)
+    looks, step = looks_at(steps), course.last.step
+    if not step:
+        log(step, figures_of(course.last, course.codes))
+    while step < steps and not course.stopped:
+        step += 1
+        readings.add(training.gradients())
         loss = None
-        if step % read_every == 0 or step in looks:
-            losses = processes.summed(torch.stack(unread)).sum(1).tolist()
-            loss = losses[-1]
-            bad = [i for i, of in enumerate(losses) if not math.isfinite(of)]
-            if bad:
-                diverged = step + 1 - len(losses) + bad[0]
-                break
-            unread.clear()
+        if step % readings.every == 0 or step in looks:
+            read = readings.read()
+            for its, losses in enumerate(read, step + 1 - len(read)):
+                if not math.isfinite(losses[SUM]):
+                    return its
+                log(its, {f"loss/{name}": value for name, value in losses.items()})
+            loss = read[-1][SUM]
         training.move(step)
         if loss is not None:
-            used = sum(quantiser.in_use for quantiser in training.quantisers)
-            watch.progress("fine-tune", step, recipe.steps, loss=loss, used=used)
+            watch.progress("fine-tune", step, steps, loss=loss, used=training.in_use)
         if step in looks:
-            model.network.eval()
             try:
-                trace.append(look(step, loss))
+                course.look(step, loss)
             except NotFiniteError:
-                diverged = step
-                break
-            if best is None or trace[-1].validation_mse < best.validation_mse:
-                best = state(trace[-1])
-            training_mode(model.network)
-    model.network.eval().requires_grad_(False)
-    (best or start).restore(model)
-    if best is None:
-        raise CodebookError(f"fine-tuning diverged at step {diverged}: its numbers are not finite; try a lower --lr")
-    return FineTuned(start, best, tuple(trace), training.trained, training.groups, diverged)
+                return step
+            log(step, figures_of(course.last, course.codes))
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,11 @@ class Item:
         """Whether the SHA-256 of name or group puts the item into this tenth; the parts 0 and 1 are independent."""
         digest = _sha256(self.kin)
         return int.from_bytes(digest[8 * part : 8 * part + 8], "big") % 10 == 0
+
+
+def items_sha256(items: Iterable[Item]) -> str:
+    """Of their names and lengths, in their order: the same data in another place are the same."""
+    return hashlib.sha256("\n".join(f"{item.name} {item.nbytes}" for item in items).encode()).hexdigest()
 
 
 def _sha256(name: str) -> bytes:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from codebook_tools import processes
 from codebook_tools.blur import blur_warnings
+from codebook_tools.checkpoints.layout import training_path
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.codebook import Strategy
@@ -18,6 +19,7 @@ from codebook_tools.detached import goes_without_images, measure_detached, opera
 from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.finetune import Recipe
 from codebook_tools.index_maps import nearest_map
+from codebook_tools.items import items_sha256
 from codebook_tools.measure import measurement_of
 from codebook_tools.merging import check_shard, in_part, merge, part_of
 from codebook_tools.models.families import metric_of
@@ -47,6 +49,9 @@ from codebook_tools.stages import (
 )
 from codebook_tools.stats import write_part
 from codebook_tools.strategies.quantize import packed_bytes
+from codebook_tools.training.saving import Saving
+from codebook_tools.training.scalars import require_tensorboard
+from codebook_tools.version import VERSION
 from codebook_tools.watch import Watch
 
 
@@ -100,6 +105,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         if recipe.steps:
             raise CodebookError(f"{recipe.steps} steps of fine-tuning need images; give --data, or --steps 0")
         return operate_detached(command, request, strategy, watch)
+    require_tensorboard(request.log_dir)
     opened = open_request(request, watch)
     model = opened.model
     if not recipe.steps and len(model.books) == 1:
@@ -120,15 +126,28 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     size = max(model.books[stage].codebook.size for stage in model.chosen)
     output = check_request_output(request, command, size)
 
-    done = run_stages(opened, surgeries, seen, latents, recipe, seed=request.seed, watch=watch)
+    first = model.books[model.chosen[0]]
+    opened.settings |= {"metric": metric_of(first.lookup, first.emit)} | settings_of(strategy) | settings_of(recipe)
+    saving = Saving(training_path(output), _made_with(command, opened), request.resume)
+    if recipe.steps and request.resume and not saving.path.exists():
+        opened.warnings.append(f"--resume: there is no {saving.path}; the fine-tuning began at step 0")
+    done = run_stages(
+        opened,
+        surgeries,
+        seen,
+        latents,
+        recipe,
+        seed=request.seed,
+        watch=watch,
+        saving=saving,
+        log_dir=request.log_dir,
+    )
     opened.warnings += done.warnings
     if done.kept == "finetuned" and done.finetuned:
         opened.warnings += blur_warnings(before, done.finetuned)
         tokens = calibration_tokens(opened, watch)
     else:
         tokens = current_tokens(opened, seen, done.kept == "surgery", watch)
-    first = model.books[model.chosen[0]]
-    opened.settings |= {"metric": metric_of(first.lookup, first.emit)} | settings_of(strategy) | settings_of(recipe)
     opened.warnings += remarks(model.checkpoint, old[model.chosen[0]].size, size, output)
     keys = {stage: model.books[stage].key for stage in sorted(done.index_maps)}
     sizes = {key: model.books[stage].codebook.size for stage, key in keys.items()}
@@ -148,6 +167,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
             return map_path, weights_bytes(output)
 
         map_path, nbytes = processes.by_first(write)
+        saving.remove()
     bits = next(iter(surgeries.values())).bits if surgeries and done.kept == "surgery" else None
     packed = sum(packed_bytes(on_cpu(model.books[stage]), bits) for stage in surgeries) if bits else 0
     return _result(
@@ -167,6 +187,18 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
             **({"packed": packed} if bits else {}),
         },
     )
+
+
+def _made_with(command: str, opened: Opened) -> dict[str, object]:
+    """All that a fine-tuning depends on."""
+    return {
+        "version": VERSION,
+        "command": command,
+        "seed": opened.request.seed,
+        "model": opened.model.checkpoint.sha256,
+        "data": items_sha256(opened.splits.calibration),
+        **{name: value for name, value in opened.settings.items() if name not in ("data", "test_data")},
+    }
 
 
 def _read_back(path: Path, model: Model, stages: Iterable[int]) -> None:

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from codebook_tools import processes
+from codebook_tools.checkpoints.layout import training_path
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.codebook import Strategy
+from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import FineTuned, Recipe, TracePoint
 from codebook_tools.measure import Measurement
 from codebook_tools.opening import Request
@@ -61,6 +63,9 @@ def _checked_output(request: Request, command: str, size: int | None) -> Path:
     check_size(checkpoint, size)
     output = request_output(request, command, size or 0)
     check_output(checkpoint, output, request.force)
+    unfinished = training_path(output)
+    if unfinished.exists() and not (request.resume or request.force):
+        raise CodebookError(f"{unfinished} is of an interrupted run: --resume goes on from it, --force begins anew")
     return output
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,15 @@ class Quantiser:
         """latents (n, dim, *grid) -> codes (n, *grid), and what the decoder gets, with gradients to the codes."""
         codes = self.model.assign(latents.detach(), self.stage)
         return codes, self.model.embed_trained(codes, self.stage)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that `update` changes, but for the codes, which are the model's, and for what revivals draw from."""
+        return {"shares": self.shares, "sums": self.sums, "revived": self.revived}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        self.shares, self.sums = (state[name].to(self.model.device) for name in ("shares", "sums"))
+        self.revived = state["revived"]
 
     def update(self, latents: Tensor, codes: Tensor, revive: bool) -> None:
         """Move the codes after a step: latents (n, dim, *grid), their codes (n, *grid) at its beginning; of several

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from codebook_tools.strategies import on_device
 from codebook_tools.sums import Sums
 from codebook_tools.survey import Survey, survey
 from codebook_tools.tokens import Tokens, tokenise
+from codebook_tools.training.saving import Saving
 from codebook_tools.training.several import judges
 from codebook_tools.watch import Watch
 
@@ -179,11 +181,13 @@ def run_stages(
     *,
     seed: int,
     watch: Watch,
+    saving: Saving | None = None,
+    log_dir: Path | None = None,
 ) -> Stages:
     """Measure what `perform` made, and fine-tune; the model is left in the better state by validation error.
 
     surgeries: none, to fine-tune the codebooks as they are. seen: the calibration data, before the surgery. latents:
-    of the encoder as it is, by `encoder_latents`. seed: of the fine-tuning.
+    of the encoder as it is, by `encoder_latents`. seed, saving, log_dir: of the fine-tuning.
     """
     model = opened.model
     kept, after, finetuned, tuned = "before", None, None, None
@@ -196,9 +200,17 @@ def run_stages(
     warnings = list[str]()
     if recipe.steps:
         counts = [tokens.counts for tokens in current_tokens(opened, seen, bool(surgeries), watch)]
-        tuned = _finetune(opened, recipe, counts, seed, watch)
+        splits = opened.splits
+        train, validation = (opened.calibration.subset(items) for items in (splits.train, splits.validation))
+        with watch.phase("finetune"):
+            tuned = finetune(
+                model, train, validation, recipe, counts, seed=seed, watch=watch, saving=saving, log_dir=log_dir
+            )
+        model.round_to_stored()
         if tuned.diverged:
             warnings.append(f"fine-tuning diverged at step {tuned.diverged}; an earlier state was taken")
+        if tuned.stopped:
+            warnings.append(tuned.stopped)
         finetuned = measure_stage(opened, encoder_latents(opened), watch)
         if tuned.best.validation_mse < tuned.start.validation_mse:
             kept = "finetuned"
@@ -237,11 +249,3 @@ def current_tokens(opened: Opened, seen: Calibration, moved: bool, watch: Watch)
     codes = nearest(rows, codebook)
     counts = torch.bincount(codes, minlength=codebook.size).double() / share
     return (Tokens(counts, float(squared_errors(rows, codebook, codes).double().sum()) / share, codes),)
-
-
-def _finetune(opened: Opened, recipe: Recipe, counts: list[Tensor], seed: int, watch: Watch) -> FineTuned:
-    train, validation = (opened.calibration.subset(part) for part in (opened.splits.train, opened.splits.validation))
-    with watch.phase("finetune"):
-        tuned = finetune(opened.model, train, validation, recipe, counts, seed=seed, watch=watch)
-    opened.model.round_to_stored()
-    return tuned

@@ -24,9 +24,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from codebook_tools.checkpoints.layout import PREFIX, index_map_path
-from codebook_tools.checkpoints.reading import file_sha256
+from codebook_tools.checkpoints.reading import file_sha256, read_checkpoint
 from codebook_tools.checkpoints.writing import maps_sha256, tensor_bytes
 from codebook_tools.images import array_items
+from codebook_tools.models.load import load_model
+from codebook_tools.models.model import Model
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.networks.zalando import make
 
@@ -239,6 +241,19 @@ def grey(tmp_path: Path) -> Callable[..., Grey]:
         return Grey(tmp_path / "grey.safetensors", f"{tmp_path / 'grey.py'}:make")
 
     return write
+
+
+@pytest.fixture
+def line(grey: Callable[..., Grey]) -> Callable[..., Model]:
+    """line([0.0, 1.0]): the model whose latents are the pixels, at input range [0, 1]."""
+
+    def make(firsts: list[float], more: State | None = None) -> Model:
+        made = grey(firsts, more=more)
+        model = load_model(read_checkpoint(made.path), network=made.network)
+        model.input_range, model.channels = (0.0, 1.0), 1
+        return model
+
+    return make
 
 
 @pytest.fixture

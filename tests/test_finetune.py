@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEAD, GREY, Grey, State
+from conftest import DEAD, GREY, Grey
+from runs import tune, weights_of
 from sources_of_images import Images, find_images
 
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.finetune import FineTuned, Recipe, finetune
+from codebook_tools.finetune import Recipe, finetune
 from codebook_tools.measure import measure
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
@@ -29,32 +30,6 @@ WriteModel = Callable[..., Path]
 
 ROWS = [[0.2, 0.2], [0.4, 0.8]]
 """An image of mean 0.4 and variance 0.06. The codes 0 and 1 get 3 of its pixels and 1, at a mean error of 0.07."""
-
-
-@pytest.fixture
-def line(grey: Callable[..., Grey]) -> Callable[..., Model]:
-    """line([0.0, 1.0]): the model whose latents are the pixels, at input range [0, 1]."""
-
-    def make(firsts: list[float], more: State | None = None) -> Model:
-        made = grey(firsts, more=more)
-        model = load_model(read_checkpoint(made.path), network=made.network)
-        model.input_range, model.channels = (0.0, 1.0), 1
-        return model
-
-    return make
-
-
-def tune(model: Model, images: Images, counts: list[int], validation: Images | None = None, **recipe: Any) -> FineTuned:
-    recipe.setdefault("batch_size", len(images))
-    return finetune(
-        model, images, validation or images, Recipe(**recipe), [torch.tensor(counts)], seed=0, watch=Watch()
-    )
-
-
-def weights_of(model: Model) -> State:
-    """The network's, and in the place of its own codebooks those that it runs with."""
-    vectors = {book.key: book.vectors for book in model.books}
-    return {name: tensor.detach().clone() for name, tensor in (model.network.state_dict() | vectors).items()}
 
 
 # --- the codebook's own movement -----------------------------------------------------------------------------------
@@ -102,6 +77,16 @@ def test_a_gradient_step_moves_the_codes_in_use_towards_their_latents(
     # Adam's first step is the learning rate, whatever the size of the gradient.
     expected = torch.tensor([[0.01, 0.0], [0.99, 0.0], [9.0, 0.0]])
     torch.testing.assert_close(model.books[0].vectors, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_codes_that_others_hold_stay_as_they_were(
+    line: Callable[..., Model], grey_images: GreyImages, update: str
+) -> None:
+    model = line([0.0, 1.0, 9.0])
+    held = model.books[0].codebook.vectors
+    tune(model, outlier(grey_images), [8, 7, 0], steps=12, train="none", codebook_update=update)
+    assert held.tolist() == [[0.0, 0.0], [1.0, 0.0], [9.0, 0.0]]
 
 
 def test_a_codebook_that_is_a_buffer_moves_like_any_other(grey: Callable[..., Grey], grey_images: GreyImages) -> None:

@@ -102,7 +102,9 @@ def test_safetensors_do_as_well_and_no_number_is_drawn(vgg: Path, tmp_path: Path
 
 
 def test_other_weights_are_refused_with_the_address_of_the_right_ones(vgg: Path, tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(CodebookError, match=r"no weights of torchvision's VGG16 .*; the file is https://.*vgg16.*\.pth"):
+    with pytest.raises(
+        CodebookError, match=r"no weights of torchvision's VGG16 .*; the file is https://.*vgg16.*\.pth"
+    ):
         Perceptual(str(tiny), 32, CPU)
     features = torch.load(vgg, weights_only=True)
     features["features.0.weight"] = torch.zeros(64, 1, 3, 3)

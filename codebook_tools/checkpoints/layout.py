@@ -21,7 +21,7 @@ _PICKLES = {"diffusion_pytorch_model.bin": WEIGHTS[0], "pytorch_model.bin": WEIG
 PREFIX = "codebook_tools."
 """Of the metadata that we add."""
 
-_INDEX_MAP = ".index_map.safetensors"
+_INDEX_MAP, _TRAINING = ".index_map.safetensors", ".training.safetensors"
 _OTHER_WEIGHTS = {SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf", ".pkl"}
 _SMALL = 16 << 20
 
@@ -37,9 +37,18 @@ def is_directory_output(path: Path) -> bool:
 
 
 def index_map_path(model: Path) -> Path:
+    return _beside(model, _INDEX_MAP)
+
+
+def training_path(model: Path) -> Path:
+    """Where a fine-tuning keeps itself until its result is written."""
+    return _beside(model, _TRAINING)
+
+
+def _beside(model: Path, ending: str) -> Path:
     """Beside the file or the directory. Only a file's name loses its ending: `vae.refit-k128` is all name."""
     model = named(model)
-    return model.with_name((model.name if is_directory_output(model) else model.stem) + _INDEX_MAP)
+    return model.with_name((model.name if is_directory_output(model) else model.stem) + ending)
 
 
 def partial_path(path: Path) -> Path:
@@ -75,7 +84,7 @@ def weights_in(folder: Path) -> Path:
         if here:
             return folder / here[0]
     indices = [name for name in names if name.endswith(SUFFIX + INDEX)]
-    files = [name for name in names if name.endswith(SUFFIX) and not name.endswith(_INDEX_MAP)]
+    files = [name for name in names if name.endswith(SUFFIX) and not name.endswith((_INDEX_MAP, _TRAINING))]
     for kind, found in ((INDEX, indices), (SUFFIX, files)):
         if len(found) > 1:
             raise CodebookError(

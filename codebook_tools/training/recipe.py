@@ -17,6 +17,10 @@ class Recipe:
 
     perceptual: a file of VGG16's weights, or "auto"; None for no LPIPS. adversarial: a discriminator trains along.
     distill: weight of the distance to what the original model reconstructs.
+
+    accumulate: batches to a step. clip: the most that the norm of all gradients may be. weight_ema: decay of a moving
+    average of all that gradients move; it is then what is validated and kept. patience: looks without a lower
+    validation error that end the run. min_usage: share of the codes; to fall below it ends the run, too.
     """
 
     steps: int = 1000
@@ -28,16 +32,28 @@ class Recipe:
     perceptual: str | None = None
     adversarial: bool = False
     distill: float = 0.0
+    accumulate: int = 1
+    clip: float | None = None
+    weight_ema: float | None = None
+    patience: int | None = None
+    min_usage: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise CodebookError(f"{name}={getattr(self, name)} is below {least}")
+        for name, least in (("steps", 0), ("batch_size", 1), ("accumulate", 1), ("patience", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise CodebookError(f"{name}={value} is below {least}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise CodebookError(f"lr={self.lr} is no learning rate; try --lr 0.001")
         if not (self.distill >= 0 and math.isfinite(self.distill)):
             raise CodebookError(f"distill={self.distill} is no weight; try --distill 1")
         if self.adversarial and self.train == "none":
             raise CodebookError("adversarial with train=none: no decoder is there to learn from it; leave one out")
+        if self.clip is not None and not (self.clip > 0 and math.isfinite(self.clip)):
+            raise CodebookError(f"clip={self.clip} is no norm to keep gradients below; try --clip 1, or leave it out")
+        if self.weight_ema is not None and not 0 <= self.weight_ema < 1:
+            raise CodebookError(f"weight_ema={self.weight_ema} is not within 0 and 1; try --weight-ema 0.999")
+        if not 0 <= self.min_usage <= 1:
+            raise CodebookError(f"min_usage={self.min_usage} is no share of the codes; try --min-usage 0.5")
         if self.steps and self.train == "none" and self.codebook_update == "frozen":
             raise CodebookError("train=none with codebook_update=frozen leaves nothing to train; use --steps 0")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import mean
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from codebook_tools.measure import Measurement
 from codebook_tools.models.model import Model
+from codebook_tools.training.parts import Tensors, by_number, joined, numbered, part
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,16 @@ class State:
         vectors = tuple(book.vectors.detach().cpu().clone() for book in model.books)
         return State(point.step, point.validation_mse, weights, vectors, tuple(codes.clone() for codes in revived))
 
+    def tensors(self) -> Tensors:
+        """All of it, by name."""
+        return joined({"weights": self.weights, "vectors": by_number(self.vectors), "revived": by_number(self.revived)})
+
+    @staticmethod
+    def of_tensors(point: TracePoint, tensors: Mapping[str, Tensor]) -> State:
+        """The inverse of `tensors`, at the step of a look."""
+        vectors, revived = (tuple(numbered(part(tensors, name))) for name in ("vectors", "revived"))
+        return State(point.step, point.validation_mse, part(tensors, "weights"), vectors, revived)
+
     def restore(self, model: Model) -> None:
         model.network.load_state_dict(self.weights)
         for book, vectors in zip(model.books, self.vectors, strict=True):
@@ -59,7 +70,8 @@ class State:
 @dataclass(frozen=True, eq=False)
 class FineTuned:
     """start: before the first step. best: the lowest validation error after it. trained: file keys of the parameters
-    that took part, and groups: which networks they are. diverged: the step whose loss, or network, was not finite."""
+    that took part, and groups: which networks they are. diverged: the step whose loss, or network, was not finite.
+    stopped: why the run ended before its last step otherwise."""
 
     start: State
     best: State
@@ -67,3 +79,4 @@ class FineTuned:
     trained: tuple[str, ...]
     groups: tuple[str, ...]
     diverged: int | None
+    stopped: str | None = None

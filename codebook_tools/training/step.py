@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 
 import torch
@@ -14,9 +15,11 @@ from codebook_tools.losses import Seen
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.quantiser import REVIVE_EVERY, Quantiser
-from codebook_tools.trainable import set_trainable, trained_names, written_names
+from codebook_tools.trainable import set_trainable, trained_names, training_mode, written_names
+from codebook_tools.training.averaging import WeightAverage
 from codebook_tools.training.batches import Batches
 from codebook_tools.training.objective import objective_of
+from codebook_tools.training.parts import Tensors, by_number, joined, numbered, part
 from codebook_tools.training.recipe import Recipe
 from codebook_tools.training.schedule import rate
 from codebook_tools.training.together import run_together
@@ -47,23 +50,33 @@ class Training:
         self.objective = objective_of(model, train, recipe, pixels[:1], seed)
         # Two streams: the batches must not depend on how many codes a strategy leaves to be revived.
         self.batches = Batches(train, recipe.batch_size, seed, pixels[:1])
-        reviving = torch.Generator().manual_seed(seed + 1)
+        self._reviving = torch.Generator().manual_seed(seed + 1)
         self.quantisers = [
-            Quantiser(model, stage, hits, by_average and stage in model.chosen, reviving)
+            Quantiser(model, stage, hits, by_average and stage in model.chosen, self._reviving)
             for stage, hits in enumerate(counts)
         ]
+        for book in model.books:  # written into from here on, and others may hold them as they were
+            book.vectors = book.vectors.clone()
         if by_gradient:
             for stage in model.chosen:
                 self.parameters.append(nn.Parameter(model.books[stage].vectors))
                 model.books[stage].vectors = self.parameters[-1]
         self.optimiser = torch.optim.Adam(self.parameters, lr=recipe.lr) if self.parameters else None
+        self.average = None if recipe.weight_ema is None else WeightAverage(self.parameters, recipe.weight_ema)
         self._run = run_together(model, self.parameters)
         self._coming = iter(self.batches)
-        self._seen = list[Seen]()
+        self._seen: list[list[tuple[Tensor, Tensor]]] = []
 
     def gradients(self) -> dict[str, Tensor]:
-        """Find the gradients of one step. Returns the terms of the loss, of this process' share of the batch."""
-        media, share = next(self._coming)
+        """Find the gradients of one step. Returns the terms of the loss, of this process' share of its batches."""
+        if self.optimiser is not None:
+            self.optimiser.zero_grad(set_to_none=True)
+        self._seen = [[] for _ in self.quantisers]
+        found = [self._gradients_of(*next(self._coming)) for _ in range(self.recipe.accumulate)]
+        return {name: reduce(torch.add, (terms[name] for terms in found)) for name in found[0]}
+
+    def _gradients_of(self, media: Tensor, share: float) -> dict[str, Tensor]:
+        """Those of one batch, on top of what is there."""
         media = media.to(self.model.device, non_blocking=True)
         seen = list[Seen]()
 
@@ -73,27 +86,87 @@ class Training:
             return latents + (quantised - latents).detach()
 
         terms = self.objective(self._run(media, through), media, seen)
+        weight = share / self.recipe.accumulate
         if self.optimiser is not None:
-            self.optimiser.zero_grad(set_to_none=True)
             # Processes average their gradients: each weighs as much of the batch as it is.
-            torch.autograd.backward(reduce(torch.add, terms.values()) * (share * processes.count()))
+            torch.autograd.backward(reduce(torch.add, terms.values()) * (weight * processes.count()))
         own = len(media) if share else 0
-        self._seen = [(latents.detach()[:own], codes[:own], quantised.detach()) for latents, codes, quantised in seen]
-        return {name: term.detach() * share for name, term in terms.items()}
+        for of_book, (latents, codes, _) in zip(self._seen, seen, strict=True):
+            of_book.append((latents.detach()[:own], codes[:own]))
+        return {name: term.detach() * weight for name, term in terms.items()}
 
     def move(self, step: int) -> None:
         """Move weights and codes by what `gradients` found. step: which one this is, from 1."""
         steps = self.recipe.steps
         if self.optimiser is not None:
+            if self.recipe.clip is not None:
+                nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
             for group in self.optimiser.param_groups:
                 group["lr"] = self.recipe.lr * rate(step - 1, steps)
             self.optimiser.step()
+        if self.average is not None:
+            self.average.update()
         self.objective.step()
         revive = step % REVIVE_EVERY == 0 and step <= REVIVE_UNTIL * steps
-        for quantiser, (latents, codes, _) in zip(self.quantisers, self._seen, strict=True):
+        for quantiser, of_book in zip(self.quantisers, self._seen, strict=True):
+            latents, codes = (torch.cat(batches) for batches in zip(*of_book, strict=True))
             quantiser.update(latents, codes, revive)
+
+    @contextmanager
+    def as_kept(self) -> Iterator[None]:
+        """Within, the model is what would be kept of this step: at rest, and averaged where that is asked for."""
+        self.model.network.eval()
+        processes.follow_first([*self.model.network.buffers(), *(book.vectors for book in self.model.books)])
+        with nullcontext() if self.average is None else self.average.in_place():
+            yield
+        training_mode(self.model.network)
+
+    @property
+    def revived(self) -> list[Tensor]:
+        """(size,) bool of each book: the codes that were moved to a latent."""
+        return [quantiser.revived for quantiser in self.quantisers]
+
+    @property
+    def in_use(self) -> int:
+        """Codes that are not dead, of all books."""
+        return sum(quantiser.in_use for quantiser in self.quantisers)
 
     @property
     def trained(self) -> tuple[str, ...]:
         """File keys of all that a gradient step may change in the network."""
         return tuple(sorted({self.model.keys[name] for name in written_names(self.model.network, self.names)}))
+
+    def state(self) -> Tensors:
+        """All that steps change, so that those that follow come out the same: tensors by name."""
+        adam = self.optimiser.state_dict()["state"] if self.optimiser else {}
+        return joined(
+            {
+                "network": self.model.network.state_dict(),
+                "books": by_number(book.vectors for book in self.model.books),
+                **{f"quantiser {stage}": quantiser.state() for stage, quantiser in enumerate(self.quantisers)},
+                **{f"adam {i}": of_parameter for i, of_parameter in adam.items()},
+                "average": self.average.state() if self.average else {},
+                "objective": self.objective.state(),
+                "random": {"reviving": self._reviving.get_state(), "torch": torch.get_rng_state()},
+                "batches": {"drawn": torch.tensor(self.batches.drawn)},
+            }
+        )
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        self.model.network.load_state_dict(part(state, "network"))
+        for book, vectors in zip(self.model.books, numbered(part(state, "books")), strict=True):
+            book.vectors.detach().copy_(vectors)
+        for stage, quantiser in enumerate(self.quantisers):
+            quantiser.load(part(state, f"quantiser {stage}"))
+        if self.optimiser is not None:
+            found = {i: part(state, f"adam {i}") for i in range(len(self.parameters))}
+            adam = {i: of_parameter for i, of_parameter in found.items() if of_parameter}
+            self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": adam})
+        if self.average is not None:
+            self.average.load(part(state, "average"))
+        self.objective.load(part(state, "objective"))
+        random = part(state, "random")
+        self._reviving.set_state(random["reviving"])
+        torch.set_rng_state(random["torch"])
+        self.batches.drawn = int(state["batches/drawn"])

@@ -1,0 +1,54 @@
+"""What is known of a run, look by look: its trace, the state that it began in, and the best since."""
+
+from __future__ import annotations
+
+from codebook_tools.measure import measure
+from codebook_tools.media import Media
+from codebook_tools.training.saving import Saving
+from codebook_tools.training.states import State, TracePoint
+from codebook_tools.training.step import Training
+from codebook_tools.training.stopping import has_fallen, reason_to_stop
+from codebook_tools.watch import Watch
+
+
+class Course:
+    """Begins with a look at step 0, or where an interrupted run was looked at last, with `training` set to that.
+
+    best: the state with the lowest validation error after at least one step, None before. codes: of all codebooks.
+    """
+
+    def __init__(self, training: Training, validation: Media, saving: Saving | None) -> None:
+        self.training, self.validation, self.saving = training, validation, saving
+        self.codes = sum(len(of_book) for of_book in training.revived)
+        self.best: State | None = None
+        left = saving.left() if saving else None
+        with training.as_kept():
+            self.trace = [*left.trace] if left else [self._measured(0, None)]
+            self.start = State.of(training.model, self.trace[0], training.revived)
+        if saving and left:
+            left.check(self.start, saving.path)
+            training.load(left.training)
+            self.best = left.best
+
+    def look(self, step: int, loss: float | None) -> None:
+        """Measure, keep the best, and save all. Raises NotFiniteError where the network gives no numbers."""
+        with self.training.as_kept():
+            self.trace.append(self._measured(step, loss))
+            better = self.best is None or self.last.validation_mse < self.best.validation_mse
+            if better and not has_fallen(self.training.recipe, self.trace, self.codes):
+                self.best = State.of(self.training.model, self.last, self.training.revived)
+        if self.saving and self.best:
+            self.saving.write(self.training.state(), self.trace, self.start, self.best)
+
+    @property
+    def last(self) -> TracePoint:
+        return self.trace[-1]
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the run is to end here, where it is."""
+        return reason_to_stop(self.training.recipe, self.trace, self.codes)
+
+    def _measured(self, step: int, loss: float | None) -> TracePoint:
+        found = measure(self.training.model, self.validation, split="validation", structure=False, watch=Watch())
+        return TracePoint.of(step, loss, found, sum(int(codes.sum()) for codes in self.training.revived))

@@ -1,0 +1,85 @@
+"""An unfinished run on disk, and on from there: one safetensors file beside the output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from codebook_tools import processes
+from codebook_tools.checkpoints.headers import read_safetensors
+from codebook_tools.checkpoints.writing import maps_sha256, write_tensors
+from codebook_tools.errors import CodebookError
+from codebook_tools.training.parts import Tensors, joined, part
+from codebook_tools.training.states import State, TracePoint
+
+
+@dataclass(frozen=True, eq=False)
+class Unfinished:
+    """A run up to its last look. training: what `Training.load` takes. begun_with: a hash of the state at step 0."""
+
+    training: Tensors
+    trace: tuple[TracePoint, ...]
+    best: State
+    begun_with: str
+
+    def check(self, start: State, path: Path) -> None:
+        """Raise CodebookError where this run begins with other weights or codes than that one did."""
+        if maps_sha256(start.tensors()) != self.begun_with:
+            raise CodebookError(
+                f"{path} began with other weights or codes than there are now, whatever the reason; --force begins anew"
+            )
+
+
+@dataclass(frozen=True)
+class Saving:
+    """path: of the file, written whole at each look and removed when the result is written. made_with: all that the run
+    depends on, in words that JSON has. resume: whether to go on from what is there. Of several processes the first
+    writes, and all read."""
+
+    path: Path
+    made_with: Mapping[str, object]
+    resume: bool = False
+
+    def write(self, training: Mapping[str, Tensor], trace: Sequence[TracePoint], start: State, best: State) -> None:
+        about = {
+            "made_with": json.dumps(self.made_with, default=str),
+            "trace": json.dumps([asdict(point) for point in trace]),
+            "begun_with": maps_sha256(start.tensors()),
+            "best": str(best.step),
+        }
+        tensors = joined({"training": training, "best": best.tensors()})
+        processes.by_first(lambda: write_tensors(self.path, tensors, about))
+
+    def left(self) -> Unfinished | None:
+        """What an interrupted run left, where one did and is to go on. Raises CodebookError where it was another one,
+        or the file is damaged."""
+        if not self.resume or not processes.of_first(self.path.exists()):
+            return None
+        weights = read_safetensors(self.path)
+        try:
+            about = {name: weights.metadata[name] for name in ("made_with", "trace", "begun_with", "best")}
+        except KeyError as error:
+            raise CodebookError(f"{self.path} is no unfinished fine-tuning: it has no {error}; move it away") from error
+        self._check(json.loads(about["made_with"]))
+        tensors = {name: entry.tensor() for name, entry in weights.entries.items()}
+        trace = tuple(TracePoint(**point) for point in json.loads(about["trace"]))
+        point = next(point for point in trace if point.step == int(about["best"]))
+        best = State.of_tensors(point, part(tensors, "best"))
+        return Unfinished(part(tensors, "training"), trace, best, about["begun_with"])
+
+    def _check(self, theirs: Mapping[str, object]) -> None:
+        ours = json.loads(json.dumps(self.made_with, default=str))
+        for name in (*ours, *theirs):
+            was, now = (str(of.get(name, "not there"))[:60] for of in (theirs, ours))
+            if theirs.get(name) != ours.get(name):
+                raise CodebookError(
+                    f"{self.path} is of another fine-tuning: {name} was {was}, and is {now}; --resume needs the same, "
+                    "--force without it begins anew"
+                )
+
+    def remove(self) -> None:
+        processes.by_first(lambda: self.path.unlink(missing_ok=True))

@@ -1,0 +1,56 @@
+"""Figures of a run for TensorBoard, as it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from codebook_tools import processes
+from codebook_tools.errors import CodebookError, one_line
+from codebook_tools.training.states import TracePoint
+
+Scalars = Callable[[int, Mapping[str, float]], None]
+"""Called with a step, and figures by name."""
+
+
+def require_tensorboard(folder: Path | None) -> None:
+    """Raise CodebookError where scalars are asked for, and TensorBoard is not there."""
+    if folder is not None and find_spec("tensorboard") is None:
+        raise CodebookError(f"--log-dir {folder} needs TensorBoard: pip install 'codebook-tools[tensorboard]'")
+
+
+@contextmanager
+def scalars_into(folder: Path | None, after: int) -> Iterator[Scalars]:
+    """Writes into `folder`, of several processes the first; nothing where there is none. after: the step that a resumed
+    run goes on from; what was written of later ones is replaced."""
+    if folder is None or processes.rank():
+        yield lambda step, figures: None
+        return
+    require_tensorboard(folder)
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        writer = SummaryWriter(folder, purge_step=after + 1 if after else None)
+    except OSError as error:
+        raise CodebookError(f"cannot write into --log-dir {folder}: {one_line(error)}") from error
+
+    def write(step: int, figures: Mapping[str, float]) -> None:
+        for name, figure in figures.items():
+            writer.add_scalar(name, figure, step)
+
+    with writer:
+        yield write
+
+
+def figures_of(point: TracePoint, codes: int) -> dict[str, float]:
+    """What a look says. codes: of all codebooks together."""
+    return {
+        "validation/mse": point.validation_mse,
+        "codebook/usage": point.used / codes,
+        "codebook/used": point.used,
+        "codebook/perplexity": point.perplexity,
+        "codebook/distortion": point.distortion,
+        "codebook/revived": point.revived,
+    }

@@ -1,0 +1,61 @@
+"""Fine-tunings as the tests ask for them: in one call, and broken off in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import State
+from sources_of_images import Images
+
+from codebook_tools.finetune import FineTuned, Recipe, finetune
+from codebook_tools.models.model import Model
+from codebook_tools.training.saving import Saving
+from codebook_tools.watch import Watch
+
+
+def tune(
+    model: Model,
+    images: Images,
+    counts: list[int],
+    validation: Images | None = None,
+    *,
+    saving: Saving | None = None,
+    watch: Watch | None = None,
+    log_dir: Path | None = None,
+    **recipe: Any,
+) -> FineTuned:
+    recipe.setdefault("batch_size", len(images))
+    return finetune(
+        model,
+        images,
+        validation or images,
+        Recipe(**recipe),
+        [torch.tensor(counts)],
+        seed=0,
+        watch=watch or Watch(),
+        saving=saving,
+        log_dir=log_dir,
+    )
+
+
+def weights_of(model: Model) -> State:
+    """The network's, and in the place of its own codebooks those that it runs with."""
+    vectors = {book.key: book.vectors for book in model.books}
+    return {name: tensor.detach().clone() for name, tensor in (model.network.state_dict() | vectors).items()}
+
+
+class BrokenError(Exception):
+    """The power cut."""
+
+
+def breaking_at(step: int) -> Watch:
+    """A watch under which a fine-tuning ends at that step, before anything more is kept."""
+
+    def show(what: str, done: int, total: int | None, figures: Mapping[str, float]) -> None:
+        if what == "fine-tune" and done == step:
+            raise BrokenError
+
+    return Watch(show)
