@@ -9,7 +9,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parameters_to_vector
 
 from codebook_tools import processes
 from codebook_tools.errors import CodebookError
@@ -101,7 +100,7 @@ class Adversary:
         self.discriminator.requires_grad_(True)
         loss = hinge(self.discriminator(images), self.discriminator(shown))
         parameters = list(self.discriminator.parameters())
-        gradients = _mean(parameters_to_vector(torch.autograd.grad(loss, parameters)), len(images))
+        gradients = _mean(torch.cat([of.flatten() for of in torch.autograd.grad(loss, parameters)]), len(images))
         for parameter, its in zip(parameters, torch.split(gradients, [p.numel() for p in parameters]), strict=True):
             parameter.grad = its.view_as(parameter)
         self.optimiser.step()

@@ -55,10 +55,6 @@ class Reconstruction:
         error: Tensor = (functional.mse_loss if squared else functional.l1_loss)(shown, media)
         return error / (self.scales.pixels if squared else self.scales.pixels**0.5)
 
-    @property
-    def counts_from(self) -> int:
-        return 0
-
     def step(self) -> None:
         """Nothing trains beside the model."""
 

@@ -212,7 +212,7 @@ def run_stages(
         if tuned.stopped:
             warnings.append(tuned.stopped)
         finetuned = measure_stage(opened, encoder_latents(opened), watch)
-        if tuned.best.validation_mse < tuned.start.validation_mse:
+        if tuned.best.error < tuned.start.error:
             kept = "finetuned"
             warnings += _collapse(after, finetuned)
             for stage, index_map in index_maps.items():

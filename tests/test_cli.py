@@ -35,7 +35,7 @@ USE = {
     "key", "size", "dim", "latents", "used", "usage", "used_10", "perplexity", "bits", "top_share", "distortion",
     "coverage",
 }  # fmt: skip
-POINT = {"step", "loss", "validation_mse", "used", "perplexity", "distortion", "revived"}
+POINT = {"step", "loss", "validation_mse", "used", "perplexity", "distortion", "revived", "validation_loss"}
 COMMANDS = [
     "inspect", "measure", "refit", "prune", "quantize", "restart", "grow", "finetune", "compare", "verify",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from codebook_tools.measure import measure
 from codebook_tools.media import Media
 from codebook_tools.training.saving import Saving
+from codebook_tools.training.several import pictures_loss
 from codebook_tools.training.states import State, TracePoint
 from codebook_tools.training.step import Training
 from codebook_tools.training.stopping import has_fallen, reason_to_stop
@@ -14,7 +15,8 @@ from codebook_tools.watch import Watch
 class Course:
     """Begins with a look at step 0, or where an interrupted run was looked at last, with `training` set to that.
 
-    best: the state with the lowest validation error after at least one step, None before. codes: of all codebooks.
+    best: the state with the lowest validation error after at least one step, None before; from before the recipe is
+    settled, where there is no other. codes: of all codebooks.
     """
 
     def __init__(self, training: Training, validation: Media, saving: Saving | None) -> None:
@@ -34,8 +36,9 @@ class Course:
         """Measure, keep the best, and save all. Raises NotFiniteError where the network gives no numbers."""
         with self.training.as_kept():
             self.trace.append(self._measured(step, loss))
-            better = self.best is None or self.last.validation_mse < self.best.validation_mse
-            if better and not has_fallen(self.training.recipe, self.trace, self.codes):
+            recipe, best = self.training.recipe, self.best
+            better = best is None or best.step <= recipe.settled_from or self.last.error < best.error
+            if better and not has_fallen(recipe, self.trace, self.codes):
                 self.best = State.of(self.training.model, self.last, self.training.revived)
         if self.saving and self.best:
             self.saving.write(self.training.state(), self.trace, self.start, self.best)
@@ -51,4 +54,6 @@ class Course:
 
     def _measured(self, step: int, loss: float | None) -> TracePoint:
         found = measure(self.training.model, self.validation, split="validation", structure=False, watch=Watch())
-        return TracePoint.of(step, loss, found, sum(int(codes.sum()) for codes in self.training.revived))
+        revived = sum(int(codes.sum()) for codes in self.training.revived)
+        validation_loss = pictures_loss(self.training.objective, self.training.model, self.validation)
+        return TracePoint.of(step, loss, found, revived, validation_loss)

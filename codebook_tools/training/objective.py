@@ -22,10 +22,6 @@ class Objective(Protocol):
         """The terms by name, scalars; their sum is what is minimised. shown: what the model makes of media, not
         clamped, with gradients. seen: of each book. Called once for each of the batches of a step."""
 
-    @property
-    def counts_from(self) -> int:
-        """The step from which on all terms count; states from before it are kept for want of others alone."""
-
     def step(self) -> None:
         """Train what is beside the model; called after each step of the model's own optimiser."""
 

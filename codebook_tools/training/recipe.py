@@ -9,6 +9,9 @@ from typing import Literal
 from codebook_tools.errors import CodebookError
 from codebook_tools.losses import Loss
 
+ALONE = 0.25
+"""Share of the run for which a discriminator only learns: what it says before is noise."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -37,6 +40,11 @@ class Recipe:
     weight_ema: float | None = None
     patience: int | None = None
     min_usage: float = 0.0
+
+    @property
+    def settled_from(self) -> int:
+        """The step from which on all terms of the loss count."""
+        return round(ALONE * self.steps) if self.adversarial else 0
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("batch_size", 1), ("accumulate", 1), ("patience", 1)):

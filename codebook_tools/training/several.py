@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from codebook_tools import processes
 from codebook_tools.adversarial import Adversary, Discriminator, last_layer
 from codebook_tools.distill import Original
 from codebook_tools.errors import CodebookError
 from codebook_tools.losses import Reconstruction, Seen
+from codebook_tools.measure import reconstruct
+from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.perceptual import Perceptual
 from codebook_tools.training.recipe import Recipe
@@ -19,29 +23,26 @@ PERCEPTUAL = 2.0
 """Weight of LPIPS. VQGAN adds it to the absolute error of pixels in [-1, 1], whose deviation in photographs is about a
 half; errors here are in deviations."""
 
-ALONE = 0.25
-"""Share of the run for which a discriminator only learns: what it says before is noise."""
-
 Term = Callable[[Tensor, Tensor], Tensor]
 """Of what a model shows, and the media: a scalar."""
 
 
 @dataclass(frozen=True, eq=False)
 class Several:
-    """more: further terms by name. adversary: a discriminator that trains along. counts_from: its step from which on it
-    is heard."""
+    """more: further terms by name. adversary: a discriminator that trains along. alone: steps that it
+    takes before it is heard."""
 
     plain: Reconstruction
     more: Mapping[str, Term]
     adversary: Adversary | None = None
-    counts_from: int = 0
+    alone: int = 0
 
     def __call__(self, shown: Tensor, media: Tensor, seen: Sequence[Seen]) -> dict[str, Tensor]:
         """The terms by name, scalars; their sum is what is minimised."""
         terms, more = self.plain(shown, media, seen), self._more(shown, media)
         terms |= more
         if self.adversary:
-            heard = self.adversary.steps >= self.counts_from
+            heard = self.adversary.steps >= self.alone
             error = sum(more.values(), terms["reconstruction"])
             terms["adversarial"] = self.adversary.term(shown, error) if heard else shown.new_zeros(())
             self.adversary.watch(media, shown)
@@ -80,7 +81,21 @@ def several(plain: Reconstruction, model: Model, recipe: Recipe, pixels: Tensor,
     if discriminator is None:
         return Several(plain, more)
     adversary = Adversary(discriminator, last_layer(replace(model, compiled=False), pixels))
-    return Several(plain, more, adversary, round(ALONE * recipe.steps))
+    return Several(plain, more, adversary, recipe.settled_from)
+
+
+def pictures_loss(objective: object, model: Model, validation: Media) -> float | None:
+    """What an objective of several terms makes of the validation data; None where the squared error stands for it."""
+    if not isinstance(objective, Several):
+        return None
+    total = torch.zeros(2, dtype=torch.float64)
+    for items, media in validation.batches(64):
+        media = media.to(model.device)
+        with torch.no_grad():
+            error = objective.error(reconstruct(model, media).media, media)
+        total += torch.tensor([float(error) * len(items), len(items)])
+    summed = processes.summed(total) if validation.part[1] > 1 else total
+    return float(summed[0] / summed[1])
 
 
 def judges(
