@@ -52,10 +52,17 @@ def finetune(
     if course.best is None:
         if saving:
             saving.remove()
-        why = f"fine-tuning diverged at step {diverged}: its numbers are not finite; try a lower --lr"
-        raise CodebookError(why if diverged else course.stopped)
-    trace, stopped = tuple(course.trace), None if diverged else course.stopped
-    return FineTuned(course.start, course.best, trace, training.trained, training.groups, diverged, stopped)
+        raise CodebookError(f"fine-tuning diverged at step {diverged}: its numbers are not finite; try a lower --lr")
+    return FineTuned(
+        start=course.start,
+        best=course.best,
+        trace=tuple(course.trace),
+        trained=training.trained,
+        groups=training.groups,
+        diverged=diverged,
+        stopped=course.stopped,
+        collapsed=course.collapsed,
+    )
 
 
 def _train(training: Training, course: Course, watch: Watch, log: Scalars) -> int | None:

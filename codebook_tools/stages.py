@@ -212,7 +212,7 @@ def run_stages(
         if tuned.stopped:
             warnings.append(tuned.stopped)
         finetuned = measure_stage(opened, encoder_latents(opened), watch)
-        if tuned.best.error < tuned.start.error:
+        if tuned.gained:
             kept = "finetuned"
             warnings += _collapse(after, finetuned)
             for stage, index_map in index_maps.items():
@@ -222,9 +222,8 @@ def run_stages(
             tuned.start.restore(model)
             model.round_to_stored()
             stage_kept = {"before": "the original", "surgery": "the state after surgery"}[kept]
-            warnings.append(
-                f"fine-tuning did not lower the validation error below that of {stage_kept}: {stage_kept} is kept"
-            )
+            why = "lost codes" if tuned.collapsed else f"did not lower the validation error below that of {stage_kept}"
+            warnings.append(f"fine-tuning {why}: {stage_kept} is kept")
     return Stages(after, finetuned, kept, index_maps, tuned, tuple(warnings))
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEAD, Outcome
+from runs import BrokenError, breaking_at
 from safetensors.torch import load_file
 from sources_of_images import Images, find_images
 
@@ -29,6 +31,7 @@ from codebook_tools.sampling import Sampler
 from codebook_tools.splits import split
 from codebook_tools.survey import survey
 from codebook_tools.tokens import tokenise
+from codebook_tools.training.saving import Saving
 from codebook_tools.watch import Watch
 
 HERE = Path(__file__).parent
@@ -164,6 +167,8 @@ TUNINGS: dict[str, Found] = {
     "one image": {"batch_size": 1, "steps": 6},
     "codes alone": {"batch_size": 8, "train": "none"},
     "unreadable": {"batch_size": 6},
+    "every option": {"batch_size": 4, "accumulate": 2, "clip": 0.5, "weight_ema": 0.9, "codebook_update": "gradient"},
+    "broken off": {"batch_size": 8},
 }
 
 
@@ -183,17 +188,25 @@ def work(model: str, folder: str) -> Found:
         "few": asdict(measure(running, images.subset(items[:3]), batch=4, structure=False, watch=Watch())),
     }
     for name, recipe in TUNINGS.items():
-        model_of_it, splits = load_model(read_checkpoint(Path(model))), split(items)
+        splits = split(items)
         train = [item for item in splits.train if name == "unreadable" or item.name not in found["bad"]]
-        tuned = finetune(
-            model_of_it,
-            images.subset(train),
-            images.subset(splits.validation),
-            Recipe(**{"steps": 12, **recipe}),
-            [torch.tensor([int(i not in DEAD) for i in range(16)])],
-            seed=0,
-            watch=Watch(),
-        )
+        watches, saving = [Watch()], None
+        if name == "broken off":
+            watches.insert(0, breaking_at(7))
+            saving = Saving(Path(model).with_name(f"of {processes.count()}.safetensors"), {}, resume=True)
+        for watch in watches:
+            model_of_it = load_model(read_checkpoint(Path(model)))
+            with suppress(BrokenError):
+                tuned = finetune(
+                    model_of_it,
+                    images.subset(train),
+                    images.subset(splits.validation),
+                    Recipe(**{"steps": 12, **recipe}),
+                    [torch.tensor([int(i not in DEAD) for i in range(16)])],
+                    seed=0,
+                    watch=watch,
+                    saving=saving,
+                )
         found[name] = [
             [asdict(point) for point in tuned.trace],
             tuned.best.step,
@@ -226,6 +239,7 @@ def test_two_processes_find_and_train_what_one_does(tiny: Path, images_folder: P
         exact = name in ("bad", "survey", "tokens", "measured", "few")
         assert alike(json.loads(json.dumps(of_one)), first[name], 1e-9 if exact else 1e-3), name
     assert alone["survey"][3] == first["survey"][3]  # the sample, to the last bit
+    assert first["broken off"] == first["even"] and alone["broken off"] == alone["even"]
     assert alone["even"][0][-1]["revived"] > 0  # so that reviving is among what agrees
 
 

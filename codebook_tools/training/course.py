@@ -37,8 +37,9 @@ class Course:
         with self.training.as_kept():
             self.trace.append(self._measured(step, loss))
             recipe, best = self.training.recipe, self.best
+            fallen = has_fallen(recipe, self.trace, self.codes)
             better = best is None or best.step <= recipe.settled_from or self.last.error < best.error
-            if better and not has_fallen(recipe, self.trace, self.codes):
+            if best is None or (better and not fallen):
                 self.best = State.of(self.training.model, self.last, self.training.revived)
         if self.saving and self.best:
             self.saving.write(self.training.state(), self.trace, self.start, self.best)
@@ -51,6 +52,12 @@ class Course:
     def stopped(self) -> str | None:
         """Why the run is to end here, where it is."""
         return reason_to_stop(self.training.recipe, self.trace, self.codes)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether even the best has lost codes that the guard is there to keep: the first look after the start did."""
+        until = [point for point in self.trace if self.best and point.step <= self.best.step]
+        return has_fallen(self.training.recipe, until, self.codes)
 
     def _measured(self, step: int, loss: float | None) -> TracePoint:
         found = measure(self.training.model, self.validation, split="validation", structure=False, watch=Watch())

@@ -92,7 +92,8 @@ def _error(of: TracePoint | State) -> float:
 class FineTuned:
     """start: before the first step. best: the lowest validation error after it. trained: file keys of the parameters
     that took part, and groups: which networks they are. diverged: the step whose loss, or network, was not finite.
-    stopped: why the run ended before its last step otherwise."""
+    stopped: why the run ended before its last step otherwise. collapsed: whether the best has lost codes that a guard
+    was to keep."""
 
     start: State
     best: State
@@ -101,3 +102,9 @@ class FineTuned:
     groups: tuple[str, ...]
     diverged: int | None
     stopped: str | None = None
+    collapsed: bool = False
+
+    @property
+    def gained(self) -> bool:
+        """Whether the best is one to keep."""
+        return self.best.error < self.start.error and not self.collapsed
