@@ -231,18 +231,19 @@ def trained(codebook: Run, vqgan: Path, data: Path, name: str, *options: object)
     return found.json, load_file(output / "diffusion_pytorch_model.safetensors")
 
 
-def test_a_vqgan_trains_with_all_terms_at_once_and_says_so(
-    codebook: Run, vqgan: Path, images_folder: Path, tmp_path: Path
+@pytest.fixture
+def vgg(tmp_path: Path) -> Path:
+    """The convolutions of torchvision's VGG16 in a file, of weights drawn here."""
+    features = pytest.importorskip("torchvision").models.vgg16().features
+    path = tmp_path / "vgg16-of-mine.safetensors"
+    save_file({f"features.{name}": tensor for name, tensor in features.state_dict().items()}, path)
+    return path
+
+
+def test_a_vqgan_trains_with_a_discriminator_and_the_original_beside_it(
+    codebook: Run, vqgan: Path, images_folder: Path
 ) -> None:
-    options: list[object] = ["--loss", "l1", "--adversarial", "--distill", 0.5]
-    try:
-        from torchvision.models import vgg16
-    except ImportError:
-        pass
-    else:
-        weights = tmp_path / "vgg16.safetensors"
-        save_file({f"features.{name}": tensor for name, tensor in vgg16().features.state_dict().items()}, weights)
-        options += ["--perceptual", weights]
+    options = ("--loss", "l1", "--adversarial", "--distill", 0.5)
     found, state = trained(codebook, vqgan, images_folder, "all", *options)
     assert found["settings"]["adversarial"] is True and found["settings"]["distill"] == 0.5
     assert all(point["validation_loss"] > 0 for point in found["trace"])
@@ -255,14 +256,14 @@ def test_a_vqgan_trains_with_all_terms_at_once_and_says_so(
     assert all(point["validation_loss"] is None for point in plain["trace"])
 
 
-def test_where_the_weights_of_a_term_lay_is_not_written_into_the_file(
-    codebook: Run, vqgan: Path, images_folder: Path, tmp_path: Path
+def test_a_vqgan_trains_with_lpips_too_and_its_file_does_not_say_where_the_weights_lay(
+    codebook: Run, vqgan: Path, vgg: Path, images_folder: Path
 ) -> None:
-    vgg16 = pytest.importorskip("torchvision").models.vgg16
-    path = tmp_path / "vgg16-of-mine.safetensors"
-    save_file({f"features.{name}": tensor for name, tensor in vgg16().features.state_dict().items()}, path)
-    trained(codebook, vqgan, images_folder, "out", "--perceptual", path)
-    about = read_checkpoint(vqgan.with_name("out")).metadata["codebook_tools.settings"]
+    found, _ = trained(codebook, vqgan, images_folder, "all", "--perceptual", vgg, "--adversarial", "--distill", 0.5)
+    less, _ = trained(codebook, vqgan, images_folder, "less", "--adversarial", "--distill", 0.5)
+    assert found["trace"][0]["validation_loss"] > less["trace"][0]["validation_loss"]
+    assert found["trace"][0]["validation_mse"] == less["trace"][0]["validation_mse"]
+    about = read_checkpoint(vqgan.with_name("all")).metadata["codebook_tools.settings"]
     assert json.loads(about)["perceptual"] is True and "of-mine" not in about
 
 
@@ -281,6 +282,8 @@ def test_two_processes_do_together_what_one_does_alone(codebook: Run, tiny: Path
         for run, name in ((codebook, "1.safetensors"), (torchrun, "2.safetensors"))
     )
     assert (alone.exit_code, shared.exit_code) == (0, 0), (alone.stderr, shared.stderr)
-    for one, two in zip(alone.json["trace"], shared.json["trace"], strict=True):
+    start, *looks = zip(alone.json["trace"], shared.json["trace"], strict=True)
+    assert start[0]["validation_loss"] == pytest.approx(start[1]["validation_loss"], rel=1e-6)
+    for one, two in looks:
         assert two["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-3)
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
