@@ -1,0 +1,38 @@
+"""Traces of fine-tunings as curves: usage, perplexity, distortion and validation error over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from codebook_tools.errors import CodebookError
+
+PANELS = {
+    "used": "codes in use",
+    "perplexity": "perplexity",
+    "distortion": "distortion",
+    "validation_mse": "validation error",
+}
+
+Trace = Sequence[Mapping[str, Any]]
+"""As the JSON of a result has it."""
+
+
+def draw_traces(traces: Mapping[str, Trace], path: Path) -> None:
+    """One line a trace, named, into `path`, in the format of its ending. The scale of steps keeps 0, 1, 10 and 100
+    apart. Raises CodebookError where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CodebookError("curves are drawn by matplotlib: pip install 'codebook-tools[benchmarks]'") from error
+    figure = Figure(figsize=(14, 3.2), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        for name, trace in traces.items():
+            axes.plot([point["step"] for point in trace], [point[key] for point in trace], ".-", label=name)
+        axes.set(title=title, xlabel="step")
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(left=0)
+    if len(traces) > 1:
+        figure.axes[0].legend()
+    figure.savefig(path)
