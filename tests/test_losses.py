@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Outcome, State, assert_refused, same
+from runs import BrokenError, breaking_at, tune, weights_of
 from safetensors.torch import load_file, save_file
 from sources_of_images import Images, find_images
 from test_processes import torchrun
@@ -27,8 +28,11 @@ from codebook_tools.models.model import Model
 from codebook_tools.trainable import set_trainable
 from codebook_tools.training.course import Course
 from codebook_tools.training.objective import objective_of
+from codebook_tools.training.saving import Saving
 from codebook_tools.training.several import Several, pictures_loss
+from codebook_tools.training.states import TracePoint, is_better
 from codebook_tools.training.step import Training
+from codebook_tools.watch import Watch
 
 Run = Callable[..., Outcome]
 WriteModel = Callable[..., Path]
@@ -140,11 +144,11 @@ def test_the_discriminator_is_heard_when_it_has_learnt_for_a_quarter_of_the_run(
             error, term = (torch.autograd.grad(of, layer, retain_graph=True)[0].norm() for of in terms.values())
             assert term.item() == pytest.approx(SHARE * error.item(), rel=1e-2)
         ours.step()
-    assert heard == [False, False, False, True, True] and Recipe(steps=12, adversarial=True).settled_from == 3
+    assert heard == [False, False, False, True, True] and Recipe(steps=12, adversarial=True).settled_from == 4
 
 
 def test_states_from_before_it_is_heard_give_way(model: Model, images: Images) -> None:
-    """However low their error was."""
+    """However low their error was; the one at step 0, too."""
     train, validation = images.subset(images.items[:50]), images.subset(images.items[50:])
     recipe = Recipe(steps=8, adversarial=True, batch_size=8)
     training = Training(model, train, recipe, [torch.ones(16)], seed=0)
@@ -157,7 +161,15 @@ def test_states_from_before_it_is_heard_give_way(model: Model, images: Images) -
         assert course.best is not None
         return course.best.step
 
-    assert [look(step) for step in (1, 2, 3, 4, 8)] == [1, 2, 3, 4, 4]
+    assert [look(step) for step in (1, 2, 3, 4, 8)] == [1, 1, 3, 4, 4]
+
+
+@pytest.mark.parametrize(("step", "error", "settled_from", "kept"), [
+    (5, 0.3, 0, False), (5, 0.1, 0, True), (5, 0.3, 6, False), (5, 0.1, 6, True), (6, 0.3, 6, True),
+])  # fmt: skip
+def test_what_began_before_all_terms_counted_is_no_bar(step: int, error: float, settled_from: int, kept: bool) -> None:
+    start, best = (TracePoint(at, None, of, 1, 1.0, 1.0, 0) for at, of in ((0, 0.2), (step, error)))
+    assert is_better(best, start, settled_from) is kept
 
 
 def test_validation_data_are_judged_by_all_terms_but_the_discriminators(model: Model, images: Images) -> None:
@@ -171,6 +183,22 @@ def test_validation_data_are_judged_by_all_terms_but_the_discriminators(model: M
     deviation = float(media.movedim(1, -1).flatten(0, -2).double().var(0, correction=0).mean()) ** 0.5
     expected = float((shown - media).abs().mean() + 2 * (shown - original).abs().mean()) / deviation
     assert pictures_loss(ours, model, images) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_goes_on_with_the_discriminator_that_it_had(tiny: Path, images: Images, tmp_path: Path) -> None:
+    train, validation = images.subset(images.items[:40]), images.subset(images.items[40:])
+
+    def run(saving: Saving | None = None, watch: Watch | None = None) -> tuple[Any, State]:
+        model = load_model(read_checkpoint(tiny))
+        options: dict[str, Any] = {"steps": 20, "batch_size": 8, "adversarial": True, "distill": 0.5, "accumulate": 2}
+        found = tune(model, train, [1] * 16, validation, saving=saving, watch=watch, **options)
+        return found.trace, weights_of(model)
+
+    saving = Saving(tmp_path / "x.training.safetensors", {}, resume=True)
+    with pytest.raises(BrokenError):
+        run(saving, breaking_at(13))  # it is heard since the fifth
+    (trace, weights), (of_one, weights_of_one) = run(saving), run()
+    assert trace == of_one and all(same(tensor, weights_of_one[name]) for name, tensor in weights.items())
 
 
 # --- refused -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from codebook_tools.measure import measure
 from codebook_tools.media import Media
 from codebook_tools.training.saving import Saving
 from codebook_tools.training.several import pictures_loss
-from codebook_tools.training.states import State, TracePoint
+from codebook_tools.training.states import State, TracePoint, is_better
 from codebook_tools.training.step import Training
 from codebook_tools.training.stopping import has_fallen, reason_to_stop
 from codebook_tools.watch import Watch
@@ -15,8 +15,7 @@ from codebook_tools.watch import Watch
 class Course:
     """Begins with a look at step 0, or where an interrupted run was looked at last, with `training` set to that.
 
-    best: the state with the lowest validation error after at least one step, None before; from before the recipe is
-    settled, where there is no other. codes: of all codebooks.
+    best: the state with the lowest validation error after at least one step, None before. codes: of all codebooks.
     """
 
     def __init__(self, training: Training, validation: Media, saving: Saving | None) -> None:
@@ -38,8 +37,7 @@ class Course:
             self.trace.append(self._measured(step, loss))
             recipe, best = self.training.recipe, self.best
             fallen = has_fallen(recipe, self.trace, self.codes)
-            better = best is None or best.step <= recipe.settled_from or self.last.error < best.error
-            if best is None or (better and not fallen):
+            if best is None or (is_better(self.last, best, recipe.settled_from) and not fallen):
                 self.best = State.of(self.training.model, self.last, self.training.revived)
         if self.saving and self.best:
             self.saving.write(self.training.state(), self.trace, self.start, self.best)

@@ -44,7 +44,7 @@ class Recipe:
     @property
     def settled_from(self) -> int:
         """The step from which on all terms of the loss count."""
-        return round(ALONE * self.steps) if self.adversarial else 0
+        return round(ALONE * self.steps) + 1 if self.adversarial else 0
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("batch_size", 1), ("accumulate", 1), ("patience", 1)):

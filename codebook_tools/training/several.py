@@ -81,7 +81,7 @@ def several(plain: Reconstruction, model: Model, recipe: Recipe, pixels: Tensor,
     if discriminator is None:
         return Several(plain, more)
     adversary = Adversary(discriminator, last_layer(replace(model, compiled=False), pixels))
-    return Several(plain, more, adversary, recipe.settled_from)
+    return Several(plain, more, adversary, recipe.settled_from - 1)
 
 
 def pictures_loss(objective: object, model: Model, validation: Media) -> float | None:

@@ -83,6 +83,12 @@ class State:
             book.vectors = vectors.to(model.device)
 
 
+def is_better(one: TracePoint | State, other: TracePoint | State, settled_from: int) -> bool:
+    """Whether a later state is to be kept in place of an earlier one: its error is lower, or not all terms of the loss
+    counted in the other, as they do from that step on."""
+    return other.step < settled_from <= one.step or one.error < other.error
+
+
 def _error(of: TracePoint | State) -> float:
     """What chooses the state that is kept."""
     return of.validation_mse if of.validation_loss is None else of.validation_loss
@@ -93,7 +99,7 @@ class FineTuned:
     """start: before the first step. best: the lowest validation error after it. trained: file keys of the parameters
     that took part, and groups: which networks they are. diverged: the step whose loss, or network, was not finite.
     stopped: why the run ended before its last step otherwise. collapsed: whether the best has lost codes that a guard
-    was to keep."""
+    was to keep. settled_from: as Recipe's."""
 
     start: State
     best: State
@@ -103,8 +109,9 @@ class FineTuned:
     diverged: int | None
     stopped: str | None = None
     collapsed: bool = False
+    settled_from: int = 0
 
     @property
     def gained(self) -> bool:
         """Whether the best is one to keep."""
-        return self.best.error < self.start.error and not self.collapsed
+        return is_better(self.best, self.start, self.settled_from) and not self.collapsed
