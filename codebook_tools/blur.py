@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from codebook_tools.measure import Measurement
 
-LEAST = 0.9  # of the sharpness that the original had
+LEAST = 0.9  # of the sharpness that the original had, up to that of the images: more is noise
 LOST = 0.01  # of SSIM
 
 
@@ -12,7 +12,7 @@ def blur_warnings(before: Measurement, after: Measurement) -> list[str]:
     """What to warn of where the fine-tuned model has less than LEAST times the original's sharpness, or LOST more of
     the SSIM."""
     warnings = list[str]()
-    if before.sharpness and after.sharpness is not None and after.sharpness < LEAST * before.sharpness:
+    if before.sharpness and after.sharpness is not None and after.sharpness < LEAST * min(1.0, before.sharpness):
         warnings.append(
             f"the fine-tuned model is blurrier than the original: sharpness fell from {before.sharpness:.1%} to "
             f"{after.sharpness:.1%}; --loss l1 with --perceptual, or with --distill 1, keeps it sharper"

@@ -9,6 +9,7 @@ from fractions import Fraction
 from functools import reduce
 from operator import add
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,17 +19,19 @@ from safetensors.torch import load_file, save_file
 from sources_of_images import Images, find_images
 from torch.nn import functional
 
-from codebook_tools import metrics
+from codebook_tools import metrics, stages
 from codebook_tools.blur import blur_warnings
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
+from codebook_tools.finetune import FineTuned, Recipe
 from codebook_tools.measure import Measurement, collect, measure, measurement_of
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
-from codebook_tools.operate import measure_model
+from codebook_tools.operate import measure_model, operate
 from codebook_tools.stats import read_part
 from codebook_tools.sums import Sums
+from codebook_tools.training.states import State
 from codebook_tools.watch import Watch
 
 GreyImages = Callable[..., Images]
@@ -167,6 +170,7 @@ def measured(sharpness: float | None, ssim: float | None) -> Measurement:
         ((0.5, 0.8), (0.44, 0.8), ["blurrier than the original: sharpness fell from 50.0% to 44.0%"]),
         ((0.5, 0.8), (0.6, 0.78), ["less true than the original: SSIM fell from 0.8000 to 0.7800"]),
         ((0.5, 0.8), (0.3, 0.7), ["sharpness fell from 50.0% to 30.0%", "SSIM fell from 0.8000 to 0.7000"]),
+        ((3.0, 0.8), (0.8, 0.8), ["sharpness fell from 300.0% to 80.0%"]),
         ((0.5, None), (0.1, None), ["sharpness fell from 50.0% to 10.0%"]),
     ],
 )
@@ -179,9 +183,38 @@ def test_a_fall_is_named_with_the_way_out(
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [((0.5, 0.8), (0.46, 0.795)), ((0.5, 0.8), (0.9, 0.9)), ((None, None), (None, None)), ((0.0, 0.5), (0.0, 0.5))],
+    [
+        ((0.5, 0.8), (0.46, 0.795)),
+        ((0.5, 0.8), (0.9, 0.9)),
+        ((None, None), (None, None)),
+        ((0.0, 0.5), (0.0, 0.5)),
+        ((3.0, 0.5), (0.95, 0.5)),
+    ],
 )
 def test_small_falls_gains_and_what_was_not_measured_are_not(
     before: tuple[float | None, float | None], after: tuple[float | None, float | None]
 ) -> None:
     assert blur_warnings(measured(*before), measured(*after)) == []
+
+
+def test_the_result_of_a_fine_tuning_that_blurs_warns_of_it(
+    tiny: Path, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that fades the pictures, and is said to be better."""
+
+    def fade(model: Model, train: Any, validation: Any, recipe: Any, counts: Any, **more: Any) -> FineTuned:
+        tensors = model.network.state_dict(), tuple(book.vectors for book in model.books)
+        revived = tuple(torch.zeros(len(book.vectors), dtype=torch.bool) for book in model.books)
+        with torch.no_grad():
+            dict(model.network.named_parameters())["_decoder._conv_trans_2.weight"].mul_(0.5)
+        start, best = State(0, 1.0, *tensors, revived), State(1, 0.5, *tensors, revived)
+        return FineTuned(start, best, (), (), ("decoder",), None)
+
+    asked = Request(tiny, (str(images_folder),), input_range=(-1.0, 1.0), output=tmp_path / "out.safetensors")
+    monkeypatch.setattr(stages, "finetune", fade)
+    result = operate("finetune", asked, None, Recipe(steps=1), Watch())
+    assert result.before is not None and result.finetuned is not None and result.kept == "finetuned"
+    assert result.finetuned.sharpness == pytest.approx((result.before.sharpness or 0) / 4, rel=0.01)
+    assert any("blurrier than the original: sharpness fell" in warning for warning in result.warnings)
+    fallen = (result.before.ssim or 0) - (result.finetuned.ssim or 0) > 0.01
+    assert any("less true than the original" in warning for warning in result.warnings) == fallen
