@@ -179,10 +179,11 @@ class TrainOptions:
         _train(metavar="DECAY", help="Validate and keep a moving average of the weights, of 0.999 say."),
     ] = None
     patience: Annotated[
-        int | None, _train(metavar="N", help="Stop after N looks, a tenth of the steps each, without a gain.")
+        int | None,
+        _train(metavar="N", help="Stop after N looks at validation data, a tenth of the steps apart, without gain."),
     ] = None
     min_usage: Annotated[
-        float, _train(metavar="SHARE", help="Stop where fewer of the codes are in use than before, and than SHARE.")
+        float, _train(metavar="SHARE", help="Stop where codes in use become fewer than SHARE of all. 0: never.")
     ] = 0.0
 
 

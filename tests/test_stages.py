@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from conftest import Outcome, State, assert_refused
+from runs import BrokenError, breaking_at
 from safetensors.torch import load_file, save_file
 from sources_of_images import Images
 from torch import Tensor
@@ -338,6 +339,20 @@ def test_revived_codes_are_told_apart_by_codebook(residual: Callable[..., Path])
     assert found.best.step >= 10
     assert [codes.tolist() for codes in found.best.revived] == [[False, False, True], [False] * 3]
     assert found.trace[-1].revived == 1
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_an_interrupted_fine_tuning_of_both_goes_on_to_the_same_bytes(
+    residual: Callable[..., Path], ask: Callable[..., Request], tmp_path: Path, update: Literal["ema", "gradient"]
+) -> None:
+    recipe = Recipe(steps=20, batch_size=8, codebook_update=update, weight_ema=0.5)
+    asked = [ask(residual(), output=tmp_path / name, resume=True) for name in ("a.safetensors", "b.safetensors")]
+    whole = do(asked[0], Refit(2), recipe)
+    with pytest.raises(BrokenError):
+        operate("refit", asked[1], Refit(2), recipe, breaking_at(13))
+    parts = do(asked[1], Refit(2), recipe)
+    assert parts.trace == whole.trace
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def test_a_fine_tuning_is_written_and_the_second_meets_what_the_trained_first_leaves(

@@ -19,8 +19,8 @@ class Objective(Protocol):
     """Terms of a loss, and whatever trains beside the model so that they can be told."""
 
     def __call__(self, shown: Tensor, media: Tensor, seen: Sequence[Seen]) -> dict[str, Tensor]:
-        """The terms by name, scalars; their sum is what is minimised. shown: what the model makes of media, not
-        clamped, with gradients. seen: of each book. Called once for each of the batches of a step."""
+        """The terms by name, scalars, each time the same ones; their sum is what is minimised. shown: what the model
+        makes of media, not clamped, with gradients. seen: of each book. Called once for each batch of a step."""
 
     def step(self) -> None:
         """Train what is beside the model; called after each step of the model's own optimiser."""
