@@ -93,7 +93,7 @@ class Adversary:
         """Images and their reconstructions, to be learnt from in the next step."""
         self._watched.append((images, shown.detach()))
 
-    def learn(self) -> float:
+    def learn(self) -> Tensor:
         """One step of the discriminator, on all that was watched since the last. Returns the hinge loss before it."""
         images, shown = (torch.cat(both) for both in zip(*self._watched, strict=True))
         self._watched.clear()
@@ -105,7 +105,7 @@ class Adversary:
             parameter.grad = its.view_as(parameter)
         self.optimiser.step()
         self.steps += 1
-        return float(loss.detach())
+        return loss.detach()
 
     def state(self) -> dict[str, Tensor]:
         """All that `learn` changes, by name."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from codebook_tools import processes
 from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import CodebookError, one_line
 
 AUTO = "auto"
 SMALLEST = 16  # pixels of a side: VGG halves them four times
@@ -58,7 +58,7 @@ def _load(vgg: nn.Module, features: Mapping[str, Tensor], source: str) -> None:
         vgg.load_state_dict({name: features[name.partition(".")[2]] for name in vgg.state_dict()})
     except (KeyError, RuntimeError) as error:
         raise CodebookError(
-            f"--perceptual {source}: no weights of torchvision's VGG16 ({error}); the file is {_url()}"
+            f"--perceptual {source}: no weights of torchvision's VGG16 ({one_line(error)}); the file is {_url()}"
         ) from error
 
 
@@ -83,7 +83,7 @@ def _cached() -> Mapping[str, Tensor]:
     except (OSError, RuntimeError) as error:
         raise CodebookError(
             f"--perceptual {AUTO}: VGG16's weights are not in {torch.hub.get_dir()}/checkpoints, and cannot be fetched "
-            f"({error}); fetch {_url()} elsewhere, and give the file with --perceptual PATH"
+            f"({one_line(error)}); fetch {_url()} elsewhere, and give the file with --perceptual PATH"
         ) from error
 
 

@@ -64,7 +64,7 @@ def test_it_learns_to_tell_images_from_blurred_ones() -> None:
     losses = list[float]()
     for _ in range(25):
         ours.watch(IMAGES, BLURRED)
-        losses.append(ours.learn())
+        losses.append(ours.learn().item())
     assert losses[0] == pytest.approx(1, abs=0.15) and losses[-1] < 0.2 and ours.steps == 25
     real, fake = (ours.discriminator(of).mean().item() for of in (IMAGES, BLURRED))
     assert real > 0 > fake
@@ -75,7 +75,7 @@ def test_batches_of_a_step_are_learnt_from_together() -> None:
     whole.watch(IMAGES, BLURRED)
     for part in (slice(0, 5), slice(5, 12)):
         parts.watch(IMAGES[part], BLURRED[part])
-    assert whole.learn() == pytest.approx(parts.learn(), rel=1e-5)
+    assert whole.learn().item() == pytest.approx(parts.learn().item(), rel=1e-5)
     for one, other in zip(whole.discriminator.parameters(), parts.discriminator.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-5)
 
@@ -91,9 +91,11 @@ def test_the_weight_by_hand() -> None:
 
 def test_what_the_decoder_hears_has_a_gradient_of_a_share_of_the_errors() -> None:
     ours = adversary()
-    decoder = nn.Conv2d(3, 3, 3, padding=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        decoder = nn.Conv2d(3, 3, 3, padding=1)
     ours.layer = decoder.weight
-    for unit in (1.0, 1e-4, 1e4):
+    for unit in (1.0, 1e-3, 1e3):
         shown = decoder(IMAGES)
         error = unit * functional.mse_loss(shown, IMAGES)
         term = ours.term(shown, error)
