@@ -5,8 +5,8 @@ from __future__ import annotations
 from codebook_tools.measure import Measurement
 
 LEAST = 0.9
-"""Of the sharpness that the original had, up to that of the images, for more is noise. Fine-tuning the demo on the squared
-or the absolute error left 0.94 of it or more; on the squared error, after a training with a discriminator, 0.4."""
+"""Of the sharpness that the original had, up to that of the images, for more is noise. A fine-tuning of the demo on the
+squared or the absolute error left 0.94 of it or more; after a training with a discriminator, 0.4."""
 
 LOST = 0.01
 """Of the SSIM, which a fine-tuning that goes well raises."""
