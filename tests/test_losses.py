@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from audio_codecs import CASES, save, waveforms
 from conftest import Outcome, State, assert_refused, same
 from runs import BrokenError, breaking_at, tune, weights_of
 from safetensors.torch import load_file, save_file
@@ -29,7 +30,7 @@ from codebook_tools.trainable import set_trainable
 from codebook_tools.training.course import Course
 from codebook_tools.training.objective import objective_of
 from codebook_tools.training.saving import Saving
-from codebook_tools.training.several import Several, pictures_loss
+from codebook_tools.training.several import Several, judges, pictures_loss
 from codebook_tools.training.states import TracePoint, is_better
 from codebook_tools.training.step import Training
 from codebook_tools.watch import Watch
@@ -215,6 +216,21 @@ def test_a_run_goes_on_with_the_discriminator_that_it_had(tiny: Path, images: Im
 def test_a_recipe_that_makes_no_sense_is_refused(recipe: dict[str, Any], message: str) -> None:
     with pytest.raises(CodebookError, match=message):
         Recipe(**recipe)
+
+
+def test_what_takes_sound_has_no_pictures_to_judge_and_can_be_distilled(tmp_path: Path) -> None:
+    """Two codebooks and more, too: the target walks them as the original does."""
+    pytest.importorskip("transformers")
+    case = CASES["encodec"]
+    model = load_model(read_checkpoint(save(case, tmp_path / "codec")))
+    sound = waveforms(model.network)
+    for recipe in (Recipe(adversarial=True), Recipe(perceptual="auto")):
+        with pytest.raises(CodebookError, match="judge images; this model takes clips"):
+            judges(model, recipe, sound)
+    expected = model.pass_through(sound).media
+    for stage in range(len(model.books)):
+        model.install(replace(model.books[stage].codebook, vectors=torch.zeros(2, model.books[stage].found.dim)), stage)
+    assert same(Original(model)(sound), expected) and not torch.equal(model.pass_through(sound).media, expected)
 
 
 def test_images_too_small_to_judge_are_refused_before_the_surgery(
