@@ -76,6 +76,9 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
         batch_size=given["batch_size"],
         lr=given["lr"],
         loss=given["loss"].value,
+        perceptual=given["perceptual"],
+        adversarial=given["adversarial"],
+        distill=given["distill"],
         **{name: given[name] for name in ("accumulate", "clip", "weight_ema", "patience", "min_usage")},
     )
 

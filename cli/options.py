@@ -160,6 +160,16 @@ class TrainOptions:
     codebook_update: Annotated[Update, _train(help="How the codes move; ema also revives dead ones.")] = Update.EMA
     lr: Annotated[float, _train(metavar="RATE", help="Adam's learning rate after warm-up.")] = 2e-3
     loss: Annotated[Loss, _train(help="Error that reconstructions are trained on.")] = Loss.MSE
+    perceptual: Annotated[
+        str | None,
+        _train(metavar="auto|FILE", help="Add LPIPS: VGG16's weights from torch's cache, or a file of them."),
+    ] = None
+    adversarial: Annotated[
+        bool, _train("--adversarial", help="Add a discriminator of patches, as VQGANs have; it first learns alone.")
+    ] = False
+    distill: Annotated[
+        float, _train(metavar="WEIGHT", help="Also stay near what the original model reconstructs; 1: as near.")
+    ] = 0.0
     accumulate: Annotated[int, _train(metavar="N", help="Batches to a step, where memory holds no larger ones.")] = 1
     clip: Annotated[
         float | None, _train(metavar="NORM", help="The most that the norm of all gradients may be. Left out: no limit.")

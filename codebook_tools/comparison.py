@@ -120,7 +120,7 @@ def _summary(strategy: str, k: int, rows: list[Row]) -> Summary:
     for stage in STAGES:
         found = [measured for row in done if (measured := row.stages[stage]) is not None]
         figures = {
-            **{name: [getattr(m, name) for m in found] for name in ("mse", "psnr", "ssim")},
+            **{name: [getattr(m, name) for m in found] for name in ("mse", "psnr", "ssim", "sharpness")},
             **{name: [getattr(m.codebooks[0], name) for m in found] for name in _FIGURES},
         }
         stages[stage] = {name: Spread.of(v) for name, v in figures.items() if v and None not in v}

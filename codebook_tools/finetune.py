@@ -62,6 +62,7 @@ def finetune(
         diverged=diverged,
         stopped=course.stopped,
         collapsed=course.collapsed,
+        settled_from=recipe.settled_from,
     )
 
 

@@ -41,17 +41,19 @@ class Reconstruction:
 
     def __call__(self, shown: Tensor, media: Tensor, seen: Sequence[Seen]) -> dict[str, Tensor]:
         """The terms by name, scalars; their sum is what is minimised."""
-        if self.kind == "mse":
-            error = functional.mse_loss(shown, media) / self.scales.pixels
-        else:
-            error = functional.l1_loss(shown, media) / self.scales.pixels**0.5
-        terms = {"reconstruction": error}
+        terms = {"reconstruction": self.error(shown, media)}
         for scale, (latents, _, quantised) in zip(self.scales.latents, seen, strict=True):
             unit_of_loss = scale * len(seen)
             _add(terms, "commitment", COMMITMENT * functional.mse_loss(latents, quantised.detach()) / unit_of_loss)
             if self.moves_codes:
                 _add(terms, "codebook", functional.mse_loss(quantised, latents.detach()) / unit_of_loss)
         return terms
+
+    def error(self, shown: Tensor, media: Tensor) -> Tensor:
+        """The reconstruction error alone."""
+        squared = self.kind == "mse"
+        error: Tensor = (functional.mse_loss if squared else functional.l1_loss)(shown, media)
+        return error / (self.scales.pixels if squared else self.scales.pixels**0.5)
 
     def step(self) -> None:
         """Nothing trains beside the model."""

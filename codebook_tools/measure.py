@@ -67,7 +67,8 @@ def use_of(sums: BookSums) -> CodebookUse:
 class Measurement:
     """mse: per value, images in [0, 1], reconstructions clamped to it, or of the waveform; None where nothing was
     reconstructed. images: or clips; None where there were only latents. psnr: dB, None without any error. ssim: None
-    for waveforms, and where the images are too small for its window."""
+    for waveforms, and where the images are too small for its window. sharpness: metrics.detail of the reconstructions
+    over that of the images, 1 where they are as sharp; None for waveforms, and for images without any detail."""
 
     split: str
     images: int | None
@@ -75,6 +76,7 @@ class Measurement:
     psnr: float | None
     ssim: float | None
     codebooks: tuple[CodebookUse, ...]
+    sharpness: float | None = None
 
     @property
     def error(self) -> float:
@@ -112,7 +114,7 @@ def measure(
     watch: Watch,
 ) -> Measurement:
     """Measure a model on all of `images`, whichever process reads them. structure: with SSIM, which takes longer than
-    the rest on small images.
+    the rest on small images, and sharpness.
 
     references: of each book, the squared distance up to which a latent counts as covered.
     """
@@ -134,25 +136,33 @@ def collect(
     given = references or [None] * len(model.books)
     books = [(book.key, book.codebook, of) for book, of in zip(model.books, given, strict=True)]
     compared = structure and model.takes == "images"
-    total = Sums(0, 0, Fraction(0), Fraction(0) if compared else None, tuple(starmap(no_sums, books)))
+    nothing = Fraction(0) if compared else None
+    total = Sums(0, 0, Fraction(0), nothing, tuple(starmap(no_sums, books)), nothing, nothing)
     parts = images.part[1]
     with processes.alike(NotFiniteError):
         for items, pixels in images.batches(batch):
             seen = reconstruct(model, pixels)
             pixels = pixels.to(seen.media.device)
             scores = metrics.ssim(pixels, seen.media) if compared else None
+            detail, shown_detail = map(metrics.detail, (pixels, seen.media)) if compared else (None, None)
             total += Sums(
                 images=len(items),
                 values=pixels.numel(),
                 error=exact(float((seen.media - pixels).double().square().sum())),
-                similarity=None if scores is None else exact(float(scores.double().sum())),
+                similarity=_added(scores),
                 books=tuple(
                     book_sums(*book, rows_of(latents), codes.flatten())
                     for book, latents, codes in zip(books, seen.latents, seen.codes, strict=True)
                 ),
+                detail=_added(detail),
+                shown_detail=_added(shown_detail),
             )
             watch.progress(f"measure on {split}", min(parts * total.images, len(images)), len(images))
     return total.unpacked(*map(processes.summed, total.packed())) if parts > 1 else total
+
+
+def _added(scores: Tensor | None) -> Fraction | None:
+    return None if scores is None else exact(float(scores.double().sum()))
 
 
 def measurement_of(sums: Sums, split: str) -> Measurement:
@@ -167,6 +177,7 @@ def measurement_of(sums: Sums, split: str) -> Measurement:
         psnr=metrics.psnr(mse) if mse else None,
         ssim=None if sums.similarity is None else float(sums.similarity / sums.images),
         codebooks=tuple(map(use_of, sums.books)),
+        sharpness=float(sums.shown_detail / sums.detail) if sums.detail and sums.shown_detail is not None else None,
     )
 
 

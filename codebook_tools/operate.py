@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools import processes
+from codebook_tools.blur import blur_warnings
 from codebook_tools.checkpoints.layout import training_path
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
@@ -142,7 +143,8 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         log_dir=request.log_dir,
     )
     opened.warnings += done.warnings
-    if done.kept == "finetuned":
+    if done.kept == "finetuned" and done.finetuned:
+        opened.warnings += blur_warnings(before, done.finetuned)
         tokens = calibration_tokens(opened, watch)
     else:
         tokens = current_tokens(opened, seen, done.kept == "surgery", watch)

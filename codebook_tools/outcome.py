@@ -110,6 +110,8 @@ def provenance(
     """
     private = {"data", "test_data", "stats", "latents", "images", "device", "network"}
     public = {name: value for name, value in settings.items() if name not in private}
+    if public.get("perceptual"):
+        public["perceptual"] = True  # wherever the weights lay
     trained = tuned if kept == "finetuned" else None
     return {
         "command": command,

@@ -27,6 +27,7 @@ from codebook_tools.sums import Sums
 from codebook_tools.survey import Survey, survey
 from codebook_tools.tokens import Tokens, tokenise
 from codebook_tools.training.saving import Saving
+from codebook_tools.training.several import judges
 from codebook_tools.watch import Watch
 
 Latents = tuple[Tensor | None, ...]
@@ -58,12 +59,17 @@ class Stages:
 
 
 def require_training_data(opened: Opened, recipe: Recipe) -> None:
-    """Raise CodebookError where there is to be fine-tuning, and nothing for its gradients or its choice of state."""
+    """Raise CodebookError where there is to be fine-tuning, and nothing for its gradients, its losses or its choice of
+    state."""
     if recipe.steps and not (opened.splits.train and opened.splits.validation):
         count = len(opened.calibration)
         raise CodebookError(
             f"{count} calibration {opened.model.takes} leave the training or validation split empty; give more --data"
         )
+    if recipe.steps and (recipe.perceptual or recipe.adversarial):
+        items, pixels = opened.calibration.load(opened.splits.train[: recipe.batch_size])
+        if items:
+            judges(opened.model, recipe, pixels)  # now: it would raise after the surgery
 
 
 def calibrate(opened: Opened, watch: Watch) -> Calibration:

@@ -20,6 +20,10 @@ LIMBS = 3
 """Numbers of float64 that a sum is carried in: each the nearest to what those before it leave."""
 
 
+_OPTIONAL = ("similarity", "detail", "shown_detail")
+"""Fields of Sums that some data have none of."""
+
+
 @dataclass(frozen=True, eq=False)
 class BookSums:
     """Of one codebook. counts: (size,) int64. error: squared distances from latents to their codes. near: latents
@@ -43,13 +47,16 @@ class BookSums:
 @dataclass(frozen=True, eq=False)
 class Sums:
     """images: or clips. values: that were reconstructed, 0 where none was. error: of their squared errors. similarity:
-    SSIM of each image; None where there is none to compute. books: in the order of the model."""
+    SSIM of each image; None where there is none to compute. books: in the order of the model. detail, shown_detail: of
+    the images and of their reconstructions, metrics.detail; None as similarity is."""
 
     images: int
     values: int
     error: Fraction
     similarity: Fraction | None
     books: tuple[BookSums, ...]
+    detail: Fraction | None = None
+    shown_detail: Fraction | None = None
 
     def __add__(self, other: Self) -> Self:
         return replace(
@@ -57,24 +64,31 @@ class Sums:
             images=self.images + other.images,
             values=self.values + other.values,
             error=self.error + other.error,
-            similarity=_both(self.similarity, other.similarity),
             books=tuple(mine + its for mine, its in zip(self.books, other.books, strict=True)),
+            **{name: _both(getattr(self, name), getattr(other, name)) for name in _OPTIONAL},
         )
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """All numbers, as int64 and as float64, flat: packed sums of one model add up as the sums themselves do."""
-        integers = [self.images, self.values, int(self.similarity is None)]
+        optional = [getattr(self, name) for name in _OPTIONAL]
+        integers = [self.images, self.values, *(int(of is None) for of in optional)]
         integers += [number for book in self.books for number in (book.near or 0, int(book.near is None))]
-        fractions = [self.error, self.similarity or Fraction(0), *(book.error for book in self.books)]
+        fractions = [self.error, *(of or Fraction(0) for of in optional), *(book.error for book in self.books)]
         counts = [book.counts for book in self.books]
         return torch.cat([torch.tensor(integers), *counts]), torch.cat([limbs(its) for its in fractions])
 
     def unpacked(self, integers: Tensor, floats: Tensor) -> Self:
-        """The sums that `packed` made these of; self: any of the same model."""
-        books = len(self.books)
-        images, values, lacking, *nears = integers[: 3 + 2 * books].tolist()
-        counts = torch.split(integers[3 + 2 * books :], [len(book.counts) for book in self.books])
-        error, similarity, *errors = map(from_limbs, torch.split(floats, LIMBS))
+        """The sums that `packed` made these of; self: any of the same model. Raises ValueError where they are not."""
+        sizes = [len(book.counts) for book in self.books]
+        first = 2 + len(_OPTIONAL)
+        numbers = first + 2 * len(sizes)
+        if len(integers) != numbers + sum(sizes):
+            raise ValueError(f"{len(integers)} numbers in place of {numbers + sum(sizes)}, as older versions wrote")
+        images, values, *lacking = integers[:first].tolist()
+        nears = integers[first:numbers].tolist()
+        counts = torch.split(integers[numbers:], sizes)
+        error, *fractions = map(from_limbs, torch.split(floats, LIMBS))
+        optional, errors = fractions[: len(_OPTIONAL)], fractions[len(_OPTIONAL) :]
         found = [
             replace(book, counts=its, error=of, near=None if lacks else near)
             for book, its, of, near, lacks in zip(self.books, counts, errors, nears[::2], nears[1::2], strict=True)
@@ -84,8 +98,8 @@ class Sums:
             images=images,
             values=values,
             error=error,
-            similarity=None if lacking else similarity,
             books=tuple(found),
+            **{name: None if lacks else of for name, of, lacks in zip(_OPTIONAL, optional, lacking, strict=True)},
         )
 
 

@@ -31,9 +31,9 @@ FLOORS = (
     ("models",),
     (
         *("measure", "tokens", "coverage", "latent_files", "latent_cache", "output", "stats"),
-        *("losses", "quantiser", "trainable"),
+        *("losses", "adversarial", "perceptual", "distill", "quantiser", "trainable"),
     ),
-    ("training", "finetune", "opening"),
+    ("training", "finetune", "opening", "blur"),
     ("stages", "outcome", "inspection", "comparison", "verification"),
     ("detached", "compare", "downstream", "merging"),
     ("operate", "planning", "verify"),

@@ -30,12 +30,12 @@ RESULT = {
     "command", "version", "model", "family", "settings", "seed", "warnings", "stages", "kept", "trace", "outputs",
     "bytes", "seconds",
 }  # fmt: skip
-MEASUREMENT = {"split", "images", "mse", "psnr", "ssim", "codebooks"}
+MEASUREMENT = {"split", "images", "mse", "psnr", "ssim", "codebooks", "sharpness"}
 USE = {
     "key", "size", "dim", "latents", "used", "usage", "used_10", "perplexity", "bits", "top_share", "distortion",
     "coverage",
 }  # fmt: skip
-POINT = {"step", "loss", "validation_mse", "used", "perplexity", "distortion", "revived"}
+POINT = {"step", "loss", "validation_mse", "used", "perplexity", "distortion", "revived", "validation_loss"}
 COMMANDS = [
     "inspect", "measure", "refit", "prune", "quantize", "restart", "grow", "finetune", "compare", "verify",
 ]  # fmt: skip
@@ -133,6 +133,7 @@ def test_settings_say_what_was_asked_and_found_out(
         "k": 5, "init": "used", "iterations": 7, "exact": False, "seed": 3, "steps": 2, "train": "decoder",
         "codebook_update": "gradient", "loss": "l1", "lr": 0.002, "batch_size": 9, "data": [str(images_folder)],
         "accumulate": 1, "clip": None, "weight_ema": None, "patience": None, "min_usage": 0.0,
+        "perceptual": None, "adversarial": False, "distill": 0.0,
         "test_data": [str(held_out_folder)], "images": {"train": 54, "validation": 6, "test": 12},
         "input_range": [-1.0, 1.0], "device": "cpu",
         "precision": "fp32", "metric": "euclidean", "limit": None, "size": None, "skip_bad": False, "network": None,

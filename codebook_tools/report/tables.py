@@ -111,6 +111,7 @@ _ROWS = (
     ("mse", _optional("mse", ".6f")),
     ("PSNR, dB", _optional("psnr", ".2f")),
     ("SSIM", _optional("ssim", ".4f")),
+    ("sharpness", _optional("sharpness", ".1%")),
 )
 
 

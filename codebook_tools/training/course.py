@@ -5,7 +5,8 @@ from __future__ import annotations
 from codebook_tools.measure import measure
 from codebook_tools.media import Media
 from codebook_tools.training.saving import Saving
-from codebook_tools.training.states import State, TracePoint
+from codebook_tools.training.several import pictures_loss
+from codebook_tools.training.states import State, TracePoint, is_better
 from codebook_tools.training.step import Training
 from codebook_tools.training.stopping import has_fallen, reason_to_stop
 from codebook_tools.watch import Watch
@@ -34,8 +35,9 @@ class Course:
         """Measure, keep the best, and save all. Raises NotFiniteError where the network gives no numbers."""
         with self.training.as_kept():
             self.trace.append(self._measured(step, loss))
-            fallen = has_fallen(self.training.recipe, self.trace, self.codes)
-            if self.best is None or (self.last.validation_mse < self.best.validation_mse and not fallen):
+            recipe, best = self.training.recipe, self.best
+            fallen = has_fallen(recipe, self.trace, self.codes)
+            if best is None or (is_better(self.last, best, recipe.settled_from) and not fallen):
                 self.best = State.of(self.training.model, self.last, self.training.revived)
         if self.saving and self.best:
             self.saving.write(self.training.state(), self.trace, self.start, self.best)
@@ -57,4 +59,6 @@ class Course:
 
     def _measured(self, step: int, loss: float | None) -> TracePoint:
         found = measure(self.training.model, self.validation, split="validation", structure=False, watch=Watch())
-        return TracePoint.of(step, loss, found, sum(int(codes.sum()) for codes in self.training.revived))
+        revived = sum(int(codes.sum()) for codes in self.training.revived)
+        validation_loss = pictures_loss(self.training.objective, self.training.model, self.validation)
+        return TracePoint.of(step, loss, found, revived, validation_loss)

@@ -12,6 +12,7 @@ from codebook_tools.losses import Reconstruction, Seen, scales_of
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.training.recipe import Recipe
+from codebook_tools.training.several import several
 
 
 class Objective(Protocol):
@@ -31,7 +32,10 @@ class Objective(Protocol):
         """Take back what `state` gave."""
 
 
-def objective_of(model: Model, train: Media, recipe: Recipe) -> Objective:
-    """The one of a recipe, in the units of the model and the data as they are before the first step."""
+def objective_of(model: Model, train: Media, recipe: Recipe, pixels: Tensor, seed: int) -> Objective:
+    """The one of a recipe, in the units of the model and the data as they are before the first step. pixels: (1, ...),
+    an item of the data. Raises CodebookError where a term has nothing to go by."""
     scales = processes.of_first(scales_of(model, train))
-    return Reconstruction(scales, recipe.loss, recipe.codebook_update == "gradient")
+    plain = Reconstruction(scales, recipe.loss, recipe.codebook_update == "gradient")
+    asked = recipe.perceptual or recipe.adversarial or recipe.distill
+    return several(plain, model, recipe, pixels, seed) if asked else plain

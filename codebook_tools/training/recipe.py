@@ -9,11 +9,17 @@ from typing import Literal
 from codebook_tools.errors import CodebookError
 from codebook_tools.losses import Loss
 
+ALONE = 0.25
+"""Share of the run for which a discriminator only learns: what it says before is noise."""
+
 
 @dataclass(frozen=True)
 class Recipe:
     """steps: of the optimiser, 0 for none. train: which networks. codebook_update: how the codes move; `ema` also
     revives dead ones. batch_size: images. lr: Adam's, at the end of warm-up. loss: of the reconstruction.
+
+    perceptual: a file of VGG16's weights, or "auto"; None for no LPIPS. adversarial: a discriminator trains along.
+    distill: weight of the distance to what the original model reconstructs.
 
     accumulate: batches to a step. clip: the most that the norm of all gradients may be. weight_ema: decay of a moving
     average of all that gradients move; it is then what is validated and kept. patience: looks without a lower
@@ -26,11 +32,19 @@ class Recipe:
     batch_size: int = 64
     lr: float = 2e-3
     loss: Loss = "mse"
+    perceptual: str | None = None
+    adversarial: bool = False
+    distill: float = 0.0
     accumulate: int = 1
     clip: float | None = None
     weight_ema: float | None = None
     patience: int | None = None
     min_usage: float = 0.0
+
+    @property
+    def settled_from(self) -> int:
+        """The step from which on all terms of the loss count."""
+        return round(ALONE * self.steps) + 1 if self.adversarial else 0
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("batch_size", 1), ("accumulate", 1), ("patience", 1)):
@@ -39,6 +53,10 @@ class Recipe:
                 raise CodebookError(f"{name}={value} is below {least}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise CodebookError(f"lr={self.lr} is no learning rate; try --lr 0.001")
+        if not (self.distill >= 0 and math.isfinite(self.distill)):
+            raise CodebookError(f"distill={self.distill} is no weight; try --distill 1")
+        if self.adversarial and self.train == "none":
+            raise CodebookError("adversarial with train=none: no decoder is there to learn from it; leave one out")
         if self.clip is not None and not (self.clip > 0 and math.isfinite(self.clip)):
             raise CodebookError(f"clip={self.clip} is no norm to keep gradients below; try --clip 1, or leave it out")
         if self.weight_ema is not None and not 0 <= self.weight_ema < 1:

@@ -48,6 +48,7 @@ def figures_of(point: TracePoint, codes: int) -> dict[str, float]:
     """What a look says. codes: of all codebooks together."""
     return {
         "validation/mse": point.validation_mse,
+        "validation/error": point.error,
         "codebook/usage": point.used / codes,
         "codebook/used": point.used,
         "codebook/perplexity": point.perplexity,

@@ -16,7 +16,8 @@ from codebook_tools.training.parts import Tensors, by_number, joined, numbered, 
 @dataclass(frozen=True)
 class TracePoint:
     """One look at a run, over all validation images. loss: of the batch, None at step 0. used: codes; revived: those
-    so far; of all codebooks together. perplexity and distortion: the mean over codebooks."""
+    so far; of all codebooks together. perplexity and distortion: the mean over codebooks. validation_loss: of all terms
+    that compare pictures, None where the squared error stands for them."""
 
     step: int
     loss: float | None
@@ -25,31 +26,45 @@ class TracePoint:
     perplexity: float
     distortion: float
     revived: int
+    validation_loss: float | None = None
+
+    @property
+    def error(self) -> float:
+        return _error(self)
 
     @staticmethod
-    def of(step: int, loss: float | None, found: Measurement, revived: int) -> TracePoint:
+    def of(
+        step: int, loss: float | None, found: Measurement, revived: int, validation_loss: float | None = None
+    ) -> TracePoint:
         uses = found.codebooks
         perplexity, distortion = (mean(getattr(use, name) for use in uses) for name in ("perplexity", "distortion"))
-        return TracePoint(step, loss, found.error, sum(use.used for use in uses), perplexity, distortion, revived)
+        used = sum(use.used for use in uses)
+        return TracePoint(step, loss, found.error, used, perplexity, distortion, revived, validation_loss)
 
 
 @dataclass(frozen=True, eq=False)
 class State:
     """Weights of a network and codes of its books at a step. revived: (size,) bool of each book, the codes that were
-    moved to a latent up to then."""
+    moved to a latent up to then. validation_mse, validation_loss: as in the look at it."""
 
     step: int
     validation_mse: float
     weights: dict[str, Tensor] = field(repr=False)
     vectors: tuple[Tensor, ...] = field(repr=False)
     revived: tuple[Tensor, ...] = field(repr=False)
+    validation_loss: float | None = None
+
+    @property
+    def error(self) -> float:
+        return _error(self)
 
     @staticmethod
     def of(model: Model, point: TracePoint, revived: Iterable[Tensor]) -> State:
         """The model's as it is now. point: the look at it."""
         weights = {name: tensor.detach().cpu().clone() for name, tensor in model.network.state_dict().items()}
         vectors = tuple(book.vectors.detach().cpu().clone() for book in model.books)
-        return State(point.step, point.validation_mse, weights, vectors, tuple(codes.clone() for codes in revived))
+        codes = tuple(codes.clone() for codes in revived)
+        return State(point.step, point.validation_mse, weights, vectors, codes, point.validation_loss)
 
     def tensors(self) -> Tensors:
         """All of it, by name."""
@@ -59,7 +74,8 @@ class State:
     def of_tensors(point: TracePoint, tensors: Mapping[str, Tensor]) -> State:
         """The inverse of `tensors`, at the step of a look."""
         vectors, revived = (tuple(numbered(part(tensors, name))) for name in ("vectors", "revived"))
-        return State(point.step, point.validation_mse, part(tensors, "weights"), vectors, revived)
+        weights = part(tensors, "weights")
+        return State(point.step, point.validation_mse, weights, vectors, revived, point.validation_loss)
 
     def restore(self, model: Model) -> None:
         model.network.load_state_dict(self.weights)
@@ -67,12 +83,23 @@ class State:
             book.vectors = vectors.to(model.device)
 
 
+def is_better(one: TracePoint | State, other: TracePoint | State, settled_from: int) -> bool:
+    """Whether a later state is to be kept in place of an earlier one: its error is lower, or not all terms of the loss
+    counted in the other, as they do from that step on."""
+    return other.step < settled_from <= one.step or one.error < other.error
+
+
+def _error(of: TracePoint | State) -> float:
+    """What chooses the state that is kept."""
+    return of.validation_mse if of.validation_loss is None else of.validation_loss
+
+
 @dataclass(frozen=True, eq=False)
 class FineTuned:
     """start: before the first step. best: the lowest validation error after it. trained: file keys of the parameters
     that took part, and groups: which networks they are. diverged: the step whose loss, or network, was not finite.
     stopped: why the run ended before its last step otherwise. collapsed: whether the best has lost codes that a guard
-    was to keep."""
+    was to keep. settled_from: as Recipe's."""
 
     start: State
     best: State
@@ -82,8 +109,9 @@ class FineTuned:
     diverged: int | None
     stopped: str | None = None
     collapsed: bool = False
+    settled_from: int = 0
 
     @property
     def gained(self) -> bool:
         """Whether the best is one to keep."""
-        return self.best.validation_mse < self.start.validation_mse and not self.collapsed
+        return is_better(self.best, self.start, self.settled_from) and not self.collapsed

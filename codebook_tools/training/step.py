@@ -63,7 +63,7 @@ class Training:
             )
         by_gradient, by_average = (recipe.codebook_update == update for update in ("gradient", "ema"))
         self.parameters = set_trainable(model, self.names)
-        self.objective = objective_of(model, train, recipe)
+        self.objective = objective_of(model, train, recipe, pixels[:1], seed)
         # Two streams: the batches must not depend on how many codes a strategy leaves to be revived.
         self.batches = Batches(train, recipe.batch_size, seed, pixels[:1])
         self._reviving = torch.Generator().manual_seed(seed + 1)

@@ -30,7 +30,7 @@ def reason_to_stop(recipe: Recipe, trace: Sequence[TracePoint], codes: int) -> s
             f"at step {last.step} only {last.used} of {codes} codes were in use, fewer than --min-usage "
             f"{recipe.min_usage:g} asks for: the fine-tuning was stopped; try {levers}"
         )
-    errors = [point.validation_mse for point in trace if point.step]
+    errors = [point.error for point in trace if point.step >= max(1, recipe.settled_from)]
     since = len(errors) - 1 - errors.index(min(errors)) if errors else 0
     if recipe.patience is not None and since >= recipe.patience and last.step < recipe.steps:
         return f"the fine-tuning was stopped at step {last.step}: --patience {recipe.patience} looks without a gain"

@@ -1,0 +1,29 @@
+"""Whether a fine-tuning left a model that shows less than the original did."""
+
+from __future__ import annotations
+
+from codebook_tools.measure import Measurement
+
+LEAST = 0.9
+"""Of the sharpness that the original had, up to that of the images, for more is noise. A fine-tuning of the demo on the
+squared or the absolute error left 0.94 of it or more; after a training with a discriminator, 0.4."""
+
+LOST = 0.01
+"""Of the SSIM, which a fine-tuning that goes well raises."""
+
+
+def blur_warnings(before: Measurement, after: Measurement) -> list[str]:
+    """What to warn of where the fine-tuned model has less than LEAST times the original's sharpness, or LOST more of
+    the SSIM."""
+    warnings = list[str]()
+    if before.sharpness and after.sharpness is not None and after.sharpness < LEAST * min(1.0, before.sharpness):
+        warnings.append(
+            f"the fine-tuned model is blurrier than the original: sharpness fell from {before.sharpness:.1%} to "
+            f"{after.sharpness:.1%}; --loss l1 with --perceptual, or with --distill 1, keeps it sharper"
+        )
+    if before.ssim is not None and after.ssim is not None and after.ssim < before.ssim - LOST:
+        warnings.append(
+            f"the fine-tuned model is less true than the original: SSIM fell from {before.ssim:.4f} to "
+            f"{after.ssim:.4f}; --distill 1 keeps it nearer, and so does --perceptual"
+        )
+    return warnings

@@ -1,0 +1,93 @@
+"""LPIPS as a loss: how differently a network that was trained to recognise things sees two images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from codebook_tools import processes
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.errors import CodebookError, one_line
+
+AUTO = "auto"
+SMALLEST = 16  # pixels of a side: VGG halves them four times
+
+
+class Perceptual:
+    """LPIPS between images, a mean over them, with VGG16. Zhang et al. 2018, as torchmetrics computes it.
+
+    weights: a file of torchvision's VGG16, safetensors or .pth, or AUTO: that in torch's cache, fetched if need be.
+    side: the shorter one of the images. Raises CodebookError where torchvision or the weights are missing, or images
+    are too small.
+    """
+
+    def __init__(self, weights: str, side: int, device: torch.device) -> None:
+        if side < SMALLEST:
+            raise CodebookError(f"--perceptual: {side} pixels a side are too few; it takes {SMALLEST} or more")
+        try:
+            import torchvision  # noqa: F401
+        except ImportError as error:
+            raise CodebookError(
+                "--perceptual needs torchvision; pip install torchvision, or codebook-tools[perceptual]"
+            ) from error
+        # The public class fetches weights whenever it is made, and takes none; the weights of LPIPS itself lie in it.
+        from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+        with torch.random.fork_rng():  # its first weights are drawn, and not ours to draw
+            self.network = _NoTrainLpips(net="vgg", pnet_rand=True)
+        _load(self.network.net, processes.by_first(lambda: _features(weights)), weights)
+        self.network.to(device)
+
+    def __call__(self, shown: Tensor, images: Tensor) -> Tensor:
+        """Both (n, 1 or 3, height, width), images in [0, 1]; a number, 0 where they are alike."""
+        distances = self.network(_coloured(shown), _coloured(images), normalize=True)
+        assert isinstance(distances, Tensor)
+        return distances.mean()
+
+
+def _coloured(images: Tensor) -> Tensor:
+    return images.expand(-1, 3, -1, -1)
+
+
+def _load(vgg: nn.Module, features: Mapping[str, Tensor], source: str) -> None:
+    """torchvision counts the layers of VGG16's `features`; torchmetrics cuts them in slices, and keeps the counting."""
+    try:
+        vgg.load_state_dict({name: features[name.partition(".")[2]] for name in vgg.state_dict()})
+    except (KeyError, RuntimeError) as error:
+        raise CodebookError(
+            f"--perceptual {source}: no weights of torchvision's VGG16 ({one_line(error)}); the file is {_url()}"
+        ) from error
+
+
+def _features(weights: str) -> dict[str, Tensor]:
+    """The convolutions of VGG16, by name."""
+    if weights == AUTO:
+        state = _cached()
+    else:
+        stored = read_checkpoint(Path(weights))
+        state = {name: stored.tensor(name) for name in stored.entries if name.startswith(_FEATURES)}
+    return {name.removeprefix(_FEATURES): tensor for name, tensor in state.items() if name.startswith(_FEATURES)}
+
+
+_FEATURES = "features."
+
+
+def _cached() -> Mapping[str, Tensor]:
+    try:
+        return torch.hub.load_state_dict_from_url(
+            _url(), map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise CodebookError(
+            f"--perceptual {AUTO}: VGG16's weights are not in {torch.hub.get_dir()}/checkpoints, and cannot be fetched "
+            f"({one_line(error)}); fetch {_url()} elsewhere, and give the file with --perceptual PATH"
+        ) from error
+
+
+def _url() -> str:
+    from torchvision.models import VGG16_Weights
+
+    return str(VGG16_Weights.DEFAULT.url)

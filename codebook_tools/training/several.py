@@ -1,0 +1,112 @@
+"""An objective of several terms: the plain one's, what else compares pictures, and a discriminator's judgement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from codebook_tools import processes
+from codebook_tools.adversarial import Adversary, Discriminator, last_layer
+from codebook_tools.distill import Original
+from codebook_tools.errors import CodebookError
+from codebook_tools.losses import Reconstruction, Seen
+from codebook_tools.measure import reconstruct
+from codebook_tools.media import Media
+from codebook_tools.models.model import Model
+from codebook_tools.perceptual import Perceptual
+from codebook_tools.training.recipe import Recipe
+
+PERCEPTUAL = 2.0
+"""Weight of LPIPS. VQGAN adds it to the absolute error of pixels in [-1, 1], whose deviation in photographs is about a
+half; errors here are in deviations."""
+
+Term = Callable[[Tensor, Tensor], Tensor]
+"""Of what a model shows, and the media: a scalar."""
+
+
+@dataclass(frozen=True, eq=False)
+class Several:
+    """more: further terms by name. adversary: a discriminator that trains along. alone: steps that it
+    takes before it is heard."""
+
+    plain: Reconstruction
+    more: Mapping[str, Term]
+    adversary: Adversary | None = None
+    alone: int = 0
+
+    def __call__(self, shown: Tensor, media: Tensor, seen: Sequence[Seen]) -> dict[str, Tensor]:
+        """The terms by name, scalars; their sum is what is minimised."""
+        terms, more = self.plain(shown, media, seen), self._more(shown, media)
+        terms |= more
+        if self.adversary:
+            heard = self.adversary.steps >= self.alone
+            error = sum(more.values(), terms["reconstruction"])
+            terms["adversarial"] = self.adversary.term(shown, error) if heard else shown.new_zeros(())
+            self.adversary.watch(media, shown)
+        return terms
+
+    def error(self, shown: Tensor, media: Tensor) -> Tensor:
+        """All that compares pictures; the discriminator does not, and changes its mind."""
+        return sum(self._more(shown, media).values(), self.plain.error(shown, media))
+
+    def step(self) -> None:
+        """One of the discriminator's."""
+        if self.adversary:
+            self.adversary.learn()
+
+    def state(self) -> dict[str, Tensor]:
+        return self.adversary.state() if self.adversary else {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        if self.adversary:
+            self.adversary.load(state)
+
+    def _more(self, shown: Tensor, media: Tensor) -> dict[str, Tensor]:
+        return {name: term(shown, media) for name, term in self.more.items()}
+
+
+def several(plain: Reconstruction, model: Model, recipe: Recipe, pixels: Tensor, seed: int) -> Several:
+    """The plain objective and all else that the recipe asks for. pixels: (1, ...), an item of the training data. seed:
+    of the discriminator's weights."""
+    perceptual, discriminator = judges(model, recipe, pixels, seed)
+    more = dict[str, Term]()
+    if perceptual:
+        more["perceptual"] = lambda shown, media: PERCEPTUAL * perceptual(shown, media)
+    if recipe.distill:
+        original = Original(model)
+        more["distill"] = lambda shown, media: recipe.distill * plain.error(shown, original(media))
+    if discriminator is None:
+        return Several(plain, more)
+    adversary = Adversary(discriminator, last_layer(replace(model, compiled=False), pixels))
+    return Several(plain, more, adversary, recipe.settled_from - 1)
+
+
+def pictures_loss(objective: object, model: Model, validation: Media) -> float | None:
+    """What an objective of several terms makes of the validation data; None where the squared error stands for it."""
+    if not isinstance(objective, Several):
+        return None
+    total = torch.zeros(2, dtype=torch.float64)
+    for items, media in validation.batches(64):
+        media = media.to(model.device)
+        with torch.no_grad():
+            error = objective.error(reconstruct(model, media).media, media)
+        total += torch.tensor([float(error) * len(items), len(items)])
+    summed = processes.summed(total) if validation.part[1] > 1 else total
+    return float(summed[0] / summed[1])
+
+
+def judges(
+    model: Model, recipe: Recipe, pixels: Tensor, seed: int = 0
+) -> tuple[Perceptual | None, Discriminator | None]:
+    """The networks that judge pictures, where the recipe asks for them. Raises CodebookError where they cannot."""
+    if not (recipe.perceptual or recipe.adversarial):
+        return None, None
+    if model.takes != "images":
+        raise CodebookError(f"--perceptual and --adversarial judge images; this model takes {model.takes}")
+    channels, *sides = pixels.shape[1:]
+    perceptual = Perceptual(recipe.perceptual, min(sides), model.device) if recipe.perceptual else None
+    discriminator = Discriminator(channels, min(sides), seed).to(model.device) if recipe.adversarial else None
+    return perceptual, discriminator
