@@ -35,7 +35,7 @@ FLOORS = (
     ),
     ("finetune", "opening"),
     ("stages", "outcome", "inspection", "comparison", "verification"),
-    ("detached", "compare", "downstream", "merging"),
+    ("detached", "compare", "downstream", "merging", "diagnosis"),
     ("operate", "planning", "verify"),
     ("report",),
     ("__main__", COMMAND_LINE),
@@ -162,7 +162,7 @@ print("HEAVY", sorted(heavy & set(sys.modules)))
 
 COMMANDS = (
     *("inspect", "measure", "refit", "prune", "quantize", "restart"),
-    *("grow", "finetune", "compare", "verify", "remap"),
+    *("grow", "finetune", "compare", "diagnose", "verify", "remap"),
 )
 
 

@@ -1,0 +1,42 @@
+"""How far the latents of the same items moved between two encoders."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from codebook_tools.diagnosis.evidence import Pair
+from codebook_tools.diagnosis.fit import variance_of
+
+KIN = 0.5
+"""Correlation of the latents of two encoders of which one was trained on from the other; of strangers it is about 0."""
+
+MOVED = 0.25
+"""Of the latents' variance, or of their covariance: an encoder that was not trained stays at 0."""
+
+
+def correlation(pair: Pair) -> float:
+    """Of the latents of both encoders, over all dimensions: 1 for the same, 0 where they have nothing in common or are
+    of other shapes."""
+    if pair.latents is None or pair.moved is None:
+        return 0.0
+    ours, theirs = (rows.double() - rows.double().mean(0) for rows in (pair.moved, pair.latents))
+    return float((ours * theirs).sum() / (ours.norm() * theirs.norm()).clamp(min=1e-30))
+
+
+def shift(pair: Pair) -> tuple[float, float]:
+    """By how much the mean moved, squared and over the variance of the original's latents, and by how much the
+    covariance did, over its own size."""
+    assert pair.latents is not None and pair.moved is not None
+    mean = (pair.moved.mean(0) - pair.latents.mean(0)).double().square().sum()
+    before, after = covariance(pair.latents), covariance(pair.moved)
+    return (
+        float(mean) / max(variance_of(pair.latents), 1e-30),
+        float((after - before).norm() / before.norm().clamp(min=1e-30)),
+    )
+
+
+def covariance(rows: Tensor) -> Tensor:
+    """(dim, dim) float64 of rows (n, dim)."""
+    apart = rows.double() - rows.double().mean(0)
+    return torch.as_tensor(apart.T @ apart / max(len(rows) - 1, 1))
