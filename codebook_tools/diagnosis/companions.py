@@ -44,16 +44,18 @@ def companions_of(checkpoint: Checkpoint, found: FoundCodebook, original: FoundC
 
 def running(checkpoint: Checkpoint, found: FoundCodebook) -> tuple[Tensor, Tensor] | None:
     """(size, dim) and (size,) float32: running sums over running counts, as training would go on from them, and the
-    counts. None without both, where the sums are the codebook itself, and where nothing was counted yet."""
+    counts. None without both, and where the sums are the codebook itself."""
     by_role = {
         next(role.name for role in ROLES if role.leaf.search(key.rpartition(".")[2])): key for key in found.companions
     }
     if not {"sums", "counts"} <= by_role.keys() or effective(found, checkpoint.shapes).kind == "ratio":
         return None
     hits, sums = (checkpoint.tensor(by_role[role]).float() for role in ("counts", "sums"))
-    if hits.numel() != found.size or sums.numel() != found.size * found.dim or float(hits.sum()) <= 0:
+    if hits.numel() != found.size or sums.numel() != found.size * found.dim:
         return None
     rows, hits = stored_rows(sums.reshape(checkpoint.shapes[by_role["sums"]]), found), hits.reshape(-1)
+    if float(hits.sum()) <= 0:  # nothing was counted yet: libraries begin with the codes themselves for sums
+        return rows, torch.ones(found.size)
     return rows / hits[:, None].clamp(min=1e-5), hits
 
 

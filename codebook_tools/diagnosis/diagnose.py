@@ -27,16 +27,16 @@ from codebook_tools.opening import Request
 from codebook_tools.watch import Watch
 
 CHECKS: dict[str, tuple[Look, str]] = {
+    "not-installed": (
+        not_installed,
+        "codebook refit {original} --k {k}{data}, then codebook verify RESULT --against {original}",
+    ),
     "uninitialised-flag": (
         of_each_book(uninitialised_flag),
         "codebook refit {original} --k {k}{data} sets it; or set that tensor to true before anybody trains",
     ),
     "stale-ema": (stale_ema, "codebook refit {original} --k {k}{data} writes sums and counts that are of the codes"),
-    "not-installed": (
-        not_installed,
-        "codebook refit {original} --k {k}{data}, then codebook verify RESULT --against {original}",
-    ),
-    "few-modes": (of_each_book(few_modes), "shrink, do not repair: codebook prune {model}{data}"),
+    "few-modes": (few_modes, "shrink, do not repair: codebook prune {model}{data}"),
     "wrong-layout": (
         of_each_book(wrong_layout),
         "codebook refit {original} --k {k}{data}; in code of your own, move the channels last before you flatten",
@@ -53,7 +53,7 @@ CHECKS: dict[str, tuple[Look, str]] = {
     ),
     "learning-rate": (learning_rate, "codebook refit {original} --k {k}{data} --lr RATE, a tenth of what it was"),
     "no-lloyd": (
-        of_each_book(no_lloyd),
+        no_lloyd,
         "codebook refit {original} --k {k}{data}, which goes on from seeds by k-means",
     ),
     "counting": (of_each_book(counting), "codebook measure {model} --data ALL --test-data TEST, of the same kind"),

@@ -85,11 +85,15 @@ class BookEvidence:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """books: those that are asked about. mse: of reconstructions on a few calibration items; original_mse: of the
-    original's. ranges: that error by input range when nothing is quantised; empty for sound. input_range: that the
-    latents are of. command: of this package that wrote the file, "" where another did. trace: of its training."""
+    """books: those that are asked about. curve: as a book's, of items, each told by all of its latents that meet the
+    first book. mse: of reconstructions on a few calibration items; original_mse: of the original's. ranges: that error
+    over the images' variance, by input range, when nothing is quantised; empty for sound. input_range: that the latents
+    are of. command: of this package that wrote the file, "" where another did. trace: of its training. settings,
+    warnings: of what was opened.
+    """
 
     books: tuple[BookEvidence, ...]
+    curve: Mapping[int, float]
     mse: float
     original_mse: float | None
     ranges: Mapping[tuple[float, float], float]

@@ -40,14 +40,14 @@ def drawn(codes: Tensor) -> bool:
 def born_dead(codes: Tensor, dead: Tensor) -> Tensor:
     """(size,) bool: those of the dead codes (size, dim) that were never trained. dead: (size,) bool.
 
-    Dead ones of another length than most may have been in use once; they are left out, a tenth of them at most.
+    Those of another length than most may have been in use once, and are left out.
     """
     rows = codes[dead]
     if len(rows) < LEAST:
         return torch.zeros_like(dead)
     lengths = rows.norm(dim=1)
     alike = lengths <= 3 * lengths.median()
-    if float(alike.float().mean()) < 0.9 or not drawn(rows[alike]):
+    if int(alike.sum()) < LEAST or not drawn(rows[alike]):
         return torch.zeros_like(dead)
     found = dead.clone()
     found[dead] = alike

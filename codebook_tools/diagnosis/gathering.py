@@ -11,6 +11,7 @@ from torch import Tensor
 
 from codebook_tools.assignment import nearest
 from codebook_tools.checkpoints.layout import PREFIX
+from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.codebook import Codebook
 from codebook_tools.coverage import POINTS
 from codebook_tools.diagnosis.companions import Companions, companions_of
@@ -51,8 +52,8 @@ class _Looked:
 def gather(request: Request, against: Path | None, trace: Path | None, watch: Watch) -> Evidence:
     """Open what is named and look at the data. Raises CodebookError for all that is amiss."""
     told = read_trace(trace) if trace else None
-    opened = open_request(request, watch)
     original = open_request(replace(request, model=against), watch) if against else None
+    opened = open_request(_with_keys(request, original), watch)
     model, batch = opened.model, request.batch_size
     if original and original.model.takes != model.takes:
         raise CodebookError(f"--against {against} takes {original.model.takes}, the model {model.takes}")
@@ -73,8 +74,10 @@ def gather(request: Request, against: Path | None, trace: Path | None, watch: Wa
             _book(looked, stage, samples[stage].vectors, sums.books[stage].counts, tests.books[stage].counts)
             for stage in model.chosen
         )
+    whole = looked.close.latents[0].flatten(1)
     return Evidence(
         books=books,
+        curve=curve_of(Codebook(whole[:1]), whole, request.seed),
         mse=looked.close.mse,
         original_mse=beside.mse if beside else None,
         ranges=ranges,
@@ -84,6 +87,15 @@ def gather(request: Request, against: Path | None, trace: Path | None, watch: Wa
         settings=opened.settings,
         warnings=tuple(opened.warnings),
     )
+
+
+def _with_keys(request: Request, original: Opened | None) -> Request:
+    """The original tells what is a codebook: a tensor that ought to follow it and does not looks like another one."""
+    if original is None or request.codebook_keys:
+        return request
+    keys = tuple(original.model.books[stage].key for stage in original.model.chosen)
+    known = read_checkpoint(request.source).entries
+    return replace(request, codebook_keys=keys) if all(key in known for key in keys) else request
 
 
 def _book(looked: _Looked, stage: int, latents: Tensor, counts: Tensor, held_out: Tensor) -> BookEvidence:
@@ -104,7 +116,7 @@ def _book(looked: _Looked, stage: int, latents: Tensor, counts: Tensor, held_out
         codes=nearest(latents, codebook),
         fit=fit,
         rivals=() if fit is None or fit.good else tuple(_rivals(looked, stage, latents, companions, pair)),
-        curve=_curve(codebook, points[:_CURVED], looked.seed),
+        curve=curve_of(codebook, points[:_CURVED], looked.seed),
         distinct=_distinct(points, codebook.size),
         companions=companions,
         filling=PREFIX + "command" in model.checkpoint.metadata and (model.power_of_two or len(model.books) > 1),
@@ -138,8 +150,9 @@ def _rivals(looked: _Looked, stage: int, latents: Tensor, companions: Companions
                 yield from of_range(codebook, look(model, looked.few, batch, bounds).latents[stage], bounds, seed)
 
 
-def _curve(codebook: Codebook, points: Tensor, seed: int) -> Mapping[int, float]:
-    """Share of the variance of points (n, dim) that so many centroids leave, on points that they did not see."""
+def curve_of(codebook: Codebook, points: Tensor, seed: int) -> Mapping[int, float]:
+    """Share of the variance of points (n, dim) that so many centroids leave, on points that they did not see. codebook:
+    that is searched as those are."""
     like = by_place(codebook)
     seen, judged = points[: len(points) // 2], points[len(points) // 2 :]
     variance = variance_of(judged)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from codebook_tools.assignment import nearest, squared_errors, unit
 from codebook_tools.codebook import Lookup
-from codebook_tools.diagnosis.check import Finding, judged, not_checked
-from codebook_tools.diagnosis.evidence import BookEvidence
+from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book
+from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
 from codebook_tools.diagnosis.fit import by_place, places
 
 OFF = 0.1
@@ -17,12 +19,21 @@ more, a code that lags behind an encoder in training less."""
 SEEDS = 0.7
 """Share of such codes: of seeds it is 0.85 and more, of a codebook grown to twice its size 0.5, of trained ones 0.2."""
 
+KEEP = ("prune", "quantize", "restart", "grow")
+"""Surgeries of this package that keep codes, or place them at latents, without k-means after it, on purpose."""
+
 _LATENTS = 8  # of a cell at least, or its mean is chance
 _MOST = 0.5  # of the codes: as many must have that
 
 
-def no_lloyd(book: BookEvidence) -> Finding:
-    """Found where most codes lie off the means of their cells; those that do not fit at all have another cause."""
+def no_lloyd(evidence: Evidence) -> Finding:
+    """Found where most codes lie off the means of their cells; suspicious where the surgery that did it says so."""
+    found = of_each_book(_of_book)(evidence)
+    meant = found.verdict == "found" and evidence.command in KEEP
+    return replace(found, verdict="suspicious") if meant else found
+
+
+def _of_book(book: BookEvidence) -> Finding:
     if book.fit is None or not book.fit.good:
         return not_checked("the codes are not centroids of these latents at all")
     points, codes = places(book.codebook, book.latents), by_place(book.codebook)
