@@ -5,7 +5,7 @@ from __future__ import annotations
 from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book, worst
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
 from codebook_tools.diagnosis.losses import LOST, lost_since, too_fast
-from codebook_tools.diagnosis.movement import KIN, MOVED, correlation, shift
+from codebook_tools.diagnosis.movement import MOVED, shift, trained_on
 
 
 def encoder_drift(evidence: Evidence) -> Finding:
@@ -15,17 +15,19 @@ def encoder_drift(evidence: Evidence) -> Finding:
 
 
 def _of_book(evidence: Evidence, book: BookEvidence) -> Finding:
-    pair, rival = book.pair, book.explanation
+    pair = book.pair
     if pair is None or pair.latents is None:
         return not_checked("no original to hold the latents against; give it with --against")
     mean, covariance = shift(pair)
     moved = max(mean, covariance)
     told = f"since the original the latents' mean moved by {mean:.2g} of their variance, their covariance by"
     told = f"{told} {covariance:.2g}"
-    if rival and rival.name == "original" and correlation(pair) >= KIN:
-        return Finding("found", book.fit.misfit if book.fit else None, 1.0, f"{told}; the codes fit them as they were")
+    if not trained_on(book) or too_fast(evidence):
+        return Finding("ok", moved, MOVED, told)
+    if book.fit and book.explanation:
+        return Finding("found", book.fit.misfit, 1.0, f"{told}; the codes fit them as they were")
     lost = lost_since(book)
-    if lost > LOST and moved > MOVED and not too_fast(evidence):
+    if lost > LOST and moved > MOVED:
         return Finding("found", moved, MOVED, f"{told}; {lost:.0%} of the codes fell out of use")
     return Finding("ok", moved, MOVED, told)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book, worst
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
 from codebook_tools.diagnosis.losses import LOST, lost_since, too_fast
-from codebook_tools.diagnosis.movement import MOVED, shift
+from codebook_tools.diagnosis.movement import MOVED, shift, trained_on
 
 
 def learning_rate(evidence: Evidence) -> Finding:
@@ -18,7 +18,7 @@ def _of_book(evidence: Evidence, book: BookEvidence) -> Finding:
         return not_checked("no original to hold the model against; give it with --against")
     lost, times = lost_since(book), evidence.mse / max(evidence.original_mse, 1e-30)
     told = f"{lost:.0%} of the codes fell out of use, and the error is {times:.2g} times the original's"
-    moved = max(shift(book.pair)) > MOVED and book.fit is not None and book.fit.good
+    moved = max(shift(book.pair)) > MOVED and trained_on(book)
     return Finding(judged(lost, LOST) if moved and too_fast(evidence) else "ok", lost, LOST, told)
 
 

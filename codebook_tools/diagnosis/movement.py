@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codebook_tools.diagnosis.evidence import Pair
+from codebook_tools.diagnosis.evidence import BookEvidence, Pair
 from codebook_tools.diagnosis.fit import variance_of
 
 KIN = 0.5
-"""Correlation of the latents of two encoders of which one was trained on from the other; of strangers it is about 0."""
+"""Correlation of the latents of two encoders of which one was trained on from the other; of strangers it is about 0,
+and of one that was trained by steps far too long, too."""
+
+STRANGE = 0.5
+"""Excess of codes on latents that they never had to do with; of codes that were trained with the encoder it is less."""
 
 MOVED = 0.25
 """Of the latents' variance, or of their covariance: an encoder that was not trained stays at 0."""
@@ -40,3 +44,18 @@ def covariance(rows: Tensor) -> Tensor:
     """(dim, dim) float64 of rows (n, dim)."""
     apart = rows.double() - rows.double().mean(0)
     return torch.as_tensor(apart.T @ apart / max(len(rows) - 1, 1))
+
+
+def strangers(book: BookEvidence) -> bool:
+    """Whether the codes never had to do with the latents: far off, and the encoder is not the original, moved."""
+    if book.fit is None or book.fit.good or book.fit.excess <= STRANGE:
+        return False
+    rival = book.explanation
+    moved = book.pair is not None and correlation(book.pair) >= KIN
+    return rival is None or (rival.name == "original" and not moved)
+
+
+def trained_on(book: BookEvidence) -> bool:
+    """Whether the model may be the original after a training: nothing but that explains where its latents are."""
+    rival = book.explanation
+    return not strangers(book) and (rival is None or rival.name == "original")

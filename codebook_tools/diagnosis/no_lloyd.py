@@ -5,23 +5,27 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from codebook_tools.assignment import nearest, squared_errors, unit
-from codebook_tools.codebook import Lookup
+from codebook_tools.codebook import Codebook, Lookup
 from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
 from codebook_tools.diagnosis.fit import by_place, places
 
-OFF = 0.1
-"""Share of a cell's error that its code has by lying off the mean: a latent drawn from the cell has twice that and
-more, a code that lags behind an encoder in training less."""
-
 SEEDS = 0.7
-"""Share of such codes: of seeds it is 0.85 and more, of a codebook grown to twice its size 0.5, of trained ones 0.2."""
+"""Share of the codes that are seeds: of a codebook grown to twice its size it is 0.5, of a trained one 0.2, and of
+centroids 0."""
+
+OFF = 0.1
+"""Share of a cell's error that its code has by lying off the mean: where latents fill many dimensions, one drawn from
+the cell has twice that and more, and a code that lags behind an encoder in training less."""
 
 KEEP = ("prune", "quantize", "restart", "grow")
 """Surgeries of this package that keep codes, or place them at latents, without k-means after it, on purpose."""
 
+_ON = 1e-8  # of the latents' variance: a code that lies nearer to a latent is that latent, but for rounding
+_OFF_AT_ALL = 0.01  # share of a cell's error: of a cell whose latents are all alike the code may be one of them
 _LATENTS = 8  # of a cell at least, or its mean is chance
 _MOST = 0.5  # of the codes: as many must have that
 
@@ -37,19 +41,34 @@ def _of_book(book: BookEvidence) -> Finding:
     if book.fit is None or not book.fit.good:
         return not_checked("the codes are not centroids of these latents at all")
     points, codes = places(book.codebook, book.latents), by_place(book.codebook)
-    chosen = nearest(points, codes)
-    size, dim = codes.vectors.shape
-    hits = torch.bincount(chosen, minlength=size)
+    hits, gaps, errors = cells(points, codes)
     enough = hits >= _LATENTS
     if int(enough.sum()) <= _MOST * int((hits > 0).sum()):
-        return not_checked(f"{len(points)} latents are too few for the means of {size} cells; give more --data")
-    sums = points.new_zeros(size, dim).index_add_(0, chosen, points)
-    means = sums / hits.clamp(min=1)[:, None]
+        return not_checked(f"{len(points)} latents are too few for the means of {codes.size} cells; give more --data")
+    off = float((gaps > OFF * errors)[enough].float().mean())
+    # Of all latents some are in the sample, and as many of the seeds.
+    seen = len(points) / int(book.counts.sum())
+    are = (gaps > _OFF_AT_ALL * errors) & _are_latents(points, codes)
+    latents = min(1.0, float(are[enough].float().mean()) / seen)
+    told = f"{off:.0%} of the codes lie far off the mean of their latents, {latents:.0%} are latents themselves"
+    return Finding(judged(max(off, latents), SEEDS), max(off, latents), SEEDS, told)
+
+
+def cells(points: Tensor, codes: Codebook) -> tuple[Tensor, Tensor, Tensor]:
+    """(size,) each: points (n, dim) in each code's cell, the squared distance of the code to their mean, less what is
+    chance in that, and their mean squared distance to the code."""
+    chosen = nearest(points, codes)
+    hits = torch.bincount(chosen, minlength=codes.size)
+    means = torch.zeros_like(codes.vectors).index_add_(0, chosen, points) / hits.clamp(min=1)[:, None]
     if codes.lookup is Lookup.COSINE:
         means = unit(means)
-    errors = points.new_zeros(size).index_add_(0, chosen, squared_errors(points, codes, chosen)) / hits.clamp(min=1)
+    errors = torch.zeros(codes.size).index_add_(0, chosen, squared_errors(points, codes, chosen)) / hits.clamp(min=1)
     gaps = (codes.vectors - means).square().sum(1)
-    chance = (errors - gaps).clamp(min=0) / hits.clamp(min=1)  # by which a mean of so few errs itself
-    off = ((gaps - chance) > OFF * errors)[enough].float().mean()
-    told = f"{float(off):.0%} of the codes lie off the mean of their latents"
-    return Finding(judged(float(off), SEEDS), float(off), SEEDS, told)
+    return hits, gaps - (errors - gaps).clamp(min=0) / hits.clamp(min=1), errors
+
+
+def _are_latents(points: Tensor, codes: Codebook) -> Tensor:
+    """(size,) bool: which codes are one of the points (n, dim)."""
+    closest = points[nearest(codes.vectors, Codebook(points))]
+    variance = (points - points.mean(0)).square().sum(1).mean()
+    return (codes.vectors - closest).square().sum(1) <= _ON * variance
