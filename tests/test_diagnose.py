@@ -300,7 +300,7 @@ def test_movement_by_hand() -> None:
 def trace_of(*used: int, errors: tuple[float, ...] = (), steps: tuple[int, ...] = (0, 1, 10, 100, 1000)) -> Trace:
     errors = errors or (1.0,) * len(used)
     looks = tuple(Look(*point) for point in zip(steps, errors, used, strict=False))
-    return Trace(looks, 128, True, None)
+    return Trace(looks, 128, 10_000, True, None)
 
 
 TRACES = {
@@ -322,8 +322,9 @@ def test_a_trace_tells_when_the_codes_were_lost(name: str) -> None:
 
 
 def test_a_small_validation_split_is_no_bad_installation() -> None:
-    evidence = evidence_of(book_of(spread_out(), centroids(spread_out())), trace=trace_of(60, 60, 61, 60, 62))
-    assert found(evidence) == []
+    evidence = evidence_of(book_of(spread_out(), centroids(spread_out())), trace=trace_of(30, 30, 31, 30, 32))
+    assert found(evidence) == ["not-installed"] and evidence.trace
+    assert found(replace(evidence, trace=replace(evidence.trace, latents=500))) == []
 
 
 def test_a_finetuning_of_a_collapsed_model_installed_nothing() -> None:

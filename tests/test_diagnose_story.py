@@ -232,16 +232,28 @@ def test_a_learning_rate_of_ten_times_is_seen_in_the_trace(surgery: Surgery, tmp
 
 @pytest.mark.slow
 def test_a_model_that_was_trained_so_is_told_by_its_original(surgery: Surgery) -> None:
-    network, codes = trained(surgery, 1e-2, 100)
+    network, codes = trained(surgery, surgery.state[CODEBOOK], 1e-2, 100)
     found = surgery.diagnosed({**network, CODEBOOK: codes, SUMS: codes * surgery.state[COUNTS][:, None]}, against=True)
     assert first(found) == "learning-rate", told(found)
 
 
-def trained(of: Surgery, rate: float, steps: int) -> tuple[State, Tensor]:
-    """The network's tensors and the codes after so many steps of the tutorial's own loss."""
+@pytest.mark.slow
+def test_the_story_itself(surgery: Surgery) -> None:
+    """The centroids were swallowed, and the model was trained on: a few codes moved, the others are where they were."""
+    network, codes = trained(surgery, swallowed(surgery)[CODEBOOK], 1e-3, 100)
+    changes = {**network, CODEBOOK: codes, SUMS: codes * surgery.state[COUNTS][:, None]}
+    beside, alone = surgery.diagnosed(changes, against=True), surgery.diagnosed(changes)
+    assert first(beside) == "not-installed" and "as an initialisation drew them" in beside.found[0].evidence, told(
+        beside
+    )
+    assert first(alone) == "not-installed", told(alone)
+
+
+def trained(of: Surgery, start: Tensor, rate: float, steps: int) -> tuple[State, Tensor]:
+    """The network's tensors and the codes after so many steps of the tutorial's own loss. start: the codes before."""
     model = open_request(replace(of.opened.request, model=of.folder / "refit.safetensors"), Watch()).model
     network: nn.Module = model.network.requires_grad_(True).train()
-    codes = nn.Parameter(model.books[0].vectors.clone())
+    codes = nn.Parameter(start.clone())
     optimiser = torch.optim.Adam([*network.parameters(), codes], lr=rate)
     _, images = of.opened.calibration.load(of.opened.calibration.items)
     images = images * 2 - 1

@@ -31,12 +31,11 @@ def duplicate_codes(book: BookEvidence) -> Finding:
 
 def copies(codes: Tensor) -> Tensor:
     """(size,) bool: whether a code (size, dim) before it is the same."""
-    limit = SAME * float((codes - codes.mean(0)).square().sum(1).mean())
-    found = torch.zeros(len(codes), dtype=torch.bool)
-    for start in range(0, len(codes), _ROWS):
-        rows = codes[start : start + _ROWS]
-        near = (
-            torch.cdist(rows, codes[: start + len(rows)], compute_mode="donot_use_mm_for_euclid_dist").square() <= limit
-        )
-        found[start : start + len(rows)] = near.tril(start - 1).any(1)
+    rows = (codes - codes.mean(0)).double()  # whose products do not round away what tells codes apart
+    limit = SAME * float(rows.square().sum(1).mean())
+    found = torch.zeros(len(rows), dtype=torch.bool)
+    for start in range(0, len(rows), _ROWS):
+        part = rows[start : start + _ROWS]
+        near = torch.cdist(part, rows[: start + len(part)]).square() <= limit
+        found[start : start + len(part)] = near.tril(start - 1).any(1)
     return found

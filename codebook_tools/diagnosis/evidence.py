@@ -79,7 +79,8 @@ class BookEvidence:
         """Where the codes do not fit: of what fits far better, the best."""
         if self.fit is None or self.fit.good:
             return None
-        better = [r for r in self.rivals if r.fit.good and r.fit.excess < self.fit.excess / 2]
+        rivals = [r for r in self.rivals if r.name != "layout" or self.fit.strange]  # rows cut wrongly are no latents
+        better = [r for r in rivals if r.fit.close and r.fit.excess < self.fit.excess / 2]
         return min(better, key=lambda rival: rival.fit.ratio, default=None)
 
 

@@ -19,6 +19,12 @@ WORSE = 2.0
 BEYOND = 0.1
 """Share of the way from k-means to one single code: trained codebooks stay below 0.05, misplaced ones begin at 0.15."""
 
+STRANGE = 0.5
+"""Excess of codes on latents that they never had to do with; of codes that were trained with the encoder it is less."""
+
+CLOSE = 0.75
+"""Misfit of codes on the latents that they are of: 0.5 and less, where they are centroids."""
+
 _ITERATIONS = 10
 _LATENTS_A_CENTROID = 8  # fewer, and k-means fits what is chance in them
 
@@ -48,6 +54,16 @@ class Fit:
         """Whether the codes may be of these latents. Either number alone errs: where k-means leaves next to nothing any
         ratio is large, and where latents fill many dimensions every excess is."""
         return self.misfit <= 1
+
+    @property
+    def close(self) -> bool:
+        """Whether the codes surely are of these latents: well within the limits."""
+        return self.misfit <= CLOSE
+
+    @property
+    def strange(self) -> bool:
+        """Whether the codes never had to do with these latents."""
+        return self.excess > STRANGE
 
     @property
     def misfit(self) -> float:

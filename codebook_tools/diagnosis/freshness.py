@@ -40,15 +40,22 @@ def drawn(codes: Tensor) -> bool:
 def born_dead(codes: Tensor, dead: Tensor) -> Tensor:
     """(size,) bool: those of the dead codes (size, dim) that were never trained. dead: (size,) bool.
 
-    Those of another length than most may have been in use once, and are left out.
+    Drawn ones are about as long as each other, the more so the more dimensions there are; those of another length have
+    been in use once, and moved.
     """
     rows = codes[dead]
     if len(rows) < LEAST:
         return torch.zeros_like(dead)
     lengths = rows.norm(dim=1)
-    alike = lengths <= 3 * lengths.median()
+    typical = float(lengths.quantile(0.25))
+    alike = (lengths - typical).abs() <= 2 * typical / codes.shape[1] ** 0.5
     if int(alike.sum()) < LEAST or not drawn(rows[alike]):
         return torch.zeros_like(dead)
     found = dead.clone()
     found[dead] = alike
     return found
+
+
+def untrained(codes: Tensor, dead: Tensor) -> bool:
+    """Whether codes (size, dim) as a whole are as drawn: all of them, or half and more, and those dead."""
+    return drawn(codes) or 2 * int(born_dead(codes, dead).sum()) >= len(codes)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from codebook_tools.codebook import Emit
 from codebook_tools.coverage import POINTS
+from codebook_tools.errors import CodebookError
 from codebook_tools.media import Media
 from codebook_tools.models.model import INPUT_RANGES, Model
 from codebook_tools.splits import shuffled
@@ -32,8 +33,11 @@ class Close:
 def few_of(model: Model, media: Media, seed: int) -> Media:
     """So many items that every book meets POINTS latents, or _CLOSELY of them, drawn by seed."""
     drawn = media.subset(shuffled(media.items, seed)[:_CLOSELY]).whole()  # every process looks at all of them
-    first = look(model, drawn.subset(drawn.items[:1]), 1)
-    positions = min(latents[0, 0].numel() for latents in first.latents)
+    first = next((pixels for _, pixels in drawn.batches(1)), None)
+    if first is None:
+        raise CodebookError(f"none of {len(drawn)} {model.takes} can be read")
+    with torch.no_grad():
+        positions = min(latents[0, 0].numel() for latents in model.pass_through(first).latents)
     return drawn.subset(drawn.items[: -(-POINTS // positions)])
 
 

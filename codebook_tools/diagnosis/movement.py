@@ -12,9 +12,6 @@ KIN = 0.5
 """Correlation of the latents of two encoders of which one was trained on from the other; of strangers it is about 0,
 and of one that was trained by steps far too long, too."""
 
-STRANGE = 0.5
-"""Excess of codes on latents that they never had to do with; of codes that were trained with the encoder it is less."""
-
 MOVED = 0.25
 """Of the latents' variance, or of their covariance: an encoder that was not trained stays at 0."""
 
@@ -48,7 +45,7 @@ def covariance(rows: Tensor) -> Tensor:
 
 def strangers(book: BookEvidence) -> bool:
     """Whether the codes never had to do with the latents: far off, and the encoder is not the original, moved."""
-    if book.fit is None or book.fit.good or book.fit.excess <= STRANGE:
+    if book.fit is None or book.fit.good or not book.fit.strange:
         return False
     rival = book.explanation
     moved = book.pair is not None and correlation(book.pair) >= KIN

@@ -56,15 +56,28 @@ def _of_book(book: BookEvidence) -> Finding:
 
 def cells(points: Tensor, codes: Codebook) -> tuple[Tensor, Tensor, Tensor]:
     """(size,) each: points (n, dim) in each code's cell, the squared distance of the code to their mean, less what is
-    chance in that, and their mean squared distance to the code."""
+    chance in that, and their mean squared distance to the code.
+
+    What all codes have in common of the way to their means is no seed's: an encoder in training moves away from all of
+    them alike.
+    """
     chosen = nearest(points, codes)
     hits = torch.bincount(chosen, minlength=codes.size)
     means = torch.zeros_like(codes.vectors).index_add_(0, chosen, points) / hits.clamp(min=1)[:, None]
     if codes.lookup is Lookup.COSINE:
         means = unit(means)
     errors = torch.zeros(codes.size).index_add_(0, chosen, squared_errors(points, codes, chosen)) / hits.clamp(min=1)
-    gaps = (codes.vectors - means).square().sum(1)
-    return hits, gaps - (errors - gaps).clamp(min=0) / hits.clamp(min=1), errors
+    offsets = codes.vectors - means
+    chance = (errors - offsets.square().sum(1)).clamp(min=0) / hits.clamp(min=1)
+    return hits, _alone(codes.vectors, offsets, hits).square().sum(1) - chance, errors
+
+
+def _alone(codes: Tensor, offsets: Tensor, hits: Tensor) -> Tensor:
+    """(size, dim): offsets less the shift and the stretch that explain most of them."""
+    shares = (hits / hits.sum())[:, None]
+    around, apart = codes - (shares * codes).sum(0), offsets - (shares * offsets).sum(0)
+    stretch = (shares * around * apart).sum() / (shares * around.square()).sum().clamp(min=1e-30)
+    return apart - stretch * around
 
 
 def _are_latents(points: Tensor, codes: Codebook) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book, worst
-from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
-from codebook_tools.diagnosis.freshness import born_dead, drawn
+from codebook_tools.diagnosis.evidence import FEW_HITS, BookEvidence, Evidence
+from codebook_tools.diagnosis.freshness import born_dead, untrained
 
 BORN = 0.25
 """Share of the codes that are dead and still as drawn: a surgery leaves none."""
@@ -32,7 +32,7 @@ def _of_book(evidence: Evidence, book: BookEvidence) -> Finding:
     if rival and rival.name == "companions":
         told = f"{book.fit.told}; {rival.what} have {rival.fit.ratio:.2g} times"
         return Finding("found", book.fit.misfit, 1.0, told)
-    if not book.fit.good and rival is None and drawn(book.codebook.vectors):
+    if not book.fit.good and rival is None and untrained(book.codebook.vectors, book.dead):
         norms = (book.codebook.vectors.square().sum(1).mean() / book.latents.square().sum(1).mean()).sqrt()
         told = f"{book.fit.told}; the codes look drawn at random, {float(norms):.2g} times as long as the latents"
         return Finding("found", book.fit.misfit, 1.0, told)
@@ -41,10 +41,12 @@ def _of_book(evidence: Evidence, book: BookEvidence) -> Finding:
 
 def _of_trace(evidence: Evidence) -> Finding:
     trace = evidence.trace
-    if trace is None or not trace.operated or trace.size is None:
+    if trace is None or not trace.operated:
         return not_checked("no trace of a surgery")
-    share = trace.start / trace.size
-    told = f"{trace.start} of {trace.size} codes are in use before the first step of the training"
-    # Held against its own end: a small validation split cannot show many codes in use.
-    lost = trace.start < COLLAPSED * max(look.used for look in trace.looks) or share < COLLAPSED / 2
-    return Finding(judged(1 - share, 1 - COLLAPSED) if lost else "ok", 1 - share, 1 - COLLAPSED, told)
+    size = trace.size or sum(book.codebook.size for book in evidence.books)
+    told = f"{trace.start} of {size} codes are in use before the first step of the training"
+    lost, most = 1 - trace.start / size, max(look.used for look in trace.looks)
+    # A small validation split cannot show many codes in use: then it is held against what it shows later.
+    few = trace.latents is not None and trace.latents < FEW_HITS * size
+    low = trace.start < COLLAPSED * (most if few else size)
+    return Finding(judged(lost, 1 - COLLAPSED) if low else "ok", lost, 1 - COLLAPSED, told)

@@ -27,11 +27,13 @@ class Look:
 
 @dataclass(frozen=True)
 class Trace:
-    """looks: by step, the first at 0. size: codes of all codebooks, None where the file does not say. operated: whether
-    a surgery came before the training. lr: its learning rate, None where the file does not say."""
+    """looks: by step, the first at 0. size: codes of all codebooks. latents: of the validation data, on which they were
+    counted. operated: whether a surgery came before the training. lr: its learning rate. None: the file does not say.
+    """
 
     looks: tuple[Look, ...]
     size: int | None
+    latents: int | None
     operated: bool
     lr: float | None
 
@@ -91,10 +93,13 @@ def read_trace(path: Path) -> Trace:
             raise ValueError("no step 0")
         result = told if isinstance(told, dict) else {}
         stages = [stage for stage in (result.get("stages") or {}).values() if stage]
-        size = sum(book["size"] for book in stages[-1]["codebooks"]) if stages else None
-        lr = (result.get("settings") or {}).get("lr")
+        books, settings = (stages[-1]["codebooks"] if stages else []), result.get("settings") or {}
+        images, lr = settings.get("images") or {}, settings.get("lr")
+        size = sum(book["size"] for book in books) or None
+        known = size and images.get("test")
+        latents = sum(book["latents"] for book in books) * images["validation"] // images["test"] if known else None
         operated = result.get("command") != "finetune"
-        return Trace(looks, size, operated, None if lr is None else float(lr))
+        return Trace(looks, size, latents, operated, None if lr is None else float(lr))
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise CodebookError(
             f"--trace {path} has no trace of a training ({error}); give what `codebook refit --json` wrote"

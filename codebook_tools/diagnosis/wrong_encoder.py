@@ -5,7 +5,7 @@ from __future__ import annotations
 from codebook_tools.diagnosis.check import Finding, Verdict, not_checked
 from codebook_tools.diagnosis.evidence import BookEvidence
 from codebook_tools.diagnosis.explained import NO_KMEANS
-from codebook_tools.diagnosis.freshness import drawn
+from codebook_tools.diagnosis.freshness import untrained
 from codebook_tools.diagnosis.movement import correlation, strangers
 
 
@@ -15,7 +15,8 @@ def wrong_encoder(book: BookEvidence) -> Finding:
     fit, rival = book.fit, book.explanation
     if fit is None:
         return not_checked(NO_KMEANS)
-    if fit.good or drawn(book.codebook.vectors) or (rival and rival.name != "original"):
+    noise = untrained(book.codebook.vectors, book.dead)
+    if fit.good or noise or (rival and rival.name != "original"):
         return Finding("ok", fit.misfit, 1.0, fit.told)
     if rival and book.pair:
         kin = f"on the original's latents, which correlate with these by {correlation(book.pair):.2f}"
