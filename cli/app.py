@@ -34,6 +34,7 @@ from .options import (
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.codebook import Strategy
     from codebook_tools.comparison import Comparison
+    from codebook_tools.diagnosis.diagnose import Diagnosis
     from codebook_tools.outcome import Result
     from codebook_tools.watch import Watch
 
@@ -272,6 +273,31 @@ def compare(
 def finetune(given: dict[str, Any], model: ModelArgument = None) -> None:
     """Train on with the original encoder and decoder; the codebook keeps its size, and dead codes are revived."""
     operate_on("finetune", model, None, given)
+
+
+@app.command(
+    epilog="Example: codebook diagnose model.refit-k128.safetensors --against model.safetensors --data images/"
+)
+@takes(DataOptions, ModelOptions, RunOptions)
+def diagnose(
+    given: dict[str, Any],
+    model: ModelArgument = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="The original, before the surgery or the training.")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What `refit --json` or `finetune --json` wrote of its training."),
+    ] = None,
+) -> None:
+    """Why a codebook collapsed: cause by cause, with the number that says so. Exit code 3 where one is found."""
+
+    def work(watch: Watch) -> Diagnosis:
+        from codebook_tools.diagnosis.diagnose import diagnose as run_diagnose
+
+        return run_diagnose(request_of(model, given), watch, against, trace)
+
+    run_and_show(work, given)
 
 
 @app.command(epilog="Example: codebook verify model.refit-k128.safetensors --against model.safetensors")

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from .exits import reported, show_result
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.codebook import Strategy
     from codebook_tools.comparison import Comparison
+    from codebook_tools.diagnosis.diagnose import Diagnosis
     from codebook_tools.finetune import Recipe
     from codebook_tools.opening import Request
     from codebook_tools.outcome import Result
@@ -112,7 +115,7 @@ def _hash_ahead(model: Path | None) -> None:
         hash_ahead(read_checkpoint(model or DEMO).files)
 
 
-def run_and_show(work: Callable[[Watch], Result | Plan | Comparison], given: dict[str, Any]) -> None:
+def run_and_show(work: Callable[[Watch], Result | Plan | Comparison | Diagnosis], given: dict[str, Any]) -> None:
     """Do the work, with progress, and print what came of it; with others where torchrun started several processes."""
     with reported():
         from codebook_tools.processes import joined
@@ -121,7 +124,7 @@ def run_and_show(work: Callable[[Watch], Result | Plan | Comparison], given: dic
             _run_and_show(work, given)
 
 
-def _run_and_show(work: Callable[[Watch], Result | Plan | Comparison], given: dict[str, Any]) -> None:
+def _run_and_show(work: Callable[[Watch], Result | Plan | Comparison | Diagnosis], given: dict[str, Any]) -> None:
     from codebook_tools.planning import Plan
     from codebook_tools.report.tables import details_table, table_of
     from codebook_tools.watch import Watch
@@ -139,3 +142,5 @@ def _run_and_show(work: Callable[[Watch], Result | Plan | Comparison], given: di
     show_result(found, table_of, given["json_"])
     if given["verbose"] and not isinstance(found, Plan) and not given["json_"]:
         print_table(details_table(found))
+    if not getattr(found, "healthy", True):
+        raise typer.Exit(3)

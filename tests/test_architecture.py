@@ -35,7 +35,7 @@ FLOORS = (
     ),
     ("training", "finetune", "opening", "blur"),
     ("stages", "outcome", "inspection", "comparison", "verification"),
-    ("detached", "compare", "downstream", "merging"),
+    ("detached", "compare", "downstream", "merging", "diagnosis"),
     ("operate", "planning", "verify"),
     ("report",),
     ("__main__", COMMAND_LINE),
@@ -167,7 +167,7 @@ print("HEAVY", sorted(heavy & set(sys.modules)))
 
 COMMANDS = (
     *("inspect", "measure", "refit", "prune", "quantize", "restart"),
-    *("grow", "finetune", "compare", "verify", "remap"),
+    *("grow", "finetune", "compare", "diagnose", "verify", "remap"),
 )
 
 

@@ -37,7 +37,15 @@ def test_a_table_is_that_of_its_rows(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/architecture.md", "docs/comparison.md", "docs/families.md", "CHANGELOG.md"]
+    "document",
+    [
+        "README.md",
+        "docs/architecture.md",
+        "docs/comparison.md",
+        "docs/families.md",
+        "docs/diagnosis.md",
+        "CHANGELOG.md",
+    ],
 )
 def test_every_link_to_a_file_leads_to_one(document: str) -> None:
     path = ROOT / document

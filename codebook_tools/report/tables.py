@@ -10,17 +10,21 @@ from rich.table import Table
 from rich.text import Text
 
 from codebook_tools.comparison import Comparison, notes, table_rows
+from codebook_tools.diagnosis.diagnose import Diagnosis
 from codebook_tools.downstream.remap import Remapped
 from codebook_tools.measure import Measurement
 from codebook_tools.outcome import Result
 from codebook_tools.planning import Plan
+from codebook_tools.report.diagnosis import diagnosis_table
 from codebook_tools.verification import Verification
 
 STAGES = {"before": "before", "surgery": "after surgery", "finetuned": "after fine-tuning"}
 
 
-def table_of(found: Result | Plan | Comparison) -> RenderableType:
+def table_of(found: Result | Plan | Comparison | Diagnosis) -> RenderableType:
     """What a command found, as its table."""
+    if isinstance(found, Diagnosis):
+        return diagnosis_table(found)
     if isinstance(found, Comparison):
         return comparison_table(found)
     return result_table(found) if isinstance(found, Result) else plan_table(found)
@@ -115,7 +119,7 @@ _ROWS = (
 )
 
 
-def details_table(result: Result | Comparison) -> RenderableType:
+def details_table(result: Result | Comparison | Diagnosis) -> RenderableType:
     """Settings, seconds by phase, and the trace of a fine-tuning."""
     settings = Table("setting", "value", box=None, pad_edge=False, header_style="bold")
     for name, value in result.settings.items():

@@ -1,0 +1,74 @@
+"""What a check says: a verdict, the number behind it, its limit, and what mends it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
+
+Verdict = Literal["ok", "suspicious", "found", "not-checked"]
+
+_WORSE = ("not-checked", "ok", "suspicious", "found")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one codebook, or of all. value is held against limit; both are free of scale, and None where
+    nothing was measured. evidence: one line."""
+
+    verdict: Verdict
+    value: float | None
+    limit: float | None
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Check(Finding):
+    """A finding under its name. fix: one line, the command that mends it."""
+
+    name: str
+    fix: str
+
+    def to_json(self) -> dict[str, object]:
+        """The promised keys, of numbers that json can write."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+
+
+Look = Callable[[Evidence], Finding]
+
+
+def judged(value: float, limit: float, doubtful: float | None = None) -> Verdict:
+    """Found above the limit, suspicious from `doubtful` on, else ok."""
+    if value > limit:
+        return "found"
+    return "suspicious" if doubtful is not None and value > doubtful else "ok"
+
+
+def not_checked(why: str) -> Finding:
+    return Finding("not-checked", None, None, why)
+
+
+def worst(findings: Iterable[Finding]) -> Finding:
+    """The worst of several, the first among equals."""
+    return max(findings, key=lambda finding: _WORSE.index(finding.verdict))
+
+
+def of_each_book(look: Callable[[BookEvidence], Finding]) -> Look:
+    """The worst finding of all codebooks; of several it says which."""
+
+    def looked(evidence: Evidence) -> Finding:
+        found = [look(book) for book in evidence.books]
+        return worst(found) if len(found) == 1 else worst(_named(evidence.books, found))
+
+    return looked
+
+
+def _named(books: Sequence[BookEvidence], findings: Sequence[Finding]) -> Iterable[Finding]:
+    for book, finding in zip(books, findings, strict=True):
+        yield Finding(finding.verdict, finding.value, finding.limit, f"{book.key}: {finding.evidence}")

@@ -1,0 +1,113 @@
+"""Why a codebook collapsed: every check, in the order in which a reader wants to hear of them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from codebook_tools.diagnosis.check import Check, Look, of_each_book
+from codebook_tools.diagnosis.counting import counting
+from codebook_tools.diagnosis.dead_codes import dead_codes
+from codebook_tools.diagnosis.duplicate_codes import duplicate_codes
+from codebook_tools.diagnosis.encoder_drift import encoder_drift
+from codebook_tools.diagnosis.few_modes import few_modes
+from codebook_tools.diagnosis.gathering import gather
+from codebook_tools.diagnosis.learning_rate import learning_rate
+from codebook_tools.diagnosis.no_lloyd import no_lloyd
+from codebook_tools.diagnosis.not_installed import not_installed
+from codebook_tools.diagnosis.scale_mismatch import scale_mismatch
+from codebook_tools.diagnosis.stale_ema import stale_ema
+from codebook_tools.diagnosis.uninitialised_flag import uninitialised_flag
+from codebook_tools.diagnosis.wrong_encoder import wrong_encoder
+from codebook_tools.diagnosis.wrong_input_range import wrong_input_range
+from codebook_tools.diagnosis.wrong_layout import wrong_layout
+from codebook_tools.opening import Request
+from codebook_tools.watch import Watch
+
+CHECKS: dict[str, tuple[Look, str]] = {
+    "not-installed": (
+        not_installed,
+        "codebook refit {original} --k {k}{data}, then codebook verify RESULT --against {original}",
+    ),
+    "uninitialised-flag": (
+        of_each_book(uninitialised_flag),
+        "codebook refit {original} --k {k}{data} sets it; or set that tensor to true before anybody trains",
+    ),
+    "stale-ema": (stale_ema, "codebook refit {original} --k {k}{data} writes sums and counts that are of the codes"),
+    "few-modes": (few_modes, "shrink, do not repair: codebook prune {model}{data}"),
+    "wrong-layout": (
+        of_each_book(wrong_layout),
+        "codebook refit {original} --k {k}{data}; in code of your own, move the channels last before you flatten",
+    ),
+    "wrong-input-range": (wrong_input_range, "codebook refit {original} --k {k}{data} --input-range={bounds}"),
+    "wrong-encoder": (of_each_book(wrong_encoder), "codebook refit {original} --k {k}{data} keeps the trained encoder"),
+    "scale-mismatch": (
+        of_each_book(scale_mismatch),
+        "codebook finetune {model}{data} revives dead codes; codebook refit {model} --k {k}{data} replaces all",
+    ),
+    "encoder-drift": (
+        encoder_drift,
+        "codebook refit {original} --k {k}{data}: its codes follow the encoder; --train decoder freezes it",
+    ),
+    "learning-rate": (learning_rate, "codebook refit {original} --k {k}{data} --lr RATE, a tenth of what it was"),
+    "no-lloyd": (
+        no_lloyd,
+        "codebook refit {original} --k {k}{data}, which goes on from seeds by k-means",
+    ),
+    "counting": (of_each_book(counting), "codebook measure {model} --data ALL --test-data TEST, of the same kind"),
+    "dead-codes": (
+        of_each_book(dead_codes),
+        "codebook prune {model}{data} drops them, codebook finetune {model}{data} revives them",
+    ),
+    "duplicate-codes": (
+        of_each_book(duplicate_codes),
+        "codebook quantize {model} --k K --method pnn{data} merges them",
+    ),
+}
+"""Causes before symptoms; of the causes, first those that lie in the tensors, then what the data say: of themselves, of
+how the codes were made, of how they were trained. Beside each look, what mends it."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """checks: in the order of CHECKS. settings, warnings: of what was opened. seconds: by phase."""
+
+    model: str
+    checks: tuple[Check, ...]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def found(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.verdict == "found")
+
+    @property
+    def healthy(self) -> bool:
+        return not self.found
+
+    def to_json(self) -> dict[str, object]:
+        """The promised keys."""
+        return {"healthy": self.healthy, "checks": [check.to_json() for check in self.checks]}
+
+
+def diagnose(request: Request, watch: Watch, against: Path | None = None, trace: Path | None = None) -> Diagnosis:
+    """Every check on a model. against: the original, before the surgery or the training. trace: the JSON of that.
+
+    Raises CodebookError where something cannot be opened.
+    """
+    evidence = gather(request, against, trace, watch)
+    words = {
+        "model": shlex.quote(str(request.model)) if request.model else "",
+        "original": shlex.quote(str(against)) if against else "ORIGINAL",
+        "k": evidence.books[0].codebook.size,
+        "data": "".join(f" --data {shlex.quote(data)}" for data in request.data),
+        "bounds": "{:g},{:g}".format(*evidence.input_range),
+    }
+    checks = tuple(
+        Check(**vars(look(evidence)), name=name, fix=" ".join(fix.format(**words).split()))
+        for name, (look, fix) in CHECKS.items()
+    )
+    return Diagnosis(str(request.source), checks, evidence.settings, evidence.warnings, watch.seconds)

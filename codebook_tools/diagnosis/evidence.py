@@ -1,0 +1,105 @@
+"""What is known of a model before anything is judged: gathered once, and all that the checks look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from codebook_tools.codebook import Codebook
+from codebook_tools.diagnosis.companions import Companions
+from codebook_tools.diagnosis.fit import Fit
+from codebook_tools.diagnosis.traces import Trace
+
+FEW_HITS = 10
+"""Latents a code, below which a code without any may be chance."""
+
+RivalName = Literal["scale", "layout", "range", "original", "companions"]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Something else that the codes, or the latents, might be of. fit: of the codes there. what: it, in words."""
+
+    name: RivalName
+    fit: Fit
+    what: str
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A book beside that of the original. codebook, used: its codes, and how many of them are in use on a few
+    calibration items. latents: (n, dim) of those items by the original's encoder, and `moved` by the model's, row by
+    row, where both have the same places; of other shapes, None."""
+
+    codebook: Codebook
+    used: int
+    latents: Tensor | None
+    moved: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class BookEvidence:
+    """One codebook. counts, held_out: (size,) int64, over all calibration and all test data. latents: (n, dim) float32,
+    a sample of the calibration latents that meet it, in an order in which each head is a uniform sample; codes: (n,)
+    int64, their own. fit: on that sample; None where there is no k-means. rivals: looked for only where the fit is not
+    good. curve: share of the latents' variance that is left by so many centroids. distinct: latents of the sample that
+    differ, at most `size`. companions: what lies beside it in the file. filling: whether its size was made up with dead
+    codes on purpose. pair: of the original, where there is one.
+    """
+
+    key: str
+    codebook: Codebook
+    counts: Tensor
+    held_out: Tensor
+    latents: Tensor
+    codes: Tensor
+    fit: Fit | None
+    rivals: tuple[Rival, ...]
+    curve: Mapping[int, float]
+    distinct: int
+    companions: Companions
+    filling: bool
+    pair: Pair | None
+
+    @property
+    def dead(self) -> Tensor:
+        """(size,) bool: without a hit on the calibration data."""
+        return self.counts == 0
+
+    @property
+    def counted(self) -> bool:
+        """Whether there are latents enough for a code without any to mean something."""
+        return int(self.counts.sum()) >= FEW_HITS * self.codebook.size
+
+    @property
+    def explanation(self) -> Rival | None:
+        """Where the codes do not fit: of what fits far better, the best."""
+        if self.fit is None or self.fit.good:
+            return None
+        rivals = [r for r in self.rivals if r.name != "layout" or self.fit.strange]  # rows cut wrongly are no latents
+        better = [r for r in rivals if r.fit.close and r.fit.excess < self.fit.excess / 2]
+        return min(better, key=lambda rival: rival.fit.ratio, default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """books: those that are asked about. curve: as a book's, of items, each told by all of its latents that meet the
+    first book. mse: of reconstructions on a few calibration items; original_mse: of the original's. ranges: that error
+    over the images' variance, by input range, when nothing is quantised; empty for sound. input_range: that the latents
+    are of. command: of this package that wrote the file, "" where another did. trace: of its training. settings,
+    warnings: of what was opened.
+    """
+
+    books: tuple[BookEvidence, ...]
+    curve: Mapping[int, float]
+    mse: float
+    original_mse: float | None
+    ranges: Mapping[tuple[float, float], float]
+    input_range: tuple[float, float]
+    command: str
+    trace: Trace | None
+    settings: Mapping[str, object]
+    warnings: tuple[str, ...]

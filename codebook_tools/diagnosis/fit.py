@@ -1,0 +1,117 @@
+"""How well codes fit latents: their distortion against that of a k-means of as many codes, and against the variance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from codebook_tools.assignment import nearest, squared_errors, unit
+from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.kmeans import kmeans
+from codebook_tools.seeding import count_distinct
+from codebook_tools.watch import Watch
+
+WORSE = 2.0
+"""Times the inertia of k-means: surgeries and trained codebooks stay below 1.6, misplaced ones begin at 3."""
+
+BEYOND = 0.1
+"""Share of the way from k-means to one single code: trained codebooks stay below 0.05, misplaced ones begin at 0.15."""
+
+STRANGE = 0.5
+"""Excess of codes on latents that they never had to do with; of codes that were trained with the encoder it is less."""
+
+CLOSE = 0.75
+"""Misfit of codes on the latents that they are of: 0.5 and less, where they are centroids."""
+
+_ITERATIONS = 10
+_LATENTS_A_CENTROID = 8  # fewer, and k-means fits what is chance in them
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Of codes on latents. distortion: of the codes. inertia: of a k-means of as many centroids as there are codes in
+    use (of fewer where latents are few), on latents that it did not see. variance: of the latents. All are means of
+    squared distances."""
+
+    distortion: float
+    inertia: float
+    variance: float
+
+    @property
+    def ratio(self) -> float:
+        """Distortion over inertia: 1 for centroids."""
+        return self.distortion / max(self.inertia, 1e-9 * self.variance, 1e-30)
+
+    @property
+    def excess(self) -> float:
+        """0: as k-means; 1: as one code in the middle of all latents; more: worse than that."""
+        return (self.distortion - self.inertia) / max(self.variance - self.inertia, 1e-9 * self.variance, 1e-30)
+
+    @property
+    def good(self) -> bool:
+        """Whether the codes may be of these latents. Either number alone errs: where k-means leaves next to nothing any
+        ratio is large, and where latents fill many dimensions every excess is."""
+        return self.misfit <= 1
+
+    @property
+    def close(self) -> bool:
+        """Whether the codes surely are of these latents: well within the limits."""
+        return self.misfit <= CLOSE
+
+    @property
+    def strange(self) -> bool:
+        """Whether the codes never had to do with these latents."""
+        return self.excess > STRANGE
+
+    @property
+    def misfit(self) -> float:
+        """In limits: the smaller of the two numbers, each over its own."""
+        return max(0.0, min(self.ratio / WORSE, self.excess / BEYOND))
+
+    @property
+    def told(self) -> str:
+        of_variance = self.distortion / max(self.variance, 1e-30)
+        return f"distortion is {self.ratio:.2g} times that of k-means, {of_variance:.2g} of the variance"
+
+
+def places(codebook: Codebook, latents: Tensor) -> Tensor:
+    """(n, dim): the latents where their codes are searched for."""
+    return unit(latents) if codebook.lookup is Lookup.COSINE else latents
+
+
+def by_place(codebook: Codebook) -> Codebook:
+    """The codes where latents are held against them: by direction alone where that is how they are searched."""
+    if codebook.lookup is not Lookup.COSINE:
+        return codebook
+    return Codebook(unit(codebook.vectors), Lookup.COSINE, Emit.UNIT)
+
+
+def fit_of(codebook: Codebook, latents: Tensor, seed: int) -> Fit | None:
+    """How well the codes fit latents (n, dim), in an order in which each head is a uniform sample. None where codes are
+    searched by the dot product, which has no k-means."""
+    if codebook.lookup is Lookup.DOT or len(latents) < 2 * _LATENTS_A_CENTROID:
+        return None
+    points, codes = places(codebook, latents), by_place(codebook)
+    seen, judged = points[: len(points) // 2], points[len(points) // 2 :]
+    errors, in_use = distortion(codes, judged)
+    return Fit(errors, distortion(centroids(codes, seen, in_use, seed), judged)[0], variance_of(judged))
+
+
+def centroids(like: Codebook, points: Tensor, k: int, seed: int) -> Codebook:
+    """At most k centroids of points (n, dim): fewer where these are few, or alike."""
+    k = count_distinct(points, enough=max(1, min(k, len(points) // _LATENTS_A_CENTROID)))
+    found = kmeans(points, k, iterations=_ITERATIONS, seed=seed, lookup=like.lookup, emit=like.emit, watch=Watch())
+    return Codebook(found.centroids, like.lookup, like.emit)
+
+
+def distortion(codes: Codebook, points: Tensor) -> tuple[float, int]:
+    """Mean squared distance of points (n, dim) to their codes, and how many codes that takes."""
+    chosen = nearest(points, codes)
+    return float(squared_errors(points, codes, chosen).double().mean()), len(torch.unique(chosen))
+
+
+def variance_of(points: Tensor) -> float:
+    """Mean squared distance of points (n, dim) to their mean."""
+    return float((points - points.mean(0)).double().square().sum(1).mean())

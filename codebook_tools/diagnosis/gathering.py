@@ -1,0 +1,167 @@
+"""From the files that the user names to the evidence: one pass over the data, and a few items looked at closely."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from codebook_tools.assignment import nearest
+from codebook_tools.checkpoints.layout import PREFIX
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.codebook import Codebook
+from codebook_tools.coverage import POINTS
+from codebook_tools.diagnosis.companions import Companions, companions_of
+from codebook_tools.diagnosis.evidence import BookEvidence, Evidence, Pair, Rival
+from codebook_tools.diagnosis.fit import by_place, centroids, distortion, fit_of, places, variance_of
+from codebook_tools.diagnosis.looking import Close, few_of, look, range_errors, rows_of, told_range
+from codebook_tools.diagnosis.rivals import cut_wrongly, of_companions, of_original, of_range, scaled
+from codebook_tools.diagnosis.traces import read_trace
+from codebook_tools.errors import CodebookError
+from codebook_tools.media import Media
+from codebook_tools.models.model import INPUT_RANGES
+from codebook_tools.opening import Opened, Request, open_request
+from codebook_tools.seeding import count_distinct
+from codebook_tools.stages import on_cpu
+from codebook_tools.tokens import counted
+from codebook_tools.watch import Watch
+
+_CURVE = (1, 2, 4, 8, 16, 32, 64)
+_CURVED = 8192  # latents that the curve is of
+_ALIKE = 1e-3  # of the latents' spread: nearer together, and they are one
+
+
+@dataclass(frozen=True, eq=False)
+class _Looked:
+    """The model and, where there is one, the original, both with a close look at the same few items."""
+
+    opened: Opened
+    few: Media
+    close: Close
+    original: Opened | None
+    beside: Close | None
+
+    @property
+    def seed(self) -> int:
+        return self.opened.request.seed
+
+
+def gather(request: Request, against: Path | None, trace: Path | None, watch: Watch) -> Evidence:
+    """Open what is named and look at the data. Raises CodebookError for all that is amiss."""
+    told = read_trace(trace) if trace else None
+    original = open_request(replace(request, model=against), watch) if against else None
+    opened = open_request(_with_keys(request, original), watch)
+    model, batch = opened.model, request.batch_size
+    if original and original.model.takes != model.takes:
+        raise CodebookError(f"--against {against} takes {original.model.takes}, the model {model.takes}")
+    with watch.phase("measure"):
+        ranges = range_errors(model, opened.calibration, batch, request.seed) if model.takes == "images" else {}
+        if original:
+            model.input_range = original.model.input_range
+        elif ranges and request.input_range is None:
+            model.input_range = told_range(ranges, model.input_range)
+        few = few_of(model, opened.calibration, request.seed)
+        beside = look(original.model, few, batch) if original else None
+        looked = _Looked(opened, few, look(model, few, batch), original, beside)
+    with watch.phase("encode"):
+        sums, samples = counted(model, opened.calibration, seed=request.seed, limit=POINTS, batch=batch, watch=watch)
+        tests, _ = counted(model, opened.test, seed=request.seed, limit=1, batch=batch, watch=watch)
+    with watch.phase("measure"):
+        books = tuple(
+            _book(looked, stage, samples[stage].vectors, sums.books[stage].counts, tests.books[stage].counts)
+            for stage in model.chosen
+        )
+    whole = looked.close.latents[0].flatten(1)
+    return Evidence(
+        books=books,
+        curve=curve_of(Codebook(whole[:1]), whole, request.seed),
+        mse=looked.close.mse,
+        original_mse=beside.mse if beside else None,
+        ranges=ranges,
+        input_range=model.input_range,
+        command=model.checkpoint.metadata.get(PREFIX + "command", ""),
+        trace=told,
+        settings=opened.settings,
+        warnings=tuple(opened.warnings),
+    )
+
+
+def _with_keys(request: Request, original: Opened | None) -> Request:
+    """The original tells what is a codebook: a tensor that ought to follow it and does not looks like another one."""
+    if original is None or request.codebook_keys:
+        return request
+    keys = tuple(original.model.books[stage].key for stage in original.model.chosen)
+    known = read_checkpoint(request.source).entries
+    return replace(request, codebook_keys=keys) if all(key in known for key in keys) else request
+
+
+def _book(looked: _Looked, stage: int, latents: Tensor, counts: Tensor, held_out: Tensor) -> BookEvidence:
+    model, original = looked.opened.model, looked.original
+    book, codebook = model.books[stage], on_cpu(model.books[stage])
+    paired = original is not None and stage < len(original.model.books)
+    found = original.model.books[stage].found if original and paired else None
+    companions = companions_of(model.checkpoint, book.found, found)
+    pair = _pair(looked, stage) if paired else None
+    fit = fit_of(codebook, latents, looked.seed)
+    points = places(codebook, latents)
+    return BookEvidence(
+        key=book.key,
+        codebook=codebook,
+        counts=counts,
+        held_out=held_out,
+        latents=latents,
+        codes=nearest(latents, codebook),
+        fit=fit,
+        rivals=() if fit is None or fit.good else tuple(_rivals(looked, stage, latents, companions, pair)),
+        curve=curve_of(codebook, points[:_CURVED], looked.seed),
+        distinct=_distinct(points, codebook.size),
+        companions=companions,
+        filling=PREFIX + "command" in model.checkpoint.metadata and (model.power_of_two or len(model.books) > 1),
+        pair=pair,
+    )
+
+
+def _pair(looked: _Looked, stage: int) -> Pair:
+    assert looked.original is not None and looked.beside is not None
+    codebook = on_cpu(looked.original.model.books[stage])
+    theirs, ours = looked.beside.latents[stage], looked.close.latents[stage]
+    rows = rows_of(theirs, looked.seed)
+    used = len(torch.unique(nearest(rows, codebook)))
+    if theirs.shape != ours.shape:
+        return Pair(codebook, used, None, None)
+    return Pair(codebook, used, rows, rows_of(ours, looked.seed))
+
+
+def _rivals(looked: _Looked, stage: int, latents: Tensor, companions: Companions, pair: Pair | None) -> Iterator[Rival]:
+    model, seed = looked.opened.model, looked.seed
+    codebook, batch = on_cpu(model.books[stage]), looked.opened.request.batch_size
+    yield from scaled(codebook, latents, seed)
+    yield from cut_wrongly(codebook, looked.close.latents[stage], seed)
+    if companions.codes is not None and companions.codes.shape == codebook.vectors.shape:
+        yield from of_companions(codebook, companions.codes, latents, seed)
+    if pair and pair.latents is not None:
+        yield from of_original(codebook, pair.latents, seed)
+    if model.takes == "images":
+        for bounds in INPUT_RANGES:
+            if bounds != model.input_range:
+                yield from of_range(codebook, look(model, looked.few, batch, bounds).latents[stage], bounds, seed)
+
+
+def curve_of(codebook: Codebook, points: Tensor, seed: int) -> Mapping[int, float]:
+    """Share of the variance of points (n, dim) that so many centroids leave, on points that they did not see. codebook:
+    that is searched as those are."""
+    like = by_place(codebook)
+    seen, judged = points[: len(points) // 2], points[len(points) // 2 :]
+    variance = variance_of(judged)
+    if variance == 0:
+        return {}
+    return {k: distortion(centroids(like, seen, k, seed), judged)[0] / variance for k in _CURVE if k <= len(seen) // 8}
+
+
+def _distinct(points: Tensor, enough: int) -> int:
+    apart = points - points.mean(0)
+    spread = float(apart.square().mean().sqrt())
+    return 1 if spread == 0 else count_distinct((apart / (spread * _ALIKE)).round(), enough)

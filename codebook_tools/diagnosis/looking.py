@@ -1,0 +1,104 @@
+"""A close look at a few items: the latents of every book as grids, what is reconstructed, and in which input range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from codebook_tools.codebook import Emit
+from codebook_tools.coverage import POINTS
+from codebook_tools.errors import CodebookError
+from codebook_tools.media import Media
+from codebook_tools.models.model import INPUT_RANGES, Model
+from codebook_tools.splits import shuffled
+
+CLEARLY = 1.1
+"""Times the error of one input range that the next one's must be for the first to be surely the network's own."""
+
+_CLOSELY = 256  # items at most
+_RANGED = 64  # images that tell the input range
+_KNOWN = 0.5  # of the images' variance: a network that leaves more of it knows no range
+
+
+@dataclass(frozen=True, eq=False)
+class Close:
+    """latents: (n, dim, *grid) of each book. mse: of the reconstructions, as measure.py has it."""
+
+    latents: tuple[Tensor, ...]
+    mse: float
+
+
+def few_of(model: Model, media: Media, seed: int) -> Media:
+    """So many items that every book meets POINTS latents, or _CLOSELY of them, drawn by seed."""
+    drawn = media.subset(shuffled(media.items, seed)[:_CLOSELY]).whole()  # every process looks at all of them
+    first = next((pixels for _, pixels in drawn.batches(1)), None)
+    if first is None:
+        raise CodebookError(f"none of {len(drawn)} {model.takes} can be read")
+    with torch.no_grad():
+        positions = min(latents[0, 0].numel() for latents in model.pass_through(first).latents)
+    return drawn.subset(drawn.items[: -(-POINTS // positions)])
+
+
+def look(model: Model, media: Media, batch: int, bounds: tuple[float, float] | None = None) -> Close:
+    """The model as it is on all of media. bounds: another input range than its own."""
+    own, errors, values = model.input_range, 0.0, 0
+    model.input_range = bounds or own
+    found = []
+    try:
+        for _, pixels in media.batches(batch):
+            with torch.no_grad():
+                seen = model.pass_through(pixels)
+            found.append([latents.cpu() for latents in seen.latents])
+            errors += _squares(model, seen.media, pixels)
+            values += pixels.numel()
+    finally:
+        model.input_range = own
+    return Close(tuple(torch.cat(stage) for stage in zip(*found, strict=True)), errors / max(values, 1))
+
+
+def range_errors(model: Model, media: Media, batch: int, seed: int) -> dict[tuple[float, float], float]:
+    """Reconstruction error of a few images by input range, when nothing is quantised: it is the network's alone, and no
+    codebook, however wrong, has a part in it. Over the images' variance."""
+    few, own = media.subset(shuffled(media.items, seed)[:_RANGED]).whole(), model.input_range
+    errors = dict[tuple[float, float], float]()
+    pixels = torch.cat([pixels for _, pixels in few.batches(batch)])
+    variance = float((pixels - pixels.mean((0, 2, 3), keepdim=True)).double().square().mean())
+
+    def untouched(stage: int, latents: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(latents, dim=1) if model.books[stage].emit is Emit.UNIT else latents
+
+    try:
+        for model.input_range in INPUT_RANGES:
+            with torch.no_grad():
+                squares = sum(
+                    (_squares(model, model.run(part, untouched), part) for part in torch.split(pixels, batch)), 0.0
+                )
+            errors[model.input_range] = squares / pixels.numel() / max(variance, 1e-30)
+    finally:
+        model.input_range = own
+    return errors
+
+
+def told_range(errors: dict[tuple[float, float], float], otherwise: tuple[float, float]) -> tuple[float, float]:
+    """The range that the network is surely of, by its errors; else the other one."""
+    best, second, *_ = sorted(errors, key=lambda bounds: errors[bounds])
+    return best if errors[best] <= _KNOWN and errors[second] > CLEARLY * errors[best] else otherwise
+
+
+def rows_of(latents: Tensor, seed: int) -> Tensor:
+    """(n, dim): latents (images, dim, *grid), in an order drawn by seed."""
+    rows = latents.movedim(1, -1).flatten(0, -2)
+    return shuffled_rows(rows, seed)
+
+
+def shuffled_rows(rows: Tensor, seed: int) -> Tensor:
+    """At most POINTS of rows (n, dim), in an order that depends on how many there are and on the seed."""
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:POINTS]]
+
+
+def _squares(model: Model, shown: Tensor, meant: Tensor) -> float:
+    """Sum of squared errors; images are shown within [0, 1]."""
+    shown = shown.clamp(0, 1) if model.takes == "images" else shown
+    return float((shown.cpu() - meant.cpu()).double().square().sum())

@@ -1,0 +1,58 @@
+"""How far the latents of the same items moved between two encoders."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from codebook_tools.diagnosis.evidence import BookEvidence, Pair
+from codebook_tools.diagnosis.fit import variance_of
+
+KIN = 0.5
+"""Correlation of the latents of two encoders of which one was trained on from the other; of strangers it is about 0,
+and of one that was trained by steps far too long, too."""
+
+MOVED = 0.25
+"""Of the latents' variance, or of their covariance: an encoder that was not trained stays at 0."""
+
+
+def correlation(pair: Pair) -> float:
+    """Of the latents of both encoders, over all dimensions: 1 for the same, 0 where they have nothing in common or are
+    of other shapes."""
+    if pair.latents is None or pair.moved is None:
+        return 0.0
+    ours, theirs = (rows.double() - rows.double().mean(0) for rows in (pair.moved, pair.latents))
+    return float((ours * theirs).sum() / (ours.norm() * theirs.norm()).clamp(min=1e-30))
+
+
+def shift(pair: Pair) -> tuple[float, float]:
+    """By how much the mean moved, squared and over the variance of the original's latents, and by how much the
+    covariance did, over its own size."""
+    assert pair.latents is not None and pair.moved is not None
+    mean = (pair.moved.mean(0) - pair.latents.mean(0)).double().square().sum()
+    before, after = covariance(pair.latents), covariance(pair.moved)
+    return (
+        float(mean) / max(variance_of(pair.latents), 1e-30),
+        float((after - before).norm() / before.norm().clamp(min=1e-30)),
+    )
+
+
+def covariance(rows: Tensor) -> Tensor:
+    """(dim, dim) float64 of rows (n, dim)."""
+    apart = rows.double() - rows.double().mean(0)
+    return torch.as_tensor(apart.T @ apart / max(len(rows) - 1, 1))
+
+
+def strangers(book: BookEvidence) -> bool:
+    """Whether the codes never had to do with the latents: far off, and the encoder is not the original, moved."""
+    if book.fit is None or book.fit.good or not book.fit.strange:
+        return False
+    rival = book.explanation
+    moved = book.pair is not None and correlation(book.pair) >= KIN
+    return rival is None or (rival.name == "original" and not moved)
+
+
+def trained_on(book: BookEvidence) -> bool:
+    """Whether the model may be the original after a training: nothing but that explains where its latents are."""
+    rival = book.explanation
+    return not strangers(book) and (rival is None or rival.name == "original")

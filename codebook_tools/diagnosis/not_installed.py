@@ -1,0 +1,52 @@
+"""The centroids were never installed: codes are still as an initialisation drew them, or not those that were meant."""
+
+from __future__ import annotations
+
+from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book, worst
+from codebook_tools.diagnosis.evidence import FEW_HITS, BookEvidence, Evidence
+from codebook_tools.diagnosis.freshness import born_dead, untrained
+
+BORN = 0.25
+"""Share of the codes that are dead and still as drawn: a surgery leaves none."""
+
+COLLAPSED = 0.5
+"""Share of the codes in use at step 0, below which a surgery did not arrive."""
+
+
+def not_installed(evidence: Evidence) -> Finding:
+    """Of the codes as they lie in the file; else of the first point of a trace."""
+    found = of_each_book(lambda book: _of_book(evidence, book))(evidence)
+    return worst([found, _of_trace(evidence)])
+
+
+def _of_book(evidence: Evidence, book: BookEvidence) -> Finding:
+    surgery = bool(evidence.command) or (book.pair is not None and book.pair.codebook.size != book.codebook.size)
+    dead = born_dead(book.codebook.vectors, book.dead)
+    share = int(dead.sum()) / book.codebook.size
+    if surgery and not book.filling and book.counted and share > BORN:
+        size = book.codebook.size
+        return Finding("found", share, BORN, f"{int(dead.sum())} of {size} codes are as an initialisation drew them")
+    if book.fit is None:
+        return not_checked("codes searched by the dot product have no k-means to be held against")
+    rival = book.explanation
+    if rival and rival.name == "companions":
+        told = f"{book.fit.told}; {rival.what} have {rival.fit.ratio:.2g} times"
+        return Finding("found", book.fit.misfit, 1.0, told)
+    if not book.fit.good and rival is None and untrained(book.codebook.vectors, book.dead):
+        norms = (book.codebook.vectors.square().sum(1).mean() / book.latents.square().sum(1).mean()).sqrt()
+        told = f"{book.fit.told}; the codes look drawn at random, {float(norms):.2g} times as long as the latents"
+        return Finding("found", book.fit.misfit, 1.0, told)
+    return Finding("ok", book.fit.misfit, 1.0, book.fit.told)
+
+
+def _of_trace(evidence: Evidence) -> Finding:
+    trace = evidence.trace
+    if trace is None or not trace.operated:
+        return not_checked("no trace of a surgery")
+    size = trace.size or sum(book.codebook.size for book in evidence.books)
+    told = f"{trace.start} of {size} codes are in use before the first step of the training"
+    lost, most = 1 - trace.start / size, max(look.used for look in trace.looks)
+    # A small validation split cannot show many codes in use: then it is held against what it shows later.
+    few = trace.latents is not None and trace.latents < FEW_HITS * size
+    low = trace.start < COLLAPSED * (most if few else size)
+    return Finding(judged(lost, 1 - COLLAPSED) if low else "ok", lost, 1 - COLLAPSED, told)

@@ -1,0 +1,28 @@
+"""Codes of another length than the latents: few of them are ever the nearest, and the others never move."""
+
+from __future__ import annotations
+
+from codebook_tools.diagnosis.check import Finding, not_checked
+from codebook_tools.diagnosis.evidence import BookEvidence
+from codebook_tools.diagnosis.explained import NO_KMEANS
+from codebook_tools.diagnosis.freshness import born_dead
+from codebook_tools.diagnosis.not_installed import BORN
+
+
+def scale_mismatch(book: BookEvidence) -> Finding:
+    """Found where the same codes, longer or shorter, fit; and where many codes are dead since birth."""
+    if book.fit is None:
+        return not_checked(NO_KMEANS)
+    rival = book.explanation
+    if rival and rival.name == "scale":
+        told = f"{book.fit.told}; of {rival.what}, {rival.fit.ratio:.2g} times"
+        return Finding("found", book.fit.misfit, 1.0, told)
+    born = born_dead(book.codebook.vectors, book.dead)
+    share, count = int(born.sum()) / book.codebook.size, int(born.sum())
+    if count and book.counted and not book.filling:
+        length = (book.codebook.vectors[born].square().sum(1).mean() / book.latents.square().sum(1).mean()).sqrt()
+        told = (
+            f"{count} of {book.codebook.size} codes are dead since birth, {float(length):.2g} times as long as latents"
+        )
+        return Finding("found" if share > BORN else "suspicious", share, BORN, told)
+    return Finding("ok", book.fit.misfit, 1.0, book.fit.told)

@@ -1,0 +1,41 @@
+"""Running sums that are not those of the codes: the first step of training puts other codes in their place."""
+
+from __future__ import annotations
+
+from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book, worst
+from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
+
+APART = 0.1
+"""Of the codes' own variance: rounding stays far below, sums of other codes are at 1 and more."""
+
+KEPT = 0.5
+"""Share of the codes in use that the first step of a training leaves."""
+
+
+def stale_ema(evidence: Evidence) -> Finding:
+    """Of the sums in the file; else of a trace whose first step emptied the codebook."""
+    return worst([of_each_book(_of_book)(evidence), _of_trace(evidence)])
+
+
+def _of_book(book: BookEvidence) -> Finding:
+    state, rival = book.companions, book.explanation
+    if state.unlike:
+        told = (
+            f"{state.unlike[0]} follows the codebook in the original, and does not have its {book.codebook.size} codes"
+        )
+        return Finding("found", None, None, told)
+    if state.apart is None:
+        return not_checked("no running sums beside the codebook")
+    told = f"running sums over counts differ from the codes by {state.apart:.2g} of the codes' variance"
+    if rival and rival.name == "companions":
+        return Finding("ok", state.apart, APART, f"{told}, and it is the sums that fit the latents")
+    return Finding(judged(state.apart, APART), state.apart, APART, told)
+
+
+def _of_trace(evidence: Evidence) -> Finding:
+    trace = evidence.trace
+    if trace is None or trace.first is None:
+        return not_checked("no trace with a step 1")
+    lost = 1 - trace.first.used / max(trace.start, 1)
+    told = f"{trace.start} codes in use before the first step of the training, {trace.first.used} after it"
+    return Finding(judged(lost, 1 - KEPT), lost, 1 - KEPT, told)

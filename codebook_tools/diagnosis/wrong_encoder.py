@@ -1,0 +1,27 @@
+"""The codes are centroids, but of the latents of another encoder than the one beside them."""
+
+from __future__ import annotations
+
+from codebook_tools.diagnosis.check import Finding, Verdict, not_checked
+from codebook_tools.diagnosis.evidence import BookEvidence
+from codebook_tools.diagnosis.explained import NO_KMEANS
+from codebook_tools.diagnosis.freshness import untrained
+from codebook_tools.diagnosis.movement import correlation, strangers
+
+
+def wrong_encoder(book: BookEvidence) -> Finding:
+    """Found where codes that are no noise fit no latents of this encoder at all, but perhaps the original's, which it
+    has nothing to do with; suspicious where they are off by less."""
+    fit, rival = book.fit, book.explanation
+    if fit is None:
+        return not_checked(NO_KMEANS)
+    noise = untrained(book.codebook.vectors, book.dead)
+    if fit.good or noise or (rival and rival.name != "original"):
+        return Finding("ok", fit.misfit, 1.0, fit.told)
+    if rival and book.pair:
+        kin = f"on the original's latents, which correlate with these by {correlation(book.pair):.2f}"
+        told = f"{fit.told}; {kin}, {rival.fit.ratio:.2g} times"
+    else:
+        told = f"{fit.told}; the codes are no noise: they are of other latents"
+    verdict: Verdict = "found" if strangers(book) else "ok" if rival else "suspicious"
+    return Finding(verdict, fit.misfit, 1.0, told)

@@ -1,0 +1,124 @@
+"""Surgeries and fine-tuned models of several families and seeds, in which a diagnosis finds nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from audio_codecs import CASES as CODECS
+from audio_codecs import save
+from conftest import _pictures
+from test_round_trips import CASES
+
+from codebook_tools.codebook import Strategy
+from codebook_tools.demo import DEMO
+from codebook_tools.diagnosis.diagnose import diagnose
+from codebook_tools.finetune import Recipe
+from codebook_tools.opening import Request
+from codebook_tools.operate import operate
+from codebook_tools.strategies import Grow, Prune, Quantize, Refit, Restart
+from codebook_tools.watch import Watch
+
+pytestmark = pytest.mark.slow
+
+NONE = Recipe(steps=0)
+SHORT = Recipe(steps=40, batch_size=32, lr=3e-4)
+LENGTH = 224
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 images of 16x16."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, picture in enumerate(_pictures(0, 120)):
+        (folder / f"{i:03d}.png").write_bytes(picture)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 short waveforms, noise over a tone."""
+    folder, random = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
+    for i in range(60):
+        tone = np.sin(np.arange(LENGTH) * random.uniform(0.05, 1.0)) * random.uniform(0, 0.3)
+        noise = random.normal(0, random.uniform(0.1, 0.3), LENGTH)
+        soundfile.write(folder / f"{i:02d}.wav", (tone + noise).clip(-1, 1), 1600, subtype="FLOAT")
+    return folder
+
+
+@dataclass(frozen=True)
+class Operation:
+    strategy: Strategy | None
+    recipe: Recipe = NONE
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        return type(self.strategy).__name__.lower() if self.strategy else "finetune"
+
+
+DEMOS = {
+    "refit": Operation(Refit(k=128)),
+    "refit, few codes, another seed": Operation(Refit(k=16, init="afkmc2", seed=5), more={"seed": 5}),
+    "refit, a third seed": Operation(Refit(k=64, seed=2), more={"seed": 2}),
+    "refit, from the codes in use": Operation(Refit(k=96, init="used")),
+    "refit, fine-tuned": Operation(Refit(k=64, seed=1), SHORT, {"seed": 1}),
+    "refit, codes by gradient": Operation(
+        Refit(k=64), Recipe(steps=40, batch_size=32, lr=3e-4, codebook_update="gradient")
+    ),
+    "refit, decoder alone": Operation(Refit(k=64), Recipe(steps=40, batch_size=32, train="decoder")),
+    "prune": Operation(Prune()),
+    "prune, fine-tuned": Operation(Prune(), SHORT),
+    "top k": Operation(Prune(keep=32)),
+    "grow": Operation(Grow(k=128)),
+    "grow, fine-tuned": Operation(Grow(k=96), SHORT),
+    "restart": Operation(Restart()),
+    "quantize": Operation(Quantize(k=40)),
+}
+
+
+def assert_nothing_is_found(source: Path, operation: Operation, output: Path, **more: Any) -> None:
+    """By itself, and beside the original."""
+    request = Request(None if source == DEMO else source, output=output, **more | operation.more)
+    operate(operation.command, request, operation.strategy, operation.recipe, Watch())
+    for against in (None, source):
+        found = diagnose(Request(output, **more | operation.more), Watch(), against)
+        assert found.healthy, [(check.name, check.value, check.evidence) for check in found.found]
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_nothing_is_found_in_surgeries_of_the_demo(name: str, tmp_path: Path) -> None:
+    assert_nothing_is_found(DEMO, DEMOS[name], tmp_path / "result.safetensors", limit=200)
+
+
+@pytest.mark.parametrize("recipe", [NONE, Recipe(steps=3, batch_size=16)], ids=["surgery", "fine-tuned"])
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_found_in_image_tokenizers(name: str, recipe: Recipe, pictures: Path, tmp_path: Path) -> None:
+    case = CASES[name]
+    source = case.save(tmp_path)
+    network = str(tmp_path / case.network) if case.network else None
+    output = tmp_path / ("result" if source.is_dir() else "result.safetensors")
+    more: dict[str, Any] = {"data": (str(pictures),), "network": network, "input_range": (-1.0, 1.0)}
+    assert_nothing_is_found(source, Operation(Refit(k=8), recipe), output, **more)
+
+
+@pytest.mark.parametrize("recipe", [NONE, Recipe(steps=3, batch_size=16, lr=1e-4)], ids=["surgery", "fine-tuned"])
+@pytest.mark.parametrize("name", ["encodec", "dac", "mimi", "xcodec"])
+def test_nothing_is_found_in_audio_codecs(name: str, recipe: Recipe, clips: Path, tmp_path: Path) -> None:
+    source = save(CODECS[name], tmp_path / "model")
+    operation = Operation(Refit(k=8), recipe)
+    assert_nothing_is_found(source, operation, tmp_path / "result", data=(str(clips),), size=LENGTH)
+
+
+def test_a_vqmodel_of_diffusers_is_healthy_after_its_surgery(
+    images_folder: Path, tmp_path: Path, image_tensor: Any
+) -> None:
+    from test_diffusers import make
+
+    make(image_tensor).save_pretrained(tmp_path / "vae", safe_serialization=True)
+    more: dict[str, Any] = {"data": (str(images_folder),), "input_range": (-1.0, 1.0)}
+    assert_nothing_is_found(tmp_path / "vae", Operation(Refit(k=12)), tmp_path / "result", **more)

@@ -1,0 +1,274 @@
+"""Why did 128 centroids end as 13? Each fault of that story is seeded on a healthy surgery, and is named first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import State
+from safetensors.torch import load_file, save_file
+from test_round_trips import CASES
+from torch import Tensor, nn
+
+from codebook_tools.demo import DEMO
+from codebook_tools.diagnosis.diagnose import Diagnosis, diagnose
+from codebook_tools.finetune import Recipe
+from codebook_tools.kmeans import kmeans
+from codebook_tools.models.model import Model
+from codebook_tools.models.zalando import CODEBOOK
+from codebook_tools.opening import Opened, Request, open_request
+from codebook_tools.operate import operate
+from codebook_tools.seeding import seeds
+from codebook_tools.strategies import Refit
+from codebook_tools.watch import Watch
+
+K = 64
+COUNTS, SUMS = "_vq_vae._ema_cluster_size", "_vq_vae._ema_w"
+ENCODER = ("_encoder.", "_pre_vq_conv.")
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """A Re-Fit of the demo, with the running sums of a model trained by moving averages. state: its tensors."""
+
+    original: Path
+    opened: Opened
+    state: State
+    folder: Path
+
+    @property
+    def model(self) -> Model:
+        return self.opened.model
+
+    def latents(self, model: Model | None = None, bounds: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
+        """(images, dim, height, width) of all calibration data."""
+        network = model or self.model
+        network.input_range = bounds
+        with torch.no_grad():
+            found = [network.encode(pixels, keep=False) for _, pixels in self.opened.calibration.batches(64)]
+        network.input_range = (-1.0, 1.0)
+        return torch.cat(found)
+
+    def diagnosed(self, changes: State, against: bool = False, **more: Any) -> Diagnosis:
+        """What is said of it once tensors were changed."""
+        path = self.folder / "faulty.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in (self.state | changes).items()}, path)
+        request = replace(self.opened.request, model=path)
+        return diagnose(request, Watch(), self.original if against else None, **more)
+
+
+@pytest.fixture(scope="module")
+def surgery(tmp_path_factory: pytest.TempPathFactory) -> Surgery:
+    folder = tmp_path_factory.mktemp("story")
+    state = load_file(DEMO)
+    counts = torch.rand(512, generator=torch.Generator().manual_seed(0)) * 9 + 1
+    averages = {COUNTS: counts, SUMS: state[CODEBOOK] * counts[:, None]}
+    save_file(state | averages, folder / "original.safetensors")
+    request = Request(folder / "original.safetensors", limit=150, output=folder / "refit.safetensors")
+    operate("refit", request, Refit(k=K), Recipe(steps=0), Watch())
+    request = replace(request, output=None)
+    return Surgery(request.source, open_request(request, Watch()), load_file(folder / "refit.safetensors"), folder)
+
+
+def rows(latents: Tensor) -> Tensor:
+    """(n, dim), shuffled."""
+    found = latents.movedim(1, -1).flatten(0, -2)
+    return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
+
+
+def centroids(points: Tensor) -> Tensor:
+    return kmeans(points, K, watch=Watch()).centroids
+
+
+def swallowed(of: Surgery) -> State:
+    """The codebook went into **kwargs: the model made its own, at U(-1/K, 1/K)."""
+    return {CODEBOOK: torch.rand(K, 64, generator=torch.Generator().manual_seed(1)).mul_(2).sub_(1) / K}
+
+
+def flattened(of: Surgery) -> State:
+    """NCHW to rows without a permute."""
+    return {CODEBOOK: centroids(rows(of.latents().reshape(-1, 64)[:, :, None]))}
+
+
+def reinitialised(of: Surgery) -> State:
+    fresh = of.model.with_fresh_network(3).network.state_dict()
+    return {key: tensor for key, tensor in fresh.items() if key.startswith(ENCODER)}
+
+
+def of_a_random_encoder(of: Surgery) -> State:
+    return {CODEBOOK: centroids(rows(of.latents(of.model.with_fresh_network(4))))}
+
+
+FAULTS: dict[str, tuple[str, Callable[[Surgery], State]]] = {
+    "codebook argument swallowed": ("not-installed", swallowed),
+    "swallowed beside the right sums": ("not-installed", lambda of: swallowed(of) | {COUNTS: of.state[COUNTS]}),
+    "NCHW flattened without a permute": ("wrong-layout", flattened),
+    "images in [0, 1]": ("wrong-input-range", lambda of: {CODEBOOK: centroids(rows(of.latents(bounds=(0.0, 1.0))))}),
+    "images in [-0.5, 0.5]": (
+        "wrong-input-range",
+        lambda of: {CODEBOOK: centroids(rows(of.latents(bounds=(-0.5, 0.5))))},
+    ),
+    "encoder re-initialised": ("wrong-encoder", reinitialised),
+    "latents of a random encoder": ("wrong-encoder", of_a_random_encoder),
+    "sums of the old codes": ("stale-ema", lambda of: {SUMS: load_file(of.original)[SUMS][:K]}),
+    "sums never filled": ("stale-ema", lambda of: {SUMS: torch.zeros(K, 64)}),
+    "counts never filled": ("stale-ema", lambda of: {COUNTS: torch.zeros(K)}),
+    "codes shrunk to a half": ("scale-mismatch", lambda of: {CODEBOOK: of.state[CODEBOOK] / 2}),
+    "codes shrunk to a hundredth": ("scale-mismatch", lambda of: {CODEBOOK: of.state[CODEBOOK] / 100}),
+    "seeds without Lloyd": ("no-lloyd", lambda of: {CODEBOOK: seeds(rows(of.latents()), K, "kmeans++", 0)}),
+    "AFK-MC² without Lloyd": ("no-lloyd", lambda of: {CODEBOOK: seeds(rows(of.latents()), K, "afkmc2", 0)}),
+}
+
+
+def changed(of: Surgery, name: str) -> State:
+    changes = FAULTS[name][1](of)
+    if CODEBOOK in changes and COUNTS not in changes:
+        changes |= {SUMS: changes[CODEBOOK] * of.state[COUNTS][:, None]}
+    return changes
+
+
+def first(found: Diagnosis) -> str | None:
+    return found.found[0].name if found.found else None
+
+
+def told(found: Diagnosis) -> str:
+    return "\n".join(f"{check.verdict} {check.name} {check.value} {check.evidence}" for check in found.checks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("against", [False, True], ids=["alone", "beside the original"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_right_cause_is_named_first(name: str, against: bool, surgery: Surgery) -> None:
+    found = surgery.diagnosed(changed(surgery, name), against)
+    assert first(found) == FAULTS[name][0], told(found)
+    assert not found.healthy
+
+
+@pytest.mark.parametrize("against", [False, True], ids=["alone", "beside the original"])
+def test_the_surgery_itself_is_healthy(against: bool, surgery: Surgery) -> None:
+    found = surgery.diagnosed({}, against)
+    assert found.healthy, told(found)
+    assert not any(check.verdict == "suspicious" for check in found.checks)
+
+
+def test_what_was_swallowed_is_found_with_its_numbers(surgery: Surgery) -> None:
+    found = surgery.diagnosed(changed(surgery, "codebook argument swallowed"))
+    (cause, *_) = found.found
+    assert cause.name == "not-installed" and cause.value is not None and cause.value > 5 and cause.limit == 1
+    assert "drawn at random" in cause.evidence and "codebook refit" in cause.fix
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+@pytest.mark.parametrize("name", ["codebook argument swallowed", "seeds without Lloyd", "images in [0, 1]"])
+def test_causes_do_not_hang_on_the_scale_of_the_latents(name: str, scale: float, surgery: Surgery) -> None:
+    """The encoder's last layer gives out more, the decoder's first takes as much less."""
+    changes = changed(surgery, name)
+    weights = {**surgery.state, **changes}
+    longer = ("_pre_vq_conv.weight", "_pre_vq_conv.bias", CODEBOOK, SUMS)
+    scaled = {key: weights[key] * scale for key in longer} | {
+        "_decoder._conv_1.weight": weights["_decoder._conv_1.weight"] / scale
+    }
+    found = surgery.diagnosed(scaled)
+    assert first(found) == FAULTS[name][0], told(found)
+
+
+def test_sums_that_keep_the_old_size_are_told_by_the_original(surgery: Surgery) -> None:
+    old = load_file(surgery.original)
+    found = surgery.diagnosed({COUNTS: old[COUNTS], SUMS: old[SUMS]}, against=True)
+    assert first(found) == "stale-ema", told(found)
+
+
+def test_a_flag_that_says_uninitialised_is_named(images_folder: Path, tmp_path: Path) -> None:
+    case = CASES["ResidualVQ"]
+    source, output = case.save(tmp_path), tmp_path / "refit.safetensors"
+    request = Request(source, (str(images_folder),), network=str(tmp_path / case.network), output=output)
+    request = replace(request, input_range=(-1.0, 1.0))
+    operate("refit", request, Refit(k=8), Recipe(steps=0), Watch())
+    healthy = diagnose(replace(request, model=output), Watch())
+    assert healthy.healthy, told(healthy)
+    state = load_file(output)
+    flag = next(key for key in state if key.endswith("layers.1._codebook.initted"))
+    save_file(state | {flag: torch.zeros_like(state[flag])}, tmp_path / "faulty.safetensors")
+    found = diagnose(replace(request, model=tmp_path / "faulty.safetensors"), Watch())
+    assert [check.name for check in found.found] == ["uninitialised-flag"], told(found)
+    assert flag in found.found[0].evidence
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [0, 4])
+def test_data_of_three_modes_are_no_fault_of_the_codes(noise: float, surgery: Surgery, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 256, (3, 1, 1, 3)) + np.zeros((3, 32, 32, 3))
+    images = kinds[np.arange(240) % 3] + rng.normal(0, 1, (240, 32, 32, 3)) * noise
+    np.save(tmp_path / "three.npy", images.clip(0, 255).astype(np.uint8))
+    request = Request(surgery.original, (str(tmp_path / "three.npy"),), output=tmp_path / "refit.safetensors")
+    operate("refit", request, Refit(k=K), Recipe(steps=0), Watch())
+    for model in (request.output, surgery.folder / "refit.safetensors"):
+        found = diagnose(replace(request, model=model), Watch())
+        assert first(found) == "few-modes", told(found)
+        assert "prune" in found.found[0].fix
+
+
+# --- steps that are too long ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_learning_rate_of_ten_times_is_seen_in_the_trace(surgery: Surgery, tmp_path: Path) -> None:
+    for rate, expected in ((1e-2, "learning-rate"), (1e-3, None)):
+        request = replace(surgery.opened.request, output=tmp_path / f"{rate}.safetensors")
+        recipe = Recipe(steps=75, lr=rate, batch_size=32, codebook_update="gradient")
+        done = operate("refit", request, Refit(k=K), recipe, Watch())
+        (tmp_path / "trace.json").write_text(json.dumps(done.to_json(), default=str))
+        found = diagnose(replace(request, model=request.output), Watch(), trace=tmp_path / "trace.json")
+        assert first(found) == expected, told(found)
+
+
+@pytest.mark.slow
+def test_a_model_that_was_trained_so_is_told_by_its_original(surgery: Surgery) -> None:
+    network, codes = trained(surgery, surgery.state[CODEBOOK], 1e-2, 100)
+    found = surgery.diagnosed({**network, CODEBOOK: codes, SUMS: codes * surgery.state[COUNTS][:, None]}, against=True)
+    assert first(found) == "learning-rate", told(found)
+
+
+@pytest.mark.slow
+def test_the_story_itself(surgery: Surgery) -> None:
+    """The centroids were swallowed, and the model was trained on: a few codes moved, the others are where they were."""
+    network, codes = trained(surgery, swallowed(surgery)[CODEBOOK], 1e-3, 100)
+    changes = {**network, CODEBOOK: codes, SUMS: codes * surgery.state[COUNTS][:, None]}
+    beside, alone = surgery.diagnosed(changes, against=True), surgery.diagnosed(changes)
+    assert first(beside) == "not-installed" and "as an initialisation drew them" in beside.found[0].evidence, told(
+        beside
+    )
+    assert first(alone) == "not-installed", told(alone)
+
+
+def trained(of: Surgery, start: Tensor, rate: float, steps: int) -> tuple[State, Tensor]:
+    """The network's tensors and the codes after so many steps of the tutorial's own loss. start: the codes before."""
+    model = open_request(replace(of.opened.request, model=of.folder / "refit.safetensors"), Watch()).model
+    network: nn.Module = model.network.requires_grad_(True).train()
+    codes = nn.Parameter(start.clone())
+    optimiser = torch.optim.Adam([*network.parameters(), codes], lr=rate)
+    _, images = of.opened.calibration.load(of.opened.calibration.items)
+    images = images * 2 - 1
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        pixels = images[torch.randint(len(images), (16,), generator=draws)]
+        latents = model.network.encode(pixels)
+        places = latents.detach().movedim(1, -1)
+        chosen = torch.cdist(places.flatten(0, -2), codes.detach()).argmin(1).reshape(places.shape[:-1])
+        quantised = codes[chosen].movedim(-1, 1)
+        shown = model.network.decode(latents + (quantised - latents).detach())
+        loss = (shown - pixels).square().mean() / images.var() + (quantised - latents.detach()).square().mean()
+        loss = loss + 0.25 * (latents - quantised.detach()).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    state = {key: tensor.detach().clone() for key, tensor in network.state_dict().items()}
+    return {key: tensor for key, tensor in state.items() if key != CODEBOOK}, codes.detach().clone()
