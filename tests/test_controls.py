@@ -154,13 +154,13 @@ def test_settings_of_controls_that_make_no_sense_are_the_users_error(strategy: A
 
 @each_init
 def test_seeds_come_from_the_first_head(init: Init) -> None:
-    """It has 4,096 points, or sixteen a seed where those are more."""
+    """It has 4,096 points, or eight a seed where those are more."""
     points = normal(9000, 2)
     rows = rows_of(points)
     found = {row for seed in range(60) for row in rows_of(seeds(points, 2, init, seed))}
     assert found <= set(rows[:4096])
     assert any(rows.index(row) > 2000 for row in found)
-    many = rows_of(seeds(points, 400, init, 0))
+    many = rows_of(seeds(points, 800, init, 0))
     assert set(many) <= set(rows[:6400]) and any(rows.index(row) > 5000 for row in many)
 
 

@@ -40,9 +40,9 @@ def test_one_step_of_the_moving_average_is_the_one_worked_by_hand(
 ) -> None:
     model = line([0.0, 1.0, 9.0])
     tune(model, grey_images(ROWS, ROWS), [2, 1, 1], steps=1, train="none")
-    # Shares 0.5 and 0.25 move by 1% to the batch's 0.75 and 0.25; so do the sums, 0 and 0.25, to 0.2 and 0.2.
-    first = 0.01 * 0.2 / (0.99 * 0.5 + 0.01 * 0.75)
-    second = (0.99 * 0.25 + 0.01 * 0.2) / (0.99 * 0.25 + 0.01 * 0.25)
+    # Shares 0.5 and 0.25 move by 5% to the batch's 0.75 and 0.25; so do the sums, 0 and 0.25, to 0.2 and 0.2.
+    first = 0.05 * 0.2 / (0.95 * 0.5 + 0.05 * 0.75)
+    second = (0.95 * 0.25 + 0.05 * 0.2) / (0.95 * 0.25 + 0.05 * 0.25)
     torch.testing.assert_close(model.books[0].vectors[:2], torch.tensor([[first, 0.0], [second, 0.0]]))
     assert model.books[0].vectors[2].tolist() == [9.0, 0.0]  # no latent chose it
 
@@ -54,7 +54,7 @@ def test_two_steps_of_the_moving_average_go_on_from_the_first(
     tune(model, grey_images(ROWS), [3, 1], steps=2, train="none")
     share, total = 0.75, 0.0
     for _ in range(2):
-        share, total = 0.99 * share + 0.01 * 0.75, 0.99 * total + 0.01 * 0.2
+        share, total = 0.95 * share + 0.05 * 0.75, 0.95 * total + 0.05 * 0.2
     assert model.books[0].vectors[0, 0].item() == pytest.approx(total / share, rel=1e-5)
 
 
@@ -95,7 +95,7 @@ def test_a_codebook_that_is_a_buffer_moves_like_any_other(grey: Callable[..., Gr
     buffer = 'self.quantizer.codebook = nn.Module(); self.quantizer.codebook.register_buffer("weight", zeros(2, 2))'
     source = GREY.replace("self.quantizer.codebook = nn.Embedding(codebook_size, 2)", buffer)
     script.write_text("from torch import zeros\n" + source)
-    for update, expected in (("gradient", 0.01), ("ema", 0.01 * 0.2 / 0.75)):
+    for update, expected in (("gradient", 0.01), ("ema", 0.05 * 0.2 / 0.75)):
         model = load_model(read_checkpoint(made.path), network=made.network)
         model.input_range = (0.0, 1.0)
         tune(model, grey_images(ROWS), [3, 1], steps=1, train="none", codebook_update=update, lr=0.01)
@@ -146,9 +146,9 @@ def test_no_more_codes_are_revived_than_latents_have_an_error(
 @pytest.mark.parametrize(
     ("loss", "update", "expected"),
     [
-        ("mse", "ema", 0.07 / 0.06 * 1.25),
-        ("mse", "gradient", 0.07 / 0.06 * 2.25),
-        ("l1", "ema", 0.25 / 0.06**0.5 + 0.25 * 0.07 / 0.06),
+        ("mse", "ema", 0.07 / 0.06 * 2),
+        ("mse", "gradient", 0.07 / 0.06 * 3),
+        ("l1", "ema", 0.25 / 0.06**0.5 + 0.07 / 0.06),
     ],
 )
 def test_the_loss_is_the_error_and_the_commitment_in_units_of_their_variances(
@@ -205,7 +205,7 @@ def test_only_what_is_said_to_train_moves(
 
 
 def test_gradients_pass_the_quantiser_straight_to_the_encoder(
-    line: Callable[..., Model], grey_images: GreyImages
+    line: Callable[..., Model], grey_images: GreyImages, light_commitment: None
 ) -> None:
     model = line([0.0, 1.0])
     tune(model, grey_images(ROWS), [3, 1], steps=1, codebook_update="frozen", lr=0.01)
@@ -314,7 +314,9 @@ def test_the_state_at_step_0_is_the_model_before_training(line: Callable[..., Mo
     assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(model).items())
 
 
-def test_the_best_state_after_a_step_is_restored_exactly(line: Callable[..., Model], grey_images: GreyImages) -> None:
+def test_the_best_state_after_a_step_is_restored_exactly(
+    line: Callable[..., Model], grey_images: GreyImages, light_commitment: None
+) -> None:
     model, images = line([0.1, 0.9]), grey_images(ROWS)
     found = tune(model, images, [3, 1], steps=12, lr=0.3)
     errors = {point.step: point.validation_mse for point in found.trace if point.step}

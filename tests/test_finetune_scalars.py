@@ -47,14 +47,14 @@ def test_the_trace_and_every_loss_are_told(tiny: Path, images: Images, tmp_path:
     told = read_back(tmp_path / "runs" / "a")
     terms = {"loss/reconstruction", "loss/commitment", "loss/codebook"}
     of_codes = ("distortion", "perplexity", "revived", "usage", "used")
-    looks = [*(f"codebook/{name}" for name in of_codes), "validation/mse"]
+    looks = [*(f"codebook/{name}" for name in of_codes), "validation/mse", "validation/error"]
     assert told.keys() == terms | {*looks} | {"loss/sum"}
     assert all([*told[name]] == [*range(1, 13)] for name in terms)
     for step, whole in told["loss/sum"].items():
         assert whole == pytest.approx(sum(told[name][step] for name in terms), rel=1e-5)
     for point in found.trace:
         expected = [point.distortion, point.perplexity, point.revived, point.used / 16, point.used]
-        expected.append(point.validation_mse)
+        expected += [point.validation_mse, point.error]
         assert [told[name][point.step] for name in looks] == pytest.approx(expected, rel=1e-6)
         assert point.loss is None or told["loss/sum"][point.step] == pytest.approx(point.loss, rel=1e-6)
 

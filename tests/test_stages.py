@@ -300,9 +300,9 @@ def tune(model: Model, hits: list[list[int]], **recipe: Any) -> FineTuned:
 def test_one_step_of_both_moving_averages_is_the_one_worked_by_hand(residual: Callable[..., Path]) -> None:
     model = opened(residual((0.0, 0.5), (0.04, 0.24)))
     tune(model, [[1, 1], [1, 1]], steps=1, train="none")
-    # The first: 1% towards the means of 0, 0.2 and of 0.6, 0.8. That leaves 0, 0.1 and 0.2, 0.3 to the second's.
-    torch.testing.assert_close(model.books[0].vectors[:, 0], torch.tensor([0.001, 0.502]))
-    torch.testing.assert_close(model.books[1].vectors[:, 0], torch.tensor([0.0401, 0.2401]))
+    # The first: 5% towards the means of 0, 0.2 and of 0.6, 0.8. That leaves 0, 0.1 and 0.2, 0.3 to the second's.
+    torch.testing.assert_close(model.books[0].vectors[:, 0], torch.tensor([0.005, 0.51]))
+    torch.testing.assert_close(model.books[1].vectors[:, 0], torch.tensor([0.0405, 0.2405]))
 
 
 def test_only_chosen_codebooks_move(residual: Callable[..., Path]) -> None:
