@@ -1,10 +1,10 @@
 """Fine-tuning recipes side by side: one thing changed at a time, at equal steps, after the same surgery.
 
     python benchmarks/recipes.py [VARIANT ...] [--data cifar10] [--k 128] [--strategy refit] [--steps 1000] [--seeds 3]
-                                 [--jobs 2] [--shared ../shared]
+                                 [--jobs 2] [--shared ../shared] [--output FILE.json]
 
 Without a name: all variants. `default` is the tool's own recipe; the others say what they change in it. What did not
-make it into the tool lives in variants.py alone. Rows go to benchmarks/results/recipes/DATA.json; those that are there
+make it into the tool lives in variants.py alone. Rows go to benchmarks/results/recipes/DATA.json, or --output; those that are there
 already, made with the same settings, are not run again. Each is measured on test data that the run did not see, and is
 done by a process with one thread, of which there are as many as jobs.
 """
@@ -38,7 +38,7 @@ from codebook_tools.strategies import find_strategy
 from codebook_tools.training.recipe import Recipe
 from codebook_tools.watch import Watch
 
-RESULTS = Path(os.environ.get("RECIPES", Path(__file__).parent / "results" / "recipes"))
+RESULTS = Path(__file__).parent / "results" / "recipes"
 MODELS = {
     "demo": {},
     "cifar10": {
@@ -157,11 +157,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--shared", default="../shared")
+    parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     unknown = set(given.variants) - set(VARIANTS)
     if unknown:
         parser.error(f"no variant {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
-    path = RESULTS / f"{given.data}.json"
+    path = given.output or RESULTS / f"{given.data}.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     asked = [
         Run(given.data, name, given.strategy, given.k, given.steps, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from codebook_tools.assignment import nearest
 from codebook_tools.opening import Opened
 from codebook_tools.quantiser import DEAD_BELOW, Quantiser
+from codebook_tools.trainable import trained_names
+from codebook_tools.training.step import Training
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,57 @@ def anchors(quantiser: Quantiser, rows: Tensor, codes: Tensor) -> None:
     quantiser.sums = quantiser.book.vectors * quantiser.shares[:, None]
 
 
+_move, _update = Training.move, Quantiser.update
+
+
+def encoder_later(training: Training, step: int) -> None:
+    """The encoder stays as it is for the first fifth of the run."""
+    if step <= training.recipe.steps / 5:
+        of_decoder = _of_decoder(training)
+        for name, parameter in training.model.network.named_parameters():
+            if name not in of_decoder:
+                parameter.grad = None  # Adam passes it over
+    _move(training, step)
+
+
+def _of_decoder(training: Training) -> set[str]:
+    if not hasattr(training, "of_decoder"):
+        model = deepcopy(training.model)  # asking turns gradients on
+        blank = torch.zeros(1, model.channels, model.stride * 4, model.stride * 4)
+        training.of_decoder = trained_names(model, blank, ("decoder",))  # type: ignore[attr-defined]
+    found: set[str] = training.of_decoder  # type: ignore[attr-defined]
+    return found
+
+
+def revived_as_well(quantiser: Quantiser, latents: Tensor, codes: Tensor, revive: bool) -> None:
+    """Codes that gradients move are revived, too."""
+    _update(quantiser, latents, codes, revive)
+    if revive:
+        with torch.no_grad():
+            quantiser._revive(latents.movedim(1, -1).flatten(0, -2), codes.flatten())
+
+
+def aligned(opened: Opened, seed: int) -> None:
+    """The codes get the mean and the variance of the latents that choose them, dimension by dimension."""
+    model = opened.model
+    book, few = model.books[0], opened.calibration.subset(opened.calibration.items[:512])
+    rows = torch.cat(list(model.latents(few, 64)))
+    chosen = book.vectors[nearest(rows, book.codebook)]
+    stretch = rows.std(0) / chosen.std(0).clamp(min=1e-6)
+    book.vectors = (book.vectors - chosen.mean(0)) * stretch + rows.mean(0)
+
+
 VARIANTS = {
     "default": Variant(),
     # Which way the codes move.
     "codes by gradient, none revived": Variant({"codebook_update": "gradient"}),
+    "codes by gradient, revived": Variant(
+        {"codebook_update": "gradient"}, inside={"quantiser:Quantiser.update": revived_as_well}
+    ),
     "codes frozen": Variant({"codebook_update": "frozen"}),
     "decoder alone": Variant({"train": "decoder"}),
+    "encoder later": Variant(inside={"training.step:Training.move": encoder_later}),
+    "codes aligned with the latents first": Variant(before=aligned),
     **{f"EMA decay {decay}": Variant(inside={"quantiser:DECAY": decay}) for decay in (0.8, 0.9, 0.95, 0.98, 0.99)},
     # Gradients through the quantiser.
     "rotation trick": Variant(inside={"training.step:straight_through": rotation}),
