@@ -4,9 +4,9 @@
                                  [--jobs 2] [--shared ../shared] [--output FILE.json]
 
 Without a name: all variants. `default` is the tool's own recipe; the others say what they change in it. What did not
-make it into the tool lives in variants.py alone. Rows go to benchmarks/results/recipes/DATA.json, or --output; those that are there
-already, made with the same settings, are not run again. Each is measured on test data that the run did not see, and is
-done by a process with one thread, of which there are as many as jobs.
+make it into the tool lives in variants.py alone. Rows go to benchmarks/results/recipes/DATA.json, or --output; those
+that are there already, made with the same settings, are not run again. Each is measured on test data that the run did
+not see, and is done by a process with one thread, of which there are as many as jobs.
 """
 
 from __future__ import annotations
