@@ -161,7 +161,7 @@ class TrainOptions:
     lr: Annotated[
         float,
         _train(
-            metavar="RATE", help="Adam's learning rate after warm-up, of weights of usual size; others in proportion."
+            metavar="RATE", help="Adam's learning rate after warm-up, of weights of usual size; others in proportion"
         ),
     ] = 2e-3
     loss: Annotated[Loss, _train(help="Error that reconstructions are trained on.")] = Loss.MSE
