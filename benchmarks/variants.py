@@ -59,6 +59,7 @@ NUMBERS = (
     "training.schedule:FLOOR",
     "training.recipe:Recipe.lr",
 )
+"""Of the library's recipe, by MODULE:NAME: a row that was made with others is run again."""
 
 
 def _library() -> dict[str, Any]:
@@ -124,8 +125,8 @@ def anchors(quantiser: Quantiser, rows: Tensor, codes: Tensor) -> None:
     Vedaldi 2023, "Online Clustered Codebook" (arXiv 2307.15139), equations 4 to 6."""
     size, epsilon = len(quantiser.shares), 1e-3
     decay = torch.exp(-quantiser.shares * size * 10 / (1 - 0.99) - epsilon)[:, None]
-    nearest = torch.cdist(quantiser.book.vectors, rows).argmin(1)
-    quantiser.book.vectors = quantiser.book.vectors * (1 - decay) + rows[nearest] * decay
+    closest = torch.cdist(quantiser.book.vectors, rows).argmin(1)
+    quantiser.book.vectors = quantiser.book.vectors * (1 - decay) + rows[closest] * decay
     quantiser.sums = quantiser.book.vectors * quantiser.shares[:, None]
 
 

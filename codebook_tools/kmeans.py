@@ -75,8 +75,8 @@ def kmeans(
     assert k >= 1 and iterations >= 1 and lookup is not Lookup.DOT, (k, iterations, lookup)
     places = points if lookup is Lookup.EUCLIDEAN else unit(points)
     refuse_too_few(places, k)
-    drawn = not isinstance(init, Tensor)
-    start = seeds(places, k, init, seed) if not isinstance(init, Tensor) else init
+    given = isinstance(init, Tensor)
+    start = init if isinstance(init, Tensor) else seeds(places, k, init, seed)
     assert start.shape == (k, points.shape[1])
     like, found = Codebook(start, lookup, emit), Clustering(start, torch.inf, 0, False)
     for head in _heads(len(points), k):
@@ -85,7 +85,7 @@ def kmeans(
         slabs = partial(_own, torch.split(points[:head], _slab(head, points.device)))
         level, at_first = _Level(slabs, points[:head], like, tolerance, seed, watch), found.iterations == 0
         found = level.lloyd(found.centroids, iterations)
-        if at_first and drawn and not level.by_direction:
+        if at_first and not given and not level.by_direction:
             found = level.swaps(found, iterations)
     if whole is not None:
         slabs = partial(_in_slabs, whole, points.device)
@@ -117,7 +117,7 @@ def _in_slabs(whole: Latents, device: torch.device) -> Iterable[Tensor]:
 @dataclass(frozen=True, eq=False)
 class _Level:
     """Points that are iterated over. slabs: all of them, anew at each call, or a process's own. points: those that
-    empty cells are moved to. like: how centroids are searched and given out."""
+    empty cells are moved to. like: how centroids are searched and given out. tolerance, seed: as of `kmeans`."""
 
     slabs: Callable[[], Iterable[Tensor]]
     points: Tensor
@@ -132,7 +132,7 @@ class _Level:
         return self.like.lookup is Lookup.COSINE and self.like.emit is Emit.RAW
 
     def lloyd(self, start: Tensor, iterations: int, tolerance: float | None = None) -> Clustering:
-        """Iterate from start (k, dim) until progress is below the tolerance.
+        """Iterate from start (k, dim) until progress is below the tolerance, or another one.
 
         The best means are kept, for momentum may overshoot. Raw centroids by the cosine do without it: there the
         inertia may rise by itself.
