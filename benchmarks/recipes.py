@@ -3,10 +3,10 @@
     python benchmarks/recipes.py [VARIANT ...] [--data cifar10] [--k 128] [--strategy refit] [--steps 1000] [--seeds 3]
                                  [--jobs 2] [--shared ../shared] [--output FILE.json]
 
-Without a name: all variants. `default` is the tool's own recipe; the others say what they change in it. What did not
-make it into the tool lives in variants.py alone. Rows go to benchmarks/results/recipes/DATA.json, or --output; those
-that are there already, made with the same settings, are not run again. Each is measured on test data that the run did
-not see, and is done by a process with one thread, of which there are as many as jobs.
+Without a name: all variants that differ from `default`, the tool's own recipe; each says what it changes. What did not
+make it into the tool lives in variants.py alone. Rows go to benchmarks/results/recipes/DATA.json, or --output, and are
+drawn beside it; those that are there already, made with the same settings, are not run again. Each is measured on test
+data that the run did not see, and is done by a process with one thread, of which there are as many as jobs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.util import find_spec
 from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
@@ -54,6 +55,9 @@ MODELS = {
     },
 }
 """Paths within --shared; the bundled demo needs none."""
+
+
+TRACED = ("step", "loss", "validation_mse", "used", "perplexity", "revived")
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def done(run: Run, variant: Variant, shared: str) -> dict[str, Any]:
         "coverage": use.coverage,
         "kept": stages.kept,
         "seconds": round(time.perf_counter() - since, 1),
-        "trace": [asdict(point) for point in stages.tuned.trace],
+        "trace": [{name: getattr(point, name) for name in TRACED} for point in stages.tuned.trace],
     }
 
 
@@ -147,6 +151,32 @@ def _mean(values: Iterable[float]) -> str:
     return f"{statistics.mean(values):.1f}"
 
 
+def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Every seed's error a dot, the best variant on top."""
+    if find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed")
+        return
+    import matplotlib.pyplot as plt
+
+    errors = dict[str, list[float]]()
+    for row in rows:
+        errors.setdefault(row["variant"], []).append(row["mse"])
+    names = sorted(errors, key=lambda name: statistics.mean(errors[name]), reverse=True)
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.22 * len(names)), layout="constrained")
+    for place, name in enumerate(names):
+        axes.plot(errors[name], [place] * len(errors[name]), "o", color="C3" if name == "default" else "C0", alpha=0.7)
+    axes.axvline(statistics.mean(errors.get("default", errors[names[-1]])), color="C3", linewidth=0.8)
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="squared error on test images", xscale="log")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def different() -> list[str]:
+    """The variants without those that name the tool's own numbers, which are the default."""
+    default = VARIANTS["default"].settings()
+    return [name for name, variant in VARIANTS.items() if name == "default" or variant.settings() != default]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=f"of {', '.join(VARIANTS)}")
@@ -167,7 +197,7 @@ def main() -> None:
     asked = [
         Run(given.data, name, given.strategy, given.k, given.steps, seed)
         for seed in range(given.seeds)
-        for name in given.variants or VARIANTS
+        for name in given.variants or different()
     ]
     rows = {
         Run(**{name: row[name] for name in Run.__dataclass_fields__}): row
@@ -182,7 +212,9 @@ def main() -> None:
             print(f"{run.variant}, seed {run.seed}: {row['mse']:.6f}, {row['used']} used", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"machine": machine(), "rows": [*rows.values()]}, indent=1) + "\n")
-    print(summary([rows[run] for run in asked]))
+    found = [rows[run] for run in asked]
+    draw(path.with_suffix(".png"), found)
+    print(summary(found))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -11,13 +11,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from codebook_tools.assignment import nearest
 from codebook_tools.opening import Opened
 from codebook_tools.quantiser import DEAD_BELOW, Quantiser
 from codebook_tools.trainable import trained_names
+from codebook_tools.training import rates, step
 from codebook_tools.training.step import Training
 
 
@@ -130,7 +131,7 @@ def anchors(quantiser: Quantiser, rows: Tensor, codes: Tensor) -> None:
     quantiser.sums = quantiser.book.vectors * quantiser.shares[:, None]
 
 
-_move, _update = Training.move, Quantiser.update
+_move, _update, _groups = Training.move, Quantiser.update, step._groups
 
 
 def encoder_later(training: Training, step: int) -> None:
@@ -160,6 +161,30 @@ def revived_as_well(quantiser: Quantiser, latents: Tensor, codes: Tensor, revive
             quantiser._revive(latents.movedim(1, -1).flatten(0, -2), codes.flatten())
 
 
+def adam_begins_again(training: Training, step: int) -> None:
+    """Of codes that were revived, Adam forgets what it knew."""
+    before = [parameter.detach().clone() for parameter in training.parameters]
+    _move(training, step)
+    for parameter, old in zip(training.parameters, before, strict=True):
+        if any(parameter is book.vectors for book in training.model.books):
+            moved = (parameter.detach() - old).norm(dim=1) > 0.1 * old.norm(dim=1).mean()  # no step of Adam goes so far
+            for moment in ("exp_avg", "exp_avg_sq"):
+                training.optimiser.state[parameter][moment][moved] = 0  # type: ignore[union-attr]
+
+
+def faster_codes(times: float) -> Callable[[Sequence[nn.Parameter]], list[dict[str, object]]]:
+    """The codes, which are the last parameters where gradients move them, learn so many times as fast."""
+
+    def groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, object]]:
+        *others, codes = parameters
+        (own,) = _groups([codes])
+        share = rates.shares(parameters)[-1]
+        return [*_groups(others), {**own, "share": times * share}]
+
+    groups.__name__ = f"faster_codes({times})"
+    return groups
+
+
 def aligned(opened: Opened, seed: int) -> None:
     """The codes get the mean and the variance of the latents that choose them, dimension by dimension."""
     model = opened.model
@@ -177,6 +202,17 @@ VARIANTS = {
     "codes by gradient, revived": Variant(
         {"codebook_update": "gradient"}, inside={"quantiser:Quantiser.update": revived_as_well}
     ),
+    "codes by gradient, revived, their moments forgotten": Variant(
+        {"codebook_update": "gradient"},
+        inside={"quantiser:Quantiser.update": revived_as_well, "training.step:Training.move": adam_begins_again},
+    ),
+    **{
+        f"codes by gradient, revived, at {times} times the rate": Variant(
+            {"codebook_update": "gradient"},
+            inside={"quantiser:Quantiser.update": revived_as_well, "training.step:_groups": faster_codes(times)},
+        )
+        for times in (3, 10)
+    },
     "codes frozen": Variant({"codebook_update": "frozen"}),
     "decoder alone": Variant({"train": "decoder"}),
     "encoder later": Variant(inside={"training.step:Training.move": encoder_later}),
@@ -194,6 +230,7 @@ VARIANTS = {
     **{f"revived until {share}": Variant(inside={"training.step:REVIVE_UNTIL": share}) for share in (0.5, 0.9, 1.0)},
     # The loss.
     **{f"commitment {w}": Variant(inside={"losses:COMMITMENT": w}) for w in (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)},
+    **{f"entropy {w}": Variant({"entropy": w}) for w in (0.01, 0.1)},
     # The optimiser.
     **{f"lr {rate:g}": Variant({"lr": rate}) for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)},
     **{f"warm-up {n}": Variant(inside={"training.schedule:WARM_UP": n}) for n in (1, 20, 100, 300)},

@@ -82,6 +82,7 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
         perceptual=given["perceptual"],
         adversarial=given["adversarial"],
         distill=given["distill"],
+        entropy=given["entropy"],
         **{name: given[name] for name in ("accumulate", "clip", "weight_ema", "patience", "min_usage")},
     )
 

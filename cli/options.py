@@ -175,6 +175,9 @@ class TrainOptions:
     distill: Annotated[
         float, _train(metavar="WEIGHT", help="Also stay near what the original model reconstructs; 1: as near.")
     ] = 0.0
+    entropy: Annotated[
+        float, _train(metavar="WEIGHT", help="Also make latents sure of their codes, and their choices even; 0.1, say.")
+    ] = 0.0
     accumulate: Annotated[int, _train(metavar="N", help="Batches to a step, where memory holds no larger ones.")] = 1
     clip: Annotated[
         float | None, _train(metavar="NORM", help="The most that the norm of all gradients may be. Left out: no limit.")

@@ -28,6 +28,7 @@ _AS_IF = 3  # iterations that momentum starts as if they had been made
 _AT_MOST_ONE_IN = 8  # centroids is swapped at a time
 _ROUND = 2  # iterations after swaps: they are judged by what they lead to
 _WORTH = 3e-3  # share of the inertia that a round must gain for as many swaps to follow; where cells overlap, none does
+_FEWER = 4  # times, after one that did not
 _LOOK_BACK = 3  # iterations over which progress is judged: single ones may go up
 
 
@@ -176,7 +177,7 @@ class _Level:
         return len(drawn)
 
     def swaps(self, found: Clustering, iterations: int) -> Clustering:
-        """Swap some centroids at a time, and iterate a little after each: half as many, once that gains little."""
+        """Swap some centroids at a time, and iterate a little after each: ever fewer, once that gains little."""
         random = torch.Generator().manual_seed(self.seed % 2**63)
         at_once, left = len(found.centroids) // _AT_MOST_ONE_IN, iterations - found.iterations
         while at_once and left >= _ROUND:
@@ -185,7 +186,7 @@ class _Level:
             left -= _ROUND
             gain = found.inertia - new.inertia
             if gain <= _WORTH * found.inertia:
-                at_once //= 2
+                at_once //= _FEWER
             if gain > 0:
                 found = replace(new, converged=found.converged)
         return found

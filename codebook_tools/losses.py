@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from codebook_tools.entropy import indecision
 from codebook_tools.media import Media
-from codebook_tools.models.model import Model
+from codebook_tools.models.model import Book, Model
 
 COMMITMENT = 1.0  # weight of the term that moves latents to codes, in units of their variance
 
 Loss = Literal["mse", "l1"]
 """Of the reconstruction."""
 
-Seen = tuple[Tensor, Tensor, Tensor]
-"""What met a book: latents (n, dim, *grid), their codes (n, *grid), and those codes as the decoder gets them."""
+
+class Seen(NamedTuple):
+    """What met a book: latents (n, dim, *grid), their codes (n, *grid), those as the decoder gets them, and itself."""
+
+    latents: Tensor
+    codes: Tensor
+    quantised: Tensor
+    book: Book
 
 
 @dataclass(frozen=True)
@@ -33,20 +40,26 @@ class Scales:
 @dataclass(frozen=True)
 class Reconstruction:
     """Reconstruction error over the media's variance, plus COMMITMENT times the squared distance of latents to codes
-    over the latents' variance, a mean over the books; and that distance once more where gradients move codes."""
+    over the latents' variance, a mean over the books; and that distance once more where gradients move codes.
+
+    entropy: weight of what latents are undecided about codes (entropy.py), a mean over the books, too."""
 
     scales: Scales
     kind: Loss
     moves_codes: bool
+    entropy: float
 
     def __call__(self, shown: Tensor, media: Tensor, seen: Sequence[Seen]) -> dict[str, Tensor]:
         """The terms by name, scalars; their sum is what is minimised."""
         terms = {"reconstruction": self.error(shown, media)}
-        for scale, (latents, _, quantised) in zip(self.scales.latents, seen, strict=True):
+        for scale, (latents, _, quantised, book) in zip(self.scales.latents, seen, strict=True):
             unit_of_loss = scale * len(seen)
             _add(terms, "commitment", COMMITMENT * functional.mse_loss(latents, quantised.detach()) / unit_of_loss)
             if self.moves_codes:
                 _add(terms, "codebook", functional.mse_loss(quantised, latents.detach()) / unit_of_loss)
+            if self.entropy:
+                found = indecision(latents.movedim(1, -1).flatten(0, -2), book.vectors, book.lookup)
+                _add(terms, "entropy", self.entropy * found / len(seen))
         return terms
 
     def error(self, shown: Tensor, media: Tensor) -> Tensor:

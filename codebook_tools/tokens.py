@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import starmap
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from codebook_tools import processes
 from codebook_tools.assignment import squared_errors
+from codebook_tools.items import Item
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.sampling import SAMPLE_LIMIT, Sample, Sampler
@@ -38,18 +40,12 @@ def tokenise(model: Model, images: Media, *, seed: int, batch: int, watch: Watch
     samplers = [Sampler(seed, SAMPLE_LIMIT) for _ in books]
     for sampler in samplers:
         sampler.add([], 0, torch.empty(0, dtype=torch.int64))  # a part may have no batch
-    done, parts = 0, images.part[1]
-    for items, media in images.batches(batch):
-        with torch.no_grad():
-            seen = model.pass_through(media)
-        for i, (latents, codes) in enumerate(zip(seen.latents, seen.codes, strict=True)):
-            flat = codes.flatten()
-            rows = latents.movedim(1, -1).flatten(0, -2)
-            counts[i] += torch.bincount(flat, minlength=books[i].size).cpu()
-            errors[i] += squared_errors(rows, books[i], flat).double().sum().cpu()
-            samplers[i].add(items, len(flat) // len(items), flat)
-        done += len(items) * parts
-        watch.progress("tokens", min(done, len(images)), len(images))
+    parts = images.part[1]
+    for items, seen in _batches(model, images, batch, watch):
+        for i, (rows, codes) in enumerate(seen):
+            counts[i] += torch.bincount(codes, minlength=books[i].size).cpu()
+            errors[i] += squared_errors(rows, books[i], codes).double().sum().cpu()
+            samplers[i].add(items, len(codes) // len(items), codes)
     if parts > 1:
         counts, errors = [processes.summed(of) for of in counts], processes.summed(errors)
     samples = [sampler.columns(parts)[0] for sampler in samplers]
@@ -66,16 +62,24 @@ def counted(
     for sampler, (_, codebook, _) in zip(samplers, books, strict=True):
         sampler.add([], 0, torch.empty(0, codebook.dim))
     total, parts = Sums(0, 0, Fraction(0), None, tuple(starmap(no_sums, books))), images.part[1]
-    for items, media in images.batches(batch):
-        with torch.no_grad():
-            seen = model.pass_through(media)
-        found = list(zip(books, map(rows_of, seen.latents), map(torch.flatten, seen.codes), strict=True))
-        for sampler, (_, rows, _) in zip(samplers, found, strict=True):
+    for items, seen in _batches(model, images, batch, watch):
+        for sampler, (rows, _) in zip(samplers, seen, strict=True):
             sampler.add(items, len(rows) // len(items), rows)
-        total += Sums(
-            len(items), 0, Fraction(0), None, tuple(book_sums(*book, rows, codes) for book, rows, codes in found)
-        )
-        watch.progress("tokens", min(parts * total.images, len(images)), len(images))
+        of_books = tuple(book_sums(*book, rows, codes) for book, (rows, codes) in zip(books, seen, strict=True))
+        total += Sums(len(items), 0, Fraction(0), None, of_books)
     if parts > 1:
         total = total.unpacked(*map(processes.summed, total.packed()))
     return total, tuple(sampler.sample(parts) for sampler in samplers)
+
+
+def _batches(
+    model: Model, images: Media, batch: int, watch: Watch
+) -> Iterator[tuple[Sequence[Item], list[tuple[Tensor, Tensor]]]]:
+    """Items that were seen, and of each book their latents (n, dim) and codes (n,)."""
+    done = 0
+    for items, media in images.batches(batch):
+        with torch.no_grad():
+            seen = model.pass_through(media)
+        yield items, list(zip(map(rows_of, seen.latents), map(torch.flatten, seen.codes), strict=True))
+        done += len(items) * images.part[1]
+        watch.progress("tokens", min(done, len(images)), len(images))

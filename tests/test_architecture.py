@@ -25,7 +25,10 @@ FLOORS = (
     ("errors", "watch", "version", "demo", "threads"),
     ("codebook", "processes", "sources", "items", "pictures"),
     ("assignment", "metrics", "splits", "media", "sampling"),
-    ("seeding", "cells", "swaps", "kmeans", "images", "sounds", "latents", "sums", "index_maps", "filling"),
+    (
+        *("seeding", "cells", "swaps", "kmeans", "entropy"),
+        *("images", "sounds", "latents", "sums", "index_maps", "filling"),
+    ),
     ("strategies", "checkpoints", "survey"),
     ("networks",),
     ("models",),

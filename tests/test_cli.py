@@ -134,7 +134,7 @@ def test_settings_say_what_was_asked_and_found_out(
         "k": 5, "init": "used", "iterations": 7, "exact": False, "seed": 3, "steps": 2, "train": "decoder",
         "codebook_update": "gradient", "loss": "l1", "lr": 0.002, "batch_size": 9, "data": [str(images_folder)],
         "accumulate": 1, "clip": None, "weight_ema": None, "patience": None, "min_usage": 0.0,
-        "perceptual": None, "adversarial": False, "distill": 0.0,
+        "perceptual": None, "adversarial": False, "distill": 0.0, "entropy": 0.0,
         "test_data": [str(held_out_folder)], "images": {"train": 54, "validation": 6, "test": 12},
         "input_range": [-1.0, 1.0], "device": "cpu",
         "precision": "fp32", "metric": "euclidean", "limit": None, "size": None, "skip_bad": False, "network": None,

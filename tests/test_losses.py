@@ -23,7 +23,7 @@ from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.distill import Original
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe
-from codebook_tools.losses import Reconstruction, Scales
+from codebook_tools.losses import Reconstruction, Scales, Seen
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.trainable import set_trainable
@@ -37,11 +37,11 @@ from codebook_tools.watch import Watch
 
 Run = Callable[..., Outcome]
 WriteModel = Callable[..., Path]
-PLAIN = Reconstruction(Scales(pixels=0.25, latents=()), "l1", moves_codes=False)
+PLAIN = Reconstruction(Scales(pixels=0.25, latents=()), "l1", moves_codes=False, entropy=0.0)
 MEDIA = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-NOTHING_SEEN = (torch.zeros(1, 4, 1, 1),) * 3
+EMPTY = torch.zeros(1, 4, 1, 1)
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_the_discriminator_is_heard_when_it_has_learnt_for_a_quarter_of_the_run(
     heard = list[bool]()
     for _ in range(5):
         shown = model.run(MEDIA, lambda stage, latents: latents)
-        terms = ours(shown, MEDIA, [NOTHING_SEEN])
+        terms = ours(shown, MEDIA, [Seen(EMPTY, EMPTY, EMPTY, model.books[0])])
         assert terms.pop("commitment") == 0 and terms.keys() == {"reconstruction", "adversarial"}
         heard.append(bool(terms["adversarial"] != 0))
         if heard[-1]:
@@ -210,6 +210,7 @@ def test_a_run_goes_on_with_the_discriminator_that_it_had(tiny: Path, images: Im
     [
         ({"distill": -1.0}, "distill=-1.0 is no weight"),
         ({"distill": float("nan")}, "distill=nan is no weight"),
+        ({"entropy": -0.1}, "entropy=-0.1 is no weight; try --entropy 0.1"),
         ({"adversarial": True, "train": "none"}, "adversarial with train=none"),
     ],
 )

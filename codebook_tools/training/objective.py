@@ -8,6 +8,8 @@ from typing import Protocol
 from torch import Tensor
 
 from codebook_tools import processes
+from codebook_tools.codebook import Lookup
+from codebook_tools.errors import CodebookError
 from codebook_tools.losses import Reconstruction, Seen, scales_of
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
@@ -35,7 +37,9 @@ class Objective(Protocol):
 def objective_of(model: Model, train: Media, recipe: Recipe, pixels: Tensor, seed: int) -> Objective:
     """The one of a recipe, in the units of the model and the data as they are before the first step. pixels: (1, ...),
     an item of the data. Raises CodebookError where a term has nothing to go by."""
+    if recipe.entropy and any(book.lookup is Lookup.DOT for book in model.books):
+        raise CodebookError("--entropy goes by distances to codes, and here inner products choose them; leave it out")
     scales = processes.of_first(scales_of(model, train))
-    plain = Reconstruction(scales, recipe.loss, recipe.codebook_update == "gradient")
+    plain = Reconstruction(scales, recipe.loss, recipe.codebook_update == "gradient", recipe.entropy)
     asked = recipe.perceptual or recipe.adversarial or recipe.distill
     return several(plain, model, recipe, pixels, seed) if asked else plain

@@ -20,7 +20,8 @@ class Recipe:
     of the reconstruction.
 
     perceptual: a file of VGG16's weights, or "auto"; None for no LPIPS. adversarial: a discriminator trains along.
-    distill: weight of the distance to what the original model reconstructs.
+    distill: weight of the distance to what the original model reconstructs. entropy: of how undecided latents are
+    about codes, and how unevenly they choose.
 
     accumulate: batches to a step. clip: the most that the norm of all gradients may be. weight_ema: decay of a moving
     average of all that gradients move; it is then what is validated and kept. patience: looks without a lower
@@ -36,6 +37,7 @@ class Recipe:
     perceptual: str | None = None
     adversarial: bool = False
     distill: float = 0.0
+    entropy: float = 0.0
     accumulate: int = 1
     clip: float | None = None
     weight_ema: float | None = None
@@ -54,8 +56,10 @@ class Recipe:
                 raise CodebookError(f"{name}={value} is below {least}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise CodebookError(f"lr={self.lr} is no learning rate; try --lr 0.001")
-        if not (self.distill >= 0 and math.isfinite(self.distill)):
-            raise CodebookError(f"distill={self.distill} is no weight; try --distill 1")
+        for name, such_as in (("distill", "1"), ("entropy", "0.1")):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise CodebookError(f"{name}={value} is no weight; try --{name} {such_as}")
         if self.adversarial and self.train == "none":
             raise CodebookError("adversarial with train=none: no decoder is there to learn from it; leave one out")
         if self.clip is not None and not (self.clip > 0 and math.isfinite(self.clip)):

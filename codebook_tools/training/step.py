@@ -98,7 +98,7 @@ class Training:
 
         def through(stage: int, latents: Tensor) -> Tensor:
             codes, quantised = self.quantisers[stage](latents)
-            seen.append((latents, codes, quantised))
+            seen.append(Seen(latents, codes, quantised, self.model.books[stage]))
             return straight_through(latents, quantised)
 
         terms = self.objective(self._run(media, through), media, seen)
@@ -107,8 +107,8 @@ class Training:
             # Processes average their gradients: each weighs as much of the batch as it is.
             torch.autograd.backward(reduce(torch.add, terms.values()) * (weight * processes.count()))
         own = len(media) if share else 0
-        for of_book, (latents, codes, _) in zip(self._seen, seen, strict=True):
-            of_book.append((latents.detach()[:own], codes[:own]))
+        for of_book, its in zip(self._seen, seen, strict=True):
+            of_book.append((its.latents.detach()[:own], its.codes[:own]))
         return {name: term.detach() * weight for name, term in terms.items()}
 
     def move(self, step: int) -> None:

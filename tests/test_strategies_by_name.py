@@ -1,0 +1,195 @@
+"""Strategies by name, with their settings as text: ours, and those that other distributions add."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from codebook_tools.codebook import REMOVED, Codebook
+from codebook_tools.errors import CodebookError
+from codebook_tools.latents import StoredLatents
+from codebook_tools.strategies import STRATEGIES, Prune, Refit, find_strategy, make_strategy
+
+NUMBERED = Codebook(torch.arange(5.0)[:, None] + torch.tensor([0.0, 0.5]))
+NO_LATENTS = StoredLatents(torch.zeros(0, 2))
+
+# --- by name -------------------------------------------------------------------------------------------------------
+
+
+def test_strategies_are_found_by_name() -> None:
+    assert {name: find_strategy(name) for name in STRATEGIES} == STRATEGIES
+
+
+def test_an_unknown_name_lists_those_there_are() -> None:
+    with pytest.raises(CodebookError, match=r"no strategy 'refitt'; there are .*prune.*, refit"):
+        find_strategy("refitt")
+
+
+def test_settings_are_json_or_else_text() -> None:
+    assert make_strategy("prune", ["threshold=3"]) == Prune(threshold=3)
+    assert make_strategy("prune", ["keep=null", "threshold=0"]) == Prune()
+    assert make_strategy("refit", ["k=8", "init=afkmc2"]) == Refit(8, "afkmc2")
+    assert make_strategy("refit", ["k=8", 'init="afkmc2"']) == Refit(8, "afkmc2")
+    assert make_strategy("prune", []) == Prune()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("prune", ["threshold"], "--set threshold: expected FIELD=VALUE"),
+        ("prune", ["no_such=1"], "strategy prune cannot be made from .*no_such"),
+        ("refit", [], "strategy refit cannot be made from .*'k'"),
+        ("prune", ["threshold=many"], "strategy prune cannot be made"),
+        ("prune", ["threshold=-1"], "threshold=-1 is below 0"),
+        ("prune-more", [], "no strategy 'prune-more'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_the_users_error(name: str, settings: list[str], message: str) -> None:
+    with pytest.raises(CodebookError, match=message):
+        make_strategy(name, settings)
+
+
+# --- those that other distributions add ----------------------------------------------------------------------------
+
+EVERY_NTH = '''
+"""A strategy as a third party would write it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from codebook_tools.codebook import REMOVED, Surgery
+
+
+@dataclass(frozen=True)
+class EveryNth:
+    """Keeps every step-th code."""
+
+    step: int = 2
+
+    def __call__(self, codebook, latents, counts):
+        kept = torch.arange(0, codebook.size, self.step)
+        index_map = torch.full((codebook.size,), REMOVED)
+        index_map[kept] = torch.arange(len(kept))
+        return Surgery(replace(codebook, vectors=codebook.vectors[kept].clone()), index_map)
+'''
+
+ENTRY_POINTS = """[codebook_tools.strategies]
+every-nth = every_nth_strategy:EveryNth
+not-there = every_nth_strategy:NoSuchClass
+no-module = no_such_module_anywhere:Strategy
+prune = every_nth_strategy:EveryNth
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder with a tiny distribution, as an installer would leave it in site-packages."""
+    folder = tmp_path / "site"
+    information = folder / "every_nth-1.0.dist-info"
+    information.mkdir(parents=True)
+    (folder / "every_nth_strategy.py").write_text(EVERY_NTH)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: every-nth\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text(ENTRY_POINTS)
+    return folder
+
+
+@pytest.fixture
+def importable(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, on this process's path."""
+    monkeypatch.syspath_prepend(str(installed))
+    monkeypatch.delitem(sys.modules, "every_nth_strategy", raising=False)
+    return installed
+
+
+def test_an_added_strategy_is_found_and_made_by_its_entry_point(importable: Path) -> None:
+    strategy: Any = make_strategy("every-nth", ["step=3"])
+    assert type(strategy).__name__ == "EveryNth" and type(strategy) is find_strategy("every-nth")
+    found = strategy(NUMBERED, NO_LATENTS, torch.ones(5, dtype=torch.int64))
+    assert found.codebook.vectors.tolist() == [[0.0, 0.5], [3.0, 3.5]]
+    assert found.index_map.tolist() == [0, REMOVED, REMOVED, 1, REMOVED]
+
+
+def test_an_added_strategy_is_not_there_once_its_distribution_is_gone() -> None:
+    with pytest.raises(CodebookError, match="no strategy 'every-nth'"):
+        find_strategy("every-nth")
+
+
+def test_an_added_strategy_is_listed_among_those_there_are(importable: Path) -> None:
+    with pytest.raises(CodebookError, match=r"there are every-nth, grow, .*no-module, not-there, prune,.* refit"):
+        find_strategy("other")
+
+
+def test_an_added_strategy_cannot_take_the_name_of_ours(importable: Path) -> None:
+    assert find_strategy("prune") is Prune
+
+
+@pytest.mark.parametrize("name", ["not-there", "no-module"])
+def test_an_added_strategy_that_does_not_load_says_so_and_spoils_no_other(name: str, importable: Path) -> None:
+    with pytest.raises(CodebookError, match=f"strategy {name}, installed as .*, does not load"):
+        find_strategy(name)
+    assert find_strategy("every-nth").__name__ == "EveryNth"
+
+
+def test_settings_that_an_added_strategy_does_not_take_are_the_users_error(importable: Path) -> None:
+    with pytest.raises(CodebookError, match=r"strategy every-nth cannot be made from .*stride"):
+        make_strategy("every-nth", ["stride=3"])
+
+
+def test_an_added_strategy_runs_as_a_command_on_a_users_model(
+    importable: Path, codebook: Callable[..., Any], tiny: Path, images_folder: Path
+) -> None:
+    done = codebook("every-nth", tiny, "--set", "step=3", "--data", images_folder, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert done.json["command"] == "every-nth" and done.json["settings"]["step"] == 3
+    assert done.json["stages"]["surgery"]["codebooks"][0]["size"] == 6
+    old, new = load_file(tiny), load_file(done.json["outputs"]["model"])
+    key = "_vq_vae._embedding.weight"
+    assert torch.equal(new[key], old[key][::3])
+    assert all(torch.equal(new[name], old[name]) for name in old if name != key)
+
+
+def in_a_new_process(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "codebook_tools", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_an_added_strategy_has_a_command_of_its_own_with_help(installed: Path, tmp_path: Path) -> None:
+    one = in_a_new_process(installed, tmp_path, "every-nth", "--help")
+    assert one.returncode == 0, one.stderr
+    assert "every-nth [OPTIONS] [MODEL]" in one.stdout and "--set" in one.stdout and "--steps" in one.stdout
+    (installed / "every_nth_strategy.py").write_text("raise ImportError")  # the list must not import any of them
+    listed = in_a_new_process(installed, tmp_path, "--help")
+    assert listed.returncode == 0, listed.stderr
+    assert "every-nth" in listed.stdout and "The strategy every-nth" in listed.stdout
+
+
+@pytest.mark.slow
+def test_an_added_strategy_runs_on_the_bundled_demo(installed: Path, tmp_path: Path) -> None:
+    arguments = ("every-nth", "--set", "step=4", "--steps", "0", "--limit", "60", "--json")
+    done = in_a_new_process(installed, tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["kept"] == "surgery" and result["settings"]["step"] == 4
+    assert [stage["codebooks"][0]["size"] for stage in result["stages"].values() if stage] == [512, 128]
+    written = load_file(tmp_path / "demo.every-nth-k128.safetensors")
+    assert written["_vq_vae._embedding.weight"].shape[0] == 128
+    maps = load_file(tmp_path / "demo.every-nth-k128.index_map.safetensors")
+    expected = [code // 4 if code % 4 == 0 else REMOVED for code in range(512)]
+    assert maps["_vq_vae._embedding.weight/index_map"].tolist() == expected
