@@ -237,6 +237,25 @@ def grow(
     operate_on("grow", model, strategy, {**given, "stats": stats, "latents": latents})
 
 
+@app.command(epilog="Example: codebook condense model.safetensors --k 128 --data images/")
+@takes(TrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
+def condense(
+    given: dict[str, Any],
+    k: Annotated[int, typer.Option("--k", metavar="K", help="Codes of the new codebook.")],
+    model: ModelArgument = None,
+    stats: StatsOption = None,
+    latents: LatentsOption = None,
+) -> None:
+    """Fine-tune with up to four times as many codes, and merge them into K on the way."""
+
+    def strategy(watch: Watch) -> Strategy:
+        from codebook_tools.strategies import Condense
+
+        return Condense(k=k, seed=given["seed"])
+
+    operate_on("condense", model, strategy, {**given, "stats": stats, "latents": latents})
+
+
 @app.command(epilog="Example: codebook compare model.safetensors --k 128 --data images/ --seeds 3")
 @takes(TrainOptions, DataOptions, ModelOptions, FolderOptions, LongRunOptions)
 def compare(

@@ -60,15 +60,19 @@ class Surgery:
 
     index_map: (old_size,) int64, the new code where the old one kept its identity or was merged, else REMOVED.
     bits: that an entry needs, where the rows were rounded to a grid; None: as many as its stored dtype has.
+    first: a larger codebook, and what became of the old codes in it, for a fine-tuning to begin with: it merges them
+    into as many as `codebook` has on the way.
     """
 
     codebook: Codebook
     index_map: Tensor
     bits: int | None = None
+    first: Surgery | None = None
 
     def __post_init__(self) -> None:
         import torch
 
+        assert self.first is None or self.first.codebook.size > self.codebook.size
         assert self.index_map.ndim == 1 and self.index_map.dtype == torch.int64
         assert bool(((self.index_map >= REMOVED) & (self.index_map < self.codebook.size)).all())
 

@@ -63,6 +63,7 @@ ENTRIES = {
     "prune": Entry("prune"),
     "refit": Entry("refit"),
     "grow": Entry("grow"),
+    "condense": Entry("condense"),
     "quantize": Entry("quantize"),
     "quantize+pnn": Entry("quantize", {"method": "pnn"}),
     "restart": Entry("restart"),

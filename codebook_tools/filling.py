@@ -27,7 +27,8 @@ def filled(surgery: Surgery, old: Codebook, counts: Tensor, size: int) -> Surger
         stays[(~stays & (counts == 0)).nonzero()[:missing, 0]] = True
         own, index_map = old.vectors[stays], torch.where(stays, stays.cumsum(0) - 1, REMOVED)
     vectors = torch.cat([own, own[:1].expand(size - len(own), -1)])
-    return Surgery(replace(surgery.codebook, vectors=vectors), index_map, surgery.bits)
+    first = surgery.first if surgery.first and surgery.first.codebook.size > size else None
+    return Surgery(replace(surgery.codebook, vectors=vectors), index_map, surgery.bits, first)
 
 
 def common_sizes(before: Sequence[int], after: Sequence[int], powers_of_two: bool) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
+from codebook_tools.quantiser import More
 from codebook_tools.training.course import Course
 from codebook_tools.training.readings import SUM, Readings
 from codebook_tools.training.recipe import Recipe
@@ -35,15 +36,17 @@ def finetune(
     watch: Watch,
     saving: Saving | None = None,
     log_dir: Path | None = None,
+    more: Mapping[int, More] | None = None,
 ) -> FineTuned:
     """Train `model` in place, and leave it in the state with the lowest validation error after at least one step.
 
     counts: (size,) int64 or float of each book, assignments per code over the calibration data, where the EMA starts.
-    saving: where the run is kept at each look, and goes on from if it was interrupted. log_dir: for TensorBoard.
+    saving: where the run is kept at each look, and goes on from if it was interrupted. log_dir: for TensorBoard. more:
+    codes that some books begin with, by index, and merge into as many as they have on the way.
     Only the chosen books move. The loss is that of losses.py. Gradients pass the quantisers straight through (Bengio,
     Leonard and Courville 2013). Several processes do together what one does alone: a batch is split among them.
     """
-    training = Training(model, train, recipe, counts, seed)
+    training = Training(model, train, recipe, counts, seed, more or {})
     course = Course(training, validation, saving)
     with scalars_into(log_dir, after=course.last.step) as log:
         diverged = _train(training, course, watch, log)
@@ -52,7 +55,9 @@ def finetune(
     if course.best is None:
         if saving:
             saving.remove()
-        raise CodebookError(f"fine-tuning diverged at step {diverged}: its numbers are not finite; try a lower --lr")
+        raise CodebookError(
+            course.stopped or f"fine-tuning diverged at step {diverged}: its numbers are not finite; try a lower --lr"
+        )
     return FineTuned(
         start=course.start,
         best=course.best,
@@ -63,6 +68,7 @@ def finetune(
         stopped=course.stopped,
         collapsed=course.collapsed,
         settled_from=recipe.settled_from,
+        merged=training.merged,
     )
 
 
@@ -72,6 +78,7 @@ def _train(training: Training, course: Course, watch: Watch, log: Scalars) -> in
     looks, step = looks_at(steps), course.last.step
     if not step:
         log(step, figures_of(course.last, course.codes))
+        training.widen()
     while step < steps and not course.stopped:
         step += 1
         readings.add(training.gradients())

@@ -3,33 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from codebook_tools import processes
 from codebook_tools.assignment import unit
-from codebook_tools.codebook import Emit
+from codebook_tools.codebook import REMOVED, Emit
 from codebook_tools.models.model import Book, Model
+from codebook_tools.strategies.pnn import merge_pairs
 
 DECAY = 0.95  # of the EMA codebook: shorter than usual (0.99), for latents move fast at this learning rate
 REVIVE_EVERY = 10
 DEAD_BELOW = 0.03  # of the mean hits of a code: fewer, and it is dead
 
 
+@dataclass(frozen=True, eq=False)
+class More:
+    """Codes that a book begins a fine-tuning with, to be merged on the way. vectors: (n, dim), counts: (n,), their
+    assignments over the calibration data."""
+
+    vectors: Tensor
+    counts: Tensor
+
+
 class Quantiser:
     """Nearest codes of one book in training, and their own movement: an exponential moving average, with revival.
 
     counts: (size,) int64 or float, assignments per code over the calibration data, where the average starts. moves:
-    whether it moves the codes, or only counts. random: what revivals draw from, the same on every process.
+    whether it moves the codes, or only counts. random: what revivals draw from, the same on every process. merged: (n,)
+    int64, of the more codes that there were at first, those that each is part of; REMOVED where it had been revived.
     """
 
     def __init__(self, model: Model, stage: int, counts: Tensor, moves: bool, random: torch.Generator) -> None:
         self.model, self.stage, self.moves, self.random = model, stage, moves, random
+        self.merged: Tensor | None = None
+        self._begin(counts)
+
+    def _begin(self, counts: Tensor) -> None:
         self.revived = torch.zeros(len(counts), dtype=torch.bool)
         shares = counts.float() / counts.sum().clamp(min=1)
-        self.shares = shares.to(model.device)  # of a batch's tokens, so that batch size does not matter
+        self.shares = shares.to(self.model.device)  # of a batch's tokens, so that batch size does not matter
         self.sums = self.book.vectors.detach() * self.shares[:, None]
+
+    def widen(self, more: More) -> None:
+        """Go on with more codes, in place of those there are."""
+        self.book.vectors = more.vectors.to(self.model.device).clone()
+        self._begin(more.counts)
+
+    def merge(self, size: int) -> None:
+        """Merge pairs of codes, those that cost least (pnn.py) by the average of their use, until `size` are left."""
+        weights = self.shares.double().clamp(min=1e-9 / len(self.shares))  # pairs of dead ones must have a mean, too
+        _, found = merge_pairs(self.book.vectors.double().cpu().numpy(), weights.cpu().numpy(), size)
+        labels = processes.of_first(torch.from_numpy(found))
+        self.merged = labels.masked_fill(self.revived, REMOVED)
+        self.revived = torch.zeros(size, dtype=torch.bool)
+        at, shares = labels.to(weights.device), weights.float()
+        sums = (self.book.vectors * shares[:, None]).new_zeros(size, self.book.vectors.shape[1])
+        self.sums = sums.index_add_(0, at, self.book.vectors * shares[:, None])
+        self.shares = shares.new_zeros(size).index_add_(0, at, shares)
+        self.book.vectors = self.sums / self.shares[:, None]
 
     @property
     def book(self) -> Book:
@@ -47,12 +81,13 @@ class Quantiser:
 
     def state(self) -> dict[str, Tensor]:
         """All that `update` changes, but for the codes, which are the model's, and for what revivals draw from."""
-        return {"shares": self.shares, "sums": self.sums, "revived": self.revived}
+        merged = {} if self.merged is None else {"merged": self.merged}
+        return {"shares": self.shares, "sums": self.sums, "revived": self.revived, **merged}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave."""
         self.shares, self.sums = (state[name].to(self.model.device) for name in ("shares", "sums"))
-        self.revived = state["revived"]
+        self.revived, self.merged = state["revived"], state.get("merged")
 
     def update(self, latents: Tensor, codes: Tensor, revive: bool) -> None:
         """Move the codes after a step: latents (n, dim, *grid), their codes (n, *grid) at its beginning; of several

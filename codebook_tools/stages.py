@@ -22,6 +22,7 @@ from codebook_tools.latents import EncodedLatents
 from codebook_tools.measure import Measurement, collect, measurement_of
 from codebook_tools.models.model import Book
 from codebook_tools.opening import Opened
+from codebook_tools.quantiser import More
 from codebook_tools.strategies import on_device
 from codebook_tools.sums import Sums
 from codebook_tools.survey import Survey, survey
@@ -200,12 +201,16 @@ def run_stages(
     warnings = list[str]()
     if recipe.steps:
         counts = [tokens.counts for tokens in current_tokens(opened, seen, bool(surgeries), watch)]
+        more, first = _more(opened, surgeries, recipe, seen, watch), index_maps
+        if more:
+            first = {stage: (surgeries[stage].first or surgeries[stage]).index_map for stage in index_maps}
         splits = opened.splits
         train, validation = (opened.calibration.subset(items) for items in (splits.train, splits.validation))
         with watch.phase("finetune"):
             tuned = finetune(
-                model, train, validation, recipe, counts, seed=seed, watch=watch, saving=saving, log_dir=log_dir
-            )
+                model, train, validation, recipe, counts,
+                seed=seed, watch=watch, saving=saving, log_dir=log_dir, more=more,
+            )  # fmt: skip
         model.round_to_stored()
         if tuned.diverged:
             warnings.append(f"fine-tuning diverged at step {tuned.diverged}; an earlier state was taken")
@@ -215,7 +220,9 @@ def run_stages(
         if tuned.gained:
             kept = "finetuned"
             warnings += _collapse(after, finetuned)
-            for stage, index_map in index_maps.items():
+            for stage, index_map in first.items():
+                if stage in tuned.merged:
+                    index_map = torch.where(index_map == REMOVED, REMOVED, tuned.merged[stage][index_map])
                 gone = torch.isin(index_map, tuned.best.revived[stage].nonzero()[:, 0])
                 index_maps[stage] = index_map.masked_fill(gone, REMOVED)
         else:
@@ -225,6 +232,22 @@ def run_stages(
             why = "lost codes" if tuned.collapsed else f"did not lower the validation error below that of {stage_kept}"
             warnings.append(f"fine-tuning {why}: {stage_kept} is kept")
     return Stages(after, finetuned, kept, index_maps, tuned, tuple(warnings))
+
+
+def _more(
+    opened: Opened, surgeries: Mapping[int, Surgery], recipe: Recipe, seen: Calibration, watch: Watch
+) -> dict[int, More]:
+    """The codes that a fine-tuning is to begin with where they are more, and how often each is used."""
+    first = {stage: surgery.first for stage, surgery in surgeries.items() if surgery.first}
+    if not first or recipe.codebook_update != "ema":
+        return {}
+    model, books = opened.model, opened.model.books
+    for stage, surgery in first.items():
+        model.install(surgery.codebook, stage)
+    counts = [tokens.counts for tokens in current_tokens(opened, seen, True, watch)]
+    found = {stage: More(model.books[stage].vectors, counts[stage]) for stage in first}
+    model.books = books
+    return found
 
 
 def _collapse(after: Measurement | None, finetuned: Measurement) -> list[str]:

@@ -12,6 +12,7 @@ from sources_of_images import Images
 
 from codebook_tools.finetune import FineTuned, Recipe, finetune
 from codebook_tools.models.model import Model
+from codebook_tools.quantiser import More
 from codebook_tools.training.saving import Saving
 from codebook_tools.watch import Watch
 
@@ -25,6 +26,7 @@ def tune(
     saving: Saving | None = None,
     watch: Watch | None = None,
     log_dir: Path | None = None,
+    more: Mapping[int, More] | None = None,
     **recipe: Any,
 ) -> FineTuned:
     recipe.setdefault("batch_size", len(images))
@@ -38,6 +40,7 @@ def tune(
         watch=watch or Watch(),
         saving=saving,
         log_dir=log_dir,
+        more=more,
     )
 
 

@@ -37,8 +37,8 @@ USE = {
 }  # fmt: skip
 POINT = {"step", "loss", "validation_mse", "used", "perplexity", "distortion", "revived", "validation_loss"}
 COMMANDS = [
-    "inspect", "measure", "refit", "prune", "quantize", "restart", "grow", "finetune", "compare", "diagnose",
-    "verify",
+    "inspect", "measure", "refit", "prune", "quantize", "restart", "grow", "condense", "finetune", "compare",
+    "diagnose", "verify",
 ]  # fmt: skip
 SECONDS = {"load", "encode", "strategy", "finetune", "measure", "write", "total"}
 

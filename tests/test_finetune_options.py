@@ -135,11 +135,11 @@ def traced(*points: tuple[int, float, int]) -> list[TracePoint]:
 )
 def test_patience_ends_after_so_many_looks_without_a_gain(errors: list[float], stops: bool) -> None:
     trace = traced(*((step, error, 4) for step, error in enumerate(errors)))
-    said = reason_to_stop(Recipe(steps=9, patience=2), trace, 4)
+    said = reason_to_stop(Recipe(steps=9, patience=2), trace, 4, 0)
     assert (said is not None) == stops
     assert said is None or said.endswith(f"stopped at step {len(errors) - 1}: --patience 2 looks without a gain")
-    assert reason_to_stop(Recipe(steps=len(errors) - 1, patience=2), trace, 4) is None  # it has ended anyway
-    assert reason_to_stop(Recipe(steps=9), trace, 4) is None
+    assert reason_to_stop(Recipe(steps=len(errors) - 1, patience=2), trace, 4, 0) is None  # it has ended anyway
+    assert reason_to_stop(Recipe(steps=9), trace, 4, 0) is None
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_patience_ends_after_so_many_looks_without_a_gain(errors: list[float], s
 )
 def test_the_guard_stops_where_usage_falls_under_its_share(used: list[int], stops: bool) -> None:
     trace = traced(*((step, 1.0 - step / 10, codes) for step, codes in enumerate(used)))
-    assert (reason_to_stop(Recipe(min_usage=0.5), trace, 8) is not None) == stops
-    assert reason_to_stop(Recipe(), trace, 8) is None
+    assert (reason_to_stop(Recipe(min_usage=0.5), trace, 8, 0) is not None) == stops
+    assert reason_to_stop(Recipe(), trace, 8, 0) is None
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_the_guard_stops_where_usage_falls_under_its_share(used: list[int], stop
     ],
 )
 def test_the_guard_names_the_levers_that_are_left(recipe: dict[str, Any], levers: str) -> None:
-    said = reason_to_stop(Recipe(min_usage=0.5, **recipe), traced((0, 1.0, 8), (10, 1.0, 3)), 8)
+    said = reason_to_stop(Recipe(min_usage=0.5, **recipe), traced((0, 1.0, 8), (10, 1.0, 3)), 8, 0)
     assert said == (
         "at step 10 only 3 of 8 codes were in use, fewer than --min-usage 0.5 asks for: the fine-tuning was stopped; "
         f"try {levers}"

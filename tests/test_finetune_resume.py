@@ -25,6 +25,7 @@ from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
 from codebook_tools.operate import Result, operate
+from codebook_tools.quantiser import More
 from codebook_tools.splits import split
 from codebook_tools.strategies import Prune, Refit
 from codebook_tools.training.saving import Saving
@@ -52,6 +53,7 @@ def everything(model: Model, found: FineTuned) -> list[Any]:
         {"train": "decoder", "loss": "l1"},
         {"train": "none"},
         {"train": "decoder", "codebook_update": "frozen", "weight_ema": 0.5},
+        {"more": True},
     ],
     ids=lambda recipe: " ".join(f"{name}={value}" for name, value in recipe.items()) or "defaults",
 )
@@ -63,6 +65,9 @@ def test_a_run_that_was_broken_off_twice_ends_in_the_bytes_of_an_unbroken_one(
     train, validation = images.subset(items.train), images.subset(items.validation)
     settings = {"steps": 25, "batch_size": 8, "lr": 0.01} | recipe
     unbroken = load_model(read_checkpoint(tiny))
+    if "more" in recipe:  # they are merged at step 15, between the two breaks
+        rows = torch.cat(list(unbroken.latents(train, 8)))
+        settings["more"] = {0: More(rows[:20].repeat(2, 1), torch.tensor([1, 0]).repeat_interleave(20))}
     whole = everything(unbroken, tune(unbroken, train, COUNTS, validation, **settings))
     assert whole[1][-1].revived > 0 or recipe.get("codebook_update", "ema") != "ema"
     saving = Saving(tmp_path / "x.training.safetensors", {"data": "these"})

@@ -152,7 +152,7 @@ def test_states_from_before_it_is_heard_give_way(model: Model, images: Images) -
     """However low their error was; the one at step 0, too."""
     train, validation = images.subset(images.items[:50]), images.subset(images.items[50:])
     recipe = Recipe(steps=8, adversarial=True, batch_size=8)
-    training = Training(model, train, recipe, [torch.ones(16)], seed=0)
+    training = Training(model, train, recipe, [torch.ones(16)], seed=0, more={})
     course = Course(training, validation, None)
     errors = iter([0.1, 0.2, 0.5, 0.4, 0.6])
 

@@ -93,6 +93,15 @@ def grown(k: int) -> Callable[[Situation], int | None]:
     return size
 
 
+def condensed(k: int) -> Callable[[Situation], int | None]:
+    """k: merged where more codes are in use, else drawn from what lies off them."""
+
+    def size(situation: Situation) -> int | None:
+        return k if int((situation.counts > 0).sum()) > k else grown(k)(situation)
+
+    return size
+
+
 def places_to_draw(situation: Situation, living: Codebook) -> int:
     """Distinct latents that no code emits, as lookup and output see them."""
     points, codes = situation.latents, emitted(living)
@@ -126,6 +135,7 @@ CASES: dict[str, list[Case]] = {
         for threshold in (0, 2)
     ],
     "grow": [Case({"k": k, "seed": k}, grown(k)) for k in (9, 12)],
+    "condense": [Case({"k": k, "seed": k}, condensed(k)) for k in (1, 4, 9)],
     "top-k": [Case({"k": k}, up_to_the_codes(k)) for k in (1, 4)],
     "random": [Case({"k": k, "seed": k}, up_to_the_distinct_latents(k)) for k in (1, 5)],
     "kmeans++-seeds": [Case({"k": k, "seed": k}, up_to_the_distinct_latents(k)) for k in (1, 5)],

@@ -16,6 +16,7 @@ import torch
 
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
+from codebook_tools.strategies.condense import Condense
 from codebook_tools.strategies.controls import KmeansSeeds, RandomLatents, TopK
 from codebook_tools.strategies.grow import Grow
 from codebook_tools.strategies.prune import Prune
@@ -28,6 +29,7 @@ ENTRY_POINTS = "codebook_tools.strategies"
 __all__ = [
     "ENTRY_POINTS",
     "STRATEGIES",
+    "Condense",
     "Grow",
     "KmeansSeeds",
     "Prune",
@@ -47,6 +49,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "quantize": Quantize,
     "restart": Restart,
     "grow": Grow,
+    "condense": Condense,
     "top-k": TopK,
     "random": RandomLatents,
     "kmeans++-seeds": KmeansSeeds,

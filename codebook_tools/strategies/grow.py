@@ -29,21 +29,28 @@ class Grow:
             raise CodebookError(f"k={self.k} is below 1; use --k 1 or more")
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
-        kept = (counts > 0).nonzero()[:, 0]
-        if not len(kept):
+        in_use = int((counts > 0).sum())
+        if not in_use:
             raise CodebookError("every code is dead: there is none to grow from; use refit")
-        if len(kept) > self.k:
+        if in_use > self.k:
             raise CodebookError(
-                f"k={self.k} is less than the {len(kept)} codes in use; use --k {len(kept)} or more, or refit"
+                f"k={self.k} is less than the {in_use} codes in use; use --k {in_use} or more, or refit"
             )
-        used = replace(codebook, vectors=codebook.vectors[kept])
-        more = draw_by_error(joined(latents), used, self.k - len(kept), self.seed)
-        most = len(kept) + len(more)
+        found = grown(codebook, latents, counts, self.k, self.seed)
+        most = found.codebook.size
         if most < self.k:
             raise CodebookError(
                 f"k={self.k} asks for more codes than the {most} that the distinct latents allow; "
                 f"use --k {most} or less, or give more data"
             )
-        index_map = torch.full((codebook.size,), REMOVED)
-        index_map[kept] = torch.arange(len(kept))
-        return Surgery(replace(codebook, vectors=torch.cat([used.vectors, more])), index_map)
+        return found
+
+
+def grown(codebook: Codebook, latents: Latents, counts: Tensor, k: int, seed: int) -> Surgery:
+    """The codes in use, and latents up to k codes, or fewer where no more of them differ from codes."""
+    kept = (counts > 0).nonzero()[:, 0]
+    used = replace(codebook, vectors=codebook.vectors[kept])
+    more = draw_by_error(joined(latents), used, k - len(kept), seed)
+    index_map = torch.full((codebook.size,), REMOVED)
+    index_map[kept] = torch.arange(len(kept))
+    return Surgery(replace(codebook, vectors=torch.cat([used.vectors, more])), index_map)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codebook_tools.codebook import REMOVED
 from codebook_tools.measure import measure
 from codebook_tools.media import Media
 from codebook_tools.training.saving import Saving
@@ -15,7 +16,8 @@ from codebook_tools.watch import Watch
 class Course:
     """Begins with a look at step 0, or where an interrupted run was looked at last, with `training` set to that.
 
-    best: the state with the lowest validation error after at least one step, None before. codes: of all codebooks.
+    best: the state with the lowest validation error after at least one step, and with as many codes as there are to be;
+    None before. codes: of all codebooks.
     """
 
     def __init__(self, training: Training, validation: Media, saving: Saving | None) -> None:
@@ -37,9 +39,10 @@ class Course:
             self.trace.append(self._measured(step, loss))
             recipe, best = self.training.recipe, self.best
             fallen = has_fallen(recipe, self.trace, self.codes)
-            if best is None or (is_better(self.last, best, recipe.settled_from) and not fallen):
+            better = best is None or (is_better(self.last, best, recipe.settled_from) and not fallen)
+            if better and step >= self.training.merges_at:
                 self.best = State.of(self.training.model, self.last, self.training.revived)
-        if self.saving and self.best:
+        if self.saving:
             self.saving.write(self.training.state(), self.trace, self.start, self.best)
 
     @property
@@ -49,7 +52,7 @@ class Course:
     @property
     def stopped(self) -> str | None:
         """Why the run is to end here, where it is."""
-        return reason_to_stop(self.training.recipe, self.trace, self.codes)
+        return reason_to_stop(self.training.recipe, self.trace, self.codes, self.training.merges_at)
 
     @property
     def collapsed(self) -> bool:
@@ -59,6 +62,7 @@ class Course:
 
     def _measured(self, step: int, loss: float | None) -> TracePoint:
         found = measure(self.training.model, self.validation, split="validation", structure=False, watch=Watch())
-        revived = sum(int(codes.sum()) for codes in self.training.revived)
+        before = sum(int((codes == REMOVED).sum()) for codes in self.training.merged.values())
+        revived = before + sum(int(codes.sum()) for codes in self.training.revived)
         validation_loss = pictures_loss(self.training.objective, self.training.model, self.validation)
         return TracePoint.of(step, loss, found, revived, validation_loss)

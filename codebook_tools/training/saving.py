@@ -19,11 +19,12 @@ from codebook_tools.training.states import State, TracePoint
 
 @dataclass(frozen=True, eq=False)
 class Unfinished:
-    """A run up to its last look. training: what `Training.load` takes. begun_with: a hash of the state at step 0."""
+    """A run up to its last look. training: what `Training.load` takes. best: None where there is none to be kept yet.
+    begun_with: a hash of the state at step 0."""
 
     training: Tensors
     trace: tuple[TracePoint, ...]
-    best: State
+    best: State | None
     begun_with: str
 
     def check(self, start: State, path: Path) -> None:
@@ -44,14 +45,16 @@ class Saving:
     made_with: Mapping[str, object]
     resume: bool = False
 
-    def write(self, training: Mapping[str, Tensor], trace: Sequence[TracePoint], start: State, best: State) -> None:
+    def write(
+        self, training: Mapping[str, Tensor], trace: Sequence[TracePoint], start: State, best: State | None
+    ) -> None:
         about = {
             "made_with": json.dumps(self.made_with, default=str),
             "trace": json.dumps([asdict(point) for point in trace]),
             "begun_with": maps_sha256(start.tensors()),
-            "best": str(best.step),
+            "best": str(best.step) if best else "none",
         }
-        tensors = joined({"training": training, "best": best.tensors()})
+        tensors = joined({"training": training, "best": best.tensors() if best else {}})
         processes.by_first(lambda: write_tensors(self.path, tensors, about))
 
     def left(self) -> Unfinished | None:
@@ -67,8 +70,8 @@ class Saving:
         self._check(json.loads(about["made_with"]))
         tensors = {name: entry.tensor() for name, entry in weights.entries.items()}
         trace = tuple(TracePoint(**point) for point in json.loads(about["trace"]))
-        point = next(point for point in trace if point.step == int(about["best"]))
-        best = State.of_tensors(point, part(tensors, "best"))
+        at_best = [point for point in trace if str(point.step) == about["best"]]
+        best = State.of_tensors(at_best[0], part(tensors, "best")) if at_best else None
         return Unfinished(part(tensors, "training"), trace, best, about["begun_with"])
 
     def _check(self, theirs: Mapping[str, object]) -> None:

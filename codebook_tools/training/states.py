@@ -15,9 +15,9 @@ from codebook_tools.training.parts import Tensors, by_number, joined, numbered, 
 
 @dataclass(frozen=True)
 class TracePoint:
-    """One look at a run, over all validation images. loss: of the batch, None at step 0. used: codes; revived: those
-    so far; of all codebooks together. perplexity and distortion: the mean over codebooks. validation_loss: of all terms
-    that compare pictures, None where the squared error stands for them."""
+    """One look at a run, over all validation images. loss: of the batch, None at step 0. used: codes, also those that
+    are yet to be merged; revived: those so far; of all codebooks together. perplexity and distortion: the mean over
+    codebooks. validation_loss: of all terms that compare pictures, None where the squared error stands for them."""
 
     step: int
     loss: float | None
@@ -99,7 +99,7 @@ class FineTuned:
     """start: before the first step. best: the lowest validation error after it. trained: file keys of the parameters
     that took part, and groups: which networks they are. diverged: the step whose loss, or network, was not finite.
     stopped: why the run ended before its last step otherwise. collapsed: whether the best has lost codes that a guard
-    was to keep. settled_from: as Recipe's."""
+    was to keep. settled_from: as Recipe's. merged: as Training's."""
 
     start: State
     best: State
@@ -110,6 +110,7 @@ class FineTuned:
     stopped: str | None = None
     collapsed: bool = False
     settled_from: int = 0
+    merged: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def gained(self) -> bool:

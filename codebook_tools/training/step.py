@@ -14,7 +14,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.losses import Seen
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
-from codebook_tools.quantiser import REVIVE_EVERY, Quantiser
+from codebook_tools.quantiser import REVIVE_EVERY, More, Quantiser
 from codebook_tools.trainable import set_trainable, trained_names, training_mode, written_names
 from codebook_tools.training.averaging import WeightAverage
 from codebook_tools.training.batches import Batches
@@ -26,6 +26,7 @@ from codebook_tools.training.schedule import rate
 from codebook_tools.training.together import run_together
 
 REVIVE_UNTIL = 0.9  # of the run: the last codes placed need time to settle
+MERGE_AT = 0.6  # of the run: networks have learnt most by then, and the learning rate is still high enough to adapt
 
 BETAS = (0.9, 0.95)  # of Adam; with 0.999 the first, large gradients still count after 1,000 steps
 
@@ -48,10 +49,19 @@ def _groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, object]]:
 class Training:
     """A model in training: its parameters and their optimiser, its codes, the batches that are to come.
 
-    counts: (size,) of each book, where the moving average starts. Raises CodebookError where nothing can be trained.
+    counts: (size,) of each book, where the moving average starts. more: of books that begin with more codes than they
+    have, once `widen` is called. Raises CodebookError where nothing can be trained.
     """
 
-    def __init__(self, model: Model, train: Media, recipe: Recipe, counts: Sequence[Tensor], seed: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        train: Media,
+        recipe: Recipe,
+        counts: Sequence[Tensor],
+        seed: int,
+        more: Mapping[int, More],
+    ) -> None:
         first, pixels = train.load(train.items[: recipe.batch_size])
         if not first:
             raise CodebookError(f"none of the first training {model.takes} can be read")
@@ -73,6 +83,8 @@ class Training:
         ]
         for book in model.books:  # written into from here on, and others may hold them as they were
             book.vectors = book.vectors.clone()
+        assert by_average or not more, "only an average that revives codes has a use for more of them"
+        self._more, self._sizes = more, [len(book.vectors) for book in model.books]
         if by_gradient:
             for stage in model.chosen:
                 self.parameters.append(nn.Parameter(model.books[stage].vectors))
@@ -127,6 +139,20 @@ class Training:
         for quantiser, of_book in zip(self.quantisers, self._seen, strict=True):
             latents, codes = (torch.cat(batches) for batches in zip(*of_book, strict=True))
             quantiser.update(latents, codes, revive)
+        if step == self.merges_at:
+            for quantiser, size in zip(self.quantisers, self._sizes, strict=True):
+                if len(quantiser.shares) > size:
+                    quantiser.merge(size)
+
+    def widen(self) -> None:
+        """Go on with the codes that are to be merged."""
+        for stage, more in self._more.items():
+            self.quantisers[stage].widen(more)
+
+    @property
+    def merges_at(self) -> int:
+        """The step that ends with as many codes as were asked for, 0 where there are never more."""
+        return max(1, round(MERGE_AT * self.recipe.steps)) if self._more else 0
 
     @contextmanager
     def as_kept(self) -> Iterator[None]:
@@ -139,8 +165,14 @@ class Training:
 
     @property
     def revived(self) -> list[Tensor]:
-        """(size,) bool of each book: the codes that were moved to a latent."""
+        """(size,) bool of each book: the codes that were moved to a latent, since codes were merged where they were."""
         return [quantiser.revived for quantiser in self.quantisers]
+
+    @property
+    def merged(self) -> dict[int, Tensor]:
+        """What became of the codes that a book began with, as Quantiser has it, by index of the book."""
+        found = {stage: quantiser.merged for stage, quantiser in enumerate(self.quantisers)}
+        return {stage: merged for stage, merged in found.items() if merged is not None}
 
     @property
     def in_use(self) -> int:
@@ -172,7 +204,10 @@ class Training:
         """Take back what `state` gave."""
         self.model.network.load_state_dict(part(state, "network"))
         for book, vectors in zip(self.model.books, numbered(part(state, "books")), strict=True):
-            book.vectors.detach().copy_(vectors)
+            if isinstance(book.vectors, nn.Parameter):
+                book.vectors.detach().copy_(vectors)
+            else:
+                book.vectors = vectors.to(self.model.device)
         for stage, quantiser in enumerate(self.quantisers):
             quantiser.load(part(state, f"quantiser {stage}"))
         if self.optimiser is not None:

@@ -1,0 +1,42 @@
+"""Condensing: networks learn with more codes than are asked for, and those are merged on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from codebook_tools.codebook import Codebook, Latents, Surgery
+from codebook_tools.errors import CodebookError
+from codebook_tools.strategies.grow import Grow, grown
+from codebook_tools.strategies.quantize import Quantize
+
+_TIMES = 4  # as many codes as are asked for, at first
+_AT_MOST = 8192  # at first: merging more takes minutes
+
+
+@dataclass(frozen=True)
+class Condense:
+    """k codes: those in use, merged as pairs of nearest neighbours, or with more placed by error where they are fewer.
+
+    A fine-tuning begins with the codes in use and, up to four times k, latents drawn by squared error; it merges them
+    into k on the way. The more codes there are, the less noise is in what the networks learn from, and merging keeps
+    most of what they learnt. seed: of the drawing.
+    """
+
+    k: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise CodebookError(f"k={self.k} is below 1; use --k 1 or more")
+
+    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        in_use = int((counts > 0).sum())
+        if in_use > self.k:
+            found = Quantize(k=self.k, method="pnn")(codebook, latents, counts)
+        else:
+            found = Grow(self.k, self.seed)(codebook, latents, counts)
+        size = max(in_use, min(_TIMES * self.k, _AT_MOST))
+        first = grown(codebook, latents, counts, size, self.seed)
+        return replace(found, first=first) if first.codebook.size > self.k else found
