@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -13,6 +15,10 @@ import typer
 
 _WRONG_USAGE = 2
 _LAST_WORDS = 10  # seconds that the first process needs at most
+_LEFT_ALONE = (
+    "another process ended before all was done: killed, or out of memory? "
+    "--resume goes on from where a fine-tuning was kept last"
+)
 
 
 def show_result(found: Any, table: Callable[[Any], Any], as_json: bool) -> None:
@@ -41,12 +47,36 @@ def _is_first() -> bool:
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
+class _TerminatedError(BaseException):
+    """The end that a scheduler, a container or `timeout` asks for."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends what runs within as Ctrl-C does, so that half-written files and workers are cleared away; a second
+    one ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """What goes wrong becomes one line on stderr and an exit code."""
     try:
-        yield
-        sys.stdout.flush()
+        with _terminable():
+            yield
+            sys.stdout.flush()
     except typer.Exit:
         raise
     except BrokenPipeError:  # the reader of our output left, as `head` does
@@ -54,11 +84,20 @@ def reported() -> Iterator[None]:
         raise typer.Exit(0) from None
     except KeyboardInterrupt:
         _end(130, "interrupted; what was written is whole, or not there")
+    except _TerminatedError:
+        from codebook_tools import processes
+
+        if processes.count() > 1:  # torchrun ends all, and some wait for others that are gone
+            raise typer.Exit(143) from None
+        _end(143, "terminated; what was written is whole, or not there")
     except Exception as error:
+        from codebook_tools import processes
         from codebook_tools.errors import CodebookError
 
         if isinstance(error, CodebookError):
             _end(error.exit_code, str(error))
+        if processes.is_left_alone(error):
+            _end(1, _LEFT_ALONE)
         import traceback
 
         _end(

@@ -106,7 +106,13 @@ class _Known:
 
     def operated(self, strategy: Strategy) -> Surgery:
         latents: Latents = self.seen.sample if self.seen else StoredLatents(torch.empty(0, self.old.dim))
-        if self.seen and self.calibration and self.seen.sampled and getattr(strategy, "exact", False):
+        if self.seen and self.seen.sampled and getattr(strategy, "exact", False):
+            if self.calibration is None:
+                few, all_ = len(self.seen.sample), self.seen.total
+                raise CodebookError(
+                    f"--exact goes over all {all_:,} latents, and --stats holds a sample of {few:,}: give --latents or "
+                    "--data, or leave --exact out"
+                )
             latents = self.calibration
         return strategy(self.old, latents, self.counts)
 

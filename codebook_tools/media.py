@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -132,6 +135,7 @@ class Media:
                 collate_fn=list,  # as they are: otherwise each goes through shared memory, of which containers lack
                 generator=torch.Generator(),  # it draws a seed for the workers: not from ours
                 multiprocessing_context=_CONTEXT,
+                worker_init_fn=_end_with_parent,
             )
             batches = iter(loader)
         while True:
@@ -183,6 +187,15 @@ class Media:
 
 _CONTEXT = "fork" if "fork" in torch.multiprocessing.get_all_start_methods() else None
 """How workers start: by a fork they have the items at once, where the others would copy every one."""
+
+
+def _end_with_parent(worker: int) -> None:
+    """A worker whose parent was killed would wait for ever. Linux alone can be asked to end it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+_SET_PARENT_DEATH_SIGNAL = 1  # of <linux/prctl.h>
 
 
 class _Decoding:

@@ -11,6 +11,7 @@ from operator import add
 from pathlib import Path
 
 from codebook_tools import processes
+from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.measure import measurement_of
@@ -113,6 +114,8 @@ def merge(request: Request, files: Sequence[Path], stats: Path | None, watch: Wa
     if request.data or request.test_data or request.latents:
         raise CodebookError("--merge adds what was measured before; leave out --data, --test-data and --latents")
     checkpoint = read_checkpoint(request.source)
+    if f"{PREFIX}shard" in checkpoint.metadata:
+        raise CodebookError(f"{request.source} is a part itself; MODEL comes first: measure MODEL --merge FILE...")
     with watch.phase("load"):
         whole = merged([(path, read_part(path)) for path in files], checkpoint.sha256, request.source)
     assert whole.measured is not None

@@ -70,6 +70,8 @@ def measure_model(
     """
     if stats is not None and stats.exists() and not request.force:
         raise CodebookError(f"{stats} exists; --force replaces it, another --stats writes elsewhere")
+    if stats is not None and not stats.absolute().parent.is_dir():
+        raise CodebookError(f"--stats {stats}: there is no folder {stats.parent}; make it first")
     if shard is not None:
         check_shard(request, stats, merging)
     if merging:

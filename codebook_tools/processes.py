@@ -196,6 +196,13 @@ def fail(code: int, say: Callable[[], None]) -> int:
     return code
 
 
+def is_left_alone(error: Exception) -> bool:
+    """Whether the error says that another process is no longer there."""
+    said = str(error).lower()
+    lost = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "remote process exited")
+    return count() > 1 and isinstance(error, RuntimeError) and any(words in said for words in lost)
+
+
 def _has_failed_already(store: Store) -> bool:
     try:
         return store.add("failed", 1) > 1

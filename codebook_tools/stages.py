@@ -148,7 +148,7 @@ def perform(opened: Opened, strategy: Strategy, seen: Calibration, watch: Watch)
             if whole and opened.request.latents_cache is None:
                 raise CodebookError(
                     f"--exact goes over {found.total:,} latents many times: keep them with --latents-cache DIR, or "
-                    f"leave it out for k-means on {len(found.sample):,} of them"
+                    f"leave --exact out for k-means on {len(found.sample):,} of them"
                 )
             latents = _latents(opened, stage) if whole else found.sample
             # Strategies see the same everywhere, but machines that differ may round differently.

@@ -93,6 +93,15 @@ def test_stats_are_of_the_calibration_data_or_else_of_the_test_data(
         assert int(file.get_tensor(f"{CODEBOOK}/counts").sum()) == 60 * 16
 
 
+def test_a_folder_that_is_not_there_is_told_before_anything_is_measured(
+    tiny: Path, codebook: Run, tmp_path: Path
+) -> None:
+    found = codebook(
+        "measure", tiny, "--data", tmp_path / "nor-this", "--stats", tmp_path / "nowhere" / "s.safetensors"
+    )
+    assert_refused(found, "nowhere; make it first")
+
+
 def test_stats_are_not_overwritten_without_force(stats: Path, tiny: Path, codebook: Run, images_folder: Path) -> None:
     before = stats.read_bytes()
     again = ("measure", tiny, "--data", images_folder, *RANGE, "--stats", stats)

@@ -12,7 +12,7 @@ from conftest import Outcome, assert_refused
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codebook_tools import sampling
+from codebook_tools import merging, sampling
 from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import StoredLatents
@@ -134,6 +134,17 @@ def test_latents_from_files_are_gone_through_as_they_lie(
         assert done.exit_code == 0, done
         found[name] = done.json["stages"]["surgery"]["codebooks"][0]["distortion"]
     assert found["exact"] < found["sample"]
+
+
+def test_a_sample_in_a_file_is_not_all(
+    codebook: Callable[..., Outcome], tiny: Path, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats = tmp_path / "stats.safetensors"
+    monkeypatch.setattr(merging, "SAMPLE", 200)
+    assert codebook("measure", tiny, "--data", images_folder, "--stats", stats).exit_code == 0
+    found = codebook("refit", tiny, "--k", 6, "--stats", stats, "--exact")
+    assert_refused(found, "--exact goes over all 912 latents, and --stats holds a sample of 200")
+    assert codebook("refit", tiny, "--k", 6, "--stats", stats).exit_code == 0
 
 
 def test_too_few_latents_are_refused(rows: Tensor) -> None:

@@ -86,4 +86,6 @@ def test_without_tensorboard_the_command_says_what_to_install(
 def test_a_folder_that_cannot_be_written_is_named(tiny: Path, images: Images, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CodebookError, match="cannot write into --log-dir"):
+        require_tensorboard(tmp_path / "file")  # before anything is encoded
+    with pytest.raises(CodebookError, match="cannot write into --log-dir"):
         tune(load_model(read_checkpoint(tiny)), images, COUNTS, steps=2, log_dir=tmp_path / "file")

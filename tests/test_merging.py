@@ -203,6 +203,10 @@ def test_shards_of_other_settings_or_data_are_refused_with_what_differs(
     assert "shard-2.safetensors" in found.stderr and "shard-1.safetensors" in found.stderr
 
 
+def test_a_part_in_the_place_of_the_model_is_said_to_be_one(shards: list[Path], codebook: Run) -> None:
+    assert_refused(codebook("measure", shards[0], "--merge", *shards[1:]), "is a part itself; MODEL comes first")
+
+
 def test_shards_of_another_model_are_refused(
     shards: list[Path], tiny: Path, codebook: Run, tmp_path: Path, variants: dict[str, State]
 ) -> None:

@@ -320,8 +320,11 @@ def start(*arguments: object, **more: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "codebook_tools", *map(str, arguments)], **more)
 
 
-def test_a_signal_during_fine_tuning_ends_with_130_and_leaves_nothing(
-    tiny: Path, images_folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, b"interrupted"), (signal.SIGTERM, 143, b"terminated")]
+)
+def test_a_signal_during_fine_tuning_ends_with_a_line_and_its_own_code_and_leaves_nothing(
+    number: signal.Signals, code: int, word: bytes, tiny: Path, images_folder: Path, tmp_path: Path
 ) -> None:
     pty = pytest.importorskip("pty")  # a terminal on stderr, so that progress says when fine-tuning has begun
     reader, terminal = pty.openpty()
@@ -346,7 +349,7 @@ def test_a_signal_during_fine_tuning_ends_with_130_and_leaves_nothing(
                 break
             shown += chunk
             if b"fine-tune" in shown and not sent:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
                 sent = True
         os.close(reader)
         try:
@@ -354,8 +357,8 @@ def test_a_signal_during_fine_tuning_ends_with_130_and_leaves_nothing(
         except subprocess.TimeoutExpired:
             process.kill()  # or the rest of the tests would wait for it
         assert process.stdout is not None and process.stdout.read() == b""
-        assert sent and process.wait(30) == 130, shown
-    assert b"interrupted" in shown and b"Traceback" not in shown
+        assert sent and process.wait(30) == code, shown
+    assert word in shown and b"Traceback" not in shown
     assert set(contents(tmp_path)) == {"tiny.safetensors"}
 
 

@@ -16,9 +16,15 @@ Scalars = Callable[[int, Mapping[str, float]], None]
 
 
 def require_tensorboard(folder: Path | None) -> None:
-    """Raise CodebookError where scalars are asked for, and TensorBoard is not there."""
-    if folder is not None and find_spec("tensorboard") is None:
+    """Raise CodebookError where scalars are asked for, and TensorBoard is not there, or cannot write."""
+    if folder is None:
+        return
+    if find_spec("tensorboard") is None:
         raise CodebookError(f"--log-dir {folder} needs TensorBoard: pip install 'codebook-tools[tensorboard]'")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CodebookError(f"cannot write into --log-dir {folder}: {one_line(error)}") from error
 
 
 @contextmanager
