@@ -368,7 +368,7 @@ def test_the_command_gives_the_promised_json(
     [
         (("--k", 0), "k=0 is below 1"),
         (("--k", 4, "--seeds", 0), "seeds=0 is below 1"),
-        (("--k", 4, "--strategies", "prune,nonsense"), "no strategy 'nonsense'; there are grow"),
+        (("--k", 4, "--strategies", "prune,nonsense"), "no strategy 'nonsense'; there are condense"),
         (("--k", 4, "--output", "a-file"), "a-file is a file"),
         (("--k", 4, "--output", "no/folder"), "no such folder: no"),
         (("--k", 4, "--limit", 3), "empty"),

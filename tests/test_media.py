@@ -139,6 +139,7 @@ for n, _ in enumerate(images.stream([i % 60] for i in itertools.count())):
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job is born deaf to it
     )
     assert running.stdout is not None
     workers = [int(pid) for pid in running.stdout.readline().split()]

@@ -290,6 +290,17 @@ def test_refit_by_torchrun_is_the_refit_of_one_process(codebook: Callable[..., O
 
 
 @pytest.mark.slow
+def test_codes_are_merged_alike_on_all_processes(codebook: Callable[..., Outcome], tmp_path: Path) -> None:
+    arguments = ("condense", "--k", 32, "--limit", 300, "--batch-size", 32, "--steps", 20, "--json")
+    alone = codebook(*arguments, "-o", tmp_path / "one.safetensors")
+    shared = torchrun(*arguments, "-o", tmp_path / "two.safetensors")
+    assert (alone.exit_code, shared.exit_code) == (0, 0), shared
+    of_one, of_two = (found.json["stages"]["finetuned"] for found in (alone, shared))
+    assert of_two["mse"] == pytest.approx(of_one["mse"], rel=0.02)
+    assert of_two["codebooks"][0]["size"] == of_one["codebooks"][0]["size"] == 32
+
+
+@pytest.mark.slow
 def test_measure_by_torchrun_writes_the_stats_of_one_process(codebook: Callable[..., Outcome], tmp_path: Path) -> None:
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     arguments = ("measure", "--limit", 200, "--batch-size", 16, "--json", "--stats")
