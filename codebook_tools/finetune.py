@@ -51,16 +51,15 @@ def finetune(
     with scalars_into(log_dir, after=course.last.step) as log:
         diverged = _train(training, course, watch, log)
     model.network.eval().requires_grad_(False)
-    (course.best or course.start).restore(model)
-    if course.best is None:
+    best = course.best or (course.start if more else None)  # with more codes there is none to keep for a while
+    (best or course.start).restore(model)
+    if best is None:
         if saving:
             saving.remove()
-        raise CodebookError(
-            course.stopped or f"fine-tuning diverged at step {diverged}: its numbers are not finite; try a lower --lr"
-        )
+        raise CodebookError(f"fine-tuning diverged at step {diverged}: its numbers are not finite; try a lower --lr")
     return FineTuned(
         start=course.start,
-        best=course.best,
+        best=best,
         trace=tuple(course.trace),
         trained=training.trained,
         groups=training.groups,

@@ -125,6 +125,15 @@ def test_a_run_ends_with_as_many_codes_as_were_asked_for_and_keeps_no_state_from
     assert len(many.vectors) == 30  # left as it was
 
 
+def test_a_run_that_diverges_before_the_merge_leaves_what_the_surgery_made(tiny: Path, images_folder: Path) -> None:
+    model, images = load_model(read_checkpoint(tiny)), Images(find_images([images_folder])[:48], 3, 4)
+    before = model.books[0].vectors.clone()
+    many = More(torch.cat([before, before + 1]), torch.ones(32))
+    found = tune(model, images, [1] * 16, steps=20, lr=1e20, batch_size=16, more={0: many})
+    assert found.diverged and found.best.step == 0 and not found.gained
+    assert torch.equal(model.books[0].vectors, before)
+
+
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
