@@ -21,7 +21,7 @@ OFF = 0.1
 """Share of a cell's error that its code has by lying off the mean: where latents fill many dimensions, one drawn from
 the cell has twice that and more, and a code that lags behind an encoder in training less."""
 
-KEEP = ("prune", "quantize", "restart", "grow")
+KEEP = ("prune", "quantize", "restart", "grow", "condense")
 """Surgeries of this package that keep codes, or place them at latents, without k-means after it, on purpose."""
 
 _ON = 1e-8  # of the latents' variance: a code that lies nearer to a latent is that latent, but for rounding
