@@ -153,6 +153,8 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
     if not request.latents and not request.stats:
         weights = "" if getattr(strategy, "bits", None) else "all codes weigh alike, and "
         warnings.append(f"neither --data nor --stats: {weights}nothing is measured")
+    for one in known:
+        warnings += one.seen.remarks(getattr(strategy, "exact", False)) if one.seen else []
     with watch.phase("strategy"):
         strategy = on_device(strategy, device_of(request.device))
         surgeries = [processes.of_first(one.operated(strategy)) for one in known]

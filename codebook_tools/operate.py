@@ -116,10 +116,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         check_request_output(request, command, asked)
     require_training_data(opened, recipe)
     seen = calibrate(opened, watch)
-    if seen.first.sampled:
-        few, all_ = len(seen.first.sample), seen.first.total
-        what = "index maps see" if getattr(strategy, "exact", False) else "k-means and index maps see"
-        opened.warnings.append(f"{what} a sample of {few:,} of {all_:,} latents")
+    opened.warnings += seen.first.remarks(getattr(strategy, "exact", False))
     with watch.phase("measure"):
         latents = encoder_latents(opened)
     before = measure_stage(opened, latents, watch)

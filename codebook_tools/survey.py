@@ -37,6 +37,13 @@ class Survey:
     def sampled(self) -> bool:
         return len(self.sample) < self.total
 
+    def remarks(self, exact: bool) -> list[str]:
+        """What to warn of where not all latents are looked at. exact: whether k-means goes over all the same."""
+        if not self.sampled:
+            return []
+        what = "index maps see" if exact else "k-means and index maps see"
+        return [f"{what} a sample of {len(self.sample):,} of {self.total:,} latents"]
+
 
 def survey(latents: ItemLatents, codebook: Codebook, *, seed: int, limit: int = SAMPLE_LIMIT, watch: Watch) -> Survey:
     """Encode, count and sample in one pass; of parts, what all processes found together."""

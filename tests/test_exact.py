@@ -133,6 +133,7 @@ def test_latents_from_files_are_gone_through_as_they_lie(
         done = codebook("refit", tiny, "--k", 6, "--latents", tmp_path / "l.npy", "-o", out, "--json", *more)
         assert done.exit_code == 0, done
         found[name] = done.json["stages"]["surgery"]["codebooks"][0]["distortion"]
+        assert ("k-means and index maps see a sample of 100 of 1,799 latents" in done.json["warnings"]) != bool(more)
     assert found["exact"] < found["sample"]
 
 
