@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools import processes
-from codebook_tools.assignment import unit
+from codebook_tools.assignment import emitted, unit
 from codebook_tools.codebook import REMOVED, Emit
 from codebook_tools.models.model import Book, Model
 from codebook_tools.strategies.pnn import merge_pairs
@@ -55,7 +55,8 @@ class Quantiser:
     def merge(self, size: int) -> None:
         """Merge pairs of codes, those that cost least (pnn.py) by the average of their use, until `size` are left."""
         weights = self.shares.double().clamp(min=1e-9 / len(self.shares))  # pairs of dead ones must have a mean, too
-        _, found = merge_pairs(self.book.vectors.double().cpu().numpy(), weights.cpu().numpy(), size)
+        shown = emitted(self.book.codebook)  # where rows are given out at unit length, their own says nothing
+        _, found = merge_pairs(shown.double().cpu().numpy(), weights.cpu().numpy(), size)
         labels = processes.of_first(torch.from_numpy(found))
         self.merged = labels.masked_fill(self.revived, REMOVED)
         self.revived = torch.zeros(size, dtype=torch.bool)

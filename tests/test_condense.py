@@ -16,7 +16,7 @@ from torch import Tensor
 
 from codebook_tools.assignment import nearest
 from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.codebook import REMOVED, Codebook
+from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import StoredLatents
 from codebook_tools.models.load import load_model
@@ -100,6 +100,15 @@ def test_pairs_are_merged_by_what_they_cost_into_their_mean(line: Callable[..., 
     assert ours.sums[:, 0].tolist() == pytest.approx([0.01, 0.45])
     assert ours.merged is not None and ours.merged.tolist() == [0, 1, REMOVED, 1]
     assert ours.revived.tolist() == [False, False]
+
+
+def test_rows_that_are_given_out_at_unit_length_are_merged_by_direction(line: Callable[..., Model]) -> None:
+    """(0.2, 0) lies near (0.2, 0.1), and is (1, 0) when it is given out."""
+    ours = quantiser(line([0.0, 1.0]), [1.0, 0.2, 0.2, 0.0], [1, 1, 1, 1])
+    ours.book.vectors[2:] = torch.tensor([[0.2, 0.1], [0.0, 1.0]])
+    ours.book.lookup, ours.book.emit = Lookup.COSINE, Emit.UNIT
+    ours.merge(3)
+    assert ours.merged is not None and ours.merged.tolist() == [0, 0, 1, 2]
 
 
 def test_dead_codes_leave_those_in_use_where_they_are(line: Callable[..., Model]) -> None:

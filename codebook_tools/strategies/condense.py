@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from codebook_tools.codebook import Codebook, Latents, Surgery
-from codebook_tools.errors import CodebookError
+from codebook_tools.strategies.checks import check_k
 from codebook_tools.strategies.grow import Grow, grown
 from codebook_tools.strategies.quantize import Quantize
 
@@ -28,8 +28,7 @@ class Condense:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise CodebookError(f"k={self.k} is below 1; use --k 1 or more")
+        check_k(self.k)
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
         in_use = int((counts > 0).sum())

@@ -11,6 +11,7 @@ from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import joined
 from codebook_tools.seeding import Init, seeds
+from codebook_tools.strategies.checks import check_k
 from codebook_tools.strategies.prune import Prune
 
 
@@ -21,7 +22,7 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
-        _check(self.k)
+        check_k(self.k)
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
         if self.k > codebook.size:
@@ -37,7 +38,7 @@ class RandomLatents:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.k)
+        check_k(self.k)
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
         return _seeded(codebook, latents, self.k, "random", self.seed)
@@ -51,15 +52,10 @@ class KmeansSeeds:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.k)
+        check_k(self.k)
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
         return _seeded(codebook, latents, self.k, "kmeans++", self.seed)
-
-
-def _check(k: int) -> None:
-    if k < 1:
-        raise CodebookError(f"k={k} is below 1; use --k 1 or more")
 
 
 def _seeded(codebook: Codebook, latents: Latents, k: int, init: Init, seed: int) -> Surgery:

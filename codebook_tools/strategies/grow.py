@@ -11,6 +11,7 @@ from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import joined
 from codebook_tools.seeding import draw_by_error
+from codebook_tools.strategies.checks import check_k
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,7 @@ class Grow:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise CodebookError(f"k={self.k} is below 1; use --k 1 or more")
+        check_k(self.k)
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
         in_use = int((counts > 0).sum())

@@ -17,6 +17,7 @@ from torch import Tensor
 from codebook_tools.assignment import emitted, nearest
 from codebook_tools.codebook import Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
+from codebook_tools.strategies.checks import check_k
 from codebook_tools.strategies.pnn import merge_pairs
 
 
@@ -39,8 +40,8 @@ class Quantize:
     def __post_init__(self) -> None:
         if (self.k is None) == (self.bits is None):
             raise CodebookError("quantize takes either --k, to merge codes, or --bits, to round their entries")
-        if self.k is not None and self.k < 1:
-            raise CodebookError(f"k={self.k} is below 1; use --k 1 or more")
+        if self.k is not None:
+            check_k(self.k)
         if self.bits is not None and not 2 <= self.bits <= 8:
             raise CodebookError(f"bits={self.bits} is not within 2 and 8; --bits 8 has the least error")
         if self.method not in ("kmeans", "pnn"):
