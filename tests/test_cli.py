@@ -7,18 +7,16 @@ import json
 import os
 import re
 from collections.abc import Callable
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEAD, Grey, Outcome, State, assert_refused, contents
+from conftest import DEAD, Grey, Outcome, State, contents
 from PIL import Image
 from safetensors.torch import load_file
 
-from codebook_tools import strategies
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import DEMO
@@ -450,50 +448,6 @@ def test_the_same_command_gives_the_same_bytes(tiny: Path, codebook: Run, images
         assert codebook(*asked).exit_code == 0
         written.append(contents(tmp_path))
     assert written[0] == written[1] and len(written[0]) == 3
-
-
-# --- strategies of others ------------------------------------------------------------------------------------------
-
-EVERY_OTHER = '''
-from dataclasses import dataclass
-
-import torch
-
-from codebook_tools.codebook import REMOVED, Codebook, Surgery
-
-
-@dataclass(frozen=True)
-class EveryOther:
-    """Keep every n-th code."""
-
-    n: int = 2
-
-    def __call__(self, codebook, latents, counts):
-        kept = torch.arange(0, codebook.size, self.n)
-        index_map = torch.full((codebook.size,), REMOVED)
-        index_map[kept] = torch.arange(len(kept))
-        return Surgery(Codebook(codebook.vectors[kept]), index_map)
-'''
-
-
-def test_a_strategy_that_another_distribution_adds_is_a_command(
-    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from codebook_cli import app
-
-    (tmp_path / "every_other_strategy.py").write_text(EVERY_OTHER)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    point = EntryPoint("every-other", "every_other_strategy:EveryOther", strategies.ENTRY_POINTS)
-    for module in (app, strategies):
-        monkeypatch.setattr(module, "entry_points", lambda group: [point] if group == strategies.ENTRY_POINTS else [])
-    assert "every-other" in codebook("--help").stdout
-    found = codebook("every-other", tiny, "--set", "n=4", "--data", images_folder, *RANGE, "--json")
-    assert found.exit_code == 0, found
-    assert found.json["outputs"]["model"] == str(tmp_path / "tiny.every-other-k4.safetensors")
-    maps = load_file(found.json["outputs"]["index_map"])
-    assert maps[f"{CODEBOOK}/index_map"].tolist() == [i // 4 if i % 4 == 0 else -1 for i in range(16)]
-    assert codebook("verify", found.json["outputs"]["model"], "--against", tiny).exit_code == 0
-    assert_refused(codebook("every-other", tiny, "--set", "m=4", "--data", images_folder), "cannot be made from")
 
 
 # --- the index map, as another program reads it --------------------------------------------------------------------

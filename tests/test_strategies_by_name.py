@@ -157,6 +157,9 @@ def test_an_added_strategy_runs_as_a_command_on_a_users_model(
     key = "_vq_vae._embedding.weight"
     assert torch.equal(new[key], old[key][::3])
     assert all(torch.equal(new[name], old[name]) for name in old if name != key)
+    index_map = load_file(done.json["outputs"]["index_map"])[f"{key}/index_map"]
+    assert index_map.tolist() == [i // 3 if i % 3 == 0 else REMOVED for i in range(16)]
+    assert codebook("verify", done.json["outputs"]["model"], "--against", tiny).exit_code == 0
 
 
 def in_a_new_process(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
