@@ -56,14 +56,27 @@ class Run:
         )
 
 
+CONTROLS = ("untouched", "untouched+same-recipe", "untouched+textbook", "refit+textbook", "refit+frozen-encoder")
+CIFAR10 = Run(
+    {},
+    "{shared}/checkpoints/cifar10-vqvae-k512.safetensors",
+    "{shared}/data/cifar10-train.tar",
+    "{shared}/data/cifar10-test.tar",
+    steps=2000,
+)
 AGES = ("untouched", "untouched+same-recipe", "prune", "refit", "grow")
 RUNS = {
     "demo": Run({128: ALL}),
-    "cifar10": Run(
-        {128: (*ALL, "refit+textbook", "refit+frozen-encoder"), 512: ("refit",)},
-        "{shared}/checkpoints/cifar10-vqvae-k512.safetensors",
-        "{shared}/data/cifar10-train.tar",
-        "{shared}/data/cifar10-test.tar",
+    "cifar10": replace(
+        CIFAR10, parts={128: (*CONTROLS, "prune", "refit", "grow", "top-k", "condense"), 512: ("refit",)}
+    ),
+    "cifar10-sizes": replace(
+        CIFAR10,
+        parts={
+            32: ("refit", "top-k", "condense"),
+            64: ("refit", "top-k", "condense"),
+            256: ("refit", "grow", "condense"),
+        },
     ),
     "fashion": Run(
         {32: ALL, 64: ("refit", "grow"), 128: ("refit",)},

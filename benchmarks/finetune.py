@@ -64,7 +64,7 @@ def bare(model: Model, images: Tensor, scales: Scales, recipe: Recipe) -> float:
     shares = torch.full((len(codes),), 1 / len(codes), device=device)
     sums = codes * shares[:, None]
     parameters = list(network.requires_grad_(True).train().parameters())
-    optimiser = torch.optim.Adam(parameters, lr=recipe.lr)
+    optimiser = torch.optim.Adam(parameters, lr=recipe.lr or 1e-3)
     batches = shuffled(images, recipe.batch_size)
 
     def step() -> Tensor:

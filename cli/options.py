@@ -159,11 +159,9 @@ class TrainOptions:
     train: Annotated[Train, _train(help="Which networks train.")] = Train.ALL
     codebook_update: Annotated[Update, _train(help="How the codes move; ema also revives dead ones.")] = Update.EMA
     lr: Annotated[
-        float,
-        _train(
-            metavar="RATE", help="Adam's learning rate after warm-up, of weights of usual size; others in proportion"
-        ),
-    ] = 2e-3
+        float | None,
+        _train(metavar="RATE", help="Adam's learning rate after warm-up. Left out: by the network's width and depth."),
+    ] = None
     loss: Annotated[Loss, _train(help="Error that reconstructions are trained on.")] = Loss.MSE
     perceptual: Annotated[
         str | None,

@@ -63,6 +63,7 @@ def finetune(
         trace=tuple(course.trace),
         trained=training.trained,
         groups=training.groups,
+        lr=training.lr,
         diverged=diverged,
         stopped=course.stopped,
         collapsed=course.collapsed,

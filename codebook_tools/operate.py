@@ -142,6 +142,8 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         log_dir=request.log_dir,
     )
     opened.warnings += done.warnings
+    if done.tuned:
+        opened.settings["lr"] = done.tuned.lr
     if done.kept == "finetuned" and done.finetuned:
         opened.warnings += blur_warnings(before, done.finetuned)
         tokens = calibration_tokens(opened, watch)

@@ -16,8 +16,8 @@ ALONE = 0.25
 @dataclass(frozen=True)
 class Recipe:
     """steps: of the optimiser, 0 for none. train: which networks. codebook_update: how the codes move; `ema` also
-    revives dead ones. batch_size: images. lr: Adam's, at the end of warm-up, of tensors of usual size (rates.py). loss:
-    of the reconstruction.
+    revives dead ones. batch_size: images. lr: Adam's, at the end of warm-up, of tensors of usual size; None for
+    the one that suits the network (rates.py). loss: of the reconstruction.
 
     perceptual: a file of VGG16's weights, or "auto"; None for no LPIPS. adversarial: a discriminator trains along.
     distill: weight of the distance to what the original model reconstructs. entropy: of how undecided latents are
@@ -32,7 +32,7 @@ class Recipe:
     train: Literal["all", "decoder", "none"] = "all"
     codebook_update: Literal["ema", "gradient", "frozen"] = "ema"
     batch_size: int = 64
-    lr: float = 2e-3
+    lr: float | None = None
     loss: Loss = "mse"
     perceptual: str | None = None
     adversarial: bool = False
@@ -54,8 +54,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise CodebookError(f"{name}={value} is below {least}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise CodebookError(f"lr={self.lr} is no learning rate; try --lr 0.001")
+        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
+            raise CodebookError(f"lr={self.lr} is no learning rate; try --lr 0.001, or leave it out")
         for name, such_as in (("distill", "1"), ("entropy", "0.1")):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):

@@ -97,15 +97,16 @@ def _error(of: TracePoint | State) -> float:
 @dataclass(frozen=True, eq=False)
 class FineTuned:
     """start: before the first step. best: the lowest validation error after it. trained: file keys of the parameters
-    that took part, and groups: which networks they are. diverged: the step whose loss, or network, was not finite.
-    stopped: why the run ended before its last step otherwise. collapsed: whether the best has lost codes that a guard
-    was to keep. settled_from: as Recipe's. merged: as Training's."""
+    that took part, and groups: which networks they are. lr: Adam's, at the end of warm-up. diverged: the step whose
+    loss, or network, was not finite. stopped: why the run ended before its last step otherwise. collapsed: whether the
+    best has lost codes that a guard was to keep. settled_from: as Recipe's. merged: as Training's."""
 
     start: State
     best: State
     trace: tuple[TracePoint, ...]
     trained: tuple[str, ...]
     groups: tuple[str, ...]
+    lr: float
     diverged: int | None
     stopped: str | None = None
     collapsed: bool = False

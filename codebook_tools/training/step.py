@@ -20,7 +20,7 @@ from codebook_tools.training.averaging import WeightAverage
 from codebook_tools.training.batches import Batches
 from codebook_tools.training.objective import objective_of
 from codebook_tools.training.parts import Tensors, by_number, joined, numbered, part
-from codebook_tools.training.rates import shares
+from codebook_tools.training.rates import shares, usual_rate
 from codebook_tools.training.recipe import Recipe
 from codebook_tools.training.schedule import rate
 from codebook_tools.training.together import run_together
@@ -89,6 +89,8 @@ class Training:
             for stage in model.chosen:
                 self.parameters.append(nn.Parameter(model.books[stage].vectors))
                 model.books[stage].vectors = self.parameters[-1]
+        images = recipe.batch_size * recipe.accumulate
+        self.lr = usual_rate(self.parameters, images) if recipe.lr is None else recipe.lr
         self.optimiser = torch.optim.Adam(_groups(self.parameters), betas=BETAS) if self.parameters else None
         self.average = None if recipe.weight_ema is None else WeightAverage(self.parameters, recipe.weight_ema)
         self._run = run_together(model, self.parameters)
@@ -130,7 +132,7 @@ class Training:
             if self.recipe.clip is not None:
                 nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
             for group in self.optimiser.param_groups:
-                group["lr"] = self.recipe.lr * group["share"] * rate(step - 1, steps)
+                group["lr"] = self.lr * group["share"] * rate(step - 1, steps)
             self.optimiser.step()
         if self.average is not None:
             self.average.update()
