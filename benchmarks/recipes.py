@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from machine import machine
-from variants import VARIANTS, Variant
+from variants import VARIANTS
 
 from codebook_tools.codebook import Strategy
 from codebook_tools.compare import find_entry
@@ -98,9 +98,10 @@ def strategy_of(run: Run) -> Strategy | None:
     return make(**{name: value for name, value in asked.items() if name in signature(make).parameters})
 
 
-def done(run: Run, variant: Variant, shared: str) -> dict[str, Any]:
+def done(run: Run, shared: str) -> dict[str, Any]:
     """The row: settings, what became of the codebook and of the error, and the trace."""
     torch.set_num_threads(1)
+    variant = VARIANTS[run.variant]
     found, seen, latents = opened(run.data, shared)
     before, since = deepcopy(found.model), time.perf_counter()
     try:
@@ -205,8 +206,10 @@ def main() -> None:
         if row["settings"] == VARIANTS[row["variant"]].settings()
     }
     with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
-        waiting = {pool.submit(done, run, VARIANTS[run.variant], given.shared): run for run in asked if run not in rows}
+        waiting = {pool.submit(done, run, given.shared): run for run in asked if run not in rows}
         for future in as_completed(waiting):
+            if future.exception():
+                pool.shutdown(cancel_futures=True)
             run = waiting[future]
             row = rows[run] = future.result()
             print(f"{run.variant}, seed {run.seed}: {row['mse']:.6f}, {row['used']} used", flush=True)

@@ -195,7 +195,7 @@ def aligned(opened: Opened, seed: int) -> None:
     book.vectors = (book.vectors - chosen.mean(0)) * stretch + rows.mean(0)
 
 
-RATES = (("a quarter of", 0.25), ("half", 0.5), ("twice", 2.0), ("four times", 4.0))
+RATES = (("half", 0.5), ("twice", 2.0), ("four times", 4.0))
 VARIANTS = {
     "default": Variant(),
     # Which way the codes move.
@@ -224,15 +224,15 @@ VARIANTS = {
     "revived by splits": Variant(inside={"quantiser:Quantiser._revive": revive_by_splits}),
     "CVQ anchors": Variant(inside={"quantiser:Quantiser._revive": anchors}),
     **{f"revived every {n}": Variant(inside={"quantiser:REVIVE_EVERY": n}) for n in (10, 50)},
-    **{f"dead below {share}": Variant(inside={"quantiser:DEAD_BELOW": share}) for share in (0.01, 0.03, 0.3)},
+    **{f"dead below {share}": Variant(inside={"quantiser:DEAD_BELOW": share}) for share in (0.03, 0.3)},
     **{f"revived until {share}": Variant(inside={"training.step:REVIVE_UNTIL": share}) for share in (0.5, 0.9)},
     # The loss.
-    **{f"commitment {w}": Variant(inside={"losses:COMMITMENT": w}) for w in (0.25, 0.5, 1.0, 2.0)},
-    **{f"entropy {w}": Variant({"entropy": w}) for w in (0.01, 0.1)},
+    **{f"commitment {w}": Variant(inside={"losses:COMMITMENT": w}) for w in (0.25, 1.0, 4.0)},
+    **{f"entropy {w}": Variant({"entropy": w}) for w in (0.1,)},
     # The optimiser.
     **{f"{name} the rate": Variant(inside={"training.rates:_MOVED": share * rates._MOVED}) for name, share in RATES},
-    **{f"warm-up {n}": Variant(inside={"training.schedule:WARM_UP": n}) for n in (1, 100, 300)},
-    **{f"decay to {share}": Variant(inside={"training.schedule:FLOOR": share}) for share in (0.0, 0.05, 1.0)},
+    **{f"warm-up {n}": Variant(inside={"training.schedule:WARM_UP": n}) for n in (1, 100)},
+    **{f"decay to {share}": Variant(inside={"training.schedule:FLOOR": share}) for share in (0.05, 1.0)},
     **{f"Adam's second decay {b}": Variant(inside={"training.step:BETAS": (0.9, b)}) for b in (0.95, 0.999)},
     **{f"average of weights {decay}": Variant({"weight_ema": decay}) for decay in (0.98,)},
 }
