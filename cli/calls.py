@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +55,7 @@ def request_of(model: Path | None, given: dict[str, Any]) -> Request:
         force=given.get("force", False),
         resume=given.get("resume", False),
         log_dir=given.get("log_dir"),
+        exhibit=given["report"] is not None,
     )
 
 
@@ -125,6 +129,20 @@ def run_and_show(work: Callable[[Watch], Result | Plan | Comparison | Diagnosis]
             _run_and_show(work, given)
 
 
+def _with_report(found: Result | Comparison | Diagnosis, path: Path) -> Result | Comparison | Diagnosis:
+    """Write the page of what was found, which then names it."""
+    from codebook_tools import processes
+    from codebook_tools.diagnosis.diagnose import Diagnosis
+    from codebook_tools.report.pages import page_of, write_page
+
+    typed = shlex.join(["codebook", *sys.argv[1:]])
+    processes.by_first(lambda: write_page(page_of(found, typed), path))
+    if isinstance(found, Diagnosis):
+        return found
+    outputs: dict[str, Any] = {**found.outputs, "report": str(path)}
+    return replace(found, outputs=outputs)
+
+
 def _run_and_show(work: Callable[[Watch], Result | Plan | Comparison | Diagnosis], given: dict[str, Any]) -> None:
     from codebook_tools.planning import Plan
     from codebook_tools.report.tables import details_table, table_of
@@ -137,8 +155,14 @@ def _run_and_show(work: Callable[[Watch], Result | Plan | Comparison | Diagnosis
 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to repeat itself
         torch.use_deterministic_algorithms(True, warn_only=True)  # it names those that have none
+    if given["report"]:
+        from codebook_tools.report.pages import check_report
+
+        check_report(given["report"])
     with ProgressShow(given["quiet"]) as show:
         found = work(Watch(show))
+    if given["report"] and not isinstance(found, Plan):
+        found = _with_report(found, given["report"])
     print_warnings(found.warnings, given["quiet"])
     show_result(found, table_of, given["json_"])
     if given["verbose"] and not isinstance(found, Plan) and not given["json_"]:

@@ -246,6 +246,9 @@ class RunOptions:
     deterministic: Annotated[
         bool, _run("--deterministic", help="Only algorithms that repeat bit by bit, on a GPU too.")
     ] = False
+    report: Annotated[
+        Path | None, _output(metavar="FILE.html", help="Also write a page: figures, plots and pictures in one file.")
+    ] = None
     json_: JsonFlag = False
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no warnings.")] = False
     verbose: Annotated[bool, typer.Option("--verbose", help="Also settings, seconds by phase and the trace.")] = False

@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class Row:
     made_with: str
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        stages = {name: stage.to_json() if stage else None for name, stage in self.stages.items()}
+        return asdict(replace(self, stages={})) | {"stages": stages}
 
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> Row:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from itertools import starmap
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ class Measurement:
     """mse: per value, images in [0, 1], reconstructions clamped to it, or of the waveform; None where nothing was
     reconstructed. images: or clips; None where there were only latents. psnr: dB, None without any error. ssim: None
     for waveforms, and where the images are too small for its window. sharpness: metrics.detail of the reconstructions
-    over that of the images, 1 where they are as sharp; None for waveforms, and for images without any detail."""
+    over that of the images, 1 where they are as sharp; None for waveforms, and for images without any detail. counts:
+    (size,) int64 of each codebook, how often each code was chosen; none where that was read from JSON."""
 
     split: str
     images: int | None
@@ -77,6 +79,13 @@ class Measurement:
     ssim: float | None
     codebooks: tuple[CodebookUse, ...]
     sharpness: float | None = None
+    counts: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the counts, which are as many as there are codes."""
+        found = asdict(replace(self, counts=()))
+        del found["counts"]
+        return found
 
     @property
     def error(self) -> float:
@@ -178,6 +187,7 @@ def measurement_of(sums: Sums, split: str) -> Measurement:
         ssim=None if sums.similarity is None else float(sums.similarity / sums.images),
         codebooks=tuple(map(use_of, sums.books)),
         sharpness=float(sums.shown_detail / sums.detail) if sums.detail and sums.shown_detail is not None else None,
+        counts=tuple(book.counts.cpu() for book in sums.books),
     )
 
 

@@ -30,7 +30,8 @@ class Request:
     model: None for the bundled demo. data: none for the bundled sample. test_data: none for a tenth of data. stats: the
     counts of an earlier pass, and latents: files of them, in place of images. latents_cache: a folder that keeps the
     calibration latents of running models for the next run. workers: processes that decode ahead; None: as many as help.
-    resume: whether an interrupted fine-tuning goes on. log_dir: where TensorBoard finds how it went.
+    resume: whether an interrupted fine-tuning goes on. log_dir: where TensorBoard finds how it went. exhibit:
+    whether a few test images are kept for a page, as each stage reconstructs them.
     """
 
     model: Path | None = None
@@ -57,6 +58,7 @@ class Request:
     force: bool = False
     resume: bool = False
     log_dir: Path | None = None
+    exhibit: bool = False
 
     def __post_init__(self) -> None:
         for name in ("limit", "size", "batch_size"):

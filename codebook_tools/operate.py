@@ -17,6 +17,7 @@ from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.detached import goes_without_images, measure_detached, operate_detached
 from codebook_tools.errors import CodebookError, VerificationError
+from codebook_tools.exhibit import exhibit
 from codebook_tools.finetune import Recipe
 from codebook_tools.index_maps import nearest_map
 from codebook_tools.items import items_sha256
@@ -120,7 +121,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     with watch.phase("measure"):
         latents = encoder_latents(opened)
     before = measure_stage(opened, latents, watch)
-    old = [on_cpu(book) for book in model.books]
+    old, books = [on_cpu(book) for book in model.books], tuple(map(replace, model.books))
     surgeries = perform(opened, strategy, seen, watch) if strategy else {}
     size = max(model.books[stage].codebook.size for stage in model.chosen)
     output = check_request_output(request, command, size)
@@ -144,6 +145,8 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     opened.warnings += done.warnings
     if done.tuned:
         opened.settings["lr"] = done.tuned.lr
+    with watch.phase("measure"):
+        shown = exhibit(opened, books, bool(surgeries), done.tuned, watch) if request.exhibit else ()
     if done.kept == "finetuned" and done.finetuned:
         opened.warnings += blur_warnings(before, done.finetuned)
         tokens = calibration_tokens(opened, watch)
@@ -182,6 +185,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         kept=done.kept,
         trace=done.tuned.trace if done.tuned else (),
         outputs={"model": str(output), "index_map": str(map_path), "report": None},
+        shown=shown,
         bytes={
             "before": weights_bytes(request.source),
             "after": nbytes,

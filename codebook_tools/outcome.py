@@ -12,6 +12,7 @@ from codebook_tools.checkpoints.layout import training_path
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
+from codebook_tools.exhibit import Shown
 from codebook_tools.finetune import FineTuned, Recipe, TracePoint
 from codebook_tools.measure import Measurement
 from codebook_tools.opening import Request
@@ -23,7 +24,7 @@ from codebook_tools.version import VERSION
 class Result:
     """What was done: the JSON of a command. before, surgery, finetuned: measured on the test data, None where there is
     no such stage. kept: the stage that the written file holds. outputs: paths. bytes: of weights, and what a codebook
-    that was rounded to few bits would pack to. seconds: by phase."""
+    that was rounded to few bits would pack to. seconds: by phase. shown: for a page, not in the JSON."""
 
     command: str
     model: str
@@ -40,6 +41,7 @@ class Result:
     bytes: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(("before", "after")))
     seconds: Mapping[str, float] = field(default_factory=dict)
     version: str = VERSION
+    shown: tuple[Shown, ...] = ()
 
     @property
     def stages(self) -> dict[str, Measurement | None]:
@@ -47,9 +49,12 @@ class Result:
 
     def to_json(self) -> dict[str, object]:
         """The promised keys, of types that json can write."""
-        plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in self.stages}
-        stages = {name: asdict(stage) if stage else None for name, stage in self.stages.items()}
+        plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in _NOT_PLAIN}
+        stages = {name: stage.to_json() if stage else None for name, stage in self.stages.items()}
         return {**plain, "warnings": list(self.warnings), "stages": stages, "trace": [asdict(p) for p in self.trace]}
+
+
+_NOT_PLAIN = ("before", "surgery", "finetuned", "shown")
 
 
 def check_request_output(request: Request, command: str, size: int | None) -> Path:

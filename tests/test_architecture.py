@@ -36,7 +36,7 @@ FLOORS = (
         *("measure", "tokens", "coverage", "latent_files", "latent_cache", "output", "stats"),
         *("losses", "adversarial", "perceptual", "distill", "quantiser", "trainable"),
     ),
-    ("training", "finetune", "opening", "blur"),
+    ("training", "finetune", "opening", "blur", "exhibit"),
     ("stages", "outcome", "inspection", "comparison", "verification"),
     ("detached", "compare", "downstream", "merging", "diagnosis"),
     ("operate", "planning", "verify"),
@@ -49,6 +49,8 @@ STAIRS = {
     ("items", "sources"),
     *(("kmeans", room) for room in ("seeding", "cells", "swaps")),
     ("finetune", "training"),
+    ("exhibit", "opening"),
+    ("exhibit", "training"),
     ("__main__", COMMAND_LINE),
 }
 """Rooms that may enter their neighbour on the same floor."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from codebook_tools.errors import CodebookError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PANELS = {
     "used": "codes in use",
@@ -25,8 +28,14 @@ def draw_traces(traces: Mapping[str, Trace], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise CodebookError("curves are drawn by matplotlib: pip install 'codebook-tools[benchmarks]'") from error
+        raise CodebookError("curves are drawn by matplotlib: pip install 'codebook-tools[report]'") from error
     figure = Figure(figsize=(14, 3.2), layout="constrained")
+    draw_panels(traces, figure)
+    figure.savefig(path)
+
+
+def draw_panels(traces: Mapping[str, Trace], figure: Figure) -> None:
+    """The same, side by side on a figure."""
     for axes, (key, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for name, trace in traces.items():
             axes.plot([point["step"] for point in trace], [point[key] for point in trace], ".-", label=name)
@@ -35,4 +44,3 @@ def draw_traces(traces: Mapping[str, Trace], path: Path) -> None:
         axes.set_xlim(left=0)
     if len(traces) > 1:
         figure.axes[0].legend()
-    figure.savefig(path)

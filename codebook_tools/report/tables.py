@@ -34,14 +34,11 @@ def result_table(result: Result) -> RenderableType:
     """The stages side by side, and what was written."""
     stages = {name: stage for name, stage in result.stages.items() if stage is not None}
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for name in stages:
-        heading = "measured" if result.command == "measure" else STAGES[name]
-        table.add_column(heading + (" *" if name == result.kept and len(stages) > 1 else ""), justify="right")
-    for label, show in _ROWS:
-        cells = [show(stage) for stage in stages.values()]
-        if any(cell != "-" for cell in cells):
-            table.add_row(label, *cells)
+    headings, *rows = stage_rows(result)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
     lines: list[RenderableType] = [table] if stages else []
     for first in [*stages.values()][:1]:
         lines.append(Text(_about(first, result.settings), style="dim"))
@@ -61,6 +58,20 @@ def result_table(result: Result) -> RenderableType:
         packed = f"packed, the codebook would take {result.bytes['packed']:,} bytes; the file stores it as before"
         lines.append(Text(packed, style="dim"))
     return Group(*lines)
+
+
+def stage_rows(result: Result) -> list[tuple[str, ...]]:
+    """The headings, and the figures of each stage there is; a star is at the one that was kept."""
+    stages = {name: stage for name, stage in result.stages.items() if stage is not None}
+    names = {name: "measured" if result.command == "measure" else STAGES[name] for name in stages}
+    if len(stages) > 1 and result.kept:
+        names[result.kept] += " *"
+    found = [("", *names.values())]
+    for label, show in _ROWS:
+        cells = [show(stage) for stage in stages.values()]
+        if any(cell != "-" for cell in cells):
+            found.append((label, *cells))
+    return found
 
 
 def _about(first: Measurement, settings: Mapping[str, object]) -> str:

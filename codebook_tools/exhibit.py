@@ -1,0 +1,95 @@
+"""What a page shows of a run beside its figures: a few test images, as the model of each stage reconstructs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from codebook_tools.items import Item
+from codebook_tools.measure import reconstruct
+from codebook_tools.models.model import Book, Model
+from codebook_tools.opening import Opened
+from codebook_tools.training.states import FineTuned
+from codebook_tools.watch import Watch
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """A test image. rank: of its error among all, by the model that was kept. original, stages: (channels, height,
+    width) in [0, 1], as it is and as each stage reconstructs it."""
+
+    name: str
+    rank: str
+    original: Tensor
+    stages: Mapping[str, Tensor]
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Mean squared error, stage by stage."""
+        return {stage: float((shown - self.original).square().mean()) for stage, shown in self.stages.items()}
+
+
+def exhibit(
+    opened: Opened, books: tuple[Book, ...], operated: bool, tuned: FineTuned | None, watch: Watch
+) -> tuple[Shown, ...]:
+    """The worst, the median and the best test image; none of sounds. The model is left as it is.
+
+    books: before anything changed. operated: whether a surgery changed them. tuned: how the fine-tuning went."""
+    model = opened.model
+    if model.takes != "images":
+        return ()
+    items, errors = _errors(opened, watch)
+    order = errors.argsort(stable=True)
+    ranks = {"worst": order[-1], "median": order[len(order) // 2], "best": order[0]}
+    chosen, originals = opened.test.load([items[place] for place in ranks.values()])
+    with _as_it_was(model):
+        stages = {stage: reconstruct(model, originals).media.cpu() for stage in _stages(model, books, operated, tuned)}
+    return tuple(
+        Shown(str(item), rank, originals[i].cpu(), {stage: shown[i] for stage, shown in stages.items()})
+        for i, (rank, item) in enumerate(zip(ranks, chosen, strict=True))
+    )
+
+
+def _errors(opened: Opened, watch: Watch) -> tuple[list[Item], Tensor]:
+    """All test images that can be read, and their squared errors."""
+    readable, found = list[Item](), list[Tensor]()
+    for items, pixels in opened.test.whole().batches(opened.request.batch_size):
+        shown = reconstruct(opened.model, pixels).media.cpu()
+        found.append((shown - pixels.cpu()).square().flatten(1).mean(1))
+        readable += items
+        watch.progress("choose what to show", len(readable), len(opened.test))
+    return readable, torch.cat(found)
+
+
+def _stages(model: Model, books: tuple[Book, ...], operated: bool, tuned: FineTuned | None) -> Iterator[str]:
+    """The names of the stages there are, with the model in the state of each."""
+    after = model.books
+    if tuned:
+        model.network.load_state_dict(tuned.start.weights)
+    model.books = books
+    yield "before"
+    if operated:
+        model.books = tuple(map(replace, after))
+        if tuned:
+            tuned.start.restore(model)
+        yield "surgery"
+    if tuned:
+        model.books = tuple(map(replace, after))
+        tuned.best.restore(model)
+        model.round_to_stored()
+        yield "finetuned"
+
+
+@contextmanager
+def _as_it_was(model: Model) -> Iterator[None]:
+    weights = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    books = model.books
+    try:
+        yield
+    finally:
+        model.network.load_state_dict(weights)
+        model.books = books

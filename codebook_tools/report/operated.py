@@ -1,0 +1,136 @@
+"""The page of a surgery or a fine-tuning: what became of the codes, of the error and of a few images."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from codebook_tools.exhibit import Shown
+from codebook_tools.measure import Measurement
+from codebook_tools.outcome import Result
+from codebook_tools.report.curve import draw_panels
+from codebook_tools.report.page import Gallery, Listing, Page, Part, Picture, Plot, Table
+from codebook_tools.report.tables import STAGES, stage_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def operated_page(result: Result, command: str) -> Page:
+    """command: what the user typed."""
+    return Page(
+        title=f"codebook {result.command}: {result.model}",
+        headline=headline(result),
+        parts=[*_parts(result), *about(result.settings, result.seconds, result.version, result.seed)],
+        command=command,
+        warnings=result.warnings,
+    )
+
+
+def headline(result: Result) -> str:
+    """What came out, in a sentence."""
+    before, kept = result.before, result.stages.get(result.kept or "")
+    if before is None:
+        return f"{result.command} of {result.model}"
+    used, size = _use(before)
+    told = f"{used} of {size} codes were used, {used / size:.1%} of the codebook"
+    if kept is None or kept is before:
+        return f"{told}; nothing lowered the error, and the model was left as it is." if kept else f"{told}."
+    return f"{told}; now {' of '.join(map(str, _use(kept)))}{_change(before, kept)}."
+
+
+def _use(stage: Measurement) -> tuple[int, int]:
+    used, size = (sum(getattr(use, name) for use in stage.codebooks) for name in ("used", "size"))
+    return used, size
+
+
+def _change(before: Measurement, kept: Measurement) -> str:
+    if not before.mse or kept.mse is None:
+        return ""
+    change = kept.mse / before.mse - 1
+    if kept.mse == before.mse:
+        return ", and no reconstruction changed in error"
+    return f", and the error {'fell' if change < 0 else 'rose'} by {abs(change):.{0 if abs(change) >= 0.01 else 2}%}"
+
+
+def _parts(result: Result) -> Iterator[Part]:
+    head, *rows = stage_rows(result)
+    images = result.before.images if result.before else None
+    note = f"On {images:,} test images. * is what was kept." if images else "* is what was kept."
+    yield Table("Stage by stage", head, tuple(rows), note)
+    if result.shown:
+        yield _gallery(result.shown)
+    counts = {STAGES[name]: stage.counts for name, stage in result.stages.items() if stage and stage.counts}
+    for i, use in enumerate(result.before.codebooks if result.before else ()):
+        if counts:
+            name = f"How often each code of {use.key} is used" if len(result.stages) > 1 else "How often codes are used"
+            yield usage_plot(name, {stage: books[i] for stage, books in counts.items()})
+    if len(result.trace) > 1:
+        yield _trace(result)
+
+
+def _gallery(shown: Sequence[Shown]) -> Gallery:
+    rows = {}
+    for image in shown:
+        first = Picture(image.original, f"{image.name}, the original", "the original")
+        rows[image.rank] = [
+            first,
+            *(
+                Picture(picture, f"{image.name}, {STAGES[stage]}", f"{STAGES[stage]}, mse {image.errors[stage]:.5f}")
+                for stage, picture in image.stages.items()
+            ),
+        ]
+    names = ", ".join(f"{image.rank}: {image.name}" for image in shown)
+    return Gallery("The worst, the median and the best image", rows, f"By the error of what was kept. {names}.")
+
+
+def usage_plot(title: str, counts: Mapping[str, torch.Tensor]) -> Plot:
+    """Hits of codes, the most used first, on a log axis. counts: (size,) by stage; the sizes may differ."""
+    falling = {stage: of.sort(descending=True).values.tolist() for stage, of in counts.items()}
+    longest = max(map(len, falling.values()))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for stage, hits in falling.items():
+            axes.step(range(1, len(hits) + 1), hits, where="mid", label=stage)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set(xlabel="codes, the most used first", ylabel="hits", ylim=(0, None), xlim=(0.5, longest + 0.5))
+        axes.legend()
+
+    used = ", ".join(f"{stage}: {sum(hit > 0 for hit in hits)} of {len(hits)}" for stage, hits in falling.items())
+    columns: dict[str, Sequence[object]] = {"rank": range(1, longest + 1)}
+    columns |= {stage: [*hits, *[""] * (longest - len(hits))] for stage, hits in falling.items()}
+    return Plot(title, f"Hits of each code in falling order, on a log axis. Codes in use {used}.", draw, columns)
+
+
+def _trace(result: Result) -> Plot:
+    points = [asdict(point) for point in result.trace]
+    first, last = result.trace[0], result.trace[-1]
+    said = (
+        f"Codes in use, perplexity, distortion and validation error over {last.step} steps: "
+        f"used {first.used} to {last.used}, validation error {first.validation_mse:.6f} to {last.validation_mse:.6f}."
+    )
+    columns = {name: [point[name] for point in points] for name in points[0]}
+    return Plot(
+        "The fine-tuning, step by step",
+        said,
+        lambda figure: draw_panels({"": points}, figure),
+        columns,
+        (11, 2.6),
+        "Step 0 is right after the surgery: what is wrong there was installed wrongly, the rest collapsed later.",
+    )
+
+
+def about(
+    settings: Mapping[str, object], seconds: Mapping[str, float], version: str, seed: int | None = None
+) -> Iterator[Listing]:
+    """What the run was made with, and how long it took."""
+    told = {name: str(value) for name, value in settings.items()}
+    yield Listing("Settings", told if seed is None else {**told, "seed": str(seed)})
+    yield Listing("Seconds", {name: f"{value:.1f}" for name, value in seconds.items()})
+    versions = {"codebook-tools": version, "torch": torch.__version__, "python": platform.python_version()}
+    yield Listing("Versions", {**versions, "machine": f"{platform.system()} {platform.machine()}"})

@@ -1,0 +1,35 @@
+"""Which page shows what a command found, and where it goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from codebook_tools.comparison import Comparison, write_text
+from codebook_tools.diagnosis.diagnose import Diagnosis
+from codebook_tools.errors import CodebookError
+from codebook_tools.outcome import Result
+from codebook_tools.report.compared import compared_page
+from codebook_tools.report.diagnosed import diagnosed_page
+from codebook_tools.report.operated import operated_page
+from codebook_tools.report.page import Page, html, require_plots
+
+
+def check_report(path: Path) -> None:
+    """Raise CodebookError now, not after an hour, where a page cannot be drawn or written there."""
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise CodebookError(f"--report {path}: a page ends in .html; what is not one is never replaced")
+    if path.is_dir() or not path.parent.is_dir():
+        raise CodebookError(f"--report {path}: {'a folder' if path.is_dir() else f'no such folder: {path.parent}'}")
+    require_plots()
+
+
+def page_of(found: Result | Comparison | Diagnosis, command: str) -> Page:
+    """The page of what a command found. command: what the user typed."""
+    if isinstance(found, Comparison):
+        return compared_page(found, command)
+    return operated_page(found, command) if isinstance(found, Result) else diagnosed_page(found, command)
+
+
+def write_page(page: Page, path: Path) -> None:
+    """Write the whole file, or none; one that is there is replaced."""
+    write_text(path, html(page))

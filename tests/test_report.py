@@ -1,0 +1,259 @@
+"""Pages: what stands in them, that they need nothing else, and that a browser shows them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from conftest import Outcome, assert_refused, contents
+from PIL import Image
+
+from codebook_tools.exhibit import Shown
+from codebook_tools.measure import CodebookUse, Measurement
+from codebook_tools.outcome import Result
+from codebook_tools.report.operated import headline, operated_page, usage_plot
+from codebook_tools.report.page import Gallery, Listing, Page, Picture, Plot, Table, html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Run = Callable[..., Outcome]
+RANGE = ("--input-range", "-1,1")
+CHROMIUM = Path("/usr/bin/chromium")
+
+
+def measured(used: int, size: int, mse: float | None) -> Measurement:
+    use = CodebookUse("codes", size, 4, 1000, used, used / size, used, float(used), 1.0, 0.1, 0.5, None)
+    counts = torch.cat([torch.arange(1, used + 1), torch.zeros(size - used, dtype=torch.int64)])
+    return Measurement("test", 10, mse, None, None, (use,), None, (counts,))
+
+
+def result(**given: Any) -> Result:
+    plain = {"command": "refit", "model": "m.safetensors", "family": "zalando", "settings": {"k": 128}, "seed": 0}
+    return Result(**{**plain, "warnings": (), "before": measured(85, 512, 0.01), "kept": "surgery", **given})
+
+
+def line(figure: Figure) -> None:
+    figure.subplots().plot([1, 2], [3, 4])
+
+
+def page() -> Page:
+    picture = Picture(torch.tensor([[[0.0, 1.0]], [[0.5, 0.0]], [[0.0, 0.0]]]), 'an image called "a<b>"', "0.01")
+    return Page(
+        "a <script>alert(1)</script> model",
+        "85 of 512 & no more",
+        [
+            Table("Figures", ("", "before"), (("used", "85"), ("mse", "0.01")), "a note", frozenset({1})),
+            Plot("Curve", "it rises", line, {"x": [1, 2], 'a "name", quoted': [3, 4]}),
+            Gallery("Pictures", {"worst": [picture]}),
+            Listing("Settings", {"k": "128"}),
+        ],
+        "codebook refit --k 128",
+        ["something is odd"],
+    )
+
+
+def test_a_page_asks_for_nothing_and_runs_nothing() -> None:
+    text = html(page())
+    assert "<script" not in text and "a &lt;script&gt;alert(1)&lt;/script&gt; model" in text
+    asked = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", text) + re.findall(r"url\(([^)]*)\)", text)
+    assert asked and all(link.startswith(("data:", "#")) for link in asked)
+    assert "@import" not in text and 'alt="an image called &#34;a&lt;b&gt;&#34;"' in text
+    assert html(page()) == text
+
+
+def test_what_a_plot_shows_can_be_had_as_csv_and_a_picture_as_it_was() -> None:
+    text = html(page())
+    (figures,) = re.findall(r'href="data:text/csv;base64,([^"]*)"', text)
+    assert [*csv.reader(io.StringIO(b64decode(figures).decode()))] == [
+        ["x", 'a "name", quoted'],
+        ["1", "3"],
+        ["2", "4"],
+    ]
+    (picture,) = re.findall(r'src="data:image/png;base64,([^"]*)"', text)
+    shown = Image.open(io.BytesIO(b64decode(picture)))
+    assert [*shown.get_flattened_data()] == [(0, 128, 0), (255, 0, 0)]
+    grey = Picture(torch.full((1, 2, 3), 0.2), "", "")
+    assert Image.open(io.BytesIO(grey.png)).size == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"surgery": measured(128, 128, 0.0056)},
+            "85 of 512 codes were used, 16.6% of the codebook; now 128 of 128, and the error fell by 44%.",
+        ),
+        (
+            {"surgery": measured(13, 128, 0.01005)},
+            "85 of 512 codes were used, 16.6% of the codebook; now 13 of 128, and the error rose by 0.50%.",
+        ),
+        (
+            {"command": "prune", "surgery": measured(85, 85, 0.01)},
+            "85 of 512 codes were used, 16.6% of the codebook; now 85 of 85, and no reconstruction changed in error.",
+        ),
+        (
+            {"before": measured(85, 512, None), "surgery": measured(128, 128, None)},
+            "85 of 512 codes were used, 16.6% of the codebook; now 128 of 128.",
+        ),
+        (
+            {"command": "finetune", "kept": "before", "finetuned": measured(90, 512, 0.02)},
+            "85 of 512 codes were used, 16.6% of the codebook; nothing lowered the error, and the model was left as it "
+            "is.",
+        ),
+        ({"command": "measure", "kept": None}, "85 of 512 codes were used, 16.6% of the codebook."),
+    ],
+)
+def test_the_headline_says_what_came_out(given: dict[str, Any], said: str) -> None:
+    assert headline(result(**given)) == said
+
+
+def test_the_figures_of_a_usage_plot_are_the_hits_in_falling_order() -> None:
+    plot = usage_plot("usage", {"before": torch.tensor([0, 7, 2]), "after surgery": torch.tensor([3, 4])})
+    assert {name: [*column] for name, column in plot.columns.items()} == {
+        "rank": [1, 2, 3],
+        "before": [7, 2, 0],
+        "after surgery": [4, 3, ""],
+    }
+    assert "before: 2 of 3, after surgery: 2 of 2" in plot.said
+
+
+def test_the_page_of_a_surgery_has_its_stages_pictures_and_settings() -> None:
+    original = torch.full((3, 8, 8), 0.5)
+    shown = Shown("a.png", "worst", original, {"before": original + 0.1, "surgery": original + 0.2})
+    assert shown.errors == pytest.approx({"before": 0.01, "surgery": 0.04})
+    found = result(surgery=measured(128, 128, 0.0056), shown=(shown,), warnings=("odd",))
+    text = html(operated_page(found, "codebook refit m.safetensors --k 128"))
+    for told in ("after surgery *", "85 of 512 (16.6%)", "a.png, after surgery", "mse 0.04000", "odd", "--k 128"):
+        assert told in text
+
+
+# --- from the command line ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def given(tiny: Path, images_folder: Path, tmp_path: Path) -> tuple[object, ...]:
+    return (tiny, "--data", images_folder, *RANGE, "--report", tmp_path / "page.html")
+
+
+def test_a_surgery_writes_its_page(
+    given: tuple[object, ...], codebook: Run, tmp_path: Path, images_folder: Path
+) -> None:
+    plain = codebook("refit", *given[:-2], "--k", 4, "--steps", 3, "-o", tmp_path / "plain.safetensors", "--json")
+    found = codebook("refit", *given, "--k", 4, "--steps", 3, "-o", tmp_path / "out.safetensors", "--json")
+    assert found.exit_code == 0, found.stderr
+    assert found.json["outputs"]["report"] == str(tmp_path / "page.html")
+    assert found.json["stages"] == plain.json["stages"] and found.json.keys() == plain.json.keys()
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+    text = (tmp_path / "page.html").read_text()
+    assert len(text) < 5_000_000 and text.count("<img ") == 3 * 4 and text.count("<svg ") == 2
+    assert "after fine-tuning" in text and "codebook " in text
+
+
+def test_pictures_are_of_the_stages_that_were_measured(
+    given: tuple[object, ...], codebook: Run, tmp_path: Path, held_out_folder: Path
+) -> None:
+    """One test image: its error at each stage is the mse of that stage."""
+    one = tmp_path / "one"
+    one.mkdir()
+    first = sorted(held_out_folder.iterdir())[0]
+    (one / first.name).write_bytes(first.read_bytes())
+    options = ("--test-data", one, "--k", 4, "--steps", 3, "-o", tmp_path / "out.safetensors", "--json")
+    found = codebook("refit", *given, *options)
+    assert found.exit_code == 0, found.stderr
+    text = (tmp_path / "page.html").read_text()
+    for stage, name in (("before", "before"), ("surgery", "after surgery"), ("finetuned", "after fine-tuning")):
+        assert f"{name}, mse {found.json['stages'][stage]['mse']:.5f}" in text
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("measure",),
+        ("prune", "--threshold", 0, "-o", "OUT"),
+        ("finetune", "--steps", 2, "-o", "OUT"),
+        ("diagnose",),
+        ("compare", "--k", 4, "--steps", 2, "--strategies", "prune,refit", "--seeds", 2, "-o", "OUT"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_that_measures_writes_a_page(
+    command: tuple[object, ...], given: tuple[object, ...], codebook: Run, tmp_path: Path
+) -> None:
+    options = [tmp_path / "out" if option == "OUT" else option for option in command[1:]]
+    if command[0] in ("prune", "finetune"):
+        options[-1] = tmp_path / "out.safetensors"
+    found = codebook(command[0], *given, *options)
+    assert found.exit_code in (0, 3), found.stderr
+    assert f"<h1>codebook {command[0]}: " in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.safetensors", "a page ends in .html; what is not one is never replaced"),
+        ("nowhere/page.html", "no such folder"),
+        ("folder.html", "a folder"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_told_before_anything_is_done(
+    name: str, message: str, tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "folder.html").mkdir()
+    before = contents(tmp_path)
+    found = codebook("refit", tiny, "--data", images_folder, *RANGE, "--k", 4, "--report", tmp_path / name)
+    assert_refused(found, message)
+    assert contents(tmp_path) == before
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium; skips by name where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM.exists():
+        pytest.skip(f"no {CHROMIUM}")
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"])
+        yield found
+        found.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("scripts", [True, False])
+def test_a_browser_shows_a_page(browser: Any, tmp_path: Path, scheme: str, width: int, scripts: bool) -> None:
+    original = torch.rand(3, 32, 32)
+    shown = tuple(
+        Shown(f"{rank}.png", rank, original, dict.fromkeys(("before", "surgery"), original * 0.9))
+        for rank in ("worst", "median", "best")
+    )
+    found = result(surgery=measured(128, 128, 0.0056), shown=shown)
+    path = tmp_path / "page.html"
+    path.write_text(html(operated_page(replace(found, settings={"a": "b" * 300}), "codebook refit")))
+    view = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme, java_script_enabled=scripts)
+    said, asked = list[str](), list[str]()
+    view.on("console", lambda message: said.append(message.text))
+    view.on("pageerror", lambda error: said.append(str(error)))
+    view.on("request", lambda request: asked.append(request.url))
+    view.goto(path.as_uri())
+    assert view.locator("table").first.is_visible() and view.locator("svg").first.is_visible()
+    assert said == [] and all(url.startswith(("file:", "data:")) for url in asked)
+    if scripts:
+        sizes = view.evaluate("[...document.images].map(image => image.complete && image.naturalWidth)")
+        assert len(sizes) == 9 and all(sizes)
+        assert view.evaluate("document.documentElement.scrollWidth") <= width
+        paper = view.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert paper == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 26)")
+    view.close()
