@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .calls import operate_on, recipe_of, request_of, run_and_show
+from .calls import numbers, operate_on, recipe_of, request_of, run_and_show
 from .exits import one_voice, reported, show_result
 from .options import (
     DataOptions,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.comparison import Comparison
     from codebook_tools.diagnosis.diagnose import Diagnosis
     from codebook_tools.outcome import Result
+    from codebook_tools.sweep import Sweep
     from codebook_tools.watch import Watch
 
 
@@ -283,6 +284,36 @@ def compare(
         names = [name.strip() for name in strategies.split(",")] if strategies else []
         request = request_of(model, {**given, "output": None})
         return run_compare(request, k, names, recipe_of(given), seeds=seeds, folder=folder, watch=watch)
+
+    run_and_show(work, given)
+
+
+@app.command(epilog="Example: codebook sweep model.safetensors --k 16,32,64,128,256 --data images/")
+@takes(DataOptions, ModelOptions, FolderOptions, LongRunOptions)
+def sweep(
+    given: dict[str, Any],
+    model: ModelArgument = None,
+    k: Annotated[str, typer.Option("--k", metavar="K,K,K", help="The sizes to try.")] = "16,32,64,128,256,512",
+    lambda_: Annotated[
+        str,
+        typer.Option(
+            "--lambda",
+            metavar="L,L,L",
+            help="Also Re-Fits that pay so much for a bit, in variances of the latents; 0.001,0.01 say.",
+        ),
+    ] = "",
+) -> None:
+    """How many codes? Error, distortion and bits over K, right after each surgery, and a K that suffices."""
+    sizes, prices = numbers(k, int), numbers(lambda_, float)
+
+    def work(watch: Watch) -> Sweep:
+        from codebook_tools.demo import DEMO
+        from codebook_tools.sweep import sweep as run_sweep
+
+        source = (model or DEMO).absolute()
+        folder = given["output"] or Path(f"{source.name if source.is_dir() else source.stem}.sweep")
+        request = request_of(model, {**given, "output": None})
+        return run_sweep(request, sizes, prices, folder, watch)
 
     run_and_show(work, given)
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -16,13 +16,14 @@ from .exits import reported, show_result
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.codebook import Strategy
-    from codebook_tools.comparison import Comparison
-    from codebook_tools.diagnosis.diagnose import Diagnosis
     from codebook_tools.finetune import Recipe
     from codebook_tools.opening import Request
     from codebook_tools.outcome import Result
     from codebook_tools.planning import Plan
+    from codebook_tools.report.tables import Found
     from codebook_tools.watch import Watch
+
+_Number = TypeVar("_Number", int, float)
 
 
 def request_of(model: Path | None, given: dict[str, Any]) -> Request:
@@ -69,6 +70,14 @@ def _input_range(text: str | None) -> tuple[float, float] | None:
     except ValueError:
         raise CodebookError(f"--input-range {text}: expected two numbers, such as 0,1") from None
     return low, high
+
+
+def numbers(text: str, kind: type[_Number]) -> list[_Number]:
+    """Of an option that takes several, between commas."""
+    try:
+        return [kind(number) for number in text.split(",") if number.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: expected numbers with commas between them, such as 16,32,64") from None
 
 
 def recipe_of(given: dict[str, Any]) -> Recipe:
@@ -120,7 +129,7 @@ def _hash_ahead(model: Path | None) -> None:
         hash_ahead(read_checkpoint(model or DEMO).files)
 
 
-def run_and_show(work: Callable[[Watch], Result | Plan | Comparison | Diagnosis], given: dict[str, Any]) -> None:
+def run_and_show(work: Callable[[Watch], Found | Plan], given: dict[str, Any]) -> None:
     """Do the work, with progress, and print what came of it; with others where torchrun started several processes."""
     with reported():
         from codebook_tools.processes import joined
@@ -129,7 +138,7 @@ def run_and_show(work: Callable[[Watch], Result | Plan | Comparison | Diagnosis]
             _run_and_show(work, given)
 
 
-def _with_report(found: Result | Comparison | Diagnosis, path: Path) -> Result | Comparison | Diagnosis:
+def _with_report(found: Found, path: Path) -> Found:
     """Write the page of what was found, which then names it."""
     from codebook_tools import processes
     from codebook_tools.diagnosis.diagnose import Diagnosis
@@ -143,7 +152,7 @@ def _with_report(found: Result | Comparison | Diagnosis, path: Path) -> Result |
     return replace(found, outputs=outputs)
 
 
-def _run_and_show(work: Callable[[Watch], Result | Plan | Comparison | Diagnosis], given: dict[str, Any]) -> None:
+def _run_and_show(work: Callable[[Watch], Found | Plan], given: dict[str, Any]) -> None:
     from codebook_tools.planning import Plan
     from codebook_tools.report.tables import details_table, table_of
     from codebook_tools.watch import Watch

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -15,15 +12,23 @@ from typing import Any
 from codebook_tools import processes
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.codebook import Strategy
-from codebook_tools.comparison import STAGES, Comparison, Row, RowStore, markdown_table, write_text
+from codebook_tools.comparison import (
+    STAGES,
+    Comparison,
+    Row,
+    RowStore,
+    bytes_at,
+    check_folder,
+    made_with,
+    markdown_table,
+    write_text,
+)
 from codebook_tools.errors import CodebookError
 from codebook_tools.filling import power_of_two
 from codebook_tools.finetune import Recipe
-from codebook_tools.items import items_sha256
 from codebook_tools.measure import Measurement
-from codebook_tools.models.stored import added_bytes
 from codebook_tools.opening import Opened, Request, open_request
-from codebook_tools.outcome import settings_of, weights_bytes
+from codebook_tools.outcome import settings_of
 from codebook_tools.output import check_size
 from codebook_tools.stages import (
     Calibration,
@@ -36,7 +41,6 @@ from codebook_tools.stages import (
     run_stages,
 )
 from codebook_tools.strategies import find_strategy
-from codebook_tools.version import VERSION
 from codebook_tools.watch import Watch
 
 
@@ -141,24 +145,24 @@ def compare(
         if value < 1:
             raise CodebookError(f"{name}={value} is below 1; use --{name} 1 or more")
     entries = {name: find_entry(name) for name in names or ENTRIES}
-    _check_folder(folder)
+    check_folder(folder)
     store = RowStore(folder)
     check_size(read_checkpoint(request.source), k)
     opened = open_request(request, watch)
     require_training_data(opened, recipe)
     seen = calibrate(opened, watch)
     tasks = list(_tasks(entries, k, _in_use(opened, seen), request.seed, seeds))
-    made_with = {task: _made_with(opened, task, recipe) for task in tasks}
+    hashes = {task: _made_with(opened, task, recipe) for task in tasks}
     before: tuple[Measurement, Latents] | None = None
     rows, warned = [], dict[str, list[str]]()
     for i, task in enumerate(tasks):
-        row = store.find(task.name, task.k, task.seed, made_with[task])
+        row = store.find(task.name, task.k, task.seed, hashes[task])
         if row is None:
             if before is None:
                 latents = encoder_latents(opened)
                 before = measure_stage(opened, latents, watch), latents
             told = watch.within(f"{i + 1} of {len(tasks)}, {task.name}")
-            row, said = _run(task, opened, seen, *before, recipe, made_with[task], told)
+            row, said = _run(task, opened, seen, *before, recipe, hashes[task], told)
             for warning in said:
                 warned.setdefault(warning, []).append(f"{task.name} of {row.k}, seed {task.seed}")
             if row.error is None:
@@ -179,17 +183,6 @@ def compare(
     )
     write_text(table, markdown_table(found.summaries))
     return found
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise CodebookError now, not after the first row, where rows cannot be kept there."""
-    if folder.exists() and not folder.is_dir():
-        raise CodebookError(f"{folder} is a file; name a folder for the rows with --output")
-    place = folder if folder.exists() else folder.parent
-    if not place.is_dir():
-        raise CodebookError(f"no such folder: {place}; make it first, or choose another with --output")
-    if not os.access(place, os.W_OK):
-        raise CodebookError(f"cannot write in {place}; choose another folder with --output")
 
 
 def _in_use(opened: Opened, seen: Calibration) -> int:
@@ -222,7 +215,7 @@ def _run(
     before: Measurement,
     latents: Latents,
     recipe: Recipe,
-    made_with: str,
+    made: str,
     watch: Watch,
 ) -> tuple[Row, tuple[str, ...]]:
     """The row, and what it warns of."""
@@ -246,11 +239,8 @@ def _run(
     except CodebookError as problem:
         error = str(problem)
     seconds = watch.seconds["strategy"] + watch.seconds["finetune"]
-    books = [opened.model.books[stage].found for stage in opened.model.chosen]
-    nbytes = weights_bytes(opened.request.source) + sum(
-        added_bytes(opened.model.checkpoint, book, size) for book in books
-    )
-    row = Row(task.name, size, task.seed, stages, kept or "before", seconds, nbytes, error, made_with)
+    nbytes = bytes_at(opened, size)
+    row = Row(task.name, size, task.seed, stages, kept or "before", seconds, nbytes, error, made)
     return row, tuple(its.warnings)
 
 
@@ -260,23 +250,12 @@ def _size(opened: Opened) -> int:
 
 def _made_with(opened: Opened, task: _Task, recipe: Recipe) -> str:
     """SHA-256 of all that the figures of a row depend on."""
-    request = opened.request
-    splits = opened.splits
-    network = Path(request.network.rpartition(":")[0]) if request.network else None
-    said = {
-        "version": VERSION,
-        "model": opened.model.checkpoint.sha256,
-        "network": hashlib.sha256(network.read_bytes()).hexdigest() if network else None,
-        "data": {"calibration": items_sha256(splits.calibration), "test": items_sha256(splits.test)},
-        "opened": {name: value for name, value in opened.settings.items() if name not in ("data", "test_data")},
-        "codebook": [
-            told
-            for book in (opened.model.books[stage] for stage in opened.model.chosen)
-            for told in (book.key, book.lookup.value, book.emit.value)
-        ],
-        "seeds": [request.seed, task.seed],
-        "entry": [task.name, task.k, task.entry.fresh],
-        "strategy": task.settings(),
-        "recipe": settings_of(replace(recipe, **task.entry.recipe)),
-    }
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+    return made_with(
+        opened,
+        {
+            "seeds": [opened.request.seed, task.seed],
+            "entry": [task.name, task.k, task.entry.fresh],
+            "strategy": task.settings(),
+            "recipe": settings_of(replace(recipe, **task.entry.recipe)),
+        },
+    )

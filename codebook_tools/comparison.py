@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import statistics
@@ -12,7 +13,10 @@ from typing import Any
 
 from codebook_tools.checkpoints.layout import partial_path
 from codebook_tools.errors import CodebookError
+from codebook_tools.items import items_sha256
 from codebook_tools.measure import CodebookUse, Measurement
+from codebook_tools.models.stored import added_bytes
+from codebook_tools.opening import Opened
 from codebook_tools.version import VERSION
 
 STAGES = ("before", "surgery", "finetuned")
@@ -132,6 +136,44 @@ def _summary(strategy: str, k: int, rows: list[Row]) -> Summary:
     errors = [row.error for row in rows if row.error is not None]
     seconds = Spread.of([row.seconds for row in rows])
     return Summary(strategy, k, len(rows), stages, kept, seconds, rows[0].bytes, errors[0] if errors else None)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise CodebookError now, not after the first row, where rows cannot be kept there."""
+    if folder.exists() and not folder.is_dir():
+        raise CodebookError(f"{folder} is a file; name a folder for the rows with --output")
+    place = folder if folder.exists() else folder.parent
+    if not place.is_dir():
+        raise CodebookError(f"no such folder: {place}; make it first, or choose another with --output")
+    if not os.access(place, os.W_OK):
+        raise CodebookError(f"cannot write in {place}; choose another folder with --output")
+
+
+def bytes_at(opened: Opened, size: int) -> int:
+    """Of the model's file, were the codebooks that are operated on of that size; but for metadata."""
+    model = opened.model
+    books = [model.books[stage].found for stage in model.chosen]
+    return model.checkpoint.nbytes + sum(added_bytes(model.checkpoint, book, size) for book in books)
+
+
+def made_with(opened: Opened, more: Mapping[str, object]) -> str:
+    """SHA-256 of all that the figures of a row depend on. more: than model and data."""
+    request, splits = opened.request, opened.splits
+    network = Path(request.network.rpartition(":")[0]) if request.network else None
+    said = {
+        "version": VERSION,
+        "model": opened.model.checkpoint.sha256,
+        "network": hashlib.sha256(network.read_bytes()).hexdigest() if network else None,
+        "data": {"calibration": items_sha256(splits.calibration), "test": items_sha256(splits.test)},
+        "opened": {name: value for name, value in opened.settings.items() if name not in ("data", "test_data")},
+        "codebook": [
+            told
+            for book in (opened.model.books[stage] for stage in opened.model.chosen)
+            for told in (book.key, book.lookup.value, book.emit.value)
+        ],
+        **more,
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class RowStore:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from statistics import linear_regression
 
 import torch
 from torch import Tensor
@@ -79,3 +81,11 @@ def detail(images: Tensor) -> Tensor | None:
     inner = images[..., 1:-1, 1:-1]
     around = images[..., :-2, 1:-1] + images[..., 2:, 1:-1] + images[..., 1:-1, :-2] + images[..., 1:-1, 2:]
     return (4 * inner - around).double().square().flatten(1).sum(1)
+
+
+def effective_dimension(curve: Mapping[int, float]) -> float:
+    """Of latents, by the slope of log distortion over log K: at high rate that is -2 / dimension (Zador 1982). Infinite
+    where more codes leave no less. curve: distortion by K, two points or more."""
+    sizes, left = zip(*((math.log(k), math.log(max(of, 1e-30))) for k, of in curve.items()), strict=True)
+    slope = linear_regression(sizes, left).slope
+    return -2 / slope if slope < 0 else math.inf

@@ -38,7 +38,7 @@ FLOORS = (
     ),
     ("training", "finetune", "opening", "blur", "exhibit"),
     ("stages", "outcome", "inspection", "comparison", "verification"),
-    ("detached", "compare", "downstream", "merging", "diagnosis"),
+    ("detached", "compare", "sweep", "downstream", "merging", "diagnosis"),
     ("operate", "planning", "verify"),
     ("report",),
     ("__main__", COMMAND_LINE),

@@ -221,7 +221,7 @@ def test_rows_of_another_model_or_version_are_not_used(
     ask: Ask, write_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes = [ask("refit").rows[0].made_with, ask("refit", model=write_model("extra", "other")).rows[0].made_with]
-    monkeypatch.setattr(compare_module, "VERSION", "999")
+    monkeypatch.setattr("codebook_tools.comparison.VERSION", "999")
     hashes.append(ask("refit").rows[0].made_with)
     assert len(set(hashes)) == 3
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from itertools import pairwise
 
 from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book, worst
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
+from codebook_tools.metrics import effective_dimension
 
 DROP = 8.0
 """Times that twice as many centroids leave less: in one dimension it is 4, in more it is less, between modes more."""
@@ -50,10 +50,3 @@ def _steepest(curve: Mapping[int, float]) -> tuple[int, float]:
     """Where twice as many centroids leave the least of what there was, and how many times less."""
     steps = [(k, left / max(less, 1e-30)) for (k, left), (_, less) in pairwise(curve.items())]
     return max(steps, key=lambda step: step[1])
-
-
-def effective_dimension(curve: Mapping[int, float]) -> float:
-    """Of the latents, from the slope of log distortion over log K: at high rate that is -2 / dimension (Zador)."""
-    (first, left), *_, (last, less) = curve.items()
-    fall = math.log(max(left, 1e-30) / max(less, 1e-30))
-    return 2 * math.log(last / first) / fall if fall > 0 else math.inf

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from codebook_tools.comparison import Comparison, write_text
 from codebook_tools.diagnosis.diagnose import Diagnosis
@@ -12,6 +14,9 @@ from codebook_tools.report.compared import compared_page
 from codebook_tools.report.diagnosed import diagnosed_page
 from codebook_tools.report.operated import operated_page
 from codebook_tools.report.page import Page, html, require_plots
+from codebook_tools.report.swept import swept_page
+from codebook_tools.report.tables import Found
+from codebook_tools.sweep import Sweep
 
 
 def check_report(path: Path) -> None:
@@ -23,11 +28,15 @@ def check_report(path: Path) -> None:
     require_plots()
 
 
-def page_of(found: Result | Comparison | Diagnosis, command: str) -> Page:
+def page_of(found: Found, command: str) -> Page:
     """The page of what a command found. command: what the user typed."""
-    if isinstance(found, Comparison):
-        return compared_page(found, command)
-    return operated_page(found, command) if isinstance(found, Result) else diagnosed_page(found, command)
+    pages: dict[type, Callable[[Any, str], Page]] = {
+        Result: operated_page,
+        Comparison: compared_page,
+        Sweep: swept_page,
+        Diagnosis: diagnosed_page,
+    }
+    return pages[type(found)](found, command)
 
 
 def write_page(page: Page, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -16,29 +16,32 @@ from codebook_tools.measure import Measurement
 from codebook_tools.outcome import Result
 from codebook_tools.planning import Plan
 from codebook_tools.report.diagnosis import diagnosis_table
+from codebook_tools.sweep import Sweep, sweep_rows
 from codebook_tools.verification import Verification
 
 STAGES = {"before": "before", "surgery": "after surgery", "finetuned": "after fine-tuning"}
 
 
-def table_of(found: Result | Plan | Comparison | Diagnosis) -> RenderableType:
+Found = Result | Comparison | Sweep | Diagnosis
+"""What a command that measures ends in."""
+
+
+def table_of(found: Found | Plan) -> RenderableType:
     """What a command found, as its table."""
-    if isinstance(found, Diagnosis):
-        return diagnosis_table(found)
-    if isinstance(found, Comparison):
-        return comparison_table(found)
-    return result_table(found) if isinstance(found, Result) else plan_table(found)
+    tables: dict[type, Callable[[Any], RenderableType]] = {
+        Result: result_table,
+        Comparison: comparison_table,
+        Sweep: sweep_table,
+        Diagnosis: diagnosis_table,
+        Plan: plan_table,
+    }
+    return tables[type(found)](found)
 
 
 def result_table(result: Result) -> RenderableType:
     """The stages side by side, and what was written."""
     stages = {name: stage for name, stage in result.stages.items() if stage is not None}
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    headings, *rows = stage_rows(result)
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*row)
+    table = _table(stage_rows(result))
     lines: list[RenderableType] = [table] if stages else []
     for first in [*stages.values()][:1]:
         lines.append(Text(_about(first, result.settings), style="dim"))
@@ -130,7 +133,7 @@ _ROWS = (
 )
 
 
-def details_table(result: Result | Comparison | Diagnosis) -> RenderableType:
+def details_table(result: Found) -> RenderableType:
     """Settings, seconds by phase, and the trace of a fine-tuning."""
     settings = Table("setting", "value", box=None, pad_edge=False, header_style="bold")
     for name, value in result.settings.items():
@@ -173,16 +176,31 @@ def plan_table(found: Plan) -> RenderableType:
 
 def comparison_table(found: Comparison) -> RenderableType:
     """A line for each strategy and size."""
-    headings, *lines = table_rows(found.summaries)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left")
-    for line in lines:
-        table.add_row(*line)
+    table = _table(table_rows(found.summaries))
     about = f"rows: {found.outputs['rows']}, table: {found.outputs['table']}"
     if any(summary.seeds > 1 for summary in found.summaries):
         about += "; figures are mean ± standard deviation over the seeds"
     return Group(table, *(Text(note) for note in notes(found.summaries)), Text(about, style="dim"))
+
+
+def sweep_table(found: Sweep) -> RenderableType:
+    """A line for each point, and what is suggested."""
+    dimension = found.effective_dimension
+    told = "" if dimension is None else f"the latents' effective dimension is {dimension:.1f}; "
+    lines = (f"suggested: {found.suggested_k} codes", found.reason)
+    about = Text(f"{told}rows: {found.outputs['rows']}, table: {found.outputs['table']}", style="dim")
+    return Group(_table(sweep_rows(found)), Text(lines[0], style="bold"), Text(lines[1]), about)
+
+
+def _table(lines: Iterable[Sequence[str]]) -> Table:
+    """The first line is the headings; the first column names the others."""
+    headings, *rows = lines
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def verification_table(found: Verification) -> RenderableType:

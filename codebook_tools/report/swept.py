@@ -1,0 +1,89 @@
+"""The page of a sweep: the K that suffices, and the curves that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from codebook_tools.measure import Measurement
+from codebook_tools.report.operated import about
+from codebook_tools.report.page import INK, Page, Part, Plot, Table
+from codebook_tools.sweep import Sweep, sweep_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def swept_page(found: Sweep, command: str) -> Page:
+    """command: what the user typed."""
+    return Page(
+        title=f"codebook sweep: {found.model}",
+        headline=f"{found.suggested_k} codes suffice: {found.reason}.",
+        parts=[*_parts(found), *about(found.settings, found.seconds, found.version, found.seed)],
+        command=command,
+        warnings=found.warnings,
+    )
+
+
+def _parts(found: Sweep) -> Iterator[Part]:
+    head, *rows = sweep_rows(found)
+    marked = {i for i, row in enumerate(rows) if row[:2] == ("refit", str(found.suggested_k))}
+    dimension = found.effective_dimension
+    told = "" if dimension is None else f" The effective dimension of the latents is {dimension:.1f}."
+    yield curves_plot(found)
+    yield Table("Every point", head, tuple(rows), f"On test data, without fine-tuning.{told}", frozenset(marked))
+
+
+def curves_plot(found: Sweep) -> Plot:
+    """Distortion over K, error over K, error over bits; Re-Fits that pay for bits are in the last alone."""
+    points = [(row.strategy, row.k, measured) for row in found.points if (measured := row.stages["surgery"])]
+    before = found.points[0].stages["before"]
+    with_error = all(measured.mse is not None for *_, measured in points)
+
+    def value(measured: Measurement) -> float:
+        return measured.error if with_error else measured.codebooks[0].distortion
+
+    def draw(figure: Figure) -> None:
+        left, middle, right = figure.subplots(1, 3)
+        for name in ("refit", "prune", "quantize"):
+            its = [(k, measured) for strategy, k, measured in points if strategy == name]
+            sizes = [k for k, _ in its]
+            left.loglog(sizes, [measured.codebooks[0].distortion for _, measured in its], ".-", label=name)
+            middle.loglog(sizes, [value(measured) for _, measured in its], ".-")
+            right.semilogy([measured.codebooks[0].bits for _, measured in its], [value(m) for _, m in its], ".-")
+        paid = [measured for strategy, _, measured in points if strategy.startswith("refit,")]
+        if paid:
+            bits = [measured.codebooks[0].bits for measured in paid]
+            right.semilogy(bits, [value(measured) for measured in paid], "x", label="refit that pays for bits")
+        if before:
+            right.plot(before.codebooks[0].bits, value(before), "*", color=INK, label="as it was")
+        for axes in (left, middle):
+            axes.axvline(found.suggested_k, linewidth=0.7, linestyle=":")
+            axes.set_xlabel("codes")
+            axes.set_xticks(sizes_of(found), [str(k) for k in sizes_of(found)])
+            axes.minorticks_off()
+        what = "error" if with_error else "distortion"
+        left.set(title="distortion")
+        middle.set(title=what)
+        right.set(title=what, xlabel="bits a token")
+        left.legend()
+        right.legend()
+
+    return Plot(
+        "Distortion and error over K",
+        f"Distortion and error fall as K rises; {found.suggested_k} codes are suggested: {found.reason}.",
+        draw,
+        {
+            "strategy": [name for name, *_ in points],
+            "k": [k for _, k, _ in points],
+            "bits": [measured.codebooks[0].bits for *_, measured in points],
+            "perplexity": [measured.codebooks[0].perplexity for *_, measured in points],
+            "distortion": [measured.codebooks[0].distortion for *_, measured in points],
+            "mse": [measured.mse for *_, measured in points],
+        },
+        (11, 3.2),
+    )
+
+
+def sizes_of(found: Sweep) -> list[int]:
+    return sorted({row.k for row in found.points if row.strategy == "refit"})

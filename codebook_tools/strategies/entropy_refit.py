@@ -1,0 +1,70 @@
+"""Re-Fit under a price for bits: codes that few latents need are given up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from codebook_tools.assignment import nearest, squared_errors
+from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
+from codebook_tools.errors import CodebookError
+from codebook_tools.latents import joined
+from codebook_tools.strategies.checks import check_k
+from codebook_tools.strategies.refit import Refit
+
+_POINTS_PER_CODE = 256
+_GAIN = 1e-4  # share of the cost that an iteration must gain for another to follow
+
+
+@dataclass(frozen=True)
+class EntropyRefit:
+    """At most k codes that minimise distortion + price · bits, over a head of the latents.
+
+    price: of a bit a token, in variances of the latents. A latent goes to the code of the least cost, not the nearest
+    one, while the codes are sought; the model itself goes on choosing the nearest. Codes that nothing goes to are left
+    out. It starts from a Re-Fit that starts from the codes in use. iterations: the most. seed: of that.
+    Source: Chou, Lookabaugh and Gray 1989, "Entropy-constrained vector quantization".
+    """
+
+    k: int
+    price: float
+    iterations: int = 100
+    seed: int = 0
+    device: str = field(default="cpu", repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_k(self.k)
+        if not 0 <= self.price < float("inf"):
+            raise CodebookError(f"a bit cannot cost {self.price} variances; try --lambda 0.01")
+
+    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        if (codebook.lookup, codebook.emit) != (Lookup.EUCLIDEAN, Emit.RAW):
+            raise CodebookError("an entropy-constrained Re-Fit needs a Euclidean codebook; leave out --lambda")
+        points = joined(latents)[: _POINTS_PER_CODE * self.k].to(self.device)
+        codes = Refit(self.k, init="used", seed=self.seed, device=self.device)(
+            codebook, latents, counts
+        ).codebook.vectors
+        unit = self.price * float(points.double().var(0, correction=0).sum())
+        shares, last = torch.full((self.k,), 1 / self.k, dtype=torch.float64), float("inf")
+        for _ in range(self.iterations):
+            codes, shares, cost = _step(points, codes.to(points.device), shares.to(points.device), unit)
+            if last - cost <= _GAIN * cost:
+                break
+            last = cost
+        return Surgery(replace(codebook, vectors=codes.cpu()), torch.full((codebook.size,), REMOVED))
+
+
+def _step(points: Tensor, codes: Tensor, shares: Tensor, unit: float) -> tuple[Tensor, Tensor, float]:
+    """Codes that are the means of what goes to them, their shares, and the mean cost that there was. unit: of a bit."""
+    # What a code costs stands in a further dimension, in which all latents are 0: the nearest is then the cheapest.
+    prices = (-shares.log2() * unit).sqrt().float()
+    longer = Codebook(torch.cat([codes, prices[:, None]], 1))
+    rows = torch.cat([points, points.new_zeros(len(points), 1)], 1)
+    chosen = nearest(rows, longer)
+    cost = float(squared_errors(rows, longer, chosen).double().mean())
+    hits = torch.bincount(chosen, minlength=len(codes))
+    sums = points.new_zeros(codes.shape).index_add_(0, chosen, points)
+    used = hits > 0
+    return sums[used] / hits[used][:, None], hits[used].double() / len(points), cost

@@ -1,0 +1,191 @@
+"""How many codes? Error, distortion and bits over K right after each surgery, and the K from which more gain little."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from codebook_tools import metrics, processes
+from codebook_tools.codebook import Strategy
+from codebook_tools.comparison import STAGES, Row, RowStore, bytes_at, check_folder, made_with, write_text
+from codebook_tools.errors import CodebookError
+from codebook_tools.measure import Measurement
+from codebook_tools.opening import Opened, Request, open_request
+from codebook_tools.outcome import settings_of
+from codebook_tools.stages import Calibration, calibrate, current_tokens, encoder_latents, measure_stage, perform
+from codebook_tools.strategies import Prune, Quantize, Refit
+from codebook_tools.strategies.entropy_refit import EntropyRefit
+from codebook_tools.version import VERSION
+from codebook_tools.watch import Watch
+
+PAYS = 0.025
+"""Share of the error that twice the codes must take away."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The JSON of `sweep`. points: surgeries, Re-Fit first, by falling price and rising K. effective_dimension: of the
+    latents, by the slope of Re-Fit's distortion over K; None of one K. suggested_k: one of those asked for."""
+
+    model: str
+    family: str
+    settings: Mapping[str, object]
+    seed: int
+    warnings: tuple[str, ...]
+    points: tuple[Row, ...]
+    effective_dimension: float | None
+    suggested_k: int
+    reason: str
+    outputs: Mapping[str, str]
+    seconds: Mapping[str, float]
+    command: str = "sweep"
+    version: str = VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "points"}
+        points = [{name: row.to_json()[name] for name in ("strategy", "k", "stages")} for row in self.points]
+        return {**plain, "warnings": list(self.warnings), "points": points}
+
+
+def sweep(request: Request, sizes: Sequence[int], prices: Sequence[float], folder: Path, watch: Watch) -> Sweep:
+    """Re-Fit to each of `sizes`, each from the one before; prune and quantize, where they can; and an
+    entropy-constrained Re-Fit of the most codes for each price of a bit, in variances of the latents.
+
+    Rows go to folder/rows.json one by one, and those found there, made with the same model, data, settings and version,
+    are not measured again; folder/table.md is the table of all. Raises CodebookError where Re-Fit can be done to none.
+    """
+    if processes.count() > 1:
+        raise CodebookError(f"sweep works in one process, not {processes.count()}; start it without torchrun")
+    sizes = sorted(set(sizes))
+    if not sizes:
+        raise CodebookError("no size to try; name some, such as --k 16,32,64,128")
+    check_folder(folder)
+    store, opened = RowStore(folder), open_request(request, watch)
+    seen = calibrate(opened, watch)
+    opened.warnings += seen.first.remarks(exact=False)
+    points = _swept(opened, seen, sizes, prices, store, watch)
+    curve = {row.k: _surgery(row) for row in points if row.strategy == "refit"}
+    if not curve:
+        raise CodebookError(f"Re-Fit can be done to none of {sizes}: {opened.warnings[-1]}")
+    suggested, reason = suggest(curve)
+    left = {k: found.codebooks[0].distortion for k, found in curve.items()}
+    table = folder / "table.md"
+    found = Sweep(
+        model=str(request.source),
+        family=opened.model.family,
+        settings=opened.settings | {"k": sizes, "lambda": [*prices]},
+        seed=request.seed,
+        warnings=tuple(opened.warnings),
+        points=tuple(points),
+        effective_dimension=metrics.effective_dimension(left) if len(left) > 1 else None,
+        suggested_k=suggested,
+        reason=reason,
+        outputs={"rows": str(store.path), "table": str(table)},
+        seconds=watch.seconds,
+    )
+    write_text(table, markdown(found))
+    return found
+
+
+def suggest(curve: Mapping[int, Measurement]) -> tuple[int, str]:
+    """The smallest K of which no larger one lowers the error by `PAYS` for each doubling, and why.
+
+    curve: Re-Fit by K, rising. Where nothing was reconstructed, it is the distortion.
+    """
+    what = "error" if all(found.mse is not None for found in curve.values()) else "distortion"
+    left = {k: found.error if what == "error" else found.codebooks[0].distortion for k, found in curve.items()}
+    for (k, now), (more, then) in pairwise(left.items()):
+        gain = 1 - (then / now) ** (1 / math.log2(more / k)) if now > 0 else 0.0
+        if gain < PAYS:
+            return k, f"from {k} codes on, twice as many lower the {what} by {max(gain, 0):.1%}, less than {PAYS:.1%}"
+    k = max(left)
+    if len(left) == 1:
+        return k, f"{k} is the only size there is"
+    return k, f"up to {k} codes, the most there are, each doubling lowers the {what} by {PAYS:.1%} or more"
+
+
+def sweep_rows(found: Sweep) -> list[tuple[str, ...]]:
+    """The headings and the cells of a table, a line for each point."""
+    head = ("strategy", "K", "used", "perplexity", "bits", "distortion", "mse", "coverage")
+    return [head, *(_cells(row) for row in found.points)]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    found = _surgery(row)
+    use = found.codebooks[0]
+    mse = "–" if found.mse is None else f"{found.mse:.6f}"
+    coverage = "–" if use.coverage is None else f"{use.coverage:.3f}"
+    figures = (f"{use.perplexity:.1f}", f"{use.bits:.2f}", f"{use.distortion:.4g}", mse, coverage)
+    return (row.strategy, str(row.k), str(use.used), *figures)
+
+
+def markdown(found: Sweep) -> str:
+    """The table in Markdown, and under it what is suggested."""
+    head, *lines = sweep_rows(found)
+    rule = ("---", *["---:"] * (len(head) - 1))
+    table = "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
+    return f"{table}\n{found.suggested_k} codes: {found.reason}.\n"
+
+
+def _surgery(row: Row) -> Measurement:
+    found = row.stages["surgery"]
+    assert found is not None
+    return found
+
+
+def _swept(
+    opened: Opened, seen: Calibration, sizes: Sequence[int], prices: Sequence[float], store: RowStore, watch: Watch
+) -> list[Row]:
+    """All rows that can be done. One that cannot is a warning."""
+    model, seed = opened.model, opened.request.seed
+    books, latents = model.books, encoder_latents(opened)
+    before, rows = measure_stage(opened, latents, watch), list[Row]()
+    now, placed = seen, books  # by the last Re-Fit
+    for name, strategy in _strategies(sizes, prices, seed, _in_use(seen)):
+        goes_on = now is not seen and name.startswith("refit")
+        model.books = placed if goes_on else books
+        hashed = made_with(opened, {"strategy": [name, settings_of(strategy)], "sizes": sizes, "seed": seed})
+        since = watch.seconds["strategy"]
+        try:
+            perform(opened, strategy, now if goes_on else seen, watch)
+        except CodebookError as error:
+            opened.warnings.append(f"{name}: {error}")
+            continue
+        if name == "refit":
+            now, placed = _as_it_is(opened, seen, watch), model.books
+        size = max(model.books[stage].codebook.size for stage in model.chosen)
+        row = store.find(name, size, seed, hashed)
+        if row is None:
+            stages = dict.fromkeys(STAGES) | {"before": before, "surgery": measure_stage(opened, latents, watch)}
+            seconds = watch.seconds["strategy"] - since
+            row = Row(name, size, seed, stages, "surgery", seconds, bytes_at(opened, size), None, hashed)
+            store.add(row)
+        rows.append(row)
+    model.books = books
+    return rows
+
+
+def _strategies(sizes: Sequence[int], prices: Sequence[float], seed: int, used: int) -> Iterator[tuple[str, Strategy]]:
+    """Re-Fits go on from the codes of the one before. used: of the codebook as it is."""
+    for i, k in enumerate(sizes):
+        yield "refit", Refit(k, init="used" if i else "kmeans++", seed=seed)
+    for price in prices:
+        yield f"refit, {price:g} a bit", EntropyRefit(sizes[-1], price, seed=seed)
+    fewer = [k for k in sizes if k < used]
+    yield from (("prune", Prune(keep=k)) for k in [*fewer, used])
+    yield from (("quantize", Quantize(k=k, seed=seed)) for k in fewer)
+
+
+def _in_use(seen: Calibration) -> int:
+    return int((seen.first.counts > 0).sum())
+
+
+def _as_it_is(opened: Opened, seen: Calibration, watch: Watch) -> Calibration:
+    """The calibration data as the model sees them now that its codes have moved."""
+    tokens = current_tokens(opened, seen, True, watch)
+    its = tokens[opened.model.chosen[0]]
+    return Calibration(replace(seen.first, counts=its.counts, codes=its.sample), tokens)
