@@ -4,9 +4,10 @@
                                  [--jobs 2] [--shared ../shared] [--output FILE.json]
 
 Without a name: all variants that differ from `default`, the tool's own recipe; each says what it changes. What did not
-make it into the tool lives in variants.py alone. Rows go to benchmarks/results/recipes/DATA.json, or --output, and are
-drawn beside it; those that are there already, made with the same settings, are not run again. Each is measured on test
-data that the run did not see, and is done by a process with one thread, of which there are as many as jobs.
+make it into the tool lives in variants.py alone. Rows go to benchmarks/results/recipes/DATA.json, or --output, and into
+a plot and tables beside it; those that are there already, made with the same settings, are not run again. Each is
+measured on test data that the run did not see, and is done by a process with one thread, of which there are as many as
+jobs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -129,27 +130,41 @@ def done(run: Run, shared: str) -> dict[str, Any]:
     }
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of the rows of one (strategy, k, steps), the best first: means and spread over the seeds."""
-    lines = ["| variant | mse | used | perplexity | seeds |", "| --- | ---: | ---: | ---: | ---: |"]
-    by_variant = {name: [row for row in rows if row["variant"] == name] for name in {row["variant"] for row in rows}}
-    for name, its in sorted(by_variant.items(), key=lambda one: statistics.mean(row["mse"] for row in one[1])):
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """In Markdown, one of each surgery, K and number of steps: a line for each variant, the lowest error first."""
+    groups = dict[tuple[str, int, int], list[dict[str, Any]]]()
+    for row in rows:
+        groups.setdefault((row["strategy"], row["k"], row["steps"]), []).append(row)
+    return "\n".join(
+        f"After `{strategy}` to {k} codes, {steps:,} steps:\n\n{_table(its)}"
+        for (strategy, k, steps), its in sorted(groups.items())
+    )
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    by_variant = dict[str, dict[int, dict[str, Any]]]()
+    for row in rows:
+        by_variant.setdefault(row["variant"], {})[row["seed"]] = row
+    default = {seed: row["mse"] for seed, row in by_variant.get("default", {}).items()}
+    lines = [
+        "| variant | mse | against default | used | perplexity | seeds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, its in sorted(by_variant.items(), key=lambda one: statistics.mean(row["mse"] for row in one[1].values())):
+        changes = [100 * (row["mse"] / default[seed] - 1) for seed, row in its.items() if seed in default]
         cells = (
-            _spread(row["mse"] for row in its),
-            *(_mean(row[key] for row in its) for key in ("used", "perplexity")),
+            _spread([row["mse"] for row in its.values()], ".6f"),
+            "" if name == "default" or not changes else f"{_spread(changes, '+.1f')} %",
+            *(f"{statistics.mean(row[key] for row in its.values()):.1f}" for key in ("used", "perplexity")),
         )
         lines.append(f"| {name} | {' | '.join(cells)} | {len(its)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
-def _spread(values: Iterable[float]) -> str:
-    found = list(values)
-    deviation = statistics.stdev(found) if len(found) > 1 else 0.0
-    return f"{statistics.mean(found):.6f} ± {deviation:.6f}"
-
-
-def _mean(values: Iterable[float]) -> str:
-    return f"{statistics.mean(values):.1f}"
+def _spread(values: Sequence[float], form: str) -> str:
+    """Mean and sample standard deviation."""
+    mean = format(statistics.mean(values), form)
+    return f"{mean} ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else mean
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -217,7 +232,8 @@ def main() -> None:
             path.write_text(json.dumps({"machine": machine(), "rows": [*rows.values()]}, indent=1) + "\n")
     found = [rows[run] for run in asked]
     draw(path.with_suffix(".png"), found)
-    print(summary(found))
+    path.with_suffix(".md").write_text(tables([*rows.values()]), encoding="utf-8")
+    print(tables(found))
 
 
 if __name__ == "__main__":

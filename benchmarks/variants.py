@@ -18,7 +18,7 @@ from codebook_tools.assignment import nearest
 from codebook_tools.opening import Opened
 from codebook_tools.quantiser import DEAD_BELOW, Quantiser
 from codebook_tools.trainable import trained_names
-from codebook_tools.training import rates, step
+from codebook_tools.training import rates, schedule, step
 from codebook_tools.training.step import Training
 
 
@@ -135,13 +135,18 @@ _move, _update, _groups = Training.move, Quantiser.update, step._groups
 
 
 def encoder_later(training: Training, step: int) -> None:
-    """The encoder stays as it is for the first fifth of the run."""
-    if step <= training.recipe.steps / 5:
-        of_decoder = _of_decoder(training)
-        for name, parameter in training.model.network.named_parameters():
-            if name not in of_decoder:
-                parameter.grad = None  # Adam passes it over
+    """The encoder stays as it is for the first fifth of the run, and then moves further with each step for a while, as
+    all does in the beginning."""
+    of_decoder, fifth = _of_decoder(training), training.recipe.steps // 5
+    encoder = [its for name, its in training.model.network.named_parameters() if name not in of_decoder]
+    before = [parameter.detach().clone() for parameter in encoder]
+    if step <= fifth:
+        for parameter in encoder:
+            parameter.grad = None  # Adam passes it over
     _move(training, step)
+    if fifth < step < fifth + schedule.WARM_UP:
+        for parameter, old in zip(encoder, before, strict=True):
+            parameter.detach().copy_(old.lerp(parameter.detach(), (step - fifth) / schedule.WARM_UP))
 
 
 def _of_decoder(training: Training) -> set[str]:
@@ -213,7 +218,7 @@ VARIANTS = {
     ),
     "codes frozen": Variant({"codebook_update": "frozen"}),
     "decoder alone": Variant({"train": "decoder"}),
-    "encoder later": Variant(inside={"training.step:Training.move": encoder_later}),
+    "encoder frozen for a fifth": Variant(inside={"training.step:Training.move": encoder_later}),
     "codes aligned with the latents first": Variant(before=aligned),
     **{f"EMA decay {decay}": Variant(inside={"quantiser:DECAY": decay}) for decay in (0.9, 0.95, 0.99)},
     # Gradients through the quantiser.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .calls import numbers, operate_on, recipe_of, request_of, run_and_show
+from .calls import named_after, numbers, operate_on, recipe_of, request_of, run_and_show
 from .exits import one_voice, reported, show_result
 from .options import (
     DataOptions,
@@ -25,6 +25,7 @@ from .options import (
     RemapOptions,
     RestartMethod,
     RunOptions,
+    Sort,
     StatsOption,
     TrainOptions,
     WriteOptions,
@@ -33,6 +34,7 @@ from .options import (
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.codebook import Strategy
+    from codebook_tools.codes import Codes
     from codebook_tools.comparison import Comparison
     from codebook_tools.diagnosis.diagnose import Diagnosis
     from codebook_tools.outcome import Result
@@ -277,10 +279,8 @@ def compare(
 
     def work(watch: Watch) -> Comparison:
         from codebook_tools.compare import compare as run_compare
-        from codebook_tools.demo import DEMO
 
-        source = (model or DEMO).absolute()
-        folder = given["output"] or Path(f"{source.name if source.is_dir() else source.stem}.compare")
+        folder = given["output"] or named_after(model, ".compare")
         names = [name.strip() for name in strategies.split(",")] if strategies else []
         request = request_of(model, {**given, "output": None})
         return run_compare(request, k, names, recipe_of(given), seeds=seeds, folder=folder, watch=watch)
@@ -307,15 +307,35 @@ def sweep(
     sizes, prices = numbers(k, int), numbers(lambda_, float)
 
     def work(watch: Watch) -> Sweep:
-        from codebook_tools.demo import DEMO
         from codebook_tools.sweep import sweep as run_sweep
 
-        source = (model or DEMO).absolute()
-        folder = given["output"] or Path(f"{source.name if source.is_dir() else source.stem}.sweep")
+        folder = given["output"] or named_after(model, ".sweep")
         request = request_of(model, {**given, "output": None})
         return run_sweep(request, sizes, prices, folder, watch)
 
     run_and_show(work, given)
+
+
+@app.command(epilog="Example: codebook codes model.safetensors --data images/ --sort error")
+@takes(DataOptions, ModelOptions, RunOptions)
+def codes(
+    given: dict[str, Any],
+    model: ModelArgument = None,
+    top: Annotated[int, typer.Option("--top", metavar="N", help="Patches of each kind for a code.")] = 6,
+    most: Annotated[int, typer.Option("--most", metavar="N", help="At most so many codes.")] = 512,
+    sort: Annotated[Sort, typer.Option(help="Which codes come first; map: by what they look like.")] = Sort.SHARE,
+) -> None:
+    """What each code stands for: its patches, what it decodes to, its neighbours; and images with their tokens.
+
+    The page goes to --report; left out: <name>.codes.html in the current folder.
+    """
+
+    def work(watch: Watch) -> Codes:
+        from codebook_tools.codes import look_at_codes
+
+        return look_at_codes(request_of(model, given), top, most, sort.value, watch)
+
+    run_and_show(work, {**given, "report": given["report"] or named_after(model, ".codes.html")})
 
 
 @app.command(epilog="Example: codebook finetune model.safetensors --data images/ --steps 2000")

@@ -80,6 +80,14 @@ def numbers(text: str, kind: type[_Number]) -> list[_Number]:
         raise typer.BadParameter(f"{text!r}: expected numbers with commas between them, such as 16,32,64") from None
 
 
+def named_after(model: Path | None, ending: str) -> Path:
+    """In the current folder."""
+    from codebook_tools.demo import DEMO
+
+    source = (model or DEMO).absolute()
+    return Path(f"{source.name if source.is_dir() else source.stem}{ending}")
+
+
 def recipe_of(given: dict[str, Any]) -> Recipe:
     """How it is to be fine-tuned; not at all where there are no images, unless that is asked for."""
     from codebook_tools.finetune import Recipe

@@ -61,6 +61,12 @@ class RestartMethod(StrEnum):
     NEAREST = "nearest"
 
 
+class Sort(StrEnum):
+    SHARE = "share"
+    MAP = "map"
+    ERROR = "error"
+
+
 class Metric(StrEnum):
     EUCLIDEAN = "euclidean"
     COSINE = "cosine"

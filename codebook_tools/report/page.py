@@ -81,30 +81,36 @@ class Plot:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """pixels: (3, height, width) in [0, 1]. said: what it shows, for who cannot see it. caption: beneath it."""
+    """pixels: (3, height, width) in [0, 1], or one channel of grey. said: what it shows, for who cannot see it.
+    caption: beneath it. small: a few bytes matter more than that every pixel is as it was."""
 
     pixels: Tensor
     said: str
-    caption: str
+    caption: str = ""
+    small: bool = False
 
     @property
-    def png(self) -> bytes:
+    def uri(self) -> str:
         from PIL import Image
 
         shown = (self.pixels.clamp(0, 1) * 255).round().byte().movedim(0, -1)
-        into = io.BytesIO()
-        Image.fromarray(shown.expand(*shown.shape[:2], 3).contiguous().cpu().numpy()).save(into, "png", optimize=True)
-        return into.getvalue()
+        image = Image.fromarray(shown.expand(*shown.shape[:2], 3).contiguous().cpu().numpy())
+        into, kind = io.BytesIO(), "webp" if self.small else "png"
+        image.save(into, kind, **({"quality": 80, "method": 4} if self.small else {"optimize": True}))
+        return _data_uri(into.getvalue(), f"image/{kind}")
 
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """rows: of pictures, by name; those of one row belong together."""
+    """rows: of pictures, by name; those of one row belong together. head: what the columns are. height: of a picture,
+    in rem; None for pictures of one width."""
 
     kind: ClassVar[str] = "gallery"
     title: str
     rows: Mapping[str, Sequence[Picture]]
     note: str = ""
+    head: tuple[str, ...] = ()
+    height: float | None = None
 
 
 @dataclass(frozen=True)

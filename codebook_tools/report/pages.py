@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from codebook_tools.codes import Codes
 from codebook_tools.comparison import Comparison, write_text
 from codebook_tools.diagnosis.diagnose import Diagnosis
 from codebook_tools.errors import CodebookError
 from codebook_tools.outcome import Result
+from codebook_tools.report.coded import codes_page
 from codebook_tools.report.compared import compared_page
 from codebook_tools.report.diagnosed import diagnosed_page
 from codebook_tools.report.operated import operated_page
@@ -34,6 +36,7 @@ def page_of(found: Found, command: str) -> Page:
         Result: operated_page,
         Comparison: compared_page,
         Sweep: swept_page,
+        Codes: codes_page,
         Diagnosis: diagnosed_page,
     }
     return pages[type(found)](found, command)

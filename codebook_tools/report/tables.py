@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from codebook_tools.codes import Codes
 from codebook_tools.comparison import Comparison, notes, table_rows
 from codebook_tools.diagnosis.diagnose import Diagnosis
 from codebook_tools.downstream.remap import Remapped
@@ -22,7 +23,9 @@ from codebook_tools.verification import Verification
 STAGES = {"before": "before", "surgery": "after surgery", "finetuned": "after fine-tuning"}
 
 
-Found = Result | Comparison | Sweep | Diagnosis
+_FEW = 10  # codes that a terminal shows
+
+Found = Result | Comparison | Sweep | Codes | Diagnosis
 """What a command that measures ends in."""
 
 
@@ -32,6 +35,7 @@ def table_of(found: Found | Plan) -> RenderableType:
         Result: result_table,
         Comparison: comparison_table,
         Sweep: sweep_table,
+        Codes: codes_table,
         Diagnosis: diagnosis_table,
         Plan: plan_table,
     }
@@ -190,6 +194,18 @@ def sweep_table(found: Sweep) -> RenderableType:
     lines = (f"suggested: {found.suggested_k} codes", found.reason)
     about = Text(f"{told}rows: {found.outputs['rows']}, table: {found.outputs['table']}", style="dim")
     return Group(_table(sweep_rows(found)), Text(lines[0], style="bold"), Text(lines[1]), about)
+
+
+def codes_table(found: Codes) -> RenderableType:
+    """The first of the codes, and where they are to be seen."""
+    lines: list[Sequence[str]] = [("code", "tokens", "share", "error", "near")]
+    for card in found.cards[:_FEW]:
+        error = "-" if card.error is None else f"{card.error:.4g}"
+        lines.append(
+            (str(card.code), f"{card.count:,}", f"{card.share:.2%}", error, ", ".join(map(str, card.neighbours)))
+        )
+    told = f"{found.used} of {found.size} codes used ({found.used / found.size:.1%})"
+    return Group(_table(lines), Text(told), Text(f"to be seen in {found.outputs['report']}"))
 
 
 def _table(lines: Iterable[Sequence[str]]) -> Table:

@@ -1,0 +1,281 @@
+"""What each code stands for: the patches nearest to it and farthest from it, what it decodes to, its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codebook_tools import processes
+from codebook_tools.assignment import squared_errors
+from codebook_tools.codebook import Codebook
+from codebook_tools.errors import CodebookError
+from codebook_tools.items import Item
+from codebook_tools.measure import reconstruct
+from codebook_tools.models.model import Model
+from codebook_tools.opening import Opened, Request, open_request
+from codebook_tools.patches import Place, patches, receptive_side, require_images
+from codebook_tools.sums import rows_of
+from codebook_tools.version import VERSION
+from codebook_tools.watch import Watch
+
+SORTS = ("share", "map", "error")
+NEIGHBOURS = 4
+_POSITIONS = 4  # on a side of the image that a code is decoded to
+_EXAMPLES = 6  # images with their tokens drawn over them
+
+
+@dataclass(frozen=True, eq=False)
+class Card:
+    """A code. share: of all tokens. error: mean squared distance of the latents that chose it, None of a dead one.
+    neighbours: the codes nearest to it. typical, unusual: (n, 3, side, side) in [0, 1], patches of the latents nearest
+    to it and farthest from it. decoded: (3, side, side), what the decoder makes of it alone; None where a position has
+    several codes."""
+
+    code: int
+    count: int
+    share: float
+    error: float | None
+    neighbours: tuple[int, ...]
+    typical: Tensor
+    unusual: Tensor
+    decoded: Tensor | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("code", "count", "share", "error", "neighbours")}
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A test image, (channels, height, width) in [0, 1]; its tokens, (rows, columns); what they decode to."""
+
+    name: str
+    original: Tensor
+    tokens: Tensor
+    decoded: Tensor
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The JSON of `codes`. cards: of the codes that are shown, dead ones last; size: of the codebook. used: of it.
+    colours: (size, 3) in [0, 1], alike for codes that are. side: pixels of a patch; None for whole images."""
+
+    model: str
+    family: str
+    settings: Mapping[str, object]
+    seed: int
+    warnings: tuple[str, ...]
+    size: int
+    used: int
+    side: int | None
+    cards: tuple[Card, ...] = field(repr=False)
+    examples: tuple[Example, ...] = field(repr=False)
+    colours: Tensor = field(repr=False, compare=False)
+    seconds: Mapping[str, float]
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    command: str = "codes"
+    version: str = VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        shown = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        for name in ("cards", "examples", "colours"):
+            del shown[name]
+        return {**shown, "warnings": list(self.warnings), "codes": [card.to_json() for card in self.cards]}
+
+
+def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch) -> Codes:
+    """One pass over the calibration data, and then the patches that are shown.
+
+    top: patches of each kind for a code. most: codes that are shown. sort: by falling share, by the place on the first
+    principal component ("map"), or by falling error; dead codes come last.
+    """
+    if processes.count() > 1:
+        raise CodebookError(f"codes works in one process, not {processes.count()}; start it without torchrun")
+    for name, value in (("top", top), ("most", most)):
+        if value < 1:
+            raise CodebookError(f"{name}={value} is below 1")
+    if sort not in SORTS:
+        raise CodebookError(f"sort={sort}: expected {', '.join(SORTS)}")
+    opened = open_request(request, watch)
+    model, stage = opened.model, opened.model.chosen[0]
+    require_images(model)
+    seen = _see(opened, stage, top, watch)
+    codebook = model.books[stage].codebook
+    used = seen.counts > 0
+    errors = torch.where(used, seen.errors / seen.counts.clamp(min=1), torch.nan)
+    places = _components(codebook.vectors.cpu(), used)
+    keys = {"share": -seen.counts.double(), "map": places[:, 0], "error": -errors.nan_to_num()}
+    falling = keys[sort].argsort(stable=True)
+    alive = used[falling]
+    order = torch.cat([falling[alive], falling[~alive]])[:most].tolist()
+    side = receptive_side(model, opened.calibration, stage)
+    with watch.phase("load"):
+        typical, unusual = (_patches_of(its, order, opened, seen, side) for its in (seen.nearest, seen.farthest))
+    decoded = decode_each(model, order) if len(model.books) == 1 else [None] * len(order)
+    near = _neighbours(codebook, order)
+    total = int(seen.counts.sum())
+    cards = tuple(
+        Card(
+            code,
+            int(seen.counts[code]),
+            int(seen.counts[code]) / max(1, total),
+            float(errors[code]) if seen.counts[code] else None,
+            near[i],
+            typical[i],
+            unusual[i],
+            decoded[i],
+        )
+        for i, code in enumerate(order)
+    )
+    return Codes(
+        model=str(request.source),
+        family=model.family,
+        settings=opened.settings | {"top": top, "most": most, "sort": sort},
+        seed=request.seed,
+        warnings=tuple(opened.warnings),
+        size=codebook.size,
+        used=int(used.sum()),
+        side=side,
+        cards=cards,
+        examples=_examples(opened, stage),
+        colours=_colours(places, used),
+        seconds=watch.seconds,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """counts, errors: (size,) of each code, hits and the sum of squared distances. nearest, farthest: of each code that
+    was hit, the places of the latents at its ends, the outermost first. grid: rows and columns of latents."""
+
+    counts: Tensor
+    errors: Tensor
+    nearest: Mapping[int, Sequence[Place]]
+    farthest: Mapping[int, Sequence[Place]]
+    grid: tuple[int, int]
+
+
+def _see(opened: Opened, stage: int, top: int, watch: Watch) -> _Seen:
+    model, book = opened.model, opened.model.books[stage].codebook
+    counts, errors = torch.zeros(book.size, dtype=torch.int64), torch.zeros(book.size, dtype=torch.float64)
+    near, far = _Ends(top), _Ends(top)
+    items_seen, grid = list[Item](), (1, 1)
+    for items, pixels in opened.calibration.batches(opened.request.batch_size):
+        with watch.phase("encode"), torch.no_grad():
+            latents = model.encode(pixels, stage, keep=False)
+            codes = model.assign(latents, stage)
+        shape = tuple(codes.shape[1:])
+        grid = (shape[0], shape[1]) if len(shape) == 2 else (1, codes[0].numel())
+        flat, rows = codes.flatten().cpu(), rows_of(latents)
+        distances = squared_errors(rows, book, codes.flatten()).double().cpu()
+        counts += torch.bincount(flat, minlength=book.size)
+        errors.index_add_(0, flat, distances)
+        positions = grid[0] * grid[1]
+        at = torch.arange(len(flat)) + len(items_seen) * positions
+        near.add(flat, distances, at)
+        far.add(flat, -distances, at)
+        items_seen += items
+        watch.progress("see the codes", len(items_seen), len(opened.calibration))
+    if not items_seen:
+        raise CodebookError("none of the calibration images can be read")
+    nearest, farthest = (ends.places(items_seen, grid) for ends in (near, far))
+    return _Seen(counts, errors, nearest, farthest, grid)
+
+
+class _Ends:
+    """Of each code the `most` latents with the lowest scores, of all that were added."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.codes, self.scores, self.at = torch.empty(0).long(), torch.empty(0).double(), torch.empty(0).long()
+
+    def add(self, codes: Tensor, scores: Tensor, at: Tensor) -> None:
+        codes, scores, at = (torch.cat(pair) for pair in ((self.codes, codes), (self.scores, scores), (self.at, at)))
+        kept = lowest_of_each(codes, scores, self.most)
+        self.codes, self.scores, self.at = codes[kept], scores[kept], at[kept]
+
+    def places(self, items: Sequence[Item], grid: tuple[int, int]) -> dict[int, list[Place]]:
+        found, (rows, columns) = dict[int, list[Place]](), grid
+        for code, at in zip(self.codes.tolist(), self.at.tolist(), strict=True):
+            item, position = divmod(at, rows * columns)
+            found.setdefault(code, []).append(Place(items[item], *divmod(position, columns)))
+        return found
+
+
+def lowest_of_each(codes: Tensor, scores: Tensor, most: int) -> Tensor:
+    """Indices of the `most` lowest scores of each code, by code and rising score; the first among equals."""
+    order = scores.argsort(stable=True)
+    order = order[codes[order].argsort(stable=True)]
+    ordered = codes[order]
+    rank = torch.arange(len(order)) - torch.searchsorted(ordered, ordered)
+    return order[rank < most]
+
+
+def _patches_of(
+    ends: Mapping[int, Sequence[Place]], order: Sequence[int], opened: Opened, seen: _Seen, side: int | None
+) -> list[Tensor]:
+    """(n, 3, side, side) of each code, none of a dead one."""
+    places = [place for code in order for place in ends.get(code, ())]
+    found = patches(opened.calibration, places, seen.grid, side, opened.request.batch_size)
+    return [*torch.split(found, [len(ends.get(code, ())) for code in order])]
+
+
+def decode_each(model: Model, codes: Sequence[int]) -> list[Tensor | None]:
+    """(3, side, side) in [0, 1] of each code: what the decoder makes of a few positions that all have it."""
+    cells = model.stride * _POSITIONS
+    found = list[Tensor | None]()
+    for some in torch.split(torch.tensor(codes), 64):
+        blank = torch.zeros(len(some), model.channels, cells, cells)
+
+        def alone(stage: int, latents: Tensor, some: Tensor = some) -> Tensor:
+            return model.embed(some.to(latents.device)[:, None, None].expand(-1, *latents.shape[2:]), stage)
+
+        with torch.no_grad():
+            shown = model.run(blank, alone).clamp(0, 1).cpu()
+        found += [image.expand(3, -1, -1) if model.channels == 1 else image for image in shown]
+    return found
+
+
+def _neighbours(codebook: Codebook, order: Sequence[int]) -> list[tuple[int, ...]]:
+    """The codes nearest to each, the nearest first."""
+    vectors = codebook.vectors.double().cpu()
+    chosen = torch.tensor(order)
+    most = min(NEIGHBOURS + 1, codebook.size)
+    found = torch.cat(
+        [torch.cdist(some, vectors).topk(most, largest=False).indices for some in torch.split(vectors[chosen], 1024)]
+    )
+    return [
+        tuple(other for other in others if other != code)[:NEIGHBOURS]
+        for code, others in zip(order, found.tolist(), strict=True)
+    ]
+
+
+def _components(vectors: Tensor, used: Tensor) -> Tensor:
+    """(size, 3) float64: places on the first principal components of the codes in use; 0 where there are fewer."""
+    rows = vectors.double()
+    own = rows[used] if bool(used.any()) else rows
+    _, _, directions = torch.linalg.svd(own - own.mean(0), full_matrices=False)
+    found = torch.zeros(len(rows), 3, dtype=torch.float64)
+    found[:, : min(3, len(directions))] = (rows - own.mean(0)) @ directions[:3].T
+    return found
+
+
+def _colours(places: Tensor, used: Tensor) -> Tensor:
+    """(size, 3) in [0, 1]: by rank among the codes in use, so that colours are used alike; dead codes are grey."""
+    found = torch.full(places.shape, 0.5)
+    own = places[used]
+    found[used] = 0.1 + 0.85 * own.argsort(0).argsort(0).float() / max(1, len(own) - 1)
+    return found
+
+
+def _examples(opened: Opened, stage: int) -> tuple[Example, ...]:
+    items, pixels = opened.test.load(opened.test.items[:_EXAMPLES])
+    if not items:
+        return ()
+    seen = reconstruct(opened.model, pixels)
+    tokens = seen.codes[stage].cpu()
+    tokens = tokens if tokens.ndim == 3 else tokens.flatten(1)[:, None]
+    return tuple(Example(str(item), pixels[i], tokens[i], seen.media[i].cpu()) for i, item in enumerate(items))

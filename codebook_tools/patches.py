@@ -1,0 +1,91 @@
+"""What a latent sees of its image: the patch around its position, as large as what it depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from codebook_tools.errors import CodebookError
+from codebook_tools.items import Item
+from codebook_tools.media import Media
+from codebook_tools.models.model import Model
+
+SHARE = 0.9
+"""Of the gradient's energy that a patch holds. In theory many networks see all of an image from everywhere; what they
+depend on is less (Luo et al. 2016, "Understanding the Effective Receptive Field", arXiv 1701.04128)."""
+
+_IMAGES = 8
+_LARGEST = 64  # pixels, of a patch as it is shown
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of a latent: its image, and its row and column in the grid of latents."""
+
+    item: Item
+    row: int
+    column: int
+
+
+def require_images(model: Model) -> None:
+    """Raise CodebookError where the model takes no images: of sounds there are no patches."""
+    if model.takes != "images":
+        raise CodebookError(f"{model.takes} have no patches to show; this looks at images")
+
+
+def receptive_side(model: Model, images: Media, stage: int = 0) -> int | None:
+    """Side, in pixels, of the square around a latent's position that holds most of what it depends on; None where its
+    place says nothing of where that is. Found by the gradient of latents in the middle of a few images."""
+    _, pixels = images.load(images.items[:_IMAGES])
+    media = pixels.to(model.device).requires_grad_(True)
+    with torch.enable_grad():
+        latents = model.encode(media, stage, keep=False)
+        if latents.ndim != 4:
+            return None
+        row, column = latents.shape[2] // 2, latents.shape[3] // 2
+        signs = torch.randn(latents.shape[:2], generator=torch.Generator().manual_seed(0)).to(latents.device)
+        (gradient,) = torch.autograd.grad((latents[:, :, row, column] * signs).sum(), media)
+    energy = gradient.square().sum((0, 1)).double().cpu()
+    high, wide = energy.shape
+    middle = ((row + 0.5) * high / latents.shape[2], (column + 0.5) * wide / latents.shape[3])
+    away = torch.maximum(
+        (torch.arange(high) + 0.5 - middle[0]).abs()[:, None], (torch.arange(wide) + 0.5 - middle[1]).abs()[None]
+    )
+    order = away.flatten().argsort()
+    within = energy.flatten()[order].cumsum(0)
+    enough = int((within < SHARE * within[-1]).sum())
+    half = float(away.flatten()[order[min(enough, len(order) - 1)]]) + 0.5
+    stride = high // latents.shape[2]
+    return min(max(round(2 * half), stride), high, wide)
+
+
+def patches(images: Media, places: Sequence[Place], grid: tuple[int, int], side: int | None, batch: int) -> Tensor:
+    """(n, 3, shown, shown) in [0, 1]: what is around each place; the edge of an image goes on beyond it. side: None
+    for whole images. Each image is read once. grid: rows and columns of latents."""
+    of_item = dict[Item, list[int]]()
+    for i, place in enumerate(places):
+        of_item.setdefault(place.item, []).append(i)
+    found = dict[int, Tensor]()
+    for items, pixels in images.subset([*of_item]).batches(batch):
+        for item, image in zip(items, pixels, strict=True):
+            for i in of_item[item]:
+                found[i] = _cut(image, places[i], grid, side)
+    return torch.stack([found[i] for i in range(len(places))]) if places else torch.empty(0, 3, 1, 1)
+
+
+def _cut(image: Tensor, place: Place, grid: tuple[int, int], side: int | None) -> Tensor:
+    high, wide = image.shape[1:]
+    if side is not None:
+        half = side // 2
+        wider = functional.pad(image[None], (half, half, half, half), mode="replicate")[0]
+        top = int((place.row + 0.5) * high / grid[0] - side / 2) + half
+        left = int((place.column + 0.5) * wide / grid[1] - side / 2) + half
+        image = wider[:, top : top + side, left : left + side]
+    shown = min(_LARGEST, *image.shape[1:])
+    if shown < max(image.shape[1:]):
+        image = functional.interpolate(image[None], (shown, shown), mode="area")[0]
+    return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
