@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.codes import Codes
     from codebook_tools.comparison import Comparison
     from codebook_tools.diagnosis.diagnose import Diagnosis
+    from codebook_tools.mapping import Map
     from codebook_tools.outcome import Result
     from codebook_tools.sweep import Sweep
     from codebook_tools.watch import Watch
@@ -336,6 +337,28 @@ def codes(
         return look_at_codes(request_of(model, given), top, most, sort.value, watch)
 
     run_and_show(work, {**given, "report": given["report"] or named_after(model, ".codes.html")})
+
+
+@app.command("map", epilog="Example: codebook map model.safetensors --data images/")
+@takes(DataOptions, ModelOptions, LongRunOptions)
+def map_(
+    given: dict[str, Any],
+    model: ModelArgument = None,
+    k: Annotated[
+        int | None, typer.Option("--k", metavar="K", help="Centroids. Left out: as many as there are codes in use.")
+    ] = None,
+) -> None:
+    """Latents, codes and k-means centroids in one plane: a page to move over, a PNG, an SVG and a parquet.
+
+    The page goes to --report, the others beside it; left out: <name>.map.html in the current folder.
+    """
+
+    def work(watch: Watch) -> Map:
+        from codebook_tools.mapping import look_at_map
+
+        return look_at_map(request_of(model, given), k, watch)
+
+    run_and_show(work, {**given, "report": given["report"] or named_after(model, ".map.html")})
 
 
 @app.command(epilog="Example: codebook finetune model.safetensors --data images/ --steps 2000")

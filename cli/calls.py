@@ -150,13 +150,13 @@ def _with_report(found: Found, path: Path) -> Found:
     """Write the page of what was found, which then names it."""
     from codebook_tools import processes
     from codebook_tools.diagnosis.diagnose import Diagnosis
-    from codebook_tools.report.pages import page_of, write_page
+    from codebook_tools.report.pages import write_report
 
     typed = shlex.join(["codebook", *sys.argv[1:]])
-    processes.by_first(lambda: write_page(page_of(found, typed), path))
+    written = processes.by_first(lambda: write_report(found, typed, path))
     if isinstance(found, Diagnosis):
         return found
-    outputs: dict[str, Any] = {**found.outputs, "report": str(path)}
+    outputs: dict[str, Any] = {**found.outputs, **written}
     return replace(found, outputs=outputs)
 
 

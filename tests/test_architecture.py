@@ -38,7 +38,7 @@ FLOORS = (
     ),
     ("training", "finetune", "opening", "blur", "exhibit", "patches"),
     ("stages", "outcome", "inspection", "comparison", "verification"),
-    ("detached", "compare", "sweep", "codes", "downstream", "merging", "diagnosis"),
+    ("detached", "compare", "sweep", "codes", "mapping", "downstream", "merging", "diagnosis"),
     ("operate", "planning", "verify"),
     ("report",),
     ("__main__", COMMAND_LINE),

@@ -5,16 +5,19 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from codebook_tools.errors import CodebookError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch import Tensor
 
 INK = "#0a0b0c"
 """Of lines and letters in a plot: the page's own colour of text takes its place, by day and by night."""
@@ -46,8 +49,36 @@ class Table:
 
 
 @dataclass(frozen=True, eq=False)
+class Hover:
+    """What is seen at points of a plot. places: (n, 2), from its left and its top, as shares of its size. tiles: (n, 3,
+    side, side) in [0, 1]. labels: of each."""
+
+    places: Tensor
+    tiles: Tensor
+    labels: Sequence[str]
+
+    @property
+    def columns(self) -> int:
+        return math.ceil(math.sqrt(len(self.tiles)))
+
+    @property
+    def sheet(self) -> str:
+        """All tiles in rows, as one picture."""
+        blank = self.tiles.new_zeros(-len(self.tiles) % self.columns, *self.tiles.shape[1:])
+        rows = torch.split(torch.cat([self.tiles, blank]), self.columns)
+        return Picture(torch.cat([torch.cat([*row], 2) for row in rows], 1), "", small=True).uri
+
+    @property
+    def told(self) -> dict[str, object]:
+        """For the script."""
+        places = [[round(float(at), 4) for at in place] for place in self.places]
+        return {"places": places, "labels": [*self.labels], "columns": self.columns}
+
+
+@dataclass(frozen=True, eq=False)
 class Plot:
-    """draw: onto an empty figure. said: what it shows, for who cannot see it. columns: all that is drawn, by name."""
+    """draw: onto an empty figure. said: what it shows, for who cannot see it. columns: all that is drawn, by name.
+    hover: what is seen at a point where there are scripts."""
 
     kind: ClassVar[str] = "plot"
     title: str
@@ -56,6 +87,7 @@ class Plot:
     columns: Mapping[str, Sequence[object]]
     size: tuple[float, float] = (7.5, 2.8)
     note: str = ""
+    hover: Hover | None = None
 
     @property
     def svg(self) -> str:

@@ -10,10 +10,12 @@ from codebook_tools.codes import Codes
 from codebook_tools.comparison import Comparison, write_text
 from codebook_tools.diagnosis.diagnose import Diagnosis
 from codebook_tools.errors import CodebookError
+from codebook_tools.mapping import Map
 from codebook_tools.outcome import Result
 from codebook_tools.report.coded import codes_page
 from codebook_tools.report.compared import compared_page
 from codebook_tools.report.diagnosed import diagnosed_page
+from codebook_tools.report.mapped import mapped_page, write_map
 from codebook_tools.report.operated import operated_page
 from codebook_tools.report.page import Page, html, require_plots
 from codebook_tools.report.swept import swept_page
@@ -37,11 +39,14 @@ def page_of(found: Found, command: str) -> Page:
         Comparison: compared_page,
         Sweep: swept_page,
         Codes: codes_page,
+        Map: mapped_page,
         Diagnosis: diagnosed_page,
     }
     return pages[type(found)](found, command)
 
 
-def write_page(page: Page, path: Path) -> None:
-    """Write the whole file, or none; one that is there is replaced."""
-    write_text(path, html(page))
+def write_report(found: Found, command: str, path: Path) -> dict[str, str]:
+    """Write the page, whole or not at all, and what belongs beside it. Files that are there are replaced. Returns the
+    paths."""
+    write_text(path, html(page_of(found, command)))
+    return {"report": str(path), **(write_map(found, path) if isinstance(found, Map) else {})}

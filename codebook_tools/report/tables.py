@@ -13,6 +13,7 @@ from codebook_tools.codes import Codes
 from codebook_tools.comparison import Comparison, notes, table_rows
 from codebook_tools.diagnosis.diagnose import Diagnosis
 from codebook_tools.downstream.remap import Remapped
+from codebook_tools.mapping import Map
 from codebook_tools.measure import Measurement
 from codebook_tools.outcome import Result
 from codebook_tools.planning import Plan
@@ -25,7 +26,7 @@ STAGES = {"before": "before", "surgery": "after surgery", "finetuned": "after fi
 
 _FEW = 10  # codes that a terminal shows
 
-Found = Result | Comparison | Sweep | Codes | Diagnosis
+Found = Result | Comparison | Sweep | Codes | Map | Diagnosis
 """What a command that measures ends in."""
 
 
@@ -36,6 +37,7 @@ def table_of(found: Found | Plan) -> RenderableType:
         Comparison: comparison_table,
         Sweep: sweep_table,
         Codes: codes_table,
+        Map: map_table,
         Diagnosis: diagnosis_table,
         Plan: plan_table,
     }
@@ -206,6 +208,13 @@ def codes_table(found: Codes) -> RenderableType:
         )
     told = f"{found.used} of {found.size} codes used ({found.used / found.size:.1%})"
     return Group(_table(lines), Text(told), Text(f"to be seen in {found.outputs['report']}"))
+
+
+def map_table(found: Map) -> RenderableType:
+    """How well the codes are placed, and where that is to be seen."""
+    covered = "" if found.coverage is None else f"; they cover {found.coverage:.1%} of the test latents"
+    told = f"{found.used} of {found.size} codes used ({found.used / found.size:.1%}){covered}"
+    return Group(Text(told), *(Text(f"written to {path}") for path in found.outputs.values()))
 
 
 def _table(lines: Iterable[Sequence[str]]) -> Table:

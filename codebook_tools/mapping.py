@@ -1,0 +1,182 @@
+"""Latents, codes and centroids in one plane, by one projection."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codebook_tools import processes
+from codebook_tools.assignment import emitted, unit
+from codebook_tools.codebook import Codebook, Lookup
+from codebook_tools.errors import CodebookError
+from codebook_tools.items import Item
+from codebook_tools.opening import Opened, Request, open_request
+from codebook_tools.patches import Place, patches, receptive_side, require_images
+from codebook_tools.splits import limited
+from codebook_tools.stages import calibrate, encoder_latents, measure_stage
+from codebook_tools.strategies import Refit
+from codebook_tools.strategies.checks import check_k
+from codebook_tools.version import VERSION
+from codebook_tools.watch import Watch
+
+POINTS = 3000
+"""Latents that are drawn."""
+
+_IMAGES = 1000  # that they are of, at most: neighbours in an image are alike
+
+Projection = Callable[[Tensor], Tensor]
+"""(n, dim) -> (n, 2)."""
+
+
+@dataclass(frozen=True)
+class Map:
+    """The JSON of `map`. method: umap or pca. k: of the centroids. coverage: of the codes, on the test data.
+
+    latents, codes, centroids: (n, 2), (size, 2), (k, 2) in the plane. counts: (size,), of each code on the calibration
+    data. chosen: (n,), the code of each latent; places: where it is from; patches: (n, 3, side, side), what it sees.
+    """
+
+    model: str
+    family: str
+    settings: Mapping[str, object]
+    seed: int
+    warnings: tuple[str, ...]
+    method: str
+    k: int
+    size: int
+    used: int
+    coverage: float | None
+    seconds: Mapping[str, float]
+    latents: Tensor = field(repr=False, compare=False)
+    codes: Tensor = field(repr=False, compare=False)
+    centroids: Tensor = field(repr=False, compare=False)
+    counts: Tensor = field(repr=False, compare=False)
+    chosen: Tensor = field(repr=False, compare=False)
+    places: tuple[Place, ...] = field(repr=False, compare=False)
+    patches: Tensor = field(repr=False, compare=False)
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    command: str = "map"
+    version: str = VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        told = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.repr}
+        return {**told, "warnings": list(self.warnings)}
+
+
+def look_at_map(request: Request, k: int | None, watch: Watch) -> Map:
+    """k: centroids; None for as many as there are codes in use."""
+    if processes.count() > 1:
+        raise CodebookError(f"map works in one process, not {processes.count()}; start it without torchrun")
+    if k is not None:
+        check_k(k)
+    opened = open_request(request, watch)
+    model, stage = opened.model, opened.model.chosen[0]
+    require_images(model)
+    seen = calibrate(opened, watch)
+    counts, sample = seen.tokens[stage].counts, seen.first.sample
+    used = int((counts > 0).sum())
+    codebook = model.books[stage].codebook
+    found = measure_stage(opened, encoder_latents(opened), watch)
+    with watch.phase("strategy"):
+        refit = Refit(max(1, used) if k is None else k, seed=request.seed)
+        own = replace(codebook, vectors=codebook.vectors.cpu())
+        centroids = refit(own, sample, counts).codebook
+    with watch.phase("encode"):
+        rows, chosen, places, grid = _drawn(opened, stage)
+    with watch.phase("load"):
+        shown = patches(
+            opened.calibration, places, grid, receptive_side(model, opened.calibration, stage), request.batch_size
+        )
+    watch.progress("project", 0, None)
+    with watch.phase("strategy"):
+        points = _placed(rows, own)
+        method, project = _projection(points, request.seed)
+        planes = [project(points), *(project(_placed(emitted(book), own)) for book in (own, centroids))]
+    return Map(
+        model=str(request.source),
+        family=model.family,
+        settings=opened.settings,
+        seed=request.seed,
+        warnings=(*opened.warnings, *(() if method == "umap" else (_WITHOUT_UMAP,))),
+        method=method,
+        k=centroids.size,
+        size=codebook.size,
+        used=used,
+        coverage=found.codebooks[stage].coverage,
+        latents=planes[0],
+        codes=planes[1],
+        centroids=planes[2],
+        counts=counts,
+        chosen=chosen,
+        places=tuple(places),
+        patches=shown,
+        seconds=watch.seconds,
+    )
+
+
+def _drawn(opened: Opened, stage: int) -> tuple[Tensor, Tensor, list[Place], tuple[int, int]]:
+    """(n, dim) latents, alike from each of some images; their codes, where they are from, and the grid of all."""
+    model, seed = opened.model, opened.request.seed
+    few = opened.calibration.subset(limited(opened.calibration.items, _IMAGES, seed))
+    random = torch.Generator().manual_seed(seed)
+    rows, codes, places, grid = list[Tensor](), list[Tensor](), list[Place](), (1, 1)
+    for items, pixels in few.batches(opened.request.batch_size):
+        with torch.no_grad():
+            latents = model.encode(pixels, stage, keep=False)
+            chosen = model.assign(latents, stage).flatten(1).cpu()
+        shape = tuple(latents.shape[2:])
+        grid = (shape[0], shape[1]) if len(shape) == 2 else (1, chosen.shape[1])
+        each = min(chosen.shape[1], -(-POINTS // len(few)))
+        for item, its, of_item in zip(items, latents.flatten(2).movedim(1, -1).cpu(), chosen, strict=True):
+            at = torch.randperm(len(its), generator=random)[:each].sort().values
+            rows.append(its[at])
+            codes.append(of_item[at])
+            places += _places(item, at, grid[1])
+    if not rows:
+        raise CodebookError("none of the calibration images can be read")
+    return torch.cat(rows)[:POINTS], torch.cat(codes)[:POINTS], places[:POINTS], grid
+
+
+def _places(item: Item, at: Tensor, columns: int) -> list[Place]:
+    return [Place(item, *divmod(position, columns)) for position in at.tolist()]
+
+
+def _placed(vectors: Tensor, codebook: Codebook) -> Tensor:
+    """Where a search by the cosine sees them."""
+    return unit(vectors) if codebook.lookup is Lookup.COSINE else vectors
+
+
+_WITHOUT_UMAP = "umap-learn is not installed: this is a projection on principal components; pip install umap-learn"
+
+
+def _projection(rows: Tensor, seed: int) -> tuple[str, Projection]:
+    """What puts vectors into the plane: UMAP fitted on `rows`, or their principal components."""
+    if find_spec("umap") is None:
+        return "pca", principal(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it tells of threads that a seed rules out, and of tensorflow
+        from umap import UMAP  # type: ignore[import-untyped]
+
+        fitted = UMAP(n_neighbors=min(15, len(rows) - 1), random_state=seed % 2**32).fit(rows.numpy())
+
+        def project(vectors: Tensor) -> Tensor:
+            if vectors is rows:
+                return torch.from_numpy(fitted.embedding_).float()
+            return torch.from_numpy(fitted.transform(vectors.numpy())).float()
+
+    return "umap", project
+
+
+def principal(rows: Tensor) -> Projection:
+    """On the first two principal components of `rows`."""
+    mean = rows.double().mean(0)
+    _, _, directions = torch.linalg.svd(rows.double() - mean, full_matrices=False)
+    axes = torch.zeros(rows.shape[1], 2, dtype=torch.float64)
+    axes[:, : min(2, len(directions))] = directions[:2].T
+    return lambda vectors: ((vectors.double() - mean) @ axes).float()
