@@ -2,7 +2,7 @@
 
     make demo            (or: python benchmarks/demo.py [FIGURES.json])
 
-Writes demo.png beside the README and the repaired checkpoint to build/demo/. The figures in the README are from
+Writes demo.png beside the README, and the repaired checkpoint and a page of the run to build/demo/. The figures in the README are from
 benchmarks/results/demo.json, written by this script.
 """
 
@@ -28,6 +28,7 @@ from codebook_tools.models.load import load_model
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
 from codebook_tools.outcome import Result
+from codebook_tools.report.pages import write_report
 from codebook_tools.report.tables import result_table
 from codebook_tools.strategies import Refit
 from codebook_tools.watch import Watch
@@ -38,7 +39,7 @@ SIDE = 320  # of the square that is shown, from the middle of the photograph
 
 
 def refit(output: Path, steps: int, watch: Watch) -> Result:
-    request = Request(output=output, force=True)
+    request = Request(output=output, force=True, exhibit=steps > 0)
     return operate("refit", request, Refit(K, watch=watch), Recipe(steps=steps), watch)
 
 
@@ -94,7 +95,9 @@ def main() -> None:
         }
         figures["result"] |= {"model": DEMO.name, "outputs": {}}
         Path(sys.argv[1]).write_text(json.dumps(figures, indent=2) + "\n")
-    print("the photograph through the stages: demo.png", file=sys.stderr)
+    page = folder / "report.html"
+    write_report(result, f"codebook refit --k {K}", page)
+    print(f"the photograph through the stages: demo.png; the page of the run: {page}", file=sys.stderr)
 
 
 if __name__ == "__main__":
