@@ -2,8 +2,8 @@
 
     make demo            (or: python benchmarks/demo.py [FIGURES.json])
 
-Writes demo.png beside the README, and the repaired checkpoint and a page of the run to build/demo/. The figures in the README are from
-benchmarks/results/demo.json, written by this script.
+Writes demo.png beside the README, and the repaired checkpoint and a page of the run to build/demo/. The figures in the
+README are from benchmarks/results/demo.json, written by this script.
 """
 
 from __future__ import annotations

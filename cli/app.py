@@ -81,7 +81,7 @@ def root(
     pass
 
 
-@app.command(epilog="Example: codebook inspect model.safetensors")
+@app.command(epilog="Example: codebook inspect model.safetensors", rich_help_panel="Look")
 def inspect(model: ModelArgument = None, json_: JsonFlag = False) -> None:
     """Which codebooks a checkpoint holds, and what depends on them. Reads its header alone."""
     with reported():
@@ -92,7 +92,9 @@ def inspect(model: ModelArgument = None, json_: JsonFlag = False) -> None:
         show_result(inspect_checkpoint(model or DEMO), inspection_table, json_)
 
 
-@app.command(epilog="Example: codebook measure model.safetensors --data images/ --test-data held-out/")
+@app.command(
+    epilog="Example: codebook measure model.safetensors --data images/ --test-data held-out/", rich_help_panel="Look"
+)
 @takes(DataOptions, ModelOptions, RunOptions)
 def measure(
     given: dict[str, Any],
@@ -134,7 +136,7 @@ def measure(
     run_and_show(work, given)
 
 
-@app.command(epilog="Example: codebook refit model.safetensors --k 128 --data images/")
+@app.command(epilog="Example: codebook refit model.safetensors --k 128 --data images/", rich_help_panel="Operate")
 @takes(TrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def refit(
     given: dict[str, Any],
@@ -158,7 +160,7 @@ def refit(
     operate_on("refit", model, strategy, {**given, "stats": stats, "latents": latents})
 
 
-@app.command(epilog="Example: codebook prune model.safetensors --threshold 0 --data images/")
+@app.command(epilog="Example: codebook prune model.safetensors --threshold 0 --data images/", rich_help_panel="Operate")
 @takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def prune(
     given: dict[str, Any],
@@ -178,7 +180,9 @@ def prune(
     operate_on("prune", model, strategy, {**given, "stats": stats, "latents": latents})
 
 
-@app.command(epilog="Example: codebook quantize model.safetensors --k 128 --method pnn --data images/")
+@app.command(
+    epilog="Example: codebook quantize model.safetensors --k 128 --method pnn --data images/", rich_help_panel="Operate"
+)
 @takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def quantize(
     given: dict[str, Any],
@@ -199,7 +203,10 @@ def quantize(
     operate_on("quantize", model, strategy, {**given, "stats": stats, "latents": latents})
 
 
-@app.command(epilog="Example: codebook restart model.safetensors --method error --data images/ --steps 1000")
+@app.command(
+    epilog="Example: codebook restart model.safetensors --method error --data images/ --steps 1000",
+    rich_help_panel="Operate",
+)
 @takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def restart(
     given: dict[str, Any],
@@ -222,7 +229,9 @@ def restart(
     operate_on("restart", model, strategy, {**given, "stats": stats, "latents": latents})
 
 
-@app.command(epilog="Example: codebook grow model.safetensors --k 128 --data images/ --steps 1000")
+@app.command(
+    epilog="Example: codebook grow model.safetensors --k 128 --data images/ --steps 1000", rich_help_panel="Operate"
+)
 @takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def grow(
     given: dict[str, Any],
@@ -241,7 +250,7 @@ def grow(
     operate_on("grow", model, strategy, {**given, "stats": stats, "latents": latents})
 
 
-@app.command(epilog="Example: codebook condense model.safetensors --k 128 --data images/")
+@app.command(epilog="Example: codebook condense model.safetensors --k 128 --data images/", rich_help_panel="Operate")
 @takes(TrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def condense(
     given: dict[str, Any],
@@ -260,7 +269,9 @@ def condense(
     operate_on("condense", model, strategy, {**given, "stats": stats, "latents": latents})
 
 
-@app.command(epilog="Example: codebook compare model.safetensors --k 128 --data images/ --seeds 3")
+@app.command(
+    epilog="Example: codebook compare model.safetensors --k 128 --data images/ --seeds 3", rich_help_panel="Decide"
+)
 @takes(TrainOptions, DataOptions, ModelOptions, FolderOptions, LongRunOptions)
 def compare(
     given: dict[str, Any],
@@ -289,7 +300,9 @@ def compare(
     run_and_show(work, given)
 
 
-@app.command(epilog="Example: codebook sweep model.safetensors --k 16,32,64,128,256 --data images/")
+@app.command(
+    epilog="Example: codebook sweep model.safetensors --k 16,32,64,128,256 --data images/", rich_help_panel="Decide"
+)
 @takes(DataOptions, ModelOptions, FolderOptions, LongRunOptions)
 def sweep(
     given: dict[str, Any],
@@ -317,7 +330,7 @@ def sweep(
     run_and_show(work, given)
 
 
-@app.command(epilog="Example: codebook codes model.safetensors --data images/ --sort error")
+@app.command(epilog="Example: codebook codes model.safetensors --data images/ --sort error", rich_help_panel="Look")
 @takes(DataOptions, ModelOptions, RunOptions)
 def codes(
     given: dict[str, Any],
@@ -339,7 +352,7 @@ def codes(
     run_and_show(work, {**given, "report": given["report"] or named_after(model, ".codes.html")})
 
 
-@app.command("map", epilog="Example: codebook map model.safetensors --data images/")
+@app.command("map", epilog="Example: codebook map model.safetensors --data images/", rich_help_panel="Look")
 @takes(DataOptions, ModelOptions, LongRunOptions)
 def map_(
     given: dict[str, Any],
@@ -361,7 +374,9 @@ def map_(
     run_and_show(work, {**given, "report": given["report"] or named_after(model, ".map.html")})
 
 
-@app.command(epilog="Example: codebook finetune model.safetensors --data images/ --steps 2000")
+@app.command(
+    epilog="Example: codebook finetune model.safetensors --data images/ --steps 2000", rich_help_panel="Operate"
+)
 @takes(TrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def finetune(given: dict[str, Any], model: ModelArgument = None) -> None:
     """Train on with the original encoder and decoder; the codebook keeps its size, and dead codes are revived."""
@@ -369,7 +384,8 @@ def finetune(given: dict[str, Any], model: ModelArgument = None) -> None:
 
 
 @app.command(
-    epilog="Example: codebook diagnose model.refit-k128.safetensors --against model.safetensors --data images/"
+    epilog="Example: codebook diagnose model.refit-k128.safetensors --against model.safetensors --data images/",
+    rich_help_panel="Look",
 )
 @takes(DataOptions, ModelOptions, RunOptions)
 def diagnose(
@@ -393,7 +409,10 @@ def diagnose(
     run_and_show(work, given)
 
 
-@app.command(epilog="Example: codebook verify model.refit-k128.safetensors --against model.safetensors")
+@app.command(
+    epilog="Example: codebook verify model.refit-k128.safetensors --against model.safetensors",
+    rich_help_panel="Check and carry over",
+)
 def verify(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The checkpoint that was written.")],
     against: Annotated[
@@ -421,7 +440,10 @@ def verify(
             raise typer.Exit(3)
 
 
-@app.command(epilog="Example: codebook remap tokens.npy prior/ --map model.prune-k86.index_map.safetensors")
+@app.command(
+    epilog="Example: codebook remap tokens.npy prior/ --map model.prune-k86.index_map.safetensors",
+    rich_help_panel="Check and carry over",
+)
 @takes(RemapOptions)
 def remap(
     given: dict[str, Any],

@@ -18,6 +18,7 @@ from codebook_tools.measure import Measurement
 from codebook_tools.outcome import Result
 from codebook_tools.planning import Plan
 from codebook_tools.report.diagnosis import diagnosis_table
+from codebook_tools.report.histogram import UsageLines
 from codebook_tools.sweep import Sweep, sweep_rows
 from codebook_tools.verification import Verification
 
@@ -53,6 +54,9 @@ def result_table(result: Result) -> RenderableType:
         lines.append(Text(_about(first, result.settings), style="dim"))
         if len(first.codebooks) > 1:
             lines += ["", books_table(stages), ""]
+        elif first.counts:
+            names = STAGES if len(stages) > 1 else dict.fromkeys(stages, "usage")
+            lines.append(UsageLines({names[name]: its.counts[0] for name, its in stages.items() if its.counts}))
     if "shard" in result.settings:
         lines.append(
             Text(f"of shard {result.settings['shard']} alone; `codebook measure --merge` adds all", style="dim")
