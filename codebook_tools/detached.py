@@ -12,6 +12,7 @@ from torch import Tensor
 
 from codebook_tools import processes
 from codebook_tools.assignment import nearest, unit
+from codebook_tools.card import cards
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
@@ -176,12 +177,18 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         changed |= changed_codebook(checkpoint, one.found, book.vectors, hits)
         maps |= {f"{one.found.key}/index_map": surgery.index_map, f"{one.found.key}/nearest": moved}
         new.append(book)
+    stages = {
+        "before": _measured(request, known, [one.old for one in known]),
+        "surgery": _measured(request, known, new) if request.latents else None,
+    }
     with watch.phase("write"):
-        about = provenance(command, request, checkpoint, dict(zip(keys, sizes, strict=True)), settings, "surgery")
+        by_key = dict(zip(keys, sizes, strict=True))
+        about = provenance(command, request, checkpoint, by_key, settings, "surgery")
         config = written_config(checkpoint, max(sizes))
+        told = cards(output, checkpoint, command, settings, by_key, stages, "surgery")
 
         def write() -> tuple[Path, int]:
-            map_path = write_checkpoint(checkpoint, output, changed, about, maps, config)
+            map_path = write_checkpoint(checkpoint, output, changed, about, maps, config, told)
             _read_back(output, known, new)
             return map_path, weights_bytes(output)
 
@@ -194,8 +201,8 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         settings=settings,
         seed=request.seed,
         warnings=tuple(warnings),
-        before=_measured(request, known, [one.old for one in known]),
-        surgery=_measured(request, known, new) if request.latents else None,
+        before=stages["before"],
+        surgery=stages["surgery"],
         kept="surgery",
         outputs={"model": str(output), "index_map": str(map_path), "report": None},
         bytes={

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from codebook_tools import processes
 from codebook_tools.blur import blur_warnings
+from codebook_tools.card import cards
 from codebook_tools.checkpoints.layout import training_path
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
@@ -163,10 +164,12 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     with watch.phase("write"):
         config = written_config(model.checkpoint, size)
         about = provenance(command, request, model.checkpoint, sizes, opened.settings, done.kept, done.tuned)
+        stages = {"before": before, "surgery": done.surgery, "finetuned": done.finetuned}
+        told = cards(output, model.checkpoint, command, opened.settings, sizes, stages, done.kept)
 
         def write() -> tuple[Path, int]:
             changed = model.changed({stage: tokens[stage].counts for stage in keys})
-            map_path = write_checkpoint(model.checkpoint, output, changed, about, maps, config)
+            map_path = write_checkpoint(model.checkpoint, output, changed, about, maps, config, told)
             _read_back(output, model, keys)
             return map_path, weights_bytes(output)
 

@@ -210,7 +210,7 @@ def test_the_result_is_what_diffusers_loads_and_computes(
     sizes = {"before": (original / WEIGHTS).stat().st_size, "after": (output / WEIGHTS).stat().st_size}
     assert found["bytes"] == sizes | ({"packed": 16 * 4 * 6 // 8 + 4 * 16} if "--bits" in options else {})
     assert {path.name for path in tmp_path.iterdir()} == {"vae", output.name, f"{output.name}.index_map.safetensors"}
-    assert {path.name for path in output.iterdir()} == {WEIGHTS, "config.json"}
+    assert {path.name for path in output.iterdir()} == {WEIGHTS, "config.json", "README.md"}
     assert config_of(output) == config_of(original) | {"num_vq_embeddings": size}
     assert codebook("verify", output, "--against", original, "--json").json == {"ok": True, "differences": []}
 
@@ -319,7 +319,7 @@ def test_a_file_with_a_config_becomes_a_directory_that_diffusers_loads(
     found = codebook("refit", path, "--k", "6", "--steps", "0", "--data", images_folder, *RANGE, "--json").json
     output = tmp_path / "one.refit-k6"
     assert found["outputs"]["model"] == str(output)
-    assert {file.name for file in output.iterdir()} == {WEIGHTS, "config.json"}
+    assert {file.name for file in output.iterdir()} == {WEIGHTS, "config.json", "README.md"}
     assert (tmp_path / "one.refit-k6.index_map.safetensors").is_file()
     assert VQModel.from_pretrained(output).config.num_vq_embeddings == 6
     assert torch.allclose(by_us(output, image_tensor), by_diffusers(output, image_tensor), atol=1e-5)
@@ -375,7 +375,7 @@ def test_small_files_go_along_and_nothing_else(vae: Path, codebook: Run, images_
     found = codebook("prune", vae, "--data", images_folder, *RANGE, "--json").json
     output = Path(found["outputs"]["model"])
     assert {path.name for path in output.iterdir()} == {WEIGHTS, "config.json", "README.md"}
-    assert (output / "README.md").read_text() == "of mine"
+    assert (output / "README.md").read_text().startswith("of mine\n\n## Codebook surgery\n")
     assert any("diffusion_pytorch_model.fp16.safetensors, folder, link" in warning for warning in found["warnings"])
 
 
@@ -412,7 +412,7 @@ def test_a_config_of_another_model_goes_along_with_a_warning(
         ).json
         output = tmp_path / f"own.refit-k{k}"
         assert any("no entry of it is known to be K" in warning for warning in done["warnings"]) is warned
-        assert {path.name for path in output.iterdir()} == {"weights.safetensors", "config.json"}
+        assert {path.name for path in output.iterdir()} == {"weights.safetensors", "config.json", "README.md"}
         assert (output / "config.json").read_text() == '{"n_embed":16}'
         assert codebook("verify", output, "--against", tmp_path / "own").exit_code == 0
 

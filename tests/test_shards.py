@@ -291,7 +291,7 @@ def test_shards_are_operated_on_as_one_file_is(
         assert codebook("verify", written, "--against", model).exit_code == 0
     assert found[folder]["outputs"] == found[folder / INDEX]["outputs"]
     assert found[folder]["stages"] == found[tiny]["stages"]
-    assert {path.name for path in Path(found[folder]["outputs"]["model"]).iterdir()} == {A, B, INDEX}
+    assert {path.name for path in Path(found[folder]["outputs"]["model"]).iterdir()} == {A, B, INDEX, "README.md"}
     one, many = (read_checkpoint(Path(found[model]["outputs"]["model"])) for model in (tiny, folder))
     assert all(torch.equal(many.tensor(key), one.tensor(key)) for key in one.entries)
     assert found[folder]["bytes"] == {"before": read_checkpoint(folder).nbytes, "after": many.nbytes}

@@ -90,7 +90,7 @@ def write_checkpoint(
     the files of the original's directory that go with them; shards stay shards. changed: by key, in the stored dtype;
     shapes may differ. metadata: added to the original's, without PREFIX. maps: int64 tensors of the index map file;
     without any, there is none. config: what the config is to hold. others: what other files of the directory are to
-    hold, by name, where that changes.
+    hold, by name, where that changes or there is none.
 
     Everything is written whole under names that end in `.partial`, flushed, read back and compared, then renamed; a
     directory as one. Raises VerificationError where what was read back is not what was meant, CodebookError where the
@@ -165,6 +165,8 @@ def _furnish(folder: Path, original: Checkpoint, config: bytes | None, others: M
     for other in split_others(original.folder, original.files)[0] if original.folder else ():
         content = partial(_content, other) if other.name not in others else partial(iter, [others[other.name]])
         _write_whole(folder / other.name, content)
+    for name in others.keys() - {path.name for path in folder.iterdir()}:
+        _write_whole(folder / name, partial(iter, [others[name]]))
 
 
 def _weights_name(original: Checkpoint) -> str:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from codebook_tools.exhibit import Shown
+from codebook_tools.figures import STAGES, stage_rows
 from codebook_tools.measure import Measurement
 from codebook_tools.outcome import Result
 from codebook_tools.report.curve import draw_panels
 from codebook_tools.report.page import Gallery, Listing, Page, Part, Picture, Plot, Table
-from codebook_tools.report.tables import STAGES, stage_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,7 +58,7 @@ def _change(before: Measurement, kept: Measurement) -> str:
 
 
 def _parts(result: Result) -> Iterator[Part]:
-    head, *rows = stage_rows(result)
+    head, *rows = stage_rows(result.stages, result.kept)
     images = result.before.images if result.before else None
     note = f"On {images:,} test images. * is what was kept." if images else "* is what was kept."
     yield Table("Stage by stage", head, tuple(rows), note)

@@ -13,6 +13,7 @@ from codebook_tools.codes import Codes
 from codebook_tools.comparison import Comparison, notes, table_rows
 from codebook_tools.diagnosis.diagnose import Diagnosis
 from codebook_tools.downstream.remap import Remapped
+from codebook_tools.figures import STAGES, stage_rows
 from codebook_tools.mapping import Map
 from codebook_tools.measure import Measurement
 from codebook_tools.outcome import Result
@@ -21,9 +22,6 @@ from codebook_tools.report.diagnosis import diagnosis_table
 from codebook_tools.report.histogram import UsageLines
 from codebook_tools.sweep import Sweep, sweep_rows
 from codebook_tools.verification import Verification
-
-STAGES = {"before": "before", "surgery": "after surgery", "finetuned": "after fine-tuning"}
-
 
 _FEW = 10  # codes that a terminal shows
 
@@ -48,7 +46,7 @@ def table_of(found: Found | Plan) -> RenderableType:
 def result_table(result: Result) -> RenderableType:
     """The stages side by side, and what was written."""
     stages = {name: stage for name, stage in result.stages.items() if stage is not None}
-    table = _table(stage_rows(result))
+    table = _table(stage_rows(result.stages, result.kept))
     lines: list[RenderableType] = [table] if stages else []
     for first in [*stages.values()][:1]:
         lines.append(Text(_about(first, result.settings), style="dim"))
@@ -73,20 +71,6 @@ def result_table(result: Result) -> RenderableType:
     return Group(*lines)
 
 
-def stage_rows(result: Result) -> list[tuple[str, ...]]:
-    """The headings, and the figures of each stage there is; a star is at the one that was kept."""
-    stages = {name: stage for name, stage in result.stages.items() if stage is not None}
-    names = {name: "measured" if result.command == "measure" else STAGES[name] for name in stages}
-    if len(stages) > 1 and result.kept:
-        names[result.kept] += " *"
-    found = [("", *names.values())]
-    for label, show in _ROWS:
-        cells = [show(stage) for stage in stages.values()]
-        if any(cell != "-" for cell in cells):
-            found.append((label, *cells))
-    return found
-
-
 def _about(first: Measurement, settings: Mapping[str, object]) -> str:
     """What was measured."""
     if first.images is None:
@@ -105,42 +89,6 @@ def books_table(stages: Mapping[str, Measurement]) -> RenderableType:
         cells = [f"{use.used} of {use.size}, perplexity {use.perplexity:.1f}" for use in uses]
         table.add_row(uses[0].key, *cells)
     return table
-
-
-def _use(field: str, form: str) -> Any:
-    """A figure of the codebook; of several, the lowest and the highest."""
-
-    def show(stage: Measurement) -> str:
-        values = [getattr(use, field) for use in stage.codebooks]
-        if any(value is None for value in values):
-            return "-"
-        low, high = format(min(values), form), format(max(values), form)
-        return low if low == high else f"{low} to {high}"
-
-    return show
-
-
-def _used(stage: Measurement) -> str:
-    used, size = (sum(getattr(use, field) for use in stage.codebooks) for field in ("used", "size"))
-    return f"{used} of {size} ({used / size:.1%})"
-
-
-def _optional(field: str, form: str) -> Any:
-    return lambda stage: "-" if getattr(stage, field) is None else format(getattr(stage, field), form)
-
-
-_ROWS = (
-    ("codes used", _used),
-    ("codes with 10 hits", _use("used_10", "d")),
-    ("perplexity", _use("perplexity", ".2f")),
-    ("bits per token", _use("bits", ".2f")),
-    ("distortion", _use("distortion", ".4g")),
-    ("coverage", _use("coverage", ".1%")),
-    ("mse", _optional("mse", ".6f")),
-    ("PSNR, dB", _optional("psnr", ".2f")),
-    ("SSIM", _optional("ssim", ".4f")),
-    ("sharpness", _optional("sharpness", ".1%")),
-)
 
 
 def details_table(result: Found) -> RenderableType:

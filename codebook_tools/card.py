@@ -1,0 +1,82 @@
+"""The model card of a written directory: what was done, by what, on what data, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from codebook_tools.checkpoints.layout import is_directory_output
+from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.figures import stage_rows
+from codebook_tools.measure import Measurement
+from codebook_tools.version import VERSION
+
+CARD = "README.md"
+
+_LIBRARIES = {"_class_name": "diffusers", "model_type": "transformers"}
+"""By the entry of a config that only that library writes."""
+
+
+def cards(
+    output: Path,
+    original: Checkpoint,
+    command: str,
+    settings: Mapping[str, object],
+    sizes: Mapping[str, int],
+    stages: Mapping[str, Measurement | None],
+    kept: str,
+) -> dict[str, bytes]:
+    """By its name, the original's card with a section on what was done; where there is none, one that the Hub reads. No
+    times and no paths: the same work gives the same bytes. Beside a file there is none. sizes: codes by codebook key."""
+    if not is_directory_output(output):
+        return {}
+    path = original.folder / CARD if original.folder else None
+    before = path.read_text(encoding="utf-8") if path and path.is_file() else _head(original)
+    return {CARD: f"{before.rstrip()}\n\n{_section(command, settings, sizes, stages, kept)}".encode()}
+
+
+def _head(original: Checkpoint) -> str:
+    """What the Hub reads, and a title."""
+    library = next((name for entry, name in _LIBRARIES.items() if entry in (original.config or {})), None)
+    lines = [f"library_name: {library}"] if library else []
+    return "\n".join(
+        ["---", *lines, "tags:", "- vector-quantization", "- codebook-surgery", "---", "", "# Repaired model"]
+    )
+
+
+def _section(
+    command: str,
+    settings: Mapping[str, object],
+    sizes: Mapping[str, int],
+    stages: Mapping[str, Measurement | None],
+    kept: str,
+) -> str:
+    codes = ", ".join(f"`{key}`: {size}" for key, size in sizes.items())
+    told = [f"`codebook {command}` of Codebook Tools {VERSION}. Codes: {codes}."]
+    images = settings.get("images")
+    if isinstance(images, dict):
+        counts = ", ".join(f"{count:,} {name}" for name, count in images.items())
+        told.append(f"Data: {counts}; figures are of those for testing, which no gradient and no choice saw.")
+    shown = {name: value for name, value in settings.items() if name in _TOLD and value is not None}
+    if shown:
+        told.append("Settings: " + ", ".join(f"{name} {value}" for name, value in sorted(shown.items())) + ".")
+    head, *rows = stage_rows(stages, kept)
+    table = [head, ("---", *["---:"] * (len(head) - 1)), *rows] if len(head) > 1 else []
+    lines = "".join(f"| {' | '.join(line)} |\n" for line in table)
+    return "\n\n".join(["## Codebook surgery", *told, *([lines] if lines else [])]).rstrip() + "\n"
+
+
+_TOLD = (
+    "k",
+    "keep",
+    "threshold",
+    "method",
+    "bits",
+    "init",
+    "steps",
+    "train",
+    "codebook_update",
+    "batch_size",
+    "lr",
+    "loss",
+)

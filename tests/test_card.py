@@ -1,0 +1,50 @@
+"""The model card of a written directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import Outcome
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    from diffusers import VQModel
+
+    torch.manual_seed(0)
+    model = VQModel(block_out_channels=(8,), num_vq_embeddings=16, latent_channels=4, norm_num_groups=4, sample_size=16)
+    model.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def test_a_directory_gets_a_card_that_the_hub_reads(
+    folder: Path, codebook: Run, images_folder: Path, tmp_path: Path
+) -> None:
+    options = ("--k", 8, "--steps", 2, "--data", images_folder, "--input-range", "-1,1", "--json")
+    found = [codebook("refit", folder, *options, "-o", tmp_path / name) for name in ("one", "two")]
+    assert found[0].exit_code == 0, found[0].stderr
+    card = (tmp_path / "one" / "README.md").read_text()
+    _, head, body = card.split("---\n", 2)
+    assert yaml.safe_load(head) == {"library_name": "diffusers", "tags": ["vector-quantization", "codebook-surgery"]}
+    mse = found[0].json["stages"]["surgery"]["mse"]
+    for told in ("`codebook refit`", "`quantize.embedding.weight`: 8", f"{mse:.6f}", "k 8", "steps 2", "| mse |"):
+        assert told in body
+    assert str(tmp_path) not in card and card == (tmp_path / "two" / "README.md").read_text()
+
+
+def test_a_card_that_is_there_stays_and_says_what_was_done_each_time(
+    folder: Path, codebook: Run, images_folder: Path, tmp_path: Path
+) -> None:
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    data = ("--data", images_folder, "--input-range", "-1,1")
+    assert codebook("refit", folder, "--k", 8, "--steps", 0, *data, "-o", tmp_path / "one").exit_code == 0
+    assert codebook("prune", tmp_path / "one", "--keep", 4, *data, "-o", tmp_path / "two").exit_code == 0
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n# Mine\n\n## Codebook surgery\n")
+    assert card.index("`codebook refit`") < card.index("`codebook prune`") and card.count("---\n") >= 2
