@@ -27,7 +27,7 @@ def cards(
     kept: str,
 ) -> dict[str, bytes]:
     """By its name, the original's card with a section on what was done; where there is none, one that the Hub reads. No
-    times and no paths: the same work gives the same bytes. Beside a file there is none. sizes: codes by codebook key."""
+    times and no paths: the same work gives the same bytes. A file has none. sizes: codes by codebook key."""
     if not is_directory_output(output):
         return {}
     path = original.folder / CARD if original.folder else None

@@ -12,6 +12,7 @@ from codebook_tools.comparison import Comparison, Row, markdown_table, table_row
 from codebook_tools.models.families import CUSTOM, FAMILIES
 
 ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "benchmarks" / "results" / "recipes").glob("*.md"))
 TABLES = sorted((ROOT / "benchmarks" / "results" / "compare").glob("*/table.md"))
 
 
@@ -36,6 +37,12 @@ def test_a_table_is_that_of_its_rows(path: Path) -> None:
     assert markdown_table(summaries).splitlines()[:2] == path.read_text(encoding="utf-8").splitlines()[:2]
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_those_of_the_results(path: Path) -> None:
+    text = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    assert f"<!-- recipes: {path.stem} -->\n{path.read_text(encoding='utf-8')}<!-- end -->" in text
+
+
 @pytest.mark.parametrize(
     "document",
     [
@@ -44,6 +51,8 @@ def test_a_table_is_that_of_its_rows(path: Path) -> None:
         "docs/comparison.md",
         "docs/families.md",
         "docs/diagnosis.md",
+        "docs/finetuning.md",
+        "docs/performance.md",
         "CHANGELOG.md",
     ],
 )

@@ -19,7 +19,7 @@ from PIL import Image
 from codebook_tools.exhibit import Shown
 from codebook_tools.measure import CodebookUse, Measurement
 from codebook_tools.outcome import Result
-from codebook_tools.report.operated import headline, operated_page, usage_plot
+from codebook_tools.report.operated import books_plot, headline, operated_page, usage_plot
 from codebook_tools.report.page import Gallery, Listing, Page, Picture, Plot, Table, html
 
 if TYPE_CHECKING:
@@ -134,6 +134,17 @@ def test_the_page_of_a_surgery_has_its_stages_pictures_and_settings() -> None:
     text = html(operated_page(found, "codebook refit m.safetensors --k 128"))
     for told in ("after surgery *", "85 of 512 (16.6%)", "a.png, after surgery", "mse 0.04000", "odd", "--k 128"):
         assert told in text
+
+
+def test_of_several_codebooks_the_page_shows_how_many_codes_of_each_are_used() -> None:
+    def of(*used: int) -> Measurement:
+        books = [measured(n, 8, 0.01) for n in used]
+        return replace(books[0], codebooks=tuple(book.codebooks[0] for book in books), counts=())
+
+    plot = books_plot({"before": of(2, 4), "after surgery": of(8, 6)})
+    assert plot.columns == {"codebook": ["codes", "codes"], "before": [0.25, 0.5], "after surgery": [1.0, 0.75]}
+    text = html(operated_page(result(before=of(2, 4), surgery=of(8, 6)), ""))
+    assert text.count("<svg ") == 1 and "6 of 16 codes were used, 37.5% of the codebook; now 14 of 16" in text
 
 
 # --- from the command line ------------------------------------------------------------------------------------------

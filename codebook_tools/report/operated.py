@@ -58,17 +58,19 @@ def _change(before: Measurement, kept: Measurement) -> str:
 
 
 def _parts(result: Result) -> Iterator[Part]:
+    stages = {STAGES[name]: stage for name, stage in result.stages.items() if stage}
+    if not stages:
+        return
     head, *rows = stage_rows(result.stages, result.kept)
     images = result.before.images if result.before else None
     note = f"On {images:,} test images. * is what was kept." if images else "* is what was kept."
     yield Table("Stage by stage", head, tuple(rows), note)
     if result.shown:
         yield _gallery(result.shown)
-    counts = {STAGES[name]: stage.counts for name, stage in result.stages.items() if stage and stage.counts}
-    for i, use in enumerate(result.before.codebooks if result.before else ()):
-        if counts:
-            name = f"How often each code of {use.key} is used" if len(result.stages) > 1 else "How often codes are used"
-            yield usage_plot(name, {stage: books[i] for stage, books in counts.items()})
+    if any(len(stage.codebooks) > 1 for stage in stages.values()):
+        yield books_plot(stages)
+    elif all(stage.counts for stage in stages.values()):
+        yield usage_plot("How often codes are used", {name: stage.counts[0] for name, stage in stages.items()})
     if len(result.trace) > 1:
         yield _trace(result)
 
@@ -105,6 +107,23 @@ def usage_plot(title: str, counts: Mapping[str, torch.Tensor]) -> Plot:
     columns: dict[str, Sequence[object]] = {"rank": range(1, longest + 1)}
     columns |= {stage: [*hits, *[""] * (longest - len(hits))] for stage, hits in falling.items()}
     return Plot(title, f"Hits of each code in falling order, on a log axis. Codes in use {used}.", draw, columns)
+
+
+def books_plot(stages: Mapping[str, Measurement]) -> Plot:
+    """Of several codebooks, the share of codes in use, one after another. stages: by name."""
+    shares = {name: [use.usage for use in stage.codebooks] for name, stage in stages.items()}
+    keys = [use.key for use in next(iter(stages.values())).codebooks]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for name, share in shares.items():
+            axes.plot(range(1, len(share) + 1), share, ".-", label=name)
+        axes.set(xlabel="codebook", ylabel="share of codes in use", ylim=(0, 1.05))
+        axes.legend()
+
+    lowest = ", ".join(f"{name}: {min(share):.1%} to {max(share):.1%}" for name, share in shares.items())
+    said = f"The share of codes in use in each of {len(keys)} codebooks; {lowest}."
+    return Plot("Codes in use, codebook by codebook", said, draw, {"codebook": keys, **shares})
 
 
 def _trace(result: Result) -> Plot:
