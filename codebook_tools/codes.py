@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from codebook_tools import processes
-from codebook_tools.assignment import squared_errors
 from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
-from codebook_tools.items import Item
+from codebook_tools.extremes import Seen, see
 from codebook_tools.measure import reconstruct
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.patches import Place, patches, receptive_side, require_images
-from codebook_tools.sums import rows_of
 from codebook_tools.version import VERSION
 from codebook_tools.watch import Watch
 
@@ -80,9 +78,7 @@ class Codes:
     version: str = VERSION
 
     def to_json(self) -> dict[str, Any]:
-        shown = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        for name in ("cards", "examples", "colours"):
-            del shown[name]
+        shown = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.repr}
         return {**shown, "warnings": list(self.warnings), "codes": [card.to_json() for card in self.cards]}
 
 
@@ -102,34 +98,10 @@ def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch
     opened = open_request(request, watch)
     model, stage = opened.model, opened.model.chosen[0]
     require_images(model)
-    seen = _see(opened, stage, top, watch)
+    seen = see(opened, stage, top, watch)
     codebook = model.books[stage].codebook
-    used = seen.counts > 0
-    errors = torch.where(used, seen.errors / seen.counts.clamp(min=1), torch.nan)
-    places = _components(codebook.vectors.cpu(), used)
-    keys = {"share": -seen.counts.double(), "map": places[:, 0], "error": -errors.nan_to_num()}
-    falling = keys[sort].argsort(stable=True)
-    alive = used[falling]
-    order = torch.cat([falling[alive], falling[~alive]])[:most].tolist()
+    places = _components(codebook.vectors.cpu(), seen.used)
     side = receptive_side(model, opened.calibration, stage)
-    with watch.phase("load"):
-        typical, unusual = (_patches_of(its, order, opened, seen, side) for its in (seen.nearest, seen.farthest))
-    decoded = decode_each(model, order) if len(model.books) == 1 else [None] * len(order)
-    near = _neighbours(codebook, order)
-    total = int(seen.counts.sum())
-    cards = tuple(
-        Card(
-            code,
-            int(seen.counts[code]),
-            int(seen.counts[code]) / max(1, total),
-            float(errors[code]) if seen.counts[code] else None,
-            near[i],
-            typical[i],
-            unusual[i],
-            decoded[i],
-        )
-        for i, code in enumerate(order)
-    )
     return Codes(
         model=str(request.source),
         family=model.family,
@@ -137,85 +109,44 @@ def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch
         seed=request.seed,
         warnings=tuple(opened.warnings),
         size=codebook.size,
-        used=int(used.sum()),
+        used=int(seen.used.sum()),
         side=side,
-        cards=cards,
+        cards=_cards(opened, stage, seen, _order(seen, places, sort)[:most], side),
         examples=_examples(opened, stage),
-        colours=_colours(places, used),
+        colours=_colours(places, seen.used),
         seconds=watch.seconds,
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """counts, errors: (size,) of each code, hits and the sum of squared distances. nearest, farthest: of each code that
-    was hit, the places of the latents at its ends, the outermost first. grid: rows and columns of latents."""
-
-    counts: Tensor
-    errors: Tensor
-    nearest: Mapping[int, Sequence[Place]]
-    farthest: Mapping[int, Sequence[Place]]
-    grid: tuple[int, int]
+def _order(seen: Seen, places: Tensor, sort: str) -> list[int]:
+    """All codes, those that come first first. places: (size, 3) on principal components."""
+    keys = {"share": -seen.counts.double(), "map": places[:, 0], "error": -seen.error}
+    falling = keys[sort].argsort(stable=True)
+    alive = seen.used[falling]
+    return torch.cat([falling[alive], falling[~alive]]).tolist()
 
 
-def _see(opened: Opened, stage: int, top: int, watch: Watch) -> _Seen:
-    model, book = opened.model, opened.model.books[stage].codebook
-    counts, errors = torch.zeros(book.size, dtype=torch.int64), torch.zeros(book.size, dtype=torch.float64)
-    near, far = _Ends(top), _Ends(top)
-    items_seen, grid = list[Item](), (1, 1)
-    for items, pixels in opened.calibration.batches(opened.request.batch_size):
-        with watch.phase("encode"), torch.no_grad():
-            latents = model.encode(pixels, stage, keep=False)
-            codes = model.assign(latents, stage)
-        shape = tuple(codes.shape[1:])
-        grid = (shape[0], shape[1]) if len(shape) == 2 else (1, codes[0].numel())
-        flat, rows = codes.flatten().cpu(), rows_of(latents)
-        distances = squared_errors(rows, book, codes.flatten()).double().cpu()
-        counts += torch.bincount(flat, minlength=book.size)
-        errors.index_add_(0, flat, distances)
-        positions = grid[0] * grid[1]
-        at = torch.arange(len(flat)) + len(items_seen) * positions
-        near.add(flat, distances, at)
-        far.add(flat, -distances, at)
-        items_seen += items
-        watch.progress("see the codes", len(items_seen), len(opened.calibration))
-    if not items_seen:
-        raise CodebookError("none of the calibration images can be read")
-    nearest, farthest = (ends.places(items_seen, grid) for ends in (near, far))
-    return _Seen(counts, errors, nearest, farthest, grid)
-
-
-class _Ends:
-    """Of each code the `most` latents with the lowest scores, of all that were added."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.codes, self.scores, self.at = torch.empty(0).long(), torch.empty(0).double(), torch.empty(0).long()
-
-    def add(self, codes: Tensor, scores: Tensor, at: Tensor) -> None:
-        codes, scores, at = (torch.cat(pair) for pair in ((self.codes, codes), (self.scores, scores), (self.at, at)))
-        kept = lowest_of_each(codes, scores, self.most)
-        self.codes, self.scores, self.at = codes[kept], scores[kept], at[kept]
-
-    def places(self, items: Sequence[Item], grid: tuple[int, int]) -> dict[int, list[Place]]:
-        found, (rows, columns) = dict[int, list[Place]](), grid
-        for code, at in zip(self.codes.tolist(), self.at.tolist(), strict=True):
-            item, position = divmod(at, rows * columns)
-            found.setdefault(code, []).append(Place(items[item], *divmod(position, columns)))
-        return found
-
-
-def lowest_of_each(codes: Tensor, scores: Tensor, most: int) -> Tensor:
-    """Indices of the `most` lowest scores of each code, by code and rising score; the first among equals."""
-    order = scores.argsort(stable=True)
-    order = order[codes[order].argsort(stable=True)]
-    ordered = codes[order]
-    rank = torch.arange(len(order)) - torch.searchsorted(ordered, ordered)
-    return order[rank < most]
+def _cards(opened: Opened, stage: int, seen: Seen, order: Sequence[int], side: int | None) -> tuple[Card, ...]:
+    model = opened.model
+    typical, unusual = (_patches_of(its, order, opened, seen, side) for its in (seen.nearest, seen.farthest))
+    decoded = decode_each(model, order) if len(model.books) == 1 else [None] * len(order)
+    total = int(seen.counts.sum())
+    return tuple(
+        Card(
+            code,
+            count := int(seen.counts[code]),
+            count / total,
+            float(seen.error[code]) if count else None,
+            *(near, nearest, farthest, shown),
+        )
+        for code, near, nearest, farthest, shown in zip(
+            order, _neighbours(model.books[stage].codebook, order), typical, unusual, decoded, strict=True
+        )
+    )
 
 
 def _patches_of(
-    ends: Mapping[int, Sequence[Place]], order: Sequence[int], opened: Opened, seen: _Seen, side: int | None
+    ends: Mapping[int, Sequence[Place]], order: Sequence[int], opened: Opened, seen: Seen, side: int | None
 ) -> list[Tensor]:
     """(n, 3, side, side) of each code, none of a dead one."""
     places = [place for code in order for place in ends.get(code, ())]

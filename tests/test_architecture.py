@@ -37,7 +37,7 @@ FLOORS = (
         *("losses", "adversarial", "perceptual", "distill", "quantiser", "trainable"),
     ),
     ("training", "finetune", "opening", "blur", "exhibit", "patches"),
-    ("stages", "figures", "card", "outcome", "inspection", "comparison", "verification"),
+    ("stages", "extremes", "figures", "card", "outcome", "inspection", "comparison", "verification"),
     ("detached", "compare", "sweep", "codes", "mapping", "downstream", "merging", "diagnosis"),
     ("operate", "planning", "verify"),
     ("report",),

@@ -12,7 +12,8 @@ from conftest import Grey, Outcome, assert_refused
 from sources_of_images import Images
 from torch import Tensor, nn
 
-from codebook_tools.codes import Codes, look_at_codes, lowest_of_each
+from codebook_tools.codes import Codes, look_at_codes
+from codebook_tools.extremes import lowest_of_each
 from codebook_tools.images import array_items
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request

@@ -10,7 +10,7 @@ from torch import Tensor
 
 _STEPS_TO_TWICE = 4  # that shares are rounded to, so that an optimiser has few groups
 _NOTHING = 1e-9  # a kernel that starts at 0 says nothing of the others
-_MOVED = 0.25  # how far Adam moves kernels in a step, in sizes at which they begin, where there is one of them
+_MOVED = 1.25  # how far Adam moves all kernels together in a step, in sizes at which they begin
 _BATCH = 64  # images in the batches that this was found with
 _WITHOUT_KERNELS = 1e-3
 _FRESH = 0.1  # the share of what starts at 0, or near it as biases do: it would stay there
@@ -20,15 +20,15 @@ def usual_rate(parameters: Sequence[Tensor], images: int) -> float:
     """Adam's learning rate for tensors of usual size, where batches have so many images.
 
     By the kernels (out, in, ...) there are, not by what is in them: a share of the 1 / sqrt(3 inputs) that PyTorch
-    draws entries of them with, the smaller, the wider a network is; over the root of how many there are, for what they
-    change adds up; times that of the images, by which Adam's steps are less of a chance (Malladi et al. 2022, arXiv
+    draws entries of them with, the smaller, the wider a network is; over how many there are, for what they change adds
+    up; times the root of the images, by which Adam's steps are less of a chance (Malladi et al. 2022, arXiv
     2205.10287).
     """
     kernels = [tensor for tensor in parameters if tensor.ndim > 1]
     if not kernels:
         return _WITHOUT_KERNELS
     begun = geometric_mean(1 / math.sqrt(3 * kernel[0].numel()) for kernel in kernels)
-    return _MOVED * begun / math.sqrt(len(kernels)) * math.sqrt(images / _BATCH)
+    return _MOVED * begun / len(kernels) * math.sqrt(images / _BATCH)
 
 
 def shares(parameters: Sequence[Tensor]) -> list[float]:
