@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from .calls import named_after, numbers, operate_on, recipe_of, request_of, run_and_show
+from .completion import rows
 from .exits import one_voice, reported, show_result
 from .options import (
     DataOptions,
@@ -281,6 +282,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="A,B,C",
+            autocompletion=rows,
             help="Rows to run, such as untouched+same-recipe,prune,refit; an unknown one lists them. Left out: every "
             "strategy and the controls.",
         ),

@@ -12,6 +12,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from .completion import families
+
 
 # The library's choices once more: --help and completion must not import the library, and with it torch.
 class Train(StrEnum):
@@ -77,8 +79,12 @@ class Metric(StrEnum):
 def _group(panel: str) -> Callable[..., Any]:
     """Options of one panel of --help: names, then metavar and help."""
 
-    def option(*names: str, help: str, metavar: str | None = None) -> Any:
-        return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=True)
+    def option(
+        *names: str, help: str, metavar: str | None = None, complete: Callable[[str], list[str]] | None = None
+    ) -> Any:
+        return typer.Option(
+            *names, help=help, metavar=metavar, rich_help_panel=panel, show_default=True, autocompletion=complete
+        )
 
     return option
 
@@ -142,7 +148,9 @@ class ModelOptions:
             help="Your own network: FUNCTION(codebook_size=K) returns a module with encode and decode. Runs that file.",
         ),
     ] = None
-    family: Annotated[str | None, _model(metavar="NAME", help="The layout's family, where recognition errs.")] = None
+    family: Annotated[
+        str | None, _model(metavar="NAME", complete=families, help="The layout's family, where recognition errs.")
+    ] = None
     codebook_key: Annotated[
         list[str] | None,
         _model(metavar="KEY", help="The codebook's tensor, where several fit or none is sure. Repeatable."),

@@ -1,0 +1,26 @@
+"""What a shell may complete: names that are known without torch, for nobody waits for a key."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+ROWS = (
+    *("untouched", "untouched+same-recipe", "untouched+textbook", "prune", "refit", "grow", "condense"),
+    *("quantize", "quantize+pnn", "restart", "top-k", "random", "kmeans++-seeds", "refit+fresh-network"),
+    *("restart+random", "restart+split", "restart+nearest", "refit+used", "refit+textbook", "refit+frozen-encoder"),
+)
+"""The library's rows of a comparison once more."""
+
+
+def families(incomplete: str) -> list[str]:
+    from codebook_tools.models.families import FAMILIES
+
+    return [name for name in FAMILIES if name.startswith(incomplete)]
+
+
+def rows(incomplete: str) -> list[str]:
+    """The last of several, with commas between them."""
+    before, comma, last = incomplete.rpartition(",")
+    named = {*before.split(",")}
+    added = [point.name for point in entry_points(group="codebook_tools.strategies")]
+    return [f"{before}{comma}{row}" for row in (*ROWS, *added) if row.startswith(last) and row not in named]

@@ -1,0 +1,37 @@
+"""Completion in a shell."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from codebook_cli.completion import ROWS, families, rows
+
+from codebook_tools.compare import ENTRIES, MORE_ENTRIES
+from codebook_tools.models.families import FAMILIES
+
+
+def test_the_rows_are_those_of_a_comparison() -> None:
+    assert (*ENTRIES, *MORE_ENTRIES) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("pru", ["prune"]),
+        ("prune,ran", ["prune,random"]),
+        ("prune,pru", []),
+        ("refit+t", ["refit+textbook"]),
+        ("nothing", []),
+    ],
+)
+def test_the_last_row_of_several_is_completed(typed: str, found: list[str]) -> None:
+    assert rows(typed) == found
+
+
+def test_all_families_are_known_and_no_key_waits_for_torch() -> None:
+    assert families("") == [*FAMILIES] and families("zal") == ["zalando"]
+    looked = "from codebook_cli.completion import families, rows; families('z'), rows('p')"
+    code = f"{looked}; import sys; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
