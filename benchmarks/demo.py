@@ -28,7 +28,7 @@ from codebook_tools.models.load import load_model
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
 from codebook_tools.outcome import Result
-from codebook_tools.report.pages import write_report
+from codebook_tools.report.pages import page_with_model, write_report
 from codebook_tools.report.tables import result_table
 from codebook_tools.strategies import Refit
 from codebook_tools.watch import Watch
@@ -96,7 +96,9 @@ def main() -> None:
         figures["result"] |= {"model": DEMO.name, "outputs": {}}
         Path(sys.argv[1]).write_text(json.dumps(figures, indent=2) + "\n")
     page = folder / "report.html"
-    write_report(result, f"codebook refit --k {K}", page)
+    typed = f"codebook refit --k {K} --report {page}"
+    request = Request(model=finetuned, input_range=(bounds[0], bounds[1]))
+    write_report(result, page_with_model(result, typed, request, Watch()), page)
     print(f"the photograph through the stages: demo.png; the page of the run: {page}", file=sys.stderr)
 
 

@@ -23,6 +23,7 @@ from .options import (
     ModelArgument,
     ModelOptions,
     NoStepsTrainOptions,
+    Plane,
     RemapOptions,
     RestartMethod,
     RunOptions,
@@ -362,6 +363,7 @@ def map_(
     k: Annotated[
         int | None, typer.Option("--k", metavar="K", help="Centroids. Left out: as many as there are codes in use.")
     ] = None,
+    method: Annotated[Plane, typer.Option(help="umap keeps neighbours together, pca distances.")] = Plane.UMAP,
 ) -> None:
     """Latents, codes and k-means centroids in one plane: a page to move over, a PNG, an SVG and a parquet.
 
@@ -371,7 +373,7 @@ def map_(
     def work(watch: Watch) -> Map:
         from codebook_tools.mapping import look_at_map
 
-        return look_at_map(request_of(model, given), k, watch)
+        return look_at_map(request_of(model, given), k, method.value, watch)
 
     run_and_show(work, {**given, "report": given["report"] or named_after(model, ".map.html")})
 

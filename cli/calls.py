@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import typer
 
@@ -146,14 +146,21 @@ def run_and_show(work: Callable[[Watch], Found | Plan], given: dict[str, Any]) -
             _run_and_show(work, given)
 
 
-def _with_report(found: Found, path: Path) -> Found:
+def _with_report(found: Found, given: dict[str, Any], watch: Watch) -> Found:
     """Write the page of what was found, which then names it."""
     from codebook_tools import processes
     from codebook_tools.diagnosis.diagnose import Diagnosis
-    from codebook_tools.report.pages import write_report
+    from codebook_tools.outcome import Result
+    from codebook_tools.report.pages import page_of, page_with_model, write_report
 
     typed = shlex.join(["codebook", *sys.argv[1:]])
-    written = processes.by_first(lambda: write_report(found, typed, path))
+    if isinstance(found, Result) and found.shown and processes.count() == 1:
+        bounds = ",".join(map(str, cast(list[float], found.settings["input_range"])))
+        request = request_of(Path(found.outputs["model"] or ""), {**given, "input_range": bounds})
+        page = page_with_model(found, typed, replace(request, output=None), watch)
+    else:
+        page = page_of(found, typed)
+    written = processes.by_first(lambda: write_report(found, page, given["report"]))
     if isinstance(found, Diagnosis):
         return found
     outputs: dict[str, Any] = {**found.outputs, **written}
@@ -178,8 +185,8 @@ def _run_and_show(work: Callable[[Watch], Found | Plan], given: dict[str, Any]) 
         check_report(given["report"])
     with ProgressShow(given["quiet"]) as show:
         found = work(Watch(show))
-    if given["report"] and not isinstance(found, Plan):
-        found = _with_report(found, given["report"])
+        if given["report"] and not isinstance(found, Plan):
+            found = _with_report(found, given, Watch(show))
     print_warnings(found.warnings, given["quiet"])
     show_result(found, table_of, given["json_"])
     if given["verbose"] and not isinstance(found, Plan) and not given["json_"]:

@@ -69,6 +69,11 @@ class Sort(StrEnum):
     ERROR = "error"
 
 
+class Plane(StrEnum):
+    UMAP = "umap"
+    PCA = "pca"
+
+
 class Metric(StrEnum):
     EUCLIDEAN = "euclidean"
     COSINE = "cosine"

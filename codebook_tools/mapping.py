@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ POINTS = 3000
 
 _IMAGES = 1000  # that they are of, at most: neighbours in an image are alike
 
+Method = Literal["umap", "pca"]
+
 Projection = Callable[[Tensor], Tensor]
 """(n, dim) -> (n, 2)."""
 
@@ -47,7 +49,7 @@ class Map:
     settings: Mapping[str, object]
     seed: int
     warnings: tuple[str, ...]
-    method: str
+    method: Method
     k: int
     size: int
     used: int
@@ -69,8 +71,9 @@ class Map:
         return {**told, "warnings": list(self.warnings)}
 
 
-def look_at_map(request: Request, k: int | None, watch: Watch) -> Map:
-    """k: centroids; None for as many as there are codes in use."""
+def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -> Map:
+    """k: centroids; None for as many as there are codes in use. method: by which the plane is found; umap is pca where
+    umap-learn is not installed."""
     if processes.count() > 1:
         raise CodebookError(f"map works in one process, not {processes.count()}; start it without torchrun")
     if k is not None:
@@ -96,15 +99,15 @@ def look_at_map(request: Request, k: int | None, watch: Watch) -> Map:
     watch.progress("project", 0, None)
     with watch.phase("strategy"):
         points = _placed(rows, own)
-        method, project = _projection(points, request.seed)
+        by, project = _projection(points, method, request.seed)
         planes = [project(points), *(project(_placed(emitted(book), own)) for book in (own, centroids))]
     return Map(
         model=str(request.source),
         family=model.family,
         settings=opened.settings,
         seed=request.seed,
-        warnings=(*opened.warnings, *(() if method == "umap" else (_WITHOUT_UMAP,))),
-        method=method,
+        warnings=(*opened.warnings, *(() if by == method else (_WITHOUT_UMAP,))),
+        method=by,
         k=centroids.size,
         size=codebook.size,
         used=used,
@@ -155,9 +158,9 @@ def _placed(vectors: Tensor, codebook: Codebook) -> Tensor:
 _WITHOUT_UMAP = "umap-learn is not installed: this is a projection on principal components; pip install umap-learn"
 
 
-def _projection(rows: Tensor, seed: int) -> tuple[str, Projection]:
+def _projection(rows: Tensor, method: Method, seed: int) -> tuple[Method, Projection]:
     """What puts vectors into the plane: UMAP fitted on `rows`, or their principal components."""
-    if find_spec("umap") is None:
+    if method == "pca" or find_spec("umap") is None:
         return "pca", principal(rows)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it tells of threads that a seed rules out, and of tensorflow

@@ -42,7 +42,7 @@ def looked(grey: Callable[..., Grey], tmp_path: Path, without_umap: None) -> Cal
         request = Request(
             model=made.path, network=made.network, data=(str(tmp_path / "data.npy"),), input_range=(0.0, 1.0)
         )
-        return look_at_map(request, k, Watch())
+        return look_at_map(request, k, "umap", Watch())
 
     return look
 
@@ -95,7 +95,7 @@ def test_the_places_of_the_page_are_where_the_points_are_drawn(looked: Callable[
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_map_by_umap(tiny: Path, images_folder: Path) -> None:
     request = Request(model=tiny, data=(str(images_folder),), input_range=(-1.0, 1.0))
-    first, second = (look_at_map(request, 4, Watch()) for _ in range(2))
+    first, second = (look_at_map(request, 4, "umap", Watch()) for _ in range(2))
     assert first.method == "umap" and torch.equal(first.latents, second.latents)
     assert torch.equal(first.codes, second.codes) and len(first.codes) == first.size
     assert bool(torch.isfinite(torch.cat([first.latents, first.codes, first.centroids])).all())

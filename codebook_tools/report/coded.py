@@ -22,13 +22,14 @@ def codes_page(found: Codes, command: str) -> Page:
     return Page(
         title=f"codebook codes: {found.model}",
         headline=f"{found.used} of {found.size} codes are used, {found.used / found.size:.1%} of the codebook.",
-        parts=[*_parts(found), *about(found.settings, found.seconds, found.version, found.seed)],
+        parts=[*codes_parts(found), *about(found.settings, found.seconds, found.version, found.seed)],
         command=command,
         warnings=found.warnings,
     )
 
 
-def _parts(found: Codes) -> Iterator[Part]:
+def codes_parts(found: Codes) -> Iterator[Part]:
+    """Images with their tokens, how often codes are used where all are shown, and the codes."""
     if found.examples:
         yield Gallery(
             "Images and their tokens",

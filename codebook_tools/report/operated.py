@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def operated_page(result: Result, command: str) -> Page:
-    """command: what the user typed."""
+def operated_page(result: Result, command: str, more: Sequence[Part] = ()) -> Page:
+    """command: what the user typed. more: on the model that was written."""
     return Page(
         title=f"codebook {result.command}: {result.model}",
         headline=headline(result),
-        parts=[*_parts(result), *about(result.settings, result.seconds, result.version, result.seed)],
+        parts=[*_parts(result), *more, *about(result.settings, result.seconds, result.version, result.seed)],
         command=command,
         warnings=result.warnings,
     )

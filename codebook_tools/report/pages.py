@@ -6,21 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from codebook_tools.codes import Codes
+from codebook_tools.codes import Codes, look_at_codes
 from codebook_tools.comparison import Comparison, write_text
 from codebook_tools.diagnosis.diagnose import Diagnosis
 from codebook_tools.errors import CodebookError
-from codebook_tools.mapping import Map
+from codebook_tools.mapping import Map, look_at_map
+from codebook_tools.opening import Request
 from codebook_tools.outcome import Result
-from codebook_tools.report.coded import codes_page
+from codebook_tools.report.coded import codes_page, codes_parts
 from codebook_tools.report.compared import compared_page
 from codebook_tools.report.diagnosed import diagnosed_page
-from codebook_tools.report.mapped import mapped_page, write_map
+from codebook_tools.report.mapped import map_plot, mapped_page, write_map
 from codebook_tools.report.operated import operated_page
 from codebook_tools.report.page import Page, html, require_plots
 from codebook_tools.report.swept import swept_page
 from codebook_tools.report.tables import Found
 from codebook_tools.sweep import Sweep
+from codebook_tools.watch import Watch
+
+_PATCHES, _CODES = 6, 32  # of a code, and codes, on the page of a surgery
 
 
 def check_report(path: Path) -> None:
@@ -45,8 +49,14 @@ def page_of(found: Found, command: str) -> Page:
     return pages[type(found)](found, command)
 
 
-def write_report(found: Found, command: str, path: Path) -> dict[str, str]:
+def page_with_model(found: Result, command: str, request: Request, watch: Watch) -> Page:
+    """The page of a surgery, with the map and the codes of the model that it wrote. request: of that model."""
+    seen = look_at_map(request, None, "pca", watch), look_at_codes(request, _PATCHES, _CODES, "share", watch)
+    return operated_page(found, command, [map_plot(seen[0]), *codes_parts(seen[1])])
+
+
+def write_report(found: Found, page: Page, path: Path) -> dict[str, str]:
     """Write the page, whole or not at all, and what belongs beside it. Files that are there are replaced. Returns the
     paths."""
-    write_text(path, html(page_of(found, command)))
+    write_text(path, html(page))
     return {"report": str(path), **(write_map(found, path) if isinstance(found, Map) else {})}
