@@ -56,7 +56,7 @@ class Run:
         )
 
 
-CONTROLS = ("untouched", "untouched+same-recipe", "untouched+textbook", "refit+textbook", "refit+frozen-encoder")
+CONTROLS = ("untouched+textbook", "untouched+same-recipe", "refit+textbook", "refit+frozen-encoder")
 CIFAR10 = Run(
     {},
     "{shared}/checkpoints/cifar10-vqvae-k512.safetensors",
@@ -67,10 +67,10 @@ CIFAR10 = Run(
 AGES = ("untouched", "untouched+same-recipe", "prune", "refit", "grow")
 RUNS = {
     "demo": Run({128: ALL}),
-    "cifar10": replace(
-        CIFAR10, parts={128: (*CONTROLS, "prune", "refit", "grow", "top-k", "condense"), 512: ("refit",)}
+    "cifar10-2000": replace(
+        CIFAR10, parts={128: ("untouched", "refit", "condense", "grow", "top-k", "prune", *CONTROLS), 512: ("refit",)}
     ),
-    "cifar10-sizes": replace(
+    "cifar10-2000-sizes": replace(
         CIFAR10,
         parts={
             32: ("refit", "top-k", "condense"),
