@@ -1,0 +1,110 @@
+"""What --help and the README show works as it is typed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from codebook_cli.app import app
+from conftest import Outcome
+from PIL import Image
+from sources_of_images import Images
+
+from codebook_tools.demo import DEMO
+from codebook_tools.images import sample_images
+
+Run = Callable[..., Outcome]
+ROOT = Path(__file__).parents[1]
+
+BEFORE = {
+    "verify": "codebook refit model.safetensors --k 128 --data images/ --steps 2",
+    "diagnose": "codebook refit model.safetensors --k 128 --data images/ --steps 2",
+    "remap": "codebook prune model.safetensors --keep 86 --data images/",
+}
+"""What must have been done for an example to have its files."""
+
+TRAIN = ("refit", "grow", "condense", "restart", "finetune", "compare")
+NOT_AT_HAND = ("vqgan/", "my_model.py", "$", "--merge", "all.safetensors", "--map a.", "shards/", "prior/ --map")
+
+
+def examples() -> dict[str, str]:
+    """By command."""
+    group = typer.main.get_group(app)
+    epilogs = {name: command.epilog or "" for name, command in group.commands.items()}
+    return {name: epilog.removeprefix("Example: ") for name, epilog in epilogs.items()}
+
+
+def lines_of_the_readme() -> list[str]:
+    blocks = re.findall(r"^```\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+    lines = [line.partition("   #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("codebook ") and not any(file in line for file in NOT_AT_HAND)]
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the model, images, held-out images, tokens and a prior that the examples name."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    (tmp_path / "model.safetensors").write_bytes(DEMO.read_bytes())
+    items = sample_images()[::8]
+    _, pixels = Images(items, channels=3).load(items)
+    for folder, some in (("images", pixels[:200]), ("held-out", pixels[200:220])):
+        (tmp_path / folder).mkdir()
+        for i, image in enumerate(some):
+            shown = (image * 255).round().byte().movedim(0, -1).numpy()
+            Image.fromarray(shown).save(tmp_path / folder / f"{i:03d}.png")
+    np.save(tmp_path / "tokens.npy", np.zeros((2, 64), dtype=np.int64) + 3)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=512, n_embd=8, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "prior")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def typed(line: str, codebook: Run) -> Outcome:
+    """A line as it stands, but with two steps of fine-tuning, and `--force` where an earlier one wrote its output."""
+    command, *options = shlex.split(line)[1:]
+    return codebook(command, *options, *(("--steps", 2) if command in TRAIN else ()))
+
+
+def test_every_command_has_an_example_of_itself() -> None:
+    for name, example in examples().items():
+        assert example.startswith(f"codebook {name} "), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", examples())
+def test_the_example_of_a_command_works(command: str, desk: Path, codebook: Run) -> None:
+    if command in BEFORE:
+        assert typed(BEFORE[command], codebook).exit_code == 0
+    if command == "remap":
+        tokens = np.load(desk / "tokens.npy")
+        used = int(np.flatnonzero(_kept(desk))[0])
+        np.save(desk / "tokens.npy", np.full_like(tokens, used))
+    found = typed(examples()[command], codebook)
+    assert found.exit_code in ((0, 3) if command == "diagnose" else (0,)), found.stderr
+
+
+def _kept(desk: Path) -> np.ndarray:  # type: ignore[type-arg]
+    """Which codes the pruning left."""
+    from safetensors.numpy import load_file
+
+    (index_map,) = (t for key, t in load_file(desk / "model.prune-k86.index_map.safetensors").items() if "map" in key)
+    return index_map >= 0
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_work_in_their_order(desk: Path, codebook: Run) -> None:
+    lines = lines_of_the_readme()
+    assert len(lines) >= 10
+    for line in lines:
+        if line.startswith("codebook remap"):
+            continue  # of ids that only a tokenizer gives; the example of remap is run above
+        found = typed(line, codebook)
+        assert found.exit_code in ((0, 3) if "diagnose" in line else (0,)), (line, found.stderr)
