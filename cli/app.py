@@ -26,6 +26,7 @@ from .options import (
     Plane,
     RemapOptions,
     RestartMethod,
+    ResultOptions,
     RunOptions,
     Sort,
     StatsOption,
@@ -33,6 +34,7 @@ from .options import (
     WriteOptions,
     takes,
 )
+from .recipes import run_recipe
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.codebook import Strategy
@@ -376,6 +378,18 @@ def map_(
         return look_at_map(request_of(model, given), k, method.value, watch)
 
     run_and_show(work, {**given, "report": given["report"] or named_after(model, ".map.html")})
+
+
+@app.command(epilog="Example: codebook run recipe.yaml --data images/", rich_help_panel="Operate")
+@takes(DataOptions, ModelOptions, ResultOptions, LongRunOptions)
+def run(
+    given: dict[str, Any],
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file with a list of surgeries.")],
+    model: ModelArgument = None,
+) -> None:
+    """Surgeries in a row, by a recipe, written as one. What is given here comes before what the recipe says."""
+    run_recipe(context, recipe, model, given)
 
 
 @app.command(

@@ -15,6 +15,7 @@ import typer
 from .exits import reported, show_result
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
+    from codebook_tools.chain import ChainPlan
     from codebook_tools.codebook import Strategy
     from codebook_tools.finetune import Recipe
     from codebook_tools.opening import Request
@@ -137,7 +138,7 @@ def _hash_ahead(model: Path | None) -> None:
         hash_ahead(read_checkpoint(model or DEMO).files)
 
 
-def run_and_show(work: Callable[[Watch], Found | Plan], given: dict[str, Any]) -> None:
+def run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], given: dict[str, Any]) -> None:
     """Do the work, with progress, and print what came of it; with others where torchrun started several processes."""
     with reported():
         from codebook_tools.processes import joined
@@ -167,7 +168,8 @@ def _with_report(found: Found, given: dict[str, Any], watch: Watch) -> Found:
     return replace(found, outputs=outputs)
 
 
-def _run_and_show(work: Callable[[Watch], Found | Plan], given: dict[str, Any]) -> None:
+def _run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], given: dict[str, Any]) -> None:
+    from codebook_tools.chain import ChainPlan
     from codebook_tools.planning import Plan
     from codebook_tools.report.tables import details_table, table_of
     from codebook_tools.watch import Watch
@@ -185,11 +187,11 @@ def _run_and_show(work: Callable[[Watch], Found | Plan], given: dict[str, Any]) 
         check_report(given["report"])
     with ProgressShow(given["quiet"]) as show:
         found = work(Watch(show))
-        if given["report"] and not isinstance(found, Plan):
+        if given["report"] and not isinstance(found, Plan | ChainPlan):
             found = _with_report(found, given, Watch(show))
     print_warnings(found.warnings, given["quiet"])
     show_result(found, table_of, given["json_"])
-    if given["verbose"] and not isinstance(found, Plan) and not given["json_"]:
+    if given["verbose"] and not isinstance(found, Plan | ChainPlan) and not given["json_"]:
         print_table(details_table(found))
     if not getattr(found, "healthy", True):
         raise typer.Exit(3)

@@ -220,23 +220,29 @@ class NoStepsTrainOptions(TrainOptions):
 
 
 @dataclass(frozen=True)
-class WriteOptions:
-    """For commands that write a model, after a fine-tuning or without."""
+class ResultOptions:
+    """For commands that write a model."""
 
     output: Annotated[
         Path | None,
         _output("--output", "-o", metavar="PATH", help="Left out: beside MODEL, <name>.<command>-k<K>, of its kind."),
     ] = None
     force: Annotated[bool, _output("--force", help="Replace the output if it exists.")] = False
+    dry_run: Annotated[
+        bool, _output("--dry-run", help="Say what would be done and written, its size and time; write nothing.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class WriteOptions(ResultOptions):
+    """After a fine-tuning or without."""
+
     resume: Annotated[
         bool, _train("--resume", help="Go on with an interrupted fine-tuning from what it left beside the output.")
     ] = False
     log_dir: Annotated[
         Path | None, _train(metavar="DIR", help="Write losses, usage and perplexity there, for TensorBoard.")
     ] = None
-    dry_run: Annotated[
-        bool, _output("--dry-run", help="Say what would be done and written, its size and time; write nothing.")
-    ] = False
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,13 @@ def stage_rows(stages: Mapping[str, Measurement | None], kept: str | None) -> li
     names = {name: STAGES[name] if kept else "measured" for name in there}
     if len(there) > 1 and kept in there:
         names[kept] += " *"
-    found = [("", *names.values())]
+    return rows_of({names[name]: stage for name, stage in there.items()})
+
+
+def rows_of(stages: Mapping[str, Measurement | None]) -> list[tuple[str, ...]]:
+    """The headings, and the figures of each, by name; those that none has are left out."""
+    there = {name: stage for name, stage in stages.items() if stage is not None}
+    found = [("", *there)]
     for label, show in _ROWS:
         cells = [show(stage) for stage in there.values()]
         if any(cell != "-" for cell in cells):

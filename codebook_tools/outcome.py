@@ -47,6 +47,11 @@ class Result:
     def stages(self) -> dict[str, Measurement | None]:
         return {"before": self.before, "surgery": self.surgery, "finetuned": self.finetuned}
 
+    @property
+    def kept_stage(self) -> Measurement | None:
+        """Of what the written file holds; None where nothing was measured."""
+        return self.stages[self.kept or "before"]
+
     def to_json(self) -> dict[str, object]:
         """The promised keys, of types that json can write."""
         plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in _NOT_PLAIN}

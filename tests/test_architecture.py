@@ -40,6 +40,8 @@ FLOORS = (
     ("stages", "extremes", "figures", "card", "outcome", "inspection", "comparison", "verification"),
     ("detached", "compare", "sweep", "codes", "mapping", "downstream", "merging", "diagnosis"),
     ("operate", "planning", "verify"),
+    ("chain",),
+    ("recipe_files",),
     ("report",),
     ("__main__", COMMAND_LINE),
 )

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import typer
-from codebook_cli.app import app
 from conftest import Outcome
 from PIL import Image
 from sources_of_images import Images
 
+from codebook_cli.app import app
 from codebook_tools.demo import DEMO
 from codebook_tools.images import sample_images
 
@@ -63,6 +63,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=512, n_embd=8, n_layer=1, n_head=2, n_positions=64)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "prior")
+    recipe = "model: model.safetensors\nsurgeries: [prune, {refit: {k: 64, steps: 2}}]\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -113,7 +113,8 @@ def test_what_a_plot_shows_can_be_had_as_csv_and_a_picture_as_it_was() -> None:
     ],
 )
 def test_the_headline_says_what_came_out(given: dict[str, Any], said: str) -> None:
-    assert headline(result(**given)) == said
+    found = result(**given)
+    assert headline("m", found.before, found.kept_stage if found.kept else None) == said
 
 
 def test_the_figures_of_a_usage_plot_are_the_hits_in_falling_order() -> None:

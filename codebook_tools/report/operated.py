@@ -15,6 +15,7 @@ from codebook_tools.measure import Measurement
 from codebook_tools.outcome import Result
 from codebook_tools.report.curve import draw_panels
 from codebook_tools.report.page import Gallery, Listing, Page, Part, Picture, Plot, Table
+from codebook_tools.training.states import TracePoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,22 +25,25 @@ def operated_page(result: Result, command: str, more: Sequence[Part] = ()) -> Pa
     """command: what the user typed. more: on the model that was written."""
     return Page(
         title=f"codebook {result.command}: {result.model}",
-        headline=headline(result),
+        headline=headline(
+            f"{result.command} of {result.model}", result.before, result.kept_stage if result.kept else None
+        ),
         parts=[*_parts(result), *more, *about(result.settings, result.seconds, result.version, result.seed)],
         command=command,
         warnings=result.warnings,
     )
 
 
-def headline(result: Result) -> str:
-    """What came out, in a sentence."""
-    before, kept = result.before, result.stages.get(result.kept or "")
+def headline(what: str, before: Measurement | None, kept: Measurement | None) -> str:
+    """What came out, in a sentence. kept: what the file holds, None where nothing was written."""
     if before is None:
-        return f"{result.command} of {result.model}"
+        return what
     used, size = _use(before)
     told = f"{used} of {size} codes were used, {used / size:.1%} of the codebook"
-    if kept is None or kept is before:
-        return f"{told}; nothing lowered the error, and the model was left as it is." if kept else f"{told}."
+    if kept is None:
+        return f"{told}."
+    if kept is before:
+        return f"{told}; nothing lowered the error, and the model was left as it is."
     return f"{told}; now {' of '.join(map(str, _use(kept)))}{_change(before, kept)}."
 
 
@@ -72,7 +76,7 @@ def _parts(result: Result) -> Iterator[Part]:
     elif all(stage.counts for stage in stages.values()):
         yield usage_plot("How often codes are used", {name: stage.counts[0] for name, stage in stages.items()})
     if len(result.trace) > 1:
-        yield _trace(result)
+        yield trace_plot("The fine-tuning, step by step", result.trace)
 
 
 def _gallery(shown: Sequence[Shown]) -> Gallery:
@@ -126,19 +130,19 @@ def books_plot(stages: Mapping[str, Measurement]) -> Plot:
     return Plot("Codes in use, codebook by codebook", said, draw, {"codebook": keys, **shares})
 
 
-def _trace(result: Result) -> Plot:
-    points = [asdict(point) for point in result.trace]
-    first, last = result.trace[0], result.trace[-1]
+def trace_plot(title: str, trace: Sequence[TracePoint]) -> Plot:
+    """A fine-tuning at the looks at it."""
+    points = [asdict(point) for point in trace]
+    first, last = trace[0], trace[-1]
     said = (
         f"Codes in use, perplexity, distortion and validation error over {last.step} steps: "
         f"used {first.used} to {last.used}, validation error {first.validation_mse:.6f} to {last.validation_mse:.6f}."
     )
-    columns = {name: [point[name] for point in points] for name in points[0]}
     return Plot(
-        "The fine-tuning, step by step",
+        title,
         said,
         lambda figure: draw_panels({"": points}, figure),
-        columns,
+        {name: [point[name] for point in points] for name in points[0]},
         (11, 2.6),
         "Step 0 is right after the surgery: what is wrong there was installed wrongly, the rest collapsed later.",
     )

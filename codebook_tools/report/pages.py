@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from codebook_tools.chain import Chain
 from codebook_tools.codes import Codes, look_at_codes
 from codebook_tools.comparison import Comparison, write_text
 from codebook_tools.diagnosis.diagnose import Diagnosis
@@ -13,6 +14,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.mapping import Map, look_at_map
 from codebook_tools.opening import Request
 from codebook_tools.outcome import Result
+from codebook_tools.report.chained import chained_page
 from codebook_tools.report.coded import codes_page, codes_parts
 from codebook_tools.report.compared import compared_page
 from codebook_tools.report.diagnosed import diagnosed_page
@@ -40,6 +42,7 @@ def page_of(found: Found, command: str) -> Page:
     """The page of what a command found. command: what the user typed."""
     pages: dict[type, Callable[[Any, str], Page]] = {
         Result: operated_page,
+        Chain: chained_page,
         Comparison: compared_page,
         Sweep: swept_page,
         Codes: codes_page,

@@ -9,11 +9,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from codebook_tools.chain import Chain, ChainPlan
 from codebook_tools.codes import Codes
 from codebook_tools.comparison import Comparison, notes, table_rows
 from codebook_tools.diagnosis.diagnose import Diagnosis
 from codebook_tools.downstream.remap import Remapped
-from codebook_tools.figures import STAGES, stage_rows
+from codebook_tools.figures import STAGES, rows_of, stage_rows
 from codebook_tools.mapping import Map
 from codebook_tools.measure import Measurement
 from codebook_tools.outcome import Result
@@ -25,20 +26,22 @@ from codebook_tools.verification import Verification
 
 _FEW = 10  # codes that a terminal shows
 
-Found = Result | Comparison | Sweep | Codes | Map | Diagnosis
+Found = Result | Chain | Comparison | Sweep | Codes | Map | Diagnosis
 """What a command that measures ends in."""
 
 
-def table_of(found: Found | Plan) -> RenderableType:
+def table_of(found: Found | Plan | ChainPlan) -> RenderableType:
     """What a command found, as its table."""
     tables: dict[type, Callable[[Any], RenderableType]] = {
         Result: result_table,
+        Chain: chain_table,
         Comparison: comparison_table,
         Sweep: sweep_table,
         Codes: codes_table,
         Map: map_table,
         Diagnosis: diagnosis_table,
         Plan: plan_table,
+        ChainPlan: chain_plan_table,
     }
     return tables[type(found)](found)
 
@@ -130,6 +133,30 @@ def plan_table(found: Plan) -> RenderableType:
     ):
         table.add_row(label, value)
     return Group(table, "Nothing was written.")
+
+
+def chain_table(found: Chain) -> RenderableType:
+    """What each step left side by side, and what was written."""
+    parts: list[RenderableType] = [_table(chain_rows(found))]
+    parts += [Text(f"written to {path}") for path in found.outputs.values()]
+    return Group(*parts)
+
+
+def chain_rows(found: Chain) -> list[tuple[str, ...]]:
+    """The headings, and the figures of the model as it was and after each step."""
+    stages = {"before": found.steps[0].before}
+    stages |= {f"{i}, {step.command}": step.kept_stage for i, step in enumerate(found.steps, 1)}
+    return rows_of(stages)
+
+
+def chain_plan_table(found: ChainPlan) -> RenderableType:
+    """What a dry run of a recipe says."""
+    lines: list[Sequence[str]] = [("step", "codes", "about")]
+    for i, its in enumerate(found.plans, 1):
+        after = its.size["after"] or "as the counts decide"
+        before = its.size["before"] or "as before"
+        lines.append((f"{i}, {its.command}", f"{before} -> {after}", f"{its.seconds['estimate']:.0f} s"))
+    return Group(_table(lines), Text("Nothing was written."))
 
 
 def comparison_table(found: Comparison) -> RenderableType:

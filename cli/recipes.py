@@ -1,0 +1,87 @@
+"""A recipe's options and those of the command line, as one; and the run of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .calls import request_of, run_and_show
+from .options import Metric
+
+if TYPE_CHECKING:  # imported where it is used: --help must not import torch
+    from codebook_tools.chain import Chain, ChainPlan
+    from codebook_tools.watch import Watch
+
+_KINDS: Mapping[str, Any] = {
+    **dict.fromkeys(("model", "output", "latents_cache", "report"), Path),
+    **dict.fromkeys(("network", "family", "input_range"), str),
+    **dict.fromkeys(("limit", "size", "workers"), int),
+    "metric": Metric,
+}
+"""Of the options that are nothing by default, which says nothing of their kind."""
+
+_LISTS = ("data", "test_data", "codebook_key")
+_OF_THE_CALL = ("json_", "quiet", "verbose", "dry_run", "force", "report", "recipe")
+
+
+def run_recipe(context: typer.Context, path: Path, model: Path | None, given: dict[str, Any]) -> None:
+    """Do what a recipe says, and write the recipe that repeats it beside the result. context: of the command."""
+    typed = {name for name in (*given, "model") if _is_typed(context, name)}
+
+    def work(watch: Watch) -> Chain | ChainPlan:
+        from codebook_tools.chain import plan_chain, run_chain
+        from codebook_tools.comparison import write_text
+        from codebook_tools.recipe_files import RecipeFile, read_recipe, steps_of, without_nothing
+
+        recipe = read_recipe(path)
+        options = merged(recipe.options, {**given, "model": model}, typed)
+        request = request_of(options["model"], options)
+        steps = steps_of(recipe, batch_size=options["batch_size"], seed=options["seed"])
+        if given["dry_run"]:
+            return plan_chain(request, steps, watch)
+        done = run_chain(request, steps, watch)
+        output = Path(done.outputs["model"])
+        again = output.with_name(f"{output.name.removesuffix('.safetensors')}.recipe.yaml")
+        set_ = {name: value for name, value in options.items() if name not in _OF_THE_CALL}
+        plain = {name: value.value if isinstance(value, Enum) else value for name, value in set_.items()}
+        write_text(again, RecipeFile(without_nothing({**plain, "output": output}), recipe.surgeries).text())
+        return replace(done, outputs={**done.outputs, "recipe": str(again)})
+
+    run_and_show(work, given)
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def merged(options: Mapping[str, Any], given: dict[str, Any], typed: Collection[str]) -> dict[str, Any]:
+    """What was typed, and what the recipe says where nothing was. Raises CodebookError for options there are not."""
+    from codebook_tools.errors import CodebookError
+
+    found = dict(given)
+    for name, value in options.items():
+        if name not in given or name in _OF_THE_CALL:
+            known = ", ".join(sorted(option.replace("_", "-") for option in given if option not in _OF_THE_CALL))
+            raise CodebookError(f"a recipe has no {name.replace('_', '-')}; it has surgeries, {known}")
+        if name in typed:
+            continue
+        try:
+            found[name] = _as_option(name, value, given[name])
+        except (ValueError, TypeError) as error:
+            raise CodebookError(f"{name.replace('_', '-')}: {value!r}: {error}") from error
+    return found
+
+
+def _as_option(name: str, value: Any, default: Any) -> Any:
+    if name in _LISTS:
+        return [str(one) for one in (value if isinstance(value, list) else [value])]
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise TypeError("expected true or false")
+    kind = _KINDS[name] if default is None else type(default)
+    return kind(value)

@@ -1,0 +1,192 @@
+"""Surgeries in a row, as one: what they leave is held against the model that the first began with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import reduce
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from torch import Tensor
+
+from codebook_tools import processes
+from codebook_tools.card import CARD
+from codebook_tools.checkpoints.layout import PREFIX, index_map_path
+from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.writing import write_checkpoint
+from codebook_tools.codebook import Strategy
+from codebook_tools.downstream.maps import IndexMap, read_index_maps
+from codebook_tools.errors import CodebookError
+from codebook_tools.finetune import Recipe
+from codebook_tools.opening import Request
+from codebook_tools.operate import operate
+from codebook_tools.outcome import Result, check_request_output, weights_bytes
+from codebook_tools.output import written_config
+from codebook_tools.planning import Plan, plan
+from codebook_tools.verification import listed, same_bytes
+from codebook_tools.version import VERSION
+from codebook_tools.watch import Watch
+
+
+@dataclass(frozen=True)
+class Step:
+    """command: as the command line has it. strategy: None fine-tunes the codebooks as they are."""
+
+    command: str
+    strategy: Strategy | None
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The JSON of `run`. steps: the result of each, on what the one before it left."""
+
+    model: str
+    family: str
+    seed: int
+    warnings: tuple[str, ...]
+    steps: tuple[Result, ...]
+    outputs: Mapping[str, str]
+    bytes: Mapping[str, int]
+    seconds: Mapping[str, float]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    command: str = "run"
+    version: str = VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "steps"}
+        return {**plain, "warnings": list(self.warnings), "steps": [step.to_json() for step in self.steps]}
+
+
+@dataclass(frozen=True)
+class ChainPlan:
+    """What a chain would do, step by step."""
+
+    plans: tuple[Plan, ...]
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"command": "run", "dry_run": True, "steps": [its.to_json() for its in self.plans]}
+
+
+def plan_chain(request: Request, steps: Sequence[Step], watch: Watch) -> ChainPlan:
+    """As `planning.plan` of each step, by the sizes that those before it ask for; times are those on the original."""
+    _refuse_none(steps)
+    found, size = list[Plan](), None
+    for step in steps:
+        its = plan(step.command, replace(request, output=None), step.strategy, step.recipe, watch)
+        before = its.size["before"] if size is None else size
+        size = its.size["after"] if step.strategy else before
+        found.append(replace(its, size={"before": before, "after": size}, outputs={"model": None, "index_map": None}))
+    return ChainPlan(tuple(found))
+
+
+def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
+    """Do the steps one after another, and write what they leave in one piece, its index map beside it.
+
+    Each step writes whole, into a folder beside the output that goes at the end, however that is. Raises CodebookError
+    as `operate` does.
+    """
+    _refuse_none(steps)
+    if processes.count() > 1:
+        raise CodebookError(f"run works in one process, not {processes.count()}; start it without torchrun")
+    output = check_request_output(request, "run", None)
+    folder = Path(mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    try:
+        results, written = list[Result](), list[Path]()
+        model = request.model
+        for i, step in enumerate(steps, 1):
+            place = folder / f"{i}-{step.command}{output.suffix}"
+            asked = replace(request, model=model, output=place, force=False, resume=False)
+            results.append(operate(step.command, asked, step.strategy, step.recipe, watch))
+            model = place
+            written.append(place)
+        last = results[-1]
+        size = _size(last)
+        output = check_request_output(request, "run", size)
+        with watch.phase("write"):
+            index_map = _write(request, output, steps, written, size)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Chain(
+        model=str(request.source),
+        family=last.family,
+        seed=request.seed,
+        warnings=tuple(f"{i}, {step.command}: {warning}" for i, step, warning in _warnings(steps, results)),
+        steps=tuple(replace(result, model=str(request.source), outputs={}) for result in results),
+        outputs={"model": str(output), "index_map": str(index_map)},
+        bytes={"before": weights_bytes(request.source), "after": weights_bytes(output)},
+        seconds=watch.seconds,
+    )
+
+
+def _refuse_none(steps: Sequence[Step]) -> None:
+    if not steps:
+        raise CodebookError("no surgery to do; name one, such as `surgeries: [prune]`")
+
+
+def _size(result: Result) -> int:
+    """Codes that the result's file has."""
+    kept = result.kept_stage
+    assert kept is not None
+    return max(use.size for use in kept.codebooks)
+
+
+def _warnings(steps: Sequence[Step], results: Sequence[Result]) -> list[tuple[int, Step, str]]:
+    pairs = enumerate(zip(steps, results, strict=True), 1)
+    return [(i, step, warning) for i, (step, result) in pairs for warning in result.warnings]
+
+
+def _write(request: Request, output: Path, steps: Sequence[Step], written: Sequence[Path], size: int) -> Path:
+    """What the last step left, as one surgery on the first model; returns the index map's path."""
+    original, models = read_checkpoint(request.source), [read_checkpoint(path) for path in written]
+    last = models[-1]
+    maps = _composed([read_index_maps([index_map_path(path)]) for path in written])
+    about = _provenance(original, steps, models, {key: its.size for key, its in maps.items()})
+    tensors = dict[str, Tensor]()
+    for key, its in maps.items():
+        tensors |= {f"{key}/index_map": its.index_map, f"{key}/nearest": its.nearest}
+    changed = {key: last.tensor(key) for key in original.entries if not _same(original, last, key)}
+    card = written[-1] / CARD
+    others = {CARD: card.read_bytes()} if card.is_file() else {}
+    return write_checkpoint(original, output, changed, about, tensors, written_config(original, size), others)
+
+
+def _composed(found: Sequence[Sequence[IndexMap]]) -> dict[str, IndexMap]:
+    """By key, in the order of the stages. What a step left alone keeps its codes."""
+    keys = dict.fromkeys(its.key for maps in found for its in maps)
+    by_key = [{its.key: its for its in maps} for maps in found]
+    return {key: reduce(IndexMap.then, (maps[key] for maps in by_key if key in maps)) for key in keys}
+
+
+def _same(a: Checkpoint, b: Checkpoint, key: str) -> bool:
+    one, other = a.entries[key], b.entries[key]
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and same_bytes(a, b, key)
+
+
+def _provenance(
+    original: Checkpoint, steps: Sequence[Step], models: Sequence[Checkpoint], sizes: Mapping[str, int]
+) -> dict[str, str]:
+    """As of one surgery: no times and no paths; trained is what some step trained."""
+    told = [
+        {"command": step.command, **json.loads(model.metadata[PREFIX + "settings"])}
+        for step, model in zip(steps, models, strict=True)
+    ]
+    groups = dict.fromkeys(
+        group for model in models for group in model.metadata[PREFIX + "trained"].split(",") if group
+    )
+    tensors = sorted({name for model in models for name in listed(model, "trained_tensors")})
+    return {
+        "command": "run",
+        "version": VERSION,
+        "settings": json.dumps({"steps": told}, sort_keys=True),
+        "codebooks": json.dumps(sizes),
+        "kept": models[-1].metadata[PREFIX + "kept"],
+        "trained": ",".join(groups),
+        "trained_tensors": json.dumps(tensors),
+        "source_sha256": original.sha256,
+    }

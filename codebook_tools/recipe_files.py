@@ -1,0 +1,102 @@
+"""Recipe files: surgeries in order and the options that they share, in YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from codebook_tools.chain import Step
+from codebook_tools.errors import CodebookError
+from codebook_tools.finetune import Recipe
+from codebook_tools.strategies import find_strategy
+
+SURGERIES = "surgeries"
+FINETUNE = "finetune"
+
+_OF_RECIPE = {entry.name for entry in fields(Recipe)} - {"batch_size"}
+_BY_THE_RUN = {"device", "watch"}  # fields of strategies that no recipe sets
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """options: what all surgeries share, by the name of the command line's option, with underscores. surgeries: each
+    command and its own settings, in order."""
+
+    options: Mapping[str, Any]
+    surgeries: tuple[tuple[str, Mapping[str, Any]], ...]
+
+    def text(self) -> str:
+        """As YAML, in the order that a person would write it."""
+        import yaml
+
+        surgeries = [{command: dict(settings)} if settings else command for command, settings in self.surgeries]
+        told = {name.replace("_", "-"): value for name, value in self.options.items()}
+        written: str = yaml.safe_dump({**told, SURGERIES: surgeries}, sort_keys=False, allow_unicode=True)
+        return written
+
+
+def read_recipe(path: Path) -> RecipeFile:
+    """Raises CodebookError where it cannot be read, or is no recipe."""
+    import yaml
+
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CodebookError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise CodebookError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(told, dict) or not isinstance(told.get(SURGERIES), list):
+        raise CodebookError(f"{path} has no list of {SURGERIES}, such as `{SURGERIES}: [prune, {{refit: {{k: 128}}}}]`")
+    options = {str(name).replace("-", "_"): value for name, value in told.items() if name != SURGERIES}
+    return RecipeFile(options, tuple(_surgery(path, entry) for entry in told[SURGERIES]))
+
+
+def _surgery(path: Path, entry: object) -> tuple[str, Mapping[str, Any]]:
+    """A command alone, or one with its settings."""
+    if isinstance(entry, str):
+        return entry, {}
+    if isinstance(entry, dict) and len(entry) == 1:
+        ((command, settings),) = entry.items()
+        if isinstance(command, str) and (settings is None or isinstance(settings, dict)):
+            return command, {str(name).replace("-", "_"): value for name, value in (settings or {}).items()}
+    raise CodebookError(f"{path}: {entry!r} is no surgery; write `prune` or `refit: {{k: 128}}`")
+
+
+def steps_of(recipe: RecipeFile, *, batch_size: int, seed: int) -> tuple[Step, ...]:
+    """The surgeries, made. A setting is of the strategy or of the fine-tuning after it, which has no steps unless they
+    are given; `finetune` alone has 1,000. Raises CodebookError for what is neither."""
+    return tuple(_step(command, settings, batch_size, seed) for command, settings in recipe.surgeries)
+
+
+def _step(command: str, settings: Mapping[str, Any], batch_size: int, seed: int) -> Step:
+    make = None if command == FINETUNE else find_strategy(command)
+    own = set(signature(make).parameters) - _BY_THE_RUN if make else set()
+    unknown = set(settings) - own - _OF_RECIPE
+    if unknown:
+        known = ", ".join(sorted(own | _OF_RECIPE))
+        raise CodebookError(f"{command} has no {', '.join(sorted(unknown))}; it has {known}")
+    try:
+        training = {name: value for name, value in settings.items() if name in _OF_RECIPE}
+        tuned = Recipe(**{"steps": 0 if make else Recipe.steps, "batch_size": batch_size, **training})
+        if make is None:
+            return Step(command, None, tuned)
+        asked = {name: value for name, value in settings.items() if name in own}
+        return Step(command, make(**({"seed": seed} if "seed" in own else {}), **asked), tuned)
+    except TypeError as error:
+        raise CodebookError(f"{command} cannot be made of {dict(settings)}: {error}") from error
+
+
+def without_nothing(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a recipe holds them: those that are set, of types that YAML has."""
+    return {name: _plain(value) for name, value in options.items() if value not in (None, False, (), [])}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(one) for one in value]
+    return value

@@ -1,0 +1,162 @@
+"""Surgeries in a row: what they leave is that of one after another, held against the first model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import Outcome, assert_refused, contents, same
+from safetensors.torch import load_file
+
+Run = Callable[..., Outcome]
+
+STEPS: list[Any] = ["prune", {"refit": {"k": 6, "steps": 3}}, {"finetune": {"steps": 2, "lr": 0.001}}]
+
+
+@pytest.fixture
+def recipe(tiny: Path, images_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    def write(surgeries: list[Any] = STEPS, **options: object) -> Path:
+        shared = {"model": str(tiny), "data": str(images_folder), "input-range": "-1,1", **options}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**shared, "surgeries": surgeries}))
+        return path
+
+    return write
+
+
+def test_a_chain_leaves_what_its_steps_leave_one_after_another(
+    recipe: Callable[..., Path], tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
+) -> None:
+    found = codebook("run", recipe(output=str(tmp_path / "out.safetensors")), "--json")
+    assert found.exit_code == 0, found.stderr
+    data = ("--data", images_folder, "--input-range", "-1,1", "--json")
+    one, two, three = (tmp_path / f"{n}.safetensors" for n in (1, 2, 3))
+    results = [
+        codebook("prune", tiny, *data, "-o", one),
+        codebook("refit", one, "--k", 6, "--steps", 3, *data, "-o", two),
+        codebook("finetune", two, "--steps", 2, "--lr", 0.001, *data, "-o", three),
+    ]
+    assert [step["stages"] for step in found.json["steps"]] == [result.json["stages"] for result in results]
+    ours, theirs = load_file(tmp_path / "out.safetensors"), load_file(three)
+    assert ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    assert {path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")} == set()
+    verified = codebook("verify", tmp_path / "out.safetensors", "--against", tiny)
+    assert verified.exit_code == 0, verified.stdout
+
+
+def test_the_index_map_is_the_composed_one(
+    recipe: Callable[..., Path], tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
+) -> None:
+    surgeries = [{"prune": {"keep": 8}}, {"quantize": {"k": 5}}]
+    assert codebook("run", recipe(surgeries), "-o", tmp_path / "out.safetensors").exit_code == 0
+    data = ("--data", images_folder, "--input-range", "-1,1")
+    codebook("prune", tiny, "--keep", 8, *data, "-o", tmp_path / "1.safetensors")
+    codebook("quantize", tmp_path / "1.safetensors", "--k", 5, *data, "-o", tmp_path / "2.safetensors")
+    first, second, both = (load_file(tmp_path / f"{name}.index_map.safetensors") for name in ("1", "2", "out"))
+    (key,) = (name for name in both if name.endswith("/index_map"))
+    expected = torch.where(first[key] < 0, -1, second[key][first[key]])
+    assert torch.equal(both[key], expected) and int(expected.max()) == 4
+    nearest = key.replace("index_map", "nearest")
+    assert torch.equal(both[nearest], second[nearest][first[nearest]])
+
+
+def test_the_recipe_that_is_written_repeats_the_run_to_the_byte(
+    recipe: Callable[..., Path], codebook: Run, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.safetensors"
+    found = codebook("run", recipe(), "-o", output, "--seed", 3, "--batch-size", 16, "--json")
+    again = Path(found.json["outputs"]["recipe"])
+    told = yaml.safe_load(again.read_text())
+    assert (told["seed"], told["batch-size"], told["surgeries"]) == (3, 16, STEPS)
+    before = contents(tmp_path)
+    assert codebook("run", again, "--force").exit_code == 0
+    assert contents(tmp_path) == before
+
+
+def test_what_is_typed_comes_before_what_the_recipe_says(
+    recipe: Callable[..., Path], codebook: Run, tmp_path: Path
+) -> None:
+    path = recipe(seed=1, **{"batch-size": 16}, output=str(tmp_path / "not.safetensors"))
+    found = codebook("run", path, "--seed", 2, "-o", tmp_path / "out.safetensors", "--json")
+    assert found.json["seed"] == 2 and not (tmp_path / "not.safetensors").exists()
+    assert found.json["steps"][1]["settings"]["batch_size"] == 16
+
+
+def test_a_dry_run_says_the_sizes_and_writes_nothing(
+    recipe: Callable[..., Path], codebook: Run, tmp_path: Path
+) -> None:
+    path = recipe([{"prune": {"keep": 8}}, {"refit": {"k": 6, "steps": 2}}, "finetune"])
+    before = contents(tmp_path)
+    found = codebook("run", path, "--dry-run", "--json")
+    assert [step["size"] for step in found.json["steps"]] == [
+        {"before": 16, "after": 8}, {"before": 8, "after": 6}, {"before": 6, "after": 6}
+    ]  # fmt: skip
+    assert "1, prune" in codebook("run", path, "--dry-run").stdout
+    assert contents(tmp_path) == before
+
+
+def test_the_page_of_a_chain_shows_every_step(recipe: Callable[..., Path], codebook: Run, tmp_path: Path) -> None:
+    found = codebook("run", recipe(), "-o", tmp_path / "out.safetensors", "--report", tmp_path / "page.html")
+    assert found.exit_code == 0, found.stderr
+    text = (tmp_path / "page.html").read_text()
+    for told in ("<h1>codebook run: ", "1, prune", "2, refit", "3, finetune", "2, refit, step by step"):
+        assert told in text
+    assert re.search(r"now \d of 6, and the error", text)
+
+
+@pytest.mark.parametrize(
+    ("surgeries", "options", "message"),
+    [
+        ([], {}, "no surgery to do"),
+        (["sharpen"], {}, "no strategy 'sharpen'"),
+        ([{"refit": {"k": 6, "stepz": 3}}], {}, "refit has no stepz; it has"),
+        ([{"refit": {}}], {}, "refit cannot be made of"),
+        ([{"refit": {"k": 0}}], {}, "k=0 is below 1"),
+        ([{"refit": 6}], {}, "is no surgery; write `prune` or"),
+        ([["prune"]], {}, "is no surgery"),
+        (["prune"], {"datas": "x"}, "a recipe has no datas; it has surgeries, "),
+        (["prune"], {"limit": "many"}, "limit: 'many'"),
+        (["prune"], {"device": "tpu"}, "device: 'tpu'"),
+        (["prune"], {"skip-bad": 1}, "skip-bad: 1: expected true or false"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused_and_leaves_nothing(
+    surgeries: list[Any],
+    options: dict[str, object],
+    message: str,
+    recipe: Callable[..., Path],
+    codebook: Run,
+    tmp_path: Path,
+) -> None:
+    path = recipe(surgeries, **options)
+    before = contents(tmp_path)
+    assert_refused(codebook("run", path), message)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is no YAML"),
+        ("- prune\n", "has no list of surgeries"),
+        ("surgeries: prune\n", "has no list of surgeries"),
+        ("!!python/object/apply:os.system ['true']\n", "is no YAML"),
+        ("\x00", "is no YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(text: str, message: str, codebook: Run, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert_refused(codebook("run", tmp_path / "recipe.yaml"), message)
+    assert_refused(codebook("run", tmp_path / "none.yaml"), "No such file")
+
+
+def test_a_step_that_fails_leaves_nothing(recipe: Callable[..., Path], codebook: Run, tmp_path: Path) -> None:
+    path = recipe(["prune", {"refit": {"k": 100_000}}])
+    before = contents(tmp_path)
+    assert codebook("run", path).exit_code == 1
+    assert contents(tmp_path) == before
