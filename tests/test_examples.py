@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import typer
+from codebook_cli.app import app
 from conftest import Outcome
 from PIL import Image
 from sources_of_images import Images
 
-from codebook_cli.app import app
 from codebook_tools.demo import DEMO
 from codebook_tools.images import sample_images
 
