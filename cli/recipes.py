@@ -25,6 +25,7 @@ _KINDS: Mapping[str, Any] = {
 }
 """Of the options that are nothing by default, which says nothing of their kind."""
 
+_SPELLED = {bool: "true or false", int: "a whole number"}
 _LISTS = ("data", "test_data", "codebook_key")
 _OF_THE_CALL = ("json_", "quiet", "verbose", "dry_run", "force", "report", "recipe")
 
@@ -81,7 +82,7 @@ def merged(options: Mapping[str, Any], given: dict[str, Any], typed: Collection[
 def _as_option(name: str, value: Any, default: Any) -> Any:
     if name in _LISTS:
         return [str(one) for one in (value if isinstance(value, list) else [value])]
-    if isinstance(default, bool) and not isinstance(value, bool):
-        raise TypeError("expected true or false")
     kind = _KINDS[name] if default is None else type(default)
+    if kind in _SPELLED and not isinstance(value, kind):
+        raise TypeError(f"expected {_SPELLED[kind]}")
     return kind(value)
