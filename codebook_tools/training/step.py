@@ -73,6 +73,8 @@ class Training:
             )
         by_gradient, by_average = (recipe.codebook_update == update for update in ("gradient", "ema"))
         self.parameters = set_trainable(model, self.names)
+        images = recipe.batch_size * recipe.accumulate
+        self.lr = usual_rate(self.parameters, images) if recipe.lr is None else recipe.lr
         self.objective = objective_of(model, train, recipe, pixels[:1], seed)
         # Two streams: the batches must not depend on how many codes a strategy leaves to be revived.
         self.batches = Batches(train, recipe.batch_size, seed, pixels[:1])
@@ -89,8 +91,6 @@ class Training:
             for stage in model.chosen:
                 self.parameters.append(nn.Parameter(model.books[stage].vectors))
                 model.books[stage].vectors = self.parameters[-1]
-        images = recipe.batch_size * recipe.accumulate
-        self.lr = usual_rate(self.parameters, images) if recipe.lr is None else recipe.lr
         self.optimiser = torch.optim.Adam(_groups(self.parameters), betas=BETAS) if self.parameters else None
         self.average = None if recipe.weight_ema is None else WeightAverage(self.parameters, recipe.weight_ema)
         self._run = run_together(model, self.parameters)
