@@ -42,5 +42,5 @@ def test_a_result_of_a_benchmark_is_drawn(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(CodebookError, match=r"codebook-tools\[benchmarks\]"):
+    with pytest.raises(CodebookError, match=r"codebook-tools\[report\]"):
         draw_traces({"a": TRACE}, tmp_path / "x.png")

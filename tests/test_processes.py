@@ -183,9 +183,9 @@ def work(model: str, folder: str) -> Found:
         "bad": sorted({name for bad in processes.each(list(images.bad)) for name in bad}),
         "survey": [seen.counts.tolist(), seen.total, seen.error, seen.sample.vectors.tolist(), seen.codes.tolist()],
         "tokens": [tokens.counts.tolist(), tokens.error, tokens.sample.tolist()],
-        "measured": asdict(measure(running, images, batch=4, structure=False, watch=Watch())),
+        "measured": measure(running, images, batch=4, structure=False, watch=Watch()).to_json(),
         # The second process sees none of these.
-        "few": asdict(measure(running, images.subset(items[:3]), batch=4, structure=False, watch=Watch())),
+        "few": measure(running, images.subset(items[:3]), batch=4, structure=False, watch=Watch()).to_json(),
     }
     for name, recipe in TUNINGS.items():
         splits = split(items)

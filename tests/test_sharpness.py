@@ -208,7 +208,7 @@ def test_the_result_of_a_fine_tuning_that_blurs_warns_of_it(
         with torch.no_grad():
             dict(model.network.named_parameters())["_decoder._conv_trans_2.weight"].mul_(0.5)
         start, best = State(0, 1.0, *tensors, revived), State(1, 0.5, *tensors, revived)
-        return FineTuned(start, best, (), (), ("decoder",), None)
+        return FineTuned(start, best, (), (), ("decoder",), 0.1, None)
 
     asked = Request(tiny, (str(images_folder),), input_range=(-1.0, 1.0), output=tmp_path / "out.safetensors")
     monkeypatch.setattr(stages, "finetune", fade)

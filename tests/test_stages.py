@@ -422,7 +422,7 @@ def test_codes_that_a_fine_tuning_loses_are_warned_of(
         for book in model.books:
             book.vectors = torch.full_like(book.vectors, 9.0)
         start, best = Kept(0, 1.0, *tensors, revived), Kept(1, 0.5, *tensors, revived)
-        return FineTuned(start, best, (), (), ("encoder",), None)
+        return FineTuned(start, best, (), (), ("encoder",), 0.1, None)
 
     monkeypatch.setattr(stages, "finetune", lose)
     result = do(ask(residual()), Refit(3), Recipe(steps=1))
