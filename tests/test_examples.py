@@ -63,7 +63,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=512, n_embd=8, n_layer=1, n_head=2, n_positions=64)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "prior")
-    recipe = "model: model.safetensors\nsurgeries: [prune, {refit: {k: 64, steps: 2}}]\n"
+    recipe = "model: model.safetensors\ndata: images/\nsurgeries: [prune, {refit: {k: 64, steps: 2}}]\n"
     (tmp_path / "recipe.yaml").write_text(recipe)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -36,8 +36,9 @@ def test_gains_alone_have_the_rate_itself() -> None:
 
 
 def test_the_usual_rate_falls_with_depth_and_with_the_roots_of_width_and_of_fewer_images() -> None:
-    narrow = [of(0.3, 8, 12), of(1.0, 8)]
-    assert usual_rate(narrow, 64) == pytest.approx(1.25 / 6)  # entries begin at 1 / sqrt(3 · 12)
-    assert usual_rate([of(0.3, 8, 3, 4, 4), of(0.3, 8, 48)], 64) == pytest.approx(1.25 / 12 / 2)
-    assert usual_rate(narrow, 16) == pytest.approx(1.25 / 12)
+    deep = [of(0.3, 8, 300), of(1.0, 8)] * 10
+    assert usual_rate(deep, 64) == pytest.approx(1.25 / 30 / 10)  # entries begin at 1 / sqrt(3 · 300)
+    assert usual_rate([of(0.3, 8, 300, 2, 2)] * 20, 64) == pytest.approx(1.25 / 60 / 20)
+    assert usual_rate(deep, 16) == pytest.approx(1.25 / 60 / 10)
+    assert usual_rate([of(0.3, 8, 12)], 64) == 0.005
     assert usual_rate([of(1.0, 8)], 64) == 1e-3

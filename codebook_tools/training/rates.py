@@ -12,6 +12,7 @@ _STEPS_TO_TWICE = 4  # that shares are rounded to, so that an optimiser has few 
 _NOTHING = 1e-9  # a kernel that starts at 0 says nothing of the others
 _MOVED = 1.25  # how far Adam moves all kernels together in a step, in sizes at which they begin
 _BATCH = 64  # images in the batches that this was found with
+_HIGHEST = 5e-3  # that was found good anywhere: networks of a few small kernels would have ten times that
 _WITHOUT_KERNELS = 1e-3
 _FRESH = 0.1  # the share of what starts at 0, or near it as biases do: it would stay there
 
@@ -28,7 +29,7 @@ def usual_rate(parameters: Sequence[Tensor], images: int) -> float:
     if not kernels:
         return _WITHOUT_KERNELS
     begun = geometric_mean(1 / math.sqrt(3 * kernel[0].numel()) for kernel in kernels)
-    return _MOVED * begun / len(kernels) * math.sqrt(images / _BATCH)
+    return min(_HIGHEST, _MOVED * begun / len(kernels) * math.sqrt(images / _BATCH))
 
 
 def shares(parameters: Sequence[Tensor]) -> list[float]:
