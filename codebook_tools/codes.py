@@ -17,6 +17,7 @@ from codebook_tools.measure import reconstruct
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.patches import Place, patches, receptive_side, require_images
+from codebook_tools.splits import limited
 from codebook_tools.version import VERSION
 from codebook_tools.watch import Watch
 
@@ -203,7 +204,7 @@ def _colours(places: Tensor, used: Tensor) -> Tensor:
 
 
 def _examples(opened: Opened, stage: int) -> tuple[Example, ...]:
-    items, pixels = opened.test.load(opened.test.items[:_EXAMPLES])
+    items, pixels = opened.test.load(limited(opened.test.items, _EXAMPLES, opened.request.seed))
     if not items:
         return ()
     seen = reconstruct(opened.model, pixels)
