@@ -105,16 +105,15 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
             results.append(operate(step.command, asked, step.strategy, step.recipe, watch))
             model = place
             written.append(place)
-        last = results[-1]
-        size = _size(last)
-        output = check_request_output(request, "run", size)
+        maps = _composed([read_index_maps([index_map_path(path)]) for path in written])
+        output = check_request_output(request, "run", max(its.size for its in maps.values()))
         with watch.phase("write"):
-            index_map = _write(request, output, steps, written, size)
+            index_map = _write(request, output, steps, written, maps)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Chain(
         model=str(request.source),
-        family=last.family,
+        family=results[-1].family,
         seed=request.seed,
         warnings=tuple(f"{i}, {step.command}: {warning}" for i, step, warning in _warnings(steps, results)),
         steps=tuple(replace(result, model=str(request.source), outputs={}) for result in results),
@@ -129,23 +128,17 @@ def _refuse_none(steps: Sequence[Step]) -> None:
         raise CodebookError("no surgery to do; name one, such as `surgeries: [prune]`")
 
 
-def _size(result: Result) -> int:
-    """Codes that the result's file has."""
-    kept = result.kept_stage
-    assert kept is not None
-    return max(use.size for use in kept.codebooks)
-
-
 def _warnings(steps: Sequence[Step], results: Sequence[Result]) -> list[tuple[int, Step, str]]:
     pairs = enumerate(zip(steps, results, strict=True), 1)
     return [(i, step, warning) for i, (step, result) in pairs for warning in result.warnings]
 
 
-def _write(request: Request, output: Path, steps: Sequence[Step], written: Sequence[Path], size: int) -> Path:
+def _write(
+    request: Request, output: Path, steps: Sequence[Step], written: Sequence[Path], maps: Mapping[str, IndexMap]
+) -> Path:
     """What the last step left, as one surgery on the first model; returns the index map's path."""
     original, models = read_checkpoint(request.source), [read_checkpoint(path) for path in written]
     last = models[-1]
-    maps = _composed([read_index_maps([index_map_path(path)]) for path in written])
     about = _provenance(original, steps, models, {key: its.size for key, its in maps.items()})
     tensors = dict[str, Tensor]()
     for key, its in maps.items():
@@ -153,7 +146,8 @@ def _write(request: Request, output: Path, steps: Sequence[Step], written: Seque
     changed = {key: last.tensor(key) for key in original.entries if not _same(original, last, key)}
     card = written[-1] / CARD
     others = {CARD: card.read_bytes()} if card.is_file() else {}
-    return write_checkpoint(original, output, changed, about, tensors, written_config(original, size), others)
+    config = written_config(original, max(its.size for its in maps.values()))
+    return write_checkpoint(original, output, changed, about, tensors, config, others)
 
 
 def _composed(found: Sequence[Sequence[IndexMap]]) -> dict[str, IndexMap]:

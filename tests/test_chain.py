@@ -87,6 +87,19 @@ def test_what_is_typed_comes_before_what_the_recipe_says(
     assert found.json["steps"][1]["settings"]["batch_size"] == 16
 
 
+def test_surgeries_that_look_at_no_image_need_none(tiny: Path, codebook: Run, tmp_path: Path) -> None:
+    told = {"model": str(tiny), "surgeries": [{"quantize": {"k": 5}}, {"quantize": {"bits": 4}}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(told))
+    found = codebook(
+        "run", tmp_path / "recipe.yaml", "-o", tmp_path / "out.safetensors", "--report", tmp_path / "p.html"
+    )
+    assert found.exit_code == 0, found.stderr
+    codebook("quantize", tiny, "--k", 5, "-o", tmp_path / "1.safetensors")
+    codebook("quantize", tmp_path / "1.safetensors", "--bits", 4, "-o", tmp_path / "2.safetensors")
+    ours, theirs = (load_file(tmp_path / f"{name}.safetensors") for name in ("out", "2"))
+    assert all(same(ours[key], theirs[key]) for key in theirs)
+
+
 def test_a_dry_run_says_the_sizes_and_writes_nothing(
     recipe: Callable[..., Path], codebook: Run, tmp_path: Path
 ) -> None:
