@@ -233,12 +233,12 @@ VARIANTS = {
     **{f"revived until {share}": Variant(inside={"training.step:REVIVE_UNTIL": share}) for share in (0.5, 0.9)},
     # The loss.
     **{f"commitment {w}": Variant(inside={"losses:COMMITMENT": w}) for w in (0.25, 1.0, 4.0)},
-    **{f"entropy {w}": Variant({"entropy": w}) for w in (0.1,)},
+    "entropy 0.1": Variant({"entropy": 0.1}),
     # The optimiser.
     **{f"{name} the rate": Variant(inside={"training.rates:_MOVED": share * rates._MOVED}) for name, share in RATES},
     **{f"warm-up {n}": Variant(inside={"training.schedule:WARM_UP": n}) for n in (1, 100)},
     **{f"decay to {share}": Variant(inside={"training.schedule:FLOOR": share}) for share in (0.05, 1.0)},
     **{f"Adam's second decay {b}": Variant(inside={"training.step:BETAS": (0.9, b)}) for b in (0.95, 0.999)},
-    **{f"average of weights {decay}": Variant({"weight_ema": decay}) for decay in (0.98,)},
+    "average of weights 0.98": Variant({"weight_ema": 0.98}),
 }
 """One thing changed at a time. Those that name the tool's own number are the same as the default."""
