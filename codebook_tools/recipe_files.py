@@ -90,8 +90,9 @@ def _step(command: str, settings: Mapping[str, Any], batch_size: int, seed: int)
 
 
 def without_nothing(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as a recipe holds them: those that are set, of types that YAML has."""
-    return {name: _plain(value) for name, value in options.items() if value not in (None, False, (), [])}
+    """Options as a recipe holds them: those that are set, of types that YAML has. 0 is set: no workers, say."""
+    nothing = (value is None or value is False or value in ((), []) for value in options.values())
+    return {name: _plain(options[name]) for name, empty in zip(options, nothing, strict=True) if not empty}
 
 
 def _plain(value: object) -> object:

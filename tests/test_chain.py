@@ -13,6 +13,8 @@ import yaml
 from conftest import Outcome, assert_refused, contents, same
 from safetensors.torch import load_file
 
+from codebook_tools.recipe_files import without_nothing
+
 Run = Callable[..., Outcome]
 
 STEPS: list[Any] = ["prune", {"refit": {"k": 6, "steps": 3}}, {"finetune": {"steps": 2, "lr": 0.001}}]
@@ -76,6 +78,11 @@ def test_the_recipe_that_is_written_repeats_the_run_to_the_byte(
     before = contents(tmp_path)
     assert codebook("run", again, "--force").exit_code == 0
     assert contents(tmp_path) == before
+
+
+def test_a_recipe_holds_what_is_set_and_0_is() -> None:
+    options = {"workers": 0, "seed": 0, "limit": None, "force": False, "data": [], "output": Path("a")}
+    assert without_nothing(options) == {"workers": 0, "seed": 0, "output": "a"}
 
 
 def test_what_is_typed_comes_before_what_the_recipe_says(
