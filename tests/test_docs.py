@@ -12,7 +12,9 @@ from codebook_tools.comparison import Comparison, Row, markdown_table, table_row
 from codebook_tools.models.families import CUSTOM, FAMILIES
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*ROOT.glob("*.md"), *(path for path in (ROOT / "docs").glob("*.md") if path.name != "cli.md")]
 RECIPES = sorted((ROOT / "benchmarks" / "results" / "recipes").glob("*.md"))
+SWEEPS = sorted((ROOT / "benchmarks" / "results" / "sweep").glob("*/table.md"))
 TABLES = sorted((ROOT / "benchmarks" / "results" / "compare").glob("*/table.md"))
 
 
@@ -43,21 +45,14 @@ def test_recipes_are_those_of_the_results(path: Path) -> None:
     assert f"<!-- recipes: {path.stem} -->\n{path.read_text(encoding='utf-8')}<!-- end -->" in text
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "docs/architecture.md",
-        "docs/comparison.md",
-        "docs/families.md",
-        "docs/diagnosis.md",
-        "docs/finetuning.md",
-        "docs/performance.md",
-        "CHANGELOG.md",
-    ],
-)
-def test_every_link_to_a_file_leads_to_one(document: str) -> None:
-    path = ROOT / document
+@pytest.mark.parametrize("path", SWEEPS, ids=named)
+def test_sweeps_are_those_of_the_results(path: Path) -> None:
+    text = (ROOT / "docs" / "choosing-k.md").read_text(encoding="utf-8")
+    assert f"<!-- sweep: {named(path)} -->\n{path.read_text(encoding='utf-8')}<!-- end -->" in text
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_to_a_file_leads_to_one(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
         assert "://" in target or (path.parent / target).exists(), target
 

@@ -1,10 +1,12 @@
-"""What --help and the README show works as it is typed."""
+"""What --help and the documents show works as it is typed."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,8 @@ from codebook_tools.images import sample_images
 
 Run = Callable[..., Outcome]
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+transcripts = import_module("transcripts")
 
 BEFORE = {
     "verify": "codebook refit model.safetensors --k 128 --data images/ --steps 2",
@@ -40,9 +44,15 @@ def examples() -> dict[str, str]:
     return {name: epilog.removeprefix("Example: ") for name, epilog in epilogs.items()}
 
 
-def lines_of_the_readme() -> list[str]:
-    blocks = re.findall(r"^```\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
-    lines = [line.partition("   #")[0].strip() for block in blocks for line in block.splitlines()]
+def blocks(document: str, language: str = "") -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", text, re.S | re.M)
+    return found
+
+
+def lines_of(document: str) -> list[str]:
+    """Commands whose files are at hand."""
+    lines = [line.partition("   #")[0].strip() for block in blocks(document) for line in block.splitlines()]
     return [line for line in lines if line.startswith("codebook ") and not any(file in line for file in NOT_AT_HAND)]
 
 
@@ -102,11 +112,40 @@ def _kept(desk: Path) -> np.ndarray:  # type: ignore[type-arg]
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_work_in_their_order(desk: Path, codebook: Run) -> None:
-    lines = lines_of_the_readme()
-    assert len(lines) >= 10
+@pytest.mark.parametrize("document", ["README.md", "docs/guide.md", "docs/choosing-k.md"])
+def test_the_commands_of_a_document_work_in_their_order(document: str, desk: Path, codebook: Run) -> None:
+    lines = lines_of(document)
+    assert lines
     for line in lines:
         if line.startswith("codebook remap"):
             continue  # of ids that only a tokenizer gives; the example of remap is run above
         found = typed(line, codebook)
         assert found.exit_code in ((0, 3) if "diagnose" in line else (0,)), (line, found.stderr)
+
+
+@pytest.mark.slow
+def test_the_tutorial_works_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codebook: Run) -> None:
+    """On some of its images, to be quick about it."""
+    monkeypatch.chdir(tmp_path)
+    lines = transcripts.commands((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))
+    assert len(lines) >= 9
+    for line in lines:
+        command = line.partition(" | ")[0]
+        few = "" if command.split()[1] in ("inspect", "verify") else " --limit 150"
+        found = typed(command + few, codebook)
+        assert found.exit_code in ((0, 3) if "diagnose" in line else (0,)), (line, found.stderr)
+
+
+def test_a_transcript_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    page = "Text.\n\n```console\n$ echo one\nold\nolder\n$ echo two > file; cat file\n```\n\n```\n$ not run\n```\n"
+    assert transcripts.filled(page, tmp_path) == page.replace("old\nolder", "one").replace(
+        "file\n```", "file\ntwo\n```"
+    )
+
+
+@pytest.mark.slow
+def test_the_python_of_the_documents_works(desk: Path) -> None:
+    names: dict[str, object] = {}
+    for block in blocks("docs/python.md", "python"):
+        exec(compile(block.replace("steps=1000", "steps=2"), "docs/python.md", "exec"), names)
+    assert (desk / "repaired.safetensors").exists()

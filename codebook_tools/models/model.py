@@ -49,8 +49,8 @@ class Book:
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One batch through a model. media: as decoded, images not clamped. latents: (n, dim, *grid) of each book, and
-    codes: (n, *grid) int64, of each."""
+    """One batch through a model. media: as decoded, images not clamped. latents: `(n, dim, *grid)` of each book, and
+    codes: `(n, *grid)` int64, of each."""
 
     media: Tensor
     latents: tuple[Tensor, ...]
@@ -124,7 +124,7 @@ class Model:
         return Pass(self.run(media, look), tuple(latents), tuple(codes))
 
     def encode(self, media: Tensor, stage: int = 0, *, keep: bool = True) -> Tensor:
-        """media -> the latents that meet the book `stage`, (n, dim, *grid) float32; those before it quantise.
+        """media -> the latents that meet the book `stage`, `(n, dim, *grid)` float32; those before it quantise.
 
         keep: what the encoder makes of media, for those who ask for that again.
         """
@@ -153,12 +153,12 @@ class Model:
         return EncodedLatents(images, encode, batch)
 
     def assign(self, latents: Tensor, stage: int = 0) -> Tensor:
-        """latents (n, dim, *grid) -> the index of each one's nearest code, (n, *grid) int64."""
+        """latents `(n, dim, *grid)` -> the index of each one's nearest code, `(n, *grid)` int64."""
         rows = latents.movedim(1, -1)
         return nearest(rows.reshape(-1, rows.shape[-1]), self.books[stage].codebook).reshape(rows.shape[:-1])
 
     def embed(self, codes: Tensor, stage: int = 0) -> Tensor:
-        """codes (n, *grid) int64 -> what the decoder gets of them, (n, dim, *grid) float32."""
+        """codes `(n, *grid)` int64 -> what the decoder gets of them, `(n, dim, *grid)` float32."""
         return emitted(self.books[stage].codebook)[codes].movedim(-1, 1).contiguous()
 
     def embed_trained(self, codes: Tensor, stage: int = 0) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from codebook_tools.measure import Measurement
@@ -35,39 +35,41 @@ def _parts(found: Sweep) -> Iterator[Part]:
 
 
 def curves_plot(found: Sweep) -> Plot:
-    """Distortion over K, error over K, error over bits; Re-Fits that pay for bits are in the last alone."""
+    """Distortion and error over K, and over bits; Re-Fits that pay for bits are in the latter alone."""
     points = [(row.strategy, row.k, measured) for row in found.points if (measured := row.stages["surgery"])]
     before = found.points[0].stages["before"]
     with_error = all(measured.mse is not None for *_, measured in points)
 
-    def value(measured: Measurement) -> float:
-        return measured.error if with_error else measured.codebooks[0].distortion
+    def bits(measured: Measurement) -> float:
+        return measured.codebooks[0].bits
+
+    shown: dict[str, Callable[[Measurement], float]] = {"distortion": lambda found: found.codebooks[0].distortion}
+    if with_error:
+        shown["error"] = lambda found: found.error
 
     def draw(figure: Figure) -> None:
-        left, middle, right = figure.subplots(1, 3)
-        for name in ("refit", "prune", "quantize"):
-            its = [(k, measured) for strategy, k, measured in points if strategy == name]
-            sizes = [k for k, _ in its]
-            left.loglog(sizes, [measured.codebooks[0].distortion for _, measured in its], ".-", label=name)
-            middle.loglog(sizes, [value(measured) for _, measured in its], ".-")
-            right.semilogy([measured.codebooks[0].bits for _, measured in its], [value(m) for _, m in its], ".-")
-        paid = [measured for strategy, _, measured in points if strategy.startswith("refit,")]
-        if paid:
-            bits = [measured.codebooks[0].bits for measured in paid]
-            right.semilogy(bits, [value(measured) for measured in paid], "x", label="refit that pays for bits")
-        if before:
-            right.plot(before.codebooks[0].bits, value(before), "*", color=INK, label="as it was")
-        for axes in (left, middle):
-            axes.axvline(found.suggested_k, linewidth=0.7, linestyle=":")
-            axes.set_xlabel("codes")
-            axes.set_xticks(sizes_of(found), [str(k) for k in sizes_of(found)])
-            axes.minorticks_off()
-        what = "error" if with_error else "distortion"
-        left.set(title="distortion")
-        middle.set(title=what)
-        right.set(title=what, xlabel="bits a token")
-        left.legend()
-        right.legend()
+        for row, (what, value) in zip(figure.subplots(len(shown), 2, squeeze=False), shown.items(), strict=True):
+            over_k, over_bits = row
+            for name in ("refit", "prune", "quantize"):
+                its = [(k, measured) for strategy, k, measured in points if strategy == name]
+                over_k.loglog([k for k, _ in its], [value(measured) for _, measured in its], ".-", label=name)
+                over_bits.semilogy([bits(measured) for _, measured in its], [value(m) for _, m in its], ".-")
+            paid = [measured for strategy, _, measured in points if strategy.startswith("refit,")]
+            if paid:
+                label = "refit that pays for bits"
+                over_bits.semilogy([*map(bits, paid)], [*map(value, paid)], "x", label=label)
+            if before:
+                over_bits.plot(bits(before), value(before), "*", color=INK, label="as it was")
+            over_k.axvline(found.suggested_k, linewidth=0.7, linestyle=":")
+            over_k.set_xticks(sizes_of(found), [str(k) for k in sizes_of(found)])
+            over_k.set(ylabel=what)
+            for axes in row:
+                axes.minorticks_off()
+        over_k.set_xlabel("codes")
+        over_bits.set_xlabel("bits a token")
+        over_k.legend()
+        if over_bits.get_legend_handles_labels()[0]:
+            over_bits.legend()
 
     return Plot(
         "Distortion and error over K",
@@ -81,7 +83,7 @@ def curves_plot(found: Sweep) -> Plot:
             "distortion": [measured.codebooks[0].distortion for *_, measured in points],
             "mse": [measured.mse for *_, measured in points],
         },
-        (11, 3.2),
+        (9, 3 * len(shown)),
     )
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from codebook_tools.chain import Chain, ChainPlan
 from codebook_tools.codes import Codes
 from codebook_tools.comparison import Comparison, notes, table_rows
+from codebook_tools.demo import DEMO
 from codebook_tools.diagnosis.diagnose import Diagnosis
 from codebook_tools.downstream.remap import Remapped
 from codebook_tools.figures import STAGES, rows_of, stage_rows
@@ -210,7 +211,8 @@ def _table(lines: Iterable[Sequence[str]]) -> Table:
 def verification_table(found: Verification) -> RenderableType:
     """What differs and must not."""
     if found.ok:
-        return Text(f"{found.model} is sound: only what may differ from {found.against} differs")
+        original = "the bundled demo" if found.against == str(DEMO) else found.against
+        return Text(f"{found.model} is sound: only what may differ from {original} differs")
     table = Table("tensor", "what is wrong", box=None, pad_edge=False, header_style="bold")
     for difference in found.differences:
         table.add_row(difference.key, difference.what)
