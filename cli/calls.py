@@ -150,15 +150,16 @@ def run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], given: dict[
 def _with_report(found: Found, given: dict[str, Any], watch: Watch) -> Found:
     """Write the page of what was found, which then names it."""
     from codebook_tools import processes
+    from codebook_tools.chain import Chain
     from codebook_tools.diagnosis.diagnose import Diagnosis
     from codebook_tools.outcome import Result
     from codebook_tools.report.pages import page_of, page_with_model, write_report
 
     typed = shlex.join(["codebook", *sys.argv[1:]])
-    if isinstance(found, Result) and found.shown and processes.count() == 1:
-        bounds = ",".join(map(str, cast(list[float], found.settings["input_range"])))
-        request = request_of(Path(found.outputs["model"] or ""), {**given, "input_range": bounds})
-        page = page_with_model(found, typed, replace(request, output=None), watch)
+    if isinstance(found, Result | Chain) and found.shown and processes.count() == 1:
+        request = request_of(Path(found.outputs["model"] or ""), given)
+        low, high = cast(list[float], found.settings["input_range"])
+        page = page_with_model(found, typed, replace(request, output=None, input_range=(low, high)), watch)
     else:
         page = page_of(found, typed)
     written = processes.by_first(lambda: write_report(found, page, given["report"]))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .calls import request_of, run_and_show
+from .exits import reported
 from .options import Metric
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
@@ -33,14 +34,17 @@ _OF_THE_CALL = ("json_", "quiet", "verbose", "dry_run", "force", "report", "reci
 def run_recipe(context: typer.Context, path: Path, model: Path | None, given: dict[str, Any]) -> None:
     """Do what a recipe says, and write the recipe that repeats it beside the result. context: of the command."""
     typed = {name for name in (*given, "model") if _is_typed(context, name)}
+    with reported():
+        from codebook_tools.recipe_files import read_recipe
+
+        recipe = read_recipe(path)
+        options = merged(recipe.options, {**given, "model": model}, typed)
 
     def work(watch: Watch) -> Chain | ChainPlan:
         from codebook_tools.chain import plan_chain, run_chain
         from codebook_tools.comparison import write_text
-        from codebook_tools.recipe_files import RecipeFile, read_recipe, steps_of, without_nothing
+        from codebook_tools.recipe_files import RecipeFile, steps_of, without_nothing
 
-        recipe = read_recipe(path)
-        options = merged(recipe.options, {**given, "model": model}, typed)
         request = request_of(options["model"], options)
         steps = steps_of(recipe, batch_size=options["batch_size"], seed=options["seed"])
         if given["dry_run"]:
@@ -48,12 +52,14 @@ def run_recipe(context: typer.Context, path: Path, model: Path | None, given: di
         done = run_chain(request, steps, watch)
         output = Path(done.outputs["model"])
         again = output.with_name(f"{output.name.removesuffix('.safetensors')}.recipe.yaml")
+        if again.exists() and not options["force"]:
+            return replace(done, warnings=(*done.warnings, f"{again} is there and stays as it is; --force replaces it"))
         set_ = {name: value for name, value in options.items() if name not in _OF_THE_CALL}
         plain = {name: value.value if isinstance(value, Enum) else value for name, value in set_.items()}
         write_text(again, RecipeFile(without_nothing({**plain, "output": output}), recipe.surgeries).text())
         return replace(done, outputs={**done.outputs, "recipe": str(again)})
 
-    run_and_show(work, given)
+    run_and_show(work, options)
 
 
 def _is_typed(context: typer.Context, name: str) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.downstream.maps import IndexMap, read_index_maps
 from codebook_tools.errors import CodebookError
+from codebook_tools.exhibit import Shown, exhibit_files
 from codebook_tools.finetune import Recipe
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
@@ -43,7 +44,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Chain:
-    """The JSON of `run`. steps: the result of each, on what the one before it left."""
+    """The JSON of `run`, but for what is shown. steps: the result of each, on what the one before it left. settings:
+    those that hold for all. shown: images by the model as it was and after each step, where the request asks for them.
+    """
 
     model: str
     family: str
@@ -54,11 +57,13 @@ class Chain:
     bytes: Mapping[str, int]
     seconds: Mapping[str, float]
     settings: Mapping[str, object] = field(default_factory=dict)
+    shown: tuple[Shown, ...] = ()
     command: str = "run"
     version: str = VERSION
 
     def to_json(self) -> dict[str, Any]:
-        plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "steps"}
+        names = [entry.name for entry in fields(self) if entry.name not in ("steps", "shown")]
+        plain = {name: getattr(self, name) for name in names}
         return {**plain, "warnings": list(self.warnings), "steps": [step.to_json() for step in self.steps]}
 
 
@@ -95,18 +100,23 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
     if processes.count() > 1:
         raise CodebookError(f"run works in one process, not {processes.count()}; start it without torchrun")
     output = check_request_output(request, "run", None)
+    request = replace(request, sample=request.model is None)  # for steps whose model is no longer the demo, but of it
     folder = Path(mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
         results, written = list[Result](), list[Path]()
         model = request.model
         for i, step in enumerate(steps, 1):
             place = folder / f"{i}-{step.command}{output.suffix}"
-            asked = replace(request, model=model, output=place, force=False, resume=False)
+            asked = replace(request, model=model, output=place, force=False, resume=False, exhibit=False)
             results.append(operate(step.command, asked, step.strategy, step.recipe, watch))
             model = place
             written.append(place)
+            if bounds := results[-1].settings.get("input_range"):  # it looked at images, and those after it do so alike
+                low, high = cast(list[float], bounds)
+                request = replace(request, input_range=(low, high))
         maps = _composed([read_index_maps([index_map_path(path)]) for path in written])
         output = check_request_output(request, "run", max(its.size for its in maps.values()))
+        shown = _exhibited(request, steps, written, watch) if request.exhibit and request.input_range else ()
         with watch.phase("write"):
             index_map = _write(request, output, steps, written, maps)
     finally:
@@ -120,7 +130,30 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
         outputs={"model": str(output), "index_map": str(index_map)},
         bytes={"before": weights_bytes(request.source), "after": weights_bytes(output)},
         seconds=watch.seconds,
+        settings=_shared([result.settings for result in results]),
+        shown=shown,
     )
+
+
+def _exhibited(request: Request, steps: Sequence[Step], written: Sequence[Path], watch: Watch) -> tuple[Shown, ...]:
+    models = {"before": request.model}
+    models |= {f"{i}, {step.command}": path for i, (step, path) in _numbered(steps, written)}
+    asked = replace(request, output=None)
+    with watch.phase("measure"):
+        return exhibit_files({name: replace(asked, model=model) for name, model in models.items()}, watch)
+
+
+def _shared(settings: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    """What no two steps disagree about."""
+    whole = reduce(lambda all_, its: {**all_, **its}, settings, dict[str, object]())
+    return {name: value for name, value in whole.items() if all(value == its.get(name, value) for its in settings)}
+
+
+_Of = TypeVar("_Of")
+
+
+def _numbered(steps: Sequence[Step], of_each: Sequence[_Of]) -> Iterator[tuple[int, tuple[Step, _Of]]]:
+    return enumerate(zip(steps, of_each, strict=True), 1)
 
 
 def _refuse_none(steps: Sequence[Step]) -> None:
@@ -129,8 +162,7 @@ def _refuse_none(steps: Sequence[Step]) -> None:
 
 
 def _warnings(steps: Sequence[Step], results: Sequence[Result]) -> list[tuple[int, Step, str]]:
-    pairs = enumerate(zip(steps, results, strict=True), 1)
-    return [(i, step, warning) for i, (step, result) in pairs for warning in result.warnings]
+    return [(i, step, warning) for i, (step, result) in _numbered(steps, results) for warning in result.warnings]
 
 
 def _write(

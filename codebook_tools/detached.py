@@ -58,7 +58,7 @@ def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
                 "--stats stands in for images; leave out --data and --test-data, and measure what is written"
             )
         return True
-    if request.model is None or request.data or looks_at == "latents":
+    if request.knows_sample or request.data or looks_at == "latents":
         return False
     if looks_at == "counts":
         raise CodebookError(

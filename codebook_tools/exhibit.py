@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from codebook_tools.items import Item
 from codebook_tools.measure import reconstruct
 from codebook_tools.models.model import Book, Model
-from codebook_tools.opening import Opened
+from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.training.states import FineTuned
 from codebook_tools.watch import Watch
 
@@ -42,15 +42,37 @@ def exhibit(
     model = opened.model
     if model.takes != "images":
         return ()
-    items, errors = _errors(opened, watch)
-    order = errors.argsort(stable=True)
-    ranks = {"worst": order[-1], "median": order[len(order) // 2], "best": order[0]}
-    chosen, originals = opened.test.load([items[place] for place in ranks.values()])
+    chosen, originals = _chosen(opened, watch)
     with _as_it_was(model):
         stages = {stage: reconstruct(model, originals).media.cpu() for stage in _stages(model, books, operated, tuned)}
+    return _shown(chosen, originals, stages)
+
+
+def exhibit_files(stages: Mapping[str, Request], watch: Watch) -> tuple[Shown, ...]:
+    """As `exhibit`, of a file a stage; the last one's errors rank the images. Requests: of the same data."""
+    last = open_request([*stages.values()][-1], watch)
+    if last.model.takes != "images":
+        return ()
+    chosen, originals = _chosen(last, watch)
+    models = (open_request(request, watch).model for request in stages.values())
+    pictures = {name: reconstruct(model, originals).media.cpu() for name, model in zip(stages, models, strict=True)}
+    return _shown(chosen, originals, pictures)
+
+
+RANKS = ("worst", "median", "best")
+
+
+def _chosen(opened: Opened, watch: Watch) -> tuple[list[Item], Tensor]:
+    """An image of each rank, by the model as it is."""
+    items, errors = _errors(opened, watch)
+    order = errors.argsort(stable=True)
+    return opened.test.load([items[place] for place in (order[-1], order[len(order) // 2], order[0])])
+
+
+def _shown(chosen: Sequence[Item], originals: Tensor, stages: Mapping[str, Tensor]) -> tuple[Shown, ...]:
     return tuple(
         Shown(str(item), rank, originals[i].cpu(), {stage: shown[i] for stage, shown in stages.items()})
-        for i, (rank, item) in enumerate(zip(ranks, chosen, strict=True))
+        for i, (rank, item) in enumerate(zip(RANKS, chosen, strict=True))
     )
 
 

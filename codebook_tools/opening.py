@@ -27,15 +27,17 @@ from codebook_tools.watch import Watch
 class Request:
     """What is to be worked on, and how. Each field is the command line's option of that name.
 
-    model: None for the bundled demo. data: none for the bundled sample. test_data: none for a tenth of data. stats: the
-    counts of an earlier pass, and latents: files of them, in place of images. latents_cache: a folder that keeps the
-    calibration latents of running models for the next run. workers: processes that decode ahead; None: as many as help.
-    resume: whether an interrupted fine-tuning goes on. log_dir: where TensorBoard finds how it went. exhibit:
-    whether a few test images are kept for a page, as each stage reconstructs them.
+    model: None for the bundled demo. data: none for the bundled sample. sample: whether that is the data of the model,
+    too, as it is of the demo. test_data: none for a tenth of data. stats: the counts of an earlier pass, and latents:
+    files of them, in place of images. latents_cache: a folder that keeps the calibration latents of running models for
+    the next run. workers: processes that decode ahead; None: as many as help. resume: whether an interrupted
+    fine-tuning goes on. log_dir: where TensorBoard finds how it went. exhibit: whether a few test images are kept for a
+    page, as each stage reconstructs them.
     """
 
     model: Path | None = None
     data: tuple[str, ...] = ()
+    sample: bool = False
     test_data: tuple[str, ...] = ()
     stats: Path | None = None
     latents: tuple[str, ...] = ()
@@ -69,6 +71,11 @@ class Request:
             raise CodebookError(f"workers={self.workers} is below 0")
         if not 0 <= self.seed < 2**63:
             raise CodebookError(f"seed={self.seed} is not within 0 and {2**63 - 1}")
+
+    @property
+    def knows_sample(self) -> bool:
+        """Whether the bundled sample need not be asked for."""
+        return self.model is None or self.sample
 
     @property
     def source(self) -> Path:
@@ -141,7 +148,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
     if model.carried:
         few = ", ".join(model.carried[:3]) + (", ..." if len(model.carried) > 3 else "")
         opened.warnings.append(f"{len(model.carried)} tensors unknown to the network are carried over unchanged: {few}")
-    if request.model is not None and splits.calibration and not request.data:
+    if splits.calibration and not (request.data or request.knows_sample):
         opened.warnings.append("no --data: the bundled sample of two photographs stands in for your images")
     with watch.phase("measure"):
         _choose_input_range(request, opened)

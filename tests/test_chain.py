@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ import yaml
 from conftest import Outcome, assert_refused, contents, same
 from safetensors.torch import load_file
 
-from codebook_tools.recipe_files import without_nothing
+from codebook_tools.chain import run_chain
+from codebook_tools.measure import reconstruct
+from codebook_tools.opening import Request, open_request
+from codebook_tools.recipe_files import read_recipe, steps_of, without_nothing
+from codebook_tools.watch import Watch
 
 Run = Callable[..., Outcome]
 
@@ -126,7 +131,32 @@ def test_the_page_of_a_chain_shows_every_step(recipe: Callable[..., Path], codeb
     text = (tmp_path / "page.html").read_text()
     for told in ("<h1>codebook run: ", "1, prune", "2, refit", "3, finetune", "2, refit, step by step"):
         assert told in text
+    assert text.count("before, mse ") == text.count("3, finetune, mse ") == 3, "the worst, the median and the best"
+    assert " latents, 6 codes and " in text, "the map of what was written"
     assert re.search(r"now \d of 6, and the error", text)
+
+
+def test_the_images_on_the_page_of_a_chain_are_those_of_the_files(
+    recipe: Callable[..., Path], tiny: Path, images_folder: Path, tmp_path: Path
+) -> None:
+    """The last stage is the file that was written: its worst image is the worst that a measurement of it finds."""
+    request = Request(tiny, (str(images_folder),), input_range=(-1.0, 1.0), output=tmp_path / "o.safetensors")
+    steps = steps_of(read_recipe(recipe()), batch_size=64, seed=0)
+    done = run_chain(replace(request, exhibit=True), steps, Watch())
+    opened = open_request(replace(request, model=request.output, output=None), Watch())
+    _, images = next(iter(opened.test.batches(1000)))
+    shown = reconstruct(opened.model, images).media
+    errors = (shown - images).square().flatten(1).mean(1)
+    for its, expected in zip(done.shown, (errors.max(), None, errors.min()), strict=True):
+        assert list(its.stages) == ["before", "1, prune", "2, refit", "3, finetune"]
+        assert expected is None or its.errors["3, finetune"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_recipe_that_is_there_is_not_replaced(recipe: Callable[..., Path], codebook: Run, tmp_path: Path) -> None:
+    (tmp_path / "out.recipe.yaml").write_text("mine")
+    found = codebook("run", recipe(["prune"]), "-o", tmp_path / "out.safetensors")
+    assert found.exit_code == 0 and "out.recipe.yaml is there and stays as it is" in found.stderr
+    assert (tmp_path / "out.recipe.yaml").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -181,3 +211,10 @@ def test_a_step_that_fails_leaves_nothing(recipe: Callable[..., Path], codebook:
     before = contents(tmp_path)
     assert codebook("run", path).exit_code == 1
     assert contents(tmp_path) == before
+
+
+def test_a_chain_on_the_demo_sees_the_bundled_sample_throughout(tmp_path: Path, codebook: Run) -> None:
+    (tmp_path / "recipe.yaml").write_text("limit: 120\nsurgeries: [{prune: {keep: 60}}, {quantize: {k: 32}}]\n")
+    found = codebook("run", tmp_path / "recipe.yaml", "-o", tmp_path / "out.safetensors", "--json")
+    assert found.exit_code == 0 and found.json["warnings"] == []
+    assert all(step["stages"]["surgery"]["mse"] > 0 for step in found.json["steps"])

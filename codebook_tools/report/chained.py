@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from codebook_tools.chain import Chain
-from codebook_tools.report.operated import about, headline, trace_plot, usage_plot
+from codebook_tools.report.operated import about, gallery, headline, trace_plot, usage_plot
 from codebook_tools.report.page import Page, Part, Table
 from codebook_tools.report.tables import chain_rows
 
 
-def chained_page(found: Chain, command: str) -> Page:
-    """command: what the user typed."""
+def chained_page(found: Chain, command: str, more: Sequence[Part] = ()) -> Page:
+    """command: what the user typed. more: on the model that was written."""
     return Page(
         title=f"codebook run: {found.model}",
         headline=headline(found.model, found.steps[0].before, found.steps[-1].kept_stage),
-        parts=[*_parts(found), *about(found.settings, found.seconds, found.version, found.seed)],
+        parts=[*_parts(found), *more, *about(found.settings, found.seconds, found.version, found.seed)],
         command=command,
         warnings=found.warnings,
     )
@@ -24,6 +24,8 @@ def chained_page(found: Chain, command: str) -> Page:
 def _parts(found: Chain) -> Iterator[Part]:
     head, *rows = chain_rows(found)
     yield Table("Step by step", head, tuple(rows), "On test images that no step trained on.")
+    if found.shown:
+        yield gallery(found.shown)
     stages = {"before": found.steps[0].before}
     stages |= {f"{i}, {step.command}": step.kept_stage for i, step in enumerate(found.steps, 1)}
     counts = {name: stage.counts[0] for name, stage in stages.items() if stage and stage.counts}

@@ -70,7 +70,7 @@ def _parts(result: Result) -> Iterator[Part]:
     note = f"On {images:,} test images. * is what was kept." if images else "* is what was kept."
     yield Table("Stage by stage", head, tuple(rows), note)
     if result.shown:
-        yield _gallery(result.shown)
+        yield gallery(result.shown)
     if any(len(stage.codebooks) > 1 for stage in stages.values()):
         yield books_plot(stages)
     elif all(stage.counts for stage in stages.values()):
@@ -79,15 +79,16 @@ def _parts(result: Result) -> Iterator[Part]:
         yield trace_plot("The fine-tuning, step by step", result.trace)
 
 
-def _gallery(shown: Sequence[Shown]) -> Gallery:
+def gallery(shown: Sequence[Shown]) -> Gallery:
     rows = {}
     for image in shown:
         first = Picture(image.original, f"{image.name}, the original", "the original")
         rows[image.rank] = [
             first,
             *(
-                Picture(picture, f"{image.name}, {STAGES[stage]}", f"{STAGES[stage]}, mse {image.errors[stage]:.5f}")
+                Picture(picture, f"{image.name}, {name}", f"{name}, mse {image.errors[stage]:.5f}")
                 for stage, picture in image.stages.items()
+                for name in [STAGES.get(stage, stage)]
             ),
         ]
     names = ", ".join(f"{image.rank}: {image.name}" for image in shown)

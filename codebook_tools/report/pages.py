@@ -52,10 +52,11 @@ def page_of(found: Found, command: str) -> Page:
     return pages[type(found)](found, command)
 
 
-def page_with_model(found: Result, command: str, request: Request, watch: Watch) -> Page:
-    """The page of a surgery, with the map and the codes of the model that it wrote. request: of that model."""
+def page_with_model(found: Result | Chain, command: str, request: Request, watch: Watch) -> Page:
+    """The page of one surgery, or of several, with map and codes of what was written. request: of that model."""
     seen = look_at_map(request, None, "pca", watch), look_at_codes(request, _PATCHES, _CODES, "share", watch)
-    return operated_page(found, command, [map_plot(seen[0]), *codes_parts(seen[1])])
+    more = [map_plot(seen[0]), *codes_parts(seen[1])]
+    return operated_page(found, command, more) if isinstance(found, Result) else chained_page(found, command, more)
 
 
 def write_report(found: Found, page: Page, path: Path) -> dict[str, str]:
