@@ -75,14 +75,14 @@ def draw_map(found: Map, figure: Figure) -> None:
     dead = found.counts == 0
 
     def dots(label: str, points: Tensor, **style: Any) -> None:
-        axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), label=label, **style)
+        axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), label=f"{len(points):,} {label}", **style)
 
     dots("latents", found.latents, s=3, color=_LATENTS, alpha=0.4, linewidths=0)
     dots("centroids", found.centroids, s=22, color=_CENTROIDS, marker="s", linewidths=0)
-    dots("codes", found.codes[~dead], s=22, color=_CODES, linewidths=0)
+    dots("codes in use", found.codes[~dead], s=22, color=_CODES, linewidths=0)
     if bool(dead.any()):
         dots("dead codes", found.codes[dead], s=18, facecolors="none", edgecolors=_CODES, linewidths=0.8)
-    axes.legend(loc="upper right")
+    axes.legend(loc="best")
 
 
 def write_map(found: Map, page: Path) -> dict[str, str]:
