@@ -94,12 +94,10 @@ def run(name: str, shared: str, seeds: int) -> Comparison:
     """All parts of a run, as one comparison."""
     asked, folder = RUNS[name], RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
-    found = [
-        compare(
-            asked.request(shared), k, names, Recipe(steps=asked.steps), seeds=seeds, folder=folder, watch=Watch(_say)
-        )
-        for k, names in asked.parts.items()
-    ]
+    request, recipe, found = asked.request(shared), Recipe(steps=asked.steps), []
+    for k, names in asked.parts.items():
+        _said.clear()
+        found.append(compare(request, k, names, recipe, seeds=seeds, folder=folder, watch=Watch(_say)))
     whole = replace(found[0], rows=tuple(row for part in found for row in part.rows))
     (folder / "table.md").write_text(markdown_table(whole.summaries))
     about = whole.to_json()
@@ -134,7 +132,6 @@ def main() -> None:
         parser.error(f"no run {', '.join(sorted(unknown))}; there are {', '.join(RUNS)}")
     os.chdir(ROOT)
     for name in given.names or ["demo"]:
-        _said.clear()
         print(f"{name}: {RESULTS / name}", file=sys.stderr)
         print(markdown_table(run(name, given.shared, given.seeds).summaries), flush=True)
 
