@@ -17,6 +17,7 @@ from codebook_tools.items import items_sha256
 from codebook_tools.measure import CodebookUse, Measurement
 from codebook_tools.models.stored import added_bytes
 from codebook_tools.opening import Opened
+from codebook_tools.parsing import parse_json, read_text
 from codebook_tools.version import VERSION
 
 STAGES = ("before", "surgery", "finetuned")
@@ -185,7 +186,7 @@ class RowStore:
         self._rows: list[Row] = []
         if self.path.exists():
             try:
-                self._rows = [Row.from_json(row) for row in json.loads(self.path.read_text())["rows"]]
+                self._rows = [Row.from_json(row) for row in parse_json(read_text(self.path))["rows"]]
             except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
                 raise CodebookError(
                     f"{self.path} is not a comparison's rows ({type(error).__name__}: {error}); "

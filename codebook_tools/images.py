@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.items import Item, Medium, Values
 from codebook_tools.pictures import decode_picture, decode_row, fitted
 from codebook_tools.sources import Source
@@ -44,13 +43,24 @@ def _picture(source: Source, channels: int) -> Values:
 
 def _stored_items(path: Path) -> list[Item]:
     try:
+        _refuse_bomb(path)
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         arrays = [(path.name, loaded)] if isinstance(loaded, np.ndarray) else [(path.name, loaded[k]) for k in loaded]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise CodebookError(f"{path} is not a readable array file: {error}") from error
+    except Exception as error:  # numpy and zipfile raise whatever they like on a damaged file
+        raise CodebookError(f"{path} is not a readable array file: {one_line(error)}") from error
     if len(arrays) > 1:
         raise CodebookError(f"{path} holds {len(arrays)} arrays; give a .npz with one array of images, or a .npy")
     return [item for name, array in arrays for item in array_items(name, array)]
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise ValueError for a .npz that is far longer in memory than on disk: pictures are not."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        packed, whole = (sum(getattr(its, n) for its in archive.infolist()) for n in ("compress_size", "file_size"))
+    if whole > max(1 << 30, 200 * packed):
+        raise ValueError(f"{packed:,} bytes that unpack to {whole:,} look like a decompression bomb")
 
 
 def array_items(name: str, array: NDArray[np.generic]) -> list[Item]:

@@ -200,5 +200,5 @@ def _map_entry(entry: Stored) -> Tensor:
 def _map_npy(path: Path) -> Tensor:
     try:
         return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-    except (ValueError, TypeError, OSError, EOFError) as error:
+    except Exception as error:  # numpy raises whatever it likes on a damaged header
         raise CodebookError(f"cannot read latents from {path}: {one_line(error)}") from error

@@ -6,17 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from inspect import signature
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from codebook_tools.chain import Step
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe
+from codebook_tools.parsing import read_text
 from codebook_tools.strategies import find_strategy
 
 SURGERIES = "surgeries"
 FINETUNE = "finetune"
 
 _OF_RECIPE = {entry.name for entry in fields(Recipe)} - {"batch_size"}
+_LONGEST = 256 << 10  # bytes: a parser of YAML takes a second for so many
 _BY_THE_RUN = {"device", "watch"}  # fields of strategies that no recipe sets
 
 
@@ -43,10 +46,12 @@ def read_recipe(path: Path) -> RecipeFile:
     import yaml
 
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CodebookError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
+        told = yaml.safe_load(read_text(path, _LONGEST))
+    except OSError as error:
+        raise CodebookError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CodebookError(f"{path}: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
         raise CodebookError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(told, dict) or not isinstance(told.get(SURGERIES), list):
         raise CodebookError(f"{path} has no list of {SURGERIES}, such as `{SURGERIES}: [prune, {{refit: {{k: 128}}}}]`")
@@ -62,7 +67,7 @@ def _surgery(path: Path, entry: object) -> tuple[str, Mapping[str, Any]]:
         ((command, settings),) = entry.items()
         if isinstance(command, str) and (settings is None or isinstance(settings, dict)):
             return command, {str(name).replace("-", "_"): value for name, value in (settings or {}).items()}
-    raise CodebookError(f"{path}: {entry!r} is no surgery; write `prune` or `refit: {{k: 128}}`")
+    raise CodebookError(f"{path}: {short(entry)} is no surgery; write `prune` or `refit: {{k: 128}}`")
 
 
 def steps_of(recipe: RecipeFile, *, batch_size: int, seed: int) -> tuple[Step, ...]:
@@ -86,7 +91,7 @@ def _step(command: str, settings: Mapping[str, Any], batch_size: int, seed: int)
         asked = {name: value for name, value in settings.items() if name in own}
         return Step(command, make(**({"seed": seed} if "seed" in own else {}), **asked), tuned)
     except TypeError as error:
-        raise CodebookError(f"{command} cannot be made of {dict(settings)}: {error}") from error
+        raise CodebookError(f"{command} cannot be made of {short(dict(settings))}: {error}") from error
 
 
 def without_nothing(options: Mapping[str, Any]) -> dict[str, Any]:

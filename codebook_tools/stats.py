@@ -16,6 +16,7 @@ from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.writing import write_tensors
 from codebook_tools.errors import CodebookError
+from codebook_tools.parsing import parse_json
 from codebook_tools.sampling import Sample
 from codebook_tools.sums import LIMBS, BookSums, Sums, from_limbs, limbs
 
@@ -83,7 +84,7 @@ def read_part(path: Path) -> Part:
     if "shard" not in told or _MEASURED[0] not in stored.entries:
         raise CodebookError(f"{path} is no part of a pass over images; `codebook measure --shard I/N --stats FILE` is")
     try:
-        books = [(key, int(size), int(dim)) for key, size, dim in json.loads(told["codebooks"])]
+        books = [(key, int(size), int(dim)) for key, size, dim in parse_json(told["codebooks"])]
         i, n = map(int, told["shard"].split("/"))
         nothing = tuple(BookSums(key, dim, torch.zeros(size).long(), Fraction(0), 0) for key, size, dim in books)
         counted = tuple(
@@ -95,13 +96,13 @@ def read_part(path: Path) -> Part:
         return Part(
             checkpoint=told["checkpoint_sha256"],
             split=told["split"],
-            about=json.loads(told["about"]),
+            about=parse_json(told["about"]),
             shard=(i, n),
             counted=Sums(int(told["images"]), 0, Fraction(0), None, counted),
-            bad=json.loads(told["bad"]),
+            bad=parse_json(told["bad"]),
             measured=Sums(0, 0, Fraction(0), None, nothing).unpacked(*map(stored.tensor, _MEASURED)),
         )
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise CodebookError(f"{path} is damaged: {error}; measure that part anew") from error
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 
 from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.parsing import parse_json
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Verification:
 def listed(written: Checkpoint, entry: str) -> list[str]:
     """Names in the metadata, a list of them or the keys of an object; none where it is neither."""
     try:
-        names = json.loads(written.metadata.get(PREFIX + entry, "[]"))
+        names = parse_json(written.metadata.get(PREFIX + entry, "[]"))
     except ValueError:
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list | dict) else []

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
 
 FLOORS = (
-    ("errors", "watch", "version", "demo", "threads"),
+    ("errors", "watch", "version", "demo", "threads", "parsing"),
     ("codebook", "processes", "sources", "items", "pictures"),
     ("assignment", "metrics", "splits", "media", "sampling"),
     (

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from codebook_tools.errors import CodebookError
+from codebook_tools.parsing import parse_json, read_bytes
 
 Config = dict[str, object]
 
@@ -18,10 +19,10 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 def parse_config(path: Path) -> Config:
     """The object in a config file. Raises CodebookError where there is none."""
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(read_bytes(path))
     except OSError as error:
         raise CodebookError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CodebookError(f"{path} is no JSON: {error}; restore it from where the model came from") from error
     if not isinstance(found, dict):
         raise CodebookError(f"{path} holds a JSON {type(found).__name__}; a config is an object of named entries")

@@ -7,10 +7,12 @@ import math
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from codebook_tools.checkpoints.entries import Entry, Stored, Weights
 from codebook_tools.checkpoints.layout import SUFFIX
 from codebook_tools.errors import CodebookError
+from codebook_tools.parsing import parse_json
 
 PICKLED = (b"PK", b"\x80")
 """How files begin that torch.save wrote, and that are of another format: a zip, or, before torch 1.6, a bare pickle."""
@@ -26,8 +28,9 @@ def read_safetensors(path: Path) -> Weights:
             # The library's own checks of offsets, overlaps and dtypes. No tensor is asked for, so no torch is needed.
             with safe_open(path, framework="np"):
                 pass
-            header = json.loads(file.read(length))
-    except (SafetensorError, ValueError, RecursionError) as error:
+            header = parse_json(file.read(length))
+            _check_sides(header)
+    except (SafetensorError, ValueError) as error:
         kind = "safetensors file" if path.suffix == SUFFIX else "safetensors file, nor one of torch.save"
         raise CodebookError(f"{path} is not a sound {kind}: {_what_it_is(path, error)}") from error
     metadata = header.pop("__metadata__", None) or {}
@@ -36,6 +39,16 @@ def read_safetensors(path: Path) -> Weights:
         for key, its in sorted(header.items(), key=lambda item: (item[1]["data_offsets"][0], item[0]))
     ]
     return Weights((path,), {entry.key: entry for entry in entries}, metadata)
+
+
+def _check_sides(header: Mapping[str, Any]) -> None:
+    """Raise ValueError for a side that no tensor can have; the library looks at their product, which may be 0."""
+    for key, its in header.items():
+        if key != "__metadata__" and any(side > _LONGEST_SIDE for side in its["shape"]):
+            raise ValueError(f"{key} has the shape {its['shape']}")
+
+
+_LONGEST_SIDE = 2**63 - 1
 
 
 def laid_out(entries: Iterable[Entry]) -> list[Entry]:

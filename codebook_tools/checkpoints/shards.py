@@ -57,7 +57,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _check_place(index: Path, name: str) -> None:
     """Raise CodebookError unless a shard is a file in the folder of its index, and no link to anywhere else."""
     shard = index.parent / name
-    plain = name == os.path.basename(name) and "\\" not in name and name not in ("", ".", "..") and "\0" not in name
+    odd = re.search(r"[\\\0\ud800-\udfff]", name)  # surrogates: no file system has a form for them
+    plain = name == os.path.basename(name) and name not in ("", ".", "..") and not odd
     if not plain:
         raise CodebookError(f"{index} names {name!r}, outside its folder; a shard lies beside its index")
     if os.path.dirname(os.path.realpath(shard)) != os.path.realpath(index.parent):

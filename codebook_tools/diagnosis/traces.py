@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from codebook_tools.errors import CodebookError
+from codebook_tools.parsing import parse_json, read_text
 
 SOON = 100
 """Steps: what is half lost by then was not lost gradually."""
@@ -81,7 +81,7 @@ class Trace:
 def read_trace(path: Path) -> Trace:
     """Raises CodebookError where the file is no result, or one of no training."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = parse_json(read_text(path))
     except OSError as error:
         raise CodebookError(f"--trace {path}: {error.strerror}") from error
     except ValueError as error:
@@ -100,7 +100,7 @@ def read_trace(path: Path) -> Trace:
         latents = sum(book["latents"] for book in books) * images["validation"] // images["test"] if known else None
         operated = result.get("command") != "finetune"
         return Trace(looks, size, latents, operated, None if lr is None else float(lr))
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise CodebookError(
             f"--trace {path} has no trace of a training ({error}); give what `codebook refit --json` wrote"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -17,6 +16,7 @@ from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.writing import maps_sha256
 from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
+from codebook_tools.parsing import parse_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ def _sound(index_map: Tensor, nearest: Tensor, size: int) -> bool:
 def _sizes(stored: Checkpoint) -> dict[str, int]:
     """New codes by codebook key, in the order of the stages."""
     try:
-        sizes = json.loads(stored.metadata.get(PREFIX + "codebooks", ""))
+        sizes = parse_json(stored.metadata.get(PREFIX + "codebooks", ""))
     except ValueError:
         sizes = None
     if not isinstance(sizes, dict) or not sizes or not all(type(size) is int for size in sizes.values()):

@@ -20,7 +20,7 @@ from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.downstream.choice import choose
 from codebook_tools.downstream.parquet import rewrite_parquet
 from codebook_tools.downstream.translation import Translation
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import CodebookError, one_line
 
 _CHUNK = 1 << 20  # ids, or bytes, at a time
 _INTEGERS = {
@@ -73,7 +73,7 @@ def rewrite_tokens(path: Path, translation: Translation, keys: Sequence[str], ax
                 yield from _translated(file, block, translation, axis)
             yield from _copied(file)
     except OSError as error:
-        raise CodebookError(f"cannot read {path}: {error.strerror or error}") from error
+        raise CodebookError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def _copied(file: BinaryIO, left: int | None = None) -> Iterator[bytes]:
@@ -117,8 +117,10 @@ def _npy_block(file: BinaryIO, name: str, end: int) -> Block:
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         shape, fortran, dtype = readers[np.lib.format.read_magic(file)](file)
-    except (ValueError, KeyError, EOFError) as error:
-        raise CodebookError(f"{name} is not a sound .npy file: {' '.join(str(error).split())}") from error
+    except OSError:
+        raise
+    except Exception as error:  # numpy raises whatever it likes on a damaged header
+        raise CodebookError(f"{name} is not a sound .npy file: {one_line(error)}") from error
     if dtype.kind not in "iu":
         what = "pickled objects, which are never opened" if dtype.hasobject else str(dtype)
         raise CodebookError(f"{name} holds {what}; tokens are integers")

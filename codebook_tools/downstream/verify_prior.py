@@ -16,6 +16,7 @@ from codebook_tools.downstream.maps import read_index_maps
 from codebook_tools.downstream.priors import RemappedPrior, remapped
 from codebook_tools.downstream.vocabulary import Vocabulary
 from codebook_tools.errors import CodebookError
+from codebook_tools.parsing import parse_json
 from codebook_tools.verification import Difference, listed, same_bytes
 
 
@@ -41,7 +42,7 @@ def prior_differences(written: Checkpoint, original: Checkpoint, maps: Sequence[
 
 def _settings(written: Checkpoint) -> dict[str, Any]:
     try:
-        settings = json.loads(written.metadata.get(PREFIX + "settings", ""))
+        settings = parse_json(written.metadata.get(PREFIX + "settings", ""))
     except ValueError:
         settings = None
     wanted = {"on_removed", "offset", "pad_to_multiple", "embedding_keys", "head_keys"}

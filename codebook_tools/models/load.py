@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from codebook_tools.models.families import (
 from codebook_tools.models.family import Family
 from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Book, Model, walks
 from codebook_tools.models.stored import effective_rows, owned_keys
+from codebook_tools.networks.bounded import bounded
 from codebook_tools.networks.custom import make_network
 
 
@@ -117,7 +119,9 @@ def load_model(
         check_stated(checkpoint, detected(checkpoint).codebooks)
         prefix = given
         inner = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-        remake = partial(record.make, inner, checkpoint)
+        numbers = sum(math.prod(shape) for shape in shapes.values())
+        described = f"{checkpoint.config_path or checkpoint.path}"
+        remake = partial(bounded, partial(record.make, inner, checkpoint), len(shapes), numbers, described)
         module = remake()
         keys = {name: prefix + record.file_key(name, inner) for name in module.state_dict()}
     lookup, emit = METRICS[metric] if metric else _lookup(module, record)

@@ -13,6 +13,7 @@ from codebook_tools import processes
 from codebook_tools.checkpoints.headers import read_safetensors
 from codebook_tools.checkpoints.writing import maps_sha256, write_tensors
 from codebook_tools.errors import CodebookError
+from codebook_tools.parsing import parse_json
 from codebook_tools.training.parts import Tensors, joined, part
 from codebook_tools.training.states import State, TracePoint
 
@@ -67,11 +68,15 @@ class Saving:
             about = {name: weights.metadata[name] for name in ("made_with", "trace", "begun_with", "best")}
         except KeyError as error:
             raise CodebookError(f"{self.path} is no unfinished fine-tuning: it has no {error}; move it away") from error
-        self._check(json.loads(about["made_with"]))
         tensors = {name: entry.tensor() for name, entry in weights.entries.items()}
-        trace = tuple(TracePoint(**point) for point in json.loads(about["trace"]))
-        at_best = [point for point in trace if str(point.step) == about["best"]]
-        best = State.of_tensors(at_best[0], part(tensors, "best")) if at_best else None
+        try:
+            made_with = dict(parse_json(about["made_with"]))
+            trace = tuple(TracePoint(**point) for point in parse_json(about["trace"]))
+            at_best = [point for point in trace if str(point.step) == about["best"]]
+            best = State.of_tensors(at_best[0], part(tensors, "best")) if at_best else None
+        except (ValueError, TypeError, KeyError) as error:
+            raise CodebookError(f"{self.path} is damaged ({error}); --force without --resume begins anew") from error
+        self._check(made_with)
         return Unfinished(part(tensors, "training"), trace, best, about["begun_with"])
 
     def _check(self, theirs: Mapping[str, object]) -> None:

@@ -1,0 +1,122 @@
+"""Files from strangers: any bytes end in a result or in one clear line."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Outcome, assert_refused
+from torch import nn
+
+from codebook_tools.errors import CodebookError
+from codebook_tools.networks.bounded import bounded
+from codebook_tools.parsing import read_text
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+targets = import_module("targets")
+
+Run = Callable[..., Outcome]
+
+SLOW = ("config", "recipe", "parquet of tokens")
+
+
+def damaged(data: bytes, chance: random.Random) -> bytes:
+    """Cut short, or with some bytes changed, doubled or left out."""
+    if chance.random() < 0.2:
+        return data[: chance.randrange(len(data) + 1)]
+    found = bytearray(data)
+    for _ in range(chance.choice([1, 1, 2, 4, 16])):
+        at = chance.randrange(len(found) + 1)
+        what = chance.random()
+        if what < 0.6 and at < len(found):
+            found[at] = chance.choice([0, 1, 127, 128, 255, found[at] ^ 1 << chance.randrange(8)])
+        elif what < 0.8:
+            found[at:at] = found[at : at + chance.choice([1, 4, 8, 64])]
+        else:
+            del found[at : at + chance.choice([1, 4, 8, 64])]
+    return bytes(found)
+
+
+@pytest.mark.parametrize("name", targets.TARGETS)
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_read_or_refused_in_a_line(name: str, tmp_path: Path) -> None:
+    target, chance = targets.TARGETS[name], random.Random(name)
+    target.around(tmp_path)
+    seeds = target.seeds()
+    for data in seeds[:: 4 if name in SLOW else 1]:
+        targets.tried(target, tmp_path, data)
+    for _ in range(20 if name in SLOW else 200):
+        targets.tried(target, tmp_path, damaged(chance.choice(seeds), chance))
+
+
+def test_every_target_can_read_what_is_sound(tmp_path: Path) -> None:
+    """Otherwise the others would be tried in vain."""
+    for i, (name, target) in enumerate(targets.TARGETS.items()):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        target.around(folder)
+        assert targets.tried(target, folder, target.seeds()[0]) is None, name
+
+
+def test_what_would_run_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    word = f"touch {mark}".encode()
+    for name, data in (
+        ("torch.save", b"\x80\x02cposix\nsystem\nX" + len(word).to_bytes(4, "little") + word + b"\x85R."),
+        ("recipe", f"surgeries: [!!python/object/apply:os.system ['touch {mark}']]\n".encode()),
+    ):
+        assert targets.tried(targets.TARGETS[name], tmp_path, data) is not None
+        assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_vq_embeddings": 10**12},
+        {"layers_per_block": 10**12},
+        {"block_out_channels": [10**6]},
+        {"latent_channels": 10**9},
+        {"block_out_channels": [4] * 300},
+    ],
+    ids=str,
+)
+def test_a_config_of_another_size_is_refused_before_it_takes_memory(asked: dict[str, object], tmp_path: Path) -> None:
+    target = targets.TARGETS["config"]
+    target.around(tmp_path)
+    said = targets.tried(target, tmp_path, json.dumps({**targets.VQMODEL, **asked}).encode())
+    assert said and str(tmp_path) in said
+
+
+def test_a_network_is_made_with_as_many_weights_as_its_file_has_and_no_more() -> None:
+    made = bounded(lambda: nn.Linear(1000, 1000), 2, 1_001_000, "c.json")
+    assert next(made.parameters()).device.type == "cpu"
+    with pytest.raises(CodebookError, match=r"c\.json describes another model than its weights: it has many times"):
+        bounded(lambda: nn.Linear(100_000, 100_000), 2, 1000, "c.json")
+    with pytest.raises(CodebookError, match="many times as many layers"):
+        bounded(lambda: nn.Sequential(*(nn.Linear(1, 1) for _ in range(10**12))), 2, 10**9, "c.json")
+
+
+def test_a_network_that_needs_its_numbers_at_once_is_made() -> None:
+    """On no device a tensor has none."""
+    made = bounded(lambda: nn.Linear(int(torch.ones(3).sum().item()), 2), 2, 8, "c.json")
+    assert made.in_features == 3
+
+
+def test_text_is_read_up_to_a_length(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("12345")
+    assert read_text(tmp_path / "a", 5) == "12345"
+    with pytest.raises(ValueError, match="it has 5 bytes, more than 4"):
+        read_text(tmp_path / "a", 4)
+
+
+def test_a_huge_trace_is_refused_at_once(tiny: Path, codebook: Run, tmp_path: Path) -> None:
+    with (tmp_path / "t.json").open("wb") as file:
+        file.truncate(1 << 40)  # a hole: it takes no disk
+    found = codebook("diagnose", tiny, "--trace", tmp_path / "t.json")
+    assert_refused(found, "1,099,511,627,776 bytes")
