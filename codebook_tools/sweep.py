@@ -101,7 +101,8 @@ def suggest(curve: Mapping[int, Measurement]) -> tuple[int, str]:
     for (k, now), (more, then) in pairwise(left.items()):
         gain = 1 - (then / now) ** (1 / math.log2(more / k)) if now > 0 else 0.0
         if gain < PAYS:
-            return k, f"from {k} codes on, twice as many lower the {what} by {max(gain, 0):.1%}, less than {PAYS:.1%}"
+            lowered = f"lower the untrained {what} by {max(gain, 0):.1%}"
+            return k, f"from {k} codes on, twice as many {lowered}, less than {PAYS:.1%}"
     k = max(left)
     if len(left) == 1:
         return k, f"{k} is the only size there is"
