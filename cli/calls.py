@@ -156,7 +156,7 @@ def _with_report(found: Found, given: dict[str, Any], watch: Watch) -> Found:
     from codebook_tools.report.pages import page_of, page_with_model, write_report
 
     typed = shlex.join(["codebook", *sys.argv[1:]])
-    if isinstance(found, Result | Chain) and found.shown and processes.count() == 1:
+    if isinstance(found, Result | Chain) and found.shown and found.outputs.get("model") and processes.count() == 1:
         request = request_of(Path(found.outputs["model"] or ""), given)
         low, high = cast(list[float], found.settings["input_range"])
         page = page_with_model(found, typed, replace(request, output=None, input_range=(low, high)), watch)

@@ -24,7 +24,7 @@ decisions = typer.Typer()
 @takes(TrainOptions, DataOptions, ModelOptions, FolderOptions, LongRunOptions)
 def compare(
     given: dict[str, Any],
-    k: Annotated[int, typer.Option("--k", metavar="K", help="Codes, for the strategies that take a number.")],
+    k: Annotated[int, typer.Option("--k", "-k", metavar="K", help="Codes, for the strategies that take a number.")],
     model: ModelArgument = None,
     strategies: Annotated[
         str | None,
@@ -57,7 +57,7 @@ def compare(
 def sweep(
     given: dict[str, Any],
     model: ModelArgument = None,
-    k: Annotated[str, typer.Option("--k", metavar="K,K,K", help="The sizes to try.")] = "16,32,64,128,256,512",
+    k: Annotated[str, typer.Option("--k", "-k", metavar="K,K,K", help="The sizes to try.")] = "16,32,64,128,256,512",
     lambda_: Annotated[
         str,
         typer.Option(

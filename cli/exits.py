@@ -70,6 +70,9 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+_LEFT = "what was written is whole, or not there; a fine-tuning goes on with --resume"
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """What goes wrong becomes one line on stderr and an exit code."""
@@ -83,13 +86,13 @@ def reported() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
     except KeyboardInterrupt:
-        _end(130, "interrupted; what was written is whole, or not there")
+        _end(130, f"interrupted; {_LEFT}")
     except _TerminatedError:
         from codebook_tools import processes
 
         if processes.count() > 1:  # torchrun ends all, and some wait for others that are gone
             raise typer.Exit(143) from None
-        _end(143, "terminated; what was written is whole, or not there")
+        _end(143, f"terminated; {_LEFT}")
     except Exception as error:
         from codebook_tools import processes
         from codebook_tools.errors import CodebookError

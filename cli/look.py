@@ -141,7 +141,7 @@ def map_(
     given: dict[str, Any],
     model: ModelArgument = None,
     k: Annotated[
-        int | None, typer.Option("--k", metavar="K", help="Centroids. Left out: as many as there are codes in use.")
+        int | None, typer.Option("--k", "-k", metavar="K", help="Centroids. Left out: as many as codes in use.")
     ] = None,
     method: Annotated[Plane, typer.Option(help="umap keeps neighbours together, pca distances.")] = Plane.UMAP,
 ) -> None:

@@ -39,7 +39,7 @@ operations = typer.Typer()
 @takes(TrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def refit(
     given: dict[str, Any],
-    k: Annotated[int, typer.Option("--k", metavar="K", help="Codes of the new codebook.")],
+    k: Annotated[int, typer.Option("--k", "-k", metavar="K", help="Codes of the new codebook.")],
     model: ModelArgument = None,
     init: Annotated[Init, typer.Option(help="Where k-means starts; used: at the codes in use.")] = Init.KMEANSPP,
     iterations: Annotated[int, typer.Option(metavar="N", help="At most so many Lloyd iterations.")] = 300,
@@ -88,7 +88,7 @@ def prune(
 def quantize(
     given: dict[str, Any],
     model: ModelArgument = None,
-    k: Annotated[int | None, typer.Option("--k", metavar="K", help="Merge the codes into K.")] = None,
+    k: Annotated[int | None, typer.Option("--k", "-k", metavar="K", help="Merge the codes into K.")] = None,
     method: Annotated[MergeMethod, typer.Option(help="How codes are merged.")] = MergeMethod.KMEANS,
     bits: Annotated[int | None, typer.Option(metavar="B", help="Round entries to B bits, 2 to 8, instead.")] = None,
     stats: StatsOption = None,
@@ -136,7 +136,7 @@ def restart(
 @takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def grow(
     given: dict[str, Any],
-    k: Annotated[int, typer.Option("--k", metavar="K", help="Codes of the new codebook, not fewer than are in use.")],
+    k: Annotated[int, typer.Option("--k", "-k", metavar="K", help="Codes of the new codebook: those in use or more.")],
     model: ModelArgument = None,
     stats: StatsOption = None,
     latents: LatentsOption = None,
@@ -157,7 +157,7 @@ def grow(
 @takes(TrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
 def condense(
     given: dict[str, Any],
-    k: Annotated[int, typer.Option("--k", metavar="K", help="Codes of the new codebook.")],
+    k: Annotated[int, typer.Option("--k", "-k", metavar="K", help="Codes of the new codebook.")],
     model: ModelArgument = None,
     stats: StatsOption = None,
     latents: LatentsOption = None,

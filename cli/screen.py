@@ -17,13 +17,15 @@ ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class ProgressShow(AbstractContextManager["ProgressShow"]):
-    """Progress bars on stderr where that is a terminal; nothing at all where it is piped or quiet was asked for.
+    """Progress bars on stderr where that is a terminal; where it is piped a line now and then, that a log shows life;
+    nothing at all where quiet was asked for.
 
     Called as codebook_tools.watch.Show.
     """
 
     def __init__(self, quiet: bool) -> None:
         self.shown = ERRORS.is_terminal and not quiet
+        self.quiet, self.said = quiet, time.perf_counter()
         self.progress = Progress(
             TextColumn("{task.description:<28}"),
             BarColumn(bar_width=None),
@@ -49,6 +51,7 @@ class ProgressShow(AbstractContextManager["ProgressShow"]):
 
     def __call__(self, what: str, done: int, total: int | None, figures: Mapping[str, float]) -> None:
         if not self.shown:
+            self._log(what, done, total, figures)
             return
         if what not in self.tasks or done < self.progress.tasks[self.tasks[what][0]].completed:
             for earlier, _, _ in self.tasks.values():
@@ -56,10 +59,23 @@ class ProgressShow(AbstractContextManager["ProgressShow"]):
             task = self.progress.add_task(what, total=total, figures="")
             self.tasks[what] = task, time.perf_counter(), done
         task, since, first = self.tasks[what]
-        shown = [f"{name} {value:.4g}" for name, value in figures.items()]
+        shown = _shown(figures)
         if figures and total and done > first:
             shown.append(f"{(done - first) / (time.perf_counter() - since):.1f}/s")
         self.progress.update(task, completed=done, figures=" ".join(shown))
+
+    def _log(self, what: str, done: int, total: int | None, figures: Mapping[str, float]) -> None:
+        if not self.quiet and time.perf_counter() - self.said > SECONDS_A_LINE:
+            self.said = time.perf_counter()
+            of = f" of {total:,}" if total else ""
+            ERRORS.print(" ".join([f"{what}: {done:,}{of}", *_shown(figures)]))
+
+
+SECONDS_A_LINE = 20
+
+
+def _shown(figures: Mapping[str, float]) -> list[str]:
+    return [f"{name} {value:.4g}" for name, value in figures.items()]
 
 
 def print_json(value: Mapping[str, Any]) -> None:

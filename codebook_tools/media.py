@@ -164,7 +164,8 @@ class Media:
         if tuple(values.shape) != shape:
             this, other = ("x".join(map(str, reversed(sides))) for sides in (values.shape[1:], shape[1:]))
             raise CodebookError(
-                f"{self.medium.many} of unlike sizes: {item} is {this}, {first} is {other}; give --size"
+                f"{self.medium.many} of unlike sizes: {item} is {this}, {first} is {other}; give --size N, and the "
+                "centre square of each is resized to so many pixels"
             )
         self._cache.add(item, values)
         return values

@@ -37,7 +37,6 @@ class Request:
 
     model: Path | None = None
     data: tuple[str, ...] = ()
-    sample: bool = False
     test_data: tuple[str, ...] = ()
     stats: Path | None = None
     latents: tuple[str, ...] = ()
@@ -61,6 +60,7 @@ class Request:
     resume: bool = False
     log_dir: Path | None = None
     exhibit: bool = False
+    sample: bool = False
 
     def __post_init__(self) -> None:
         for name in ("limit", "size", "batch_size"):

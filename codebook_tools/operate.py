@@ -94,7 +94,9 @@ def measure_model(
         opened.settings["stats"] = str(stats)
     sizes = {"before": weights_bytes(request.source), "after": None}
     before = None if shard and not sums.images else measurement_of(sums, "test")
-    return _result("measure", request, opened, watch, before=before, bytes=sizes)
+    with watch.phase("measure"):
+        shown = exhibit(opened, opened.model.books, False, None, watch) if request.exhibit and not shard else ()
+    return _result("measure", request, opened, watch, before=before, bytes=sizes, shown=shown)
 
 
 def operate(command: str, request: Request, strategy: Strategy | None, recipe: Recipe, watch: Watch) -> Result:

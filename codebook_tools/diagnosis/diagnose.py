@@ -33,15 +33,15 @@ CHECKS: dict[str, tuple[Look, str]] = {
     ),
     "uninitialised-flag": (
         of_each_book(uninitialised_flag),
-        "codebook refit {original} --k {k}{data} sets it; or set that tensor to true before anybody trains",
+        "codebook refit {source} --k {k}{data} sets it; or set that tensor to true before anybody trains",
     ),
-    "stale-ema": (stale_ema, "codebook refit {original} --k {k}{data} writes sums and counts that are of the codes"),
+    "stale-ema": (stale_ema, "codebook refit {source} --k {k}{data} writes sums and counts that are of the codes"),
     "few-modes": (few_modes, "shrink, do not repair: codebook prune {model}{data}"),
     "wrong-layout": (
         of_each_book(wrong_layout),
-        "codebook refit {original} --k {k}{data}; in code of your own, move the channels last before you flatten",
+        "codebook refit {source} --k {k}{data}; in code of your own, move the channels last before you flatten",
     ),
-    "wrong-input-range": (wrong_input_range, "codebook refit {original} --k {k}{data} --input-range={bounds}"),
+    "wrong-input-range": (wrong_input_range, "codebook refit {source} --k {k}{data} --input-range={bounds}"),
     "wrong-encoder": (of_each_book(wrong_encoder), "codebook refit {original} --k {k}{data} keeps the trained encoder"),
     "scale-mismatch": (
         of_each_book(scale_mismatch),
@@ -54,7 +54,7 @@ CHECKS: dict[str, tuple[Look, str]] = {
     "learning-rate": (learning_rate, "codebook refit {original} --k {k}{data} --lr RATE, a tenth of what it was"),
     "no-lloyd": (
         no_lloyd,
-        "codebook refit {original} --k {k}{data}, which goes on from seeds by k-means",
+        "codebook refit {source} --k {k}{data}, which goes on from seeds by k-means",
     ),
     "counting": (of_each_book(counting), "codebook measure {model} --data ALL --test-data TEST, of the same kind"),
     "dead-codes": (
@@ -102,8 +102,9 @@ def diagnose(request: Request, watch: Watch, against: Path | None = None, trace:
     words = {
         "model": shlex.quote(str(request.model)) if request.model else "",
         "original": shlex.quote(str(against)) if against else "ORIGINAL",
+        "source": shlex.quote(str(against or request.model or "")),
         "k": evidence.books[0].codebook.size,
-        "data": "".join(f" --data {shlex.quote(data)}" for data in request.data),
+        "data": _as_typed(request),
         "bounds": "{:g},{:g}".format(*evidence.input_range),
     }
     checks = tuple(
@@ -111,3 +112,17 @@ def diagnose(request: Request, watch: Watch, against: Path | None = None, trace:
         for name, (look, fix) in CHECKS.items()
     )
     return Diagnosis(str(request.source), checks, evidence.settings, evidence.warnings, watch.seconds)
+
+
+def _as_typed(request: Request) -> str:
+    """What a command needs to see the same data with the same network."""
+    given = {
+        "data": request.data,
+        "size": request.size or (),
+        "network": request.network or (),
+        "family": request.family or (),
+        "codebook-key": request.codebook_keys,
+        "metric": request.metric or (),
+    }
+    listed = {name: value if isinstance(value, tuple) else (value,) for name, value in given.items()}
+    return "".join(f" --{name} {shlex.quote(str(one))}" for name, values in listed.items() for one in values)

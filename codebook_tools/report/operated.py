@@ -67,7 +67,8 @@ def _parts(result: Result) -> Iterator[Part]:
         return
     head, *rows = stage_rows(result.stages, result.kept)
     images = result.before.images if result.before else None
-    note = f"On {images:,} test images. * is what was kept." if images else "* is what was kept."
+    notes = [f"On {images:,} test images."] if images else []
+    note = " ".join([*notes, "* is what was kept."] if result.kept else notes)
     yield Table("Stage by stage", head, tuple(rows), note)
     if result.shown:
         yield gallery(result.shown)
@@ -92,7 +93,7 @@ def gallery(shown: Sequence[Shown]) -> Gallery:
             ),
         ]
     names = ", ".join(f"{image.rank}: {image.name}" for image in shown)
-    return Gallery("The worst, the median and the best image", rows, f"By the error of what was kept. {names}.")
+    return Gallery("The worst, the median and the best image", rows, f"By the error of the last one shown. {names}.")
 
 
 def usage_plot(title: str, counts: Mapping[str, torch.Tensor]) -> Plot:

@@ -83,7 +83,11 @@ def _about(first: Measurement, settings: Mapping[str, object]) -> str:
     if "input_range" not in settings:
         return f"counts of {first.images:,} items"
     bounds = f", input range {settings['input_range']}" if first.ssim is not None else ""
-    return f"measured on {first.images:,} {first.split} items{bounds}"
+    rough = "; so few that figures are rough" if first.images < _FEW else ""
+    return f"measured on {first.images:,} {first.split} items{bounds}{rough}"
+
+
+_FEW = 10
 
 
 def books_table(stages: Mapping[str, Measurement]) -> RenderableType:
