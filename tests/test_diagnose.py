@@ -19,7 +19,7 @@ from codebook_tools.diagnosis.check import Finding
 from codebook_tools.diagnosis.companions import Companions
 from codebook_tools.diagnosis.counting import counting
 from codebook_tools.diagnosis.dead_codes import dead_codes
-from codebook_tools.diagnosis.diagnose import CHECKS
+from codebook_tools.diagnosis.diagnose import CHECKS, diagnose
 from codebook_tools.diagnosis.duplicate_codes import duplicate_codes
 from codebook_tools.diagnosis.encoder_drift import encoder_drift
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence, Pair
@@ -39,6 +39,7 @@ from codebook_tools.diagnosis.uninitialised_flag import uninitialised_flag
 from codebook_tools.diagnosis.wrong_encoder import wrong_encoder
 from codebook_tools.errors import CodebookError
 from codebook_tools.kmeans import kmeans
+from codebook_tools.opening import Request
 from codebook_tools.seeding import seeds
 from codebook_tools.watch import Watch
 
@@ -392,3 +393,10 @@ def test_the_worst_of_several_codebooks_is_named() -> None:
     told: Finding = CHECKS["scale-mismatch"][0](evidence_of(sound, shrunk))
     assert told.verdict == "found" and told.evidence.startswith("vq.1: ")
     assert scale_mismatch(sound).verdict == "ok"
+
+
+def test_what_mends_it_can_be_typed_with_the_same_data(tiny: Path, images_folder: Path) -> None:
+    request = Request(tiny, (str(images_folder),), size=16, input_range=(-1.0, 1.0))
+    fixes = {check.name: check.fix for check in diagnose(request, Watch()).checks}
+    assert f"codebook refit {tiny} --k " in fixes["no-lloyd"]
+    assert f"codebook finetune {tiny} --data {images_folder} --size 16 " in fixes["scale-mismatch"]

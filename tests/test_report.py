@@ -209,6 +209,15 @@ def test_every_command_that_measures_writes_a_page(
     assert f"<h1>codebook {command[0]}: " in (tmp_path / "page.html").read_text()
 
 
+def test_a_measurement_shows_images_as_the_model_reconstructs_them(
+    tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    found = codebook("measure", tiny, "--data", images_folder, "--input-range", "-1,1", "--report", page)
+    assert found.exit_code == 0, found.stderr
+    assert page.read_text().count("reconstructed, mse ") == 3 and "what was kept" not in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -89,7 +89,7 @@ def gallery(shown: Sequence[Shown]) -> Gallery:
             *(
                 Picture(picture, f"{image.name}, {name}", f"{name}, mse {image.errors[stage]:.5f}")
                 for stage, picture in image.stages.items()
-                for name in [STAGES.get(stage, stage)]
+                for name in [STAGES.get(stage, stage) if len(image.stages) > 1 else "reconstructed"]
             ),
         ]
     names = ", ".join(f"{image.rank}: {image.name}" for image in shown)
