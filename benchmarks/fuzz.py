@@ -40,12 +40,13 @@ def fuzz(name: str, inputs: int, seed: int) -> dict[str, object]:
     run = subprocess.run(
         [sys.executable, __file__, name, "--child", *options, *limits],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
     )
-    told = {key: int(value) for key, value in re.findall(r"stat::(\w+):\s+(\d+)", run.stderr)}
-    coverage = re.findall(r"cov: (\d+)", run.stderr)
+    told = {key: int(value) for key, value in re.findall(r"stat::(\w+):\s+(\d+)", run.stdout)}
+    coverage = re.findall(r"cov: (\d+)", run.stdout)
     done = {
         "reader": name,
         "inputs": told.get("number_of_executed_units", 0),
@@ -56,8 +57,8 @@ def fuzz(name: str, inputs: int, seed: int) -> dict[str, object]:
         "faults": 0 if run.returncode == 0 else 1,
     }
     if run.returncode:
-        (kept / "log").write_text(run.stderr)
-        print(f"{name}: see {kept}\n{_fault(run.stderr)}", file=sys.stderr)
+        (kept / "log").write_text(run.stdout)
+        print(f"{name}: see {kept}\n{_fault(run.stdout)}", file=sys.stderr)
     return done
 
 

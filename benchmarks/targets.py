@@ -292,7 +292,16 @@ def image_arrays(kind: str) -> list[bytes]:
         numpy_file(square, kind),
         numpy_file(square[..., 0].astype(np.float32) / 255, kind),
         numpy_file(np.array([{"a": 1}], dtype=object), kind, pickle=True),
+        without_arrays(),
     ]
+
+
+def without_arrays() -> bytes:
+    """A zip of text, as a .npz may be."""
+    into = io.BytesIO()
+    with zipfile.ZipFile(into, "w") as archive:
+        archive.writestr("a.txt", "hello")
+    return into.getvalue()
 
 
 def waveforms() -> list[bytes]:
@@ -307,7 +316,9 @@ def waveforms() -> list[bytes]:
     with wave.open(plain, "wb") as file:
         file.setparams((2, 2, 8000, 0, "NONE", ""))
         file.writeframes(bytes(400))
-    return [*found, plain.getvalue()]
+    flac = found[2]
+    endless = flac[:21] + bytes([flac[21] | 15]) + b"\xff" * 4 + flac[26:]  # 2 ** 36 - 1 samples, says its header
+    return [*found, plain.getvalue(), endless]
 
 
 def look(path: Path, medium: Medium, channels: int) -> None:

@@ -48,6 +48,8 @@ def _stored_items(path: Path) -> list[Item]:
         arrays = [(path.name, loaded)] if isinstance(loaded, np.ndarray) else [(path.name, loaded[k]) for k in loaded]
     except Exception as error:  # numpy and zipfile raise whatever they like on a damaged file
         raise CodebookError(f"{path} is not a readable array file: {one_line(error)}") from error
+    if not all(isinstance(array, np.ndarray) for _, array in arrays):
+        raise CodebookError(f"{path} holds what is no array; give a .npz with one array of images, or a .npy")
     if len(arrays) > 1:
         raise CodebookError(f"{path} holds {len(arrays)} arrays; give a .npz with one array of images, or a .npy")
     return [item for name, array in arrays for item in array_items(name, array)]

@@ -102,7 +102,7 @@ def _opened(source: Source) -> Iterator[Any]:
             raise ValueError("the file is empty")
         try:
             with soundfile.SoundFile(stream) as sound:
-                _refuse(sound)
+                _refuse(sound, source.nbytes)
                 yield sound
         except soundfile.LibsndfileError as error:
             kind = "no WAV or FLAC sound" if error.code == 1 else "damaged file"
@@ -110,8 +110,8 @@ def _opened(source: Source) -> Iterator[Any]:
             raise ValueError(f"{kind}: libsndfile says {told!r}") from None
 
 
-def _refuse(sound: Any) -> None:
-    """Raise ValueError for what libsndfile opens and we do not read."""
+def _refuse(sound: Any, nbytes: int) -> None:
+    """Raise ValueError for what libsndfile opens and we do not read. nbytes: of the file."""
     if sound.format not in FORMATS:
         raise ValueError(f"its content is {sound.format}; expected WAV or FLAC")
     if sound.samplerate not in RATES:
@@ -120,3 +120,8 @@ def _refuse(sound: Any) -> None:
         raise ValueError("it holds no samples")
     if sound.frames == 2**63 - 1:
         raise ValueError("its header does not say how long it is: write it anew, with ffmpeg or sox")
+    if sound.frames > _MOST_FRAMES * nbytes:
+        raise ValueError(f"damaged file: its header says {sound.frames:,} samples, more than {nbytes:,} bytes can hold")
+
+
+_MOST_FRAMES = 6554  # of a byte: FLAC writes 65,535 equal samples in 10 bytes
