@@ -1,5 +1,6 @@
 """Every reader of files, on inputs that a coverage-guided fuzzer makes of sound ones (atheris, libFuzzer's Python).
 
+    pip install -e ".[fuzz]"
     python benchmarks/fuzz.py [READER ...] [--inputs N] [--seed N]
 
 None may end in anything but a result or one clear line, take more than 5 seconds, or come to more than 1 GB. An input

@@ -70,7 +70,7 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-_LEFT = "what was written is whole, or not there; a fine-tuning goes on with --resume"
+_LEFT = "what was written is whole, or not there; with --resume, where a command has it, a fine-tuning goes on"
 
 
 @contextmanager
