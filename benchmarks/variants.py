@@ -218,6 +218,12 @@ VARIANTS = {
     ),
     "codes frozen": Variant({"codebook_update": "frozen"}),
     "decoder alone": Variant({"train": "decoder"}),
+    **{
+        f"decoder alone, at {name} the rate": Variant(
+            {"train": "decoder"}, inside={"training.rates:_MOVED": share * rates._MOVED}
+        )
+        for name, share in RATES
+    },
     "encoder frozen for a fifth": Variant(inside={"training.step:Training.move": encoder_later}),
     "codes aligned with the latents first": Variant(before=aligned),
     **{f"EMA decay {decay}": Variant(inside={"quantiser:DECAY": decay}) for decay in (0.9, 0.95, 0.99)},

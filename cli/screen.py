@@ -5,15 +5,32 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.text import Text
 
-ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) != "\n"}
+
+
+class Screen(Console):
+    """Names of tensors and files come from strangers: what in them would steer the terminal is shown, not sent, and
+    brackets and colons are no markup."""
+
+    def __init__(self, width: int | None = None, stderr: bool = False) -> None:
+        super().__init__(width=width, stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else text.translate(_CONTROLS), style, control)
+
+
+ERRORS = Screen(stderr=True)
 
 
 class ProgressShow(AbstractContextManager["ProgressShow"]):
@@ -27,10 +44,10 @@ class ProgressShow(AbstractContextManager["ProgressShow"]):
         self.shown = ERRORS.is_terminal and not quiet
         self.quiet, self.said = quiet, time.perf_counter()
         self.progress = Progress(
-            TextColumn("{task.description:<28}"),
+            TextColumn("{task.description:<28}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=ERRORS,
             transient=True,
@@ -85,20 +102,14 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 def print_table(table: RenderableType) -> None:
     # A pipe has no width: there, long paths stay in one piece.
-    Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000).print(table)
+    Screen(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def print_warnings(warnings: list[str] | tuple[str, ...], quiet: bool) -> None:
     if not quiet:
         for warning in warnings:
-            ERRORS.print(f"[yellow]warning:[/] {_escaped(warning)}")
+            ERRORS.print(Text.assemble(("warning: ", "yellow"), warning))
 
 
 def print_error(message: str) -> None:
-    ERRORS.print(f"[bold red]error:[/] {_escaped(' '.join(message.split()))}")
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+    ERRORS.print(Text.assemble(("error: ", "bold red"), message))

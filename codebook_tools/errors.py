@@ -1,10 +1,18 @@
 """What the user can fix, with the exit code each failure ends in."""
 
 
+def plain(text: str) -> str:
+    """The text with what does not print, or would move a terminal's cursor, escaped: names come from strangers."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class CodebookError(Exception):
     """The user can fix this. The message is one line: what, the value, the limit, the way out."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(plain(" ".join(line.strip() for line in message.splitlines() if line.strip())))
 
 
 class VerificationError(CodebookError):

@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import CodebookError, plain
 from codebook_tools.sources import Source, find_sources
 
 Values = NDArray[Any]
@@ -34,7 +34,7 @@ class Item:
 
     def __str__(self) -> str:
         """The name on one line, whatever is in it."""
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in self.name)
+        return plain(self.name)
 
     @property
     def nbytes(self) -> int:

@@ -31,6 +31,10 @@ TURNS = {
 _DETOURS = {"LAB": "RGB", "La": "LA", "RGBa": "RGBA"}
 """Modes that Pillow does not convert to L or RGB at once."""
 
+_LARGE, _PIXELS_A_BYTE = 1 << 24, 1000
+"""Of a picture with more pixels than the first each byte of its file has to stand for no more than the second: deflate,
+which packs best of all, stores at most a thousand bytes in one. What claims more is blank at best."""
+
 _BITS, _PHOTOMETRIC = Base.BitsPerSample, Base.PhotometricInterpretation
 
 
@@ -48,7 +52,8 @@ def decode_picture(data: bytes, channels: int) -> NDArray[np.uint8]:
       byte, at most one level from that.
 
     Raises ValueError with the reason: an empty or damaged file, content of no known format, more pixels than
-    Pillow's limit against decompression bombs, or pixels without a fixed range (signed, 32 bits, floating point).
+    Pillow's limit against decompression bombs, or than so few bytes can hold, or pixels without a fixed range (signed,
+    32 bits, floating point).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata, large sizes, palettes with alpha: all decided here
@@ -61,6 +66,8 @@ def _opened(data: bytes) -> Image.Image:
         raise ValueError("the file is empty")
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        if picture.width * picture.height > max(_LARGE, _PIXELS_A_BYTE * len(data)):
+            raise Image.DecompressionBombError(f"{picture.width} x {picture.height} in {len(data):,} bytes")
         picture.load()
     except MemoryError:
         raise

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import random
 import sys
+from base64 import b64decode
 from collections.abc import Callable
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Outcome, assert_refused
+from PIL import Image
 from torch import nn
 
+from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.networks.bounded import bounded
 from codebook_tools.parsing import read_text
+from codebook_tools.pictures import decode_picture
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 targets = import_module("targets")
@@ -120,3 +125,41 @@ def test_a_huge_trace_is_refused_at_once(tiny: Path, codebook: Run, tmp_path: Pa
         file.truncate(1 << 40)  # a hole: it takes no disk
     found = codebook("diagnose", tiny, "--trace", tmp_path / "t.json")
     assert_refused(found, "1,099,511,627,776 bytes")
+
+
+def header_of_bytes(header: bytes, data: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def test_a_header_of_a_hundred_megabytes_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    """The format allows it, and parsing it took 1.6 GB and half a minute."""
+    words = b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(2_000_000)) + b"}}"
+    (tmp_path / "m.safetensors").write_bytes(header_of_bytes(words))
+    with pytest.raises(CodebookError, match=r"m\.safetensors: a header of 24,888,908 bytes; the longest read has 16,"):
+        read_checkpoint(tmp_path / "m.safetensors")
+
+
+STEERING = "a\x1b[2J\r\n\x07\x9b31m[bold][/x]:smile:"
+"""Clears a terminal's screen, goes up, rings and turns red, where it gets there as it is; and markup of ours."""
+
+
+def test_names_that_would_steer_a_terminal_are_shown_not_sent(codebook: Run, tmp_path: Path) -> None:
+    key = f"{STEERING}.quantize.embedding.weight"
+    header = json.dumps({key: {"dtype": "F32", "shape": [16, 4], "data_offsets": [0, 256]}}).encode()
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(header_of_bytes(header, bytes(256)))
+    for arguments in (("inspect", path), ("inspect", path, "--json"), ("measure", path)):
+        found = codebook(*arguments)
+        assert "31m[bold][/x]:smile:.quantize" in found.stdout + found.stderr
+        assert not set("\x1b\r\x07\x9b") & set(found.stdout + found.stderr)
+    assert_refused(found, r"(codebook a\x1b[2J \x07\x9b31m[bold][/x]:smile:.quantize.embedding.weight, 16x4)")
+
+
+def test_a_picture_of_more_pixels_than_its_bytes_can_hold_is_refused_before_they_are_made(tmp_path: Path) -> None:
+    """A GIF of 36 bytes, found by the fuzzer: 32,772 x 2,576 pixels, and 1.3 GB to decode them."""
+    bomb = b64decode("R0lGODdhBIAAAAAAACwAAAAQBAAEAAAICQABCBxIsCCAgAA7")
+    with pytest.raises(ValueError, match=r"too many pixels: .* in 36 bytes"):
+        decode_picture(bomb, 3)
+    blank = BytesIO()
+    Image.new("1", (100_000, 167)).save(blank, "PNG")  # as blank as can be, and no more than 2^24 pixels
+    assert decode_picture(blank.getvalue(), 1).shape == (1, 167, 100_000)

@@ -18,6 +18,10 @@ PICKLED = (b"PK", b"\x80")
 """How files begin that torch.save wrote, and that are of another format: a zip, or, before torch 1.6, a bare pickle."""
 
 
+LONGEST_HEADER = 16 << 20
+"""Bytes: of some hundred thousand tensors. The format allows six times that, which takes gigabytes to parse."""
+
+
 def read_safetensors(path: Path) -> Weights:
     """What a safetensors file holds, by its header. Raises CodebookError with what the file is, where it is none."""
     from safetensors import SafetensorError, safe_open
@@ -25,6 +29,8 @@ def read_safetensors(path: Path) -> Weights:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if LONGEST_HEADER < length <= path.stat().st_size:
+                raise CodebookError(f"{path}: a header of {length:,} bytes; the longest read has {LONGEST_HEADER:,}")
             # The library's own checks of offsets, overlaps and dtypes. No tensor is asked for, so no torch is needed.
             with safe_open(path, framework="np"):
                 pass

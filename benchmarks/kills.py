@@ -1,0 +1,331 @@
+"""Commands killed with SIGKILL while they write: what is there afterwards, and whether the same command then succeeds.
+
+    python benchmarks/kills.py [COMMAND ...] [--kills 200] [--megabytes 200] [--seed N] [--folder DIR]
+
+refit, prune, finetune, and sharded (a prune of a directory in four shards), on models large enough that writing takes a
+second. Half of the kills fall 0 to 50 ms after the first change in the output folder, half at any moment of the run;
+half of the runs replace an older output with --force. After each kill:
+
+- what does not end in `.partial` is, byte for byte, what the older output or an unbroken run has there;
+- the model that is there, if any, has its own index map beside it. Two files cannot be renamed in one instant: a kill
+  between the two leaves the new map beside the older model, which `verify` tells (`between` counts these);
+- of a directory the older one is whole, under its own name or with `.old`;
+- the same command, or --resume for a fine-tuning, ends in the bytes of an unbroken run, where what was left makes it
+  refuse after doing what it says, and leaves nothing else behind.
+
+A trial is a fork of this process, so that each needs no import of torch. What was done goes to
+benchmarks/results/trust.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from record import record
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import codebook_tools.operate
+import codebook_tools.report.pages
+import codebook_tools.report.tables  # noqa: F401  all that a trial would import
+from codebook_tools.checkpoints.layout import index_map_path, training_path
+from codebook_tools.demo import DEMO
+
+_app = import_module("codebook_cli.app").app
+PARTIAL, OLD = ".partial", ".old"
+WINDOW = 0.05
+Bytes = dict[str, str]
+"""SHA-256 by path in the folder."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A command that writes `output`, a name in the folder of outputs."""
+
+    arguments: tuple[str, ...]
+    output: str = "o.safetensors"
+    resumes: bool = False
+
+    def run(self, folder: Path, *more: str) -> tuple[str, ...]:
+        return (*self.arguments, "--output", str(folder / self.output), "--quiet", *more)
+
+
+def made(folder: Path, megabytes: int) -> dict[str, Trial]:
+    """The models and what the commands read, in `folder`."""
+    drawn = torch.Generator().manual_seed(0)
+    codes = load_file(DEMO)
+    carried = {f"unet.{i}": torch.randn(megabytes << 15, generator=drawn) for i in range(8)}
+    large, key = folder / "large.safetensors", "quantize.embedding.weight"
+    save_file(codes | carried, large, _metadata(DEMO))
+    bare = {key: torch.randn(512, 16, generator=drawn)}
+    single, shards = folder / "single.safetensors", folder / "sharded"
+    save_file(bare | carried, single)
+    shards.mkdir()
+    places = dict[str, str]()
+    for i in range(4):
+        name = f"model-{i + 1:05d}-of-00004.safetensors"
+        tensors = {f"unet.{j}": carried[f"unet.{j}"] for j in (2 * i, 2 * i + 1)} | (bare if i == 1 else {})
+        save_file(tensors, shards / name)
+        places |= dict.fromkeys(tensors, name)
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (shards / "config.json").write_text("{}")
+    latents = folder / "latents.safetensors"
+    save_file({"latents": bare[key][:300].repeat(20, 1)}, latents)
+    for model in (single, shards):
+        done = forked(("measure", str(model), "--latents", str(latents), "--stats", f"{model}.stats", "--quiet"))
+        assert done.wait() == 0, f"no counts of {model}"
+    return {
+        "refit": Trial(("refit", str(single), "--latents", str(latents), "--k", "64", "--steps", "0")),
+        "prune": Trial(("prune", str(single), "--stats", f"{single}.stats", "--steps", "0")),
+        "finetune": Trial(
+            ("finetune", str(large), "--limit", "40", "--steps", "40", "--batch-size", "4"), resumes=True
+        ),
+        "sharded": Trial(("prune", str(shards), "--stats", f"{shards}.stats", "--steps", "0"), "o"),
+    }
+
+
+class forked:  # noqa: N801  called as a function
+    """The command, in a process of its own."""
+
+    def __init__(self, arguments: tuple[str, ...], said: Path | None = None) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.process = os.fork()
+        if self.process:
+            return
+        code = 70
+        try:
+            out = os.open(said or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            torch.set_num_threads(1)
+            _app(list(arguments))
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+
+    def ended(self) -> bool:
+        return os.waitid(os.P_PID, self.process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def kill(self) -> None:
+        os.kill(self.process, signal.SIGKILL)
+        self.wait()
+
+
+def contents(folder: Path) -> Bytes:
+    """Of all files that are no part of a partial one."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not any(part.endswith(PARTIAL) for part in Path(name).parts):
+            with path.open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def names(folder: Path) -> list[tuple[str, int]]:
+    """All that a look at the folder tells, deep: names and sizes."""
+    found = []
+    for root, folders, files in os.walk(folder):
+        found += [(os.path.join(root, name), -1) for name in folders]
+        for name in files:
+            try:
+                found.append((os.path.join(root, name), os.stat(os.path.join(root, name)).st_mtime_ns))
+            except FileNotFoundError:
+                found.append((name, 0))
+    return found
+
+
+def killed(trial: Trial, folder: Path, more: tuple[str, ...], at_change: bool, after: float) -> bool:
+    """Run it and kill it. Returns False where it had ended before."""
+    before = names(folder)
+    running = forked(trial.run(folder, *more))
+    if at_change:
+        while names(folder) == before:
+            if running.ended():
+                running.wait()
+                return False
+            time.sleep(0.0005)
+    time.sleep(after)
+    over = running.ended()
+    running.kill()
+    return not over
+
+
+class Faults(list[str]):
+    def unless(self, held: bool, what: str) -> None:
+        if not held:
+            self.append(what)
+
+
+def judged(trial: Trial, folder: Path, older: Bytes, whole: Bytes, faults: Faults) -> str:
+    """In a word, what a kill left."""
+    found = contents(folder)
+    training = training_path(folder / trial.output).name
+    unfinished = found.pop(training, None)
+    if unfinished is not None:
+        try:
+            load_file(folder / training)
+        except Exception as error:
+            faults.append(f"{training} does not load: {error}")
+    index_map = index_map_path(folder / trial.output).name
+    is_folder = not trial.output.endswith(".safetensors")
+    for name, digest in found.items():
+        plain = name.replace(f"{trial.output}{OLD}/", f"{trial.output}/", 1) if is_folder else name
+        faults.unless(
+            digest in (older.get(plain), whole.get(plain)), f"{name} is neither the older file nor the new one"
+        )
+    model = {
+        name: digest for name, digest in found.items() if name == trial.output or name.startswith(trial.output + "/")
+    }
+    aside = {name.replace(OLD, "", 1): digest for name, digest in found.items() if name.startswith(trial.output + OLD)}
+    sound = [{n: d for n, d in of.items() if n != index_map} for of in (older, whole)]
+    if is_folder:
+        faults.unless(
+            model in (sound[0], sound[1], {}), "the directory is neither the older one, nor the new, nor none"
+        )
+        faults.unless(
+            not older or sound[0] in (model, aside) or model == sound[1], "the older directory is nowhere whole"
+        )
+    elif older:
+        faults.unless(bool(model), "the older model is gone")
+    new = bool(model) and model == sound[1]
+    place = found.get(index_map)
+    if new:
+        faults.unless(place == whole[index_map], "the new model has not its map beside it")
+        return "new"
+    if place is not None and place != older.get(index_map):
+        return "between"
+    if unfinished is not None:
+        return "unfinished"
+    return "older" if older else "nothing"
+
+
+def repeated(trial: Trial, folder: Path, whole: Bytes, faults: Faults) -> str:
+    """Do it again, as a user would. Returns how."""
+    said, how = folder.parent / "said", "repeated"
+    more = ("--force", "--resume") if trial.resumes else ("--force",)
+    for _ in range(3):
+        code = forked(trial.run(folder, *more), said).wait()
+        text = " ".join(said.read_text().split())
+        told = re.search(r"(\S+) is (left of|what) .*?(delete it|rename it to (\S+), or)", text)
+        if code == 0 or not told:
+            break
+        how = "repeated as told"
+        place = Path(told[1])
+        place.rename(place.with_name(told[4])) if told[4] else shutil.rmtree(place)
+    faults.unless(code == 0, f"again: exit code {code}: {text[-300:]}")
+    faults.unless(contents(folder) == whole, "again: not the bytes of an unbroken run")
+    left = [name for name, _ in names(folder) if name.endswith((PARTIAL, OLD))]
+    faults.unless(not left, f"again: {left} is left")
+    return how
+
+
+def tried(name: str, trial: Trial, work: Path, kills: int, chance: random.Random) -> Mapping[str, object]:
+    folder, reference, older = work / "out", work / "reference", work / "older"
+    for place in (folder, reference, older):
+        shutil.rmtree(place, ignore_errors=True)
+    reference.mkdir()
+    since = time.perf_counter()
+    assert forked(trial.run(reference), work / "said").wait() == 0, (work / "said").read_text()
+    takes = time.perf_counter() - since
+    whole = contents(reference)
+    older.mkdir()
+    _age(reference, older)
+    aged = contents(older)
+    states, faults = Counter[str](), Faults()
+    done = late = survived = 0
+    while done < kills:
+        shutil.rmtree(folder, ignore_errors=True)
+        replacing, at_change = done % 4 < 2, done % 2 == 0
+        folder.mkdir() if not replacing else shutil.copytree(older, folder, copy_function=os.link)
+        after = chance.uniform(0, WINDOW) if at_change else chance.uniform(0, takes)
+        if not killed(trial, folder, ("--force",) if replacing else (), at_change, after):
+            late += 1
+            continue
+        found = len(faults)
+        states[judged(trial, folder, aged if replacing else {}, whole, faults)] += 1
+        states[repeated(trial, folder, whole, faults)] += 1
+        if len(faults) > found:
+            print(f"{name}, kill {done}: {faults[found:]}", file=sys.stderr, flush=True)
+        survived += len(faults) == found
+        done += 1
+    return {
+        "command": name,
+        "kills": done,
+        "survived": survived,
+        "too late": late,
+        "seconds of a run": round(takes, 2),
+        "megabytes written": round(sum(f.stat().st_size for f in reference.rglob("*") if f.is_file()) / 2**20),
+        "found": dict(sorted(states.items())),
+        "faults": list(faults),
+    }
+
+
+def _age(reference: Path, older: Path) -> None:
+    """Another output of the same command: the same files with a word more in them."""
+    for path in sorted(reference.rglob("*")):
+        target = older / path.relative_to(reference)
+        if path.is_dir():
+            target.mkdir()
+        elif path.suffix == ".safetensors":
+            save_file(load_file(path), target, _metadata(path) | {"age": "older"})
+        else:
+            shutil.copy(path, target)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = ("refit", "prune", "finetune", "sharded")
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", choices=[*commands, []], help=", ".join(commands))
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--megabytes", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder, prefix="kills-") as folder:
+        work = Path(folder)
+        trials = made(work, given.megabytes)
+        found = []
+        for name in given.commands or commands:
+            found.append(tried(name, trials[name], work, given.kills, random.Random(f"{name} {given.seed}")))
+            print(found[-1], file=sys.stderr, flush=True)
+    if not given.commands:
+        record(
+            "kills",
+            f"python benchmarks/kills.py --kills {given.kills} --megabytes {given.megabytes} --seed {given.seed}",
+            {"commands": found},
+        )
+    sys.exit(any(one["faults"] for one in found))
+
+
+if __name__ == "__main__":
+    main()
