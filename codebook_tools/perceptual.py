@@ -29,12 +29,11 @@ class Perceptual:
             raise CodebookError(f"--perceptual: {side} pixels a side are too few; it takes {SMALLEST} or more")
         try:
             import torchvision  # noqa: F401
+
+            # The public class fetches weights whenever it is made, and takes none; those of LPIPS itself lie in it.
+            from torchmetrics.functional.image.lpips import _NoTrainLpips
         except ImportError as error:
-            raise CodebookError(
-                "--perceptual needs torchvision; pip install torchvision, or codebook-tools[perceptual]"
-            ) from error
-        # The public class fetches weights whenever it is made, and takes none; the weights of LPIPS itself lie in it.
-        from torchmetrics.functional.image.lpips import _NoTrainLpips
+            raise CodebookError(f"--perceptual needs {error.name}; pip install codebook-tools[perceptual]") from error
 
         with torch.random.fork_rng():  # its first weights are drawn, and not ours to draw
             self.network = _NoTrainLpips(net="vgg", pnet_rand=True)

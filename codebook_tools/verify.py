@@ -16,7 +16,7 @@ from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.effective import effective
 from codebook_tools.checkpoints.layout import PREFIX, index_map_path
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
-from codebook_tools.checkpoints.writing import maps_sha256
+from codebook_tools.checkpoints.writing import map_metadata
 from codebook_tools.codebook import REMOVED
 from codebook_tools.downstream.verify_prior import prior_differences
 from codebook_tools.errors import CodebookError
@@ -74,7 +74,8 @@ def _files(written: Checkpoint, original: Checkpoint, maps: Checkpoint) -> Itera
         yield Difference(
             "__metadata__", f"{maps.path.name} belongs to another checkpoint, or one of the two is damaged"
         )
-    if maps.metadata.get(PREFIX + "data_sha256") != maps_sha256(maps.tensors()):
+    meant = map_metadata(maps.tensors(), maps.metadata.get(PREFIX + "checkpoint_sha256", ""), written.metadata)
+    if maps.metadata != meant:
         yield Difference("__metadata__", f"{maps.path.name} is damaged")
     for name, value in original.metadata.items():
         if not name.startswith(PREFIX) and written.metadata.get(name) != value:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import entropy
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from codebook_tools import metrics
 
@@ -139,7 +140,19 @@ def test_ssim_equals_scikit_images_on_mirrored_borders(shape: tuple[int, ...], n
     for score, *both in zip(found.tolist(), images.double().numpy(), others.double().numpy(), strict=True):
         wide = [np.pad(image, border, mode="reflect") for image in both]
         _, full = structural_similarity(*wide, full=True, **SCIKIT_IMAGE)
-        assert score == pytest.approx(full[:, REACH:-REACH, REACH:-REACH].mean(), abs=2e-6)
+        assert score == pytest.approx(full[:, REACH:-REACH, REACH:-REACH].mean(), rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 11, 11), (2, 3, 32, 32), (2, 3, 33, 64), (1, 2, 65, 31), (1, 1, 200, 12)])
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 0.3])
+def test_ssim_is_what_torchmetrics_computes_in_float64(shape: tuple[int, ...], noise: float) -> None:
+    images, others = pair(shape, noise)
+    found = metrics.ssim(images, others)
+    expected = structural_similarity_index_measure(
+        others.double(), images.double(), data_range=1.0, reduction="none", sigma=1.5
+    )
+    assert found is not None and isinstance(expected, torch.Tensor)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=0)
 
 
 def test_ssim_is_near_scikit_images_own_where_borders_hardly_count() -> None:
@@ -154,7 +167,7 @@ def test_ssim_of_black_and_white_is_the_luminance_term_alone() -> None:
     """Flat images have no variance: (2ab + C1) / (a² + b² + C1), with C1 = 0.01², a = 0 and b = 1."""
     found = metrics.ssim(torch.zeros(2, 3, 16, 16), torch.ones(2, 3, 16, 16))
     assert found is not None
-    assert found.tolist() == pytest.approx([1e-4 / (1 + 1e-4)] * 2, rel=1e-4)
+    assert found.tolist() == pytest.approx([1e-4 / (1 + 1e-4)] * 2, rel=1e-9)
 
 
 def test_ssim_of_equal_images_is_one_and_each_pair_has_its_own() -> None:

@@ -23,7 +23,7 @@ from codebook_tools.networks.bounded import bounded
 from codebook_tools.parsing import read_text
 from codebook_tools.pictures import decode_picture
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "trust"))
 targets = import_module("targets")
 
 Run = Callable[..., Outcome]

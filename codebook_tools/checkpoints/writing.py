@@ -114,10 +114,9 @@ def write_checkpoint(
             beside = []
             if maps:
                 beside.append(map_path)
-                shared = {PREFIX + name: metadata[name] for name in ("codebooks", "source_sha256") if name in metadata}
-                of_map = {PREFIX + "checkpoint_sha256": digest, PREFIX + "data_sha256": maps_sha256(maps), **shared}
                 of_maps = [Held(key, tensor) for key, tensor in sorted(maps.items())]
-                _write_tensors(stack.enter_context(partial_file(map_path)), of_maps, of_map)
+                about = map_metadata(maps, digest, ours)
+                _write_tensors(stack.enter_context(partial_file(map_path)), of_maps, about)
             if config is not None and not is_directory_output(path):
                 beside.append(own_config_path(path))
                 _write_whole(stack.enter_context(partial_file(beside[-1])), lambda: [config])
@@ -199,6 +198,13 @@ def _write_shards(folder: Path, original: Checkpoint, changed: Mapping[str, Tens
     digests[index.name] = _write_whole(folder / index.name, lambda: [text])
     read_shards(folder / index.name)
     return joined_sha256(digests)
+
+
+def map_metadata(maps: Mapping[str, Tensor], digest: str, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Of an index map file. digest: the SHA-256 of its checkpoint, whose metadata is `metadata`, with PREFIX."""
+    shared = {name: metadata[name] for name in (PREFIX + "codebooks", PREFIX + "source_sha256") if name in metadata}
+    own = {PREFIX + "checkpoint_sha256": digest, PREFIX + "data_sha256": maps_sha256(maps)}
+    return {"format": "pt", **own, **shared}
 
 
 def maps_sha256(maps: Mapping[str, Tensor]) -> str:

@@ -1,10 +1,11 @@
 """Commands killed with SIGKILL while they write: what is there afterwards, and whether the same command then succeeds.
 
-    python benchmarks/kills.py [COMMAND ...] [--kills 200] [--megabytes 200] [--seed N] [--folder DIR]
+    python benchmarks/trust/kills.py [COMMAND ...] [--kills 200] [--megabytes 400] [--seed N] [--folder DIR]
 
 refit, prune, finetune, and sharded (a prune of a directory in four shards), on models large enough that writing takes a
-second. Half of the kills fall 0 to 50 ms after the first change in the output folder, half at any moment of the run;
-half of the runs replace an older output with --force. After each kill:
+second. Half of the kills fall 0 to 50 ms after the first change in the output folder (of a fine-tuning every other of
+them after its output begins), half at any moment of the run; half of the runs replace an older output with --force.
+After each kill:
 
 - what does not end in `.partial` is, byte for byte, what the older output or an unbroken run has there;
 - the model that is there, if any, has its own index map beside it. Two files cannot be renamed in one instant: a kill
@@ -21,33 +22,25 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
-import torch
+from forks import Fork, run
+from models import counts, demo, latents, metadata_of, sharded, single
 from record import record
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import codebook_tools.operate
-import codebook_tools.report.pages
-import codebook_tools.report.tables  # noqa: F401  all that a trial would import
 from codebook_tools.checkpoints.layout import index_map_path, training_path
-from codebook_tools.demo import DEMO
 
-_app = import_module("codebook_cli.app").app
 PARTIAL, OLD = ".partial", ".old"
 WINDOW = 0.05
 Bytes = dict[str, str]
@@ -62,77 +55,22 @@ class Trial:
     output: str = "o.safetensors"
     resumes: bool = False
 
-    def run(self, folder: Path, *more: str) -> tuple[str, ...]:
+    def words(self, folder: Path, *more: str) -> tuple[str, ...]:
         return (*self.arguments, "--output", str(folder / self.output), "--quiet", *more)
 
 
 def made(folder: Path, megabytes: int) -> dict[str, Trial]:
     """The models and what the commands read, in `folder`."""
-    drawn = torch.Generator().manual_seed(0)
-    codes = load_file(DEMO)
-    carried = {f"unet.{i}": torch.randn(megabytes << 15, generator=drawn) for i in range(8)}
-    large, key = folder / "large.safetensors", "quantize.embedding.weight"
-    save_file(codes | carried, large, _metadata(DEMO))
-    bare = {key: torch.randn(512, 16, generator=drawn)}
-    single, shards = folder / "single.safetensors", folder / "sharded"
-    save_file(bare | carried, single)
-    shards.mkdir()
-    places = dict[str, str]()
-    for i in range(4):
-        name = f"model-{i + 1:05d}-of-00004.safetensors"
-        tensors = {f"unet.{j}": carried[f"unet.{j}"] for j in (2 * i, 2 * i + 1)} | (bare if i == 1 else {})
-        save_file(tensors, shards / name)
-        places |= dict.fromkeys(tensors, name)
-    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    (shards / "config.json").write_text("{}")
-    latents = folder / "latents.safetensors"
-    save_file({"latents": bare[key][:300].repeat(20, 1)}, latents)
-    for model in (single, shards):
-        done = forked(("measure", str(model), "--latents", str(latents), "--stats", f"{model}.stats", "--quiet"))
-        assert done.wait() == 0, f"no counts of {model}"
+    of = latents(folder / "latents.safetensors")
+    large, one = demo(folder / "large.safetensors", megabytes), single(folder / "single.safetensors", megabytes)
+    several, no_training = sharded(folder / "sharded", megabytes), ("--steps", "0")
+    few = ("--limit", "40", "--steps", "40", "--batch-size", "4")
     return {
-        "refit": Trial(("refit", str(single), "--latents", str(latents), "--k", "64", "--steps", "0")),
-        "prune": Trial(("prune", str(single), "--stats", f"{single}.stats", "--steps", "0")),
-        "finetune": Trial(
-            ("finetune", str(large), "--limit", "40", "--steps", "40", "--batch-size", "4"), resumes=True
-        ),
-        "sharded": Trial(("prune", str(shards), "--stats", f"{shards}.stats", "--steps", "0"), "o"),
+        "refit": Trial(("refit", str(one), "--latents", str(of), "--k", "64", *no_training)),
+        "prune": Trial(("prune", str(one), "--stats", str(counts(one, of)), *no_training)),
+        "finetune": Trial(("finetune", str(large), *few), resumes=True),
+        "sharded": Trial(("prune", str(several), "--stats", str(counts(several, of)), *no_training), "o"),
     }
-
-
-class forked:  # noqa: N801  called as a function
-    """The command, in a process of its own."""
-
-    def __init__(self, arguments: tuple[str, ...], said: Path | None = None) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.process = os.fork()
-        if self.process:
-            return
-        code = 70
-        try:
-            out = os.open(said or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
-            torch.set_num_threads(1)
-            _app(list(arguments))
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
-    def wait(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
-
-    def ended(self) -> bool:
-        return os.waitid(os.P_PID, self.process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-    def kill(self) -> None:
-        os.kill(self.process, signal.SIGKILL)
-        self.wait()
 
 
 def contents(folder: Path) -> Bytes:
@@ -159,12 +97,13 @@ def names(folder: Path) -> list[tuple[str, int]]:
     return found
 
 
-def killed(trial: Trial, folder: Path, more: tuple[str, ...], at_change: bool, after: float) -> bool:
-    """Run it and kill it. Returns False where it had ended before."""
-    before = names(folder)
-    running = forked(trial.run(folder, *more))
-    if at_change:
-        while names(folder) == before:
+def killed(trial: Trial, folder: Path, more: tuple[str, ...], at: str, after: float) -> bool:
+    """Run it and kill it. at: "change" waits for the first change in the folder, "output" for the output's beginning,
+    "once" for nothing. Returns False where it had ended before."""
+    before, begun = names(folder), folder / (trial.output + PARTIAL)
+    running = Fork(trial.words(folder, *more))
+    if at != "once":
+        while not begun.exists() if at == "output" else names(folder) == before:
             if running.ended():
                 running.wait()
                 return False
@@ -229,7 +168,7 @@ def repeated(trial: Trial, folder: Path, whole: Bytes, faults: Faults) -> str:
     said, how = folder.parent / "said", "repeated"
     more = ("--force", "--resume") if trial.resumes else ("--force",)
     for _ in range(3):
-        code = forked(trial.run(folder, *more), said).wait()
+        code = Fork(trial.words(folder, *more), said).wait()
         text = " ".join(said.read_text().split())
         told = re.search(r"(\S+) is (left of|what) .*?(delete it|rename it to (\S+), or)", text)
         if code == 0 or not told:
@@ -250,7 +189,7 @@ def tried(name: str, trial: Trial, work: Path, kills: int, chance: random.Random
         shutil.rmtree(place, ignore_errors=True)
     reference.mkdir()
     since = time.perf_counter()
-    assert forked(trial.run(reference), work / "said").wait() == 0, (work / "said").read_text()
+    run(trial.words(reference), work / "said")
     takes = time.perf_counter() - since
     whole = contents(reference)
     older.mkdir()
@@ -260,10 +199,12 @@ def tried(name: str, trial: Trial, work: Path, kills: int, chance: random.Random
     done = late = survived = 0
     while done < kills:
         shutil.rmtree(folder, ignore_errors=True)
-        replacing, at_change = done % 4 < 2, done % 2 == 0
+        replacing = done % 4 < 2
+        # A fine-tuning changes the folder long before it writes its output.
+        at = "once" if done % 2 else "output" if trial.resumes and done % 8 < 4 else "change"
         folder.mkdir() if not replacing else shutil.copytree(older, folder, copy_function=os.link)
-        after = chance.uniform(0, WINDOW) if at_change else chance.uniform(0, takes)
-        if not killed(trial, folder, ("--force",) if replacing else (), at_change, after):
+        after = chance.uniform(0, takes if at == "once" else WINDOW)
+        if not killed(trial, folder, ("--force",) if replacing else (), at, after):
             late += 1
             continue
         found = len(faults)
@@ -292,14 +233,9 @@ def _age(reference: Path, older: Path) -> None:
         if path.is_dir():
             target.mkdir()
         elif path.suffix == ".safetensors":
-            save_file(load_file(path), target, _metadata(path) | {"age": "older"})
+            save_file(load_file(path), target, metadata_of(path) | {"age": "older"})
         else:
             shutil.copy(path, target)
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
 
 
 def main() -> None:
@@ -307,7 +243,7 @@ def main() -> None:
     commands = ("refit", "prune", "finetune", "sharded")
     parser.add_argument("commands", nargs="*", metavar="COMMAND", choices=[*commands, []], help=", ".join(commands))
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--megabytes", type=int, default=200)
+    parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
@@ -321,7 +257,7 @@ def main() -> None:
     if not given.commands:
         record(
             "kills",
-            f"python benchmarks/kills.py --kills {given.kills} --megabytes {given.megabytes} --seed {given.seed}",
+            f"python benchmarks/trust/kills.py --kills {given.kills} --megabytes {given.megabytes} --seed {given.seed}",
             {"commands": found},
         )
     sys.exit(any(one["faults"] for one in found))

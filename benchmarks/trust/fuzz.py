@@ -1,12 +1,12 @@
 """Every reader of files, on inputs that a coverage-guided fuzzer makes of sound ones (atheris, libFuzzer's Python).
 
     pip install -e ".[fuzz]"
-    python benchmarks/fuzz.py [READER ...] [--inputs N] [--seed N]
+    python benchmarks/trust/fuzz.py [READER ...] [--inputs N] [--seed N]
 
 None may end in anything but a result or one clear line, take more than 5 seconds, or come to more than 1 GB. An input
-that does is kept in build/fuzz/, and `python benchmarks/fuzz.py READER --again FILE` reads it once more. Without
+that does is kept in build/fuzz/, and `python benchmarks/trust/fuzz.py READER --again FILE` reads it once more. Without
 READER: each of targets.py in turn, N inputs in all, more of those that are quick; what was done goes to
-benchmarks/results/trust/fuzz.json.
+benchmarks/results/trust.json.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -23,8 +22,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path("benchmarks") / "results" / "trust" / "fuzz.json"
+ROOT = Path(__file__).parents[2]
 KEPT = Path("build") / "fuzz"
 SECONDS, MEGABYTES, LONGEST = 5, 1024, 8192
 SLOW = {"config": 0.02, "pickle in torch.save": 0.1, "torch.save": 0.1, "parquet of tokens": 0.05, "sound": 0.2}
@@ -105,6 +103,7 @@ def main() -> None:
     given, options = parser.parse_known_args()
     if given.child:
         child(given.readers[0], options)
+    from record import record
     from targets import TARGETS, tried
 
     unknown = set(given.readers) - set(TARGETS)
@@ -122,15 +121,16 @@ def main() -> None:
         found.append(fuzz(name, inputs, given.seed))
         print(json.dumps(found[-1]), file=sys.stderr)
     if not given.readers:
-        about = {
-            "command": f"python benchmarks/fuzz.py --inputs {given.inputs} --seed {given.seed}",
-            "machine": f"{platform.machine()}, Python {platform.python_version()}, atheris {version('atheris')}",
-            "limits": {"seconds": SECONDS, "megabytes": MEGABYTES, "longest": LONGEST},
-            "inputs": sum(int(str(one["inputs"])) for one in found),
-            "readers": found,
-        }
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(about, indent=1) + "\n")
+        record(
+            "fuzz",
+            f"python benchmarks/trust/fuzz.py --inputs {given.inputs} --seed {given.seed}",
+            {
+                "atheris": version("atheris"),
+                "limits": {"seconds": SECONDS, "megabytes": MEGABYTES, "longest": LONGEST},
+                "inputs": sum(int(str(one["inputs"])) for one in found),
+                "readers": found,
+            },
+        )
     sys.exit(any(one["faults"] for one in found))
 
 
