@@ -19,7 +19,7 @@ _app = import_module("codebook_cli.app").app
 
 
 class Fork:
-    """`codebook *arguments` in a process of its own. said: a file for what it prints, errors too."""
+    """`codebook *arguments` in a process of its own. said: a file for its stdout; `errors_of` that is its stderr's."""
 
     def __init__(self, arguments: Sequence[str], said: Path | None = None, threads: int = 1) -> None:
         sys.stdout.flush()
@@ -29,9 +29,8 @@ class Fork:
             return
         code = 70
         try:
-            out = os.open(said or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
+            for stream, path in ((1, said), (2, said and errors_of(said))):
+                os.dup2(os.open(path or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
             torch.set_num_threads(threads)
             _app(list(arguments))
             code = 0
@@ -54,9 +53,13 @@ class Fork:
         self.wait()
 
 
+def errors_of(said: Path) -> Path:
+    return said.with_name(said.name + ".errors")
+
+
 def run(arguments: Sequence[object], said: Path, threads: int = 1) -> str:
     """What the command says. Raises RuntimeError with that where its exit code is not 0."""
     code = Fork([str(word) for word in arguments], said, threads).wait()
     if code:
-        raise RuntimeError(f"{' '.join(map(str, arguments))}: exit code {code}: {said.read_text()}")
+        raise RuntimeError(f"{' '.join(map(str, arguments))}: exit code {code}: {errors_of(said).read_text()}")
     return said.read_text()

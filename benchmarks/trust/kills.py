@@ -34,7 +34,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from forks import Fork, run
+from forks import Fork, errors_of, run
 from models import counts, demo, latents, metadata_of, sharded, single
 from record import record
 from safetensors.torch import load_file, save_file
@@ -169,7 +169,7 @@ def repeated(trial: Trial, folder: Path, whole: Bytes, faults: Faults) -> str:
     more = ("--force", "--resume") if trial.resumes else ("--force",)
     for _ in range(3):
         code = Fork(trial.words(folder, *more), said).wait()
-        text = " ".join(said.read_text().split())
+        text = errors_of(said).read_text().strip()
         told = re.search(r"(\S+) is (left of|what) .*?(delete it|rename it to (\S+), or)", text)
         if code == 0 or not told:
             break
