@@ -154,7 +154,7 @@ def compare(
     tasks = list(_tasks(entries, k, _in_use(opened, seen), request.seed, seeds))
     hashes = {task: _made_with(opened, task, recipe) for task in tasks}
     before: tuple[Measurement, Latents] | None = None
-    rows, warned = [], dict[str, list[str]]()
+    rows = []
     for i, task in enumerate(tasks):
         row = store.find(task.name, task.k, task.seed, hashes[task])
         if row is None:
@@ -162,14 +162,16 @@ def compare(
                 latents = encoder_latents(opened)
                 before = measure_stage(opened, latents, watch), latents
             told = watch.within(f"{i + 1} of {len(tasks)}, {task.name}")
-            row, said = _run(task, opened, seen, *before, recipe, hashes[task], told)
-            for warning in said:
-                warned.setdefault(warning, []).append(f"{task.name} of {row.k}, seed {task.seed}")
+            row = _run(task, opened, seen, *before, recipe, hashes[task], told)
             if row.error is None:
                 store.add(row)
         rows.append(row)
     order = {name: i for i, name in enumerate(entries)}
     rows.sort(key=lambda row: (order[row.strategy], row.k, row.seed))
+    warned = dict[str, list[str]]()
+    for row in rows:
+        for warning in row.warnings:
+            warned.setdefault(warning, []).append(f"{row.strategy} of {row.k}, seed {row.seed}")
     table = folder / "table.md"
     found = Comparison(
         model=str(request.source),
@@ -217,8 +219,7 @@ def _run(
     recipe: Recipe,
     made: str,
     watch: Watch,
-) -> tuple[Row, tuple[str, ...]]:
-    """The row, and what it warns of."""
+) -> Row:
     its = replace(opened, model=opened.model.copy(copy.deepcopy(opened.model.network)), warnings=[])
     stages: dict[str, Measurement | None] = dict.fromkeys(STAGES)
     size, kept, error = task.k or _size(opened), None, None
@@ -240,8 +241,8 @@ def _run(
         error = str(problem)
     seconds = watch.seconds["strategy"] + watch.seconds["finetune"]
     nbytes = bytes_at(opened, size)
-    row = Row(task.name, size, task.seed, stages, kept or "before", seconds, nbytes, error, made)
-    return row, tuple(its.warnings)
+    said = tuple(its.warnings)
+    return Row(task.name, size, task.seed, stages, kept or "before", seconds, nbytes, error, made, said)
 
 
 def _size(opened: Opened) -> int:

@@ -28,7 +28,7 @@ class Row:
     """One strategy or control with one seed. stages: as of a single run. seconds: of surgery and fine-tuning alone.
 
     bytes: of the file it would write, but for its metadata. error: why there are no stages, where it could not be done.
-    made_with: a hash of everything that the figures depend on.
+    made_with: a hash of everything that the figures depend on. warnings: of this row alone.
     """
 
     strategy: str
@@ -40,6 +40,7 @@ class Row:
     bytes: int
     error: str | None
     made_with: str
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         stages = {name: stage.to_json() if stage else None for name, stage in self.stages.items()}
@@ -49,7 +50,9 @@ class Row:
     def from_json(found: Mapping[str, Any]) -> Row:
         """The inverse of `to_json`. Raises KeyError or TypeError where it is no row."""
         stages = {name: _measurement(found["stages"][name]) for name in STAGES}
-        return Row(**{**{entry.name: found[entry.name] for entry in fields(Row)}, "stages": stages})
+        warnings = tuple(map(str, found.get("warnings", ())))  # of an older version of this file: none
+        rest = {entry.name: found[entry.name] for entry in fields(Row) if entry.name != "warnings"}
+        return Row(**{**rest, "stages": stages, "warnings": warnings})
 
 
 def _measurement(found: Mapping[str, Any] | None) -> Measurement | None:

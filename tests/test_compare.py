@@ -188,10 +188,13 @@ def refuse(*_: object) -> None:
     raise AssertionError("a row that was there already is run again")
 
 
-def test_rows_that_are_there_are_not_run_again(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = ask("prune", "refit", seeds=2)
+def test_rows_that_are_there_are_not_run_again_and_warn_again(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    hot = replace(RECIPE, lr=30.0)
+    first, warned = ask("prune", "refit", seeds=2), ask("refit", recipe=hot).warnings
+    assert any("refit of 12, seed 0" in warning for warning in warned)
     monkeypatch.setattr(compare_module, "_run", refuse)
     assert ask("prune", "refit", seeds=2).rows == first.rows
+    assert ask("refit", recipe=hot).warnings == warned
     assert ask("refit").rows == tuple(row for row in first.rows if row.seed == 0 and row.k == 12)
 
 

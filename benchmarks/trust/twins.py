@@ -90,7 +90,7 @@ def of_images(ours: Callable[[Tensor, Tensor], float], theirs: Callable[[Tensor,
 
 
 def _shares(hits: NDArray[np.int64]) -> NDArray[np.float64]:
-    return hits / max(1, hits.sum())
+    return np.asarray(hits / max(1, hits.sum()), dtype=np.float64)
 
 
 def _sonnet(hits: NDArray[np.int64]) -> float:
