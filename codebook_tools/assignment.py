@@ -154,10 +154,13 @@ def _product(latents: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
 
 
 def squared_errors(latents: Tensor, codebook: Codebook, codes: Tensor) -> Tensor:
-    """(n,) float32: squared Euclidean distance, summed over dimensions, from each latent to the code that is emitted.
+    """(n,) float64: squared Euclidean distance, summed over dimensions, from each latent to the code that is emitted.
 
     latents: (n, dim) float32. codes: (n,) int64, its codes. A latent is normalised where lookup and output both are.
+    Added up in float32, unless one overflows there: codes that a training drove far off are there to be replaced.
     """
     if codebook.lookup is Lookup.COSINE and codebook.emit is Emit.UNIT:
         latents = unit(latents)
-    return (latents - emitted(codebook).to(latents.device)[codes]).square().sum(1)
+    apart = latents - emitted(codebook).to(latents.device)[codes]
+    found = apart.square().sum(1).double()
+    return found if bool(found.isfinite().all()) else apart.double().square().sum(1)

@@ -52,7 +52,7 @@ def see(opened: Opened, stage: int, top: int, watch: Watch) -> Seen:
         shape = tuple(codes.shape[1:])
         grid = (shape[0], shape[1]) if len(shape) == 2 else (1, codes[0].numel())
         flat, rows = codes.flatten().cpu(), rows_of(latents)
-        distances = squared_errors(rows, book, codes.flatten()).double().cpu()
+        distances = squared_errors(rows, book, codes.flatten()).cpu()
         counts += torch.bincount(flat, minlength=book.size)
         errors.index_add_(0, flat, distances)
         positions = grid[0] * grid[1]

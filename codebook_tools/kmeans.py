@@ -14,7 +14,7 @@ from codebook_tools import processes
 from codebook_tools.assignment import unit
 from codebook_tools.cells import Cells
 from codebook_tools.codebook import Codebook, Emit, Latents, Lookup
-from codebook_tools.seeding import Init, count_distinct, draw_by_error, refuse_too_few, seeds
+from codebook_tools.seeding import Init, count_distinct, draw_by_error, refuse_unfit, seeds
 from codebook_tools.swaps import swapped
 from codebook_tools.watch import Watch
 
@@ -75,7 +75,7 @@ def kmeans(
     """
     assert k >= 1 and iterations >= 1 and lookup is not Lookup.DOT, (k, iterations, lookup)
     places = points if lookup is Lookup.EUCLIDEAN else unit(points)
-    refuse_too_few(places, k)
+    refuse_unfit(places, k)
     given = isinstance(init, Tensor)
     start = init if isinstance(init, Tensor) else seeds(places, k, init, seed)
     assert start.shape == (k, points.shape[1])

@@ -26,7 +26,7 @@ def seeds(points: Tensor, k: int, init: Init, seed: int) -> Tensor:
     those are more, give the seeds, unless they are so full of repeats that fewer than k are distinct. Raises
     CodebookError where all have fewer.
     """
-    refuse_too_few(points, k)
+    refuse_unfit(points, k)
     head = points[: max(_POINTS, _POINTS_PER_SEED * k)]
     data = (head if count_distinct(head, enough=k) == k else points).cpu().contiguous()
     rng = np.random.default_rng(seed % 2**64)  # numpy takes no negative seed
@@ -34,8 +34,14 @@ def seeds(points: Tensor, k: int, init: Init, seed: int) -> Tensor:
     return torch.from_numpy(draw(data.numpy(), k, rng)).to(points.device)
 
 
-def refuse_too_few(points: Tensor, k: int) -> None:
-    """Raise CodebookError where there are fewer than k distinct points (n, dim)."""
+LARGEST = 1e15
+"""Of a point's numbers: the sum of thousands of its squares has room in float32."""
+
+
+def refuse_unfit(points: Tensor, k: int) -> None:
+    """Raise CodebookError where there are fewer than k distinct points (n, dim), or squares of theirs overflow."""
+    if len(points) and (largest := float(points.abs().max())) > LARGEST:
+        raise CodebookError(f"latents of up to {largest:.0e} overflow distances in float32; {LARGEST:.0e} will do")
     distinct = count_distinct(points, enough=k)
     if distinct < k:
         raise CodebookError(
@@ -129,7 +135,7 @@ def draw_by_error(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tens
 
 
 def _drawn(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tensor:
-    errors = squared_errors(points, codebook, nearest(points, codebook)).double()
+    errors = squared_errors(points, codebook, nearest(points, codebook))
     places = unit(points) if (codebook.lookup, codebook.emit) == (Lookup.COSINE, Emit.UNIT) else points
     random = torch.Generator().manual_seed(seed)
     drawn: list[int] = []

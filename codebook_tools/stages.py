@@ -270,4 +270,4 @@ def current_tokens(opened: Opened, seen: Calibration, moved: bool, watch: Watch)
     rows, share = first.sample.vectors, len(first.sample) / first.total
     codes = nearest(rows, codebook)
     counts = torch.bincount(codes, minlength=codebook.size).double() / share
-    return (Tokens(counts, float(squared_errors(rows, codebook, codes).double().sum()) / share, codes),)
+    return (Tokens(counts, float(squared_errors(rows, codebook, codes).sum()) / share, codes),)

@@ -105,7 +105,7 @@ class Sums:
 
 def book_sums(key: str, codebook: Codebook, reference: float | None, rows: Tensor, codes: Tensor) -> BookSums:
     """Of latents, (n, dim), and their codes, (n,). reference: the squared distance up to which they are covered."""
-    errors = squared_errors(rows, codebook, codes).double()
+    errors = squared_errors(rows, codebook, codes)
     return BookSums(
         key=key,
         dim=codebook.dim,

@@ -64,7 +64,7 @@ def survey(latents: ItemLatents, codebook: Codebook, *, seed: int, limit: int = 
         codes = nearest(torch.cat(batches), codebook)
         counts += torch.bincount(codes, minlength=codebook.size).cpu()
         for (items, batch), rows, its in zip(held, batches, torch.split(codes, [*map(len, batches)]), strict=True):
-            error += squared_errors(rows, codebook, its).double().sum().cpu()
+            error += squared_errors(rows, codebook, its).sum().cpu()
             sampler.add(items, batch.shape[1], rows, its)
     if parts > 1:
         counts, error = processes.summed(counts), processes.summed(error)

@@ -21,7 +21,7 @@ def swapped(codebook: Codebook, points: Tensor, count: int, random: torch.Genera
     "Iterative split-and-merge algorithm for VQ codebook generation".
     """
     codes = nearest(points, codebook)
-    errors = squared_errors(points, codebook, codes).double()
+    errors = squared_errors(points, codebook, codes)
     hits = torch.bincount(codes, minlength=codebook.size).double()
     of_cells = errors.new_zeros(codebook.size).index_add_(0, codes, errors)
     moved, cut = _pairs(*_cheapest_merges(codebook.vectors, hits), of_cells, count)

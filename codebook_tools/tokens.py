@@ -44,7 +44,7 @@ def tokenise(model: Model, images: Media, *, seed: int, batch: int, watch: Watch
     for items, seen in _batches(model, images, batch, watch):
         for i, (rows, codes) in enumerate(seen):
             counts[i] += torch.bincount(codes, minlength=books[i].size).cpu()
-            errors[i] += squared_errors(rows, books[i], codes).double().sum().cpu()
+            errors[i] += squared_errors(rows, books[i], codes).sum().cpu()
             samplers[i].add(items, len(codes) // len(items), codes)
     if parts > 1:
         counts, errors = [processes.summed(of) for of in counts], processes.summed(errors)

@@ -138,7 +138,7 @@ class _Names:
         leaf = re.sub(r"^_+|[_\d]+$", "", leaf).lower()
         points = next((points for pattern, points in LEAVES if pattern.fullmatch(leaf)), -2)
         layer = weight and (len(shape) == 3 or points < -1 or f"{module}.bias" in self.shapes)  # or a convolution
-        if layer or len(shape) not in (2, 3) or max(shape) < 2:
+        if layer or len(shape) not in (2, 3) or max(shape) < 2 or not min(shape):
             return None
         rank, since = self.owner(owner)
         named = rank > 0 and all(map(CONTAINER.fullmatch, since))

@@ -109,7 +109,7 @@ def centroids(like: Codebook, points: Tensor, k: int, seed: int) -> Codebook:
 def distortion(codes: Codebook, points: Tensor) -> tuple[float, int]:
     """Mean squared distance of points (n, dim) to their codes, and how many codes that takes."""
     chosen = nearest(points, codes)
-    return float(squared_errors(points, codes, chosen).double().mean()), len(torch.unique(chosen))
+    return float(squared_errors(points, codes, chosen).mean()), len(torch.unique(chosen))
 
 
 def variance_of(points: Tensor) -> float:

@@ -66,7 +66,8 @@ def cells(points: Tensor, codes: Codebook) -> tuple[Tensor, Tensor, Tensor]:
     means = torch.zeros_like(codes.vectors).index_add_(0, chosen, points) / hits.clamp(min=1)[:, None]
     if codes.lookup is Lookup.COSINE:
         means = unit(means)
-    errors = torch.zeros(codes.size).index_add_(0, chosen, squared_errors(points, codes, chosen)) / hits.clamp(min=1)
+    apart = squared_errors(points, codes, chosen).float()
+    errors = torch.zeros(codes.size).index_add_(0, chosen, apart) / hits.clamp(min=1)
     offsets = codes.vectors - means
     chance = (errors - offsets.square().sum(1)).clamp(min=0) / hits.clamp(min=1)
     return hits, _alone(codes.vectors, offsets, hits).square().sum(1) - chance, errors

@@ -73,7 +73,7 @@ def _named(checkpoint: Checkpoint, detection: Detection, key: str) -> FoundCodeb
     candidates = ", ".join(found.key for found in detection.codebooks) or "none"
     if entry is None:
         raise CodebookError(f"--codebook-key {key}: no such tensor in {checkpoint.path}; the candidates: {candidates}")
-    if len(entry.shape) != 2 or entry.dtype not in ("F64", "F32", "F16", "BF16"):
+    if len(entry.shape) != 2 or not min(entry.shape) or entry.dtype not in ("F64", "F32", "F16", "BF16"):
         raise CodebookError(
             f"--codebook-key {key}: {entry.dtype} {entry.shape} is no matrix of codes; the candidates: {candidates}"
         )

@@ -63,7 +63,7 @@ def _step(points: Tensor, codes: Tensor, shares: Tensor, unit: float) -> tuple[T
     longer = Codebook(torch.cat([codes, prices[:, None]], 1))
     rows = torch.cat([points, points.new_zeros(len(points), 1)], 1)
     chosen = nearest(rows, longer)
-    cost = float(squared_errors(rows, longer, chosen).double().mean())
+    cost = float(squared_errors(rows, longer, chosen).mean())
     hits = torch.bincount(chosen, minlength=len(codes))
     sums = points.new_zeros(codes.shape).index_add_(0, chosen, points)
     used = hits > 0
