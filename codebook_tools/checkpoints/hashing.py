@@ -10,15 +10,16 @@ from threading import Thread
 CHUNK = 32 << 20
 """Bytes at a time. Between two chunks a thread waits for its turn, so that there must not be many of them."""
 
-_State = tuple[Path, int, int, int]
+State = tuple[Path, int, int, int]
+"""What a file's change shows in: its place, inode, length and time of change."""
 
 
 def file_sha256(path: Path) -> str:
     """Waits for what `hash_ahead` began, unless the file has changed since."""
-    begun = _begun.pop(_state(path), None)
+    begun = _begun.pop(state_of(path), None)
     if begun is not None:
         begun.join()
-        if begun.found is not None and _state(path) == begun.state:
+        if begun.found is not None and state_of(path) == begun.state:
             return begun.found
     return _digest(path)
 
@@ -36,7 +37,7 @@ class _Hashing(Thread):
 
     def __init__(self, path: Path) -> None:
         super().__init__(daemon=True)  # an error that ends the program does not wait for it
-        self.state = _state(path)
+        self.state = state_of(path)
         self.found: str | None = None
 
     def run(self) -> None:
@@ -46,10 +47,10 @@ class _Hashing(Thread):
             return
 
 
-_begun: dict[_State, _Hashing] = {}
+_begun: dict[State, _Hashing] = {}
 
 
-def _state(path: Path) -> _State:
+def state_of(path: Path) -> State:
     its = path.stat()
     return path.absolute(), its.st_ino, its.st_size, its.st_mtime_ns
 

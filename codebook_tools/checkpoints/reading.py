@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from codebook_tools.checkpoints.config import Config, parse_config
 from codebook_tools.checkpoints.entries import Entry, Stored, Weights
 from codebook_tools.checkpoints.entries import torch_dtype as torch_dtype
+from codebook_tools.checkpoints.hashing import State, state_of
 from codebook_tools.checkpoints.hashing import file_sha256 as file_sha256
 from codebook_tools.checkpoints.headers import PICKLED, read_safetensors
 from codebook_tools.checkpoints.layout import INDEX, SUFFIX, config_beside, config_in, weights_in
@@ -29,7 +30,7 @@ class Checkpoint:
 
     path: of the file, or of the index. files: all of the weights', an index before its shards. folder: the directory
     that was named in its place, or that an index lies in. config_path: of the config that goes with it. left_behind:
-    dotted names of what lies beside the weights in a pickle, and is not read.
+    dotted names of what lies beside the weights in a pickle, and is not read. states: of the files as they were read.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Checkpoint:
     folder: Path | None = None
     config_path: Path | None = None
     left_behind: tuple[str, ...] = ()
+    states: tuple[State, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -79,6 +81,16 @@ class Checkpoint:
         few = ", ".join(self.left_behind[:3]) + (", ..." if len(self.left_behind) > 3 else "")
         return [f"{self.path.name} holds more than the weights that were read; {few} is left behind"]
 
+    def check_unchanged(self) -> None:
+        """Raise CodebookError where a file is not what it was when it was read: half of a result would be another's."""
+        for file, was in zip(self.files, self.states, strict=True):
+            try:
+                changed = state_of(file) != was
+            except OSError as error:
+                raise CodebookError(f"{file} is gone since it was read; nothing is written") from error
+            if changed:
+                raise CodebookError(f"{file} has changed since it was read; nothing is written; begin again")
+
     @cached_property
     def config(self) -> Config | None:
         """Read when asked for: a config.json beside a file may be anyone's. Raises CodebookError where it is none."""
@@ -108,11 +120,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         folder = path if path.is_dir() else weights.parent if sharded else None
         config_path = config_in(path) if folder and not sharded else config_beside(weights)
         found = read_shards(weights) if sharded else _read_file(weights)
+        states = tuple(map(state_of, found.files))
     except FileNotFoundError as error:
         raise CodebookError(f"no such file: {path}") from error
     except OSError as error:
         raise CodebookError(f"cannot read {path}: {error.strerror or error}") from error
-    checkpoint = Checkpoint(weights, found.entries, found.metadata, found.files, folder, config_path, found.left_behind)
+    checkpoint = Checkpoint(
+        weights, found.entries, found.metadata, found.files, folder, config_path, found.left_behind, states
+    )
     if folder:
         _ = checkpoint.config  # part of what was named, so it must be sound
     return checkpoint

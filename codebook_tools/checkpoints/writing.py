@@ -94,11 +94,12 @@ def write_checkpoint(
 
     Everything is written whole under names that end in `.partial`, flushed, read back and compared, then renamed; a
     directory as one. Raises VerificationError where what was read back is not what was meant, CodebookError where the
-    disk fails.
+    disk fails, or the original is not what it was when it was read.
     """
     entries = _changed(original.entries, changed)
     ours = {PREFIX + key: value for key, value in metadata.items()}
     map_path = index_map_path(path)
+    original.check_unchanged()
     try:
         with ExitStack() as stack:
             if not is_directory_output(path):
@@ -120,11 +121,13 @@ def write_checkpoint(
             if config is not None and not is_directory_output(path):
                 beside.append(own_config_path(path))
                 _write_whole(stack.enter_context(partial_file(beside[-1])), lambda: [config])
+            original.check_unchanged()
             # The model last: where there is a model, there is its map.
             for target in (*beside, path):
                 put_in_place(target)
             sync_folder(path.parent)
     except OSError as error:
+        original.check_unchanged()  # what is read fails here, too
         raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
     return map_path
 
