@@ -15,7 +15,7 @@ import codebook_tools.operate
 import codebook_tools.report.pages
 import codebook_tools.report.tables  # noqa: F401  so that a fork finds it imported
 
-_app = import_module("codebook_cli.app").app
+app = import_module("codebook_cli.app").app
 
 
 class Fork:
@@ -32,7 +32,7 @@ class Fork:
             for stream, path in ((1, said), (2, said and errors_of(said))):
                 os.dup2(os.open(path or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
             torch.set_num_threads(threads)
-            _app(list(arguments))
+            app(list(arguments))
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
