@@ -4,8 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
+# An older torch for the CPU alone is in PyTorch's own index only; where pip finds it, say OLDEST_TORCH=torch==2.6.0.
+OLDEST_TORCH ?= --requirement requirements/torch.txt
 
-.PHONY: demo docs test test-slow test-all lint format clean
+.PHONY: demo docs test test-slow test-all test-oldest lint format lock licences audit release clean
 
 demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
@@ -25,6 +28,10 @@ test-slow: $(READY)
 test-all: lint
 	$(BIN)/python -m pytest -n auto
 
+# The oldest versions that pyproject.toml allows: they have builds for Python 3.11.
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n auto -m "not slow"
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,11 +41,42 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(READY): pyproject.toml requirements/tested.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements/tested.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+# Pins stay where they can; UPGRADE=--upgrade takes the newest. That of torch is moved by hand, in requirements/torch.txt.
+# Of Python 3.11 from 3.11.5 on, for some of the tools need that.
+LOCK = $(BIN)/uv --config-file requirements/uv.toml pip compile pyproject.toml --quiet --universal --python-version 3.11.5 \
+	--generate-hashes $(UPGRADE) --annotation-style line --custom-compile-command "make lock" \
+	--no-emit-package torch --no-emit-package pip
+lock: $(READY)
+	$(LOCK) --extra all --constraint requirements/torch.txt --output-file requirements/runtime.txt
+	$(LOCK) --extra dev --constraint requirements/torch.txt --constraint requirements/runtime.txt --output-file requirements/tested.txt
+	$(LOCK) --extra dev --resolution lowest-direct --output-file requirements/oldest.txt
+
+licences: $(READY)
+	$(BIN)/python tools/licences.py requirements/licences.md
+
+audit: $(READY)
+	$(BIN)/python tools/audit.py requirements/tested.txt requirements/torch.txt
+
+# Wheel, sdist and bill of materials of the last commit.
+release: $(READY)
+	$(BIN)/python tools/release.py dist
+
+# (folder, pins, torch): the pins are all that is needed, each with the hashes of its files; torch.txt says why it has none.
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check
+define environment
+	$(PYTHON) -m venv $(1)
+	$(PIP) --require-hashes --no-deps --requirement $(2)
+	$(PIP) $(3)
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
+endef
+
+$(READY): pyproject.toml requirements/tested.txt requirements/torch.txt
+	$(call environment,$(VENV),requirements/tested.txt,--requirement requirements/torch.txt)
+
+$(OLDEST)/.ready: BIN := $(OLDEST)/bin
+$(OLDEST)/.ready: pyproject.toml requirements/oldest.txt requirements/torch.txt
+	$(call environment,$(OLDEST),requirements/oldest.txt,$(OLDEST_TORCH))
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

@@ -239,12 +239,14 @@ def test_a_parquet_table_keeps_schema_nulls_and_compression(codebook: Run, prune
     from pyarrow import parquet
 
     path, output = tmp_path / "t.parquet", tmp_path / "t.remapped.parquet"
+    # A null among lists of fixed size is written by every pyarrow, and read back by those from 26 on.
+    absent = None if int(pa.__version__.partition(".")[0]) >= 26 else [2, 3]
     table = pa.table(
         {
             "flat": pa.array([0, None, 5], pa.uint16()),
             "lists": pa.array([[5, 0], None, []], pa.list_(pa.int32())),
             "nested": pa.array([[[5], [0, None]], [], None], pa.large_list(pa.list_(pa.int8()))),
-            "fixed": pa.array([[2, 3], None, [5, 5]], pa.list_(pa.int64(), 2)),
+            "fixed": pa.array([[2, 3], absent, [5, 5]], pa.list_(pa.int64(), 2)),
             "text": ["a", "b", None],
         },
         metadata={"who": "others"},
@@ -253,14 +255,14 @@ def test_a_parquet_table_keeps_schema_nulls_and_compression(codebook: Run, prune
     columns = ("flat", "lists", "nested", "fixed")
     found = codebook("remap", path, "--map", pruned, *(x for name in columns for x in ("--key", name)), "--json")
     assert found.exit_code == 0, found
-    assert found.json["tokens"] == 2 + 2 + 2 + 4
+    assert found.json["tokens"] == 2 + 2 + 2 + 4 + len(absent or [])
     old, new = parquet.read_table(path), parquet.read_table(output)
     assert new.schema.equals(old.schema, check_metadata=True)
     assert new.to_pydict() == {
         "flat": [0, None, 3],
         "lists": [[3, 0], None, []],
         "nested": [[[3], [0, None]], [], None],
-        "fixed": [[1, 2], None, [3, 3]],
+        "fixed": [[1, 2], absent and [1, 2], [3, 3]],
         "text": ["a", "b", None],
     }
     before, after = parquet.ParquetFile(path).metadata, parquet.ParquetFile(output).metadata

@@ -87,7 +87,7 @@ def look_by_janus(result: Path, images: Tensor) -> Seen:
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     rows = model.quantize.embedding.weight
     assert model.config.num_embeddings == len(rows) and torch.allclose(rows.norm(dim=1), torch.ones(len(rows)))
-    tokens = model.eval().encode(images).image_tokens
+    _, _, tokens = model.eval().quantize(model.quant_conv(model.encoder(images)))
     return model.decode(tokens.reshape(len(images), -1)), [tokens.reshape(len(images), 4, 4)]
 
 

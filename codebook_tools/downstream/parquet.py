@@ -83,7 +83,7 @@ class _Column:
             return self.rewrite(array.cast(pa.list_(array.type.value_field)), places).cast(array.type)
         if types.is_integer(array.type):
             valid = array.is_valid().to_numpy(zero_copy_only=False)
-            new = np.zeros(len(array), array.type.to_pandas_dtype())
+            new = np.zeros(len(array), str(array.type))
             new[valid] = self._translated(array.drop_null().to_numpy(), tuple(place[valid] for place in places))
             return pa.array(new, array.type, mask=~valid)
         lengths = compute.list_value_length(array).fill_null(0).to_numpy().astype(np.int64)

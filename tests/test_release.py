@@ -1,0 +1,87 @@
+"""What `make release` builds of the last commit: the same bytes each time, and it runs where it is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a release is built of a commit"),
+]
+
+
+def call(command: Sequence[str | Path], **options: object) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stdout + done.stderr
+    return str(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("release") / "dist"
+    call([sys.executable, ROOT / "tools" / "release.py", folder])
+    return folder
+
+
+def test_a_second_build_elsewhere_later_and_by_another_has_the_same_bytes(dist: Path, tmp_path: Path) -> None:
+    clone, again, scratch = tmp_path / "a clone", tmp_path / "again", tmp_path / "scratch"
+    scratch.mkdir()
+    call(["git", "clone", "--quiet", ROOT, clone], umask=0o077)
+    others = {**os.environ, "TMPDIR": str(scratch), "TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONHASHSEED": "7"}
+    call([sys.executable, clone / "tools" / "release.py", again], umask=0o077, env=others, cwd=tmp_path)
+    built = {path.name: path.read_bytes() for path in dist.iterdir()}
+    assert sorted(name.partition("-0")[0] for name in built) == ["codebook_tools"] * 3
+    assert {path.name for path in again.iterdir()} == built.keys()
+    for path in again.iterdir():
+        assert path.read_bytes() == built[path.name], path.name
+
+
+def test_the_sdist_has_what_is_committed_and_nothing_that_a_build_leaves(dist: Path) -> None:
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
+    committed = set(call(["git", "ls-tree", "-r", "-z", "--name-only", "HEAD"], cwd=ROOT).split("\0")) - {""}
+    assert committed - held == {".gitignore"}
+    made = {"PKG-INFO", "setup.cfg"}
+    assert {name for name in held - committed if ".egg-info/" not in name} == made
+
+
+def test_the_bill_names_every_pin_that_is_needed_to_run(dist: Path) -> None:
+    bill = json.loads(next(dist.glob("*.cdx.json")).read_text(encoding="utf-8"))
+    assert bill["metadata"]["component"]["name"] == "codebook-tools" and "serialNumber" not in bill
+    lines = [(ROOT / "requirements" / name).read_text(encoding="utf-8") for name in ("runtime.txt", "torch.txt")]
+    pinned = {line.split()[0] for line in "\n".join(lines).splitlines() if "==" in line}
+    assert {f"{entry['name']}=={entry['version']}" for entry in bill["components"]} == pinned
+    unhashed = {entry["name"] for entry in bill["components"] if "externalReferences" not in entry}
+    assert unhashed <= {"torch"}
+
+
+@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
+def test_it_runs_from_a_clean_environment(dist: Path, tmp_path: Path, kind: str) -> None:
+    """The dependencies alone are those of this environment, whose own codebook_tools is an editable one: a path in a
+    .pth file does not bring the .pth files that lie there."""
+    clean = tmp_path / "clean"
+    call([sys.executable, "-m", "venv", "--without-pip", clean])
+    python, packages = clean / "bin" / "python", Path(sysconfig.get_path("purelib", vars={"base": str(clean)}))
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    away = {"cwd": tmp_path, "env": {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}}
+    missing = subprocess.run([python, "-c", "import codebook_tools"], capture_output=True, **away)  # type: ignore[call-overload]
+    assert missing.returncode
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index"]
+    call([*install, "--no-build-isolation", "--ignore-installed", next(dist.glob(kind))], **away)
+    where = call([python, "-c", "import codebook_tools, codebook_cli; print(codebook_tools.__file__)"], **away)
+    assert Path(where.strip()).is_relative_to(packages)
+    codebook = clean / "bin" / "codebook"
+    assert "512" in call([codebook, "inspect"], **away)
+    call([codebook, "prune", "--steps", "0", "-o", "pruned.safetensors"], **away)
+    assert (tmp_path / "pruned.safetensors").stat().st_size > 100_000
