@@ -54,7 +54,8 @@ class _TerminatedError(BaseException):
 @contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM ends what runs within as Ctrl-C does, so that half-written files and workers are cleared away; a second
-    one ends at once."""
+    one ends at once. Where either comes while Python clears an object away, which ignores all that is raised there, it
+    comes again."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -63,11 +64,26 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise _TerminatedError
 
-    before = signal.signal(signal.SIGTERM, end)
+    def ignored(what: sys.UnraisableHookArgs) -> None:
+        number = _RAISED_BY.get(what.exc_type)
+        if number is None:
+            hook(what)
+            return
+        if number == signal.SIGTERM:
+            signal.signal(number, end)
+        threading.Timer(_AGAIN, signal.raise_signal, [number]).start()
+
+    before, hook = signal.signal(signal.SIGTERM, end), sys.unraisablehook
+    sys.unraisablehook = ignored
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
+
+
+_AGAIN = 0.05  # seconds, in which the clearing away is over
+_RAISED_BY: dict[type[BaseException], int] = {_TerminatedError: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
 
 
 _LEFT = "what was written is whole, or not there; with --resume, where a command has it, a fine-tuning goes on"

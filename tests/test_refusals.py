@@ -362,6 +362,30 @@ def test_a_signal_during_fine_tuning_ends_with_a_line_and_its_own_code_and_leave
     assert set(contents(tmp_path)) == {"tiny.safetensors"}
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_comes_while_an_object_is_cleared_away_is_not_lost(number: int, code: int) -> None:
+    """Python ignores what is raised there: the command went on to its end, with a traceback in between."""
+    program = f"""
+import os, time, typer
+from codebook_cli.exits import reported
+
+class Cleared:
+    def __del__(self):
+        os.kill(os.getpid(), {int(number)})
+        time.sleep(0.001)
+
+try:
+    with reported():
+        Cleared()
+        time.sleep(20)
+        print("it went on")
+except typer.Exit as end:
+    print(end.exit_code)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert (found.stdout, found.stderr.count("\n")) == (f"{code}\n", 1), found
+
+
 def test_a_reader_that_leaves_early_is_no_error(tiny: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
