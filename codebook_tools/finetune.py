@@ -18,7 +18,7 @@ from codebook_tools.training.recipe import Recipe
 from codebook_tools.training.saving import Saving
 from codebook_tools.training.scalars import Scalars, figures_of, scalars_into
 from codebook_tools.training.schedule import looks_at
-from codebook_tools.training.states import FineTuned, TracePoint
+from codebook_tools.training.states import Diverged, FineTuned, TracePoint
 from codebook_tools.training.step import Training
 from codebook_tools.watch import Watch
 
@@ -56,7 +56,7 @@ def finetune(
     if best is None:
         if saving:
             saving.remove()
-        raise CodebookError(f"fine-tuning diverged at step {diverged}: its numbers are not finite; try a lower --lr")
+        raise CodebookError(f"{diverged}; try a lower --lr")
     return FineTuned(
         start=course.start,
         best=best,
@@ -72,8 +72,8 @@ def finetune(
     )
 
 
-def _train(training: Training, course: Course, watch: Watch, log: Scalars) -> int | None:
-    """Train to the last step, or where there is a reason to stop. Returns the step that was not finite, if one was."""
+def _train(training: Training, course: Course, watch: Watch, log: Scalars) -> Diverged | None:
+    """Train to the last step, or where there is a reason to stop. Returns where it was not finite, if it was not."""
     steps, readings = training.recipe.steps, Readings(training.model.device)
     looks, step = looks_at(steps), course.last.step
     if not step:
@@ -87,7 +87,8 @@ def _train(training: Training, course: Course, watch: Watch, log: Scalars) -> in
             read = readings.read()
             for its, losses in enumerate(read, step + 1 - len(read)):
                 if not math.isfinite(losses[SUM]):
-                    return its
+                    terms = [name for name, loss in losses.items() if name != SUM and not math.isfinite(loss)]
+                    return Diverged(its, f"{training.not_finite or ' and '.join(terms) or SUM} is not finite")
                 log(its, {f"loss/{name}": value for name, value in losses.items()})
             loss = read[-1][SUM]
         training.move(step)
@@ -96,7 +97,7 @@ def _train(training: Training, course: Course, watch: Watch, log: Scalars) -> in
         if step in looks:
             try:
                 course.look(step, loss)
-            except NotFiniteError:
-                return step
+            except NotFiniteError as error:
+                return Diverged(step, f"{training.not_finite} is not finite" if training.not_finite else str(error))
             log(step, figures_of(course.last, course.codes))
     return None

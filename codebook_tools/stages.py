@@ -213,7 +213,7 @@ def run_stages(
             )  # fmt: skip
         model.round_to_stored()
         if tuned.diverged:
-            warnings.append(f"fine-tuning diverged at step {tuned.diverged}; an earlier state was taken")
+            warnings.append(f"{tuned.diverged}; an earlier state was taken")
         if tuned.stopped:
             warnings.append(tuned.stopped)
         finetuned = measure_stage(opened, encoder_latents(opened), watch)

@@ -23,6 +23,7 @@ from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.splits import split
 from codebook_tools.training.batches import Batches
 from codebook_tools.training.schedule import rate
+from codebook_tools.training.step import Training
 from codebook_tools.watch import Watch
 
 GreyImages = Callable[..., Images]
@@ -372,8 +373,8 @@ def test_a_run_that_diverges_keeps_the_best_state_before(line: Callable[..., Mod
     model = line([0.0, 1.0])
     model.network.encoder.weight.data[1] = 1e-3  # type: ignore[union-attr, operator]
     found = tune(model, grey_images(ROWS), [3, 1], steps=60, lr=1e12)
-    assert found.diverged is not None and 1 <= found.best.step <= found.diverged
-    assert found.trace[-1].step <= found.diverged
+    assert found.diverged is not None and 1 <= found.best.step <= found.diverged.step
+    assert found.trace[-1].step <= found.diverged.step
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights_of(model).values())
 
 
@@ -383,6 +384,22 @@ def test_a_run_that_diverges_at_once_says_so_and_leaves_the_model_as_it_was(tiny
     with pytest.raises(CodebookError, match=r"diverged at step 1: .*lower --lr"):
         tune(model, images, [1] * 16, steps=5, lr=1e30)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(model).items())
+
+
+def test_a_tensor_that_is_not_finite_is_named_with_the_step(
+    line: Callable[..., Model], grey_images: GreyImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient of step 3 overflows, and Adam puts it into a weight."""
+    model, move = line([0.0, 1.0]), Training.move
+
+    def spoilt(self: Training, step: int) -> None:
+        if step == 3:
+            dict(self.model.network.named_parameters())["decoder.weight"].grad.fill_(torch.inf)  # type: ignore[union-attr]
+        move(self, step)
+
+    monkeypatch.setattr(Training, "move", spoilt)
+    found = tune(model, grey_images(ROWS), [3, 1], steps=60, lr=1e-3)
+    assert str(found.diverged) == "fine-tuning diverged at step 4: decoder.weight is not finite"
 
 
 @pytest.mark.parametrize(

@@ -94,12 +94,23 @@ def _error(of: TracePoint | State) -> float:
     return of.validation_mse if of.validation_loss is None else of.validation_loss
 
 
+@dataclass(frozen=True)
+class Diverged:
+    """step: the first whose loss, or network, was not finite. what: which tensor, or term of the loss, was not."""
+
+    step: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"fine-tuning diverged at step {self.step}: {self.what}"
+
+
 @dataclass(frozen=True, eq=False)
 class FineTuned:
     """start: before the first step. best: the lowest validation error after it. trained: file keys of the parameters
-    that took part, and groups: which networks they are. lr: Adam's, at the end of warm-up. diverged: the step whose
-    loss, or network, was not finite. stopped: why the run ended before its last step otherwise. collapsed: whether the
-    best has lost codes that a guard was to keep. settled_from: as Recipe's. merged: as Training's."""
+    that took part, and groups: which networks they are. lr: Adam's, at the end of warm-up. diverged: where it
+    did. stopped: why the run ended before its last step otherwise. collapsed: whether the best has lost codes that a
+    guard was to keep. settled_from: as Recipe's. merged: as Training's."""
 
     start: State
     best: State
@@ -107,7 +118,7 @@ class FineTuned:
     trained: tuple[str, ...]
     groups: tuple[str, ...]
     lr: float
-    diverged: int | None
+    diverged: Diverged | None
     stopped: str | None = None
     collapsed: bool = False
     settled_from: int = 0

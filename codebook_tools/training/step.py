@@ -97,6 +97,12 @@ class Training:
         self._coming = iter(self.batches)
         self._seen: list[list[tuple[Tensor, Tensor]]] = []
 
+    @property
+    def not_finite(self) -> str | None:
+        """The first parameter that is not finite, as the network calls it, or codebook, as the file does."""
+        named = [*self.model.network.named_parameters(), *((book.key, book.vectors) for book in self.model.books)]
+        return next((name for name, tensor in named if not bool(tensor.isfinite().all())), None)
+
     def gradients(self) -> dict[str, Tensor]:
         """Find the gradients of one step. Returns the terms of the loss, of this process' share of its batches."""
         if self.optimiser is not None:
