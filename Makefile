@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 # An older torch for the CPU alone is in PyTorch's own index only; where pip finds it, say OLDEST_TORCH=torch==2.6.0.
 OLDEST_TORCH ?= --requirement requirements/torch.txt
 
-.PHONY: demo docs test test-slow test-all test-oldest lint format lock licences audit release clean
+.PHONY: demo docs test test-slow test-all test-oldest lint format lock licences audit release soak clean
 
 demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
@@ -53,6 +53,11 @@ lock: $(READY)
 
 licences: $(READY)
 	$(BIN)/python tools/licences.py requirements/licences.md
+
+# Mixed commands, killed and not, for three minutes; MINUTES=60 for an hour.
+MINUTES ?= 3
+soak: $(READY)
+	$(BIN)/python benchmarks/trust/soak.py --minutes $(MINUTES)
 
 audit: $(READY)
 	$(BIN)/python tools/audit.py requirements/tested.txt requirements/torch.txt

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,11 @@ from codebook_tools.models.families import CUSTOM, FAMILIES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *(path for path in (ROOT / "docs").glob("*.md") if path.name != "cli.md")]
-RECIPES = sorted((ROOT / "benchmarks" / "results" / "recipes").glob("*.md"))
-SWEEPS = sorted((ROOT / "benchmarks" / "results" / "sweep").glob("*/table.md"))
-TABLES = sorted((ROOT / "benchmarks" / "results" / "compare").glob("*/table.md"))
+RESULTS = ROOT / "benchmarks" / "results"
+RECIPES = sorted((RESULTS / "recipes").glob("*.md"))
+SWEEPS = sorted((RESULTS / "sweep").glob("*/table.md"))
+TABLES = sorted((RESULTS / "compare").glob("*/table.md"))
+sys.path.append(str(ROOT / "benchmarks" / "trust"))
 
 
 def named(path: Path) -> str:
@@ -49,6 +53,14 @@ def test_recipes_are_those_of_the_results(path: Path) -> None:
 def test_sweeps_are_those_of_the_results(path: Path) -> None:
     text = (ROOT / "docs" / "choosing-k.md").read_text(encoding="utf-8")
     assert f"<!-- sweep: {named(path)} -->\n{path.read_text(encoding='utf-8')}<!-- end -->" in text
+
+
+def test_the_counts_of_trust_are_those_of_the_results() -> None:
+    found = json.loads((RESULTS / "trust.json").read_text())
+    counted = (RESULTS / "trust.md").read_text(encoding="utf-8")
+    assert import_module("record").table(found) == counted
+    text = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
+    assert f"<!-- trust -->\n{counted}<!-- end -->" in text
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -1,4 +1,4 @@
-"""What the checks of trust found, in one file: benchmarks/results/trust.json, a part for each."""
+"""What the checks of trust found, in one file, benchmarks/results/trust.json, and as a table beside it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "results" / "trust.json"
 
 
 def record(part: str, command: str, found: Mapping[str, object]) -> None:
-    """Replace what the file has of this part."""
+    """Replace what the file has of this part, and the table."""
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     known[part] = {
         "command": command,
@@ -19,3 +20,60 @@ def record(part: str, command: str, found: Mapping[str, object]) -> None:
         **found,
     }
     RESULTS.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(table(known))
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """In Markdown: a line for each part that was run."""
+    lines = ["| run | cases | found |", "| --- | --- | --- |"]
+    for name, told in _SAID.items():
+        if name in found:
+            cases, what = told(found[name])
+            lines.append(f"| `{found[name]['command'].removeprefix('python ')}` | {cases} | {what} |")
+    return "\n".join(lines) + "\n"
+
+
+def _fuzz(its: Mapping[str, Any]) -> tuple[str, str]:
+    readers = its["readers"]
+    slowest, largest = (max(reader[name] for reader in readers) for name in ("slowest_seconds", "peak_megabytes"))
+    faults = sum(reader["faults"] for reader in readers)
+    return (
+        f"{its['inputs']:,} inputs to {len(readers)} readers",
+        f"{faults} faults; the slowest input took under {slowest + 1} s, the most memory was {largest} MB",
+    )
+
+
+def _kills(its: Mapping[str, Any]) -> tuple[str, str]:
+    commands = its["commands"]
+    return (
+        ", ".join(f"{one['kills']} of `{one['command']}`" for one in commands),
+        ", ".join(f"{one['survived']}" for one in commands) + " survived",
+    )
+
+
+def _flips(its: Mapping[str, Any]) -> tuple[str, str]:
+    return f"{its['flips']:,} bits of {len(its['by file'])} files", f"{its['found']:,} found by `codebook verify`"
+
+
+def _repeats(its: Mapping[str, Any]) -> tuple[str, str]:
+    outputs, counts = sum(its["outputs"].values()), sum(its["counts on one thread and two"].values())
+    return (
+        f"{its['commands']} commands with {outputs} outputs, and {counts:,} codes counted on one thread and on two",
+        f"{len(its['differ'])} differ",
+    )
+
+
+def _twins(its: Mapping[str, Any]) -> tuple[str, str]:
+    widest = max(one["largest relative difference"] for one in its["metrics"].values())
+    return f"{its['draws of each']:,} inputs to each of {len(its['metrics'])}", f"at most {widest:.0e} apart"
+
+
+def _soak(its: Mapping[str, Any]) -> tuple[str, str]:
+    (middle, end), (files, last) = (its[f"{what}, third quarter and last"] for what in ("megabytes", "open files"))
+    return (
+        f"{its['commands']:,} commands in {its['minutes']:g} minutes, {its['killed']} of them killed",
+        f"{len(its['faults'])} faults; {middle} MB, then {end}; {files:g} open files, then {last:g}",
+    )
+
+
+_SAID = {"fuzz": _fuzz, "kills": _kills, "flips": _flips, "repeats": _repeats, "twins": _twins, "soak": _soak}
