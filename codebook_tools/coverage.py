@@ -10,7 +10,7 @@ from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.kmeans import kmeans
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
-from codebook_tools.seeding import Init, count_distinct
+from codebook_tools.seeding import Init, count_distinct, overflow
 from codebook_tools.splits import shuffled
 from codebook_tools.survey import survey
 from codebook_tools.watch import Watch
@@ -42,10 +42,10 @@ def reference_latents(model: Model, calibration: Media, *, seed: int, batch: int
 def reference_distance(latents: Tensor | None, codebook: Codebook, *, seed: int) -> float | None:
     """The 95th percentile of the latents' squared distances to their centroids, in a k-means of codebook.size.
 
-    latents: (n, dim), as `reference_latents` gives them. None where they are none, or fewer distinct ones than codes.
-    Distances are those that distortion is the mean of: between unit vectors where lookup and output both are.
+    latents: (n, dim), as `reference_latents` gives them. None where they are none, fewer distinct ones than codes, or so
+    far off, after a training that went wrong, that distances overflow. Distances are those that distortion is the mean of: between unit vectors where lookup and output both are.
     """
-    if latents is None or count_distinct(latents, enough=codebook.size) < codebook.size:
+    if latents is None or overflow(latents) or count_distinct(latents, enough=codebook.size) < codebook.size:
         return None
     points = unit(latents) if (codebook.lookup, codebook.emit) == (Lookup.COSINE, Emit.UNIT) else latents
     init: Init = "kmeans++" if codebook.size <= _SEEDED_WELL else "random"

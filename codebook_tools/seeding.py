@@ -34,14 +34,17 @@ def seeds(points: Tensor, k: int, init: Init, seed: int) -> Tensor:
     return torch.from_numpy(draw(data.numpy(), k, rng)).to(points.device)
 
 
-LARGEST = 1e15
-"""Of a point's numbers: the sum of thousands of its squares has room in float32."""
+def overflow(points: Tensor) -> bool:
+    """Whether float32 has no room for the sum of squared distances of points (n, dim) to one of them."""
+    room = torch.finfo(torch.float32).max / (4 * max(1, points.numel()))
+    return bool((points.abs() > room**0.5).any())
 
 
 def refuse_unfit(points: Tensor, k: int) -> None:
-    """Raise CodebookError where there are fewer than k distinct points (n, dim), or squares of theirs overflow."""
-    if len(points) and (largest := float(points.abs().max())) > LARGEST:
-        raise CodebookError(f"latents of up to {largest:.0e} overflow distances in float32; {LARGEST:.0e} will do")
+    """Raise CodebookError where there are fewer than k distinct points (n, dim), or distances of theirs overflow."""
+    if overflow(points):
+        largest = float(points.abs().max())
+        raise CodebookError(f"latents of up to {largest:.0e} are too large: their distances overflow float32")
     distinct = count_distinct(points, enough=k)
     if distinct < k:
         raise CodebookError(
