@@ -42,8 +42,9 @@ def reference_latents(model: Model, calibration: Media, *, seed: int, batch: int
 def reference_distance(latents: Tensor | None, codebook: Codebook, *, seed: int) -> float | None:
     """The 95th percentile of the latents' squared distances to their centroids, in a k-means of codebook.size.
 
-    latents: (n, dim), as `reference_latents` gives them. None where they are none, fewer distinct ones than codes, or so
-    far off, after a training that went wrong, that distances overflow. Distances are those that distortion is the mean of: between unit vectors where lookup and output both are.
+    latents: (n, dim), as `reference_latents` gives them. None where they are none, fewer distinct ones than codes, or
+    so far off, after a training that went wrong, that distances overflow. Those are what distortion is the mean of:
+    between unit vectors where lookup and output both are.
     """
     if latents is None or overflow(latents) or count_distinct(latents, enough=codebook.size) < codebook.size:
         return None
