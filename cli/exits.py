@@ -71,7 +71,9 @@ def _terminable() -> Iterator[None]:
             return
         if number == signal.SIGTERM:
             signal.signal(number, end)
-        threading.Timer(_AGAIN, signal.raise_signal, [number]).start()
+        again = threading.Timer(_AGAIN, signal.raise_signal, [number])
+        again.daemon = True  # where all is done by then, it is done
+        again.start()
 
     before, hook = signal.signal(signal.SIGTERM, end), sys.unraisablehook
     sys.unraisablehook = ignored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -107,6 +108,19 @@ def test_an_input_that_changes_on_the_way_is_told(
         monkeypatch.setattr(operate, "write_checkpoint", lambda *given, **more: (what(tiny), write(*given, **more))[1])
     assert_refused(codebook("prune", tiny, "--data", images_folder, "--input-range=-1,1", *QUICK), message)
     assert set(contents(tiny.parent)) <= {tiny.name}
+
+
+def test_what_another_process_is_writing_is_left_to_it(codebook: Run, tmp_path: Path) -> None:
+    """It was written into by both, and the first to end put a mixture of the two in place."""
+    partial = tmp_path / "o.safetensors.partial"
+    with partial.open("wb") as other:
+        other.write(b"begun by another")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert_refused(codebook("prune", *QUICK, "--output", tmp_path / "o.safetensors"), "written by another process")
+        assert partial.read_bytes() == b"begun by another" and not (tmp_path / "o.safetensors").exists()
+    assert codebook("prune", *QUICK, "--output", tmp_path / "o.safetensors").exit_code == 0
+    assert set(contents(tmp_path)) == {"o.safetensors", "o.index_map.safetensors"}
 
 
 def test_of_two_commands_with_one_output_each_leaves_a_whole_one_or_none(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def state_of(path: Path) -> State:
 
 
 def _digest(path: Path) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    # No larger than the file: memory that is taken anew must be cleared first, 32 MB for every small one.
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(CHUNK, max(1, path.stat().st_size))))
     with path.open("rb", buffering=0) as file:
         while length := file.readinto(buffer):
             digest.update(buffer[:length])

@@ -44,12 +44,54 @@ def _is_ours(path: Path) -> bool:
 
 @contextmanager
 def partial_file(path: Path) -> Iterator[Path]:
-    """Where to write the file that `path` is to be; removed at the end, unless it was put in place."""
+    """Where to write the file that `path` is to be; removed at the end, unless it was put in place.
+
+    Raises CodebookError where another process is writing it.
+    """
     partial = partial_path(path)
+    if os.name == "nt":  # what is open there cannot be renamed, nor removed by another
+        try:
+            yield partial
+        finally:
+            partial.unlink(missing_ok=True)
+        return
+    with _claimed(partial) as ours:
+        try:
+            yield partial
+        finally:
+            if _is_at(partial, ours):  # not what another began, once this one was in place
+                partial.unlink()
+
+
+@contextmanager
+def _claimed(partial: Path) -> Iterator[int]:
+    """A lock on a file, which is made where there is none. It goes with the process, so that what a killed one left is
+    in nobody's way. Gives the descriptor."""
+    import fcntl
+
+    while True:
+        file = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(file)
+            raise CodebookError(
+                f"{partial} is being written by another process; wait for it, or write elsewhere with --output"
+            ) from error
+        if _is_at(partial, file):
+            break
+        os.close(file)  # the other one moved it into place before it let go
     try:
-        yield partial
+        yield file
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

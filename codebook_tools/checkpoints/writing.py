@@ -59,7 +59,8 @@ def check_writable(path: Path, force: bool, with_config: bool = False) -> None:
         for target in (path, index_map_path(path), *own):
             if target.exists() and not force:
                 raise CodebookError(f"{target} exists; --force replaces it, --output writes elsewhere")
-            probe = partial_path(target)
+            # A name of its own: another process may be writing the partial file.
+            probe = partial_path(target.with_name(f"{target.name}.{os.getpid()}"))
             probe.touch()
             probe.unlink()
         if as_folder:
