@@ -163,3 +163,15 @@ def test_a_picture_of_more_pixels_than_its_bytes_can_hold_is_refused_before_they
     blank = BytesIO()
     Image.new("1", (100_000, 167)).save(blank, "PNG")  # as blank as can be, and no more than 2^24 pixels
     assert decode_picture(blank.getvalue(), 1).shape == (1, 167, 100_000)
+
+
+def test_a_column_whose_name_is_no_text_is_no_sound_parquet(tmp_path: Path) -> None:
+    """pyarrow raises a UnicodeDecodeError there, which is none of its own errors; found by the fuzzer."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = BytesIO()
+    parquet.write_table(pa.table({"indices": [1, 2]}), table, store_schema=False)
+    said = targets.tried(
+        targets.TARGETS["parquet of tokens"], tmp_path, table.getvalue().replace(b"indices", b"\x95" * 7)
+    )
+    assert said and "is not a sound parquet file" in said

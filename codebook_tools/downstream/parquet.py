@@ -47,7 +47,7 @@ def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], a
                     row += len(batch)
                     yield sink.drained()
             yield sink.drained()
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of names of columns
         raise CodebookError(f"{path} is not a sound parquet file: {' '.join(str(error).split())}") from error
 
 
