@@ -36,6 +36,8 @@ class Fork:
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
+        except KeyboardInterrupt:  # before the command had begun
+            code = 130
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
