@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -163,6 +164,17 @@ def test_a_picture_of_more_pixels_than_its_bytes_can_hold_is_refused_before_they
     blank = BytesIO()
     Image.new("1", (100_000, 167)).save(blank, "PNG")  # as blank as can be, and no more than 2^24 pixels
     assert decode_picture(blank.getvalue(), 1).shape == (1, 167, 100_000)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, UnicodeDecodeError("utf-8", b"\x95", 0, 1, "no text")], ids=repr)
+def test_what_pyarrow_raises_beside_its_own_errors_is_an_unsound_file(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A RuntimeError of an unknown codec; found by the fuzzer."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(parquet, "ParquetFile", Mock(side_effect=error))
+    said = targets.tried(targets.TARGETS["parquet of tokens"], tmp_path, b"PAR1")
+    assert said and "is not a sound parquet file" in said
 
 
 def test_a_column_whose_name_is_no_text_is_no_sound_parquet(tmp_path: Path) -> None:

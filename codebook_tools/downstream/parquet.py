@@ -47,7 +47,7 @@ def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], a
                     row += len(batch)
                     yield sink.drained()
             yield sink.drained()
-    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of names of columns
+    except (pa.ArrowException, UnicodeDecodeError, RuntimeError) as error:  # pyarrow raises those, too, on damage
         raise CodebookError(f"{path} is not a sound parquet file: {' '.join(str(error).split())}") from error
 
 
