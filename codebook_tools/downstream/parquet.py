@@ -32,6 +32,8 @@ def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], a
         with parquet.ParquetFile(path) as table:
             schema, metadata = table.schema_arrow, table.metadata
             chosen = choose(path, "column", keys, {field.name: _holds_integers(field.type) for field in schema})
+            # Damaged column metadata raises here; the accessors in _compression would abort the process for it.
+            next(table.iter_batches(1), None)
             sink = _Sink()
             with parquet.ParquetWriter(pa.PythonFile(sink, "w"), schema, compression=_compression(metadata)) as writer:
                 group = max((metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), default=1)
@@ -47,7 +49,7 @@ def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], a
                     row += len(batch)
                     yield sink.drained()
             yield sink.drained()
-    except (pa.ArrowException, UnicodeDecodeError, RuntimeError) as error:  # pyarrow raises those, too, on damage
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of names of columns
         raise CodebookError(f"{path} is not a sound parquet file: {' '.join(str(error).split())}") from error
 
 
