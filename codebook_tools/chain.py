@@ -179,7 +179,7 @@ def _write(
     card = written[-1] / CARD
     others = {CARD: card.read_bytes()} if card.is_file() else {}
     config = written_config(original, max(its.size for its in maps.values()))
-    return write_checkpoint(original, output, changed, about, tensors, config, others)
+    return write_checkpoint(original, output, changed, about, tensors, config, others, force=request.force)
 
 
 def _composed(found: Sequence[Sequence[IndexMap]]) -> dict[str, IndexMap]:

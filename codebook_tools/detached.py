@@ -128,7 +128,7 @@ def measure_detached(request: Request, watch: Watch, stats: Path | None) -> Resu
         books = tuple(_sums(one.found, one.seen.counts, one.seen.error) for one in known if one.seen)
         counted = Sums(0, 0, Fraction(0), None, books)
         part = Part(checkpoint.sha256, "calibration", {}, (1, 1), counted, {})
-        processes.by_first(lambda: write_part(stats, part))
+        processes.by_first(lambda: write_part(stats, part, request.force))
         settings["stats"] = str(stats)
     return Result(
         command="measure",
@@ -188,7 +188,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         told = cards(output, checkpoint, command, settings, by_key, stages, "surgery")
 
         def write() -> tuple[Path, int]:
-            map_path = write_checkpoint(checkpoint, output, changed, about, maps, config, told)
+            map_path = write_checkpoint(checkpoint, output, changed, about, maps, config, told, force=request.force)
             _read_back(output, known, new)
             return map_path, weights_bytes(output)
 

@@ -121,7 +121,7 @@ def merge(request: Request, files: Sequence[Path], stats: Path | None, watch: Wa
     assert whole.measured is not None
     if stats is not None:
         with watch.phase("write"):
-            processes.by_first(lambda: write_part(stats, whole))
+            processes.by_first(lambda: write_part(stats, whole, request.force))
     few = [f"{name} ({why})" for name, why in sorted(whole.bad.items())]
     return Result(
         command="measure",

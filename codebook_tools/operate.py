@@ -13,6 +13,7 @@ from codebook_tools import processes
 from codebook_tools.blur import blur_warnings
 from codebook_tools.card import cards
 from codebook_tools.checkpoints.layout import training_path
+from codebook_tools.checkpoints.places import check_free
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.codebook import Strategy
@@ -70,10 +71,10 @@ def measure_model(
     the measurement adds up. shard: which part of the data is seen, from 1, of how many. merging: files of all parts, in
     place of data.
     """
-    if stats is not None and stats.exists() and not request.force:
-        raise CodebookError(f"{stats} exists; --force replaces it, another --stats writes elsewhere")
-    if stats is not None and not stats.absolute().parent.is_dir():
-        raise CodebookError(f"--stats {stats}: there is no folder {stats.parent}; make it first")
+    if stats is not None:
+        check_free(stats, request.force)
+        if not stats.absolute().parent.is_dir():
+            raise CodebookError(f"--stats {stats}: there is no folder {stats.parent}; make it first")
     if shard is not None:
         check_shard(request, stats, merging)
     if merging:
@@ -90,7 +91,7 @@ def measure_model(
     if stats is not None:
         part = part_of(opened, sums, shard or (1, 1), watch)
         with watch.phase("write"):
-            processes.by_first(lambda: write_part(stats, part))
+            processes.by_first(lambda: write_part(stats, part, request.force))
         opened.settings["stats"] = str(stats)
     sizes = {"before": weights_bytes(request.source), "after": None}
     before = None if shard and not sums.images else measurement_of(sums, "test")
@@ -171,7 +172,8 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
 
         def write() -> tuple[Path, int]:
             changed = model.changed({stage: tokens[stage].counts for stage in keys})
-            map_path = write_checkpoint(model.checkpoint, output, changed, about, maps, config, told)
+            given = (model.checkpoint, output, changed, about, maps, config, told)
+            map_path = write_checkpoint(*given, force=request.force)
             _read_back(output, model, keys)
             return map_path, weights_bytes(output)
 

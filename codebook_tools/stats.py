@@ -53,8 +53,8 @@ class Part:
     samples: tuple[Sample, ...] = ()
 
 
-def write_part(path: Path, part: Part) -> None:
-    """Raises CodebookError where the disk fails."""
+def write_part(path: Path, part: Part, force: bool) -> None:
+    """Raises CodebookError where the disk fails, or there is such a file and `force` is not given."""
     tensors = dict[str, Tensor]()
     for book in part.counted.books:
         tensors |= {f"{book.key}/counts": book.counts, f"{book.key}/squared_error": limbs(book.error)}
@@ -71,7 +71,7 @@ def write_part(path: Path, part: Part) -> None:
         "about": json.dumps(part.about, sort_keys=True),
         "bad": json.dumps(part.bad, sort_keys=True),
     }
-    write_tensors(path, tensors, {PREFIX + name: value for name, value in about.items()})
+    write_tensors(path, tensors, {PREFIX + name: value for name, value in about.items()}, force=force)
 
 
 _MEASURED = ("measured/integers", "measured/floats")

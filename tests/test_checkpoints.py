@@ -179,7 +179,7 @@ NEW = torch.linspace(0, 1, 21).reshape(3, 7)
 
 
 def write(original: Path, output: Path) -> Path:
-    return write_checkpoint(read_checkpoint(original), output, {"b.weight": NEW}, {"kept": "surgery"}, MAPS)
+    return write_checkpoint(read_checkpoint(original), output, {"b.weight": NEW}, {"kept": "surgery"}, MAPS, force=True)
 
 
 def test_what_is_not_changed_stays_byte_for_byte_and_where_it_was(mixed: Path, tmp_path: Path) -> None:
@@ -275,7 +275,9 @@ def test_any_checkpoint_with_any_tensor_replaced_is_read_back_by_the_library(
     save_file(state, tmp_path / "in.safetensors", {"format": "pt"})
     changed = next(iter(state))
     new = torch.ones(rows, 3).to(state[changed].dtype)
-    write_checkpoint(read_checkpoint(tmp_path / "in.safetensors"), tmp_path / "out.safetensors", {changed: new}, {}, {})
+    write_checkpoint(
+        read_checkpoint(tmp_path / "in.safetensors"), tmp_path / "out.safetensors", {changed: new}, {}, {}, force=True
+    )
     loaded = load_file(tmp_path / "out.safetensors")
     assert loaded.keys() == state.keys()
     assert all(same(loaded[key], state[key] if key != changed else new) for key in state)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Outcome, assert_refused, contents
@@ -121,6 +122,23 @@ def test_what_another_process_is_writing_is_left_to_it(codebook: Run, tmp_path: 
         assert partial.read_bytes() == b"begun by another" and not (tmp_path / "o.safetensors").exists()
     assert codebook("prune", *QUICK, "--output", tmp_path / "o.safetensors").exit_code == 0
     assert set(contents(tmp_path)) == {"o.safetensors", "o.index_map.safetensors"}
+
+
+def test_what_another_process_wrote_meanwhile_is_not_replaced_without_force(
+    codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both had found nothing there when they began, and the later of two commands replaced what the first wrote."""
+    output, write = tmp_path / "o.safetensors", operate.write_checkpoint
+
+    def later(*given: Any, **more: Any) -> Path:
+        output.write_bytes(b"another's")
+        return write(*given, **more)
+
+    monkeypatch.setattr(operate, "write_checkpoint", later)
+    assert_refused(codebook("prune", *QUICK, "--output", output), "o.safetensors exists; --force replaces it")
+    assert contents(tmp_path) == {"o.safetensors": b"another's"}
+    assert codebook("prune", *QUICK, "--output", output, "--force").exit_code == 0
+    assert len(contents(tmp_path)) == 2 and output.read_bytes() != b"another's"
 
 
 def test_of_two_commands_with_one_output_each_leaves_a_whole_one_or_none(tmp_path: Path) -> None:

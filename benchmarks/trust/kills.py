@@ -3,9 +3,9 @@
     python benchmarks/trust/kills.py [COMMAND ...] [--kills 200] [--megabytes 400] [--seed N] [--folder DIR]
 
 refit, prune, finetune, and sharded (a prune of a directory in four shards), on models large enough that writing takes a
-second. Half of the kills fall 0 to 50 ms after the first change in the output folder (of a fine-tuning every other of
-them after its output begins), half at any moment of the run; half of the runs replace an older output with --force.
-After each kill:
+second. Of five kills two fall 0 to 50 ms after the first change in the output folder (of a fine-tuning every other of
+them after its output begins), two at any moment of the run, and one within 2 ms after the first file is renamed into
+its place. Half of the runs replace an older output with --force. After each kill:
 
 - what does not end in `.partial` is, byte for byte, what the older output or an unbroken run has there;
 - the model that is there, if any, has its own index map beside it. Two files cannot be renamed in one instant: a kill
@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from safetensors.torch import load_file, save_file
 from codebook_tools.checkpoints.layout import index_map_path, training_path
 
 PARTIAL, OLD = ".partial", ".old"
-WINDOW = 0.05
+WINDOW, RENAMES = 0.05, 0.002
 Bytes = dict[str, str]
 """SHA-256 by path in the folder."""
 
@@ -98,20 +98,32 @@ def names(folder: Path) -> list[tuple[str, int]]:
 
 
 def killed(trial: Trial, folder: Path, more: tuple[str, ...], at: str, after: float) -> bool:
-    """Run it and kill it. at: "change" waits for the first change in the folder, "output" for the output's beginning,
-    "once" for nothing. Returns False where it had ended before."""
+    """Run it and kill it, `after` seconds past "once", the first "change" in the folder, the "output"'s beginning, or
+    the moment when its first file is "placed". Returns False where it had ended before."""
     before, begun = names(folder), folder / (trial.output + PARTIAL)
+    first = index_map_path(folder / trial.output)
+    aged = _inode(first)
+    moments: dict[str, Callable[[], bool]] = {
+        "once": lambda: True,
+        "change": lambda: names(folder) != before,
+        "output": begun.exists,
+        "placed": lambda: _inode(first) != aged,
+    }
+    reached = moments[at]
     running = Fork(trial.words(folder, *more))
-    if at != "once":
-        while not begun.exists() if at == "output" else names(folder) == before:
-            if running.ended():
-                running.wait()
-                return False
-            time.sleep(0.0005)
+    while not reached():
+        if running.ended():
+            running.wait()
+            return False
+        time.sleep(0.0005 if at != "placed" else 0)
     time.sleep(after)
     over = running.ended()
     running.kill()
     return not over
+
+
+def _inode(path: Path) -> int:
+    return path.stat().st_ino if path.exists() else 0
 
 
 class Faults(list[str]):
@@ -199,11 +211,12 @@ def tried(name: str, trial: Trial, work: Path, kills: int, chance: random.Random
     done = late = survived = 0
     while done < kills:
         shutil.rmtree(folder, ignore_errors=True)
-        replacing = done % 4 < 2
-        # A fine-tuning changes the folder long before it writes its output.
-        at = "once" if done % 2 else "output" if trial.resumes and done % 8 < 4 else "change"
+        replacing = done // 5 % 2 == 0
+        at = ("change", "once", "change", "once", "placed")[done % 5]
+        if at == "change" and trial.resumes and done % 5:  # it changes the folder long before it writes its output
+            at = "output"
         folder.mkdir() if not replacing else shutil.copytree(older, folder, copy_function=os.link)
-        after = chance.uniform(0, takes if at == "once" else WINDOW)
+        after = chance.uniform(0, {"once": 1.2 * takes, "placed": RENAMES}.get(at, WINDOW))
         if not killed(trial, folder, ("--force",) if replacing else (), at, after):
             late += 1
             continue

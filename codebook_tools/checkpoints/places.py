@@ -13,6 +13,12 @@ from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
 
 
+def check_free(path: Path, force: bool) -> None:
+    """Raise CodebookError where `path` is there, and `force` does not say that it may be replaced."""
+    if path.exists() and not force:
+        raise CodebookError(f"{path} exists; --force replaces it, or write elsewhere")
+
+
 def check_leftovers(path: Path) -> None:
     """Raise CodebookError, with how to recover, where an interrupted run left something beside the directory `path`."""
     old, partial = aside_path(path), partial_path(path)
@@ -43,13 +49,15 @@ def _is_ours(path: Path) -> bool:
 
 
 @contextmanager
-def partial_file(path: Path) -> Iterator[Path]:
+def partial_file(path: Path, force: bool) -> Iterator[Path]:
     """Where to write the file that `path` is to be; removed at the end, unless it was put in place.
 
-    Raises CodebookError where another process is writing it.
+    Raises CodebookError where another process is writing it, or has written it and `force` is not given: once this one
+    writes, no other does.
     """
     partial = partial_path(path)
     if os.name == "nt":  # what is open there cannot be renamed, nor removed by another
+        check_free(path, force)
         try:
             yield partial
         finally:
@@ -57,6 +65,7 @@ def partial_file(path: Path) -> Iterator[Path]:
         return
     with _claimed(partial) as ours:
         try:
+            check_free(path, force)
             yield partial
         finally:
             if _is_at(partial, ours):  # not what another began, once this one was in place
@@ -95,11 +104,12 @@ def _is_at(path: Path, file: int) -> bool:
 
 
 @contextmanager
-def partial_folder(path: Path) -> Iterator[Path]:
+def partial_folder(path: Path, force: bool) -> Iterator[Path]:
     """The same for a directory, which is made here, so that none is removed that another run makes."""
     partial = partial_path(path)
     partial.mkdir()
     try:
+        check_free(path, force)
         yield partial
     finally:
         if partial.exists():

@@ -29,6 +29,7 @@ from codebook_tools.checkpoints.layout import (
     written_name,
 )
 from codebook_tools.checkpoints.places import (
+    check_free,
     check_leftovers,
     check_replaceable,
     partial_file,
@@ -57,8 +58,7 @@ def check_writable(path: Path, force: bool, with_config: bool = False) -> None:
         if as_folder:
             check_leftovers(path)
         for target in (path, index_map_path(path), *own):
-            if target.exists() and not force:
-                raise CodebookError(f"{target} exists; --force replaces it, --output writes elsewhere")
+            check_free(target, force)
             # A name of its own: another process may be writing the partial file.
             probe = partial_path(target.with_name(f"{target.name}.{os.getpid()}"))
             probe.touch()
@@ -84,6 +84,8 @@ def write_checkpoint(
     maps: Mapping[str, Tensor],
     config: bytes | None = None,
     others: Mapping[str, bytes] | None = None,
+    *,
+    force: bool = False,
 ) -> Path:
     """Write `original` with the tensors of `changed` in their place, its index map beside it; return the map's path.
 
@@ -91,11 +93,11 @@ def write_checkpoint(
     the files of the original's directory that go with them; shards stay shards. changed: by key, in the stored dtype;
     shapes may differ. metadata: added to the original's, without PREFIX. maps: int64 tensors of the index map file;
     without any, there is none. config: what the config is to hold. others: what other files of the directory are to
-    hold, by name, where that changes or there is none.
+    hold, by name, where that changes or there is none. force: replace what is there.
 
     Everything is written whole under names that end in `.partial`, flushed, read back and compared, then renamed; a
     directory as one. Raises VerificationError where what was read back is not what was meant, CodebookError where the
-    disk fails, or the original is not what it was when it was read.
+    disk fails, something is there to be replaced without `force`, or the original is not what it was when it was read.
     """
     entries = _changed(original.entries, changed)
     ours = {PREFIX + key: value for key, value in metadata.items()}
@@ -104,10 +106,10 @@ def write_checkpoint(
     try:
         with ExitStack() as stack:
             if not is_directory_output(path):
-                target = stack.enter_context(partial_file(path))
+                target = stack.enter_context(partial_file(path, force))
                 digest = _write_tensors(target, entries, {**original.metadata, **ours})
             else:
-                building = stack.enter_context(partial_folder(path))
+                building = stack.enter_context(partial_folder(path, force))
                 _furnish(building, original, config, others or {})
                 if original.sharded:
                     digest = _write_shards(building, original, changed, ours)
@@ -118,10 +120,10 @@ def write_checkpoint(
                 beside.append(map_path)
                 of_maps = [Held(key, tensor) for key, tensor in sorted(maps.items())]
                 about = map_metadata(maps, digest, ours)
-                _write_tensors(stack.enter_context(partial_file(map_path)), of_maps, about)
+                _write_tensors(stack.enter_context(partial_file(map_path, force)), of_maps, about)
             if config is not None and not is_directory_output(path):
                 beside.append(own_config_path(path))
-                _write_whole(stack.enter_context(partial_file(beside[-1])), lambda: [config])
+                _write_whole(stack.enter_context(partial_file(beside[-1], force)), lambda: [config])
             original.check_unchanged()
             # The model last: where there is a model, there is its map.
             for target in (*beside, path):
@@ -133,20 +135,20 @@ def write_checkpoint(
     return map_path
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, force: bool) -> None:
     """Write tensors into a small file of their own, whole or not at all, and read it back."""
     try:
-        with partial_file(path) as target:
+        with partial_file(path, force) as target:
             _write_tensors(target, [Held(key, tensor) for key, tensor in sorted(tensors.items())], metadata)
             put_in_place(path)
     except OSError as error:
         raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def write_file(path: Path, chunks: Iterable[bytes]) -> None:
+def write_file(path: Path, chunks: Iterable[bytes], *, force: bool) -> None:
     """Write any other file, whole or not at all, and read it back."""
     try:
-        with partial_file(path) as target:
+        with partial_file(path, force) as target:
             if _write(target, chunks) != file_sha256(target):
                 raise VerificationError(f"{path} read back from disk is not what was written; nothing was kept")
             put_in_place(path)

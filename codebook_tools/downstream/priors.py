@@ -79,11 +79,13 @@ def remap_prior(
     on_removed: OnRemoved,
     embedding_keys: Sequence[str] = (),
     head_keys: Sequence[str] = (),
+    *,
+    force: bool = False,
 ) -> tuple[list[tuple[Vocabulary, int]], list[str]]:
     """Write `remapped` to `output`. Returns each embedding's vocabulary with its rows before, and warnings."""
     new = remapped(prior, vocabularies, on_removed, embedding_keys, head_keys)
     about = _about(prior, vocabularies, on_removed, embedding_keys, head_keys)
-    write_checkpoint(prior, output, new.changed, about, {}, new.config, new.others)
+    write_checkpoint(prior, output, new.changed, about, {}, new.config, new.others, force=force)
     return new.embedded, [*_warnings(prior, output, new.tables, vocabularies)]
 
 

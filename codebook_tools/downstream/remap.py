@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from codebook_tools.checkpoints.layout import SUFFIX, named
+from codebook_tools.checkpoints.places import check_free
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.writing import write_file
 from codebook_tools.downstream.maps import IndexMap, read_index_maps
@@ -124,8 +125,9 @@ def _check_token_output(source: Path, output: Path, force: bool) -> None:
         raise CodebookError(f"{output} is the file that is read, which is never overwritten; write elsewhere")
     if not output.parent.is_dir():
         raise CodebookError(f"no such folder: {output.parent}; make it first, or write elsewhere with --output")
-    if output.is_dir() or (output.exists() and not force):
-        raise CodebookError(f"{output} exists; --force replaces it, --output writes elsewhere")
+    if output.is_dir():
+        raise CodebookError(f"{output} is a directory; name a file with --output")
+    check_free(output, force)
 
 
 def _remap_tokens(source: Path, maps: tuple[IndexMap, ...], request: RemapRequest) -> Counts:
@@ -135,7 +137,8 @@ def _remap_tokens(source: Path, maps: tuple[IndexMap, ...], request: RemapReques
             f"--codebook-key whose tokens these all are: {', '.join(one.key for one in maps)}"
         )
     translation = Translation(maps, request.on_removed, request.offset, request.special)
-    write_file(request.output_of(source), rewrite_tokens(source, translation, request.key, request.axis))
+    chunks = rewrite_tokens(source, translation, request.key, request.axis)
+    write_file(request.output_of(source), chunks, force=request.force)
     return translation.counts
 
 
@@ -144,5 +147,5 @@ def _remap_prior(
 ) -> tuple[Counts, list[str]]:
     vocabularies = [Vocabulary(one, request.offset, request.pad_to_multiple) for one in maps]
     output, keys = request.output_of(source), (request.embedding_key, request.head_key)
-    embedded, warnings = remap_prior(prior, output, vocabularies, request.on_removed, *keys)
+    embedded, warnings = remap_prior(prior, output, vocabularies, request.on_removed, *keys, force=request.force)
     return sum((one.counts(rows) for one, rows in embedded), Counts()), warnings

@@ -56,7 +56,7 @@ class Saving:
             "best": str(best.step) if best else "none",
         }
         tensors = joined({"training": training, "best": best.tensors() if best else {}})
-        processes.by_first(lambda: write_tensors(self.path, tensors, about))
+        processes.by_first(lambda: write_tensors(self.path, tensors, about, force=True))
 
     def left(self) -> Unfinished | None:
         """What an interrupted run left, where one did and is to go on. Raises CodebookError where it was another one,
