@@ -1,0 +1,39 @@
+"""The harnesses of docs/trust.md, each for some seconds: that they still run, and find nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TRUST = Path(__file__).parents[1] / "benchmarks" / "trust"
+ELSEWHERE = "import record, runpy, sys; from pathlib import Path; record.RESULTS = Path(sys.argv.pop(1)); \
+del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("kills", ("prune", "sharded", "finetune", "--kills", "5", "--megabytes", "8")),
+        ("flips", ("--flips", "16")),
+        ("soak", ("--minutes", "0.3")),
+    ],
+)
+def test_a_harness_runs_and_finds_nothing(name: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    results = tmp_path / "trust.json"
+    command = [sys.executable, "-c", ELSEWHERE, str(results), str(TRUST / f"{name}.py"), *options]
+    # What forks may not have used more than one thread before.
+    environment = os.environ | {"PYTHONPATH": f"{TRUST}{os.pathsep}{TRUST.parents[1]}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    if name == "kills":  # of all four commands alone is a record made
+        assert done.stderr.count("'survived': 5") == 3, done.stderr
+    else:
+        assert json.loads(results.read_text())[name]["command"]
