@@ -15,7 +15,7 @@ its place. Half of the runs replace an older output with --force. After each kil
   refuse after doing what it says, and leaves nothing else behind.
 
 A trial is a fork of this process, so that each needs no import of torch. What was done goes to
-benchmarks/results/trust.json.
+benchmarks/results/trust.json, beside what the same options found of the other commands.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pathlib import Path
 
 from forks import Fork, errors_of, run
 from models import counts, demo, latents, metadata_of, sharded, single
-from record import record
+from record import record, recorded
 from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.layout import index_map_path, training_path
@@ -228,7 +228,6 @@ def tried(name: str, trial: Trial, work: Path, kills: int, chance: random.Random
         survived += len(faults) == found
         done += 1
     return {
-        "command": name,
         "kills": done,
         "survived": survived,
         "too late": late,
@@ -263,17 +262,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.folder, prefix="kills-") as folder:
         work = Path(folder)
         trials = made(work, given.megabytes)
-        found = []
+        found = {}
         for name in given.commands or commands:
-            found.append(tried(name, trials[name], work, given.kills, random.Random(f"{name} {given.seed}")))
-            print(found[-1], file=sys.stderr, flush=True)
-    if not given.commands:
-        record(
-            "kills",
-            f"python benchmarks/trust/kills.py --kills {given.kills} --megabytes {given.megabytes} --seed {given.seed}",
-            {"commands": found},
-        )
-    sys.exit(any(one["faults"] for one in found))
+            found[name] = tried(name, trials[name], work, given.kills, random.Random(f"{name} {given.seed}"))
+            print(name, found[name], file=sys.stderr, flush=True)
+    command = (
+        f"python benchmarks/trust/kills.py --kills {given.kills} --megabytes {given.megabytes} --seed {given.seed}"
+    )
+    record("kills", command, {"commands": recorded("kills", command).get("commands", {}) | found})
+    sys.exit(any(one["faults"] for one in found.values()))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,12 @@ def record(part: str, command: str, found: Mapping[str, object]) -> None:
     RESULTS.with_suffix(".md").write_text(table(known))
 
 
+def recorded(part: str, command: str) -> dict[str, Any]:
+    """What the file has of this part, where the same command found it."""
+    known = json.loads(RESULTS.read_text()).get(part, {}) if RESULTS.exists() else {}
+    return known if known.get("command") == command else {}
+
+
 def table(found: Mapping[str, Any]) -> str:
     """In Markdown: a line for each part that was run."""
     lines = ["| run | cases | found |", "| --- | --- | --- |"]
@@ -46,8 +52,8 @@ def _fuzz(its: Mapping[str, Any]) -> tuple[str, str]:
 def _kills(its: Mapping[str, Any]) -> tuple[str, str]:
     commands = its["commands"]
     return (
-        ", ".join(f"{one['kills']} of `{one['command']}`" for one in commands),
-        ", ".join(f"{one['survived']}" for one in commands) + " survived",
+        ", ".join(f"{one['kills']} of `{name}`" for name, one in commands.items()),
+        ", ".join(f"{one['survived']}" for one in commands.values()) + " survived",
     )
 
 

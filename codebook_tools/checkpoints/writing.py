@@ -6,10 +6,11 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from torch import Tensor
 
@@ -59,10 +60,10 @@ def check_writable(path: Path, force: bool, with_config: bool = False) -> None:
             check_leftovers(path)
         for target in (path, index_map_path(path), *own):
             check_free(target, force)
-            # A name of its own: another process may be writing the partial file.
-            probe = partial_path(target.with_name(f"{target.name}.{os.getpid()}"))
-            probe.touch()
-            probe.unlink()
+            with suppress(FileNotFoundError):
+                os.lstat(partial_path(target))  # an OSError where the name is too long
+            with TemporaryFile(dir=path.parent):  # on Linux it has no name, so that no kill leaves it behind
+                pass
         if as_folder:
             check_replaceable(path)
     except OSError as error:
