@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from codebook_tools.checkpoints import entries
+from codebook_tools.checkpoints import entries, writing
 from codebook_tools.checkpoints.reading import read_checkpoint, torch_dtype
 from codebook_tools.checkpoints.writing import (
     check_writable,
@@ -360,10 +360,11 @@ def test_a_missing_folder_and_a_folder_in_the_way_are_named(tmp_path: Path) -> N
 def test_a_folder_that_cannot_be_written_is_found_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def touch(path: Path, *_: object) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    def refuse(**_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
 
-    monkeypatch.setattr(Path, "touch", touch)  # the superuser, whom CI may run as, could write in any folder
+    # the superuser, whom CI may run as, could write in any folder
+    monkeypatch.setattr(writing, "TemporaryFile", refuse)
     with pytest.raises(CodebookError, match=f"cannot write in .*{os.strerror(errno.EACCES)}; .*--output"):
         check_writable(tmp_path / "out.safetensors", force=False)
 

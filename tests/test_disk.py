@@ -15,6 +15,7 @@ import pytest
 from conftest import Outcome, assert_refused, contents
 
 from codebook_tools import operate
+from codebook_tools.checkpoints.writing import check_writable
 from codebook_tools.demo import DEMO
 
 Run = Callable[..., Outcome]
@@ -139,6 +140,15 @@ def test_what_another_process_wrote_meanwhile_is_not_replaced_without_force(
     assert contents(tmp_path) == {"o.safetensors": b"another's"}
     assert codebook("prune", *QUICK, "--output", output, "--force").exit_code == 0
     assert len(contents(tmp_path)) == 2 and output.read_bytes() != b"another's"
+
+
+def test_a_kill_while_it_is_looked_whether_one_can_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was made in order to see had a name, and lay there for good where a kill came before it was removed."""
+    monkeypatch.setattr(os, "unlink", lambda *given, **more: None)
+    check_writable(tmp_path / "o.safetensors", force=False)
+    assert not contents(tmp_path)
 
 
 def test_of_two_commands_with_one_output_each_leaves_a_whole_one_or_none(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from conftest import GREY, Grey, Outcome, State, assert_refused, contents
 from safetensors.torch import save_file
 
 from codebook_tools import operate, stages
+from codebook_tools.checkpoints import writing
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import DEMO
 
@@ -230,10 +231,11 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     }[kind]
     if kind == "not writable":
 
-        def touch(path: Path, *_: object) -> None:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        def refuse(**_: object) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
 
-        monkeypatch.setattr(Path, "touch", touch)  # permissions do not stop the superuser, whom CI may run as
+        # permissions do not stop the superuser, whom CI may run as
+        monkeypatch.setattr(writing, "TemporaryFile", refuse)
     before = contents(tmp_path)
     # The data are missing too: the output is looked at first.
     assert_refused(codebook("prune", tiny, "--data", "nowhere", "-o", output), message)

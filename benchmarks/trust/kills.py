@@ -266,9 +266,8 @@ def main() -> None:
         for name in given.commands or commands:
             found[name] = tried(name, trials[name], work, given.kills, random.Random(f"{name} {given.seed}"))
             print(name, found[name], file=sys.stderr, flush=True)
-    command = (
-        f"python benchmarks/trust/kills.py --kills {given.kills} --megabytes {given.megabytes} --seed {given.seed}"
-    )
+    options = f"--kills {given.kills} --megabytes {given.megabytes} --seed {given.seed}"
+    command = f"python benchmarks/trust/kills.py {options}"
     record("kills", command, {"commands": recorded("kills", command).get("commands", {}) | found})
     sys.exit(any(one["faults"] for one in found.values()))
 
