@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
@@ -16,6 +14,7 @@ from torch import Tensor
 from codebook_tools import processes
 from codebook_tools.card import CARD
 from codebook_tools.checkpoints.layout import PREFIX, index_map_path
+from codebook_tools.checkpoints.places import partial_folder
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.codebook import Strategy
@@ -101,8 +100,7 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
         raise CodebookError(f"run works in one process, not {processes.count()}; start it without torchrun")
     output = check_request_output(request, "run", None)
     request = replace(request, sample=request.model is None)  # for steps whose model is no longer the demo, but of it
-    folder = Path(mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    try:
+    with partial_folder(output.with_name(f"{output.name}.steps"), force=True) as folder:
         results, written = list[Result](), list[Path]()
         model = request.model
         for i, step in enumerate(steps, 1):
@@ -119,8 +117,6 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
         shown = _exhibited(request, steps, written, watch) if request.exhibit and request.input_range else ()
         with watch.phase("write"):
             index_map = _write(request, output, steps, written, maps)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return Chain(
         model=str(request.source),
         family=results[-1].family,

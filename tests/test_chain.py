@@ -56,6 +56,17 @@ def test_a_chain_leaves_what_its_steps_leave_one_after_another(
     assert verified.exit_code == 0, verified.stdout
 
 
+def test_what_a_killed_run_left_is_named_with_what_to_do(
+    recipe: Callable[..., Path], codebook: Run, tmp_path: Path
+) -> None:
+    """It lay in a hidden folder, another one after each kill."""
+    (tmp_path / "out.safetensors.steps.partial").mkdir()
+    command = ("run", recipe(["prune"], output=str(tmp_path / "out.safetensors")))
+    assert_refused(codebook(*command), "out.safetensors.steps.partial is left of an interrupted run")
+    (tmp_path / "out.safetensors.steps.partial").rmdir()
+    assert codebook(*command).exit_code == 0
+
+
 def test_the_index_map_is_the_composed_one(
     recipe: Callable[..., Path], tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
 ) -> None:

@@ -27,7 +27,11 @@ def check_leftovers(path: Path) -> None:
     if old.exists():
         raise CodebookError(f"{old} is what an interrupted run was replacing; rename it to {path.name}, or delete it")
     if partial.exists():
-        raise CodebookError(f"{partial} is left of an interrupted run, or another is at work; delete it if none is")
+        raise _left(partial)
+
+
+def _left(partial: Path) -> CodebookError:
+    return CodebookError(f"{partial} is left of an interrupted run, or another is at work; delete it if none is")
 
 
 def check_replaceable(path: Path) -> None:
@@ -107,7 +111,12 @@ def _is_at(path: Path, file: int) -> bool:
 def partial_folder(path: Path, force: bool) -> Iterator[Path]:
     """The same for a directory, which is made here, so that none is removed that another run makes."""
     partial = partial_path(path)
-    partial.mkdir()
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        raise _left(partial) from None
+    except OSError as error:
+        raise CodebookError(f"cannot write {partial}: {error.strerror}") from error
     try:
         check_free(path, force)
         yield partial
