@@ -52,17 +52,23 @@ class _TerminatedError(BaseException):
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def _terminable() -> Iterator[list[int]]:
     """SIGTERM ends what runs within as Ctrl-C does, so that half-written files and workers are cleared away; a second
     one ends at once. Where either comes while Python clears an object away, which ignores all that is raised there, it
-    comes again."""
+    comes again. Gives the signals that came, for code in C may make an error of its own of what is raised within."""
+    came = list[int]()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield came
         return
 
     def end(number: int, frame: object) -> None:
+        came.append(number)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise _TerminatedError
+
+    def interrupt(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
 
     def ignored(what: sys.UnraisableHookArgs) -> None:
         number = _RAISED_BY.get(what.exc_type)
@@ -76,10 +82,15 @@ def _terminable() -> Iterator[None]:
         again.start()
 
     before, hook = signal.signal(signal.SIGTERM, end), sys.unraisablehook
+    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not so in the background
+    if heeded:
+        signal.signal(signal.SIGINT, interrupt)
     sys.unraisablehook = ignored
     try:
-        yield
+        yield came
     finally:
+        if heeded:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, before)
         sys.unraisablehook = hook
 
@@ -94,8 +105,9 @@ _LEFT = "what was written is whole, or not there; with --resume, where a command
 @contextmanager
 def reported() -> Iterator[None]:
     """What goes wrong becomes one line on stderr and an exit code."""
+    came = list[int]()
     try:
-        with _terminable():
+        with _terminable() as came:
             yield
             sys.stdout.flush()
     except typer.Exit:
@@ -103,15 +115,11 @@ def reported() -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
-    except KeyboardInterrupt:
-        _end(130, f"interrupted; {_LEFT}")
-    except _TerminatedError:
-        from codebook_tools import processes
-
-        if processes.count() > 1:  # torchrun ends all, and some wait for others that are gone
-            raise typer.Exit(143) from None
-        _end(143, f"terminated; {_LEFT}")
+    except (KeyboardInterrupt, _TerminatedError) as end:
+        _end_by(_RAISED_BY[type(end)])
     except Exception as error:
+        if came:
+            _end_by(came[-1])
         from codebook_tools import processes
         from codebook_tools.errors import CodebookError
 
@@ -126,6 +134,16 @@ def reported() -> Iterator[None]:
             "this is our fault; please report it, with the lines above and the command that you gave",
             before=traceback.format_exc(),
         )
+
+
+def _end_by(number: int) -> NoReturn:
+    from codebook_tools import processes
+
+    if number == signal.SIGINT:
+        _end(130, f"interrupted; {_LEFT}")
+    if processes.count() > 1:  # torchrun ends all, and some wait for others that are gone
+        raise typer.Exit(143) from None
+    _end(143, f"terminated; {_LEFT}")
 
 
 def _end(code: int, message: str, before: str = "") -> NoReturn:

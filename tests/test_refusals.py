@@ -388,6 +388,27 @@ except typer.Exit as end:
     assert (found.stdout, found.stderr.count("\n")) == (f"{code}\n", 1), found
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_of_which_a_library_makes_an_error_of_its_own_is_no_fault_of_ours(number: int, code: int) -> None:
+    """As numpy does where it comes while structured arrays are compared: exit code 70, and a traceback."""
+    program = f"""
+import os, time, typer
+from codebook_cli.exits import reported
+
+try:
+    with reported():
+        try:
+            os.kill(os.getpid(), {int(number)})
+            time.sleep(20)
+        except BaseException:
+            raise TypeError("no common dtype") from None
+except typer.Exit as end:
+    print(end.exit_code)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert (found.stdout, found.stderr.count("\n")) == (f"{code}\n", 1), found
+
+
 def test_a_reader_that_leaves_early_is_no_error(tiny: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
