@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from .calls import operate_on
 from .decide import decisions
-from .exits import one_voice
+from .exits import interruptible, one_voice
 from .follow import followers
 from .look import looks
 from .operate import operations
@@ -23,6 +23,10 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
 
 class Commands(TyperGroup):
     """Our commands, and one for each strategy that another distribution adds."""
+
+    def main(self, *given: Any, **more: Any) -> Any:
+        with interruptible():  # before a command has begun, too
+            return super().main(*given, **more)
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *sorted(_added_strategies())]

@@ -52,10 +52,35 @@ class _TerminatedError(BaseException):
 
 
 @contextmanager
+def interruptible() -> Iterator[None]:
+    """A Ctrl-C that comes while Python clears an object away, which ignores all that is raised there, comes again."""
+    hook = sys.unraisablehook
+
+    def ignored(what: sys.UnraisableHookArgs) -> None:
+        _soon(signal.SIGINT) if what.exc_type is KeyboardInterrupt else hook(what)
+
+    sys.unraisablehook = ignored
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
+def _soon(number: int) -> None:
+    """Raise the signal once the clearing away is over."""
+    again = threading.Timer(_AGAIN, signal.raise_signal, [number])
+    again.daemon = True  # where all is done by then, it is done
+    again.start()
+
+
+_AGAIN = 0.05  # seconds
+
+
+@contextmanager
 def _terminable() -> Iterator[list[int]]:
     """SIGTERM ends what runs within as Ctrl-C does, so that half-written files and workers are cleared away; a second
-    one ends at once. Where either comes while Python clears an object away, which ignores all that is raised there, it
-    comes again. Gives the signals that came, for code in C may make an error of its own of what is raised within."""
+    one ends at once. Gives the signals that came, for code in C may make an error of its own of what is raised in it.
+    """
     came = list[int]()
     if threading.current_thread() is not threading.main_thread():
         yield came
@@ -71,15 +96,11 @@ def _terminable() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
     def ignored(what: sys.UnraisableHookArgs) -> None:
-        number = _RAISED_BY.get(what.exc_type)
-        if number is None:
+        if what.exc_type is not _TerminatedError:
             hook(what)
             return
-        if number == signal.SIGTERM:
-            signal.signal(number, end)
-        again = threading.Timer(_AGAIN, signal.raise_signal, [number])
-        again.daemon = True  # where all is done by then, it is done
-        again.start()
+        signal.signal(signal.SIGTERM, end)
+        _soon(signal.SIGTERM)
 
     before, hook = signal.signal(signal.SIGTERM, end), sys.unraisablehook
     heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not so in the background
@@ -87,16 +108,13 @@ def _terminable() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, interrupt)
     sys.unraisablehook = ignored
     try:
-        yield came
+        with interruptible():
+            yield came
     finally:
         if heeded:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, before)
         sys.unraisablehook = hook
-
-
-_AGAIN = 0.05  # seconds, in which the clearing away is over
-_RAISED_BY: dict[type[BaseException], int] = {_TerminatedError: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
 
 
 _LEFT = "what was written is whole, or not there; with --resume, where a command has it, a fine-tuning goes on"
@@ -116,7 +134,7 @@ def reported() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
     except (KeyboardInterrupt, _TerminatedError) as end:
-        _end_by(_RAISED_BY[type(end)])
+        _end_by(signal.SIGINT if isinstance(end, KeyboardInterrupt) else signal.SIGTERM)
     except Exception as error:
         if came:
             _end_by(came[-1])

@@ -388,6 +388,27 @@ except typer.Exit as end:
     assert (found.stdout, found.stderr.count("\n")) == (f"{code}\n", 1), found
 
 
+def test_an_interruption_before_a_command_begins_is_not_lost_either() -> None:
+    program = """
+import os, signal, time
+from codebook_cli import app
+
+class Cleared:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.001)
+
+def get_command(*_):
+    Cleared()
+    time.sleep(20)
+
+app.Commands.get_command = get_command
+app.app(["inspect"])
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert found.returncode == 130 and "Traceback" not in found.stderr, found
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_of_which_a_library_makes_an_error_of_its_own_is_no_fault_of_ours(number: int, code: int) -> None:
     """As numpy does where it comes while structured arrays are compared: exit code 70, and a traceback."""
