@@ -75,10 +75,10 @@ def _twins(its: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _soak(its: Mapping[str, Any]) -> tuple[str, str]:
-    (middle, end), (files, last) = (its[f"{what}, third quarter and last"] for what in ("megabytes", "open files"))
+    memory, files = ([f"{number:g}" for number in its[f"{what}, by quarter"]] for what in ("megabytes", "open files"))
     return (
         f"{its['commands']:,} commands in {its['minutes']:g} minutes, {its['killed']} of them killed",
-        f"{len(its['faults'])} faults; {middle} MB, then {end}; {files:g} open files, then {last:g}",
+        f"{len(its['faults'])} faults; by quarter {', '.join(memory)} MB and {', '.join(files)} open files",
     )
 
 

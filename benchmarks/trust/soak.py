@@ -33,6 +33,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import models
@@ -246,15 +247,15 @@ class Soak:
         left = [path.name for path in self.temporary.iterdir() if not path.name.startswith("torchinductor")]
         self.faults += [f"{name} is left of temporary files" for name in left]
         for what, values in (("kB of memory", self.memory), ("open files", self.files)):
-            middle, end = (statistics.median(part) for part in _third_and_last(values))
+            *_, middle, end = quarters(values)
             if end > GROWTH * middle:
                 self.faults.append(f"{what} grew from {middle:.0f} to {end:.0f}")
 
 
-def _third_and_last(values: list[int]) -> tuple[list[int], list[int]]:
-    """The third of four parts, and the last."""
-    quarter = max(1, len(values) // 4)
-    return values[2 * quarter : 3 * quarter] or values, values[3 * quarter :] or values
+def quarters(values: list[int]) -> list[float]:
+    """The median of each of four parts."""
+    ends = [len(values) * i // 4 for i in range(5)]
+    return [statistics.median(values[start:end] or values) for start, end in pairwise(ends)]
 
 
 def _kilobytes() -> int:
@@ -275,7 +276,6 @@ def main() -> None:
         soak.go(given.minutes)
         soak.faults += [f"{name} is left in the current folder" for name in set(os.listdir()) - before]
     tempfile.tempdir = None
-    memory, files = ([statistics.median(part) for part in _third_and_last(of)] for of in (soak.memory, soak.files))
     record(
         "soak",
         f"python benchmarks/trust/soak.py --minutes {given.minutes:g} --seed {given.seed}",
@@ -285,8 +285,8 @@ def main() -> None:
             "of each": dict(soak.commands.most_common()),
             "killed": soak.killed,
             "exit codes": dict(soak.codes.most_common()),
-            "megabytes, third quarter and last": [round(kilobytes / 1024) for kilobytes in memory],
-            "open files, third quarter and last": files,
+            "megabytes, by quarter": [round(kilobytes / 1024) for kilobytes in quarters(soak.memory)],
+            "open files, by quarter": quarters(soak.files),
             "faults": soak.faults,
         },
     )
