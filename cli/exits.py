@@ -155,6 +155,7 @@ def reported() -> Iterator[None]:
 
 
 def _end_by(number: int) -> NoReturn:
+    """Exit as one does who was asked to by the signal `number`, SIGINT or SIGTERM."""
     from codebook_tools import processes
 
     if number == signal.SIGINT:
