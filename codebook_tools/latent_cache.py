@@ -8,6 +8,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from codebook_tools.checkpoints.entries import Entry, Held, Stored
 from codebook_tools.checkpoints.headers import header_of, read_safetensors
+from codebook_tools.checkpoints.places import partial_file, put_in_place
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.items import Item
 from codebook_tools.latents import EncodedLatents
@@ -56,10 +58,20 @@ class CachedLatents:
 
     def by_item(self) -> Iterator[tuple[list[Item], Tensor]]:
         """As EncodedLatents.by_item. Raises CodebookError where the file is damaged, or cannot be written."""
-        return self._read() if self.path.exists() else self._written()
+        if self.path.exists():
+            yield from self._read()
+            return
+        with ExitStack() as stack:
+            try:
+                partial = stack.enter_context(partial_file(self.path, force=True))
+            except CodebookError:  # another process is at it, and needs no help
+                yield from self.encoded.by_item()
+                return
+            except OSError as error:
+                raise self._unwritable(error) from error
+            yield from self._written(partial)
 
-    def _written(self) -> Iterator[tuple[list[Item], Tensor]]:
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+    def _written(self, partial: Path) -> Iterator[tuple[list[Item], Tensor]]:
         place_of = {item: place for place, item in enumerate(self.encoded.images.items)}
         places, ends, sums, shape = list[int](), list[int](), list[int](), tuple[int, ...]()
         try:
@@ -86,11 +98,9 @@ class CachedLatents:
                 file.flush()
                 os.fsync(file.fileno())
             if places:
-                partial.replace(self.path)
+                put_in_place(self.path)
         except OSError as error:
-            raise CodebookError(f"cannot write latents into {self.path.parent}: {one_line(error)}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+            raise self._unwritable(error) from error
 
     def _read(self) -> Iterator[tuple[list[Item], Tensor]]:
         images = self.encoded.images
@@ -113,6 +123,9 @@ class CachedLatents:
         except (CodebookError, KeyError) as error:
             raise self._damaged() from error
         return latents, [entry.tensor().tolist() for entry in about]
+
+    def _unwritable(self, error: OSError) -> CodebookError:
+        return CodebookError(f"cannot write latents into {self.path.parent}: {one_line(error)}")
 
     def _damaged(self) -> CodebookError:
         return CodebookError(f"the latents in {self.path} are damaged: delete that file, and they are encoded anew")

@@ -13,6 +13,7 @@ from conftest import Outcome, assert_refused, contents
 from sources_of_images import Images, find_images
 from torch import Tensor
 
+from codebook_tools.checkpoints.layout import partial_path
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.latent_cache import CachedLatents, cached
@@ -85,6 +86,26 @@ def test_a_reading_that_stops_early_leaves_nothing(model: Model, folder: Path, t
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".partial"]
     latents.close()
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_a_killed_reading_left_is_in_nobodys_way(model: Model, folder: Path, tmp_path: Path) -> None:
+    """It lay there for good, gigabytes of it, under the number of a process that was no more."""
+    latents, plain = latents_of(model, folder, tmp_path / "cache"), read(latents_of(model, folder, None))
+    partial_path(latents.path).write_bytes(bytes(1_000_000))
+    assert equal(read(latents), plain) and equal(read(latents), plain)
+    assert list((tmp_path / "cache").iterdir()) == [latents.path]
+
+
+def test_of_two_readings_at_once_one_keeps_its_latents(model: Model, folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = latents_of(model, folder, cache).by_item()
+    begun = next(first)
+    plain = read(latents_of(model, folder, None))
+    assert equal(read(latents_of(model, folder, cache)), plain)
+    assert [file.suffix for file in cache.iterdir()] == [".partial"]
+    list(first)
+    assert len(begun[0]) == 8 and equal(read(latents_of(model, folder, cache)), plain)
+    assert [file.suffix for file in cache.iterdir()] == [".safetensors"]
 
 
 def test_parts_are_kept_apart(model: Model, asked: list[int], folder: Path, tmp_path: Path) -> None:

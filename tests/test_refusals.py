@@ -1,18 +1,11 @@
-"""Every way to fail: its exit code, its one line, and nothing written."""
+"""What a user can mend: exit code 1, one line, and nothing written."""
 
 from __future__ import annotations
 
 import errno
 import os
-import select
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +13,6 @@ import torch
 from conftest import GREY, Grey, Outcome, State, assert_refused, contents
 from safetensors.torch import save_file
 
-from codebook_tools import operate, stages
 from codebook_tools.checkpoints import writing
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import DEMO
@@ -28,9 +20,6 @@ from codebook_tools.opening import DEMO
 Run = Callable[..., Outcome]
 WriteModel = Callable[..., Path]
 RANGE = ("--input-range", "-1,1")
-
-
-# --- exit code 1: what a user can mend, in one line, with nothing written ------------------------------------------
 
 
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -240,203 +229,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     # The data are missing too: the output is looked at first.
     assert_refused(codebook("prune", tiny, "--data", "nowhere", "-o", output), message)
     assert contents(tmp_path) == before
-
-
-# --- the other exit codes ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["refit"],
-        ["refit", "--k", "many"],
-        ["refit", "--k", "4", "--init", "lucky"],
-        ["prune", "--no-such-option"],
-        ["measure", "one.safetensors", "two.safetensors"],
-        ["finetune", "--train", "encoder"],
-        ["verify"],
-        ["no-such-command"],
-    ],
-)
-def test_wrong_usage_is_exit_code_2(
-    arguments: list[str], codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    found = codebook(*arguments)
-    assert found.exit_code == 2 and found.stdout == "" and "Usage:" in found.stderr
-    assert contents(tmp_path) == {}
-
-
-def test_a_file_that_is_not_what_was_meant_is_exit_code_3_and_leaves_nothing(
-    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fsync(handle: int) -> None:
-        os.lseek(handle, -1, os.SEEK_END)
-        os.write(handle, b"\x7f")
-
-    monkeypatch.setattr(os, "fsync", fsync)  # a disk that damages the last byte
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE)
-    assert found.exit_code == 3 and "is not what was written" in found.stderr
-    assert set(contents(tmp_path)) == {"tiny.safetensors"}
-
-
-def test_our_own_fault_is_exit_code_70_with_the_traceback_to_report(
-    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def faulty(*_: object, **__: object) -> None:
-        raise ZeroDivisionError("a fault of ours")
-
-    monkeypatch.setattr(operate, "write_checkpoint", faulty)
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE, "--json")
-    assert found.exit_code == 70 and found.stdout == ""
-    assert "Traceback" in found.stderr and "a fault of ours" in found.stderr and "please report it" in found.stderr
-    assert set(contents(tmp_path)) == {"tiny.safetensors"}
-
-
-@pytest.mark.parametrize(
-    ("room", "where"),
-    [(stages, "finetune"), (operate, "write_checkpoint"), (stages, "measure_stage"), (operate, "_read_back")],
-)
-def test_an_interruption_is_exit_code_130_wherever_it_comes(
-    room: ModuleType,
-    where: str,
-    tiny: Path,
-    codebook: Run,
-    images_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(room, where, interrupted)
-    found = codebook("finetune", tiny, "--steps", 1, "--data", images_folder, *RANGE)
-    assert found.exit_code == 130 and found.stdout == "" and found.stderr.count("\n") == 1
-    unfinished = set() if where == "finetune" else {"tiny.finetune-k16.training.safetensors"}  # for --resume
-    whole = {"tiny.finetune-k16.safetensors", "tiny.finetune-k16.index_map.safetensors"}
-    written = whole if where == "_read_back" else set()
-    assert set(contents(tmp_path)) - {"tiny.safetensors"} == unfinished | written
-
-
-def start(*arguments: object, **more: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "codebook_tools", *map(str, arguments)], **more)
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, b"interrupted"), (signal.SIGTERM, 143, b"terminated")]
-)
-def test_a_signal_during_fine_tuning_ends_with_a_line_and_its_own_code_and_leaves_nothing(
-    number: signal.Signals, code: int, word: bytes, tiny: Path, images_folder: Path, tmp_path: Path
-) -> None:
-    pty = pytest.importorskip("pty")  # a terminal on stderr, so that progress says when fine-tuning has begun
-    reader, terminal = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    asked = ("finetune", tiny, "--steps", 10_000_000, "--batch-size", 8, "--data", images_folder, *RANGE, "--json")
-
-    def heed_interrupts() -> None:  # a background job is born deaf to them, and so would its children be
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    given: dict[str, Any] = {"stderr": terminal, "env": environment, "preexec_fn": heed_interrupts}
-    with start(*asked, stdout=subprocess.PIPE, **given) as process:
-        os.close(terminal)
-        shown, deadline, sent = b"", time.monotonic() + 120, False
-        while time.monotonic() < deadline:
-            if not select.select([reader], [], [], 1)[0]:
-                continue
-            try:
-                chunk = os.read(reader, 65536)
-            except OSError:  # how Linux says that the other end is closed
-                break
-            if not chunk:
-                break
-            shown += chunk
-            if b"fine-tune" in shown and not sent:
-                process.send_signal(number)
-                sent = True
-        os.close(reader)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()  # or the rest of the tests would wait for it
-        assert process.stdout is not None and process.stdout.read() == b""
-        assert sent and process.wait(30) == code, shown
-    assert word in shown and b"Traceback" not in shown
-    assert set(contents(tmp_path)) == {"tiny.safetensors"}
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_that_comes_while_an_object_is_cleared_away_is_not_lost(number: int, code: int) -> None:
-    """Python ignores what is raised there: the command went on to its end, with a traceback in between."""
-    program = f"""
-import os, time, typer
-from codebook_cli.exits import reported
-
-class Cleared:
-    def __del__(self):
-        os.kill(os.getpid(), {int(number)})
-        time.sleep(0.001)
-
-try:
-    with reported():
-        Cleared()
-        time.sleep(20)
-        print("it went on")
-except typer.Exit as end:
-    print(end.exit_code)
-"""
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
-    assert (found.stdout, found.stderr.count("\n")) == (f"{code}\n", 1), found
-
-
-def test_an_interruption_before_a_command_begins_is_not_lost_either() -> None:
-    program = """
-import os, signal, time
-from codebook_cli import app
-
-class Cleared:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.001)
-
-def get_command(*_):
-    Cleared()
-    time.sleep(20)
-
-app.Commands.get_command = get_command
-app.app(["inspect"])
-"""
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
-    assert found.returncode == 130 and "Traceback" not in found.stderr, found
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_of_which_a_library_makes_an_error_of_its_own_is_no_fault_of_ours(number: int, code: int) -> None:
-    """As numpy does where it comes while structured arrays are compared: exit code 70, and a traceback."""
-    program = f"""
-import os, time, typer
-from codebook_cli.exits import reported
-
-try:
-    with reported():
-        try:
-            os.kill(os.getpid(), {int(number)})
-            time.sleep(20)
-        except BaseException:
-            raise TypeError("no common dtype") from None
-except typer.Exit as end:
-    print(end.exit_code)
-"""
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
-    assert (found.stdout, found.stderr.count("\n")) == (f"{code}\n", 1), found
-
-
-def test_a_reader_that_leaves_early_is_no_error(tiny: Path) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    with start("inspect", tiny, "--json", stdout=writer, stderr=subprocess.PIPE) as process:
-        os.close(writer)
-        _, said = process.communicate(timeout=120)
-    assert (process.returncode, said) == (0, b"")
 
 
 @pytest.mark.parametrize("name", ["tiny.safetensors", "../folder/tiny.safetensors"])
