@@ -46,7 +46,7 @@ def read_recipe(path: Path) -> RecipeFile:
     import yaml
 
     try:
-        told = yaml.safe_load(read_text(path, _LONGEST))
+        told = _parsed(read_text(path, _LONGEST))
     except OSError as error:
         raise CodebookError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -57,6 +57,29 @@ def read_recipe(path: Path) -> RecipeFile:
         raise CodebookError(f"{path} has no list of {SURGERIES}, such as `{SURGERIES}: [prune, {{refit: {{k: 128}}}}]`")
     options = {str(name).replace("-", "_"): value for name, value in told.items() if name != SURGERIES}
     return RecipeFile(options, tuple(_surgery(path, entry) for entry in told[SURGERIES]))
+
+
+def _parsed(text: str) -> object:
+    """As yaml.safe_load, which takes the last of keys that are there twice, and says nothing of it."""
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    root = loader.get_single_node()
+    nodes, met = [root], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in met or not isinstance(node, yaml.CollectionNode):
+            continue
+        met.add(id(node))
+        pairs = node.value if isinstance(node, yaml.MappingNode) else [(None, value) for value in node.value]
+        names = set[str]()
+        for key, value in pairs:
+            nodes.append(value)
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in names:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+                names.add(key.value)
+    return loader.construct_document(root) if root else None
 
 
 def _surgery(path: Path, entry: object) -> tuple[str, Mapping[str, Any]]:

@@ -209,6 +209,9 @@ def test_a_recipe_that_makes_no_sense_is_refused_and_leaves_nothing(
         ("surgeries: prune\n", "has no list of surgeries"),
         ("!!python/object/apply:os.system ['true']\n", "is no YAML"),
         ("\x00", "is no YAML"),
+        ("surgeries: [prune]\nseed: 1\nseed: 2\n", "seed is there twice"),
+        ("surgeries:\n- refit:\n    k: 64\n    k: 128\n", "k is there twice"),
+        ("", "has no list of surgeries"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(text: str, message: str, codebook: Run, tmp_path: Path) -> None:
