@@ -274,9 +274,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a job in the background is born deaf, and so its commands
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background is born deaf to
     with tempfile.TemporaryDirectory(prefix="soak-") as place:
         before = set(os.listdir())
         soak = Soak(Path(place), given.seed)
