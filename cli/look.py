@@ -152,7 +152,10 @@ def map_(
 
     def work(watch: Watch) -> Map:
         from codebook_tools.mapping import look_at_map
+        from codebook_tools.report.mapped import check_beside
 
+        check_beside(page)
         return look_at_map(request_of(model, given), k, method.value, watch)
 
-    run_and_show(work, {**given, "report": given["report"] or named_after(model, ".map.html")})
+    page = given["report"] or named_after(model, ".map.html")
+    run_and_show(work, {**given, "report": page})

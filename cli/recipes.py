@@ -42,7 +42,7 @@ def run_recipe(context: typer.Context, path: Path, model: Path | None, given: di
 
     def work(watch: Watch) -> Chain | ChainPlan:
         from codebook_tools.chain import plan_chain, run_chain
-        from codebook_tools.comparison import write_text
+        from codebook_tools.checkpoints.places import write_text
         from codebook_tools.recipe_files import RecipeFile, steps_of, without_nothing
 
         request = request_of(options["model"], options)
@@ -52,6 +52,8 @@ def run_recipe(context: typer.Context, path: Path, model: Path | None, given: di
         done = run_chain(request, steps, watch)
         output = Path(done.outputs["model"])
         again = output.with_name(f"{output.name.removesuffix('.safetensors')}.recipe.yaml")
+        if again.exists() and again.samefile(path):
+            return replace(done, warnings=(*done.warnings, f"{again} is the recipe that was read, and stays as it is"))
         if again.exists() and not options["force"]:
             return replace(done, warnings=(*done.warnings, f"{again} is there and stays as it is; --force replaces it"))
         set_ = {name: value for name, value in options.items() if name not in _OF_THE_CALL}

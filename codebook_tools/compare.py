@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from codebook_tools import processes
+from codebook_tools.checkpoints.places import write_text
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.comparison import (
@@ -21,7 +22,6 @@ from codebook_tools.comparison import (
     check_folder,
     made_with,
     markdown_table,
-    write_text,
 )
 from codebook_tools.errors import CodebookError
 from codebook_tools.filling import power_of_two

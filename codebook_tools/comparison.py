@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from codebook_tools.checkpoints.layout import partial_path
+from codebook_tools.checkpoints.places import write_text
 from codebook_tools.errors import CodebookError
 from codebook_tools.items import items_sha256
 from codebook_tools.measure import CodebookUse, Measurement
@@ -211,19 +211,6 @@ class RowStore:
         """Keep a row, on disk too: the file is replaced whole."""
         self._rows.append(row)
         write_text(self.path, json.dumps({"rows": [row.to_json() for row in self._rows]}, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, in a folder that is made. Raises CodebookError where the disk fails."""
-    target = partial_path(path)
-    try:
-        path.parent.mkdir(exist_ok=True)
-        target.write_text(text)
-        os.replace(target, path)
-    except OSError as error:
-        raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        target.unlink(missing_ok=True)
 
 
 _COLUMNS = (

@@ -81,6 +81,12 @@ class Request:
     def source(self) -> Path:
         return self.model or DEMO
 
+    @property
+    def read(self) -> tuple[Path, ...]:
+        """All that is named to be read."""
+        stats = () if self.stats is None else (self.stats,)
+        return (self.source, *stats, *(Path(name) for name in (*self.data, *self.test_data, *self.latents)))
+
 
 @dataclass(eq=False)
 class Opened:

@@ -13,7 +13,7 @@ from codebook_tools import processes
 from codebook_tools.blur import blur_warnings
 from codebook_tools.card import cards
 from codebook_tools.checkpoints.layout import training_path
-from codebook_tools.checkpoints.places import check_free
+from codebook_tools.checkpoints.places import check_apart, check_free
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.codebook import Strategy
@@ -71,12 +71,13 @@ def measure_model(
     the measurement adds up. shard: which part of the data is seen, from 1, of how many. merging: files of all parts, in
     place of data.
     """
-    if stats is not None:
-        check_free(stats, request.force)
-        if not stats.absolute().parent.is_dir():
-            raise CodebookError(f"--stats {stats}: there is no folder {stats.parent}; make it first")
     if shard is not None:
         check_shard(request, stats, merging)
+    if stats is not None:
+        check_free(stats, request.force)
+        check_apart([stats], (*request.read, *merging))
+        if not stats.absolute().parent.is_dir():
+            raise CodebookError(f"--stats {stats}: there is no folder {stats.parent}; make it first")
     if merging:
         return merge(request, merging, stats, watch)
     if request.latents:

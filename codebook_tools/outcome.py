@@ -72,7 +72,7 @@ def _checked_output(request: Request, command: str, size: int | None) -> Path:
     checkpoint = read_checkpoint(request.source)
     check_size(checkpoint, size)
     output = request_output(request, command, size or 0)
-    check_output(checkpoint, output, request.force)
+    check_output(checkpoint, output, request.force, request.read)
     unfinished = training_path(output)
     if unfinished.exists() and not (request.resume or request.force):
         raise CodebookError(f"{unfinished} is of an interrupted run: --resume goes on from it, --force begins anew")

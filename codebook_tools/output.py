@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from codebook_tools.checkpoints.config import with_entries
-from codebook_tools.checkpoints.layout import CONFIG, SUFFIX, is_directory_output, named, own_config_path, split_others
+from codebook_tools.checkpoints.layout import (
+    CONFIG,
+    SUFFIX,
+    index_map_path,
+    is_directory_output,
+    named,
+    own_config_path,
+    split_others,
+    training_path,
+)
+from codebook_tools.checkpoints.places import check_apart
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.checkpoints.writing import check_writable
 from codebook_tools.errors import CodebookError
@@ -23,8 +34,9 @@ def default_output(checkpoint: Checkpoint, command: str, size: int, folder: Path
     return (place.parent if folder is None else folder) / (name + ending)
 
 
-def check_output(checkpoint: Checkpoint, output: Path, force: bool) -> None:
-    """Raise CodebookError where the output cannot be written, has no layout that is, or would replace the model."""
+def check_output(checkpoint: Checkpoint, output: Path, force: bool, read: Iterable[Path] = ()) -> None:
+    """Raise CodebookError where the output cannot be written, has no layout that is, or would replace, with what comes
+    beside it, the model or whatever else is `read`."""
     if output.name in ("", ".."):
         raise CodebookError(f"--output {output} has no name of its own, to write a partial one beside it; spell it out")
     as_folder, described = is_directory_output(output), _has_config(checkpoint)
@@ -32,6 +44,7 @@ def check_output(checkpoint: Checkpoint, output: Path, force: bool) -> None:
     written = {output.resolve()} if as_folder else {output.resolve(), own_config_path(output).resolve()}
     if sources & written:
         raise CodebookError(f"{output} is the model itself, which is never overwritten; write elsewhere with --output")
+    check_apart((output, index_map_path(output), training_path(output)), (*sources, *read))
     if as_folder and any(output.resolve() in source.parents for source in sources):
         raise CodebookError(f"{output} holds the model, which is never overwritten; write elsewhere with --output")
     if as_folder and not described and output.is_dir():

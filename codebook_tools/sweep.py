@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from codebook_tools import metrics, processes
+from codebook_tools.checkpoints.places import write_text
 from codebook_tools.codebook import Strategy
-from codebook_tools.comparison import STAGES, Row, RowStore, bytes_at, check_folder, made_with, write_text
+from codebook_tools.comparison import STAGES, Row, RowStore, bytes_at, check_folder, made_with
 from codebook_tools.errors import CodebookError
 from codebook_tools.measure import Measurement
 from codebook_tools.opening import Opened, Request, open_request

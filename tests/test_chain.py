@@ -60,10 +60,10 @@ def test_what_a_killed_run_left_is_named_with_what_to_do(
     recipe: Callable[..., Path], codebook: Run, tmp_path: Path
 ) -> None:
     """It lay in a hidden folder, another one after each kill."""
-    (tmp_path / "out.safetensors.steps.partial").mkdir()
+    (tmp_path / "out.safetensors.steps.codebook.partial").mkdir()
     command = ("run", recipe(["prune"], output=str(tmp_path / "out.safetensors")))
-    assert_refused(codebook(*command), "out.safetensors.steps.partial is left of an interrupted run")
-    (tmp_path / "out.safetensors.steps.partial").rmdir()
+    assert_refused(codebook(*command), "out.safetensors.steps.codebook.partial is left of an interrupted run")
+    (tmp_path / "out.safetensors.steps.codebook.partial").rmdir()
     assert codebook(*command).exit_code == 0
 
 

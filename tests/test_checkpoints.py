@@ -380,4 +380,4 @@ def test_a_name_too_long_for_the_file_the_map_or_the_partial_is_found_before_the
 
 
 def test_partial_files_lie_in_the_folder_of_the_output(tmp_path: Path) -> None:
-    assert partial_path(tmp_path / "a.safetensors") == tmp_path / "a.safetensors.partial"
+    assert partial_path(tmp_path / "a.safetensors") == tmp_path / "a.safetensors.codebook.partial"

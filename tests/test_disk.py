@@ -114,7 +114,7 @@ def test_an_input_that_changes_on_the_way_is_told(
 
 def test_what_another_process_is_writing_is_left_to_it(codebook: Run, tmp_path: Path) -> None:
     """It was written into by both, and the first to end put a mixture of the two in place."""
-    partial = tmp_path / "o.safetensors.partial"
+    partial = tmp_path / "o.safetensors.codebook.partial"
     with partial.open("wb") as other:
         other.write(b"begun by another")
         other.flush()

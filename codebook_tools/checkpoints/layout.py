@@ -21,6 +21,7 @@ _PICKLES = {"diffusion_pytorch_model.bin": WEIGHTS[0], "pytorch_model.bin": WEIG
 PREFIX = "codebook_tools."
 """Of the metadata that we add."""
 
+_PARTIAL = ".codebook.partial"
 _INDEX_MAP, _TRAINING = ".index_map.safetensors", ".training.safetensors"
 _OTHER_WEIGHTS = {SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf", ".pkl"}
 _SMALL = 16 << 20
@@ -52,8 +53,9 @@ def _beside(model: Path, ending: str) -> Path:
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file or directory is built before it is renamed."""
-    return path.with_name(path.name + ".partial")
+    """Where a file or directory is built before it is renamed: under a name that no download or editor gives, for what
+    lies there is taken for what an interrupted run left."""
+    return path.with_name(path.name + _PARTIAL)
 
 
 def aside_path(path: Path) -> Path:

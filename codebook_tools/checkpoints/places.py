@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,8 +17,24 @@ from codebook_tools.errors import CodebookError
 
 def check_free(path: Path, force: bool) -> None:
     """Raise CodebookError where `path` is there, and `force` does not say that it may be replaced."""
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:
         raise CodebookError(f"{path} exists; --force replaces it, or write elsewhere")
+
+
+def check_apart(written: Iterable[Path], read: Iterable[Path]) -> None:
+    """Raise CodebookError where something is to be written that is read: no `force` is meant for that."""
+    sources = {os.path.realpath(path) for path in read}
+    for path in written:
+        if os.path.realpath(path) in sources or any(_is_same(path, its) for its in sources):
+            raise CodebookError(f"{path} is read here, so it is never overwritten; write elsewhere")
+
+
+def _is_same(path: Path, other: str) -> bool:
+    """Where a disk takes two spellings for one name, too."""
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False
 
 
 def check_leftovers(path: Path) -> None:
@@ -83,7 +101,7 @@ def _claimed(partial: Path) -> Iterator[int]:
     import fcntl
 
     while True:
-        file = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+        file = _opened(partial)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -100,9 +118,27 @@ def _claimed(partial: Path) -> Iterator[int]:
         os.close(file)
 
 
+def _opened(partial: Path) -> int:
+    """A file of its own, and no link to one that is another's."""
+    try:
+        file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise _not_ours(partial) from None
+        raise
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise _not_ours(partial)
+    return file
+
+
+def _not_ours(partial: Path) -> CodebookError:
+    return CodebookError(f"{partial} is no file, so nothing is written there; delete it, or write elsewhere")
+
+
 def _is_at(path: Path, file: int) -> bool:
     try:
-        return os.path.samestat(os.stat(path), os.fstat(file))
+        return os.path.samestat(os.lstat(path), os.fstat(file))
     except FileNotFoundError:
         return False
 
@@ -148,6 +184,19 @@ def put_in_place(path: Path) -> None:
             shutil.rmtree(old)
         except OSError as error:
             raise CodebookError(f"{path} is written; {old}, which it replaced, cannot be deleted: {error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text, whole or not at all, in a folder that is made; one that is there is replaced. Raises
+    CodebookError where the disk fails."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with partial_file(path, force=True) as target:
+            # Names of files need not be UTF-8, and the locale's encoding need not have what is said.
+            target.write_text(text, encoding="utf-8", errors="backslashreplace")
+            put_in_place(path)
+    except OSError as error:
+        raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from codebook_tools.checkpoints.layout import SUFFIX, named
-from codebook_tools.checkpoints.places import check_free
+from codebook_tools.checkpoints.places import check_apart, check_free
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.writing import write_file
 from codebook_tools.downstream.maps import IndexMap, read_index_maps
@@ -83,6 +84,7 @@ def remap(request: RemapRequest) -> Remapped:
     Raises CodebookError, before anything is written where that is possible; what was written then is whole.
     """
     maps = read_index_maps(request.maps, request.codebook_key)
+    _check_apart(request)
     priors = {source: _open(source, request) for source in request.sources}
     outputs = {str(source): str(request.output_of(source)) for source in request.sources}
     counts, warnings = Counts(), list[str]()
@@ -98,6 +100,18 @@ def remap(request: RemapRequest) -> Remapped:
             raise (CodebookError(f"{error}; already written: {', '.join(done)}") if done else error) from error
         done.append(outputs[str(source)])
     return Remapped(**asdict(counts), outputs=outputs, warnings=tuple(warnings))
+
+
+def _check_apart(request: RemapRequest) -> None:
+    """Raise CodebookError where two sources have one output, or an output is a map, or another source."""
+    outputs = dict[str, Path]()
+    for source in dict.fromkeys(request.sources):
+        output = request.output_of(source)
+        first = outputs.setdefault(os.path.realpath(output), source)
+        if first != source:
+            raise CodebookError(f"{first} and {source} would both be written to {output}; give one of them")
+        # What a source may not be written to is said with its kind.
+        check_apart([output], {*request.sources, *request.maps} - {source})
 
 
 def _open(source: Path, request: RemapRequest) -> Checkpoint | None:

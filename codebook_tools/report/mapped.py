@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from codebook_tools.checkpoints.places import partial_file, put_in_place
+from codebook_tools.errors import CodebookError
 from codebook_tools.mapping import Map
 from codebook_tools.report.operated import about
 from codebook_tools.report.page import STYLE, Hover, Page, Plot
@@ -85,6 +87,13 @@ def draw_map(found: Map, figure: Figure) -> None:
     axes.legend(loc="best")
 
 
+def check_beside(page: Path) -> None:
+    """Raise CodebookError where files that are no part of an earlier page would be replaced."""
+    for kind in ("png", "svg", "parquet"):
+        if (path := page.with_suffix(f".{kind}")).exists() and not page.exists():
+            raise CodebookError(f"{path} is there, and is of no page; give --report another name")
+
+
 def write_map(found: Map, page: Path) -> dict[str, str]:
     """PNG, SVG and, where pyarrow is installed, a parquet of all points beside the page. Returns their paths."""
     import matplotlib
@@ -96,14 +105,19 @@ def write_map(found: Map, page: Path) -> dict[str, str]:
         draw_map(found, figure)
         for kind in ("png", "svg"):
             path = page.with_suffix(f".{kind}")
-            figure.savefig(path, dpi=150, transparent=False, metadata={"Date": None} if kind == "svg" else None)
+            about = {"Date": None} if kind == "svg" else None
+            with partial_file(path, force=True) as target:
+                figure.savefig(target, format=kind, dpi=150, transparent=False, metadata=about)
+                put_in_place(path)
             written[kind] = str(path)
     table = _table(found)
     if table is not None:
         import pyarrow.parquet
 
         path = page.with_suffix(".parquet")
-        pyarrow.parquet.write_table(table, path)
+        with partial_file(path, force=True) as target:
+            pyarrow.parquet.write_table(table, target)
+            put_in_place(path)
         written["parquet"] = str(path)
     return written
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from codebook_tools.chain import Chain
+from codebook_tools.checkpoints.places import write_text
 from codebook_tools.codes import Codes, look_at_codes
-from codebook_tools.comparison import Comparison, write_text
+from codebook_tools.comparison import Comparison
 from codebook_tools.diagnosis.diagnose import Diagnosis
 from codebook_tools.errors import CodebookError
 from codebook_tools.mapping import Map, look_at_map
