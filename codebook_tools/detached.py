@@ -174,7 +174,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         samples = (one.seen.codes, nearest(one.seen.sample.vectors, book)) if one.seen else None
         moved = nearest_map(surgery.index_map, one.old, book, samples)
         hits = one.hits(samples[1], size) if samples else _carried_over(one.counts, moved, size)
-        changed |= changed_codebook(checkpoint, one.found, book.vectors, hits)
+        changed |= changed_codebook(checkpoint, one.found, book.vectors, hits, surgery.index_map)
         maps |= {f"{one.found.key}/index_map": surgery.index_map, f"{one.found.key}/nearest": moved}
         new.append(book)
     stages = {

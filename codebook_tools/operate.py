@@ -172,7 +172,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         told = cards(output, model.checkpoint, command, opened.settings, sizes, stages, done.kept)
 
         def write() -> tuple[Path, int]:
-            changed = model.changed({stage: tokens[stage].counts for stage in keys})
+            changed = model.changed({stage: tokens[stage].counts for stage in keys}, done.index_maps)
             given = (model.checkpoint, output, changed, about, maps, config, told)
             map_path = write_checkpoint(*given, force=request.force)
             _read_back(output, model, keys)

@@ -23,7 +23,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.models.companions import companion_values, flags
 from codebook_tools.models.families import size_entry
 from codebook_tools.models.load import find_book
-from codebook_tools.models.stored import effective_rows, owned_keys, rounded, stored_rows
+from codebook_tools.models.stored import effective_rows, exact_rows, owned_keys, rounded, stored_rows
 from codebook_tools.output import written_config
 from codebook_tools.verification import Difference, Verification, listed, same_bytes
 
@@ -178,6 +178,11 @@ def _book(written: Checkpoint, original: Checkpoint, maps: Checkpoint, found: Fo
         moved, at = new[index_map[kept]], torch.zeros(size, dtype=torch.bool).index_fill_(0, index_map[kept], True)
         # Rows that are given out at unit length are stored so; what no old code became copies row 0, which one did.
         same = any(torch.equal(moved, meant[kept]) for meant in (old, rounded(original, found, unit(old))))
+        if (
+            torch.equal(moved, old[kept]) and effective(found, original.shapes).kind == "rows"
+        ):  # float64 has more digits
+            exact = exact_rows(written.tensor(found.key), replace(found, size=size))[index_map[kept]]
+            same = torch.equal(exact, exact_rows(original.tensor(found.key), found)[kept])
         if not same or not bool(at[0]) or not bool((new[~at] == new[:1]).all()):
             yield Difference(found.key, "the codes are not the original's that the index map says were kept")
 

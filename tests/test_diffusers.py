@@ -527,7 +527,7 @@ BAD_OUTPUTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a path without a name": (lambda folder: None, "..", "has no name of its own"),
     "a pickle": (lambda folder: None, "out.pt", "does not end in .safetensors"),
     "no folder": (lambda folder: None, "gone/out", "no such folder"),
-    "left over, not whole": (lambda folder: (folder / "out.codebook.partial").mkdir(), "out", "out.codebook.partial is left of"),
+    "left over, not whole": (lambda folder: partial_path(folder / "out").mkdir(), "out", "codebook.partial is left of"),
     "left over, the old": (lambda folder: (folder / "out.old").mkdir(), "out", "rename it to out, or delete it"),
     "left over, both": (
         lambda folder: ((folder / "out.old").mkdir(), (folder / "out").mkdir()), "out", "already written out; delete it"

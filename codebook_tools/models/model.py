@@ -226,10 +226,11 @@ class Model:
 
     # The file it becomes
 
-    def changed(self, counts: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    def changed(self, counts: Mapping[int, Tensor], index_maps: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Every tensor in which the model differs from its file, by file key, in the stored dtypes and shapes.
 
-        counts: assignments per code, (size,), for the companions, by index of each book that changed.
+        counts: assignments per code, (size,), for the companions, by index of each book that changed; index_maps: what
+        became of its old codes.
         """
         entries = self.checkpoint.entries
         tensors = dict[str, Tensor]()
@@ -241,7 +242,8 @@ class Model:
                 tensors[key] = running.to(torch_dtype(entries[key].dtype)).reshape(entries[key].shape).contiguous()
         for stage, hits in counts.items():
             book = self.books[stage]
-            tensors |= changed_codebook(self.checkpoint, book.found, book.codebook.vectors.cpu(), hits.cpu())
+            rows = book.codebook.vectors.cpu()
+            tensors |= changed_codebook(self.checkpoint, book.found, rows, hits.cpu(), index_maps[stage].cpu())
         return tensors
 
     def round_to_stored(self) -> None:

@@ -19,8 +19,13 @@ _LEAST = 1e-5  # Mimi's own clamp of the counts that its sums are divided by
 
 def stored_rows(tensor: Tensor, found: FoundCodebook) -> Tensor:
     """(size, dim) float32: the rows of a codebook's tensor, whichever way its axes lie, without padding."""
+    return exact_rows(tensor, found).float()
+
+
+def exact_rows(tensor: Tensor, found: FoundCodebook) -> Tensor:
+    """The same in the stored dtype."""
     rows = tensor.movedim(found.axis, 0)[: found.size]
-    return rows.reshape(len(rows), -1).float()
+    return rows.flatten(1) if rows.ndim > 1 else rows[:, None]
 
 
 def effective_rows(checkpoint: Checkpoint, found: FoundCodebook) -> Tensor:
@@ -67,8 +72,12 @@ def rounded(checkpoint: Checkpoint, found: FoundCodebook, rows: Tensor) -> Tenso
     return held_rows
 
 
-def changed_codebook(checkpoint: Checkpoint, found: FoundCodebook, rows: Tensor, counts: Tensor) -> dict[str, Tensor]:
+def changed_codebook(
+    checkpoint: Checkpoint, found: FoundCodebook, rows: Tensor, counts: Tensor, index_map: Tensor
+) -> dict[str, Tensor]:
     """The codebook's tensor and what follows it, by file key, for new effective rows (size, dim) and their counts.
+
+    index_map: (found.size,) int64, the new row that each old code lives on in, negative for none.
 
     Raises CodebookError where the file's layout has no room for such codes.
     """
@@ -84,11 +93,20 @@ def changed_codebook(checkpoint: Checkpoint, found: FoundCodebook, rows: Tensor,
     elif how.kind == "projected":
         tensor, beside = _behind_identity(found, rows, [stored[key] for key in how.beside], how.beside)
     else:
-        tensor = rows
-    padding = old.movedim(found.axis, 0)[found.size :].flatten(1).float()
+        tensor = _unchanged(rows, exact_rows(old, found), index_map) if old.dtype == torch.float64 else rows
+    padding = old.movedim(found.axis, 0)[found.size :].flatten(1).to(tensor.dtype)
     tensor = laid_out(torch.cat([tensor, padding]), old, found.axis)
     followed = rows if how.kind == "ratio" else stored_rows(tensor, replace(found, size=len(rows)))
     return {found.key: tensor} | companion_values(found, stored, followed, hits) | beside
+
+
+def _unchanged(rows: Tensor, old: Tensor, index_map: Tensor) -> Tensor:
+    """float64 rows, with all digits of the old ones that live on and were not moved: float32 has half of them."""
+    kept = torch.nonzero(index_map >= 0)[:, 0]
+    kept = kept[(old[kept].float() == rows[index_map[kept]]).all(1)]
+    wide = rows.double()
+    wide[index_map[kept]] = old[kept]
+    return wide
 
 
 def _behind_identity(
