@@ -14,6 +14,7 @@ from torch import Tensor
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.sealing import Sealed
 from codebook_tools.checkpoints.writing import write_tensors
 from codebook_tools.errors import CodebookError
 from codebook_tools.parsing import parse_json
@@ -79,7 +80,7 @@ _MEASURED = ("measured/integers", "measured/floats")
 
 def read_part(path: Path) -> Part:
     """All of a file but its samples. Raises CodebookError where it holds nothing that can be added to others."""
-    stored = read_checkpoint(path)
+    stored = _opened(path)
     told = {name.removeprefix(PREFIX): value for name, value in stored.metadata.items() if name.startswith(PREFIX)}
     if "shard" not in told or _MEASURED[0] not in stored.entries:
         raise CodebookError(f"{path} is no part of a pass over images; `codebook measure --shard I/N --stats FILE` is")
@@ -108,8 +109,8 @@ def read_part(path: Path) -> Part:
 
 def read_hashed(path: Path, book: BookSums) -> Sample:
     """The latents that are kept of a codebook, and their hashes. Raises CodebookError where they do not fit."""
-    stored, keys = read_checkpoint(path), (f"{book.key}/sample_hashes", f"{book.key}/sample")
-    shapes = [stored.shapes.get(key, ()) for key in keys]
+    stored, keys = _opened(path), (f"{book.key}/sample_hashes", f"{book.key}/sample")
+    shapes = [stored.entries[key].shape if key in stored.entries else () for key in keys]
     if shapes[1][1:] != (book.dim,) or shapes[0] != shapes[1][:1]:
         raise CodebookError(f"{path} is damaged: it holds no sample of {book.key}; measure that part anew")
     return Sample(*map(stored.tensor, keys))
@@ -118,7 +119,7 @@ def read_hashed(path: Path, book: BookSums) -> Sample:
 def read_stats(path: Path, checkpoint: Checkpoint, found: FoundCodebook) -> Stats:
     """The counts in it, and no more. Raises CodebookError where they are of another checkpoint, of a part of a pass, or
     damaged."""
-    stored = read_checkpoint(path)
+    stored = _opened(path)
     made_for = stored.metadata.get(PREFIX + "checkpoint_sha256")
     if made_for is None or f"{found.key}/counts" not in stored.entries:
         raise CodebookError(f"{path} holds no counts of {found.key}; `codebook measure --stats FILE` writes them")
@@ -135,7 +136,7 @@ def read_stats(path: Path, checkpoint: Checkpoint, found: FoundCodebook) -> Stat
     error = stored.tensor(f"{found.key}/squared_error") if f"{found.key}/squared_error" in stored.entries else None
     images = stored.metadata.get(PREFIX + "images", "")
     sound = counts.dtype == torch.int64 and counts.shape == (found.size,) and not bool((counts < 0).any())
-    if not sound or error is None or error.numel() not in (1, LIMBS) or not images.isdecimal():
+    if not sound or error is None or error.numel() not in (1, LIMBS) or not images.isdecimal() or len(images) > 18:
         raise CodebookError(f"{path} is damaged: its counts are not those of {found.size} codes; measure anew")
     return Stats(counts, float(error.sum()), stored.metadata.get(PREFIX + "split", ""), int(images))
 
@@ -143,9 +144,14 @@ def read_stats(path: Path, checkpoint: Checkpoint, found: FoundCodebook) -> Stat
 _WHOLE = "1/1"
 
 
+def _opened(path: Path) -> Sealed:
+    stored = read_checkpoint(path)
+    return Sealed(path, stored.entries, stored.metadata, "measure anew")
+
+
 def holds_sample(path: Path) -> bool:
     """Whether there are latents with the counts."""
-    return any(key.endswith("/sample") for key in read_checkpoint(path).entries)
+    return any(key.endswith("/sample") for key in _opened(path).entries)
 
 
 def read_sample(path: Path, found: FoundCodebook) -> Tensor:
@@ -153,7 +159,7 @@ def read_sample(path: Path, found: FoundCodebook) -> Tensor:
 
     Raises CodebookError where there are none, or they are no latents of it.
     """
-    stored, key = read_checkpoint(path), f"{found.key}/sample"
+    stored, key = _opened(path), f"{found.key}/sample"
     rows = stored.tensor(key) if key in stored.entries else torch.empty(0)
     if rows.ndim != 2 or rows.shape[1] != found.dim or rows.dtype != torch.float32 or not len(rows):
         raise CodebookError(f"{path} holds no latents of {found.key}; measure anew, or give images with --data")

@@ -178,9 +178,8 @@ def _book(written: Checkpoint, original: Checkpoint, maps: Checkpoint, found: Fo
         moved, at = new[index_map[kept]], torch.zeros(size, dtype=torch.bool).index_fill_(0, index_map[kept], True)
         # Rows that are given out at unit length are stored so; what no old code became copies row 0, which one did.
         same = any(torch.equal(moved, meant[kept]) for meant in (old, rounded(original, found, unit(old))))
-        if (
-            torch.equal(moved, old[kept]) and effective(found, original.shapes).kind == "rows"
-        ):  # float64 has more digits
+        if torch.equal(moved, old[kept]) and effective(found, original.shapes).kind == "rows":
+            # To the last digit, of which float64 has more.
             exact = exact_rows(written.tensor(found.key), replace(found, size=size))[index_map[kept]]
             same = torch.equal(exact, exact_rows(original.tensor(found.key), found)[kept])
         if not same or not bool(at[0]) or not bool((new[~at] == new[:1]).all()):

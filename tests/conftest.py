@@ -25,7 +25,8 @@ from typer.testing import CliRunner
 
 from codebook_tools.checkpoints.layout import PREFIX, index_map_path
 from codebook_tools.checkpoints.reading import file_sha256, read_checkpoint
-from codebook_tools.checkpoints.writing import maps_sha256, tensor_bytes
+from codebook_tools.checkpoints.sealing import sealed
+from codebook_tools.checkpoints.writing import tensor_bytes
 from codebook_tools.images import array_items
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
@@ -291,10 +292,9 @@ def save_map(
     about = {
         "checkpoint_sha256": checkpoint,
         "source_sha256": source,
-        "data_sha256": maps_sha256(tensors),
         "codebooks": json.dumps({key: max(nearest) + 1 for key, (_, nearest) in maps.items()} | (sizes or {})),
     }
-    save_file(tensors, path, {PREFIX + name: value for name, value in about.items()})
+    save_file(tensors, path, sealed(tensors, {PREFIX + name: value for name, value in about.items()}))
     return path
 
 

@@ -239,7 +239,6 @@ def test_the_index_map_lies_beside_its_checkpoint_and_carries_its_hash(mixed: Pa
     with safe_open(index_map_path(output), "pt") as file:
         metadata = file.metadata()
     assert metadata["codebook_tools.checkpoint_sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
-    assert metadata["codebook_tools.data_sha256"] == maps_sha256(MAPS)
     loaded = load_file(index_map_path(output))
     assert loaded.keys() == MAPS.keys() and all(same(loaded[key], MAPS[key]) for key in MAPS)
 

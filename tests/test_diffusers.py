@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from codebook_tools.checkpoints import places
-from codebook_tools.checkpoints.layout import index_map_path
+from codebook_tools.checkpoints.layout import index_map_path, partial_path
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.measure import reconstruct

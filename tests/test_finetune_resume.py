@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEAD, GREY, Grey, Outcome, assert_refused, contents
+from conftest import DEAD, GREY, Grey, Outcome, State, assert_refused, contents
 from runs import BrokenError, breaking_at, tune, weights_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,6 +18,7 @@ from sources_of_images import Images, find_images
 
 from codebook_tools.checkpoints.layout import training_path
 from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.sealing import SEAL, sealed
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import FineTuned, Recipe
@@ -229,7 +230,55 @@ def test_a_damaged_file_is_named_by_the_command(
     training_path(output).write_bytes(b"nothing of ours")
     assert_refused(codebook(*given), "o.training.safetensors is not a sound safetensors file")
     save_file({"a": torch.ones(1)}, training_path(output))
-    assert_refused(codebook(*given), "is no unfinished fine-tuning: it has no 'made_with'; move it away")
+    assert_refused(codebook(*given), "is no unfinished fine-tuning; move it away")
+
+
+def louder(tensors: State, about: dict[str, str]) -> None:
+    next(tensor for name, tensor in tensors.items() if name.startswith("training/network/")).mul_(1000)
+
+
+def from_another_step(tensors: State, about: dict[str, str]) -> None:
+    about["best"] = "7777"
+
+
+def without_weights(tensors: State, about: dict[str, str]) -> None:
+    for name in [name for name in tensors if name.startswith("training/network/")]:
+        del tensors[name]
+
+
+def without_looks(tensors: State, about: dict[str, str]) -> None:
+    about["trace"] = "[]"
+
+
+@pytest.mark.parametrize(
+    ("damage", "sealed_again", "message"),
+    [
+        (louder, False, "is not what was written; --force without --resume begins anew"),
+        (from_another_step, False, "its header is not what was written"),
+        (without_weights, True, "does not fit this run"),
+        (without_looks, True, "is damaged"),
+    ],
+)
+def test_an_unfinished_run_that_was_damaged_is_not_gone_on_with(
+    damage: Callable[[State, dict[str, str]], None],
+    sealed_again: bool,
+    message: str,
+    line: Callable[..., Model],
+    grey_images: GreyImages,
+    tmp_path: Path,
+) -> None:
+    """A number in it that was a thousand times too large was trained on without a word."""
+    images, saving = grey_images([[0.2, 0.2], [0.4, 0.8]]), Saving(tmp_path / "x.training.safetensors", {}, resume=True)
+    with pytest.raises(BrokenError):
+        tune(line([0.0, 1.0]), images, [3, 1], steps=12, saving=saving, watch=breaking_at(9))
+    with safe_open(saving.path, "pt") as file:
+        tensors, about = load_file(saving.path), dict(file.metadata())
+    damage(tensors, about)
+    if sealed_again:
+        about = sealed(tensors, {name: value for name, value in about.items() if name != SEAL})
+    save_file(tensors, saving.path, about)
+    with pytest.raises(CodebookError, match=message):
+        tune(line([0.0, 1.0]), images, [3, 1], steps=12, saving=saving)
 
 
 def test_a_run_that_diverged_at_once_leaves_nothing(request_for: Callable[..., Request]) -> None:

@@ -16,7 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from codebook_tools import merging
+from codebook_tools.checkpoints.entries import Stored
 from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.sealing import SEAL, sealed
 from codebook_tools.errors import CodebookError
 from codebook_tools.merging import parse_shard, sample_limit
 from codebook_tools.models.load import load_model
@@ -261,8 +263,32 @@ def test_what_is_no_part_of_a_pass_is_refused(shards: list[Path], tiny: Path, co
         assert_refused(codebook(*command, tiny, "--stats", shards[0]), "is part 1/8 of a pass")
 
 
+def flipped(path: Path, key: str) -> None:
+    """One bit in the first number of a tensor."""
+    entry = read_checkpoint(path).entries[key]
+    assert isinstance(entry, Stored)
+    data = bytearray(path.read_bytes())
+    data[entry.start] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("key", ["counts", "squared_error", "sample", "sample_hashes"])
+def test_a_flipped_bit_in_counts_or_latents_is_found(
+    key: str, whole: Path, shards: list[Path], tiny: Path, codebook: Run
+) -> None:
+    """One in the counts removed a code that is used, and verify found the result sound."""
+    for path in (whole, shards[2]):
+        flipped(path, f"{CODEBOOK}/{key}")
+    assert_refused(codebook("measure", tiny, "--merge", *shards), "shard-3.safetensors is damaged")
+    if key != "sample_hashes":
+        assert_refused(codebook("refit", tiny, "--k", 4, "--stats", whole), f"{CODEBOOK}/{key} is not what was written")
+
+
+@pytest.mark.parametrize("sealed_again", [False, True])
 @pytest.mark.parametrize("damage", ["no counts", "no sample", "another dim", "short sums", "no settings"])
-def test_a_damaged_part_is_named(damage: str, shards: list[Path], tiny: Path, codebook: Run) -> None:
+def test_a_damaged_part_is_named(
+    damage: str, sealed_again: bool, shards: list[Path], tiny: Path, codebook: Run
+) -> None:
     with safe_open(shards[2], "pt") as file:
         metadata = file.metadata()
     tensors = load_file(shards[2])
@@ -276,6 +302,8 @@ def test_a_damaged_part_is_named(damage: str, shards: list[Path], tiny: Path, co
         tensors["measured/integers"] = tensors["measured/integers"][:-1].clone()
     else:
         metadata["codebook_tools.about"] = "{"
+    if sealed_again:
+        metadata = sealed(tensors, {name: value for name, value in metadata.items() if name != SEAL})
     save_file(tensors, shards[2], metadata)
     found = codebook("measure", tiny, "--merge", *shards)
     assert_refused(found, "shard-3.safetensors is damaged")
@@ -357,7 +385,8 @@ def test_stats_without_a_sample_are_no_latents(whole: Path, tiny: Path, codebook
     stats = whole
     with safe_open(stats, "pt") as file:
         metadata = file.metadata()
-    save_file({key: its for key, its in load_file(stats).items() if "sample" not in key}, stats, metadata)
+    tensors = {key: its for key, its in load_file(stats).items() if "sample" not in key}
+    save_file(tensors, stats, sealed(tensors, {name: value for name, value in metadata.items() if name != SEAL}))
     assert_refused(
         codebook("refit", tiny, "--k", 4, "--stats", stats), "--stats holds counts, and this looks at latents"
     )

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.reading import file_sha256
-from codebook_tools.checkpoints.writing import maps_sha256
+from codebook_tools.checkpoints.sealing import sealed
 from codebook_tools.codebook import REMOVED
 from codebook_tools.downstream.maps import IndexMap, read_index_maps
 from codebook_tools.downstream.translation import OnRemoved, Translation
@@ -361,6 +361,9 @@ def test_a_map_that_is_none_or_of_another_checkpoint_is_refused(
     broken[-1] ^= 1
     (tmp_path / "broken.safetensors").write_bytes(broken)
     assert_refused(codebook("remap", path, "--map", tmp_path / "broken.safetensors"), "is damaged")
+    header = good.read_bytes().replace(b": 2}", b": 3}")  # of as many codes as no one wrote
+    (tmp_path / "broken.safetensors").write_bytes(header)
+    assert_refused(codebook("remap", path, "--map", tmp_path / "broken.safetensors"), "its header is not what")
     for pair in (([0, -2], [0, 0]), ([0, 1], [0, 0]), ([0, -1], [0])):
         forged = save_map(tmp_path / "forged.safetensors", {KEY: pair})
         assert_refused(codebook("remap", path, "--map", forged), "its numbers are no codes")
@@ -368,7 +371,7 @@ def test_a_map_that_is_none_or_of_another_checkpoint_is_refused(
     assert_refused(codebook("remap", path, "--map", small), "its numbers are no codes")
     tensors = load_file(good)
     for said in ({}, {"codebooks": KEY}, {"codebooks": "{}"}, {"codebooks": json.dumps({KEY: "2"})}):
-        about = {PREFIX + name: value for name, value in {"data_sha256": maps_sha256(tensors), **said}.items()}
+        about = sealed(tensors, {PREFIX + name: value for name, value in said.items()})
         save_file(tensors, tmp_path / "forged.safetensors", about)
         message = "is no index map: it does not say how many new codes there are"
         assert_refused(codebook("remap", path, "--map", tmp_path / "forged.safetensors"), message)

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.checkpoints.writing import index_map_path, maps_sha256
+from codebook_tools.checkpoints.sealing import SEAL, sealed
+from codebook_tools.checkpoints.writing import index_map_path
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe
@@ -69,9 +70,8 @@ def forge(
     entries, of_map = load_file(map_path), metadata_of(map_path)
     if maps is not None:
         maps(entries)
-        of_map[PREFIX + "data_sha256"] = maps_sha256(entries)
     of_map[PREFIX + "checkpoint_sha256"] = hashlib.sha256(model.read_bytes()).hexdigest()
-    save_file(entries, map_path, of_map)
+    save_file(entries, map_path, sealed(entries, {name: value for name, value in of_map.items() if name != SEAL}))
 
 
 def keep(tensors: State, metadata: dict[str, str]) -> None:

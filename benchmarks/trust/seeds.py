@@ -280,12 +280,11 @@ MAP = IndexMap("q", torch.tensor([0, -1, 1, 2]), torch.tensor([0, 0, 1, 2]), 3)
 
 
 def map_files() -> list[bytes]:
-    from codebook_tools.checkpoints.writing import maps_sha256
+    from codebook_tools.checkpoints.sealing import sealed
 
     tensors = {"q/index_map": MAP.index_map, "q/nearest": MAP.nearest}
     about = {"checkpoint_sha256": "0" * 64, "source_sha256": "1" * 64, "codebooks": '{"q": 3}'}
-    about["data_sha256"] = maps_sha256(tensors)
-    return saved_with_twists(tensors, {PREFIX + name: value for name, value in about.items()})
+    return saved_with_twists(tensors, sealed(tensors, {PREFIX + name: value for name, value in about.items()}))
 
 
 def token_files(kind: str) -> list[bytes]:

@@ -39,6 +39,7 @@ from codebook_tools.checkpoints.places import (
     sync_folder,
 )
 from codebook_tools.checkpoints.reading import Checkpoint, joined_sha256
+from codebook_tools.checkpoints.sealing import sealed
 from codebook_tools.checkpoints.shards import read_shards
 from codebook_tools.errors import CodebookError, VerificationError
 
@@ -137,10 +138,11 @@ def write_checkpoint(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, force: bool) -> None:
-    """Write tensors into a small file of their own, whole or not at all, and read it back."""
+    """Write tensors into a small file of their own, sealed, whole or not at all, and read it back."""
+    held = [Held(key, tensor) for key, tensor in sorted(tensors.items())]
     try:
         with partial_file(path, force) as target:
-            _write_tensors(target, [Held(key, tensor) for key, tensor in sorted(tensors.items())], metadata)
+            _write_tensors(target, held, sealed(tensors, metadata))
             put_in_place(path)
     except OSError as error:
         raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
@@ -210,12 +212,11 @@ def _write_shards(folder: Path, original: Checkpoint, changed: Mapping[str, Tens
 def map_metadata(maps: Mapping[str, Tensor], digest: str, metadata: Mapping[str, str]) -> dict[str, str]:
     """Of an index map file. digest: the SHA-256 of its checkpoint, whose metadata is `metadata`, with PREFIX."""
     shared = {name: metadata[name] for name in (PREFIX + "codebooks", PREFIX + "source_sha256") if name in metadata}
-    own = {PREFIX + "checkpoint_sha256": digest, PREFIX + "data_sha256": maps_sha256(maps)}
-    return {"format": "pt", **own, **shared}
+    return sealed(maps, {PREFIX + "checkpoint_sha256": digest, **shared})
 
 
 def maps_sha256(maps: Mapping[str, Tensor]) -> str:
-    """Of the names and numbers of an index map file: it carries this itself, so that damage shows."""
+    """Of the names and numbers of several tensors."""
     digest = hashlib.sha256()
     for key, tensor in sorted(maps.items()):
         digest.update(key.encode() + b"\0" + tensor_bytes(tensor))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.layout import PREFIX, SUFFIX, index_map_path
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
-from codebook_tools.checkpoints.writing import maps_sha256
+from codebook_tools.checkpoints.sealing import SEAL, Sealed
 from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
 from codebook_tools.parsing import parse_json
@@ -81,12 +81,9 @@ def read_index_maps(paths: Sequence[Path], keys: Sequence[str] = ()) -> tuple[In
 
 def _read(path: Path) -> _File:
     stored = read_checkpoint(path)
-    digest = stored.metadata.get(PREFIX + "data_sha256")
-    if digest is None:
+    if SEAL not in stored.metadata:
         raise CodebookError(f"{path} is no index map; codebook-tools writes one beside each model that it writes")
-    tensors = stored.tensors()
-    if digest != maps_sha256(tensors):
-        raise CodebookError(f"{path} is damaged: its numbers are not those that were written")
+    tensors = Sealed(path, stored.entries, stored.metadata, "the same surgery writes it again").tensors()
     checkpoint, model = stored.metadata.get(PREFIX + "checkpoint_sha256"), _model_beside(path)
     if model is not None and model.sha256 != checkpoint:
         raise CodebookError(f"{path} is of another checkpoint than {model.path} beside it, or one of them is damaged")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from codebook_tools.codebook import REMOVED
+from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.measure import measure
 from codebook_tools.media import Media
 from codebook_tools.training.saving import Saving
@@ -30,7 +31,12 @@ class Course:
             self.start = State.of(training.model, self.trace[0], training.revived)
         if saving and left:
             left.check(self.start, saving.path)
-            training.load(left.training)
+            try:
+                training.load(left.training)
+            except (KeyError, ValueError, TypeError, RuntimeError) as error:
+                raise CodebookError(
+                    f"{saving.path} does not fit this run ({one_line(error)}); --force begins anew"
+                ) from error
             self.best = left.best
 
     def look(self, step: int, loss: float | None) -> None:

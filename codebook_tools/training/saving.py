@@ -11,6 +11,7 @@ from torch import Tensor
 
 from codebook_tools import processes
 from codebook_tools.checkpoints.headers import read_safetensors
+from codebook_tools.checkpoints.sealing import SEAL, Sealed
 from codebook_tools.checkpoints.writing import maps_sha256, write_tensors
 from codebook_tools.errors import CodebookError
 from codebook_tools.parsing import parse_json
@@ -64,18 +65,23 @@ class Saving:
         if not self.resume or not processes.of_first(self.path.exists()):
             return None
         weights = read_safetensors(self.path)
+        if SEAL not in weights.metadata:
+            raise CodebookError(f"{self.path} is no unfinished fine-tuning; move it away")
+        mend = "--force without --resume begins anew"
+        tensors = Sealed(self.path, weights.entries, weights.metadata, mend).tensors()
         try:
             about = {name: weights.metadata[name] for name in ("made_with", "trace", "begun_with", "best")}
         except KeyError as error:
             raise CodebookError(f"{self.path} is no unfinished fine-tuning: it has no {error}; move it away") from error
-        tensors = {name: entry.tensor() for name, entry in weights.entries.items()}
         try:
             made_with = dict(parse_json(about["made_with"]))
             trace = tuple(TracePoint(**point) for point in parse_json(about["trace"]))
+            if not trace or not all(type(point.step) is int for point in trace):
+                raise ValueError("it has no trace")
             at_best = [point for point in trace if str(point.step) == about["best"]]
             best = State.of_tensors(at_best[0], part(tensors, "best")) if at_best else None
         except (ValueError, TypeError, KeyError) as error:
-            raise CodebookError(f"{self.path} is damaged ({error}); --force without --resume begins anew") from error
+            raise CodebookError(f"{self.path} is damaged ({error}); {mend}") from error
         self._check(made_with)
         return Unfinished(part(tensors, "training"), trace, best, about["begun_with"])
 
