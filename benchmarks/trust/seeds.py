@@ -57,12 +57,15 @@ def with_twists(texts: Iterable[bytes]) -> list[bytes]:
 
 
 def saved_with_twists(tensors: State, about: Mapping[str, str]) -> list[bytes]:
-    """A file with metadata, each of which is missing once, and once each strange text."""
+    """A sealed file with metadata, each of which is missing once, and once each strange text."""
+    from codebook_tools.checkpoints.sealing import sealed
+
     without = [{k: v for k, v in about.items() if k != name} for name in about]
     others = [{**about, name: text} for name in about for text in STRANGE_TEXTS]
     missing = [{k: v for k, v in tensors.items() if k != name} for name in tensors]
     odd = [{**tensors, name: other} for name in tensors for other in ODD_TENSORS]
-    return [save(tensors, dict(a)) for a in (about, *without, *others)] + [save(t, dict(about)) for t in missing + odd]
+    twisted = [(tensors, a) for a in (about, *without, *others)] + [(t, about) for t in missing + odd]
+    return [save(t, sealed(t, a)) for t, a in twisted]
 
 
 ODD_TENSORS = (
@@ -280,11 +283,9 @@ MAP = IndexMap("q", torch.tensor([0, -1, 1, 2]), torch.tensor([0, 0, 1, 2]), 3)
 
 
 def map_files() -> list[bytes]:
-    from codebook_tools.checkpoints.sealing import sealed
-
     tensors = {"q/index_map": MAP.index_map, "q/nearest": MAP.nearest}
     about = {"checkpoint_sha256": "0" * 64, "source_sha256": "1" * 64, "codebooks": '{"q": 3}'}
-    return saved_with_twists(tensors, sealed(tensors, {PREFIX + name: value for name, value in about.items()}))
+    return saved_with_twists(tensors, {PREFIX + name: value for name, value in about.items()})
 
 
 def token_files(kind: str) -> list[bytes]:

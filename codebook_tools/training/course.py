@@ -34,9 +34,8 @@ class Course:
             try:
                 training.load(left.training)
             except (KeyError, ValueError, TypeError, RuntimeError) as error:
-                raise CodebookError(
-                    f"{saving.path} does not fit this run ({one_line(error)}); --force begins anew"
-                ) from error
+                unfit = f"{saving.path} does not fit this run ({one_line(error)})"
+                raise CodebookError(f"{unfit}; --force without --resume begins anew") from error
             self.best = left.best
 
     def look(self, step: int, loss: float | None) -> None:
