@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from codebook_tools.assignment import unit
+from codebook_tools.card import CARD
 from codebook_tools.checkpoints.config import same_config
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.effective import effective
-from codebook_tools.checkpoints.layout import PREFIX, index_map_path
+from codebook_tools.checkpoints.layout import PREFIX, index_map_path, split_others
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.writing import map_metadata
 from codebook_tools.codebook import REMOVED
@@ -49,6 +50,7 @@ def _differences(written: Checkpoint, original: Checkpoint, maps: Checkpoint) ->
     books = list(_books(written, original))
     yield from _files(written, original, maps)
     yield from _config(written, original, books)
+    yield from _beside(written, original)
     yield from _tensors(written, original, books)
     yield from _map_names(maps, books)
     for found in books:
@@ -103,6 +105,16 @@ def _config(written: Checkpoint, original: Checkpoint, books: list[FoundCodebook
                 f"{after[key]!r} where {meant[key]!r} belongs" if key in meant and key in after else "extra or missing"
             )
             yield Difference(name, f"entry {key}: {what}")
+
+
+def _beside(written: Checkpoint, original: Checkpoint) -> Iterator[Difference]:
+    """What goes along from directory to directory is the original's. The card is its author's, who may go on with it."""
+    if written.folder is None or original.folder is None:
+        return
+    for path in split_others(original.folder, original.files)[0]:
+        its = written.folder / path.name
+        if path.name != CARD and not (its.is_file() and its.read_bytes() == path.read_bytes()):
+            yield Difference(path.name, "changed" if its.is_file() else "missing")
 
 
 def _shape(written: Checkpoint, found: FoundCodebook) -> tuple[int, ...]:

@@ -442,6 +442,22 @@ def test_a_config_that_does_not_belong_to_the_result_is_found(
     assert found.json["differences"] == [{"key": "config.json", "what": what}]
 
 
+@pytest.mark.parametrize("change", ["changed", "missing"])
+def test_what_goes_along_is_verified_too_but_for_the_card(
+    change: str, vae: Path, codebook: Run, images_folder: Path
+) -> None:
+    beside = vae / "preprocessor_config.json"
+    beside.write_text('{"mean": 0.5}')
+    output = Path(codebook("prune", vae, "--data", images_folder, *RANGE, "--json").json["outputs"]["model"])
+    with (output / "README.md").open("a") as card:
+        card.write("More of it.")
+    assert codebook("verify", output, "--against", vae).exit_code == 0
+    its = output / beside.name
+    its.write_text('{"mean": 0.6}') if change == "changed" else its.unlink()
+    found = codebook("verify", output, "--against", vae, "--json")
+    assert found.exit_code == 3 and found.json["differences"] == [{"key": beside.name, "what": change}]
+
+
 def test_a_directory_can_be_verified_from_within(
     vae: Path, codebook: Run, images_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
