@@ -108,7 +108,7 @@ def _config(written: Checkpoint, original: Checkpoint, books: list[FoundCodebook
 
 
 def _beside(written: Checkpoint, original: Checkpoint) -> Iterator[Difference]:
-    """What goes along from directory to directory is the original's. The card is its author's, who may go on with it."""
+    """What goes along from directory to directory is the original's, but for the card, which people write on."""
     if written.folder is None or original.folder is None:
         return
     for path in split_others(original.folder, original.files)[0]:
