@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from codebook_tools.checkpoints.layout import is_directory_output
+from codebook_tools.checkpoints.layout import is_directory_output, split_others
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.figures import stage_rows
 from codebook_tools.measure import Measurement
@@ -26,13 +26,14 @@ def cards(
     stages: Mapping[str, Measurement | None],
     kept: str,
 ) -> dict[str, bytes]:
-    """By its name, the original's card with a section on what was done; where there is none, one that the Hub reads. No
-    times and no paths: the same work gives the same bytes. A file has none. sizes: codes by codebook key."""
+    """By its name, the original's card with a section on what was done; where none goes along, one that the Hub reads.
+    No times and no paths: the same work gives the same bytes. A file has none. sizes: codes by codebook key."""
     if not is_directory_output(output):
         return {}
-    path = original.folder / CARD if original.folder else None
-    before = path.read_text(encoding="utf-8") if path and path.is_file() else _head(original)
-    return {CARD: f"{before.rstrip()}\n\n{_section(command, settings, sizes, stages, kept)}".encode()}
+    go_along = split_others(original.folder, original.files)[0] if original.folder else []
+    card = next((path for path in go_along if path.name == CARD), None)
+    before = card.read_bytes() if card else _head(original).encode()  # of any encoding: it goes on as it is
+    return {CARD: before.rstrip() + f"\n\n{_section(command, settings, sizes, stages, kept)}".encode()}
 
 
 def _head(original: Checkpoint) -> str:

@@ -48,3 +48,39 @@ def test_a_card_that_is_there_stays_and_says_what_was_done_each_time(
     card = (tmp_path / "two" / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n# Mine\n\n## Codebook surgery\n")
     assert card.index("`codebook refit`") < card.index("`codebook prune`") and card.count("---\n") >= 2
+
+
+def prune(codebook: Run, folder: Path, images_folder: Path, output: Path) -> tuple[bytes, str]:
+    """The card of the result, and what was said."""
+    found = codebook("prune", folder, "--keep", 4, "--data", images_folder, "--input-range", "-1,1", "-o", output)
+    assert found.exit_code == 0, found.stderr
+    return (output / "README.md").read_bytes(), found.stderr
+
+
+def test_a_card_of_any_encoding_goes_on_byte_for_byte(
+    folder: Path, codebook: Run, images_folder: Path, tmp_path: Path
+) -> None:
+    (folder / "README.md").write_bytes(b"# Mod\xe8le\r\n")
+    card, _ = prune(codebook, folder, images_folder, tmp_path / "out")
+    assert card.startswith(b"# Mod\xe8le\n\n## Codebook surgery\n") and b"`codebook prune`" in card
+
+
+def linked(card: Path) -> None:
+    (card.parent.parent / "mine.md").write_text("# Mine alone\n")
+    card.symlink_to(card.parent.parent / "mine.md")
+
+
+def huge(card: Path) -> None:
+    card.write_text("# Mine alone\n")
+    with card.open("r+b") as file:
+        file.truncate(16 << 20)
+
+
+@pytest.mark.parametrize("make", [linked, huge])
+def test_a_card_that_does_not_go_along_is_not_read(
+    make: Callable[[Path], None], folder: Path, codebook: Run, images_folder: Path, tmp_path: Path
+) -> None:
+    make(folder / "README.md")
+    card, said = prune(codebook, folder, images_folder, tmp_path / "out")
+    assert "README.md does not go into the new one" in said
+    assert card.startswith(b"---\nlibrary_name: diffusers") and b"Mine alone" not in card
