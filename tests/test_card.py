@@ -84,3 +84,11 @@ def test_a_card_that_does_not_go_along_is_not_read(
     card, said = prune(codebook, folder, images_folder, tmp_path / "out")
     assert "README.md does not go into the new one" in said
     assert card.startswith(b"---\nlibrary_name: diffusers") and b"Mine alone" not in card
+
+
+def test_links_that_lead_round_in_a_circle_stay(
+    folder: Path, codebook: Run, images_folder: Path, tmp_path: Path
+) -> None:
+    (folder / "loop").symlink_to("loop")
+    _, said = prune(codebook, folder, images_folder, tmp_path / "out")
+    assert "loop does not go into the new one" in said and not (tmp_path / "out" / "loop").is_symlink()

@@ -127,10 +127,14 @@ def split_others(folder: Path, weights: Collection[Path]) -> tuple[list[Path], l
     go, stay = [], list[str]()
     own = {CONFIG, *(path.name for path in weights)}
     for path in sorted(path for path in folder.iterdir() if path.name not in own):
-        inside = path.resolve().parent == folder.resolve()
         other = path.suffix in _OTHER_WEIGHTS or path.name.endswith(INDEX)
-        if path.is_file() and inside and not other and path.stat().st_size < _SMALL:
+        # A link that leads round in a circle is no file, and resolving it fails.
+        if path.is_file() and _is_inside(path, folder) and not other and path.stat().st_size < _SMALL:
             go.append(path)
         else:
             stay.append(path.name)
     return go, stay
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().parent == folder.resolve()
