@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -83,7 +84,7 @@ def merged(options: Mapping[str, Any], given: dict[str, Any], typed: Collection[
         try:
             found[name] = _as_option(name, value, given[name])
         except (ValueError, TypeError) as error:
-            raise CodebookError(f"{name.replace('_', '-')}: {value!r}: {error}") from error
+            raise CodebookError(f"{name.replace('_', '-')}: {short(value)}: {error}") from error
     return found
 
 

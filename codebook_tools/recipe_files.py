@@ -60,26 +60,35 @@ def read_recipe(path: Path) -> RecipeFile:
 
 
 def _parsed(text: str) -> object:
-    """As yaml.safe_load, which takes the last of keys that are there twice, and says nothing of it."""
+    """As yaml.safe_load, which takes the last of keys that are there twice, and says nothing of it, and to which some
+    lines of aliases of aliases are gigabytes."""
     import yaml
 
     loader = yaml.SafeLoader(text)
     root = loader.get_single_node()
-    nodes, met = [root], set[int]()
+    nodes, met = [root] if root else [], set[int]()
     while nodes:
         node = nodes.pop()
-        if id(node) in met or not isinstance(node, yaml.CollectionNode):
-            continue
+        if id(node) in met:
+            problem = "an anchor with an alias, which no recipe needs; write it out where it is meant"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         met.add(id(node))
-        pairs = node.value if isinstance(node, yaml.MappingNode) else [(None, value) for value in node.value]
-        names = set[str]()
-        for key, value in pairs:
-            nodes.append(value)
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in names:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
-                names.add(key.value)
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        if isinstance(node, yaml.MappingNode):
+            nodes += [its for pair in node.value for its in pair]
+            _refuse_twice([key for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
     return loader.construct_document(root) if root else None
+
+
+def _refuse_twice(keys: Sequence[Any]) -> None:
+    import yaml
+
+    names = set[str]()
+    for key in keys:
+        if key.value in names:
+            raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+        names.add(key.value)
 
 
 def _surgery(path: Path, entry: object) -> tuple[str, Mapping[str, Any]]:

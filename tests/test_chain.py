@@ -201,6 +201,17 @@ def test_a_recipe_that_makes_no_sense_is_refused_and_leaves_nothing(
     assert contents(tmp_path) == before
 
 
+def bomb(levels: int) -> str:
+    """A list of so many levels, ten times the one below each, that is gigabytes once it is written out."""
+    above = [f", &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return f"[&a0 [{', '.join('x' * 10)}]{''.join(above)}]"
+
+
+def merge_bomb(levels: int) -> str:
+    above = [f"x{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 10)}]}}\n" for i in range(1, levels)]
+    return f"x: &m0 {{a: 1}}\n{''.join(above)}"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -211,6 +222,12 @@ def test_a_recipe_that_makes_no_sense_is_refused_and_leaves_nothing(
         ("\x00", "is no YAML"),
         ("surgeries: [prune]\nseed: 1\nseed: 2\n", "seed is there twice"),
         ("surgeries:\n- refit:\n    k: 64\n    k: 128\n", "k is there twice"),
+        ("limit: &many 5\nsize: *many\nsurgeries: [prune]\n", "an anchor with an alias"),
+        (f"limit: {bomb(9)}\nsurgeries: [prune]\n", "an anchor with an alias"),
+        (f"x: {{? {bomb(9)} : 1}}\nsurgeries: [prune]\n", "an anchor with an alias"),
+        (merge_bomb(9) + "surgeries: [prune]\n", "an anchor with an alias"),
+        ("surgeries: &all [*all]\n", "an anchor with an alias"),
+        (f"limit: [{', '.join(10_000 * 'x')}]\nsurgeries: [prune]\n", "limit: ['x', 'x', 'x', 'x', 'x', 'x', ...]: "),
         ("", "has no list of surgeries"),
     ],
 )
