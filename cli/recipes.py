@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -27,7 +26,6 @@ _KINDS: Mapping[str, Any] = {
 }
 """Of the options that are nothing by default, which says nothing of their kind."""
 
-_SPELLED = {bool: "true or false", int: "a whole number"}
 _LISTS = ("data", "test_data", "codebook_key")
 _OF_THE_CALL = ("json_", "quiet", "verbose", "dry_run", "force", "report", "recipe")
 
@@ -71,7 +69,8 @@ def _is_typed(context: typer.Context, name: str) -> bool:
 
 
 def merged(options: Mapping[str, Any], given: dict[str, Any], typed: Collection[str]) -> dict[str, Any]:
-    """What was typed, and what the recipe says where nothing was. Raises CodebookError for options there are not."""
+    """What was typed, and what the recipe says where nothing was. Raises CodebookError for options there are not, and
+    for what is not of their type."""
     from codebook_tools.errors import CodebookError
 
     found = dict(given)
@@ -79,19 +78,16 @@ def merged(options: Mapping[str, Any], given: dict[str, Any], typed: Collection[
         if name not in given or name in _OF_THE_CALL:
             known = ", ".join(sorted(option.replace("_", "-") for option in given if option not in _OF_THE_CALL))
             raise CodebookError(f"a recipe has no {name.replace('_', '-')}; it has surgeries, {known}")
-        if name in typed:
-            continue
-        try:
+        if name not in typed:
             found[name] = _as_option(name, value, given[name])
-        except (ValueError, TypeError) as error:
-            raise CodebookError(f"{name.replace('_', '-')}: {short(value)}: {error}") from error
     return found
 
 
 def _as_option(name: str, value: Any, default: Any) -> Any:
-    if name in _LISTS:
-        return [str(one) for one in (value if isinstance(value, list) else [value])]
-    kind = _KINDS[name] if default is None else type(default)
-    if kind in _SPELLED and not isinstance(value, kind):
-        raise TypeError(f"expected {_SPELLED[kind]}")
-    return kind(value)
+    from codebook_tools.kinds import check_kind
+
+    several = value if name in _LISTS and isinstance(value, list) else [value]
+    kind = str if name in _LISTS else _KINDS[name] if default is None else type(default)
+    for one in several:
+        check_kind(name.replace("_", "-"), one, kind)
+    return several if name in _LISTS else kind(value)

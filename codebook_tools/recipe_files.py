@@ -12,6 +12,7 @@ from typing import Any
 from codebook_tools.chain import Step
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe
+from codebook_tools.kinds import check_kinds, kinds_of
 from codebook_tools.parsing import read_text
 from codebook_tools.strategies import find_strategy
 
@@ -104,7 +105,7 @@ def _surgery(path: Path, entry: object) -> tuple[str, Mapping[str, Any]]:
 
 def steps_of(recipe: RecipeFile, *, batch_size: int, seed: int) -> tuple[Step, ...]:
     """The surgeries, made. A setting is of the strategy or of the fine-tuning after it, which has no steps unless they
-    are given; `finetune` alone has 1,000. Raises CodebookError for what is neither."""
+    are given; `finetune` alone has 1,000. Raises CodebookError for what is neither, or not of its type."""
     return tuple(_step(command, settings, batch_size, seed) for command, settings in recipe.surgeries)
 
 
@@ -117,10 +118,12 @@ def _step(command: str, settings: Mapping[str, Any], batch_size: int, seed: int)
         raise CodebookError(f"{command} has no {', '.join(sorted(unknown))}; it has {known}")
     try:
         training = {name: value for name, value in settings.items() if name in _OF_RECIPE}
+        check_kinds(command, training, kinds_of(Recipe))
         tuned = Recipe(**{"steps": 0 if make else Recipe.steps, "batch_size": batch_size, **training})
         if make is None:
             return Step(command, None, tuned)
         asked = {name: value for name, value in settings.items() if name in own}
+        check_kinds(command, asked, kinds_of(make))
         return Step(command, make(**({"seed": seed} if "seed" in own else {}), **asked), tuned)
     except TypeError as error:
         raise CodebookError(f"{command} cannot be made of {short(dict(settings))}: {error}") from error

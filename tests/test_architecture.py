@@ -23,7 +23,7 @@ LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
 
 FLOORS = (
     ("errors", "watch", "version", "demo", "threads", "parsing"),
-    ("codebook", "processes", "sources", "items", "pictures"),
+    ("codebook", "kinds", "processes", "sources", "items", "pictures"),
     ("assignment", "metrics", "splits", "media", "sampling"),
     (
         *("seeding", "cells", "swaps", "kmeans", "entropy"),

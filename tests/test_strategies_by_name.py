@@ -40,6 +40,7 @@ def test_settings_are_json_or_else_text() -> None:
     assert make_strategy("refit", ["k=8", "init=afkmc2"]) == Refit(8, "afkmc2")
     assert make_strategy("refit", ["k=8", 'init="afkmc2"']) == Refit(8, "afkmc2")
     assert make_strategy("prune", []) == Prune()
+    assert make_strategy("refit", ["k=8", "device=3"]) == Refit(8, device="3"), "a field of text takes any"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,11 @@ def test_settings_are_json_or_else_text() -> None:
         ("prune", ["threshold"], "--set threshold: expected FIELD=VALUE"),
         ("prune", ["no_such=1"], "strategy prune cannot be made from .*no_such"),
         ("refit", [], "strategy refit cannot be made from .*'k'"),
-        ("prune", ["threshold=many"], "strategy prune cannot be made"),
+        ("prune", ["threshold=many"], "strategy prune: threshold is 'many'; expected a whole number"),
+        ("prune", ["threshold=2.5"], "strategy prune: threshold is 2.5; expected a whole number"),
+        ("prune", ["keep=true"], "strategy prune: keep is True; expected a whole number"),
+        ("refit", ["k=" + "[" * 100_000], "strategy refit: k is '\\[+...\\[+'; expected a whole number"),
+        ("refit", ["k=8", "init=lucky"], "strategy refit: init is 'lucky'; expected one of kmeans"),
         ("prune", ["threshold=-1"], "threshold=-1 is below 0"),
         ("prune-more", [], "no strategy 'prune-more'"),
     ],

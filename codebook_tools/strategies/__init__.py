@@ -6,7 +6,6 @@ where Class is a frozen dataclass that fits `codebook_tools.codebook.Strategy`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -16,6 +15,8 @@ import torch
 
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
+from codebook_tools.kinds import check_kinds, fits, kinds_of
+from codebook_tools.parsing import parse_json
 from codebook_tools.strategies.condense import Condense
 from codebook_tools.strategies.controls import KmeansSeeds, RandomLatents, TopK
 from codebook_tools.strategies.grow import Grow
@@ -78,16 +79,23 @@ def on_device(strategy: Strategy, device: torch.device) -> Strategy:
 
 def make_strategy(name: str, settings: Sequence[str]) -> Strategy:
     """A strategy by name, with its fields given as FIELD=VALUE; a value is JSON, or else text. Raises CodebookError."""
-    values: dict[str, object] = {}
+    make = find_strategy(name)
+    values, kinds = dict[str, object](), kinds_of(make)
     for setting in settings:
         field, equals, text = setting.partition("=")
         if not equals:
             raise CodebookError(f"--set {setting}: expected FIELD=VALUE")
-        try:
-            values[field] = json.loads(text)
-        except ValueError:
-            values[field] = text
+        values[field] = _value(text, kinds.get(field, Any))
+    check_kinds(f"strategy {name}", values, kinds)
     try:
-        return find_strategy(name)(**values)
+        return make(**values)
     except TypeError as error:
         raise CodebookError(f"strategy {name} cannot be made from {values}: {error}") from error
+
+
+def _value(text: str, kind: Any) -> object:
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return text
+    return text if fits(text, kind) and not fits(value, kind) else value
