@@ -29,6 +29,8 @@ def fits(value: object, kind: Any) -> bool:
         return any(fits(value, one) for one in get_args(kind))
     if get_origin(kind) is Literal:
         return any(type(value) is type(one) and value == one for one in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(fits(one, *get_args(kind)) for one in value)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return value in [one.value for one in kind]
     if kind is int:
@@ -55,6 +57,8 @@ def check_kinds(of: str, values: Mapping[str, object], kinds: Mapping[str, Any])
 def _expected(kind: Any) -> str:
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(_expected(one) for one in get_args(kind) if one is not NoneType)
+    if get_origin(kind) is list:
+        return f"a list, each {_expected(*get_args(kind))}"
     if kind in _SPELLED:
         return _SPELLED[kind]
     return f"one of {', '.join(get_args(kind) or [one.value for one in kind])}"

@@ -28,7 +28,8 @@ class Colour(StrEnum):
         (Literal[1, 2], [1], [True, 1.0, 3]),
         (Colour, ["red"], ["blue", "RED", 3, ["red"]]),
         (Path, ["a/b"], [3, None, ["a"]]),
-        (list[float], [[1.0], "what is no plain type fits: its own class judges it"], []),
+        (list[str], [[], ["a"]], ["a", [[]], ["a", 3], None]),
+        (tuple[int, ...], [[1], "what neither YAML nor JSON has fits: its own class judges it"], []),
         (Any, [None, 3], []),
     ],
 )
@@ -40,6 +41,8 @@ def test_a_value_fits_its_own_type_alone(kind: Any, does: list[object], does_not
 def test_what_does_not_fit_is_told_in_a_short_line() -> None:
     with pytest.raises(CodebookError, match=r"^refit: k is \[0, 1, 2, 3, 4, 5, \.\.\.\]; expected a number or text$"):
         check_kinds("refit", {"other": 1, "k": list(range(1000))}, {"k": float | str | None})
+    with pytest.raises(CodebookError, match=r"^prune: names is 3; expected a list, each text$"):
+        check_kinds("prune", {"names": 3}, {"names": list[str]})
 
 
 def test_hints_that_cannot_be_read_ask_for_nothing() -> None:

@@ -427,3 +427,31 @@ def test_one_number_of_a_remapped_prior_that_is_another_is_found(
         save_file(stored, output / "model.safetensors", metadata)
     found = codebook("verify", output, "--against", tmp_path / "prior", "--map", map_path, "--json")
     assert found.exit_code == 3 and [one["key"] for one in found.json["differences"]] == [key]
+
+
+def with_settings(path: Path, **settings: object) -> None:
+    """Say in a remapped prior's metadata that it was done with other settings."""
+    metadata = read_checkpoint(path).metadata
+    told = json.loads(metadata["codebook_tools.settings"]) | settings
+    save_file(load_file(path), path, {**metadata, "codebook_tools.settings": json.dumps(told)})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"offset": value} for value in (None, "x", -600, True, 0.5)),
+        *({"pad_to_multiple": value} for value in (0, -1, 10**12, None)),
+        *({"embedding_keys": value} for value in (5, [[]], "wte.weight", None)),
+        {"head_keys": {}},
+        *({"on_removed": value} for value in ([1], "errop", 3)),
+    ],
+)
+def test_settings_that_nobody_could_have_given_are_told_of(
+    settings: dict[str, object], codebook: Run, with_model: WriteMap, tmp_path: Path
+) -> None:
+    save_file(state(6), tmp_path / "prior.safetensors")
+    map_path, output = with_model("m", 4, PRUNE), tmp_path / "prior.remapped.safetensors"
+    assert codebook("remap", tmp_path / "prior.safetensors", "--map", map_path).exit_code == 0
+    with_settings(output, **settings)
+    found = codebook("verify", output, "--against", tmp_path / "prior.safetensors", "--map", map_path)
+    assert_refused(found, "does not say how it was remapped")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,6 +16,7 @@ from codebook_tools.downstream.maps import read_index_maps
 from codebook_tools.downstream.priors import RemappedPrior, remapped
 from codebook_tools.downstream.vocabulary import Vocabulary
 from codebook_tools.errors import CodebookError
+from codebook_tools.kinds import fits
 from codebook_tools.parsing import parse_json
 from codebook_tools.verification import Difference, listed, same_bytes
 
@@ -41,14 +42,26 @@ def prior_differences(written: Checkpoint, original: Checkpoint, maps: Sequence[
 
 
 def _settings(written: Checkpoint) -> dict[str, Any]:
+    """How the metadata say that it was done. Raises CodebookError where nobody could have asked for that."""
     try:
         settings = parse_json(written.metadata.get(PREFIX + "settings", ""))
+        settings = settings if isinstance(settings, dict) else {}
     except ValueError:
-        settings = None
-    wanted = {"on_removed", "offset", "pad_to_multiple", "embedding_keys", "head_keys"}
-    if not isinstance(settings, dict) or not wanted <= settings.keys():
+        settings = {}
+    rows = max((shape[0] for shape in written.shapes.values() if shape), default=0)
+    sound = all(name in settings and fits(settings[name], kind) for name, kind in _KINDS.items())
+    if not sound or settings["offset"] < 0 or not 1 <= settings["pad_to_multiple"] <= rows:
         raise CodebookError(f"{written.path} does not say how it was remapped: its metadata are damaged")
     return settings
+
+
+_KINDS = {
+    "on_removed": Literal["error", "nearest"],
+    "offset": int,
+    "pad_to_multiple": int,
+    "embedding_keys": list[str],
+    "head_keys": list[str],
+}
 
 
 def _tensors(written: Checkpoint, original: Checkpoint, meant: RemappedPrior) -> Iterator[Difference]:
