@@ -455,3 +455,37 @@ def test_settings_that_nobody_could_have_given_are_told_of(
     with_settings(output, **settings)
     found = codebook("verify", output, "--against", tmp_path / "prior.safetensors", "--map", map_path)
     assert_refused(found, "does not say how it was remapped")
+
+
+OURS = ("codebooks", "command", "nearest_sha256", "settings", "source_sha256", "version", "about_sha256")
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_character_of_a_remapped_priors_metadata_that_is_another_is_found(
+    shards: int, codebook: Run, with_model: WriteMap, tmp_path: Path
+) -> None:
+    model = llama(tmp_path / "prior", 9)
+    if shards > 1:
+        model.save_pretrained(tmp_path / "prior", max_shard_size="4KB")
+        (tmp_path / "prior" / "model.safetensors").unlink()
+    map_path, output = with_model("m", 4, PRUNE), tmp_path / "prior.remapped"
+    assert codebook("remap", tmp_path / "prior", "--map", map_path, "--offset", 1).exit_code == 0
+    asked = ("verify", output, "--against", tmp_path / "prior", "--map", map_path)
+    assert codebook(*asked).exit_code == 0
+    checked = 0
+    for path in sorted(output.glob("*.safetensors")):
+        whole = path.read_bytes()
+        for name in (*(f"codebook_tools.{own}" for own in OURS), "format"):
+            at = whole.find(f'"{name}":"'.encode())
+            if at < 0:
+                continue
+            at += len(name) + 4
+            at += name == "codebook_tools.settings" and whole[at:].index(b"offset")
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            found = codebook(*asked)
+            assert found.exit_code, f"{name} in {path.name}: {found.stdout}"
+            assert found.exit_code in (1, 3) and "Traceback" not in found.stderr, found
+            checked += 1
+        path.write_bytes(whole)
+    assert checked > len(OURS) * shards
+    assert codebook(*asked).exit_code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def remap_prior(
 ) -> tuple[list[tuple[Vocabulary, int]], list[str]]:
     """Write `remapped` to `output`. Returns each embedding's vocabulary with its rows before, and warnings."""
     new = remapped(prior, vocabularies, on_removed, embedding_keys, head_keys)
-    about = _about(prior, vocabularies, on_removed, embedding_keys, head_keys)
+    about = about_remapping(prior, vocabularies, on_removed, embedding_keys, head_keys)
     write_checkpoint(prior, output, new.changed, about, {}, new.config, new.others, force=force)
     return new.embedded, [*_warnings(prior, output, new.tables, vocabularies)]
 
@@ -122,13 +123,15 @@ def _configs(prior: Checkpoint, embedded: Sequence[tuple[Vocabulary, int]]) -> t
     return followed(prior.config_path, change), others
 
 
-def _about(
+def about_remapping(
     prior: Checkpoint,
     vocabularies: Sequence[Vocabulary],
     on_removed: OnRemoved,
     embedding_keys: Sequence[str],
     head_keys: Sequence[str],
+    version: str = VERSION,
 ) -> dict[str, str]:
+    """What the written file says of itself, without PREFIX. version: of the program that wrote it."""
     first = vocabularies[0]
     settings = {
         "on_removed": on_removed,
@@ -138,14 +141,16 @@ def _about(
         "head_keys": list(head_keys),
     }
     maps = {f"{i}/nearest": one.codes.nearest for i, one in enumerate(vocabularies)}
-    return {
+    told = {
         "command": "remap",
-        "version": VERSION,
+        "version": version,
         "settings": json.dumps(settings, sort_keys=True),
         "codebooks": json.dumps({one.codes.key: one.codes.size for one in vocabularies}),
         "source_sha256": prior.sha256,
         "nearest_sha256": maps_sha256(maps),
     }
+    # No file lies beside a prior that would hold its hash: a damaged version shows by this alone.
+    return {**told, "about_sha256": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}
 
 
 def _warnings(prior: Checkpoint, output: Path, tables: Tables, vocabularies: Sequence[Vocabulary]) -> Iterator[str]:

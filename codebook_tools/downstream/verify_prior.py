@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from codebook_tools.checkpoints.config import parse_config, same_config
+from codebook_tools.checkpoints.headers import read_safetensors
 from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.downstream.maps import read_index_maps
-from codebook_tools.downstream.priors import RemappedPrior, remapped
+from codebook_tools.downstream.priors import RemappedPrior, about_remapping, remapped
 from codebook_tools.downstream.vocabulary import Vocabulary
 from codebook_tools.errors import CodebookError
 from codebook_tools.kinds import fits
@@ -35,8 +36,9 @@ def prior_differences(written: Checkpoint, original: Checkpoint, maps: Sequence[
     ]
     keys = (settings["embedding_keys"], settings["head_keys"])
     meant = remapped(original, vocabularies, settings["on_removed"], *keys)
-    if written.metadata.get(PREFIX + "source_sha256") != original.sha256:
-        yield Difference("__metadata__", f"{original.path.name} is not the prior that was remapped")
+    version = written.metadata.get(PREFIX + "version", "")
+    about = about_remapping(original, vocabularies, settings["on_removed"], *keys, version)
+    yield from _metadata(written, original, {PREFIX + name: value for name, value in about.items()})
     yield from _tensors(written, original, meant)
     yield from _configs(written, meant)
 
@@ -62,6 +64,21 @@ _KINDS = {
     "embedding_keys": list[str],
     "head_keys": list[str],
 }
+
+
+def _metadata(written: Checkpoint, original: Checkpoint, about: Mapping[str, str]) -> Iterator[Difference]:
+    """In each file of weights they are the original's, and what is told of the remapping; a shard without a table is
+    the original's copy."""
+    if written.metadata.get(PREFIX + "source_sha256") != original.sha256:
+        yield Difference("__metadata__", f"{original.path.name} is not the prior that was remapped")
+    shards = {path.name: read_safetensors(path).metadata for path in original.files[1:]}
+    for path in written.files[written.sharded :]:
+        found, before = read_safetensors(path).metadata, shards.get(path.name, original.metadata)
+        if written.sharded and found == before:
+            continue
+        meant = {"format": "pt", **before, **about}
+        for name in sorted(name for name in {**meant, **found} if meant.get(name) != found.get(name)):
+            yield Difference("__metadata__", f"entry {name} of {path.name} is not what the remapping writes")
 
 
 def _tensors(written: Checkpoint, original: Checkpoint, meant: RemappedPrior) -> Iterator[Difference]:
