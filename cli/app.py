@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from .calls import operate_on
 from .decide import decisions
-from .exits import interruptible, one_voice
+from .exits import interruptible, one_voice, standard_streams
 from .follow import followers
 from .look import looks
 from .operate import operations
@@ -96,7 +96,7 @@ def _added_command(name: str) -> Any:
 
 def main() -> None:
     """The console script."""
-    with one_voice():
+    with standard_streams(), one_voice():
         app()
 
 

@@ -29,6 +29,52 @@ def show_result(found: Any, table: Callable[[Any], Any], as_json: bool) -> None:
 
 
 @contextmanager
+def standard_streams() -> Iterator[None]:
+    """Those that are closed are as if they led to /dev/null, so that no file takes their place; and who leaves this has
+    written all that it printed, or ends with a line that says why not."""
+    for handle, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), handle)
+            nowhere = os.fdopen(handle, mode, closefd=False)
+            setattr(sys, name, nowhere)
+            setattr(sys, f"__{name}__", nowhere)
+    try:
+        with on_stdout():
+            yield
+    except BrokenPipeError:
+        raise SystemExit(0) from None
+    except Exception as error:
+        from codebook_tools.errors import CodebookError
+
+        from .screen import print_error
+
+        if not isinstance(error, CodebookError):
+            raise
+        print_error(str(error))
+        raise SystemExit(error.exit_code) from None
+
+
+@contextmanager
+def on_stdout() -> Iterator[None]:
+    """What is printed within is written, to the last byte, when this is left. Raises CodebookError where it cannot be,
+    and BrokenPipeError where its reader left, as `head` does."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python tries again, and complains, at its end
+        if isinstance(error, BrokenPipeError):
+            raise
+        from codebook_tools.errors import CodebookError
+
+        raise CodebookError(f"cannot write to standard output: {error.strerror or error}") from error
+
+
+@contextmanager
 def one_voice() -> Iterator[None]:
     """Of several processes that torchrun started the first alone is heard; the others only say why they fail."""
     if _is_first():
@@ -127,11 +173,9 @@ def reported() -> Iterator[None]:
     try:
         with _terminable() as came:
             yield
-            sys.stdout.flush()
     except typer.Exit:
         raise
-    except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output left
         raise typer.Exit(0) from None
     except (KeyboardInterrupt, _TerminatedError) as end:
         _end_by(signal.SIGINT if isinstance(end, KeyboardInterrupt) else signal.SIGTERM)

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.segment import Segment
 from rich.text import Text
 
+from .exits import on_stdout
+
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) != "\n"}
 
 
@@ -28,6 +30,9 @@ class Screen(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else text.translate(_CONTROLS), style, control)
+
+    def on_broken_pipe(self) -> None:
+        raise  # which the base class ends the process for, without a word and with exit code 1
 
 
 ERRORS = Screen(stderr=True)
@@ -96,13 +101,15 @@ def _shown(figures: Mapping[str, float]) -> list[str]:
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    json.dump(value, sys.stdout, indent=2, allow_nan=False, default=str)
-    sys.stdout.write("\n")
+    with on_stdout():
+        json.dump(value, sys.stdout, indent=2, allow_nan=False, default=str)
+        sys.stdout.write("\n")
 
 
 def print_table(table: RenderableType) -> None:
-    # A pipe has no width: there, long paths stay in one piece.
-    Screen(width=None if sys.stdout.isatty() else 10_000).print(table)
+    with on_stdout():
+        # A pipe has no width: there, long paths stay in one piece.
+        Screen(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def print_warnings(warnings: list[str] | tuple[str, ...], quiet: bool) -> None:

@@ -214,3 +214,46 @@ def test_a_reader_that_leaves_early_is_no_error(tiny: Path) -> None:
         os.close(writer)
         _, said = process.communicate(timeout=120)
     assert (process.returncode, said) == (0, b"")
+
+
+def closed(*handles: int) -> Callable[[], None]:
+    """What closes standard streams in a process that is about to begin."""
+    return lambda: [os.close(handle) for handle in handles] and None
+
+
+@pytest.mark.parametrize("asked", [["inspect"], ["inspect", "--json"], ["inspect", "--help"], ["--version"]])
+def test_standard_output_that_takes_no_more_is_told_in_one_line(asked: list[str]) -> None:
+    with open("/dev/full", "w") as full, start(*asked, stdout=full, stderr=subprocess.PIPE) as process:
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert said == b"error: cannot write to standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("handles", [(0,), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("asked", [["inspect"], ["inspect", "--json"]])
+def test_a_standard_stream_that_is_closed_is_as_if_it_led_nowhere(asked: list[str], handles: tuple[int, ...]) -> None:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with start(*asked, preexec_fn=closed(*handles), **pipes) as process:
+        shown, said = process.communicate(timeout=120)
+    assert (process.returncode, said) == (0, b"")
+    assert (b"_vq_vae._embedding.weight" in shown) == (1 not in handles)
+
+
+def test_what_is_written_while_all_standard_streams_are_closed_is_whole(
+    tiny: Path, images_folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.safetensors"
+    asked = ("prune", tiny, "--keep", 4, "--data", images_folder, *RANGE, "-o", output)
+    with start(*asked, preexec_fn=closed(0, 1, 2)) as process:
+        assert process.wait(120) == 0
+    with start("verify", output, "--against", tiny, stdout=subprocess.PIPE) as process:
+        assert process.wait(120) == 0
+
+
+def test_a_reader_of_a_table_that_leaves_early_is_no_error_either(tiny: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with start("inspect", tiny, stdout=writer, stderr=subprocess.PIPE) as process:
+        os.close(writer)
+        _, said = process.communicate(timeout=120)
+    assert (process.returncode, said) == (0, b"")
