@@ -76,6 +76,9 @@ def array_items(name: str, array: NDArray[np.generic]) -> list[Item]:
         )
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise CodebookError(f"{name} has dtype {array.dtype}: expected uint8, or floating point in [0, 1]")
+    if 0 in array.shape:
+        what = "images without pixels" if len(array) else "no rows, which images are"
+        raise CodebookError(f"{name} has shape {array.shape}: it holds {what}")
     rows: NDArray[Any] | _FileRows = array.view(np.ndarray)
     file = None
     if isinstance(array, np.memmap):

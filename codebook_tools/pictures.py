@@ -113,11 +113,13 @@ def decode_row(stored: NDArray[np.generic], channels: int) -> NDArray[np.uint8]:
     """The pixels of a row of an array, (channels, height, width).
 
     stored: (height, width), (height, width, 1|3) or (1|3, height, width), uint8 or floating point. Raises ValueError
-    where floating-point values are outside [0, 1].
+    where floating-point values are not finite, or outside [0, 1].
     """
     row: NDArray[Any] = np.asarray(stored)
     if row.dtype != np.uint8:
-        if not (np.isfinite(row).all() and row.min() >= 0 and row.max() <= 1):
+        if not np.isfinite(row).all():
+            raise ValueError("a value is not finite")
+        if row.min() < 0 or row.max() > 1:
             raise ValueError("floating-point images must lie in [0, 1]")
         row = np.round(row.astype(np.float64) * 255).astype(np.uint8)
     if row.ndim == 3 and row.shape[0] in (1, 3) and row.shape[2] not in (1, 3):

@@ -71,6 +71,9 @@ def test_rows_past_ten_are_in_a_fixed_order_and_hold_their_own_pixels(tmp_path: 
         (np.zeros((2, 3, 4, 5, 3)), "expected"),
         (np.zeros((3, 4, 5), dtype=np.int64), "dtype int64"),
         (np.zeros((3, 4, 5), dtype=bool), "dtype bool"),
+        (np.zeros((0, 4, 5), dtype=np.uint8), r"x\.npy has shape \(0, 4, 5\): it holds no rows, which images are"),
+        (np.zeros((3, 4, 0), dtype=np.uint8), r"x\.npy has shape \(3, 4, 0\): it holds images without pixels"),
+        (np.zeros((3, 0, 5, 3)), "it holds images without pixels"),
         (np.array([{"a": 1}], dtype=object), "is not a readable array file"),
     ],
 )
@@ -95,11 +98,17 @@ def test_an_npz_damaged_inside_is_the_users_error(tmp_path: Path) -> None:
         find_images([tmp_path / "x.npz"])
 
 
-@pytest.mark.parametrize("value", [-0.01, 1.01, float("nan"), float("inf")])
-def test_floating_point_pixels_outside_zero_and_one_are_unreadable(value: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        *((value, r"must lie in \[0, 1\]") for value in (-0.01, 1.01)),
+        *((value, "a value is not finite") for value in (float("nan"), float("inf"))),
+    ],
+)
+def test_floating_point_pixels_outside_zero_and_one_are_unreadable(value: float, message: str) -> None:
     rows = np.full((2, 4, 4), 0.5)
     rows[1, 2, 2] = value
-    with pytest.raises(CodebookError, match=r"cannot read image x#1: .*\[0, 1\]; --skip-bad"):
+    with pytest.raises(CodebookError, match=f"cannot read image x#1: .*{message}; --skip-bad"):
         read(array_items("x", rows), 1)
 
 
