@@ -101,6 +101,24 @@ def test_written_layout(case: StateDict) -> None:
     assert not listed & {key for key, _ in found.elsewhere}
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "told"),
+    [
+        ((512, 64), "I8", "I8 [512, 64]"),
+        ((512, 64), "BOOL", "BOOL [512, 64]"),
+        ((512, 64), "C64", "C64 [512, 64]"),
+        ((0, 64), "F32", "F32 [0, 64]"),
+        ((512, 0), "F32", "F32 [512, 0]"),
+    ],
+)
+def test_a_codebook_that_is_no_rows_of_floats_is_told_as_what_it_is(
+    shape: tuple[int, int], dtype: str, told: str
+) -> None:
+    key, conv = "_vq_vae._embedding.weight", "_encoder._conv_1.weight"
+    found = find_codebooks({key: shape, conv: (64, 3, 3, 3)}, {key: dtype, conv: "F32"})
+    assert found.codebooks == () and found.reason == f"{key} is {told}, where a codebook is rows of floats"
+
+
 @each_without
 def test_written_negative(case: StateDict) -> None:
     found = find_codebooks(case.shapes)

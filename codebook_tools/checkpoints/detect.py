@@ -138,7 +138,7 @@ class _Names:
         leaf = re.sub(r"^_+|[_\d]+$", "", leaf).lower()
         points = next((points for pattern, points in LEAVES if pattern.fullmatch(leaf)), -2)
         layer = weight and (len(shape) == 3 or points < -1 or f"{module}.bias" in self.shapes)  # or a convolution
-        if layer or len(shape) not in (2, 3) or max(shape) < 2 or not min(shape):
+        if layer or len(shape) not in (2, 3) or max(shape) < 2:
             return None
         rank, since = self.owner(owner)
         named = rank > 0 and all(map(CONTAINER.fullmatch, since))
@@ -186,13 +186,25 @@ def find_codebooks(shapes: Shapes, dtypes: Mapping[str, str] | None = None) -> D
     keys = {key.removesuffix(":0").replace("/", "."): key for key in sorted(shapes, key=natural)}
     names = _Names({name: tuple(shapes[key]) for name, key in keys.items()})
     dtypes = dtypes or dict.fromkeys(shapes, "F32")
-    usable = [name for name in keys if name not in names.copies and re.match(r"B?F\d", dtypes[keys[name]])]
-    rated = [found for name in usable if (found := names.judge(name)) and found[0] >= LISTED]
+    rated, unfit = list[tuple[int, FoundCodebook, dict[str, str]]](), list[str]()
+    for name, key in keys.items():
+        found = None if name in names.copies else names.judge(name)
+        if found and found[0] >= LISTED:
+            holds_codes = re.match(r"B?F\d", dtypes[key]) and all(names.shapes[name])
+            rated.append(found) if holds_codes else unfit.append(f"{key} is {dtypes[key]} {[*names.shapes[name]]}")
     books = [b for points, b, _ in rated if not any(b.key in scope and more > points for more, _, scope in rated)]
     own = {b.key: {keys[name] for name in b.companions} - {keys[other.key] for other in books} for b in books}
     claimed, sizes = {keys[b.key] for b in books}.union(*own.values()), {b.size + i for b in books for i in range(3)}
     others = [(key, names.shapes[name]) for name, key in keys.items() if key not in claimed]
     elsewhere = tuple(other for other in others if sizes & set(other[1]))
     books = [replace(b, key=keys[b.key], dtype=dtypes[keys[b.key]], companions=(*sorted(own[b.key]),)) for b in books]
-    why = None if books else next(reason for pattern, reason in NO_CODEBOOK if pattern.search(names.text))
-    return Detection((*books,), elsewhere, why and f"{why}; if a tensor is one after all, name it with --codebook-key")
+    why = None if books else _why_not(names.text, unfit)
+    return Detection((*books,), elsewhere, why)
+
+
+def _why_not(text: str, unfit: list[str]) -> str:
+    """text: all names, a line each. unfit: what would be a codebook, were it rows of floats."""
+    if unfit:
+        return f"{unfit[0]}, where a codebook is rows of floats"
+    why = next(reason for pattern, reason in NO_CODEBOOK if pattern.search(text))
+    return f"{why}; if a tensor is one after all, name it with --codebook-key"
