@@ -113,9 +113,11 @@ def print_table(table: RenderableType) -> None:
 
 
 def print_warnings(warnings: list[str] | tuple[str, ...], quiet: bool) -> None:
+    from codebook_tools.errors import plain
+
     if not quiet:
         for warning in warnings:
-            ERRORS.print(Text.assemble(("warning: ", "yellow"), warning))
+            ERRORS.print(Text.assemble(("warning: ", "yellow"), plain(warning)))  # a line each
 
 
 def print_error(message: str) -> None:

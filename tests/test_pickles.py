@@ -337,3 +337,12 @@ def test_a_pickle_is_operated_on_as_its_safetensors_twin(
     pruned = [load_file(found[model]["outputs"]["model"]) for model in (tiny, path)]
     assert pruned[0].keys() == pruned[1].keys()
     assert all(same(pruned[0][key], pruned[1][key]) for key in pruned[0])
+
+
+def test_a_warning_is_one_line_whatever_names_are_in_it(
+    codebook: Callable[..., Outcome], tiny: Path, tmp_path: Path, images_folder: Path
+) -> None:
+    path = saved({"state_dict": load_file(tiny), "a\nerror: \x1b[31mall is lost": 1}, tmp_path / "model.pt")
+    found = codebook("measure", path, "--data", images_folder, "--input-range", "-1,1")
+    assert found.exit_code == 0 and r"; a\nerror: \x1b[31mall is lost is left behind" in found.stderr
+    assert all(line.startswith("warning: ") for line in found.stderr.splitlines())
