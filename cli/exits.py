@@ -172,6 +172,7 @@ def reported() -> Iterator[None]:
     came = list[int]()
     try:
         with _terminable() as came:
+            _check_folder()
             yield
     except typer.Exit:
         raise
@@ -196,6 +197,16 @@ def reported() -> Iterator[None]:
             "this is our fault; please report it, with the lines above and the command that you gave",
             before=traceback.format_exc(),
         )
+
+
+def _check_folder() -> None:
+    """Raise CodebookError where the current folder was deleted: torch's libraries would end the process for it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        from codebook_tools.errors import CodebookError
+
+        raise CodebookError("the current folder is no longer there; go to another with cd") from error
 
 
 def _end_by(number: int) -> NoReturn:

@@ -257,3 +257,13 @@ def test_a_reader_of_a_table_that_leaves_early_is_no_error_either(tiny: Path) ->
         os.close(writer)
         _, said = process.communicate(timeout=120)
     assert (process.returncode, said) == (0, b"")
+
+
+@pytest.mark.parametrize("asked", [["inspect"], ["prune", "--keep", "4", "--limit", "60"]])
+def test_a_current_folder_that_was_deleted_is_told_in_one_line(asked: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    with start(*asked, cwd=folder, preexec_fn=folder.rmdir, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        shown, said = process.communicate(timeout=120)
+    assert (process.returncode, shown) == (1, b"")
+    assert said == b"error: the current folder is no longer there; go to another with cd\n"
