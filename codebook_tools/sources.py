@@ -120,12 +120,16 @@ def _member(file: str, name: str, members: dict[str, tarfile.TarInfo]) -> Source
         target = member.linkname if member.islnk() else posixpath.join(posixpath.dirname(name), member.linkname)
         member = members.get(posixpath.normpath(target), member)
     if not member.isfile():
-        return Source(name, 0, partial(_refuse_link, member.linkname), file)
+        return Source(
+            name, 0, partial(_refuse, f"it is a link to {member.linkname}, which is no file of the tar"), file
+        )
+    if member.issparse():  # its bytes do not lie in one piece
+        return Source(name, 0, partial(_refuse, "it is stored sparse; make the tar without --sparse"), file)
     return Source(name, member.size, partial(_open_range, file, member.offset_data, member.size), file)
 
 
-def _refuse_link(target: str) -> BinaryIO:
-    raise ValueError(f"it is a link to {target}, which is no file of the tar")
+def _refuse(why: str) -> BinaryIO:
+    raise ValueError(why)
 
 
 def _open_range(path: str, start: int, length: int) -> BinaryIO:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import shutil
 import struct
+import subprocess
 import tarfile
 import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -74,6 +77,29 @@ def tiff_of(
         entries += struct.pack(f"{order}2HI", tag, 3, len(values)) + packed.ljust(4, b"\0")
     head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, len(tags))
     return head + entries + bytes(4) + tail + data
+
+
+def sparse_tar(path: Path, member: Path, how: str, *others: Path) -> Path:
+    """A tar of `member`, whose last zeros become a hole, and of others beside it. how: the options that say which of
+    GNU tar's four forms of a sparse member it has. Skips the test where there is no GNU tar."""
+    data = member.read_bytes()
+    member.unlink()
+    with member.open("wb") as file:
+        file.write(data.rstrip(b"\0"))
+        file.truncate(len(data))
+    if (
+        shutil.which("tar") is None
+        or b"GNU tar" not in subprocess.run(["tar", "--version"], capture_output=True).stdout
+    ):
+        pytest.skip("only GNU tar makes sparse members")
+    names = [file.name for file in (member, *others)]
+    subprocess.run(["tar", "-C", member.parent, "-S", *how.split(), "-cf", path, *names], check=True)
+    with tarfile.open(path) as archive:
+        assert archive.getmember(member.name).issparse()
+    return path
+
+
+SPARSE = ["--format=gnu", *(f"--format=posix --sparse-version={version}" for version in ("0.0", "0.1", "1.0"))]
 
 
 def put(path: Path, pixels: Pixels) -> Path:

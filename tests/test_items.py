@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawing import as_tensor, names, picture, png, put, read, tar_of
+from drawing import SPARSE, as_tensor, names, picture, png, put, read, sparse_tar, tar_of
 from PIL import Image
 from sources_of_images import find_images
 
@@ -219,6 +219,16 @@ def test_a_tar_of_links_holds_what_they_link_to(tmp_path: Path) -> None:
     assert torch.equal(read([items[name] for name in ("a/x.png", "a/y.png", "z.png")]), as_tensor(*[picture(0)] * 3))
     with pytest.raises(CodebookError, match=r"cannot read image gone\.png: it is a link to \.\./moved\.png, which is"):
         read([items["gone.png"]])
+
+
+@pytest.mark.parametrize("how", SPARSE)
+def test_a_picture_that_a_tar_stores_sparse_is_named(tmp_path: Path, how: str) -> None:
+    (tmp_path / "a.png").write_bytes(png(picture(0)) + bytes(300_000))
+    whole = put(tmp_path / "b.png", picture(1))
+    items = find_images([sparse_tar(tmp_path / "s.tar", tmp_path / "a.png", how, whole)])
+    assert torch.equal(read(items[1:]), as_tensor(picture(1)))
+    with pytest.raises(CodebookError, match=r"cannot read image a\.png: it is stored sparse; make the tar without"):
+        read(items)
 
 
 def test_names_need_be_neither_utf_8_nor_on_one_line(tmp_path: Path) -> None:

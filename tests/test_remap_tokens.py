@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import KEY, Outcome, WriteMap, assert_refused, contents, save_map
+from drawing import SPARSE, sparse_tar
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -232,6 +233,28 @@ def test_a_tar_changes_in_its_arrays_alone(codebook: Run, pruned: Path, tmp_path
     )
     path.write_bytes(b"\x1f\x8b no tar")
     assert_refused(codebook("remap", path, "--map", pruned, "--force"), "is not a readable, uncompressed tar")
+
+
+@pytest.mark.parametrize("how", SPARSE)
+def test_tokens_that_a_tar_stores_sparse_are_refused_and_other_sparse_members_stay(
+    codebook: Run, pruned: Path, tmp_path: Path, how: str
+) -> None:
+    tokens, picture = tmp_path / "a.codes.npy", tmp_path / "b.bin"
+    np.save(tokens, np.r_[[5, 2, 3], np.zeros(100_000)].astype(np.uint16))
+    picture.write_bytes(b"\xff" * 9_000 + bytes(300_000))
+    sparse = sparse_tar(tmp_path / "tokens.tar", tokens, how, picture)
+    before = contents(tmp_path)
+    message = f"{sparse}/a.codes.npy is stored sparse; make the tar without --sparse"
+    assert_refused(codebook("remap", sparse, "--map", pruned), message)
+    nothing_but(tmp_path, before)
+    path = sparse_tar(tmp_path / "shard.tar", picture, how)
+    with tarfile.open(path, "a") as archive:
+        archive.add(tokens, tokens.name)
+    assert codebook("remap", path, "--map", pruned).exit_code == 0
+    with tarfile.open(tmp_path / "shard.remapped.tar") as written:
+        members = {name: written.extractfile(name).read() for name in written.getnames()}  # type: ignore[union-attr]
+    assert members["b.bin"] == picture.read_bytes()
+    assert np.load(io.BytesIO(members["a.codes.npy"]))[:4].tolist() == [3, 1, 2, 0]
 
 
 def test_a_parquet_table_keeps_schema_nulls_and_compression(codebook: Run, pruned: Path, tmp_path: Path) -> None:

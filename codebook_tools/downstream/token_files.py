@@ -146,6 +146,8 @@ def _member_blocks(path: Path, keys: Sequence[str]) -> Iterator[Block]:
             while member := archive.next():
                 archive.members = []  # type: ignore[attr-defined]  # or it remembers every one
                 if member.isreg() and member.name.endswith(endings):
+                    if member.issparse():  # its bytes do not lie in one piece
+                        raise CodebookError(f"{path}/{member.name} is stored sparse; make the tar without --sparse")
                     file.seek(member.offset_data)
                     yield _npy_block(file, f"{path}/{member.name}", member.offset_data + member.size)
                     any_ = True
