@@ -240,6 +240,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no numbers": (lambda mark: {"a": torch.ones(3, device="meta")}, "a in .* is strided of float32 on meta, which"),
     "double complex": (lambda mark: {"a": torch.ones(3, dtype=torch.complex128)}, "a in .* of complex128 on cpu"),
     "quantised": (lambda mark: {"a": torch.quantize_per_tensor(torch.ones(3), 1, 0, torch.qint8)}, "of qint8 on"),
+    "repeated": (lambda mark: STATE | {"a": torch.zeros(1).expand(10**5, 10**5)}, "a in .* repeats 4 bytes to 40,0"),
 }  # fmt: skip
 
 

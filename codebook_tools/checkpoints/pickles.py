@@ -21,6 +21,9 @@ WRAPPERS = (
 _DEPTH = 4
 _REFUSED = re.compile(r"(?:GLOBAL|global|class|function) ((?:\w+\.)+\w+)")
 """What torch says of a global that it does not let a pickle have."""
+_LONGEST_REPEATED = 64 << 20
+"""Bytes of a tensor that a file need not hold so many of: masks and constants are expanded, and saved so; no weights
+are, and a file of nothing could claim any size."""
 
 
 def read_pickle(path: Path) -> Weights:
@@ -108,8 +111,13 @@ def _siblings(found: object, names: list[str]) -> Iterator[str]:
 
 
 def _plain(path: Path, key: str, value: Tensor) -> Tensor:
-    """A tensor's plain numbers. Raises CodebookError where safetensors has no form for it."""
+    """A tensor's plain numbers. Raises CodebookError where safetensors has no form for it, or none that is sane."""
     if value.layout != torch.strided or value.is_nested or value.is_meta or not can_hold(value.dtype):
         kind = f"{value.layout} of {value.dtype} on {value.device}".replace("torch.", "")
         raise CodebookError(f"{key} in {path} is {kind}, which safetensors cannot hold; save it as a plain tensor")
+    whole, kept = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+    if whole > max(_LONGEST_REPEATED, kept):
+        raise CodebookError(
+            f"{key} in {path} repeats {kept:,} bytes to {whole:,}, as expand() does; save what it repeats"
+        )
     return value.detach().resolve_conj().resolve_neg()
