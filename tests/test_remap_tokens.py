@@ -301,6 +301,24 @@ def test_a_parquet_table_keeps_schema_nulls_and_compression(codebook: Run, prune
     assert_refused(codebook("remap", path, "--map", pruned, "--force"), "is not a sound parquet file")
 
 
+@pytest.mark.parametrize("keys", [(), ("--key", "t")])
+def test_a_name_of_two_columns_does_not_say_which_holds_tokens(
+    codebook: Run, pruned: Path, tmp_path: Path, keys: tuple[str, ...]
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pa.table([[5, 2], [3, 3]], ["t", "t"]), path)
+    before = contents(tmp_path)
+    assert_refused(codebook("remap", path, "--map", pruned, *keys), f"{path} has several columns called t; rename")
+    nothing_but(tmp_path, before)
+    parquet.write_table(pa.table([[5, 2], [0, 0], ["a", "b"], ["c", "d"]], ["t", "label", "x", "x"]), path)
+    assert codebook("remap", path, "--map", pruned, "--key", "t").exit_code == 0
+    written = parquet.ParquetFile(tmp_path / "t.remapped.parquet").read()
+    assert [column.to_pylist() for column in written.columns] == [[3, 1], [0, 0], ["a", "b"], ["c", "d"]]
+
+
 # Several codebooks
 
 STAGES = {f"layers.{i}.embed": ([(c + i) % 4 for c in range(4)], [(c + i) % 4 for c in range(4)]) for i in (0, 2, 10)}

@@ -32,6 +32,9 @@ def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], a
         with parquet.ParquetFile(path) as table:
             schema, metadata = table.schema_arrow, table.metadata
             chosen = choose(path, "column", keys, {field.name: _holds_integers(field.type) for field in schema})
+            for name in sorted(chosen):
+                if schema.names.count(name) > 1:
+                    raise CodebookError(f"{path} has several columns called {name}; rename those that hold no tokens")
             # Damaged column metadata raises here; the accessors in _compression would abort the process for it.
             next(table.iter_batches(1), None)
             sink = _Sink()
