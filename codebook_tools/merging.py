@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
+from itertools import count, islice
 from operator import add
 from pathlib import Path
 
@@ -42,12 +43,12 @@ def sample_limit(dims: Sequence[int]) -> int:
 
 def parse_shard(text: str) -> tuple[int, int]:
     """ "3/8": the third of eight. Raises CodebookError where there is no such part."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)  # more are a slip: no scheduler begins a million jobs
     i, n = map(int, found.groups()) if found else (0, 0)
     if not 1 <= i <= n:
         raise CodebookError(
-            f"--shard {text}: expected I/N, I from 1 to N, such as 3/8 for the third of eight; in a Slurm array, "
-            "--array=1-8 and --shard $SLURM_ARRAY_TASK_ID/8"
+            f"--shard {text}: expected I/N, I from 1 to N, such as 3/8 for the third of eight, N below a million; in a "
+            "Slurm array, --array=1-8 and --shard $SLURM_ARRAY_TASK_ID/8"
         )
     return i, n
 
@@ -150,8 +151,9 @@ def merged(parts: Sequence[tuple[Path, Part]], checkpoint: str, model: Path) -> 
         if number in by_number:
             raise CodebookError(f"{path} and {by_number[number][0]} are both shard {number} of {of}; give each once")
         by_number[number] = path, part
-    if missing := [number for number in range(1, first.shard[1] + 1) if number not in by_number]:
-        raise CodebookError(_how_to_mend(missing, first, model))
+    if missing := first.shard[1] - len(by_number):
+        few = list(islice((number for number in count(1) if number not in by_number), min(missing, 5)))
+        raise CodebookError(_how_to_mend(few, missing, first, model))
     limit = sample_limit([book.dim for book in first.counted.books])
     paths = [path for path, _ in parts]
     return replace(
@@ -179,10 +181,11 @@ def _check_alike(first_path: Path, first: Part, path: Path, part: Part) -> None:
             raise CodebookError(f"{both}; shards of one pass share all settings and data")
 
 
-def _how_to_mend(missing: Sequence[int], of: Part, model: Path) -> str:
-    few = ", ".join(map(str, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+def _how_to_mend(few: Sequence[int], missing: int, of: Part, model: Path) -> str:
+    """few: the first of the missing shards."""
+    named = ", ".join(map(str, few)) + (f" and {missing - len(few)} more" if missing > len(few) else "")
     given = {option: of.about.get(name) for name, option in _OPTIONS.items()}
     options = " ".join(f"{option} {value}" for option, value in given.items() if value is not None)
-    command = f"codebook measure {model} --shard {missing[0]}/{of.shard[1]} --stats FILE {options}"
-    shards = "shards" if len(missing) > 1 else "shard"
-    return f"{shards} {few} of {of.shard[1]} missing; run `{command}`, with --data and the rest as it was"
+    command = f"codebook measure {model} --shard {few[0]}/{of.shard[1]} --stats FILE {options}"
+    shards = "shards" if missing > 1 else "shard"
+    return f"{shards} {named} of {of.shard[1]} missing; run `{command}`, with --data and the rest as it was"

@@ -87,6 +87,8 @@ def read_part(path: Path) -> Part:
     try:
         books = [(key, int(size), int(dim)) for key, size, dim in parse_json(told["codebooks"])]
         i, n = map(int, told["shard"].split("/"))
+        if not 1 <= i <= n:
+            raise ValueError(f"it says that it is part {i} of {n}")
         nothing = tuple(BookSums(key, dim, torch.zeros(size).long(), Fraction(0), 0) for key, size, dim in books)
         counted = tuple(
             BookSums(

@@ -162,6 +162,25 @@ def test_missing_shards_are_named_with_the_command_that_makes_them(
     assert contents(tmp_path) == before
 
 
+def test_of_more_shards_than_there_could_be_the_first_missing_are_named(
+    shards: list[Path], tiny: Path, codebook: Run
+) -> None:
+    for path, number in zip(shards[:2], (1, 7), strict=True):
+        relabelled(path, f"{number}/{10**24}")
+    found = codebook("measure", tiny, "--merge", *shards[:2])
+    assert_refused(found, f"shards 2, 3, 4, 5, 6 and {10**24 - 7} more of {10**24} missing; run")
+    relabelled(shards[0], "0/8")
+    found = codebook("measure", tiny, "--merge", *shards[:1])
+    assert_refused(found, "shard-1.safetensors is damaged: it says that it is part 0 of 8; measure that part anew")
+
+
+def relabelled(path: Path, shard: str) -> None:
+    """Another number in the metadata of a part."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, metadata | {"codebook_tools.shard": shard})
+
+
 def test_a_shard_twice_is_refused(shards: list[Path], tiny: Path, codebook: Run) -> None:
     assert_refused(codebook("measure", tiny, "--merge", *shards, shards[4]), "are both shard 5 of 8; give each once")
 
@@ -224,6 +243,8 @@ def test_shards_of_another_model_are_refused(
         (("--shard", "0/8", "--stats", "x"), "--shard 0/8: expected I/N, I from 1 to N"),
         (("--shard", "9/8", "--stats", "x"), "--array=1-8"),
         (("--shard", "3", "--stats", "x"), "--shard 3: expected"),
+        (("--shard", "1/1000000", "--stats", "x"), "N below a million"),
+        (("--shard", f"1/{'9' * 5000}", "--stats", "x"), "N below a million"),
         (("--shard", "1/2", "--stats", "x", "--merge", "x"), "give one of the two"),
         (("--shard", "1/2", "--stats", "x", "--latents", "l.npy"), "--latents are read in one pass"),
         (("--merge", "x", "--data", "images"), "--merge adds what was measured before"),
