@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +116,25 @@ def find_items(paths: Sequence[str | Path], medium: Medium) -> list[Item]:
     return [named[name] for name in sorted(named)]
 
 
-def _braces(given: str) -> list[Path]:
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", given)
-    if match is None:
-        return [Path(given)]
-    ends = match.groups()
+_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
+_MOST_PATHS = 1_000_000  # that ranges stand for: the largest public data sets have a quarter of that in tar shards
+
+
+def _braces(given: str) -> Iterator[Path]:
+    head, *rest = _RANGE.split(given)  # texts, and between them the two ends of each range
+    ranges = list(zip(rest[::3], rest[1::3], strict=True))
+    several = math.prod(abs(int(first) - int(last)) + 1 for first, last in ranges)
+    if several > _MOST_PATHS:
+        raise CodebookError(f"{given} stands for {several:,} paths, more than {_MOST_PATHS:,}; give their folder")
+    for numbers in product(*(_numbers(*ends) for ends in ranges)):
+        yield Path(head + "".join(number + text for number, text in zip(numbers, rest[2::3], strict=True)))
+
+
+def _numbers(*ends: str) -> list[str]:
     low, high = sorted(map(int, ends))
     padded = any(end != "0" and end.startswith("0") for end in ends)  # as a shell pads: {8..11}, but {08..11}
     width = max(map(len, ends)) if padded else 1
-    numbers = [f"{n:0{width}d}" for n in range(low, high + 1)]
-    return [path for n in numbers for path in _braces(given[: match.start()] + n + given[match.end() :])]
+    return [f"{n:0{width}d}" for n in range(low, high + 1)]
 
 
 def _items(path: Path, medium: Medium) -> list[Item]:

@@ -79,6 +79,14 @@ def test_a_missing_shard_of_a_range_is_named(tmp_path: Path) -> None:
         find_images([f"{tmp_path}/s-{{0..1}}.tar"])
 
 
+@pytest.mark.parametrize("ranges", ["{0..99999999999}", "{0..1000}/{1000..0}", "{5..999999999999999999}"])
+def test_a_range_of_more_paths_than_there_could_be_is_refused(ranges: str, tmp_path: Path) -> None:
+    with pytest.raises(CodebookError, match=r"stands for [\d,]+ paths, more than 1,000,000; give their folder"):
+        find_images([f"{tmp_path}/{ranges}.jpg"])
+    with pytest.raises(CodebookError, match=r"no such file or folder: .*/0\.jpg"):
+        find_images([f"{tmp_path}/{{0..999999}}.jpg"])
+
+
 def test_one_image_file_is_a_source_too(tmp_path: Path) -> None:
     items = find_images([put(tmp_path / "x.png", picture(5))])
     assert names(items) == ["x.png"]
