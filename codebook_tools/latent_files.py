@@ -18,6 +18,7 @@ from codebook_tools.checkpoints.entries import Stored, torch_dtype
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.latents import all_finite
+from codebook_tools.regular import check_regular
 from codebook_tools.sampling import mixed, sample_keys
 
 _BATCH = 65_536
@@ -199,6 +200,7 @@ def _map_entry(entry: Stored) -> Tensor:
 
 def _map_npy(path: Path) -> Tensor:
     try:
+        check_regular(path)
         return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
     except Exception as error:  # numpy raises whatever it likes on a damaged header
         raise CodebookError(f"cannot read latents from {path}: {one_line(error)}") from error

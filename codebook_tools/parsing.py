@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from codebook_tools.regular import check_regular
+
 LONGEST = 64 << 20
 """Bytes of a file that is read as text: configs, results and recipes have thousandths of that."""
 
 
 def read_bytes(path: Path, longest: int = LONGEST) -> bytes:
     """Raises ValueError where it is longer, OSError as reading does."""
+    check_regular(path)
     if (nbytes := path.stat().st_size) > longest:
         raise ValueError(f"it has {nbytes:,} bytes, more than {longest:,}")
     return path.read_bytes()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from codebook_tools.errors import CodebookError, one_line
+from codebook_tools.regular import check_regular
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -44,11 +45,12 @@ def find_sources(path: Path, suffixes: tuple[str, ...]) -> list[Source] | None:
     count. Raises CodebookError where the path is missing or cannot be listed.
     """
     try:
+        check_regular(path)
         nbytes = path.stat().st_size
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-        reason = "no such file or folder" if missing else f"cannot be opened ({one_line(error)})"
-        raise CodebookError(f"{reason}: {path}") from error
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise CodebookError(f"no such file or folder: {path}") from error
+        raise CodebookError(f"cannot read {path}: {one_line(error)}") from error
     if path.is_dir():
         return _in_folder(path, suffixes)
     if path.suffix.lower() == ".tar":

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
 
 FLOORS = (
-    ("errors", "watch", "version", "demo", "threads", "parsing"),
+    ("errors", "watch", "version", "demo", "threads", "regular", "parsing"),
     ("codebook", "kinds", "processes", "sources", "items", "pictures"),
     ("assignment", "metrics", "splits", "media", "sampling"),
     (
@@ -48,6 +48,7 @@ FLOORS = (
 """Rooms by floor, the lowest first. A room is a module of codebook_tools or a folder of it; the folder cli/ is one."""
 
 STAIRS = {
+    ("parsing", "regular"),
     ("items", "sources"),
     *(("kmeans", room) for room in ("seeding", "cells", "swaps")),
     ("finetune", "training"),

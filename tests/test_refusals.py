@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GREY, Grey, Outcome, State, assert_refused, contents
+from conftest import GREY, KEY, Grey, Outcome, State, assert_refused, contents, save_map
 from safetensors.torch import save_file
 
 from codebook_tools.checkpoints import writing
@@ -45,6 +45,39 @@ def test_a_file_that_is_no_checkpoint_is_refused(
     data = ("--data", images_folder) if command in ("measure", "prune") else ()
     assert_refused(codebook(command, path, *data), message)
     assert contents(tmp_path) == before
+
+
+PIPED: dict[str, tuple[str, ...]] = {
+    "a model": ("inspect", "pipe"),
+    "a result": ("verify", "pipe"),
+    "counts": ("prune", "MODEL", "--stats", "pipe"),
+    "a part": ("measure", "MODEL", "--merge", "pipe"),
+    "latents": ("measure", "MODEL", "--latents", "pipe.npy", "--stats", "x.safetensors"),
+    "a picture": ("measure", "MODEL", "--data", "pipe.png"),
+    "an array": ("measure", "MODEL", "--data", "pipe.npy"),
+    "a tar": ("measure", "MODEL", "--data", "pipe.tar"),
+    "tokens": ("remap", "pipe.npy", "--map", "map.safetensors"),
+    "a tar of tokens": ("remap", "pipe.tar", "--map", "map.safetensors"),
+    "a table": ("remap", "pipe.parquet", "--map", "map.safetensors"),
+    "a map": ("remap", "tokens.npy", "--map", "pipe"),
+    "a trace": ("diagnose", "MODEL", "--trace", "pipe"),
+    "a recipe": ("run", "pipe", "MODEL"),
+}
+
+
+@pytest.mark.parametrize("what", PIPED)
+def test_a_pipe_is_refused_and_not_waited_for(
+    what: str, tiny: Path, codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    piped = next(word for word in PIPED[what] if word.startswith("pipe"))
+    np.save("tokens.npy", np.zeros(3, np.int16))
+    save_map(Path("map.safetensors"), {KEY: ([0], [0])})
+    os.mkfifo(piped)
+    before = os.listdir()
+    found = codebook(*(str(tiny) if word == "MODEL" else word for word in PIPED[what]))
+    assert_refused(found, f"{piped}: it is no regular file (a pipe or a device); save it to a file first")
+    assert os.listdir() == before
 
 
 def state_of(variants: dict[str, State], **changes: torch.Tensor | None) -> State:

@@ -19,6 +19,7 @@ from codebook_tools.checkpoints.headers import PICKLED, read_safetensors
 from codebook_tools.checkpoints.layout import INDEX, SUFFIX, config_beside, config_in, weights_in
 from codebook_tools.checkpoints.shards import read_shards
 from codebook_tools.errors import CodebookError
+from codebook_tools.regular import check_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,6 +139,7 @@ def _read_file(path: Path) -> Weights:
 
     A header's length may begin as a pickle does: what follows it, a brace, tells them apart.
     """
+    check_regular(path)
     with path.open("rb") as file:
         head = file.read(9)
     pickled = head.startswith(PICKLED) and head[8:] != b"{"

@@ -21,6 +21,7 @@ from codebook_tools.downstream.choice import choose
 from codebook_tools.downstream.parquet import rewrite_parquet
 from codebook_tools.downstream.translation import Translation
 from codebook_tools.errors import CodebookError, one_line
+from codebook_tools.regular import check_regular
 
 _CHUNK = 1 << 20  # ids, or bytes, at a time
 _INTEGERS = {
@@ -64,6 +65,7 @@ def rewrite_tokens(path: Path, translation: Translation, keys: Sequence[str], ax
     codebooks. Raises CodebookError where the file is unsound, holds no integers, or several things that could be meant.
     """
     try:
+        check_regular(path)
         if path.suffix == ".parquet":
             yield from rewrite_parquet(path, translation, keys, axis)
             return
