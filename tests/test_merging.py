@@ -178,7 +178,9 @@ def relabelled(path: Path, shard: str) -> None:
     """Another number in the metadata of a part."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    save_file(load_file(path), path, metadata | {"codebook_tools.shard": shard})
+    del metadata[SEAL]
+    tensors = load_file(path)
+    save_file(tensors, path, sealed(tensors, metadata | {"codebook_tools.shard": shard}))
 
 
 def test_a_shard_twice_is_refused(shards: list[Path], tiny: Path, codebook: Run) -> None:
