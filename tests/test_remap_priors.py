@@ -489,3 +489,19 @@ def test_a_character_of_a_remapped_priors_metadata_that_is_another_is_found(
         path.write_bytes(whole)
     assert checked > len(OURS) * shards
     assert codebook(*asked).exit_code == 0
+
+
+def test_a_digit_of_a_remapped_priors_index_that_is_another_is_found(
+    codebook: Run, with_model: WriteMap, tmp_path: Path
+) -> None:
+    model = llama(tmp_path / "prior", 9)
+    model.save_pretrained(tmp_path / "prior", max_shard_size="4KB")
+    (tmp_path / "prior" / "model.safetensors").unlink()
+    map_path, output = with_model("m", 4, PRUNE), tmp_path / "prior.remapped"
+    assert codebook("remap", tmp_path / "prior", "--map", map_path, "--offset", 1).exit_code == 0
+    index = output / "model.safetensors.index.json"
+    told = json.loads(index.read_text())
+    told["metadata"]["total_size"] ^= 1
+    index.write_text(json.dumps(told))
+    found = codebook("verify", output, "--against", tmp_path / "prior", "--map", map_path, "--json")
+    assert found.exit_code == 3 and [one["key"] for one in found.json["differences"]] == [index.name]

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 
-from codebook_tools.checkpoints.config import parse_config, same_config
+from codebook_tools.checkpoints.config import parse_config, same_config, with_entries
 from codebook_tools.checkpoints.headers import read_safetensors
-from codebook_tools.checkpoints.layout import PREFIX
+from codebook_tools.checkpoints.layout import CONFIG, PREFIX
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.downstream.maps import read_index_maps
 from codebook_tools.downstream.priors import RemappedPrior, about_remapping, remapped
@@ -40,7 +40,7 @@ def prior_differences(written: Checkpoint, original: Checkpoint, maps: Sequence[
     about = about_remapping(original, vocabularies, settings["on_removed"], *keys, version)
     yield from _metadata(written, original, {PREFIX + name: value for name, value in about.items()})
     yield from _tensors(written, original, meant)
-    yield from _configs(written, meant)
+    yield from _configs(written, original, meant)
 
 
 def _settings(written: Checkpoint) -> dict[str, Any]:
@@ -95,10 +95,14 @@ def _tensors(written: Checkpoint, original: Checkpoint, meant: RemappedPrior) ->
             yield Difference(key, "changed, though no map is about it")
 
 
-def _configs(written: Checkpoint, meant: RemappedPrior) -> Iterator[Difference]:
-    if written.folder is None or meant.config is None:
+def _configs(written: Checkpoint, original: Checkpoint, meant: RemappedPrior) -> Iterator[Difference]:
+    if written.folder is None:
         return
-    for name, text in {"config.json": meant.config, **meant.others}.items():
+    texts = dict(meant.others) if meant.config is None else {CONFIG: meant.config, **meant.others}
+    if written.sharded and original.sharded:
+        total = sum(entry.nbytes for entry in written.entries.values())
+        texts[written.path.name] = with_entries(original.path.read_bytes(), {"metadata.total_size": total})
+    for name, text in texts.items():
         path = written.folder / name
         if not path.is_file() or not same_config(parse_config(path), json.loads(text)):
             yield Difference(name, "not what follows from the original's and the map")
