@@ -95,6 +95,18 @@ def test_an_interruption_is_exit_code_130_wherever_it_comes(
     assert set(contents(tmp_path)) - {"tiny.safetensors"} == unfinished | written
 
 
+def heed_interrupts() -> None:
+    """A job in the background is born deaf to them, and so would its children be."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def ended(program: str) -> subprocess.CompletedProcess[str]:
+    """How a program of Python ends."""
+    command = [sys.executable, "-c", program]
+    given: dict[str, Any] = {"capture_output": True, "text": True, "preexec_fn": heed_interrupts}
+    return subprocess.run(command, check=False, timeout=120, **given)
+
+
 def start(*arguments: object, **more: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "codebook_tools", *map(str, arguments)], **more)
 
@@ -109,10 +121,6 @@ def test_a_signal_during_fine_tuning_ends_with_a_line_and_its_own_code_and_leave
     reader, terminal = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
     asked = ("finetune", tiny, "--steps", 10_000_000, "--batch-size", 8, "--data", images_folder, *RANGE, "--json")
-
-    def heed_interrupts() -> None:  # a background job is born deaf to them, and so would its children be
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
     given: dict[str, Any] = {"stderr": terminal, "env": environment, "preexec_fn": heed_interrupts}
     with start(*asked, stdout=subprocess.PIPE, **given) as process:
         os.close(terminal)
@@ -161,7 +169,7 @@ try:
 except typer.Exit as end:
     print(end.exit_code)
 """
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    found = ended(program)
     assert (found.stdout, found.stderr.count("\n")) == (f"{code}\n", 1), found
 
 
@@ -182,7 +190,7 @@ def get_command(*_):
 app.Commands.get_command = get_command
 app.app(["inspect"])
 """
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    found = ended(program)
     assert found.returncode == 130 and "Traceback" not in found.stderr, found
 
 
@@ -203,7 +211,7 @@ try:
 except typer.Exit as end:
     print(end.exit_code)
 """
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    found = ended(program)
     assert (found.stdout, found.stderr.count("\n")) == (f"{code}\n", 1), found
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional
 from codebook_tools import metrics, stages
 from codebook_tools.blur import blur_warnings
 from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.sealing import SEAL, sealed
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import FineTuned, Recipe
 from codebook_tools.measure import Measurement, collect, measure, measurement_of
@@ -152,7 +153,8 @@ def test_a_file_of_a_part_without_it_is_refused_with_the_way_out(
         "measured/integers": torch.cat([integers[:3], integers[5:]]),
         "measured/floats": torch.cat([floats[:6], floats[12:]]),
     }
-    save_file(tensors | older, path, about)
+    del about[SEAL]
+    save_file(tensors | older, path, sealed(tensors | older, about))
     with pytest.raises(CodebookError, match="as older versions wrote; measure that part anew"):
         read_part(path)
 
