@@ -65,11 +65,11 @@ class Item:
 
 def items_sha256(items: Iterable[Item]) -> str:
     """Of their names and lengths, in their order: the same data in another place are the same."""
-    return hashlib.sha256("\n".join(f"{item.name} {item.nbytes}" for item in items).encode()).hexdigest()
+    return _sha256("\n".join(f"{item.name} {item.nbytes}" for item in items)).hex()
 
 
-def _sha256(name: str) -> bytes:
-    return hashlib.sha256(name.encode(errors="surrogateescape")).digest()  # names of files need not be UTF-8
+def _sha256(names: str) -> bytes:
+    return hashlib.sha256(names.encode(errors="surrogateescape")).digest()  # names of files need not be UTF-8
 
 
 @dataclass(frozen=True)

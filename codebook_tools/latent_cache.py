@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.items import Item
 from codebook_tools.latents import EncodedLatents
 from codebook_tools.models.model import Model
+from codebook_tools.parsing import parse_json
 from codebook_tools.version import VERSION
 
 _HEADER = 4096
@@ -105,7 +107,7 @@ class CachedLatents:
     def _read(self) -> Iterator[tuple[list[Item], Tensor]]:
         images = self.encoded.images
         stored, (places, ends, sums, bad) = self._opened()
-        images.bad |= json.loads(bytes(bad))
+        images.bad |= bad
         for start, end, checksum in zip([0, *ends], ends, sums, strict=False):
             # Mapped anew: pages that were read count as memory of the process while their mapping lives.
             rows = np.array(np.memmap(self.path, np.float32, "r", stored.start, stored.shape)[start:end])
@@ -113,16 +115,24 @@ class CachedLatents:
                 raise self._damaged()
             yield [images.items[place] for place in places[start:end]], torch.from_numpy(rows).to(self.device)
 
-    def _opened(self) -> tuple[Stored, list[list[int]]]:
-        """Where the latents lie, and what stands beside them."""
+    def _opened(self) -> tuple[Stored, tuple[list[int], list[int], list[int], dict[str, str]]]:
+        """Where the latents lie, and what stands beside them: all as `_written` writes it, whoever wrote it."""
         try:
             weights = read_safetensors(self.path)
             latents, *about = (weights.entries[name] for name in ("latents", *_ABOUT))
             if weights.metadata["check"] != _check(about) or not isinstance(latents, Stored):
                 raise self._damaged()
-        except (CodebookError, KeyError) as error:
+            places, ends, sums, said = (entry.tensor().tolist() for entry in about)
+            bad = parse_json(bytes(said))
+            fits = latents.dtype == "F32" and len(latents.shape) == 3 and latents.shape[0] == len(places)
+            in_order = all(a < b for a, b in pairwise([-1, *places, len(self.encoded.images.items)]))
+            ends_meet = all(a < b for a, b in pairwise([0, *ends])) and ends[-1:] == [len(places)]
+            told = isinstance(bad, dict) and all(isinstance(why, str) for why in bad.values())
+            if not (fits and in_order and ends_meet and told and len(sums) == len(ends)):
+                raise self._damaged()
+        except (CodebookError, KeyError, TypeError, ValueError) as error:
             raise self._damaged() from error
-        return latents, [entry.tensor().tolist() for entry in about]
+        return latents, (places, ends, sums, bad)
 
     def _unwritable(self, error: OSError) -> CodebookError:
         return CodebookError(f"cannot write latents into {self.path.parent}: {one_line(error)}")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -305,3 +308,29 @@ def test_a_path_that_cannot_be_is_the_users_error(name: str, tmp_path: Path) -> 
     put(tmp_path / "x.png", picture(0))
     with pytest.raises(CodebookError, match=r"no such file or folder|File name too long"):
         find_images([tmp_path / name])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("finetune", "--steps", 1),
+        ("refit", "--k", 4, "--steps", 0, "--latents-cache", "cache", "--report", "page.html"),
+        ("compare", "--k", 12, "--steps", 1, "--seeds", 1, "--strategies", "prune"),
+        ("measure", "--stats", "stats.safetensors", "--report", "page.html"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_takes_names_that_are_no_utf_8(
+    command: tuple[object, ...], tiny: Path, images_folder: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / os.fsdecode(b"\xe9")
+    shutil.copytree(images_folder, odd)
+    shutil.copy(images_folder / "a" / "000.png", odd / "000\udce9.png")
+    model = shutil.copy(tiny, tmp_path / "\udce9.safetensors")
+    asked = [command[0], model, "--data", odd, "--input-range", "-1,1", *command[1:]]
+    found = subprocess.run(  # with the streams of a terminal: those of typer's runner take UTF-8 alone
+        [sys.executable, "-m", "codebook_tools", *map(str, asked)], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert found.returncode == 0, found
+    page = tmp_path / "page.html"
+    assert not page.exists() or r"\udce9.safetensors" in page.read_text(encoding="utf-8")

@@ -88,19 +88,30 @@ def read_trace(path: Path) -> Trace:
         raise CodebookError(f"--trace {path} is no JSON: {error}") from error
     points: Any = told.get("trace") if isinstance(told, dict) else told
     try:
-        looks = tuple(Look(int(p["step"]), float(p["validation_mse"]), int(p["used"])) for p in points)
+        looks = tuple(Look(_count(p["step"]), float(p["validation_mse"]), _count(p["used"])) for p in points)
         if not looks or looks[0].step != 0:
             raise ValueError("no step 0")
         result = told if isinstance(told, dict) else {}
         stages = [stage for stage in (result.get("stages") or {}).values() if stage]
         books, settings = (stages[-1]["codebooks"] if stages else []), result.get("settings") or {}
         images, lr = settings.get("images") or {}, settings.get("lr")
-        size = sum(book["size"] for book in books) or None
+        size = sum(_count(book["size"]) for book in books) or None
         known = size and images.get("test")
-        latents = sum(book["latents"] for book in books) * images["validation"] // images["test"] if known else None
+        latents = (
+            sum(_count(book["latents"]) for book in books) * _count(images["validation"]) // _count(images["test"])
+            if known
+            else None
+        )
         operated = result.get("command") != "finetune"
         return Trace(looks, size, latents, operated, None if lr is None else float(lr))
-    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError, ZeroDivisionError) as error:
         raise CodebookError(
             f"--trace {path} has no trace of a training ({error}); give what `codebook refit --json` wrote"
         ) from error
+
+
+def _count(said: Any) -> int:
+    count = int(said)
+    if not 0 <= count < 2**53:  # so that shares of it are exact numbers
+        raise ValueError(f"{str(count)[:20]} is no count")
+    return count

@@ -105,15 +105,23 @@ def _sound(index_map: Tensor, nearest: Tensor, size: int) -> bool:
     return bool(within and ((index_map == REMOVED) | (index_map == nearest)).all())
 
 
+_MOST = 1 << 24
+"""Codes of a codebook: sixteen million are more than any has."""
+
+
 def _sizes(stored: Checkpoint) -> dict[str, int]:
     """New codes by codebook key, in the order of the stages."""
     try:
         sizes = parse_json(stored.metadata.get(PREFIX + "codebooks", ""))
     except ValueError:
         sizes = None
-    if not isinstance(sizes, dict) or not sizes or not all(type(size) is int for size in sizes.values()):
+    if not isinstance(sizes, dict) or not sizes or not all(_is_size(size) for size in sizes.values()):
         raise CodebookError(f"{stored.path} is no index map: it does not say how many new codes there are")
     return sizes
+
+
+def _is_size(said: object) -> bool:
+    return type(said) is int and 0 < said <= _MOST
 
 
 def _model_beside(path: Path) -> Checkpoint | None:

@@ -17,6 +17,10 @@ from codebook_tools.errors import CodebookError
 
 _ROWS = 1024  # at a time: a row may be a whole picture's tokens
 
+_LONGEST_REPEATED = 1 << 24
+"""Values that a row group's column may hold whatever the file's length; beyond, so many a byte:"""
+_PER_BYTE = 64  # an eighth of a bit each is fewer than tokens of a collapsed codebook need
+
 
 def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], axis: int | None) -> Iterator[bytes]:
     """The table with the ids of its columns translated, in its own schema, compression and size of row groups.
@@ -35,8 +39,9 @@ def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], a
             for name in sorted(chosen):
                 if schema.names.count(name) > 1:
                     raise CodebookError(f"{path} has several columns called {name}; rename those that hold no tokens")
-            # Damaged column metadata raises here; the accessors in _compression would abort the process for it.
-            next(table.iter_batches(1), None)
+            # Damaged column metadata raises here; the accessors of what it says would abort the process for it.
+            table.scan_contents(batch_size=_ROWS)
+            _check_repeats(path, metadata)
             sink = _Sink()
             with parquet.ParquetWriter(pa.PythonFile(sink, "w"), schema, compression=_compression(metadata)) as writer:
                 group = max((metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), default=1)
@@ -54,6 +59,18 @@ def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], a
             yield sink.drained()
     except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of names of columns
         raise CodebookError(f"{path} is not a sound parquet file: {' '.join(str(error).split())}") from error
+
+
+def _check_repeats(path: Path, metadata: Any) -> None:
+    """Rows are read whole, and one value however often it is repeated takes a few bytes."""
+    most = max(_LONGEST_REPEATED, _PER_BYTE * path.stat().st_size)
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.num_values > max(most, group.num_rows):
+                raise CodebookError(
+                    f"{path}: {column.path_in_schema} repeats itself to {column.num_values:,} values in "
+                    f"{path.stat().st_size:,} bytes; write it in smaller row groups"
+                )
 
 
 def _holds_integers(of: Any) -> bool:

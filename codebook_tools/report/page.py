@@ -192,5 +192,5 @@ def html(page: Page) -> str:
 
 
 def _data_uri(content: str | bytes, kind: str) -> str:
-    raw = content.encode() if isinstance(content, str) else content
+    raw = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     return f"data:{kind};base64,{base64.b64encode(raw).decode()}"
