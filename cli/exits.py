@@ -190,6 +190,8 @@ def reported() -> Iterator[None]:
             _end(error.exit_code, str(error))
         if processes.is_left_alone(error):
             _end(1, _LEFT_ALONE)
+        if _is_out_of_memory(error):
+            _end(1, f"out of memory ({' '.join(str(error).split())[:120]}); {_USE_LESS}")
         import traceback
 
         _end(
@@ -197,6 +199,15 @@ def reported() -> Iterator[None]:
             "this is our fault; please report it, with the lines above and the command that you gave",
             before=traceback.format_exc(),
         )
+
+
+_USE_LESS = "use a smaller --batch-size or --size, or fewer --workers; --limit where there is much data"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the machine, or of an accelerator. torch has no type of its own for the former."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 def _check_folder() -> None:

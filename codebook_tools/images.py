@@ -19,6 +19,8 @@ from codebook_tools.pictures import decode_picture, decode_row, fitted
 from codebook_tools.sources import Source
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+LONGEST_SIDE = 1 << 14
+"""Pixels of a side that images are resized to: 3 GB in float32, and an encoder makes a multiple of it."""
 SAMPLE = "sample"
 """Stands for the bundled sample in messages: patches of the two photographs that scikit-learn ships."""
 
@@ -27,8 +29,10 @@ def images(size: int | None = None, stride: int = 1) -> Medium:
     """Images: pictures in folders and tars, one an item; .npy and .npz files, one item a row.
 
     size: side of a square that the centre of every image is cut and resized to; None: all must have one size. stride:
-    height and width are cut to a multiple of it, from the centre.
+    height and width are cut to a multiple of it, from the centre. Raises CodebookError for a side that none has.
     """
+    if size is not None and size > LONGEST_SIDE:
+        raise CodebookError(f"--size {size} is longer than {LONGEST_SIDE} pixels")
     arrays = {".npy": _stored_items, ".npz": _stored_items}
     return Medium("image", "images", SUFFIXES, _picture_items, 255, arrays, partial(fitted, size=size, stride=stride))
 

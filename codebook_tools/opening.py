@@ -22,6 +22,9 @@ from codebook_tools.sounds import sounds
 from codebook_tools.splits import Splits, limited, split
 from codebook_tools.watch import Watch
 
+_MOST_WORKERS = 1024
+"""Processes that decode; each is a copy of this one, and no machine has more cores."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -67,8 +70,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CodebookError(f"{name.replace('_', '-')}={value} is below 1")
-        if self.workers is not None and self.workers < 0:
-            raise CodebookError(f"workers={self.workers} is below 0")
+        if self.workers is not None and not 0 <= self.workers <= _MOST_WORKERS:
+            raise CodebookError(f"workers={self.workers} is not within 0 and {_MOST_WORKERS}")
         if not 0 <= self.seed < 2**63:
             raise CodebookError(f"seed={self.seed} is not within 0 and {2**63 - 1}")
 

@@ -26,6 +26,9 @@ RATES = range(1_000, 768_001)
 PEAK = 4.0
 """Floating-point waveforms above 1 are clipped, as players do; above this (12 dB) they are of another scale."""
 
+LONGEST_CLIP = 1 << 28
+"""Samples of a clip, an hour and a half at 48 kHz: 1 GB in float32, and an encoder makes a multiple of it."""
+
 ZEROS = 10
 """Length of resample_poly's filter to either side, in samples of the lower rate."""
 
@@ -34,10 +37,12 @@ def sounds(rate: int, hop: int, size: int | None = None) -> Medium:
     """Waveforms for a model: clips of `size` samples at `rate` Hz (a second if None), less what `hop` does not divide.
 
     Clips follow each other without a gap. What is left at a file's end is dropped; a file shorter than one clip is one
-    clip, silent at its end. Raises CodebookError for a size below the hop.
+    clip, silent at its end. Raises CodebookError for a size below the hop, or beyond an hour and a half.
     """
     if size is not None and size < hop:
         raise CodebookError(f"--size {size} is smaller than the model's hop of {hop} samples; give a multiple of that")
+    if size is not None and size > LONGEST_CLIP:
+        raise CodebookError(f"--size {size} is longer than {LONGEST_CLIP} samples")
     samples = max(hop, (size or rate) // hop * hop)
     return Medium("clip", "clips", SUFFIXES, partial(_clips, rate=rate, samples=samples), 1)
 

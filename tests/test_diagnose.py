@@ -333,6 +333,19 @@ def test_a_finetuning_of_a_collapsed_model_installed_nothing() -> None:
     assert not_installed(evidence_of(book_of(spread_out(), centroids(spread_out())), trace=trace)).verdict == "ok"
 
 
+def point(**more: object) -> str:
+    return json.dumps([{"step": 0, "validation_mse": 1, "used": 4}, {"step": 1, "validation_mse": 1, "used": 4} | more])
+
+
+@pytest.mark.parametrize("what", ["step", "used"])
+@pytest.mark.parametrize("count", [10**400, -1, 2**64])
+def test_a_trace_of_what_no_one_can_count_is_refused(what: str, count: int, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text(point(**{what: count}))
+    with pytest.raises(CodebookError, match=r"has no trace of a training \(.* is no count\)"):
+        read_trace(path)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"trace": []}', '{"trace": [{"step": 3}]}', "7", '{"trace": null}'])
 def test_a_file_without_a_trace_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)

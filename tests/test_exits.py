@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import Outcome, contents
+from conftest import Outcome, assert_refused, contents
 
 from codebook_tools import operate, stages
 
@@ -68,6 +68,26 @@ def test_our_own_fault_is_exit_code_70_with_the_traceback_to_report(
     assert found.exit_code == 70 and found.stdout == ""
     assert "Traceback" in found.stderr and "a fault of ours" in found.stderr and "please report it" in found.stderr
     assert set(contents(tmp_path)) == {"tiny.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried to"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_lack_of_memory_is_the_users_to_mend(
+    error: Exception, tiny: Path, codebook: Run, images_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(operate, "write_checkpoint", greedy)
+    found = codebook("prune", tiny, "--data", images_folder, *RANGE, "--json")
+    assert_refused(found, "out of memory")
+    assert "use a smaller --batch-size or --size" in found.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Outcome, assert_refused, contents
+from safetensors.torch import load_file, save_file
 from sources_of_images import Images, find_images
 from torch import Tensor
 
@@ -224,6 +226,35 @@ def test_a_damaged_file_is_named_with_the_way_out(
     latents = latents_of(model, folder, tmp_path / "cache")
     read(latents)
     latents.path.write_bytes(damage(bytearray(latents.path.read_bytes())))
+    with pytest.raises(CodebookError, match=r"the latents in .*\.safetensors are damaged: delete that file"):
+        read(latents)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("places", lambda places: places + 10**6),
+        ("places", lambda places: -places),
+        ("places", lambda places: places[:-1]),
+        ("ends", lambda ends: ends + 1),
+        ("ends", lambda ends: ends.flip(0)),
+        ("sums", lambda sums: sums[:-1]),
+        ("bad", lambda _: torch.tensor(list(b"[1]"))),
+        ("bad", lambda _: torch.tensor([-1, 300])),
+        ("latents", lambda latents: latents.double()),
+        ("latents", lambda latents: latents.flatten(1)),
+    ],
+)
+def test_a_file_that_another_program_sealed_is_named_too(
+    name: str, wrong: Callable[[torch.Tensor], torch.Tensor], model: Model, folder: Path, tmp_path: Path
+) -> None:
+    """Its checksum is right: whoever wrote the file made it."""
+    latents = latents_of(model, folder, tmp_path / "cache")
+    read(latents)
+    held = load_file(latents.path)
+    held[name] = wrong(held[name]).contiguous()
+    checksum = zlib.crc32(b"".join(held[one].numpy().tobytes() for one in ("places", "ends", "sums", "bad")))
+    save_file(held, latents.path, {"check": str(checksum)})
     with pytest.raises(CodebookError, match=r"the latents in .*\.safetensors are damaged: delete that file"):
         read(latents)
 

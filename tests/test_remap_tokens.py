@@ -87,7 +87,10 @@ def test_tokens_of_removed_codes(
         ([[0, 1]], ("--on-removed", "mask=300"), "at [0, 1]: token 1 becomes 300, for which int8 has no room"),
         ([[0, 1]], ("--on-removed", "drop"), "--on-removed drop: expected error, nearest, or mask=ID"),
         ([[0, 1]], ("--on-removed", "mask=9999999999999999999"), "expected error, nearest, or mask=ID"),
-        ([[0, 1]], ("--offset", -1), "offset=-1 is below 0"),
+        ([[0, 1]], ("--offset", -1), "offset=-1 is not within 0 and 4294967296"),
+        ([[0, 1]], ("--offset", 2**63), "is not within 0 and 4294967296"),
+        ([[0, 1]], ("--special", 10**24), "is not within 0 and 4294967296"),
+        ([[0, 1]], ("--pad-to-multiple", 10**12), "pad-to-multiple=1000000000000 is not within 1 and 1048576"),
         ([[0, 2]], ("--axis", 2), "has shape (1, 2) and no axis 2"),
         ([[0, 2]], ("--axis", 1), "has 2 codebooks along axis 1 and the map 1"),
         ([[0, 2]], ("--codebook-key", "other"), "has no map of other; it maps quantizer.codebook.weight"),
@@ -411,7 +414,8 @@ def test_a_map_that_is_none_or_of_another_checkpoint_is_refused(
     small = save_map(tmp_path / "forged.safetensors", {KEY: ([0, 1], [0, 1])}, sizes={KEY: 1})
     assert_refused(codebook("remap", path, "--map", small), "its numbers are no codes")
     tensors = load_file(good)
-    for said in ({}, {"codebooks": KEY}, {"codebooks": "{}"}, {"codebooks": json.dumps({KEY: "2"})}):
+    sizes = (json.dumps({KEY: size}) for size in ("2", 0, -1, 1 << 25, 10**30))
+    for said in ({}, *({"codebooks": one} for one in (KEY, "{}", *sizes))):
         about = sealed(tensors, {PREFIX + name: value for name, value in said.items()})
         save_file(tensors, tmp_path / "forged.safetensors", about)
         message = "is no index map: it does not say how many new codes there are"

@@ -11,6 +11,7 @@ from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import Outcome, assert_refused
@@ -179,6 +180,18 @@ def test_a_parquet_file_may_be_damaged_anywhere_in_its_footer(tmp_path: Path) ->
             damaged = bytearray(sound)
             damaged[at] = other
             targets.tried(targets.TARGETS["parquet of tokens"], tmp_path, bytes(damaged))
+
+
+def test_a_row_that_repeats_one_token_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    """A file of some hundred bytes took 7 GB."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    count = (1 << 24) + 1
+    row = pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), pa.array(np.zeros(count, np.int8)))
+    table = BytesIO()
+    parquet.write_table(pa.table({"indices": row}), table)
+    said = targets.tried(targets.TARGETS["parquet of tokens"], tmp_path, table.getvalue())
+    assert said and "indices.list.element repeats itself to 16,777,217 values" in said
 
 
 def test_a_column_whose_name_is_no_text_is_no_sound_parquet(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sklearn.cluster  # noqa: F401  # draws from `random` when it is first imported
 import torch
 from hypothesis import given
 from hypothesis import settings as examples

@@ -19,6 +19,9 @@ from codebook_tools.downstream.vocabulary import Vocabulary
 from codebook_tools.errors import CodebookError
 from codebook_tools.output import check_output
 
+_WITHIN = {"offset": (0, 1 << 32), "special": (0, 1 << 32), "pad_to_multiple": (1, 1 << 20)}
+"""Of ids, beyond what any vocabulary has."""
+
 _PRIOR_SUFFIXES = {SUFFIX, ".pt", ".pth", ".ckpt", ".bin"}
 
 
@@ -45,9 +48,9 @@ class RemapRequest:
     force: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("offset", 0), ("special", 0), ("pad_to_multiple", 1)):
-            if getattr(self, name) < least:
-                raise CodebookError(f"{name.replace('_', '-')}={getattr(self, name)} is below {least}")
+        for name, (least, most) in _WITHIN.items():
+            if not least <= getattr(self, name) <= most:
+                raise CodebookError(f"{name.replace('_', '-')}={getattr(self, name)} is not within {least} and {most}")
         if self.output is not None and len(self.sources) > 1:
             raise CodebookError(f"--output {self.output} is one place for {len(self.sources)} files; leave it out")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
+from codebook_tools.strategies.checks import check_threshold
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,7 @@ class Prune:
     keep: int | None = None
 
     def __post_init__(self) -> None:
-        if self.threshold < 0:
-            raise CodebookError(f"threshold={self.threshold} is below 0, the count of a dead code; use --threshold 0")
+        check_threshold(self.threshold)
         if self.keep is not None and self.threshold:
             raise CodebookError(
                 f"threshold={self.threshold} and keep={self.keep} ask for different codes; give one of them"

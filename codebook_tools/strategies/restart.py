@@ -13,6 +13,7 @@ from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Su
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import joined
 from codebook_tools.seeding import draw_by_error
+from codebook_tools.strategies.checks import check_threshold
 
 Method = Literal["error", "random", "split", "nearest"]
 
@@ -36,8 +37,7 @@ class Restart:
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise CodebookError(f"method={self.method} is none of {', '.join(get_args(Method))}")
-        if self.threshold < 0:
-            raise CodebookError(f"threshold={self.threshold} is below 0, the count of a dead code; use --threshold 0")
+        check_threshold(self.threshold)
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
         points = joined(latents)
