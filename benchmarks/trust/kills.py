@@ -39,7 +39,7 @@ from models import counts, demo, latents, metadata_of, sharded, single
 from record import record, recorded
 from safetensors.torch import load_file, save_file
 
-from codebook_tools.checkpoints.layout import index_map_path, training_path
+from codebook_tools.checkpoints.layout import index_map_path, partial_path, training_path
 
 PARTIAL, OLD = ".partial", ".old"
 WINDOW, RENAMES = 0.05, 0.002
@@ -100,7 +100,7 @@ def names(folder: Path) -> list[tuple[str, int]]:
 def killed(trial: Trial, folder: Path, more: tuple[str, ...], at: str, after: float) -> bool:
     """Run it and kill it, `after` seconds past "once", the first "change" in the folder, the "output"'s beginning, or
     the moment when its first file is "placed". Returns False where it had ended before."""
-    before, begun = names(folder), folder / (trial.output + PARTIAL)
+    before, begun = names(folder), partial_path(folder / trial.output)
     first = index_map_path(folder / trial.output)
     aged = _inode(first)
     moments: dict[str, Callable[[], bool]] = {
@@ -219,6 +219,8 @@ def tried(name: str, trial: Trial, work: Path, kills: int, chance: random.Random
         after = chance.uniform(0, {"once": 1.2 * takes, "placed": RENAMES}.get(at, WINDOW))
         if not killed(trial, folder, ("--force",) if replacing else (), at, after):
             late += 1
+            if late > 20 * kills:
+                sys.exit(f"{name}: of {late} runs the moment {at!r} was not reached before their end")
             continue
         found = len(faults)
         states[judged(trial, folder, aged if replacing else {}, whole, faults)] += 1
