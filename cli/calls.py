@@ -42,6 +42,8 @@ def request_of(model: Path | None, given: dict[str, Any]) -> Request:
         network=given["network"],
         family=given["family"],
         codebook_keys=tuple(given["codebook_key"] or ()),
+        companions=tuple(given.get("companion") or ()),
+        as_stored=tuple(given.get("as_stored") or ()),
         metric=metric.value if metric else None,
         input_range=_input_range(given["input_range"]),
         latents_cache=given.get("latents_cache"),

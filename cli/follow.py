@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .calls import request_of
 from .exits import reported, show_result
-from .options import JsonFlag, RemapOptions, takes
+from .options import DataOptions, ModelOptions, RemapOptions, RunOptions, takes
+
+if TYPE_CHECKING:
+    from codebook_tools.models.proof import Proof
 
 followers = typer.Typer()
 
@@ -17,10 +23,13 @@ followers = typer.Typer()
     epilog="Example: codebook verify model.refit-k128.safetensors --against model.safetensors",
     rich_help_panel="Check and carry over",
 )
+@takes(DataOptions, ModelOptions, RunOptions)
 def verify(
+    given: dict[str, Any],
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The checkpoint that was written.")],
     against: Annotated[
-        Path | None, typer.Option(metavar="MODEL", help="The original. Left out: the bundled demo.")
+        Path | None,
+        typer.Option(metavar="MODEL", help="The original. Left out: the bundled demo, and with --network none."),
     ] = None,
     map_: Annotated[
         list[Path] | None,
@@ -30,16 +39,30 @@ def verify(
             help="Its index map. Left out: the one beside it. Of a prior: those that it followed. Repeatable.",
         ),
     ] = None,
-    json_: JsonFlag = False,
 ) -> None:
-    """Check a written checkpoint and its index map against the original. Exit code 3 where something is wrong."""
+    """Check a written checkpoint and its index map against the original. Exit code 3 where something is wrong.
+
+    With --network, --family or --data also against the network that loads it; any file can be checked so.
+    """
     with reported():
         from codebook_tools.demo import DEMO
         from codebook_tools.report.tables import verification_table
-        from codebook_tools.verify import verify_checkpoint
+        from codebook_tools.verify import verify_alone, verify_checkpoint
+        from codebook_tools.watch import Watch
 
-        found = verify_checkpoint(model, against or DEMO, map_ or [])
-        show_result(found, verification_table, json_)
+        from .screen import ProgressShow
+
+        prove: Callable[[], Proof] | None = None
+        if given["network"] or given["family"] or given["data"]:
+            from codebook_tools.opening import prove_request
+
+            request = request_of(model, given)
+            prove = partial(prove_request, request, Watch(ProgressShow(given["quiet"])))
+        if prove is not None and against is None and not map_:
+            found = verify_alone(model, prove)
+        else:
+            found = verify_checkpoint(model, against or DEMO, map_ or [], prove)
+        show_result(found, verification_table, given["json_"])
         if not found.ok:
             raise typer.Exit(3)
 

@@ -163,6 +163,17 @@ class ModelOptions:
     metric: Annotated[
         Metric | None, _model(help="How the nearest code is found, where the family's way is not yours.")
     ] = None
+    companion: Annotated[
+        list[str] | None,
+        _model(
+            metavar="KEY=ROLE",
+            help="What a tensor beside a codebook holds: sums, counts, copy, flag or fresh. Repeatable.",
+        ),
+    ] = None
+    as_stored: Annotated[
+        list[str] | None,
+        _model(metavar="KEY", help="This tensor beside a codebook does not change the codes. Repeatable."),
+    ] = None
     input_range: Annotated[
         str | None,
         _model(metavar="LOW,HIGH", help="Of the network's images. Left out: the best of -1,1; 0,1; -0.5,0.5."),

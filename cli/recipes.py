@@ -26,7 +26,7 @@ _KINDS: Mapping[str, Any] = {
 }
 """Of the options that are nothing by default, which says nothing of their kind."""
 
-_LISTS = ("data", "test_data", "codebook_key")
+_LISTS = ("data", "test_data", "codebook_key", "companion", "as_stored")
 _OF_THE_CALL = ("json_", "quiet", "verbose", "dry_run", "force", "report", "recipe")
 
 

@@ -14,19 +14,35 @@ from codebook_tools import processes
 from codebook_tools.assignment import nearest, unit
 from codebook_tools.card import cards
 from codebook_tools.checkpoints.detect import FoundCodebook
-from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.codebook import Codebook, Emit, Latents, Strategy, Surgery
 from codebook_tools.coverage import POINTS, reference_distance
-from codebook_tools.errors import CodebookError, VerificationError
+from codebook_tools.errors import CodebookError
 from codebook_tools.filling import common_sizes, filled, remark
 from codebook_tools.index_maps import nearest_map
-from codebook_tools.latent_files import FileLatents, limited_latents, open_latents, split_latents
+from codebook_tools.latent_files import FileLatents, latents_dim, limited_latents, open_latents, split_latents
 from codebook_tools.latents import StoredLatents
 from codebook_tools.measure import CodebookUse, Measurement, use_of
-from codebook_tools.models.families import CUSTOM, check_stated, family_of, guessed, lookup_of, metric_of, size_entry
-from codebook_tools.models.load import choose_codebook, choose_codebooks
-from codebook_tools.models.stored import changed_codebook, effective_rows, rounded
+from codebook_tools.models.families import (
+    CUSTOM,
+    FAMILIES,
+    METRICS,
+    are_unit,
+    check_stated,
+    family_of,
+    guessed,
+    lookup_of,
+    metric_of,
+    size_entry,
+    unit_warning,
+)
+from codebook_tools.models.load import along_latents, choose_codebook, choose_codebooks, with_twins
+from codebook_tools.models.proof import Proof, prove_file, read_partial
+from codebook_tools.models.remarks import dependents_warning, stale_state
+from codebook_tools.models.stored import changed_codebook, effective_rows, owned_keys, rounded
+from codebook_tools.models.transforms import refuse_unknown, transforms_beside
+from codebook_tools.models.twins import twin_warning
 from codebook_tools.opening import Request, device_of
 from codebook_tools.outcome import Result, check_request_output, provenance, settings_of, weights_bytes
 from codebook_tools.output import remarks, written_config
@@ -74,8 +90,13 @@ def books_without_images(
 ) -> list[FoundCodebook]:
     """The codebooks that would be operated on: those named, else all; latents are one codebook's."""
     if request.latents or _takes_sample(request, strategy):
-        return [choose_codebook(checkpoint, request.codebook_keys)]
-    return choose_codebooks(checkpoint, request.codebook_keys)
+        return [with_twins(checkpoint, choose_codebook(checkpoint, request.codebook_keys))]
+    found, taken = list[FoundCodebook](), set[str]()
+    for book in choose_codebooks(checkpoint, request.codebook_keys):
+        if book.key not in taken:
+            found.append(with_twins(checkpoint, book))
+            taken |= {place.key for place in found[-1].places}
+    return found
 
 
 def _takes_sample(request: Request, strategy: Strategy | None) -> bool:
@@ -121,7 +142,7 @@ class _Known:
 def measure_detached(request: Request, watch: Watch, stats: Path | None) -> Result:
     """How one codebook is used by latents from files; see `measure_model` for the rest."""
     goes_without_images(request, None)
-    checkpoint = read_checkpoint(request.source)
+    checkpoint = request.checkpoint()
     known, settings = _look(request, checkpoint, watch)
     before = _measured(request, known, [one.old for one in known])
     if stats is not None:
@@ -148,9 +169,11 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
 
     Measured are the codebooks alone: on latents before and after, on counts before, else not at all.
     """
-    checkpoint = read_checkpoint(request.source)
+    checkpoint = request.checkpoint()
     known, settings = _look(request, checkpoint, watch, strategy)
     warnings = _guesses(request, checkpoint, known)
+    warnings += stale_state(checkpoint, [one.found for one in known])
+    warnings += [twin_warning(one.found.places, ", equal bit by bit") for one in known if one.found.also]
     if not request.latents and not request.stats:
         weights = "" if getattr(strategy, "bits", None) else "all codes weigh alike, and "
         warnings.append(f"neither --data nor --stats: {weights}nothing is measured")
@@ -166,6 +189,8 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
     output = check_request_output(request, command, max(sizes))
     old_size = known[0].old.size
     warnings += remarks(checkpoint, old_size, max(sizes), output)
+    owned = {key for one in known for key in owned_keys(checkpoint, one.found)}
+    warnings += dependents_warning(checkpoint, owned, old_size, max(sizes))
     settings |= {"codes": f"{old_size} -> {max(sizes)}", **settings_of(strategy)}
     changed, maps, new = dict[str, Tensor](), dict[str, Tensor](), list[Codebook]()
     for one, surgery, size in zip(known, surgeries, sizes, strict=True):
@@ -175,24 +200,34 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         moved = nearest_map(surgery.index_map, one.old, book, samples)
         hits = one.hits(samples[1], size) if samples else _carried_over(one.counts, moved, size)
         changed |= changed_codebook(checkpoint, one.found, book.vectors, hits, surgery.index_map)
-        maps |= {f"{one.found.key}/index_map": surgery.index_map, f"{one.found.key}/nearest": moved}
+        for place in one.found.places:
+            maps |= {f"{place.key}/index_map": surgery.index_map, f"{place.key}/nearest": moved}
         new.append(book)
     stages = {
         "before": _measured(request, known, [one.old for one in known]),
         "surgery": _measured(request, known, new) if request.latents else None,
     }
     with watch.phase("write"):
-        by_key = dict(zip(keys, sizes, strict=True))
-        about = provenance(command, request, checkpoint, by_key, settings, "surgery")
+        by_key = {place.key: size for one, size in zip(known, sizes, strict=True) for place in one.found.places}
+        about = provenance(
+            command, request, checkpoint, by_key, settings, "surgery", books=[one.found for one in known]
+        )
         config = written_config(checkpoint, max(sizes))
         told = cards(output, checkpoint, command, settings, by_key, stages, "surgery")
 
-        def write() -> tuple[Path, int]:
-            map_path = write_checkpoint(checkpoint, output, changed, about, maps, config, told, force=request.force)
-            _read_back(output, known, new)
-            return map_path, weights_bytes(output)
+        proofs = list[Proof]()
 
-        map_path, nbytes = processes.by_first(write)
+        def check() -> None:
+            meant = [(one.found.resized(book.size), book) for one, book in zip(known, new, strict=True)]
+            proofs.append(prove_file(read_partial(output), meant))
+
+        def write() -> tuple[Path, int, Proof]:
+            map_path = write_checkpoint(
+                checkpoint, output, changed, about, maps, config, told, force=request.force, check=check
+            )
+            return map_path, weights_bytes(output), proofs[0]
+
+        map_path, nbytes, proof = processes.by_first(write)
     bits = surgeries[0].bits
     return Result(
         command=command,
@@ -204,6 +239,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         before=stages["before"],
         surgery=stages["surgery"],
         kept="surgery",
+        proof=proof,
         outputs={"model": str(output), "index_map": str(map_path), "report": None},
         bytes={
             "before": weights_bytes(request.source),
@@ -218,13 +254,24 @@ def _look(
     request: Request, checkpoint: Checkpoint, watch: Watch, strategy: Strategy | None = None
 ) -> tuple[list[_Known], dict[str, object]]:
     """What there is to know of each codebook, and the settings that say where it came from."""
-    lookup, emit = lookup_of(request.family or family_of(checkpoint), request.metric)
-    metric = {"metric": metric_of(lookup, emit)}
+    family = request.family or family_of(checkpoint)
+    lookup, emit = lookup_of(family, request.metric)
     with watch.phase("load"):
         found_books = books_without_images(request, checkpoint, strategy)
+        if request.latents:
+            dim = latents_dim(Path(request.latents[0]))
+            found_books = [with_twins(checkpoint, along_latents(checkpoint, found_books[0], dim))]
         for found in found_books:
             check_stated(checkpoint, [found])  # each: K in the config will follow it
-        books = [_Known(found, Codebook(effective_rows(checkpoint, found), lookup, emit)) for found in found_books]
+        if family not in FAMILIES:
+            owned = {key for found in found_books for key in owned_keys(checkpoint, found)}
+            for found in found_books:
+                refuse_unknown(found, transforms_beside(checkpoint, found, owned), with_network=False)
+        vectors = [effective_rows(checkpoint, found) for found in found_books]
+        if _searched_unknown(request, family) and all(map(are_unit, vectors)):
+            lookup, emit = METRICS["cosine-unit"]
+        books = [_Known(found, Codebook(rows, lookup, emit)) for found, rows in zip(found_books, vectors, strict=True)]
+    metric = {"metric": metric_of(lookup, emit)}
     if request.latents:
         one, settings = _with_latents(request, books[0], watch)
         return [one], settings | metric
@@ -238,7 +285,14 @@ def _look(
 def _guesses(request: Request, checkpoint: Checkpoint, known: list[_Known]) -> list[str]:
     """What to warn of before anything is done: what was not read of the file, and what nobody says of its codes."""
     family = request.family or family_of(checkpoint)
+    if _searched_unknown(request, family) and known[0].old.emit is Emit.UNIT:
+        return [*checkpoint.warnings, unit_warning(known[0].found.key)]
     return [*checkpoint.warnings, *(told for one in known for told in guessed(one.found, family, request.metric))]
+
+
+def _searched_unknown(request: Request, family: str | None) -> bool:
+    """Whether nobody says how the codes are searched."""
+    return request.metric is None and family not in FAMILIES
 
 
 def _with_latents(request: Request, one: _Known, watch: Watch) -> tuple[_Known, dict[str, object]]:
@@ -303,13 +357,6 @@ def _use(one: _Known, codebook: Codebook, seed: int) -> CodebookUse:
     for rows in one.test:
         sums += book_sums(one.found.key, codebook, reference, rows, nearest(rows, codebook))
     return use_of(sums)
-
-
-def _read_back(path: Path, known: list[_Known], new: list[Codebook]) -> None:
-    written = read_checkpoint(path)
-    for one, meant in zip(known, new, strict=True):
-        if not torch.equal(effective_rows(written, replace(one.found, size=meant.size)), meant.vectors):
-            raise VerificationError(f"{path}: {one.found.key} on disk is not the codebook that was meant")
 
 
 def _carried_over(counts: Tensor, moved: Tensor, size: int) -> Tensor:

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from codebook_tools.models.model import Model
+from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.models.model import Book, Model
 from codebook_tools.models.stored import effective_rows
 
 
@@ -19,9 +20,13 @@ class Original:
         network.load_state_dict(
             {name: stored.tensor(model.keys[name]).reshape(now.shape) for name, now in network.state_dict().items()}
         )
-        books = (replace(book, vectors=effective_rows(stored, book.found).to(model.device)) for book in model.books)
+        books = (replace(book, vectors=_as_stored(stored, book).to(model.device)) for book in model.books)
         self.model = replace(model, network=network.eval().requires_grad_(False), books=tuple(books))
 
     def __call__(self, media: Tensor) -> Tensor:
         """What the original makes of media, not clamped and without gradients."""
         return self.model.pass_through(media).media.detach()
+
+
+def _as_stored(stored: Checkpoint, book: Book) -> Tensor:
+    return effective_rows(stored, book.found) if book.read is None else book.read

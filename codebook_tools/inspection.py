@@ -10,6 +10,7 @@ from codebook_tools.checkpoints.detect import Detection
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.families import FAMILIES, check_stated, detected, family_of
+from codebook_tools.models.twins import twin_groups, twin_warning
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Inspection:
             "family": self.family,
             "reason": self.detection.reason,
             "codebooks": [
-                {**asdict(found), "companions": list(found.companions)} for found in self.detection.codebooks
+                {name: value for name, value in asdict(found).items() if name not in ("also", "form")}
+                | {"companions": list(found.companions)}
+                for found in self.detection.codebooks
             ],
             "elsewhere": [{"key": key, "shape": list(shape)} for key, shape in self.detection.elsewhere],
         }
@@ -45,7 +48,8 @@ def inspect_checkpoint(path: Path) -> Inspection:
 
 
 def _amiss(checkpoint: Checkpoint, detection: Detection) -> Iterator[str]:
-    """What every other command would refuse."""
+    """What every other command would refuse, or say."""
+    yield from (twin_warning(places, ", equal bit by bit") for places in twin_groups(checkpoint, detection.codebooks))
     try:
         check_stated(checkpoint, detection.codebooks)
     except CodebookError as error:

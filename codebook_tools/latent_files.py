@@ -128,6 +128,12 @@ def open_latents(paths: Sequence[Path], dim: int) -> FileLatents:
     return FileLatents(tuple(files))
 
 
+def latents_dim(path: Path) -> int | None:
+    """Dimensions of the latents in a file; None where it holds no rows of them."""
+    rows = _mapping(path)()
+    return int(rows.shape[1]) if rows.ndim == 2 else None
+
+
 def _file(path: Path, dim: int) -> LatentFile:
     mapped = _mapping(path)
     rows = mapped()

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from codebook_tools import processes
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.reading import AS_STORED, Checkpoint, read_checkpoint
 from codebook_tools.demo import DEMO
 from codebook_tools.errors import CodebookError
 from codebook_tools.images import SAMPLE, images, sample_images
 from codebook_tools.items import Item, Medium, find_items
 from codebook_tools.measure import find_input_range
 from codebook_tools.media import Media
+from codebook_tools.models.agreement import LEAST, Agreement
+from codebook_tools.models.companions import GIVEN
+from codebook_tools.models.families import CUSTOM
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Model
+from codebook_tools.models.proof import Proof, prove_opened
+from codebook_tools.models.remarks import stale_state
+from codebook_tools.models.settling import settle
+from codebook_tools.models.twins import twin_warning
 from codebook_tools.sounds import sounds
 from codebook_tools.splits import Splits, limited, split
 from codebook_tools.watch import Watch
@@ -30,10 +39,11 @@ _MOST_WORKERS = 1024
 class Request:
     """What is to be worked on, and how. Each field is the command line's option of that name.
 
-    model: None for the bundled demo. data: none for the bundled sample. sample: whether that is the data of the model,
-    too, as it is of the demo. test_data: none for a tenth of data. stats: the counts of an earlier pass, and latents:
-    files of them, in place of images. latents_cache: a folder that keeps the calibration latents of running models for
-    the next run. workers: processes that decode ahead; None: as many as help. resume: whether an interrupted
+    model: None for the bundled demo. companions: "KEY=ROLE", what a tensor beside a codebook holds; as_stored: keys of
+    tensors there that do not change the codes. data: none for the bundled sample. sample: whether that is the data of
+    the model, too, as it is of the demo. test_data: none for a tenth of data. stats: the counts of an earlier pass, and
+    latents: files of them, in place of images. latents_cache: a folder that keeps the calibration latents of running
+    models for the next run. workers: processes that decode ahead; None: as many as help. resume: whether an interrupted
     fine-tuning goes on. log_dir: where TensorBoard finds how it went. exhibit: whether a few test images are kept for a
     page, as each stage reconstructs them.
     """
@@ -50,6 +60,8 @@ class Request:
     family: str | None = None
     codebook_keys: tuple[str, ...] = ()
     metric: str | None = None
+    companions: tuple[str, ...] = ()
+    as_stored: tuple[str, ...] = ()
     input_range: tuple[float, float] | None = None
     latents_cache: Path | None = None
     batch_size: int = 64
@@ -76,6 +88,26 @@ class Request:
             raise CodebookError(f"seed={self.seed} is not within 0 and {2**63 - 1}")
 
     @property
+    def stated(self) -> dict[str, str]:
+        """What is said of tensors beside a codebook, by key. Raises CodebookError where a role is none."""
+        said = dict.fromkeys(self.as_stored, AS_STORED)
+        for text in self.companions:
+            key, equals, role = text.rpartition("=")
+            if not equals or not key or role not in GIVEN:
+                raise CodebookError(f"--companion {text}: expected KEY=ROLE, a role being one of {', '.join(GIVEN)}")
+            said[key] = role
+        return said
+
+    def checkpoint(self) -> Checkpoint:
+        """The model's file, with what is said of its tensors. Raises CodebookError where it has no such tensor."""
+        checkpoint, stated = read_checkpoint(self.source), self.stated
+        missing = next((key for key in stated if key not in checkpoint.entries), None)
+        if missing is not None:
+            option = "--as-stored" if stated[missing] == AS_STORED else "--companion"
+            raise CodebookError(f"{option} {missing}: no such tensor in {checkpoint.path}")
+        return replace(checkpoint, stated=stated)
+
+    @property
     def knows_sample(self) -> bool:
         """Whether the bundled sample need not be asked for."""
         return self.model is None or self.sample
@@ -93,7 +125,8 @@ class Request:
 
 @dataclass(eq=False)
 class Opened:
-    """calibration and test: the items of `splits`. settings: what was found out or chosen on the way."""
+    """calibration and test: the items of `splits`. settings: what was found out or chosen on the way. agreed: how far
+    the network's own quantizer chose the codes that we do, where it was asked."""
 
     request: Request
     model: Model
@@ -102,6 +135,24 @@ class Opened:
     test: Media
     warnings: list[str] = field(default_factory=list)
     settings: dict[str, object] = field(default_factory=dict)
+    agreed: Agreement | None = None
+
+    @cached_property
+    def few(self) -> list[Tensor]:
+        """Batches of data with as many latents as an agreement is judged on, or all that there are."""
+        media = self.calibration if len(self.calibration) else self.test
+        batches, positions = list[Tensor](), 0
+        size = self.request.batch_size
+        for start in range(0, len(media.items), size):
+            items, batch = media.load(media.items[start : start + size])
+            if not items:
+                continue
+            batches.append(batch)
+            with torch.no_grad():
+                positions += self.model.encode(batch, keep=False)[:, 0].numel()
+            if positions >= LEAST:
+                break
+        return batches
 
     def unreadable(self) -> dict[str, str]:
         """Names of the items that some process could not read, and why."""
@@ -126,7 +177,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
     part of both splits.
     """
     with watch.phase("load"):
-        checkpoint = read_checkpoint(request.source)
+        checkpoint = request.checkpoint()
         model = load_model(
             checkpoint,
             network=request.network,
@@ -161,6 +212,10 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         opened.warnings.append("no --data: the bundled sample of two photographs stands in for your images")
     with watch.phase("measure"):
         _choose_input_range(request, opened)
+        asks = model.family == CUSTOM
+        more, opened.agreed = settle(model, opened.few if asks else [], request.metric)
+    opened.warnings += [twin_warning(book.found.places, "") for book in model.books if book.found.also]
+    opened.warnings += more
     opened.settings |= {
         "data": list(request.data) or ([SAMPLE] if splits.calibration else []),
         "test_data": list(request.test_data),
@@ -248,3 +303,14 @@ def _choose_input_range(request: Request, opened: Opened) -> None:
 
 def _shown(bounds: tuple[float, float]) -> str:
     return f"[{bounds[0]:g}, {bounds[1]:g}]"
+
+
+def prove_request(request: Request, watch: Watch) -> Proof:
+    """Hold a file against the network that loads it, on the data that are asked for.
+
+    Raises CodebookError where the network cannot be made, or does not load the file, or disagrees with what is read.
+    """
+    opened = open_request(request, watch, measuring=True)
+    with watch.phase("measure"):
+        stale_state(opened.model.checkpoint, [book.found for book in opened.model.books])
+        return prove_opened(opened.model, opened.agreed, opened.few)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from codebook_tools import processes
@@ -14,20 +13,21 @@ from codebook_tools.blur import blur_warnings
 from codebook_tools.card import cards
 from codebook_tools.checkpoints.layout import training_path
 from codebook_tools.checkpoints.places import check_apart, check_free
-from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.detached import goes_without_images, measure_detached, operate_detached
-from codebook_tools.errors import CodebookError, VerificationError
+from codebook_tools.errors import CodebookError
 from codebook_tools.exhibit import exhibit
 from codebook_tools.finetune import Recipe
 from codebook_tools.index_maps import nearest_map
 from codebook_tools.items import items_sha256
 from codebook_tools.measure import measurement_of
 from codebook_tools.merging import check_shard, in_part, merge, part_of
+from codebook_tools.models.agreement import has_quantizer, in_training
 from codebook_tools.models.families import metric_of
-from codebook_tools.models.model import Model
-from codebook_tools.models.stored import effective_rows
+from codebook_tools.models.load import check_size_follows
+from codebook_tools.models.proof import Proof, prove, read_partial
+from codebook_tools.models.remarks import dependents_warning, stale_state
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.outcome import (
     Result,
@@ -98,7 +98,10 @@ def measure_model(
     before = None if shard and not sums.images else measurement_of(sums, "test")
     with watch.phase("measure"):
         shown = exhibit(opened, opened.model.books, False, None, watch) if request.exhibit and not shard else ()
-    return _result("measure", request, opened, watch, before=before, bytes=sizes, shown=shown)
+    proof = (
+        Proof("quantizer", opened.agreed.agree, opened.agreed.of, opened.agreed.near_ties) if opened.agreed else None
+    )
+    return _result("measure", request, opened, watch, before=before, bytes=sizes, shown=shown, proof=proof)
 
 
 def operate(command: str, request: Request, strategy: Strategy | None, recipe: Recipe, watch: Watch) -> Result:
@@ -116,6 +119,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     require_tensorboard(request.log_dir)
     opened = open_request(request, watch)
     model = opened.model
+    opened.warnings += stale_state(model.checkpoint, [model.books[stage].found for stage in model.chosen])
     if not recipe.steps and len(model.books) == 1:
         opened.pass_once()
     if asked := asked_size(strategy, model.books[model.chosen[0]].codebook.size):
@@ -130,6 +134,9 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     surgeries = perform(opened, strategy, seen, watch) if strategy else {}
     size = max(model.books[stage].codebook.size for stage in model.chosen)
     output = check_request_output(request, command, size)
+    check_size_follows(model, size)
+    known = {*model.keys.values()} - {*model.carried}
+    opened.warnings += dependents_warning(model.checkpoint, known, model.books[model.chosen[0]].found.size, size)
 
     first = model.books[model.chosen[0]]
     opened.settings |= {"metric": metric_of(first.lookup, first.emit)} | settings_of(strategy) | settings_of(recipe)
@@ -158,27 +165,38 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     else:
         tokens = current_tokens(opened, seen, done.kept == "surgery", watch)
     opened.warnings += remarks(model.checkpoint, old[model.chosen[0]].size, size, output)
-    keys = {stage: model.books[stage].key for stage in sorted(done.index_maps)}
-    sizes = {key: model.books[stage].codebook.size for stage, key in keys.items()}
+    stages_changed = sorted(done.index_maps)
+    sizes = {
+        place.key: model.books[stage].codebook.size
+        for stage in stages_changed
+        for place in model.books[stage].found.places
+    }
     maps = dict[str, Tensor]()
     for stage, index_map in done.index_maps.items():
         samples = (seen.tokens[stage].sample, tokens[stage].sample)
-        maps[f"{keys[stage]}/index_map"] = index_map
-        maps[f"{keys[stage]}/nearest"] = nearest_map(index_map, old[stage], on_cpu(model.books[stage]), samples)
+        nearest = nearest_map(index_map, old[stage], on_cpu(model.books[stage]), samples)
+        for place in model.books[stage].found.places:
+            maps |= {f"{place.key}/index_map": index_map, f"{place.key}/nearest": nearest}
     with watch.phase("write"):
+        media = opened.few if has_quantizer(model.network) or in_training(model.network) else []
         config = written_config(model.checkpoint, size)
-        about = provenance(command, request, model.checkpoint, sizes, opened.settings, done.kept, done.tuned)
+        found = [model.books[stage].found for stage in stages_changed]
+        about = provenance(command, request, model.checkpoint, sizes, opened.settings, done.kept, done.tuned, found)
         stages = {"before": before, "surgery": done.surgery, "finetuned": done.finetuned}
         told = cards(output, model.checkpoint, command, opened.settings, sizes, stages, done.kept)
 
-        def write() -> tuple[Path, int]:
-            changed = model.changed({stage: tokens[stage].counts for stage in keys}, done.index_maps)
+        def write() -> tuple[Path, int, Proof]:
+            changed = model.changed({stage: tokens[stage].counts for stage in stages_changed}, done.index_maps)
             given = (model.checkpoint, output, changed, about, maps, config, told)
-            map_path = write_checkpoint(*given, force=request.force)
-            _read_back(output, model, keys)
-            return map_path, weights_bytes(output)
+            map_path = write_checkpoint(*given, force=request.force, check=check)
+            return map_path, weights_bytes(output), proofs[0]
 
-        map_path, nbytes = processes.by_first(write)
+        proofs = list[Proof]()
+
+        def check() -> None:
+            proofs.append(prove(model, read_partial(output), media))
+
+        map_path, nbytes, proof = processes.by_first(write)
         saving.remove()
     bits = next(iter(surgeries.values())).bits if surgeries and done.kept == "surgery" else None
     packed = sum(packed_bytes(on_cpu(model.books[stage]), bits) for stage in surgeries) if bits else 0
@@ -194,6 +212,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         trace=done.tuned.trace if done.tuned else (),
         outputs={"model": str(output), "index_map": str(map_path), "report": None},
         shown=shown,
+        proof=proof,
         bytes={
             "before": weights_bytes(request.source),
             "after": nbytes,
@@ -212,15 +231,6 @@ def _made_with(command: str, opened: Opened) -> dict[str, object]:
         "data": items_sha256(opened.splits.calibration),
         **{name: value for name, value in opened.settings.items() if name not in ("data", "test_data")},
     }
-
-
-def _read_back(path: Path, model: Model, stages: Iterable[int]) -> None:
-    """The codebooks on disk are those in the running model, bit by bit."""
-    written = read_checkpoint(path)
-    for book in (model.books[stage] for stage in stages):
-        codes = effective_rows(written, replace(book.found, size=book.codebook.size))
-        if not torch.equal(codes, book.codebook.vectors.cpu()):
-            raise VerificationError(f"{path}: {book.key} on disk is not the codebook of the running model")
 
 
 def _result(command: str, request: Request, opened: Opened, watch: Watch, **found: object) -> Result:

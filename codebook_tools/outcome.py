@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from codebook_tools import processes
-from codebook_tools.checkpoints.layout import training_path
+from codebook_tools.checkpoints.detect import FoundCodebook
+from codebook_tools.checkpoints.layout import DECLARED, training_path
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.exhibit import Shown
 from codebook_tools.finetune import FineTuned, Recipe, TracePoint
 from codebook_tools.measure import Measurement
+from codebook_tools.models.load import layouts
+from codebook_tools.models.proof import Proof
 from codebook_tools.opening import Request
 from codebook_tools.output import check_output, check_size, default_output
 from codebook_tools.version import VERSION
@@ -24,7 +27,8 @@ from codebook_tools.version import VERSION
 class Result:
     """What was done: the JSON of a command. before, surgery, finetuned: measured on the test data, None where there is
     no such stage. kept: the stage that the written file holds. outputs: paths. bytes: of weights, and what a codebook
-    that was rounded to few bits would pack to. seconds: by phase. shown: for a page, not in the JSON."""
+    that was rounded to few bits would pack to. seconds: by phase. shown: for a page, not in the JSON. proof: how the
+    figures were held against the model that loads the file."""
 
     command: str
     model: str
@@ -42,6 +46,7 @@ class Result:
     seconds: Mapping[str, float] = field(default_factory=dict)
     version: str = VERSION
     shown: tuple[Shown, ...] = ()
+    proof: Proof | None = None
 
     @property
     def stages(self) -> dict[str, Measurement | None]:
@@ -56,10 +61,17 @@ class Result:
         """The promised keys, of types that json can write."""
         plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in _NOT_PLAIN}
         stages = {name: stage.to_json() if stage else None for name, stage in self.stages.items()}
-        return {**plain, "warnings": list(self.warnings), "stages": stages, "trace": [asdict(p) for p in self.trace]}
+        proof = self.proof.to_json() if self.proof else None
+        return {
+            **plain,
+            "proof": proof,
+            "warnings": list(self.warnings),
+            "stages": stages,
+            "trace": [asdict(p) for p in self.trace],
+        }
 
 
-_NOT_PLAIN = ("before", "surgery", "finetuned", "shown")
+_NOT_PLAIN = ("before", "surgery", "finetuned", "shown", "proof")
 
 
 def check_request_output(request: Request, command: str, size: int | None) -> Path:
@@ -113,17 +125,22 @@ def provenance(
     settings: Mapping[str, object],
     kept: str,
     tuned: FineTuned | None = None,
+    books: Sequence[FoundCodebook] = (),
 ) -> dict[str, str]:
     """What the written file says of itself: no times and no paths, so that the same work gives the same bytes.
 
-    sizes: new codes by codebook key, in the order of the stages.
+    sizes: new codes by codebook key, in the order of the stages. books: where those lie in the original.
     """
     private = {"data", "test_data", "stats", "latents", "images", "device", "network"}
     public = {name: value for name, value in settings.items() if name not in private}
     if public.get("perceptual"):
         public["perceptual"] = True  # wherever the weights lay
     trained = tuned if kept == "finetuned" else None
+    declared = {DECLARED: json.dumps(checkpoint.declared, sort_keys=True)} if checkpoint.declared else {}
+    turned = layouts(checkpoint, books)
     return {
+        **declared,
+        **({"layouts": json.dumps(turned, sort_keys=True)} if turned else {}),
         "command": command,
         "version": VERSION,
         "settings": json.dumps({**public, "seed": request.seed}, sort_keys=True),

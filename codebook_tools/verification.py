@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.models.proof import Proof
 from codebook_tools.parsing import parse_json
 
 
@@ -19,12 +20,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verification:
-    """differences: empty where the checkpoint is what it says it is."""
+    """differences: empty where the checkpoint is what it says it is. proof: how it was held against its network, None
+    where the file alone was looked at."""
 
     model: str
     against: str
     index_map: str
     differences: tuple[Difference, ...]
+    proof: Proof | None = None
 
     @property
     def ok(self) -> bool:
@@ -32,7 +35,8 @@ class Verification:
 
     def to_json(self) -> dict[str, object]:
         """The promised keys."""
-        return {"ok": self.ok, "differences": [asdict(difference) for difference in self.differences]}
+        proof = {"proof": self.proof.to_json()} if self.proof else {}
+        return {"ok": self.ok, "differences": [asdict(difference) for difference in self.differences], **proof}
 
 
 def listed(written: Checkpoint, entry: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,21 +21,27 @@ from codebook_tools.checkpoints.writing import map_metadata
 from codebook_tools.codebook import REMOVED
 from codebook_tools.downstream.verify_prior import prior_differences
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.companions import companion_values, flags
+from codebook_tools.models.companions import Companion, Role, companion_values
 from codebook_tools.models.families import size_entry
-from codebook_tools.models.load import find_book
-from codebook_tools.models.stored import effective_rows, exact_rows, owned_keys, rounded, stored_rows
+from codebook_tools.models.load import find_book, with_twins
+from codebook_tools.models.proof import Proof
+from codebook_tools.models.stored import effective_rows, exact_rows, followers, owned_keys, rounded, stored_rows
 from codebook_tools.output import written_config
+from codebook_tools.parsing import parse_json
 from codebook_tools.verification import Difference, Verification, listed, same_bytes
 
 
-def verify_checkpoint(model: Path, against: Path, maps: Sequence[Path] = ()) -> Verification:
+def verify_checkpoint(
+    model: Path, against: Path, maps: Sequence[Path] = (), prove: Callable[[], Proof] | None = None
+) -> Verification:
     """Check `model`, written by this package, against the original. maps: none for the one beside it.
 
-    A prior that was remapped is held against the original prior and the maps that it followed. Raises CodebookError
-    where a file is missing or unsound, or the checkpoint was not written by this package.
+    A prior that was remapped is held against the original prior and the maps that it followed. prove: holds the file
+    against the network that loads it, and raises where that does not agree. Raises CodebookError where a file is
+    missing or unsound, or the checkpoint was not written by this package.
     """
     written, original = read_checkpoint(model), read_checkpoint(against)
+    proof = None
     if written.metadata.get(PREFIX + "command") == "remap":
         paths, differences = list(maps), tuple(prior_differences(written, original, maps))
     else:
@@ -43,7 +49,24 @@ def verify_checkpoint(model: Path, against: Path, maps: Sequence[Path] = ()) -> 
         if len(paths) > 1:
             raise CodebookError(f"--map: {len(paths)} maps; a checkpoint that a surgery wrote has one")
         differences = tuple(_differences(written, original, read_checkpoint(paths[0])))
-    return Verification(str(model), str(against), ", ".join(map(str, paths)), differences)
+        if prove is not None:
+            proof, more = proved(prove)
+            differences += more
+    return Verification(str(model), str(against), ", ".join(map(str, paths)), differences, proof)
+
+
+def verify_alone(model: Path, prove: Callable[[], Proof]) -> Verification:
+    """Hold any file against the network that loads it, without an original."""
+    proof, differences = proved(prove)
+    return Verification(str(model), "", "", differences, proof)
+
+
+def proved(prove: Callable[[], Proof]) -> tuple[Proof | None, tuple[Difference, ...]]:
+    """What the network that loads a file says of it, and what is wrong."""
+    try:
+        return prove(), ()
+    except CodebookError as error:
+        return None, (Difference("__network__", str(error)),)
 
 
 def _differences(written: Checkpoint, original: Checkpoint, maps: Checkpoint) -> Iterator[Difference]:
@@ -53,6 +76,7 @@ def _differences(written: Checkpoint, original: Checkpoint, maps: Checkpoint) ->
     yield from _beside(written, original)
     yield from _tensors(written, original, books)
     yield from _map_names(maps, books)
+    yield from _twins(written, original, books)
     for found in books:
         yield from _book(written, original, maps, found)
 
@@ -65,7 +89,30 @@ def _books(written: Checkpoint, original: Checkpoint) -> Iterator[FoundCodebook]
     for key in keys:
         if key not in original.entries:
             raise CodebookError(f"{original.path} has no {key}, a codebook of {written.path}: it is not the original")
-        yield find_book(original, key)
+        yield find_book(original, key, _layout(written, key))
+
+
+def _layout(written: Checkpoint, key: str) -> tuple[int, ...]:
+    """Axis and size of a codebook in the original, where the written file says them."""
+    try:
+        said = parse_json(written.metadata.get(PREFIX + "layouts", "{}"))
+    except ValueError:
+        return ()
+    layout = said.get(key, ()) if isinstance(said, dict) else ()
+    return tuple(layout) if isinstance(layout, list) and all(type(number) is int for number in layout) else ()
+
+
+def _twins(written: Checkpoint, original: Checkpoint, books: list[FoundCodebook]) -> Iterator[Difference]:
+    """Codebooks that are one tensor in the original, by their bytes, are one in the written file."""
+    for book in books:
+        for place in with_twins(original, book).also:
+            if place.key not in written.entries or place.key < book.key:
+                continue
+            one, other = written.tensor(book.key), written.tensor(place.key)
+            if one.shape != other.shape or not torch.equal(one, other):
+                yield Difference(
+                    place.key, f"differs from {book.key}: in the original they are equal, as one tensor is"
+                )
 
 
 def _files(written: Checkpoint, original: Checkpoint, maps: Checkpoint) -> Iterator[Difference]:
@@ -200,25 +247,38 @@ def _book(written: Checkpoint, original: Checkpoint, maps: Checkpoint, found: Fo
 
 def _companions(written: Checkpoint, original: Checkpoint, found: FoundCodebook, size: int) -> Iterator[Difference]:
     """What lies beside the codebook belongs to its codes; a tensor that is missing was told of already."""
-    flag_keys = flags(found.key, original.entries)
-    before = {key: original.tensor(key) for key in (*found.companions, *flag_keys)}
-    after = {key: written.tensor(key) for key in before if key in written.entries}
-    weights = _weights(after, size)
-    its = replace(found, size=size)
+    try:
+        companions = followers(replace(original, stated={**original.stated, **written.declared}), found)
+    except CodebookError as error:
+        yield Difference(found.key, str(error))
+        return
+    companions = tuple(one for one in companions if one.role is not Role.RECENT and one.key in written.entries)
+    before = {one.key: original.tensor(one.key) for one in companions}
+    after = {key: written.tensor(key) for key in before}
+    weights = _weights(companions, after, size)
+    its = replace(found, size=size, form=None)
     summed = effective(found, original.shapes).kind == "ratio"
     codes = effective_rows(written, its) if summed else stored_rows(written.tensor(found.key), its)
-    meant = companion_values(found, before, codes, torch.ones(size) if weights is None else weights)
-    for key, tensor in after.items():
-        if tensor.shape != meant[key].shape:
-            yield Difference(key, f"shape {tuple(tensor.shape)} does not follow {size} codes")
-        elif key in flag_keys:
-            if not torch.equal(tensor, meant[key]):
-                yield Difference(key, "says that the codebook is not initialised")
-        elif weights is not None and not torch.allclose(meant[key].double(), tensor.double(), rtol=1e-2, atol=1e-6):
-            yield Difference(key, "does not belong to the codes: training would move them at the first step")
+    meant = companion_values(found, companions, before, codes, torch.ones(size) if weights is None else weights)
+    for one in companions:
+        tensor, expected = after[one.key], meant[one.key]
+        if tensor.shape != expected.shape:
+            yield Difference(one.key, f"shape {tuple(tensor.shape)} does not follow {size} codes")
+        elif one.role is Role.FLAG:
+            if not torch.equal(tensor, expected):
+                yield Difference(one.key, "says that the codebook is not initialised")
+        elif one.role is Role.SUMS and weights is None:
+            continue
+        elif not torch.allclose(expected.double(), tensor.double(), rtol=1e-2, atol=1e-6):
+            yield Difference(one.key, "does not belong to the codes: training would move them at the first step")
 
 
-def _weights(stored: dict[str, Tensor], size: int) -> Tensor | None:
+def _weights(companions: Sequence[Companion], stored: dict[str, Tensor], size: int) -> Tensor | None:
     """The running counts beside the codebook, where there are some: they are the companions' only free numbers."""
-    vectors = [t for key, t in stored.items() if "size" in key or "usage" in key or "count" in key]
-    return next((tensor.reshape(-1) for tensor in vectors if tensor.numel() == size), None)
+    for one in companions:
+        tensor, axis = stored[one.key], one.axis or 0
+        if one.role in (Role.COUNTS, Role.SHARES, Role.FRESH) and tensor.shape[axis : axis + 1] == (size,):
+            numbers = tensor.movedim(axis, 0).reshape(size, -1).float()
+            if bool((numbers == numbers[:, :1]).all()):  # one for each code, or repeated along other axes
+                return numbers[:, 0]
+    return None

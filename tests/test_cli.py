@@ -26,7 +26,7 @@ WriteModel = Callable[..., Path]
 RANGE = ("--input-range", "-1,1")
 RESULT = {
     "command", "version", "model", "family", "settings", "seed", "warnings", "stages", "kept", "trace", "outputs",
-    "bytes", "seconds",
+    "bytes", "seconds", "proof",
 }  # fmt: skip
 MEASUREMENT = {"split", "images", "mse", "psnr", "ssim", "codebooks", "sharpness"}
 USE = {

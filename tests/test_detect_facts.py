@@ -143,7 +143,7 @@ def test_projection_to_logits_is_a_companion() -> None:
     assert codebook.companions == ("quantize.proj.bias", "quantize.proj.weight")
 
 
-def test_elsewhere_lists_k_to_k_plus_2_and_nothing_else() -> None:
+def test_elsewhere_lists_k_to_k_plus_4_and_nothing_else() -> None:
     found = find_codebooks(
         {
             **convs(),
@@ -152,14 +152,23 @@ def test_elsewhere_lists_k_to_k_plus_2_and_nothing_else() -> None:
             "prior.tok.weight": (513, 96),
             "prior.head.weight": (512, 96),
             "prior.mask.weight": (96, 514),
-            "prior.other.weight": (515, 511),
+            "prior.other.weight": (517, 511),
+            "prior.special.weight": (516, 96),
         }
     )
     assert found.elsewhere == (
         ("prior.head.weight", (512, 96)),
         ("prior.mask.weight", (96, 514)),
+        ("prior.special.weight", (516, 96)),
         ("prior.tok.weight", (513, 96)),
     )
+
+
+def test_elsewhere_lists_heads_over_the_codes_of_all_codebooks() -> None:
+    books = {f"rvq.layers.{i}._codebook.embed": (1, 64, 8) for i in range(3)}
+    heads = {"policy.head.weight": (192, 30), "policy.tok.weight": (196, 30), "policy.wide.weight": (197, 30)}
+    found = find_codebooks({**books, **heads})
+    assert [key for key, _ in found.elsewhere] == ["policy.head.weight", "policy.tok.weight"]
 
 
 def test_natural_order() -> None:

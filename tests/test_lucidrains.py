@@ -16,7 +16,7 @@ from vector_quantize_pytorch import FSQ, GroupedResidualVQ, ResidualVQ, SimVQ, V
 from codebook_tools.checkpoints.detect import FoundCodebook, find_codebooks
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.companions import companion_values
+from codebook_tools.models.companions import companion_values, companions_of
 from codebook_tools.networks.custom import make_network
 from codebook_tools.networks.lucidrains import give_walk
 
@@ -234,14 +234,16 @@ def residual(**more: Any) -> ResidualVQ:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "heads": (lambda: VectorQuantize(dim=DIM, codebook_size=SIZE, heads=2), "VectorQuantize with heads > 1"),
+    "heads": (
+        lambda: VectorQuantize(dim=DIM, codebook_size=SIZE, heads=2, separate_codebook_per_head=True),
+        "VectorQuantize with a codebook for each of its heads",
+    ),
     "affine": (lambda: VectorQuantize(dim=DIM, codebook_size=SIZE, affine_param=True), "with affine_param"),
     "affine stages": (lambda: residual(affine_param=True), "ResidualVQ with affine_param"),
     "bridge": (
         lambda: VectorQuantize(dim=DIM, codebook_size=SIZE, vq_bridge=nn.Linear(DIM, DIM)),
         "with a vq_bridge",
     ),
-    "shared": (lambda: residual(shared_codebook=True), "ResidualVQ with a shared_codebook"),
     "implicit": (lambda: residual(implicit_neural_codebook=True), "with an implicit_neural_codebook"),
     "diveq": (lambda: residual(diveq=True), "with diveq"),
     "beams": (lambda: residual(beam_size=4), "with eval_beam_size > 1"),
@@ -307,7 +309,9 @@ def pruned(made: Any, keep: Tensor, counts: Tensor) -> dict[str, Tensor]:
     changed = {}
     for key in made.codebooks:
         rows = state[key][:, keep]
-        changed |= {key: rows} | companion_values(found[key], state, rows[0], counts[keep])
+        changed |= {key: rows} | companion_values(
+            found[key], companions_of(found[key], state[key][0], state, {}), state, rows[0], counts[keep]
+        )
     return state | changed
 
 

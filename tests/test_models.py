@@ -20,7 +20,7 @@ from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.checkpoints.writing import tensor_bytes
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.companions import companion_values, flags, laid_out
+from codebook_tools.models.companions import companion_values, companions_of, flags, laid_out
 from codebook_tools.models.load import choose_codebook, family_of, load_model
 from codebook_tools.models.model import Model
 from codebook_tools.models.stored import stored_rows
@@ -227,6 +227,12 @@ COUNTS = torch.tensor([3, 1])
 SUMS = [[3.0, 6.0, 9.0], [4.0, 5.0, 6.0]]
 
 
+def new_values(found: FoundCodebook, stored: State, codes: Tensor = CODES, counts: Tensor = COUNTS) -> State:
+    """What follows a codebook whose numbers say nothing of its companions."""
+    old = torch.arange(1.0, found.size * found.dim + 1).reshape(found.size, found.dim)
+    return companion_values(found, companions_of(found, old, stored, {}), stored, codes, counts)
+
+
 @pytest.mark.parametrize(
     ("key", "old", "meant"),
     [
@@ -243,25 +249,24 @@ SUMS = [[3.0, 6.0, 9.0], [4.0, 5.0, 6.0]]
         ("embed_prob", torch.ones(5), [0.75, 0.25]),
         ("ema_embed_shadow", torch.ones(5, 3), SUMS),
         ("weight_shadow", torch.ones(5, 3), CODES.tolist()),
-        ("vocab_hit", torch.ones(2, 5), [[0, 0], [0, 0]]),
-        ("last_seen", torch.ones(5), [0, 0]),
+        ("vocab_hit", torch.ones(2, 5), [[3, 1], [3, 1]]),
     ],
 )
 def test_a_companion_is_what_its_name_says_for_the_new_codes(key: str, old: Tensor, meant: list[float]) -> None:
     found = FoundCodebook("q.codes", 5, 3, 0, 1, "F32", "euclidean", (f"q.{key}",), "high")
-    value = companion_values(found, {f"q.{key}": old}, CODES, COUNTS)[f"q.{key}"]
+    value = new_values(found, {f"q.{key}": old}, CODES, COUNTS)[f"q.{key}"]
     assert value.tolist() == meant and value.dtype == old.dtype
 
 
 def test_a_companion_of_a_codebook_stored_column_by_column_is_laid_out_alike() -> None:
     found = FoundCodebook("q.embed", 5, 3, 1, 1, "F32", "euclidean", ("q.embed_avg",), "high")
-    value = companion_values(found, {"q.embed_avg": torch.ones(3, 5)}, CODES, COUNTS)["q.embed_avg"]
+    value = new_values(found, {"q.embed_avg": torch.ones(3, 5)}, CODES, COUNTS)["q.embed_avg"]
     assert value.tolist() == torch.tensor(SUMS).T.tolist()
 
 
 def test_the_new_size_may_equal_the_dimension() -> None:
     found = FoundCodebook("q.embed", 5, 2, 0, 1, "F32", "euclidean", ("q.embed_avg",), "high")
-    value = companion_values(found, {"q.embed_avg": torch.ones(5, 2)}, CODES[:, :2], COUNTS)["q.embed_avg"]
+    value = new_values(found, {"q.embed_avg": torch.ones(5, 2)}, CODES[:, :2], COUNTS)["q.embed_avg"]
     assert value.tolist() == [[3, 6], [4, 5]]
 
 
@@ -275,14 +280,14 @@ def test_flags_beside_a_codebook_say_that_it_is_initialised(name: str, dtype: to
         "q.initial_value": torch.ones(1),
     }
     assert flags("q.embed", stored) == [f"q.{name}"]
-    value = companion_values(found, stored, CODES, COUNTS)
+    value = new_values(found, stored, CODES, COUNTS)
     assert list(value) == [f"q.{name}"] and torch.equal(value[f"q.{name}"], torch.ones(1, dtype=dtype))
 
 
 def test_companions_in_half_precision_hold_the_counts_of_any_data_set() -> None:
     found = FoundCodebook("q.embed", 5, 3, 0, 1, "F16", "euclidean", ("q.cluster_size", "q.embed_avg"), "high")
     old = {"q.cluster_size": torch.ones(5).half(), "q.embed_avg": torch.ones(5, 3).half()}
-    value = companion_values(found, old, CODES, torch.tensor([1_000_000, 2_000]))
+    value = new_values(found, old, CODES, torch.tensor([1_000_000, 2_000]))
     sizes, sums = value["q.cluster_size"].float(), value["q.embed_avg"].float()
     assert torch.isfinite(sums).all() and sizes[0] > 1000
     torch.testing.assert_close(sums / sizes[:, None], CODES, rtol=2e-3, atol=0)

@@ -82,4 +82,23 @@ def _soak(its: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
-_SAID = {"fuzz": _fuzz, "kills": _kills, "flips": _flips, "repeats": _repeats, "twins": _twins, "soak": _soak}
+def _wirings(part: Mapping[str, Any]) -> tuple[str, str]:
+    unknown, kinds = part["unknown wiring"], part["kinds"].values()
+    least = min((kind["operated on"] / kind["drawn"] for kind in kinds), default=0)
+    return (
+        f"{part['modules']:,} modules of {len(part['kinds'])} kinds of wiring, {part['by command']:,} of them through "
+        f"the command line, and {unknown['drawn']:,} of them of unknown wiring",
+        f"{part['silent disagreements']} silent disagreements and {part['faults']} faults; of each kind at least "
+        f"{least:.0%} operated on, {unknown['refused by name']:,} of unknown wiring refused by name",
+    )
+
+
+_SAID = {
+    "fuzz": _fuzz,
+    "kills": _kills,
+    "flips": _flips,
+    "repeats": _repeats,
+    "twins": _twins,
+    "soak": _soak,
+    "wirings": _wirings,
+}

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import accumulate
 
 from codebook_tools.checkpoints.entries import Shape, Shapes
+from codebook_tools.checkpoints.forms import Effective
 
 _re = partial(re.compile, flags=re.IGNORECASE | re.DOTALL)
 
@@ -19,6 +20,8 @@ class FoundCodebook:
     heads: the axis of a 3-D tensor that is neither codes nor dim (the first, save in fairseq's (K, h, D)), else 1.
     search: "euclidean" unless names speak against it (IBQ's do not: let the user say), "unknown" where they are vague.
     companions: sorted keys of the owning module's tensors with an axis of length size, and EMA shadows of all these.
+    also: the same codebook under its other names, where several stages share one. form: how rows become codes, where
+    the model itself was asked; None: by names and shapes.
     """
 
     key: str
@@ -30,11 +33,23 @@ class FoundCodebook:
     search: str
     companions: tuple[str, ...]
     confidence: str
+    also: tuple["FoundCodebook", ...] = ()
+    form: Effective | None = None
+
+    @property
+    def places(self) -> tuple["FoundCodebook", ...]:
+        """Everywhere the codebook stands in the file, this place first."""
+        return (self, *self.also)
+
+    def resized(self, size: int) -> "FoundCodebook":
+        """Where it stands in a file of another number of codes."""
+        return replace(self, size=size, also=tuple(replace(place, size=size) for place in self.also))
 
 
 @dataclass(frozen=True)
 class Detection:
-    """Codebooks, and (key, shape) of other tensors with a dimension of K, K+1 or K+2, both in natural order."""
+    """Codebooks, and (key, shape) of other tensors whose size may follow K, both in natural order: with a dimension of
+    K, or of n K for n codebooks, or up to 4 more."""
 
     codebooks: tuple[FoundCodebook, ...]
     elsewhere: tuple[tuple[str, Shape], ...]
@@ -77,6 +92,7 @@ SEARCHES = (  # "unknown": the metric is a switch of the library, or latents are
     (_re(rf"_codebook\.embed:3d|_hit|prob|embedding\.initt?ed|{RECODE}"), "unknown"),
     (_re(r"codebook_used|\n\.in_proj.*\n\.out_proj"), "cosine"),  # kept by, or made low-dimensional for, l2 lookup
 )
+_SPECIAL = 4  # tokens at most that a vocabulary has beside the codes: padding, mask, begin and end
 VOCABULARY = "its embeddings are the vocabulary of a language model, or of a prior over tokens"
 NO_CODEBOOK = (
     (_re(r"absmax|quant_map|qweight|qzeros|weight_quantizer"), "its weights are stored in fewer bits: not as vectors"),
@@ -194,7 +210,8 @@ def find_codebooks(shapes: Shapes, dtypes: Mapping[str, str] | None = None) -> D
             rated.append(found) if holds_codes else unfit.append(f"{key} is {dtypes[key]} {[*names.shapes[name]]}")
     books = [b for points, b, _ in rated if not any(b.key in scope and more > points for more, _, scope in rated)]
     own = {b.key: {keys[name] for name in b.companions} - {keys[other.key] for other in books} for b in books}
-    claimed, sizes = {keys[b.key] for b in books}.union(*own.values()), {b.size + i for b in books for i in range(3)}
+    claimed = {keys[b.key] for b in books}.union(*own.values())
+    sizes = {n * b.size + i for b in books for n in (1, len(books)) for i in range(_SPECIAL + 1)}
     others = [(key, names.shapes[name]) for name, key in keys.items() if key not in claimed]
     elsewhere = tuple(other for other in others if sizes & set(other[1]))
     books = [replace(b, key=keys[b.key], dtype=dtypes[keys[b.key]], companions=(*sorted(own[b.key]),)) for b in books]

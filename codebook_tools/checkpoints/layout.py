@@ -21,6 +21,12 @@ _PICKLES = {"diffusion_pytorch_model.bin": WEIGHTS[0], "pytorch_model.bin": WEIG
 PREFIX = "codebook_tools."
 """Of the metadata that we add."""
 
+DECLARED = "declared"
+"""The entry of it that keeps what a user said of tensors beside a codebook."""
+
+AS_STORED = "as-stored"
+"""That a tensor beside a codebook does not change the codes that come out."""
+
 _PARTIAL = ".codebook.partial"
 _INDEX_MAP, _TRAINING = ".index_map.safetensors", ".training.safetensors"
 _OTHER_WEIGHTS = {SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf", ".pkl"}

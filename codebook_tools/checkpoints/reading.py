@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +16,11 @@ from codebook_tools.checkpoints.entries import torch_dtype as torch_dtype
 from codebook_tools.checkpoints.hashing import State, state_of
 from codebook_tools.checkpoints.hashing import file_sha256 as file_sha256
 from codebook_tools.checkpoints.headers import PICKLED, read_safetensors
-from codebook_tools.checkpoints.layout import INDEX, SUFFIX, config_beside, config_in, weights_in
+from codebook_tools.checkpoints.layout import AS_STORED as AS_STORED
+from codebook_tools.checkpoints.layout import DECLARED, INDEX, PREFIX, SUFFIX, config_beside, config_in, weights_in
 from codebook_tools.checkpoints.shards import read_shards
 from codebook_tools.errors import CodebookError
+from codebook_tools.parsing import parse_json
 from codebook_tools.regular import check_regular
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class Checkpoint:
     path: of the file, or of the index. files: all of the weights', an index before its shards. folder: the directory
     that was named in its place, or that an index lies in. config_path: of the config that goes with it. left_behind:
     dotted names of what lies beside the weights in a pickle, and is not read. states: of the files as they were read.
+    stated: what the user says of tensors beside a codebook, by key: a role, or AS_STORED.
     """
 
     path: Path
@@ -42,6 +45,12 @@ class Checkpoint:
     config_path: Path | None = None
     left_behind: tuple[str, ...] = ()
     states: tuple[State, ...] = ()
+    stated: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def declared(self) -> dict[str, str]:
+        """What is said of tensors beside a codebook, by key: by the user now, or when the file was written."""
+        return {**declared_in(self.metadata), **self.stated}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -101,6 +110,15 @@ class Checkpoint:
     def sha256(self) -> str:
         """Of the file; of an index and its shards, as `joined_sha256` has it."""
         return joined_sha256({file.name: file_sha256(file) for file in self.files})
+
+
+def declared_in(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What was said of tensors when a file was written."""
+    try:
+        said = parse_json(metadata.get(PREFIX + DECLARED, "{}"))
+    except ValueError:
+        return {}
+    return {key: role for key, role in said.items() if isinstance(role, str)} if isinstance(said, dict) else {}
 
 
 def joined_sha256(digests: Mapping[str, str]) -> str:

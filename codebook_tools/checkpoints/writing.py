@@ -88,6 +88,7 @@ def write_checkpoint(
     others: Mapping[str, bytes] | None = None,
     *,
     force: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write `original` with the tensors of `changed` in their place, its index map beside it; return the map's path.
 
@@ -95,7 +96,8 @@ def write_checkpoint(
     the files of the original's directory that go with them; shards stay shards. changed: by key, in the stored dtype;
     shapes may differ. metadata: added to the original's, without PREFIX. maps: int64 tensors of the index map file;
     without any, there is none. config: what the config is to hold. others: what other files of the directory are to
-    hold, by name, where that changes or there is none. force: replace what is there.
+    hold, by name, where that changes or there is none. force: replace what is there. check: called when all is written
+    and nothing is in its place yet; what it raises leaves nothing behind.
 
     Everything is written whole under names that end in `.partial`, flushed, read back and compared, then renamed; a
     directory as one. Raises VerificationError where what was read back is not what was meant, CodebookError where the
@@ -127,6 +129,7 @@ def write_checkpoint(
                 beside.append(own_config_path(path))
                 _write_whole(stack.enter_context(partial_file(beside[-1], force)), lambda: [config])
             original.check_unchanged()
+            check()
             # The model last: where there is a model, there is its map.
             for target in (*beside, path):
                 put_in_place(target)

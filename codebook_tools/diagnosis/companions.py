@@ -12,8 +12,9 @@ from codebook_tools.assignment import unit
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.effective import effective
 from codebook_tools.checkpoints.reading import Checkpoint
-from codebook_tools.models.companions import ROLES, flags
-from codebook_tools.models.stored import stored_rows
+from codebook_tools.errors import CodebookError
+from codebook_tools.models.companions import Role, flags
+from codebook_tools.models.stored import followers, stored_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,15 +46,18 @@ def companions_of(checkpoint: Checkpoint, found: FoundCodebook, original: FoundC
 def running(checkpoint: Checkpoint, found: FoundCodebook) -> tuple[Tensor, Tensor] | None:
     """(size, dim) and (size,) float32: running sums over running counts, as training would go on from them, and the
     counts. None without both, and where the sums are the codebook itself."""
-    by_role = {
-        next(role.name for role in ROLES if role.leaf.search(key.rpartition(".")[2])): key for key in found.companions
-    }
-    if not {"sums", "counts"} <= by_role.keys() or effective(found, checkpoint.shapes).kind == "ratio":
+    try:
+        by_role = {one.role: one for one in followers(checkpoint, found)}
+    except CodebookError:  # one that nobody understands: what it holds cannot be judged
         return None
-    hits, sums = (checkpoint.tensor(by_role[role]).float() for role in ("counts", "sums"))
+    counted = by_role.get(Role.COUNTS) or by_role.get(Role.SHARES)
+    if Role.SUMS not in by_role or counted is None or effective(found, checkpoint.shapes).kind == "ratio":
+        return None
+    summed = by_role[Role.SUMS]
+    hits, sums = checkpoint.tensor(counted.key).float(), checkpoint.tensor(summed.key).float()
     if hits.numel() != found.size or sums.numel() != found.size * found.dim:
         return None
-    rows, hits = stored_rows(sums.reshape(checkpoint.shapes[by_role["sums"]]), found), hits.reshape(-1)
+    rows, hits = sums.movedim(summed.axis or 0, 0).reshape(found.size, -1), hits.reshape(-1)
     if float(hits.sum()) <= 0:  # nothing was counted yet: libraries begin with the codes themselves for sums
         return rows, torch.ones(found.size)
     return rows / hits[:, None].clamp(min=1e-5), hits

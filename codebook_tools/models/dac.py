@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.entries import Shapes
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Lookup
 from codebook_tools.models.family import Family
-from codebook_tools.models.transformers_model import CONFIG_KEY, built, file_key, prefix_of
+from codebook_tools.models.transformers_model import CONFIG_KEY, built, file_key, prefix_of, pretrained
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -29,6 +30,13 @@ def make(shapes: Shapes, checkpoint: Checkpoint) -> Module:
     return built(shapes, checkpoint, "DacModel", Dac)
 
 
+def load(folder: Path) -> tuple[Module, list[str], list[str]]:
+    """The network as transformers loads it."""
+    from codebook_tools.networks.dac import Dac
+
+    return pretrained(folder, "DacModel", Dac)
+
+
 FAMILY = Family(
     prefix=lambda checkpoint: prefix_of(checkpoint, "dac", _AXES),
     make=make,
@@ -36,4 +44,5 @@ FAMILY = Family(
     lookup=Lookup.COSINE,
     config_key=CONFIG_KEY,
     power_of_two=True,
+    pretrained=load,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.entries import Shapes
@@ -71,6 +72,19 @@ def caveats(checkpoint: Checkpoint) -> tuple[str, ...]:
     )
 
 
+def pretrained(folder: Path) -> tuple[Module, list[str], list[str]]:
+    """The network as diffusers loads it."""
+    from codebook_tools.networks.diffusers_vqmodel import DiffusersVQModel
+
+    return DiffusersVQModel.pretrained(folder)
+
+
 FAMILY = Family(
-    prefix=prefix_of, make=make, file_key=file_key, config_key=CONFIG_KEY, default_size=256, caveats=caveats
+    prefix=prefix_of,
+    make=make,
+    file_key=file_key,
+    config_key=CONFIG_KEY,
+    default_size=256,
+    caveats=caveats,
+    pretrained=pretrained,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.entries import Shapes
@@ -9,7 +10,7 @@ from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.checkpoints.weight_norm import OLDER
 from codebook_tools.models.bandwidths import bandwidths
 from codebook_tools.models.family import Family
-from codebook_tools.models.transformers_model import CONFIG_KEY, built, file_key, prefix_of
+from codebook_tools.models.transformers_model import CONFIG_KEY, built, file_key, prefix_of, pretrained
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -30,6 +31,13 @@ def make(shapes: Shapes, checkpoint: Checkpoint) -> Module:
     return built(shapes, checkpoint, "EncodecModel", Encodec)
 
 
+def load(folder: Path) -> tuple[Module, list[str], list[str]]:
+    """The network as transformers loads it."""
+    from codebook_tools.networks.encodec import Encodec
+
+    return pretrained(folder, "EncodecModel", Encodec)
+
+
 FAMILY = Family(
     prefix=lambda checkpoint: prefix_of(checkpoint, "encodec", _AXES),
     make=make,
@@ -37,4 +45,5 @@ FAMILY = Family(
     config_key=CONFIG_KEY,
     power_of_two=True,
     follow=lambda config, size: bandwidths(config, size, _DEFAULT_BANDWIDTHS),
+    pretrained=load,
 )

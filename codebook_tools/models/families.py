@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.config import Config, entry_of
 from codebook_tools.checkpoints.detect import Detection, FoundCodebook, find_codebooks
@@ -26,6 +27,9 @@ from codebook_tools.models import (
     zalando,
 )
 from codebook_tools.models.family import Family
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FAMILIES = {
     "zalando": zalando.FAMILY,
@@ -98,6 +102,22 @@ def guessed(found: FoundCodebook, family: str | None, metric: str | None) -> lis
         return []
     told = "nothing says" if found.search == "unknown" else f"its names suggest {found.search}, but do not say"
     return [f"{told} how {found.key} is searched: Euclidean distance is taken; --metric says otherwise"]
+
+
+def are_unit(codes: Tensor) -> bool:
+    """Whether codes (size, dim) all have unit length, as those of a cosine search mostly do."""
+    return codes.shape[1] > 1 and bool(((codes.norm(dim=1) - 1).abs() <= _UNIT).all())
+
+
+_UNIT = 5e-3  # which bfloat16 keeps
+
+
+def unit_warning(key: str) -> str:
+    """What to warn of where codes have unit length and nobody says how they are searched."""
+    return (
+        f"the codes of {key} have unit length, and nothing says how they are searched: unit codes are written, with "
+        "which Euclidean and cosine search choose the same; --metric says otherwise"
+    )
 
 
 @dataclass(frozen=True)

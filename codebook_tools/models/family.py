@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.config import Config
@@ -31,7 +32,8 @@ class Family:
     K where that entry is missing, None where the library has no default.
     power_of_two: whether the config takes no other K. follow: further entries of the config that K decides, by dotted
     name: (config, new K) -> values. axis: of the codes in their tensors, None where that can be told from the names.
-    caveats: what to warn of.
+    caveats: what to warn of. pretrained: the network as its library loads a directory, with the keys that it missed
+    and those that it did not expect; None where there is no such library.
     """
 
     prefix: Callable[[Checkpoint], str | None]
@@ -46,3 +48,4 @@ class Family:
     follow: Callable[[Config, int], Mapping[str, object]] = lambda config, size: {}
     axis: int | None = None
     caveats: Callable[[Checkpoint], tuple[str, ...]] = lambda checkpoint: ()
+    pretrained: Callable[[Path], tuple[Module, list[str], list[str]]] | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from codebook_tools.checkpoints.detect import Detection, FoundCodebook
+from codebook_tools.checkpoints.entries import Shapes
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
@@ -27,6 +30,7 @@ from codebook_tools.models.families import (
 from codebook_tools.models.family import Family
 from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Book, Model, walks
 from codebook_tools.models.stored import effective_rows, owned_keys
+from codebook_tools.models.twins import twins
 from codebook_tools.networks.bounded import bounded
 from codebook_tools.networks.custom import make_network
 
@@ -35,7 +39,7 @@ def choose_codebooks(checkpoint: Checkpoint, keys: Sequence[str]) -> list[FoundC
     """Those named, else all that are surely there. Raises CodebookError, with candidates, where that is not plain."""
     detection = detected(checkpoint)
     if keys:
-        return [_operable(_named(checkpoint, detection, key)) for key in keys]
+        return [_operable(checkpoint, _named(checkpoint, detection, key)) for key in keys]
     if not detection.codebooks:
         raise CodebookError(f"{checkpoint.path} has no codebook: {detection.reason}")
     for found in detection.codebooks:
@@ -43,7 +47,7 @@ def choose_codebooks(checkpoint: Checkpoint, keys: Sequence[str]) -> list[FoundC
             raise CodebookError(
                 f"{found.key} is only perhaps a codebook; if it is, say so with --codebook-key {found.key}"
             )
-    return [_operable(found) for found in detection.codebooks]
+    return [_operable(checkpoint, found) for found in detection.codebooks]
 
 
 def choose_codebook(checkpoint: Checkpoint, keys: Sequence[str]) -> FoundCodebook:
@@ -58,11 +62,34 @@ def choose_codebook(checkpoint: Checkpoint, keys: Sequence[str]) -> FoundCodeboo
     return found[0]
 
 
-def _operable(found: FoundCodebook) -> FoundCodebook:
+def with_twins(checkpoint: Checkpoint, found: FoundCodebook) -> FoundCodebook:
+    """A codebook with all names that it has in the file, by its bytes."""
+    detection = detected(checkpoint)
+    books = {book.key: book for book in detection.codebooks if book.search != "logits" and book.heads == 1}
+    numberless = re.sub(r"\d+", "", found.key)
+    for key in checkpoint.shapes:  # stages of the same name, which detection may not know
+        if key not in books and re.sub(r"\d+", "", key) == numberless and key != found.key:
+            books[key] = replace(_named(checkpoint, detection, key), search=found.search)
+    others = twins(checkpoint, found, list(books.values()))
+    others = tuple(_along_as(checkpoint, place, found) for place in others)
+    return replace(found, also=others) if others else found
+
+
+def _along_as(checkpoint: Checkpoint, place: FoundCodebook, found: FoundCodebook) -> FoundCodebook:
+    """A codebook's other place, laid out as the first, with what lies beside it there."""
+    padding = checkpoint.shapes[found.key][found.axis] - found.size
+    beside = _along(checkpoint, place, found.axis, padding)
+    return replace(beside, companions=tuple(sorted({*beside.companions, *place.companions})))
+
+
+def _operable(checkpoint: Checkpoint, found: FoundCodebook) -> FoundCodebook:
     if found.heads > 1 or found.search == "logits":
         kind = "chosen by logits" if found.search == "logits" else f"of {found.heads} heads"
         raise CodebookError(f"{found.key} is a codebook {kind}: it can be inspected, not operated on")
-    return found
+    # Rows in the same module that only perhaps are a codebook are more likely this one's EMA sums.
+    vague = {book.key for book in detected(checkpoint).codebooks if book.confidence == "low"} - {found.key}
+    beside = vague.intersection(_beside(checkpoint, found.key, found.size, found.dim))
+    return replace(found, companions=tuple(sorted({*found.companions, *beside}))) if beside else found
 
 
 def _named(checkpoint: Checkpoint, detection: Detection, key: str) -> FoundCodebook:
@@ -73,16 +100,78 @@ def _named(checkpoint: Checkpoint, detection: Detection, key: str) -> FoundCodeb
     candidates = ", ".join(found.key for found in detection.codebooks) or "none"
     if entry is None:
         raise CodebookError(f"--codebook-key {key}: no such tensor in {checkpoint.path}; the candidates: {candidates}")
-    if len(entry.shape) != 2 or not min(entry.shape) or entry.dtype not in ("F64", "F32", "F16", "BF16"):
+    stacked = len(entry.shape) == 3 and entry.shape[0] == 1
+    shape = entry.shape[1:] if stacked else entry.shape
+    if len(shape) != 2 or not min(shape) or entry.dtype not in ("F64", "F32", "F16", "BF16"):
         raise CodebookError(
             f"--codebook-key {key}: {entry.dtype} {entry.shape} is no matrix of codes; the candidates: {candidates}"
         )
-    return FoundCodebook(key, entry.shape[0], entry.shape[1], 0, 1, entry.dtype, "unknown", (), "high")
+    plain = FoundCodebook(key, *shape, 0, 1, entry.dtype, "unknown", (), "high")
+    padded = _along(checkpoint, plain, int(stacked), 1) if shape[0] > 1 else plain
+    # A row more than there are counts is padding, as in RQ-VAE.
+    counted = any(math.prod(checkpoint.shapes[other]) == padded.size for other in padded.companions)
+    whole = _along(checkpoint, plain, int(stacked), 0)
+    return padded if counted and not whole.companions else whole
 
 
-def find_book(checkpoint: Checkpoint, key: str) -> FoundCodebook:
-    """The codebook of that key, which is known to be one."""
-    return _named(checkpoint, detected(checkpoint), key)
+def _along(checkpoint: Checkpoint, found: FoundCodebook, axis: int, padding: int) -> FoundCodebook:
+    """A codebook whose codes lie along another axis of its tensor than was thought, or with rows of padding after them;
+    what lies beside it in its module follows it."""
+    shape = checkpoint.shapes[found.key]
+    size = shape[axis] - padding
+    dim = math.prod(shape) // shape[axis]
+    own = _beside(checkpoint, found.key, size, dim)
+    return replace(found, axis=axis, size=size, dim=dim, companions=tuple(sorted(own)))
+
+
+def _beside(checkpoint: Checkpoint, key: str, size: int, dim: int) -> list[str]:
+    """Tensors of a codebook's module with a number, or a row, for each of its codes, which are no codebook for sure."""
+    books = {book.key for book in detected(checkpoint).codebooks if book.confidence == "high"} | {key}
+    direct = [other for other in checkpoint.shapes if other.rpartition(".")[0] in _scopes(key)]
+    stages = {other for other in direct if re.sub(r"\d+", "", other) == re.sub(r"\d+", "", key)}
+    shapes = checkpoint.shapes
+    return [
+        other
+        for other in direct
+        if other not in books | stages and size in shapes[other] and math.prod(shapes[other]) in (size, size * dim)
+    ]
+
+
+def _scopes(key: str) -> set[str]:
+    """The modules whose own tensors lie beside a codebook: that which holds it, and of an embedding the one around."""
+    owner = key.rpartition(".")[0]
+    return {owner, owner.rpartition(".")[0]} if key.endswith(".weight") else {owner}
+
+
+def along_latents(checkpoint: Checkpoint, found: FoundCodebook, dim: int | None) -> FoundCodebook:
+    """A codebook as latents of so many dimensions meet it, where its names leave its axes open."""
+    shape = [length for length in checkpoint.shapes[found.key] if length > 1]
+    if dim is None or found.dim == dim or sorted(shape) != sorted([dim, found.dim]):
+        return found
+    turned = _along(checkpoint, found, checkpoint.shapes[found.key].index(found.dim), 0)
+    return turned if turned.dim == dim else found
+
+
+def find_book(checkpoint: Checkpoint, key: str, layout: Sequence[int] = ()) -> FoundCodebook:
+    """The codebook of that key, which is known to be one. layout: its axis and size, where names and shapes do not tell
+    them, as `layouts` has them."""
+    found = _operable(checkpoint, _named(checkpoint, detected(checkpoint), key))
+    if len(layout) != 2 or layout[0] not in range(len(checkpoint.shapes[key])):
+        return found
+    axis, padding = layout[0], checkpoint.shapes[key][layout[0]] - layout[1]
+    return _along(checkpoint, found, axis, padding) if 0 <= padding < checkpoint.shapes[key][axis] else found
+
+
+def layouts(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> dict[str, tuple[int, int]]:
+    """Axis and size of the codebooks that lie otherwise than names and shapes tell, by key."""
+    detection = detected(checkpoint)
+    told = {place.key: _named(checkpoint, detection, place.key) for book in books for place in book.places}
+    return {
+        place.key: (place.axis, place.size)
+        for book in books
+        for place in book.places
+        if (place.axis, place.size) != (told[place.key].axis, told[place.key].size)
+    }
 
 
 def load_model(
@@ -102,13 +191,14 @@ def load_model(
     """
     if family is not None and family not in (*FAMILIES, CUSTOM):
         raise CodebookError(f"no family {family!r}; there are {', '.join((*FAMILIES, CUSTOM))}")
-    shapes, prefix, record = checkpoint.shapes, "", None
+    record: Family | None = None
+    build: Callable[[Checkpoint, int], nn.Module]
     if network is not None:
         first = choose_codebooks(checkpoint, codebook_keys)[0]
-        name, remake = CUSTOM, partial(make_network, network, first.size)
-        module = remake()
+        name, build = CUSTOM, partial(_make_custom, network)
+        module, first = _made_to_fit(network, checkpoint, first)
         prefix = _common_prefix(module.state_dict(), checkpoint)
-        keys = {name: prefix + name for name in module.state_dict()}
+        inner: Shapes = {}
     else:
         name, record = _known_family(checkpoint, family, codebook_keys)
         given = record.prefix(checkpoint)
@@ -117,18 +207,18 @@ def load_model(
         if record.make is None:
             raise CodebookError(f"{checkpoint.path} is of family {name}: {record.why_not}")
         check_stated(checkpoint, detected(checkpoint).codebooks)
-        prefix = given
-        inner = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-        numbers = sum(math.prod(shape) for shape in shapes.values())
-        described = f"{checkpoint.config_path or checkpoint.path}"
-        remake = partial(bounded, partial(record.make, inner, checkpoint), len(shapes), numbers, described)
-        module = remake()
-        keys = {name: prefix + record.file_key(name, inner) for name in module.state_dict()}
+        prefix, first = given, None
+        inner = _without_prefix(checkpoint, prefix)
+        build = partial(_make_family, record, prefix)
+        module = build(checkpoint, 0)
+    keys = {name: prefix + (record.file_key(name, inner) if record else name) for name in module.state_dict()}
     lookup, emit = METRICS[metric] if metric else _lookup(module, record)
-    found = _books_of(module, prefix, checkpoint, codebook_keys)
+    places = _books_of(module, prefix, checkpoint, codebook_keys, first)
+    if not walks(module) and places[0].key not in keys.values():
+        raise CodebookError(f"the network has no {places[0].key}: its codebook must have the file's name for it")
+    found, route = _shared(places, module, keys)
     entry = size_entry(checkpoint)
-    if not walks(module) and found[0].key not in keys.values():
-        raise CodebookError(f"the network has no {found[0].key}: its codebook must have the file's name for it")
+    _check_alike(found, checkpoint)
     _load_weights(module, keys, checkpoint)
     target = device or torch.device("cpu")
     module.to(target).eval().requires_grad_(False)
@@ -138,16 +228,150 @@ def load_model(
         checkpoint,
         module,
         keys,
-        tuple(Book(book, effective_rows(checkpoint, book).to(target), lookup, emit) for book in found),
-        tuple(i for i, book in enumerate(found) if not codebook_keys or book.key in codebook_keys),
-        remake,
+        tuple(_book(book, checkpoint, target, lookup, emit) for book in found),
+        tuple(
+            i
+            for i, book in enumerate(found)
+            if not codebook_keys or any(place.key in codebook_keys for place in book.places)
+        ),
+        route,
+        build,
         target,
         bf16,
         power_of_two=entry is not None and entry.power_of_two,
         input_range=AS_IT_IS if hasattr(module, "sampling_rate") else INPUT_RANGES[0],
-        carried=tuple(key for key in shapes if key not in owned.union(keys.values())),
-        caveats=record.caveats(checkpoint) if record else tuple(_guesses(module, found, metric)),
+        carried=tuple(key for key in checkpoint.shapes if key not in owned.union(keys.values())),
+        caveats=record.caveats(checkpoint) if record else (),
     )
+
+
+def reloaded(model: Model, written: Checkpoint) -> Model:
+    """The model of a file that was written for it, in a network of its own, which is made anew.
+
+    Raises CodebookError where the network does not load the file, or its keys are not those of the original.
+    """
+    sizes = [len(book.vectors) for book in model.books]
+    module = model.build(written, sizes[0])
+    names = {name: key for name, key in model.keys.items() if key in written.entries}
+    unknown = [name for name in module.state_dict() if name not in names]
+    lost = [key for name, key in model.keys.items() if name not in module.state_dict()]
+    for what, few in (("wants", unknown), ("has no", lost)):
+        if few:
+            raise CodebookError(f"the network for {sizes[0]} codes {what} {_few(few)}")
+    strange = sorted(written.entries.keys() - model.checkpoint.entries.keys())
+    if strange:
+        raise CodebookError(f"{written.path} has {_few(strange)}, which the original has not")
+    keys = {name: model.keys[name] for name in module.state_dict()}
+    _load_weights(module, keys, written)
+    module.to(model.device).eval().requires_grad_(False)
+    books = tuple(replace(book, found=book.found.resized(size)) for book, size in zip(model.books, sizes, strict=True))
+    return replace(model, checkpoint=written, network=module, keys=keys, books=books)
+
+
+def check_size_follows(model: Model, size: int) -> None:
+    """Raise CodebookError where the user's network for another number of codes does not fit what would be written:
+    some other tensor follows K, or its codebook does not."""
+    if model.family != CUSTOM or size == model.books[0].found.size:
+        return
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.build(model.checkpoint, size).state_dict().items()}
+    owned = {key for book in model.books for key in owned_keys(model.checkpoint, book.found)}
+    for name, shape in shapes.items():
+        key = model.keys.get(name)
+        if key is None:
+            raise CodebookError(f"the network for {size} codes wants {name}, which that for the file does not have")
+        stored = model.checkpoint.entries[key].shape
+        if key not in owned and _without_ones(stored) != _without_ones(shape):
+            raise CodebookError(
+                f"{key} follows the number of codes, too: {stored} in the file, {shape} in the network for {size}; "
+                "only codebooks and what lies beside them can be written: keep it out of --network, and remap it"
+            )
+        place = next((p for book in model.books for p in book.found.places if p.key == key), None)
+        if place is not None and shape[place.axis] - size != stored[place.axis] - place.size:
+            raise CodebookError(
+                f"the network for codebook_size={size} has {shape[place.axis]} rows in {key}, as it has for "
+                f"{place.size}: --network must be a function that makes as many codes as it is asked for"
+            )
+
+
+def _make_custom(spec: str, checkpoint: Checkpoint, size: int) -> nn.Module:
+    return make_network(spec, size)
+
+
+def _make_family(record: Family, prefix: str, checkpoint: Checkpoint, size: int) -> nn.Module:
+    """The family's network after the file, which says how many codes there are."""
+    assert record.make is not None
+    numbers = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    described = f"{checkpoint.config_path or checkpoint.path}"
+    inner = _without_prefix(checkpoint, prefix)
+    return bounded(partial(record.make, inner, checkpoint), len(checkpoint.shapes), numbers, described)
+
+
+def _without_prefix(checkpoint: Checkpoint, prefix: str) -> Shapes:
+    shapes = checkpoint.shapes.items()
+    return {key.removeprefix(prefix): shape for key, shape in shapes if key.startswith(prefix)}
+
+
+def _made_to_fit(spec: str, checkpoint: Checkpoint, found: FoundCodebook) -> tuple[nn.Module, FoundCodebook]:
+    """The user's network for as many codes as the file has, and the codebook as that network lays it out.
+
+    Names and shapes leave open which axis holds the codes, and whether a row after them is padding: the network says so
+    by what follows the number of codes that it is asked for.
+    """
+    module = make_network(spec, found.size)
+    shape = checkpoint.shapes[found.key]
+    made = _shape_in(module, found.key)
+    if made is None or len(shape) != 2 or (made == shape and shape[0] != shape[1]):
+        return module, found
+    other = _shape_in(make_network(spec, found.size + 1), found.key)
+    axes = [i for i, (one, more) in enumerate(zip(made, other or made, strict=False)) if one != more]
+    if len(axes) != 1 or len(made) != 2 or (other is not None and other[axes[0]] != made[axes[0]] + 1):
+        return module, found
+    axis, padding = axes[0], made[axes[0]] - found.size
+    if shape[axis] <= padding or made[1 - axis] != shape[1 - axis]:
+        return module, found
+    if (axis, shape[axis] - padding) == (found.axis, found.size):
+        return module, found
+    found = _along(checkpoint, found, axis, padding)
+    return make_network(spec, found.size), found
+
+
+def _shape_in(module: nn.Module, key: str) -> tuple[int, ...] | None:
+    """Of the tensor of a network whose name the key ends in: a file may put a prefix before all of them."""
+    state = module.state_dict()
+    name = next((name for name in state if name == key or key.endswith(f".{name}")), None)
+    return None if name is None else tuple(state[name].shape)
+
+
+def _shared(
+    places: Sequence[FoundCodebook], module: nn.Module, keys: Mapping[str, str]
+) -> tuple[list[FoundCodebook], tuple[int, ...]]:
+    """The codebooks, each once, and which of them each stage uses: those that share storage are one."""
+    state, names = module.state_dict(), {key: name for name, key in keys.items()}
+    books, route = dict[object, list[FoundCodebook]](), list[int]()
+    for place in places:
+        tensor = state.get(names.get(place.key, ""))
+        storage: object = place.key
+        if tensor is not None and tensor.numel():
+            storage = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        if place.key not in (known.key for known in books.setdefault(storage, [])):
+            books[storage].append(place)
+        route.append(list(books).index(storage))
+    return [replace(first, also=tuple(others)) for first, *others in books.values()], tuple(route)
+
+
+def _check_alike(books: Sequence[FoundCodebook], checkpoint: Checkpoint) -> None:
+    """Raise CodebookError where one tensor of the network has several names, and the file other numbers for each."""
+    for book in books:
+        for other in book.also:
+            if not torch.equal(checkpoint.tensor(other.key), checkpoint.tensor(book.key)):
+                raise CodebookError(
+                    f"{book.key} and {other.key} are one tensor in the network, and {checkpoint.path} holds different "
+                    "numbers for them: load it into the network and save it again, so that they agree"
+                )
+
+
+def _book(found: FoundCodebook, checkpoint: Checkpoint, device: torch.device, lookup: Lookup, emit: Emit) -> Book:
+    return Book(found, effective_rows(checkpoint, found).to(device), lookup, emit)
 
 
 def _common_prefix(names: Iterable[str], checkpoint: Checkpoint) -> str:
@@ -178,21 +402,39 @@ def _lookup(network: Any, record: Family | None) -> tuple[Lookup, Emit]:
     return (told[0] if isinstance(told[0], Lookup) else lookup), (told[1] if isinstance(told[1], Emit) else emit)
 
 
-def _guesses(network: Any, found: Sequence[FoundCodebook], metric: str | None) -> Iterator[str]:
-    if not isinstance(getattr(network, "lookup", None), Lookup):
-        yield from (told for book in found for told in guessed(book, None, metric))
+def guesses(model: Model, metric: str | None) -> Iterator[str]:
+    """What to warn of where nobody says how a user's network searches its codes."""
+    if model.family == CUSTOM and not isinstance(getattr(model.network, "lookup", None), Lookup):
+        yield from (told for book in model.books for told in guessed(book.found, None, metric))
 
 
-def _books_of(network: Any, prefix: str, checkpoint: Checkpoint, asked: Sequence[str]) -> list[FoundCodebook]:
-    """All codebooks that the network walks through, in its order; those asked for must be among them."""
+def _books_of(
+    network: Any, prefix: str, checkpoint: Checkpoint, asked: Sequence[str], first: FoundCodebook | None
+) -> list[FoundCodebook]:
+    """The codebook of every stage that the network walks through, in its order; those asked for must be among them."""
     if not walks(network):
-        return [choose_codebook(checkpoint, asked)]
-    found = [_operable(find_book(checkpoint, prefix + key)) for key in network.codebooks]
+        chosen = choose_codebook(checkpoint, asked)
+        return [first if first is not None and first.key == chosen.key else chosen]
+    found = [_operable(checkpoint, find_book(checkpoint, prefix + key)) for key in network.codebooks]
+    if first is not None:
+        found = [_laid_out_alike(book, first, checkpoint) for book in found]
     keys = [book.key for book in found]
     unknown = [key for key in asked if key not in keys]
     if unknown:
         raise CodebookError(f"--codebook-key {unknown[0]}: the network's codebooks are {', '.join(keys)}")
     return found
+
+
+def _laid_out_alike(book: FoundCodebook, first: FoundCodebook, checkpoint: Checkpoint) -> FoundCodebook:
+    """A stage's codebook, laid out as that of another stage whose tensor has the same shape."""
+    if book.key == first.key:
+        return first
+    if checkpoint.shapes[book.key] != checkpoint.shapes[first.key] or (book.axis, book.size) == (
+        first.axis,
+        first.size,
+    ):
+        return book
+    return _along(checkpoint, book, first.axis, checkpoint.shapes[first.key][first.axis] - first.size)
 
 
 def _load_weights(network: nn.Module, keys: Mapping[str, str], checkpoint: Checkpoint) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.entries import Shapes
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.models.family import Family
-from codebook_tools.models.transformers_model import CONFIG_KEY, built, file_key, prefix_of
+from codebook_tools.models.transformers_model import CONFIG_KEY, built, file_key, prefix_of, pretrained
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -38,10 +39,18 @@ def make(shapes: Shapes, checkpoint: Checkpoint) -> Module:
     return built(shapes, checkpoint, "MimiModel", Mimi)
 
 
+def load(folder: Path) -> tuple[Module, list[str], list[str]]:
+    """The network as transformers loads it."""
+    from codebook_tools.networks.mimi import Mimi
+
+    return pretrained(folder, "MimiModel", Mimi)
+
+
 FAMILY = Family(
     prefix=lambda checkpoint: prefix_of(checkpoint, "mimi", _AXES),
     make=make,
     file_key=lambda name, shapes: file_key(name, shapes, _FLAT),
     config_key=CONFIG_KEY,
     power_of_two=True,
+    pretrained=load,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.latents import EncodedLatents
 from codebook_tools.media import Media
 from codebook_tools.models.kept import Kept
-from codebook_tools.models.stored import changed_codebook, owned_keys, rounded
+from codebook_tools.models.stored import changed_codebook, codes_of_rows, owned_keys, rounded, rows_of_codes
 from codebook_tools.networks.network import Quantise
 
 INPUT_RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))
@@ -31,12 +31,16 @@ AS_IT_IS = (0.0, 1.0)
 @dataclass(eq=False)
 class Book:
     """A codebook of a running model. found: where it lies in the file, and how large it is there. vectors: (size, dim)
-    float32, the effective codes, which the network never looks up itself; on the model's device."""
+    float32, the effective codes, which the network never looks up itself; on the model's device. rows: (size, stored
+    dim) float32, of which the model makes them, None where they are written as they are. read: (found.size, dim), the
+    file's codes, where only the model's quantizer can tell them."""
 
     found: FoundCodebook
     vectors: Tensor
     lookup: Lookup = Lookup.EUCLIDEAN
     emit: Emit = Emit.RAW
+    rows: Tensor | None = None
+    read: Tensor | None = None
 
     @property
     def key(self) -> str:
@@ -50,7 +54,7 @@ class Book:
 @dataclass(frozen=True, eq=False)
 class Pass:
     """One batch through a model. media: as decoded, images not clamped. latents: `(n, dim, *grid)` of each book, and
-    codes: `(n, *grid)` int64, of each."""
+    codes: `(n, *grid)` int64, of each. Of a book that several stages share: `(n, dim, positions)`, stage by stage."""
 
     media: Tensor
     latents: tuple[Tensor, ...]
@@ -66,11 +70,11 @@ class Model:
     """A network with `encode` and `decode` in float32, and what must be known to work on it and write it back.
 
     keys: file key by network name. books: its codebooks, in the order in which latents meet them. chosen: indices of
-    those that are operated on. power_of_two: whether its config takes no other size of them. remake: the network anew,
-    for the file's codebook size, with fresh weights, in torch's default dtype on the CPU. input_range: of the network's
-    images. channels: of what it takes. stride: image sides, or samples, are multiples of it. carried: file keys
-    the network does not know. caveats: what to warn of. compiled: whether torch.compile makes encode and decode faster.
-    kept: what was encoded.
+    those that are operated on. route: the book that each quantizer stage uses, by index: stages may share one.
+    build: the network for a checkpoint and a number of codes, with fresh weights, in torch's default dtype on the CPU.
+    power_of_two: whether its config takes no other size of them. input_range: of the network's images. channels: of
+    what it takes. stride: image sides, or samples, are multiples of it. carried: file keys the network does not know.
+    caveats: what to warn of. compiled: whether torch.compile makes encode and decode faster. kept: what was encoded.
     """
 
     family: str
@@ -79,7 +83,8 @@ class Model:
     keys: Mapping[str, str]
     books: tuple[Book, ...]
     chosen: tuple[int, ...]
-    remake: Callable[[], nn.Module]
+    route: tuple[int, ...]
+    build: Callable[[Checkpoint, int], nn.Module]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bf16: bool = False
     power_of_two: bool = False
@@ -114,33 +119,35 @@ class Model:
 
     def pass_through(self, media: Tensor) -> Pass:
         """media through the model as it is, each latent replaced by its nearest code."""
-        latents, codes = list[Tensor](), list[Tensor]()
+        latents: list[list[Tensor]] = [[] for _ in self.books]
+        codes: list[list[Tensor]] = [[] for _ in self.books]
 
         def look(stage: int, found: Tensor) -> Tensor:
-            latents.append(found)
-            codes.append(self.assign(found, stage))
-            return self.embed(codes[-1], stage)
+            latents[stage].append(found)
+            codes[stage].append(self.assign(found, stage))
+            return self.embed(codes[stage][-1], stage)
 
-        return Pass(self.run(media, look), tuple(latents), tuple(codes))
+        shown = self.run(media, look)
+        return Pass(shown, tuple(map(of_stages, latents)), tuple(map(of_stages, codes)))
 
     def encode(self, media: Tensor, stage: int = 0, *, keep: bool = True) -> Tensor:
         """media -> the latents that meet the book `stage`, `(n, dim, *grid)` float32; those before it quantise.
 
         keep: what the encoder makes of media, for those who ask for that again.
         """
-        reached: Tensor | None = None
+        reached, stages = list[Tensor](), self.route.count(stage)
 
         def look(now: int, found: Tensor) -> Tensor:
-            nonlocal reached
             if now == stage:
-                reached = found
-                raise _ReachedError
+                reached.append(found)
+                if len(reached) == stages:
+                    raise _ReachedError
             return self.embed(self.assign(found, now), now)
 
         with self.autocast(), suppress(_ReachedError):
             self._walk(self._encoded(media, keep), look)
-        assert reached is not None, f"the walk has no stage {stage}"
-        return reached
+        assert reached, f"the walk has no stage {stage}"
+        return of_stages(reached)
 
     def latents(self, images: Media, batch: int, stage: int = 0) -> EncodedLatents:
         """The latents of many images that meet the book `stage`, as a stream."""
@@ -166,6 +173,14 @@ class Model:
         book = self.books[stage]
         return (unit(book.vectors) if book.emit is Emit.UNIT else book.vectors)[codes].movedim(-1, 1)
 
+    def encode_media(self, media: Tensor) -> object:
+        """What the network's `encode` makes of media, as `walk` and its own quantizer take it."""
+        return self._encoded(media, keep=False)
+
+    def walk(self, encoded: object, quantise: Quantise) -> object:
+        """That through `quantise` at every stage, and to what `decode` takes. quantise: gets the index of the book."""
+        return self._walk(encoded, quantise)
+
     def _encoded(self, media: Tensor, keep: bool = True) -> object:
         """What the encoder makes of media; without gradients it need not be made twice."""
         low, high = self.input_range
@@ -178,7 +193,8 @@ class Model:
         return self.kept.encoded(self.network, media, (low, high), encode)
 
     def _walk(self, encoded: object, quantise: Quantise) -> object:
-        def checked(stage: int, latents: object) -> Tensor:
+        def checked(quantizer_stage: int, latents: object) -> Tensor:
+            stage = self.route[quantizer_stage]
             # Nearest codes are decided in float32, whatever the network computes in: bf16 gets one in ten wrong.
             with torch.autocast(self.device.type, enabled=False):
                 return quantise(stage, _checked(latents, self.books[stage].vectors.shape[1]).float())
@@ -210,7 +226,14 @@ class Model:
         """
         book = self.books[stage]
         vectors = unit(codebook.vectors) if book.emit is Emit.UNIT else codebook.vectors
-        installed = replace(book, vectors=rounded(self.checkpoint, book.found, vectors).clone().to(self.device))
+        rows = rows_of_codes(self.checkpoint, book.found, vectors, old=book.read)
+        if rows is None:
+            held = rounded(self.checkpoint, book.found, vectors)
+        elif book.read is not None:  # each is one of the file's, or none could be written
+            held = vectors
+        else:
+            held = codes_of_rows(self.checkpoint, book.found, rows)
+        installed = replace(book, vectors=held.clone().to(self.device), rows=rows)
         self.books = (*self.books[:stage], installed, *self.books[stage + 1 :])
 
     def copy(self, network: nn.Module) -> Model:
@@ -221,7 +244,7 @@ class Model:
         """The same model around a network that was never trained, its weights drawn by seed."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            network = self.remake()
+            network = self.build(self.checkpoint, self.books[0].found.size)
         return self.copy(network.float().to(self.device).eval().requires_grad_(False))
 
     # The file it becomes
@@ -242,8 +265,8 @@ class Model:
                 tensors[key] = running.to(torch_dtype(entries[key].dtype)).reshape(entries[key].shape).contiguous()
         for stage, hits in counts.items():
             book = self.books[stage]
-            rows = book.codebook.vectors.cpu()
-            tensors |= changed_codebook(self.checkpoint, book.found, rows, hits.cpu(), index_maps[stage].cpu())
+            codes, index_map = book.codebook.vectors.cpu(), index_maps[stage].cpu()
+            tensors |= changed_codebook(self.checkpoint, book.found, codes, hits.cpu(), index_map, book.rows)
         return tensors
 
     def round_to_stored(self) -> None:
@@ -303,6 +326,15 @@ class Model:
         except CodebookError:
             return stride
         return max(1, round(larger / latents.shape[-1]))
+
+
+def of_stages(tensors: Sequence[Tensor]) -> Tensor:
+    """What one book has of the stages that use it: of one, (n, ..., *grid) as it is; of several, their positions in a
+    row, (n, ..., positions)."""
+    if len(tensors) == 1:
+        return tensors[0]
+    grid_from = 2 if tensors[0].is_floating_point() else 1  # latents have an axis of dimensions, codes have none
+    return torch.cat([tensor.flatten(grid_from) for tensor in tensors], -1)
 
 
 def walks(network: object) -> bool:

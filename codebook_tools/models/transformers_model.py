@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from codebook_tools.checkpoints.entries import Shapes
@@ -49,6 +50,15 @@ def built(shapes: Shapes, checkpoint: Checkpoint, name: str, wrap: Callable[[Any
             f"{len(held)}: they are of two models; mend one"
         )
     return cast("Module", network)
+
+
+def pretrained(folder: Path, name: str, wrap: Callable[[Any], Module]) -> tuple[Module, list[str], list[str]]:
+    """The library's own model `name` as it loads a directory, as the family's module, with the keys that it missed and
+    those that it did not expect."""
+    import transformers
+
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    return wrap(model), list(info["missing_keys"]), list(info["unexpected_keys"])
 
 
 def _numberless(key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.entries import Shapes
@@ -9,7 +10,7 @@ from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.checkpoints.weight_norm import OLDER
 from codebook_tools.models.bandwidths import bandwidths
 from codebook_tools.models.family import Family
-from codebook_tools.models.transformers_model import CONFIG_KEY, built, file_key, prefix_of
+from codebook_tools.models.transformers_model import CONFIG_KEY, built, file_key, prefix_of, pretrained
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -32,10 +33,18 @@ def make(shapes: Shapes, checkpoint: Checkpoint) -> Module:
     return built(shapes, checkpoint, "XcodecModel", Xcodec)
 
 
+def load(folder: Path) -> tuple[Module, list[str], list[str]]:
+    """The network as transformers loads it."""
+    from codebook_tools.networks.xcodec import Xcodec
+
+    return pretrained(folder, "XcodecModel", Xcodec)
+
+
 FAMILY = Family(
     prefix=lambda checkpoint: prefix_of(checkpoint, "xcodec", _AXES),
     make=make,
     file_key=lambda name, shapes: file_key(name, shapes, OLDER),
     config_key=CONFIG_KEY,
     follow=lambda config, size: bandwidths(config, size, _DEFAULT_BANDWIDTHS),
+    pretrained=load,
 )

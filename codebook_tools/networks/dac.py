@@ -36,6 +36,11 @@ class Dac(nn.Module):
 
         return encoded._replace(latents=residual(encoded.latents, range(len(layers)), projected))
 
+    def quantize(self, encoded: Encoded) -> tuple[Encoded, Tensor]:
+        """The library's own quantizer, with all of its stages; codes (n, levels, positions)."""
+        quantized, codes, *_ = self.model.quantizer(encoded.latents)
+        return encoded._replace(latents=quantized), codes
+
     def decode(self, quantised: Encoded) -> Tensor:
         """-> waveforms (n, 1, samples). With an odd ratio, as at 24 kHz, the library's decoder makes some samples too
         few (8 there): silence stands in for the last."""

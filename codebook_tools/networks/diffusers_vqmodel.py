@@ -20,12 +20,32 @@ class DiffusersVQModel(nn.Module):
     def __init__(self, config: Mapping[str, object], path: Path | None) -> None:
         super().__init__()
         self.model: Any = _build(config, path)
+        self._note(config)
+
+    @classmethod
+    def pretrained(cls, folder: Path) -> tuple[DiffusersVQModel, list[str], list[str]]:
+        """As the library loads a directory, with the keys that it missed and those that it did not expect."""
+        from diffusers import VQModel
+
+        model, info = VQModel.from_pretrained(folder, output_loading_info=True)
+        network = cls.__new__(cls)
+        nn.Module.__init__(network)
+        network.model = model
+        network._note(model.config)
+        return network, list(info["missing_keys"]), list(info["unexpected_keys"])
+
+    def _note(self, config: Mapping[str, object]) -> None:
         self._spatial = config.get("norm_type") == "spatial"  # the codes modulate the decoder's norms, as in MoVQ
 
     def encode(self, images: Tensor) -> Tensor:
         """images (n, channels, height, width) in the model's range -> latents (n, dim, *grid), not quantised."""
         latents: Tensor = self.model.encode(images).latents
         return latents
+
+    def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The library's own quantizer: latents (n, dim, *grid) -> quantized alike, and codes (n, *grid)."""
+        quantized, _, (_, _, codes) = self.model.quantize(latents)
+        return quantized, codes.reshape(len(latents), *latents.shape[2:])
 
     def decode(self, quantised: Tensor) -> Tensor:
         """quantised (n, dim, *grid) -> images (n, channels, height, width)."""

@@ -47,6 +47,11 @@ class Encodec(nn.Module):
     def walk(self, encoded: Chunks, quantise: Quantise) -> Chunks:
         return encoded._replace(latents=residual(encoded.latents, range(len(self.codebooks)), quantise))
 
+    def quantize(self, encoded: Chunks) -> tuple[Chunks, Tensor]:
+        """The library's own quantizer, with all of its stages; codes (n, levels, positions)."""
+        codes = self.model.quantizer.encode(encoded.latents)
+        return encoded._replace(latents=self.model.quantizer.decode(codes)), codes.transpose(0, 1)
+
     def decode(self, quantised: Chunks) -> Tensor:
         """-> waveforms (n, channels, samples), chunks faded into each other."""
         parts = quantised.latents.split_with_sizes(quantised.lengths, -1)

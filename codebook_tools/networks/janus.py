@@ -27,6 +27,12 @@ class JanusVQ(nn.Module):
         latents: Tensor = self.model.quant_conv(self.model.encoder(images))
         return latents
 
+    def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The library's own quantizer: latents (n, dim, *grid) -> quantized alike, and codes (n, *grid). Its lookup
+        normalizes nothing: with rows of unit length it chooses as the original does."""
+        quantized, _, codes = self.model.quantize(latents)
+        return quantized, codes.reshape(len(latents), *latents.shape[2:])
+
     def decode(self, quantised: Tensor) -> Tensor:
         """quantised (n, dim, *grid), of unit length -> images (n, channels, height, width)."""
         images: Tensor = self.model.decoder(self.model.post_quant_conv(quantised))

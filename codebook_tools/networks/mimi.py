@@ -44,6 +44,11 @@ class Mimi(nn.Module):
             total = total + out_of(residual(into(encoded.latents), stages, quantise))
         return encoded._replace(latents=total)
 
+    def quantize(self, encoded: Encoded) -> tuple[Encoded, Tensor]:
+        """The library's own quantizer, with all of its stages; codes (n, levels, positions)."""
+        codes = self.model.quantizer.encode(encoded.latents, self.model.config.num_quantizers).transpose(0, 1)
+        return encoded._replace(latents=self.model.quantizer.decode(codes)), codes
+
     def decode(self, quantised: Encoded) -> Tensor:
         """-> waveforms (n, channels, samples)."""
         half = self._half("decoder")

@@ -40,6 +40,17 @@ class Walking(Network, Protocol):
     def walk(self, encoded: Any, quantise: Quantise, /) -> Any: ...
 
 
+class Quantizing(Network, Protocol):
+    """A network with a quantizer of its own, which what we compute is held against.
+
+    quantize: what `encode` returned -> the same, quantized as `walk` returns it, and codes int64: (n, *grid) of one
+    codebook, (n, levels, *grid) of several. In training mode it also does what training does to the codes, such as a
+    step of their moving average.
+    """
+
+    def quantize(self, encoded: Any, /) -> tuple[Any, Tensor]: ...
+
+
 class Listening(Network, Protocol):
     """A network of waveforms. sampling_rate: in Hz. hop: samples a latent; inputs are cut to multiples of it.
     channels: of its waveforms."""

@@ -42,6 +42,11 @@ class Xcodec(nn.Module):
     def walk(self, encoded: Encoded, quantise: Quantise) -> Encoded:
         return encoded._replace(latents=residual(encoded.latents, range(len(self.codebooks)), quantise))
 
+    def quantize(self, encoded: Encoded) -> tuple[Encoded, Tensor]:
+        """The library's own quantizer, with all of its stages; codes (n, levels, positions)."""
+        codes = self.model.quantizer.encode(encoded.latents)
+        return encoded._replace(latents=self.model.quantizer.decode(codes)), codes.transpose(0, 1)
+
     def decode(self, quantised: Encoded) -> Tensor:
         """-> waveforms (n, 1, samples)."""
         return fitted(self.model.acoustic_decoder(_linear(self.model.fc2, quantised.latents)), quantised.samples)

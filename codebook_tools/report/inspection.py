@@ -30,7 +30,7 @@ def inspection_table(found: Inspection) -> RenderableType:
     ]
     parts += [Text(warning) for warning in found.warnings]
     if detection.elsewhere:
-        parts.append(Text("other tensors with K, K+1 or K+2 in their shape, which something downstream may depend on:"))
+        parts.append(Text("other tensors whose shape may follow K (K, or n K for n codebooks, and up to 4 more):"))
         parts += [Text(f"  {key} {list(shape)}") for key, shape in detection.elsewhere[:FEW]]
         more = len(detection.elsewhere) - FEW
         parts += [Text(f"  and {more} more, which --json lists")] if more > 0 else []

@@ -18,6 +18,7 @@ from codebook_tools.downstream.remap import Remapped
 from codebook_tools.figures import STAGES, rows_of, stage_rows
 from codebook_tools.mapping import Map
 from codebook_tools.measure import Measurement
+from codebook_tools.models.proof import Proof
 from codebook_tools.outcome import Result
 from codebook_tools.planning import Plan
 from codebook_tools.report.diagnosis import diagnosis_table
@@ -72,7 +73,22 @@ def result_table(result: Result) -> RenderableType:
     if "packed" in result.bytes:
         packed = f"packed, the codebook would take {result.bytes['packed']:,} bytes; the file stores it as before"
         lines.append(Text(packed, style="dim"))
+    if result.proof is not None:
+        lines.append(Text(proof_line(result.proof), style="dim"))
     return Group(*lines)
+
+
+def proof_line(proof: Proof | None) -> str:
+    """How figures were held against the model that loads the file, in words."""
+    if proof is None:
+        return "nothing was held against a network"
+    if proof.by == "file":
+        return "the file alone was read back: no network was given that could load it"
+    revived = f"; one step of its training moved {proof.revived} codes" if proof.revived else ""
+    if proof.by == "module":
+        return f"the network loads the file, and its {proof.of:,} codes are those that were meant{revived}"
+    ties = f", {proof.near_ties:,} others being as near" if proof.near_ties else ""
+    return f"the network's own quantizer chooses the same {proof.agree:,} of {proof.of:,} codes{ties}{revived}"
 
 
 def _about(first: Measurement, settings: Mapping[str, object]) -> str:
@@ -214,9 +230,12 @@ def _table(lines: Iterable[Sequence[str]]) -> Table:
 
 def verification_table(found: Verification) -> RenderableType:
     """What differs and must not."""
+    if found.ok and not found.against:
+        return Text(f"{found.model} is sound: {proof_line(found.proof)}")
     if found.ok:
         original = "the bundled demo" if found.against == str(DEMO) else found.against
-        return Text(f"{found.model} is sound: only what may differ from {original} differs")
+        sound = f"{found.model} is sound: only what may differ from {original} differs"
+        return Text(f"{sound}; {proof_line(found.proof)}" if found.proof else sound)
     table = Table("tensor", "what is wrong", box=None, pad_edge=False, header_style="bold")
     for difference in found.differences:
         table.add_row(difference.key, difference.what)

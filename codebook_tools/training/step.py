@@ -13,7 +13,7 @@ from codebook_tools import processes
 from codebook_tools.errors import CodebookError
 from codebook_tools.losses import Seen
 from codebook_tools.media import Media
-from codebook_tools.models.model import Model
+from codebook_tools.models.model import Model, of_stages
 from codebook_tools.quantiser import REVIVE_EVERY, More, Quantiser
 from codebook_tools.trainable import set_trainable, trained_names, training_mode, written_names
 from codebook_tools.training.averaging import WeightAverage
@@ -114,14 +114,21 @@ class Training:
     def _gradients_of(self, media: Tensor, share: float) -> dict[str, Tensor]:
         """Those of one batch, on top of what is there."""
         media = media.to(self.model.device, non_blocking=True)
-        seen = list[Seen]()
+        met: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.quantisers]
 
         def through(stage: int, latents: Tensor) -> Tensor:
             codes, quantised = self.quantisers[stage](latents)
-            seen.append(Seen(latents, codes, quantised, self.model.books[stage]))
+            met[stage].append((latents, codes, quantised))
             return straight_through(latents, quantised)
 
-        terms = self.objective(self._run(media, through), media, seen)
+        shown = self._run(media, through)
+        seen = [
+            Seen(of_stages(latents), of_stages(codes), of_stages(quantized), book)
+            for (latents, codes, quantized), book in zip(
+                (zip(*stages, strict=True) for stages in met), self.model.books, strict=True
+            )
+        ]
+        terms = self.objective(shown, media, seen)
         weight = share / self.recipe.accumulate
         if self.optimiser is not None:
             # Processes average their gradients: each weighs as much of the batch as it is.

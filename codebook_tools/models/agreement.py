@@ -1,0 +1,235 @@
+"""A model's own quantizer and ours on the same latents: which codes, and which vectors, each of them gives out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from codebook_tools.codebook import Codebook, Lookup
+from codebook_tools.errors import CodebookError
+from codebook_tools.models.companions import FLAG
+from codebook_tools.models.model import Model
+from codebook_tools.models.stored import owned_keys
+
+LEAST = 4096
+"""Latents, at least, on which they are held against each other."""
+
+_RELATIVE = 1e-5  # by which two distances may differ for either code to be the nearest
+_ROUNDING = 8 * torch.finfo(torch.float32).eps  # of |z|^2 and |c|^2, of which many quantizers subtract one from another
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """agree: codes that are the same. of: all of them. near_ties: codes that differ where both are as near.
+    apart: the largest difference of the quantized vectors, relative to the longest entry. reason: why they disagree,
+    None where they do not."""
+
+    agree: int
+    of: int
+    near_ties: int
+    apart: float
+    reason: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.reason is None
+
+
+def has_quantizer(network: object) -> bool:
+    """Whether a network says how it quantizes itself: by a method, not by a layer of that name."""
+    own = getattr(network, "quantize", None)
+    return callable(own) and not isinstance(own, nn.Module)
+
+
+def agreement(model: Model, encoded: Iterable[Any]) -> Agreement:
+    """Hold the quantizer of a model's network against our search and our codes.
+
+    Args:
+        model: With the codebooks that its network has loaded.
+        encoded: What its `encode` returned, batch by batch.
+
+    Raises:
+        CodebookError: The network's `quantize` fails, or returns something else than quantized vectors and codes.
+    """
+    agree = of = near_ties = 0
+    apart = 0.0
+    reason: str | None = None
+    with torch.no_grad(), _at_rest(model):
+        for batch in encoded:
+            quantized, codes = _own(model.network, batch)
+            comparison = _Comparison(model, codes)
+            ours = model.walk(batch, comparison)
+            comparison.check_all_used()
+            agree, of, near_ties = agree + comparison.agree, of + comparison.of, near_ties + comparison.near_ties
+            apart = max(apart, _apart(ours, quantized))
+            reason = reason or comparison.reason
+    if reason is None and not apart <= _RELATIVE:
+        reason = f"its quantized vectors differ from the codes by {apart:.2g} of the longest entry"
+    return Agreement(agree, of, near_ties, apart, reason)
+
+
+class _Comparison:
+    """A pass through a model's stages with the codes that its own quantizer chose, each held against ours."""
+
+    def __init__(self, model: Model, codes: Tensor) -> None:
+        self.model, self.codes, self.stage = model, codes, 0
+        self.agree = self.of = self.near_ties = 0
+        self.reason: str | None = None
+        self.noise = 0.0  # of a latent of a later stage: what rounding leaves of the subtractions before it
+
+    def __call__(self, book: int, latents: Tensor) -> Tensor:
+        """latents (n, dim, *grid) -> what the codes of the model's own quantizer are for us, of the same shape."""
+        own = self._codes_of_stage(latents)
+        codebook = self.model.books[book].codebook
+        ours = self.model.assign(latents, book)
+        self.of += ours.numel()
+        differing = ours != own
+        self.agree += ours.numel() - int(differing.sum())
+        if bool(differing.any()):
+            rows = latents.movedim(1, -1)[differing]
+            ties = _near_ties(rows, codebook, ours[differing], own[differing], self.noise)
+            self.near_ties += int(ties.sum())
+            if not bool(ties.all()) and self.reason is None:
+                key, other = self.model.books[book].key, int((~ties).sum())
+                self.reason = f"it chooses other codes of {key} for {other:,} of {ours.numel():,} latents"
+        if self.stage == 1 and latents.numel():
+            self.noise = _ROUNDING * float(latents.movedim(1, -1).norm(dim=-1).max())
+        return self.model.embed(own, book)
+
+    def _codes_of_stage(self, latents: Tensor) -> Tensor:
+        """The own quantizer's codes of the stage that is met now, (n, *grid) int64."""
+        shape, stages = (len(latents), *latents.shape[2:]), len(self.model.route)
+        codes = self.codes if stages == 1 and self.codes.shape == shape else None
+        if codes is None:
+            if self.codes.ndim < 2 or self.codes.shape[1] != stages:
+                raise CodebookError(
+                    f"the network's quantize returns codes {tuple(self.codes.shape)}; expected "
+                    f"{shape if stages == 1 else (shape[0], stages, *shape[1:])}"
+                )
+            codes = self.codes[:, self.stage]
+        if codes.shape != shape:
+            raise CodebookError(f"the network's quantize returns codes {tuple(codes.shape)} a stage; expected {shape}")
+        size = len(self.model.books[self.model.route[self.stage]].vectors)
+        if bool(((codes < 0) | (codes >= size)).any()):
+            self.reason = self.reason or f"it chooses codes from {int(codes.min())} to {int(codes.max())} of {size}"
+            codes = codes.clamp(0, size - 1)
+        self.stage += 1
+        return codes
+
+    def check_all_used(self) -> None:
+        assert self.stage == len(self.model.route), (self.stage, self.model.route)
+
+
+def _own(network: Any, encoded: Any) -> tuple[Any, Tensor]:
+    try:
+        returned = network.quantize(encoded)
+    except CodebookError:
+        raise
+    except Exception as error:  # the user's code, or a library's
+        raise CodebookError(f"the network's quantize fails: {type(error).__name__}: {error}") from error
+    if not isinstance(returned, tuple) or len(returned) < 2 or not isinstance(returned[1], Tensor):
+        raise CodebookError("the network's quantize returns no pair of quantized latents and codes")
+    quantized, codes = returned[:2]
+    if codes.is_floating_point():
+        raise CodebookError(f"the network's quantize returns codes of {codes.dtype}; expected int64")
+    return quantized, codes.long()
+
+
+def _near_ties(latents: Tensor, codebook: Codebook, ours: Tensor, own: Tensor, noise: float) -> Tensor:
+    """(n,) bool: whether both codes of a latent, (n, dim), are as near to it, but for rounding. noise: the length of
+    what rounding may have added to a latent."""
+    rows, codes = latents.double(), codebook.vectors.double()
+    blurred = torch.full_like(rows[:, 0], noise)
+    if codebook.lookup is not Lookup.EUCLIDEAN:
+        blurred = blurred / rows.norm(dim=1).clamp(min=1e-30)
+        rows = functional.normalize(rows, dim=1)
+    if codebook.lookup is Lookup.COSINE:
+        codes = functional.normalize(codes, dim=1)
+    one, other = codes[ours], codes[own]
+    blurred = 2 * blurred * (one - other).norm(dim=1)
+    lengths = rows.square().sum(1) + torch.maximum(one.square().sum(1), other.square().sum(1))
+    if codebook.lookup is Lookup.DOT:
+        return (rows * (one - other)).sum(1).abs() <= _RELATIVE * lengths + blurred
+    distances = [(rows - code).square().sum(1) for code in (one, other)]
+    allowed = _RELATIVE * torch.maximum(*distances) + _ROUNDING * lengths + blurred
+    return (distances[0] - distances[1]).abs() <= allowed
+
+
+def _apart(ours: object, quantized: object) -> float:
+    """The largest difference between two things that `walk` and `quantize` returned, relative to the longest entry."""
+    pairs = list(zip(_tensors(ours), _tensors(quantized), strict=False))
+    if not pairs or any(one.shape != other.shape for one, other in pairs):
+        got = [tuple(tensor.shape) for tensor in _tensors(quantized)]
+        raise CodebookError(f"the network's quantize returns {got}; expected {[tuple(one.shape) for one, _ in pairs]}")
+    longest = max(float(one.abs().max()) for one, _ in pairs)
+    return max(float((one.float() - other.float()).abs().max()) for one, other in pairs) / max(longest, 1e-30)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for inside in value:
+            yield from _tensors(inside)
+
+
+@contextmanager
+def _at_rest(model: Model) -> Iterator[None]:
+    """Within, a codebook passes for initialized; afterwards all of it is as it was: some libraries begin anew, or
+    count, whenever they are called."""
+    owned = {key for book in model.books for key in owned_keys(model.checkpoint, book.found)}
+    state = {name: tensor for name, tensor in model.network.state_dict().items() if model.keys.get(name) in owned}
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    try:
+        with torch.no_grad():
+            for name, tensor in state.items():
+                if FLAG.search(name):
+                    tensor.fill_(1)
+        yield
+    finally:
+        model.network.load_state_dict(before, strict=False)
+
+
+def encoded_batches(model: Model, media: Sequence[Tensor]) -> list[Any]:
+    """What `encode` makes of calibration data until there are LEAST latents; then, where latents are all that it makes,
+    as many drawn between those and the codes: a collapsed model's own data meet few of its codes."""
+    batches, count = list[Any](), 0
+    with torch.no_grad():
+        for batch in media:
+            encoded = model.encode_media(batch)
+            batches.append(encoded)
+            count += _positions(encoded)
+            if count >= LEAST:
+                break
+    if not batches or not isinstance(batches[0], Tensor) or batches[0].ndim < 3:
+        return batches
+    first = model.books[model.route[0]].vectors
+    if batches[0].shape[1] != first.shape[1]:
+        return batches
+    drawn, between = 0, list[Any]()
+    random = torch.Generator().manual_seed(0)
+    while drawn < LEAST:
+        for latents in batches:
+            share = torch.rand(len(latents), 1, *latents.shape[2:], generator=random).to(latents.device)
+            at = torch.randint(len(first), (len(latents), *latents.shape[2:]), generator=random).to(first.device)
+            between.append(share * latents + (1 - share) * first[at].movedim(-1, 1).to(latents.dtype))
+            drawn += at.numel()
+            if drawn >= LEAST:
+                break
+    return batches + between
+
+
+def _positions(encoded: object) -> int:
+    tensor = next(_tensors(encoded), None)
+    return 0 if tensor is None else tensor.numel() // max(1, tensor.shape[1] if tensor.ndim > 1 else 1)
+
+
+def in_training(network: nn.Module) -> bool:
+    """Whether a network has a training-mode forward to be tried."""
+    return has_quantizer(network) or type(network).forward is not nn.Module.forward

@@ -1,0 +1,252 @@
+"""Proof that a written file is what was reported: its own network loads it, and its own quantizer is asked."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from codebook_tools.assignment import nearest, squared_errors
+from codebook_tools.checkpoints.detect import FoundCodebook
+from codebook_tools.checkpoints.layout import is_directory_output, own_config_path, partial_path
+from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.codebook import Codebook
+from codebook_tools.errors import CodebookError, VerificationError
+from codebook_tools.models.agreement import Agreement, agreement, encoded_batches, has_quantizer, in_training
+from codebook_tools.models.families import FAMILIES
+from codebook_tools.models.load import reloaded
+from codebook_tools.models.model import Book, Model
+from codebook_tools.models.stored import codes_of_rows, effective_rows, stored_rows
+from codebook_tools.sums import rows_of
+
+KEPT_CODES = 0.9
+"""Share of the codes in use that one training step must leave."""
+
+GROWN_DISTORTION = 1.1
+"""By how much the distortion may grow in it."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How what is reported was held against the model that loads the file.
+
+    by: "quantizer", its own quantizer chose codes and gave out vectors; "module", a module loaded the file and each
+    codebook was read back from it; "file", the file alone was read back, for there is no network. agree, of: codes that
+    were the same, and all of them: chosen for latents by a quantizer, else rows of codebooks. near_ties: codes that
+    differ where both are as near. revived: codes that the module's own training step moved by chance.
+    """
+
+    by: Literal["quantizer", "module", "file"]
+    agree: int
+    of: int
+    near_ties: int = 0
+    revived: int = 0
+
+    def to_json(self) -> dict[str, object]:
+        """The promised keys."""
+        return {name: value for name, value in asdict(self).items() if name != "revived"}
+
+
+def read_partial(output: Path) -> Checkpoint:
+    """What was written for `output`, before it is put in its place."""
+    written = read_checkpoint(partial_path(output))
+    config = partial_path(own_config_path(output))
+    return replace(written, config_path=config) if not is_directory_output(output) and config.is_file() else written
+
+
+def prove_file(written: Checkpoint, meant: Sequence[tuple[FoundCodebook, Codebook]]) -> Proof:
+    """Read codebooks back from a file, under each of their names. Raises VerificationError where one is not as meant.
+
+    meant: each codebook with its place in the file, sizes being those of the file.
+    """
+    rows = 0
+    for found, codebook in meant:
+        for place in found.places:
+            codes = effective_rows(written, replace(place, form=found.form))
+            if not torch.equal(codes, codebook.vectors.cpu()):
+                raise VerificationError(f"{written.path}: {place.key} on disk is not the codebook that was meant")
+        rows += codebook.size
+    return Proof("file", rows, rows)
+
+
+def prove(model: Model, written: Checkpoint, media: Sequence[Tensor]) -> Proof:
+    """Load a written file into a network of its own, and hold that against the model whose figures are reported.
+
+    Args:
+        model: As it was measured, with the codebooks that were meant.
+        written: The file, which need not be in its place yet.
+        media: Batches of calibration data.
+
+    Raises:
+        VerificationError: The network does not load the file, has other codes than were meant, its own quantizer
+            chooses or gives out others, or one step of its own training wipes them out.
+    """
+    try:
+        fresh = reloaded(model, written)
+        pretrained = _pretrained(model, written)
+    except VerificationError:
+        raise
+    except CodebookError as error:
+        raise VerificationError(f"the network does not load {written.path.name}: {error}") from error
+    rows = _read_back(model, fresh, fresh.network)
+    if pretrained is not None:
+        _read_back(model, fresh, pretrained)
+        fresh = replace(fresh, network=pretrained.to(fresh.device).eval().requires_grad_(False))
+    if not has_quantizer(fresh.network):
+        return Proof("module", rows, rows, revived=_train_a_step(fresh, media))
+    found = agreement(fresh, encoded_batches(fresh, media))
+    if not found.ok:
+        raise VerificationError(
+            f"the quantizer of the network that loads {written.path.name} disagrees: {found.reason}"
+        )
+    return Proof("quantizer", found.agree, found.of, found.near_ties, _train_a_step(fresh, media))
+
+
+def prove_opened(model: Model, agreed: Agreement | None, media: Sequence[Tensor]) -> Proof:
+    """Hold a file against the network that has loaded it. agreed: how far its quantizer was asked already."""
+    rows = _read_back(model, model, model.network)
+    if agreed is None and has_quantizer(model.network):
+        agreed = agreement(model, encoded_batches(model, media))
+        if not agreed.ok:
+            raise VerificationError(f"the network's own quantizer disagrees: {agreed.reason}")
+    revived = _train_a_step(model, media)
+    if agreed is None:
+        return Proof("module", rows, rows, revived=revived)
+    return Proof("quantizer", agreed.agree, agreed.of, agreed.near_ties, revived)
+
+
+def _pretrained(model: Model, written: Checkpoint) -> nn.Module | None:
+    """The network as its library loads a directory; None for a file, or a family of no library."""
+    load = FAMILIES[model.family].pretrained if model.family in FAMILIES and written.folder else None
+    if load is None or written.folder is None:
+        return None
+    with redirect_stderr(io.StringIO()):  # progress bars, and what libraries say of keys, which is looked at here
+        network, missing, unexpected = load(written.folder)
+    unknown = [key for key in unexpected if key not in model.checkpoint.entries]
+    if missing or unknown:
+        raise VerificationError(f"its library loads {written.path.name} without {(missing or unknown)[0]}")
+    fresh: nn.Module = network.float()
+    return fresh
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """The tensors of a module by file key, as a checkpoint has them. from_file: for those that the module has not."""
+
+    module: nn.Module
+    names: dict[str, str]
+    from_file: Checkpoint
+
+    @property
+    def path(self) -> Path:
+        return self.from_file.path
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.from_file.shapes
+
+    def tensor(self, key: str) -> Tensor:
+        if key not in self.names:
+            return self.from_file.tensor(key)
+        tensor: Tensor = self.module.state_dict()[self.names[key]]
+        return tensor.detach().cpu().reshape(self.from_file.entries[key].shape)
+
+
+def _loaded(fresh: Model, network: nn.Module) -> _Loaded:
+    return _Loaded(network, {key: name for name, key in fresh.keys.items()}, fresh.checkpoint)
+
+
+def _codes_in(fresh: Model, book: Book, network: nn.Module, place: FoundCodebook | None = None) -> Tensor:
+    """(size, dim) float32: the codes of a book as a module holds them now."""
+    found, tensors = replace(place or book.found, form=book.found.form), _loaded(fresh, network)
+    rows = stored_rows(tensors.tensor(found.key), found)
+    if book.read is not None and book.rows is not None:  # no formula: each row has the code that it was read with
+        codes = {row.tobytes(): code for row, code in zip(book.rows.numpy(), book.vectors.cpu(), strict=True)}
+        return torch.stack([codes.get(row.tobytes(), torch.full((book.found.dim,), torch.nan)) for row in rows.numpy()])
+    return codes_of_rows(tensors, found, rows)
+
+
+def _read_back(model: Model, fresh: Model, network: nn.Module) -> int:
+    """Each codebook is in the module what was meant, under each of its names. Returns how many rows there are."""
+    rows = 0
+    for book in fresh.books:
+        for place in book.found.places:
+            if not torch.equal(_codes_in(fresh, book, network, place), book.vectors.cpu()):
+                raise VerificationError(
+                    f"{fresh.checkpoint.path.name}: {place.key} in the network that has loaded it is not the codebook "
+                    "that was meant"
+                )
+        rows += len(book.vectors)
+    return rows
+
+
+def _train_a_step(fresh: Model, media: Sequence[Tensor]) -> int:
+    """Let a copy of the network do one forward pass in training mode, and see that its codes survive.
+
+    Returns how many codes it moved by chance. Raises VerificationError where too few are left in use, or the distortion
+    grows.
+    """
+    if not media or not in_training(fresh.network):
+        return 0
+    before = _latents(fresh, media[0])
+    moved = deepcopy(fresh.network)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        if has_quantizer(moved):
+            encoded = fresh.encode_media(media[0])
+            moved.train()
+            ran = _attempt(moved.quantize, encoded)
+        else:
+            moved.train()
+            low, high = fresh.input_range
+            ran = _attempt(moved, media[0].to(fresh.device) * (high - low) + low)
+    if not ran:
+        return 0
+    revived = 0
+    for book, latents in zip(fresh.books, before, strict=True):
+        if book.read is not None:
+            continue
+        codes = _codes_in(fresh, book, moved.eval()).to(fresh.device)
+        if not bool(codes.isfinite().all()):
+            raise VerificationError(f"one training step of the network makes {book.key} not finite")
+        after = replace(book.codebook, vectors=codes)
+        used, distortion = _use(latents, book.codebook)
+        used_after, distortion_after = _use(latents, after)
+        if used_after < KEPT_CODES * used or distortion_after > GROWN_DISTORTION * distortion + 1e-12:
+            raise VerificationError(
+                f"one training step of the network undoes {book.key}: {used} codes in use become {used_after}, and the "
+                f"distortion {distortion:.4g} becomes {distortion_after:.4g}; what lies beside it is not understood"
+            )
+        far = (codes - book.vectors).norm(dim=1) > 0.5 * book.vectors.norm(dim=1).mean()
+        revived += int(far.sum())
+    return revived
+
+
+def _attempt(call: Any, *arguments: object) -> bool:
+    """Whether the user's code can be run so: a forward may need more than the data."""
+    try:
+        call(*arguments)
+    except Exception:
+        return False
+    return True
+
+
+def _latents(model: Model, media: Tensor) -> list[Tensor]:
+    """(n, dim) of each book."""
+    with torch.no_grad():
+        return [rows_of(latents) for latents in model.pass_through(media).latents]
+
+
+def _use(latents: Tensor, codebook: Codebook) -> tuple[int, float]:
+    """Codes in use, and the mean squared distance to them."""
+    codes = nearest(latents, codebook)
+    return int(torch.bincount(codes, minlength=codebook.size).count_nonzero()), float(
+        squared_errors(latents, codebook, codes).mean()
+    )
