@@ -74,6 +74,7 @@ AGAINST = _re(
     r"|weight)(?![^_])"
 )
 COUNTS = _re(r"cluster|count|usage|used|hits?(_|$)|elem|freq|prob|num|(^|[._])n(_|$)")
+SUMS = _re(r"sum|avg|average|total|emb")  # a row for each code, whatever else the name says
 GRID = _re(r"\.\w*(levels|basis|mask|bits_to_indices|power)\w*")  # its product is the codebook, which is then computed
 MODEL = _re(r".*vq_?(vae|gan|model|net)")  # names a model, not a quantiser, where the module holds other layers
 CONTAINER = _re(r"\d+|layers?|level\w*|stages?|blocks?|rq|bottleneck\w*")
@@ -168,7 +169,11 @@ class _Names:
             alike = all(mine == its for mine, its in zip(indices, INDEX.findall(inside), strict=False))
             if near and alike and not any(map(CODER.fullmatch, inside.split("."))):
                 scope[other] = inside
-        lengths = (self.shapes[other] for other, inside in scope.items() if COUNTS.search(inside))
+        lengths = (
+            self.shapes[other]
+            for other, inside in scope.items()
+            if COUNTS.search(inside) and not (len(self.shapes[other]) == 2 and SUMS.search(inside))
+        )
         counts = {length[-1] for length in lengths if len(length) in (1, 2) and length != shape}
         axis, size, sure = self.orient(shape, counts, weight)
         head, dim = [1, *(n for i, n in enumerate(shape) if i != axis)][-2:]

@@ -99,7 +99,8 @@ class _Comparison:
                 key, other = self.model.books[book].key, int((~ties).sum())
                 self.reason = f"it chooses other codes of {key} for {other:,} of {ours.numel():,} latents"
         if self.stage == 1 and latents.numel():
-            self.noise = _ROUNDING * float(latents.movedim(1, -1).norm(dim=-1).max())
+            longest = latents.movedim(1, -1).norm(dim=-1).max() + codebook.vectors.norm(dim=1).max()
+            self.noise = _ROUNDING * float(longest)
         return self.model.embed(own, book)
 
     def _codes_of_stage(self, latents: Tensor) -> Tensor:
@@ -155,10 +156,12 @@ def _near_ties(latents: Tensor, codebook: Codebook, ours: Tensor, own: Tensor, n
     blurred = 2 * blurred * (one - other).norm(dim=1)
     lengths = rows.square().sum(1) + torch.maximum(one.square().sum(1), other.square().sum(1))
     if codebook.lookup is Lookup.DOT:
-        return (rows * (one - other)).sum(1).abs() <= _RELATIVE * lengths + blurred
+        near: Tensor = (rows * (one - other)).sum(1).abs() <= _RELATIVE * lengths + blurred
+        return near
     distances = [(rows - code).square().sum(1) for code in (one, other)]
     allowed = _RELATIVE * torch.maximum(*distances) + _ROUNDING * lengths + blurred
-    return (distances[0] - distances[1]).abs() <= allowed
+    tied: Tensor = (distances[0] - distances[1]).abs() <= allowed
+    return tied
 
 
 def _apart(ours: object, quantized: object) -> float:

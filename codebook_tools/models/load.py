@@ -127,7 +127,11 @@ def _along(checkpoint: Checkpoint, found: FoundCodebook, axis: int, padding: int
 def _beside(checkpoint: Checkpoint, key: str, size: int, dim: int) -> list[str]:
     """Tensors of a codebook's module with a number, or a row, for each of its codes, which are no codebook for sure."""
     books = {book.key for book in detected(checkpoint).codebooks if book.confidence == "high"} | {key}
-    direct = [other for other in checkpoint.shapes if other.rpartition(".")[0] in _scopes(key)]
+    owner = _owner(key)
+    direct = [other for other in checkpoint.shapes if other.rpartition(".")[0] in {owner, key.rpartition(".")[0]}]
+    if owner:  # an average may be a module of its own
+        inside = (other for other in checkpoint.shapes if other.startswith(f"{owner}."))
+        direct += [other for other in inside if other.count(".") == owner.count(".") + 2 and other not in direct]
     stages = {other for other in direct if re.sub(r"\d+", "", other) == re.sub(r"\d+", "", key)}
     shapes = checkpoint.shapes
     return [
@@ -137,10 +141,9 @@ def _beside(checkpoint: Checkpoint, key: str, size: int, dim: int) -> list[str]:
     ]
 
 
-def _scopes(key: str) -> set[str]:
-    """The modules whose own tensors lie beside a codebook: that which holds it, and of an embedding the one around."""
-    owner = key.rpartition(".")[0]
-    return {owner, owner.rpartition(".")[0]} if key.endswith(".weight") else {owner}
+def _owner(key: str) -> str:
+    """The module beside whose tensors a codebook lies: that which holds it, or holds its embedding."""
+    return (key.removesuffix(".weight")).rpartition(".")[0]
 
 
 def along_latents(checkpoint: Checkpoint, found: FoundCodebook, dim: int | None) -> FoundCodebook:

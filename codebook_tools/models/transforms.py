@@ -25,9 +25,7 @@ _SETTING = re.compile(
     r"|total|size|rate|ratio|version|init|seed|prob|weight$",
     re.IGNORECASE,
 )
-_NETWORK = re.compile(
-    r"enc|dec|conv|head|tok|pos|norm|attn|mlp|block|layer|resi|down|up|embed|loss|disc", re.IGNORECASE
-)
+_NETWORK = re.compile(r"enc|dec|conv|head|tok|pos|norm|attn|mlp|block|layer|resi|down|up|loss|disc", re.IGNORECASE)
 _AFFINE = re.compile(r"affine\w*\.(scale|bias)$", re.IGNORECASE)
 _MOST = 4  # tensors that are tried together, in any order
 
