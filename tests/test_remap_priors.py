@@ -220,6 +220,24 @@ def test_several_codebooks_have_tables_of_their_own(codebook: Run, tmp_path: Pat
     assert_refused(codebook("remap", path, "--map", map_path, "--pad-to-multiple", 4, "--force"), "differ in length")
 
 
+def test_a_head_over_the_codes_of_all_codebooks_is_cut_into_them(codebook: Run, tmp_path: Path) -> None:
+    """Two codebooks of 6 codes, one after the other, and 3 special ids; each is pruned by a map of its own."""
+    pairs = {"a": PRUNE, "b": ([-1, 0, -1, 1, 2, 3], [0, 0, 1, 1, 2, 3])}
+    model = tmp_path / "m.safetensors"
+    save_file({key: torch.randn(4, 4) for key in pairs}, model)
+    map_path = save_map(index_map_path(model), pairs, file_sha256(model))
+    prior = tmp_path / "policy.safetensors"
+    rows = torch.arange(15.0)[:, None].expand(15, 4).contiguous()
+    save_file({"tok_emb.weight": rows, "head.weight": rows * 2, "head.bias": torch.arange(15.0)}, prior)
+    found = codebook("remap", prior, "--map", map_path, "--json")
+    assert found.exit_code == 0, found
+    new = load_file(tmp_path / "policy.remapped.safetensors")
+    kept = [0.0, 2.0, 3.0, 5.0, 7.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0]
+    assert new["tok_emb.weight"][:, 0].tolist() == kept and new["head.bias"].tolist() == kept
+    assert new["head.weight"][:, 0].tolist() == [2 * row for row in kept]
+    assert found.json["tokens"] == 15 and found.json["removed"] == 4
+
+
 def test_musicgen_follows_the_maps_of_its_codebooks(codebook: Run, tmp_path: Path) -> None:
     from transformers import MusicgenForCausalLM
     from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig

@@ -17,7 +17,7 @@ from codebook_tools.checkpoints.writing import maps_sha256, write_checkpoint
 from codebook_tools.downstream.prior_config import Change, followed
 from codebook_tools.downstream.prior_tables import Tables, find_tables
 from codebook_tools.downstream.translation import OnRemoved
-from codebook_tools.downstream.vocabulary import Vocabulary
+from codebook_tools.downstream.vocabulary import JointVocabulary, Vocabulary
 from codebook_tools.errors import CodebookError
 from codebook_tools.version import VERSION
 
@@ -32,7 +32,7 @@ class RemappedPrior:
 
     tables: Tables
     changed: dict[str, Tensor]
-    embedded: list[tuple[Vocabulary, int]]
+    embedded: list[tuple[Vocabulary | JointVocabulary, int]]
     config: bytes | None
     others: dict[str, bytes]
 
@@ -52,15 +52,15 @@ def remapped(
     """
     if isinstance(on_removed, int):
         raise CodebookError(f"--on-removed mask={on_removed} is for tokens; for a prior, give error or nearest")
-    for one in vocabularies:
-        if on_removed == "error" and bool(one.bereft.any()):
+    for vocabulary in vocabularies:
+        if on_removed == "error" and bool(vocabulary.bereft.any()):
             raise CodebookError(
-                f"{int(one.bereft.sum())} of {len(one.bereft)} new codes of {one.codes.key}, the first "
-                f"{int(one.bereft.int().argmax())}, are no old one's; --on-removed nearest gives each the mean row of "
+                f"{int(vocabulary.bereft.sum())} of {len(vocabulary.bereft)} new codes of {vocabulary.codes.key}, the first "
+                f"{int(vocabulary.bereft.int().argmax())}, are no old one's; --on-removed nearest gives each the mean row of "
                 "the old codes nearest to it"
             )
     tables = find_tables(prior, embedding_keys, head_keys)
-    changed, embedded = {}, []
+    changed, embedded = dict[str, Tensor](), list[tuple[Vocabulary | JointVocabulary, int]]()
     for key, one in _paired(prior, tables.embeddings, vocabularies):
         changed[key] = one.new_rows(prior.tensor(key))
         embedded.append((one, prior.shapes[key][0]))
@@ -82,7 +82,7 @@ def remap_prior(
     head_keys: Sequence[str] = (),
     *,
     force: bool = False,
-) -> tuple[list[tuple[Vocabulary, int]], list[str]]:
+) -> tuple[list[tuple[Vocabulary | JointVocabulary, int]], list[str]]:
     """Write `remapped` to `output`. Returns each embedding's vocabulary with its rows before, and warnings."""
     new = remapped(prior, vocabularies, on_removed, embedding_keys, head_keys)
     about = about_remapping(prior, vocabularies, on_removed, embedding_keys, head_keys)
@@ -92,28 +92,40 @@ def remap_prior(
 
 def _paired(
     prior: Checkpoint, keys: Sequence[str], vocabularies: Sequence[Vocabulary]
-) -> Iterator[tuple[str, Vocabulary]]:
-    """Each table with its vocabulary. Raises CodebookError where their numbers do not meet, or a table is too short."""
+) -> Iterator[tuple[str, Vocabulary | JointVocabulary]]:
+    """Each table with its vocabulary: that of one codebook, or where tables are fewer and long enough those of all, one
+    after another. Raises CodebookError where their numbers do not meet, or a table is too short."""
+    joint = JointVocabulary.of(vocabularies)
+    fewer = 0 < len(keys) < len(vocabularies)
+    if fewer and all(prior.shapes[key][0] >= joint.end for key in keys):
+        yield from ((key, joint) for key in keys)
+        return
     if len(vocabularies) > 1 and keys and len(keys) != len(vocabularies):
         raise CodebookError(
             f"{prior.path}: {len(keys)} tables ({', '.join(keys)}) for {len(vocabularies)} codebooks; name one of each "
             "with --embedding-key and --head-key, or the only codebook with --codebook-key"
         )
     for key, one in zip(keys, vocabularies if len(vocabularies) > 1 else repeat(vocabularies[0]), strict=False):
-        rows, end = prior.shapes[key][0], one.offset + one.codes.old_size
-        if rows < end:
+        rows = prior.shapes[key][0]
+        if rows < one.end:
             raise CodebookError(
                 f"{key} in {prior.path} has {rows} rows, and the map's {one.codes.old_size} codes from id {one.offset} "
-                f"on need {end}; is the map of another checkpoint, or --offset another?"
+                f"on need {one.end}; is the map of another checkpoint, or --offset another?"
             )
         yield key, one
 
 
-def _configs(prior: Checkpoint, embedded: Sequence[tuple[Vocabulary, int]]) -> tuple[bytes | None, dict[str, bytes]]:
+def _configs(
+    prior: Checkpoint, embedded: Sequence[tuple[Vocabulary | JointVocabulary, int]]
+) -> tuple[bytes | None, dict[str, bytes]]:
     """What the config of a directory is to hold, and others of its files that know the vocabulary."""
     if prior.folder is None or prior.config_path is None:
         return None, {}
-    changes = {(rows, one.rows(rows), one.codes.old_size, one.codes.size) for one, rows in embedded}
+    changes = {
+        (rows, one.rows(rows), part.codes.old_size, part.codes.size)
+        for one, rows in embedded
+        for part in (one.parts if isinstance(one, JointVocabulary) else (one,))
+    }
     if len(changes) > 1:
         raise CodebookError(f"{prior.config_path} has one vocabulary size, and the codebooks' new sizes differ")
     before, after, old, new = changes.pop()

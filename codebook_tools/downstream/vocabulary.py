@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -21,6 +22,11 @@ class Vocabulary:
     codes: IndexMap
     offset: int = 0
     multiple: int = 1
+
+    @property
+    def end(self) -> int:
+        """The id after the last code."""
+        return self.offset + self.codes.old_size
 
     @cached_property
     def bereft(self) -> Tensor:
@@ -95,3 +101,62 @@ class Vocabulary:
         end = self.offset + self.codes.old_size
         new = torch.cat([old[: self.offset], codes.to(old.dtype), old[end:]])
         return torch.cat([new, new.new_full((self.rows(len(old)) - len(new), *old.shape[1:]), filler)])
+
+
+@dataclass(frozen=True, eq=False)
+class JointVocabulary:
+    """The codes of several codebooks one after another in one vocabulary, as heads over all stages of a residual model
+    have them. parts: one for each codebook, each with its own offset among the old ids; padding is the first one's."""
+
+    parts: tuple[Vocabulary, ...]
+
+    @staticmethod
+    def of(vocabularies: Sequence[Vocabulary]) -> JointVocabulary:
+        """Codebooks in the order of their stages, from the offset of the first on."""
+        offset, parts = vocabularies[0].offset, list[Vocabulary]()
+        for one in vocabularies:
+            parts.append(replace(one, offset=offset, multiple=1 if parts else one.multiple))
+            offset += one.codes.old_size
+        return JointVocabulary(tuple(parts))
+
+    @property
+    def multiple(self) -> int:
+        """What the rows are padded to."""
+        return self.parts[0].multiple
+
+    @property
+    def end(self) -> int:
+        """The id after the last code."""
+        return self.parts[-1].offset + self.parts[-1].codes.old_size
+
+    def rows(self, before: int) -> int:
+        """How many there are where there were `before`."""
+        for one in reversed(self.parts):  # the last first, so that offsets before it hold
+            before = one.rows(before)
+        return before
+
+    def new_id(self, old: int) -> int:
+        """An id after the surgeries."""
+        for one in reversed(self.parts):
+            old = one.new_id(old)
+        return old
+
+    def counts(self, rows: int) -> Counts:
+        """As of one codebook; ids are counted once."""
+        old = range(self.parts[0].offset, self.end)
+        changed = sum(self.new_id(i) != i for i in old)
+        shifted = rows - self.end if self.rows(rows) != rows else 0
+        each = [one.counts(one.offset + one.codes.old_size) for one in self.parts]
+        return Counts(rows, changed + shifted, sum(one.removed for one in each), sum(one.nearest for one in each))
+
+    def new_rows(self, old: Tensor) -> Tensor:
+        """As `Vocabulary.new_rows`, codebook by codebook."""
+        for one in reversed(self.parts):
+            old = one.new_rows(old)
+        return old
+
+    def new_bias(self, old: Tensor) -> Tensor:
+        """As `Vocabulary.new_bias`, codebook by codebook."""
+        for one in reversed(self.parts):
+            old = one.new_bias(old)
+        return old

@@ -197,7 +197,7 @@ def load_model(
     record: Family | None = None
     build: Callable[[Checkpoint, int], nn.Module]
     if network is not None:
-        first = choose_codebooks(checkpoint, codebook_keys)[0]
+        first = _first_of(network, checkpoint, codebook_keys)
         name, build = CUSTOM, partial(_make_custom, network)
         module, first = _made_to_fit(network, checkpoint, first)
         prefix = _common_prefix(module.state_dict(), checkpoint)
@@ -294,6 +294,22 @@ def check_size_follows(model: Model, size: int) -> None:
                 f"the network for codebook_size={size} has {shape[place.axis]} rows in {key}, as it has for "
                 f"{place.size}: --network must be a function that makes as many codes as it is asked for"
             )
+
+
+def _first_of(spec: str, checkpoint: Checkpoint, keys: Sequence[str]) -> FoundCodebook:
+    """The codebook that says for how many codes the user's network is made. Where names do not tell which tensor that
+    is, a network that declares its codebooks is believed."""
+    try:
+        return choose_codebooks(checkpoint, keys)[0]
+    except CodebookError:
+        module: Any = make_network(spec, _ANY_SIZE)
+        if keys or not walks(module) or not module.codebooks:
+            raise
+        key = _common_prefix(module.state_dict(), checkpoint) + module.codebooks[0]
+        return _operable(checkpoint, _named(checkpoint, detected(checkpoint), key))
+
+
+_ANY_SIZE = 4  # of a network that is only asked for the names of its codebooks
 
 
 def _make_custom(spec: str, checkpoint: Checkpoint, size: int) -> nn.Module:

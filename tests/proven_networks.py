@@ -1,0 +1,190 @@
+"""Small networks that use their codebooks in ways that a file does not tell, with data on which most codes are dead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from vector_quantize_pytorch import GroupedResidualVQ, ResidualVQ, SimVQ, VectorQuantize
+
+DIM = 6
+
+
+class Coders(nn.Module):
+    """Patches of 4 by 4 grey pixels to DIM latents, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(1, DIM, 4, 4)
+        self.decoder = nn.ConvTranspose2d(DIM, 1, 4, 4)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images (n, 1, height, width) -> latents (n, DIM, height / 4, width / 4)."""
+        latents: Tensor = self.encoder(images)
+        return latents
+
+    def decode(self, quantized: Tensor) -> Tensor:
+        images: Tensor = self.decoder(quantized)
+        return images
+
+
+class Tied(Coders):
+    """Two residual stages that share one embedding."""
+
+    codebooks = ("stages.0.weight", "stages.1.weight")
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        shared = nn.Embedding(size, DIM)
+        self.stages = nn.ModuleList([shared, shared])
+
+    def walk(self, latents: Tensor, quantise: Callable[[int, Tensor], Tensor]) -> Tensor:
+        first = quantise(0, latents)
+        return first + quantise(1, latents - first)
+
+
+def nearest(latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """By brute force: latents (n, dim, *grid) -> their codes' vectors, alike, and codes (n, *grid)."""
+    rows = latents.movedim(1, -1)
+    chosen = (rows[..., None, :].double() - codes.double()).square().sum(-1).argmin(-1)
+    return codes[chosen].movedim(-1, 1), chosen
+
+
+class Projected(Coders):
+    """Codes are its rows times a matrix, as in SimVQ, under a name that nobody knows, and shifted."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.vq = nn.Module()
+        self.vq.codebook = nn.Embedding(size, DIM)
+        self.vq.blend = nn.Parameter(torch.randn(DIM, DIM))
+        self.vq.lift = nn.Parameter(torch.randn(DIM))
+
+    def codes(self) -> Tensor:
+        codes: Tensor = self.vq.codebook.weight @ self.vq.blend + self.vq.lift
+        return codes
+
+    def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        return nearest(latents, self.codes())
+
+
+class Warped(Projected):
+    """Codes are a function of its rows that no formula of ours is."""
+
+    def codes(self) -> Tensor:
+        return torch.tanh(super().codes())
+
+
+class Averaged(Coders):
+    """Codes that an average moves, in tensors of any names. Its sums lie across its codes."""
+
+    counts, sums = "mass", "moment"
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.vq = nn.Module()
+        self.vq.codebook = nn.Embedding(size, DIM)
+        self.vq.register_buffer(self.counts, torch.zeros(size))
+        self.vq.register_buffer(self.sums, torch.zeros(DIM, size))
+
+    def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        codes = self.vq.codebook.weight
+        quantized, chosen = nearest(latents, codes)
+        if self.training:
+            rows = latents.movedim(1, -1).flatten(0, -2)
+            hits = functional.one_hot(chosen.flatten(), len(codes)).float()
+            counts, sums = getattr(self.vq, self.counts), getattr(self.vq, self.sums)
+            counts.mul_(0.99).add_(hits.sum(0), alpha=0.01)
+            sums.mul_(0.99).add_((hits.T @ rows).T, alpha=0.01)
+            with torch.no_grad():
+                codes.copy_((sums / counts.clamp(min=1e-5)).T)
+        return quantized, chosen
+
+
+class Swapped(Averaged):
+    """As `Averaged`, but its search does not look at the codes as they are: it takes the farthest."""
+
+    def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        codes = self.vq.codebook.weight
+        rows = latents.movedim(1, -1)
+        chosen = (rows[..., None, :] - codes).square().sum(-1).argmax(-1)
+        return codes[chosen].movedim(-1, 1), chosen
+
+
+class Library(Coders):
+    """Around a quantizer of vector-quantize-pytorch."""
+
+    def __init__(self, quantizer: nn.Module) -> None:
+        super().__init__()
+        self.vq = quantizer
+
+
+def _library(make: Callable[..., nn.Module], **more: Any) -> Callable[[int], nn.Module]:
+    return lambda size: Library(make(dim=DIM, codebook_size=size, **more))
+
+
+LIBRARIES: dict[str, Callable[[int], nn.Module]] = {
+    "plain": _library(VectorQuantize),
+    "cosine": _library(VectorQuantize, use_cosine_sim=True),
+    "projected": _library(VectorQuantize, codebook_dim=4),
+    "images": _library(VectorQuantize, accept_image_fmap=True),
+    "heads": _library(VectorQuantize, heads=2, codebook_dim=3),
+    "residual": _library(ResidualVQ, num_quantizers=2),
+    "shared": _library(ResidualVQ, num_quantizers=3, shared_codebook=True),
+    "grouped": _library(GroupedResidualVQ, groups=2, num_quantizers=2),
+    "sim": _library(SimVQ),
+}
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "tied": Tied,
+    "projected": Projected,
+    "warped": Warped,
+    "averaged": Averaged,
+    "swapped": Swapped,
+    **{f"library {name}": make for name, make in LIBRARIES.items()},
+}
+
+
+def made(name: str, size: int) -> nn.Module:
+    """A network whose first codes lie among the latents, and whose others are far away."""
+    torch.manual_seed(sum(map(ord, name)))
+    network = NETWORKS[name](size).eval().requires_grad_(False)
+    for key, tensor in network.state_dict().items():
+        book = tensor.ndim > 1 and size in tensor.shape and "ensemble" not in key
+        if book and key.endswith(("embed", "frozen_codebook", "codebook.weight", "0.weight")) and "coder" not in key:
+            drawn = torch.randn(tensor.shape) * 0.7
+            tensor.copy_(functional.normalize(drawn, dim=-1) if "cosine" in name else drawn)
+            if "cosine" not in name:
+                tensor.reshape(-1, tensor.shape[-1])[size // 2 :] *= 40
+    state = network.state_dict()
+    for counts, sums in (("vq.mass", "vq.moment"),):
+        if counts in state:
+            state[counts].copy_(torch.rand(size) * 50 + 2)
+            state[sums].copy_((state["vq.codebook.weight"] * state[counts][:, None]).T)
+    return network
+
+
+def write_network(folder: Path, name: str, size: int) -> tuple[Path, str]:
+    """Its checkpoint, and what --network takes."""
+    state = {key: tensor.clone().contiguous() for key, tensor in made(name, size).state_dict().items()}
+    model, file = folder / "model.safetensors", folder / "network.py"
+    save_file(state, model)
+    file.write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom proven_networks import NETWORKS\n\n\n"
+        f"def make(codebook_size):\n    return NETWORKS[{name!r}](codebook_size)\n"
+    )
+    return model, f"{file}:make"
+
+
+def write_images(folder: Path) -> tuple[Path, Path]:
+    """80 grey images of 16 by 16 to calibrate on, and 30 others."""
+    drawn = np.random.default_rng(0).integers(0, 256, (110, 16, 16), dtype=np.uint8)
+    paths = folder / "calibration.npy", folder / "held_out.npy"
+    for path, images in zip(paths, (drawn[:80], drawn[80:]), strict=True):
+        np.save(path, images)
+    return paths
