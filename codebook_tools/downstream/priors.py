@@ -53,10 +53,11 @@ def remapped(
     if isinstance(on_removed, int):
         raise CodebookError(f"--on-removed mask={on_removed} is for tokens; for a prior, give error or nearest")
     for vocabulary in vocabularies:
-        if on_removed == "error" and bool(vocabulary.bereft.any()):
+        bereft = vocabulary.bereft
+        if on_removed == "error" and bool(bereft.any()):
             raise CodebookError(
-                f"{int(vocabulary.bereft.sum())} of {len(vocabulary.bereft)} new codes of {vocabulary.codes.key}, the first "
-                f"{int(vocabulary.bereft.int().argmax())}, are no old one's; --on-removed nearest gives each the mean row of "
+                f"{int(bereft.sum())} of {len(bereft)} new codes of {vocabulary.codes.key}, the first "
+                f"{int(bereft.int().argmax())}, are no old one's; --on-removed nearest gives each the mean row of "
                 "the old codes nearest to it"
             )
     tables = find_tables(prior, embedding_keys, head_keys)

@@ -89,6 +89,13 @@ def companions_of(
     return tuple(companions)
 
 
+def follow_by_numbers(found: FoundCodebook, codes: Tensor, stored: Mapping[str, Tensor]) -> set[str]:
+    """Keys of companions that are EMA sums of the codes by their numbers, or by their name."""
+    known = _by_numbers(found, codes, stored)
+    sums = {key for key, one in known.items() if one.role is Role.SUMS}
+    return sums | {key for key in found.companions if _named(key) is Role.SUMS and key not in known}
+
+
 def _by_numbers(found: FoundCodebook, codes: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Companion]:
     """The companions whose numbers say what they are, by key."""
     keys, known = found.companions, dict[str, Companion]()

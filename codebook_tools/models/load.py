@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from codebook_tools.checkpoints.entries import Shapes
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
+from codebook_tools.models.companions import follow_by_numbers
 from codebook_tools.models.families import (
     CUSTOM,
     FAMILIES,
@@ -29,7 +30,7 @@ from codebook_tools.models.families import (
 )
 from codebook_tools.models.family import Family
 from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Book, Model, walks
-from codebook_tools.models.stored import effective_rows, owned_keys
+from codebook_tools.models.stored import effective_rows, owned_keys, stored_rows
 from codebook_tools.models.twins import twins
 from codebook_tools.networks.bounded import bounded
 from codebook_tools.networks.custom import make_network
@@ -47,7 +48,9 @@ def choose_codebooks(checkpoint: Checkpoint, keys: Sequence[str]) -> list[FoundC
             raise CodebookError(
                 f"{found.key} is only perhaps a codebook; if it is, say so with --codebook-key {found.key}"
             )
-    return [_operable(checkpoint, found) for found in detection.codebooks]
+    books = [_operable(checkpoint, found) for found in detection.codebooks]
+    following = {key for book in books for key in book.companions}
+    return [book for book in books if book.key not in following]
 
 
 def choose_codebook(checkpoint: Checkpoint, keys: Sequence[str]) -> FoundCodebook:
@@ -86,10 +89,22 @@ def _operable(checkpoint: Checkpoint, found: FoundCodebook) -> FoundCodebook:
     if found.heads > 1 or found.search == "logits":
         kind = "chosen by logits" if found.search == "logits" else f"of {found.heads} heads"
         raise CodebookError(f"{found.key} is a codebook {kind}: it can be inspected, not operated on")
-    # Rows in the same module that only perhaps are a codebook are more likely this one's EMA sums.
-    vague = {book.key for book in detected(checkpoint).codebooks if book.confidence == "low"} - {found.key}
-    beside = vague.intersection(_beside(checkpoint, found.key, found.size, found.dim))
-    return replace(found, companions=tuple(sorted({*found.companions, *beside}))) if beside else found
+    followers = _taken_for_codebooks(checkpoint, found)
+    return replace(found, companions=tuple(sorted({*found.companions, *followers}))) if followers else found
+
+
+def _taken_for_codebooks(checkpoint: Checkpoint, found: FoundCodebook) -> list[str]:
+    """Keys in the codebook's module that names alone take for codebooks too, and that follow this one: EMA sums, by
+    their numbers or their name, and rows that are a codebook only perhaps."""
+    others = {book.key: book for book in detected(checkpoint).codebooks if book.key != found.key}
+    near = [key for key in _beside(checkpoint, found.key, found.size, found.dim, others) if key in others]
+    if not near:
+        return []
+    rows = stored_rows(checkpoint.tensor(found.key), found)
+    with_all = replace(found, companions=tuple(sorted({*found.companions, *near})))
+    stored = {key: checkpoint.tensor(key) for key in with_all.companions}
+    own = follow_by_numbers(with_all, rows, stored)
+    return [key for key in near if key in own or others[key].confidence == "low"]
 
 
 def _named(checkpoint: Checkpoint, detection: Detection, key: str) -> FoundCodebook:
@@ -124,9 +139,10 @@ def _along(checkpoint: Checkpoint, found: FoundCodebook, axis: int, padding: int
     return replace(found, axis=axis, size=size, dim=dim, companions=tuple(sorted(own)))
 
 
-def _beside(checkpoint: Checkpoint, key: str, size: int, dim: int) -> list[str]:
-    """Tensors of a codebook's module with a number, or a row, for each of its codes, which are no codebook for sure."""
-    books = {book.key for book in detected(checkpoint).codebooks if book.confidence == "high"} | {key}
+def _beside(checkpoint: Checkpoint, key: str, size: int, dim: int, also: Collection[str] = ()) -> list[str]:
+    """Tensors of a codebook's module with a number, or a row, for each of its codes, which are no codebook for sure.
+    also: keys of codebooks that are listed all the same."""
+    books = {book.key for book in detected(checkpoint).codebooks if book.confidence == "high"} - set(also) | {key}
     owner = _owner(key)
     direct = [other for other in checkpoint.shapes if other.rpartition(".")[0] in {owner, key.rpartition(".")[0]}]
     if owner:  # an average may be a module of its own

@@ -33,6 +33,9 @@ GROWN_DISTORTION = 1.1
 """By how much the distortion may grow in it."""
 
 
+_ASIDE = 1e-3  # relative: what smoothing and rounding add to the way to a mean
+
+
 @dataclass(frozen=True)
 class Proof:
     """How what is reported was held against the model that loads the file.
@@ -219,7 +222,8 @@ def _train_a_step(fresh: Model, media: Sequence[Tensor]) -> int:
         after = replace(book.codebook, vectors=codes)
         used, distortion = _use(latents, book.codebook)
         used_after, distortion_after = _use(latents, after)
-        if used_after < KEPT_CODES * used or distortion_after > GROWN_DISTORTION * distortion + 1e-12:
+        grown = distortion_after > GROWN_DISTORTION * distortion + 1e-12
+        if grown or (used_after < KEPT_CODES * used and not _follow_their_means(latents, book.codebook, codes)):
             raise VerificationError(
                 f"one training step of the network undoes {book.key}: {used} codes in use become {used_after}, and the "
                 f"distortion {distortion:.4g} becomes {distortion_after:.4g}; what lies beside it is not understood"
@@ -227,6 +231,23 @@ def _train_a_step(fresh: Model, media: Sequence[Tensor]) -> int:
         far = (codes - book.vectors).norm(dim=1) > 0.5 * book.vectors.norm(dim=1).mean()
         revived += int(far.sum())
     return revived
+
+
+def _follow_their_means(latents: Tensor, codebook: Codebook, moved: Tensor) -> bool:
+    """Whether each code that was chosen moved straight towards the mean of its latents, and no other one moved.
+
+    That is what the state beside them should do, however many codes the training then loses.
+    """
+    chosen = nearest(latents, codebook)
+    hits = torch.bincount(chosen, minlength=codebook.size)
+    sums = torch.zeros_like(codebook.vectors).index_add_(0, chosen, latents)
+    before = codebook.vectors.double()
+    towards = torch.where(hits[:, None] > 0, sums.double() / hits.clamp(min=1)[:, None] - before, 0.0)
+    step = moved.double() - before
+    share = ((step * towards).sum(1) / towards.square().sum(1).clamp(min=1e-30)).clamp(0, 1)
+    aside = (step - share[:, None] * towards).norm(dim=1)
+    rounding = 1e-2 * before.norm(dim=1).max()
+    return bool((aside <= _ASIDE * (towards.norm(dim=1) + before.norm(dim=1) + rounding)).all())
 
 
 def _attempt(call: Any, *arguments: object) -> bool:
