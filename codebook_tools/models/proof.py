@@ -246,7 +246,7 @@ def _follow_their_means(latents: Tensor, codebook: Codebook, moved: Tensor) -> b
     step = moved.double() - before
     share = ((step * towards).sum(1) / towards.square().sum(1).clamp(min=1e-30)).clamp(0, 1)
     aside = (step - share[:, None] * towards).norm(dim=1)
-    rounding = 1e-2 * before.norm(dim=1).max()
+    rounding = 0.1 * before.norm(dim=1).max()
     return bool((aside <= _ASIDE * (towards.norm(dim=1) + before.norm(dim=1) + rounding)).all())
 
 
