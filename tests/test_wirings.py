@@ -18,7 +18,8 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "trust"))
 wirings, checks, draws = map(import_module, ("wirings", "wiring_checks", "wiring_draws"))
 
-SEEDS, CHUNK = 300, 15
+SEEDS, CHUNK, QUICK = 300, 15, 75
+CHUNKS = [pytest.param(first, marks=[pytest.mark.slow] * (first >= QUICK)) for first in range(0, SEEDS, CHUNK)]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+@pytest.mark.parametrize("first", CHUNKS)
 def test_the_module_itself_says_what_was_reported(first: int, desk: Any) -> None:
     lines = [wirings.run_seed(seed, desk) for seed in range(first, first + CHUNK)]
     wrong = [

@@ -142,7 +142,7 @@ class Model:
                 reached.append(found)
                 if len(reached) == stages:
                     raise _ReachedError
-            return self.embed(self.assign(found, now), now)
+            return self.embed(self.assign(found.detach(), now), now)
 
         with self.autocast(), suppress(_ReachedError):
             self._walk(self._encoded(media, keep), look)
