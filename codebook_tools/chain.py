@@ -22,6 +22,7 @@ from codebook_tools.downstream.maps import IndexMap, read_index_maps
 from codebook_tools.errors import CodebookError
 from codebook_tools.exhibit import Shown, exhibit_files
 from codebook_tools.finetune import Recipe
+from codebook_tools.models.proof import Proof
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
 from codebook_tools.outcome import Result, check_request_output, weights_bytes
@@ -44,7 +45,8 @@ class Step:
 @dataclass(frozen=True)
 class Chain:
     """The JSON of `run`, but for what is shown. steps: the result of each, on what the one before it left. settings:
-    those that hold for all. shown: images by the model as it was and after each step, where the request asks for them.
+    those that hold for all. proof: of what the last step left, whose tensors are those that were written. shown: images
+    by the model as it was and after each step, where the request asks for them.
     """
 
     model: str
@@ -57,13 +59,20 @@ class Chain:
     seconds: Mapping[str, float]
     settings: Mapping[str, object] = field(default_factory=dict)
     shown: tuple[Shown, ...] = ()
+    proof: Proof | None = None
     command: str = "run"
     version: str = VERSION
 
     def to_json(self) -> dict[str, Any]:
-        names = [entry.name for entry in fields(self) if entry.name not in ("steps", "shown")]
+        names = [entry.name for entry in fields(self) if entry.name not in ("steps", "shown", "proof")]
         plain = {name: getattr(self, name) for name in names}
-        return {**plain, "warnings": list(self.warnings), "steps": [step.to_json() for step in self.steps]}
+        proof = self.proof.to_json() if self.proof else None
+        return {
+            **plain,
+            "proof": proof,
+            "warnings": list(self.warnings),
+            "steps": [step.to_json() for step in self.steps],
+        }
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,7 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
         bytes={"before": weights_bytes(request.source), "after": weights_bytes(output)},
         seconds=watch.seconds,
         settings=_shared([result.settings for result in results]),
+        proof=results[-1].proof,
         shown=shown,
     )
 

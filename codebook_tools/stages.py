@@ -61,7 +61,14 @@ class Stages:
 
 def require_training_data(opened: Opened, recipe: Recipe) -> None:
     """Raise CodebookError where there is to be fine-tuning, and nothing for its gradients, its losses or its choice of
-    state."""
+    state; or where it would move codes that cannot be written."""
+    moving = recipe.steps and recipe.codebook_update != "frozen"
+    read = next((book.key for book in opened.model.books if moving and book.read is not None), None)
+    if read is not None:
+        raise CodebookError(
+            f"fine-tuning moves the codes of {read}, which the model's quantize makes of its rows in a way that cannot "
+            "be inverted: --codebook-update frozen, or --steps 0"
+        )
     if recipe.steps and not (opened.splits.train and opened.splits.validation):
         count = len(opened.calibration)
         raise CodebookError(

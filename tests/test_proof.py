@@ -302,6 +302,7 @@ def test_pruning_behind_a_projection_moves_rows_and_loses_none_of_their_bits(
 def test_codes_that_no_formula_gives_are_pruned_and_not_refitted(run: Callable[..., Outcome], tmp_path: Path) -> None:
     refused = run("refit", "warped", "--k", 8, "--steps", 0)
     assert_refused(refused, "cannot be inverted")
+    assert_refused(run("prune", "warped", "--steps", 2), "--codebook-update frozen, or --steps 0")
     pruned = run("prune", "warped")
     assert pruned.exit_code == 0, pruned.stderr
     (use,) = pruned.json["stages"]["surgery"]["codebooks"]

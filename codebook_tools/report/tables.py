@@ -160,6 +160,7 @@ def chain_table(found: Chain) -> RenderableType:
     """What each step left side by side, and what was written."""
     parts: list[RenderableType] = [_table(chain_rows(found))]
     parts += [Text(f"written to {path}") for path in found.outputs.values()]
+    parts += [Text(proof_line(found.proof), style="dim")] if found.proof else []
     return Group(*parts)
 
 
