@@ -19,7 +19,8 @@ RELATIVE, ABSOLUTE = 1e-5, 1e-6
 """By which a reported error may differ."""
 
 NEAR, ROUNDING = 1e-5, 1e-6
-"""Two squared distances are a near-tie where they differ by less, relative to themselves, or to rounding of latents."""
+"""Two squared distances are a near-tie where they differ by less, relative to themselves, or than what rounding of the
+encoder's latents makes of them: a later stage's latents are differences of those, and have their rounding errors."""
 
 LEAST_USED, MOST_DISTORTION = 0.9, 1.1
 """What one training-mode forward must leave, relative to before."""
@@ -183,10 +184,12 @@ def _use(module: Wired, images: Tensor, detached: bool = False) -> Use:
     """
     wiring, latents = module.wiring, module.encode(images)
     rest, ties = rows_of_grid(latents), 0
+    rounding = ROUNDING * rest.double().norm(dim=1)
     used = [set[int]() for _ in range(1 if detached else wiring.books)]
     for group in wiring.groups[:1] if detached else wiring.groups:
         squared, codes = module.distances(rest, group)
-        ties += _near_ties(squared, codes, rest if not wiring.cosine else normalize(rest, dim=-1))
+        lengths = rest.double().norm(dim=1).clamp(min=1e-30) if wiring.cosine else 1.0
+        ties += _near_ties(squared, codes, rounding / lengths)
         chosen, vectors = module.assign(rest, group)
         used[group].update(chosen.tolist())
         rest = rest - vectors
@@ -200,14 +203,14 @@ def _use(module: Wired, images: Tensor, detached: bool = False) -> Use:
     return Use(tuple(map(len, used)), float(rest.double().square().sum(1).mean()), ties, error)
 
 
-def _near_ties(squared: Tensor, codes: Tensor, latents: Tensor) -> int:
-    """How many latents (n, dim) have two nearest codes (K, dim) at about the same squared distance (n, K), and not the
-    same vectors: among equals the lowest index is chosen by all."""
+def _near_ties(squared: Tensor, codes: Tensor, rounding: Tensor) -> int:
+    """How many latents have two nearest codes (K, dim) at about the same squared distance (n, K), and not the same
+    vectors: among equals the lowest index is chosen by all. rounding: (n,) how far a latent may be off by it."""
     if squared.shape[1] < 2:
         return 0
     nearest, index = squared.topk(2, largest=False)
     first, second = nearest.T
-    limit = NEAR * second + ROUNDING * second.sqrt() * latents.double().norm(dim=1)
+    limit = NEAR * second + rounding * second.sqrt()
     unlike = (codes[index[:, 0]] != codes[index[:, 1]]).any(1)
     return int(((second - first <= limit) & unlike).sum())
 

@@ -78,7 +78,7 @@ def codes_of_rows(tensors: Tensors, found: FoundCodebook, rows: Tensor) -> Tenso
         return rows / beside[0].reshape(-1, 1).clamp(min=_LEAST)
     if how.kind == "projected":
         weight, *bias = beside
-        return functional.linear(rows, weight, bias[0] if bias else None)
+        return _product(rows, weight.T, *bias)
     if how.kind == "steps":
         rows = functional.normalize(rows, dim=1) if how.unit_first else rows
         for kind, tensor in zip(how.with_tensors, beside, strict=True):
@@ -88,12 +88,18 @@ def codes_of_rows(tensors: Tensors, found: FoundCodebook, rows: Tensor) -> Tenso
 
 def _forward(kind: StepKind, rows: Tensor, tensor: Tensor) -> Tensor:
     if kind == "matrix":
-        return functional.linear(rows, _matrix(tensor))
+        return _product(rows, _matrix(tensor).T)
     if kind == "matrix-transposed":
-        return rows @ _matrix(tensor)
+        return _product(rows, _matrix(tensor))
     if kind == "shift":
         return rows + tensor.reshape(-1)
     return rows * (tensor.reshape(-1) + (kind == "one-plus-scale"))
+
+
+def _product(rows: Tensor, matrix: Tensor, shift: Tensor | float = 0) -> Tensor:
+    """rows @ matrix + shift, float32, added up in float64: in float32 a product's last bits depend on where in the
+    tensor its row stands, and two equal rows would be two codes."""
+    return (rows.double() @ matrix.double() + shift).float()
 
 
 def _backward(kind: StepKind, codes: Tensor, tensor: Tensor, key: str) -> Tensor:
