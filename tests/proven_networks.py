@@ -117,6 +117,30 @@ class Swapped(Averaged):
         return codes[chosen].movedim(-1, 1), chosen
 
 
+class Round(Coders):
+    """Codes of unit length, and nothing that says how they are searched."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.vq = nn.Module()
+        self.vq.codebook = nn.Embedding(size, DIM)
+
+
+class Headed(Round):
+    """With a head over its codes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.head = nn.Linear(DIM, size)
+
+
+class Fixed(Round):
+    """As many codes as its author wrote into it, whatever it is asked for."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(24)
+
+
 class Library(Coders):
     """Around a quantizer of vector-quantize-pytorch."""
 
@@ -146,6 +170,9 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "warped": Warped,
     "averaged": Averaged,
     "swapped": Swapped,
+    "round": Round,
+    "headed": Headed,
+    "fixed": Fixed,
     **{f"library {name}": make for name, make in LIBRARIES.items()},
 }
 
@@ -158,8 +185,9 @@ def made(name: str, size: int) -> nn.Module:
         book = tensor.ndim > 1 and size in tensor.shape and "ensemble" not in key
         if book and key.endswith(("embed", "frozen_codebook", "codebook.weight", "0.weight")) and "coder" not in key:
             drawn = torch.randn(tensor.shape) * 0.7
-            tensor.copy_(functional.normalize(drawn, dim=-1) if "cosine" in name else drawn)
-            if "cosine" not in name:
+            unit = "cosine" in name or name == "round"
+            tensor.copy_(functional.normalize(drawn, dim=-1) if unit else drawn)
+            if not unit:
                 tensor.reshape(-1, tensor.shape[-1])[size // 2 :] *= 40
     state = network.state_dict()
     for counts, sums in (("vq.mass", "vq.moment"),):

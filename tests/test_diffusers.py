@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import Grey, Outcome, assert_refused, contents
 from diffusers import VQModel
+from diffusers.models.autoencoders.vq_model import VectorQuantizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -133,6 +134,36 @@ def test_any_family_can_be_made_anew(tiny: Path, grey: Callable[..., Grey]) -> N
         loaded = model.network.state_dict()
         assert {name: t.shape for name, t in first.items()} == {name: t.shape for name, t in loaded.items()}
         assert not any(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- what is reported is held against the library ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["loads others", "chooses others"])
+def test_a_result_that_the_library_does_not_bear_out_is_exit_code_3(
+    what: str, vae: Path, images_folder: Path, codebook: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if what == "loads others":
+        load = VQModel.from_pretrained
+
+        def moved(folder: Path, **options: Any) -> object:
+            model, info = load(folder, **options)
+            model.quantize.embedding.weight.data += 1
+            return model, info
+
+        monkeypatch.setattr(VQModel, "from_pretrained", moved)
+    else:
+        choose = VectorQuantizer.forward
+
+        def shifted(self: VectorQuantizer, latents: Tensor) -> object:
+            quantized, loss, (perplexity, one_hot, codes) = choose(self, latents)
+            return quantized, loss, (perplexity, one_hot, codes.roll(1))
+
+        monkeypatch.setattr(VectorQuantizer, "forward", shifted)
+    found = codebook("prune", vae, "--data", images_folder, *RANGE)
+    told = {"loads others": "is not the codebook that was meant", "chooses others": "chooses other codes of"}
+    assert found.exit_code == 3 and told[what] in found.stderr
+    assert [path.name for path in vae.parent.iterdir()] == ["vae"]
 
 
 def renamed(folder: Path) -> Path:

@@ -311,6 +311,37 @@ def test_codes_that_no_formula_gives_are_pruned_and_not_refitted(run: Callable[.
     assert mse == pytest.approx(pruned.json["stages"]["surgery"]["mse"], rel=1e-5, abs=1e-6) and used == use["used"]
 
 
+def test_unit_codes_of_an_unknown_search_are_written_so_that_both_searches_choose_the_same(
+    run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    found = run("refit", "round", "--k", 8, "--steps", 0)
+    assert found.exit_code == 0, found.stderr
+    assert any("have unit length" in warning for warning in found.json["warnings"])
+    state = load_file(tmp_path / "out.safetensors")
+    codes = state["vq.codebook.weight"]
+    torch.testing.assert_close(codes.norm(dim=1), torch.ones(8))
+    module = NETWORKS["round"](8).requires_grad_(False)
+    module.load_state_dict(state)
+    latents = module.encode(images_of(tmp_path / "held_out.npy")).movedim(1, -1).flatten(0, -2)  # type: ignore[operator]
+    assert torch.equal(torch.cdist(latents, codes).argmin(1), (latents @ codes.T).argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("headed", "head.weight follows the number of codes, too"),
+        ("fixed", "--network must be a function that makes as many codes as it is asked for"),
+    ],
+)
+def test_a_network_that_cannot_take_the_new_number_of_codes_is_refused_before_any_work(
+    name: str, message: str, run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    assert_refused(run("refit", name, "--k", 8, "--steps", 0), message)
+    assert not (tmp_path / "out.safetensors").exists()
+    # As many codes as before need no other network.
+    assert run("restart", name, "--steps", 0).exit_code == 0
+
+
 def test_a_search_that_is_not_ours_is_refused_before_any_work(run: Callable[..., Outcome], tmp_path: Path) -> None:
     assert_refused(run("refit", "swapped", "--k", 8, "--steps", 0), "the network's quantize disagrees")
     assert not (tmp_path / "out.safetensors").exists()
@@ -352,6 +383,18 @@ def test_verify_with_a_network_says_what_its_quantizer_chose(
     assert "own quantizer chooses the same" in codebook(*words).stdout
     any_file = codebook("verify", tmp_path / "model.safetensors", *network, "--json")
     assert any_file.exit_code == 0 and any_file.json["proof"]["of"] >= 4096
+
+
+def test_a_chain_says_how_its_result_was_proved(tmp_path: Path, codebook: Run) -> None:
+    calibration, held_out = write_images(tmp_path)
+    model, network = write_network(tmp_path, "averaged", 24)
+    data = ("--data", calibration, "--test-data", held_out, *RANGE)
+    output = ("-o", tmp_path / "out.safetensors", "--json")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("surgeries: [prune, {refit: {k: 6, steps: 0}}]\n")
+    found = codebook("run", recipe, model, "--network", network, *data, *output)
+    assert found.exit_code == 0, found.stderr
+    assert found.json["proof"]["by"] == "quantizer" and found.json["proof"]["of"] >= 4096
 
 
 # --- the library's own quantizers ----------------------------------------------------------------------------------
