@@ -16,6 +16,13 @@ def used(counts: Tensor, hits: int = 1) -> int:
     return int((counts >= hits).sum())
 
 
+def used_by_chance(latents: int, size: int) -> float:
+    """Codes that are expected to be in use where each of so many latents draws one of `size` at random, all alike."""
+    if size < 2 or not latents:
+        return float(size if latents else 0)
+    return -size * math.expm1(latents * math.log1p(-1 / size))
+
+
 def usage(counts: Tensor) -> float:
     """Share of codes with at least one assignment, 0 to 1. counts: (size,) int64; 0.0 for an empty codebook."""
     return used(counts) / len(counts) if len(counts) else 0.0
@@ -46,6 +53,31 @@ def top_share(counts: Tensor) -> float:
     """Share of all assignments that the most used code takes; 0.0 when there are none. counts: (size,) int64."""
     total = int(counts.sum())
     return int(counts.max()) / total if total else 0.0
+
+
+def participation_ratio(covariance: Tensor) -> float:
+    """In how many dimensions points spread alike: (tr C)² / tr C², 1 for points on a line, dim for a ball of them.
+
+    covariance: (dim, dim) float64. 0.0 where nothing varies. Source: Gao et al. 2017, A theory of multineuronal
+    dimensionality.
+    """
+    total, squares = float(covariance.trace()), float(covariance.square().sum())
+    return total * total / squares if squares > 0 else 0.0
+
+
+def dimensions_that_hold(covariance: Tensor, share: float = 0.99) -> int:
+    """The fewest principal directions that hold a share of the variance; 0 where nothing varies.
+
+    covariance: (dim, dim) float64."""
+    variances = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
+    total = float(variances.sum())
+    return int((variances.cumsum(0) < share * total * (1 - 1e-9)).sum()) + 1 if total > 0 else 0
+
+
+def covariance_of(rows: Tensor) -> Tensor:
+    """(dim, dim) float64, of rows (n, dim)."""
+    apart = rows.double() - rows.double().mean(0)
+    return torch.as_tensor(apart.T @ apart / max(len(rows) - 1, 1))
 
 
 def psnr(mse: float) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 from codebook_tools.assignment import nearest
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.diagnosis.check import Finding
-from codebook_tools.diagnosis.companions import Companions
+from codebook_tools.diagnosis.companions import Companions, of_state
 from codebook_tools.diagnosis.counting import counting
 from codebook_tools.diagnosis.dead_codes import dead_codes
 from codebook_tools.diagnosis.diagnose import CHECKS, diagnose
@@ -24,7 +24,7 @@ from codebook_tools.diagnosis.duplicate_codes import duplicate_codes
 from codebook_tools.diagnosis.encoder_drift import encoder_drift
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence, Pair
 from codebook_tools.diagnosis.few_modes import few_modes
-from codebook_tools.diagnosis.fit import Fit, fit_of, places
+from codebook_tools.diagnosis.fit import Fit, fit_of, left_of, places
 from codebook_tools.diagnosis.freshness import born_dead, drawn, structure
 from codebook_tools.diagnosis.gathering import curve_of
 from codebook_tools.diagnosis.learning_rate import learning_rate
@@ -45,10 +45,10 @@ from codebook_tools.watch import Watch
 
 NAMES = (
     *("not-installed", "wrong-encoder", "wrong-layout", "wrong-input-range", "stale-ema", "uninitialised-flag"),
-    *("encoder-drift", "learning-rate", "no-lloyd", "few-modes", "scale-mismatch", "counting"),
+    *("encoder-drift", "learning-rate", "no-lloyd", "few-modes", "scale-mismatch", "counting", "dimensional-collapse"),
 )
 SYMPTOMS = ("dead-codes", "duplicate-codes")
-NOTHING = Companions(None, None, None, {}, ())
+NOTHING = Companions()
 
 
 def random(seed: int = 0) -> torch.Generator:
@@ -74,6 +74,8 @@ def book_of(latents: Tensor, codes: Tensor, **more: Any) -> BookEvidence:
         "rivals": tuple(scaled(codebook, latents, 0)),
         "curve": curve_of(codebook, latents, 0),
         "distinct": len(codes),
+        "left": left_of(codebook, latents),
+        "left_when_cut": 1.0,
         "companions": NOTHING,
         "filling": False,
         "pair": None,
@@ -86,6 +88,7 @@ def evidence_of(*books: BookEvidence, **more: Any) -> Evidence:
         "curve": {1: 1.0, 2: 0.8, 4: 0.6},
         "mse": 1.0,
         "original_mse": None,
+        "flat_mse": 2.0,
         "ranges": {},
         "input_range": (0.0, 1.0),
         "command": "",
@@ -201,10 +204,13 @@ def test_those_dead_since_birth_are_told_from_those_that_died() -> None:
 
 def test_a_codebook_of_noise_was_never_installed_and_one_of_other_latents_is_of_another_encoder() -> None:
     points = spread_out()
-    assert found(evidence_of(book_of(points, DRAWN["normal"](32, 8) * 9)))[0] == "not-installed"
+    noise = book_of(points, DRAWN["normal"](32, 8) * 9)
+    assert found(evidence_of(noise, mse=3.0))[0] == "not-installed", "the decoder does not know these codes"
+    assert found(evidence_of(noise))[0] == "scale-mismatch", "it does: they were trained so, and collapsed"
     others = book_of(points, centroids(spread_out(seed=3).flip(1) * 2 + 4))
     assert not_installed(evidence_of(others)).verdict == "ok"
-    assert wrong_encoder(others).verdict == "found"
+    assert wrong_encoder(evidence_of(others, mse=3.0), others).verdict == "found"
+    assert wrong_encoder(evidence_of(others), others).verdict == "suspicious", "an encoder may leave its codes"
 
 
 def test_codes_by_the_dot_product_are_not_checked_for_their_place() -> None:
@@ -219,9 +225,14 @@ def test_codes_by_the_dot_product_are_not_checked_for_their_place() -> None:
 def test_sums_of_other_codes_are_stale_unless_it_is_they_that_fit() -> None:
     points = spread_out()
     book = book_of(points, centroids(points))
-    for apart, verdict in ((0.001, "ok"), (0.5, "found")):
-        state = Companions(book.codebook.vectors, torch.ones(32), apart, {}, ())
-        assert stale_ema(evidence_of(replace(book, companions=state))).verdict == verdict
+    rows, counts = book.codebook.vectors, torch.rand(32) * 9 + 1
+    others = rows.flip(0)
+    for stale, verdict in ((0, "ok"), (1, "suspicious"), (4, "found"), (32, "found")):
+        means = torch.cat([others[:stale], rows[stale:]])
+        counts[:stale] = 1e-3  # revived codes have hardly any hits: they count all the same
+        state = of_state(rows.double(), (means * counts[:, None]).double(), counts.double(), NOTHING)
+        told = stale_ema(evidence_of(replace(book, companions=state)))
+        assert (told.verdict, told.value) == (verdict, pytest.approx(stale / 32)), told
     assert stale_ema(evidence_of(book)).verdict == "not-checked"
     unlike = replace(NOTHING, unlike=("vq.embed_avg",))
     told = stale_ema(evidence_of(replace(book, companions=unlike)))
@@ -282,7 +293,12 @@ def test_dead_and_duplicate_codes_are_counted() -> None:
     assert duplicate_codes(book).value == pytest.approx(0.68)
     assert duplicate_codes(replace(book, filling=True)).value == pytest.approx(0.07), "copies of code 0 fill sizes up"
     assert duplicate_codes(book_of(points, codes)).value == 0
-    assert dead_codes(replace(book, counts=book.counts // 100)).verdict == "not-checked"
+    one_code = replace(book, counts=torch.tensor([64, *[0] * 99]))
+    by_chance = 100 * (1 - 0.99**64)  # 47.4: a collapse whatever the amount of data
+    assert dead_codes(one_code).value == pytest.approx(1 - 1 / by_chance)
+    assert dead_codes(one_code).verdict == "found" and "by chance would use 47" in dead_codes(one_code).evidence
+    half = replace(book, counts=torch.tensor([2] * 32 + [0] * 68))
+    assert dead_codes(half).verdict == "ok", "few latents use fewer codes than chance, for codes are not alike"
 
 
 # --- a pair, and a trace -------------------------------------------------------------------------------------------

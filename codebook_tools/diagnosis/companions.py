@@ -1,9 +1,9 @@
-"""What the tensors beside a codebook say of it: the codes that running sums stand for, and whether flags are set."""
+"""What the tensors beside a codebook say of it: running counts and sums, and whether flags are set."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,61 +13,76 @@ from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.effective import effective
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.companions import Role, flags
+from codebook_tools.models.companions import SMOOTHINGS, Role, flags
 from codebook_tools.models.stored import followers, stored_rows
+
+ALIVE = 1e-3
+"""Of the mean running count: below it a code has long had no latents."""
 
 
 @dataclass(frozen=True, eq=False)
 class Companions:
-    """codes: (size, dim) float32, what running sums over running counts are, and hits: (size,) of each; None where the
-    file has no such state. apart: mean squared distance from the rows to those codes, over the rows' variance, both
-    weighted by the hits. flags: whether each is set, by key. unlike: keys whose shape does not follow the codebook's
-    size."""
+    """What a file holds beside a codebook.
 
-    codes: Tensor | None
-    hits: Tensor | None
-    apart: float | None
-    flags: Mapping[str, bool]
-    unlike: tuple[str, ...]
+    Attributes:
+        counts: (size,) float64, the running counts; None where there are none, or all are 0.
+        codes: (size, dim) float32, what running sums over running counts are; None without both.
+        moved: (size,) float64, the squared distance from each code to the one that a training step makes of the sums
+            and counts, in whichever smoothing it is least; None without both.
+        flags: Whether each is set, by key.
+        unlike: Keys whose shape does not follow the codebook's size.
+        unknown: Why the roles of the tensors are not known, in a line; empty where they are.
+    """
+
+    counts: Tensor | None = None
+    codes: Tensor | None = None
+    moved: Tensor | None = None
+    flags: Mapping[str, bool] = field(default_factory=dict)
+    unlike: tuple[str, ...] = ()
+    unknown: str = ""
+
+    @property
+    def alive(self) -> int | None:
+        """How many codes have latents by the running counts; None without those."""
+        return None if self.counts is None else int((self.counts > ALIVE * self.counts.mean()).sum())
 
 
-def companions_of(checkpoint: Checkpoint, found: FoundCodebook, original: FoundCodebook | None) -> Companions:
+def companions_of(checkpoint: Checkpoint, found: FoundCodebook, original: FoundCodebook | None = None) -> Companions:
     """original: where the codebook lies in the original's file, which knows which tensors ought to follow."""
     set_ = {key: bool(checkpoint.tensor(key).bool().all()) for key in flags(found.key, checkpoint.entries)}
     expected = original.companions if original else ()
     unlike = tuple(key for key in expected if key in checkpoint.entries and key not in found.companions)
-    state = running(checkpoint, found)
-    if state is None:
-        return Companions(None, None, None, set_, unlike)
-    codes, hits = state
-    return Companions(codes, hits, _apart(stored_rows(checkpoint.tensor(found.key), found), codes, hits), set_, unlike)
-
-
-def running(checkpoint: Checkpoint, found: FoundCodebook) -> tuple[Tensor, Tensor] | None:
-    """(size, dim) and (size,) float32: running sums over running counts, as training would go on from them, and the
-    counts. None without both, and where the sums are the codebook itself."""
     try:
         by_role = {one.role: one for one in followers(checkpoint, found)}
-    except CodebookError:  # one that nobody understands: what it holds cannot be judged
-        return None
-    counted = by_role.get(Role.COUNTS) or by_role.get(Role.SHARES)
-    if Role.SUMS not in by_role or counted is None or effective(found, checkpoint.shapes).kind == "ratio":
-        return None
-    summed = by_role[Role.SUMS]
-    hits, sums = checkpoint.tensor(counted.key).float(), checkpoint.tensor(summed.key).float()
-    if hits.numel() != found.size or sums.numel() != found.size * found.dim:
-        return None
-    rows, hits = sums.movedim(summed.axis or 0, 0).reshape(found.size, -1), hits.reshape(-1)
-    if float(hits.sum()) <= 0:  # nothing was counted yet: libraries begin with the codes themselves for sums
-        return rows, torch.ones(found.size)
-    return rows / hits[:, None].clamp(min=1e-5), hits
+    except CodebookError as error:
+        return Companions(flags=set_, unlike=unlike, unknown=str(error))
+    counted, summed = by_role.get(Role.COUNTS) or by_role.get(Role.SHARES), by_role.get(Role.SUMS)
+    how = effective(found, checkpoint.shapes)
+    counts = sums = None
+    if counted is not None and checkpoint.tensor(counted.key).numel() == found.size:
+        counts = checkpoint.tensor(counted.key).double().reshape(-1)
+    elif how.kind == "ratio":  # the codebook's own tensor is the sums
+        counts = checkpoint.tensor(how.beside[0]).double().reshape(-1)
+    if summed is not None and checkpoint.tensor(summed.key).numel() == found.size * found.dim and how.kind != "ratio":
+        sums = checkpoint.tensor(summed.key).double().movedim(summed.axis or 0, 0).reshape(found.size, -1)
+    rows = stored_rows(checkpoint.tensor(found.key), found).double()
+    return of_state(rows, sums, counts, Companions(flags=set_, unlike=unlike))
 
 
-def _apart(rows: Tensor, codes: Tensor, hits: Tensor) -> float:
-    """Rows at unit length are held against directions: sums of a codebook by the cosine need not be as long."""
-    if torch.allclose(rows.norm(dim=1), torch.ones(len(rows)), atol=1e-2):
-        codes = unit(codes)
-    shares = hits / hits.sum()
-    mean = (shares[:, None] * rows).sum(0)
-    spread = (shares * (rows - mean).square().sum(1)).sum()
-    return float((shares * (rows - codes).square().sum(1)).sum() / spread.clamp(min=1e-30))
+def of_state(rows: Tensor, sums: Tensor | None, counts: Tensor | None, others: Companions) -> Companions:
+    """Running sums (size, dim) and counts (size,) beside codes (size, dim). others: what is known without them."""
+    empty = counts is None or not float(counts.sum()) > 0
+    codes = moved = None
+    if sums is not None and counts is not None:
+        # Nothing was counted yet: libraries begin with the codes themselves for sums.
+        made = [sums] if empty else [sums / smoothed[:, None] for smoothed in _smoothed(counts)]
+        if bool(((rows.norm(dim=1) - 1).abs() <= 1e-2).all()):  # sums of codes by the cosine need not be as long
+            made = [unit(one) for one in made]
+        moved = torch.stack([(rows - one).square().sum(1) for one in made]).amin(0)
+        codes = made[0].float()
+    return Companions(None if empty else counts, codes, moved, others.flags, others.unlike)
+
+
+def _smoothed(counts: Tensor) -> list[Tensor]:
+    total, least = float(counts.sum()), 1e-5
+    return [((counts + epsilon) / (total + len(counts) * epsilon) * total).clamp(min=least) for epsilon in SMOOTHINGS]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from codebook_tools import metrics
-from codebook_tools.diagnosis.check import Finding, judged, not_checked
+from codebook_tools.diagnosis.check import Finding, judged
 from codebook_tools.diagnosis.evidence import BookEvidence
 
 DEAD, SOME = 0.5, 0.1
-"""Shares of the codes: more than half dead is a collapse, more than a tenth deserves a look."""
+"""Shares of the codes that so many latents would use by chance: more than half of them dead is a collapse, more than a
+tenth deserves a look."""
 
 
 def dead_codes(book: BookEvidence) -> Finding:
-    """Found where more than half have no hit on the calibration data."""
-    if not book.counted:
-        return not_checked(
-            f"{int(book.counts.sum())} latents are too few for {book.codebook.size} codes: give more --data"
-        )
-    share, used = 1 - metrics.usage(book.counts), metrics.used(book.counts)
-    told = f"{used} of {book.codebook.size} codes in use, perplexity {metrics.perplexity(book.counts):.1f}"
-    return Finding(judged(share, DEAD, DEAD if book.filling else SOME), share, DEAD, told)
+    """Found where fewer than half of the codes are in use that as many latents would use if each drew one at random."""
+    latents, size, used = int(book.counts.sum()), book.codebook.size, metrics.used(book.counts)
+    by_chance = metrics.used_by_chance(latents, size)
+    share = max(0.0, 1 - used / by_chance) if by_chance else 0.0
+    told = (
+        f"{used} of {size} codes are in use by {latents:,} latents, which by chance would use {by_chance:.0f}; "
+        f"perplexity {metrics.perplexity(book.counts):.1f}"
+    )
+    # Few latents use fewer codes than chance does, for codes are not alike often used.
+    doubtful = SOME if book.counted and not book.filling else DEAD
+    return Finding(judged(share, DEAD, doubtful), share, DEAD, told)

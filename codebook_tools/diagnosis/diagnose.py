@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from codebook_tools.diagnosis.check import Check, Look, of_each_book
 from codebook_tools.diagnosis.counting import counting
 from codebook_tools.diagnosis.dead_codes import dead_codes
-from codebook_tools.diagnosis.duplicate_codes import duplicate_codes
+from codebook_tools.diagnosis.dimensional_collapse import dimensional_collapse
+from codebook_tools.diagnosis.duplicate_codes import copies, duplicate_codes
 from codebook_tools.diagnosis.encoder_drift import encoder_drift
+from codebook_tools.diagnosis.evidence import Evidence
 from codebook_tools.diagnosis.few_modes import few_modes
+from codebook_tools.diagnosis.fit import by_place
 from codebook_tools.diagnosis.gathering import gather
 from codebook_tools.diagnosis.learning_rate import learning_rate
 from codebook_tools.diagnosis.no_lloyd import no_lloyd
@@ -29,20 +32,27 @@ from codebook_tools.watch import Watch
 CHECKS: dict[str, tuple[Look, str]] = {
     "not-installed": (
         not_installed,
-        "codebook refit {original} --k {k}{data}, then codebook verify RESULT --against {original}",
+        "codebook refit {source} --k {k}{data}, then codebook verify RESULT --against {source}",
     ),
     "uninitialised-flag": (
         of_each_book(uninitialised_flag),
-        "codebook refit {source} --k {k}{data} sets it; or set that tensor to true before anybody trains",
+        "codebook prune {model}{data} sets it; or set that tensor to true before anybody trains",
     ),
-    "stale-ema": (stale_ema, "codebook refit {source} --k {k}{data} writes sums and counts that are of the codes"),
+    "stale-ema": (stale_ema, "codebook prune {model}{data} writes sums and counts that are of the codes"),
     "few-modes": (few_modes, "shrink, do not repair: codebook prune {model}{data}"),
+    "dimensional-collapse": (
+        of_each_book(dimensional_collapse),
+        "no surgery on codes alone repairs it: train the encoder on, codebook finetune {model}{data}",
+    ),
     "wrong-layout": (
         of_each_book(wrong_layout),
         "codebook refit {source} --k {k}{data}; in code of your own, move the channels last before you flatten",
     ),
-    "wrong-input-range": (wrong_input_range, "codebook refit {source} --k {k}{data} --input-range={bounds}"),
-    "wrong-encoder": (of_each_book(wrong_encoder), "codebook refit {original} --k {k}{data} keeps the trained encoder"),
+    "wrong-input-range": (wrong_input_range, "codebook refit {source} --k {k}{data_in_range}"),
+    "wrong-encoder": (
+        lambda evidence: of_each_book(lambda book: wrong_encoder(evidence, book))(evidence),
+        "codebook refit {original} --k {k}{data} keeps the trained encoder",
+    ),
     "scale-mismatch": (
         of_each_book(scale_mismatch),
         "codebook finetune {model}{data} revives dead codes; codebook refit {model} --k {k}{data} replaces all",
@@ -51,7 +61,7 @@ CHECKS: dict[str, tuple[Look, str]] = {
         encoder_drift,
         "codebook refit {original} --k {k}{data}: its codes follow the encoder; --train decoder freezes it",
     ),
-    "learning-rate": (learning_rate, "codebook refit {original} --k {k}{data} --lr RATE, a tenth of what it was"),
+    "learning-rate": (learning_rate, "codebook refit {original} --k {k}{data}{slower}"),
     "no-lloyd": (
         no_lloyd,
         "codebook refit {source} --k {k}{data}, which goes on from seeds by k-means",
@@ -59,11 +69,11 @@ CHECKS: dict[str, tuple[Look, str]] = {
     "counting": (of_each_book(counting), "codebook measure {model} --data ALL --test-data TEST, of the same kind"),
     "dead-codes": (
         of_each_book(dead_codes),
-        "codebook prune {model}{data} drops them, codebook finetune {model}{data} revives them",
+        "codebook finetune {model}{data} revives them{drop}",
     ),
     "duplicate-codes": (
         of_each_book(duplicate_codes),
-        "codebook quantize {model} --k K --method pnn{data} merges them",
+        "codebook quantize {model} --k {distinct} --method pnn{data} merges them",
     ),
 }
 """Causes before symptoms; of the causes, first those that lie in the tensors, then what the data say: of themselves, of
@@ -99,14 +109,7 @@ def diagnose(request: Request, watch: Watch, against: Path | None = None, trace:
     Raises CodebookError where something cannot be opened.
     """
     evidence = gather(request, against, trace, watch)
-    words = {
-        "model": shlex.quote(str(request.model)) if request.model else "",
-        "original": shlex.quote(str(against)) if against else "ORIGINAL",
-        "source": shlex.quote(str(against or request.model or "")),
-        "k": evidence.books[0].codebook.size,
-        "data": _as_typed(request),
-        "bounds": "{:g},{:g}".format(*evidence.input_range),
-    }
+    words = _words(request, against, evidence)
     checks = tuple(
         Check(**vars(look(evidence)), name=name, fix=" ".join(fix.format(**words).split()))
         for name, (look, fix) in CHECKS.items()
@@ -114,15 +117,38 @@ def diagnose(request: Request, watch: Watch, against: Path | None = None, trace:
     return Diagnosis(str(request.source), checks, evidence.settings, evidence.warnings, watch.seconds)
 
 
-def _as_typed(request: Request) -> str:
-    """What a command needs to see the same data with the same network."""
-    given = {
-        "data": request.data,
-        "size": request.size or (),
-        "network": request.network or (),
-        "family": request.family or (),
-        "codebook-key": request.codebook_keys,
-        "metric": request.metric or (),
+def _words(request: Request, against: Path | None, evidence: Evidence) -> dict[str, object]:
+    """What stands in the commands that mend."""
+    model, trace, data = str(request.model or ""), evidence.trace, _as_typed(request)
+    first = evidence.books[0]
+    return {
+        "model": shlex.quote(model) if model else "",
+        "original": shlex.quote(str(against)) if against else "ORIGINAL",
+        "source": shlex.quote(str(against or model)) if against or model else "",
+        "k": first.codebook.size,
+        "distinct": first.codebook.size - int(copies(by_place(first.codebook).vectors).sum()),
+        "data": data,
+        "data_in_range": _as_typed(replace(request, input_range=evidence.input_range)),
+        "slower": f" --lr {trace.lr / 10:g}" if trace and trace.lr else "",
+        # Of few latents, codes without one may have some among others.
+        "drop": f"; codebook prune {shlex.quote(model) if model else ''}{data} drops them" if first.counted else "",
     }
-    listed = {name: value if isinstance(value, tuple) else (value,) for name, value in given.items()}
-    return "".join(f" --{name} {shlex.quote(str(one))}" for name, values in listed.items() for one in values)
+
+
+_NAMED = {"data", "test_data", "network", "family", "metric", "size", "limit", "device", "precision", "workers"}
+_NAMED |= {"seed", "batch_size", "codebook_keys", "companions", "as_stored"}
+_SINGULAR = {"codebook_keys": "codebook-key", "companions": "companion"}
+
+
+def _as_typed(request: Request) -> str:
+    """What a command needs to see the same data with the same network: all that was given and is no default."""
+    words = list[str]()
+    for option in fields(Request):
+        value = getattr(request, option.name)
+        if option.name not in _NAMED or value == option.default:
+            continue
+        name = _SINGULAR.get(option.name, option.name.replace("_", "-"))
+        words += [f" --{name} {shlex.quote(str(one))}" for one in (value if isinstance(value, tuple) else (value,))]
+    if request.input_range is not None:
+        words.append(" --input-range={:g},{:g}".format(*request.input_range))
+    return "".join([*words, " --skip-bad" * request.skip_bad])

@@ -16,6 +16,9 @@ from codebook_tools.diagnosis.traces import Trace
 FEW_HITS = 10
 """Latents a code, below which a code without any may be chance."""
 
+DENIED = 0.5
+"""Share of the codes that are alive by the running counts and have no latent: other data alone make less of it."""
+
 RivalName = Literal["scale", "layout", "range", "original", "companions"]
 
 
@@ -46,8 +49,9 @@ class BookEvidence:
     a sample of the calibration latents that meet it, in an order in which each head is a uniform sample; codes: (n,)
     int64, their own. fit: on that sample; None where there is no k-means. rivals: looked for only where the fit is not
     good. curve: share of the latents' variance that is left by so many centroids. distinct: latents of the sample that
-    differ, at most `size`. companions: what lies beside it in the file. filling: whether its size was made up with dead
-    codes on purpose. pair: of the original, where there is one.
+    differ, at most `size`. left: share of the sample's variance that the codes leave, left_when_cut: of that of latents
+    whose channels were not moved last. companions: what lies beside it in the file. filling: whether its size was made
+    up with dead codes on purpose. pair: of the original, where there is one.
     """
 
     key: str
@@ -60,6 +64,8 @@ class BookEvidence:
     rivals: tuple[Rival, ...]
     curve: Mapping[int, float]
     distinct: int
+    left: float
+    left_when_cut: float
     companions: Companions
     filling: bool
     pair: Pair | None
@@ -68,6 +74,12 @@ class BookEvidence:
     def dead(self) -> Tensor:
         """(size,) bool: without a hit on the calibration data."""
         return self.counts == 0
+
+    @property
+    def denied(self) -> bool:
+        """Whether most of the codes that the running counts call alive are in use no more."""
+        alive, used = self.companions.alive, int((~self.dead).sum())
+        return self.counted and alive is not None and used < (1 - DENIED) * alive
 
     @property
     def counted(self) -> bool:
@@ -87,19 +99,32 @@ class BookEvidence:
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """books: those that are asked about. curve: as a book's, of items, each told by all of its latents that meet the
-    first book. mse: of reconstructions on a few calibration items; original_mse: of the original's. ranges: that error
-    over the images' variance, by input range, when nothing is quantised; empty for sound. input_range: that the latents
-    are of. command: of this package that wrote the file, "" where another did. trace: of its training. settings,
-    warnings: of what was opened.
+    first book. mse: of reconstructions on a few calibration items; original_mse: of the original's; flat_mse: of items
+    without any detail. ranges: that error over the images' variance, by input range, when nothing is quantised; empty
+    for sound. input_range: that the latents are of. command: of this package that wrote the file, "" where another did.
+    trace: of its training. settings, warnings: of what was opened.
     """
 
     books: tuple[BookEvidence, ...]
     curve: Mapping[int, float]
     mse: float
     original_mse: float | None
+    flat_mse: float
     ranges: Mapping[tuple[float, float], float]
     input_range: tuple[float, float]
     command: str
     trace: Trace | None
     settings: Mapping[str, object]
     warnings: tuple[str, ...]
+
+    @property
+    def strange(self) -> bool:
+        """Whether the decoder cannot have been trained with these codes: it does worse than no detail at all."""
+        return self.mse >= self.flat_mse
+
+    def operated(self, book: BookEvidence) -> bool:
+        """Whether anything shows that a codebook was put into a model after its training: this package wrote the file,
+        the original has another size, the decoder does not know the codes, or the running counts deny how they are
+        used. A model that collapsed in its training shows none of that."""
+        sized = book.pair is not None and book.pair.codebook.size != book.codebook.size
+        return bool(self.command) or sized or self.strange or book.denied

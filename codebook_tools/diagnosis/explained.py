@@ -8,11 +8,12 @@ from codebook_tools.diagnosis.evidence import BookEvidence, RivalName
 NO_KMEANS = "codes searched by the dot product have no k-means to be held against"
 
 
-def explained_by(book: BookEvidence, name: RivalName) -> Finding:
-    """Found where a rival of that name explains, better than any other, codes that do not fit."""
+def explained_by(book: BookEvidence, name: RivalName, otherwise: Finding) -> Finding:
+    """Found where a rival of that name explains, better than any other, codes that do not fit; else what is measured of
+    that rival alone."""
     if book.fit is None:
         return not_checked(NO_KMEANS)
     rival = book.explanation
     if rival is None or rival.name != name:
-        return Finding("ok", book.fit.misfit, 1.0, book.fit.told)
+        return otherwise
     return Finding("found", book.fit.misfit, 1.0, f"{book.fit.told}; of {rival.what}, {rival.fit.ratio:.2g} times")

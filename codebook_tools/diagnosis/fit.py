@@ -112,6 +112,12 @@ def distortion(codes: Codebook, points: Tensor) -> tuple[float, int]:
     return float(squared_errors(points, codes, chosen).mean()), len(torch.unique(chosen))
 
 
+def left_of(codebook: Codebook, latents: Tensor) -> float:
+    """Share of the variance of latents (n, dim) that the codes leave."""
+    points = places(codebook, latents)
+    return distortion(by_place(codebook), points)[0] / max(variance_of(points), 1e-30)
+
+
 def variance_of(points: Tensor) -> float:
     """Mean squared distance of points (n, dim) to their mean."""
     return float((points - points.mean(0)).double().square().sum(1).mean())

@@ -16,9 +16,9 @@ from codebook_tools.codebook import Codebook
 from codebook_tools.coverage import POINTS
 from codebook_tools.diagnosis.companions import Companions, companions_of
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence, Pair, Rival
-from codebook_tools.diagnosis.fit import by_place, centroids, distortion, fit_of, places, variance_of
+from codebook_tools.diagnosis.fit import by_place, centroids, distortion, fit_of, left_of, places, variance_of
 from codebook_tools.diagnosis.looking import Close, few_of, look, range_errors, rows_of, told_range
-from codebook_tools.diagnosis.rivals import cut_wrongly, of_companions, of_original, of_range, scaled
+from codebook_tools.diagnosis.rivals import cut_rows, cut_wrongly, of_companions, of_original, of_range, scaled
 from codebook_tools.diagnosis.traces import read_trace
 from codebook_tools.errors import CodebookError
 from codebook_tools.media import Media
@@ -80,6 +80,7 @@ def gather(request: Request, against: Path | None, trace: Path | None, watch: Wa
         curve=curve_of(Codebook(whole[:1]), whole, request.seed),
         mse=looked.close.mse,
         original_mse=beside.mse if beside else None,
+        flat_mse=looked.close.flat_mse,
         ranges=ranges,
         input_range=model.input_range,
         command=model.checkpoint.metadata.get(PREFIX + "command", ""),
@@ -107,6 +108,7 @@ def _book(looked: _Looked, stage: int, latents: Tensor, counts: Tensor, held_out
     pair = _pair(looked, stage) if paired else None
     fit = fit_of(codebook, latents, looked.seed)
     points = places(codebook, latents)
+    cut = cut_rows(looked.close.latents[stage], codebook.dim, looked.seed)
     return BookEvidence(
         key=book.key,
         codebook=codebook,
@@ -118,6 +120,8 @@ def _book(looked: _Looked, stage: int, latents: Tensor, counts: Tensor, held_out
         rivals=() if fit is None or fit.good else tuple(_rivals(looked, stage, latents, companions, pair)),
         curve=curve_of(codebook, points[:_CURVED], looked.seed),
         distinct=_distinct(points, codebook.size),
+        left=left_of(codebook, latents),
+        left_when_cut=left_of(codebook, cut),
         companions=companions,
         filling=PREFIX + "command" in model.checkpoint.metadata and (model.power_of_two or len(model.books) > 1),
         pair=pair,

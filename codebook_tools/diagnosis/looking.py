@@ -24,10 +24,12 @@ _KNOWN = 0.5  # of the images' variance: a network that leaves more of it knows 
 
 @dataclass(frozen=True, eq=False)
 class Close:
-    """latents: (n, dim, *grid) of each book. mse: of the reconstructions, as measure.py has it."""
+    """latents: (n, dim, *grid) of each book. mse: of the reconstructions, as measure.py has it; flat_mse: of items that
+    are their channels' means everywhere."""
 
     latents: tuple[Tensor, ...]
     mse: float
+    flat_mse: float
 
 
 def few_of(model: Model, media: Media, seed: int) -> Media:
@@ -44,6 +46,7 @@ def few_of(model: Model, media: Media, seed: int) -> Media:
 def look(model: Model, media: Media, batch: int, bounds: tuple[float, float] | None = None) -> Close:
     """The model as it is on all of media. bounds: another input range than its own."""
     own, errors, values = model.input_range, 0.0, 0
+    sums = squares = torch.zeros(1, dtype=torch.float64)
     model.input_range = bounds or own
     found = []
     try:
@@ -53,9 +56,13 @@ def look(model: Model, media: Media, batch: int, bounds: tuple[float, float] | N
             found.append([latents.cpu() for latents in seen.latents])
             errors += _squares(model, seen.media, pixels)
             values += pixels.numel()
+            channels = pixels.cpu().double().movedim(1, 0).flatten(1)
+            sums, squares = sums + channels.sum(1), squares + channels.square().sum(1)
     finally:
         model.input_range = own
-    return Close(tuple(torch.cat(stage) for stage in zip(*found, strict=True)), errors / max(values, 1))
+    each = max(values, 1) / len(sums)
+    flat = float((squares / each - (sums / each).square()).clamp(min=0).mean())
+    return Close(tuple(torch.cat(stage) for stage in zip(*found, strict=True)), errors / max(values, 1), flat)
 
 
 def range_errors(model: Model, media: Media, batch: int, seed: int) -> dict[tuple[float, float], float]:

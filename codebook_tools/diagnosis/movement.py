@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from codebook_tools.diagnosis.evidence import BookEvidence, Pair
 from codebook_tools.diagnosis.fit import variance_of
+from codebook_tools.metrics import covariance_of
 
 KIN = 0.5
 """Correlation of the latents of two encoders of which one was trained on from the other; of strangers it is about 0,
@@ -30,17 +28,11 @@ def shift(pair: Pair) -> tuple[float, float]:
     covariance did, over its own size."""
     assert pair.latents is not None and pair.moved is not None
     mean = (pair.moved.mean(0) - pair.latents.mean(0)).double().square().sum()
-    before, after = covariance(pair.latents), covariance(pair.moved)
+    before, after = covariance_of(pair.latents), covariance_of(pair.moved)
     return (
         float(mean) / max(variance_of(pair.latents), 1e-30),
         float((after - before).norm() / before.norm().clamp(min=1e-30)),
     )
-
-
-def covariance(rows: Tensor) -> Tensor:
-    """(dim, dim) float64 of rows (n, dim)."""
-    apart = rows.double() - rows.double().mean(0)
-    return torch.as_tensor(apart.T @ apart / max(len(rows) - 1, 1))
 
 
 def strangers(book: BookEvidence) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book, worst
 from codebook_tools.diagnosis.evidence import FEW_HITS, BookEvidence, Evidence
-from codebook_tools.diagnosis.freshness import born_dead, untrained
+from codebook_tools.diagnosis.freshness import born_dead, drawn
 
 BORN = 0.25
-"""Share of the codes that are dead and still as drawn: a surgery leaves none."""
+"""Share of the codes that are still as drawn: a surgery leaves none."""
 
 COLLAPSED = 0.5
 """Share of the codes in use at step 0, below which a surgery did not arrive."""
@@ -20,23 +20,24 @@ def not_installed(evidence: Evidence) -> Finding:
 
 
 def _of_book(evidence: Evidence, book: BookEvidence) -> Finding:
-    surgery = bool(evidence.command) or (book.pair is not None and book.pair.codebook.size != book.codebook.size)
-    dead = born_dead(book.codebook.vectors, book.dead)
-    share = int(dead.sum()) / book.codebook.size
-    if surgery and not book.filling and book.counted and share > BORN:
-        size = book.codebook.size
-        return Finding("found", share, BORN, f"{int(dead.sum())} of {size} codes are as an initialisation drew them")
+    operated, size = evidence.operated(book), book.codebook.size
+    born = int(born_dead(book.codebook.vectors, book.dead).sum())
+    told = f"{born} of {size} codes are as an initialisation drew them"
+    rival = book.explanation
+    if operated and book.fit and not book.fit.good and rival is None and drawn(book.codebook.vectors):
+        times = (book.codebook.vectors.square().sum(1).mean() / book.latents.square().sum(1).mean()).sqrt()
+        told = f"{book.fit.told}; the codes look drawn at random, {float(times):.2g} times as long as the latents"
+        return Finding("found", book.fit.misfit, 1.0, told)
+    if operated and not book.filling and book.counted and born > BORN * size:
+        return Finding("found", born / size, BORN, told)
     if book.fit is None:
         return not_checked("codes searched by the dot product have no k-means to be held against")
-    rival = book.explanation
     if rival and rival.name == "companions":
         told = f"{book.fit.told}; {rival.what} have {rival.fit.ratio:.2g} times"
         return Finding("found", book.fit.misfit, 1.0, told)
-    if not book.fit.good and rival is None and untrained(book.codebook.vectors, book.dead):
-        norms = (book.codebook.vectors.square().sum(1).mean() / book.latents.square().sum(1).mean()).sqrt()
-        told = f"{book.fit.told}; the codes look drawn at random, {float(norms):.2g} times as long as the latents"
-        return Finding("found", book.fit.misfit, 1.0, told)
-    return Finding("ok", book.fit.misfit, 1.0, book.fit.told)
+    if not operated and born > BORN * size:
+        told = f"{told}, and nothing shows that a surgery was to replace them"
+    return Finding("ok", born / size, BORN, told)
 
 
 def _of_trace(evidence: Evidence) -> Finding:

@@ -38,9 +38,13 @@ def best_scale(codebook: Codebook, latents: Tensor) -> float:
 
 def cut_wrongly(codebook: Codebook, grids: Tensor, seed: int) -> Iterator[Rival]:
     """Latents (images, dim, *grid) whose memory was cut into rows as it lies, without moving the channels last."""
-    rows = shuffled_rows(grids.contiguous().reshape(-1, codebook.dim), seed)
-    if fit := fit_of(codebook, rows, seed):
+    if fit := fit_of(codebook, cut_rows(grids, codebook.dim, seed), seed):
         yield Rival("layout", fit, "latents flattened without moving the channels last")
+
+
+def cut_rows(grids: Tensor, dim: int, seed: int) -> Tensor:
+    """(n, dim): the memory of latents (images, dim, *grid), cut as it lies."""
+    return shuffled_rows(grids.contiguous().reshape(-1, dim), seed)
 
 
 def of_range(codebook: Codebook, grids: Tensor, bounds: tuple[float, float], seed: int) -> Iterator[Rival]:

@@ -25,4 +25,6 @@ def scale_mismatch(book: BookEvidence) -> Finding:
             f"{count} of {book.codebook.size} codes are dead since birth, {float(length):.2g} times as long as latents"
         )
         return Finding("found" if share > BORN else "suspicious", share, BORN, told)
-    return Finding("ok", book.fit.misfit, 1.0, book.fit.told)
+    chosen = book.codebook.vectors[book.codes]
+    times = float((chosen.square().sum(1).mean() / book.latents.square().sum(1).mean().clamp(min=1e-30)).sqrt())
+    return Finding("ok", times, None, f"the codes that are chosen are {times:.2g} times as long as their latents")

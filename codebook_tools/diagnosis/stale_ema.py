@@ -6,7 +6,11 @@ from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
 
 APART = 0.1
-"""Of the codes' own variance: rounding stays far below, sums of other codes are at 1 and more."""
+"""Squared distance from a code to what its sums stand for, of the variance of the codes in use: rounding stays far
+below, sums of other codes are at 1 and more."""
+
+STALE, SOME = 0.1, 0.0
+"""Shares of the codes in use."""
 
 KEPT = 0.5
 """Share of the codes in use that the first step of a training leaves."""
@@ -24,12 +28,19 @@ def _of_book(book: BookEvidence) -> Finding:
             f"{state.unlike[0]} follows the codebook in the original, and does not have its {book.codebook.size} codes"
         )
         return Finding("found", None, None, told)
-    if state.apart is None:
+    if state.unknown:
+        return not_checked(state.unknown)
+    used = ~book.dead
+    if state.moved is None or not bool(used.any()):
         return not_checked("no running sums beside the codebook")
-    told = f"running sums over counts differ from the codes by {state.apart:.2g} of the codes' variance"
+    rows = book.codebook.vectors[used].double()
+    spread = float((rows - rows.mean(0)).square().sum(1).mean()) or float(rows.square().sum(1).mean())
+    stale = ~(state.moved[used] <= APART * spread)
+    share, count = float(stale.double().mean()), int(stale.sum())
+    told = f"the running sums of {count} of the {int(used.sum())} codes in use stand for other codes"
     if rival and rival.name == "companions":
-        return Finding("ok", state.apart, APART, f"{told}, and it is the sums that fit the latents")
-    return Finding(judged(state.apart, APART), state.apart, APART, told)
+        return Finding("ok", share, STALE, f"{told}, and it is the sums that fit the latents")
+    return Finding(judged(share, STALE, SOME), share, STALE, told)
 
 
 def _of_trace(evidence: Evidence) -> Finding:

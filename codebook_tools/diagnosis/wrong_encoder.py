@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from codebook_tools.diagnosis.check import Finding, Verdict, not_checked
-from codebook_tools.diagnosis.evidence import BookEvidence
+from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
 from codebook_tools.diagnosis.explained import NO_KMEANS
 from codebook_tools.diagnosis.freshness import untrained
 from codebook_tools.diagnosis.movement import correlation, strangers
 
 
-def wrong_encoder(book: BookEvidence) -> Finding:
+def wrong_encoder(evidence: Evidence, book: BookEvidence) -> Finding:
     """Found where codes that are no noise fit no latents of this encoder at all, but perhaps the original's, which it
-    has nothing to do with; suspicious where they are off by less."""
+    has nothing to do with, and a surgery may have put them there; suspicious where they are off by less."""
     fit, rival = book.fit, book.explanation
     if fit is None:
         return not_checked(NO_KMEANS)
@@ -24,4 +24,6 @@ def wrong_encoder(book: BookEvidence) -> Finding:
     else:
         told = f"{fit.told}; the codes are no noise: they are of other latents"
     verdict: Verdict = "found" if strangers(book) else "ok" if rival else "suspicious"
+    if verdict == "found" and not (evidence.operated(book) or book.pair):
+        verdict, told = "suspicious", f"{told}, or the encoder left them in its training"
     return Finding(verdict, fit.misfit, 1.0, told)

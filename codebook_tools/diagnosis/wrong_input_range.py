@@ -9,6 +9,18 @@ from codebook_tools.diagnosis.explained import explained_by
 
 def wrong_input_range(evidence: Evidence) -> Finding:
     """Found where the codes fit the latents of images in another range than the network's own, and not in that."""
-    if not evidence.ranges:
+    own = evidence.ranges.get(evidence.input_range)
+    if own is None:
         return not_checked("sound is not mapped to a range")
-    return of_each_book(lambda book: explained_by(book, "range"))(evidence)
+    others = {bounds: left for bounds, left in evidence.ranges.items() if bounds != evidence.input_range}
+    bounds, least = min(others.items(), key=lambda pair: pair[1])
+    told = (
+        f"without quantization the network leaves {own:.2g} of the variance of images in "
+        f"{_written(evidence.input_range)}, {least:.2g} in {_written(bounds)}"
+    )
+    otherwise = Finding("ok", own / max(least, 1e-30), 1.0, told)
+    return of_each_book(lambda book: explained_by(book, "range", otherwise))(evidence)
+
+
+def _written(bounds: tuple[float, float]) -> str:
+    return f"[{bounds[0]:g}, {bounds[1]:g}]"

@@ -67,6 +67,9 @@ _CLOSE = 1e-3  # relative: what smoothing and float32 leave between codes and su
 _ROUNDINGS = 3  # that may add up: of codes, sums and counts
 _COUNTED = 1.0  # hits above which smoothing does not show
 
+SMOOTHINGS = (0.0, 1e-5, 1e-3)
+"""Epsilons of the Laplace smoothing of counts, as tutorials and libraries write it; the first is none."""
+
 
 def companions_of(
     found: FoundCodebook, codes: Tensor, stored: Mapping[str, Tensor], given: Mapping[str, str]
@@ -186,7 +189,7 @@ def _are_sums(rows: Tensor, counts: Tensor, codes: Tensor, tolerance: float) -> 
     if not bool(used.any()) or not bool(rows[used].any()):
         return False
     total, n = float(counts.sum()), counts[used]
-    for epsilon in (0.0, 1e-5, 1e-3):  # Laplace smoothing, as tutorials and libraries write it
+    for epsilon in SMOOTHINGS:
         smoothed = (n + epsilon) / (total + len(counts) * epsilon) * total
         means = rows[used] / smoothed[:, None]
         if _are_equal(means, codes[used], tolerance) or _are_unit_rows_of(means, codes[used], tolerance):
