@@ -353,9 +353,9 @@ def _sums(found: FoundCodebook, counts: Tensor, error: float) -> BookSums:
 def _use(one: _Known, codebook: Codebook, seed: int) -> CodebookUse:
     assert one.test is not None and one.seen is not None
     reference = reference_distance(one.seen.sample.vectors[:POINTS], codebook, seed=seed)
-    sums = no_sums(one.found.key, codebook, reference)
+    sums = no_sums(one.found.key, codebook, reference, moments=True)
     for rows in one.test:
-        sums += book_sums(one.found.key, codebook, reference, rows, nearest(rows, codebook))
+        sums += book_sums(one.found.key, codebook, reference, rows, nearest(rows, codebook), moments=True)
     return use_of(sums)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from itertools import starmap
 from typing import Any
 
 import torch
@@ -29,6 +28,8 @@ class CodebookUse:
 
     distortion: mean squared distance from a latent to its emitted code, summed over dimensions. coverage: share of the
     latents that are nearer to their code than the reference distance; None without one (coverage.py says which).
+    effective_dimension: of the latents, by the participation ratio of their covariance, and of the codes that they are
+    replaced by; dimensions_99: how many principal directions hold 99 % of the variance. None where that was not asked.
     """
 
     key: str
@@ -43,6 +44,10 @@ class CodebookUse:
     top_share: float
     distortion: float
     coverage: float | None
+    effective_dimension: float | None = None
+    effective_dimension_codes: float | None = None
+    dimensions_99: int | None = None
+    dimensions_99_codes: int | None = None
 
 
 def use_of(sums: BookSums) -> CodebookUse:
@@ -61,7 +66,23 @@ def use_of(sums: BookSums) -> CodebookUse:
         top_share=metrics.top_share(counts),
         distortion=float(sums.error / max(1, latents)),
         coverage=None if sums.near is None else sums.near / max(1, latents),
+        **_dimensions(sums, latents),
     )
+
+
+_DIGITS = 4  # significant ones: in what order sums were added shows in none of them
+
+
+def _dimensions(sums: BookSums, latents: int) -> dict[str, Any]:
+    if sums.moments is None or not latents:
+        return {}
+    of_latents, of_codes = (metrics.covariance_of_moments(one[0], one[1:], latents) for one in sums.moments)
+    return {
+        "effective_dimension": float(f"{metrics.participation_ratio(of_latents):.{_DIGITS}g}"),
+        "effective_dimension_codes": float(f"{metrics.participation_ratio(of_codes):.{_DIGITS}g}"),
+        "dimensions_99": metrics.dimensions_that_hold(of_latents),
+        "dimensions_99_codes": metrics.dimensions_that_hold(of_codes),
+    }
 
 
 @dataclass(frozen=True)
@@ -146,7 +167,8 @@ def collect(
     books = [(book.key, book.codebook, of) for book, of in zip(model.books, given, strict=True)]
     compared = structure and model.takes == "images"
     nothing = Fraction(0) if compared else None
-    total = Sums(0, 0, Fraction(0), nothing, tuple(starmap(no_sums, books)), nothing, nothing)
+    of_nothing = tuple(no_sums(*book, moments=True) for book in books)
+    total = Sums(0, 0, Fraction(0), nothing, of_nothing, nothing, nothing)
     parts = images.part[1]
     with processes.alike(NotFiniteError):
         for items, pixels in images.batches(batch):
@@ -160,7 +182,7 @@ def collect(
                 error=exact(float((seen.media - pixels).double().square().sum())),
                 similarity=_added(scores),
                 books=tuple(
-                    book_sums(*book, rows_of(latents), codes.flatten())
+                    book_sums(*book, rows_of(latents), codes.flatten(), moments=True)
                     for book, latents, codes in zip(books, seen.latents, seen.codes, strict=True)
                 ),
                 detail=_added(detail),

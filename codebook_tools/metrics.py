@@ -74,6 +74,15 @@ def dimensions_that_hold(covariance: Tensor, share: float = 0.99) -> int:
     return int((variances.cumsum(0) < share * total * (1 - 1e-9)).sum()) + 1 if total > 0 else 0
 
 
+def covariance_of_moments(sums: Tensor, products: Tensor, n: int) -> Tensor:
+    """(dim, dim) float64, of the sums (dim,) and the summed outer products (dim, dim) of n rows. Zeros where they are
+    all alike, but for rounding."""
+    mean = sums / n
+    covariance = products / n - mean[:, None] * mean
+    rounding = 1e-13 * float(products.diagonal().sum() / n)
+    return covariance if float(covariance.trace()) > rounding else torch.zeros_like(covariance)
+
+
 def covariance_of(rows: Tensor) -> Tensor:
     """(dim, dim) float64, of rows (n, dim)."""
     apart = rows.double() - rows.double().mean(0)

@@ -10,8 +10,8 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import squared_errors
-from codebook_tools.codebook import Codebook
+from codebook_tools.assignment import emitted, squared_errors, unit
+from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import NotFiniteError
 
 _Number = TypeVar("_Number", int, Fraction)
@@ -27,13 +27,16 @@ _OPTIONAL = ("similarity", "detail", "shown_detail")
 @dataclass(frozen=True, eq=False)
 class BookSums:
     """Of one codebook. counts: (size,) int64. error: squared distances from latents to their codes. near: latents
-    within the reference distance of theirs; None where there is no such distance."""
+    within the reference distance of theirs; None where there is no such distance. moments: (2, dim + 1, dim) float64,
+    sums and below them sums of products, of the latents and of the codes that they are replaced by; None where they are
+    not asked for."""
 
     key: str
     dim: int
     counts: Tensor
     error: Fraction
     near: int | None
+    moments: Tensor | None = None
 
     def __add__(self, other: Self) -> Self:
         return replace(
@@ -41,6 +44,7 @@ class BookSums:
             counts=self.counts + other.counts,
             error=self.error + other.error,
             near=_both(self.near, other.near),
+            moments=None if self.moments is None or other.moments is None else self.moments + other.moments,
         )
 
 
@@ -72,26 +76,39 @@ class Sums:
         """All numbers, as int64 and as float64, flat: packed sums of one model add up as the sums themselves do."""
         optional = [getattr(self, name) for name in _OPTIONAL]
         integers = [self.images, self.values, *(int(of is None) for of in optional)]
-        integers += [number for book in self.books for number in (book.near or 0, int(book.near is None))]
+        for book in self.books:
+            integers += [book.near or 0, int(book.near is None), int(book.moments is None)]
         fractions = [self.error, *(of or Fraction(0) for of in optional), *(book.error for book in self.books)]
         counts = [book.counts for book in self.books]
-        return torch.cat([torch.tensor(integers), *counts]), torch.cat([limbs(its) for its in fractions])
+        moments = [book.moments.flatten() for book in self.books if book.moments is not None]
+        return torch.cat([torch.tensor(integers), *counts]), torch.cat([*map(limbs, fractions), *moments])
 
     def unpacked(self, integers: Tensor, floats: Tensor) -> Self:
         """The sums that `packed` made these of; self: any of the same model. Raises ValueError where they are not."""
         sizes = [len(book.counts) for book in self.books]
         first = 2 + len(_OPTIONAL)
-        numbers = first + 2 * len(sizes)
+        numbers = first + 3 * len(sizes)
         if len(integers) != numbers + sum(sizes):
             raise ValueError(f"{len(integers)} numbers in place of {numbers + sum(sizes)}, as older versions wrote")
         images, values, *lacking = integers[:first].tolist()
-        nears = integers[first:numbers].tolist()
+        nears, lacks_near, lacks_moments = integers[first:numbers].reshape(-1, 3).T.tolist()
         counts = torch.split(integers[numbers:], sizes)
-        error, *fractions = map(from_limbs, torch.split(floats, LIMBS))
+        fractional = LIMBS * (1 + len(_OPTIONAL) + len(sizes))
+        error, *fractions = map(from_limbs, torch.split(floats[:fractional], LIMBS))
+        shapes = [
+            (0,) if no else (2, book.dim + 1, book.dim) for book, no in zip(self.books, lacks_moments, strict=True)
+        ]
+        moments = torch.split(floats[fractional:], list(map(math.prod, shapes)))
         optional, errors = fractions[: len(_OPTIONAL)], fractions[len(_OPTIONAL) :]
         found = [
-            replace(book, counts=its, error=of, near=None if lacks else near)
-            for book, its, of, near, lacks in zip(self.books, counts, errors, nears[::2], nears[1::2], strict=True)
+            replace(
+                book,
+                counts=counts[i],
+                error=errors[i],
+                near=None if lacks_near[i] else nears[i],
+                moments=None if lacks_moments[i] else moments[i].reshape(shapes[i]),
+            )
+            for i, book in enumerate(self.books)
         ]
         return replace(
             self,
@@ -103,21 +120,35 @@ class Sums:
         )
 
 
-def book_sums(key: str, codebook: Codebook, reference: float | None, rows: Tensor, codes: Tensor) -> BookSums:
+def book_sums(
+    key: str, codebook: Codebook, reference: float | None, rows: Tensor, codes: Tensor, *, moments: bool = False
+) -> BookSums:
     """Of latents, (n, dim), and their codes, (n,). reference: the squared distance up to which they are covered."""
     errors = squared_errors(rows, codebook, codes)
+    counts = torch.bincount(codes, minlength=codebook.size).cpu()
     return BookSums(
         key=key,
         dim=codebook.dim,
-        counts=torch.bincount(codes, minlength=codebook.size).cpu(),
+        counts=counts,
         error=exact(float(errors.sum())),
         near=None if reference is None else int((errors <= reference).sum()),
+        moments=_moments(rows, codebook, counts) if moments else None,
     )
 
 
-def no_sums(key: str, codebook: Codebook, reference: float | None = None) -> BookSums:
+def no_sums(key: str, codebook: Codebook, reference: float | None = None, *, moments: bool = False) -> BookSums:
     """Of no latents yet."""
-    return book_sums(key, codebook, reference, torch.empty(0, codebook.dim), torch.empty(0, dtype=torch.int64))
+    rows, codes = torch.empty(0, codebook.dim), torch.empty(0, dtype=torch.int64)
+    return book_sums(key, codebook, reference, rows, codes, moments=moments)
+
+
+def _moments(rows: Tensor, codebook: Codebook, counts: Tensor) -> Tensor:
+    """In float64, of which the order of the parts changes only digits that nobody is shown."""
+    points = unit(rows) if (codebook.lookup, codebook.emit) == (Lookup.COSINE, Emit.UNIT) else rows
+    wide, codes = points.double(), emitted(codebook).double().cpu()
+    of_rows = torch.cat([wide.sum(0, keepdim=True), wide.T @ wide]).cpu()
+    weighted = codes * counts[:, None]
+    return torch.stack([of_rows, torch.cat([weighted.sum(0, keepdim=True), weighted.T @ codes])])
 
 
 def rows_of(latents: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from codebook_tools.diagnosis.check import Finding, not_checked
 from codebook_tools.diagnosis.evidence import BookEvidence
-from codebook_tools.diagnosis.fit import places
+from codebook_tools.diagnosis.fit import by_place, places
 from codebook_tools.metrics import covariance_of, dimensions_that_hold, participation_ratio
 
 EACH = 32
@@ -21,10 +21,9 @@ def dimensional_collapse(book: BookEvidence) -> Finding:
         return not_checked(f"latents of {dim} dimension{'s' * (dim > 1)} have none to lose")
     latents = covariance_of(places(book.codebook, book.latents))
     held, limit = dimensions_that_hold(latents), max(1, dim // EACH)
-    used = book.codebook.vectors[~book.dead]
-    of_codes = participation_ratio(covariance_of(used)) if len(used) > 1 else 0.0
+    of_codes = participation_ratio(covariance_of(by_place(book.codebook).vectors[book.codes]))
     told = (
         f"{held} of {dim} dimensions hold 99% of the latents' variance; their effective dimension is "
-        f"{participation_ratio(latents):.2g}, that of the codes in use {of_codes:.2g}"
+        f"{participation_ratio(latents):.2g}, that of their codes {of_codes:.2g}"
     )
     return Finding("found" if 0 < held <= limit else "ok", float(held), float(limit), told)

@@ -25,7 +25,7 @@ def diagnosis_table(found: Diagnosis) -> RenderableType:
 
 def _lines(check: Check) -> Iterator[Text]:
     figures = "" if check.value is None or check.limit is None else f"{check.value:.3g}, limit {check.limit:g}"
-    yield Text.assemble((f"{check.verdict:<13}", STYLES[check.verdict]), f"{check.name:<20}{figures}".rstrip())
+    yield Text.assemble((f"{check.verdict:<13}", STYLES[check.verdict]), f"{check.name:<22}{figures}".rstrip())
     lines = textwrap.wrap(check.evidence, _WIDTH - len(_INDENT), break_long_words=False, break_on_hyphens=False)
     yield from (Text(_INDENT + line, style="dim") for line in lines)
     if check.verdict in ("found", "suspicious"):
