@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from codebook_tools.checkpoints.detect import Detection
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.errors import CodebookError
+from codebook_tools.models.evidence import alive, untrained
 from codebook_tools.models.families import FAMILIES, check_stated, detected, family_of
 from codebook_tools.models.twins import twin_groups, twin_warning
 
@@ -16,13 +17,15 @@ from codebook_tools.models.twins import twin_groups, twin_warning
 @dataclass(frozen=True)
 class Inspection:
     """family: that recognises the layout, None where the user must give a network. why_not: why the family's network
-    cannot be run, empty where it can. detection: codebooks and what hangs on them. warnings: of what was not read."""
+    cannot be run, empty where it can. detection: codebooks and what hangs on them. warnings: of what was not read.
+    alive: codes with latents by the file's own running counts, by key of the codebooks that have such."""
 
     model: str
     family: str | None
     detection: Detection
     why_not: str = ""
     warnings: tuple[str, ...] = ()
+    alive: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         """The promised keys."""
@@ -32,6 +35,7 @@ class Inspection:
             "codebooks": [
                 {name: value for name, value in asdict(found).items() if name not in ("also", "form")}
                 | {"companions": list(found.companions)}
+                | ({"alive": self.alive[found.key]} if found.key in self.alive else {})
                 for found in self.detection.codebooks
             ],
             "elsewhere": [{"key": key, "shape": list(shape)} for key, shape in self.detection.elsewhere],
@@ -44,11 +48,15 @@ def inspect_checkpoint(path: Path) -> Inspection:
     detection = detected(checkpoint)
     family = family_of(checkpoint) if detection.codebooks else None
     why_not = FAMILIES[family].why_not if family else ""
-    return Inspection(str(path), family, detection, why_not, (*checkpoint.warnings, *_amiss(checkpoint, detection)))
+    warnings = (*checkpoint.warnings, *_amiss(checkpoint, detection))
+    living = {book.key: alive(checkpoint, book) for book in detection.codebooks}
+    counted = {key: count for key, count in living.items() if count is not None}
+    return Inspection(str(path), family, detection, why_not, warnings, counted)
 
 
 def _amiss(checkpoint: Checkpoint, detection: Detection) -> Iterator[str]:
     """What every other command would refuse, or say."""
+    yield from untrained(checkpoint, detection.codebooks)
     yield from (twin_warning(places, ", equal bit by bit") for places in twin_groups(checkpoint, detection.codebooks))
     try:
         check_stated(checkpoint, detection.codebooks)

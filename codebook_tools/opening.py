@@ -20,6 +20,7 @@ from codebook_tools.measure import find_input_range
 from codebook_tools.media import Media
 from codebook_tools.models.agreement import LEAST, Agreement
 from codebook_tools.models.companions import GIVEN
+from codebook_tools.models.evidence import untrained
 from codebook_tools.models.families import CUSTOM
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Model
@@ -214,6 +215,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         _choose_input_range(request, opened)
         asks = model.family == CUSTOM
         more, opened.agreed = settle(model, opened.few if asks else [], request.metric)
+    opened.warnings += untrained(checkpoint, [book.found for book in model.books])
     opened.warnings += [twin_warning(book.found.places, "") for book in model.books if book.found.also]
     opened.warnings += more
     opened.settings |= {

@@ -24,6 +24,7 @@ from codebook_tools.items import items_sha256
 from codebook_tools.measure import measurement_of
 from codebook_tools.merging import check_shard, in_part, merge, part_of
 from codebook_tools.models.agreement import has_quantizer, in_training
+from codebook_tools.models.evidence import dying
 from codebook_tools.models.families import metric_of
 from codebook_tools.models.load import check_size_follows
 from codebook_tools.models.proof import Proof, prove, read_partial
@@ -83,6 +84,7 @@ def measure_model(
     if request.latents:
         return measure_detached(request, watch, stats)
     opened = open_request(request, watch, measuring=True)
+    opened.warnings += dying(opened.model.checkpoint, [book.found for book in opened.model.books])
     with watch.phase("measure"):
         latents = encoder_latents(opened)  # those of the whole, so that all parts are held against the same
     if shard is not None:

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Outcome
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.entries import Stored
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.models.zalando import CODEBOOK as ZALANDO
 
 ROOT = Path(__file__).parents[1]
 LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
@@ -24,7 +24,7 @@ LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
 FLOORS = (
     ("errors", "watch", "version", "demo", "threads", "regular", "parsing"),
     ("codebook", "kinds", "processes", "sources", "items", "pictures"),
-    ("assignment", "metrics", "splits", "media", "sampling"),
+    ("assignment", "metrics", "structure", "splits", "media", "sampling"),
     (
         *("seeding", "cells", "swaps", "kmeans", "entropy"),
         *("images", "sounds", "latents", "sums", "index_maps", "filling"),
@@ -263,13 +263,14 @@ print("HEAVY", sorted({"torch", "scipy", "sklearn", "faiss", "PIL", "diffusers",
     assert "embedding.weight" in done.stdout
 
 
-def test_inspecting_opens_no_tensor(
+def test_inspecting_opens_nothing_but_codebooks_and_what_follows_them(
     codebook: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (path,) = one_file(tmp_path)
-    monkeypatch.setattr(Stored, "chunks", lambda entry: pytest.fail(f"{entry.key} was read"))
+    save_file(load_file(path) | {"encoder.weight": torch.rand(4, 3, 3, 3)}, path)
+    read, chunks = set[str](), Stored.chunks
+    monkeypatch.setattr(Stored, "chunks", lambda entry: read.add(entry.key) or chunks(entry))
     monkeypatch.setattr(Stored, "tensor", lambda entry: pytest.fail(f"{entry.key} was read"))
     for arguments in ((path,), (path, "--json"), ()):
         assert codebook("inspect", *arguments).exit_code == 0
-    with pytest.raises(pytest.fail.Exception):
-        read_checkpoint(Path(path)).tensor("quantize.embedding.weight")
+    assert read == {"quantize.embedding.weight", ZALANDO}, "of the file, and of the demo"

@@ -31,7 +31,7 @@ RESULT = {
 MEASUREMENT = {"split", "images", "mse", "psnr", "ssim", "codebooks", "sharpness"}
 USE = {
     "key", "size", "dim", "latents", "used", "usage", "used_10", "perplexity", "bits", "top_share", "distortion",
-    "coverage",
+    "coverage", "effective_dimension", "effective_dimension_codes", "dimensions_99", "dimensions_99_codes",
 }  # fmt: skip
 POINT = {"step", "loss", "validation_mse", "used", "perplexity", "distortion", "revived", "validation_loss"}
 COMMANDS = [
@@ -150,11 +150,11 @@ def test_warnings_are_in_the_json_and_on_stderr_unless_quiet(
     assert quiet.stderr == "" and quiet.json["warnings"] == [warning]
 
 
-def test_inspect_gives_the_promised_json_without_opening_a_tensor(
+def test_inspect_gives_the_promised_json_without_making_a_tensor(
     write_model: WriteModel, codebook: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_model("ema")
-    for name in ("tensor", "tensors", "chunks"):
+    for name in ("tensor", "tensors"):
         monkeypatch.setattr(Checkpoint, name, None)
     found = codebook("inspect", model, "--json")
     assert found.exit_code == 0

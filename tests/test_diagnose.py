@@ -25,7 +25,7 @@ from codebook_tools.diagnosis.encoder_drift import encoder_drift
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence, Pair
 from codebook_tools.diagnosis.few_modes import few_modes
 from codebook_tools.diagnosis.fit import Fit, fit_of, left_of, places
-from codebook_tools.diagnosis.freshness import born_dead, drawn, structure
+from codebook_tools.diagnosis.freshness import born_dead
 from codebook_tools.diagnosis.gathering import curve_of
 from codebook_tools.diagnosis.learning_rate import learning_rate
 from codebook_tools.diagnosis.movement import correlation, shift
@@ -41,6 +41,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.kmeans import kmeans
 from codebook_tools.opening import Request
 from codebook_tools.seeding import seeds
+from codebook_tools.structure import drawn, structure
 from codebook_tools.watch import Watch
 
 NAMES = (

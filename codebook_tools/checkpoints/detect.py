@@ -192,7 +192,7 @@ class _Names:
             "grid": any(GRID.fullmatch(inside) and self.shapes[other] == (dim,) for other, inside in scope.items()),
         }
         points += rank + sum(WORTH[what] for what, holds in evidence.items() if holds)
-        level = "high" if sure and points >= SURE else "low"
+        level = "high" if sure and points >= SURE and size > 1 else "low"  # one row may be the basis of a lattice
         about = "\n".join([f"{name}:{len(shape)}d", *sorted(scope.values()), *recoding])
         search = next((metric for pattern, metric in SEARCHES if pattern.search(about)), "euclidean")
         search = "logits" if emitted or evidence["logits"] else search if level == "high" else "unknown"

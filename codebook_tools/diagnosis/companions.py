@@ -13,11 +13,9 @@ from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.effective import effective
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.companions import SMOOTHINGS, Role, flags
+from codebook_tools.models.companions import SMOOTHINGS, Role
+from codebook_tools.models.evidence import alive_of, flags
 from codebook_tools.models.stored import followers, stored_rows
-
-ALIVE = 1e-3
-"""Of the mean running count: below it a code has long had no latents."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +42,7 @@ class Companions:
     @property
     def alive(self) -> int | None:
         """How many codes have latents by the running counts; None without those."""
-        return None if self.counts is None else int((self.counts > ALIVE * self.counts.mean()).sum())
+        return None if self.counts is None else alive_of(self.counts.numpy())
 
 
 def companions_of(checkpoint: Checkpoint, found: FoundCodebook, original: FoundCodebook | None = None) -> Companions:

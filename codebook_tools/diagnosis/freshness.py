@@ -5,36 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LIMIT = 5.0
-"""Standard deviations: what a drawn codebook does not reach, and what was ever fitted to latents goes far beyond."""
-
+from codebook_tools.structure import drawn
 
 LEAST = 8
 """Codes, of which fewer do not tell."""
-
-
-def structure(codes: Tensor) -> float:
-    """By how many standard deviations the covariance, or the mean, of codes (n, dim) differs from that of independent
-    numbers of one variance around 0. Codes that are all alike have no structure: 0.0.
-
-    Source: Ledoit and Wolf 2002, "Some hypothesis tests for the covariance matrix when the dimension is large compared
-    to the sample size": n U - dim is normal around 1 with variance 4, whichever of both numbers is larger.
-    """
-    n, dim = codes.shape
-    rows = codes.double()
-    apart = rows - rows.mean(0)
-    covariance = apart.T @ apart / max(n - 1, 1)
-    scale = float(covariance.trace()) / dim
-    if scale <= 1e-24 * float(rows.square().mean()) or n < 3:
-        return 0.0
-    u: float = float((covariance / scale - torch.eye(dim, dtype=torch.float64)).square().sum()) / dim
-    off_centre = (n * float(rows.mean(0).square().sum()) / scale - dim) / (2 * dim) ** 0.5
-    return max(0.0, (n * u - dim - 1) / 2, float(off_centre))
-
-
-def drawn(codes: Tensor) -> bool:
-    """Whether nobody ever fitted codes (n, dim) to anything."""
-    return structure(codes) <= LIMIT
 
 
 def born_dead(codes: Tensor, dead: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book, worst
 from codebook_tools.diagnosis.evidence import FEW_HITS, BookEvidence, Evidence
-from codebook_tools.diagnosis.freshness import born_dead, drawn
+from codebook_tools.diagnosis.freshness import born_dead
+from codebook_tools.structure import drawn
 
 BORN = 0.25
 """Share of the codes that are still as drawn: a surgery leaves none."""

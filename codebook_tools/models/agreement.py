@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from codebook_tools.codebook import Codebook, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.companions import FLAG
+from codebook_tools.models.evidence import FLAG
 from codebook_tools.models.model import Model
 from codebook_tools.models.stored import owned_keys
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.errors import CodebookError
+from codebook_tools.models.evidence import FLAG, beside, flags
 
 
 class Role(StrEnum):
@@ -59,7 +60,6 @@ NAMES = (
     (Role.SHARES, re.compile(r"prob", re.IGNORECASE)),
     (Role.COPY, re.compile(r"embed|weight|codebook", re.IGNORECASE)),
 )  # fmt: skip
-FLAG = re.compile(r"(?:^|\.|_)(?:is_)?(?:init(?:t?ed|iali[sz]ed)?|data_initiali[sz]ed)$")
 RECENT = re.compile(r"(?:^|\.)codebook_used$")
 """LlamaGen keeps indices of recent tokens there, not rows: they are of the old codes, however many there are."""
 
@@ -280,18 +280,6 @@ def held(codes: Tensor, counts: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor
     return weights * (ceiling / 2 / most) if most > ceiling else weights
 
 
-def flags(codebook_key: str, keys: Iterable[str]) -> list[str]:
-    """Keys beside the codebook that say whether it was initialised: they must say yes, or the library starts anew."""
-    return _beside(codebook_key, keys, FLAG)
-
-
 def recent(codebook_key: str, keys: Iterable[str]) -> list[str]:
     """Keys beside the codebook that hold tokens of the past: they must be forgotten."""
-    return _beside(codebook_key, keys, RECENT)
-
-
-def _beside(codebook_key: str, keys: Iterable[str], pattern: re.Pattern[str]) -> list[str]:
-    """Those of the module that holds the codebook, or of the one around it: quantize.embedding.weight, quantize.x."""
-    module = codebook_key.removesuffix(".weight").rpartition(".")[0]
-    scopes = {codebook_key.rpartition(".")[0], module}
-    return [key for key in keys if key.rpartition(".")[0] in scopes and pattern.search(key)]
+    return beside(codebook_key, keys, RECENT)

@@ -20,11 +20,11 @@ from codebook_tools.models.companions import (
     Companion,
     companion_values,
     companions_of,
-    flags,
     held,
     laid_out,
     recent,
 )
+from codebook_tools.models.evidence import flags
 
 _LEAST = 1e-5  # Mimi's own clamp of the counts that its sums are divided by
 _SINGULAR = 1e6  # condition of a matrix, above which float32 rows no longer give the codes that were meant

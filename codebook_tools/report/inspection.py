@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from codebook_tools.inspection import Inspection
+from codebook_tools.models.evidence import alive_line
 
 FEW = 10
 """Tensors that are shown: where K is a number of channels, too, there are hundreds."""
@@ -28,6 +29,7 @@ def inspection_table(found: Inspection) -> RenderableType:
     parts += [
         Text(f"follows {book.key}: {', '.join(book.companions)}") for book in detection.codebooks if book.companions
     ]
+    parts += [Text(alive_line(found.alive[book.key], book)) for book in detection.codebooks if book.key in found.alive]
     parts += [Text(warning) for warning in found.warnings]
     if detection.elsewhere:
         parts.append(Text("other tensors whose shape may follow K (K, or n K for n codebooks, and up to 4 more):"))

@@ -1,0 +1,107 @@
+"""What a file tells of its codebooks by itself, as every command that shows them says it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Outcome
+from safetensors.torch import save_file
+from torch import Tensor
+
+from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.models.evidence import alive, untrained
+from codebook_tools.models.families import detected
+
+Run = Callable[..., Outcome]
+KEY = "quantizer.codebook.weight"
+DRAWN = (torch.rand(64, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1) / 64
+
+
+def file_of(folder: Path, codes: Tensor, **beside: Tensor) -> Path:
+    path = folder / "model.safetensors"
+    named = {f"quantizer.{name}": tensor for name, tensor in beside.items()}
+    save_file({KEY: codes.contiguous(), "encoder.conv.weight": torch.rand(8, 3, 3, 3), **named}, path)
+    return path
+
+
+def fitted(size: int, dim: int = 8) -> Tensor:
+    """Codes that spread unevenly, around a mean, as trained ones do."""
+    torch.manual_seed(0)
+    return torch.randn(size, dim) * torch.linspace(2, 0.2, dim) + torch.linspace(1, -1, dim)
+
+
+def said(path: Path) -> list[str]:
+    checkpoint = read_checkpoint(path)
+    return list(untrained(checkpoint, detected(checkpoint).codebooks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dead", [0.0, 1e-4])
+def test_living_codes_are_counted_without_data(dtype: torch.dtype, dead: float, tmp_path: Path, codebook: Run) -> None:
+    counts = torch.full((1024,), dead)
+    counts[100:110] = torch.linspace(3, 900, 10)
+    path = file_of(tmp_path, fitted(1024).to(dtype), cluster_size=counts.to(dtype))
+    found = codebook("inspect", path)
+    assert "10 of 1,024 alive by its own counts" in found.stdout
+    (book,) = codebook("inspect", path, "--json").json["codebooks"]
+    assert book["alive"] == 10
+
+
+@pytest.mark.parametrize("counts", [torch.zeros(32), torch.ones(32), torch.full((32,), torch.nan)])
+def test_counts_of_no_training_say_nothing(counts: Tensor, tmp_path: Path, codebook: Run) -> None:
+    path = file_of(tmp_path, fitted(32), cluster_size=counts)
+    assert "alive" not in codebook("inspect", path).stdout
+    checkpoint = read_checkpoint(path)
+    assert alive(checkpoint, detected(checkpoint).codebooks[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("codes", "beside", "told"),
+    [
+        (torch.zeros(32, 8), {}, f"{KEY} is all zeros: no training has reached it"),
+        (torch.ones(32, 8), {}, f"all 32 codes of {KEY} are the same"),
+        (
+            (torch.rand(64, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1) / 64,
+            {},
+            "as an initialisation draws",
+        ),
+        (fitted(64), {"initted": torch.zeros(1)}, f"quantizer.initted is 0: {KEY} is not initialized"),
+        (fitted(64), {"initted": torch.tensor([False])}, "quantizer.initted is 0"),
+    ],
+)
+def test_what_no_training_has_reached_is_said_wherever_codes_are_shown(
+    codes: Tensor, beside: dict[str, Tensor], told: str, tmp_path: Path, codebook: Run
+) -> None:
+    path = file_of(tmp_path, codes, **beside)
+    assert [line for line in said(path) if told in line]
+    assert told in " ".join(codebook("inspect", path).stdout.split())
+    torch.manual_seed(1)
+    save_file({"latents": torch.randn(200, 8)}, tmp_path / "z.safetensors")
+    words = (path, "--latents", tmp_path / "z.safetensors", "--metric", "euclidean", "--json")
+    for command in ("measure", "prune"):
+        output = ("-o", tmp_path / "out.safetensors") if command == "prune" else ()
+        found = codebook(command, *words, *output)
+        assert found.exit_code == 0, found.stderr
+        assert any(told in warning for warning in found.json["warnings"]), (command, found.json["warnings"])
+
+
+def test_nothing_is_said_of_a_trained_codebook(tmp_path: Path) -> None:
+    assert said(file_of(tmp_path, fitted(64), initted=torch.ones(1), cluster_size=torch.rand(64) + 1)) == []
+
+
+def test_measure_says_what_the_counts_say(tmp_path: Path, codebook: Run) -> None:
+    counts = torch.zeros(64)
+    counts[:5] = 9.0
+    path = file_of(tmp_path, fitted(64), cluster_size=counts)
+    save_file({"latents": fitted(300)}, tmp_path / "z.safetensors")
+    found = codebook("measure", path, "--latents", tmp_path / "z.safetensors", "--metric", "euclidean", "--json")
+    assert f"{KEY}: 5 of 64 alive by its own counts" in found.json["warnings"]
+
+
+def test_a_table_of_one_row_is_no_codebook_that_one_can_be_sure_of(tmp_path: Path, codebook: Run) -> None:
+    save_file({KEY: torch.rand(1, 8), "encoder.conv.weight": torch.rand(8, 3, 3, 3)}, tmp_path / "lattice.safetensors")
+    found = codebook("inspect", tmp_path / "lattice.safetensors", "--json").json["codebooks"]
+    assert [book["confidence"] for book in found] in ([], ["low"])
