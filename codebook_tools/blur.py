@@ -1,4 +1,4 @@
-"""Whether a fine-tuning left a model that shows less than the original did."""
+"""Whether a model shows less than the original did: a larger error, less sharpness, less structure."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ squared or the absolute error left 0.94 of it or more; after a training with a d
 
 LOST = 0.01
 """Of the SSIM, which a fine-tuning that goes well raises."""
+
+
+def worse_warnings(before: Measurement, kept: Measurement | None) -> list[str]:
+    """What to warn of where the kept state's error on the test data is above the original's."""
+    if kept is None or kept.mse is None or before.mse is None or kept.mse <= before.mse:
+        return []
+    times = kept.mse / before.mse if before.mse else float("inf")
+    by = f"{times:.1f} times" if times >= 2 else f"{times - 1:+.1%}"
+    return [f"the error on the test data rose from {before.mse:.6f} to {kept.mse:.6f} ({by})"]
 
 
 def blur_warnings(before: Measurement, after: Measurement) -> list[str]:

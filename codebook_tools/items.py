@@ -59,8 +59,11 @@ class Item:
 
     def in_tenth(self, part: int) -> bool:
         """Whether the SHA-256 of name or group puts the item into this tenth; the parts 0 and 1 are independent."""
-        digest = _sha256(self.kin)
-        return int.from_bytes(digest[8 * part : 8 * part + 8], "big") % 10 == 0
+        return self.drawn(part) % 10 == 0
+
+    def drawn(self, part: int) -> int:
+        """The number that decides that: the same for all items of a group."""
+        return int.from_bytes(_sha256(self.kin)[8 * part : 8 * part + 8], "big")
 
 
 def items_sha256(items: Iterable[Item]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from codebook_tools import processes
-from codebook_tools.blur import blur_warnings
+from codebook_tools.blur import blur_warnings, worse_warnings
 from codebook_tools.card import cards
 from codebook_tools.checkpoints.layout import training_path
 from codebook_tools.checkpoints.places import check_apart, check_free
@@ -157,6 +157,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         log_dir=request.log_dir,
     )
     opened.warnings += done.warnings
+    stages = {"before": before, "surgery": done.surgery, "finetuned": done.finetuned}
     if done.tuned:
         opened.settings["lr"] = done.tuned.lr
     with watch.phase("measure"):
@@ -166,6 +167,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         tokens = calibration_tokens(opened, watch)
     else:
         tokens = current_tokens(opened, seen, done.kept == "surgery", watch)
+    opened.warnings += worse_warnings(before, stages[done.kept])
     opened.warnings += remarks(model.checkpoint, old[model.chosen[0]].size, size, output)
     stages_changed = sorted(done.index_maps)
     sizes = {
@@ -184,7 +186,6 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         config = written_config(model.checkpoint, size)
         found = [model.books[stage].found for stage in stages_changed]
         about = provenance(command, request, model.checkpoint, sizes, opened.settings, done.kept, done.tuned, found)
-        stages = {"before": before, "surgery": done.surgery, "finetuned": done.finetuned}
         told = cards(output, model.checkpoint, command, opened.settings, sizes, stages, done.kept)
 
         def write() -> tuple[Path, int, Proof]:

@@ -28,17 +28,16 @@ def split(data: list[Item], test: list[Item] | None = None, *, many: str = "imag
     """Test and validation data, each a tenth chosen by SHA-256 of the names of items, or of their groups, so an item
     never changes sides.
 
-    test: explicit test items; then all of `data` is calibration data. many: what items are called. Raises CodebookError
+    test: explicit test items; then all of `data` is calibration data. many: what items are called. A tenth of few items
+    is one of them, or one group: of three at least for a test, of two at least for validation. Raises CodebookError
     where there is no test or no calibration data (whoever needs validation data says so), and where what an explicit
     test item is stored in equals byte for byte what a calibration item is stored in.
     """
     if test is None:
-        test = [item for item in data if item.in_tenth(0)]
-        data = [item for item in data if not item.in_tenth(0)]
+        data, test = _parted(data, 0, least=3)
     else:
         _refuse_shared(data, test)
-    validation = [item for item in data if item.in_tenth(1)]
-    train = [item for item in data if not item.in_tenth(1)]
+    train, validation = _parted(data, 1, least=2)
     for name, items in (("test", test), ("calibration", data)):
         if not items:
             count, groups = len(data) + len(test), len({item.kin for item in [*data, *test]})
@@ -48,6 +47,15 @@ def split(data: list[Item], test: list[Item] | None = None, *, many: str = "imag
                 f"give more {many} with --data, or the test {many} with --test-data"
             )
     return Splits(train, validation, test)
+
+
+def _parted(items: list[Item], part: int, least: int) -> tuple[list[Item], list[Item]]:
+    """All but a tenth, and that tenth; of `least` groups or more, both have some items."""
+    tenth = {item.kin for item in items if item.in_tenth(part)}
+    groups = {item.kin: item.drawn(part) for item in items}
+    if len(groups) >= least and len(tenth) in (0, len(groups)):
+        tenth = {min(groups, key=lambda kin: (groups[kin], kin))}
+    return [item for item in items if item.kin not in tenth], [item for item in items if item.kin in tenth]
 
 
 def _refuse_shared(data: list[Item], test: list[Item]) -> None:

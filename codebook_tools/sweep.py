@@ -46,6 +46,14 @@ class Sweep:
     command: str = "sweep"
     version: str = VERSION
 
+    @property
+    def headline(self) -> str:
+        """Which K suffices, and why; or that none does that was tried."""
+        tried = [row.k for row in self.points if row.strategy == "refit"]
+        if self.suggested_k == max(tried):
+            return f"No K that was tried is known to suffice: {self.reason}"
+        return f"{self.suggested_k} codes suffice: {self.reason}"
+
     def to_json(self) -> dict[str, Any]:
         plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "points"}
         points = [{name: row.to_json()[name] for name in ("strategy", "k", "stages")} for row in self.points]
@@ -130,7 +138,7 @@ def markdown(found: Sweep) -> str:
     head, *lines = sweep_rows(found)
     rule = ("---", *["---:"] * (len(head) - 1))
     table = "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
-    return f"{table}\n{found.suggested_k} codes: {found.reason}.\n"
+    return f"{table}\n{found.headline}.\n"
 
 
 def _surgery(row: Row) -> Measurement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +64,32 @@ def test_an_item_keeps_its_side_when_another_path_shares_its_name(tmp_path: Path
 
 def test_without_test_or_calibration_data_the_split_is_an_error() -> None:
     by_side = {side: [item for item in fakes(100) if item.in_tenth(0) == (side == "test")] for side in ("test", "data")}
+    with pytest.raises(CodebookError, match="the test split of 2 images is empty"):
+        split(by_side["data"][:2])
     with pytest.raises(CodebookError, match="the test split of 3 images is empty"):
-        split(by_side["data"][:3])
+        split(by_side["data"][:3], [])  # typed, and so an error
     with pytest.raises(CodebookError, match="the calibration split of 2 images is empty"):
         split(by_side["test"][:2])
     with pytest.raises(CodebookError, match="the test split"):
         split([])
+
+
+@pytest.mark.parametrize("side", [True, False])
+def test_a_tenth_of_few_items_is_one_of_them_whatever_their_names(side: bool) -> None:
+    alike = [item for item in fakes(400) if item.in_tenth(0) == side]
+    for count in (3, 4, 7):
+        for start in range(0, 20, count):
+            found = split(few := alike[start : start + count])
+            assert len(found.test) == 1 and found.train and found.validation
+            assert sorted(item.name for item in [*found.calibration, *found.test]) == sorted(item.name for item in few)
+            assert split(few[::-1]).test == found.test
+
+
+def test_few_groups_are_parted_whole() -> None:
+    items = [replace(item, group=f"recording {i % 3}") for i, item in enumerate(fakes(30))]
+    found = split(items)
+    sides = [{item.kin for item in part} for part in (found.train, found.validation, found.test)]
+    assert sum(map(len, sides)) == 3 and all(len(part) == 1 for part in sides)
 
 
 def test_with_explicit_test_data_all_of_the_data_is_calibration_data() -> None:

@@ -18,7 +18,7 @@ def swept_page(found: Sweep, command: str) -> Page:
     """command: what the user typed."""
     return Page(
         title=f"codebook sweep: {found.model}",
-        headline=f"{found.suggested_k} codes suffice: {found.reason}.",
+        headline=f"{found.headline}.",
         parts=[*_parts(found), *about(found.settings, found.seconds, found.version, found.seed)],
         command=command,
         warnings=found.warnings,
@@ -52,6 +52,8 @@ def curves_plot(found: Sweep) -> Plot:
             over_k, over_bits = row
             for name in ("refit", "prune", "quantize"):
                 its = [(k, measured) for strategy, k, measured in points if strategy == name]
+                if not its:
+                    continue
                 over_k.loglog([k for k, _ in its], [value(measured) for _, measured in its], ".-", label=name)
                 over_bits.semilogy([bits(measured) for _, measured in its], [value(m) for _, m in its], ".-")
             paid = [measured for strategy, _, measured in points if strategy.startswith("refit,")]
@@ -73,7 +75,7 @@ def curves_plot(found: Sweep) -> Plot:
 
     return Plot(
         "Distortion and error over K",
-        f"Distortion and error fall as K rises; {found.suggested_k} codes are suggested: {found.reason}.",
+        f"{' and '.join(shown).capitalize()} over K and over bits, on test data. {found.headline}.",
         draw,
         {
             "strategy": [name for name, *_ in points],

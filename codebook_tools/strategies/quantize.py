@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codebook_tools.assignment import emitted, nearest
+from codebook_tools.assignment import emitted, nearest, squared_errors
 from codebook_tools.codebook import Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.strategies.checks import check_k
@@ -27,7 +27,8 @@ class Quantize:
 
     k: new size. method: "kmeans", weighted k-means over the codes, the best of ten starts, or "pnn", pairwise nearest
     neighbour merging (Equitz 1989). Every old code maps to the one it was merged into; dead codes weigh nothing and go
-    where they are nearest. Without any counts all codes weigh alike. bits: 2 to 8, in place of k. seed: of the k-means.
+    where they are nearest. Of k or fewer codes in use none is merged: they stay as they are, and the dead codes nearest
+    to them fill up k. Without any counts all codes weigh alike. bits: 2 to 8, in place of k. seed: of the k-means.
     """
 
     looks_at: ClassVar = "codebook"
@@ -54,9 +55,9 @@ class Quantize:
         assert self.k is not None
         if self.k > codebook.size:
             raise CodebookError(f"k={self.k} of {codebook.size} codes; use --k {codebook.size} or less")
+        if 0 < int((counts > 0).sum()) <= self.k:
+            return _filled_up(codebook, counts > 0, self.k)
         weights = counts.double() if int(counts.sum()) else torch.ones(codebook.size, dtype=torch.float64)
-        if int((weights > 0).sum()) < self.k:  # then dead codes stay too, with next to no weight
-            weights = weights.clamp(min=1e-6 * float(weights.sum()) / codebook.size)
         merge = merge_pairs if self.method == "pnn" else self._merge_by_kmeans
         used, shown = weights > 0, emitted(codebook)
         rows, labels = merge(shown[used].double().numpy(), weights[used].numpy(), self.k)
@@ -75,6 +76,19 @@ class Quantize:
             warnings.simplefilter("ignore", ConvergenceWarning)  # of fewer distinct codes than k: then some are alike
             fit = KMeans(k, n_init=10, random_state=self.seed % 2**32).fit(rows, sample_weight=weights)
         return fit.cluster_centers_, fit.labels_.astype(np.int64)
+
+
+def _filled_up(codebook: Codebook, used: Tensor, k: int) -> Surgery:
+    """The used codes, (size,) bool, and as many dead ones, the nearest to them, as make k; in their old order."""
+    shown, dead = emitted(codebook), (~used).nonzero()[:, 0]
+    among = Codebook(shown[used])
+    apart = squared_errors(shown[dead], among, nearest(shown[dead], among))
+    fill = dead[apart.argsort(stable=True)[: k - int(used.sum())]]
+    kept = torch.cat([used.nonzero()[:, 0], fill]).sort().values
+    found = replace(codebook, vectors=codebook.vectors[kept])
+    index_map = nearest(shown, found)
+    index_map[kept] = torch.arange(k)
+    return Surgery(found, index_map)
 
 
 @contextmanager

@@ -1,0 +1,102 @@
+"""No surgery does harm in silence: used codes stay, and an error that rose is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Outcome
+from proven_networks import write_images, write_network
+from safetensors.torch import load_file, save_file
+
+from codebook_tools.codebook import Codebook, Emit, Lookup, Strategy
+from codebook_tools.latents import StoredLatents
+from codebook_tools.strategies import Condense, Grow, Quantize, Restart
+
+Run = Callable[..., Outcome]
+KEY = "vq.codebook.weight"
+
+
+@pytest.fixture
+def collapsed(tmp_path: Path) -> tuple[object, ...]:
+    """A model of 64 codes, of which 4 are in use, the others being thousands of times longer; and what to type for its
+    data."""
+    calibration, held_out = write_images(tmp_path)
+    model, network = write_network(tmp_path, "round", 64)
+    state = load_file(model)
+    torch.manual_seed(1)
+    codes = torch.randn(64, 6) * 3000
+    codes[[5, 20, 33, 60]] = torch.randn(4, 6) * 0.5
+    save_file(state | {KEY: codes}, model)
+    data = ("--network", network, "--data", calibration, "--test-data", held_out, "--input-range", "0,1")
+    return (model, *data, "--metric", "euclidean", "--json")
+
+
+@pytest.mark.parametrize("method", ["kmeans", "pnn"])
+def test_quantizing_to_more_codes_than_are_in_use_merges_none_of_them(
+    method: str, collapsed: tuple[object, ...], codebook: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.safetensors"
+    found = codebook("quantize", *collapsed, "--k", 32, "--method", method, "-o", out)
+    assert found.exit_code == 0, found.stderr
+    stages = found.json["stages"]
+    assert stages["before"]["codebooks"][0]["used"] == stages["surgery"]["codebooks"][0]["used"] > 1
+    pruned = codebook("prune", *collapsed, "-o", tmp_path / "pruned.safetensors").json["stages"]
+    assert stages["surgery"]["mse"] == pruned["surgery"]["mse"] == stages["before"]["mse"]
+    old, new = (load_file(path)[KEY] for path in (collapsed[0], out))  # type: ignore[arg-type]
+    index_map, alive = (
+        load_file(tmp_path / f"{name}.index_map.safetensors")[f"{KEY}/index_map"] for name in ("out", "pruned")
+    )
+    used = alive >= 0
+    assert 1 < int(used.sum()) <= 4 and torch.equal(new[index_map[used]], old[used])
+
+
+def test_the_dead_codes_nearest_to_those_in_use_fill_up_k() -> None:
+    """1 and 9 are in use; of the dead 5.5, 40, 8, 2.5 the nearest to them are 8, at 1, and 2.5, at 1.5."""
+    rows = torch.tensor([[5.5], [1.0], [40.0], [8.0], [9.0], [2.5]])
+    surgery = Quantize(k=4)(Codebook(rows), StoredLatents(torch.empty(0, 1)), torch.tensor([0, 7, 0, 0, 2, 0]))
+    assert surgery.codebook.vectors.flatten().tolist() == [1.0, 8.0, 9.0, 2.5]
+    assert surgery.index_map.tolist() == [1, 0, 2, 1, 2, 3], "5.5 goes to 8, 40 to 9"
+
+
+@pytest.mark.parametrize("lookup", [Lookup.EUCLIDEAN, Lookup.COSINE])
+@pytest.mark.parametrize("dead", [0, 3, 11])
+@pytest.mark.parametrize(
+    "strategy",
+    [Quantize(k=13), Quantize(k=13, method="pnn"), Grow(k=16), Condense(k=16), Restart(), Restart("random")],
+    ids=repr,
+)
+def test_a_used_code_stays_as_it_is(strategy: Strategy, dead: int, lookup: Lookup) -> None:
+    torch.manual_seed(dead)
+    rows, points = torch.randn(16, 3), torch.randn(500, 3)
+    counts = torch.randint(1, 99, (16,))
+    counts[torch.randperm(16)[: max(dead, 3)]] = 0
+    codebook = Codebook(rows, lookup, Emit.RAW)
+    surgery = strategy(codebook, StoredLatents(points), counts)
+    kept = surgery.index_map[counts > 0]
+    assert (kept >= 0).all() and len(kept.unique()) == len(kept)
+    assert torch.equal(surgery.codebook.vectors[kept], rows[counts > 0])
+
+
+@pytest.mark.parametrize(
+    "command", [("quantize", "--k", 2), ("prune", "--keep", 2), ("refit", "--k", 2), ("condense", "--k", 2)]
+)
+def test_an_error_that_rose_is_said_with_by_how_much(
+    command: tuple[object, ...], collapsed: tuple[object, ...], codebook: Run, tmp_path: Path
+) -> None:
+    found = codebook(command[0], *collapsed, *command[1:], "--steps", 0, "-o", tmp_path / "out.safetensors").json
+    before, after = (found["stages"][name]["mse"] for name in ("before", found["kept"]))
+    told = [warning for warning in found["warnings"] if "error on the test data rose" in warning]
+    assert bool(told) == (after > before)
+    if told:
+        assert f"from {before:.6f} to {after:.6f}" in told[0]
+        assert told[0].endswith(
+            f"({after / before - 1:+.1%})" if after < 2 * before else f"({after / before:.1f} times)"
+        )
+
+
+def test_nothing_is_said_of_an_error_that_stayed(collapsed: tuple[object, ...], codebook: Run, tmp_path: Path) -> None:
+    found = codebook("prune", *collapsed, "-o", tmp_path / "out.safetensors").json
+    assert not any("rose" in warning for warning in found["warnings"])
