@@ -91,13 +91,13 @@ def named_after(model: Path | None, ending: str) -> Path:
     return Path(f"{source.name if source.is_dir() else source.stem}{ending}")
 
 
-def recipe_of(given: dict[str, Any]) -> Recipe:
-    """How it is to be fine-tuned; not at all where there are no images, unless that is asked for."""
+def recipe_of(request: Request, given: dict[str, Any]) -> Recipe:
+    """How it is to be fine-tuned; not at all where there are no data of the model's own, unless that is asked for."""
     from codebook_tools.finetune import Recipe
 
     steps = given["steps"]
     return Recipe(
-        steps=(0 if given.get("latents") or given.get("stats") else 1000) if steps is None else steps,
+        steps=(Recipe.steps if request.trainable else 0) if steps is None else steps,
         train=given["train"].value,
         codebook_update=given["codebook_update"].value,
         batch_size=given["batch_size"],
@@ -119,13 +119,14 @@ def operate_on(
         _hash_ahead(model)
 
     def work(watch: Watch) -> Result | Plan:
+        from codebook_tools.finetune import Recipe
         from codebook_tools.operate import operate
         from codebook_tools.planning import plan
 
-        chosen = strategy(watch) if strategy else None
-        return (plan if given["dry_run"] else operate)(
-            command, request_of(model, given), chosen, recipe_of(given), watch
-        )
+        chosen, request = strategy(watch) if strategy else None, request_of(model, given)
+        if strategy is None and given["steps"] is None:
+            given["steps"] = Recipe.steps  # there is nothing else to do
+        return (plan if given["dry_run"] else operate)(command, request, chosen, recipe_of(request, given), watch)
 
     run_and_show(work, given)
 

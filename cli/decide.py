@@ -45,7 +45,7 @@ def compare(
         folder = given["output"] or named_after(model, ".compare")
         names = [name.strip() for name in strategies.split(",")] if strategies else []
         request = request_of(model, {**given, "output": None})
-        return run_compare(request, k, names, recipe_of(given), seeds=seeds, folder=folder, watch=watch)
+        return run_compare(request, k, names, recipe_of(request, given), seeds=seeds, folder=folder, watch=watch)
 
     run_and_show(work, given)
 

@@ -184,7 +184,7 @@ class ModelOptions:
 class TrainOptions:
     steps: Annotated[
         int | None,
-        _train(metavar="N", help="Fine-tuning steps, 0 for none. Left out: 1000, but 0 without images."),
+        _train(metavar="N", help="Fine-tuning steps, 0 for none. Left out: 1000; 0 without data of the model's own."),
     ] = None
     train: Annotated[Train, _train(help="Which networks train.")] = Train.ALL
     codebook_update: Annotated[Update, _train(help="How the codes move; ema also revives dead ones.")] = Update.EMA

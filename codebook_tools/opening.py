@@ -114,6 +114,19 @@ class Request:
         return self.model is None or self.sample
 
     @property
+    def trainable(self) -> bool:
+        """Whether there are data that the model may be trained on: its own, not a sample of others."""
+        return not (self.latents or self.stats) and bool(self.data or self.knows_sample)
+
+    def require_trainable(self, steps: int) -> None:
+        """Raise CodebookError where a user's model would be trained on the bundled sample."""
+        if steps and not (self.data or self.knows_sample or self.latents or self.stats):
+            raise CodebookError(
+                f"{steps} steps of fine-tuning need data of the model's own: give some with --data; the bundled sample "
+                "of two photographs is none"
+            )
+
+    @property
     def source(self) -> Path:
         return self.model or DEMO
 
@@ -170,6 +183,9 @@ class Opened:
 
 _LITTLE = 32 << 20
 
+UNSEEN = "no --data: the calibration data are two photographs that the model may never have seen"
+"""What is said of a user's model that is looked at with the bundled sample."""
+
 
 def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> Opened:
     """Read model and data, and find out channels, stride and input range. Raises CodebookError for all that is amiss.
@@ -210,7 +226,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         few = ", ".join(model.carried[:3]) + (", ..." if len(model.carried) > 3 else "")
         opened.warnings.append(f"{len(model.carried)} tensors unknown to the network are carried over unchanged: {few}")
     if splits.calibration and not (request.data or request.knows_sample):
-        opened.warnings.append("no --data: the bundled sample of two photographs stands in for your images")
+        opened.warnings.append(UNSEEN)
     with watch.phase("measure"):
         _choose_input_range(request, opened)
         asks = model.family == CUSTOM

@@ -267,5 +267,5 @@ def test_a_step_that_fails_leaves_nothing(recipe: Callable[..., Path], codebook:
 def test_a_chain_on_the_demo_sees_the_bundled_sample_throughout(tmp_path: Path, codebook: Run) -> None:
     (tmp_path / "recipe.yaml").write_text("limit: 120\nsurgeries: [{prune: {keep: 60}}, {quantize: {k: 32}}]\n")
     found = codebook("run", tmp_path / "recipe.yaml", "-o", tmp_path / "out.safetensors", "--json")
-    assert found.exit_code == 0 and found.json["warnings"] == []
+    assert found.exit_code == 0 and all("the error on the test data rose" in told for told in found.json["warnings"])
     assert all(step["stages"]["surgery"]["mse"] > 0 for step in found.json["steps"])

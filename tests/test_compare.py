@@ -374,7 +374,7 @@ def test_the_command_gives_the_promised_json(
         (("--k", 4, "--strategies", "prune,nonsense"), "no strategy 'nonsense'; there are condense"),
         (("--k", 4, "--output", "a-file"), "a-file is a file"),
         (("--k", 4, "--output", "no/folder"), "no such folder: no"),
-        (("--k", 4, "--limit", 3), "empty"),
+        (("--k", 4, "--limit", 2), "empty"),
         (("--k", 4, "--lr", 0), "lr=0.0"),
     ],
     ids=str,

@@ -19,6 +19,7 @@ from codebook_tools.figures import STAGES, rows_of, stage_rows
 from codebook_tools.mapping import Map
 from codebook_tools.measure import Measurement
 from codebook_tools.models.proof import Proof
+from codebook_tools.opening import UNSEEN
 from codebook_tools.outcome import Result
 from codebook_tools.planning import Plan
 from codebook_tools.report.diagnosis import diagnosis_table
@@ -52,7 +53,8 @@ def result_table(result: Result) -> RenderableType:
     """The stages side by side, and what was written."""
     stages = {name: stage for name, stage in result.stages.items() if stage is not None}
     table = _table(stage_rows(result.stages, result.kept))
-    lines: list[RenderableType] = [table] if stages else []
+    lines: list[RenderableType] = [Text(UNSEEN)] if UNSEEN in result.warnings else []
+    lines += [table] if stages else []
     for first in [*stages.values()][:1]:
         lines.append(Text(_about(first, result.settings), style="dim"))
         if len(first.codebooks) > 1:
@@ -187,16 +189,17 @@ def comparison_table(found: Comparison) -> RenderableType:
     about = f"rows: {found.outputs['rows']}, table: {found.outputs['table']}"
     if any(summary.seeds > 1 for summary in found.summaries):
         about += "; figures are mean ± standard deviation over the seeds"
-    return Group(table, *(Text(note) for note in notes(found.summaries)), Text(about, style="dim"))
+    first = [Text(UNSEEN)] if UNSEEN in found.warnings else []
+    return Group(*first, table, *(Text(note) for note in notes(found.summaries)), Text(about, style="dim"))
 
 
 def sweep_table(found: Sweep) -> RenderableType:
     """A line for each point, and what is suggested."""
     dimension = found.effective_dimension
     told = "" if dimension is None else f"the latents' effective dimension is {dimension:.1f}; "
-    lines = (f"suggested: {found.suggested_k} codes", found.reason)
     about = Text(f"{told}rows: {found.outputs['rows']}, table: {found.outputs['table']}", style="dim")
-    return Group(_table(sweep_rows(found)), Text(lines[0], style="bold"), Text(lines[1]), about)
+    suggested = Text(f"suggested: {found.suggested_k} codes", style="bold")
+    return Group(_table(sweep_rows(found)), suggested, Text(found.headline), about)
 
 
 def codes_table(found: Codes) -> RenderableType:
