@@ -298,6 +298,22 @@ def test_a_mapping_within_itself_has_an_end(tmp_path: Path) -> None:
         read_checkpoint(saved(endless, tmp_path / "model.pt"))
 
 
+def test_a_mapping_under_many_names_is_searched_once(tmp_path: Path) -> None:
+    """A file of 25 KB whose mappings hold each other would be searched for years."""
+    shared: dict[str, object] = {"a": 1}
+    for _ in range(5):
+        shared = {str(i): shared for i in range(300)}
+    with pytest.raises(CodebookError, match="holds no tensors by name"):
+        read_checkpoint(saved(shared, tmp_path / "model.pt"))
+
+
+def test_the_attributes_of_a_parameter_are_not_taken_for_its_methods(tmp_path: Path) -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    for name in ("numel", "detach", "element_size", "resolve_conj"):
+        setattr(parameter, name, torch.device)
+    assert read_checkpoint(saved({"a": parameter}, tmp_path / "model.pt")).tensor("a").tolist() == [1, 1]
+
+
 def test_opening_reads_no_tensor(tmp_path: Path) -> None:
     """A file of 80 MB opens without as much memory; only what is asked for is read."""
     state = {"codebook": torch.ones(4, 3), "large": torch.zeros(20_000_000)}

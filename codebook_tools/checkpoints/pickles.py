@@ -72,9 +72,9 @@ def _why_not(error: str) -> str:
 
 def _unwrapped(path: Path, found: object) -> tuple[list[str], dict[object, object]]:
     """The names that lead to the state dict, and the state dict."""
-    names = list[str]()
+    names, answers = list[str](), dict[tuple[int, int], bool]()
     while isinstance(found, dict) and len(names) < _DEPTH:
-        inside = [name for name, value in found.items() if isinstance(name, str) and _holds_tensors(value)]
+        inside = [name for name, value in found.items() if isinstance(name, str) and _holds_tensors(value, answers)]
         known = [name for name in WRAPPERS if name in inside]
         own = [value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)]
         if not known and (any(value.ndim for value in own) or (own and not inside)):
@@ -89,16 +89,20 @@ def _unwrapped(path: Path, found: object) -> tuple[list[str], dict[object, objec
     raise CodebookError(f"{path} holds no tensors by name; save model.state_dict() with torch.save, or as safetensors")
 
 
-def _holds_tensors(found: object, depth: int = _DEPTH) -> bool:
-    """Whether it is a mapping with tensors in it, or in mappings below; by name, as an optimiser's numbers are not."""
-    return (
-        isinstance(found, dict)
-        and depth > 0
-        and any(
-            isinstance(name, str) and (isinstance(value, Tensor) or _holds_tensors(value, depth - 1))
+def _holds_tensors(found: object, answers: dict[tuple[int, int], bool], depth: int = _DEPTH) -> bool:
+    """Whether it is a mapping with tensors in it, or in mappings below; by name, as an optimiser's numbers are not.
+
+    answers: given so far, by mapping and depth, since one mapping may stand in a file under any number of names.
+    """
+    if not isinstance(found, dict) or depth == 0:
+        return False
+    asked = id(found), depth
+    if asked not in answers:
+        answers[asked] = any(
+            isinstance(name, str) and (isinstance(value, Tensor) or _holds_tensors(value, answers, depth - 1))
             for name, value in found.items()
         )
-    )
+    return answers[asked]
 
 
 def _siblings(found: object, names: list[str]) -> Iterator[str]:
@@ -112,6 +116,7 @@ def _siblings(found: object, names: list[str]) -> Iterator[str]:
 
 def _plain(path: Path, key: str, value: Tensor) -> Tensor:
     """A tensor's plain numbers. Raises CodebookError where safetensors has no form for it, or none that is sane."""
+    value = Tensor.detach(value)  # without the attributes of a parameter, which may bear the names of methods
     if value.layout != torch.strided or value.is_nested or value.is_meta or not can_hold(value.dtype):
         kind = f"{value.layout} of {value.dtype} on {value.device}".replace("torch.", "")
         raise CodebookError(f"{key} in {path} is {kind}, which safetensors cannot hold; save it as a plain tensor")
@@ -120,4 +125,4 @@ def _plain(path: Path, key: str, value: Tensor) -> Tensor:
         raise CodebookError(
             f"{key} in {path} repeats {kept:,} bytes to {whole:,}, as expand() does; save what it repeats"
         )
-    return value.detach().resolve_conj().resolve_neg()
+    return value.resolve_conj().resolve_neg()
