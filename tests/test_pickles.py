@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import enum
 import hashlib
 import json
 import os
 import pickle
+import pickletools
 import subprocess
 import sys
-from collections import OrderedDict
+import zipfile
+from base64 import b85decode
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import ModuleType
 from typing import Any
+from zlib import decompress
 
 import numpy as np
 import pytest
@@ -23,7 +32,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, nn, serialization
 
 from codebook_tools.checkpoints import entries
 from codebook_tools.checkpoints.layout import CONFIG
@@ -69,6 +78,10 @@ WRAPPED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "under a name of its own": ({"vqvae": STATE, "loss": torch.tensor(0.5), "epoch": 3}, ("loss", "epoch")),
     "with other things inside": ({**STATE, "step": 7, 4: torch.ones(2), "extra": {"a": 1}}, ("step", "4", "extra")),
     "numbers alone": ({"model": {"a": torch.tensor(1.0)}}, ()),
+    "a mapping with a default": (defaultdict(None, STATE), ()),
+    "in a mapping with a default": (defaultdict(dict, model=STATE, epoch=3), ("epoch",)),
+    "attributes": (argparse.Namespace(state_dict=STATE, epoch=3), ("epoch",)),
+    "in attributes": ({"run": argparse.Namespace(model=OrderedDict(STATE), lr=1), "x": None}, ("x", "run.lr")),
 }  # fmt: skip
 
 
@@ -99,6 +112,145 @@ def test_it_is_as_good_as_a_safetensors_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.pt", "model.pth", "model.ckpt", "model.bin", "model.pth.tar", "model"])
 def test_a_pickle_is_told_by_its_first_bytes(name: str, tmp_path: Path) -> None:
     assert read_checkpoint(saved(STATE, tmp_path / name)).shapes["encoder.bias"] == (3,)
+
+
+# --- harmless objects beside the tensors ----------------------------------------------------------------------------
+
+
+class Mode(enum.Enum):
+    """An enum of someone's own config."""
+
+    FAST = 1
+    SLOW = ("slow", 0.5)
+
+
+class Level(enum.IntEnum):
+    LOW = 0
+
+
+class Named(enum.Enum):
+    """Pickled by name, as all were in some versions of Python."""
+
+    A = "a"
+    __reduce_ex__ = enum.pickle_by_enum_name
+
+
+OMEGACONF = (
+    "c-n<kO;glB5ZwiKfdLdyK>=ArKvq7gym+<z!m`lS0xff~Qj_fLc62tgolMj{P$dT`_?uq+6ZT93vYSvIfKI2U-|N>e!_OgKbwr!{Ds1gG17D",
+    "jUXtNg-K2Jj|)sL}!wCRkON+q`=G;eav@$x~B$AVG0=0PZ;w^<3p;rcP18>4fPXt}!A6*%J4pCD|rr(us_#hIX&%KIXGoxZR7-AI|o-Hb`b!",
+    "gf(z9jK5?96fc0>G`YZ;aJ0|P}q{Z9pm_s!_FVvNGXl%%(-UqV<o?d$o07o0w;W5Nl7TwE@n;9;)&E|e1?<0>v~Bbbr8BPOLJ4d4lF+5r7W*",
+    "O#hIjpkfI~PjQVw`B%U*BRO<4G(m36)$6Ojko97u)V}ueN)f6~;Nx+a2F?$&%od!kB%2qXl1VT3B?9|@V!w>sq8y>!S_sIsaRNwJNVs|6xxM",
+    "eaZ;ak%aZ$fTm|2B2YK*9*zgev`vp1~N*!uS!eGnjx$AOR8&rXfXlztIZjsP2YI+fBrYhx1^Za+~@L!EoAdkjY`<F}y<<cT$Y`eheU8!OCc`",
+    "z{oX3&1HlOIkEPn;`%}@g3LzfTVKl*F<d0X#T0R&V5-|N_v*>Q<KKUlp6}2+#!eych!~eHp~@gW|2W=InAwsBzS}o&=5ABMpxQ@9+MH#vG&p",
+    "yEp`s4B4A=XzNf`Kck+qEU%;%gahdLtk0#%?!64WgCeyKo$yD;aJX>N`yiN`Y$H20*ydv>j>MN^tvf~JJ2bgFx~ZPsX;%ja~DU?oTRHGLRu5",
+    "n0A~e}MBcwO&qJuM}`zg}ME5;*s@|%!NGc;aU!ZZki%RDo|~}=qWW{D{?wDAEvg(e=5ZFT-RqxNx{SaInbjrh8r}=MmouQG1w_#nQzP9tq<~",
+    "OJuTw@Vwoa_n*_F*f;}h(^IhX4KV~Adma<cF&t5r_Q?o}W2N|C(*MRjLpZAn5qGQTs;Mw;K9}<&?DU<pYOfC+nIQU^tSs(tezk8O3i4xozyu",
+    "3b!ba`hSaJyd=)fExfDq?M+11&o2+_Cl$BUjZ<P7bUA47n{LXD@E*PX8qIS=>)`2ClYdqhPS@)I4UyOhzeM8h5U0V@$YHEKtL`d-pHVS6!C",
+)
+"""A structured config of omegaconf 2.3.0, pickled: nodes of every type, of classes and an enum in `project.config`."""
+
+HARMLESS: dict[str, object] = {
+    "arguments": argparse.Namespace(lr=1e-4, sizes=[64, 64], nested=argparse.Namespace(k=4)),
+    "ordered": OrderedDict(a=1),
+    "defaults": defaultdict(list, {"loss": [1.0], 3: []}),
+    "defaults of defaults": defaultdict(None, a=defaultdict(int, b=2)),
+    "paths": [Path("a/b"), PurePosixPath("/c"), PureWindowsPath("d")],
+    "scalars": [np.float64(3), np.int32(4), np.bool_(True), np.float16(0.5), np.str_("a"), np.complex64(1j)],
+    "enums": [Mode.FAST, Mode.SLOW, Mode.FAST, Level.LOW],
+    "enums by name": {Named.A: "value"},
+    "classes by name": {"mode": Mode, "of": [int, Mode]},
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_a_harmless_object_is_read_past(kind: str, zipped: bool, tmp_path: Path) -> None:
+    read = read_checkpoint(saved({kind: HARMLESS[kind], "model": STATE}, tmp_path / "model.pt", zipped))
+    assert read.left_behind == (kind,)
+    assert read.entries.keys() == STATE.keys() and all(same(read.tensor(key), STATE[key]) for key in STATE)
+
+
+def spliced(fragment: bytes, path: Path, zipped: bool = True) -> Path:
+    """A file of torch.save with one more entry, "x", whose value is what the opcodes of the fragment leave."""
+
+    def with_entry(pickled: bytes) -> bytes:
+        assert pickled.endswith(b".")
+        return pickled[:-1] + text("x") + fragment + b"s."
+
+    content = saved({"model": STATE}, path, zipped).read_bytes()
+    if not zipped:
+        stream = BytesIO(content)
+        for _ in range(4):  # magic number, version, system, object
+            [*pickletools.genops(stream)]
+        path.write_bytes(with_entry(content[: stream.tell()]) + content[stream.tell() :])
+        return path
+    with zipfile.ZipFile(BytesIO(content)) as archive, zipfile.ZipFile(path, "w") as written:
+        for name in archive.namelist():
+            data = archive.read(name)
+            written.writestr(name, with_entry(data) if name.endswith("data.pkl") else data)
+    return path
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+
+def ask(name: str) -> bytes:
+    """The opcode for a class or function."""
+    module, _, own = name.rpartition(".")
+    return f"c{module}\n{own}\n".encode()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_config_of_omegaconf_is_read_past(zipped: bool, tmp_path: Path) -> None:
+    pickled = decompress(b85decode("".join(OMEGACONF)))
+    read = read_checkpoint(spliced(pickled[2:-1], tmp_path / "model.pt", zipped))  # without protocol and stop
+    assert read.left_behind == ("x",) and read.entries.keys() == STATE.keys()
+    assert not {"omegaconf", "project", "project.config"} & sys.modules.keys()
+
+
+def test_the_module_of_an_enum_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_config.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with monkeypatch.context() as patch:
+        module = ModuleType("own_config")
+        patch.setitem(sys.modules, "own_config", module)
+        module.__dict__["Kind"] = kind = enum.Enum("Kind", "A B", module="own_config")
+        path = saved({"model": STATE, kind.B: 1}, tmp_path / "model.pt")
+    assert read_checkpoint(path).left_behind == ("own_config.Kind(2)",)
+    assert "own_config" not in sys.modules and not (tmp_path / "mark").exists()
+
+
+class Loud:
+    """A class that a process allows torch to load."""
+
+    def __setstate__(self, state: object) -> None:
+        raise AssertionError("it was run")
+
+
+def test_what_the_process_allows_is_not_used_and_stays_allowed(tmp_path: Path) -> None:
+    allows = [Loud, (Loud, "argparse.Namespace")]
+    path = saved({"model": STATE, "args": argparse.Namespace(lr=1)}, tmp_path / "model.pt")
+    loud = saved({"model": STATE, "x": Loud()}, tmp_path / "loud.pt")
+    with serialization.safe_globals(allows):
+        before = {*serialization.get_safe_globals()}
+        assert read_checkpoint(path).left_behind == ("args",)
+        with pytest.raises(CodebookError, match=r"wants \w+\.Loud, more"):
+            read_checkpoint(loud)
+        assert {*serialization.get_safe_globals()} == before >= {*allows}
+
+
+def test_threads_read_at_once_and_leave_nothing_allowed(tmp_path: Path) -> None:
+    before = {*serialization.get_safe_globals()}
+    paths = [
+        saved({"model": STATE, kind: value}, tmp_path / f"{kind}.pt", zipped)
+        for kind, value in HARMLESS.items()
+        for zipped in (True, False)
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        read = [*pool.map(read_checkpoint, paths * 4)]
+    assert {one.path.stem for one in read} == {one.left_behind[0] for one in read} == HARMLESS.keys()
+    assert {*serialization.get_safe_globals()} == before
 
 
 # --- written as safetensors ----------------------------------------------------------------------------------------
@@ -222,13 +374,30 @@ class Bomb:
         return os.mkdir, (self.mark,)
 
 
+@dataclass
+class Options:
+    """A config of someone's own."""
+
+    k: int
+
+    class Kind(enum.Enum):
+        A = 1
+
+
+class Odd(enum.Enum):
+    LIST = [1]  # noqa: RUF012
+
+
 class Whole(nn.Linear):
     """A model that someone saved whole."""
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "arguments": (lambda mark: {"model": STATE, "args": argparse.Namespace(lr=1)}, r"wants argparse\.Namespace, more"),
-    "a scalar of numpy": (lambda mark: {"state_dict": STATE, "best": np.float64(3)}, r"wants numpy\.\S*scalar, more"),
+    "an array of numpy": (lambda mark: {"model": STATE, "x": np.ones(3)}, r"wants numpy\.\S*_reconstruct, more"),
+    "a config that is an object": (lambda mark: {"model": STATE, "x": Options(3)}, r"wants \w+\.Options, more"),
+    "an enum in a class": (lambda mark: {"model": STATE, "x": Options.Kind.A}, r"wants \w+\.Options, more"),
+    "an enum of objects": (lambda mark: {"model": STATE, "x": Odd.LIST}, r"wants \w+\.Odd, more"),
+    "a function": (lambda mark: {"model": STATE, "x": saved}, r"wants \w+\.saved, more"),
     "a model saved whole": (lambda mark: Whole(2, 2), r"wants \S*test_pickles\.Whole, more"),
     "a command": (lambda mark: {"model": STATE, "x": Bomb(mark)}, r"wants \w+\.mkdir, more"),
     "no tensors": (lambda mark: {"epoch": 3}, "holds no tensors by name"),
@@ -271,6 +440,131 @@ def test_a_pickle_of_no_torch_at_all_is_never_run(protocol: int, tmp_path: Path)
     assert "\n" not in str(error.value) and not (tmp_path / "mark").exists()
 
 
+OWN, ONE = ask("project.config.Mode"), b"K\x01"
+CLASS, OBJECT = ask("omegaconf.nodes.AnyNode"), ask("omegaconf.nodes.AnyNode") + b")\x81"
+TRICKS = b"}(" + b"".join(
+    text(name) + ask("collections.OrderedDict")
+    for name in ("__class__", "__dict__", "__setstate__", "__reduce__", "__del__", "__repr__", "__hash__", "state")
+) + b"u"  # fmt: skip
+"""A state that would change what an object is, and what becomes of it, were it written to the object."""
+
+INERT: dict[str, bytes] = {
+    "attributes of an object": OBJECT + TRICKS + b"b",
+    "slots of an object": OBJECT + b"N" + TRICKS + b"\x86b",
+    "a class as a state": OBJECT + CLASS + b"b",
+    "an object that is its own state": ask("pathlib.PosixPath") + b")Rq\xf0h\xf0b",
+    "arguments of any kind": ask("numpy.dtype") + CLASS + ask("collections.OrderedDict") + b"N\x87R",
+    "objects in a scalar": ask("numpy.core.multiarray.scalar") + ask("numpy.dtype") + text("O") + b"\x85R" + b"N\x86R",
+    "attributes of arguments": ask("argparse.Namespace") + b")\x81" + TRICKS + b"b",
+    "a member of an enum that is named like a method": ask("builtins.getattr") + OWN + text("__reduce__") + b"\x86R",
+    "a wrapped object": ask("torch._tensor._rebuild_from_type_v2") + b"(" + CLASS + CLASS + b")" + TRICKS + b"tR",
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", INERT)
+def test_nothing_that_is_written_to_a_stand_in_is_believed(kind: str, zipped: bool, tmp_path: Path) -> None:
+    read = read_checkpoint(spliced(INERT[kind], tmp_path / "model.pt", zipped))
+    assert read.left_behind == ("x",) and all(same(read.tensor(key), STATE[key]) for key in STATE)
+
+
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "getattr of a class of torch": (ask("builtins.getattr") + ask("torch.Tensor") + text("data") + b"\x86R", "getattr"),
+    "getattr of a stand-in": (ask("builtins.getattr") + CLASS + text("state") + b"\x86R", "getattr"),
+    "getattr of an object": (ask("builtins.getattr") + OBJECT + text("state") + b"\x86R", "getattr"),
+    "getattr by no name": (ask("builtins.getattr") + OWN + text("A\n") + b"\x86R", "getattr"),
+    "getattr that was built": (ask("__builtin__.getattr") + OWN + ONE + b"\x86\x81", r"project\.config\.Mode"),
+    "an enum called with a class": (OWN + ask("collections.OrderedDict") + b"\x85R", r"project\.config\.Mode"),
+    "an enum called with an object": (OWN + OBJECT + b"\x85R", r"project\.config\.Mode"),
+    "an enum called with two": (OWN + ONE + ONE + b"\x86R", r"project\.config\.Mode"),
+    "an object of an own class": (OWN + b")\x81", r"project\.config\.Mode"),
+    "an own class with a state": (OWN + ONE + b"\x85\x81" + TRICKS + b"b", r"project\.config\.Mode"),
+    "a member that is called": (OWN + ONE + b"\x85R" + ONE + b"\x85R", r"project\.config\.Mode"),
+    "a function of its own": (ask("project.config.run") + text("touch") + b"\x85R", r"project\.config\.run"),
+    "arguments with arguments": (ask("argparse.Namespace") + ONE + b"\x85R", r"argparse\.Namespace"),
+    "arguments with another state": (ask("argparse.Namespace") + b")\x81" + ONE + b"b", r"argparse\.Namespace"),
+    "a type that is called": (ask("builtins.int") + ONE + b"\x85R", r"builtins\.int"),
+    "a hint of a class": (ask("_operator.getitem") + CLASS + ONE + b"\x86R", r"operator\.getitem"),
+    "a class of the library": (ask("subprocess.Popen") + text("touch") + b"\x85R", r"subprocess\.Popen"),
+    "a class of torch": (ask("torch.package.PackageImporter") + text("a") + b"\x85R", r"torch\.\w+\.PackageImporter"),
+    "a class of numpy": (ask("numpy.lib.npyio.NpzFile") + text("a") + b"\x85R", r"numpy\.lib\.npyio\.NpzFile"),
+    "a class of this": (ask("codebook_tools.errors.CodebookError") + ONE + b"\x85R", r"codebook_tools\.errors\.Co\w+"),
+    "too many enums": (b"](" + b"".join(ask(f"project.E{i}") for i in range(65)) + b"e", r"project\.E0"),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_another_use_of_an_allowed_name_is_refused(kind: str, zipped: bool, tmp_path: Path) -> None:
+    fragment, name = HOSTILE[kind]
+    with pytest.raises(CodebookError, match=rf"wants (builtins\.)?{name}, more than tensors") as error:
+        read_checkpoint(spliced(fragment, tmp_path / "model.pt", zipped))
+    assert "\n" not in str(error.value)
+
+
+COMMANDS = ("posix.system", "os.system", "subprocess.Popen", "builtins.exec", "builtins.eval", "__builtin__.eval")
+
+
+def command(name: str, mark: Path) -> bytes:
+    """Called with one text, as enums are."""
+    word = f"open({str(mark)!r}, 'w')" if name.endswith(("exec", "eval")) else f"touch {mark}"
+    return ask(name) + (b"](" + text("touch") + text(str(mark)) + b"e" if "Popen" in name else text(word)) + b"\x85R"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_in_the_form_of_an_enum_is_refused_by_name(name: str, zipped: bool, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    for before in (b"", b"](" + OWN + ONE + b"\x85R"):  # alone, and beside an enum
+        fragment = before + command(name, mark) + (b"e" if before else b"")
+        with pytest.raises(CodebookError, match=rf"wants (\w+\.)?{name.partition('.')[2]}, more"):
+            read_checkpoint(spliced(fragment, tmp_path / "model.pt", zipped))
+        assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_such_a_command_would_have_been_run(name: str, tmp_path: Path) -> None:
+    made = pickle.loads(b"\x80\x02" + command(name, tmp_path / "mark") + b".")
+    if isinstance(made, subprocess.Popen):
+        made.wait()
+    assert (tmp_path / "mark").exists()
+
+
+ASKED = (
+    *("argparse.Namespace", "builtins.dict", "builtins.getattr", "collections.OrderedDict", "collections.defaultdict"),
+    *("numpy.dtype", "omegaconf.nodes.AnyNode", "pathlib.PosixPath", "project.config.Mode", "typing.List"),
+    *("_operator.getitem", "torch.FloatStorage", "torch.Tensor", "torch._tensor._rebuild_from_type_v2"),
+    *("torch._utils._rebuild_parameter_with_state", "torch._utils._rebuild_tensor_v2", "torch.nn.parameter.Parameter"),
+)
+USES = ("R", "\x81", "b")
+"""Call, make an object, give it a state."""
+
+
+def values(mark: Path) -> st.SearchStrategy[bytes]:
+    """Opcodes that leave one value: allowed names and commands, used in every way and put into each other."""
+    leaves = [*map(ask, ASKED), *(command(name, mark) for name in COMMANDS), TRICKS, text("__class__"), ONE, b"N", b")"]
+    return st.recursive(
+        st.sampled_from(leaves),
+        lambda inner: st.one_of(
+            st.builds(lambda use, one, other: one + other + use.encode("latin1"), st.sampled_from(USES), inner, inner),
+            st.builds(lambda items: b"(" + b"".join(items) + b"t", st.lists(inner, max_size=4)),
+            st.builds(lambda items: b"](" + b"".join(items) + b"e", st.lists(inner, max_size=2)),
+            st.builds(lambda key, value: b"}" + key + value + b"s", inner, inner),
+        ),
+        max_leaves=12,
+    )
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), zipped=st.booleans())
+def test_no_pickle_runs_anything(data: st.DataObject, zipped: bool, tmp_path: Path) -> None:
+    mark, before = tmp_path / "mark", {*serialization.get_safe_globals()}
+    path = spliced(data.draw(values(mark)), tmp_path / "model.pt", zipped)
+    with contextlib.suppress(CodebookError):
+        read_checkpoint(path).tensors()
+    assert not mark.exists() and {*serialization.get_safe_globals()} == before
+
+
 def test_a_program_of_torchscript_is_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "model.pt")
     with pytest.raises(CodebookError, match=r"is a TorchScript program, which is not run; save"):
@@ -296,6 +590,22 @@ def test_a_mapping_within_itself_has_an_end(tmp_path: Path) -> None:
     endless["model"] = endless
     with pytest.raises(CodebookError, match="holds no tensors by name"):
         read_checkpoint(saved(endless, tmp_path / "model.pt"))
+
+
+def test_a_mapping_under_many_names_is_searched_once(tmp_path: Path) -> None:
+    """A file of 25 KB whose mappings hold each other would be searched for years."""
+    shared: dict[str, object] = {"a": 1}
+    for _ in range(5):
+        shared = {str(i): shared for i in range(300)}
+    with pytest.raises(CodebookError, match="holds no tensors by name"):
+        read_checkpoint(saved(shared, tmp_path / "model.pt"))
+
+
+def test_the_attributes_of_a_parameter_are_not_taken_for_its_methods(tmp_path: Path) -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    for name in ("numel", "detach", "element_size", "resolve_conj"):
+        setattr(parameter, name, torch.device)
+    assert read_checkpoint(saved({"a": parameter}, tmp_path / "model.pt")).tensor("a").tolist() == [1, 1]
 
 
 def test_opening_reads_no_tensor(tmp_path: Path) -> None:
@@ -325,7 +635,7 @@ def test_a_pickle_is_operated_on_as_its_safetensors_twin(
     wrapped: bool, tiny: Path, codebook: Callable[..., Outcome], images_folder: Path, tmp_path: Path
 ) -> None:
     state = load_file(tiny)
-    path = saved({"state_dict": state, "epoch": 3} if wrapped else state, tmp_path / "twin.pth")
+    path = saved({"args": argparse.Namespace(k=4), "state_dict": state} if wrapped else state, tmp_path / "twin.pth")
     found = {}
     for model in (tiny, path):
         done = codebook("prune", model, "--data", images_folder, "--input-range", "-1,1", "--json")

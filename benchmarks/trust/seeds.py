@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import enum
 import io
 import json
 import os
 import tarfile
 import wave
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -115,15 +118,29 @@ def with_length(header: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + bytes(min(max(asked, 0), 1024))
 
 
-def saved_by_torch(zipped: bool = True) -> bytes:
+class Kind(enum.Enum):
+    """As in someone's config."""
+
+    FIRST = "first"
+
+
+HARMLESS: dict[str, object] = {
+    "args": argparse.Namespace(lr=1e-4, kind=Kind.FIRST),
+    "losses": defaultdict(list, {Kind: [np.float64(1)]}),
+    "output": PurePosixPath("a/b"),
+}
+"""Objects beside the weights that are read as stand-ins."""
+
+
+def saved_by_torch(zipped: bool = True, beside: Mapping[str, object] = {}) -> bytes:
     into = io.BytesIO()
-    torch.save({"state_dict": state(), "epoch": 3}, into, _use_new_zipfile_serialization=zipped)
+    torch.save({"state_dict": state(), "epoch": 3, **beside}, into, _use_new_zipfile_serialization=zipped)
     return into.getvalue()
 
 
-def pickled() -> bytes:
+def pickled(beside: Mapping[str, object] = {}) -> bytes:
     """The pickle in a zip of torch.save."""
-    with zipfile.ZipFile(io.BytesIO(saved_by_torch())) as archive:
+    with zipfile.ZipFile(io.BytesIO(saved_by_torch(beside=beside))) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
         return archive.read(name)
 

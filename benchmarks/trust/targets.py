@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from seeds import (
+    HARMLESS,
     MAP,
     VQMODEL,
     headers,
@@ -124,8 +125,14 @@ TARGETS: dict[str, Target] = {
     "safetensors": Target("m.safetensors", safetensors_files, lambda path: _all_of(path)),
     "safetensors header": Target("m.safetensors", headers, lambda path: _all_of(path), wrap=with_length),
     "index of shards": Target("m.safetensors.index.json", index_files, inspect_checkpoint, shards),
-    "torch.save": Target("m.pt", lambda: [saved_by_torch(), saved_by_torch(False)], lambda path: _all_of(path)),
-    "pickle in torch.save": Target("m.pt", lambda: [pickled()], lambda path: _all_of(path), wrap=zipped),
+    "torch.save": Target(
+        "m.pt",
+        lambda: [saved_by_torch(is_zip, beside) for beside in (HARMLESS, {}) for is_zip in (True, False)],
+        lambda path: _all_of(path),
+    ),
+    "pickle in torch.save": Target(
+        "m.pt", lambda: [pickled(HARMLESS), pickled()], lambda path: _all_of(path), wrap=zipped
+    ),
     "config": Target("config.json", lambda: with_twists([json.dumps(VQMODEL).encode()]), load_folder, vqmodel),
     "picture": Target("a.png", pictures, lambda path: look(path, images(), 3)),
     "tar": Target("a.tar", tars, lambda path: look(path, images(), 3)),

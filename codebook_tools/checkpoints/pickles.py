@@ -1,16 +1,24 @@
-"""Files of torch.save: their tensors alone, mapped rather than read, and nothing in them is ever run."""
+"""Files of torch.save: their tensors alone, mapped rather than read, and nothing in them is ever run.
+
+Harmless objects beside the tensors are read as stand-ins: see `stand_ins`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import pickletools
 import re
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
+from io import BytesIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from codebook_tools.checkpoints.entries import Held, Weights, can_hold
+from codebook_tools.checkpoints.stand_ins import allowed, own_classes
 from codebook_tools.errors import CodebookError
 
 WRAPPERS = (
@@ -19,8 +27,12 @@ WRAPPERS = (
 """Names under which people save a state dict beside other things: the first that holds tensors is it."""
 
 _DEPTH = 4
-_REFUSED = re.compile(r"(?:GLOBAL|global|class|function) ((?:\w+\.)+\w+)")
-"""What torch says of a global that it does not let a pickle have."""
+_REFUSED = re.compile(r"GLOBAL ((?:\w+\.)*\w+)|(?:global|class|function) ((?:\w+\.)+\w+)")
+"""What torch says of a global that it does not let a pickle have; of one in `builtins` without that."""
+_LONGEST_SCANNED = 16 << 20
+"""Bytes of a pickle that are gone through for the names in it; one of ten thousand tensors has 2 MB."""
+_LEGACY_PICKLES = 4
+"""In files of torch before 1.6: magic number, version, system, and the object that was saved."""
 _LONGEST_REPEATED = 64 << 20
 """Bytes of a tensor that a file need not hold so many of: masks and constants are expanded, and saved so; no weights
 are, and a file of nothing could claim any size."""
@@ -44,37 +56,81 @@ def read_pickle(path: Path) -> Weights:
     return Weights((path,), {**entries}, {}, tuple(left))
 
 
+class _RefusedError(CodebookError):
+    """The file wants a class or function that it does not get."""
+
+
 def _load(path: Path) -> object:
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"PK"  # older files are read whole: they cannot be mapped
+    """What the file holds, with stand-ins for harmless objects."""
     try:
-        with warnings.catch_warnings():
+        return _attempt(path)
+    except _RefusedError as refused:  # which may be an enum of its own config
+        own = own_classes(_names_in(path))
+        if not own:
+            raise
+        try:
+            return _attempt(path, own)
+        except _RefusedError:
+            raise
+        except CodebookError:  # not in the form of an enum: the first attempt has its name
+            raise refused from None
+
+
+def _attempt(path: Path, own: Iterable[str] = ()) -> object:
+    try:
+        with allowed(own), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of such files is said better below
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+            # files that are no zip are read whole: they cannot be mapped
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=_is_zipped(path))
     except OSError:
         raise
     except Exception as error:  # a file that is not sound makes the unpickler fail in any way
-        raise CodebookError(f"{path} {_why_not(str(error))}") from error
+        raise _why_not(path, str(error)) from error
 
 
-def _why_not(error: str) -> str:
+def _is_zipped(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _names_in(path: Path) -> list[str]:
+    """Dotted names of the globals in a file's pickle, as far as it can be followed.
+
+    They say which stand-ins to offer and nothing more: whatever is read wrong here, torch gives no other globals.
+    """
+    names = []
+    with path.open("rb") as file, contextlib.suppress(Exception):  # a damaged file: torch says what is wrong
+        if _is_zipped(path):
+            with zipfile.ZipFile(file) as archive:
+                (member,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+                pickles, count = archive.open(member).read(_LONGEST_SCANNED), 1
+        else:
+            pickles, count = file.read(_LONGEST_SCANNED), _LEGACY_PICKLES
+        stream = BytesIO(pickles)
+        for _ in range(count):
+            names += [str(name).replace(" ", ".") for op, name, _ in pickletools.genops(stream) if op.name == "GLOBAL"]
+    return names
+
+
+def _why_not(path: Path, error: str) -> CodebookError:
     refused = _REFUSED.search(error)
     if refused:
-        return (
-            f"wants {refused[1]}, more than tensors: it was refused, and nothing of it was run; where you trust "
-            "its origin, load it with its own code and save model.state_dict() alone"
+        return _RefusedError(
+            f"{path} wants {refused[1] or refused[2]}, more than tensors: it was refused, and nothing of it was run; "
+            "where you trust its origin, load it with its own code and save model.state_dict() alone"
         )
     if "TorchScript" in error:
-        return "is a TorchScript program, which is not run; save torch.jit.load(...).state_dict() instead"
+        program = "is a TorchScript program, which is not run; save torch.jit.load(...).state_dict() instead"
+        return CodebookError(f"{path} {program}")
     told = " ".join(error.rpartition("WeightsUnpickler error: ")[2].split())
-    return f"is no sound PyTorch file ({told[:100] or 'it ends too early'}); fetch it again"
+    return CodebookError(f"{path} is no sound PyTorch file ({told[:100] or 'it ends too early'}); fetch it again")
 
 
 def _unwrapped(path: Path, found: object) -> tuple[list[str], dict[object, object]]:
     """The names that lead to the state dict, and the state dict."""
-    names = list[str]()
+    names, answers = list[str](), dict[tuple[int, int], bool]()
     while isinstance(found, dict) and len(names) < _DEPTH:
-        inside = [name for name, value in found.items() if isinstance(name, str) and _holds_tensors(value)]
+        inside = [name for name, value in found.items() if isinstance(name, str) and _holds_tensors(value, answers)]
         known = [name for name in WRAPPERS if name in inside]
         own = [value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)]
         if not known and (any(value.ndim for value in own) or (own and not inside)):
@@ -89,16 +145,20 @@ def _unwrapped(path: Path, found: object) -> tuple[list[str], dict[object, objec
     raise CodebookError(f"{path} holds no tensors by name; save model.state_dict() with torch.save, or as safetensors")
 
 
-def _holds_tensors(found: object, depth: int = _DEPTH) -> bool:
-    """Whether it is a mapping with tensors in it, or in mappings below; by name, as an optimiser's numbers are not."""
-    return (
-        isinstance(found, dict)
-        and depth > 0
-        and any(
-            isinstance(name, str) and (isinstance(value, Tensor) or _holds_tensors(value, depth - 1))
+def _holds_tensors(found: object, answers: dict[tuple[int, int], bool], depth: int = _DEPTH) -> bool:
+    """Whether it is a mapping with tensors in it, or in mappings below; by name, as an optimiser's numbers are not.
+
+    answers: given so far, by mapping and depth, since one mapping may stand in a file under any number of names.
+    """
+    if not isinstance(found, dict) or depth == 0:
+        return False
+    asked = id(found), depth
+    if asked not in answers:
+        answers[asked] = any(
+            isinstance(name, str) and (isinstance(value, Tensor) or _holds_tensors(value, answers, depth - 1))
             for name, value in found.items()
         )
-    )
+    return answers[asked]
 
 
 def _siblings(found: object, names: list[str]) -> Iterator[str]:
@@ -112,6 +172,7 @@ def _siblings(found: object, names: list[str]) -> Iterator[str]:
 
 def _plain(path: Path, key: str, value: Tensor) -> Tensor:
     """A tensor's plain numbers. Raises CodebookError where safetensors has no form for it, or none that is sane."""
+    value = Tensor.detach(value)  # without the attributes of a parameter, which may bear the names of methods
     if value.layout != torch.strided or value.is_nested or value.is_meta or not can_hold(value.dtype):
         kind = f"{value.layout} of {value.dtype} on {value.device}".replace("torch.", "")
         raise CodebookError(f"{key} in {path} is {kind}, which safetensors cannot hold; save it as a plain tensor")
@@ -120,4 +181,4 @@ def _plain(path: Path, key: str, value: Tensor) -> Tensor:
         raise CodebookError(
             f"{key} in {path} repeats {kept:,} bytes to {whole:,}, as expand() does; save what it repeats"
         )
-    return value.detach().resolve_conj().resolve_neg()
+    return value.resolve_conj().resolve_neg()
