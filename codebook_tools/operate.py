@@ -114,7 +114,6 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     work where that is possible, and leaves no file then.
     """
     check_request_output(request, command, asked_size(strategy, 0))
-    request.require_trainable(recipe.steps)
     if strategy and goes_without_images(request, strategy):
         if recipe.steps:
             raise CodebookError(f"{recipe.steps} steps of fine-tuning need images; give --data, or --steps 0")

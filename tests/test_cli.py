@@ -164,7 +164,7 @@ def test_inspect_gives_the_promised_json_without_making_a_tensor(
         "codebooks": [
             {
                 "key": CODEBOOK, "size": 16, "dim": 4, "axis": 0, "heads": 1, "dtype": "F32", "search": "euclidean",
-                "companions": ["_vq_vae._ema_cluster_size", "_vq_vae._ema_w"], "confidence": "high", "alive": 16,
+                "companions": ["_vq_vae._ema_cluster_size", "_vq_vae._ema_w"], "confidence": "high", "alive": 15,
             }
         ],
         "elsewhere": [],

@@ -41,7 +41,7 @@ CHECKS: dict[str, tuple[Look, str]] = {
     "stale-ema": (stale_ema, "codebook prune {model}{data} writes sums and counts that are of the codes"),
     "few-modes": (few_modes, "shrink, do not repair: codebook prune {model}{data}"),
     "dimensional-collapse": (
-        of_each_book(dimensional_collapse),
+        lambda evidence: of_each_book(lambda book: dimensional_collapse(evidence, book))(evidence),
         "no surgery on codes alone repairs it: train the encoder on, codebook finetune {model}{data}",
     ),
     "wrong-layout": (

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import torch
+
+from codebook_tools import metrics
 from codebook_tools.diagnosis.check import Finding, not_checked
-from codebook_tools.diagnosis.evidence import BookEvidence
+from codebook_tools.diagnosis.dead_codes import dead_codes
+from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
 from codebook_tools.diagnosis.fit import by_place, places
-from codebook_tools.metrics import covariance_of, dimensions_that_hold, participation_ratio
+
+REST = 1e-3
+"""Share of the variance outside of the first directions: where latents are good for their data it is 0.01 and more."""
 
 EACH = 32
-"""Dimensions of a latent, for each of which one that holds variance is to be expected at least: trained encoders with
-64 dimensions that work have 4 and more."""
+"""Dimensions of a latent, for each of which there is a first direction, and one at least."""
+
+POOR = 0.5
+"""Of the error of items without detail: a model that reconstructs worse has lost what the latents were to hold."""
 
 _LEAST = 3  # dimensions, of which fewer have nothing to lose
 
 
-def dimensional_collapse(book: BookEvidence) -> Finding:
-    """Found where 99 % of the latents' variance lies along a line, or in very few of many dimensions."""
+def dimensional_collapse(evidence: Evidence, book: BookEvidence) -> Finding:
+    """Found where nearly all of the latents' variance lies along a line, or in very few of many dimensions, and the
+    codes or the reconstructions suffer; suspicious where they do not, for data may be so simple."""
     dim = book.codebook.dim
     if dim < _LEAST:
         return not_checked(f"latents of {dim} dimension{'s' * (dim > 1)} have none to lose")
-    latents = covariance_of(places(book.codebook, book.latents))
-    held, limit = dimensions_that_hold(latents), max(1, dim // EACH)
-    of_codes = participation_ratio(covariance_of(by_place(book.codebook).vectors[book.codes]))
+    latents = metrics.covariance_of(places(book.codebook, book.latents))
+    codes = metrics.covariance_of(by_place(book.codebook).vectors[book.codes])
+    variances = torch.linalg.eigvalsh(latents).flip(0).clamp(min=0)
+    rest = float(variances[max(1, dim // EACH) :].sum() / variances.sum().clamp(min=1e-300))
     told = (
-        f"{held} of {dim} dimensions hold 99% of the latents' variance; their effective dimension is "
-        f"{participation_ratio(latents):.2g}, that of their codes {of_codes:.2g}"
+        f"{metrics.dimensions_that_hold(latents)} of {dim} dimensions hold 99% of the latents' variance; effective "
+        f"dimension {metrics.participation_ratio(latents):.2g}, of their codes "
+        f"{metrics.participation_ratio(codes):.2g}"
     )
-    return Finding("found" if 0 < held <= limit else "ok", float(held), float(limit), told)
+    if rest >= REST or not bool(variances.any()):
+        return Finding("ok", rest, REST, told)
+    suffers = dead_codes(book).verdict == "found" or evidence.mse > POOR * evidence.flat_mse
+    return Finding("found" if suffers else "suspicious", rest, REST, told)

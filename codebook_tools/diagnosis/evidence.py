@@ -16,6 +16,9 @@ from codebook_tools.diagnosis.traces import Trace
 FEW_HITS = 10
 """Latents a code, below which a code without any may be chance."""
 
+STRANGE = 1.5
+"""Of the error of items without detail, which a model with a single code in use may have."""
+
 DENIED = 0.5
 """Share of the codes that are alive by the running counts and have no latent: other data alone make less of it."""
 
@@ -119,8 +122,8 @@ class Evidence:
 
     @property
     def strange(self) -> bool:
-        """Whether the decoder cannot have been trained with these codes: it does worse than no detail at all."""
-        return self.mse >= self.flat_mse
+        """Whether the decoder cannot have been trained with these codes: it does far worse than no detail at all."""
+        return self.mse > STRANGE * self.flat_mse
 
     def operated(self, book: BookEvidence) -> bool:
         """Whether anything shows that a codebook was put into a model after its training: this package wrote the file,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from codebook_tools.assignment import nearest, squared_errors, unit
 from codebook_tools.codebook import Codebook, Lookup
-from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book
+from codebook_tools.diagnosis.check import Finding, Verdict, not_checked, of_each_book
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
 from codebook_tools.diagnosis.fit import by_place, places
 
@@ -31,7 +31,8 @@ _MOST = 0.5  # of the codes: as many must have that
 
 
 def no_lloyd(evidence: Evidence) -> Finding:
-    """Found where most codes lie off the means of their cells; suspicious where the surgery that did it says so."""
+    """Found where most codes are latents, off the means of their cells; suspicious where the surgery that did it says
+    so, and where codes lie off alone, for those may lag behind an encoder in training."""
     found = of_each_book(_of_book)(evidence)
     meant = found.verdict == "found" and evidence.command in KEEP
     return replace(found, verdict="suspicious") if meant else found
@@ -51,7 +52,8 @@ def _of_book(book: BookEvidence) -> Finding:
     are = (gaps > _OFF_AT_ALL * errors) & _are_latents(points, codes)
     latents = min(1.0, float(are[enough].float().mean()) / seen)
     told = f"{off:.0%} of the codes lie far off the mean of their latents, {latents:.0%} are latents themselves"
-    return Finding(judged(max(off, latents), SEEDS), max(off, latents), SEEDS, told)
+    verdict: Verdict = "found" if latents > SEEDS else "suspicious" if off > SEEDS else "ok"
+    return Finding(verdict, max(off, latents), SEEDS, told)
 
 
 def cells(points: Tensor, codes: Codebook) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,9 @@ def wrong_encoder(evidence: Evidence, book: BookEvidence) -> Finding:
         told = f"{fit.told}; {kin}, {rival.fit.ratio:.2g} times"
     else:
         told = f"{fit.told}; the codes are no noise: they are of other latents"
-    verdict: Verdict = "found" if strangers(book) else "ok" if rival else "suspicious"
+    # All stages have one encoder, and the first meets its latents as they are.
+    foreign = strangers(book) and (book is evidence.books[0] or strangers(evidence.books[0]))
+    verdict: Verdict = "found" if foreign else "ok" if rival else "suspicious"
     if verdict == "found" and not (evidence.operated(book) or book.pair):
         verdict, told = "suspicious", f"{told}, or the encoder left them in its training"
     return Finding(verdict, fit.misfit, 1.0, told)

@@ -1,0 +1,243 @@
+"""Small models of six kinds that are trained here, healthy or into a collapse, and the mistakes that people make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import soundfile
+import torch
+from safetensors.torch import save_file
+from sklearn.cluster import KMeans
+from torch import Tensor, nn
+from torch.nn import functional
+from vector_quantize_pytorch import VectorQuantize
+
+DIM, SIDE, CLIP, RATE = 8, 16, 256, 1600
+State = dict[str, Tensor]
+
+
+class Images(nn.Module):
+    """Patches of 4 by 4 grey pixels in [0, 1] to DIM latents, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 24, 4, 4), nn.GELU(), nn.Conv2d(24, DIM, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(DIM, 24, 1), nn.GELU(), nn.ConvTranspose2d(24, 1, 4, 4))
+
+    def encode(self, media: Tensor) -> Tensor:
+        latents: Tensor = self.encoder(media)
+        return latents
+
+    def decode(self, quantized: Tensor) -> Tensor:
+        media: Tensor = self.decoder(quantized)
+        return media
+
+
+class Sounds(Images):
+    """Eight samples of a waveform to DIM latents, and back."""
+
+    sampling_rate, hop, channels = RATE, 8, 1
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.encoder = nn.Sequential(nn.Conv1d(1, 24, 8, 8), nn.GELU(), nn.Conv1d(24, DIM, 1))
+        self.decoder = nn.Sequential(nn.Conv1d(DIM, 24, 1), nn.GELU(), nn.ConvTranspose1d(24, 1, 8, 8))
+
+
+def nearest(latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """By brute force: latents (n, dim, *grid) -> their codes' vectors, alike, and codes (n, *grid)."""
+    rows = latents.movedim(1, -1)
+    chosen = torch.cdist(rows.flatten(0, -2), codes).argmin(1).reshape(rows.shape[:-1])
+    return codes[chosen].movedim(-1, 1), chosen
+
+
+class Plain(Images):
+    """Codes that gradients move."""
+
+    keys: tuple[str, ...] = ("vq.codebook.weight",)
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.vq = nn.Module()
+        self.vq.codebook = nn.Embedding(size, DIM)
+
+    def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """latents -> the codes with a straight-through gradient, and the loss that moves them."""
+        quantized, _ = nearest(latents, self.vq.codebook.weight)  # type: ignore[arg-type]
+        loss = (quantized - latents.detach()).square().mean() + 0.25 * (latents - quantized.detach()).square().mean()
+        return latents + (quantized - latents).detach(), loss
+
+
+class PlainSounds(Sounds, Plain):
+    def __init__(self, size: int) -> None:
+        Sounds.__init__(self)
+        self.vq = nn.Module()
+        self.vq.codebook = nn.Embedding(size, DIM)
+
+
+class Two(Images):
+    """Two residual stages."""
+
+    codebooks = keys = ("stages.0.weight", "stages.1.weight")
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Embedding(size, DIM) for _ in range(2)])
+
+    def walk(self, latents: Tensor, quantise: Callable[[int, Tensor], Tensor]) -> Tensor:
+        first = quantise(0, latents)
+        return first + quantise(1, latents - first)
+
+    def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        rest, loss, total = latents, latents.new_zeros(()), torch.zeros_like(latents)
+        for stage in self.stages:
+            quantized, _ = nearest(rest, stage.weight)  # type: ignore[arg-type]
+            loss = (
+                loss + (quantized - rest.detach()).square().mean() + 0.25 * (rest - quantized.detach()).square().mean()
+            )
+            rest, total = rest - quantized.detach(), total + quantized
+        return latents + (total - latents).detach(), loss
+
+
+class Library(Images):
+    """Around a quantizer of vector-quantize-pytorch, which averages."""
+
+    keys: tuple[str, ...] = ("vq._codebook.embed",)
+    more: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.vq = VectorQuantize(dim=DIM, codebook_size=size, decay=0.9, accept_image_fmap=True, **self.more)
+
+    def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        quantized, _, loss = self.vq(latents)
+        return quantized, loss.sum()
+
+
+class Cosine(Library):
+    more: ClassVar[dict[str, Any]] = {"use_cosine_sim": True}
+
+
+KINDS: dict[str, Callable[[int], Any]] = {
+    "plain": Plain,
+    "sounds": PlainSounds,
+    "two stages": Two,
+    "library": Library,
+    "cosine": Cosine,
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """media: (n, 1, ...), as the network takes them. path: of the same, for --data."""
+
+    media: Tensor
+    path: Path
+
+
+def images_in(folder: Path, seed: int = 0, kinds: int = 0) -> Data:
+    """400 grey images of gratings with a little noise, of as many kinds, or all different."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:SIDE, :SIDE] / SIDE
+    drawn = random.uniform([0, -6, -6, 0.1, 0.2], [7, 6, 6, 0.5, 0.8], (kinds or 400, 5))
+    phase, a, b, depth, level = (drawn[np.arange(400) % len(drawn)] if kinds else drawn).T[:, :, None, None]
+    waves = level + depth * np.sin(phase + a * x + b * y) * (0.3 + 0.7 * x) + random.normal(0, 0.02, (400, SIDE, SIDE))
+    pixels = (waves.clip(0, 1) * 255).astype(np.uint8)
+    np.save(folder / "images.npy", pixels)
+    return Data(torch.from_numpy(pixels)[:, None].float() / 255, folder / "images.npy")
+
+
+def sounds_in(folder: Path, seed: int = 0) -> Data:
+    """200 clips of a tone that glides, with a little noise."""
+    random = np.random.default_rng(seed)
+    t = np.arange(CLIP) / RATE
+    (place := folder / "sounds").mkdir()
+    clips = []
+    for i in range(200):
+        f, glide, loud = random.uniform([20, -400, 0.2], [300, 400, 0.9])
+        clips.append(loud * np.sin(2 * np.pi * (f + glide * t) * t) + random.normal(0, 0.02, CLIP))
+        soundfile.write(place / f"{i:03d}.wav", clips[-1].clip(-1, 1), RATE, subtype="FLOAT")
+    return Data(torch.from_numpy(np.stack(clips)).float()[:, None].clip(-1, 1), place)
+
+
+def train(
+    network: Any, media: Tensor, steps: int, lr: float = 3e-3, *, quantized: bool = True, only: str = "", seed: int = 0
+) -> None:
+    """Adam on the squared error and the quantizer's own loss. only: the prefix of what learns."""
+    learns = [tensor for name, tensor in network.named_parameters() if name.startswith(only)]
+    optimizer, draws = torch.optim.Adam(learns, lr), torch.Generator().manual_seed(seed)
+    network.train()
+    for _ in range(steps):
+        batch = media[torch.randint(len(media), (32,), generator=draws)]
+        latents = network.encode(batch)
+        through, loss = network.quantise(latents) if quantized else (latents, 0.0)
+        error = (network.decode(through) - batch).square().mean() / media.var() + loss
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    network.eval()
+
+
+@torch.no_grad()
+def rows_of(network: Any, media: Tensor, stage: int = 0) -> Tensor:
+    """(n, DIM) latents that meet a stage."""
+    latents = network.encode(media)
+    for before in range(stage):
+        latents = latents - nearest(latents, dict(network.named_parameters())[network.keys[before]])[0]
+    return latents.movedim(1, -1).flatten(0, -2)
+
+
+def install(network: Any, stage: int, codes: Tensor, *, sums: bool = True) -> None:
+    """Put codes (size, DIM) where the network has them. sums: with its running state."""
+    tensor = network.state_dict()[network.keys[stage]]
+    tensor.copy_(codes.reshape(tensor.shape))
+    if isinstance(network, Library) and sums:
+        inner = network.vq._codebook
+        inner.initted.fill_(1)
+        inner.cluster_size.fill_(20.0)
+        inner.embed_avg.copy_(inner.embed * 20.0)
+
+
+def centroids(rows: Tensor, size: int, seed: int = 0) -> Tensor:
+    """By scikit-learn."""
+    return torch.from_numpy(KMeans(size, n_init=1, random_state=seed).fit(rows.numpy()).cluster_centers_).float()
+
+
+def healthy(kind: str, media: Tensor, size: int = 32, seed: int = 0) -> Any:
+    """Trained without quantization first, then with codes that k-means placed."""
+    torch.manual_seed(seed)
+    network = KINDS[kind](size)
+    train(network, media, 150, quantized=False, seed=seed)
+    for stage in range(len(network.keys)):
+        rows = rows_of(network, media, stage)
+        if kind == "cosine":
+            rows = functional.normalize(rows, dim=1)
+        install(network, stage, centroids(rows, size, seed))
+    train(network, media, 80, 3e-4, seed=seed + 1)
+    return network
+
+
+def collapsed(kind: str, media: Tensor, size: int = 128, seed: int = 0, scale: float = 1.0) -> Any:
+    """Trained from the start with codes that many times as far out as torch draws them."""
+    torch.manual_seed(seed)
+    network = KINDS[kind](size)
+    for stage in range(len(network.keys)):
+        codes = torch.randn(size, DIM) * scale
+        install(network, stage, functional.normalize(codes, dim=1) if kind == "cosine" else codes)
+    train(network, media, 250, 2e-3, seed=seed)
+    return network
+
+
+def write(network: Any, kind: str, folder: Path, name: str = "model") -> tuple[Path, str]:
+    """Its checkpoint, and what --network takes."""
+    state = {key: tensor.detach().clone().contiguous() for key, tensor in network.state_dict().items()}
+    save_file(state, folder / f"{name}.safetensors")
+    (folder / "network.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom collapsing import KINDS\n\n\n"
+        f"def make(codebook_size):\n    return KINDS[{kind!r}](codebook_size)\n"
+    )
+    return folder / f"{name}.safetensors", f"{folder / 'network.py'}:make"
