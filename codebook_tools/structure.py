@@ -30,6 +30,19 @@ def structure(codes: ArrayLike) -> float:
     return found
 
 
+def as_initialised(codes: ArrayLike) -> bool:
+    """Whether codes (n, dim) are as the usual initialisations leave them: independent, and uniform, or normal with the
+    variance 1 of torch's embeddings. Codes of a late residual stage may be independent, too, and are neither."""
+    rows = np.asarray(codes, dtype=np.float64)
+    deviation = float(rows.std())
+    if not drawn(rows) or not deviation:
+        return False
+    tails = float(np.power(rows / deviation, 4).mean())  # 1.8 of a uniform distribution, 3 of a normal one
+    chance = 4 / rows.size**0.5  # four standard deviations of both figures, nearly
+    uniform = abs(tails - 1.8) <= 1.2 * chance and float(np.abs(rows).max()) <= (1 + chance) * 3**0.5 * deviation
+    return uniform or (abs(deviation - 1) <= chance and abs(tails - 3) <= 5 * chance)
+
+
 def drawn(codes: ArrayLike) -> bool:
     """Whether nobody ever fitted codes (n, dim) to anything."""
     return structure(codes) <= LIMIT

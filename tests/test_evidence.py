@@ -14,6 +14,7 @@ from torch import Tensor
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.models.evidence import alive, untrained
 from codebook_tools.models.families import detected
+from codebook_tools.structure import as_initialised
 
 Run = Callable[..., Outcome]
 KEY = "quantizer.codebook.weight"
@@ -86,6 +87,16 @@ def test_what_no_training_has_reached_is_said_wherever_codes_are_shown(
         found = codebook(command, *words, *output)
         assert found.exit_code == 0, found.stderr
         assert any(told in warning for warning in found.json["warnings"]), (command, found.json["warnings"])
+
+
+@pytest.mark.parametrize(("size", "dim"), [(16, 4), (64, 16), (512, 64), (16384, 8)])
+def test_initialisations_are_told_from_codes_that_are_as_independent(size: int, dim: int) -> None:
+    for seed in range(20 if size < 1000 else 2):
+        random = torch.Generator().manual_seed(seed)
+        normal = torch.randn(size, dim, generator=random)
+        assert as_initialised(normal.numpy()) and as_initialised(((torch.rand(size, dim) * 2 - 1) / size).numpy())
+        if size > 16:
+            assert not as_initialised((normal * 0.5).numpy()), "as codes of a late residual stage may be"
 
 
 def test_nothing_is_said_of_a_trained_codebook(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from codebook_tools.checkpoints.detect import COUNTS, FoundCodebook
 from codebook_tools.checkpoints.effective import effective
 from codebook_tools.checkpoints.reading import Checkpoint
-from codebook_tools.structure import drawn
+from codebook_tools.structure import as_initialised
 
 FLAG = re.compile(r"(?:^|\.|_)(?:is_)?(?:init(?:t?ed|iali[sz]ed)?|data_initiali[sz]ed)$")
 
@@ -38,7 +38,7 @@ def untrained(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Iterato
             yield f"{book.key} is all zeros: no training has reached it"
         elif (rows == rows[0]).all() and book.size > 1:
             yield f"all {book.size:,} codes of {book.key} are the same"
-        elif book.size >= _LEAST and effective(book, checkpoint.shapes).kind == "rows" and drawn(rows[:_MOST]):
+        elif book.size >= _LEAST and effective(book, checkpoint.shapes).kind == "rows" and as_initialised(rows[:_MOST]):
             yield f"the codes of {book.key} look as an initialisation draws them: untrained, or fixed on purpose"
 
 
