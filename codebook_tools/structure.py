@@ -40,7 +40,7 @@ def as_initialised(codes: ArrayLike) -> bool:
     tails = float(np.power(rows / deviation, 4).mean())  # 1.8 of a uniform distribution, 3 of a normal one
     chance = 4 / rows.size**0.5  # four standard deviations of both figures, nearly
     uniform = abs(tails - 1.8) <= 1.2 * chance and float(np.abs(rows).max()) <= (1 + chance) * 3**0.5 * deviation
-    return uniform or (abs(deviation - 1) <= chance and abs(tails - 3) <= 5 * chance)
+    return bool(uniform or (abs(deviation - 1) <= chance and abs(tails - 3) <= 5 * chance))
 
 
 def drawn(codes: ArrayLike) -> bool:
