@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from codebook_tools.channels import MIX
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.items import Item, Medium, Values
 from codebook_tools.watch import Watch
@@ -108,7 +109,7 @@ class Media:
             loaded = [(item, values) for item in items if (values := self._values(item, decoded)) is not None]
             if not loaded:
                 return [], torch.empty(0)
-            stacked = torch.stack([values for _, values in loaded]).float().div_(self.medium.unit)
+            stacked = _stacked([values for _, values in loaded])
             return [item for item, _ in loaded], stacked.pin_memory() if self.pinned else stacked
 
     def _ahead(self, places: Iterable[Sequence[int]]) -> Iterator[tuple[list[Item], dict[Item, Decoded]]]:
@@ -171,9 +172,12 @@ class Media:
         return values
 
     def decode(self, item: Item) -> Decoded:
-        """The item's values as the model takes them, in the medium's own numbers, or why there are none."""
+        """The item's values as the model takes them, uint8 or float32 as they were decoded, or why there are none."""
         try:
-            return self.medium.fitted(item.decode(self.channels))
+            stored = item.decode()
+            values = self.medium.in_channels(stored, self.channels, MIX)
+            assert values is not None
+            return self.medium.fitted(values)
         except Exception as error:  # decoders raise whatever they like on a damaged file
             return error
 
@@ -184,6 +188,13 @@ class Media:
         self.bad[item.name] = reason
         if len(self.bad) >= len(self.items) and all(item.name in self.bad for item in self.items):
             raise CodebookError(f"none of the {len(self)} {many} can be read, the last one {item}: {reason}") from error
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    """float32 of values of one shape: what is uint8 counts 255ths, anything else is float32 already."""
+    if all(one.dtype == torch.uint8 for one in values):
+        return torch.stack([*values]).float().div_(255)
+    return torch.stack([one.float().div_(255) if one.dtype == torch.uint8 else one for one in values])
 
 
 _CONTEXT = "fork" if "fork" in torch.multiprocessing.get_all_start_methods() else None
