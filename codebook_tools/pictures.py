@@ -116,8 +116,8 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return shown
 
 
-def decode_row(stored: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """The pixels of a row of an array, (1|3, height, width).
+def decode_row(stored: NDArray[np.generic]) -> NDArray[Any]:
+    """The pixels of a row of an array, (1|3, height, width): uint8 as they are, floating point as float32.
 
     stored: (height, width), (height, width, 1|3) or (1|3, height, width), uint8 or floating point. Raises ValueError
     where floating-point values are not finite, or outside [0, 1].
@@ -128,7 +128,7 @@ def decode_row(stored: NDArray[np.generic]) -> NDArray[np.uint8]:
             raise ValueError("a value is not finite")
         if row.min() < 0 or row.max() > 1:
             raise ValueError("floating-point images must lie in [0, 1]")
-        row = np.round(row.astype(np.float64) * 255).astype(np.uint8)
+        row = row.astype(np.float32)
     if row.ndim == 2:
         return row[None]
     return row if row.shape[0] in (1, 3) and row.shape[2] not in (1, 3) else row.transpose(2, 0, 1)
@@ -157,21 +157,36 @@ def in_channels(pixels: NDArray[Any], channels: int, how: str | None) -> NDArray
     return _luma(colours) if how == MIX else None
 
 
-def _luma(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _luma(pixels: NDArray[Any]) -> NDArray[Any]:
     """(1, height, width) of RGB."""
-    return np.asarray(_picture(pixels).convert("L"))[None]
+    if pixels.dtype == np.uint8:
+        return np.asarray(_picture(pixels).convert("L"))[None]
+    return np.tensordot(_LUMA, pixels, axes=1)[None].astype(np.float32)
+
+
+_LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601, which Pillow takes, too
 
 
 def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
-def square(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """The centre square, resized with an antialiasing filter: (channels, side, side)."""
-    return _channels_first(ImageOps.fit(_picture(pixels), (side, side), Image.Resampling.BICUBIC))
+def square(pixels: NDArray[Any], side: int) -> NDArray[Any]:
+    """The centre square, resized with an antialiasing filter: (channels, side, side), in [0, 1] where that is float32.
+
+    Beside an edge the filter overshoots; 8 bits end at black and white, and so do floats.
+    """
+    if pixels.dtype == np.uint8:
+        return _channels_first(_centre(_picture(pixels), side))
+    planes = [np.asarray(_centre(Image.fromarray(np.ascontiguousarray(plane)), side)) for plane in pixels]
+    return np.stack(planes).clip(0, 1)
 
 
-def fitted(pixels: NDArray[np.uint8], size: int | None, stride: int) -> NDArray[np.uint8]:
+def _centre(picture: Image.Image, side: int) -> Image.Image:
+    return ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
+
+
+def fitted(pixels: NDArray[Any], size: int | None, stride: int) -> NDArray[Any]:
     """The centre of a picture, (channels, height, width), with sides that stride divides.
 
     size: first made a square of this side. Raises ValueError for a picture smaller than the stride.
