@@ -34,9 +34,11 @@ def images(size: int | None = None, stride: int = 1) -> Medium:
     if size is not None and size > LONGEST_SIDE:
         raise CodebookError(f"--size {size} is longer than {LONGEST_SIDE} pixels")
     arrays = {".npy": _stored_items, ".npz": _stored_items}
-    return Medium(
-        "image", "images", SUFFIXES, _picture_items, in_channels, arrays, partial(fitted, size=size, stride=stride)
-    )
+    fit = partial(fitted, size=size, stride=stride)
+    return Medium("image", "images", SUFFIXES, _picture_items, in_channels, _MIXES, arrays, fit)
+
+
+_MIXES = "the luma of colours, or the first of them; alpha goes"
 
 
 def _picture_items(source: Source) -> list[Item]:

@@ -79,8 +79,9 @@ class Medium:
 
     one, many: what its items are called. suffixes: how its files end. items: those of one file. in_channels: decoded
     values in another number of channels; the last argument, one of channels.MIXINGS, allows to lose some, and None is
-    what comes of it where that is not allowed. archives: by suffix, what files hold that count only where they
-    themselves are given. fitted: decoded values as the model takes them; ValueError where they cannot be made so.
+    what comes of it where that is not allowed. mixes: what they make of channels, in words. archives: by suffix, what
+    files hold that count only where they themselves are given. fitted: decoded values as the model takes them;
+    ValueError where they cannot be made so.
     """
 
     one: str
@@ -88,6 +89,7 @@ class Medium:
     suffixes: tuple[str, ...]
     items: Callable[[Source], list[Item]]
     in_channels: Callable[[Values, int, str | None], Values | None]
+    mixes: str
     archives: Mapping[str, Callable[[Path], list[Item]]] = field(default_factory=dict)
     fitted: Callable[[Values], Values] = lambda values: values
 

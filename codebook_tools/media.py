@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from codebook_tools.channels import MIX
+from codebook_tools.channels import MIXINGS
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.items import Item, Medium, Values
 from codebook_tools.watch import Watch
@@ -25,6 +25,10 @@ CACHE_BYTES = 2 << 30
 
 Decoded = Values | Exception
 """Of one item: what it holds, or why it cannot be read."""
+
+
+class ChannelsError(CodebookError):
+    """An item has other channels than the network takes. It is not damaged: nothing goes on without it."""
 
 
 @dataclass
@@ -44,10 +48,11 @@ class _Cache:
 class Media:
     """Items as tensors, decoded once while they fit CACHE_BYTES and again each time beyond that.
 
-    channels: 1 or 3 of images, any number of waveforms. skip_bad: leave out what cannot be read, where CodebookError is
-    raised otherwise. part: which of how many parts of the batches a pass over them sees, where others see the rest.
-    workers: processes that decode ahead; 0: this one does, when asked. pinned: batches lie in memory that a GPU copies
-    from by itself. bad: names of items left out, and the reasons.
+    channels: 1 or 3 of images, any number of waveforms. mixing: of channels.MIXINGS, what becomes of items with others;
+    None: CodebookError is raised for what cannot be converted without a loss. skip_bad: leave out what cannot be read,
+    where CodebookError is raised otherwise. part: which of how many parts of the batches a pass over them sees, where
+    others see the rest. workers: processes that decode ahead; 0: this one does, when asked. pinned: batches lie in
+    memory that a GPU copies from by itself. bad: names of items left out, and the reasons.
     """
 
     items: list[Item]
@@ -59,6 +64,7 @@ class Media:
     workers: int = 0
     pinned: bool = False
     bad: dict[str, str] = field(default_factory=dict)
+    mixing: str | None = None
     _cache: _Cache = field(default_factory=_Cache, repr=False)
     _first: tuple[Item, tuple[int, ...]] | None = None
 
@@ -175,13 +181,20 @@ class Media:
         """The item's values as the model takes them, uint8 or float32 as they were decoded, or why there are none."""
         try:
             stored = item.decode()
-            values = self.medium.in_channels(stored, self.channels, MIX)
-            assert values is not None
-            return self.medium.fitted(values)
+            values = self.medium.in_channels(stored, self.channels, self.mixing)
+            return self._refused(item, len(stored)) if values is None else self.medium.fitted(values)
         except Exception as error:  # decoders raise whatever they like on a damaged file
             return error
 
+    def _refused(self, item: Item, channels: int) -> ChannelsError:
+        return ChannelsError(
+            f"{self.medium.one} {item} has {channels} channels, and the network takes {self.channels}: give --channels "
+            f"{'|'.join(MIXINGS)} ({self.medium.mixes})"
+        )
+
     def _leave_out(self, item: Item, error: Exception) -> None:
+        if isinstance(error, ChannelsError):
+            raise error
         reason, one, many = one_line(error), self.medium.one, self.medium.many
         if not self.skip_bad:
             raise CodebookError(f"cannot read {one} {item}: {reason}; --skip-bad goes on without it") from error
@@ -219,4 +232,8 @@ class _Decoding:
     def __getitem__(self, places: list[int]) -> list[Decoded]:
         found = [self._media.decode(self._media.items[place]) for place in places]
         # As text: an exception may hold what does not travel between processes.
-        return [ValueError(one_line(its)) if isinstance(its, Exception) else its for its in found]
+        return [its if isinstance(its, ChannelsError) else _as_text(its) for its in found]
+
+
+def _as_text(decoded: Decoded) -> Decoded:
+    return ValueError(one_line(decoded)) if isinstance(decoded, Exception) else decoded

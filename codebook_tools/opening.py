@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools import processes
+from codebook_tools.channels import FIRST, MIX, MIXINGS
 from codebook_tools.checkpoints.reading import AS_STORED, Checkpoint, read_checkpoint
 from codebook_tools.demo import DEMO
 from codebook_tools.errors import CodebookError
@@ -43,9 +44,10 @@ class Request:
     tensors there that do not change the codes. data: none for the bundled sample. sample: whether that is the data of
     the model, too, as it is of the demo. test_data: none for a tenth of data. stats: the counts of an earlier pass, and
     latents: files of them, in place of images. latents_cache: a folder that keeps the calibration latents of running
-    models for the next run. workers: processes that decode ahead; None: as many as help. resume: whether an interrupted
-    fine-tuning goes on. log_dir: where TensorBoard finds how it went. exhibit: whether a few test images are kept for a
-    page, as each stage reconstructs them.
+    models for the next run. channels: what becomes of those that the network has not; None: nothing may be lost.
+    workers: processes that decode ahead; None: as many as help. resume: whether an interrupted fine-tuning goes on.
+    log_dir: where TensorBoard finds how it went. exhibit: whether a few test images are kept for a page, as each stage
+    reconstructs them.
     """
 
     model: Path | None = None
@@ -55,6 +57,7 @@ class Request:
     latents: tuple[str, ...] = ()
     limit: int | None = None
     size: int | None = None
+    channels: str | None = None
     skip_bad: bool = False
     network: str | None = None
     family: str | None = None
@@ -84,6 +87,8 @@ class Request:
                 raise CodebookError(f"{name.replace('_', '-')}={value} is below 1")
         if self.workers is not None and not 0 <= self.workers <= _MOST_WORKERS:
             raise CodebookError(f"workers={self.workers} is not within 0 and {_MOST_WORKERS}")
+        if self.channels not in (None, *MIXINGS):
+            raise CodebookError(f"channels={self.channels}: expected {' or '.join(MIXINGS)}")
         if not 0 <= self.seed < 2**63:
             raise CodebookError(f"seed={self.seed} is not within 0 and {2**63 - 1}")
 
@@ -201,8 +206,12 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
                 processes.part(),
                 workers=workers,
                 pinned=on_gpu,
+                mixing=request.channels or (None if given else MIX),  # the sample is in whatever channels are asked for
             )
-            for items in (splits.calibration, splits.test)
+            for items, given in (
+                (splits.calibration, request.data),
+                (splits.test, request.test_data or request.data),
+            )
         )
     opened = Opened(request, model, splits, calibration, test, [*model.caveats, *checkpoint.warnings])
     if model.carried:
@@ -222,6 +231,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         "images": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         "limit": request.limit,
         "size": request.size,
+        "channels": request.channels,
         "skip_bad": request.skip_bad,
         "network": request.network,
         "input_range": list(model.input_range),
@@ -273,7 +283,7 @@ def _first_size(items: list[Item], request: Request) -> tuple[int, int]:
     if request.size is not None:
         return request.size, request.size
     for item in items:
-        _, pixels = Media(items, images(), 3, skip_bad=request.skip_bad).load([item])
+        _, pixels = Media(items, images(), 3, skip_bad=request.skip_bad, mixing=FIRST).load([item])
         if len(pixels):
             return pixels.shape[2], pixels.shape[3]
     raise CodebookError(f"none of {len(items)} images can be read, the last {items[-1].name}")

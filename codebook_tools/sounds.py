@@ -45,7 +45,10 @@ def sounds(rate: int, hop: int, size: int | None = None) -> Medium:
     if size is not None and size > LONGEST_CLIP:
         raise CodebookError(f"--size {size} is longer than {LONGEST_CLIP} samples")
     samples = max(hop, (size or rate) // hop * hop)
-    return Medium("clip", "clips", SUFFIXES, partial(_clips, rate=rate, samples=samples), in_channels)
+    return Medium("clip", "clips", SUFFIXES, partial(_clips, rate=rate, samples=samples), in_channels, _MIXES)
+
+
+_MIXES = "their mean, or the first of them"
 
 
 def _clips(source: Source, rate: int, samples: int) -> list[Item]:

@@ -65,14 +65,16 @@ def test_pictures_and_arrays_of_floats_share_a_batch(tmp_path: Path) -> None:
 def test_the_luma_of_floats_is_not_rounded() -> None:
     """0.299 x 0.2 + 0.587 x 0.4 + 0.114 x 0.6 = 0.363, which is 92.6 of 255."""
     row = np.array([0.2, 0.4, 0.6], dtype=np.float32).reshape(1, 1, 1, 3)
-    assert float(read(array_items("x", row), 1)) == pytest.approx(0.363, abs=1e-7)
+    assert float(read(array_items("x", row), 1, mixing="mix")) == pytest.approx(0.363, abs=1e-7)
 
 
 def test_grey_from_colour_is_the_luma_of_pillow_and_colour_from_grey_repeats_it(tmp_path: Path) -> None:
     np.save(tmp_path / "rgb.npy", RGB)
     np.save(tmp_path / "grey.npy", GREY)
     luma = np.stack([np.asarray(Image.fromarray(row).convert("L")) for row in RGB])
-    assert torch.equal(read(find_images([tmp_path / "rgb.npy"]), 1)[:, 0], torch.from_numpy(luma).float() / 255)
+    assert torch.equal(
+        read(find_images([tmp_path / "rgb.npy"]), 1, mixing="mix")[:, 0], torch.from_numpy(luma).float() / 255
+    )
     assert torch.equal(read(find_images([tmp_path / "grey.npy"]), 1)[:, 0], torch.from_numpy(GREY).float() / 255)
 
 
@@ -171,7 +173,7 @@ def test_size_brings_all_kinds_together_in_the_models_channels(channels: int, tm
         Image.new("RGB", (width, height), (200, 100, 50)).save(tmp_path / f"red{i}.png")
         Image.new("RGBA", (width, height), (200, 100, 50, 0)).save(tmp_path / f"red-hidden{i}.png")
     items = find_images([tmp_path])
-    found = read(items, channels, size=8) * 255
+    found = read(items, channels, size=8, mixing="mix") * 255
     for item, pixels in zip(items, found, strict=True):
         colour = [100] * channels if "grey" in item.name else [200, 100, 50] if channels == 3 else [124]
         assert pixels.flatten(1).round().unique(dim=1).flatten().tolist() == colour, item.name

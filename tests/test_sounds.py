@@ -57,13 +57,13 @@ def find(*paths: Path, rate: int = RATE, hop: int = 1, size: int | None = None) 
     return find_items(paths, sounds(rate, hop, size))
 
 
-def media(items: list[Item], channels: int = 1, skip_bad: bool = False) -> Media:
-    return Media(items, sounds(RATE, 1), channels, skip_bad)
+def media(items: list[Item], channels: int = 1, skip_bad: bool = False, mixing: str | None = None) -> Media:
+    return Media(items, sounds(RATE, 1), channels, skip_bad, mixing=mixing)
 
 
-def read(items: Sequence[Item], channels: int = 1) -> Tensor:
+def read(items: Sequence[Item], channels: int = 1, mixing: str | None = None) -> Tensor:
     """All of the items' waveforms, (n, channels, samples)."""
-    return media(list(items), channels).load(items)[1]
+    return media(list(items), channels, mixing=mixing).load(items)[1]
 
 
 def in_order(items: list[Item]) -> list[Item]:
@@ -163,25 +163,56 @@ def test_floating_point_is_kept_and_clipped_at_full_scale(subtype: str, tmp_path
     ]  # fmt: skip
 
 
+SIX = [0.5, 0.25, -0.25, 0, 0, 0.125]
+
+
+@pytest.mark.parametrize("mixing", [None, "mix", "first"])
 @pytest.mark.parametrize(
-    ("stored_channels", "channels", "expected"),
+    ("wave", "channels", "expected"),
     [
-        (1, 1, [[0.5]]),
-        (1, 2, [[0.5], [0.5]]),
-        (2, 2, [[0.5], [0.25]]),
-        (2, 1, [[0.375]]),
-        (4, 1, [[0.125]]),
-        (4, 2, [[0.125], [0.125]]),
-        (6, 6, [[0.5], [0.25], [-0.25], [0], [0], [0.125]]),
+        (SIX[:1], 1, [[0.5]]),
+        (SIX[:1], 2, [[0.5], [0.5]]),
+        (SIX[:2], 2, [[0.5], [0.25]]),
+        (SIX, 6, [[0.5], [0.25], [-0.25], [0], [0], [0.125]]),
+        ([0.5, 0.5], 1, [[0.5]]),
+        ([0.5, 0.5, 0.5], 2, [[0.5], [0.5]]),
     ],
 )
-def test_channels_are_kept_where_they_agree_and_averaged_elsewhere(
-    stored_channels: int, channels: int, expected: list[list[float]], tmp_path: Path
+def test_channels_that_agree_or_are_alike_need_no_option(
+    wave: list[float], channels: int, expected: list[list[float]], mixing: str | None, tmp_path: Path
 ) -> None:
-    wave = np.array([[0.5, 0.25, -0.25, 0, 0, 0.125][:stored_channels]], dtype=np.float32)
-    for kind, subtype in (("WAV", "FLOAT"), ("FLAC", "PCM_16")):
-        path = put(tmp_path / f"x.{kind}", stored(wave, RATE, kind, subtype))
-        assert read(find(path, size=1), channels).tolist() == [expected]
+    for path in in_both_formats(tmp_path, wave):
+        assert read(find(path, size=1), channels, mixing).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("wave", "channels", "mean", "first"),
+    [
+        (SIX[:2], 1, [[0.375]], [[0.5]]),
+        (SIX[:4], 1, [[0.125]], [[0.5]]),
+        (SIX[:4], 2, [[0.125], [0.125]], [[0.5], [0.25]]),
+        (SIX[:2], 4, [[0.375]] * 4, [[0.5]] * 4),
+    ],
+)
+def test_other_channels_are_refused_until_their_mean_or_the_first_are_asked_for(
+    wave: list[float], channels: int, mean: list[list[float]], first: list[list[float]], tmp_path: Path
+) -> None:
+    for path in in_both_formats(tmp_path, wave):
+        items = find(path, size=1)
+        told = f"^clip {path.name}#0 has {len(wave)} channels, and the network takes {channels}: give --channels mix.f"
+        with pytest.raises(CodebookError, match=told):
+            media(items, channels, skip_bad=True).load(items)  # it is not damaged: --skip-bad must not hide it
+        assert read(items, channels, "mix").tolist() == [mean]
+        assert read(items, channels, "first").tolist() == [first]
+
+
+def in_both_formats(folder: Path, wave: list[float]) -> list[Path]:
+    """One sample of so many channels."""
+    data = np.array([wave], dtype=np.float32)
+    return [
+        put(folder / f"x.{kind}", stored(data, RATE, kind, subtype))
+        for kind, subtype in (("WAV", "FLOAT"), ("FLAC", "PCM_16"))
+    ]
 
 
 # --- resampling ----------------------------------------------------------------------------------------------------
