@@ -81,7 +81,7 @@ class Medium:
     values in another number of channels; the last argument, one of channels.MIXINGS, allows to lose some, and None is
     what comes of it where that is not allowed. mixes: what they make of channels, in words. archives: by suffix, what
     files hold that count only where they themselves are given. fitted: decoded values as the model takes them;
-    ValueError where they cannot be made so.
+    ValueError where they cannot be made so. full: of values that may go beyond it on either side; None: none can.
     """
 
     one: str
@@ -92,6 +92,7 @@ class Medium:
     mixes: str
     archives: Mapping[str, Callable[[Path], list[Item]]] = field(default_factory=dict)
     fitted: Callable[[Values], Values] = lambda values: values
+    full: float | None = None
 
 
 def find_items(paths: Sequence[str | Path], medium: Medium) -> list[Item]:

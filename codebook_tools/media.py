@@ -31,6 +31,15 @@ class ChannelsError(CodebookError):
     """An item has other channels than the network takes. It is not damaged: nothing goes on without it."""
 
 
+@dataclass(frozen=True)
+class Beyond:
+    """How many values of an item lie beyond full scale, of how many in all, and the farthest of them."""
+
+    count: int
+    values: int
+    peak: float
+
+
 @dataclass
 class _Cache:
     values: dict[Item, Tensor] = field(default_factory=dict)
@@ -52,7 +61,8 @@ class Media:
     None: CodebookError is raised for what cannot be converted without a loss. skip_bad: leave out what cannot be read,
     where CodebookError is raised otherwise. part: which of how many parts of the batches a pass over them sees, where
     others see the rest. workers: processes that decode ahead; 0: this one does, when asked. pinned: batches lie in
-    memory that a GPU copies from by itself. bad: names of items left out, and the reasons.
+    memory that a GPU copies from by itself. bad: names of items left out, and the reasons. beyond: by name of the item,
+    what of it lies beyond the medium's full scale.
     """
 
     items: list[Item]
@@ -65,6 +75,7 @@ class Media:
     pinned: bool = False
     bad: dict[str, str] = field(default_factory=dict)
     mixing: str | None = None
+    beyond: dict[str, Beyond] = field(default_factory=dict, repr=False)
     _cache: _Cache = field(default_factory=_Cache, repr=False)
     _first: tuple[Item, tuple[int, ...]] | None = None
 
@@ -174,8 +185,14 @@ class Media:
                 f"{self.medium.many} of unlike sizes: {item} is {this}, {first} is {other}; give --size N, and the "
                 "centre square of each is resized to so many pixels"
             )
+        self._note(item, values)
         self._cache.add(item, values)
         return values
+
+    def _note(self, item: Item, values: Tensor) -> None:
+        full = self.medium.full
+        if full is not None and (peak := float(values.abs().max())) > full:
+            self.beyond[item.name] = Beyond(int((values.abs() > full).sum()), values.numel(), peak)
 
     def decode(self, item: Item) -> Decoded:
         """The item's values as the model takes them, uint8 or float32 as they were decoded, or why there are none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.images import SAMPLE, images, sample_images
 from codebook_tools.items import Item, Medium, find_items
 from codebook_tools.measure import find_input_range
-from codebook_tools.media import Media
+from codebook_tools.media import Beyond, Media
 from codebook_tools.models.agreement import LEAST, Agreement
 from codebook_tools.models.companions import GIVEN
 from codebook_tools.models.families import CUSTOM
@@ -164,6 +165,17 @@ class Opened:
         found = processes.each(self.calibration.bad | self.test.bad)
         return {name: reason for bad in found for name, reason in bad.items()}
 
+    def of_data(self) -> list[str]:
+        """What the passes over data brought to light, as warnings: items left out, and sound beyond full scale."""
+        takes, told = self.model.takes, list[str]()
+        if bad := self.unreadable():
+            first = "; ".join(f"{name} ({bad[name]})" for name in sorted(bad)[:3])
+            told.append(f"{len(bad)} unreadable {takes} were skipped: {first}")
+        beyond = dict[str, Beyond]()
+        for its in processes.each(self.calibration.beyond | self.test.beyond):
+            beyond |= its
+        return [*told, _told_beyond(beyond, takes)] if beyond else told
+
     def pass_once(self) -> None:
         """Where calibration data are read once and test data twice, keep none of those and little of these: memory
         must not grow with the data."""
@@ -173,6 +185,15 @@ class Opened:
 
 
 _LITTLE = 32 << 20
+
+
+def _told_beyond(beyond: Mapping[str, Beyond], many: str) -> str:
+    share = sum(its.count for its in beyond.values()) / sum(its.values for its in beyond.values())
+    farthest = min(beyond, key=lambda name: (-beyond[name].peak, name))
+    return (
+        f"{len(beyond)} {many} go beyond ±1: {share:.2%} of their samples, up to {beyond[farthest].peak:.4g} in "
+        f"{farthest}; nothing is clipped: scale the files where that is not meant"
+    )
 
 
 def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> Opened:

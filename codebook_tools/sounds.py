@@ -25,7 +25,7 @@ RATES = range(1_000, 768_001)
 """Sampling rates in Hz; a damaged header says any number, and the resampling filter grows with it."""
 
 PEAK = 4.0
-"""Floating-point waveforms above 1 are clipped, as players do; above this (12 dB) they are of another scale."""
+"""Floating-point waveforms above 1 are told and kept; above this (12 dB) they are of another scale."""
 
 LONGEST_CLIP = 1 << 28
 """Samples of a clip, an hour and a half at 48 kHz: 1 GB in float32, and an encoder makes a multiple of it."""
@@ -45,7 +45,7 @@ def sounds(rate: int, hop: int, size: int | None = None) -> Medium:
     if size is not None and size > LONGEST_CLIP:
         raise CodebookError(f"--size {size} is longer than {LONGEST_CLIP} samples")
     samples = max(hop, (size or rate) // hop * hop)
-    return Medium("clip", "clips", SUFFIXES, partial(_clips, rate=rate, samples=samples), in_channels, _MIXES)
+    return Medium("clip", "clips", SUFFIXES, partial(_clips, rate=rate, samples=samples), in_channels, _MIXES, full=1)
 
 
 _MIXES = "their mean, or the first of them"
@@ -77,11 +77,11 @@ def in_channels(waves: Values, channels: int, how: str | None) -> Values | None:
 
 
 def decode_clip(source: Source, rate: int, start: int, samples: int) -> NDArray[np.float32]:
-    """(channels, samples) in [-1, 1], in the file's own channels: of the whole waveform at `rate`, `samples` from
-    `start` on, then silence.
+    """(channels, samples), 1 being full scale, in the file's own channels: of the whole waveform at `rate`, `samples`
+    from `start` on, then silence.
 
     Resampled by polyphase filtering with all the context that the filter reaches, so that clips join up as if the file
-    had been resampled whole. Raises ValueError with the reason where the file cannot be read.
+    had been resampled whole. Raises ValueError with the reason where the file cannot be read, or goes beyond PEAK.
     """
     from scipy.signal import resample_poly
 
@@ -100,9 +100,9 @@ def decode_clip(source: Source, rate: int, start: int, samples: int) -> NDArray[
     if not np.isfinite(clip).all():
         raise ValueError("its waveform holds values that are not finite")
     if (peak := float(np.abs(clip).max())) > PEAK:
-        raise ValueError(f"its waveform reaches {peak:.4g}: floating-point sound must lie in [-1, 1]")
+        raise ValueError(f"its waveform reaches {peak:.4g}, beyond {PEAK:g}; scale it so that 1 is its full scale")
     padded = np.zeros((len(clip), samples), dtype=np.float32)
-    padded[:, : clip.shape[1]] = clip.clip(-1, 1)
+    padded[:, : clip.shape[1]] = clip
     return padded
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from codebook_tools import media as media_module
 from codebook_tools.errors import CodebookError
 from codebook_tools.items import Item, find_items
-from codebook_tools.media import Media
+from codebook_tools.media import Beyond, Media
 from codebook_tools.sounds import sounds
 from codebook_tools.splits import limited, split
 
@@ -156,11 +156,22 @@ def test_integers_of_any_depth_are_parts_of_full_scale(
 
 
 @pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
-def test_floating_point_is_kept_and_clipped_at_full_scale(subtype: str, tmp_path: Path) -> None:
-    wave = np.array([0.0, 0.25, -1.0, 1.5, -3.9])
-    assert read(find(put(tmp_path / "x.wav", stored(wave, subtype=subtype)), size=5)).flatten().tolist() == [
-        0, 0.25, -1, 1, -1,
-    ]  # fmt: skip
+def test_floating_point_is_kept_beyond_full_scale_and_told(subtype: str, tmp_path: Path) -> None:
+    wave = np.array([0.0, 0.25, -1.0, 1.5, -3.75, 1.0, 0.5, 0.0])
+    source = media(in_order(find(put(tmp_path / "x.wav", stored(wave, subtype=subtype)), size=4)))
+    for _ in range(2):
+        assert source.load(source.items)[1].flatten().tolist() == wave.tolist()
+        assert source.beyond == {"x.wav#0": Beyond(1, 4, 1.5), "x.wav#1": Beyond(1, 4, 3.75)}
+
+
+@pytest.mark.parametrize(("peak", "refused"), [(4.0, False), (4.01, True), (-4.01, True)])
+def test_a_peak_of_more_than_four_is_of_another_scale(peak: float, refused: bool, tmp_path: Path) -> None:
+    items = find(put(tmp_path / "x.wav", stored(np.array([0.0, 0.25, peak]))), size=3)
+    if not refused:
+        assert float(read(items).max()) == peak
+        return
+    with pytest.raises(CodebookError, match=r"cannot read clip x\.wav#0: its waveform reaches 4\.01, beyond 4; scale"):
+        read(items)
 
 
 SIX = [0.5, 0.25, -0.25, 0, 0, 0.125]
@@ -344,7 +355,7 @@ BAD = {
     "a FLAC that starts and ends": (FLAC[:300], "damaged file"),
     "noughts within a FLAC": (patched(FLAC, 300, bytes(600)), "damaged file"),
     "no number": (stored(NAN), "not finite"),
-    "another scale": (stored(LOUD), r"its waveform reaches 1\.6\d+e\+04: floating-point sound must lie in \[-1, 1\]"),
+    "another scale": (stored(LOUD), r"its waveform reaches 1\.6\d+e\+04, beyond 4; scale it so"),
     "another kind": (stored(NOISE, RATE, "AIFF", "PCM_16"), "its content is AIFF; expected WAV or FLAC"),
     "an odd rate": (stored(NOISE, 1, subtype="PCM_16"), "its sampling rate is 1 Hz"),
     "no length": (patched(FLAC, 21, bytes([FLAC[21] & 0xF0, 0, 0, 0, 0])), "does not say how long it is"),
