@@ -97,6 +97,9 @@ class Media:
     def keep(self, nbytes: int) -> None:
         """Keep so many bytes of decoded values at most from now on: none where no item is read twice."""
         self._cache.limit = nbytes
+        if self._cache.nbytes > nbytes:
+            self._cache.values.clear()
+            self._cache.nbytes = 0
 
     def batches(self, size: int) -> Iterator[tuple[list[Item], Tensor]]:
         """Items and their values as `load` returns them, in order, `size` at a time; those of `part` alone, so that the

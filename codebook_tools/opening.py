@@ -18,7 +18,7 @@ from codebook_tools.demo import DEMO
 from codebook_tools.errors import CodebookError
 from codebook_tools.images import SAMPLE, images, sample_images
 from codebook_tools.items import Item, Medium, find_items
-from codebook_tools.measure import find_input_range
+from codebook_tools.measure import find_input_range, range_errors
 from codebook_tools.media import Beyond, Media
 from codebook_tools.models.agreement import LEAST, Agreement
 from codebook_tools.models.companions import GIVEN
@@ -28,6 +28,7 @@ from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Model
 from codebook_tools.models.proof import Proof, prove_opened
 from codebook_tools.models.remarks import stale_state
 from codebook_tools.models.settling import settle
+from codebook_tools.models.sizes import size_warning
 from codebook_tools.models.twins import twin_warning
 from codebook_tools.sounds import sounds
 from codebook_tools.splits import Splits, limited, split
@@ -240,6 +241,8 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         opened.warnings.append(f"{len(model.carried)} tensors unknown to the network are carried over unchanged: {few}")
     if splits.calibration and not (request.data or request.knows_sample):
         opened.warnings.append("no --data: the bundled sample of two photographs stands in for your images")
+    if model.takes == "images" and request.size is not None:
+        opened.warnings += size_warning(checkpoint, model.family, request.size)
     with watch.phase("measure"):
         _choose_input_range(request, opened)
         asks = model.family == CUSTOM
@@ -321,6 +324,7 @@ def _choose_input_range(request: Request, opened: Opened) -> None:
         if not low < high:
             raise CodebookError(f"--input-range {low},{high}: the first number must be the smaller one")
         model.input_range = low, high
+        opened.warnings += _better_range(opened)
         return
     errors = find_input_range(model, opened.calibration if len(opened.calibration) else opened.test)
     best, second, _ = sorted(INPUT_RANGES, key=lambda bounds: errors[bounds])
@@ -330,6 +334,26 @@ def _choose_input_range(request: Request, opened: Opened) -> None:
             f"input range {_shown(best)} was chosen (mse {errors[best]:.4g}), but {_shown(second)} is close "
             f"({errors[second]:.4g}); set --input-range to decide"
         )
+
+
+def _better_range(opened: Opened) -> list[str]:
+    """What to warn of where a few images come back much better in another range than the one that was typed."""
+    model, media = opened.model, opened.calibration if len(opened.calibration) else opened.test
+    _, pixels = media.load(limited(media.items, _COMPARED, seed=0))  # neighbours in name are often alike
+    if not len(pixels):
+        return []
+    own, errors = model.input_range, range_errors(model, pixels, [model.input_range, *INPUT_RANGES])
+    best = min(errors, key=lambda bounds: errors[bounds], default=own)
+    if own not in errors or errors[own] <= _MUCH_WORSE * errors[best]:
+        return []
+    return [
+        f"--input-range {own[0]:g},{own[1]:g}: images come back with mse {errors[own]:.4g} in it, and with "
+        f"{errors[best]:.4g} in {_shown(best)}; is it --input-range={best[0]:g},{best[1]:g}?"
+    ]
+
+
+_COMPARED = 8  # images: ranges that fit differ by more than chance among so few
+_MUCH_WORSE = 2
 
 
 def _shown(bounds: tuple[float, float]) -> str:
