@@ -31,13 +31,14 @@ def request_of(model: Path | None, given: dict[str, Any]) -> Request:
     """What is to be worked on. given: the options of a command, by name; those that it lacks are left out."""
     from codebook_tools.opening import Request
 
-    metric = given["metric"]
+    metric, channels = given["metric"], given["channels"]
     return Request(
         model=model,
         data=tuple(given["data"] or ()),
         test_data=tuple(given["test_data"] or ()),
         limit=given["limit"],
         size=given["size"],
+        channels=channels.value if channels else None,
         skip_bad=given["skip_bad"],
         network=given["network"],
         family=given["family"],

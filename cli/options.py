@@ -81,6 +81,11 @@ class Metric(StrEnum):
     DOT = "dot"
 
 
+class Channels(StrEnum):
+    MIX = "mix"
+    FIRST = "first"
+
+
 def _group(panel: str) -> Callable[..., Any]:
     """Options of one panel of --help: names, then metavar and help."""
 
@@ -140,6 +145,10 @@ class DataOptions:
     size: Annotated[
         int | None,
         _data(metavar="N", help="Side of the square that images are cropped and resized to; of sound, samples."),
+    ] = None
+    channels: Annotated[
+        Channels | None,
+        _data(help="What becomes of channels that the network has not: luma or mean, or the first. Left out: refused."),
     ] = None
     skip_bad: Annotated[bool, _data("--skip-bad", help="Go on past what cannot be read, and count it.")] = False
 

@@ -12,7 +12,7 @@ import typer
 
 from .calls import request_of, run_and_show
 from .exits import reported
-from .options import Metric
+from .options import Channels, Metric
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.chain import Chain, ChainPlan
@@ -23,6 +23,7 @@ _KINDS: Mapping[str, Any] = {
     **dict.fromkeys(("network", "family", "input_range"), str),
     **dict.fromkeys(("limit", "size", "workers"), int),
     "metric": Metric,
+    "channels": Channels,
 }
 """Of the options that are nothing by default, which says nothing of their kind."""
 

@@ -108,7 +108,7 @@ def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch
         family=model.family,
         settings=opened.settings | {"top": top, "most": most, "sort": sort},
         seed=request.seed,
-        warnings=tuple(opened.warnings),
+        warnings=(*opened.warnings, *opened.of_data()),
         size=codebook.size,
         used=int(seen.used.sum()),
         side=side,

@@ -178,7 +178,11 @@ def compare(
         family=opened.model.family,
         settings=opened.settings | {"k": k, "seeds": seeds} | settings_of(recipe),
         seed=request.seed,
-        warnings=(*opened.warnings, *(f"{warning} ({'; '.join(who)})" for warning, who in warned.items())),
+        warnings=(
+            *opened.warnings,
+            *opened.of_data(),
+            *(f"{warning} ({'; '.join(who)})" for warning, who in warned.items()),
+        ),
         rows=tuple(rows),
         outputs={"rows": str(store.path), "table": str(table)},
         seconds=watch.seconds,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.items import Item, Medium, Values
-from codebook_tools.pictures import decode_picture, decode_row, fitted
+from codebook_tools.pictures import decode_picture, decode_row, fitted, in_channels
 from codebook_tools.sources import Source
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -34,15 +34,19 @@ def images(size: int | None = None, stride: int = 1) -> Medium:
     if size is not None and size > LONGEST_SIDE:
         raise CodebookError(f"--size {size} is longer than {LONGEST_SIDE} pixels")
     arrays = {".npy": _stored_items, ".npz": _stored_items}
-    return Medium("image", "images", SUFFIXES, _picture_items, 255, arrays, partial(fitted, size=size, stride=stride))
+    fit = partial(fitted, size=size, stride=stride)
+    return Medium("image", "images", SUFFIXES, _picture_items, in_channels, _MIXES, arrays, fit)
+
+
+_MIXES = "the luma of colours, or the first of them; alpha goes"
 
 
 def _picture_items(source: Source) -> list[Item]:
     return [Item(source.name, source, partial(_picture, source))]
 
 
-def _picture(source: Source, channels: int) -> Values:
-    return decode_picture(source.read(), channels)
+def _picture(source: Source) -> Values:
+    return decode_picture(source.read())
 
 
 def _stored_items(path: Path) -> list[Item]:
@@ -118,8 +122,8 @@ class _Row:
     rows: NDArray[Any] | _FileRows
     number: int
 
-    def __call__(self, channels: int) -> Values:
-        return decode_row(self.rows[self.number], channels)
+    def __call__(self) -> Values:
+        return decode_row(self.rows[self.number])
 
     def open(self) -> BinaryIO:
         return io.BytesIO(self.rows[self.number].tobytes())

@@ -18,20 +18,21 @@ from codebook_tools.errors import CodebookError, plain
 from codebook_tools.sources import Source, find_sources
 
 Values = NDArray[Any]
-"""Decoded values of one item: pixels (channels, height, width) uint8, or a waveform (channels, samples) float32."""
+"""Decoded values of one item: pixels (channels, height, width), uint8 or float32 in [0, 1], or a waveform (channels,
+samples) float32."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Item:
     """One image or clip, not read yet.
 
-    name: of its source, or SOURCE#number where that holds several. source: its bytes as stored. decode: its values in
-    a number of channels. group: items of one group go into one split; by default each is its own.
+    name: of its source, or SOURCE#number where that holds several. source: its bytes as stored. decode: its values, in
+    the channels that it has. group: items of one group go into one split; by default each is its own.
     """
 
     name: str
     source: Source = field(repr=False)
-    decode: Callable[[int], Values] = field(repr=False)
+    decode: Callable[[], Values] = field(repr=False)
     group: str | None = None
 
     def __str__(self) -> str:
@@ -79,18 +80,22 @@ def _sha256(names: str) -> bytes:
 class Medium:
     """What tells one kind of data from another.
 
-    one, many: what its items are called. suffixes: how its files end. items: those of one file. unit: what stands for
-    1 in decoded values. archives: by suffix, what files hold that count only where they themselves are given. fitted:
-    decoded values as the model takes them; ValueError where they cannot be made so.
+    one, many: what its items are called. suffixes: how its files end. items: those of one file. in_channels: decoded
+    values in another number of channels; the last argument, one of channels.MIXINGS, allows to lose some, and None is
+    what comes of it where that is not allowed. mixes: what they make of channels, in words. archives: by suffix, what
+    files hold that count only where they themselves are given. fitted: decoded values as the model takes them;
+    ValueError where they cannot be made so. full: of values that may go beyond it on either side; None: none can.
     """
 
     one: str
     many: str
     suffixes: tuple[str, ...]
     items: Callable[[Source], list[Item]]
-    unit: float
+    in_channels: Callable[[Values, int, str | None], Values | None]
+    mixes: str
     archives: Mapping[str, Callable[[Path], list[Item]]] = field(default_factory=dict)
     fitted: Callable[[Values], Values] = lambda values: values
+    full: float | None = None
 
 
 def find_items(paths: Sequence[str | Path], medium: Medium) -> list[Item]:

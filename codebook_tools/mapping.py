@@ -106,7 +106,7 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -
         family=model.family,
         settings=opened.settings,
         seed=request.seed,
-        warnings=(*opened.warnings, *(() if by == method else (_WITHOUT_UMAP,))),
+        warnings=(*opened.warnings, *opened.of_data(), *(() if by == method else (_WITHOUT_UMAP,))),
         method=by,
         k=centroids.size,
         size=codebook.size,

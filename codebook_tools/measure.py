@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -211,6 +212,22 @@ def measurement_of(sums: Sums, split: str) -> Measurement:
         sharpness=float(sums.shown_detail / sums.detail) if sums.detail and sums.shown_detail is not None else None,
         counts=tuple(book.counts.cpu() for book in sums.books),
     )
+
+
+def range_errors(
+    model: Model, pixels: Tensor, ranges: Iterable[tuple[float, float]]
+) -> dict[tuple[float, float], float]:
+    """Reconstruction error of images in each range that the network gives finite numbers in. pixels: (n, channels,
+    height, width) in [0, 1]."""
+    before, errors = model.input_range, dict[tuple[float, float], float]()
+    try:
+        for model.input_range in ranges:
+            with suppress(NotFiniteError):
+                shown = reconstruct(model, pixels).media
+                errors[model.input_range] = float((shown - pixels.to(shown.device)).square().mean())
+    finally:
+        model.input_range = before
+    return errors
 
 
 def find_input_range(model: Model, images: Media) -> dict[tuple[float, float], float]:

@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from codebook_tools.channels import MIXINGS
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.items import Item, Medium, Values
 from codebook_tools.watch import Watch
@@ -24,6 +25,19 @@ CACHE_BYTES = 2 << 30
 
 Decoded = Values | Exception
 """Of one item: what it holds, or why it cannot be read."""
+
+
+class ChannelsError(CodebookError):
+    """An item has other channels than the network takes. It is not damaged: nothing goes on without it."""
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """How many values of an item lie beyond full scale, of how many in all, and the farthest of them."""
+
+    count: int
+    values: int
+    peak: float
 
 
 @dataclass
@@ -43,10 +57,12 @@ class _Cache:
 class Media:
     """Items as tensors, decoded once while they fit CACHE_BYTES and again each time beyond that.
 
-    channels: 1 or 3 of images, any number of waveforms. skip_bad: leave out what cannot be read, where CodebookError is
-    raised otherwise. part: which of how many parts of the batches a pass over them sees, where others see the rest.
-    workers: processes that decode ahead; 0: this one does, when asked. pinned: batches lie in memory that a GPU copies
-    from by itself. bad: names of items left out, and the reasons.
+    channels: 1 or 3 of images, any number of waveforms. mixing: of channels.MIXINGS, what becomes of items with others;
+    None: CodebookError is raised for what cannot be converted without a loss. skip_bad: leave out what cannot be read,
+    where CodebookError is raised otherwise. part: which of how many parts of the batches a pass over them sees, where
+    others see the rest. workers: processes that decode ahead; 0: this one does, when asked. pinned: batches lie in
+    memory that a GPU copies from by itself. bad: names of items left out, and the reasons. beyond: by name of the item,
+    what of it lies beyond the medium's full scale.
     """
 
     items: list[Item]
@@ -58,6 +74,8 @@ class Media:
     workers: int = 0
     pinned: bool = False
     bad: dict[str, str] = field(default_factory=dict)
+    mixing: str | None = None
+    beyond: dict[str, Beyond] = field(default_factory=dict, repr=False)
     _cache: _Cache = field(default_factory=_Cache, repr=False)
     _first: tuple[Item, tuple[int, ...]] | None = None
 
@@ -79,6 +97,9 @@ class Media:
     def keep(self, nbytes: int) -> None:
         """Keep so many bytes of decoded values at most from now on: none where no item is read twice."""
         self._cache.limit = nbytes
+        if self._cache.nbytes > nbytes:
+            self._cache.values.clear()
+            self._cache.nbytes = 0
 
     def batches(self, size: int) -> Iterator[tuple[list[Item], Tensor]]:
         """Items and their values as `load` returns them, in order, `size` at a time; those of `part` alone, so that the
@@ -108,7 +129,7 @@ class Media:
             loaded = [(item, values) for item in items if (values := self._values(item, decoded)) is not None]
             if not loaded:
                 return [], torch.empty(0)
-            stacked = torch.stack([values for _, values in loaded]).float().div_(self.medium.unit)
+            stacked = _stacked([values for _, values in loaded])
             return [item for item, _ in loaded], stacked.pin_memory() if self.pinned else stacked
 
     def _ahead(self, places: Iterable[Sequence[int]]) -> Iterator[tuple[list[Item], dict[Item, Decoded]]]:
@@ -167,23 +188,46 @@ class Media:
                 f"{self.medium.many} of unlike sizes: {item} is {this}, {first} is {other}; give --size N, and the "
                 "centre square of each is resized to so many pixels"
             )
+        self._note(item, values)
         self._cache.add(item, values)
         return values
 
+    def _note(self, item: Item, values: Tensor) -> None:
+        full = self.medium.full
+        if full is not None and (peak := float(values.abs().max())) > full:
+            self.beyond[item.name] = Beyond(int((values.abs() > full).sum()), values.numel(), peak)
+
     def decode(self, item: Item) -> Decoded:
-        """The item's values as the model takes them, in the medium's own numbers, or why there are none."""
+        """The item's values as the model takes them, uint8 or float32 as they were decoded, or why there are none."""
         try:
-            return self.medium.fitted(item.decode(self.channels))
+            stored = item.decode()
+            values = self.medium.in_channels(stored, self.channels, self.mixing)
+            return self._refused(item, len(stored)) if values is None else self.medium.fitted(values)
         except Exception as error:  # decoders raise whatever they like on a damaged file
             return error
 
+    def _refused(self, item: Item, channels: int) -> ChannelsError:
+        return ChannelsError(
+            f"{self.medium.one} {item} has {channels} channels, and the network takes {self.channels}: give --channels "
+            f"{'|'.join(MIXINGS)} ({self.medium.mixes})"
+        )
+
     def _leave_out(self, item: Item, error: Exception) -> None:
+        if isinstance(error, ChannelsError):
+            raise error
         reason, one, many = one_line(error), self.medium.one, self.medium.many
         if not self.skip_bad:
             raise CodebookError(f"cannot read {one} {item}: {reason}; --skip-bad goes on without it") from error
         self.bad[item.name] = reason
         if len(self.bad) >= len(self.items) and all(item.name in self.bad for item in self.items):
             raise CodebookError(f"none of the {len(self)} {many} can be read, the last one {item}: {reason}") from error
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    """float32 of values of one shape: what is uint8 counts 255ths, anything else is float32 already."""
+    if all(one.dtype == torch.uint8 for one in values):
+        return torch.stack([*values]).float().div_(255)
+    return torch.stack([one.float().div_(255) if one.dtype == torch.uint8 else one for one in values])
 
 
 _CONTEXT = "fork" if "fork" in torch.multiprocessing.get_all_start_methods() else None
@@ -208,4 +252,8 @@ class _Decoding:
     def __getitem__(self, places: list[int]) -> list[Decoded]:
         found = [self._media.decode(self._media.items[place]) for place in places]
         # As text: an exception may hold what does not travel between processes.
-        return [ValueError(one_line(its)) if isinstance(its, Exception) else its for its in found]
+        return [its if isinstance(its, ChannelsError) else _as_text(its) for its in found]
+
+
+def _as_text(decoded: Decoded) -> Decoded:
+    return ValueError(one_line(decoded)) if isinstance(decoded, Exception) else decoded

@@ -95,7 +95,7 @@ def part_of(opened: Opened, measured: Sums, shard: tuple[int, int], watch: Watch
     return Part(model.checkpoint.sha256, split, about, shard, total, opened.unreadable(), measured, samples)
 
 
-_SETTINGS = ("images", "limit", "size", "skip_bad", "input_range", "precision")
+_SETTINGS = ("images", "limit", "size", "channels", "skip_bad", "input_range", "precision")
 
 
 def _digest(splits: Splits) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 from codebook_tools import processes
+from codebook_tools.channels import FIRST, MIX, MIXINGS
 from codebook_tools.checkpoints.reading import AS_STORED, Checkpoint, read_checkpoint
 from codebook_tools.demo import DEMO
 from codebook_tools.errors import CodebookError
 from codebook_tools.images import SAMPLE, images, sample_images
 from codebook_tools.items import Item, Medium, find_items
-from codebook_tools.measure import find_input_range
-from codebook_tools.media import Media
+from codebook_tools.measure import find_input_range, range_errors
+from codebook_tools.media import Beyond, Media
 from codebook_tools.models.agreement import LEAST, Agreement
 from codebook_tools.models.companions import GIVEN
 from codebook_tools.models.evidence import untrained
@@ -27,6 +29,7 @@ from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Model
 from codebook_tools.models.proof import Proof, prove_opened
 from codebook_tools.models.remarks import stale_state
 from codebook_tools.models.settling import settle
+from codebook_tools.models.sizes import size_warning
 from codebook_tools.models.twins import twin_warning
 from codebook_tools.sounds import sounds
 from codebook_tools.splits import Splits, limited, split
@@ -44,9 +47,10 @@ class Request:
     tensors there that do not change the codes. data: none for the bundled sample. sample: whether that is the data of
     the model, too, as it is of the demo. test_data: none for a tenth of data. stats: the counts of an earlier pass, and
     latents: files of them, in place of images. latents_cache: a folder that keeps the calibration latents of running
-    models for the next run. workers: processes that decode ahead; None: as many as help. resume: whether an interrupted
-    fine-tuning goes on. log_dir: where TensorBoard finds how it went. exhibit: whether a few test images are kept for a
-    page, as each stage reconstructs them.
+    models for the next run. channels: what becomes of those that the network has not; None: nothing may be lost.
+    workers: processes that decode ahead; None: as many as help. resume: whether an interrupted fine-tuning goes on.
+    log_dir: where TensorBoard finds how it went. exhibit: whether a few test images are kept for a page, as each stage
+    reconstructs them.
     """
 
     model: Path | None = None
@@ -56,6 +60,7 @@ class Request:
     latents: tuple[str, ...] = ()
     limit: int | None = None
     size: int | None = None
+    channels: str | None = None
     skip_bad: bool = False
     network: str | None = None
     family: str | None = None
@@ -85,6 +90,8 @@ class Request:
                 raise CodebookError(f"{name.replace('_', '-')}={value} is below 1")
         if self.workers is not None and not 0 <= self.workers <= _MOST_WORKERS:
             raise CodebookError(f"workers={self.workers} is not within 0 and {_MOST_WORKERS}")
+        if self.channels not in (None, *MIXINGS):
+            raise CodebookError(f"channels={self.channels}: expected {' or '.join(MIXINGS)}")
         if not 0 <= self.seed < 2**63:
             raise CodebookError(f"seed={self.seed} is not within 0 and {2**63 - 1}")
 
@@ -173,6 +180,17 @@ class Opened:
         found = processes.each(self.calibration.bad | self.test.bad)
         return {name: reason for bad in found for name, reason in bad.items()}
 
+    def of_data(self) -> list[str]:
+        """What the passes over data brought to light, as warnings: items left out, and sound beyond full scale."""
+        takes, told = self.model.takes, list[str]()
+        if bad := self.unreadable():
+            first = "; ".join(f"{name} ({bad[name]})" for name in sorted(bad)[:3])
+            told.append(f"{len(bad)} unreadable {takes} were skipped: {first}")
+        beyond = dict[str, Beyond]()
+        for its in processes.each(self.calibration.beyond | self.test.beyond):
+            beyond |= its
+        return [*told, _told_beyond(beyond, takes)] if beyond else told
+
     def pass_once(self) -> None:
         """Where calibration data are read once and test data twice, keep none of those and little of these: memory
         must not grow with the data."""
@@ -185,6 +203,15 @@ _LITTLE = 32 << 20
 
 UNSEEN = "no --data: the calibration data are two photographs that the model may never have seen"
 """What is said of a user's model that is looked at with the bundled sample."""
+
+
+def _told_beyond(beyond: Mapping[str, Beyond], many: str) -> str:
+    share = sum(its.count for its in beyond.values()) / sum(its.values for its in beyond.values())
+    farthest = min(beyond, key=lambda name: (-beyond[name].peak, name))
+    return (
+        f"{len(beyond)} {many} go beyond ±1: {share:.2%} of their samples, up to {beyond[farthest].peak:.4g} in "
+        f"{farthest}; nothing is clipped: scale the files where that is not meant"
+    )
 
 
 def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> Opened:
@@ -218,8 +245,12 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
                 processes.part(),
                 workers=workers,
                 pinned=on_gpu,
+                mixing=request.channels or (None if given else MIX),  # the sample is in whatever channels are asked for
             )
-            for items in (splits.calibration, splits.test)
+            for items, given in (
+                (splits.calibration, request.data),
+                (splits.test, request.test_data or request.data),
+            )
         )
     opened = Opened(request, model, splits, calibration, test, [*model.caveats, *checkpoint.warnings])
     if model.carried:
@@ -227,6 +258,8 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         opened.warnings.append(f"{len(model.carried)} tensors unknown to the network are carried over unchanged: {few}")
     if splits.calibration and not (request.data or request.knows_sample):
         opened.warnings.append(UNSEEN)
+    if model.takes == "images" and request.size is not None:
+        opened.warnings += size_warning(checkpoint, model.family, request.size)
     with watch.phase("measure"):
         _choose_input_range(request, opened)
         asks = model.family == CUSTOM
@@ -240,6 +273,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         "images": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         "limit": request.limit,
         "size": request.size,
+        "channels": request.channels,
         "skip_bad": request.skip_bad,
         "network": request.network,
         "input_range": list(model.input_range),
@@ -291,7 +325,7 @@ def _first_size(items: list[Item], request: Request) -> tuple[int, int]:
     if request.size is not None:
         return request.size, request.size
     for item in items:
-        _, pixels = Media(items, images(), 3, skip_bad=request.skip_bad).load([item])
+        _, pixels = Media(items, images(), 3, skip_bad=request.skip_bad, mixing=FIRST).load([item])
         if len(pixels):
             return pixels.shape[2], pixels.shape[3]
     raise CodebookError(f"none of {len(items)} images can be read, the last {items[-1].name}")
@@ -308,6 +342,7 @@ def _choose_input_range(request: Request, opened: Opened) -> None:
         if not low < high:
             raise CodebookError(f"--input-range {low},{high}: the first number must be the smaller one")
         model.input_range = low, high
+        opened.warnings += _better_range(opened)
         return
     errors = find_input_range(model, opened.calibration if len(opened.calibration) else opened.test)
     best, second, _ = sorted(INPUT_RANGES, key=lambda bounds: errors[bounds])
@@ -317,6 +352,26 @@ def _choose_input_range(request: Request, opened: Opened) -> None:
             f"input range {_shown(best)} was chosen (mse {errors[best]:.4g}), but {_shown(second)} is close "
             f"({errors[second]:.4g}); set --input-range to decide"
         )
+
+
+def _better_range(opened: Opened) -> list[str]:
+    """What to warn of where a few images come back much better in another range than the one that was typed."""
+    model, media = opened.model, opened.calibration if len(opened.calibration) else opened.test
+    _, pixels = media.load(limited(media.items, _COMPARED, seed=0))  # neighbours in name are often alike
+    if not len(pixels):
+        return []
+    own, errors = model.input_range, range_errors(model, pixels, [model.input_range, *INPUT_RANGES])
+    best = min(errors, key=lambda bounds: errors[bounds], default=own)
+    if own not in errors or errors[own] <= _MUCH_WORSE * errors[best]:
+        return []
+    return [
+        f"--input-range {own[0]:g},{own[1]:g}: images come back with mse {errors[own]:.4g} in it, and with "
+        f"{errors[best]:.4g} in {_shown(best)}; is it --input-range={best[0]:g},{best[1]:g}?"
+    ]
+
+
+_COMPARED = 8  # images: ranges that fit differ by more than chance among so few
+_MUCH_WORSE = 2
 
 
 def _shown(bounds: tuple[float, float]) -> str:

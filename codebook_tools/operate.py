@@ -237,10 +237,7 @@ def _made_with(command: str, opened: Opened) -> dict[str, object]:
 
 
 def _result(command: str, request: Request, opened: Opened, watch: Watch, **found: object) -> Result:
-    bad = opened.unreadable()
-    if bad:
-        first = "; ".join(f"{name} ({bad[name]})" for name in sorted(bad)[:3])
-        opened.warnings.append(f"{len(bad)} unreadable {opened.model.takes} were skipped: {first}")
+    opened.warnings += opened.of_data()
     return Result(
         command=command,
         model=str(request.source),

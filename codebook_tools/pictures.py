@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
 
+from codebook_tools.channels import FIRST, MIX, alike, repeated
+
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what goes wrong is raised; nobody asked for log lines
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -38,16 +40,17 @@ which packs best of all, stores at most a thousand bytes in one. What claims mor
 _BITS, _PHOTOMETRIC = Base.BitsPerSample, Base.PhotometricInterpretation
 
 
-def decode_picture(data: bytes, channels: int) -> NDArray[np.uint8]:
-    """The pixels of an encoded picture, (channels, height, width); channels: 1 for grey, 3 for RGB.
+def decode_picture(data: bytes) -> NDArray[np.uint8]:
+    """The pixels of an encoded picture, (channels, height, width): 1 of grey, 3 of RGB, and alpha as one more where it
+    hides something.
 
     As the loaders of torchvision and diffusers see it, because a model has been trained on what they show:
 
     - Upright, as EXIF says; a damaged EXIF block says nothing. Of several frames or pages the first.
-    - Alpha of every kind (RGBA, grey with alpha, a palette's or a colour's tRNS) is dropped, and each pixel has its
-      stored colour. Where a file stores colours multiplied by alpha, that is divided out.
-    - CMYK becomes RGB without a profile, and JPEGs of it are taken as inverted, as Adobe writes them. Grey is the
-      luma of RGB (0.299, 0.587, 0.114). Embedded profiles and gamma are not applied.
+    - Alpha of every kind (RGBA, grey with alpha, a palette's or a colour's tRNS) leaves each pixel its stored colour.
+      Where a file stores colours multiplied by alpha, that is divided out.
+    - CMYK becomes RGB without a profile, and JPEGs of it are taken as inverted, as Adobe writes them. Embedded profiles
+      and gamma are not applied.
     - 12 and 16 bits are scaled to 8: grey to the nearest; of colour, and of grey with alpha, Pillow keeps the upper
       byte, at most one level from that.
 
@@ -57,7 +60,7 @@ def decode_picture(data: bytes, channels: int) -> NDArray[np.uint8]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata, large sizes, palettes with alpha: all decided here
-        return _channels_first(_upright(_opened(data)), channels)
+        return _channels_first(_upright(_opened(data)))
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -105,12 +108,16 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     # Pillow clips these to 8 bits instead of scaling them, and takes TIFF's 12 bits and white at zero as they stand.
     tags = getattr(picture, "tag_v2", {})
     top = 2 ** tags.get(_BITS, (16,))[0] - 1
-    levels = np.round(np.asarray(picture) / (top / 255)).astype(np.uint8)
-    return Image.fromarray(255 - levels if tags.get(_PHOTOMETRIC) == 0 else levels)
+    stored = np.asarray(picture)
+    levels = np.round(stored / (top / 255)).astype(np.uint8)
+    shown = Image.fromarray(255 - levels if tags.get(_PHOTOMETRIC) == 0 else levels)
+    if isinstance(hidden := picture.info.get("transparency"), int):
+        shown.putalpha(Image.fromarray(np.where(stored == hidden, 0, 255).astype(np.uint8)))
+    return shown
 
 
-def decode_row(stored: NDArray[np.generic], channels: int) -> NDArray[np.uint8]:
-    """The pixels of a row of an array, (channels, height, width).
+def decode_row(stored: NDArray[np.generic]) -> NDArray[Any]:
+    """The pixels of a row of an array, (1|3, height, width): uint8 as they are, floating point as float32.
 
     stored: (height, width), (height, width, 1|3) or (1|3, height, width), uint8 or floating point. Raises ValueError
     where floating-point values are not finite, or outside [0, 1].
@@ -121,26 +128,65 @@ def decode_row(stored: NDArray[np.generic], channels: int) -> NDArray[np.uint8]:
             raise ValueError("a value is not finite")
         if row.min() < 0 or row.max() > 1:
             raise ValueError("floating-point images must lie in [0, 1]")
-        row = np.round(row.astype(np.float64) * 255).astype(np.uint8)
-    if row.ndim == 3 and row.shape[0] in (1, 3) and row.shape[2] not in (1, 3):
-        row = row.transpose(1, 2, 0)
-    row = row[..., 0] if row.ndim == 3 and row.shape[2] == 1 else row
-    return _channels_first(Image.fromarray(np.ascontiguousarray(row)), channels)
+        row = row.astype(np.float32)
+    if row.ndim == 2:
+        return row[None]
+    return row if row.shape[0] in (1, 3) and row.shape[2] not in (1, 3) else row.transpose(2, 0, 1)
 
 
-def _channels_first(picture: Image.Image, channels: int) -> NDArray[np.uint8]:
-    """(channels, height, width) of a picture: its luma or its RGB."""
-    pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+def _channels_first(picture: Image.Image) -> NDArray[np.uint8]:
+    """(channels, height, width) of a picture: grey or RGB, and its alpha where that is not opaque everywhere."""
+    mode = "L" if picture.mode in ("1", "L", "LA") else "RGB"
+    if picture.has_transparency_data:
+        pixels = np.asarray(picture.convert(f"{mode}A")).transpose(2, 0, 1)
+        return pixels if pixels[-1].min() < 255 else pixels[:-1]
+    pixels = np.asarray(picture if picture.mode == mode else picture.convert(mode))
+    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
 
 
-def square(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """The centre square, resized with an antialiasing filter: (channels, side, side)."""
-    picture = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    return _channels_first(ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC), len(pixels))
+def in_channels(pixels: NDArray[Any], channels: int, how: str | None) -> NDArray[Any] | None:
+    """A picture in 1 channel, for grey, or 3, for RGB. Alpha goes, and of colours stays their luma (0.299, 0.587,
+    0.114) or the first, as `how` says; None where it says nothing."""
+    colours = pixels[:-1] if len(pixels) in (2, 4) else pixels
+    if how is None and len(colours) < len(pixels):
+        return None
+    if len(colours) == channels:
+        return colours
+    if how == FIRST or alike(colours):
+        return repeated(colours, channels)
+    return _luma(colours) if how == MIX else None
 
 
-def fitted(pixels: NDArray[np.uint8], size: int | None, stride: int) -> NDArray[np.uint8]:
+def _luma(pixels: NDArray[Any]) -> NDArray[Any]:
+    """(1, height, width) of RGB."""
+    if pixels.dtype == np.uint8:
+        return np.asarray(_picture(pixels).convert("L"))[None]
+    return np.tensordot(_LUMA, pixels, axes=1)[None].astype(np.float32)
+
+
+_LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601, which Pillow takes, too
+
+
+def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+def square(pixels: NDArray[Any], side: int) -> NDArray[Any]:
+    """The centre square, resized with an antialiasing filter: (channels, side, side), in [0, 1] where that is float32.
+
+    Beside an edge the filter overshoots; 8 bits end at black and white, and so do floats.
+    """
+    if pixels.dtype == np.uint8:
+        return _channels_first(_centre(_picture(pixels), side))
+    planes = [np.asarray(_centre(Image.fromarray(np.ascontiguousarray(plane)), side)) for plane in pixels]
+    return np.stack(planes).clip(0, 1)
+
+
+def _centre(picture: Image.Image, side: int) -> Image.Image:
+    return ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
+
+
+def fitted(pixels: NDArray[Any], size: int | None, stride: int) -> NDArray[Any]:
     """The centre of a picture, (channels, height, width), with sides that stride divides.
 
     size: first made a square of this side. Raises ValueError for a picture smaller than the stride.

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from codebook_tools.channels import FIRST, MIX, alike, repeated
 from codebook_tools.errors import CodebookError
-from codebook_tools.items import Item, Medium
+from codebook_tools.items import Item, Medium, Values
 from codebook_tools.sources import Source
 
 SUFFIXES = (".wav", ".flac")
@@ -24,7 +25,7 @@ RATES = range(1_000, 768_001)
 """Sampling rates in Hz; a damaged header says any number, and the resampling filter grows with it."""
 
 PEAK = 4.0
-"""Floating-point waveforms above 1 are clipped, as players do; above this (12 dB) they are of another scale."""
+"""Floating-point waveforms above 1 are told and kept; above this (12 dB) they are of another scale."""
 
 LONGEST_CLIP = 1 << 28
 """Samples of a clip, an hour and a half at 48 kHz: 1 GB in float32, and an encoder makes a multiple of it."""
@@ -44,7 +45,10 @@ def sounds(rate: int, hop: int, size: int | None = None) -> Medium:
     if size is not None and size > LONGEST_CLIP:
         raise CodebookError(f"--size {size} is longer than {LONGEST_CLIP} samples")
     samples = max(hop, (size or rate) // hop * hop)
-    return Medium("clip", "clips", SUFFIXES, partial(_clips, rate=rate, samples=samples), 1)
+    return Medium("clip", "clips", SUFFIXES, partial(_clips, rate=rate, samples=samples), in_channels, _MIXES, full=1)
+
+
+_MIXES = "their mean, or the first of them"
 
 
 def _clips(source: Source, rate: int, samples: int) -> list[Item]:
@@ -60,12 +64,24 @@ def _clips(source: Source, rate: int, samples: int) -> list[Item]:
     ]
 
 
-def decode_clip(source: Source, rate: int, start: int, samples: int, channels: int) -> NDArray[np.float32]:
-    """(channels, samples) in [-1, 1]: of the whole waveform at `rate`, `samples` from `start` on, then silence.
+def in_channels(waves: Values, channels: int, how: str | None) -> Values | None:
+    """(channels, samples) of a waveform in its own channels. Several that are not alike become their mean, or the first
+    of them, as `how` says; None where it says nothing."""
+    if len(waves) == channels:
+        return waves
+    if alike(waves):
+        return repeated(waves, channels)
+    if how == FIRST:
+        return waves[:channels] if len(waves) > channels else repeated(waves, channels)
+    return repeated(waves.mean(axis=0, keepdims=True), channels) if how == MIX else None
 
-    A file of as many channels keeps them; otherwise their mean stands in each. Resampled by polyphase filtering with
-    all the context that the filter reaches, so that clips join up as if the file had been resampled whole. Raises
-    ValueError with the reason where the file cannot be read.
+
+def decode_clip(source: Source, rate: int, start: int, samples: int) -> NDArray[np.float32]:
+    """(channels, samples), 1 being full scale, in the file's own channels: of the whole waveform at `rate`, `samples`
+    from `start` on, then silence.
+
+    Resampled by polyphase filtering with all the context that the filter reaches, so that clips join up as if the file
+    had been resampled whole. Raises ValueError with the reason where the file cannot be read, or goes beyond PEAK.
     """
     from scipy.signal import resample_poly
 
@@ -80,14 +96,13 @@ def decode_clip(source: Source, rate: int, start: int, samples: int, channels: i
         frames = sound.read(last - first, dtype="float32", always_2d=True).T
     if frames.shape[1] < last - first or start * down >= last * up:
         raise ValueError(f"damaged file: it ends before sample {last}")
-    mixed = frames if len(frames) == channels else frames.mean(axis=0, keepdims=True).repeat(channels, axis=0)
-    clip = resample_poly(mixed, up, down, axis=1)[:, start - block * up :][:, :samples]
+    clip = resample_poly(frames, up, down, axis=1)[:, start - block * up :][:, :samples]
     if not np.isfinite(clip).all():
         raise ValueError("its waveform holds values that are not finite")
     if (peak := float(np.abs(clip).max())) > PEAK:
-        raise ValueError(f"its waveform reaches {peak:.4g}: floating-point sound must lie in [-1, 1]")
-    padded = np.zeros((channels, samples), dtype=np.float32)
-    padded[:, : clip.shape[1]] = clip.clip(-1, 1)
+        raise ValueError(f"its waveform reaches {peak:.4g}, beyond {PEAK:g}; scale it so that 1 is its full scale")
+    padded = np.zeros((len(clip), samples), dtype=np.float32)
+    padded[:, : clip.shape[1]] = clip
     return padded
 
 

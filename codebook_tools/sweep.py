@@ -88,7 +88,7 @@ def sweep(request: Request, sizes: Sequence[int], prices: Sequence[float], folde
         family=opened.model.family,
         settings=opened.settings | {"k": sizes, "lambda": [*prices]},
         seed=request.seed,
-        warnings=tuple(opened.warnings),
+        warnings=(*opened.warnings, *opened.of_data()),
         points=tuple(points),
         effective_dimension=metrics.effective_dimension(left) if len(left) > 1 else None,
         suggested_k=suggested,

@@ -131,7 +131,7 @@ def names(items: list[Item]) -> list[str]:
 
 
 def fake(name: str, content: bytes = b"", group: str | None = None) -> Item:
-    return Item(name, Source(name, 1, lambda: io.BytesIO(content)), lambda channels: picture(0), group)
+    return Item(name, Source(name, 1, lambda: io.BytesIO(content)), lambda: picture(0), group)
 
 
 def fakes(count: int, prefix: str = "") -> list[Item]:

@@ -21,9 +21,10 @@ class Images(Media):
         stride: int = 1,
         size: int | None = None,
         skip_bad: bool = False,
+        mixing: str | None = None,
         watch: Watch | None = None,
     ) -> None:
-        super().__init__(items, images(size, stride), channels, skip_bad, watch or Watch())
+        super().__init__(items, images(size, stride), channels, skip_bad, watch or Watch(), mixing=mixing)
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Item]:

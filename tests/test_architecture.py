@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
 
 FLOORS = (
-    ("errors", "watch", "version", "demo", "threads", "regular", "parsing"),
+    ("errors", "watch", "version", "demo", "threads", "regular", "parsing", "channels"),
     ("codebook", "kinds", "processes", "sources", "items", "pictures"),
     ("assignment", "metrics", "structure", "splits", "media", "sampling"),
     (

@@ -25,7 +25,7 @@ from codebook_tools.finetune import Recipe
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
-from codebook_tools.operate import operate
+from codebook_tools.operate import measure_model, operate
 from codebook_tools.strategies import Grow, Prune, Quantize, Refit
 from codebook_tools.watch import Watch
 
@@ -77,6 +77,19 @@ def request_for(collapsed: Saved, clips: tuple[str, ...], tmp_path: Path) -> Cal
         return Request(model=model, **{"data": clips, "size": LENGTH, "batch_size": 16} | more)
 
     return make
+
+
+def test_sound_beyond_full_scale_is_told_by_its_share_and_peak(
+    request_for: Callable[..., Request], tmp_path: Path
+) -> None:
+    """2 of 224 samples are 0.89 %."""
+    wave = np.full(LENGTH, 0.5)
+    wave[10], wave[20] = 1.5, -2.5
+    soundfile.write(tmp_path / "loud.wav", wave, 1600, subtype="FLOAT")
+    soundfile.write(tmp_path / "as-loud-as-can-be.wav", wave.clip(-1, 1), 1600, subtype="FLOAT")
+    files = (str(tmp_path / "loud.wav"), str(tmp_path / "as-loud-as-can-be.wav"))
+    (warning,) = measure_model(request_for("dac", data=(), test_data=files), Watch()).warnings
+    assert warning.startswith("1 clips go beyond ±1: 0.89% of their samples, up to 2.5 in loud.wav#0; nothing is clip")
 
 
 def assert_the_library_agrees(case: Case, result: Path, size: int) -> None:

@@ -201,6 +201,7 @@ def test_a_recipe_that_is_there_is_not_replaced(recipe: Callable[..., Path], cod
         (["prune"], {"seed": True}, "seed is True; expected a whole number"),
         (["prune"], {"data": [["images"]]}, "data is ['images']; expected text"),
         (["prune"], {"metric": 3}, "metric is 3; expected one of euclidean, "),
+        (["prune"], {"channels": "all"}, "channels is 'all'; expected one of mix, first"),
         (["prune"], {"skip-bad": 1}, "skip-bad is 1; expected true or false"),
     ],
 )

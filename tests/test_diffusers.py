@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,11 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.measure import reconstruct
 from codebook_tools.models.diffusers_vqmodel import CODEBOOK
 from codebook_tools.models.load import load_model
+from codebook_tools.models.sizes import size_warning
+from codebook_tools.opening import Request
+from codebook_tools.operate import measure_model
 from codebook_tools.output import written_config
+from codebook_tools.watch import Watch
 
 Run = Callable[..., Outcome]
 Save = Callable[..., Path]
@@ -660,3 +665,25 @@ def test_a_directory_is_read_as_its_file_is(vae: Path) -> None:
     (vae / "config.json").unlink()
     with pytest.raises(CodebookError, match=r"has no config\.json"):
         read_checkpoint(vae)
+
+
+# --- the size of its images ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "told"), [(31, True), (32, False), (64, False), (128, False), (129, True)])
+def test_a_size_below_half_or_above_twice_the_configs_is_far_from_it(size: int, told: bool, saved: Save) -> None:
+    found = size_warning(read_checkpoint(saved(sample_size=64)), "diffusers-vqmodel", size)
+    expected = f"--size {size} is far from 64, which is sample_size in the model's config; --size 64 is its own"
+    assert found == ([expected] if told else [])
+
+
+def test_a_size_that_diffusers_writes_where_nobody_said_one_says_nothing(saved: Save) -> None:
+    assert config_of(saved())["sample_size"] == 32
+    assert size_warning(read_checkpoint(saved()), "diffusers-vqmodel", 256) == []
+
+
+def test_a_typed_size_far_from_the_configs_is_told(saved: Save, images_folder: Path) -> None:
+    asked = Request(saved(sample_size=64), (str(images_folder),), size=16, input_range=(-1.0, 1.0))
+    assert any("--size 16 is far from 64" in warning for warning in measure_model(asked, Watch()).warnings)
+    of_images = measure_model(replace(asked, size=None), Watch())
+    assert not any("is far from" in warning for warning in of_images.warnings)

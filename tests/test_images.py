@@ -30,7 +30,6 @@ LAYOUTS: dict[str, tuple[NDArray[np.generic], Pixels]] = {
     "fortran order": (np.asfortranarray(RGB), RGB),
     "float32": ((RGB / 255).astype(np.float32), RGB),
     "float64, channels first": (RGB.transpose(0, 3, 1, 2) / 255, RGB),
-    "float16": ((RGB / 255).astype(np.float16), RGB),
     "big-endian": ((RGB / 255).astype(">f4"), RGB),
 }
 
@@ -46,11 +45,36 @@ def test_arrays_of_every_layout_give_the_same_pixels(layout: str, suffix: str, t
     assert torch.equal(read(items), as_tensor(*expected))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f8"])
+def test_floating_point_stays_float32(dtype: str, tmp_path: Path) -> None:
+    """In 8 bits 0.5 and 0.501 would both be 128 of 255."""
+    rows = np.array([[[0, 0.5], [0.501, 0.5 + 2**-11]], [[1, 2**-20], [1 / 3, 0.7]]]).astype(dtype)
+    np.save(tmp_path / "x.npy", rows)
+    found = read(find_images([tmp_path / "x.npy"]), 1)
+    assert torch.equal(found[:, 0], torch.from_numpy(rows.astype(np.float32)))
+
+
+def test_pictures_and_arrays_of_floats_share_a_batch(tmp_path: Path) -> None:
+    pixels = put(tmp_path / "a.png", picture(0))
+    np.save(tmp_path / "b.npy", np.full((1, 8, 8, 3), 0.501, dtype=np.float32))
+    found = read(find_images([pixels, tmp_path / "b.npy"]))
+    assert torch.equal(found[:1], as_tensor(picture(0)))
+    assert torch.equal(found[1], torch.full((3, 8, 8), 0.501))
+
+
+def test_the_luma_of_floats_is_not_rounded() -> None:
+    """0.299 x 0.2 + 0.587 x 0.4 + 0.114 x 0.6 = 0.363, which is 92.6 of 255."""
+    row = np.array([0.2, 0.4, 0.6], dtype=np.float32).reshape(1, 1, 1, 3)
+    assert float(read(array_items("x", row), 1, mixing="mix")) == pytest.approx(0.363, abs=1e-7)
+
+
 def test_grey_from_colour_is_the_luma_of_pillow_and_colour_from_grey_repeats_it(tmp_path: Path) -> None:
     np.save(tmp_path / "rgb.npy", RGB)
     np.save(tmp_path / "grey.npy", GREY)
     luma = np.stack([np.asarray(Image.fromarray(row).convert("L")) for row in RGB])
-    assert torch.equal(read(find_images([tmp_path / "rgb.npy"]), 1)[:, 0], torch.from_numpy(luma).float() / 255)
+    assert torch.equal(
+        read(find_images([tmp_path / "rgb.npy"]), 1, mixing="mix")[:, 0], torch.from_numpy(luma).float() / 255
+    )
     assert torch.equal(read(find_images([tmp_path / "grey.npy"]), 1)[:, 0], torch.from_numpy(GREY).float() / 255)
 
 
@@ -149,7 +173,7 @@ def test_size_brings_all_kinds_together_in_the_models_channels(channels: int, tm
         Image.new("RGB", (width, height), (200, 100, 50)).save(tmp_path / f"red{i}.png")
         Image.new("RGBA", (width, height), (200, 100, 50, 0)).save(tmp_path / f"red-hidden{i}.png")
     items = find_images([tmp_path])
-    found = read(items, channels, size=8) * 255
+    found = read(items, channels, size=8, mixing="mix") * 255
     for item, pixels in zip(items, found, strict=True):
         colour = [100] * channels if "grey" in item.name else [200, 100, 50] if channels == 3 else [124]
         assert pixels.flatten(1).round().unique(dim=1).flatten().tolist() == colour, item.name
@@ -168,6 +192,24 @@ def test_size_shrinks_with_a_filter_that_does_not_alias(tmp_path: Path) -> None:
     put(tmp_path / "a.png", np.tile(np.array([0, 255], dtype=np.uint8), (32, 16)))
     found = read(find_images([tmp_path]), 1, size=8)
     assert float((found - 0.5).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("side", [2, 8, 20])
+def test_size_does_not_round_floats(side: int) -> None:
+    """Both halves are 128 of 255 in 8 bits, and as much as one is above their mean, the other is below."""
+    halves = np.full((1, 8, 12), 0.5, dtype=np.float32)
+    halves[..., 6:] = 0.501
+    row = read(array_items("x", halves), 1, size=side)[0, 0, 0]
+    assert float(row[0]) < 0.50025 and float(row[-1]) > 0.50075
+    assert torch.allclose(row + row.flip(0), torch.tensor(1.001), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_enlarged_edges_stay_between_black_and_white(dtype: type, tmp_path: Path) -> None:
+    edge = np.zeros((1, 4, 4), dtype=dtype)
+    edge[..., 2:] = 255 if dtype is np.uint8 else 1
+    found = read(array_items("x", edge), 1, size=16)
+    assert float(found.min()) == 0 and float(found.max()) == 1
 
 
 @pytest.mark.parametrize(

@@ -178,8 +178,8 @@ def test_a_change_of_model_or_data_is_another_file(change: Change, model: Model,
     assert latents_of(model, folder, tmp_path / "cache").path != before
 
 
-@pytest.mark.parametrize("how", [{"batch": 16}, {"size": 8}])
-def test_other_options_are_another_file(how: dict[str, int], model: Model, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [{"batch": 16}, {"size": 8}, {"mixing": "mix"}])
+def test_other_options_are_another_file(how: dict[str, Any], model: Model, folder: Path, tmp_path: Path) -> None:
     paths = {latents_of(model, folder, tmp_path / "cache", **its).path for its in (how, {})}
     assert len(paths) == 2
 
@@ -194,6 +194,18 @@ def test_arrays_in_memory_count_by_their_bytes(model: Model, tmp_path: Path) -> 
         images = Images(array_items("x.npy", pixels), 3)
         paths.append(cached(tmp_path, model.latents(images, 2), model, 0).path)  # type: ignore[union-attr]
     assert paths[0] == paths[1] != paths[2]
+
+
+def test_float32_and_8_bits_of_the_same_length_are_told_apart(model: Model, tmp_path: Path) -> None:
+    """Zeros of 16 x 16 floats are as many bytes as those of 32 x 32 pixels, of which the middle is taken."""
+    from codebook_tools.images import array_items
+
+    paths = set()
+    for dtype, side in ((torch.float32, 16), (torch.uint8, 32)):
+        rows = torch.zeros(4, side, side, 3, dtype=dtype).numpy()
+        images = Images(array_items("x.npy", rows), 3, size=16)
+        paths.add(cached(tmp_path, model.latents(images, 2), model, 0).path)  # type: ignore[union-attr]
+    assert len(paths) == 2
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def test_counts_and_error_equal_a_direct_computation(batch: int, lookup: Lookup,
 def test_bad_images_take_no_part(tmp_path: Path, images_folder: Path) -> None:
     for i, file in enumerate(sorted(images_folder.rglob("*.png"))[:6]):
         (tmp_path / f"{i}.png").write_bytes(file.read_bytes() if i != 2 else b"no image")
-    images = Images(find_images([tmp_path]), 1, skip_bad=True)
+    images = Images(find_images([tmp_path]), 1, skip_bad=True, mixing="mix")
     found = survey(EncodedLatents(images, encode, 2), CODES, seed=0, watch=Watch())
     assert found.total == 5 * 256 == int(found.counts.sum()) == len(found.sample)
     assert list(images.bad) == ["2.png"]

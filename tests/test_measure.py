@@ -57,6 +57,15 @@ def test_every_number_of_a_measurement_is_the_one_worked_by_hand(
     assert use.coverage is None
 
 
+def test_codes_nearer_to_each_other_than_a_255th_are_told_apart(
+    grey: Callable[..., Grey], grey_images: GreyImages
+) -> None:
+    """64 codes from 0.5 to 0.504, each the value of one pixel: all lie in one of 255 levels."""
+    firsts = (0.5 + torch.arange(64) * 2.0**-14).tolist()
+    found = measure(opened(grey(firsts)), grey_images([firsts[:32], firsts[32:]]), watch=Watch())
+    assert (found.codebooks[0].used, found.mse) == (64, 0)
+
+
 def test_codes_without_hits_are_not_in_use_and_ten_hits_are_counted(
     grey: Callable[..., Grey], grey_images: GreyImages
 ) -> None:

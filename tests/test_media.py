@@ -80,6 +80,15 @@ def test_what_is_kept_of_decoded_values_can_be_limited(images_folder: Path) -> N
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(first, second, strict=True))
 
 
+def test_what_was_kept_before_the_limit_is_let_go(images_folder: Path) -> None:
+    images = Images(find_images([images_folder]), 3)
+    images.load(images.items[:5])
+    images.keep(3 * 16 * 16 * 5)
+    assert len(images._cache.values) == 5
+    images.keep(3 * 16 * 16 * 4)
+    assert (len(images._cache.values), images._cache.nbytes) == (0, 0)
+
+
 # --- workers ---------------------------------------------------------------------------------------------------------
 
 

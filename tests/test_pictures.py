@@ -32,7 +32,7 @@ def test_pictures_of_every_common_mode_become_rgb_or_grey(mode: str, bands: int,
     source.save(path)
     for channels, target in ((3, "RGB"), (1, "L")):
         expected = np.asarray(source.convert(target)).reshape(6, 9, channels)
-        assert torch.equal(read(find_images([path]), channels), as_tensor(expected))
+        assert torch.equal(read(find_images([path]), channels, mixing="mix"), as_tensor(expected))
 
 
 COLOURS = [[200, 100, 50], [10, 20, 30]]
@@ -78,8 +78,8 @@ def test_colours_are_those_stored_whatever_their_alpha(kind: str, tmp_path: Path
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         items = find_images([tmp_path])
-        assert (read(items)[0, :, 0].T * 255).round().tolist() == COLOURS
-        assert (read(items, 1)[0, 0, 0] * 255).round().tolist() == [124, 18]
+        assert (read(items, mixing="mix")[0, :, 0].T * 255).round().tolist() == COLOURS
+        assert (read(items, 1, mixing="mix")[0, 0, 0] * 255).round().tolist() == [124, 18]
 
 
 DEFLATED = {order: zlib.compress(words([200, 10], order)) for order in "<>"}
@@ -112,8 +112,62 @@ READ_BY_NEW_PILLOW = pytest.mark.skipif(
 def test_greys_are_those_stored_whatever_their_depth_and_alpha(kind: str, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(IN_GREY[kind])
     for channels in (1, 3):
-        found = read(find_images([tmp_path]), channels)[0, :, 0] * 255
+        found = read(find_images([tmp_path]), channels, mixing="mix")[0, :, 0] * 255
         assert found.round().tolist() == [[200, 10]] * channels, channels
+
+
+WITHOUT_LOSS = {
+    "grey": (png_of(0, 8, [[200, 10]]), [[200, 10]] * 3),
+    "grey with opaque alpha": (png_of(4, 8, [[200, 255, 10, 255]]), [[200, 10]] * 3),
+    "RGB of greys": (png_of(2, 8, [[200, 200, 200, 10, 10, 10]]), [[200, 10]] * 3),
+    "palette of greys": (png_of(3, 8, [[0, 1]], PLTE=bytes([200] * 3 + [10] * 3)), [[200, 10]] * 3),
+    "RGBA that is opaque": (png_of(6, 8, [[200, 100, 50, 255]]), [[200], [100], [50]]),
+    "palette": (IN_COLOUR["palette"], [[200, 10], [100, 20], [50, 30]]),
+    "palette with a transparent colour that no pixel has": (
+        png_of(3, 8, [[1, 1]], PLTE=PALETTE, tRNS=bytes([0, 255])),
+        [[10, 10], [20, 20], [30, 30]],
+    ),
+}
+"""By kind, what is stored, and the red, green and blue of its pixels."""
+
+
+@pytest.mark.parametrize("kind", WITHOUT_LOSS)
+def test_what_converts_without_a_loss_needs_no_option(kind: str, tmp_path: Path) -> None:
+    data, shown = WITHOUT_LOSS[kind]
+    (tmp_path / "x.png").write_bytes(data)
+    for mixing in (None, "mix", "first"):
+        for channels in (3, 1) if shown[0] == shown[1] else (3,):
+            found = read(find_images([tmp_path]), channels, mixing=mixing)[0, :, 0] * 255
+            assert found.round().tolist() == shown[:channels], (mixing, channels)
+
+
+RED, IN_RGB = [[200, 10]], [[200, 10], [100, 20], [50, 30]]
+WITH_LOSS = {
+    "RGB": (3, 1, RED),
+    "palette": (3, 1, RED),
+    "RGBA": (4, 3, IN_RGB),
+    "RGBA of 16 bits": (4, 1, RED),
+    "RGB with one colour transparent": (4, 3, IN_RGB),
+    "palette with alpha": (4, 3, IN_RGB),
+    "with alpha": (2, 1, RED),
+    "with one grey transparent": (2, 3, RED * 3),
+    "16 bits, one transparent": (2, 1, RED),
+}
+"""Of kinds in colour and in grey: their channels, the network's, and what --channels first makes of it."""
+
+
+@pytest.mark.parametrize("kind", WITH_LOSS)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_loses_colour_or_alpha_is_refused_until_it_is_asked_for(kind: str, workers: int, tmp_path: Path) -> None:
+    stored, channels, first = WITH_LOSS[kind]
+    (tmp_path / "x.png").write_bytes((IN_COLOUR | IN_GREY)[kind])
+    items = find_images([tmp_path])
+    source = Images(items, channels, skip_bad=True)  # it is not damaged: --skip-bad must not hide it
+    source.workers = workers
+    told = f"^image x.png has {stored} channels, and the network takes {channels}: give --channels mix.first "
+    with pytest.raises(CodebookError, match=told):
+        list(source.batches(1))
+    assert (read(items, channels, mixing="first")[0, :, 0] * 255).round().tolist() == first
 
 
 def test_one_bit_is_black_or_white(tmp_path: Path) -> None:
@@ -146,7 +200,7 @@ def test_tiffs_of_other_colour_spaces_are_converted(tmp_path: Path) -> None:
     assert float((found - torch.tensor([255, 0, 0])).abs().max()) <= 2
     (tmp_path / "x.tif").write_bytes(tiff_of(bytes([255, 0, 0, 127, 0, 0]), 2, 8, 8, 3))
     for channels in (1, 3):
-        found = read(find_images([tmp_path]), channels)[0, :, 0] * 255
+        found = read(find_images([tmp_path]), channels, mixing="mix")[0, :, 0] * 255
         assert float((found - torch.tensor([255.0, 118.0])).abs().max()) <= 2
 
 

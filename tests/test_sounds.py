@@ -22,7 +22,7 @@ from torch import Tensor
 from codebook_tools import media as media_module
 from codebook_tools.errors import CodebookError
 from codebook_tools.items import Item, find_items
-from codebook_tools.media import Media
+from codebook_tools.media import Beyond, Media
 from codebook_tools.sounds import sounds
 from codebook_tools.splits import limited, split
 
@@ -57,13 +57,13 @@ def find(*paths: Path, rate: int = RATE, hop: int = 1, size: int | None = None) 
     return find_items(paths, sounds(rate, hop, size))
 
 
-def media(items: list[Item], channels: int = 1, skip_bad: bool = False) -> Media:
-    return Media(items, sounds(RATE, 1), channels, skip_bad)
+def media(items: list[Item], channels: int = 1, skip_bad: bool = False, mixing: str | None = None) -> Media:
+    return Media(items, sounds(RATE, 1), channels, skip_bad, mixing=mixing)
 
 
-def read(items: Sequence[Item], channels: int = 1) -> Tensor:
+def read(items: Sequence[Item], channels: int = 1, mixing: str | None = None) -> Tensor:
     """All of the items' waveforms, (n, channels, samples)."""
-    return media(list(items), channels).load(items)[1]
+    return media(list(items), channels, mixing=mixing).load(items)[1]
 
 
 def in_order(items: list[Item]) -> list[Item]:
@@ -156,32 +156,74 @@ def test_integers_of_any_depth_are_parts_of_full_scale(
 
 
 @pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
-def test_floating_point_is_kept_and_clipped_at_full_scale(subtype: str, tmp_path: Path) -> None:
-    wave = np.array([0.0, 0.25, -1.0, 1.5, -3.9])
-    assert read(find(put(tmp_path / "x.wav", stored(wave, subtype=subtype)), size=5)).flatten().tolist() == [
-        0, 0.25, -1, 1, -1,
-    ]  # fmt: skip
+def test_floating_point_is_kept_beyond_full_scale_and_told(subtype: str, tmp_path: Path) -> None:
+    wave = np.array([0.0, 0.25, -1.0, 1.5, -3.75, 1.0, 0.5, 0.0])
+    source = media(in_order(find(put(tmp_path / "x.wav", stored(wave, subtype=subtype)), size=4)))
+    for _ in range(2):
+        assert source.load(source.items)[1].flatten().tolist() == wave.tolist()
+        assert source.beyond == {"x.wav#0": Beyond(1, 4, 1.5), "x.wav#1": Beyond(1, 4, 3.75)}
+
+
+@pytest.mark.parametrize(("peak", "refused"), [(4.0, False), (4.01, True), (-4.01, True)])
+def test_a_peak_of_more_than_four_is_of_another_scale(peak: float, refused: bool, tmp_path: Path) -> None:
+    items = find(put(tmp_path / "x.wav", stored(np.array([0.0, 0.25, peak]))), size=3)
+    if not refused:
+        assert float(read(items).max()) == peak
+        return
+    with pytest.raises(CodebookError, match=r"cannot read clip x\.wav#0: its waveform reaches 4\.01, beyond 4; scale"):
+        read(items)
+
+
+SIX = [0.5, 0.25, -0.25, 0, 0, 0.125]
+
+
+@pytest.mark.parametrize("mixing", [None, "mix", "first"])
+@pytest.mark.parametrize(
+    ("wave", "channels", "expected"),
+    [
+        (SIX[:1], 1, [[0.5]]),
+        (SIX[:1], 2, [[0.5], [0.5]]),
+        (SIX[:2], 2, [[0.5], [0.25]]),
+        (SIX, 6, [[0.5], [0.25], [-0.25], [0], [0], [0.125]]),
+        ([0.5, 0.5], 1, [[0.5]]),
+        ([0.5, 0.5, 0.5], 2, [[0.5], [0.5]]),
+    ],
+)
+def test_channels_that_agree_or_are_alike_need_no_option(
+    wave: list[float], channels: int, expected: list[list[float]], mixing: str | None, tmp_path: Path
+) -> None:
+    for path in in_both_formats(tmp_path, wave):
+        assert read(find(path, size=1), channels, mixing).tolist() == [expected]
 
 
 @pytest.mark.parametrize(
-    ("stored_channels", "channels", "expected"),
+    ("wave", "channels", "mean", "first"),
     [
-        (1, 1, [[0.5]]),
-        (1, 2, [[0.5], [0.5]]),
-        (2, 2, [[0.5], [0.25]]),
-        (2, 1, [[0.375]]),
-        (4, 1, [[0.125]]),
-        (4, 2, [[0.125], [0.125]]),
-        (6, 6, [[0.5], [0.25], [-0.25], [0], [0], [0.125]]),
+        (SIX[:2], 1, [[0.375]], [[0.5]]),
+        (SIX[:4], 1, [[0.125]], [[0.5]]),
+        (SIX[:4], 2, [[0.125], [0.125]], [[0.5], [0.25]]),
+        (SIX[:2], 4, [[0.375]] * 4, [[0.5]] * 4),
     ],
 )
-def test_channels_are_kept_where_they_agree_and_averaged_elsewhere(
-    stored_channels: int, channels: int, expected: list[list[float]], tmp_path: Path
+def test_other_channels_are_refused_until_their_mean_or_the_first_are_asked_for(
+    wave: list[float], channels: int, mean: list[list[float]], first: list[list[float]], tmp_path: Path
 ) -> None:
-    wave = np.array([[0.5, 0.25, -0.25, 0, 0, 0.125][:stored_channels]], dtype=np.float32)
-    for kind, subtype in (("WAV", "FLOAT"), ("FLAC", "PCM_16")):
-        path = put(tmp_path / f"x.{kind}", stored(wave, RATE, kind, subtype))
-        assert read(find(path, size=1), channels).tolist() == [expected]
+    for path in in_both_formats(tmp_path, wave):
+        items = find(path, size=1)
+        told = f"^clip {path.name}#0 has {len(wave)} channels, and the network takes {channels}: give --channels mix.f"
+        with pytest.raises(CodebookError, match=told):
+            media(items, channels, skip_bad=True).load(items)  # it is not damaged: --skip-bad must not hide it
+        assert read(items, channels, "mix").tolist() == [mean]
+        assert read(items, channels, "first").tolist() == [first]
+
+
+def in_both_formats(folder: Path, wave: list[float]) -> list[Path]:
+    """One sample of so many channels."""
+    data = np.array([wave], dtype=np.float32)
+    return [
+        put(folder / f"x.{kind}", stored(data, RATE, kind, subtype))
+        for kind, subtype in (("WAV", "FLOAT"), ("FLAC", "PCM_16"))
+    ]
 
 
 # --- resampling ----------------------------------------------------------------------------------------------------
@@ -313,7 +355,7 @@ BAD = {
     "a FLAC that starts and ends": (FLAC[:300], "damaged file"),
     "noughts within a FLAC": (patched(FLAC, 300, bytes(600)), "damaged file"),
     "no number": (stored(NAN), "not finite"),
-    "another scale": (stored(LOUD), r"its waveform reaches 1\.6\d+e\+04: floating-point sound must lie in \[-1, 1\]"),
+    "another scale": (stored(LOUD), r"its waveform reaches 1\.6\d+e\+04, beyond 4; scale it so"),
     "another kind": (stored(NOISE, RATE, "AIFF", "PCM_16"), "its content is AIFF; expected WAV or FLAC"),
     "an odd rate": (stored(NOISE, 1, subtype="PCM_16"), "its sampling rate is 1 Hz"),
     "no length": (patched(FLAC, 21, bytes([FLAC[21] & 0xF0, 0, 0, 0, 0])), "does not say how long it is"),

@@ -136,7 +136,7 @@ def _words(request: Request, against: Path | None, evidence: Evidence) -> dict[s
 
 
 _NAMED = {"data", "test_data", "network", "family", "metric", "size", "limit", "device", "precision", "workers"}
-_NAMED |= {"seed", "batch_size", "codebook_keys", "companions", "as_stored"}
+_NAMED |= {"seed", "batch_size", "codebook_keys", "companions", "as_stored", "channels"}
 _SINGULAR = {"codebook_keys": "codebook-key", "companions": "companion"}
 
 

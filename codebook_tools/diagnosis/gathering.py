@@ -86,7 +86,7 @@ def gather(request: Request, against: Path | None, trace: Path | None, watch: Wa
         command=model.checkpoint.metadata.get(PREFIX + "command", ""),
         trace=told,
         settings=opened.settings,
-        warnings=tuple(opened.warnings),
+        warnings=(*opened.warnings, *opened.of_data()),
     )
 
 
