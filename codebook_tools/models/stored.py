@@ -78,28 +78,30 @@ def codes_of_rows(tensors: Tensors, found: FoundCodebook, rows: Tensor) -> Tenso
         return rows / beside[0].reshape(-1, 1).clamp(min=_LEAST)
     if how.kind == "projected":
         weight, *bias = beside
-        return _product(rows, weight.T, *bias)
+        return _alike(rows, functional.linear(rows, weight, bias[0] if bias else None))
     if how.kind == "steps":
         rows = functional.normalize(rows, dim=1) if how.unit_first else rows
         for kind, tensor in zip(how.with_tensors, beside, strict=True):
-            rows = _forward(kind, rows, tensor)
+            rows = _alike(rows, _forward(kind, rows, tensor))
     return rows
 
 
 def _forward(kind: StepKind, rows: Tensor, tensor: Tensor) -> Tensor:
     if kind == "matrix":
-        return _product(rows, _matrix(tensor).T)
+        return functional.linear(rows, _matrix(tensor))
     if kind == "matrix-transposed":
-        return _product(rows, _matrix(tensor))
+        return rows @ _matrix(tensor)
     if kind == "shift":
         return rows + tensor.reshape(-1)
     return rows * (tensor.reshape(-1) + (kind == "one-plus-scale"))
 
 
-def _product(rows: Tensor, matrix: Tensor, shift: Tensor | float = 0) -> Tensor:
-    """rows @ matrix + shift, float32, added up in float64: in float32 a product's last bits depend on where in the
-    tensor its row stands, and two equal rows would be two codes."""
-    return (rows.double() @ matrix.double() + shift).float()
+def _alike(rows: Tensor, codes: Tensor) -> Tensor:
+    """codes (n, dim) of rows (n, stored dim), those of equal rows equal: a product's last bits depend on where in the
+    tensor its row stands, and copies would be told apart."""
+    first = dict[bytes, int]()
+    places = [first.setdefault(row.tobytes(), i) for i, row in enumerate(rows.cpu().numpy())]
+    return codes if len(first) == len(places) else codes[torch.tensor(places, device=codes.device)]
 
 
 def _backward(kind: StepKind, codes: Tensor, tensor: Tensor, key: str) -> Tensor:
