@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
+from tables import BEGIN, END, NOTHING, section  # noqa: E402
+
 PARTS = ("commands", "finetuning", "throughput", "clustering", "nearest")
 
 
@@ -47,9 +50,29 @@ def test_every_part_ends_and_leaves_a_small_file(tmp_path: Path) -> None:
     assert files.keys() == {*(f"{part}.json" for part in PARTS), "log.txt"}
     assert sum(path.stat().st_size for path in files.values()) < 1 << 20
     found = {part: json.loads(files[f"{part}.json"].read_text()) for part in PARTS}
+    assert all(heading in section(tmp_path / "out") for heading in ("Fine-tuning", "VQGAN", "k-means", "nearest code"))
     assert found["commands"]["ok"] and len(found["commands"]["commands"]) >= 15
     assert found["commands"]["counts"]["same"], "the same device, asked twice"
     assert all("failed" not in one for one in found["finetuning"]["rates"].values())
+
+
+def test_the_documents_say_what_the_committed_files_say() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert page.partition(BEGIN)[2].partition(END)[0] == section()
+
+
+def test_a_section_is_made_of_whatever_parts_there_are(tmp_path: Path) -> None:
+    assert section(tmp_path) == NOTHING
+    machine = {"cpu": "a CPU", "gpu": "a GPU", "torch": "2.11"}
+    commands = {
+        "machine": machine,
+        "commands": {"prune": {"differ": []}, "refit": {"differ": ["/stages/surgery/mse"]}},
+        "counts": {"latents": 38400, "moved": 3},
+        "deterministic": {"same_bytes": True},
+    }
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
+    told = section(tmp_path)
+    assert "On one a GPU, torch 2.11" in told and "1 differ from the CPU: refit" in told and "3 chose another" in told
 
 
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
