@@ -34,6 +34,7 @@ def request_of(model: Path | None, given: dict[str, Any]) -> Request:
     metric, channels = given["metric"], given["channels"]
     return Request(
         model=model,
+        typed=True,
         data=tuple(given["data"] or ()),
         test_data=tuple(given["test_data"] or ()),
         limit=given["limit"],
@@ -93,16 +94,12 @@ def named_after(model: Path | None, ending: str) -> Path:
 
 
 def recipe_of(request: Request, given: dict[str, Any]) -> Recipe:
-    """How it is to be fine-tuned: not at all where there are no data of the model's own, and an error where that is
-    asked for all the same."""
+    """How it is to be fine-tuned; not at all where there are no data of the model's own, unless that is asked for."""
     from codebook_tools.finetune import Recipe
 
     steps = given["steps"]
-    if steps is None:
-        steps = Recipe.steps if request.trainable else 0
-    request.require_trainable(steps)
     return Recipe(
-        steps=steps,
+        steps=(Recipe.steps if request.trainable else 0) if steps is None else steps,
         train=given["train"].value,
         codebook_update=given["codebook_update"].value,
         batch_size=given["batch_size"],

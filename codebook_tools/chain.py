@@ -108,6 +108,7 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
     if processes.count() > 1:
         raise CodebookError(f"run works in one process, not {processes.count()}; start it without torchrun")
     output = check_request_output(request, "run", None)
+    request.require_trainable(max(step.recipe.steps for step in steps))
     request = replace(request, sample=request.model is None)  # for steps whose model is no longer the demo, but of it
     with partial_folder(output.with_name(f"{output.name}.steps"), force=True) as folder:
         results, written = list[Result](), list[Path]()

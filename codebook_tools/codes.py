@@ -14,6 +14,7 @@ from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
 from codebook_tools.extremes import Seen, see
 from codebook_tools.measure import reconstruct
+from codebook_tools.models.evidence import untrained
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.patches import Place, patches, receptive_side, require_images
@@ -97,6 +98,7 @@ def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch
     if sort not in SORTS:
         raise CodebookError(f"sort={sort}: expected {', '.join(SORTS)}")
     opened = open_request(request, watch)
+    opened.warnings += untrained(opened.model.checkpoint, [book.found for book in opened.model.books])
     model, stage = opened.model, opened.model.chosen[0]
     require_images(model)
     seen = see(opened, stage, top, watch)

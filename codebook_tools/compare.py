@@ -146,6 +146,7 @@ def compare(
             raise CodebookError(f"{name}={value} is below 1; use --{name} 1 or more")
     entries = {name: find_entry(name) for name in names or ENTRIES}
     check_folder(folder)
+    request.require_trainable(recipe.steps)
     store = RowStore(folder)
     check_size(read_checkpoint(request.source), k)
     opened = open_request(request, watch)

@@ -24,7 +24,7 @@ from codebook_tools.index_maps import nearest_map
 from codebook_tools.latent_files import FileLatents, latents_dim, limited_latents, open_latents, split_latents
 from codebook_tools.latents import StoredLatents
 from codebook_tools.measure import CodebookUse, Measurement, use_of
-from codebook_tools.models.evidence import dying, untrained
+from codebook_tools.models.evidence import told_by_file, uninitialised
 from codebook_tools.models.families import (
     CUSTOM,
     FAMILIES,
@@ -158,7 +158,7 @@ def measure_detached(request: Request, watch: Watch, stats: Path | None) -> Resu
         family=request.family or family_of(checkpoint) or CUSTOM,
         settings=settings,
         seed=request.seed,
-        warnings=(*_guesses(request, checkpoint, known), *dying(checkpoint, [one.found for one in known])),
+        warnings=(*_guesses(request, checkpoint, known), *told_by_file(checkpoint, [one.found for one in known])),
         before=before,
         bytes={"before": weights_bytes(request.source), "after": None},
         seconds=watch.seconds,
@@ -286,7 +286,7 @@ def _look(
 def _guesses(request: Request, checkpoint: Checkpoint, known: list[_Known]) -> list[str]:
     """What to warn of before anything is done: what was not read of the file, and what nobody says of its codes."""
     family = request.family or family_of(checkpoint)
-    first = [*checkpoint.warnings, *untrained(checkpoint, [one.found for one in known])]
+    first = [*checkpoint.warnings, *uninitialised(checkpoint, [one.found for one in known])]
     if _searched_unknown(request, family) and known[0].old.emit is Emit.UNIT:
         return [*first, unit_warning(known[0].found.key)]
     return [*first, *(told for one in known for told in guessed(one.found, family, request.metric))]

@@ -9,7 +9,7 @@ from pathlib import Path
 from codebook_tools.checkpoints.detect import Detection
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.evidence import alive, untrained
+from codebook_tools.models.evidence import alive, uninitialised, untrained
 from codebook_tools.models.families import FAMILIES, check_stated, detected, family_of
 from codebook_tools.models.twins import twin_groups, twin_warning
 
@@ -18,13 +18,15 @@ from codebook_tools.models.twins import twin_groups, twin_warning
 class Inspection:
     """family: that recognises the layout, None where the user must give a network. why_not: why the family's network
     cannot be run, empty where it can. detection: codebooks and what hangs on them. warnings: of what was not read.
-    alive: codes with latents by the file's own running counts, by key of the codebooks that have such."""
+    remarks: on codebooks that no training has reached. alive: codes with latents by the file's own running counts, by
+    key of the codebooks that have such."""
 
     model: str
     family: str | None
     detection: Detection
     why_not: str = ""
     warnings: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     alive: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
@@ -49,14 +51,14 @@ def inspect_checkpoint(path: Path) -> Inspection:
     family = family_of(checkpoint) if detection.codebooks else None
     why_not = FAMILIES[family].why_not if family else ""
     warnings = (*checkpoint.warnings, *_amiss(checkpoint, detection))
+    remarks = (*uninitialised(checkpoint, detection.codebooks), *untrained(checkpoint, detection.codebooks))
     living = {book.key: alive(checkpoint, book) for book in detection.codebooks}
     counted = {key: count for key, count in living.items() if count is not None}
-    return Inspection(str(path), family, detection, why_not, warnings, counted)
+    return Inspection(str(path), family, detection, why_not, warnings, remarks, counted)
 
 
 def _amiss(checkpoint: Checkpoint, detection: Detection) -> Iterator[str]:
     """What every other command would refuse, or say."""
-    yield from untrained(checkpoint, detection.codebooks)
     yield from (twin_warning(places, ", equal bit by bit") for places in twin_groups(checkpoint, detection.codebooks))
     try:
         check_stated(checkpoint, detection.codebooks)

@@ -16,6 +16,7 @@ from codebook_tools.assignment import emitted, unit
 from codebook_tools.codebook import Codebook, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.items import Item
+from codebook_tools.models.evidence import untrained
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.patches import Place, patches, receptive_side, require_images
 from codebook_tools.splits import limited
@@ -79,6 +80,7 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -
     if k is not None:
         check_k(k)
     opened = open_request(request, watch)
+    opened.warnings += untrained(opened.model.checkpoint, [book.found for book in opened.model.books])
     model, stage = opened.model, opened.model.chosen[0]
     require_images(model)
     seen = calibrate(opened, watch)

@@ -22,7 +22,7 @@ from codebook_tools.measure import find_input_range, range_errors
 from codebook_tools.media import Beyond, Media
 from codebook_tools.models.agreement import LEAST, Agreement
 from codebook_tools.models.companions import GIVEN
-from codebook_tools.models.evidence import untrained
+from codebook_tools.models.evidence import uninitialised
 from codebook_tools.models.families import CUSTOM
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Model
@@ -50,7 +50,7 @@ class Request:
     models for the next run. channels: what becomes of those that the network has not; None: nothing may be lost.
     workers: processes that decode ahead; None: as many as help. resume: whether an interrupted fine-tuning goes on.
     log_dir: where TensorBoard finds how it went. exhibit: whether a few test images are kept for a page, as each stage
-    reconstructs them.
+    reconstructs them. typed: by a user, whose model is not to be trained on the bundled sample.
     """
 
     model: Path | None = None
@@ -82,6 +82,7 @@ class Request:
     log_dir: Path | None = None
     exhibit: bool = False
     sample: bool = False
+    typed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("limit", "size", "batch_size"):
@@ -127,7 +128,7 @@ class Request:
 
     def require_trainable(self, steps: int) -> None:
         """Raise CodebookError where a user's model would be trained on the bundled sample."""
-        if steps and not (self.data or self.knows_sample or self.latents or self.stats):
+        if self.typed and steps and not (self.data or self.knows_sample or self.latents or self.stats):
             raise CodebookError(
                 f"{steps} steps of fine-tuning need data of the model's own: give some with --data; the bundled sample "
                 "of two photographs is none"
@@ -264,7 +265,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         _choose_input_range(request, opened)
         asks = model.family == CUSTOM
         more, opened.agreed = settle(model, opened.few if asks else [], request.metric)
-    opened.warnings += untrained(checkpoint, [book.found for book in model.books])
+    opened.warnings += uninitialised(checkpoint, [book.found for book in model.books])
     opened.warnings += [twin_warning(book.found.places, "") for book in model.books if book.found.also]
     opened.warnings += more
     opened.settings |= {
@@ -371,7 +372,7 @@ def _better_range(opened: Opened) -> list[str]:
 
 
 _COMPARED = 8  # images: ranges that fit differ by more than chance among so few
-_MUCH_WORSE = 2
+_MUCH_WORSE = 5  # times: a range that fits no image, and not merely less
 
 
 def _shown(bounds: tuple[float, float]) -> str:

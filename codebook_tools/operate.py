@@ -24,7 +24,7 @@ from codebook_tools.items import items_sha256
 from codebook_tools.measure import measurement_of
 from codebook_tools.merging import check_shard, in_part, merge, part_of
 from codebook_tools.models.agreement import has_quantizer, in_training
-from codebook_tools.models.evidence import dying
+from codebook_tools.models.evidence import told_by_file
 from codebook_tools.models.families import metric_of
 from codebook_tools.models.load import check_size_follows
 from codebook_tools.models.proof import Proof, prove, read_partial
@@ -84,7 +84,7 @@ def measure_model(
     if request.latents:
         return measure_detached(request, watch, stats)
     opened = open_request(request, watch, measuring=True)
-    opened.warnings += dying(opened.model.checkpoint, [book.found for book in opened.model.books])
+    opened.warnings += told_by_file(opened.model.checkpoint, [book.found for book in opened.model.books])
     with watch.phase("measure"):
         latents = encoder_latents(opened)  # those of the whole, so that all parts are held against the same
     if shard is not None:
@@ -119,6 +119,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
             raise CodebookError(f"{recipe.steps} steps of fine-tuning need images; give --data, or --steps 0")
         return operate_detached(command, request, strategy, watch)
     require_tensorboard(request.log_dir)
+    request.require_trainable(recipe.steps)
     opened = open_request(request, watch)
     model = opened.model
     opened.warnings += stale_state(model.checkpoint, [model.books[stage].found for stage in model.chosen])

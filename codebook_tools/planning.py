@@ -46,6 +46,7 @@ class Plan:
 
 def plan(command: str, request: Request, strategy: Strategy | None, recipe: Recipe, watch: Watch) -> Plan:
     """Look at what `operate` would look at first, time one batch, and write nothing."""
+    request.require_trainable(recipe.steps)
     check_size(read_checkpoint(request.source), asked_size(strategy, 0))
     if strategy and goes_without_images(request, strategy):
         return _plan_detached(command, request, strategy)

@@ -25,8 +25,8 @@ _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8",
 _NUMPY |= {"U8": "u1", "I8": "i1", "BOOL": "u1"}
 
 
-def untrained(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Iterator[str]:
-    """What to say of codebooks that no training has reached yet, a line each."""
+def uninitialised(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Iterator[str]:
+    """What every command says of codebooks that nobody initialized, a line each."""
     for book in books:
         unset = [key for key in flags(book.key, checkpoint.entries) if not numbers(checkpoint, key).any()]
         if unset:
@@ -38,7 +38,13 @@ def untrained(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Iterato
             yield f"{book.key} is all zeros: no training has reached it"
         elif (rows == rows[0]).all() and book.size > 1:
             yield f"all {book.size:,} codes of {book.key} are the same"
-        elif book.size >= _LEAST and effective(book, checkpoint.shapes).kind == "rows" and as_initialised(rows[:_MOST]):
+
+
+def untrained(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Iterator[str]:
+    """What commands that look say of codebooks that no training seems to have reached, a line each."""
+    for book in books:
+        sure = book.confidence == "high" and book.size >= _LEAST and effective(book, checkpoint.shapes).kind == "rows"
+        if sure and as_initialised(_rows(checkpoint, book)[:_MOST]):
             yield f"the codes of {book.key} look as an initialisation draws them: untrained, or fixed on purpose"
 
 
@@ -63,8 +69,10 @@ def alive_line(living: int, book: FoundCodebook) -> str:
     return f"{book.key}: {living:,} of {book.size:,} alive by its own counts"
 
 
-def dying(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Iterator[str]:
-    """The same of each codebook whose counts call some of its codes dead."""
+def told_by_file(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Iterator[str]:
+    """What `measure` says without data: codebooks that look untrained, and those whose counts call some codes dead."""
+    books = [*books]
+    yield from untrained(checkpoint, books)
     for book in books:
         living = alive(checkpoint, book)
         if living is not None and living < book.size:

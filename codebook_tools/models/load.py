@@ -319,10 +319,21 @@ def _first_of(spec: str, checkpoint: Checkpoint, keys: Sequence[str]) -> FoundCo
         return choose_codebooks(checkpoint, keys)[0]
     except CodebookError:
         module: Any = make_network(spec, _ANY_SIZE)
-        if keys or not walks(module) or not module.codebooks:
+        if keys:
             raise
+        if not walks(module) or not module.codebooks:
+            lone = _lone_row(checkpoint)
+            if lone is None or _shape_in(module, lone.key) is None:
+                raise
+            return _operable(checkpoint, lone)
         key = _common_prefix(module.state_dict(), checkpoint) + module.codebooks[0]
         return _operable(checkpoint, _named(checkpoint, detected(checkpoint), key))
+
+
+def _lone_row(checkpoint: Checkpoint) -> FoundCodebook | None:
+    """The only candidate, where it is not sure for its one row alone: a network that has it means it."""
+    candidates = detected(checkpoint).codebooks
+    return candidates[0] if len(candidates) == 1 and candidates[0].size == 1 else None
 
 
 _ANY_SIZE = 4  # of a network that is only asked for the names of its codebooks
@@ -448,6 +459,8 @@ def _books_of(
 ) -> list[FoundCodebook]:
     """The codebook of every stage that the network walks through, in its order; those asked for must be among them."""
     if not walks(network):
+        if first is not None and not asked and _lone_row(checkpoint):
+            return [first]
         chosen = choose_codebook(checkpoint, asked)
         return [first if first is not None and first.key == chosen.key else chosen]
     found = [_operable(checkpoint, find_book(checkpoint, prefix + key)) for key in network.codebooks]

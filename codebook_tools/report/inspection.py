@@ -30,7 +30,7 @@ def inspection_table(found: Inspection) -> RenderableType:
         Text(f"follows {book.key}: {', '.join(book.companions)}") for book in detection.codebooks if book.companions
     ]
     parts += [Text(alive_line(found.alive[book.key], book)) for book in detection.codebooks if book.key in found.alive]
-    parts += [Text(warning) for warning in found.warnings]
+    parts += [Text(line) for line in (*found.remarks, *found.warnings)]
     if detection.elsewhere:
         parts.append(Text("other tensors whose shape may follow K (K, or n K for n codebooks, and up to 4 more):"))
         parts += [Text(f"  {key} {list(shape)}") for key, shape in detection.elsewhere[:FEW]]
