@@ -92,9 +92,10 @@ def main() -> None:
     given = options(__doc__ or "")
     found: dict[str, Any] = {"rates": {}}
     steps, runs = (6, 1) if given.quick else (100, 3)
-    cases = [(k, precision, False) for k in (512, 16_384) for precision in ("fp32", "bf16")]
+    sizes = (512, 1024) if given.quick else (512, 16_384)
+    cases = [(k, precision, False) for k in sizes for precision in ("fp32", "bf16")]
     # Compilation takes its time: last, and on the device alone.
-    cases += [] if given.quick else [(k, precision, True) for k in (512, 16_384) for precision in ("fp32", "bf16")]
+    cases += [] if given.quick else [(k, precision, True) for k in sizes for precision in ("fp32", "bf16")]
     for i, (k, precision, compiled) in enumerate(cases):
         if i == 4:
             found["whole"] = whole(given, 5000)
