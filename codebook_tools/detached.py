@@ -44,7 +44,7 @@ from codebook_tools.models.remarks import dependents_warning, stale_state
 from codebook_tools.models.stored import changed_codebook, effective_rows, owned_keys, rounded
 from codebook_tools.models.transforms import refuse_unknown, transforms_beside
 from codebook_tools.models.twins import twin_warning
-from codebook_tools.opening import Request, device_of
+from codebook_tools.opening import Request
 from codebook_tools.outcome import Result, check_request_output, provenance, settings_of, weights_bytes
 from codebook_tools.output import remarks, written_config
 from codebook_tools.stats import Part, Stats, holds_sample, read_sample, read_stats, write_part
