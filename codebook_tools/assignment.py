@@ -138,8 +138,8 @@ class _Search:
         return torch.cat(found).to(latents.device)
 
     def settle(self, latents: Tensor) -> Tensor:
-        """(n,) int64, decided in float64 among the codes of the lowest float32 scores of latents (n, dim); nothing in it
-        waits for the device."""
+        """(n,) int64, decided in float64 among the codes of the lowest float32 scores of latents (n, dim). The host
+        waits for nothing in it."""
         if self.lookup is Lookup.COSINE:
             latents = unit(latents)
         scores = torch.addmm(self.norms, latents, self.weights.T)

@@ -18,6 +18,7 @@ from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.codebook import Codebook, Emit, Latents, Strategy, Surgery
 from codebook_tools.coverage import POINTS, reference_distance
+from codebook_tools.devices import device_of
 from codebook_tools.errors import CodebookError
 from codebook_tools.filling import common_sizes, filled, remark
 from codebook_tools.index_maps import nearest_map

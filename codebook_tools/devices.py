@@ -14,8 +14,8 @@ _AUTO = ("cuda", "xpu", "mps")
 """Kinds of accelerators that "auto" looks for, in this order."""
 
 RUN_AHEAD = ("cuda", "xpu")
-"""Kinds that copy from pinned memory by themselves while the host goes on: batches are decoded ahead for them. mps shares
-the memory of the host."""
+"""Kinds that copy from pinned memory by themselves while the host goes on: batches are decoded ahead for them. mps
+shares the memory of the host."""
 
 
 def device_of(name: str) -> torch.device:

@@ -42,8 +42,8 @@ _together = _Together()
 def joined(device: str) -> Iterator[None]:
     """Join the processes that torchrun started, if it did: by NCCL where networks run on GPUs, else by gloo.
 
-    device: as devices.device_of takes it. With several GPUs each process takes its own. Raises CodebookError where there
-    are fewer GPUs than processes.
+    device: as devices.device_of takes it. With several GPUs each process takes its own. Raises CodebookError where
+    there are fewer GPUs than processes.
     """
     if "WORLD_SIZE" not in os.environ:
         yield

@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 NAME = "twin"
 
 counts = Counter[str]()
-"""READS and UPLOADS so far."""
+"""OPERATORS that ran, READS and UPLOADS so far."""
 
-READS, UPLOADS = "reads", "uploads"
-"""Numbers that the host waits for, and copies to the device that it waits for, since they are not `non_blocking`."""
+OPERATORS, READS, UPLOADS = "operators", "reads", "uploads"
+"""Reads are numbers that the host waits for; uploads, copies to the device that it waits for: not `non_blocking`."""
 
 _aten = torch.ops.aten
 
@@ -123,6 +123,12 @@ class _Backend(backend_registration._DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
+    def get_rng_state(self, device: object = None) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: object = None) -> None:
+        torch.set_rng_state(state)
+
     def set_device(self, device: object) -> None:
         """There is one."""
 
@@ -156,6 +162,7 @@ def _refuse_mixed(func: Any, args: Any, kwargs: Any) -> None:
 
 def _count(func: Any, args: Any, kwargs: Any) -> None:
     packet = func.overloadpacket
+    counts[OPERATORS] += 1
     if packet in _SHAPED_BY_NUMBERS or _device_named(kwargs) == "cpu":
         counts[READS] += 1
     elif packet is _aten.copy_:

@@ -190,9 +190,9 @@ class Training:
         return {stage: merged for stage, merged in found.items() if merged is not None}
 
     @property
-    def in_use(self) -> int:
-        """Codes that are not dead, of all books."""
-        return sum(quantiser.in_use for quantiser in self.quantisers)
+    def in_use(self) -> Tensor:
+        """Codes that are not dead, of all books: a scalar on the device."""
+        return reduce(torch.add, (quantiser.in_use for quantiser in self.quantisers))
 
     @property
     def trained(self) -> tuple[str, ...]:
