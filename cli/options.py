@@ -279,8 +279,7 @@ class RunOptions:
         _run(
             metavar="NAME",
             complete=devices,
-            help="Where networks run: cpu, cuda, cuda:1, xpu, mps, or auto: the first that is there of cuda, xpu, mps and "
-            "cpu.",
+            help="Where networks run: cpu, cuda, cuda:1, xpu, mps. auto takes cuda, xpu or mps where one is there.",
         ),
     ] = "auto"
     precision: Annotated[Precision, _run(help="For the networks; nearest codes are decided in fp32 either way.")] = (

@@ -10,7 +10,7 @@ from codebook_tools.devices import has_float64, wide
 from codebook_tools.threads import spread
 
 # Scores that fit the cache of one core are searched fastest; a GPU wants far larger tiles. Both stay under 256 MB.
-_TILE_BYTES, _TILE_BYTES_ELSEWHERE = 2 << 20, 128 << 20
+_TILE_BYTES, _ELSEWHERE = {"cpu": 2 << 20}, 128 << 20
 _EXACT_BYTES = 16 << 20
 _CODES = 1024  # searched at a time, on a CPU
 _CANDIDATES = 8  # codes of the lowest scores that float64 decides among where nobody may wait
@@ -87,8 +87,7 @@ class _Search:
         at_once = min(size, _CODES) if codes.is_cpu else size
         self.starts = range(0, size, at_once)
         self.blocks = list(zip(torch.split(self.weights, at_once), torch.split(self.norms, at_once), strict=True))
-        tile_bytes = _TILE_BYTES if codes.is_cpu else _TILE_BYTES_ELSEWHERE
-        self.rows = max(1, tile_bytes // (4 * max(at_once, dim)))
+        self.rows = max(1, _TILE_BYTES.get(codes.device.type, _ELSEWHERE) // (4 * max(at_once, dim)))
 
     def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(n,) int64, the code with the lowest score, that score (n,) float32, and the next: of latents (n, dim)."""

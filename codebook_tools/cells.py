@@ -16,7 +16,7 @@ from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.devices import wide, wide_device
 from codebook_tools.threads import spread
 
-_WIDENED, _WIDENED_ELSEWHERE = 2048, 1 << 18  # points that are float64 at a time: in the cache of a core, or not
+_WIDENED, _ELSEWHERE = {"cpu": 2048}, 1 << 18  # points that are float64 at a time: in the cache of a core
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Cells:
         device = wide_device(points.device)
         sums = torch.zeros(codebook.size, codebook.dim, dtype=torch.float64, device=device)
         codes, squares = codes.to(device), sums.new_zeros(())
-        at_once = _WIDENED if points.is_cpu else _WIDENED_ELSEWHERE
+        at_once = _WIDENED.get(points.device.type, _ELSEWHERE)
         for rows, at in zip(torch.split(shown, at_once), torch.split(codes, at_once), strict=True):
             rows = wide(rows)
             sums.index_add_(0, at, rows)

@@ -61,6 +61,12 @@ def _there_are(kind: str) -> int:
     return int(module.device_count()) if available() else 0
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """The values on the device, to which they are copied while the host goes on. Not so on mps, which would read them
+    after they were released: https://github.com/pytorch/pytorch/issues/139550."""
+    return values.to(device, non_blocking=device.type != "mps")
+
+
 def wide(values: Tensor) -> Tensor:
     """The values in float64: where they are, or on the CPU where their device has no float64, as mps."""
     return (values if has_float64(values.device) else values.cpu()).double()

@@ -11,6 +11,7 @@ from torch import Tensor
 from codebook_tools import processes
 from codebook_tools.assignment import emitted, unit
 from codebook_tools.codebook import REMOVED, Emit
+from codebook_tools.devices import sent
 from codebook_tools.models.model import Book, Model
 from codebook_tools.strategies.pnn import merge_pairs
 
@@ -140,7 +141,7 @@ class Quantiser:
         the host need not know how many errors there are above 0. The draws are the CPU's, the same on every process.
         """
         waits = torch.empty(len(errors)).exponential_(generator=self.random)
-        return (errors / waits.to(errors.device, non_blocking=True)).topk(min(most, len(errors))).indices
+        return (errors / sent(waits, errors.device)).topk(min(most, len(errors))).indices
 
 
 def _surely_none(mask: Tensor) -> bool:

@@ -200,7 +200,7 @@ GROUPS = {
         **_each(
             "refit {tiny} --k 8 --metric VALUE --steps 0 {data} -o {out}/VALUE.safetensors", ("cosine", "cosine-unit")
         ),
-        "refit, cached": "refit {tiny} --k 8 --steps 0 --latents-cache {out}/cache --exact {data} -o {out}/1.safetensors",
+        "refit, cached": "refit {tiny} --k 8 --exact --latents-cache {out}/all --steps 0 {data} -o {out}/1.safetensors",
         "refit, of latents": "refit {tiny} --k 8 --exact --latents {latents} --device twin -o {out}/2.safetensors",
         **_each(
             "restart {tiny} --method VALUE {data} -o {out}/restart-VALUE.safetensors",

@@ -14,6 +14,7 @@ from codebook_tools.assignment import emitted, nearest, unit
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint, torch_dtype
 from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.devices import sent
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import EncodedLatents
 from codebook_tools.media import Media
@@ -188,7 +189,7 @@ class Model:
         low, high = self.input_range
 
         def encode() -> object:
-            return self._call("encode", media.to(self.device, non_blocking=True) * (high - low) + low)
+            return self._call("encode", sent(media, self.device) * (high - low) + low)
 
         if torch.is_grad_enabled() or not keep:
             return encode()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from codebook_tools import processes
+from codebook_tools.devices import sent
 from codebook_tools.errors import CodebookError
 from codebook_tools.losses import Seen
 from codebook_tools.media import Media
@@ -113,7 +114,7 @@ class Training:
 
     def _gradients_of(self, media: Tensor, share: float) -> dict[str, Tensor]:
         """Those of one batch, on top of what is there."""
-        media = media.to(self.model.device, non_blocking=True)
+        media = sent(media, self.model.device)
         met: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.quantisers]
 
         def through(stage: int, latents: Tensor) -> Tensor:
