@@ -19,6 +19,7 @@ import torch
 from audio_codecs import CASES as AUDIO_CASES
 from audio_codecs import save as save_codec
 from conftest import Outcome, State
+from proven_networks import NETWORKS, write_images, write_network
 from safetensors.torch import save_file
 from second_device import NAME, OPERATORS, READS, UPLOADS
 from test_diffusers import make as make_vqmodel
@@ -238,6 +239,16 @@ def test_every_command_runs_there(group: str, options: tuple[str, ...], files: d
 
 
 @pytest.mark.slow
+def test_the_perceptual_loss_runs_there(files: dict[str, str], tmp_path: Path) -> None:
+    vgg = pytest.importorskip("torchvision").models.vgg16(weights=None).features
+    save_file({f"features.{name}": tensor for name, tensor in vgg.state_dict().items()}, tmp_path / "vgg.safetensors")
+    words = f"finetune {{tiny}} --steps 10 --limit 24 --perceptual {tmp_path}/vgg.safetensors {{data}} "
+    found = done(jobs_of({"perceptual": words + f"-o {tmp_path}/o.safetensors"}, files, "waits_of_steps"))
+    assert_all_ran(found)
+    assert (found["perceptual"][READS], found["perceptual"][UPLOADS]) == (1, 0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", {**IMAGE_CASES, "diffusers": None})
 def test_every_family_of_images_runs_there(
     name: str, files: dict[str, str], image_tensor: torch.Tensor, tmp_path: Path
@@ -260,6 +271,21 @@ def test_every_family_of_sounds_runs_there(name: str, tmp_path: Path) -> None:
         soundfile.write(tmp_path / "clips" / f"{i:02d}.wav", random.uniform(-0.5, 0.5, 224), 1600, subtype="FLOAT")
     data = f"--data {tmp_path / 'clips'} --size 224 --batch-size 4 --device {NAME} --json --quiet"
     assert_family_runs(source, data, tmp_path)
+
+
+@pytest.mark.slow
+def test_networks_of_the_users_own_run_there(tmp_path: Path) -> None:
+    commands = dict[str, str]()
+    for i, name in enumerate(sorted({*NETWORKS} - {"swapped", "headed", "fixed", "warped"})):  # refused
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (data, held_out), (model, network) = write_images(folder), write_network(folder, name, 16)
+        options = f"--network {network} --data {data} --test-data {held_out} --device {NAME} --json --quiet"
+        commands |= {
+            f"{name}, measure": f"measure {model} {options}",
+            f"{name}, refit": f"refit {model} --k 8 --steps 3 --batch-size 16 {options} -o {folder}/refit.safetensors",
+        }
+    assert_all_ran(done(jobs_of(commands, {})))
 
 
 def assert_family_runs(source: Path, options: str, folder: Path) -> None:
