@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 NAME = "twin"
 
+AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+
 counts = Counter[str]()
 """OPERATORS that ran, READS and UPLOADS so far."""
 
@@ -117,7 +119,7 @@ _library = torch.library.Library("aten", "IMPL")  # kernels go with these object
 _all_operators = torch.library.Library("_", "IMPL")
 
 
-class _Backend(backend_registration._DummyBackendModule):
+class _Backend(getattr(backend_registration, "_DummyBackendModule", object)):  # type: ignore[misc]
     """What `torch.twin` answers."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:

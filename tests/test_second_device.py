@@ -21,10 +21,12 @@ from audio_codecs import save as save_codec
 from conftest import Outcome, State
 from proven_networks import NETWORKS, write_images, write_network
 from safetensors.torch import save_file
-from second_device import NAME, OPERATORS, READS, UPLOADS
+from second_device import AVAILABLE, NAME, OPERATORS, READS, UPLOADS
 from test_diffusers import make as make_vqmodel
 from test_round_trips import CASES as IMAGE_CASES
 from test_tutorials import two_levels as of_two_levels
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="torch before 2.9 has no devices in Python")
 
 Run = Callable[..., Outcome]
 Jobs = Mapping[str, Sequence[str]]
