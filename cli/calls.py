@@ -52,7 +52,7 @@ def request_of(model: Path | None, given: dict[str, Any]) -> Request:
         batch_size=given["batch_size"],
         workers=given["workers"],
         compiled=given["compiled"],
-        device=given["device"].value,
+        device=given["device"],
         precision=given["precision"].value,
         seed=given["seed"],
         stats=given.get("stats"),
@@ -148,7 +148,7 @@ def run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], given: dict[
     with reported():
         from codebook_tools.processes import joined
 
-        with joined(given["device"].value), reported():  # while they are joined, they agree on who reports
+        with joined(given["device"]), reported():  # while they are joined, they agree on who reports
             _run_and_show(work, given)
 
 

@@ -12,6 +12,14 @@ ROWS = (
 """The library's rows of a comparison once more."""
 
 
+DEVICES = ("auto", "cpu", "cuda", "xpu", "mps")
+"""What --device takes, without numbers, and what others add to torch."""
+
+
+def devices(incomplete: str) -> list[str]:
+    return [name for name in DEVICES if name.startswith(incomplete)]
+
+
 def families(incomplete: str) -> list[str]:
     from codebook_tools.models.families import FAMILIES
 

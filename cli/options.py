@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from .completion import families
+from .completion import devices, families
 
 
 # The library's choices once more: --help and completion must not import the library, and with it torch.
@@ -31,12 +31,6 @@ class Update(StrEnum):
 class Loss(StrEnum):
     MSE = "mse"
     L1 = "l1"
-
-
-class Device(StrEnum):
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 class Precision(StrEnum):
@@ -280,7 +274,14 @@ class RunOptions:
         int | None,
         _run(metavar="N", help="Processes that decode ahead, 0 for none. Left out: 0 on a CPU, up to 8 beside a GPU."),
     ] = None
-    device: Annotated[Device, _run(help="Where networks run.")] = Device.AUTO
+    device: Annotated[
+        str,
+        _run(
+            metavar="NAME",
+            complete=devices,
+            help="Where networks run: cpu, cuda, cuda:1, xpu, mps. auto takes cuda, xpu or mps where one is there.",
+        ),
+    ] = "auto"
     precision: Annotated[Precision, _run(help="For the networks; nearest codes are decided in fp32 either way.")] = (
         Precision.FP32
     )

@@ -132,7 +132,7 @@ class Adversary:
 
 def _mean(values: Tensor, n: int) -> Tensor:
     """Of all processes' values, each weighed by how many it is of."""
-    summed = processes.summed(torch.cat([values * n, values.new_tensor([n])]))
+    summed = processes.summed(torch.cat([values * n, values.new_full((1,), n)]))
     return summed[:-1] / summed[-1]
 
 

@@ -6,20 +6,29 @@ import torch
 from torch import Tensor
 
 from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.devices import has_float64, wide
 from codebook_tools.threads import spread
 
 # Scores that fit the cache of one core are searched fastest; a GPU wants far larger tiles. Both stay under 256 MB.
-_TILE_BYTES = {"cpu": 2 << 20, "cuda": 128 << 20}
+_TILE_BYTES, _ELSEWHERE = {"cpu": 2 << 20}, 128 << 20
 _EXACT_BYTES = 16 << 20
 _CODES = 1024  # searched at a time, on a CPU
+_CANDIDATES = 8  # codes of the lowest scores that float64 decides among where nobody may wait
 
 # Else torch multiplies by MKL, which takes up to twice as long where the CPU is of another maker.
 _ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
     torch.ops.mkldnn, "_linear_pointwise"
 )
 
-_ROUNDING = {"highest": torch.finfo(torch.float32).eps, "high": 2.0**-10, "medium": 2.0**-7}
-"""Of a product's terms, by what torch.set_float32_matmul_precision allows it to compute in: float32, TF32, bfloat16."""
+_EPS = torch.finfo(torch.float32).eps
+
+_ROUNDING = {
+    **dict.fromkeys(("highest", "ieee", "none"), _EPS),
+    **dict.fromkeys(("high", "tf32"), 2.0**-10),
+    **dict.fromkeys(("medium", "bf16"), 2.0**-7),
+}
+"""Of a product's terms, by what torch.set_float32_matmul_precision, or a backend's fp32_precision, allows it to compute
+in: float32, TF32, bfloat16."""
 
 
 def unit(rows: Tensor) -> Tensor:
@@ -32,13 +41,17 @@ def emitted(codebook: Codebook) -> Tensor:
     return unit(codebook.vectors) if codebook.emit is Emit.UNIT else codebook.vectors
 
 
-def nearest(latents: Tensor, codebook: Codebook) -> Tensor:
+def nearest(latents: Tensor, codebook: Codebook, *, wait: bool = True) -> Tensor:
     """(n,) int64: the nearest code of each latent, by the codebook's own lookup; the lowest index among equals.
 
     latents: (n, dim) float32 on any device; the codes are moved there. The search runs in float32 over tiles of at
     most 128 MB whatever n and size. Where the two best scores lie within float32's rounding of each other, float64
     decides. So the answer does not depend on tile, thread or codebook size: dropping codes that nobody uses changes
     no assignment.
+
+    wait: whether the host may wait for an accelerator, as it must where near-ties are picked out. In a training step it
+    should not: float64 then decides among the eight codes of the lowest scores of each latent, which are all that count
+    unless more than eight lie within rounding of each other.
     """
     codes = codebook.vectors.to(latents.device)
     if codebook.lookup is Lookup.COSINE:
@@ -47,7 +60,9 @@ def nearest(latents: Tensor, codebook: Codebook) -> Tensor:
         return torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
     search = _Search(codes, codebook.lookup)
     tiles = torch.split(latents, search.rows)
-    alone = latents.is_cuda or len(tiles) == 1
+    if not (wait or latents.is_cpu) and has_float64(latents.device) and _rounding() == _EPS:
+        return torch.cat([search.settle(tile) for tile in tiles])
+    alone = not latents.is_cpu or len(tiles) == 1
     found = map(search, tiles) if alone else spread(search, tiles)
     index, best, second = (torch.cat(parts) for parts in zip(*found, strict=True))
     limit = best + search.slack(latents, best)
@@ -69,10 +84,10 @@ class _Search:
         self.norms = codes.square().sum(1) if squares else codes.new_zeros(len(codes))
         self.longest = codes.norm(dim=1).max()
         size, dim = codes.shape
-        at_once = min(size, _CODES) if not codes.is_cuda else size
+        at_once = min(size, _CODES) if codes.is_cpu else size
         self.starts = range(0, size, at_once)
         self.blocks = list(zip(torch.split(self.weights, at_once), torch.split(self.norms, at_once), strict=True))
-        self.rows = max(1, _TILE_BYTES.get(codes.device.type, 4 << 20) // (4 * max(at_once, dim)))
+        self.rows = max(1, _TILE_BYTES.get(codes.device.type, _ELSEWHERE) // (4 * max(at_once, dim)))
 
     def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(n,) int64, the code with the lowest score, that score (n,) float32, and the next: of latents (n, dim)."""
@@ -96,7 +111,7 @@ class _Search:
         than the way there and on by the best distance. The last term is for products too small for float32.
         """
         terms, longest = 2 * (self.codes.shape[1] + 4), self.longest
-        rounding = terms * _ROUNDING[torch.get_float32_matmul_precision()]
+        rounding = terms * _rounding()
         lengths = latents.norm(dim=1) if self.lookup is not Lookup.COSINE else torch.ones_like(best)
         if self.lookup is Lookup.EUCLIDEAN:
             squares = lengths.square()
@@ -114,11 +129,24 @@ class _Search:
             scores = torch.addmm(self.norms, tile, self.weights.T)
             row, code = (~(scores > bound) | ~scores.isfinite()).nonzero(as_tuple=True)
             exact = self._exact(tile, row, code)
+            row, code = row.to(exact.device), code.to(exact.device)
             least = exact.new_full((len(tile),), torch.inf).scatter_reduce_(0, row, exact, "amin")
             equal = exact == least[row]
             lowest = code.new_zeros(len(tile))  # and 0 for what is no number
             found.append(lowest.scatter_reduce_(0, row[equal], code[equal], "amin", include_self=False))
-        return torch.cat(found)
+        return torch.cat(found).to(latents.device)
+
+    def settle(self, latents: Tensor) -> Tensor:
+        """(n,) int64, decided in float64 among the codes of the lowest float32 scores of latents (n, dim). The host
+        waits for nothing in it."""
+        if self.lookup is Lookup.COSINE:
+            latents = unit(latents)
+        scores = torch.addmm(self.norms, latents, self.weights.T)
+        codes = scores.topk(min(_CANDIDATES, len(self.codes)), largest=False).indices
+        rows = torch.arange(len(latents), device=latents.device)[:, None].expand_as(codes)
+        exact = self._exact(latents, rows.flatten(), codes.flatten()).view_as(codes)
+        farther = exact > exact.amin(1, keepdim=True)
+        return codes.masked_fill(farther, len(self.codes)).amin(1)
 
     def _exact(self, latents: Tensor, rows: Tensor, codes: Tensor) -> Tensor:
         """(pairs,) float64 scores of the pairs of a row of latents (n, dim) and a code.
@@ -129,19 +157,19 @@ class _Search:
         scores = []
         at_once = max(1, _EXACT_BYTES // (8 * self.codes.shape[1]))
         for row, code in zip(torch.split(rows, at_once), torch.split(codes, at_once), strict=True):
-            x, c = latents[row].double(), self.codes[code].double()
+            x, c = wide(latents[row]), wide(self.codes[code])
             scores.append(-(x * c).sum(1) if self.lookup is Lookup.DOT else (x - c).square().sum(1))
         return torch.cat(scores)
 
 
 def _two_best(latents: Tensor, weights: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As _Search gives them, of the codes whose scores are norms (size,) + latents (n, dim) @ weights (size, dim).T."""
-    if latents.is_cuda:
-        scores = torch.addmm(norms, latents, weights.T)
-        index = scores.argmin(1, keepdim=True)
-    else:
+    if latents.is_cpu:
         scores = _product(latents, weights, norms)
         index = torch.from_numpy(scores.numpy().argmin(1)[:, None])  # numpy compares many at a time, torch one by one
+    else:
+        scores = torch.addmm(norms, latents, weights.T)
+        index = scores.argmin(1, keepdim=True)
     best = scores.gather(1, index)
     return index[:, 0], best[:, 0], scores.scatter_(1, index, torch.inf).amin(1)
 
@@ -153,14 +181,25 @@ def _product(latents: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
     return found
 
 
+def _rounding() -> float:
+    """Of a product's terms, as torch may compute it now. It can be told so in two ways, and refuses to say what it was
+    told in one where somebody took the other: then the coarsest of the backends counts."""
+    try:
+        told = [torch.get_float32_matmul_precision()]
+    except RuntimeError:
+        told = [backend.matmul.fp32_precision for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    return max(_ROUNDING[one] for one in told)
+
+
 def squared_errors(latents: Tensor, codebook: Codebook, codes: Tensor) -> Tensor:
     """(n,) float64: squared Euclidean distance, summed over dimensions, from each latent to the code that is emitted.
 
     latents: (n, dim) float32. codes: (n,) int64, its codes. A latent is normalised where lookup and output both are.
-    Added up in float32, unless one overflows there: codes that a training drove far off are there to be replaced.
+    Added up in float32, unless one overflows there: codes that a training drove far off are there to be replaced. On
+    the CPU where the device has no float64.
     """
     if codebook.lookup is Lookup.COSINE and codebook.emit is Emit.UNIT:
         latents = unit(latents)
     apart = latents - emitted(codebook).to(latents.device)[codes]
-    found = apart.square().sum(1).double()
-    return found if bool(found.isfinite().all()) else apart.double().square().sum(1)
+    found = wide(apart.square().sum(1))
+    return found if bool(found.isfinite().all()) else wide(apart).square().sum(1)

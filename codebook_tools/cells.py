@@ -13,15 +13,16 @@ from torch import Tensor
 from codebook_tools import processes
 from codebook_tools.assignment import emitted, nearest, unit
 from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.devices import wide, wide_device
 from codebook_tools.threads import spread
 
-_WIDENED = {"cpu": 2048, "cuda": 1 << 18}  # points that are float64 at a time: in the cache of a core
+_WIDENED, _ELSEWHERE = {"cpu": 2048}, 1 << 18  # points that are float64 at a time: in the cache of a core
 
 
 @dataclass(frozen=True, eq=False)
 class Cells:
     """What falls to each code. sums: (k, dim) float64 of its points, hits: (k,) float64 how many. squares: float64, sum
-    of the squared lengths of all points."""
+    of the squared lengths of all points. All where the points are, or on the CPU where that device has no float64."""
 
     sums: Tensor
     hits: Tensor
@@ -32,23 +33,24 @@ class Cells:
         """points: (n, dim)."""
         codes = _nearest(points, codebook)
         shown = unit(points) if codebook.emit is Emit.UNIT else points
-        sums = shown.new_zeros((codebook.size, codebook.dim), dtype=torch.float64)
-        squares = sums.new_zeros(())
-        at_once = _WIDENED[points.device.type]
+        device = wide_device(points.device)
+        sums = torch.zeros(codebook.size, codebook.dim, dtype=torch.float64, device=device)
+        codes, squares = codes.to(device), sums.new_zeros(())
+        at_once = _WIDENED.get(points.device.type, _ELSEWHERE)
         for rows, at in zip(torch.split(shown, at_once), torch.split(codes, at_once), strict=True):
-            wide = rows.double()
-            sums.index_add_(0, at, wide)
-            squares += torch.dot(wide.flatten(), wide.flatten())
+            rows = wide(rows)
+            sums.index_add_(0, at, rows)
+            squares += torch.dot(rows.flatten(), rows.flatten())
         return Cells(sums, torch.bincount(codes, minlength=codebook.size).double(), squares)
 
     @staticmethod
     def over(slabs: Iterable[Tensor], codebook: Codebook) -> Cells:
         """Of all slabs, those of the other processes among them."""
         vectors = codebook.vectors
-        sums = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
+        sums = torch.zeros(vectors.shape, dtype=torch.float64, device=wide_device(vectors.device))
         hits, squares = sums.new_zeros(codebook.size), sums.new_zeros(1)
         work = partial(Cells.of, codebook=codebook)
-        for found in map(work, slabs) if vectors.is_cuda else spread(work, slabs):
+        for found in spread(work, slabs) if vectors.is_cpu else map(work, slabs):
             sums += found.sums
             hits += found.hits
             squares += found.squares
@@ -58,17 +60,21 @@ class Cells:
 
     def means(self, old: Codebook) -> Tensor:
         """(k, dim) float32, as they are given out; where there are none, the old code."""
-        means = (self.sums / self.hits.clamp(min=1)[:, None]).float()
+        means = (self.sums / self.hits.clamp(min=1)[:, None]).float().to(old.vectors.device)
         if old.emit is Emit.UNIT:
             means = unit(means)
-        lost = (means == 0).all(1) if old.emit is Emit.UNIT else self.hits == 0  # directions may cancel out
-        means[lost] = emitted(old)[lost]
-        return means
+        lost = (means == 0).all(1) if old.emit is Emit.UNIT else self.empty  # directions may cancel out
+        return torch.where(lost.to(means.device)[:, None], emitted(old), means)
+
+    @property
+    def empty(self) -> Tensor:
+        """(k,) bool: the codes that nothing falls to."""
+        return self.hits == 0
 
     def inertia(self, vectors: Tensor) -> float:
         """Sum of squared distances of all points to the vectors (k, dim) of their cells."""
-        wide = vectors.double()
-        found = self.squares - 2 * (wide * self.sums).sum() + (self.hits * wide.square().sum(1)).sum()
+        codes = wide(vectors)
+        found = self.squares - 2 * (codes * self.sums).sum() + (self.hits * codes.square().sum(1)).sum()
         return max(0.0, float(found))
 
 

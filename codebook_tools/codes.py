@@ -175,7 +175,7 @@ def decode_each(model: Model, codes: Sequence[int]) -> list[Tensor | None]:
 
 def _neighbours(codebook: Codebook, order: Sequence[int]) -> list[tuple[int, ...]]:
     """The codes nearest to each, the nearest first."""
-    vectors = codebook.vectors.double().cpu()
+    vectors = codebook.vectors.cpu().double()
     chosen = torch.tensor(order)
     most = min(NEIGHBOURS + 1, codebook.size)
     found = torch.cat(

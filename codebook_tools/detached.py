@@ -18,6 +18,7 @@ from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.codebook import Codebook, Emit, Latents, Strategy, Surgery
 from codebook_tools.coverage import POINTS, reference_distance
+from codebook_tools.devices import device_of
 from codebook_tools.errors import CodebookError
 from codebook_tools.filling import common_sizes, filled, remark
 from codebook_tools.index_maps import nearest_map
@@ -44,7 +45,7 @@ from codebook_tools.models.remarks import dependents_warning, stale_state
 from codebook_tools.models.stored import changed_codebook, effective_rows, owned_keys, rounded
 from codebook_tools.models.transforms import refuse_unknown, transforms_beside
 from codebook_tools.models.twins import twin_warning
-from codebook_tools.opening import Request, device_of
+from codebook_tools.opening import Request
 from codebook_tools.outcome import Result, check_request_output, provenance, settings_of, weights_bytes
 from codebook_tools.output import remarks, written_config
 from codebook_tools.stats import Part, Stats, holds_sample, read_sample, read_stats, write_part

@@ -25,7 +25,7 @@ class Original:
 
     def __call__(self, media: Tensor) -> Tensor:
         """What the original makes of media, not clamped and without gradients."""
-        return self.model.pass_through(media).media.detach()
+        return self.model.pass_through(media, wait=False).media.detach()
 
 
 def _as_stored(stored: Checkpoint, book: Book) -> Tensor:

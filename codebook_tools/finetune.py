@@ -84,7 +84,7 @@ def _train(training: Training, course: Course, watch: Watch, log: Scalars) -> Di
         readings.add(training.gradients())
         loss = None
         if step % readings.every == 0 or step in looks:
-            read = readings.read()
+            read, used = readings.read(training.in_use)
             for its, losses in enumerate(read, step + 1 - len(read)):
                 if not math.isfinite(losses[SUM]):
                     terms = [name for name, loss in losses.items() if name != SUM and not math.isfinite(loss)]
@@ -93,7 +93,7 @@ def _train(training: Training, course: Course, watch: Watch, log: Scalars) -> Di
             loss = read[-1][SUM]
         training.move(step)
         if loss is not None:
-            watch.progress("fine-tune", step, steps, loss=loss, used=training.in_use)
+            watch.progress("fine-tune", step, steps, loss=loss, used=used)
         if step in looks:
             try:
                 course.look(step, loss)

@@ -20,7 +20,7 @@ from codebook_tools.watch import Watch
 
 _GROWTH = 4  # each sample is so many times the one before
 _POINTS_PER_CENTROID = 32  # in the first sample, at least: fewer fit what is chance in it
-_SLAB = {"cpu": 65_536, "cuda": 1 << 20}  # points at most that one thread, or a GPU, assigns and sums at a time
+_SLAB, _ELSEWHERE = {"cpu": 65_536}, 1 << 20  # points at most that one thread, or a GPU, assigns and sums at a time
 _SLABS = 16  # at least, so that all threads have work: not as many as there are threads, or results would hang on that
 _LEAST = 4096  # points of a slab even so: fewer take longer to begin than to do
 _STRETCH = 1.3  # of each step to the means; more than 1.5 overshoots where cells are many
@@ -103,7 +103,7 @@ def _heads(n: int, k: int) -> list[int]:
 
 def _slab(points: int, device: torch.device) -> int:
     """How many of so many points are done at a time."""
-    return min(_SLAB[device.type], max(_LEAST, points // _SLABS))
+    return min(_SLAB.get(device.type, _ELSEWHERE), max(_LEAST, points // _SLABS))
 
 
 def _own(slabs: Iterable[Tensor]) -> Iterable[Tensor]:
@@ -112,7 +112,8 @@ def _own(slabs: Iterable[Tensor]) -> Iterable[Tensor]:
 
 
 def _in_slabs(whole: Latents, device: torch.device) -> Iterable[Tensor]:
-    return (slab.to(device) for batch in whole for slab in torch.split(batch, _SLAB[device.type]))
+    at_once = _SLAB.get(device.type, _ELSEWHERE)
+    return (slab.to(device) for batch in whole for slab in torch.split(batch, at_once))
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +149,7 @@ class _Level:
             means = cells.means(codebook)
             judged = now if self.by_direction else means
             inertia = cells.inertia(judged)
-            empty = (cells.hits == 0).nonzero()[:, 0]
+            empty = cells.empty.nonzero()[:, 0].to(means.device)
             placed = len(empty) and self._move(means, empty, self.seed + done)
             if (placed > 0, inertia) < (not complete, best.inertia):
                 best, complete = Clustering(judged, inertia, done, False), not placed

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools import metrics, processes
+from codebook_tools.devices import wide
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.media import Media
 from codebook_tools.models.model import INPUT_RANGES, Model, Pass
@@ -180,7 +181,7 @@ def collect(
             total += Sums(
                 images=len(items),
                 values=pixels.numel(),
-                error=exact(float((seen.media - pixels).double().square().sum())),
+                error=exact(float(wide(seen.media - pixels).square().sum())),
                 similarity=_added(scores),
                 books=tuple(
                     book_sums(*book, rows_of(latents), codes.flatten(), moments=True)
@@ -194,7 +195,7 @@ def collect(
 
 
 def _added(scores: Tensor | None) -> Fraction | None:
-    return None if scores is None else exact(float(scores.double().sum()))
+    return None if scores is None else exact(float(wide(scores).sum()))
 
 
 def measurement_of(sums: Sums, split: str) -> Measurement:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from codebook_tools.devices import wide
+
 
 def used(counts: Tensor, hits: int = 1) -> int:
     """Codes with at least `hits` assignments. counts: (size,) int64."""
@@ -103,7 +105,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor | None:
     """
     if min(images.shape[-2:]) < 2 * _REACH + 1:
         return None
-    x, y = images.double(), others.double()
+    x, y = wide(images), wide(others)
     mean_x, mean_y, xx, yy, xy = map(_windowed, (x, y, x * x, y * y, x * y))
     both, squares = mean_x * mean_y, mean_x.square() + mean_y.square()
     variances = (xx - mean_x.square()).clamp(min=0) + (yy - mean_y.square()).clamp(min=0)
@@ -140,7 +142,7 @@ def detail(images: Tensor) -> Tensor | None:
     """
     if min(images.shape[-2:]) < 3:
         return None
-    images = images.double()  # first: of nearly flat images float32 would leave a third of the digits
+    images = wide(images)  # first: of nearly flat images float32 would leave a third of the digits
     inner = images[..., 1:-1, 1:-1]
     around = images[..., :-2, 1:-1] + images[..., 2:, 1:-1] + images[..., 1:-1, :-2] + images[..., 1:-1, 2:]
     return (4 * inner - around).square().flatten(1).sum(1)

@@ -15,6 +15,7 @@ from codebook_tools import processes
 from codebook_tools.channels import FIRST, MIX, MIXINGS
 from codebook_tools.checkpoints.reading import AS_STORED, Checkpoint, read_checkpoint
 from codebook_tools.demo import DEMO
+from codebook_tools.devices import RUN_AHEAD, device_of
 from codebook_tools.errors import CodebookError
 from codebook_tools.images import SAMPLE, images, sample_images
 from codebook_tools.items import Item, Medium, find_items
@@ -234,8 +235,8 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         )
         splits, medium = _listed(request, model, measuring)
         model.compiled = request.compiled
-        on_gpu = model.device.type == "cuda"
-        workers = (_helpful_workers() if on_gpu else 0) if request.workers is None else request.workers
+        runs_ahead = model.device.type in RUN_AHEAD
+        workers = (_helpful_workers() if runs_ahead else 0) if request.workers is None else request.workers
         calibration, test = (
             Media(
                 items,
@@ -245,7 +246,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
                 watch,
                 processes.part(),
                 workers=workers,
-                pinned=on_gpu,
+                pinned=runs_ahead,
                 mixing=request.channels or (None if given else MIX),  # the sample is in whatever channels are asked for
             )
             for items, given in (
@@ -282,16 +283,6 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         "precision": request.precision,
     }
     return opened
-
-
-def device_of(name: str) -> torch.device:
-    """Where networks and k-means run: "auto", "cpu" or "cuda", of several processes each on a GPU of its own."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise CodebookError("--device cuda: this torch finds no CUDA device; use --device cpu or auto")
-    if not available or name == "cpu":
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device()) if processes.count() > 1 else torch.device("cuda")
 
 
 def _helpful_workers() -> int:

@@ -49,7 +49,7 @@ def receptive_side(model: Model, images: Media, stage: int = 0) -> int | None:
         row, column = latents.shape[2] // 2, latents.shape[3] // 2
         signs = torch.randn(latents.shape[:2], generator=torch.Generator().manual_seed(0)).to(latents.device)
         (gradient,) = torch.autograd.grad((latents[:, :, row, column] * signs).sum(), media)
-    energy = gradient.square().sum((0, 1)).double().cpu()
+    energy = gradient.square().sum((0, 1)).cpu().double()
     high, wide = energy.shape
     middle = ((row + 0.5) * high / latents.shape[2], (column + 0.5) * wide / latents.shape[3])
     away = torch.maximum(

@@ -42,8 +42,8 @@ _together = _Together()
 def joined(device: str) -> Iterator[None]:
     """Join the processes that torchrun started, if it did: by NCCL where networks run on GPUs, else by gloo.
 
-    device: "auto", "cpu" or "cuda". With several GPUs each process takes its own. Raises CodebookError where there are
-    fewer GPUs than processes.
+    device: as devices.device_of takes it. With several GPUs each process takes its own. Raises CodebookError where
+    there are fewer GPUs than processes.
     """
     if "WORLD_SIZE" not in os.environ:
         yield
@@ -53,7 +53,7 @@ def joined(device: str) -> Iterator[None]:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    on_gpu = device != "cpu" and torch.cuda.is_available()
+    on_gpu = device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(_own_gpu(torch.cuda.device_count()))
     store, rank, count = next(rendezvous("env://"))

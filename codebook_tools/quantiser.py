@@ -11,6 +11,7 @@ from torch import Tensor
 from codebook_tools import processes
 from codebook_tools.assignment import emitted, unit
 from codebook_tools.codebook import REMOVED, Emit
+from codebook_tools.devices import sent
 from codebook_tools.models.model import Book, Model
 from codebook_tools.strategies.pnn import merge_pairs
 
@@ -42,7 +43,7 @@ class Quantiser:
         self._begin(counts)
 
     def _begin(self, counts: Tensor) -> None:
-        self.revived = torch.zeros(len(counts), dtype=torch.bool)
+        self.revived = torch.zeros(len(counts), dtype=torch.bool, device=self.model.device)
         shares = counts.float() / counts.sum().clamp(min=1)
         self.shares = shares.to(self.model.device)  # of a batch's tokens, so that batch size does not matter
         self.sums = self.book.vectors.detach() * self.shares[:, None]
@@ -54,13 +55,14 @@ class Quantiser:
 
     def merge(self, size: int) -> None:
         """Merge pairs of codes, those that cost least (pnn.py) by the average of their use, until `size` are left."""
-        weights = self.shares.double().clamp(min=1e-9 / len(self.shares))  # pairs of dead ones must have a mean, too
+        # Pairs of dead ones must have a mean, too.
+        weights = self.shares.cpu().double().clamp(min=1e-9 / len(self.shares))
         shown = emitted(self.book.codebook)  # where rows are given out at unit length, their own says nothing
-        _, found = merge_pairs(shown.double().cpu().numpy(), weights.cpu().numpy(), size)
+        _, found = merge_pairs(shown.cpu().double().numpy(), weights.numpy(), size)
         labels = processes.of_first(torch.from_numpy(found))
-        self.merged = labels.masked_fill(self.revived, REMOVED)
-        self.revived = torch.zeros(size, dtype=torch.bool)
-        at, shares = labels.to(weights.device), weights.float()
+        self.merged = labels.masked_fill(self.revived.cpu(), REMOVED)
+        self.revived = self.revived.new_zeros(size)
+        at, shares = (of_codes.to(self.model.device) for of_codes in (labels, weights.float()))
         sums = (self.book.vectors * shares[:, None]).new_zeros(size, self.book.vectors.shape[1])
         self.sums = sums.index_add_(0, at, self.book.vectors * shares[:, None])
         self.shares = shares.new_zeros(size).index_add_(0, at, shares)
@@ -71,13 +73,13 @@ class Quantiser:
         return self.model.books[self.stage]
 
     @property
-    def in_use(self) -> int:
-        """Codes that are not dead, by the running average."""
-        return int((self.shares >= DEAD_BELOW / len(self.shares)).sum())
+    def in_use(self) -> Tensor:
+        """Codes that are not dead, by the running average: a scalar on the device."""
+        return (self.shares >= DEAD_BELOW / len(self.shares)).sum()
 
     def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """latents (n, dim, *grid) -> codes (n, *grid), and what the decoder gets, with gradients to the codes."""
-        codes = self.model.assign(latents.detach(), self.stage)
+        codes = self.model.assign(latents.detach(), self.stage, wait=False)
         return codes, self.model.embed_trained(codes, self.stage)
 
     def state(self) -> dict[str, Tensor]:
@@ -87,14 +89,16 @@ class Quantiser:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave."""
-        self.shares, self.sums = (state[name].to(self.model.device) for name in ("shares", "sums"))
-        self.revived, self.merged = state["revived"], state.get("merged")
+        self.shares, self.sums, self.revived = (
+            state[name].to(self.model.device) for name in ("shares", "sums", "revived")
+        )
+        self.merged = state.get("merged")
 
     def update(self, latents: Tensor, codes: Tensor, revive: bool) -> None:
         """Move the codes after a step: latents (n, dim, *grid), their codes (n, *grid) at its beginning; of several
         processes, each brings what it saw. revive: the dead among them, too.
 
-        Nothing here waits for a GPU, but a revival.
+        Nothing here waits for a GPU.
         """
         rows, flat = latents.movedim(1, -1).flatten(0, -2).float(), codes.flatten()
         if self.book.emit is Emit.UNIT:
@@ -115,16 +119,31 @@ class Quantiser:
 
     def _revive(self, rows: Tensor, codes: Tensor) -> None:
         """Put dead codes at latents of this batch, drawn by their squared error, with the mean share of a code."""
-        dead = (self.shares < DEAD_BELOW / len(self.shares)).nonzero()[:, 0]
-        if not len(dead):
+        dead = self.shares < DEAD_BELOW / len(self.shares)
+        if _surely_none(dead):
             return
-        errors = processes.gathered((rows - self.book.vectors[codes]).square().sum(1)).cpu()
-        dead = dead[: int((errors > 0).sum())]
-        if not len(dead):
+        errors = processes.gathered((rows - self.book.vectors[codes]).square().sum(1))
+        rank = dead.cumsum(0) - 1  # of a dead code, among them
+        dead &= rank < (errors > 0).sum()
+        if _surely_none(dead):
             return
-        chosen = torch.multinomial(errors, len(dead), generator=self.random).to(rows.device)
-        drawn = processes.gathered(rows)[chosen]
-        self.book.vectors[dead] = drawn
-        self.shares[dead] = 1 / len(self.shares)
-        self.sums[dead] = drawn / len(self.shares)
-        self.revived[dead.cpu()] = True
+        drawn = processes.gathered(rows)[self._drawn(errors, int(dead.sum()) if dead.is_cpu else len(dead))]
+        share, placed = 1 / len(self.shares), drawn[rank.clamp(0, len(drawn) - 1)]
+        self.book.vectors = torch.where(dead[:, None], placed, self.book.vectors)
+        self.sums = torch.where(dead[:, None], placed / len(self.shares), self.sums)
+        self.shares.masked_fill_(dead, share)
+        self.revived |= dead
+
+    def _drawn(self, errors: Tensor, most: int) -> Tensor:
+        """(most,) int64, or as many as there are: places drawn one after the other by errors (n,), each once.
+
+        Those of the largest error over a draw from the exponential distribution, as torch.multinomial has it, for which
+        the host need not know how many errors there are above 0. The draws are the CPU's, the same on every process.
+        """
+        waits = torch.empty(len(errors)).exponential_(generator=self.random)
+        return (errors / sent(waits, errors.device)).topk(min(most, len(errors))).indices
+
+
+def _surely_none(mask: Tensor) -> bool:
+    """Whether nothing in a mask is true, where the host can tell without waiting for a device."""
+    return mask.is_cpu and not bool(mask.any())

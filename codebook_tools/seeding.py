@@ -12,6 +12,7 @@ from torch import Tensor
 
 from codebook_tools.assignment import nearest, squared_errors, unit
 from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.devices import wide
 from codebook_tools.errors import CodebookError
 
 Init = Literal["kmeans++", "afkmc2", "random"]
@@ -149,5 +150,5 @@ def _drawn(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tensor:
             break
         at = float(torch.rand((), generator=random, dtype=torch.float64)) * total
         drawn.append(min(int(torch.searchsorted(up_to, at, right=True)), len(points) - 1))
-        errors = torch.minimum(errors, (places - places[drawn[-1]]).square().sum(1).double())
+        errors = torch.minimum(errors, wide((places - places[drawn[-1]]).square().sum(1)))
     return points[drawn]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from codebook_tools.assignment import emitted, squared_errors, unit
 from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.devices import wide
 from codebook_tools.errors import NotFiniteError
 
 _Number = TypeVar("_Number", int, Fraction)
@@ -145,8 +146,8 @@ def no_sums(key: str, codebook: Codebook, reference: float | None = None, *, mom
 def _moments(rows: Tensor, codebook: Codebook, counts: Tensor) -> Tensor:
     """In float64, of which the order of the parts changes only digits that nobody is shown."""
     points = unit(rows) if (codebook.lookup, codebook.emit) == (Lookup.COSINE, Emit.UNIT) else rows
-    wide, codes = points.double(), emitted(codebook).double().cpu()
-    of_rows = torch.cat([wide.sum(0, keepdim=True), wide.T @ wide]).cpu()
+    rows, codes = wide(points), emitted(codebook).cpu().double()
+    of_rows = torch.cat([rows.sum(0, keepdim=True), rows.T @ rows]).cpu()
     weighted = codes * counts[:, None]
     return torch.stack([of_rows, torch.cat([weighted.sum(0, keepdim=True), weighted.T @ codes])])
 

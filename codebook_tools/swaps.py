@@ -7,6 +7,7 @@ from torch import Tensor
 
 from codebook_tools.assignment import nearest, squared_errors, unit
 from codebook_tools.codebook import Codebook, Emit
+from codebook_tools.devices import wide
 
 _AT_ONCE = 1 << 22  # costs of merging that are looked at together
 _APART = 0.3  # how far to its point a half of a cell starts: near enough to leave other cells alone
@@ -22,10 +23,12 @@ def swapped(codebook: Codebook, points: Tensor, count: int, random: torch.Genera
     """
     codes = nearest(points, codebook)
     errors = squared_errors(points, codebook, codes)
+    codes = codes.to(errors.device)
     hits = torch.bincount(codes, minlength=codebook.size).double()
     of_cells = errors.new_zeros(codebook.size).index_add_(0, codes, errors)
-    moved, cut = _pairs(*_cheapest_merges(codebook.vectors, hits), of_cells, count)
-    towards = points[_drawn(codes, errors, codebook.size, random)[cut]]
+    pairs = _pairs(*_cheapest_merges(wide(codebook.vectors), hits), of_cells, count)
+    moved, cut = (cells.to(points.device) for cells in pairs)
+    towards = points[_drawn(codes, errors, codebook.size, random).to(points.device)[cut]]
     if codebook.emit is Emit.UNIT:
         towards = unit(towards)
     step = _APART * (towards - codebook.vectors[cut])
@@ -36,13 +39,13 @@ def swapped(codebook: Codebook, points: Tensor, count: int, random: torch.Genera
 
 def _cheapest_merges(vectors: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
     """(k,) float64 and (k,) int64: what it costs to merge each cell into another, and into which; an empty one is
-    merged into none."""
-    wide, index = vectors.double(), torch.arange(len(vectors), device=vectors.device)
+    merged into none. vectors: (k, dim) float64, hits: (k,)."""
+    index = torch.arange(len(vectors), device=vectors.device)
     dead = hits == 0
     costs, partners = [], []
     for rows in torch.split(index, max(1, _AT_ONCE // len(index))):
         both = hits[rows, None] + hits
-        found = torch.cdist(wide[rows], wide).square_().mul_(hits[rows, None] * hits / both.clamp(min=1))
+        found = torch.cdist(vectors[rows], vectors).square_().mul_(hits[rows, None] * hits / both.clamp(min=1))
         found[(rows[:, None] == index) | dead] = torch.inf
         least = found.min(1)
         costs.append(least.values)
@@ -61,8 +64,9 @@ def _pairs(costs: Tensor, partners: Tensor, errors: Tensor, count: int) -> tuple
         if code not in taken:
             moved.append(code)
             taken |= {code, into[code]}
-    by_error = errors.argsort(descending=True, stable=True).tolist()
-    cut = [cell for cell in by_error if cell not in taken and errors[cell] > 0][: len(moved)]
+    order = errors.argsort(descending=True, stable=True)
+    by_error = zip(order.tolist(), errors[order].tolist(), strict=True)
+    cut = [cell for cell, error in by_error if cell not in taken and error > 0][: len(moved)]
     found = torch.tensor([moved[: len(cut)], cut], dtype=torch.int64, device=costs.device)
     return found[0], found[1]
 

@@ -23,7 +23,7 @@ LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
 
 FLOORS = (
     ("errors", "watch", "version", "demo", "threads", "regular", "parsing", "channels"),
-    ("codebook", "kinds", "processes", "sources", "items", "pictures"),
+    ("codebook", "kinds", "processes", "devices", "sources", "items", "pictures"),
     ("assignment", "metrics", "structure", "splits", "media", "sampling"),
     (
         *("seeding", "cells", "swaps", "kmeans", "entropy"),
@@ -50,6 +50,7 @@ FLOORS = (
 STAIRS = {
     ("parsing", "regular"),
     ("items", "sources"),
+    ("devices", "processes"),
     *(("kmeans", room) for room in ("seeding", "cells", "swaps")),
     ("finetune", "training"),
     ("card", "figures"),

@@ -255,19 +255,37 @@ def test_the_answer_does_not_depend_on_how_products_are_made_and_codes_parted(
     assert torch.equal(nearest(latents, codebook), found)
 
 
-def test_products_of_low_precision_are_told_by_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a GPU rounds them where TF32 is allowed: ten bits of each factor."""
+@pytest.mark.parametrize(("told", "bits"), [("high", 10), ("medium", 7)])
+def test_products_of_low_precision_are_told_by_float64(told: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU rounds them where TF32 or bfloat16 is allowed: so many bits of each factor are left."""
     codebook, latents = Codebook(normal(200, 16, seed=1)), normal(30_000, 16, seed=2)
     found = nearest(latents, codebook)
 
     def coarse(rows: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
-        low = [(x.view(torch.int32) + 4096 & ~8191).view(torch.float32) for x in (rows.contiguous(), weights)]
+        half = 1 << 22 - bits
+        low = [(x.view(torch.int32) + half & -2 * half).view(torch.float32) for x in (rows.contiguous(), weights)]
         return torch.addmm(norms, low[0], low[1].T)
 
     monkeypatch.setattr(assignment, "_product", coarse)
     assert not torch.equal(nearest(latents, codebook), found)  # else this tests nothing
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: told)
     assert torch.equal(nearest(latents, codebook), found)
+
+
+def test_a_precision_that_was_set_for_one_backend_counts() -> None:
+    """Since torch 2.9 it can be, and torch then refuses to say what holds for all."""
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has one precision for all backends")
+    codebook, latents = Codebook(normal(50, 4, seed=1)), normal(200, 4, seed=2)
+    found, before = nearest(latents, codebook), matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert assignment._rounding() == 2.0**-10
+        assert torch.equal(nearest(latents, codebook), found)
+    finally:
+        matmul.fp32_precision = before
+    assert assignment._rounding() == torch.finfo(torch.float32).eps
 
 
 # --- what goes with it ---------------------------------------------------------------------------------------------

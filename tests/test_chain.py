@@ -197,7 +197,7 @@ def test_a_recipe_that_is_there_is_not_replaced(recipe: Callable[..., Path], cod
         (["prune"], {"datas": "x"}, "a recipe has no datas; it has surgeries, "),
         (["prune"], {"limit": "many"}, "limit is 'many'; expected a whole number"),
         (["prune"], {"batch-size": 2.5}, "batch-size is 2.5; expected a whole number"),
-        (["prune"], {"device": "tpu"}, "device is 'tpu'; expected one of auto, cpu, cuda"),
+        (["prune"], {"device": "tpu"}, "--device tpu: this torch finds no such device"),
         (["prune"], {"seed": True}, "seed is True; expected a whole number"),
         (["prune"], {"data": [["images"]]}, "data is ['images']; expected text"),
         (["prune"], {"metric": 3}, "metric is 3; expected one of euclidean, "),

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from codebook_cli.completion import ROWS, families, rows
+from codebook_cli.completion import ROWS, devices, families, rows
 
 from codebook_tools.compare import ENTRIES, MORE_ENTRIES
 from codebook_tools.models.families import FAMILIES
@@ -32,6 +32,7 @@ def test_the_last_row_of_several_is_completed(typed: str, found: list[str]) -> N
 
 def test_all_families_are_known_and_no_key_waits_for_torch() -> None:
     assert families("") == [*FAMILIES] and families("zal") == ["zalando"]
+    assert devices("") == ["auto", "cpu", "cuda", "xpu", "mps"] and devices("c") == ["cpu", "cuda"]
     looked = "from codebook_cli.completion import families, rows; families('z'), rows('p')"
     code = f"{looked}; import sys; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

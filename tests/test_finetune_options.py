@@ -220,9 +220,9 @@ def test_bf16_trains_weights_that_stay_float32_by_nearest_codes_in_float32(tiny:
     model, seen = load_model(read_checkpoint(tiny), bf16=True), set[tuple[torch.dtype, bool]]()
     assign = model.assign
 
-    def watched(latents: torch.Tensor, stage: int = 0) -> torch.Tensor:
+    def watched(latents: torch.Tensor, stage: int = 0, *, wait: bool = True) -> torch.Tensor:
         seen.add((latents.dtype, torch.is_autocast_enabled("cpu")))
-        return assign(latents, stage)
+        return assign(latents, stage, wait=wait)
 
     model.assign = watched  # type: ignore[method-assign]
     computed = set[torch.dtype]()

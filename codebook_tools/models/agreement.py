@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codebook_tools.codebook import Codebook, Lookup
+from codebook_tools.devices import wide
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.evidence import FLAG
 from codebook_tools.models.model import Model
@@ -146,7 +147,8 @@ def _own(network: Any, encoded: Any) -> tuple[Any, Tensor]:
 def _near_ties(latents: Tensor, codebook: Codebook, ours: Tensor, own: Tensor, noise: float) -> Tensor:
     """(n,) bool: whether both codes of a latent, (n, dim), are as near to it, but for rounding. noise: the length of
     what rounding may have added to a latent."""
-    rows, codes = latents.double(), codebook.vectors.double()
+    rows, codes = wide(latents), wide(codebook.vectors)
+    ours, own = ours.to(rows.device), own.to(rows.device)
     blurred = torch.full_like(rows[:, 0], noise)
     if codebook.lookup is not Lookup.EUCLIDEAN:
         blurred = blurred / rows.norm(dim=1).clamp(min=1e-30)

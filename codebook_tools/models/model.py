@@ -14,6 +14,7 @@ from codebook_tools.assignment import emitted, nearest, unit
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint, torch_dtype
 from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.devices import sent
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import EncodedLatents
 from codebook_tools.media import Media
@@ -117,14 +118,14 @@ class Model:
             raise CodebookError(f"the network's decode returns a {type(shown).__name__}; expected a tensor")
         return (shown.float() - low) / (high - low)
 
-    def pass_through(self, media: Tensor) -> Pass:
-        """media through the model as it is, each latent replaced by its nearest code."""
+    def pass_through(self, media: Tensor, *, wait: bool = True) -> Pass:
+        """media through the model as it is, each latent replaced by its nearest code. wait: as of `assign`."""
         latents: list[list[Tensor]] = [[] for _ in self.books]
         codes: list[list[Tensor]] = [[] for _ in self.books]
 
         def look(stage: int, found: Tensor) -> Tensor:
             latents[stage].append(found)
-            codes[stage].append(self.assign(found, stage))
+            codes[stage].append(self.assign(found, stage, wait=wait))
             return self.embed(codes[stage][-1], stage)
 
         shown = self.run(media, look)
@@ -159,10 +160,12 @@ class Model:
 
         return EncodedLatents(images, encode, batch)
 
-    def assign(self, latents: Tensor, stage: int = 0) -> Tensor:
-        """latents `(n, dim, *grid)` -> the index of each one's nearest code, `(n, *grid)` int64."""
+    def assign(self, latents: Tensor, stage: int = 0, *, wait: bool = True) -> Tensor:
+        """latents `(n, dim, *grid)` -> the index of each one's nearest code, `(n, *grid)` int64. wait: whether the host
+        may wait for the device; see `assignment.nearest`."""
         rows = latents.movedim(1, -1)
-        return nearest(rows.reshape(-1, rows.shape[-1]), self.books[stage].codebook).reshape(rows.shape[:-1])
+        codes = nearest(rows.reshape(-1, rows.shape[-1]), self.books[stage].codebook, wait=wait)
+        return codes.reshape(rows.shape[:-1])
 
     def embed(self, codes: Tensor, stage: int = 0) -> Tensor:
         """codes `(n, *grid)` int64 -> what the decoder gets of them, `(n, dim, *grid)` float32."""
@@ -186,7 +189,7 @@ class Model:
         low, high = self.input_range
 
         def encode() -> object:
-            return self._call("encode", media.to(self.device, non_blocking=True) * (high - low) + low)
+            return self._call("encode", sent(media, self.device) * (high - low) + low)
 
         if torch.is_grad_enabled() or not keep:
             return encode()

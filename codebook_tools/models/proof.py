@@ -18,6 +18,7 @@ from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.layout import is_directory_output, own_config_path, partial_path
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.codebook import Codebook
+from codebook_tools.devices import wide
 from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.models.agreement import Agreement, agreement, encoded_batches, has_quantizer, in_training
 from codebook_tools.models.families import FAMILIES
@@ -241,9 +242,10 @@ def _follow_their_means(latents: Tensor, codebook: Codebook, moved: Tensor) -> b
     chosen = nearest(latents, codebook)
     hits = torch.bincount(chosen, minlength=codebook.size)
     sums = torch.zeros_like(codebook.vectors).index_add_(0, chosen, latents)
-    before = codebook.vectors.double()
-    towards = torch.where(hits[:, None] > 0, sums.double() / hits.clamp(min=1)[:, None] - before, 0.0)
-    step = moved.double() - before
+    sums, before, after = map(wide, (sums, codebook.vectors, moved))
+    hits = hits.to(before.device)
+    towards = torch.where(hits[:, None] > 0, sums / hits.clamp(min=1)[:, None] - before, 0.0)
+    step = after - before
     share = ((step * towards).sum(1) / towards.square().sum(1).clamp(min=1e-30)).clamp(0, 1)
     aside = (step - share[:, None] * towards).norm(dim=1)
     rounding = 0.1 * before.norm(dim=1).max()

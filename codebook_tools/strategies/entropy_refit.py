@@ -9,6 +9,7 @@ from torch import Tensor
 
 from codebook_tools.assignment import nearest, squared_errors
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
+from codebook_tools.devices import wide
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import joined
 from codebook_tools.strategies.checks import check_k
@@ -46,10 +47,10 @@ class EntropyRefit:
         codes = Refit(self.k, init="used", seed=self.seed, device=self.device)(
             codebook, latents, counts
         ).codebook.vectors
-        unit = self.price * float(points.double().var(0, correction=0).sum())
+        unit = self.price * float(wide(points).var(0, correction=0).sum())
         shares, last = torch.full((self.k,), 1 / self.k, dtype=torch.float64), float("inf")
         for _ in range(self.iterations):
-            codes, shares, cost = _step(points, codes.to(points.device), shares.to(points.device), unit)
+            codes, shares, cost = _step(points, codes.to(points.device), shares, unit)
             if last - cost <= _GAIN * cost:
                 break
             last = cost
@@ -59,7 +60,7 @@ class EntropyRefit:
 def _step(points: Tensor, codes: Tensor, shares: Tensor, unit: float) -> tuple[Tensor, Tensor, float]:
     """Codes that are the means of what goes to them, their shares, and the mean cost that there was. unit: of a bit."""
     # What a code costs stands in a further dimension, in which all latents are 0: the nearest is then the cheapest.
-    prices = (-shares.log2() * unit).sqrt().float()
+    prices = (-shares.log2() * unit).sqrt().float().to(points.device)
     longer = Codebook(torch.cat([codes, prices[:, None]], 1))
     rows = torch.cat([points, points.new_zeros(len(points), 1)], 1)
     chosen = nearest(rows, longer)
@@ -67,4 +68,4 @@ def _step(points: Tensor, codes: Tensor, shares: Tensor, unit: float) -> tuple[T
     hits = torch.bincount(chosen, minlength=len(codes))
     sums = points.new_zeros(codes.shape).index_add_(0, chosen, points)
     used = hits > 0
-    return sums[used] / hits[used][:, None], hits[used].double() / len(points), cost
+    return sums[used] / hits[used][:, None], wide(hits[used]) / len(points), cost

@@ -28,9 +28,11 @@ class Readings:
         self._names = [*terms]
         self._unread.append(torch.stack([*terms.values()]))
 
-    def read(self) -> list[dict[str, float]]:
-        """The terms, and SUM, of each step since the last reading, of all processes together."""
+    def read(self, beside: Tensor) -> tuple[list[dict[str, float]], int]:
+        """The terms, and SUM, of each step since the last reading, of all processes together; and the number `beside`
+        them, a scalar that is the same on all. The host waits once for all of it."""
         steps = processes.summed(torch.stack(self._unread))
         self._unread.clear()
-        found = zip(steps.sum(1).tolist(), steps.tolist(), strict=True)
-        return [{SUM: whole} | dict(zip(self._names, terms, strict=True)) for whole, terms in found]
+        sums = steps.sum(1, keepdim=True)
+        *found, (count, *_) = torch.cat([torch.cat([sums, steps], 1), beside.expand(1, steps.shape[1] + 1)]).tolist()
+        return [{SUM: whole} | dict(zip(self._names, terms, strict=True)) for whole, *terms in found], int(count)

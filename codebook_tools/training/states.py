@@ -63,7 +63,7 @@ class State:
         """The model's as it is now. point: the look at it."""
         weights = {name: tensor.detach().cpu().clone() for name, tensor in model.network.state_dict().items()}
         vectors = tuple(book.vectors.detach().cpu().clone() for book in model.books)
-        codes = tuple(codes.clone() for codes in revived)
+        codes = tuple(codes.cpu().clone() for codes in revived)
         return State(point.step, point.validation_mse, weights, vectors, codes, point.validation_loss)
 
     def tensors(self) -> Tensors:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from codebook_tools import processes
+from codebook_tools.devices import sent
 from codebook_tools.errors import CodebookError
 from codebook_tools.losses import Seen
 from codebook_tools.media import Media
@@ -113,7 +114,7 @@ class Training:
 
     def _gradients_of(self, media: Tensor, share: float) -> dict[str, Tensor]:
         """Those of one batch, on top of what is there."""
-        media = media.to(self.model.device, non_blocking=True)
+        media = sent(media, self.model.device)
         met: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.quantisers]
 
         def through(stage: int, latents: Tensor) -> Tensor:
@@ -190,9 +191,9 @@ class Training:
         return {stage: merged for stage, merged in found.items() if merged is not None}
 
     @property
-    def in_use(self) -> int:
-        """Codes that are not dead, of all books."""
-        return sum(quantiser.in_use for quantiser in self.quantisers)
+    def in_use(self) -> Tensor:
+        """Codes that are not dead, of all books: a scalar on the device."""
+        return reduce(torch.add, (quantiser.in_use for quantiser in self.quantisers))
 
     @property
     def trained(self) -> tuple[str, ...]:

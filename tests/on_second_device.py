@@ -1,0 +1,167 @@
+"""What test_second_device.py asks of the second device, in a process of its own.
+
+    python tests/on_second_device.py [--no-float64] < jobs.json
+
+A job is a list of words: which of JOBS, and what it is given. What it found goes out as JSON, a line each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import second_device
+import torch
+from second_device import NAME, OPERATORS, counts
+from typer.testing import CliRunner
+
+from codebook_tools import finetune
+from codebook_tools.assignment import nearest
+from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.models.model import Model
+from codebook_tools.training.course import Course
+
+
+def command(*words: str) -> dict[str, Any]:
+    """A command line: its exit code and outputs, and the operators that ran on the device."""
+    from codebook_cli.app import app
+
+    before = counts[OPERATORS]
+    found = CliRunner().invoke(app, words)
+    ran = counts[OPERATORS] - before
+    return {"exit_code": found.exit_code, "stdout": found.stdout, "stderr": found.stderr, OPERATORS: ran}
+
+
+def command_that_mixes(*words: str) -> dict[str, Any]:
+    """As `command`, with a fault in the library: the decoder gets codes that were left on the CPU."""
+    embed = Model.embed
+    Model.embed = lambda self, codes, stage=0: embed(self, codes, stage).cpu()  # type: ignore[method-assign]
+    try:
+        return command(*words)
+    finally:
+        Model.embed = embed  # type: ignore[method-assign]
+
+
+def waits_of_steps(*words: str) -> dict[str, Any]:
+    """A command line with a fine-tuning: also what the host waited for in its steps, looks at validation data left out;
+    of them there are two, at both ends."""
+    within, looks_at, train, look = Counter[str](), finetune.looks_at, finetune._train, Course.look
+
+    def counted(work: Callable[..., Any], sign: int) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            before = counts.copy()
+            try:
+                return work(*given)
+            finally:
+                for name in (second_device.READS, second_device.UPLOADS):
+                    within[name] += sign * (counts[name] - before[name])
+
+        return run
+
+    finetune.looks_at = lambda steps: {0, steps}
+    finetune._train, Course.look = counted(train, 1), counted(look, -1)  # type: ignore[method-assign]
+    try:
+        return {**command(*words), **within}
+    finally:
+        finetune.looks_at, finetune._train, Course.look = looks_at, train, look  # type: ignore[method-assign]
+
+
+def mixtures() -> dict[str, str | None]:
+    """What operators that mix devices raise, by name; None where they do not."""
+    here, there = torch.ones(3, 4), torch.ones(3, 4).to(NAME)
+    tried: dict[str, Callable[[], object]] = {
+        "sum": lambda: here + there,
+        "product": lambda: there @ here.T,
+        "into the other": lambda: here.add_(there),
+        "into a number": lambda: torch.zeros(()).add_(there.sum()),
+        "layer": lambda: torch.nn.functional.linear(there, here),
+        "concatenation": lambda: torch.cat([here, there]),
+        "indices": lambda: here[torch.zeros(1, dtype=torch.int64).to(NAME)],
+        "values": lambda: there.index_put_((torch.tensor([0]),), here[:1]),
+        "numpy": lambda: there.numpy(),
+        "a number of the CPU": lambda: there * torch.tensor(2.0),
+        "indices of the CPU": lambda: there[torch.tensor([0])],
+        "copies": lambda: there.cpu() + here + there.to("cpu"),
+    }
+    return {name: _raised(work) for name, work in tried.items()}
+
+
+def waits() -> dict[str, list[int]]:
+    """Reads and uploads of operators, by name."""
+    values = torch.arange(6.0).to(NAME)
+    tried: dict[str, Callable[[], object]] = {
+        "item": lambda: values[0].item(),
+        "bool": lambda: bool(values[0] > 1),
+        "cpu": lambda: values.cpu(),
+        "tolist": lambda: values.tolist(),
+        "copy": lambda: torch.empty(6).copy_(values),
+        "nonzero": lambda: values.nonzero(),
+        "mask": lambda: values[values > 1],
+        "upload": lambda: torch.ones(6).to(NAME),
+        "upload without waiting": lambda: torch.ones(6).to(NAME, non_blocking=True),
+        "arithmetic": lambda: (values * 2 + 1).topk(2).values.sum(),
+    }
+    found = {}
+    for name, work in tried.items():
+        before = counts.copy()
+        work()
+        found[name] = [counts[kind] - before[kind] for kind in (second_device.READS, second_device.UPLOADS)]
+    return found
+
+
+def same_codes() -> dict[str, list[int]]:
+    """How many latents get another code than on the CPU, where there are near-ties, and the reads: waiting for the
+    device, then not. By the lookup."""
+    random = torch.Generator().manual_seed(0)
+    latents, vectors = torch.randn(500, 4, generator=random), torch.randn(64, 4, generator=random)
+    vectors[1], vectors[40] = vectors[0], vectors[0]
+    latents[:100] = (vectors[10] + vectors[20]) / 2
+    found = {}
+    for lookup in Lookup:
+        codebook = Codebook(vectors, lookup, Emit.RAW)
+        there, expected = Codebook(vectors.to(NAME), lookup, Emit.RAW), nearest(latents, codebook)
+        found[lookup.value] = []
+        for wait in (True, False):
+            before = counts[second_device.READS]
+            codes = nearest(latents.to(NAME), there, wait=wait)
+            read = counts[second_device.READS] - before
+            found[lookup.value] += [int((codes.cpu() != expected).sum()), read]
+    return found
+
+
+def largest() -> dict[str, int]:
+    """Bytes of the largest tensor that a search among 262,144 codes makes, waiting and not."""
+    codebook = Codebook(torch.randn(262_144, 2).to(NAME), Lookup.EUCLIDEAN, Emit.RAW)
+    latents = torch.randn(300, 2).to(NAME)
+    found = {}
+    for wait in (True, False):
+        second_device.settings.largest = 0
+        nearest(latents, codebook, wait=wait)
+        found[str(wait)] = second_device.settings.largest
+    return found
+
+
+def _raised(work: Callable[[], object]) -> str | None:
+    try:
+        work()
+    except (RuntimeError, TypeError) as error:
+        return str(error)
+    return None
+
+
+JOBS: dict[str, Callable[..., Any]] = {
+    job.__name__: job for job in (command, command_that_mixes, waits_of_steps, mixtures, waits, same_codes, largest)
+}
+
+
+def main(options: Sequence[str]) -> None:
+    second_device.register(float64="--no-float64" not in options)
+    for name, *words in json.load(sys.stdin):
+        print(json.dumps(JOBS[name](*words)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,299 @@
+"""Every command on a second device, where tensors left on the CPU are an error; and what a fine-tuning waits for there.
+
+The device stays in a process for good, so on_second_device.py runs in one of its own, for many jobs at once.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from audio_codecs import CASES as AUDIO_CASES
+from audio_codecs import save as save_codec
+from conftest import Outcome, State
+from proven_networks import NETWORKS, write_images, write_network
+from safetensors.torch import save_file
+from second_device import AVAILABLE, NAME, OPERATORS, READS, UPLOADS
+from test_diffusers import make as make_vqmodel
+from test_round_trips import CASES as IMAGE_CASES
+from test_tutorials import two_levels as of_two_levels
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="torch before 2.9 has no devices in Python")
+
+Run = Callable[..., Outcome]
+Jobs = Mapping[str, Sequence[str]]
+"""By name: which of the jobs of on_second_device.py, and its words."""
+
+HERE = Path(__file__).parent
+
+
+def done(jobs: Jobs, *options: str) -> dict[str, Any]:
+    """What came of each job, in a process of their own."""
+    found = subprocess.run(
+        [sys.executable, HERE / "on_second_device.py", *options],
+        input=json.dumps([*jobs.values()]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = found.stdout.splitlines()
+    assert found.returncode == 0 and len(lines) == len(jobs), found.stderr
+    return dict(zip(jobs, map(json.loads, lines), strict=True))
+
+
+@pytest.fixture(scope="module")
+def files(
+    variants: dict[str, State], images_folder: Path, held_out_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """By name, what command lines below hold in braces."""
+    folder = tmp_path_factory.mktemp("there")
+    save_file(variants["plain"], folder / "tiny.safetensors")
+    save_file(variants["ema"], folder / "ema.safetensors")
+    np.save(folder / "latents.npy", np.random.default_rng(0).normal(size=(3000, 4)).astype(np.float32))
+    (folder / "recipe.yaml").write_text("surgeries: [prune, {refit: {k: 8, steps: 3}}, {quantize: {k: 6}}]\n")
+    return {
+        **{name: str(folder / f"{name}.safetensors") for name in ("tiny", "ema")},
+        "latents": str(folder / "latents.npy"),
+        "recipe": str(folder / "recipe.yaml"),
+        "out": str(folder),
+        "data": f"--data {images_folder} --test-data {held_out_folder} --batch-size 16 --device {NAME} --json --quiet",
+    }
+
+
+@pytest.fixture(scope="module")
+def two_levels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with two codebooks of 16 codes, of the layout that rosinality writes."""
+    path = tmp_path_factory.mktemp("two") / "two-levels.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(of_two_levels(sizes=(16, 16)), path)
+    return str(path)
+
+
+def jobs_of(commands: Mapping[str, str], files: Mapping[str, str], job: str = "command") -> dict[str, list[str]]:
+    return {name: [job, *words.format_map(files).split()] for name, words in commands.items()}
+
+
+def assert_all_ran(found: Mapping[str, Any], exit_codes: Sequence[int] = (0,)) -> None:
+    """On the device, and to the end."""
+    failed = {name: of["stderr"][-2000:] for name, of in found.items() if of["exit_code"] not in exit_codes}
+    assert not failed, "\n\n".join(f"{name}: {stderr}" for name, stderr in failed.items())
+    assert all(of[OPERATORS] for of in found.values())
+
+
+# --- the device itself ----------------------------------------------------------------------------------------------
+
+
+def test_it_takes_no_tensors_of_other_devices_and_counts_what_it_waits_for() -> None:
+    found = done({name: [name] for name in ("mixtures", "waits", "same_codes", "largest")})
+    allowed = [name for name, raised in found["mixtures"].items() if raised is None]
+    assert allowed == ["a number of the CPU", "indices of the CPU", "copies"]
+    waits = {name: tuple(both) for name, both in found["waits"].items()}
+    none = {"upload": (0, 1), "upload without waiting": (0, 0), "arithmetic": (0, 0)}
+    assert waits == dict.fromkeys(waits, (1, 0)) | none
+    for lookup, (missed, _, missed_unawaited, reads_unawaited) in found["same_codes"].items():
+        assert (missed, missed_unawaited, reads_unawaited) == (0, 0, 0), lookup
+    assert all(0 < nbytes < 256 << 20 for nbytes in found["largest"].values())
+
+
+def test_near_ties_are_decided_on_the_cpu_where_the_device_has_no_float64() -> None:
+    ((name, found),) = done({"same_codes": ["same_codes"]}, "--no-float64").items()
+    for lookup, (missed, _, missed_unawaited, _) in found.items():
+        assert (missed, missed_unawaited) == (0, 0), (name, lookup)
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+FEW = {
+    "measure": "measure {tiny} {data}",
+    "prune": "prune {tiny} {data} -o {out}/few-prune.safetensors",
+    "refit": "refit {tiny} --k 8 --steps 3 {data} -o {out}/few-refit.safetensors",
+}
+
+
+def test_figures_are_those_of_the_cpu(files: dict[str, str], codebook: Run, tmp_path: Path) -> None:
+    found = done(jobs_of(FEW, files))
+    assert_all_ran(found)
+    on_cpu = {**files, "out": str(tmp_path), "data": files["data"].replace(NAME, "cpu")}
+    for name, (_, *words) in jobs_of(FEW, on_cpu).items():
+        expected, theirs = codebook(*words).json, json.loads(found[name]["stdout"])
+        assert theirs["settings"]["device"] == NAME
+        for part in ("stages", "trace"):
+            assert _numbers(theirs.get(part)) == pytest.approx(_numbers(expected.get(part)), rel=1e-3), (name, part)
+        assert _numbers(theirs["stages"])
+
+
+def _numbers(found: Any) -> list[float]:
+    """All in a piece of JSON, in order."""
+    if isinstance(found, dict | list):
+        return [number for part in (found.values() if isinstance(found, dict) else found) for number in _numbers(part)]
+    return [float(found)] if isinstance(found, int | float) else []
+
+
+def test_an_operator_that_mixes_devices_fails_a_command(files: dict[str, str]) -> None:
+    ((_, found),) = done(jobs_of({"measure": FEW["measure"]}, files, "command_that_mixes")).items()
+    assert found["exit_code"] != 0 and "two devices, twin:0 and cpu" in found["stderr"]
+
+
+# --- fine-tuning ----------------------------------------------------------------------------------------------------
+
+STEPS = 40  # of which one in ten may be waited for
+TUNINGS = {
+    "ema": "",
+    "gradient": "--codebook-update gradient",
+    "frozen": "--codebook-update frozen",
+    "all": "--adversarial --distill 1 --entropy 0.1 --clip 1 --weight-ema 0.9 --accumulate 2 --loss l1",
+}
+
+
+def test_a_fine_tuning_with_revivals_waits_for_the_device_once_in_ten_steps(files: dict[str, str]) -> None:
+    tuned = {"tuned": "finetune {tiny} --steps 20 {data} -o {out}/tuned.safetensors"}
+    found = done(jobs_of(tuned, files, "waits_of_steps"))
+    assert_all_ran(found)
+    assert (found["tuned"][READS], found["tuned"][UPLOADS]) == (2, 0)
+    assert json.loads(found["tuned"]["stdout"])["trace"][-1]["revived"] > 0
+
+
+@pytest.mark.slow
+def test_every_fine_tuning_waits_for_the_device_once_in_ten_steps(files: dict[str, str], two_levels: str) -> None:
+    tuned = f"finetune {{model}} --steps {STEPS} {{data}} -o {{out}}/{{name}}.safetensors "
+    jobs = dict[str, list[str]]()
+    for of, model in {"one codebook": files["tiny"], "two codebooks": two_levels}.items():
+        for name, options in TUNINGS.items():
+            named = {**files, "model": model, "name": f"tuned {of} {name}".replace(" ", "-")}
+            jobs |= jobs_of({f"{of}, {name}": tuned + options}, named, "waits_of_steps")
+    found = done(jobs)
+    assert_all_ran(found)
+    for name, of in found.items():
+        assert (of[READS], of[UPLOADS]) == (STEPS // 10, 0), name
+
+
+# --- everything -----------------------------------------------------------------------------------------------------
+
+
+def _each(words: str, values: Sequence[str]) -> dict[str, str]:
+    """A command line for each value of an option, by a name of both."""
+    return {f"{words.split()[0]}, {value}": words.replace("VALUE", value) for value in values}
+
+
+GROUPS = {
+    "looks": {
+        "measure, bf16": "measure {tiny} {data} --precision bf16 --deterministic --report {out}/measure.html",
+        "measure, stats": "measure {tiny} {data} --stats {out}/stats.safetensors",
+        "measure, a shard": "measure {tiny} {data} --shard 1/2 --stats {out}/shard-1.safetensors",
+        **_each("measure {tiny} {data} --metric VALUE", ("cosine", "cosine-unit", "dot")),
+        "diagnose": "diagnose {ema} {data} --report {out}/diagnose.html",
+        "codes": "codes {tiny} {data} --report {out}/codes.html",
+        "map": "map {tiny} {data} --method pca --report {out}/map.html",
+        "verify": "verify {tiny} --family zalando {data}",
+    },
+    "surgeries": {
+        **_each(
+            "refit {tiny} --k 8 --init VALUE --steps 0 {data} -o {out}/VALUE.safetensors",
+            ("kmeans++", "afkmc2", "used", "random"),
+        ),
+        **_each(
+            "refit {tiny} --k 8 --metric VALUE --steps 0 {data} -o {out}/VALUE.safetensors", ("cosine", "cosine-unit")
+        ),
+        "refit, cached": "refit {tiny} --k 8 --exact --latents-cache {out}/all --steps 0 {data} -o {out}/1.safetensors",
+        "refit, of latents": "refit {tiny} --k 8 --exact --latents {latents} --device twin -o {out}/2.safetensors",
+        **_each(
+            "restart {tiny} --method VALUE {data} -o {out}/restart-VALUE.safetensors",
+            ("error", "random", "split", "nearest"),
+        ),
+        **_each("quantize {tiny} --k 6 --method VALUE {data} -o {out}/merged-VALUE.safetensors", ("kmeans", "pnn")),
+        "quantize, bits": "quantize {tiny} --bits 4 {data} -o {out}/bits.safetensors",
+        "grow": "grow {tiny} --k 14 {data} -o {out}/grow.safetensors",
+        "condense": "condense {tiny} --k 4 --steps 12 {data} -o {out}/condense.safetensors",
+        "run": "run {recipe} {tiny} {data} -o {out}/run.safetensors --report {out}/run.html",
+        "sweep": "sweep {tiny} --k 4,8 --lambda 0.01 {data} -o {out}/sweep --report {out}/sweep.html",
+        "compare": "compare {tiny} --k 8 --steps 3 {data} -o {out}/compare --report {out}/compare.html",
+    },
+    "recipes": {
+        name: f"refit {{tiny}} --k 8 --steps 12 {options} {{data}} -o {{out}}/{i}.safetensors"
+        for i, (name, options) in enumerate(
+            {
+                **TUNINGS,
+                "bf16, decoder": "--precision bf16 --train decoder",
+                "codes alone": "--train none",
+                "stopped": "--patience 1 --min-usage 0.5",
+                "report": "--report {out}/refit.html --log-dir {out}/log",
+            }.items()
+        )
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--no-float64",)], ids=["all", "no float64"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_command_runs_there(group: str, options: tuple[str, ...], files: dict[str, str], tmp_path: Path) -> None:
+    found = done(jobs_of(GROUPS[group], {**files, "out": str(tmp_path)}), *options)
+    assert_all_ran(found, exit_codes=(0, 3))  # diagnose finds something
+
+
+@pytest.mark.slow
+def test_the_perceptual_loss_runs_there(files: dict[str, str], tmp_path: Path) -> None:
+    vgg = pytest.importorskip("torchvision").models.vgg16(weights=None).features
+    save_file({f"features.{name}": tensor for name, tensor in vgg.state_dict().items()}, tmp_path / "vgg.safetensors")
+    words = f"finetune {{tiny}} --steps 10 --limit 24 --perceptual {tmp_path}/vgg.safetensors {{data}} "
+    found = done(jobs_of({"perceptual": words + f"-o {tmp_path}/o.safetensors"}, files, "waits_of_steps"))
+    assert_all_ran(found)
+    assert (found["perceptual"][READS], found["perceptual"][UPLOADS]) == (1, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", {**IMAGE_CASES, "diffusers": None})
+def test_every_family_of_images_runs_there(
+    name: str, files: dict[str, str], image_tensor: torch.Tensor, tmp_path: Path
+) -> None:
+    if name == "diffusers":
+        make_vqmodel(image_tensor).save_pretrained(tmp_path / "vae")
+        source, network = tmp_path / "vae", ""
+    else:
+        case = IMAGE_CASES[name]
+        source, network = case.save(tmp_path), f"--network {tmp_path / case.network}" if case.network else ""
+    assert_family_runs(source, f"{network} {files['data']}", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AUDIO_CASES)
+def test_every_family_of_sounds_runs_there(name: str, tmp_path: Path) -> None:
+    source, random = save_codec(AUDIO_CASES[name], tmp_path / "model"), np.random.default_rng(0)
+    (tmp_path / "clips").mkdir()
+    for i in range(12):
+        soundfile.write(tmp_path / "clips" / f"{i:02d}.wav", random.uniform(-0.5, 0.5, 224), 1600, subtype="FLOAT")
+    data = f"--data {tmp_path / 'clips'} --size 224 --batch-size 4 --device {NAME} --json --quiet"
+    assert_family_runs(source, data, tmp_path)
+
+
+@pytest.mark.slow
+def test_networks_of_the_users_own_run_there(tmp_path: Path) -> None:
+    commands = dict[str, str]()
+    for i, name in enumerate(sorted({*NETWORKS} - {"swapped", "headed", "fixed", "warped"})):  # refused
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (data, held_out), (model, network) = write_images(folder), write_network(folder, name, 16)
+        options = f"--network {network} --data {data} --test-data {held_out} --device {NAME} --json --quiet"
+        commands |= {
+            f"{name}, measure": f"measure {model} {options}",
+            f"{name}, refit": f"refit {model} --k 8 --steps 3 --batch-size 16 {options} -o {folder}/refit.safetensors",
+        }
+    assert_all_ran(done(jobs_of(commands, {})))
+
+
+def assert_family_runs(source: Path, options: str, folder: Path) -> None:
+    output = folder / ("result" if source.is_dir() else "result.safetensors")
+    commands = {
+        "measure": f"measure {source} {options}",
+        "refit": f"refit {source} --k 8 --steps 3 {options} -o {output}",
+    }
+    assert_all_ran(done(jobs_of(commands, {})))
