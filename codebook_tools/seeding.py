@@ -17,6 +17,7 @@ from codebook_tools.errors import CodebookError
 
 Init = Literal["kmeans++", "afkmc2", "random"]
 
+_SHORT = 1e-5  # of the longest point: float32 leaves less of a difference of equals
 _POINTS, _POINTS_PER_SEED = 4096, 8  # that seeds are drawn from: more hardly make better ones, and take longer
 
 
@@ -126,6 +127,16 @@ def afkmc2(data: NDArray[np.float32], k: int, rng: np.random.Generator, chain: i
     return data[chosen]
 
 
+def with_direction(points: Tensor, codebook: Codebook) -> Tensor:
+    """Those of points (n, dim) that a code may be placed at. By the cosine that is none of next to no length, such as
+    rounding leaves of a residual: whatever moves such a code a little turns it anywhere."""
+    if codebook.lookup is not Lookup.COSINE or not len(points):
+        return points
+    lengths = points.norm(dim=1)
+    long_enough = lengths > _SHORT * lengths.max()
+    return points if bool(long_enough.all()) else points[long_enough]
+
+
 def draw_by_error(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tensor:
     """(n, dim) of the points, drawn one after the other by squared error to the codes and to those drawn before.
 
@@ -133,6 +144,9 @@ def draw_by_error(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tens
     points: (m, dim), in an order in which each head is a uniform sample: of more than 65,536, or 128 for each draw, a
     head does, unless it has too few that differ. Fewer than n rows where no more points differ from the codes.
     """
+    placeable = with_direction(points, codebook)
+    if len(placeable) < len(points) and len(found := draw_by_error(placeable, codebook, n, seed)) == n:
+        return found
     head = points[: max(65_536, 128 * n)]
     found = _drawn(head, codebook, n, seed)
     return found if len(found) == n or len(head) == len(points) else _drawn(points, codebook, n, seed)

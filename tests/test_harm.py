@@ -135,3 +135,14 @@ def test_a_training_without_data_of_the_models_own_is_refused(
 def test_the_demo_is_trained_on_the_sample_that_is_its_own(codebook: Run, tmp_path: Path) -> None:
     found = codebook("refit", "--k", 8, "--limit", 40, "--dry-run", "-o", tmp_path / "out.safetensors", "--json")
     assert found.json["settings"]["steps"] == 1000 and UNSEEN not in found.json["warnings"]
+
+
+@pytest.mark.parametrize("method", ["random", "nearest", "error"])
+def test_by_the_cosine_no_code_is_placed_where_there_is_no_direction(method: str) -> None:
+    torch.manual_seed(0)
+    points = torch.randn(300, 4)
+    points[::2] *= 1e-8  # what rounding leaves of a residual
+    codes = torch.randn(40, 4)
+    counts = torch.tensor([5] * 10 + [0] * 30)
+    placed = Restart(method)(Codebook(codes, Lookup.COSINE), StoredLatents(points), counts)  # type: ignore[arg-type]
+    assert float(placed.codebook.vectors.norm(dim=1).min()) > 1e-3

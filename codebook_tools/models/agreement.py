@@ -95,7 +95,7 @@ class _Comparison:
         self.agree += ours.numel() - int(differing.sum())
         if bool(differing.any()):
             rows = latents.movedim(1, -1)[differing]
-            ties = _near_ties(rows, codebook, ours[differing], own[differing], self.noise)
+            ties = near_ties(rows, codebook, ours[differing], own[differing], self.noise)
             self.near_ties += int(ties.sum())
             if not bool(ties.all()) and self.reason is None:
                 key, other = self.model.books[book].key, int((~ties).sum())
@@ -144,9 +144,11 @@ def _own(network: Any, encoded: Any) -> tuple[Any, Tensor]:
     return quantized, codes.long()
 
 
-def _near_ties(latents: Tensor, codebook: Codebook, ours: Tensor, own: Tensor, noise: float) -> Tensor:
+def near_ties(
+    latents: Tensor, codebook: Codebook, ours: Tensor, own: Tensor, noise: float = 0.0, relative: float = _RELATIVE
+) -> Tensor:
     """(n,) bool: whether both codes of a latent, (n, dim), are as near to it, but for rounding. noise: the length of
-    what rounding may have added to a latent."""
+    what rounding may have added to a latent. relative: by which their distances may differ."""
     rows, codes = wide(latents), wide(codebook.vectors)
     ours, own = ours.to(rows.device), own.to(rows.device)
     blurred = torch.full_like(rows[:, 0], noise)
@@ -159,10 +161,10 @@ def _near_ties(latents: Tensor, codebook: Codebook, ours: Tensor, own: Tensor, n
     blurred = 2 * blurred * (one - other).norm(dim=1)
     lengths = rows.square().sum(1) + torch.maximum(one.square().sum(1), other.square().sum(1))
     if codebook.lookup is Lookup.DOT:
-        near: Tensor = (rows * (one - other)).sum(1).abs() <= _RELATIVE * lengths + blurred
+        near: Tensor = (rows * (one - other)).sum(1).abs() <= relative * lengths + blurred
         return near
     distances = [(rows - code).square().sum(1) for code in (one, other)]
-    allowed = _RELATIVE * torch.maximum(*distances) + _ROUNDING * lengths + blurred
+    allowed = relative * torch.maximum(*distances) + _ROUNDING * lengths + blurred
     tied: Tensor = (distances[0] - distances[1]).abs() <= allowed.clamp(min=_CLAMPED)
     return tied
 

@@ -245,6 +245,8 @@ def companion_values(
     """
     companions = list(companions)
     weights = held(codes, counts, [stored[one.key].dtype for one in companions if one.key in found.companions])
+    if any(one.role is Role.SUMS and stored[one.key].dtype in (torch.float16, torch.bfloat16) for one in companions):
+        weights = weights.log2().round().exp2()  # then sums are exact, and stand for these very codes
     values = dict[str, Tensor]()
     for one in companions:
         old = stored[one.key]

@@ -20,7 +20,7 @@ from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.codebook import Codebook
 from codebook_tools.devices import wide
 from codebook_tools.errors import CodebookError, VerificationError
-from codebook_tools.models.agreement import Agreement, agreement, encoded_batches, has_quantizer, in_training
+from codebook_tools.models.agreement import Agreement, agreement, encoded_batches, has_quantizer, in_training, near_ties
 from codebook_tools.models.families import FAMILIES
 from codebook_tools.models.load import reloaded
 from codebook_tools.models.model import Book, Model
@@ -221,8 +221,12 @@ def _train_a_step(fresh: Model, media: Sequence[Tensor]) -> int:
         if not bool(codes.isfinite().all()):
             raise VerificationError(f"one training step of the network makes {book.key} not finite")
         after = replace(book.codebook, vectors=codes)
-        used, distortion = _use(latents, book.codebook)
-        used_after, distortion_after = _use(latents, after)
+        chosen = nearest(latents, book.codebook)
+        used, distortion = _use(latents, book.codebook, chosen)
+        # Smoothed sums move each code by a little: of two that are as near as each other the first one chosen counts.
+        moved_to = nearest(latents, after)
+        alike = near_ties(latents, after, moved_to, chosen, relative=_ASIDE)
+        used_after, distortion_after = _use(latents, after, torch.where(alike, chosen, moved_to))
         grown = distortion_after > GROWN_DISTORTION * distortion + 1e-12
         if grown or (used_after < KEPT_CODES * used and not _follow_their_means(latents, book.codebook, codes)):
             raise VerificationError(
@@ -267,9 +271,8 @@ def _latents(model: Model, media: Tensor) -> list[Tensor]:
         return [rows_of(latents) for latents in model.pass_through(media).latents]
 
 
-def _use(latents: Tensor, codebook: Codebook) -> tuple[int, float]:
-    """Codes in use, and the mean squared distance to them."""
-    codes = nearest(latents, codebook)
+def _use(latents: Tensor, codebook: Codebook, codes: Tensor) -> tuple[int, float]:
+    """Codes in use, (n,) of latents (n, dim), and the mean squared distance to them."""
     return int(torch.bincount(codes, minlength=codebook.size).count_nonzero()), float(
         squared_errors(latents, codebook, codes).mean()
     )

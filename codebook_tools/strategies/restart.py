@@ -12,7 +12,7 @@ from codebook_tools.assignment import nearest, squared_errors
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import joined
-from codebook_tools.seeding import draw_by_error
+from codebook_tools.seeding import draw_by_error, with_direction
 from codebook_tools.strategies.checks import check_threshold
 
 Method = Literal["error", "random", "split", "nearest"]
@@ -49,6 +49,8 @@ class Restart:
             raise CodebookError(
                 f"threshold={self.threshold} moves every code: the most used one counts {most}; {way_out}"
             )
+        if len(placeable := with_direction(points, codebook)) >= len(dead):
+            points = placeable
         random = torch.Generator().manual_seed(self.seed)
         if self.method == "error":
             new = draw_by_error(points, living, len(dead), self.seed)
