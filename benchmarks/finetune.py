@@ -69,7 +69,7 @@ def bare(model: Model, images: Tensor, scales: Scales, recipe: Recipe) -> float:
 
     def step() -> Tensor:
         media = next(batches).to(device)
-        latents = network.encode(media * (high - low) + low)
+        latents = network.encode(media * (high - low) + low).float()
         rows = latents.detach().movedim(1, -1).flatten(0, -2)
         nearest = torch.cdist(rows, codes).argmin(1)
         quantised = codes[nearest].reshape(latents.movedim(1, -1).shape).movedim(-1, 1)

@@ -68,7 +68,7 @@ def run(words: str, device: str, folder: Path, name: str) -> dict[str, Any]:
     if output and command not in ("sweep", "compare", "codes"):
         output[1] += ".safetensors"
     if command == "codes":
-        output[1] += ".html"
+        output = ["--report", str(folder / "codes.html")]
     done = CliRunner().invoke(app, [*shlex.split(words), "--device", device, "--json", "--quiet", *output])
     if done.exit_code not in (0, 3):
         raise RuntimeError(f"{words} --device {device}: exit code {done.exit_code}: {done.output[-500:]}")
