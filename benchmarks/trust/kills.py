@@ -34,6 +34,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from forks import Fork, errors_of, run
 from models import counts, demo, latents, metadata_of, sharded, single
 from record import record, recorded
@@ -64,7 +65,9 @@ def made(folder: Path, megabytes: int) -> dict[str, Trial]:
     of = latents(folder / "latents.safetensors")
     large, one = demo(folder / "large.safetensors", megabytes), single(folder / "single.safetensors", megabytes)
     several, no_training = sharded(folder / "sharded", megabytes), ("--steps", "0")
-    few = ("--limit", "40", "--steps", "40", "--batch-size", "4")
+    drawn = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3), dtype=np.uint8)
+    np.save(folder / "images.npy", drawn.repeat(8, axis=1).repeat(8, axis=2))
+    few = ("--data", str(folder / "images.npy"), "--limit", "40", "--steps", "40", "--batch-size", "4")
     return {
         "refit": Trial(("refit", str(one), "--latents", str(of), "--k", "64", *no_training)),
         "prune": Trial(("prune", str(one), "--stats", str(counts(one, of)), *no_training)),
