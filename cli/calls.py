@@ -121,14 +121,14 @@ def operate_on(
         _hash_ahead(model)
 
     def work(watch: Watch) -> Result | Plan:
-        from codebook_tools.finetune import Recipe
         from codebook_tools.operate import operate
         from codebook_tools.planning import plan
 
         chosen, request = strategy(watch) if strategy else None, request_of(model, given)
-        if strategy is None and given["steps"] is None:
-            given["steps"] = Recipe.steps  # there is nothing else to do
-        return (plan if given["dry_run"] else operate)(command, request, chosen, recipe_of(request, given), watch)
+        recipe = recipe_of(request, given)
+        if strategy is None and given["steps"] is None:  # there is nothing else to do
+            recipe = replace(recipe, steps=type(recipe).steps)
+        return (plan if given["dry_run"] else operate)(command, request, chosen, recipe, watch)
 
     run_and_show(work, given)
 

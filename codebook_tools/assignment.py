@@ -191,6 +191,12 @@ def _rounding() -> float:
     return max(_ROUNDING[one] for one in told)
 
 
+def compared(latents: Tensor, codebook: Codebook) -> Tensor:
+    """(n, dim): latents (n, dim) as an emitted code is held against them, at length 1 where lookup and output both
+    are."""
+    return unit(latents) if (codebook.lookup, codebook.emit) == (Lookup.COSINE, Emit.UNIT) else latents
+
+
 def squared_errors(latents: Tensor, codebook: Codebook, codes: Tensor) -> Tensor:
     """(n,) float64: squared Euclidean distance, summed over dimensions, from each latent to the code that is emitted.
 
@@ -198,8 +204,6 @@ def squared_errors(latents: Tensor, codebook: Codebook, codes: Tensor) -> Tensor
     Added up in float32, unless one overflows there: codes that a training drove far off are there to be replaced. On
     the CPU where the device has no float64.
     """
-    if codebook.lookup is Lookup.COSINE and codebook.emit is Emit.UNIT:
-        latents = unit(latents)
-    apart = latents - emitted(codebook).to(latents.device)[codes]
+    apart = compared(latents, codebook) - emitted(codebook).to(latents.device)[codes]
     found = wide(apart.square().sum(1))
     return found if bool(found.isfinite().all()) else wide(apart).square().sum(1)

@@ -19,7 +19,8 @@ def used(counts: Tensor, hits: int = 1) -> int:
 
 
 def used_by_chance(latents: int, size: int) -> float:
-    """Codes that are expected to be in use where each of so many latents draws one of `size` at random, all alike."""
+    """Codes that are expected to be in use where each of so many latents draws one of `size` at random, all alike:
+    K (1 - (1 - 1/K)^n)."""
     if size < 2 or not latents:
         return float(size if latents else 0)
     return -size * math.expm1(latents * math.log1p(-1 / size))

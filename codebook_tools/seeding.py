@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codebook_tools.assignment import nearest, squared_errors, unit
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.assignment import compared, nearest, squared_errors
+from codebook_tools.codebook import Codebook, Lookup
 from codebook_tools.devices import wide
 from codebook_tools.errors import CodebookError
 
@@ -154,7 +154,7 @@ def draw_by_error(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tens
 
 def _drawn(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tensor:
     errors = squared_errors(points, codebook, nearest(points, codebook))
-    places = unit(points) if (codebook.lookup, codebook.emit) == (Lookup.COSINE, Emit.UNIT) else points
+    places = compared(points, codebook)
     random = torch.Generator().manual_seed(seed)
     drawn: list[int] = []
     while len(drawn) < n:

@@ -10,8 +10,8 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import emitted, squared_errors, unit
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.assignment import compared, emitted, squared_errors
+from codebook_tools.codebook import Codebook
 from codebook_tools.devices import wide
 from codebook_tools.errors import NotFiniteError
 
@@ -144,9 +144,8 @@ def no_sums(key: str, codebook: Codebook, reference: float | None = None, *, mom
 
 
 def _moments(rows: Tensor, codebook: Codebook, counts: Tensor) -> Tensor:
-    """In float64, of which the order of the parts changes only digits that nobody is shown."""
-    points = unit(rows) if (codebook.lookup, codebook.emit) == (Lookup.COSINE, Emit.UNIT) else rows
-    rows, codes = wide(points), emitted(codebook).cpu().double()
+    """(2, dim + 1, dim), as `BookSums` has them: in float64, where the order of the parts changes last digits alone."""
+    rows, codes = wide(compared(rows, codebook)), emitted(codebook).cpu().double()
     of_rows = torch.cat([rows.sum(0, keepdim=True), rows.T @ rows]).cpu()
     weighted = codes * counts[:, None]
     return torch.stack([of_rows, torch.cat([weighted.sum(0, keepdim=True), weighted.T @ codes])])

@@ -11,8 +11,10 @@ from conftest import Outcome, assert_refused
 from proven_networks import write_images, write_network
 from safetensors.torch import load_file, save_file
 
+from codebook_tools.blur import worse_warnings
 from codebook_tools.codebook import Codebook, Emit, Lookup, Strategy
 from codebook_tools.latents import StoredLatents
+from codebook_tools.measure import Measurement
 from codebook_tools.opening import UNSEEN
 from codebook_tools.strategies import Condense, Grow, Quantize, Restart
 
@@ -83,7 +85,7 @@ def test_a_used_code_stays_as_it_is(strategy: Strategy, dead: int, lookup: Looku
 
 
 @pytest.mark.parametrize(
-    "command", [("quantize", "--k", 2), ("prune", "--keep", 2), ("refit", "--k", 2), ("condense", "--k", 2)]
+    "command", [("quantize", "--k", 1), ("prune", "--keep", 1), ("refit", "--k", 1), ("condense", "--k", 1)]
 )
 def test_an_error_that_rose_is_said_with_by_how_much(
     command: tuple[object, ...], collapsed: tuple[object, ...], codebook: Run, tmp_path: Path
@@ -97,6 +99,16 @@ def test_an_error_that_rose_is_said_with_by_how_much(
         assert told[0].endswith(
             f"({after / before - 1:+.1%})" if after < 2 * before else f"({after / before:.1f} times)"
         )
+
+
+def test_a_larger_error_by_hand() -> None:
+    def measured(mse: float) -> Measurement:
+        return Measurement("test", 1, mse, None, None, ())
+
+    assert worse_warnings(measured(0.5), measured(0.5001)) == []
+    assert worse_warnings(measured(0.5), measured(0.75))[0].endswith("from 0.500000 to 0.750000 (+50.0%)")
+    assert worse_warnings(measured(0.5), measured(1.7))[0].endswith("(3.4 times)")
+    assert worse_warnings(measured(0.5), None) == []
 
 
 def test_nothing_is_said_of_an_error_that_stayed(collapsed: tuple[object, ...], codebook: Run, tmp_path: Path) -> None:

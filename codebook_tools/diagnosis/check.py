@@ -69,6 +69,11 @@ def of_each_book(look: Callable[[BookEvidence], Finding]) -> Look:
     return looked
 
 
+def of_each_book_in(look: Callable[[Evidence, BookEvidence], Finding]) -> Look:
+    """The same for a look that takes what is known of the whole model, too."""
+    return lambda evidence: of_each_book(lambda book: look(evidence, book))(evidence)
+
+
 def _named(books: Sequence[BookEvidence], findings: Sequence[Finding]) -> Iterable[Finding]:
     for book, finding in zip(books, findings, strict=True):
         yield Finding(finding.verdict, finding.value, finding.limit, f"{book.key}: {finding.evidence}")

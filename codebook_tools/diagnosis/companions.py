@@ -13,9 +13,11 @@ from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.effective import effective
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.companions import SMOOTHINGS, Role
+from codebook_tools.models.companions import SMOOTHINGS, Role, smoothed
 from codebook_tools.models.evidence import alive_of, flags
 from codebook_tools.models.stored import followers, stored_rows
+
+_LEAST = 1e-5  # that libraries divide by
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +75,11 @@ def of_state(rows: Tensor, sums: Tensor | None, counts: Tensor | None, others: C
     codes = moved = None
     if sums is not None and counts is not None:
         # Nothing was counted yet: libraries begin with the codes themselves for sums.
-        made = [sums] if empty else [sums / smoothed[:, None] for smoothed in _smoothed(counts)]
+        made = (
+            [sums] if empty else [sums / smoothed(counts, epsilon).clamp(min=_LEAST)[:, None] for epsilon in SMOOTHINGS]
+        )
         if bool(((rows.norm(dim=1) - 1).abs() <= 1e-2).all()):  # sums of codes by the cosine need not be as long
             made = [unit(one) for one in made]
         moved = torch.stack([(rows - one).square().sum(1) for one in made]).amin(0)
         codes = made[0].float()
     return Companions(None if empty else counts, codes, moved, others.flags, others.unlike)
-
-
-def _smoothed(counts: Tensor) -> list[Tensor]:
-    total, least = float(counts.sum()), 1e-5
-    return [((counts + epsilon) / (total + len(counts) * epsilon) * total).clamp(min=least) for epsilon in SMOOTHINGS]

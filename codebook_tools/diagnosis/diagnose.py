@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from codebook_tools.diagnosis.check import Check, Look, of_each_book
+from codebook_tools.diagnosis.check import Check, Look, of_each_book, of_each_book_in
 from codebook_tools.diagnosis.counting import counting
 from codebook_tools.diagnosis.dead_codes import dead_codes
 from codebook_tools.diagnosis.dimensional_collapse import dimensional_collapse
@@ -41,7 +41,7 @@ CHECKS: dict[str, tuple[Look, str]] = {
     "stale-ema": (stale_ema, "codebook prune {model}{data} writes sums and counts that are of the codes"),
     "few-modes": (few_modes, "shrink, do not repair: codebook prune {model}{data}"),
     "dimensional-collapse": (
-        lambda evidence: of_each_book(lambda book: dimensional_collapse(evidence, book))(evidence),
+        of_each_book_in(dimensional_collapse),
         "no surgery on codes alone repairs it: train the encoder on, codebook finetune {model}{data}",
     ),
     "wrong-layout": (
@@ -50,7 +50,7 @@ CHECKS: dict[str, tuple[Look, str]] = {
     ),
     "wrong-input-range": (wrong_input_range, "codebook refit {source} --k {k}{data_in_range}"),
     "wrong-encoder": (
-        lambda evidence: of_each_book(lambda book: wrong_encoder(evidence, book))(evidence),
+        of_each_book_in(wrong_encoder),
         "codebook refit {original} --k {k}{data} keeps the trained encoder",
     ),
     "scale-mismatch": (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book, worst
+from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book_in, worst
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
 from codebook_tools.diagnosis.losses import LOST, lost_since, too_fast
 from codebook_tools.diagnosis.movement import MOVED, shift, trained_on
@@ -11,7 +11,7 @@ from codebook_tools.diagnosis.movement import MOVED, shift, trained_on
 def encoder_drift(evidence: Evidence) -> Finding:
     """Of the latents of the same items by both encoders; and of a trace whose codes fell out of use slowly, while the
     error did not rise."""
-    return worst([of_each_book(lambda book: _of_book(evidence, book))(evidence), _of_trace(evidence)])
+    return worst([of_each_book_in(_of_book)(evidence), _of_trace(evidence)])
 
 
 def _of_book(evidence: Evidence, book: BookEvidence) -> Finding:

@@ -43,7 +43,9 @@ def _of_latents(book: BookEvidence) -> Finding:
     modes, drop = _steepest(curve)
     told = f"from {modes} to {2 * modes} centroids the error falls {drop:.2g} times"
     dimension = effective_dimension(book.curve)
-    return Finding(judged(drop, DROP), drop, DROP, f"the latents' effective dimension is {dimension:.2g}; {told}")
+    return Finding(
+        judged(drop, DROP), drop, DROP, f"{told}; by the rate of that, latents of {dimension:.2g} dimensions"
+    )
 
 
 def _steepest(curve: Mapping[int, float]) -> tuple[int, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book, worst
+from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book_in, worst
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
 from codebook_tools.diagnosis.losses import LOST, lost_since, too_fast
 from codebook_tools.diagnosis.movement import MOVED, shift, trained_on
@@ -10,7 +10,7 @@ from codebook_tools.diagnosis.movement import MOVED, shift, trained_on
 
 def learning_rate(evidence: Evidence) -> Finding:
     """Of a trace; and of a model that has fewer codes in use, moved latents and a larger error than the original."""
-    return worst([of_each_book(lambda book: _of_book(evidence, book))(evidence), _of_trace(evidence)])
+    return worst([of_each_book_in(_of_book)(evidence), _of_trace(evidence)])
 
 
 def _of_book(evidence: Evidence, book: BookEvidence) -> Finding:

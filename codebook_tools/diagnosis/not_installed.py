@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book, worst
+from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book_in, worst
 from codebook_tools.diagnosis.evidence import FEW_HITS, BookEvidence, Evidence
 from codebook_tools.diagnosis.freshness import born_dead
 from codebook_tools.structure import drawn
@@ -16,7 +16,7 @@ COLLAPSED = 0.5
 
 def not_installed(evidence: Evidence) -> Finding:
     """Of the codes as they lie in the file; else of the first point of a trace."""
-    found = of_each_book(lambda book: _of_book(evidence, book))(evidence)
+    found = of_each_book_in(_of_book)(evidence)
     return worst([found, _of_trace(evidence)])
 
 

@@ -22,7 +22,7 @@ LEAST = 4096
 """Latents, at least, on which they are held against each other."""
 
 _RELATIVE = 1e-5  # by which two distances may differ for either code to be the nearest
-_CLAMPED = 1e-8  # squared distances, which vector-quantize-pytorch tells no more apart: latents may be so short
+_CLAMPED = 1e-8  # squared distance, up to which vector-quantize-pytorch takes all codes for equally near
 _ROUNDING = 8 * torch.finfo(torch.float32).eps  # of |z|^2 and |c|^2, of which many quantizers subtract one from another
 
 
@@ -165,7 +165,8 @@ def near_ties(
         return near
     distances = [(rows - code).square().sum(1) for code in (one, other)]
     allowed = relative * torch.maximum(*distances) + _ROUNDING * lengths + blurred
-    tied: Tensor = (distances[0] - distances[1]).abs() <= allowed.clamp(min=_CLAMPED)
+    farther = torch.maximum(*distances)
+    tied: Tensor = ((distances[0] - distances[1]).abs() <= allowed) | (farther <= _CLAMPED)
     return tied
 
 

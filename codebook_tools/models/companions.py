@@ -179,6 +179,12 @@ def _rows_along_each_axis(tensor: Tensor, found: FoundCodebook) -> Iterator[tupl
             yield axis, rows
 
 
+def smoothed(counts: Tensor, epsilon: float) -> Tensor:
+    """(size,) Laplace-smoothed counts (size,) that add up to the same."""
+    total = counts.sum()
+    return (counts + epsilon) / (total + len(counts) * epsilon) * total
+
+
 def _are_sums(rows: Tensor, counts: Tensor, codes: Tensor, tolerance: float) -> bool:
     """Whether rows / counts are the codes, plain or smoothed, where more than one latent was counted; of counts that
     add up to 1, where more than the mean was."""
@@ -188,10 +194,8 @@ def _are_sums(rows: Tensor, counts: Tensor, codes: Tensor, tolerance: float) -> 
     used = counts > least
     if not bool(used.any()) or not bool(rows[used].any()):
         return False
-    total, n = float(counts.sum()), counts[used]
     for epsilon in SMOOTHINGS:
-        smoothed = (n + epsilon) / (total + len(counts) * epsilon) * total
-        means = rows[used] / smoothed[:, None]
+        means = rows[used] / smoothed(counts, epsilon)[used][:, None]
         if _are_equal(means, codes[used], tolerance) or _are_unit_rows_of(means, codes[used], tolerance):
             return True
     return False

@@ -22,16 +22,17 @@ ALIVE = 1e-3
 
 _LEAST, _MOST = 16, 16_384  # codes: of fewer nobody can tell what drew them, and so many tell as much as more
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2"}
-_NUMPY |= {"U8": "u1", "I8": "i1", "BOOL": "u1"}
+_NUMPY |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "I8": "i1", "BOOL": "u1"}
 
 
 def uninitialised(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Iterator[str]:
     """What every command says of codebooks that nobody initialized, a line each."""
     for book in books:
-        unset = [key for key in flags(book.key, checkpoint.entries) if not numbers(checkpoint, key).any()]
+        flagged = [key for key in flags(book.key, checkpoint.entries) if _is_read(checkpoint, key)]
+        unset = [key for key in flagged if not numbers(checkpoint, key).any()]
         if unset:
             yield f"{unset[0]} is 0: {book.key} is not initialized, and the model's own training starts it anew"
-        if book.confidence != "high":
+        if book.confidence != "high" or not _is_read(checkpoint, book.key):
             continue
         rows = _rows(checkpoint, book)
         if not rows.any():
@@ -43,8 +44,9 @@ def uninitialised(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Ite
 def untrained(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Iterator[str]:
     """What commands that look say of codebooks that no training seems to have reached, a line each."""
     for book in books:
-        sure = book.confidence == "high" and book.size >= _LEAST and effective(book, checkpoint.shapes).kind == "rows"
-        if sure and as_initialised(_rows(checkpoint, book)[:_MOST]):
+        sure = book.confidence == "high" and book.size >= _LEAST and _is_read(checkpoint, book.key)
+        plain = effective(book, checkpoint.shapes).kind == "rows"
+        if sure and plain and as_initialised(_rows(checkpoint, book)[:_MOST]):
             yield f"the codes of {book.key} look as an initialisation draws them: untrained, or fixed on purpose"
 
 
@@ -52,7 +54,8 @@ def alive(checkpoint: Checkpoint, book: FoundCodebook) -> int | None:
     """How many codes have latents by the running counts beside them. None where there are none, or they are all alike,
     as before the first step."""
     for key in book.companions:
-        if math.prod(checkpoint.shapes[key]) == book.size and COUNTS.search(key.rpartition(".")[2]):
+        counts = math.prod(checkpoint.shapes[key]) == book.size and COUNTS.search(key.rpartition(".")[2])
+        if counts and _is_read(checkpoint, key):
             return alive_of(numbers(checkpoint, key))
     return None
 
@@ -92,12 +95,17 @@ def beside(codebook_key: str, keys: Iterable[str], pattern: re.Pattern[str]) -> 
 
 
 def numbers(checkpoint: Checkpoint, key: str) -> NDArray[np.float64]:
-    """The numbers of a tensor, flat. Raises KeyError for dtypes that codebooks and what follows them do not have."""
+    """(n,) the numbers of a tensor, flat. Raises KeyError for dtypes that numpy does not have, as of 8 bits."""
     dtype = checkpoint.dtypes[key]
     stored = np.frombuffer(b"".join(checkpoint.chunks(key)), _NUMPY[dtype])
     if dtype == "BF16":
         stored = (stored.astype("<u4") << 16).view("<f4")
     return stored.astype(np.float64)
+
+
+def _is_read(checkpoint: Checkpoint, key: str) -> bool:
+    """Whether `numbers` knows the dtype of a tensor."""
+    return checkpoint.dtypes[key] in _NUMPY
 
 
 def _rows(checkpoint: Checkpoint, book: FoundCodebook) -> NDArray[np.float64]:

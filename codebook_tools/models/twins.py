@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint
-from codebook_tools.models.evidence import flags, numbers
+from codebook_tools.models.evidence import flags
 
 
 def twins(checkpoint: Checkpoint, found: FoundCodebook, books: Sequence[FoundCodebook]) -> tuple[FoundCodebook, ...]:
@@ -61,4 +61,4 @@ def _is_constant(checkpoint: Checkpoint, key: str) -> bool:
 
 def _is_unset(checkpoint: Checkpoint, key: str) -> bool:
     """Whether a flag beside a codebook says that it is not initialized."""
-    return any(not numbers(checkpoint, flag).any() for flag in flags(key, checkpoint.entries))
+    return any(not any(b"".join(checkpoint.chunks(flag))) for flag in flags(key, checkpoint.entries))
