@@ -20,24 +20,10 @@ from typing import Any
 from forks import run
 from record import record
 from safetensors.torch import load_file
+from same_output import FEW, SURGERIES, TRAINED
 
 from codebook_tools.demo import DEMO
 
-FEW, TRAINED, UNTRAINED = ("--limit", "60"), ("--steps", "20"), ("--steps", "0")
-SURGERIES: dict[str, tuple[str, ...]] = {
-    "refit": ("refit", "--k", "64", *TRAINED),
-    "refit, afkmc2": ("refit", "--k", "64", "--init", "afkmc2", *UNTRAINED),
-    "refit, entropy and weight-ema": ("refit", "--k", "32", "--entropy", "0.1", "--weight-ema", "0.9", *TRAINED),
-    "prune": ("prune", *TRAINED),
-    "quantize by k-means": ("quantize", "--k", "32", "--method", "kmeans", *TRAINED),
-    "quantize by merging": ("quantize", "--k", "32", "--method", "pnn", *UNTRAINED),
-    "quantize to 4 bits": ("quantize", "--bits", "4", *UNTRAINED),
-    "restart": ("restart", *TRAINED),
-    "grow": ("grow", "--k", "128", *TRAINED),
-    "condense": ("condense", "--k", "32", *TRAINED),
-    "finetune": ("finetune", *TRAINED),
-    "finetune by gradients": ("finetune", "--codebook-update", "gradient", *TRAINED),
-}
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "measure": ("measure",),
     "sweep": ("sweep", "--k", "16,32"),
