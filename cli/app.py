@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .calls import operate_on
-from .decide import decisions
-from .exits import interruptible, one_voice, standard_streams
-from .follow import followers
-from .look import looks
-from .operate import operations
+from .check_commands import followers
+from .compare_commands import decisions
+from .errors import interruptible, one_voice, standard_streams
+from .inspect_commands import looks
 from .options import DataOptions, LongRunOptions, ModelArgument, ModelOptions, NoStepsTrainOptions, WriteOptions, takes
+from .run import operate_on
+from .surgery_commands import operations
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.codebook import Strategy

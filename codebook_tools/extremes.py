@@ -11,9 +11,9 @@ from torch import Tensor
 from codebook_tools.assignment import squared_errors
 from codebook_tools.errors import CodebookError
 from codebook_tools.items import Item
+from codebook_tools.latents import rows_of
 from codebook_tools.opening import Opened
 from codebook_tools.patches import Place
-from codebook_tools.sums import rows_of
 from codebook_tools.watch import Watch
 
 

@@ -87,3 +87,8 @@ def all_finite(values: Tensor) -> bool:
 def joined(latents: Latents) -> Tensor:
     """(n, dim) float32: all of them."""
     return latents.vectors if isinstance(latents, StoredLatents) else torch.cat(list(latents))
+
+
+def rows_of(latents: Tensor) -> Tensor:
+    """(n * positions, dim), of latents (n, dim, ...)."""
+    return latents.movedim(1, -1).flatten(0, -2)

@@ -151,11 +151,6 @@ def _moments(rows: Tensor, codebook: Codebook, counts: Tensor) -> Tensor:
     return torch.stack([of_rows, torch.cat([weighted.sum(0, keepdim=True), weighted.T @ codes])])
 
 
-def rows_of(latents: Tensor) -> Tensor:
-    """(n * positions, dim), of latents (n, dim, ...)."""
-    return latents.movedim(1, -1).flatten(0, -2)
-
-
 def _both(a: _Number | None, b: _Number | None) -> _Number | None:
     """What one part lacks, the whole lacks."""
     return None if a is None or b is None else a + b

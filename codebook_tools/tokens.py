@@ -13,10 +13,11 @@ from torch import Tensor
 from codebook_tools import processes
 from codebook_tools.assignment import squared_errors
 from codebook_tools.items import Item
+from codebook_tools.latents import rows_of
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.sampling import SAMPLE_LIMIT, Sample, Sampler
-from codebook_tools.sums import Sums, book_sums, no_sums, rows_of
+from codebook_tools.sums import Sums, book_sums, no_sums
 from codebook_tools.watch import Watch
 
 

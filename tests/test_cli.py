@@ -510,9 +510,9 @@ def test_tokens_are_rewritten_by_the_index_map_without_the_package(
 def test_a_log_shows_life_and_quiet_does_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from codebook_cli import screen
+    from codebook_cli import output
 
-    monkeypatch.setattr(screen, "SECONDS_A_LINE", -1)
+    monkeypatch.setattr(output, "SECONDS_A_LINE", -1)
     for quiet in (False, True):
-        screen.ProgressShow(quiet)("fine-tune", 1200, 5000, {"loss": 0.25})
+        output.ProgressShow(quiet)("fine-tune", 1200, 5000, {"loss": 0.25})
     assert capsys.readouterr().err == "fine-tune: 1,200 of 5,000 loss 0.25\n"

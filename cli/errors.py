@@ -23,7 +23,7 @@ _LEFT_ALONE = (
 
 def show_result(found: Any, table: Callable[[Any], Any], as_json: bool) -> None:
     """The one output: JSON, or a table."""
-    from .screen import print_json, print_table
+    from .output import print_json, print_table
 
     print_json(found.to_json()) if as_json else print_table(table(found))
 
@@ -46,7 +46,7 @@ def standard_streams() -> Iterator[None]:
     except Exception as error:
         from codebook_tools.errors import CodebookError
 
-        from .screen import print_error
+        from .output import print_error
 
         if not isinstance(error, CodebookError):
             raise
@@ -236,7 +236,7 @@ def _end(code: int, message: str, before: str = "") -> NoReturn:
     from codebook_tools import processes
 
     def say() -> None:
-        from .screen import print_error
+        from .output import print_error
 
         with _aloud():
             sys.stderr.write(before)

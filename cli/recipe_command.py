@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .calls import request_of, run_and_show
-from .exits import reported
+from .errors import reported
 from .options import Channels, Metric
+from .run import request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.chain import Chain, ChainPlan

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .calls import named_after, numbers, recipe_of, request_of, run_and_show
 from .completion import rows
 from .options import DataOptions, FolderOptions, LongRunOptions, ModelArgument, ModelOptions, TrainOptions, takes
+from .run import named_after, numbers, recipe_of, request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.comparison import Comparison

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .calls import named_after, request_of, run_and_show
-from .exits import reported, show_result
+from .errors import reported, show_result
 from .options import (
     DataOptions,
     JsonFlag,
@@ -21,6 +20,7 @@ from .options import (
     Sort,
     takes,
 )
+from .run import named_after, request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.codes import Codes

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .calls import request_of
-from .exits import reported, show_result
+from .errors import reported, show_result
 from .options import DataOptions, ModelOptions, RemapOptions, RunOptions, takes
+from .run import request_of
 
 if TYPE_CHECKING:
     from codebook_tools.models.proof import Proof
@@ -50,7 +50,7 @@ def verify(
         from codebook_tools.verify import verify_alone, verify_checkpoint
         from codebook_tools.watch import Watch
 
-        from .screen import ProgressShow
+        from .output import ProgressShow
 
         prove: Callable[[], Proof] | None = None
         if given["network"] or given["family"] or given["data"]:
@@ -93,7 +93,7 @@ def remap(
         from codebook_tools.downstream.translation import parse_on_removed
         from codebook_tools.report.tables import remap_table
 
-        from .screen import print_warnings
+        from .output import print_warnings
 
         request = RemapRequest(
             sources=tuple(sources),

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .calls import operate_on
 from .options import (
     DataOptions,
     Init,
@@ -24,7 +23,8 @@ from .options import (
     WriteOptions,
     takes,
 )
-from .recipes import run_recipe
+from .recipe_command import run_recipe
+from .run import operate_on
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.codebook import Strategy

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import typer
 
-from .exits import reported, show_result
+from .errors import reported, show_result
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.chain import ChainPlan
@@ -180,7 +180,7 @@ def _run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], given: dict
     from codebook_tools.report.tables import details_table, table_of
     from codebook_tools.watch import Watch
 
-    from .screen import ProgressShow, print_table, print_warnings
+    from .output import ProgressShow, print_table, print_warnings
 
     if given["deterministic"]:
         import torch
