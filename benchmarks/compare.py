@@ -25,7 +25,7 @@ from codebook_tools.comparison import Comparison, markdown_table
 from codebook_tools.demo import DEMO
 from codebook_tools.finetune import Recipe
 from codebook_tools.opening import Request
-from codebook_tools.watch import Watch
+from codebook_tools.runtime.progress import Watch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks") / "results" / "compare"

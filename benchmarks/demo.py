@@ -30,8 +30,8 @@ from codebook_tools.operate import operate
 from codebook_tools.outcome import Result
 from codebook_tools.report.pages import page_with_model, write_report
 from codebook_tools.report.tables import result_table
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
-from codebook_tools.watch import Watch
 
 ROOT = Path(__file__).parents[1]
 K = 128

@@ -29,7 +29,7 @@ from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request, open_request
 from codebook_tools.quantiser import DECAY
-from codebook_tools.watch import Watch
+from codebook_tools.runtime.progress import Watch
 
 ROOT = Path(__file__).parents[1]
 

@@ -24,8 +24,8 @@ from machine import machine
 from codebook_tools.finetune import Recipe
 from codebook_tools.opening import Request, open_request
 from codebook_tools.operate import operate
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
-from codebook_tools.watch import Watch
 
 RESULTS = Path(__file__).parent / "results" / "refit.json"
 

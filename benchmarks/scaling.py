@@ -33,7 +33,7 @@ KMEANS = """
 import json, sys, time
 import torch
 from codebook_tools.kmeans import kmeans
-from codebook_tools.watch import Watch
+from codebook_tools.runtime.progress import Watch
 n, k, dim = map(int, sys.argv[1:4])
 drawn = torch.Generator().manual_seed(0)
 centres = 3 * torch.randn(1000, dim, generator=drawn)

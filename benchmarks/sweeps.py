@@ -21,8 +21,8 @@ from compare import RUNS
 from matplotlib.figure import Figure
 
 from codebook_tools.report.swept import curves_plot
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.sweep import Sweep, markdown, sweep
-from codebook_tools.watch import Watch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks") / "results" / "sweep"

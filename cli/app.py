@@ -18,7 +18,7 @@ from .surgery_commands import operations
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.codebook import Strategy
-    from codebook_tools.watch import Watch
+    from codebook_tools.runtime.progress import Watch
 
 
 class Commands(TyperGroup):
@@ -48,7 +48,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from codebook_tools.version import VERSION
+        from codebook_tools.runtime.version import VERSION
 
         print(VERSION)
         raise typer.Exit

@@ -47,8 +47,8 @@ def verify(
     with reported():
         from codebook_tools.demo import DEMO
         from codebook_tools.report.tables import verification_table
+        from codebook_tools.runtime.progress import Watch
         from codebook_tools.verify import verify_alone, verify_checkpoint
-        from codebook_tools.watch import Watch
 
         from .output import ProgressShow
 

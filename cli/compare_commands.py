@@ -12,8 +12,8 @@ from .run import named_after, numbers, recipe_of, request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.comparison import Comparison
+    from codebook_tools.runtime.progress import Watch
     from codebook_tools.sweep import Sweep
-    from codebook_tools.watch import Watch
 
 decisions = typer.Typer()
 

@@ -183,12 +183,12 @@ def reported() -> Iterator[None]:
     except Exception as error:
         if came:
             _end_by(came[-1])
-        from codebook_tools import processes
         from codebook_tools.errors import CodebookError
+        from codebook_tools.runtime import distributed
 
         if isinstance(error, CodebookError):
             _end(error.exit_code, str(error))
-        if processes.is_left_alone(error):
+        if distributed.is_left_alone(error):
             _end(1, _LEFT_ALONE)
         if _is_out_of_memory(error):
             _end(1, f"out of memory ({' '.join(str(error).split())[:120]}); {_USE_LESS}")
@@ -222,18 +222,18 @@ def _check_folder() -> None:
 
 def _end_by(number: int) -> NoReturn:
     """Exit as one does who was asked to by the signal `number`, SIGINT or SIGTERM."""
-    from codebook_tools import processes
+    from codebook_tools.runtime import distributed
 
     if number == signal.SIGINT:
         _end(130, f"interrupted; {_LEFT}")
-    if processes.count() > 1:  # torchrun ends all, and some wait for others that are gone
+    if distributed.count() > 1:  # torchrun ends all, and some wait for others that are gone
         raise typer.Exit(143) from None
     _end(143, f"terminated; {_LEFT}")
 
 
 def _end(code: int, message: str, before: str = "") -> NoReturn:
     """Exit with a line that says why; of several processes one says it."""
-    from codebook_tools import processes
+    from codebook_tools.runtime import distributed
 
     def say() -> None:
         from .output import print_error
@@ -242,7 +242,7 @@ def _end(code: int, message: str, before: str = "") -> NoReturn:
             sys.stderr.write(before)
             print_error(message)
 
-    raise typer.Exit(processes.fail(code, say)) from None
+    raise typer.Exit(distributed.fail(code, say)) from None
 
 
 def _aloud() -> AbstractContextManager[object]:

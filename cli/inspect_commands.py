@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.diagnosis.diagnose import Diagnosis
     from codebook_tools.mapping import Map
     from codebook_tools.outcome import Result
-    from codebook_tools.watch import Watch
+    from codebook_tools.runtime.progress import Watch
 
 looks = typer.Typer()
 

@@ -42,7 +42,7 @@ class ProgressShow(AbstractContextManager["ProgressShow"]):
     """Progress bars on stderr where that is a terminal; where it is piped a line now and then, that a log shows life;
     nothing at all where quiet was asked for.
 
-    Called as codebook_tools.watch.Show.
+    Called as codebook_tools.runtime.progress.Show.
     """
 
     def __init__(self, quiet: bool) -> None:

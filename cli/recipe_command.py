@@ -16,7 +16,7 @@ from .run import request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.chain import Chain, ChainPlan
-    from codebook_tools.watch import Watch
+    from codebook_tools.runtime.progress import Watch
 
 _KINDS: Mapping[str, Any] = {
     **dict.fromkeys(("model", "output", "latents_cache", "report"), Path),
@@ -85,7 +85,7 @@ def merged(options: Mapping[str, Any], given: dict[str, Any], typed: Collection[
 
 
 def _as_option(name: str, value: Any, default: Any) -> Any:
-    from codebook_tools.kinds import check_kind
+    from codebook_tools.runtime.type_checks import check_kind
 
     several = value if name in _LISTS and isinstance(value, list) else [value]
     kind = str if name in _LISTS else _KINDS[name] if default is None else type(default)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.outcome import Result
     from codebook_tools.planning import Plan
     from codebook_tools.report.tables import Found
-    from codebook_tools.watch import Watch
+    from codebook_tools.runtime.progress import Watch
 
 _Number = TypeVar("_Number", int, float)
 
@@ -146,7 +146,7 @@ def _hash_ahead(model: Path | None) -> None:
 def run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], given: dict[str, Any]) -> None:
     """Do the work, with progress, and print what came of it; with others where torchrun started several processes."""
     with reported():
-        from codebook_tools.processes import joined
+        from codebook_tools.runtime.distributed import joined
 
         with joined(given["device"]), reported():  # while they are joined, they agree on who reports
             _run_and_show(work, given)
@@ -154,20 +154,20 @@ def run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], given: dict[
 
 def _with_report(found: Found, given: dict[str, Any], watch: Watch) -> Found:
     """Write the page of what was found, which then names it."""
-    from codebook_tools import processes
     from codebook_tools.chain import Chain
     from codebook_tools.diagnosis.diagnose import Diagnosis
     from codebook_tools.outcome import Result
     from codebook_tools.report.pages import page_of, page_with_model, write_report
+    from codebook_tools.runtime import distributed
 
     typed = shlex.join(["codebook", *sys.argv[1:]])
-    if isinstance(found, Result | Chain) and found.shown and found.outputs.get("model") and processes.count() == 1:
+    if isinstance(found, Result | Chain) and found.shown and found.outputs.get("model") and distributed.count() == 1:
         request = request_of(Path(found.outputs["model"] or ""), given)
         low, high = cast(list[float], found.settings["input_range"])
         page = page_with_model(found, typed, replace(request, output=None, input_range=(low, high)), watch)
     else:
         page = page_of(found, typed)
-    written = processes.by_first(lambda: write_report(found, page, given["report"]))
+    written = distributed.by_first(lambda: write_report(found, page, given["report"]))
     if isinstance(found, Diagnosis):
         return found
     outputs: dict[str, Any] = {**found.outputs, **written}
@@ -178,7 +178,7 @@ def _run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], given: dict
     from codebook_tools.chain import ChainPlan
     from codebook_tools.planning import Plan
     from codebook_tools.report.tables import details_table, table_of
-    from codebook_tools.watch import Watch
+    from codebook_tools.runtime.progress import Watch
 
     from .output import ProgressShow, print_table, print_warnings
 

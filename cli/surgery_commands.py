@@ -28,7 +28,7 @@ from .run import operate_on
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.codebook import Strategy
-    from codebook_tools.watch import Watch
+    from codebook_tools.runtime.progress import Watch
 
 operations = typer.Typer()
 

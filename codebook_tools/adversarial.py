@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codebook_tools import processes
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.model import Model
+from codebook_tools.runtime import distributed
 
 WIDTH, STRIDED = 64, 3  # channels of the first layer, and layers of stride 2: patches of 70 pixels, Isola et al. 2017
 RATE, BETAS = 2e-4, (0.5, 0.999)  # of its Adam, Isola et al. 2017
@@ -132,7 +132,7 @@ class Adversary:
 
 def _mean(values: Tensor, n: int) -> Tensor:
     """Of all processes' values, each weighed by how many it is of."""
-    summed = processes.summed(torch.cat([values * n, values.new_full((1,), n)]))
+    summed = distributed.summed(torch.cat([values * n, values.new_full((1,), n)]))
     return summed[:-1] / summed[-1]
 
 

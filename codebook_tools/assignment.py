@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from codebook_tools.codebook import Codebook, Emit, Lookup
-from codebook_tools.devices import has_float64, wide
-from codebook_tools.threads import spread
+from codebook_tools.runtime.devices import has_float64, wide
+from codebook_tools.runtime.threads import spread
 
 # Scores that fit the cache of one core are searched fastest; a GPU wants far larger tiles. Both stay under 256 MB.
 _TILE_BYTES, _ELSEWHERE = {"cpu": 2 << 20}, 128 << 20

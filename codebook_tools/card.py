@@ -9,7 +9,7 @@ from codebook_tools.checkpoints.layout import is_directory_output, split_others
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.figures import stage_rows
 from codebook_tools.measure import Measurement
-from codebook_tools.version import VERSION
+from codebook_tools.runtime.version import VERSION
 
 CARD = "README.md"
 

@@ -10,11 +10,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.assignment import emitted, nearest, unit
 from codebook_tools.codebook import Codebook, Emit, Lookup
-from codebook_tools.devices import wide, wide_device
-from codebook_tools.threads import spread
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.devices import wide, wide_device
+from codebook_tools.runtime.threads import spread
 
 _WIDENED, _ELSEWHERE = {"cpu": 2048}, 1 << 18  # points that are float64 at a time: in the cache of a core
 
@@ -54,7 +54,7 @@ class Cells:
             sums += found.sums
             hits += found.hits
             squares += found.squares
-        total = processes.summed(torch.cat([sums.flatten(), hits, squares]))
+        total = distributed.summed(torch.cat([sums.flatten(), hits, squares]))
         parts = torch.split(total, [sums.numel(), len(hits), 1])
         return Cells(parts[0].reshape(sums.shape), parts[1], parts[2])
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.card import CARD
 from codebook_tools.checkpoints.layout import PREFIX, index_map_path
 from codebook_tools.checkpoints.places import partial_folder
@@ -28,9 +27,10 @@ from codebook_tools.operate import operate
 from codebook_tools.outcome import Result, check_request_output, weights_bytes
 from codebook_tools.output import written_config
 from codebook_tools.planning import Plan, plan
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.progress import Watch
+from codebook_tools.runtime.version import VERSION
 from codebook_tools.verification import listed, same_bytes
-from codebook_tools.version import VERSION
-from codebook_tools.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
     as `operate` does.
     """
     _refuse_none(steps)
-    if processes.count() > 1:
-        raise CodebookError(f"run works in one process, not {processes.count()}; start it without torchrun")
+    if distributed.count() > 1:
+        raise CodebookError(f"run works in one process, not {distributed.count()}; start it without torchrun")
     output = check_request_output(request, "run", None)
     request.require_trainable(max(step.recipe.steps for step in steps))
     request = replace(request, sample=request.model is None)  # for steps whose model is no longer the demo, but of it

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
 from codebook_tools.extremes import Seen, see
@@ -18,9 +17,10 @@ from codebook_tools.models.evidence import untrained
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.patches import Place, patches, receptive_side, require_images
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.progress import Watch
+from codebook_tools.runtime.version import VERSION
 from codebook_tools.splits import limited
-from codebook_tools.version import VERSION
-from codebook_tools.watch import Watch
 
 SORTS = ("share", "map", "error")
 NEIGHBOURS = 4
@@ -90,8 +90,8 @@ def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch
     top: patches of each kind for a code. most: codes that are shown. sort: by falling share, by the place on the first
     principal component ("map"), or by falling error; dead codes come last.
     """
-    if processes.count() > 1:
-        raise CodebookError(f"codes works in one process, not {processes.count()}; start it without torchrun")
+    if distributed.count() > 1:
+        raise CodebookError(f"codes works in one process, not {distributed.count()}; start it without torchrun")
     for name, value in (("top", top), ("most", most)):
         if value < 1:
             raise CodebookError(f"{name}={value} is below 1")

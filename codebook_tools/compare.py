@@ -9,7 +9,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from codebook_tools import processes
 from codebook_tools.checkpoints.places import write_text
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.codebook import Strategy
@@ -30,6 +29,8 @@ from codebook_tools.measure import Measurement
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.outcome import settings_of
 from codebook_tools.output import check_size
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.stages import (
     Calibration,
     Latents,
@@ -41,7 +42,6 @@ from codebook_tools.stages import (
     run_stages,
 )
 from codebook_tools.strategies import find_strategy
-from codebook_tools.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def compare(
     that it leaves, too. The seed of a row is that of its strategy and its fine-tuning; data and splits are the same in
     all. A row that cannot be done says why. Raises CodebookError where nothing can.
     """
-    if processes.count() > 1:
-        raise CodebookError(f"compare works in one process, not {processes.count()}; start it without torchrun")
+    if distributed.count() > 1:
+        raise CodebookError(f"compare works in one process, not {distributed.count()}; start it without torchrun")
     for name, value in (("k", k), ("seeds", seeds)):
         if value < 1:
             raise CodebookError(f"{name}={value} is below 1; use --{name} 1 or more")

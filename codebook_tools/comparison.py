@@ -17,8 +17,8 @@ from codebook_tools.items import items_sha256
 from codebook_tools.measure import CodebookUse, Measurement
 from codebook_tools.models.stored import added_bytes
 from codebook_tools.opening import Opened
-from codebook_tools.parsing import parse_json, read_text
-from codebook_tools.version import VERSION
+from codebook_tools.runtime.safe_io import parse_json, read_text
+from codebook_tools.runtime.version import VERSION
 
 STAGES = ("before", "surgery", "finetuned")
 

@@ -10,10 +10,10 @@ from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.kmeans import kmeans
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.seeding import Init, count_distinct, overflow
 from codebook_tools.splits import shuffled
 from codebook_tools.survey import survey
-from codebook_tools.watch import Watch
 
 POINTS = 20_000
 """Latents that the reference k-means sees."""

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.assignment import nearest, unit
 from codebook_tools.card import cards
 from codebook_tools.checkpoints.detect import FoundCodebook
@@ -18,7 +17,6 @@ from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.checkpoints.writing import write_checkpoint
 from codebook_tools.codebook import Codebook, Emit, Latents, Strategy, Surgery
 from codebook_tools.coverage import POINTS, reference_distance
-from codebook_tools.devices import device_of
 from codebook_tools.errors import CodebookError
 from codebook_tools.filling import common_sizes, filled, remark
 from codebook_tools.index_maps import nearest_map
@@ -48,12 +46,14 @@ from codebook_tools.models.twins import twin_warning
 from codebook_tools.opening import Request
 from codebook_tools.outcome import Result, check_request_output, provenance, settings_of, weights_bytes
 from codebook_tools.output import remarks, written_config
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.devices import device_of
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.stats import Part, Stats, holds_sample, read_sample, read_stats, write_part
 from codebook_tools.strategies import on_device
 from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.sums import BookSums, Sums, book_sums, exact, no_sums
 from codebook_tools.survey import Survey, survey
-from codebook_tools.watch import Watch
 
 
 def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
@@ -151,7 +151,7 @@ def measure_detached(request: Request, watch: Watch, stats: Path | None) -> Resu
         books = tuple(_sums(one.found, one.seen.counts, one.seen.error) for one in known if one.seen)
         counted = Sums(0, 0, Fraction(0), None, books)
         part = Part(checkpoint.sha256, "calibration", {}, (1, 1), counted, {})
-        processes.by_first(lambda: write_part(stats, part, request.force))
+        distributed.by_first(lambda: write_part(stats, part, request.force))
         settings["stats"] = str(stats)
     return Result(
         command="measure",
@@ -183,7 +183,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         warnings += one.seen.remarks(getattr(strategy, "exact", False)) if one.seen else []
     with watch.phase("strategy"):
         strategy = on_device(strategy, device_of(request.device))
-        surgeries = [processes.of_first(one.operated(strategy)) for one in known]
+        surgeries = [distributed.of_first(one.operated(strategy)) for one in known]
     asked, keys = [surgery.codebook.size for surgery in surgeries], [one.found.key for one in known]
     entry = size_entry(checkpoint)
     sizes = common_sizes([one.old.size for one in known], asked, entry is not None and entry.power_of_two)
@@ -229,7 +229,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
             )
             return map_path, weights_bytes(output), proofs[0]
 
-        map_path, nbytes, proof = processes.by_first(write)
+        map_path, nbytes, proof = distributed.by_first(write)
     bits = surgeries[0].bits
     return Result(
         command=command,
@@ -306,7 +306,7 @@ def _with_latents(request: Request, one: _Known, watch: Watch) -> tuple[_Known, 
         else:
             calibration, test = split_latents(calibration)
         calibration, test = (limited_latents(rows, request.limit, request.seed) for rows in (calibration, test))
-        calibration = replace(calibration, part=processes.part())
+        calibration = replace(calibration, part=distributed.part())
     with watch.phase("encode"):
         seen = survey(calibration, one.old, seed=request.seed, watch=watch)
     settings: dict[str, object] = {

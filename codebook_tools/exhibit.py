@@ -13,8 +13,8 @@ from codebook_tools.items import Item
 from codebook_tools.measure import reconstruct
 from codebook_tools.models.model import Book, Model
 from codebook_tools.opening import Opened, Request, open_request
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.states import FineTuned
-from codebook_tools.watch import Watch
 
 
 @dataclass(frozen=True, eq=False)

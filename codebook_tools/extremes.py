@@ -14,7 +14,7 @@ from codebook_tools.items import Item
 from codebook_tools.latents import rows_of
 from codebook_tools.opening import Opened
 from codebook_tools.patches import Place
-from codebook_tools.watch import Watch
+from codebook_tools.runtime.progress import Watch
 
 
 @dataclass(frozen=True, eq=False)

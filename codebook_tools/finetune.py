@@ -12,6 +12,7 @@ from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.quantiser import More
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.course import Course
 from codebook_tools.training.readings import SUM, Readings
 from codebook_tools.training.recipe import Recipe
@@ -20,7 +21,6 @@ from codebook_tools.training.scalars import Scalars, figures_of, scalars_into
 from codebook_tools.training.schedule import looks_at
 from codebook_tools.training.states import Diverged, FineTuned, TracePoint
 from codebook_tools.training.step import Training
-from codebook_tools.watch import Watch
 
 __all__ = ["FineTuned", "Recipe", "TracePoint", "finetune"]  # with what it is given, and gives back
 

@@ -10,13 +10,13 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.assignment import unit
 from codebook_tools.cells import Cells
 from codebook_tools.codebook import Codebook, Emit, Latents, Lookup
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.seeding import Init, count_distinct, draw_by_error, refuse_unfit, seeds
 from codebook_tools.swaps import swapped
-from codebook_tools.watch import Watch
 
 _GROWTH = 4  # each sample is so many times the one before
 _POINTS_PER_CENTROID = 32  # in the first sample, at least: fewer fit what is chance in it
@@ -108,7 +108,7 @@ def _slab(points: int, device: torch.device) -> int:
 
 def _own(slabs: Iterable[Tensor]) -> Iterable[Tensor]:
     """Of slabs that every process has, those that are this one's work."""
-    return islice(slabs, processes.rank(), None, processes.count())
+    return islice(slabs, distributed.rank(), None, distributed.count())
 
 
 def _in_slabs(whole: Latents, device: torch.device) -> Iterable[Tensor]:

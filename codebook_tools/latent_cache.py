@@ -25,8 +25,8 @@ from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.items import Item
 from codebook_tools.latents import EncodedLatents
 from codebook_tools.models.model import Model
-from codebook_tools.parsing import parse_json
-from codebook_tools.version import VERSION
+from codebook_tools.runtime.safe_io import parse_json
+from codebook_tools.runtime.version import VERSION
 
 _HEADER = 4096
 """Bytes for the header, which is written last: only then is it known how many items could be read."""

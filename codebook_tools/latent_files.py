@@ -18,7 +18,7 @@ from codebook_tools.checkpoints.entries import Stored, torch_dtype
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.latents import all_finite
-from codebook_tools.regular import check_regular
+from codebook_tools.runtime.safe_io import check_regular
 from codebook_tools.sampling import mixed, sample_keys
 
 _BATCH = 65_536

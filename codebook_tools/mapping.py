@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.assignment import emitted, unit
 from codebook_tools.codebook import Codebook, Lookup
 from codebook_tools.errors import CodebookError
@@ -19,12 +18,13 @@ from codebook_tools.items import Item
 from codebook_tools.models.evidence import untrained
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.patches import Place, patches, receptive_side, require_images
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.progress import Watch
+from codebook_tools.runtime.version import VERSION
 from codebook_tools.splits import limited
 from codebook_tools.stages import calibrate, encoder_latents, measure_stage
 from codebook_tools.strategies import Refit
 from codebook_tools.strategies.checks import check_k
-from codebook_tools.version import VERSION
-from codebook_tools.watch import Watch
 
 POINTS = 3000
 """Latents that are drawn."""
@@ -75,8 +75,8 @@ class Map:
 def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -> Map:
     """k: centroids; None for as many as there are codes in use. method: by which the plane is found; umap is pca where
     umap-learn is not installed."""
-    if processes.count() > 1:
-        raise CodebookError(f"map works in one process, not {processes.count()}; start it without torchrun")
+    if distributed.count() > 1:
+        raise CodebookError(f"map works in one process, not {distributed.count()}; start it without torchrun")
     if k is not None:
         check_k(k)
     opened = open_request(request, watch)

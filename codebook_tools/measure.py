@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook_tools import metrics, processes
-from codebook_tools.devices import wide
+from codebook_tools import metrics
 from codebook_tools.errors import CodebookError, NotFiniteError
+from codebook_tools.latents import rows_of
 from codebook_tools.media import Media
 from codebook_tools.models.model import INPUT_RANGES, Model, Pass
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.devices import wide
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.splits import limited
-from codebook_tools.sums import BookSums, Sums, book_sums, exact, no_sums, rows_of
-from codebook_tools.watch import Watch
+from codebook_tools.sums import BookSums, Sums, book_sums, exact, no_sums
 
 RANGE_IMAGES = 64
 """Media that the input range is found out with."""
@@ -172,7 +174,7 @@ def collect(
     of_nothing = tuple(no_sums(*book, moments=True) for book in books)
     total = Sums(0, 0, Fraction(0), nothing, of_nothing, nothing, nothing)
     parts = images.part[1]
-    with processes.alike(NotFiniteError):
+    with distributed.alike(NotFiniteError):
         for items, pixels in images.batches(batch):
             seen = reconstruct(model, pixels)
             pixels = pixels.to(seen.media.device)
@@ -191,7 +193,7 @@ def collect(
                 shown_detail=_added(shown_detail),
             )
             watch.progress(f"measure on {split}", min(parts * total.images, len(images)), len(images))
-    return total.unpacked(*map(processes.summed, total.packed())) if parts > 1 else total
+    return total.unpacked(*map(distributed.summed, total.packed())) if parts > 1 else total
 
 
 def _added(scores: Tensor | None) -> Fraction | None:

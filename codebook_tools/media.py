@@ -18,7 +18,7 @@ from torch import Tensor
 from codebook_tools.channels import MIXINGS
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.items import Item, Medium, Values
-from codebook_tools.watch import Watch
+from codebook_tools.runtime.progress import Watch
 
 CACHE_BYTES = 2 << 30
 """Decoded values are kept up to this many bytes."""

@@ -11,7 +11,6 @@ from itertools import count, islice
 from operator import add
 from pathlib import Path
 
-from codebook_tools import processes
 from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
@@ -19,13 +18,14 @@ from codebook_tools.measure import measurement_of
 from codebook_tools.models.families import metric_of
 from codebook_tools.opening import Opened, Request
 from codebook_tools.outcome import Result
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.progress import Watch
+from codebook_tools.runtime.version import VERSION
 from codebook_tools.sampling import smallest
 from codebook_tools.splits import Splits
 from codebook_tools.stats import Part, read_hashed, read_part, write_part
 from codebook_tools.sums import Sums
 from codebook_tools.tokens import counted
-from codebook_tools.version import VERSION
-from codebook_tools.watch import Watch
 
 SAMPLE = 131_072
 """Latents of a codebook that are kept with its counts, at most."""
@@ -61,8 +61,8 @@ def check_shard(request: Request, stats: Path | None, merging: Sequence[Path]) -
         raise CodebookError("--shard without --stats: give a FILE to write, or there is nothing to merge")
     if request.latents:
         raise CodebookError("--shard is a part of the images; --latents are read in one pass, leave out --shard")
-    if processes.count() > 1:
-        raise CodebookError(f"torchrun's {processes.count()} processes part the data already; leave out --shard")
+    if distributed.count() > 1:
+        raise CodebookError(f"torchrun's {distributed.count()} processes part the data already; leave out --shard")
 
 
 def in_part(opened: Opened, shard: tuple[int, int]) -> Opened:
@@ -122,7 +122,7 @@ def merge(request: Request, files: Sequence[Path], stats: Path | None, watch: Wa
     assert whole.measured is not None
     if stats is not None:
         with watch.phase("write"):
-            processes.by_first(lambda: write_part(stats, whole, request.force))
+            distributed.by_first(lambda: write_part(stats, whole, request.force))
     few = [f"{name} ({why})" for name, why in sorted(whole.bad.items())]
     return Result(
         command="measure",

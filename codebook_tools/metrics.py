@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from codebook_tools.devices import wide
+from codebook_tools.runtime.devices import wide
 
 
 def used(counts: Tensor, hits: int = 1) -> int:

@@ -11,11 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.channels import FIRST, MIX, MIXINGS
 from codebook_tools.checkpoints.reading import AS_STORED, Checkpoint, read_checkpoint
 from codebook_tools.demo import DEMO
-from codebook_tools.devices import RUN_AHEAD, device_of
 from codebook_tools.errors import CodebookError
 from codebook_tools.images import SAMPLE, images, sample_images
 from codebook_tools.items import Item, Medium, find_items
@@ -32,9 +30,11 @@ from codebook_tools.models.remarks import stale_state
 from codebook_tools.models.settling import settle
 from codebook_tools.models.sizes import size_warning
 from codebook_tools.models.twins import twin_warning
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.devices import RUN_AHEAD, device_of
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.sounds import sounds
 from codebook_tools.splits import Splits, limited, split
-from codebook_tools.watch import Watch
 
 _MOST_WORKERS = 1024
 """Processes that decode; each is a copy of this one, and no machine has more cores."""
@@ -179,7 +179,7 @@ class Opened:
 
     def unreadable(self) -> dict[str, str]:
         """Names of the items that some process could not read, and why."""
-        found = processes.each(self.calibration.bad | self.test.bad)
+        found = distributed.each(self.calibration.bad | self.test.bad)
         return {name: reason for bad in found for name, reason in bad.items()}
 
     def of_data(self) -> list[str]:
@@ -189,7 +189,7 @@ class Opened:
             first = "; ".join(f"{name} ({bad[name]})" for name in sorted(bad)[:3])
             told.append(f"{len(bad)} unreadable {takes} were skipped: {first}")
         beyond = dict[str, Beyond]()
-        for its in processes.each(self.calibration.beyond | self.test.beyond):
+        for its in distributed.each(self.calibration.beyond | self.test.beyond):
             beyond |= its
         return [*told, _told_beyond(beyond, takes)] if beyond else told
 
@@ -244,7 +244,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
                 model.channels,
                 request.skip_bad,
                 watch,
-                processes.part(),
+                distributed.part(),
                 workers=workers,
                 pinned=runs_ahead,
                 mixing=request.channels or (None if given else MIX),  # the sample is in whatever channels are asked for

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.blur import blur_warnings, worse_warnings
 from codebook_tools.card import cards
 from codebook_tools.checkpoints.layout import training_path
@@ -39,6 +38,9 @@ from codebook_tools.outcome import (
     weights_bytes,
 )
 from codebook_tools.output import remarks, written_config
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.progress import Watch
+from codebook_tools.runtime.version import VERSION
 from codebook_tools.stages import (
     calibrate,
     calibration_tokens,
@@ -55,8 +57,6 @@ from codebook_tools.stats import write_part
 from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.training.saving import Saving
 from codebook_tools.training.scalars import require_tensorboard
-from codebook_tools.version import VERSION
-from codebook_tools.watch import Watch
 
 
 def measure_model(
@@ -94,7 +94,7 @@ def measure_model(
     if stats is not None:
         part = part_of(opened, sums, shard or (1, 1), watch)
         with watch.phase("write"):
-            processes.by_first(lambda: write_part(stats, part, request.force))
+            distributed.by_first(lambda: write_part(stats, part, request.force))
         opened.settings["stats"] = str(stats)
     sizes = {"before": weights_bytes(request.source), "after": None}
     before = None if shard and not sums.images else measurement_of(sums, "test")
@@ -200,7 +200,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         def check() -> None:
             proofs.append(prove(model, read_partial(output), media))
 
-        map_path, nbytes, proof = processes.by_first(write)
+        map_path, nbytes, proof = distributed.by_first(write)
         saving.remove()
     bits = next(iter(surgeries.values())).bits if surgeries and done.kept == "surgery" else None
     packed = sum(packed_bytes(on_cpu(model.books[stage]), bits) for stage in surgeries) if bits else 0

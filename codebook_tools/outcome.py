@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
-from codebook_tools import processes
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.layout import DECLARED, training_path
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
@@ -20,7 +19,8 @@ from codebook_tools.models.load import layouts
 from codebook_tools.models.proof import Proof
 from codebook_tools.opening import Request
 from codebook_tools.output import check_output, check_size, default_output
-from codebook_tools.version import VERSION
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ _NOT_PLAIN = ("before", "surgery", "finetuned", "shown", "proof")
 def check_request_output(request: Request, command: str, size: int | None) -> Path:
     """Where the result goes. Raises CodebookError where that cannot be written, has no layout that is, or would replace
     the model; and where the model's config refuses `size` codes (None or 0: not known yet). The first process looks."""
-    return processes.by_first(lambda: _checked_output(request, command, size))
+    return distributed.by_first(lambda: _checked_output(request, command, size))
 
 
 def _checked_output(request: Request, command: str, size: int | None) -> Path:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from codebook_tools import processes
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError, one_line
+from codebook_tools.runtime import distributed
 
 AUTO = "auto"
 SMALLEST = 16  # pixels of a side: VGG halves them four times
@@ -37,7 +37,7 @@ class Perceptual:
 
         with torch.random.fork_rng():  # its first weights are drawn, and not ours to draw
             self.network = _NoTrainLpips(net="vgg", pnet_rand=True)
-        _load(self.network.net, processes.by_first(lambda: _features(weights)), weights)
+        _load(self.network.net, distributed.by_first(lambda: _features(weights)), weights)
         self.network.to(device)
 
     def __call__(self, shown: Tensor, images: Tensor) -> Tensor:

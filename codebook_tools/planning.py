@@ -17,9 +17,9 @@ from codebook_tools.models.stored import added_bytes
 from codebook_tools.opening import Request, open_request
 from codebook_tools.outcome import asked_size, check_request_output, settings_of, weights_bytes
 from codebook_tools.output import check_size
+from codebook_tools.runtime.progress import Watch
+from codebook_tools.runtime.version import VERSION
 from codebook_tools.survey import survey
-from codebook_tools.version import VERSION
-from codebook_tools.watch import Watch
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.assignment import emitted, unit
 from codebook_tools.codebook import REMOVED, Emit
-from codebook_tools.devices import sent
 from codebook_tools.models.model import Book, Model
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.devices import sent
 from codebook_tools.strategies.pnn import merge_pairs
 
 DECAY = 0.95  # of the EMA codebook: shorter than usual (0.99), for latents move fast at this learning rate
@@ -59,7 +59,7 @@ class Quantiser:
         weights = self.shares.cpu().double().clamp(min=1e-9 / len(self.shares))
         shown = emitted(self.book.codebook)  # where rows are given out at unit length, their own says nothing
         _, found = merge_pairs(shown.cpu().double().numpy(), weights.numpy(), size)
-        labels = processes.of_first(torch.from_numpy(found))
+        labels = distributed.of_first(torch.from_numpy(found))
         self.merged = labels.masked_fill(self.revived.cpu(), REMOVED)
         self.revived = self.revived.new_zeros(size)
         at, shares = (of_codes.to(self.model.device) for of_codes in (labels, weights.float()))
@@ -106,7 +106,7 @@ class Quantiser:
         # A column of ones counts the hits along with the sums; floats count exactly up to 16 million.
         ones = rows.new_ones(len(rows), 1)
         found = rows.new_zeros(len(self.shares), rows.shape[1] + 1).index_add_(0, flat, torch.cat([rows, ones], 1))
-        found = processes.summed(found)
+        found = distributed.summed(found)
         found /= found[:, -1].sum()
         hits, sums = found[:, -1], found[:, :-1]
         self.shares.lerp_(hits, 1 - DECAY)
@@ -122,12 +122,12 @@ class Quantiser:
         dead = self.shares < DEAD_BELOW / len(self.shares)
         if _surely_none(dead):
             return
-        errors = processes.gathered((rows - self.book.vectors[codes]).square().sum(1))
+        errors = distributed.gathered((rows - self.book.vectors[codes]).square().sum(1))
         rank = dead.cumsum(0) - 1  # of a dead code, among them
         dead &= rank < (errors > 0).sum()
         if _surely_none(dead):
             return
-        drawn = processes.gathered(rows)[self._drawn(errors, int(dead.sum()) if dead.is_cpu else len(dead))]
+        drawn = distributed.gathered(rows)[self._drawn(errors, int(dead.sum()) if dead.is_cpu else len(dead))]
         share, placed = 1 / len(self.shares), drawn[rank.clamp(0, len(drawn) - 1)]
         self.book.vectors = torch.where(dead[:, None], placed, self.book.vectors)
         self.sums = torch.where(dead[:, None], placed / len(self.shares), self.sums)

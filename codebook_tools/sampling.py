@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.codebook import Latents
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime import distributed
 
 SAMPLE_LIMIT = 1_000_000
 """Up to so many latents k-means sees all; beyond, a sample of so many."""
@@ -100,7 +100,7 @@ class Sampler:
         sent = _gathered(keys[:mine])
         order = np.argsort(sent, kind="stable")[: self._limit]
         rows = torch.from_numpy(order)
-        return sent[order], tuple(processes.gathered(column[:mine])[rows] for column in columns)
+        return sent[order], tuple(distributed.gathered(column[:mine])[rows] for column in columns)
 
     def _smallest(self) -> tuple[NDArray[np.uint64], tuple[Tensor, ...]]:
         keys = np.concatenate([keys for keys, _ in self._kept])
@@ -123,7 +123,7 @@ def _placed(column: Sequence[Tensor], places: Sequence[NDArray[np.int64]], count
 
 def _gathered(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """All processes' keys, one after another."""
-    found: NDArray[np.uint64] = processes.gathered(torch.from_numpy(keys.view(np.int64))).numpy().view(np.uint64)
+    found: NDArray[np.uint64] = distributed.gathered(torch.from_numpy(keys.view(np.int64))).numpy().view(np.uint64)
     return found
 
 
@@ -138,8 +138,8 @@ def smallest(samples: Iterable[Sample], limit: int) -> Sample:
 def drawn_rows(latents: Latents, seed: int) -> Tensor:
     """(n, dim) float32: SAMPLE_LIMIT of the latents or all, by their place in the stream, in an order whose heads are
     uniform samples."""
-    sampler, at = Sampler(seed, SAMPLE_LIMIT), processes.rank() << 48  # each process has latents of its own
+    sampler, at = Sampler(seed, SAMPLE_LIMIT), distributed.rank() << 48  # each process has latents of its own
     for rows in latents:
         sampler.add(mixed(np.arange(at, at + len(rows), dtype=np.uint64)), 1, rows)
         at += len(rows)
-    return sampler.columns(processes.count())[0]
+    return sampler.columns(distributed.count())[0]

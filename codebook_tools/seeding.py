@@ -12,8 +12,8 @@ from torch import Tensor
 
 from codebook_tools.assignment import compared, nearest, squared_errors
 from codebook_tools.codebook import Codebook, Lookup
-from codebook_tools.devices import wide
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.devices import wide
 
 Init = Literal["kmeans++", "afkmc2", "random"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from codebook_tools.errors import CodebookError, one_line
-from codebook_tools.regular import check_regular
+from codebook_tools.runtime.safe_io import check_regular
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.assignment import nearest, squared_errors
 from codebook_tools.codebook import REMOVED, Codebook, Strategy, Surgery
 from codebook_tools.coverage import reference_distance, reference_latents
@@ -23,13 +22,14 @@ from codebook_tools.measure import Measurement, collect, measurement_of
 from codebook_tools.models.model import Book
 from codebook_tools.opening import Opened
 from codebook_tools.quantiser import More
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import on_device
 from codebook_tools.sums import Sums
 from codebook_tools.survey import Survey, survey
 from codebook_tools.tokens import Tokens, tokenise
 from codebook_tools.training.saving import Saving
 from codebook_tools.training.several import judges
-from codebook_tools.watch import Watch
 
 Latents = tuple[Tensor | None, ...]
 
@@ -159,7 +159,7 @@ def perform(opened: Opened, strategy: Strategy, seen: Calibration, watch: Watch)
                 )
             latents = _latents(opened, stage) if whole else found.sample
             # Strategies see the same everywhere, but machines that differ may round differently.
-            surgeries[stage] = processes.of_first(strategy(before[stage], latents, found.counts))
+            surgeries[stage] = distributed.of_first(strategy(before[stage], latents, found.counts))
         model.install(surgeries[stage].codebook, stage)
     asked = [book.codebook.size for book in model.books]
     sizes = common_sizes([book.size for book in before], asked, model.power_of_two)

@@ -17,7 +17,7 @@ from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.sealing import Sealed
 from codebook_tools.checkpoints.writing import write_tensors
 from codebook_tools.errors import CodebookError
-from codebook_tools.parsing import parse_json
+from codebook_tools.runtime.safe_io import parse_json
 from codebook_tools.sampling import Sample
 from codebook_tools.sums import LIMBS, BookSums, Sums, from_limbs, limbs
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from codebook_tools.assignment import compared, emitted, squared_errors
 from codebook_tools.codebook import Codebook
-from codebook_tools.devices import wide
 from codebook_tools.errors import NotFiniteError
+from codebook_tools.runtime.devices import wide
 
 _Number = TypeVar("_Number", int, Fraction)
 

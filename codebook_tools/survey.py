@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.assignment import nearest, squared_errors
 from codebook_tools.codebook import Codebook
 from codebook_tools.latents import Batch, ItemLatents, StoredLatents
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.sampling import SAMPLE_LIMIT, Sampler
-from codebook_tools.watch import Watch
 
 _AT_ONCE = 65_536  # latents whose codes are looked up together
 
@@ -67,7 +67,7 @@ def survey(latents: ItemLatents, codebook: Codebook, *, seed: int, limit: int = 
             error += squared_errors(rows, codebook, its).sum().cpu()
             sampler.add(items, batch.shape[1], rows, its)
     if parts > 1:
-        counts, error = processes.summed(counts), processes.summed(error)
+        counts, error = distributed.summed(counts), distributed.summed(error)
     rows, codes = sampler.columns(parts)
     return Survey(counts, int(counts.sum()), StoredLatents(rows), codes, float(error))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from codebook_tools.assignment import nearest, squared_errors, unit
 from codebook_tools.codebook import Codebook, Emit
-from codebook_tools.devices import wide
+from codebook_tools.runtime.devices import wide
 
 _AT_ONCE = 1 << 22  # costs of merging that are looked at together
 _APART = 0.3  # how far to its point a half of a cell starts: near enough to leave other cells alone

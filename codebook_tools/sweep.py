@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from codebook_tools import metrics, processes
+from codebook_tools import metrics
 from codebook_tools.checkpoints.places import write_text
 from codebook_tools.codebook import Strategy
 from codebook_tools.comparison import STAGES, Row, RowStore, bytes_at, check_folder, made_with
@@ -17,11 +17,12 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.measure import Measurement
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.outcome import settings_of
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.progress import Watch
+from codebook_tools.runtime.version import VERSION
 from codebook_tools.stages import Calibration, calibrate, current_tokens, encoder_latents, measure_stage, perform
 from codebook_tools.strategies import Prune, Quantize, Refit
 from codebook_tools.strategies.entropy_refit import EntropyRefit
-from codebook_tools.version import VERSION
-from codebook_tools.watch import Watch
 
 PAYS = 0.025
 """Share of the error that twice the codes must take away."""
@@ -67,8 +68,8 @@ def sweep(request: Request, sizes: Sequence[int], prices: Sequence[float], folde
     Rows go to folder/rows.json one by one, and those found there, made with the same model, data, settings and version,
     are not measured again; folder/table.md is the table of all. Raises CodebookError where Re-Fit can be done to none.
     """
-    if processes.count() > 1:
-        raise CodebookError(f"sweep works in one process, not {processes.count()}; start it without torchrun")
+    if distributed.count() > 1:
+        raise CodebookError(f"sweep works in one process, not {distributed.count()}; start it without torchrun")
     sizes = sorted(set(sizes))
     if not sizes:
         raise CodebookError("no size to try; name some, such as --k 16,32,64,128")

@@ -10,15 +10,15 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.assignment import squared_errors
 from codebook_tools.items import Item
 from codebook_tools.latents import rows_of
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.sampling import SAMPLE_LIMIT, Sample, Sampler
 from codebook_tools.sums import Sums, book_sums, no_sums
-from codebook_tools.watch import Watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ def tokenise(model: Model, images: Media, *, seed: int, batch: int, watch: Watch
             errors[i] += squared_errors(rows, books[i], codes).sum().cpu()
             samplers[i].add(items, len(codes) // len(items), codes)
     if parts > 1:
-        counts, errors = [processes.summed(of) for of in counts], processes.summed(errors)
+        counts, errors = [distributed.summed(of) for of in counts], distributed.summed(errors)
     samples = [sampler.columns(parts)[0] for sampler in samplers]
     return tuple(map(Tokens, counts, errors.tolist(), samples))
 
@@ -69,7 +69,7 @@ def counted(
         of_books = tuple(book_sums(*book, rows, codes) for book, (rows, codes) in zip(books, seen, strict=True))
         total += Sums(len(items), 0, Fraction(0), None, of_books)
     if parts > 1:
-        total = total.unpacked(*map(processes.summed, total.packed()))
+        total = total.unpacked(*map(distributed.summed, total.packed()))
     return total, tuple(sampler.sample(parts) for sampler in samplers)
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.reading import Checkpoint
 from codebook_tools.models.proof import Proof
-from codebook_tools.parsing import parse_json
+from codebook_tools.runtime.safe_io import parse_json
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from codebook_tools.models.load import find_book, with_twins
 from codebook_tools.models.proof import Proof
 from codebook_tools.models.stored import effective_rows, exact_rows, followers, owned_keys, rounded, stored_rows
 from codebook_tools.output import written_config
-from codebook_tools.parsing import parse_json
+from codebook_tools.runtime.safe_io import parse_json
 from codebook_tools.verification import Difference, Verification, listed, same_bytes
 
 

@@ -16,9 +16,9 @@ from codebook_tools.codebook import Strategy
 from codebook_tools.finetune import Recipe
 from codebook_tools.opening import Request
 from codebook_tools.operate import Result, operate
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Prune, Quantize, Refit, Restart
 from codebook_tools.verify import verify_checkpoint
-from codebook_tools.watch import Watch
 
 NO_STEPS = Recipe(steps=0)
 

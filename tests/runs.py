@@ -13,8 +13,8 @@ from sources_of_images import Images
 from codebook_tools.finetune import FineTuned, Recipe, finetune
 from codebook_tools.models.model import Model
 from codebook_tools.quantiser import More
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.saving import Saving
-from codebook_tools.watch import Watch
 
 
 def tune(

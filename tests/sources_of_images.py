@@ -8,7 +8,7 @@ from pathlib import Path
 from codebook_tools.images import images
 from codebook_tools.items import Item, find_items
 from codebook_tools.media import Media
-from codebook_tools.watch import Watch
+from codebook_tools.runtime.progress import Watch
 
 
 class Images(Media):

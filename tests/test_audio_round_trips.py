@@ -26,8 +26,8 @@ from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
 from codebook_tools.operate import measure_model, operate
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Quantize, Refit
-from codebook_tools.watch import Watch
 
 LENGTH = 224
 """Samples of a clip: 28 latents."""

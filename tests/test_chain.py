@@ -18,7 +18,7 @@ from codebook_tools.chain import run_chain
 from codebook_tools.measure import reconstruct
 from codebook_tools.opening import Request, open_request
 from codebook_tools.recipe_files import read_recipe, steps_of, without_nothing
-from codebook_tools.watch import Watch
+from codebook_tools.runtime.progress import Watch
 
 Run = Callable[..., Outcome]
 

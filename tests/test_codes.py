@@ -20,7 +20,7 @@ from codebook_tools.opening import Request
 from codebook_tools.patches import Place, patches, receptive_side
 from codebook_tools.report.coded import codes_page
 from codebook_tools.report.page import html
-from codebook_tools.watch import Watch
+from codebook_tools.runtime.progress import Watch
 
 Run = Callable[..., Outcome]
 

@@ -23,9 +23,9 @@ from codebook_tools.finetune import Recipe
 from codebook_tools.measure import CodebookUse, Measurement
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import STRATEGIES, Refit
 from codebook_tools.training.batches import Batches
-from codebook_tools.watch import Watch
 
 RECIPE = Recipe(steps=12, batch_size=16)
 Ask = Callable[..., Comparison]

@@ -19,7 +19,7 @@ from codebook_tools.coverage import reference_distance, reference_latents
 from codebook_tools.measure import measure
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
-from codebook_tools.watch import Watch
+from codebook_tools.runtime.progress import Watch
 
 
 def of_size(k: int, dim: int = 1) -> Codebook:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from codebook_tools import processes
-from codebook_tools.devices import device_of
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.devices import device_of
 
 Found = Callable[..., list[torch.device]]
 
@@ -64,7 +64,7 @@ def test_what_is_not_there_is_refused_in_one_line(name: str, found: Found) -> No
 def test_several_processes_share_no_device(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
     found(cuda=2, xpu=1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
     assert device_of("auto") == device_of("cuda") == torch.device("cuda", 1)
     assert device_of("cpu") == torch.device("cpu")
     for name in ("cuda:1", "xpu"):

@@ -40,9 +40,9 @@ from codebook_tools.diagnosis.wrong_encoder import wrong_encoder
 from codebook_tools.errors import CodebookError
 from codebook_tools.kmeans import kmeans
 from codebook_tools.opening import Request
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.seeding import seeds
 from codebook_tools.structure import drawn, structure
-from codebook_tools.watch import Watch
 
 NAMES = (
     *("not-installed", "wrong-encoder", "wrong-layout", "wrong-input-range", "stale-ema", "uninitialised-flag"),

@@ -20,8 +20,8 @@ from codebook_tools.diagnosis.diagnose import diagnose
 from codebook_tools.finetune import Recipe
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Quantize, Refit, Restart
-from codebook_tools.watch import Watch
 
 pytestmark = pytest.mark.slow
 

@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from codebook_tools.diagnosis.diagnose import Diagnosis, diagnose
 from codebook_tools.opening import Request
-from codebook_tools.watch import Watch
+from codebook_tools.runtime.progress import Watch
 
 pytestmark = pytest.mark.slow
 

@@ -24,9 +24,9 @@ from codebook_tools.models.model import Model
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.operate import operate
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.seeding import seeds
 from codebook_tools.strategies import Refit
-from codebook_tools.watch import Watch
 
 K = 64
 COUNTS, SUMS = "_vq_vae._ema_cluster_size", "_vq_vae._ema_w"

@@ -29,7 +29,7 @@ from codebook_tools.models.sizes import size_warning
 from codebook_tools.opening import Request
 from codebook_tools.operate import measure_model
 from codebook_tools.output import written_config
-from codebook_tools.watch import Watch
+from codebook_tools.runtime.progress import Watch
 
 Run = Callable[..., Outcome]
 Save = Callable[..., Path]

@@ -20,11 +20,11 @@ from codebook_tools.measure import measure
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.models.zalando import CODEBOOK
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.splits import split
 from codebook_tools.training.batches import Batches
 from codebook_tools.training.schedule import rate
 from codebook_tools.training.step import Training
-from codebook_tools.watch import Watch
 
 GreyImages = Callable[..., Images]
 WriteModel = Callable[..., Path]

@@ -18,8 +18,8 @@ from codebook_tools.finetune import Recipe, TracePoint
 from codebook_tools.measure import measure
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.stopping import reason_to_stop
-from codebook_tools.watch import Watch
 
 GreyImages = Callable[..., Images]
 ROWS = [[0.2, 0.2], [0.4, 0.8]]

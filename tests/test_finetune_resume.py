@@ -27,11 +27,11 @@ from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
 from codebook_tools.operate import Result, operate
 from codebook_tools.quantiser import More
+from codebook_tools.runtime.progress import Watch
+from codebook_tools.runtime.version import VERSION
 from codebook_tools.splits import split
 from codebook_tools.strategies import Prune, Refit
 from codebook_tools.training.saving import Saving
-from codebook_tools.version import VERSION
-from codebook_tools.watch import Watch
 
 GreyImages = Callable[..., Images]
 COUNTS = [int(i not in DEAD) for i in range(16)]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from codebook_tools.errors import CodebookError
-from codebook_tools.kinds import check_kinds, fits, kinds_of
+from codebook_tools.runtime.type_checks import check_kinds, fits, kinds_of
 
 
 class Colour(StrEnum):

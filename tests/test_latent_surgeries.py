@@ -21,9 +21,9 @@ from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import DEMO, Request, open_request
 from codebook_tools.operate import measure_model, operate
 from codebook_tools.outcome import Result
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Refit, Restart
 from codebook_tools.verify import verify_checkpoint
-from codebook_tools.watch import Watch
 
 NO_STEPS = Recipe(steps=0)
 LIMIT = 40

@@ -19,9 +19,9 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.images import array_items
 from codebook_tools.items import Item
 from codebook_tools.latents import EncodedLatents, StoredLatents
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.sampling import SAMPLE_LIMIT, sample_keys
 from codebook_tools.survey import Survey, survey
-from codebook_tools.watch import Watch
 
 
 def items_of(count: int, side: int = 4) -> list[Item]:

@@ -26,6 +26,7 @@ from codebook_tools.finetune import Recipe
 from codebook_tools.losses import Reconstruction, Scales, Seen
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.trainable import set_trainable
 from codebook_tools.training.course import Course
 from codebook_tools.training.objective import objective_of
@@ -33,7 +34,6 @@ from codebook_tools.training.saving import Saving
 from codebook_tools.training.several import Several, judges, pictures_loss
 from codebook_tools.training.states import TracePoint, is_better
 from codebook_tools.training.step import Training
-from codebook_tools.watch import Watch
 
 Run = Callable[..., Outcome]
 WriteModel = Callable[..., Path]

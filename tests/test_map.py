@@ -21,7 +21,7 @@ from codebook_tools.mapping import Map, look_at_map, principal
 from codebook_tools.opening import Request
 from codebook_tools.report.mapped import map_plot, mapped_page
 from codebook_tools.report.page import html
-from codebook_tools.watch import Watch
+from codebook_tools.runtime.progress import Watch
 
 Run = Callable[..., Outcome]
 

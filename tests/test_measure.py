@@ -19,7 +19,7 @@ from codebook_tools.measure import find_input_range, measure, reconstruct
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.models.zalando import CODEBOOK
-from codebook_tools.watch import Watch
+from codebook_tools.runtime.progress import Watch
 
 GreyImages = Callable[..., Images]
 

@@ -25,8 +25,8 @@ from codebook_tools.models.load import load_model
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import Request, open_request
 from codebook_tools.operate import measure_model
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.survey import survey
-from codebook_tools.watch import Watch
 
 Run = Callable[..., Outcome]
 N = 8
@@ -266,7 +266,7 @@ def test_what_cannot_be_parted_or_merged_is_refused(
 def test_processes_and_shards_do_not_part_the_data_twice(
     tiny: Path, codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("codebook_tools.processes.count", lambda: 2)
+    monkeypatch.setattr("codebook_tools.runtime.distributed.count", lambda: 2)
     found = codebook("measure", tiny, "--shard", "1/2", "--stats", tmp_path / "x.safetensors")
     assert_refused(found, "torchrun's 2 processes part the data already")
 

@@ -30,11 +30,11 @@ from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import Request
 from codebook_tools.operate import Result, measure_model, operate
 from codebook_tools.planning import plan
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.splits import split
 from codebook_tools.strategies import Prune, Refit
 from codebook_tools.survey import survey
 from codebook_tools.verify import verify_checkpoint
-from codebook_tools.watch import Watch
 
 WriteModel = Callable[..., Path]
 NO_STEPS = Recipe(steps=0)

@@ -21,18 +21,18 @@ from runs import BrokenError, breaking_at
 from safetensors.torch import load_file
 from sources_of_images import Images, find_images
 
-from codebook_tools import processes
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.finetune import Recipe, finetune
 from codebook_tools.measure import measure
 from codebook_tools.models.load import load_model
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.sampling import Sampler
 from codebook_tools.splits import split
 from codebook_tools.survey import survey
 from codebook_tools.tokens import tokenise
 from codebook_tools.training.saving import Saving
-from codebook_tools.watch import Watch
 
 HERE = Path(__file__).parent
 PATH = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
@@ -65,7 +65,7 @@ def together(function: str, *arguments: object) -> list[Found]:
 
 def told(function: Callable[..., Found], *arguments: str) -> None:
     """In one of two processes: what the function returns, as JSON."""
-    with processes.joined("cpu"):
+    with distributed.joined("cpu"):
         found = function(*arguments)
     print(json.dumps(found))
 
@@ -75,7 +75,7 @@ def told(function: Callable[..., Found], *arguments: str) -> None:
 
 def words() -> Found:
     """What a process of two hears of the other."""
-    me = processes.rank()
+    me = distributed.rank()
     values, rows = torch.tensor([me + 1, me * 2**60]), torch.full((2 * me, 3), float(me))
     tensor, done = torch.tensor([1.0 + me]), list[int]()
 
@@ -84,19 +84,19 @@ def words() -> Found:
         return f"by {me}"
 
     found: Found = {
-        "part": processes.part(),
-        "slices": [[s.start, s.stop] for s in map(processes.own_slice, (5, 1))],
-        "summed": processes.summed(values).tolist(),
+        "part": distributed.part(),
+        "slices": [[s.start, s.stop] for s in map(distributed.own_slice, (5, 1))],
+        "summed": distributed.summed(values).tolist(),
         "its own": values.tolist(),
-        "gathered": processes.gathered(rows).tolist(),
-        "each": processes.each(f"of {me}"),
-        "of_first": processes.of_first({"of": me}),
-        "by_first": [processes.by_first(work), done],
+        "gathered": distributed.gathered(rows).tolist(),
+        "each": distributed.each(f"of {me}"),
+        "of_first": distributed.of_first({"of": me}),
+        "by_first": [distributed.by_first(work), done],
     }
-    processes.follow_first([tensor])
+    distributed.follow_first([tensor])
     found["followed"] = tensor.tolist()
     try:
-        with processes.alike(NotFiniteError):
+        with distributed.alike(NotFiniteError):
             if me == 1:
                 raise NotFiniteError("here alone")
     except NotFiniteError as error:
@@ -108,11 +108,11 @@ def words() -> Found:
     found["sampled"] = sampler.columns(parts=2)[0].tolist()
     said = list[str]()
     if me == 0:
-        found["fail"] = [processes.fail(3, lambda: said.append("why")), said]
-        processes.each(None)
+        found["fail"] = [distributed.fail(3, lambda: said.append("why")), said]
+        distributed.each(None)
     else:
-        processes.each(None)
-        found["fail"] = [processes.fail(70, lambda: said.append("because of the first")), said]
+        distributed.each(None)
+        found["fail"] = [distributed.fail(70, lambda: said.append("because of the first")), said]
     return found
 
 
@@ -141,12 +141,12 @@ def test_what_two_processes_tell_each_other() -> None:
 
 def test_a_process_alone_is_the_first_of_one() -> None:
     values, said = torch.tensor([1, 2]), list[str]()
-    with processes.joined("auto"):
-        assert processes.part() == (0, 1) and processes.own_slice(5) == slice(0, 5)
-        assert processes.summed(values) is values and processes.gathered(values) is values
-        assert processes.each(1) == [1] and processes.by_first(lambda: 2) == 2
-        assert processes.fail(3, lambda: said.append("why")) == 3 and said == ["why"]
-    with pytest.raises(NotFiniteError, match="mine"), processes.alike(NotFiniteError):
+    with distributed.joined("auto"):
+        assert distributed.part() == (0, 1) and distributed.own_slice(5) == slice(0, 5)
+        assert distributed.summed(values) is values and distributed.gathered(values) is values
+        assert distributed.each(1) == [1] and distributed.by_first(lambda: 2) == 2
+        assert distributed.fail(3, lambda: said.append("why")) == 3 and said == ["why"]
+    with pytest.raises(NotFiniteError, match="mine"), distributed.alike(NotFiniteError):
         raise NotFiniteError("mine")
 
 
@@ -156,7 +156,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(CodebookError, match="2 processes on 1 GPUs: start as many as there are"):
-        processes.joined("auto").__enter__()
+        distributed.joined("auto").__enter__()
 
 
 # --- passes and fine-tuning ----------------------------------------------------------------------------------------
@@ -176,11 +176,11 @@ def work(model: str, folder: str) -> Found:
     """What passes over the images of a folder find with the tiny model, and what fine-tunings make of it."""
     items = find_images([folder])
     running, images = load_model(read_checkpoint(Path(model))), Images(items, 3, 4, skip_bad=True)
-    images.part = processes.part()
+    images.part = distributed.part()
     seen = survey(running.latents(images, 4), running.books[0].codebook, seed=0, limit=300, watch=Watch())
     (tokens,) = tokenise(running, images, seed=0, batch=4, watch=Watch())
     found: Found = {
-        "bad": sorted({name for bad in processes.each(list(images.bad)) for name in bad}),
+        "bad": sorted({name for bad in distributed.each(list(images.bad)) for name in bad}),
         "survey": [seen.counts.tolist(), seen.total, seen.error, seen.sample.vectors.tolist(), seen.codes.tolist()],
         "tokens": [tokens.counts.tolist(), tokens.error, tokens.sample.tolist()],
         "measured": measure(running, images, batch=4, structure=False, watch=Watch()).to_json(),
@@ -193,7 +193,7 @@ def work(model: str, folder: str) -> Found:
         watches, saving = [Watch()], None
         if name == "broken off":
             watches.insert(0, breaking_at(7))
-            saving = Saving(Path(model).with_name(f"of {processes.count()}.safetensors"), {}, resume=True)
+            saving = Saving(Path(model).with_name(f"of {distributed.count()}.safetensors"), {}, resume=True)
         for watch in watches:
             model_of_it = load_model(read_checkpoint(Path(model)))
             with suppress(BrokenError):

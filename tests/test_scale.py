@@ -12,8 +12,8 @@ from codebook_tools.finetune import Recipe
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
 from codebook_tools.outcome import Result
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
-from codebook_tools.watch import Watch
 
 CODES, ENCODER, DECODER = "_vq_vae._embedding.weight", "_pre_vq_conv", "_decoder._conv_1.weight"
 

@@ -30,10 +30,10 @@ from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
 from codebook_tools.operate import measure_model, operate
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.stats import read_part
 from codebook_tools.sums import Sums
 from codebook_tools.training.states import State
-from codebook_tools.watch import Watch
 
 GreyImages = Callable[..., Images]
 

@@ -26,10 +26,10 @@ from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
 from codebook_tools.operate import measure_model, operate
 from codebook_tools.outcome import Result
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Quantize, Refit, Restart
 from codebook_tools.training.states import State as Kept
 from codebook_tools.verify import verify_checkpoint
-from codebook_tools.watch import Watch
 
 NO_STEPS = Recipe(steps=0)
 KEYS = ("quantizers.0.embed", "quantizers.1.embed")

@@ -21,8 +21,8 @@ from torch import nn
 from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.networks.bounded import bounded
-from codebook_tools.parsing import read_text
 from codebook_tools.pictures import decode_picture
+from codebook_tools.runtime.safe_io import read_text
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "trust"))
 targets = import_module("targets")

@@ -21,8 +21,8 @@ from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.kmeans import kmeans
 from codebook_tools.latents import StoredLatents
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import STRATEGIES, Prune, Refit, on_device
-from codebook_tools.watch import Watch
 
 Settings = dict[str, Any]
 

@@ -19,8 +19,8 @@ from codebook_tools.checkpoints.reading import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.measure import collect, measure, measurement_of
 from codebook_tools.models.load import load_model
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.sums import BookSums, Sums, exact, from_limbs, limbs
-from codebook_tools.watch import Watch
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, max_value=1e30, min_value=-1e30)
 

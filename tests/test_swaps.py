@@ -9,8 +9,8 @@ from torch import Tensor
 from codebook_tools.assignment import nearest
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.kmeans import kmeans
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.swaps import swapped
-from codebook_tools.watch import Watch
 
 
 def random(seed: int = 0) -> torch.Generator:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from codebook_tools.threads import spread
+from codebook_tools.runtime.threads import spread
 
 
 @pytest.fixture(params=[1, 3])

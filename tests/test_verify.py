@@ -24,9 +24,9 @@ from codebook_tools.finetune import Recipe
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Prune, Refit
 from codebook_tools.verify import Difference, verify_checkpoint
-from codebook_tools.watch import Watch
 
 WriteModel = Callable[..., Path]
 SIZES, SUMS = "_vq_vae._ema_cluster_size", "_vq_vae._ema_w"

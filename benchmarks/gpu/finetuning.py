@@ -27,8 +27,8 @@ from codebook_tools.finetune import Recipe
 from codebook_tools.losses import scales_of
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.operate import operate
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
-from codebook_tools.watch import Watch
 
 
 def request_of(shared: Path | None, device: str, **more: Any) -> Request:

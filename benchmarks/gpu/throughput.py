@@ -20,8 +20,8 @@ from part import forget_peak, options, peak, timed, write
 from codebook_tools.finetune import Recipe
 from codebook_tools.opening import Request
 from codebook_tools.operate import measure_model, operate
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
-from codebook_tools.watch import Watch
 
 
 def make(folder: Path, quick: bool) -> None:

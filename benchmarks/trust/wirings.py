@@ -154,8 +154,8 @@ def _in_process(wiring: Wiring, desk: Desk, source: Path, output: Path, keys: li
     from codebook_tools.finetune import Recipe
     from codebook_tools.opening import Request
     from codebook_tools.operate import operate
+    from codebook_tools.runtime.progress import Watch
     from codebook_tools.strategies import STRATEGIES
-    from codebook_tools.watch import Watch
 
     calibration, held_out = _data(wiring, desk)
     try:

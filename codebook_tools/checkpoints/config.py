@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from codebook_tools.errors import CodebookError
-from codebook_tools.parsing import parse_json, read_bytes
+from codebook_tools.runtime.safe_io import parse_json, read_bytes
 
 Config = dict[str, object]
 

@@ -12,7 +12,7 @@ from typing import Any
 from codebook_tools.checkpoints.entries import Entry, Stored, Weights
 from codebook_tools.checkpoints.layout import SUFFIX
 from codebook_tools.errors import CodebookError
-from codebook_tools.parsing import parse_json
+from codebook_tools.runtime.safe_io import parse_json
 
 PICKLED = (b"PK", b"\x80")
 """How files begin that torch.save wrote, and that are of another format: a zip, or, before torch 1.6, a bare pickle."""

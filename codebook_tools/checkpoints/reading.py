@@ -20,8 +20,7 @@ from codebook_tools.checkpoints.layout import AS_STORED as AS_STORED
 from codebook_tools.checkpoints.layout import DECLARED, INDEX, PREFIX, SUFFIX, config_beside, config_in, weights_in
 from codebook_tools.checkpoints.shards import read_shards
 from codebook_tools.errors import CodebookError
-from codebook_tools.parsing import parse_json
-from codebook_tools.regular import check_regular
+from codebook_tools.runtime.safe_io import check_regular, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from codebook_tools.checkpoints.entries import Entry, Held
 from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.errors import CodebookError
-from codebook_tools.parsing import parse_json
+from codebook_tools.runtime.safe_io import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -27,7 +27,7 @@ from codebook_tools.diagnosis.wrong_encoder import wrong_encoder
 from codebook_tools.diagnosis.wrong_input_range import wrong_input_range
 from codebook_tools.diagnosis.wrong_layout import wrong_layout
 from codebook_tools.opening import Request
-from codebook_tools.watch import Watch
+from codebook_tools.runtime.progress import Watch
 
 CHECKS: dict[str, tuple[Look, str]] = {
     "not-installed": (

@@ -10,8 +10,8 @@ from torch import Tensor
 from codebook_tools.assignment import nearest, squared_errors, unit
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.kmeans import kmeans
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.seeding import count_distinct
-from codebook_tools.watch import Watch
 
 WORSE = 2.0
 """Times the inertia of k-means: surgeries and trained codebooks stay below 1.6, misplaced ones begin at 3."""

@@ -24,10 +24,10 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.media import Media
 from codebook_tools.models.model import INPUT_RANGES
 from codebook_tools.opening import Opened, Request, open_request
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.seeding import count_distinct
 from codebook_tools.stages import on_cpu
 from codebook_tools.tokens import counted
-from codebook_tools.watch import Watch
 
 _CURVE = (1, 2, 4, 8, 16, 32, 64)
 _CURVED = 8192  # latents that the curve is of

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from codebook_tools.errors import CodebookError
-from codebook_tools.parsing import parse_json, read_text
+from codebook_tools.runtime.safe_io import parse_json, read_text
 
 SOON = 100
 """Steps: what is half lost by then was not lost gradually."""

@@ -16,7 +16,7 @@ from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.sealing import SEAL, Sealed
 from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
-from codebook_tools.parsing import parse_json
+from codebook_tools.runtime.safe_io import parse_json
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from codebook_tools.downstream.prior_tables import Tables, find_tables
 from codebook_tools.downstream.translation import OnRemoved
 from codebook_tools.downstream.vocabulary import JointVocabulary, Vocabulary
 from codebook_tools.errors import CodebookError
-from codebook_tools.version import VERSION
+from codebook_tools.runtime.version import VERSION
 
 _GENERATION = "generation_config.json"
 _TOKENISER = {"tokenizer.json", "vocab.json", "added_tokens.json"}

@@ -21,7 +21,7 @@ from codebook_tools.downstream.choice import choose
 from codebook_tools.downstream.parquet import rewrite_parquet
 from codebook_tools.downstream.translation import Translation
 from codebook_tools.errors import CodebookError, one_line
-from codebook_tools.regular import check_regular
+from codebook_tools.runtime.safe_io import check_regular
 
 _CHUNK = 1 << 20  # ids, or bytes, at a time
 _INTEGERS = {

@@ -17,8 +17,8 @@ from codebook_tools.downstream.maps import read_index_maps
 from codebook_tools.downstream.priors import RemappedPrior, about_remapping, remapped
 from codebook_tools.downstream.vocabulary import Vocabulary
 from codebook_tools.errors import CodebookError
-from codebook_tools.kinds import fits
-from codebook_tools.parsing import parse_json
+from codebook_tools.runtime.safe_io import parse_json
+from codebook_tools.runtime.type_checks import fits
 from codebook_tools.verification import Difference, listed, same_bytes
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codebook_tools.codebook import Codebook, Lookup
-from codebook_tools.devices import wide
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.evidence import FLAG
 from codebook_tools.models.model import Model
 from codebook_tools.models.stored import owned_keys
+from codebook_tools.runtime.devices import wide
 
 LEAST = 4096
 """Latents, at least, on which they are held against each other."""

@@ -14,13 +14,13 @@ from codebook_tools.assignment import emitted, nearest, unit
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.reading import Checkpoint, torch_dtype
 from codebook_tools.codebook import Codebook, Emit, Lookup
-from codebook_tools.devices import sent
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import EncodedLatents
 from codebook_tools.media import Media
 from codebook_tools.models.kept import Kept
 from codebook_tools.models.stored import changed_codebook, codes_of_rows, owned_keys, rounded, rows_of_codes
 from codebook_tools.networks.network import Quantise
+from codebook_tools.runtime.devices import sent
 
 INPUT_RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))
 """Tried in turn: the file does not say what its network was trained on."""

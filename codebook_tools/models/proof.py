@@ -18,7 +18,6 @@ from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.layout import is_directory_output, own_config_path, partial_path
 from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
 from codebook_tools.codebook import Codebook
-from codebook_tools.devices import wide
 from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.latents import rows_of
 from codebook_tools.models.agreement import Agreement, agreement, encoded_batches, has_quantizer, in_training, near_ties
@@ -26,6 +25,7 @@ from codebook_tools.models.families import FAMILIES
 from codebook_tools.models.load import reloaded
 from codebook_tools.models.model import Book, Model
 from codebook_tools.models.stored import codes_of_rows, effective_rows, stored_rows
+from codebook_tools.runtime.devices import wide
 
 KEPT_CODES = 0.9
 """Share of the codes in use that one training step must leave."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from codebook_tools.diagnosis.diagnose import Diagnosis
 from codebook_tools.report.operated import about
 from codebook_tools.report.page import Listing, Page, Table
-from codebook_tools.version import VERSION
+from codebook_tools.runtime.version import VERSION
 
 
 def diagnosed_page(found: Diagnosis, command: str) -> Page:

@@ -24,8 +24,8 @@ from codebook_tools.report.operated import operated_page
 from codebook_tools.report.page import Page, html, require_plots
 from codebook_tools.report.swept import swept_page
 from codebook_tools.report.tables import Found
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.sweep import Sweep
-from codebook_tools.watch import Watch
 
 _PATCHES, _CODES = 6, 32  # of a code, and codes, on the page of a surgery
 

@@ -15,8 +15,8 @@ import torch
 
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
-from codebook_tools.kinds import check_kinds, fits, kinds_of
-from codebook_tools.parsing import parse_json
+from codebook_tools.runtime.safe_io import parse_json
+from codebook_tools.runtime.type_checks import check_kinds, fits, kinds_of
 from codebook_tools.strategies.condense import Condense
 from codebook_tools.strategies.controls import KmeansSeeds, RandomLatents, TopK
 from codebook_tools.strategies.grow import Grow

@@ -8,8 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.media import Media
+from codebook_tools.runtime import distributed
 
 
 class Batches:
@@ -27,12 +27,12 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, float]]:
         for items, pixels in self.images.stream(islice(self._places(), self.drawn, None)):
             self.drawn += 1
-            readable = int(processes.summed(torch.tensor(len(items)))) if self.images.skip_bad else self.size
+            readable = int(distributed.summed(torch.tensor(len(items)))) if self.images.skip_bad else self.size
             if readable:
                 yield pixels if items else self.stand_in, len(items) / readable
 
     def _places(self) -> Iterator[list[int]]:
-        random, own = torch.Generator().manual_seed(self.seed), processes.own_slice(self.size)
+        random, own = torch.Generator().manual_seed(self.seed), distributed.own_slice(self.size)
         while True:
             order = torch.randperm(len(self.images), generator=random).tolist()
             starts = range(0, len(order) - self.size + 1, self.size)

@@ -6,12 +6,12 @@ from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.measure import measure
 from codebook_tools.media import Media
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.saving import Saving
 from codebook_tools.training.several import pictures_loss
 from codebook_tools.training.states import State, TracePoint, is_better
 from codebook_tools.training.step import Training
 from codebook_tools.training.stopping import has_fallen, reason_to_stop
-from codebook_tools.watch import Watch
 
 
 class Course:

@@ -7,12 +7,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.codebook import Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.losses import Reconstruction, Seen, scales_of
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
+from codebook_tools.runtime import distributed
 from codebook_tools.training.recipe import Recipe
 from codebook_tools.training.several import several
 
@@ -39,7 +39,7 @@ def objective_of(model: Model, train: Media, recipe: Recipe, pixels: Tensor, see
     an item of the data. Raises CodebookError where a term has nothing to go by."""
     if recipe.entropy and any(book.lookup is Lookup.DOT for book in model.books):
         raise CodebookError("--entropy goes by distances to codes, and here inner products choose them; leave it out")
-    scales = processes.of_first(scales_of(model, train))
+    scales = distributed.of_first(scales_of(model, train))
     plain = Reconstruction(scales, recipe.loss, recipe.codebook_update == "gradient", recipe.entropy)
     asked = recipe.perceptual or recipe.adversarial or recipe.distill
     return several(plain, model, recipe, pixels, seed) if asked else plain

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from codebook_tools import processes
+from codebook_tools.runtime import distributed
 
 EVERY, OTHERWISE = {"cpu": 1}, 10  # steps from one reading to the next, by the kind of device
 
@@ -31,7 +31,7 @@ class Readings:
     def read(self, beside: Tensor) -> tuple[list[dict[str, float]], int]:
         """The terms, and SUM, of each step since the last reading, of all processes together; and the number `beside`
         them, a scalar that is the same on all. The host waits once for all of it."""
-        steps = processes.summed(torch.stack(self._unread))
+        steps = distributed.summed(torch.stack(self._unread))
         self._unread.clear()
         sums = steps.sum(1, keepdim=True)
         *found, (count, *_) = torch.cat([torch.cat([sums, steps], 1), beside.expand(1, steps.shape[1] + 1)]).tolist()

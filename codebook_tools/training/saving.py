@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.checkpoints.headers import read_safetensors
 from codebook_tools.checkpoints.sealing import SEAL, Sealed
 from codebook_tools.checkpoints.writing import maps_sha256, write_tensors
 from codebook_tools.errors import CodebookError
-from codebook_tools.parsing import parse_json
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.safe_io import parse_json
 from codebook_tools.training.parts import Tensors, joined, part
 from codebook_tools.training.states import State, TracePoint
 
@@ -57,12 +57,12 @@ class Saving:
             "best": str(best.step) if best else "none",
         }
         tensors = joined({"training": training, "best": best.tensors() if best else {}})
-        processes.by_first(lambda: write_tensors(self.path, tensors, about, force=True))
+        distributed.by_first(lambda: write_tensors(self.path, tensors, about, force=True))
 
     def left(self) -> Unfinished | None:
         """What an interrupted run left, where one did and is to go on. Raises CodebookError where it was another one,
         or the file is damaged."""
-        if not self.resume or not processes.of_first(self.path.exists()):
+        if not self.resume or not distributed.of_first(self.path.exists()):
             return None
         weights = read_safetensors(self.path)
         if SEAL not in weights.metadata:
@@ -96,4 +96,4 @@ class Saving:
                 )
 
     def remove(self) -> None:
-        processes.by_first(lambda: self.path.unlink(missing_ok=True))
+        distributed.by_first(lambda: self.path.unlink(missing_ok=True))

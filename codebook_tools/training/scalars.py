@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from codebook_tools import processes
 from codebook_tools.errors import CodebookError, one_line
+from codebook_tools.runtime import distributed
 from codebook_tools.training.states import TracePoint
 
 Scalars = Callable[[int, Mapping[str, float]], None]
@@ -31,7 +31,7 @@ def require_tensorboard(folder: Path | None) -> None:
 def scalars_into(folder: Path | None, after: int) -> Iterator[Scalars]:
     """Writes into `folder`, of several processes the first; nothing where there is none. after: the step that a resumed
     run goes on from; what was written of later ones is replaced."""
-    if folder is None or processes.rank():
+    if folder is None or distributed.rank():
         yield lambda step, figures: None
         return
     require_tensorboard(folder)

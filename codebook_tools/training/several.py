@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.adversarial import Adversary, Discriminator, last_layer
 from codebook_tools.distill import Original
 from codebook_tools.errors import CodebookError
@@ -17,6 +16,7 @@ from codebook_tools.measure import reconstruct
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.perceptual import Perceptual
+from codebook_tools.runtime import distributed
 from codebook_tools.training.recipe import Recipe
 
 PERCEPTUAL = 2.0
@@ -94,7 +94,7 @@ def pictures_loss(objective: object, model: Model, validation: Media) -> float |
         with torch.no_grad():
             error = objective.error(reconstruct(model, media).media, media)
         total += torch.tensor([float(error) * len(items), len(items)])
-    summed = processes.summed(total) if validation.part[1] > 1 else total
+    summed = distributed.summed(total) if validation.part[1] > 1 else total
     return float(summed[0] / summed[1])
 
 

@@ -9,13 +9,13 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from codebook_tools import processes
-from codebook_tools.devices import sent
 from codebook_tools.errors import CodebookError
 from codebook_tools.losses import Seen
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model, of_stages
 from codebook_tools.quantiser import REVIVE_EVERY, More, Quantiser
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.devices import sent
 from codebook_tools.trainable import set_trainable, trained_names, training_mode, written_names
 from codebook_tools.training.averaging import WeightAverage
 from codebook_tools.training.batches import Batches
@@ -133,7 +133,7 @@ class Training:
         weight = share / self.recipe.accumulate
         if self.optimiser is not None:
             # Processes average their gradients: each weighs as much of the batch as it is.
-            torch.autograd.backward(reduce(torch.add, terms.values()) * (weight * processes.count()))
+            torch.autograd.backward(reduce(torch.add, terms.values()) * (weight * distributed.count()))
         own = len(media) if share else 0
         for of_book, its in zip(self._seen, seen, strict=True):
             of_book.append((its.latents.detach()[:own], its.codes[:own]))
@@ -174,7 +174,7 @@ class Training:
     def as_kept(self) -> Iterator[None]:
         """Within, the model is what would be kept of this step: at rest, and averaged where that is asked for."""
         self.model.network.eval()
-        processes.follow_first([*self.model.network.buffers(), *(book.vectors for book in self.model.books)])
+        distributed.follow_first([*self.model.network.buffers(), *(book.vectors for book in self.model.books)])
         with nullcontext() if self.average is None else self.average.in_place():
             yield
         training_mode(self.model.network)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from codebook_tools import processes
 from codebook_tools.models.model import Model
 from codebook_tools.networks.network import Quantise
+from codebook_tools.runtime import distributed
 
 
 class _Whole(nn.Module):
@@ -24,6 +24,6 @@ class _Whole(nn.Module):
 
 def run_together(model: Model, parameters: Sequence[nn.Parameter]) -> Callable[[Tensor, Quantise], Tensor]:
     """model.run, of several processes with gradients that are averaged over them."""
-    if processes.count() == 1 or not parameters:
+    if distributed.count() == 1 or not parameters:
         return model.run
     return nn.parallel.DistributedDataParallel(_Whole(model, parameters), gradient_as_bucket_view=True)

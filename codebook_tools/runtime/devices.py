@@ -7,8 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from codebook_tools import processes
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime import distributed
 
 _AUTO = ("cuda", "xpu", "mps")
 """Kinds of accelerators that "auto" looks for, in this order."""
@@ -32,7 +32,7 @@ def device_of(name: str) -> torch.device:
     Raises:
         CodebookError: torch finds no such device, or several processes cannot share it.
     """
-    together = processes.count() > 1
+    together = distributed.count() > 1
     if name == "auto":
         name = next((kind for kind in (("cuda",) if together else _AUTO) if _there_are(kind)), "cpu")
     try:

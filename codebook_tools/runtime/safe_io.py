@@ -1,12 +1,13 @@
-"""Text from strangers: read whole only where it is of a sane length, and parsed to data or a ValueError."""
+"""Files from strangers: opened where they are regular, read whole where they are of a sane length, and parsed to data
+or a ValueError."""
 
 from __future__ import annotations
 
+import errno
 import json
+import stat
 from pathlib import Path
 from typing import Any
-
-from codebook_tools.regular import check_regular
 
 LONGEST = 64 << 20
 """Bytes of a file that is read as text: configs, results and recipes have thousandths of that."""
@@ -31,3 +32,13 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError for a pipe, a socket or a device: opening one may wait for ever, and what was read of it is gone.
+
+    Folders pass: whoever opens one has words of its own for it. Raises OSError, too, where there is nothing.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "it is no regular file (a pipe or a device); save it to a file first")
