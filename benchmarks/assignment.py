@@ -22,7 +22,7 @@ import torch
 from machine import machine
 from torch import Tensor
 
-from codebook_tools.assignment import nearest
+from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook
 
 CASES = ((1_000_000, 64, 512), (200_000, 256, 16_384))

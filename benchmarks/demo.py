@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.demo import DEMO
 from codebook_tools.finetune import Recipe
 from codebook_tools.images import sample_photographs

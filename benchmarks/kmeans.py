@@ -26,9 +26,9 @@ import torch
 from machine import machine
 from torch import Tensor
 
-from codebook_tools.assignment import nearest, squared_errors
+from codebook_tools.clustering.assignment import nearest, squared_errors
+from codebook_tools.clustering.kmeans import kmeans
 from codebook_tools.codebook import Codebook
-from codebook_tools.kmeans import kmeans
 from codebook_tools.opening import Request, open_request
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.survey import survey

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from codebook_tools.checkpoints.layout import PREFIX
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "large"

@@ -32,7 +32,7 @@ REFIT = "import runpy; runpy.run_module('codebook_tools', run_name='__main__')"
 KMEANS = """
 import json, sys, time
 import torch
-from codebook_tools.kmeans import kmeans
+from codebook_tools.clustering.kmeans import kmeans
 from codebook_tools.runtime.progress import Watch
 n, k, dim = map(int, sys.argv[1:4])
 drawn = torch.Generator().manual_seed(0)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from codebook_tools.assignment import nearest
+from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook
 from codebook_tools.images import images, sample_images
 from codebook_tools.media import Media

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codebook_tools.assignment import nearest
+from codebook_tools.clustering.assignment import nearest
 from codebook_tools.opening import Opened
 from codebook_tools.quantiser import DEAD_BELOW, Quantiser
 from codebook_tools.trainable import trained_names

@@ -25,7 +25,7 @@ from large import ROOT, timed
 from safetensors.torch import save_file
 
 from codebook_tools.checkpoints.layout import PREFIX
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 
 BUILD = ROOT / "build" / "write"
 STATS, COPY = BUILD / "stats.safetensors", BUILD / "copy"

@@ -42,7 +42,7 @@ def run_recipe(context: typer.Context, path: Path, model: Path | None, given: di
 
     def work(watch: Watch) -> Chain | ChainPlan:
         from codebook_tools.chain import plan_chain, run_chain
-        from codebook_tools.checkpoints.places import write_text
+        from codebook_tools.checkpoints.atomic import write_text
         from codebook_tools.recipe_files import RecipeFile, steps_of, without_nothing
 
         request = request_of(options["model"], options)

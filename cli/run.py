@@ -137,7 +137,7 @@ def _hash_ahead(model: Path | None) -> None:
     """Counts are of one checkpoint, told by its SHA-256: a thread finds that out while torch is imported."""
     with reported():
         from codebook_tools.checkpoints.hashing import hash_ahead
-        from codebook_tools.checkpoints.reading import read_checkpoint
+        from codebook_tools.checkpoints.read import read_checkpoint
         from codebook_tools.demo import DEMO
 
         hash_ahead(read_checkpoint(model or DEMO).files)

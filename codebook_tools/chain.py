@@ -12,10 +12,10 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 
 from codebook_tools.card import CARD
+from codebook_tools.checkpoints.atomic import partial_folder
 from codebook_tools.checkpoints.layout import PREFIX, index_map_path
-from codebook_tools.checkpoints.places import partial_folder
-from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
-from codebook_tools.checkpoints.writing import write_checkpoint
+from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.downstream.maps import IndexMap, read_index_maps
 from codebook_tools.errors import CodebookError

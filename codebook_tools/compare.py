@@ -9,8 +9,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from codebook_tools.checkpoints.places import write_text
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.atomic import write_text
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.comparison import (
     STAGES,

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from codebook_tools.checkpoints.places import write_text
+from codebook_tools.checkpoints.atomic import write_text
 from codebook_tools.errors import CodebookError
 from codebook_tools.items import items_sha256
 from codebook_tools.measure import CodebookUse, Measurement

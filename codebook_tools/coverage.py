@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import nearest, squared_errors, unit
+from codebook_tools.clustering.assignment import nearest, squared_errors, unit
+from codebook_tools.clustering.kmeans import kmeans
+from codebook_tools.clustering.seeding import Init, count_distinct, overflow
 from codebook_tools.codebook import Codebook, Emit, Lookup
-from codebook_tools.kmeans import kmeans
 from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.seeding import Init, count_distinct, overflow
 from codebook_tools.splits import shuffled
 from codebook_tools.survey import survey
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import nearest, unit
 from codebook_tools.card import cards
 from codebook_tools.checkpoints.detect import FoundCodebook
-from codebook_tools.checkpoints.reading import Checkpoint
-from codebook_tools.checkpoints.writing import write_checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.checkpoints.write import write_checkpoint
+from codebook_tools.clustering.assignment import nearest, unit
 from codebook_tools.codebook import Codebook, Emit, Latents, Strategy, Surgery
 from codebook_tools.coverage import POINTS, reference_distance
 from codebook_tools.errors import CodebookError

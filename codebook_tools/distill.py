@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.models.model import Book, Model
 from codebook_tools.models.stored import effective_rows
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import unit
+from codebook_tools.clustering.assignment import unit
 from codebook_tools.codebook import Lookup
 
 _TEMPERATURE = 0.3  # of the mean squared distance to the nearest code: others count where they are about as near

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import squared_errors
+from codebook_tools.clustering.assignment import squared_errors
 from codebook_tools.errors import CodebookError
 from codebook_tools.items import Item
 from codebook_tools.latents import rows_of

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from codebook_tools.checkpoints.detect import Detection
-from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.evidence import alive, uninitialised, untrained
 from codebook_tools.models.families import FAMILIES, check_stated, detected, family_of

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from codebook_tools.checkpoints.entries import Entry, Held, Stored
-from codebook_tools.checkpoints.headers import header_of, read_safetensors
-from codebook_tools.checkpoints.places import partial_file, put_in_place
+from codebook_tools.checkpoints.atomic import partial_file, put_in_place
+from codebook_tools.checkpoints.safetensors_file import header_of, read_safetensors
+from codebook_tools.checkpoints.tensors import Entry, Held, Stored
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.items import Item
 from codebook_tools.latents import EncodedLatents

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codebook_tools.checkpoints.entries import Stored, torch_dtype
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.tensors import Stored, torch_dtype
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.latents import all_finite
 from codebook_tools.runtime.safe_io import check_regular

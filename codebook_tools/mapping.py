@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import emitted, unit
+from codebook_tools.clustering.assignment import emitted, unit
 from codebook_tools.codebook import Codebook, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.items import Item

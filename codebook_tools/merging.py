@@ -12,7 +12,7 @@ from operator import add
 from pathlib import Path
 
 from codebook_tools.checkpoints.layout import PREFIX
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.measure import measurement_of
 from codebook_tools.models.families import metric_of

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools.channels import FIRST, MIX, MIXINGS
-from codebook_tools.checkpoints.reading import AS_STORED, Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.read import AS_STORED, Checkpoint, read_checkpoint
 from codebook_tools.demo import DEMO
 from codebook_tools.errors import CodebookError
 from codebook_tools.images import SAMPLE, images, sample_images

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from codebook_tools.blur import blur_warnings, worse_warnings
 from codebook_tools.card import cards
+from codebook_tools.checkpoints.atomic import check_apart, check_free
 from codebook_tools.checkpoints.layout import training_path
-from codebook_tools.checkpoints.places import check_apart, check_free
-from codebook_tools.checkpoints.writing import write_checkpoint
+from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.detached import goes_without_images, measure_detached, operate_detached
 from codebook_tools.errors import CodebookError

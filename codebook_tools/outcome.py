@@ -9,7 +9,7 @@ from pathlib import Path
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.layout import DECLARED, training_path
-from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.exhibit import Shown

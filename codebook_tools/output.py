@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from codebook_tools.checkpoints.atomic import check_apart
 from codebook_tools.checkpoints.config import with_entries
 from codebook_tools.checkpoints.layout import (
     CONFIG,
@@ -16,9 +17,8 @@ from codebook_tools.checkpoints.layout import (
     split_others,
     training_path,
 )
-from codebook_tools.checkpoints.places import check_apart
-from codebook_tools.checkpoints.reading import Checkpoint
-from codebook_tools.checkpoints.writing import check_writable
+from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.checkpoints.write import check_writable
 from codebook_tools.errors import CodebookError
 from codebook_tools.filling import power_of_two
 from codebook_tools.models.families import size_entry

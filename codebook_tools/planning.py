@@ -8,7 +8,7 @@ from typing import Any
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.layout import index_map_path
-from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.detached import books_without_images, goes_without_images
 from codebook_tools.finetune import Recipe

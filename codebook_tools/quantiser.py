@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import emitted, unit
+from codebook_tools.clustering.assignment import emitted, unit
+from codebook_tools.clustering.pnn import merge_pairs
 from codebook_tools.codebook import REMOVED, Emit
 from codebook_tools.models.model import Book, Model
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import sent
-from codebook_tools.strategies.pnn import merge_pairs
 
 DECAY = 0.95  # of the EMA codebook: shorter than usual (0.99), for latents move fast at this learning rate
 REVIVE_EVERY = 10

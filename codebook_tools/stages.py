@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import nearest, squared_errors
+from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.codebook import REMOVED, Codebook, Strategy, Surgery
 from codebook_tools.coverage import reference_distance, reference_latents
 from codebook_tools.errors import CodebookError

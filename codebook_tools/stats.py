@@ -13,9 +13,9 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.layout import PREFIX
-from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
-from codebook_tools.checkpoints.sealing import Sealed
-from codebook_tools.checkpoints.writing import write_tensors
+from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.sealed_file import Sealed
+from codebook_tools.checkpoints.write import write_tensors
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.safe_io import parse_json
 from codebook_tools.sampling import Sample

@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import compared, emitted, squared_errors
+from codebook_tools.clustering.assignment import compared, emitted, squared_errors
 from codebook_tools.codebook import Codebook
 from codebook_tools.errors import NotFiniteError
 from codebook_tools.runtime.devices import wide

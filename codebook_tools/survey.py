@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import nearest, squared_errors
+from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.codebook import Codebook
 from codebook_tools.latents import Batch, ItemLatents, StoredLatents
 from codebook_tools.runtime import distributed

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from codebook_tools import metrics
-from codebook_tools.checkpoints.places import write_text
+from codebook_tools.checkpoints.atomic import write_text
 from codebook_tools.codebook import Strategy
 from codebook_tools.comparison import STAGES, Row, RowStore, bytes_at, check_folder, made_with
 from codebook_tools.errors import CodebookError

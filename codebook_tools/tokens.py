@@ -10,7 +10,7 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import squared_errors
+from codebook_tools.clustering.assignment import squared_errors
 from codebook_tools.items import Item
 from codebook_tools.latents import rows_of
 from codebook_tools.media import Media

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from codebook_tools.checkpoints.layout import PREFIX
-from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.models.proof import Proof
 from codebook_tools.runtime.safe_io import parse_json
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import unit
 from codebook_tools.card import CARD
 from codebook_tools.checkpoints.config import same_config
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.effective import effective
 from codebook_tools.checkpoints.layout import PREFIX, index_map_path, split_others
-from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
-from codebook_tools.checkpoints.writing import map_metadata
+from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.write import map_metadata
+from codebook_tools.clustering.assignment import unit
 from codebook_tools.codebook import REMOVED
 from codebook_tools.downstream.verify_prior import prior_differences
 from codebook_tools.errors import CodebookError

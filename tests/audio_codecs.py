@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.models import dac, encodec, mimi, xcodec
 from codebook_tools.models.family import Family
 

@@ -10,8 +10,8 @@ import torch
 from conftest import State
 from torch import Tensor
 
-from codebook_tools.checkpoints.entries import Stored
-from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.tensors import Stored
 from codebook_tools.models.families import FAMILIES
 from codebook_tools.models.family import Family, Shapes
 

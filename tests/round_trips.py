@@ -11,7 +11,7 @@ from families import State
 from safetensors.torch import load_file
 from torch import Tensor
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.finetune import Recipe
 from codebook_tools.opening import Request

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codebook_tools.adversarial import SHARE, SMALLEST, Adversary, Discriminator, hinge, last_layer
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.load import load_model
 from codebook_tools.trainable import set_trainable

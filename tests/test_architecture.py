@@ -15,7 +15,7 @@ import torch
 from conftest import Outcome
 from safetensors.torch import load_file, save_file
 
-from codebook_tools.checkpoints.entries import Stored
+from codebook_tools.checkpoints.tensors import Stored
 from codebook_tools.models.zalando import CODEBOOK as ZALANDO
 
 ROOT = Path(__file__).parents[1]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from codebook_tools import assignment
-from codebook_tools.assignment import emitted, nearest, squared_errors, unit
+from codebook_tools.clustering import assignment
+from codebook_tools.clustering.assignment import emitted, nearest, squared_errors, unit
 from codebook_tools.codebook import Codebook, Emit, Lookup
 
 LOOKUPS = tuple(Lookup)

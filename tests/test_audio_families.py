@@ -18,7 +18,7 @@ from families import claims
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.codebook import Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models import dac, encodec, mimi, xcodec

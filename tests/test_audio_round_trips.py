@@ -18,7 +18,7 @@ from families import State
 from round_trips import OPERATIONS, Operation, assert_averages_follow, assert_same_indices, operated
 from safetensors.torch import load_file, save_file
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.compare import compare
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from codebook_tools.checkpoints import entries, writing
-from codebook_tools.checkpoints.reading import read_checkpoint, torch_dtype
-from codebook_tools.checkpoints.writing import (
+from codebook_tools.checkpoints import tensors
+from codebook_tools.checkpoints import write as writing
+from codebook_tools.checkpoints.read import read_checkpoint, torch_dtype
+from codebook_tools.checkpoints.write import (
     check_writable,
     index_map_path,
     maps_sha256,
@@ -83,7 +84,7 @@ def test_entries_come_in_the_order_of_their_bytes(mixed: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 1 << 20])
 def test_chunks_joined_are_the_stored_bytes(mixed: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entries, "CHUNK", chunk)
+    monkeypatch.setattr(tensors, "CHUNK", chunk)
     found = read_checkpoint(mixed)
     for key, tensor in MIXED.items():
         chunks = list(found.chunks(key))

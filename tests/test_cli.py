@@ -17,7 +17,7 @@ from conftest import DEAD, Grey, Outcome, State, assert_refused, contents
 from PIL import Image
 from safetensors.torch import load_file
 
-from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import DEMO
 

@@ -11,7 +11,7 @@ import torch
 from conftest import Outcome, assert_refused
 from torch import Tensor
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.models.load import load_model
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from sources_of_images import Images, find_images
 from torch import Tensor
 
-from codebook_tools.assignment import nearest
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import StoredLatents

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
+from codebook_tools.clustering.kmeans import Init, seeds
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.kmeans import Init, seeds
 from codebook_tools.latents import StoredLatents
 from codebook_tools.strategies import KmeansSeeds, Prune, RandomLatents, TopK
 

@@ -12,8 +12,8 @@ from sources_of_images import Images, find_images
 from torch import Tensor
 
 from codebook_tools import coverage
-from codebook_tools.assignment import nearest, squared_errors
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.coverage import reference_distance, reference_latents
 from codebook_tools.measure import measure

@@ -13,7 +13,9 @@ import torch
 from conftest import Outcome, WriteModel, assert_refused
 from torch import Tensor
 
-from codebook_tools.assignment import nearest
+from codebook_tools.clustering.assignment import nearest
+from codebook_tools.clustering.kmeans import kmeans
+from codebook_tools.clustering.seeding import seeds
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.diagnosis.check import Finding
 from codebook_tools.diagnosis.companions import Companions, of_state
@@ -38,10 +40,8 @@ from codebook_tools.diagnosis.traces import Look, Trace, read_trace
 from codebook_tools.diagnosis.uninitialised_flag import uninitialised_flag
 from codebook_tools.diagnosis.wrong_encoder import wrong_encoder
 from codebook_tools.errors import CodebookError
-from codebook_tools.kmeans import kmeans
 from codebook_tools.opening import Request
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.seeding import seeds
 from codebook_tools.structure import drawn, structure
 
 NAMES = (

@@ -18,9 +18,9 @@ from diffusers.models.autoencoders.vq_model import VectorQuantizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from codebook_tools.checkpoints import places
+from codebook_tools.checkpoints import atomic
 from codebook_tools.checkpoints.layout import index_map_path, partial_path
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.measure import reconstruct
 from codebook_tools.models.diffusers_vqmodel import CODEBOOK
@@ -648,7 +648,7 @@ def test_an_old_directory_that_cannot_be_deleted_is_named(
     def rmtree(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(places.shutil, "rmtree", rmtree)
+    monkeypatch.setattr(atomic.shutil, "rmtree", rmtree)
     assert_refused(codebook(*command), "out.old, which it replaced, cannot be deleted")
     assert VQModel.from_pretrained(tmp_path / "out").config.num_vq_embeddings == 10
     assert_refused(codebook(*command), "had already written out; delete it")

@@ -15,7 +15,7 @@ import pytest
 from conftest import Outcome, assert_refused, contents
 
 from codebook_tools import operate
-from codebook_tools.checkpoints.writing import check_writable
+from codebook_tools.checkpoints.write import check_writable
 from codebook_tools.demo import DEMO
 
 Run = Callable[..., Outcome]
@@ -101,7 +101,7 @@ def test_an_input_that_changes_on_the_way_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if late:
-        from codebook_tools.checkpoints import writing
+        from codebook_tools.checkpoints import write as writing
 
         original = writing._write_tensors
         monkeypatch.setattr(writing, "_write_tensors", lambda *given: (original(*given), what(tiny))[0])

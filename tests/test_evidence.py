@@ -11,7 +11,7 @@ from conftest import Outcome
 from safetensors.torch import save_file
 from torch import Tensor
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.models.evidence import alive, uninitialised, untrained
 from codebook_tools.models.families import detected
 from codebook_tools.structure import as_initialised

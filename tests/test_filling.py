@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from codebook_tools.assignment import nearest
+from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup, Surgery
 from codebook_tools.filling import common_sizes, filled, power_of_two, remark
 from codebook_tools.latents import StoredLatents

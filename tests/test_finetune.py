@@ -13,7 +13,7 @@ from conftest import DEAD, GREY, Grey
 from runs import tune, weights_of
 from sources_of_images import Images, find_images
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe, finetune
 from codebook_tools.measure import measure

@@ -12,7 +12,7 @@ from conftest import DEAD, Outcome
 from runs import tune, weights_of
 from sources_of_images import Images, find_images
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe, TracePoint
 from codebook_tools.measure import measure

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from sources_of_images import Images, find_images
 
 from codebook_tools.checkpoints.layout import training_path
-from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.checkpoints.sealing import SEAL, sealed
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.sealed_file import SEAL, sealed
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import FineTuned, Recipe

@@ -12,7 +12,7 @@ from conftest import DEAD, Outcome, assert_refused
 from runs import BrokenError, breaking_at, tune
 from sources_of_images import Images, find_images
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.load import load_model
 from codebook_tools.training.saving import Saving

@@ -17,8 +17,8 @@ from torch.nn.functional import normalize
 from transformers import JanusVQVAE, JanusVQVAEConfig
 from vqgan_twin import Twin
 
-from codebook_tools.assignment import nearest
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.diffusers_vqmodel import CODEBOOK

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 

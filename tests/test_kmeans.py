@@ -16,12 +16,12 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from codebook_tools.assignment import nearest, squared_errors, unit
+from codebook_tools.clustering.assignment import nearest, squared_errors, unit
+from codebook_tools.clustering.kmeans import Clustering, kmeans
+from codebook_tools.clustering.seeding import Init, afkmc2, count_distinct
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.kmeans import Clustering, kmeans
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.seeding import Init, afkmc2, count_distinct
 
 INITS: tuple[Init, ...] = ("kmeans++", "afkmc2", "random")
 

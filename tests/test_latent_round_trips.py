@@ -26,7 +26,7 @@ from test_unrunnable import chameleon
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from codebook_tools.assignment import nearest
+from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
 from codebook_tools.inspection import inspect_checkpoint

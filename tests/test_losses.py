@@ -19,7 +19,7 @@ from test_processes import torchrun
 from torch import Tensor
 
 from codebook_tools.adversarial import SHARE
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.distill import Original
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe

@@ -13,7 +13,7 @@ from sources_of_images import Images, find_images
 from torch import Tensor, nn
 from tutorial import Tutorial
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.measure import find_input_range, measure, reconstruct
 from codebook_tools.models.load import load_model

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from codebook_tools import merging
-from codebook_tools.checkpoints.entries import Stored
-from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.checkpoints.sealing import SEAL, sealed
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.sealed_file import SEAL, sealed
+from codebook_tools.checkpoints.tensors import Stored
 from codebook_tools.errors import CodebookError
 from codebook_tools.merging import parse_shard, sample_limit
 from codebook_tools.models.load import load_model
@@ -393,7 +393,7 @@ def test_counts_that_stand_for_more_than_the_sample_count_in_full(
 def test_counts_alone_do_not_read_the_sample(
     whole: Path, tiny: Path, codebook: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from codebook_tools.checkpoints.entries import Stored
+    from codebook_tools.checkpoints.tensors import Stored
 
     read, chunks = list[str](), Stored.chunks
     monkeypatch.setattr(Stored, "chunks", lambda entry: read.append(entry.key) or chunks(entry))

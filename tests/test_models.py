@@ -16,8 +16,8 @@ from torch import Tensor
 from tutorial import Tutorial
 
 from codebook_tools.checkpoints.detect import FoundCodebook
-from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.checkpoints.writing import tensor_bytes
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.write import tensor_bytes
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.companions import companion_values, companions_of, flags, laid_out

@@ -19,8 +19,8 @@ from sources_of_images import find_images
 from torch import Tensor
 from tutorial import Tutorial
 
-from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.checkpoints.writing import index_map_path, tensor_bytes
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.write import index_map_path, tensor_bytes
 from codebook_tools.codebook import Codebook, Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe

@@ -34,10 +34,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn, serialization
 
-from codebook_tools.checkpoints import entries
+from codebook_tools.checkpoints import tensors
 from codebook_tools.checkpoints.layout import CONFIG
-from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
-from codebook_tools.checkpoints.writing import write_checkpoint
+from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.errors import CodebookError
 
 STATE: State = {
@@ -270,7 +270,7 @@ def test_it_is_written_as_the_library_reads_it(tmp_path: Path) -> None:
 def test_shared_turned_and_strided_tensors_are_written_in_full(
     chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(entries, "CHUNK", chunk)
+    monkeypatch.setattr(tensors, "CHUNK", chunk)
     base = torch.arange(24.0).reshape(4, 6)
     state = {
         "one": base,
@@ -615,7 +615,7 @@ def test_opening_reads_no_tensor(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 import torch
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 peak = lambda: int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
 before = peak()
 assert read_checkpoint(Path(sys.argv[1])).tensor("codebook").sum() == 12

@@ -21,7 +21,7 @@ from runs import BrokenError, breaking_at
 from safetensors.torch import load_file
 from sources_of_images import Images, find_images
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.finetune import Recipe, finetune
 from codebook_tools.measure import measure

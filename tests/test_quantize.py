@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from codebook_tools.assignment import emitted, nearest
+from codebook_tools.clustering.assignment import emitted, nearest
+from codebook_tools.clustering.pnn import merge_pairs
 from codebook_tools.codebook import Codebook, Emit, Lookup, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import StoredLatents
 from codebook_tools.strategies import Quantize
-from codebook_tools.strategies.pnn import merge_pairs
 from codebook_tools.strategies.quantize import packed_bytes, round_rows
 
 METHODS = ("kmeans", "pnn")
@@ -150,7 +150,7 @@ def test_costs_that_do_not_fit_in_one_look_give_the_same(monkeypatch: pytest.Mon
     numbers = np.random.default_rng(0)
     rows, weights = numbers.integers(-9, 10, (60, 2)).astype(np.float64), numbers.integers(1, 9, 60).astype(np.float64)
     centres, labels = merge_pairs(rows, weights, 11)
-    monkeypatch.setattr("codebook_tools.strategies.pnn._LOOK_BYTES", 2000)
+    monkeypatch.setattr("codebook_tools.clustering.pnn._LOOK_BYTES", 2000)
     assert np.array_equal(merge_pairs(rows, weights, 11)[0], centres)
     assert np.array_equal(merge_pairs(rows, weights, 11)[1], labels)
 

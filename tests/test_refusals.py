@@ -13,7 +13,7 @@ import torch
 from conftest import GREY, KEY, Grey, Outcome, State, assert_refused, contents, save_map
 from safetensors.torch import save_file
 
-from codebook_tools.checkpoints import writing
+from codebook_tools.checkpoints import write
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import DEMO
 
@@ -262,7 +262,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
 
         # permissions do not stop the superuser, whom CI may run as
-        monkeypatch.setattr(writing, "TemporaryFile", refuse)
+        monkeypatch.setattr(write, "TemporaryFile", refuse)
     before = contents(tmp_path)
     # The data are missing too: the output is looked at first.
     assert_refused(codebook("prune", tiny, "--data", "nowhere", "-o", output), message)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from codebook_tools.checkpoints.layout import index_map_path
-from codebook_tools.checkpoints.reading import file_sha256, read_checkpoint
+from codebook_tools.checkpoints.read import file_sha256, read_checkpoint
 from codebook_tools.codebook import REMOVED
 from codebook_tools.downstream.vocabulary import Vocabulary
 from codebook_tools.images import sample_images

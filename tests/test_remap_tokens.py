@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.layout import PREFIX
-from codebook_tools.checkpoints.reading import file_sha256
-from codebook_tools.checkpoints.sealing import sealed
+from codebook_tools.checkpoints.read import file_sha256
+from codebook_tools.checkpoints.sealed_file import sealed
 from codebook_tools.codebook import REMOVED
 from codebook_tools.downstream.maps import IndexMap, read_index_maps
 from codebook_tools.downstream.translation import OnRemoved, Translation

@@ -12,10 +12,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import Tensor
 
-from codebook_tools.assignment import nearest, unit
+from codebook_tools.clustering.assignment import nearest, unit
+from codebook_tools.clustering.kmeans import draw_by_error
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup, Surgery
 from codebook_tools.errors import CodebookError
-from codebook_tools.kmeans import draw_by_error
 from codebook_tools.latents import StoredLatents
 from codebook_tools.strategies import Grow, Prune, Refit, Restart
 from codebook_tools.strategies.restart import Method

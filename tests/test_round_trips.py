@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from vqgan_twin import Twin
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.models.load import load_model
 from codebook_tools.networks.custom import make_network
 from codebook_tools.opening import Request

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from codebook_tools.checkpoints.layout import CONFIG
-from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.checkpoints.writing import check_writable, tensor_bytes, write_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.write import check_writable, tensor_bytes, write_checkpoint
 from codebook_tools.errors import CodebookError, VerificationError
 
 INDEX = "model.safetensors.index.json"
@@ -343,8 +343,8 @@ STREAM = """
 import json, sys
 from pathlib import Path
 import safetensors, torch
-from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.checkpoints.writing import write_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.write import write_checkpoint
 status = Path("/proc/self/status")  # getrusage would count what the process that started this one took
 peak = lambda: int(status.read_text().partition("VmHWM:")[2].split()[0]) // 1024
 before = peak()

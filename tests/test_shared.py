@@ -11,8 +11,8 @@ from conftest import Outcome
 from safetensors.torch import load_file
 from sources_of_images import Images, find_images
 
-from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.checkpoints.writing import tensor_bytes
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.write import tensor_bytes
 from codebook_tools.measure import reconstruct
 from codebook_tools.models.load import load_model
 from codebook_tools.models.zalando import CODEBOOK

@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from codebook_tools import metrics, stages
 from codebook_tools.blur import blur_warnings
-from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.checkpoints.sealing import SEAL, sealed
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.sealed_file import SEAL, sealed
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import FineTuned, Recipe
 from codebook_tools.measure import Measurement, collect, measure, measurement_of

@@ -17,7 +17,7 @@ from sources_of_images import Images
 from torch import Tensor
 
 from codebook_tools import stages
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.codebook import REMOVED, Strategy
 from codebook_tools.finetune import FineTuned, Recipe, finetune
 from codebook_tools.images import array_items

@@ -18,7 +18,7 @@ from conftest import Outcome, assert_refused
 from PIL import Image
 from torch import nn
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.networks.bounded import bounded
 from codebook_tools.pictures import decode_picture

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sources_of_images import Images, find_images
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.measure import collect, measure, measurement_of
 from codebook_tools.models.load import load_model

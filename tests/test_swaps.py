@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import nearest
+from codebook_tools.clustering.assignment import nearest
+from codebook_tools.clustering.kmeans import kmeans
+from codebook_tools.clustering.split_merge import swapped
 from codebook_tools.codebook import Codebook, Emit, Lookup
-from codebook_tools.kmeans import kmeans
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.swaps import swapped
 
 
 def random(seed: int = 0) -> torch.Generator:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.models import mishalaskin, pytorch_vae, rosinality
 from codebook_tools.models.families import family_of
 from codebook_tools.models.family import Family

@@ -11,7 +11,7 @@ import pytest
 import torch
 from vector_quantize_pytorch import VectorQuantize
 
-from codebook_tools.assignment import nearest
+from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook
 from codebook_tools.models.model import Model
 from codebook_tools.quantiser import DECAY, Quantiser

@@ -12,7 +12,7 @@ from families import claims, described, inner_shapes
 from safetensors.torch import load_file, save_file
 from state_dicts import SURVEY, surveyed
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.models import unrunnable
 from codebook_tools.models.families import FAMILIES

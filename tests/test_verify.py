@@ -15,9 +15,9 @@ from conftest import State
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from codebook_tools.checkpoints.reading import read_checkpoint
-from codebook_tools.checkpoints.sealing import SEAL, sealed
-from codebook_tools.checkpoints.writing import index_map_path
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.sealed_file import SEAL, sealed
+from codebook_tools.checkpoints.write import index_map_path
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe

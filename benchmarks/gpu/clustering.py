@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from kmeans import Clusterer, flash_kmeans, ours
 
-from codebook_tools.assignment import nearest, squared_errors
+from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.codebook import Codebook
 
 TOLERANCES = (1e-2, 1e-3, 5e-4)

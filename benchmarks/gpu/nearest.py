@@ -15,7 +15,7 @@ import torch
 from part import forget_peak, in_turn, options, peak, spread, write
 from torch import Tensor
 
-from codebook_tools.assignment import nearest
+from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook
 
 SCORES = 1 << 26

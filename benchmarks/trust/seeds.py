@@ -61,7 +61,7 @@ def with_twists(texts: Iterable[bytes]) -> list[bytes]:
 
 def saved_with_twists(tensors: State, about: Mapping[str, str]) -> list[bytes]:
     """A sealed file with metadata, each of which is missing once, and once each strange text."""
-    from codebook_tools.checkpoints.sealing import sealed
+    from codebook_tools.checkpoints.sealed_file import sealed
 
     without = [{k: v for k, v in about.items() if k != name} for name in about]
     others = [{**about, name: text} for name in about for text in STRANGE_TEXTS]

@@ -40,7 +40,7 @@ from seeds import (
     zipped,
 )
 
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.comparison import RowStore
 from codebook_tools.diagnosis.traces import read_trace
 from codebook_tools.downstream.maps import read_index_maps

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from codebook_tools import metrics
-from codebook_tools.assignment import nearest
+from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook
 from codebook_tools.measure import measurement_of
 from codebook_tools.strategies.quantize import round_rows

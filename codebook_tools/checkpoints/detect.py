@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
-from codebook_tools.checkpoints.entries import Shape, Shapes
 from codebook_tools.checkpoints.forms import Effective
+from codebook_tools.checkpoints.tensors import Shape, Shapes
 
 _re = partial(re.compile, flags=re.IGNORECASE | re.DOTALL)
 

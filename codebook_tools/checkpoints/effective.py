@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 
 from codebook_tools.checkpoints.detect import COUNTS, RECODE, FoundCodebook
-from codebook_tools.checkpoints.entries import Shape
 from codebook_tools.checkpoints.forms import Effective as Effective
+from codebook_tools.checkpoints.tensors import Shape
 
 _SUM = re.compile(r"(^|.*[._])sum", re.IGNORECASE)
 _OWN_NAME = re.compile(r"[^.]+(\.\d+)*(\.weight)?$")

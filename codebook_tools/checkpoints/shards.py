@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from codebook_tools.checkpoints.config import parse_config
-from codebook_tools.checkpoints.entries import Entry, Weights
-from codebook_tools.checkpoints.headers import read_safetensors
 from codebook_tools.checkpoints.layout import SUFFIX
+from codebook_tools.checkpoints.safetensors_file import read_safetensors
+from codebook_tools.checkpoints.tensors import Entry, Weights
 from codebook_tools.errors import CodebookError
 
 

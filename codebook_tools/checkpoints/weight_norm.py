@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from codebook_tools.checkpoints.entries import Shape, Shapes
+from codebook_tools.checkpoints.tensors import Shape, Shapes
 
 LENGTH, DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
 OLDER = {LENGTH: ".weight_g", DIRECTION: ".weight_v"}

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import unit
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.effective import effective
-from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.clustering.assignment import unit
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.companions import SMOOTHINGS, Role, smoothed
 from codebook_tools.models.evidence import alive_of, flags

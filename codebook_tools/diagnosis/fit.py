@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import nearest, squared_errors, unit
+from codebook_tools.clustering.assignment import nearest, squared_errors, unit
+from codebook_tools.clustering.kmeans import kmeans
+from codebook_tools.clustering.seeding import count_distinct
 from codebook_tools.codebook import Codebook, Emit, Lookup
-from codebook_tools.kmeans import kmeans
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.seeding import count_distinct
 
 WORSE = 2.0
 """Times the inertia of k-means: surgeries and trained codebooks stay below 1.6, misplaced ones begin at 3."""

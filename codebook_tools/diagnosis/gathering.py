@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import nearest
 from codebook_tools.checkpoints.layout import PREFIX
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.clustering.assignment import nearest
+from codebook_tools.clustering.seeding import count_distinct
 from codebook_tools.codebook import Codebook
 from codebook_tools.coverage import POINTS
 from codebook_tools.diagnosis.companions import Companions, companions_of
@@ -25,7 +26,6 @@ from codebook_tools.media import Media
 from codebook_tools.models.model import INPUT_RANGES
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.seeding import count_distinct
 from codebook_tools.stages import on_cpu
 from codebook_tools.tokens import counted
 

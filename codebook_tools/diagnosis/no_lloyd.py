@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import nearest, squared_errors, unit
+from codebook_tools.clustering.assignment import nearest, squared_errors, unit
 from codebook_tools.codebook import Codebook, Lookup
 from codebook_tools.diagnosis.check import Finding, Verdict, not_checked, of_each_book
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import nearest
+from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook, Lookup
 from codebook_tools.diagnosis.evidence import Rival
 from codebook_tools.diagnosis.fit import fit_of

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from codebook_tools.checkpoints.layout import PREFIX, SUFFIX, index_map_path
-from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
-from codebook_tools.checkpoints.sealing import SEAL, Sealed
+from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.sealed_file import SEAL, Sealed
 from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.safe_io import parse_json

@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from codebook_tools.checkpoints.layout import is_directory_output, split_others
-from codebook_tools.checkpoints.reading import Checkpoint
-from codebook_tools.checkpoints.writing import maps_sha256, write_checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.checkpoints.write import maps_sha256, write_checkpoint
 from codebook_tools.downstream.prior_config import Change, followed
 from codebook_tools.downstream.prior_tables import Tables, find_tables
 from codebook_tools.downstream.translation import OnRemoved

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from codebook_tools.checkpoints.atomic import check_apart, check_free
 from codebook_tools.checkpoints.layout import SUFFIX, named
-from codebook_tools.checkpoints.places import check_apart, check_free
-from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
-from codebook_tools.checkpoints.writing import write_file
+from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.write import write_file
 from codebook_tools.downstream.maps import IndexMap, read_index_maps
 from codebook_tools.downstream.priors import remap_prior
 from codebook_tools.downstream.token_files import TOKEN_SUFFIXES, rewrite_tokens

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from codebook_tools.checkpoints.entries import Stored
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.tensors import Stored
 from codebook_tools.downstream.choice import choose
 from codebook_tools.downstream.parquet import rewrite_parquet
 from codebook_tools.downstream.translation import Translation

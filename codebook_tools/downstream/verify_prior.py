@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 
 from codebook_tools.checkpoints.config import parse_config, same_config, with_entries
-from codebook_tools.checkpoints.headers import read_safetensors
 from codebook_tools.checkpoints.layout import CONFIG, PREFIX
-from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.checkpoints.safetensors_file import read_safetensors
 from codebook_tools.downstream.maps import read_index_maps
 from codebook_tools.downstream.priors import RemappedPrior, about_remapping, remapped
 from codebook_tools.downstream.vocabulary import Vocabulary

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from codebook_tools.checkpoints.entries import Shapes
+from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.checkpoints.weight_norm import OLDER, weight_shape
 
 

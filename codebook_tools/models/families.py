@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.config import Config, entry_of
 from codebook_tools.checkpoints.detect import Detection, FoundCodebook, find_codebooks
-from codebook_tools.checkpoints.entries import Shapes
-from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models import (

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.config import Config
-from codebook_tools.checkpoints.entries import Shapes
-from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.codebook import Emit, Lookup
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from codebook_tools.checkpoints.entries import Shapes
-from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.models.diffusers_vqmodel import CODEBOOK
 from codebook_tools.models.family import Family

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from codebook_tools.checkpoints.detect import Detection, FoundCodebook
-from codebook_tools.checkpoints.entries import Shapes
-from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.companions import follow_by_numbers

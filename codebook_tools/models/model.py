@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from codebook_tools.assignment import emitted, nearest, unit
 from codebook_tools.checkpoints.detect import FoundCodebook
-from codebook_tools.checkpoints.reading import Checkpoint, torch_dtype
+from codebook_tools.checkpoints.read import Checkpoint, torch_dtype
+from codebook_tools.clustering.assignment import emitted, nearest, unit
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import EncodedLatents

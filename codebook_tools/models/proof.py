@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from codebook_tools.assignment import nearest, squared_errors
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.layout import is_directory_output, own_config_path, partial_path
-from codebook_tools.checkpoints.reading import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
+from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.latents import rows_of

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable
 
 from codebook_tools.checkpoints.detect import FoundCodebook
-from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.models.families import detected
 from codebook_tools.models.stored import followers
 

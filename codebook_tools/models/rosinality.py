@@ -7,8 +7,8 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING
 
-from codebook_tools.checkpoints.entries import Shapes
-from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.models import convolutions
 from codebook_tools.models.convolutions import kernels
 from codebook_tools.models.family import Family

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from codebook_tools.checkpoints.config import entry_of
-from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.models.families import FAMILIES
 
 _ENTRIES = ("image_size", "resolution", "sample_size")

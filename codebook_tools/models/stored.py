@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.effective import effective
-from codebook_tools.checkpoints.entries import torch_dtype
 from codebook_tools.checkpoints.forms import StepKind
-from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.checkpoints.tensors import torch_dtype
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.companions import (
     Companion,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from codebook_tools.checkpoints.entries import Shapes
-from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.errors import CodebookError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from codebook_tools.checkpoints.detect import CODER, FoundCodebook
 from codebook_tools.checkpoints.effective import Effective, effective
 from codebook_tools.checkpoints.forms import StepKind
-from codebook_tools.checkpoints.reading import AS_STORED, Checkpoint
+from codebook_tools.checkpoints.read import AS_STORED, Checkpoint
 from codebook_tools.errors import CodebookError
 
 # What acts on latents before the search, or on nothing: it does not change which vector stands for a code.

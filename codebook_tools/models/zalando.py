@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from codebook_tools.checkpoints.entries import Shapes
-from codebook_tools.checkpoints.reading import Checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.models import convolutions
 from codebook_tools.models.convolutions import file_key
 from codebook_tools.models.family import Family

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from codebook_tools.checkpoints.entries import Shapes
+from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.checkpoints.weight_norm import LENGTH, OLDER, weight_shape
 from codebook_tools.errors import CodebookError
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from codebook_tools.checkpoints.entries import Shapes
+from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.networks.convolutions import convolution, decoding, sequence
 
 

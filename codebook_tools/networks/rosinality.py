@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codebook_tools.checkpoints.entries import Shapes
+from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.networks.convolutions import convolution, decoding, sequence
 from codebook_tools.networks.network import Quantise
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codebook_tools.checkpoints.entries import Shapes
+from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.networks.convolutions import convolution
 
 

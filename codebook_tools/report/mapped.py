@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from codebook_tools.checkpoints.places import partial_file, put_in_place
+from codebook_tools.checkpoints.atomic import partial_file, put_in_place
 from codebook_tools.errors import CodebookError
 from codebook_tools.mapping import Map
 from codebook_tools.report.operated import about

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from codebook_tools.chain import Chain
-from codebook_tools.checkpoints.places import write_text
+from codebook_tools.checkpoints.atomic import write_text
 from codebook_tools.codes import Codes, look_at_codes
 from codebook_tools.comparison import Comparison
 from codebook_tools.diagnosis.diagnose import Diagnosis

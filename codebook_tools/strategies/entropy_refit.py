@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import nearest, squared_errors
+from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.latents import joined

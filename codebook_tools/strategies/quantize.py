@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codebook_tools.assignment import emitted, nearest, squared_errors
+from codebook_tools.clustering.assignment import emitted, nearest, squared_errors
+from codebook_tools.clustering.pnn import merge_pairs
 from codebook_tools.codebook import Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.strategies.checks import check_k
-from codebook_tools.strategies.pnn import merge_pairs
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from codebook_tools.checkpoints.headers import read_safetensors
-from codebook_tools.checkpoints.sealing import SEAL, Sealed
-from codebook_tools.checkpoints.writing import maps_sha256, write_tensors
+from codebook_tools.checkpoints.safetensors_file import read_safetensors
+from codebook_tools.checkpoints.sealed_file import SEAL, Sealed
+from codebook_tools.checkpoints.write import maps_sha256, write_tensors
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.safe_io import parse_json

@@ -9,8 +9,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from codebook_tools.checkpoints.entries import Entry, Stored, Weights
 from codebook_tools.checkpoints.layout import SUFFIX
+from codebook_tools.checkpoints.tensors import Entry, Stored, Weights
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.safe_io import parse_json
 

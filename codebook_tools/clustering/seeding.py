@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codebook_tools.assignment import compared, nearest, squared_errors
+from codebook_tools.clustering.assignment import compared, nearest, squared_errors
 from codebook_tools.codebook import Codebook, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.devices import wide

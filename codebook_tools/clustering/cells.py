@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import emitted, nearest, unit
+from codebook_tools.clustering.assignment import emitted, nearest, unit
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import wide, wide_device

@@ -14,10 +14,17 @@ from tempfile import TemporaryFile
 
 from torch import Tensor
 
+from codebook_tools.checkpoints.atomic import (
+    check_free,
+    check_leftovers,
+    check_replaceable,
+    partial_file,
+    partial_folder,
+    put_in_place,
+    sync_folder,
+)
 from codebook_tools.checkpoints.config import with_entries
-from codebook_tools.checkpoints.entries import CHUNK, Entry, Held, torch_dtype
 from codebook_tools.checkpoints.hashing import file_sha256
-from codebook_tools.checkpoints.headers import header_of, laid_out, read_safetensors
 from codebook_tools.checkpoints.layout import (
     CONFIG,
     PREFIX,
@@ -29,18 +36,11 @@ from codebook_tools.checkpoints.layout import (
     split_others,
     written_name,
 )
-from codebook_tools.checkpoints.places import (
-    check_free,
-    check_leftovers,
-    check_replaceable,
-    partial_file,
-    partial_folder,
-    put_in_place,
-    sync_folder,
-)
-from codebook_tools.checkpoints.reading import Checkpoint, joined_sha256
-from codebook_tools.checkpoints.sealing import sealed
+from codebook_tools.checkpoints.read import Checkpoint, joined_sha256
+from codebook_tools.checkpoints.safetensors_file import header_of, laid_out, read_safetensors
+from codebook_tools.checkpoints.sealed_file import sealed
 from codebook_tools.checkpoints.shards import read_shards
+from codebook_tools.checkpoints.tensors import CHUNK, Entry, Held, torch_dtype
 from codebook_tools.errors import CodebookError, VerificationError
 
 

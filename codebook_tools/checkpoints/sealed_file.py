@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codebook_tools.checkpoints.entries import Entry, Held
 from codebook_tools.checkpoints.layout import PREFIX
+from codebook_tools.checkpoints.tensors import Entry, Held
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.safe_io import parse_json
 

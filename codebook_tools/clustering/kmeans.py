@@ -10,13 +10,13 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import unit
-from codebook_tools.cells import Cells
+from codebook_tools.clustering.assignment import unit
+from codebook_tools.clustering.cells import Cells
+from codebook_tools.clustering.seeding import Init, count_distinct, draw_by_error, refuse_unfit, seeds
+from codebook_tools.clustering.split_merge import swapped
 from codebook_tools.codebook import Codebook, Emit, Latents, Lookup
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.seeding import Init, count_distinct, draw_by_error, refuse_unfit, seeds
-from codebook_tools.swaps import swapped
 
 _GROWTH = 4  # each sample is so many times the one before
 _POINTS_PER_CENTROID = 32  # in the first sample, at least: fewer fit what is chance in it

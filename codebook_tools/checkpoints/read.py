@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.config import Config, parse_config
-from codebook_tools.checkpoints.entries import Entry, Stored, Weights
-from codebook_tools.checkpoints.entries import torch_dtype as torch_dtype
 from codebook_tools.checkpoints.hashing import State, state_of
 from codebook_tools.checkpoints.hashing import file_sha256 as file_sha256
-from codebook_tools.checkpoints.headers import PICKLED, read_safetensors
 from codebook_tools.checkpoints.layout import AS_STORED as AS_STORED
 from codebook_tools.checkpoints.layout import DECLARED, INDEX, PREFIX, SUFFIX, config_beside, config_in, weights_in
+from codebook_tools.checkpoints.safetensors_file import PICKLED, read_safetensors
 from codebook_tools.checkpoints.shards import read_shards
+from codebook_tools.checkpoints.tensors import Entry, Stored, Weights
+from codebook_tools.checkpoints.tensors import torch_dtype as torch_dtype
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.safe_io import check_regular, parse_json
 
@@ -162,6 +162,6 @@ def _read_file(path: Path) -> Weights:
     pickled = head.startswith(PICKLED) and head[8:] != b"{"
     if not pickled or path.suffix == SUFFIX:
         return read_safetensors(path)
-    from codebook_tools.checkpoints.pickles import read_pickle  # which torch is needed for
+    from codebook_tools.checkpoints.torch_file import read_pickle  # which torch is needed for
 
     return read_pickle(path)

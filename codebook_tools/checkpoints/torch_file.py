@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codebook_tools.checkpoints.entries import Held, Weights, can_hold
 from codebook_tools.checkpoints.stand_ins import allowed, own_classes
+from codebook_tools.checkpoints.tensors import Held, Weights, can_hold
 from codebook_tools.errors import CodebookError
 
 WRAPPERS = (

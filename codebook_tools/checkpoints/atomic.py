@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from codebook_tools.checkpoints.layout import PREFIX, aside_path, partial_path
-from codebook_tools.checkpoints.reading import read_checkpoint
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
 
 

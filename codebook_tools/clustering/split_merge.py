@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codebook_tools.assignment import nearest, squared_errors, unit
+from codebook_tools.clustering.assignment import nearest, squared_errors, unit
 from codebook_tools.codebook import Codebook, Emit
 from codebook_tools.runtime.devices import wide
 

@@ -1,0 +1,1 @@
+"""On tensors alone: the nearest code, k-means, seeds, pairwise merging."""
