@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from codebook_tools.codebook import Codebook
+from codebook_tools.data.dataset import Media
 from codebook_tools.finetune import Recipe, finetune
 from codebook_tools.losses import COMMITMENT, Scales, scales_of
-from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request, open_request
 from codebook_tools.quantiser import DECAY

@@ -21,10 +21,10 @@ from torch.nn import functional
 
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook
-from codebook_tools.images import images, sample_images
-from codebook_tools.media import Media
+from codebook_tools.data.dataset import Media
+from codebook_tools.data.images import images, sample_images
+from codebook_tools.data.splits import split
 from codebook_tools.networks.zalando import make
-from codebook_tools.splits import split
 
 BUILD = Path(__file__).parents[1] / "build"
 SNAPSHOTS = (250, 1000, 4000)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools.codebook import Codebook
+from codebook_tools.data.splits import limited
 from codebook_tools.errors import CodebookError
 from codebook_tools.extremes import Seen, see
 from codebook_tools.measure import reconstruct
@@ -20,7 +21,6 @@ from codebook_tools.patches import Place, patches, receptive_side, require_image
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
-from codebook_tools.splits import limited
 
 SORTS = ("share", "map", "error")
 NEIGHBOURS = 4

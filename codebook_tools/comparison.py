@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from codebook_tools.checkpoints.atomic import write_text
+from codebook_tools.data.items import items_sha256
 from codebook_tools.errors import CodebookError
-from codebook_tools.items import items_sha256
 from codebook_tools.measure import CodebookUse, Measurement
 from codebook_tools.models.stored import added_bytes
 from codebook_tools.opening import Opened

@@ -9,10 +9,10 @@ from codebook_tools.clustering.assignment import nearest, squared_errors, unit
 from codebook_tools.clustering.kmeans import kmeans
 from codebook_tools.clustering.seeding import Init, count_distinct, overflow
 from codebook_tools.codebook import Codebook, Emit, Lookup
-from codebook_tools.media import Media
+from codebook_tools.data.dataset import Media
+from codebook_tools.data.splits import shuffled
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.splits import shuffled
 from codebook_tools.survey import survey
 
 POINTS = 20_000

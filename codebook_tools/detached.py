@@ -17,11 +17,11 @@ from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.clustering.assignment import nearest, unit
 from codebook_tools.codebook import Codebook, Emit, Latents, Strategy, Surgery
 from codebook_tools.coverage import POINTS, reference_distance
+from codebook_tools.data.latent_files import FileLatents, latents_dim, limited_latents, open_latents, split_latents
+from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
 from codebook_tools.filling import common_sizes, filled, remark
 from codebook_tools.index_maps import nearest_map
-from codebook_tools.latent_files import FileLatents, latents_dim, limited_latents, open_latents, split_latents
-from codebook_tools.latents import StoredLatents
 from codebook_tools.measure import CodebookUse, Measurement, use_of
 from codebook_tools.models.evidence import told_by_file, uninitialised
 from codebook_tools.models.families import (

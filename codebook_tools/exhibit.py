@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from codebook_tools.items import Item
+from codebook_tools.data.items import Item
 from codebook_tools.measure import reconstruct
 from codebook_tools.models.model import Book, Model
 from codebook_tools.opening import Opened, Request, open_request

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from codebook_tools.data.dataset import Media
 from codebook_tools.errors import CodebookError, NotFiniteError
-from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.quantiser import More
 from codebook_tools.runtime.progress import Watch

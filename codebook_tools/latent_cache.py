@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from codebook_tools.checkpoints.atomic import partial_file, put_in_place
 from codebook_tools.checkpoints.safetensors_file import header_of, read_safetensors
 from codebook_tools.checkpoints.tensors import Entry, Held, Stored
+from codebook_tools.data.items import Item
+from codebook_tools.data.latents import EncodedLatents
 from codebook_tools.errors import CodebookError, one_line
-from codebook_tools.items import Item
-from codebook_tools.latents import EncodedLatents
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.safe_io import parse_json
 from codebook_tools.runtime.version import VERSION

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from codebook_tools.clustering.assignment import emitted, unit
 from codebook_tools.codebook import Codebook, Lookup
+from codebook_tools.data.items import Item
+from codebook_tools.data.splits import limited
 from codebook_tools.errors import CodebookError
-from codebook_tools.items import Item
 from codebook_tools.models.evidence import untrained
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.patches import Place, patches, receptive_side, require_images
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
-from codebook_tools.splits import limited
 from codebook_tools.stages import calibrate, encoder_latents, measure_stage
 from codebook_tools.strategies import Refit
 from codebook_tools.strategies.checks import check_k

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from codebook_tools import metrics
+from codebook_tools.data.dataset import Media
+from codebook_tools.data.latents import rows_of
+from codebook_tools.data.splits import limited
 from codebook_tools.errors import CodebookError, NotFiniteError
-from codebook_tools.latents import rows_of
-from codebook_tools.media import Media
 from codebook_tools.models.model import INPUT_RANGES, Model, Pass
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import wide
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.splits import limited
 from codebook_tools.sums import BookSums, Sums, book_sums, exact, no_sums
 
 RANGE_IMAGES = 64

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.data.sampling import smallest
+from codebook_tools.data.splits import Splits
 from codebook_tools.errors import CodebookError
 from codebook_tools.measure import measurement_of
 from codebook_tools.models.families import metric_of
@@ -21,8 +23,6 @@ from codebook_tools.outcome import Result
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
-from codebook_tools.sampling import smallest
-from codebook_tools.splits import Splits
 from codebook_tools.stats import Part, read_hashed, read_part, write_part
 from codebook_tools.sums import Sums
 from codebook_tools.tokens import counted

@@ -11,14 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codebook_tools.channels import FIRST, MIX, MIXINGS
 from codebook_tools.checkpoints.read import AS_STORED, Checkpoint, read_checkpoint
+from codebook_tools.data.audio import sounds
+from codebook_tools.data.channels import FIRST, MIX, MIXINGS
+from codebook_tools.data.dataset import Beyond, Media
+from codebook_tools.data.images import SAMPLE, images, sample_images
+from codebook_tools.data.items import Item, Medium, find_items
+from codebook_tools.data.splits import Splits, limited, split
 from codebook_tools.demo import DEMO
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import SAMPLE, images, sample_images
-from codebook_tools.items import Item, Medium, find_items
 from codebook_tools.measure import find_input_range, range_errors
-from codebook_tools.media import Beyond, Media
 from codebook_tools.models.agreement import LEAST, Agreement
 from codebook_tools.models.companions import GIVEN
 from codebook_tools.models.evidence import uninitialised
@@ -33,8 +35,6 @@ from codebook_tools.models.twins import twin_warning
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import RUN_AHEAD, device_of
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.sounds import sounds
-from codebook_tools.splits import Splits, limited, split
 
 _MOST_WORKERS = 1024
 """Processes that decode; each is a copy of this one, and no machine has more cores."""

@@ -14,12 +14,12 @@ from codebook_tools.checkpoints.atomic import check_apart, check_free
 from codebook_tools.checkpoints.layout import training_path
 from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.codebook import Strategy
+from codebook_tools.data.items import items_sha256
 from codebook_tools.detached import goes_without_images, measure_detached, operate_detached
 from codebook_tools.errors import CodebookError
 from codebook_tools.exhibit import exhibit
 from codebook_tools.finetune import Recipe
 from codebook_tools.index_maps import nearest_map
-from codebook_tools.items import items_sha256
 from codebook_tools.measure import measurement_of
 from codebook_tools.merging import check_shard, in_part, merge, part_of
 from codebook_tools.models.agreement import has_quantizer, in_training

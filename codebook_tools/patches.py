@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from codebook_tools.data.dataset import Media
+from codebook_tools.data.items import Item
 from codebook_tools.errors import CodebookError
-from codebook_tools.items import Item
-from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 
 SHARE = 0.9

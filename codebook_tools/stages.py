@@ -13,11 +13,11 @@ from torch import Tensor
 from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.codebook import REMOVED, Codebook, Strategy, Surgery
 from codebook_tools.coverage import reference_distance, reference_latents
+from codebook_tools.data.latents import EncodedLatents
 from codebook_tools.errors import CodebookError
 from codebook_tools.filling import common_sizes, filled, remark
 from codebook_tools.finetune import FineTuned, Recipe, finetune
 from codebook_tools.latent_cache import CachedLatents, cached
-from codebook_tools.latents import EncodedLatents
 from codebook_tools.measure import Measurement, collect, measurement_of
 from codebook_tools.models.model import Book
 from codebook_tools.opening import Opened

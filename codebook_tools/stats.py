@@ -16,9 +16,9 @@ from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.sealed_file import Sealed
 from codebook_tools.checkpoints.write import write_tensors
+from codebook_tools.data.sampling import Sample
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.safe_io import parse_json
-from codebook_tools.sampling import Sample
 from codebook_tools.sums import LIMBS, BookSums, Sums, from_limbs, limbs
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.codebook import Codebook
-from codebook_tools.latents import Batch, ItemLatents, StoredLatents
+from codebook_tools.data.latents import Batch, ItemLatents, StoredLatents
+from codebook_tools.data.sampling import SAMPLE_LIMIT, Sampler
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.sampling import SAMPLE_LIMIT, Sampler
 
 _AT_ONCE = 65_536  # latents whose codes are looked up together
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from codebook_tools.clustering.assignment import squared_errors
-from codebook_tools.items import Item
-from codebook_tools.latents import rows_of
-from codebook_tools.media import Media
+from codebook_tools.data.dataset import Media
+from codebook_tools.data.items import Item
+from codebook_tools.data.latents import rows_of
+from codebook_tools.data.sampling import SAMPLE_LIMIT, Sample, Sampler
 from codebook_tools.models.model import Model
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.sampling import SAMPLE_LIMIT, Sample, Sampler
 from codebook_tools.sums import Sums, book_sums, no_sums
 
 

@@ -27,7 +27,7 @@ from codebook_tools.checkpoints.layout import PREFIX, index_map_path
 from codebook_tools.checkpoints.read import file_sha256, read_checkpoint
 from codebook_tools.checkpoints.sealed_file import sealed
 from codebook_tools.checkpoints.write import tensor_bytes
-from codebook_tools.images import array_items
+from codebook_tools.data.images import array_items
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.models.zalando import CODEBOOK

@@ -18,8 +18,8 @@ from PIL import Image
 from sources_of_images import Images
 from torch import Tensor
 
-from codebook_tools.items import Item
-from codebook_tools.sources import Source
+from codebook_tools.data.items import Item
+from codebook_tools.data.sources import Source
 
 Pixels = NDArray[np.uint8]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from codebook_tools.images import images
-from codebook_tools.items import Item, find_items
-from codebook_tools.media import Media
+from codebook_tools.data.dataset import Media
+from codebook_tools.data.images import images
+from codebook_tools.data.items import Item, find_items
 from codebook_tools.runtime.progress import Watch
 
 

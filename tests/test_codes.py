@@ -13,8 +13,8 @@ from sources_of_images import Images
 from torch import Tensor, nn
 
 from codebook_tools.codes import Codes, look_at_codes
+from codebook_tools.data.images import array_items
 from codebook_tools.extremes import lowest_of_each
-from codebook_tools.images import array_items
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
 from codebook_tools.patches import Place, patches, receptive_side

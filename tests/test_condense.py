@@ -17,8 +17,8 @@ from torch import Tensor
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup
+from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import StoredLatents
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.quantiser import More, Quantiser

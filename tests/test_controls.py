@@ -16,8 +16,8 @@ from torch import Tensor
 
 from codebook_tools.clustering.kmeans import Init, seeds
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup
+from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import StoredLatents
 from codebook_tools.strategies import KmeansSeeds, Prune, RandomLatents, TopK
 
 INITS: tuple[Init, ...] = ("kmeans++", "afkmc2", "random")

@@ -17,28 +17,28 @@ from codebook_tools.clustering.assignment import nearest
 from codebook_tools.clustering.kmeans import kmeans
 from codebook_tools.clustering.seeding import seeds
 from codebook_tools.codebook import Codebook, Emit, Lookup
-from codebook_tools.diagnosis.check import Finding
-from codebook_tools.diagnosis.companions import Companions, of_state
-from codebook_tools.diagnosis.counting import counting
-from codebook_tools.diagnosis.dead_codes import dead_codes
+from codebook_tools.diagnosis.alternatives import best_scale, cut_wrongly, scaled
+from codebook_tools.diagnosis.checks.dead_codes import dead_codes
+from codebook_tools.diagnosis.checks.duplicate_codes import duplicate_codes
+from codebook_tools.diagnosis.checks.encoder_drift import encoder_drift
+from codebook_tools.diagnosis.checks.few_modes import few_modes
+from codebook_tools.diagnosis.checks.learning_rate import learning_rate
+from codebook_tools.diagnosis.checks.no_lloyd import no_lloyd
+from codebook_tools.diagnosis.checks.not_installed import not_installed
+from codebook_tools.diagnosis.checks.scale_mismatch import scale_mismatch
+from codebook_tools.diagnosis.checks.split_mismatch import counting
+from codebook_tools.diagnosis.checks.stale_ema import stale_ema
+from codebook_tools.diagnosis.checks.uninitialised_flag import uninitialised_flag
+from codebook_tools.diagnosis.checks.wrong_encoder import wrong_encoder
 from codebook_tools.diagnosis.diagnose import CHECKS, diagnose
-from codebook_tools.diagnosis.duplicate_codes import duplicate_codes
-from codebook_tools.diagnosis.encoder_drift import encoder_drift
+from codebook_tools.diagnosis.encoder_shift import correlation, shift
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence, Pair
-from codebook_tools.diagnosis.few_modes import few_modes
+from codebook_tools.diagnosis.finding import Finding
 from codebook_tools.diagnosis.fit import Fit, fit_of, left_of, places
-from codebook_tools.diagnosis.freshness import born_dead
 from codebook_tools.diagnosis.gathering import curve_of
-from codebook_tools.diagnosis.learning_rate import learning_rate
-from codebook_tools.diagnosis.movement import correlation, shift
-from codebook_tools.diagnosis.no_lloyd import no_lloyd
-from codebook_tools.diagnosis.not_installed import not_installed
-from codebook_tools.diagnosis.rivals import best_scale, cut_wrongly, scaled
-from codebook_tools.diagnosis.scale_mismatch import scale_mismatch
-from codebook_tools.diagnosis.stale_ema import stale_ema
-from codebook_tools.diagnosis.traces import Look, Trace, read_trace
-from codebook_tools.diagnosis.uninitialised_flag import uninitialised_flag
-from codebook_tools.diagnosis.wrong_encoder import wrong_encoder
+from codebook_tools.diagnosis.initialization import born_dead
+from codebook_tools.diagnosis.stored_ema import Companions, of_state
+from codebook_tools.diagnosis.training_trace import Look, Trace, read_trace
 from codebook_tools.errors import CodebookError
 from codebook_tools.opening import Request
 from codebook_tools.runtime.progress import Watch

@@ -12,11 +12,12 @@ from conftest import Outcome, assert_refused
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codebook_tools import merging, sampling
+from codebook_tools import merging
 from codebook_tools.codebook import Codebook
+from codebook_tools.data import sampling
+from codebook_tools.data.latents import StoredLatents
+from codebook_tools.data.sampling import drawn_rows
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import StoredLatents
-from codebook_tools.sampling import drawn_rows
 from codebook_tools.strategies.refit import Refit
 from codebook_tools.survey import survey
 

@@ -18,8 +18,8 @@ from conftest import Outcome
 from PIL import Image
 from sources_of_images import Images
 
+from codebook_tools.data.images import sample_images
 from codebook_tools.demo import DEMO
-from codebook_tools.images import sample_images
 
 Run = Callable[..., Outcome]
 ROOT = Path(__file__).parents[1]

@@ -14,6 +14,7 @@ from runs import tune, weights_of
 from sources_of_images import Images, find_images
 
 from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe, finetune
 from codebook_tools.measure import measure
@@ -21,7 +22,6 @@ from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.splits import split
 from codebook_tools.training.batches import Batches
 from codebook_tools.training.schedule import rate
 from codebook_tools.training.step import Training

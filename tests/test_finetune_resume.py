@@ -20,6 +20,7 @@ from codebook_tools.checkpoints.layout import training_path
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.sealed_file import SEAL, sealed
 from codebook_tools.codebook import Strategy
+from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import FineTuned, Recipe
 from codebook_tools.models.load import load_model
@@ -29,7 +30,6 @@ from codebook_tools.operate import Result, operate
 from codebook_tools.quantiser import More
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
-from codebook_tools.splits import split
 from codebook_tools.strategies import Prune, Refit
 from codebook_tools.training.saving import Saving
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from codebook_tools.blur import worse_warnings
 from codebook_tools.codebook import Codebook, Emit, Lookup, Strategy
-from codebook_tools.latents import StoredLatents
+from codebook_tools.data.latents import StoredLatents
 from codebook_tools.measure import Measurement
 from codebook_tools.opening import UNSEEN
 from codebook_tools.strategies import Condense, Grow, Quantize, Restart

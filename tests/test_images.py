@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from sources_of_images import find_images
 
+from codebook_tools.data.images import array_items, sample_images, sample_photographs
+from codebook_tools.data.items import Item
+from codebook_tools.data.splits import limited, split
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import array_items, sample_images, sample_photographs
-from codebook_tools.items import Item
-from codebook_tools.splits import limited, split
 
 # --- arrays ----------------------------------------------------------------------------------------------------------
 

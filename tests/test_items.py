@@ -17,8 +17,8 @@ from drawing import SPARSE, as_tensor, names, picture, png, put, read, sparse_ta
 from PIL import Image
 from sources_of_images import find_images
 
+from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError
-from codebook_tools.splits import split
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 FASHION = SHARED / "data" / "fashion-test.tar"

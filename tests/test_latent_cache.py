@@ -185,7 +185,7 @@ def test_other_options_are_another_file(how: dict[str, Any], model: Model, folde
 
 
 def test_arrays_in_memory_count_by_their_bytes(model: Model, tmp_path: Path) -> None:
-    from codebook_tools.images import array_items
+    from codebook_tools.data.images import array_items
 
     pixels = torch.zeros(4, 16, 16, 3, dtype=torch.uint8).numpy()
     paths = []
@@ -198,7 +198,7 @@ def test_arrays_in_memory_count_by_their_bytes(model: Model, tmp_path: Path) -> 
 
 def test_float32_and_8_bits_of_the_same_length_are_told_apart(model: Model, tmp_path: Path) -> None:
     """Zeros of 16 x 16 floats are as many bytes as those of 32 x 32 pixels, of which the middle is taken."""
-    from codebook_tools.images import array_items
+    from codebook_tools.data.images import array_items
 
     paths = set()
     for dtype, side in ((torch.float32, 16), (torch.uint8, 32)):

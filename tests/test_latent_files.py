@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from codebook_tools.data.latent_files import FileLatents, limited_latents, open_latents, split_latents
+from codebook_tools.data.sampling import mixed
 from codebook_tools.errors import CodebookError
-from codebook_tools.latent_files import FileLatents, limited_latents, open_latents, split_latents
-from codebook_tools.sampling import mixed
 
 DIM = 3
 ROWS = torch.randn(200, DIM, generator=torch.Generator().manual_seed(0))
@@ -82,14 +82,14 @@ def test_files_are_mapped_not_read(ending: str, write: Write) -> None:
 
 
 def test_many_rows_come_in_batches(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("codebook_tools.latent_files._BATCH", 64)
+    monkeypatch.setattr("codebook_tools.data.latent_files._BATCH", 64)
     latents = open_latents([write("a.npy"), write("b.npy", ROWS[:10])], DIM)
     assert [len(rows) for rows, _ in latents.by_item()] == [64, 64, 64, 8, 10]
     assert torch.equal(rows_of(latents), torch.cat([ROWS, ROWS[:10]]))
 
 
 def test_the_parts_of_a_pass_are_its_batches_in_turn(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("codebook_tools.latent_files._BATCH", 64)
+    monkeypatch.setattr("codebook_tools.data.latent_files._BATCH", 64)
     latents, _ = split_latents(open_latents([write("a.npy"), write("b.npy", ROWS[:90])], DIM))
     whole = [rows.tolist() for rows in latents]
     parts = [[rows.tolist() for rows in replace(latents, part=(i, 3))] for i in range(3)]

@@ -15,12 +15,12 @@ from sources_of_images import Images, find_images
 from torch import Tensor
 
 from codebook_tools.codebook import Codebook, Emit, Latents, Lookup
+from codebook_tools.data.images import array_items
+from codebook_tools.data.items import Item
+from codebook_tools.data.latents import EncodedLatents, StoredLatents
+from codebook_tools.data.sampling import SAMPLE_LIMIT, sample_keys
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import array_items
-from codebook_tools.items import Item
-from codebook_tools.latents import EncodedLatents, StoredLatents
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.sampling import SAMPLE_LIMIT, sample_keys
 from codebook_tools.survey import Survey, survey
 
 
@@ -173,7 +173,7 @@ def mixed(x: int) -> int:
 
 def test_the_hash_is_splitmix64s_as_published() -> None:
     """The generator adds 0x9E3779B97F4A7C15 to its state and finalises: the first number from 0, and from 1234567."""
-    from codebook_tools.sampling import mixed as ours
+    from codebook_tools.data.sampling import mixed as ours
 
     gamma = 0x9E3779B97F4A7C15
     assert mixed(gamma) == 0xE220A8397B1DCDAF and mixed(1234567 + gamma) == 6457827717110365317

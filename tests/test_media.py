@@ -20,11 +20,11 @@ from drawing import as_tensor, fakes, names, picture, put, read
 from sources_of_images import Images, find_images
 from torch import Tensor
 
-from codebook_tools import media as media_module
+from codebook_tools.data import dataset as media_module
+from codebook_tools.data.images import sample_images
+from codebook_tools.data.items import Item
+from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError
-from codebook_tools.images import sample_images
-from codebook_tools.items import Item
-from codebook_tools.splits import split
 
 
 @pytest.mark.parametrize("cache", [0, 3 * 16 * 16 * 5, 2 << 30])

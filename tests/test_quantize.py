@@ -19,8 +19,8 @@ from torch import Tensor
 from codebook_tools.clustering.assignment import emitted, nearest
 from codebook_tools.clustering.pnn import merge_pairs
 from codebook_tools.codebook import Codebook, Emit, Lookup, Surgery
+from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import StoredLatents
 from codebook_tools.strategies import Quantize
 from codebook_tools.strategies.quantize import packed_bytes, round_rows
 

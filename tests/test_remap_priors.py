@@ -23,8 +23,8 @@ from torch.nn import functional
 from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.checkpoints.read import file_sha256, read_checkpoint
 from codebook_tools.codebook import REMOVED
+from codebook_tools.data.images import sample_images
 from codebook_tools.downstream.vocabulary import Vocabulary
-from codebook_tools.images import sample_images
 from codebook_tools.models.load import load_model
 from codebook_tools.opening import DEMO
 

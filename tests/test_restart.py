@@ -15,8 +15,8 @@ from torch import Tensor
 from codebook_tools.clustering.assignment import nearest, unit
 from codebook_tools.clustering.kmeans import draw_by_error
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup, Surgery
+from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import StoredLatents
 from codebook_tools.strategies import Grow, Prune, Refit, Restart
 from codebook_tools.strategies.restart import Method
 

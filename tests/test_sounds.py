@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from scipy.signal import resample_poly
 from torch import Tensor
 
-from codebook_tools import media as media_module
+from codebook_tools.data import dataset as media_module
+from codebook_tools.data.audio import sounds
+from codebook_tools.data.dataset import Beyond, Media
+from codebook_tools.data.items import Item, find_items
+from codebook_tools.data.splits import limited, split
 from codebook_tools.errors import CodebookError
-from codebook_tools.items import Item, find_items
-from codebook_tools.media import Beyond, Media
-from codebook_tools.sounds import sounds
-from codebook_tools.splits import limited, split
 
 Wave = NDArray[np.float32]
 RATE = 8000

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sources_of_images import find_images
 
+from codebook_tools.data.splits import Splits, limited, split
 from codebook_tools.errors import CodebookError
-from codebook_tools.splits import Splits, limited, split
 
 
 def sides(found: Splits) -> dict[str, str]:

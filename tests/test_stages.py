@@ -19,8 +19,8 @@ from torch import Tensor
 from codebook_tools import stages
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.codebook import REMOVED, Strategy
+from codebook_tools.data.images import array_items
 from codebook_tools.finetune import FineTuned, Recipe, finetune
-from codebook_tools.images import array_items
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request

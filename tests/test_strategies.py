@@ -19,8 +19,8 @@ from torch import Tensor
 from codebook_tools.clustering.assignment import emitted, nearest, unit
 from codebook_tools.clustering.kmeans import kmeans
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup, Surgery
+from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import StoredLatents
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import STRATEGIES, Prune, Refit, on_device
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from codebook_tools.codebook import REMOVED, Codebook
+from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import StoredLatents
 from codebook_tools.strategies import STRATEGIES, Prune, Refit, find_strategy, make_strategy
 
 NUMBERED = Codebook(torch.arange(5.0)[:, None] + torch.tensor([0.0, 0.5]))

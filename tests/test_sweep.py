@@ -16,8 +16,8 @@ from torch import Tensor
 
 from codebook_tools import metrics
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup
+from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import StoredLatents
 from codebook_tools.measure import CodebookUse, Measurement
 from codebook_tools.strategies import Refit
 from codebook_tools.strategies.entropy_refit import EntropyRefit

@@ -7,25 +7,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from codebook_tools.diagnosis.check import Check, Look, of_each_book, of_each_book_in
-from codebook_tools.diagnosis.counting import counting
-from codebook_tools.diagnosis.dead_codes import dead_codes
-from codebook_tools.diagnosis.dimensional_collapse import dimensional_collapse
-from codebook_tools.diagnosis.duplicate_codes import copies, duplicate_codes
-from codebook_tools.diagnosis.encoder_drift import encoder_drift
+from codebook_tools.diagnosis.checks.dead_codes import dead_codes
+from codebook_tools.diagnosis.checks.dimensional_collapse import dimensional_collapse
+from codebook_tools.diagnosis.checks.duplicate_codes import copies, duplicate_codes
+from codebook_tools.diagnosis.checks.encoder_drift import encoder_drift
+from codebook_tools.diagnosis.checks.few_modes import few_modes
+from codebook_tools.diagnosis.checks.learning_rate import learning_rate
+from codebook_tools.diagnosis.checks.no_lloyd import no_lloyd
+from codebook_tools.diagnosis.checks.not_installed import not_installed
+from codebook_tools.diagnosis.checks.scale_mismatch import scale_mismatch
+from codebook_tools.diagnosis.checks.split_mismatch import counting
+from codebook_tools.diagnosis.checks.stale_ema import stale_ema
+from codebook_tools.diagnosis.checks.uninitialised_flag import uninitialised_flag
+from codebook_tools.diagnosis.checks.wrong_encoder import wrong_encoder
+from codebook_tools.diagnosis.checks.wrong_input_range import wrong_input_range
+from codebook_tools.diagnosis.checks.wrong_layout import wrong_layout
 from codebook_tools.diagnosis.evidence import Evidence
-from codebook_tools.diagnosis.few_modes import few_modes
+from codebook_tools.diagnosis.finding import Check, Look, of_each_book, of_each_book_in
 from codebook_tools.diagnosis.fit import by_place
 from codebook_tools.diagnosis.gathering import gather
-from codebook_tools.diagnosis.learning_rate import learning_rate
-from codebook_tools.diagnosis.no_lloyd import no_lloyd
-from codebook_tools.diagnosis.not_installed import not_installed
-from codebook_tools.diagnosis.scale_mismatch import scale_mismatch
-from codebook_tools.diagnosis.stale_ema import stale_ema
-from codebook_tools.diagnosis.uninitialised_flag import uninitialised_flag
-from codebook_tools.diagnosis.wrong_encoder import wrong_encoder
-from codebook_tools.diagnosis.wrong_input_range import wrong_input_range
-from codebook_tools.diagnosis.wrong_layout import wrong_layout
 from codebook_tools.opening import Request
 from codebook_tools.runtime.progress import Watch
 

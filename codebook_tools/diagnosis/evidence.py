@@ -9,9 +9,9 @@ from typing import Literal
 from torch import Tensor
 
 from codebook_tools.codebook import Codebook
-from codebook_tools.diagnosis.companions import Companions
 from codebook_tools.diagnosis.fit import Fit
-from codebook_tools.diagnosis.traces import Trace
+from codebook_tools.diagnosis.stored_ema import Companions
+from codebook_tools.diagnosis.training_trace import Trace
 
 FEW_HITS = 10
 """Latents a code, below which a code without any may be chance."""

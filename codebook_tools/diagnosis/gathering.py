@@ -15,14 +15,14 @@ from codebook_tools.clustering.assignment import nearest
 from codebook_tools.clustering.seeding import count_distinct
 from codebook_tools.codebook import Codebook
 from codebook_tools.coverage import POINTS
-from codebook_tools.diagnosis.companions import Companions, companions_of
+from codebook_tools.data.dataset import Media
+from codebook_tools.diagnosis.alternatives import cut_rows, cut_wrongly, of_companions, of_original, of_range, scaled
+from codebook_tools.diagnosis.close_look import Close, few_of, look, range_errors, rows_of, told_range
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence, Pair, Rival
 from codebook_tools.diagnosis.fit import by_place, centroids, distortion, fit_of, left_of, places, variance_of
-from codebook_tools.diagnosis.looking import Close, few_of, look, range_errors, rows_of, told_range
-from codebook_tools.diagnosis.rivals import cut_rows, cut_wrongly, of_companions, of_original, of_range, scaled
-from codebook_tools.diagnosis.traces import read_trace
+from codebook_tools.diagnosis.stored_ema import Companions, companions_of
+from codebook_tools.diagnosis.training_trace import read_trace
 from codebook_tools.errors import CodebookError
-from codebook_tools.media import Media
 from codebook_tools.models.model import INPUT_RANGES
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.runtime.progress import Watch

@@ -14,9 +14,9 @@ from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.read import Checkpoint, torch_dtype
 from codebook_tools.clustering.assignment import emitted, nearest, unit
 from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.data.dataset import Media
+from codebook_tools.data.latents import EncodedLatents
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import EncodedLatents
-from codebook_tools.media import Media
 from codebook_tools.models.kept import Kept
 from codebook_tools.models.stored import changed_codebook, codes_of_rows, owned_keys, rounded, rows_of_codes
 from codebook_tools.networks.network import Quantise

@@ -18,8 +18,8 @@ from codebook_tools.checkpoints.layout import is_directory_output, own_config_pa
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.codebook import Codebook
+from codebook_tools.data.latents import rows_of
 from codebook_tools.errors import CodebookError, VerificationError
-from codebook_tools.latents import rows_of
 from codebook_tools.models.agreement import Agreement, agreement, encoded_batches, has_quantizer, in_training, near_ties
 from codebook_tools.models.families import FAMILIES
 from codebook_tools.models.load import reloaded

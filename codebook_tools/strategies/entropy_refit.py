@@ -9,8 +9,8 @@ from torch import Tensor
 
 from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
+from codebook_tools.data.latents import joined
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import joined
 from codebook_tools.runtime.devices import wide
 from codebook_tools.strategies.checks import check_k
 from codebook_tools.strategies.refit import Refit

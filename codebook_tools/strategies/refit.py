@@ -11,10 +11,10 @@ from torch import Tensor
 from codebook_tools.clustering.kmeans import kmeans
 from codebook_tools.clustering.seeding import Init, draw_by_error, seeds
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
+from codebook_tools.data.latents import StoredLatents, joined
+from codebook_tools.data.sampling import drawn_rows
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import StoredLatents, joined
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.sampling import drawn_rows
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.clustering.seeding import draw_by_error, with_direction
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
+from codebook_tools.data.latents import joined
 from codebook_tools.errors import CodebookError
-from codebook_tools.latents import joined
 from codebook_tools.strategies.checks import check_threshold
 
 Method = Literal["error", "random", "split", "nearest"]

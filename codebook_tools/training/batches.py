@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from codebook_tools.media import Media
+from codebook_tools.data.dataset import Media
 from codebook_tools.runtime import distributed
 
 

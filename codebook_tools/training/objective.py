@@ -8,9 +8,9 @@ from typing import Protocol
 from torch import Tensor
 
 from codebook_tools.codebook import Lookup
+from codebook_tools.data.dataset import Media
 from codebook_tools.errors import CodebookError
 from codebook_tools.losses import Reconstruction, Seen, scales_of
-from codebook_tools.media import Media
 from codebook_tools.models.model import Model
 from codebook_tools.runtime import distributed
 from codebook_tools.training.recipe import Recipe

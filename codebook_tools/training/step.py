@@ -9,9 +9,9 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
+from codebook_tools.data.dataset import Media
 from codebook_tools.errors import CodebookError
 from codebook_tools.losses import Seen
-from codebook_tools.media import Media
 from codebook_tools.models.model import Model, of_stages
 from codebook_tools.quantiser import REVIVE_EVERY, More, Quantiser
 from codebook_tools.runtime import distributed

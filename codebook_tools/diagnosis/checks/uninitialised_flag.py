@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from codebook_tools.diagnosis.check import Finding, judged, not_checked
 from codebook_tools.diagnosis.evidence import BookEvidence
+from codebook_tools.diagnosis.finding import Finding, judged, not_checked
 
 
 def uninitialised_flag(book: BookEvidence) -> Finding:

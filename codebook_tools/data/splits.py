@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from codebook_tools.data.items import Item
+from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError
-from codebook_tools.items import Item
-from codebook_tools.sources import Source
 
 
 @dataclass(frozen=True)

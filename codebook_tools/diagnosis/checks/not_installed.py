@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book_in, worst
 from codebook_tools.diagnosis.evidence import FEW_HITS, BookEvidence, Evidence
-from codebook_tools.diagnosis.freshness import born_dead
+from codebook_tools.diagnosis.finding import Finding, judged, not_checked, of_each_book_in, worst
+from codebook_tools.diagnosis.initialization import born_dead
 from codebook_tools.structure import drawn
 
 BORN = 0.25

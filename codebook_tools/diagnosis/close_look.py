@@ -9,10 +9,10 @@ from torch import Tensor
 
 from codebook_tools.codebook import Emit
 from codebook_tools.coverage import POINTS
+from codebook_tools.data.dataset import Media
+from codebook_tools.data.splits import shuffled
 from codebook_tools.errors import CodebookError
-from codebook_tools.media import Media
 from codebook_tools.models.model import INPUT_RANGES, Model
-from codebook_tools.splits import shuffled
 
 CLEARLY = 1.1
 """Times the error of one input range that the next one's must be for the first to be surely the network's own."""

@@ -14,8 +14,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from codebook_tools.data.sources import Source, find_sources
 from codebook_tools.errors import CodebookError, plain
-from codebook_tools.sources import Source, find_sources
 
 Values = NDArray[Any]
 """Decoded values of one item: pixels (channels, height, width), uint8 or float32 in [0, 1], or a waveform (channels,

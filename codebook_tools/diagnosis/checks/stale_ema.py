@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book, worst
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
+from codebook_tools.diagnosis.finding import Finding, judged, not_checked, of_each_book, worst
 
 APART = 0.1
 """Squared distance from a code to what its sums stand for, of the variance of the codes in use: rounding stays far

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from codebook_tools import metrics
-from codebook_tools.diagnosis.check import Finding, judged, not_checked
 from codebook_tools.diagnosis.evidence import FEW_HITS, BookEvidence
+from codebook_tools.diagnosis.finding import Finding, judged, not_checked
 
 APART = 2.0
 """Times that one perplexity is the other, at the same number of latents."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from codebook_tools.diagnosis.check import Finding, Verdict, not_checked
+from codebook_tools.diagnosis.encoder_shift import correlation, strangers
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
-from codebook_tools.diagnosis.explained import NO_KMEANS
-from codebook_tools.diagnosis.freshness import untrained
-from codebook_tools.diagnosis.movement import correlation, strangers
+from codebook_tools.diagnosis.explained_by import NO_KMEANS
+from codebook_tools.diagnosis.finding import Finding, Verdict, not_checked
+from codebook_tools.diagnosis.initialization import untrained
 
 
 def wrong_encoder(evidence: Evidence, book: BookEvidence) -> Finding:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.tensors import Stored, torch_dtype
+from codebook_tools.data.latents import all_finite
+from codebook_tools.data.sampling import mixed, sample_keys
 from codebook_tools.errors import CodebookError, one_line
-from codebook_tools.latents import all_finite
 from codebook_tools.runtime.safe_io import check_regular
-from codebook_tools.sampling import mixed, sample_keys
 
 _BATCH = 65_536
 """Rows that are looked at together; a multiple of 8, for the chosen ones are kept as bits."""

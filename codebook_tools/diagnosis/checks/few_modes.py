@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 
-from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book, worst
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
+from codebook_tools.diagnosis.finding import Finding, judged, not_checked, of_each_book, worst
 from codebook_tools.metrics import effective_dimension
 
 DROP = 8.0

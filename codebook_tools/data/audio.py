@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codebook_tools.channels import FIRST, MIX, alike, repeated
+from codebook_tools.data.channels import FIRST, MIX, alike, repeated
+from codebook_tools.data.items import Item, Medium, Values
+from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError
-from codebook_tools.items import Item, Medium, Values
-from codebook_tools.sources import Source
 
 SUFFIXES = (".wav", ".flac")
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC")

@@ -15,9 +15,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from codebook_tools.channels import MIXINGS
+from codebook_tools.data.channels import MIXINGS
+from codebook_tools.data.items import Item, Medium, Values
 from codebook_tools.errors import CodebookError, one_line
-from codebook_tools.items import Item, Medium, Values
 from codebook_tools.runtime.progress import Watch
 
 CACHE_BYTES = 2 << 30

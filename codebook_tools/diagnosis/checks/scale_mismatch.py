@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from codebook_tools.diagnosis.check import Finding, not_checked
+from codebook_tools.diagnosis.checks.not_installed import BORN
 from codebook_tools.diagnosis.evidence import BookEvidence
-from codebook_tools.diagnosis.explained import NO_KMEANS
-from codebook_tools.diagnosis.freshness import born_dead
-from codebook_tools.diagnosis.not_installed import BORN
+from codebook_tools.diagnosis.explained_by import NO_KMEANS
+from codebook_tools.diagnosis.finding import Finding, not_checked
+from codebook_tools.diagnosis.initialization import born_dead
 
 
 def scale_mismatch(book: BookEvidence) -> Finding:

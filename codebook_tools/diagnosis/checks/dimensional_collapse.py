@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from codebook_tools import metrics
-from codebook_tools.diagnosis.check import Finding, not_checked
-from codebook_tools.diagnosis.dead_codes import dead_codes
+from codebook_tools.diagnosis.checks.dead_codes import dead_codes
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
+from codebook_tools.diagnosis.finding import Finding, not_checked
 from codebook_tools.diagnosis.fit import by_place, places
 
 REST = 1e-3

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from codebook_tools.diagnosis.check import Finding, not_checked
 from codebook_tools.diagnosis.evidence import BookEvidence, RivalName
+from codebook_tools.diagnosis.finding import Finding, not_checked
 
 NO_KMEANS = "codes searched by the dot product have no k-means to be held against"
 

@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from codebook_tools.data.image_decoding import decode_picture, decode_row, fitted, in_channels
+from codebook_tools.data.items import Item, Medium, Values
+from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError, one_line
-from codebook_tools.items import Item, Medium, Values
-from codebook_tools.pictures import decode_picture, decode_row, fitted, in_channels
-from codebook_tools.sources import Source
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LONGEST_SIDE = 1 << 14

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codebook_tools.diagnosis.check import Finding, judged
 from codebook_tools.diagnosis.evidence import BookEvidence
+from codebook_tools.diagnosis.finding import Finding, judged
 from codebook_tools.diagnosis.fit import by_place
 
 SAME = 1e-6

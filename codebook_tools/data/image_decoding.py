@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
 
-from codebook_tools.channels import FIRST, MIX, alike, repeated
+from codebook_tools.data.channels import FIRST, MIX, alike, repeated
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what goes wrong is raised; nobody asked for log lines
 

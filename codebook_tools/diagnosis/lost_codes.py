@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
-from codebook_tools.diagnosis.freshness import born_dead
-from codebook_tools.diagnosis.traces import WORSENED
+from codebook_tools.diagnosis.initialization import born_dead
+from codebook_tools.diagnosis.training_trace import WORSENED
 
 LOST = 0.25
 """Share of the codes in use that fell out of it: what a surgery leaves in use and a good training keeps is more."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from codebook_tools.diagnosis.check import Finding, judged, not_checked, of_each_book_in, worst
+from codebook_tools.diagnosis.encoder_shift import MOVED, shift, trained_on
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
-from codebook_tools.diagnosis.losses import LOST, lost_since, too_fast
-from codebook_tools.diagnosis.movement import MOVED, shift, trained_on
+from codebook_tools.diagnosis.finding import Finding, judged, not_checked, of_each_book_in, worst
+from codebook_tools.diagnosis.lost_codes import LOST, lost_since, too_fast
 
 
 def encoder_drift(evidence: Evidence) -> Finding:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from codebook_tools.codebook import Latents
+from codebook_tools.data.dataset import Media
+from codebook_tools.data.items import Item
+from codebook_tools.data.sampling import Hashed, Named
 from codebook_tools.errors import CodebookError
-from codebook_tools.items import Item
-from codebook_tools.media import Media
-from codebook_tools.sampling import Hashed, Named
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from codebook_tools.clustering.assignment import nearest, squared_errors, unit
 from codebook_tools.codebook import Codebook, Lookup
-from codebook_tools.diagnosis.check import Finding, Verdict, not_checked, of_each_book
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
+from codebook_tools.diagnosis.finding import Finding, Verdict, not_checked, of_each_book
 from codebook_tools.diagnosis.fit import by_place, places
 
 SEEDS = 0.7

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from codebook_tools.diagnosis.check import Finding
 from codebook_tools.diagnosis.evidence import BookEvidence
-from codebook_tools.diagnosis.explained import explained_by
+from codebook_tools.diagnosis.explained_by import explained_by
+from codebook_tools.diagnosis.finding import Finding
 
 
 def wrong_layout(book: BookEvidence) -> Finding:

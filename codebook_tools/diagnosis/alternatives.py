@@ -10,9 +10,9 @@ from torch import Tensor
 
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook, Lookup
+from codebook_tools.diagnosis.close_look import rows_of, shuffled_rows
 from codebook_tools.diagnosis.evidence import Rival
 from codebook_tools.diagnosis.fit import fit_of
-from codebook_tools.diagnosis.looking import rows_of, shuffled_rows
 
 _STEPS = 8
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from codebook_tools.diagnosis.check import Finding, not_checked, of_each_book
 from codebook_tools.diagnosis.evidence import Evidence
-from codebook_tools.diagnosis.explained import explained_by
+from codebook_tools.diagnosis.explained_by import explained_by
+from codebook_tools.diagnosis.finding import Finding, not_checked, of_each_book
 
 
 def wrong_input_range(evidence: Evidence) -> Finding:

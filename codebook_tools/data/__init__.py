@@ -1,0 +1,1 @@
+"""Files in, batches out: items, data sets, splits, samples, latents; one file a modality."""

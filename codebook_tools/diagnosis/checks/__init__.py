@@ -1,0 +1,1 @@
+"""One cause of a collapse a file."""
