@@ -21,9 +21,9 @@ from rich.console import Console
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.data.images import sample_photographs
-from codebook_tools.demo import DEMO
+from codebook_tools.evaluation.measure import reconstruct
 from codebook_tools.finetune import Recipe
-from codebook_tools.measure import reconstruct
+from codebook_tools.models.demo import DEMO
 from codebook_tools.models.load import load_model
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate

@@ -24,7 +24,7 @@ from codebook_tools.codebook import Codebook
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.images import images, sample_images
 from codebook_tools.data.splits import split
-from codebook_tools.networks.zalando import make
+from codebook_tools.models.networks.zalando import make
 
 BUILD = Path(__file__).parents[1] / "build"
 SNAPSHOTS = (250, 1000, 4000)

@@ -45,7 +45,7 @@ def verify(
     With --network, --family or --data also against the network that loads it; any file can be checked so.
     """
     with reported():
-        from codebook_tools.demo import DEMO
+        from codebook_tools.models.demo import DEMO
         from codebook_tools.report.tables import verification_table
         from codebook_tools.runtime.progress import Watch
         from codebook_tools.verify import verify_alone, verify_checkpoint
@@ -88,9 +88,9 @@ def remap(
 ) -> None:
     """Rewrite stored tokens, or a prior's embedding and head, by the index map of a surgery."""
     with reported():
-        from codebook_tools.downstream.remap import RemapRequest
-        from codebook_tools.downstream.remap import remap as run_remap
-        from codebook_tools.downstream.translation import parse_on_removed
+        from codebook_tools.remapping.remap import RemapRequest
+        from codebook_tools.remapping.remap import remap as run_remap
+        from codebook_tools.remapping.token_ids import parse_on_removed
         from codebook_tools.report.tables import remap_table
 
         from .output import print_warnings

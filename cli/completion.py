@@ -21,7 +21,7 @@ def devices(incomplete: str) -> list[str]:
 
 
 def families(incomplete: str) -> list[str]:
-    from codebook_tools.models.families import FAMILIES
+    from codebook_tools.models.registry import FAMILIES
 
     return [name for name in FAMILIES if name.startswith(incomplete)]
 

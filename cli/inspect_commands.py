@@ -36,8 +36,8 @@ looks = typer.Typer()
 def inspect(model: ModelArgument = None, json_: JsonFlag = False) -> None:
     """Which codebooks a checkpoint holds, and what depends on them. Reads its header alone."""
     with reported():
-        from codebook_tools.demo import DEMO
         from codebook_tools.inspection import inspect_checkpoint
+        from codebook_tools.models.demo import DEMO
         from codebook_tools.report.inspection import inspection_table
 
         show_result(inspect_checkpoint(model or DEMO), inspection_table, json_)

@@ -87,7 +87,7 @@ def numbers(text: str, kind: type[_Number]) -> list[_Number]:
 
 def named_after(model: Path | None, ending: str) -> Path:
     """In the current folder."""
-    from codebook_tools.demo import DEMO
+    from codebook_tools.models.demo import DEMO
 
     source = (model or DEMO).absolute()
     return Path(f"{source.name if source.is_dir() else source.stem}{ending}")
@@ -138,7 +138,7 @@ def _hash_ahead(model: Path | None) -> None:
     with reported():
         from codebook_tools.checkpoints.hashing import hash_ahead
         from codebook_tools.checkpoints.read import read_checkpoint
-        from codebook_tools.demo import DEMO
+        from codebook_tools.models.demo import DEMO
 
         hash_ahead(read_checkpoint(model or DEMO).files)
 

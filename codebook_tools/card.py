@@ -7,8 +7,8 @@ from pathlib import Path
 
 from codebook_tools.checkpoints.layout import is_directory_output, split_others
 from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.figures import stage_rows
-from codebook_tools.measure import Measurement
+from codebook_tools.evaluation.figures import stage_rows
+from codebook_tools.evaluation.measure import Measurement
 from codebook_tools.runtime.version import VERSION
 
 CARD = "README.md"

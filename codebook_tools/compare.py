@@ -23,12 +23,12 @@ from codebook_tools.comparison import (
     markdown_table,
 )
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.measure import Measurement
 from codebook_tools.filling import power_of_two
 from codebook_tools.finetune import Recipe
-from codebook_tools.measure import Measurement
+from codebook_tools.models.output import check_size
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.outcome import settings_of
-from codebook_tools.output import check_size
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.stages import (

@@ -16,15 +16,20 @@ from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.clustering.assignment import nearest, unit
 from codebook_tools.codebook import Codebook, Emit, Latents, Strategy, Surgery
-from codebook_tools.coverage import POINTS, reference_distance
 from codebook_tools.data.latent_files import FileLatents, latents_dim, limited_latents, open_latents, split_latents
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.accumulators import BookSums, Sums, book_sums, exact, no_sums
+from codebook_tools.evaluation.coverage import POINTS, reference_distance
+from codebook_tools.evaluation.measure import CodebookUse, Measurement, use_of
+from codebook_tools.evaluation.stats_file import Part, Stats, holds_sample, read_sample, read_stats, write_part
+from codebook_tools.evaluation.usage import Survey, survey
 from codebook_tools.filling import common_sizes, filled, remark
-from codebook_tools.index_maps import nearest_map
-from codebook_tools.measure import CodebookUse, Measurement, use_of
 from codebook_tools.models.evidence import told_by_file, uninitialised
-from codebook_tools.models.families import (
+from codebook_tools.models.load import along_latents, choose_codebook, choose_codebooks, with_twins
+from codebook_tools.models.output import remarks, written_config
+from codebook_tools.models.proof import Proof, prove_file, read_partial
+from codebook_tools.models.registry import (
     CUSTOM,
     FAMILIES,
     METRICS,
@@ -37,23 +42,18 @@ from codebook_tools.models.families import (
     size_entry,
     unit_warning,
 )
-from codebook_tools.models.load import along_latents, choose_codebook, choose_codebooks, with_twins
-from codebook_tools.models.proof import Proof, prove_file, read_partial
 from codebook_tools.models.remarks import dependents_warning, stale_state
-from codebook_tools.models.stored import changed_codebook, effective_rows, owned_keys, rounded
+from codebook_tools.models.stored_codes import changed_codebook, effective_rows, owned_keys, rounded
 from codebook_tools.models.transforms import refuse_unknown, transforms_beside
 from codebook_tools.models.twins import twin_warning
 from codebook_tools.opening import Request
 from codebook_tools.outcome import Result, check_request_output, provenance, settings_of, weights_bytes
-from codebook_tools.output import remarks, written_config
+from codebook_tools.remapping.nearest_map import nearest_map
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import device_of
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.stats import Part, Stats, holds_sample, read_sample, read_stats, write_part
 from codebook_tools.strategies import on_device
 from codebook_tools.strategies.quantize import packed_bytes
-from codebook_tools.sums import BookSums, Sums, book_sums, exact, no_sums
-from codebook_tools.survey import Survey, survey
 
 
 def goes_without_images(request: Request, strategy: Strategy | None) -> bool:

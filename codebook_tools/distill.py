@@ -9,7 +9,7 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.models.model import Book, Model
-from codebook_tools.models.stored import effective_rows
+from codebook_tools.models.stored_codes import effective_rows
 
 
 class Original:

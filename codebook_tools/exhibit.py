@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools.data.items import Item
-from codebook_tools.measure import reconstruct
+from codebook_tools.evaluation.measure import reconstruct
 from codebook_tools.models.model import Book, Model
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.runtime.progress import Watch

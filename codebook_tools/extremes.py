@@ -12,8 +12,8 @@ from codebook_tools.clustering.assignment import squared_errors
 from codebook_tools.data.items import Item
 from codebook_tools.data.latents import rows_of
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.receptive_field import Place
 from codebook_tools.opening import Opened
-from codebook_tools.patches import Place
 from codebook_tools.runtime.progress import Watch
 
 

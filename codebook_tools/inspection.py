@@ -10,7 +10,7 @@ from codebook_tools.checkpoints.detect import Detection
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.evidence import alive, uninitialised, untrained
-from codebook_tools.models.families import FAMILIES, check_stated, detected, family_of
+from codebook_tools.models.registry import FAMILIES, check_stated, detected, family_of
 from codebook_tools.models.twins import twin_groups, twin_warning
 
 

@@ -16,16 +16,16 @@ from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.data.sampling import smallest
 from codebook_tools.data.splits import Splits
 from codebook_tools.errors import CodebookError
-from codebook_tools.measure import measurement_of
-from codebook_tools.models.families import metric_of
+from codebook_tools.evaluation.accumulators import Sums
+from codebook_tools.evaluation.measure import measurement_of
+from codebook_tools.evaluation.stats_file import Part, read_hashed, read_part, write_part
+from codebook_tools.evaluation.tokens import counted
+from codebook_tools.models.registry import metric_of
 from codebook_tools.opening import Opened, Request
 from codebook_tools.outcome import Result
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
-from codebook_tools.stats import Part, read_hashed, read_part, write_part
-from codebook_tools.sums import Sums
-from codebook_tools.tokens import counted
 
 SAMPLE = 131_072
 """Latents of a codebook that are kept with its counts, at most."""

@@ -18,16 +18,16 @@ from codebook_tools.data.dataset import Beyond, Media
 from codebook_tools.data.images import SAMPLE, images, sample_images
 from codebook_tools.data.items import Item, Medium, find_items
 from codebook_tools.data.splits import Splits, limited, split
-from codebook_tools.demo import DEMO
 from codebook_tools.errors import CodebookError
-from codebook_tools.measure import find_input_range, range_errors
+from codebook_tools.evaluation.measure import find_input_range, range_errors
 from codebook_tools.models.agreement import LEAST, Agreement
-from codebook_tools.models.companions import GIVEN
+from codebook_tools.models.demo import DEMO
+from codebook_tools.models.ema_state import GIVEN
 from codebook_tools.models.evidence import uninitialised
-from codebook_tools.models.families import CUSTOM
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Model
 from codebook_tools.models.proof import Proof, prove_opened
+from codebook_tools.models.registry import CUSTOM
 from codebook_tools.models.remarks import stale_state
 from codebook_tools.models.settling import settle
 from codebook_tools.models.sizes import size_warning

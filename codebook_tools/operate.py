@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from codebook_tools.blur import blur_warnings, worse_warnings
 from codebook_tools.card import cards
 from codebook_tools.checkpoints.atomic import check_apart, check_free
 from codebook_tools.checkpoints.layout import training_path
@@ -17,16 +16,18 @@ from codebook_tools.codebook import Strategy
 from codebook_tools.data.items import items_sha256
 from codebook_tools.detached import goes_without_images, measure_detached, operate_detached
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.measure import measurement_of
+from codebook_tools.evaluation.quality_warnings import blur_warnings, worse_warnings
+from codebook_tools.evaluation.stats_file import write_part
 from codebook_tools.exhibit import exhibit
 from codebook_tools.finetune import Recipe
-from codebook_tools.index_maps import nearest_map
-from codebook_tools.measure import measurement_of
 from codebook_tools.merging import check_shard, in_part, merge, part_of
 from codebook_tools.models.agreement import has_quantizer, in_training
 from codebook_tools.models.evidence import told_by_file
-from codebook_tools.models.families import metric_of
 from codebook_tools.models.load import check_size_follows
+from codebook_tools.models.output import remarks, written_config
 from codebook_tools.models.proof import Proof, prove, read_partial
+from codebook_tools.models.registry import metric_of
 from codebook_tools.models.remarks import dependents_warning, stale_state
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.outcome import (
@@ -37,7 +38,7 @@ from codebook_tools.outcome import (
     settings_of,
     weights_bytes,
 )
-from codebook_tools.output import remarks, written_config
+from codebook_tools.remapping.nearest_map import nearest_map
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
@@ -53,7 +54,6 @@ from codebook_tools.stages import (
     run_stages,
     stage_sums,
 )
-from codebook_tools.stats import write_part
 from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.training.saving import Saving
 from codebook_tools.training.scalars import require_tensorboard

@@ -12,22 +12,22 @@ from torch import Tensor
 
 from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.codebook import REMOVED, Codebook, Strategy, Surgery
-from codebook_tools.coverage import reference_distance, reference_latents
 from codebook_tools.data.latents import EncodedLatents
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.accumulators import Sums
+from codebook_tools.evaluation.coverage import reference_distance, reference_latents
+from codebook_tools.evaluation.measure import Measurement, collect, measurement_of
+from codebook_tools.evaluation.tokens import Tokens, tokenise
+from codebook_tools.evaluation.usage import Survey, survey
 from codebook_tools.filling import common_sizes, filled, remark
 from codebook_tools.finetune import FineTuned, Recipe, finetune
-from codebook_tools.latent_cache import CachedLatents, cached
-from codebook_tools.measure import Measurement, collect, measurement_of
+from codebook_tools.models.latent_cache import CachedLatents, cached
 from codebook_tools.models.model import Book
 from codebook_tools.opening import Opened
 from codebook_tools.quantiser import More
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import on_device
-from codebook_tools.sums import Sums
-from codebook_tools.survey import Survey, survey
-from codebook_tools.tokens import Tokens, tokenise
 from codebook_tools.training.saving import Saving
 from codebook_tools.training.several import judges
 

@@ -9,12 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from codebook_tools import metrics
 from codebook_tools.checkpoints.atomic import write_text
 from codebook_tools.codebook import Strategy
 from codebook_tools.comparison import STAGES, Row, RowStore, bytes_at, check_folder, made_with
 from codebook_tools.errors import CodebookError
-from codebook_tools.measure import Measurement
+from codebook_tools.evaluation import metrics
+from codebook_tools.evaluation.measure import Measurement
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.outcome import settings_of
 from codebook_tools.runtime import distributed

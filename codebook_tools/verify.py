@@ -19,16 +19,16 @@ from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.write import map_metadata
 from codebook_tools.clustering.assignment import unit
 from codebook_tools.codebook import REMOVED
-from codebook_tools.downstream.verify_prior import prior_differences
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.companions import Companion, Role, companion_values
-from codebook_tools.models.families import size_entry
+from codebook_tools.models.ema_state import Companion, Role, companion_values
 from codebook_tools.models.load import find_book, with_twins
+from codebook_tools.models.output import written_config
 from codebook_tools.models.proof import Proof
-from codebook_tools.models.stored import effective_rows, exact_rows, followers, owned_keys, rounded, stored_rows
-from codebook_tools.output import written_config
+from codebook_tools.models.registry import size_entry
+from codebook_tools.models.stored_codes import effective_rows, exact_rows, followers, owned_keys, rounded, stored_rows
+from codebook_tools.models.verification import Difference, Verification, listed, same_bytes
+from codebook_tools.remapping.verify_prior import prior_differences
 from codebook_tools.runtime.safe_io import parse_json
-from codebook_tools.verification import Difference, Verification, listed, same_bytes
 
 
 def verify_checkpoint(

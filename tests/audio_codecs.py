@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
-from codebook_tools.models import dac, encodec, mimi, xcodec
+from codebook_tools.models.families import dac, encodec, mimi, xcodec
 from codebook_tools.models.family import Family
 
 K = 16

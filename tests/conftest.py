@@ -28,10 +28,10 @@ from codebook_tools.checkpoints.read import file_sha256, read_checkpoint
 from codebook_tools.checkpoints.sealed_file import sealed
 from codebook_tools.checkpoints.write import tensor_bytes
 from codebook_tools.data.images import array_items
+from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
-from codebook_tools.models.zalando import CODEBOOK
-from codebook_tools.networks.zalando import make
+from codebook_tools.models.networks.zalando import make
 
 settings.register_profile("tests", deadline=None, derandomize=True)  # no timing, and the same examples each time
 settings.load_profile("tests")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.tensors import Stored
-from codebook_tools.models.families import FAMILIES
 from codebook_tools.models.family import Family, Shapes
+from codebook_tools.models.registry import FAMILIES
 
 NAMED_ALONE = {"rosinality-2019"}
 """Families of another's layout, which count only where they are asked for by name."""

@@ -16,7 +16,7 @@ from conftest import Outcome
 from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.tensors import Stored
-from codebook_tools.models.zalando import CODEBOOK as ZALANDO
+from codebook_tools.models.families.zalando import CODEBOOK as ZALANDO
 
 ROOT = Path(__file__).parents[1]
 LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"

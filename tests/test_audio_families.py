@@ -21,7 +21,7 @@ from torch import Tensor
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.codebook import Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models import dac, encodec, mimi, xcodec
+from codebook_tools.models.families import dac, encodec, mimi, xcodec
 
 
 def by_us(case: Case, path: Path) -> tuple[Tensor, Tensor, Any]:

@@ -15,7 +15,7 @@ from conftest import Outcome, assert_refused, contents, same
 from safetensors.torch import load_file
 
 from codebook_tools.chain import run_chain
-from codebook_tools.measure import reconstruct
+from codebook_tools.evaluation.measure import reconstruct
 from codebook_tools.opening import Request, open_request
 from codebook_tools.recipe_files import read_recipe, steps_of, without_nothing
 from codebook_tools.runtime.progress import Watch

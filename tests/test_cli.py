@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.models.zalando import CODEBOOK
+from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.opening import DEMO
 
 Run = Callable[..., Outcome]

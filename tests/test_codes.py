@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from codebook_tools.codes import Codes, look_at_codes
 from codebook_tools.data.images import array_items
+from codebook_tools.evaluation.receptive_field import Place, patches, receptive_side
 from codebook_tools.extremes import lowest_of_each
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
-from codebook_tools.patches import Place, patches, receptive_side
 from codebook_tools.report.coded import codes_page
 from codebook_tools.report.page import html
 from codebook_tools.runtime.progress import Watch

@@ -19,8 +19,8 @@ from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.compare import ENTRIES, MORE_ENTRIES, compare
 from codebook_tools.comparison import Comparison, Row, RowStore, Spread, markdown_table, table_rows
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.measure import CodebookUse, Measurement
 from codebook_tools.finetune import Recipe
-from codebook_tools.measure import CodebookUse, Measurement
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch

@@ -9,7 +9,7 @@ import pytest
 from codebook_cli.completion import ROWS, devices, families, rows
 
 from codebook_tools.compare import ENTRIES, MORE_ENTRIES
-from codebook_tools.models.families import FAMILIES
+from codebook_tools.models.registry import FAMILIES
 
 
 def test_the_rows_are_those_of_a_comparison() -> None:

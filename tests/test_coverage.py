@@ -11,12 +11,12 @@ from conftest import Grey
 from sources_of_images import Images, find_images
 from torch import Tensor
 
-from codebook_tools import coverage
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.codebook import Codebook, Emit, Lookup
-from codebook_tools.coverage import reference_distance, reference_latents
-from codebook_tools.measure import measure
+from codebook_tools.evaluation import coverage
+from codebook_tools.evaluation.coverage import reference_distance, reference_latents
+from codebook_tools.evaluation.measure import measure
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch

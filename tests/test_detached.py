@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.layout import index_map_path
-from codebook_tools.models.zalando import CODEBOOK
+from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.opening import DEMO
 
 Run = Callable[..., Outcome]

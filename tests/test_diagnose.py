@@ -40,9 +40,9 @@ from codebook_tools.diagnosis.initialization import born_dead
 from codebook_tools.diagnosis.stored_ema import Companions, of_state
 from codebook_tools.diagnosis.training_trace import Look, Trace, read_trace
 from codebook_tools.errors import CodebookError
+from codebook_tools.models.initialization import drawn, structure
 from codebook_tools.opening import Request
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.structure import drawn, structure
 
 NAMES = (
     *("not-installed", "wrong-encoder", "wrong-layout", "wrong-input-range", "stale-ema", "uninitialised-flag"),

@@ -15,9 +15,9 @@ from conftest import _pictures
 from test_round_trips import CASES
 
 from codebook_tools.codebook import Strategy
-from codebook_tools.demo import DEMO
 from codebook_tools.diagnosis.diagnose import diagnose
 from codebook_tools.finetune import Recipe
+from codebook_tools.models.demo import DEMO
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from codebook_tools.clustering.kmeans import kmeans
 from codebook_tools.clustering.seeding import seeds
-from codebook_tools.demo import DEMO
 from codebook_tools.diagnosis.diagnose import Diagnosis, diagnose
 from codebook_tools.finetune import Recipe
+from codebook_tools.models.demo import DEMO
+from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.models.model import Model
-from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch

@@ -22,13 +22,13 @@ from codebook_tools.checkpoints import atomic
 from codebook_tools.checkpoints.layout import index_map_path, partial_path
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.measure import reconstruct
-from codebook_tools.models.diffusers_vqmodel import CODEBOOK
+from codebook_tools.evaluation.measure import reconstruct
+from codebook_tools.models.families.diffusers_vqmodel import CODEBOOK
 from codebook_tools.models.load import load_model
+from codebook_tools.models.output import written_config
 from codebook_tools.models.sizes import size_warning
 from codebook_tools.opening import Request
 from codebook_tools.operate import measure_model
-from codebook_tools.output import written_config
 from codebook_tools.runtime.progress import Watch
 
 Run = Callable[..., Outcome]

@@ -16,7 +16,7 @@ from conftest import Outcome, assert_refused, contents
 
 from codebook_tools import operate
 from codebook_tools.checkpoints.write import check_writable
-from codebook_tools.demo import DEMO
+from codebook_tools.models.demo import DEMO
 
 Run = Callable[..., Outcome]
 Mount = Callable[[str], Path]

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from codebook_tools.models.zalando import CODEBOOK
+from codebook_tools.models.families.zalando import CODEBOOK
 
 Run = Callable[..., Outcome]
 WriteModel = Callable[..., Path]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.models.evidence import alive, uninitialised, untrained
-from codebook_tools.models.families import detected
-from codebook_tools.structure import as_initialised
+from codebook_tools.models.initialization import as_initialised
+from codebook_tools.models.registry import detected
 
 Run = Callable[..., Outcome]
 KEY = "quantizer.codebook.weight"

@@ -18,8 +18,8 @@ from codebook_tools.data import sampling
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.data.sampling import drawn_rows
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.usage import survey
 from codebook_tools.strategies.refit import Refit
-from codebook_tools.survey import survey
 
 LIMIT = 100
 

@@ -19,7 +19,7 @@ from PIL import Image
 from sources_of_images import Images
 
 from codebook_tools.data.images import sample_images
-from codebook_tools.demo import DEMO
+from codebook_tools.models.demo import DEMO
 
 Run = Callable[..., Outcome]
 ROOT = Path(__file__).parents[1]

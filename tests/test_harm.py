@@ -11,10 +11,10 @@ from conftest import Outcome, assert_refused
 from proven_networks import write_images, write_network
 from safetensors.torch import load_file, save_file
 
-from codebook_tools.blur import worse_warnings
 from codebook_tools.codebook import Codebook, Emit, Lookup, Strategy
 from codebook_tools.data.latents import StoredLatents
-from codebook_tools.measure import Measurement
+from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.quality_warnings import worse_warnings
 from codebook_tools.opening import UNSEEN
 from codebook_tools.strategies import Condense, Grow, Quantize, Restart
 

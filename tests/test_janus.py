@@ -21,10 +21,10 @@ from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.diffusers_vqmodel import CODEBOOK
-from codebook_tools.models.families import FAMILIES, family_of
-from codebook_tools.models.janus import whole
+from codebook_tools.models.families.diffusers_vqmodel import CODEBOOK
+from codebook_tools.models.families.janus import whole
 from codebook_tools.models.load import load_model
+from codebook_tools.models.registry import FAMILIES, family_of
 
 JANUS, LLAMAGEN = FAMILIES["janus-vqvae"], FAMILIES["llamagen"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from codebook_tools.checkpoints.layout import partial_path
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.latent_cache import CachedLatents, cached
+from codebook_tools.models.latent_cache import CachedLatents, cached
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from codebook_tools.codebook import REMOVED, Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe
-from codebook_tools.models.zalando import CODEBOOK
+from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.opening import DEMO, Request, open_request
 from codebook_tools.operate import measure_model, operate
 from codebook_tools.outcome import Result

@@ -20,8 +20,8 @@ from codebook_tools.data.items import Item
 from codebook_tools.data.latents import EncodedLatents, StoredLatents
 from codebook_tools.data.sampling import SAMPLE_LIMIT, sample_keys
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.usage import Survey, survey
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.survey import Survey, survey
 
 
 def items_of(count: int, side: int = 4) -> list[Item]:

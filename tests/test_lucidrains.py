@@ -16,9 +16,9 @@ from vector_quantize_pytorch import FSQ, GroupedResidualVQ, ResidualVQ, SimVQ, V
 from codebook_tools.checkpoints.detect import FoundCodebook, find_codebooks
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.companions import companion_values, companions_of
-from codebook_tools.networks.custom import make_network
-from codebook_tools.networks.lucidrains import give_walk
+from codebook_tools.models.ema_state import companion_values, companions_of
+from codebook_tools.models.networks.vector_quantize_pytorch import give_walk
+from codebook_tools.models.user_network import make_network
 
 DIM, SIZE = 6, 16
 Make = Callable[..., nn.Module]

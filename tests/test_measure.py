@@ -15,10 +15,10 @@ from tutorial import Tutorial
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError, NotFiniteError
-from codebook_tools.measure import find_input_range, measure, reconstruct
+from codebook_tools.evaluation.measure import find_input_range, measure, reconstruct
+from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
-from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.runtime.progress import Watch
 
 GreyImages = Callable[..., Images]

@@ -38,8 +38,8 @@ def test_calibration_data_are_kept_only_where_they_are_read_again(
 
 PROGRAM = """
 import atexit, sys
-import codebook_tools.survey
-codebook_tools.survey.survey.__kwdefaults__["limit"] = 20_000
+import codebook_tools.evaluation.usage
+codebook_tools.evaluation.usage.survey.__kwdefaults__["limit"] = 20_000
 sys.argv = ["codebook", "refit", sys.argv[1], "--k", "4", "--iterations", "2", "--steps", "0", "--force", *sys.argv[2:]]
 atexit.register(lambda: print(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0], file=sys.stderr))
 from codebook_cli.app import app

@@ -20,13 +20,13 @@ from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.sealed_file import SEAL, sealed
 from codebook_tools.checkpoints.tensors import Stored
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.usage import survey
 from codebook_tools.merging import parse_shard, sample_limit
+from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.models.load import load_model
-from codebook_tools.models.zalando import CODEBOOK
 from codebook_tools.opening import Request, open_request
 from codebook_tools.operate import measure_model
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.survey import survey
 
 Run = Callable[..., Outcome]
 N = 8

@@ -13,7 +13,7 @@ from scipy.stats import entropy
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from codebook_tools import metrics
+from codebook_tools.evaluation import metrics
 
 COUNTS = st.lists(st.integers(0, 2**40), min_size=1, max_size=60).map(lambda row: torch.tensor(row, dtype=torch.int64))
 

@@ -25,13 +25,13 @@ from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.data.sampling import Sampler
 from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError, NotFiniteError
+from codebook_tools.evaluation.measure import measure
+from codebook_tools.evaluation.tokens import tokenise
+from codebook_tools.evaluation.usage import survey
 from codebook_tools.finetune import Recipe, finetune
-from codebook_tools.measure import measure
 from codebook_tools.models.load import load_model
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.survey import survey
-from codebook_tools.tokens import tokenise
 from codebook_tools.training.saving import Saving
 
 HERE = Path(__file__).parent

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from codebook_tools.checkpoints.read import read_checkpoint
-from codebook_tools.models import stored
-from codebook_tools.models.families import detected
+from codebook_tools.models import stored_codes
+from codebook_tools.models.registry import detected
 from codebook_tools.models.twins import twins
 
 Run = Callable[..., Outcome]
@@ -360,12 +360,12 @@ def test_the_state_that_is_written_survives_a_step_of_the_module(run: Callable[.
 def test_a_result_that_one_step_wipes_out_is_exit_code_3_and_not_left_behind(
     run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = stored.companion_values
+    whole = stored_codes.companion_values
 
     def zeroed(*given: object) -> dict[str, Tensor]:
         return {key: value * (0 if "moment" in key else 1) for key, value in whole(*given).items()}  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stored, "companion_values", zeroed)
+    monkeypatch.setattr(stored_codes, "companion_values", zeroed)
     found = run("refit", "averaged", "--k", 8, "--steps", 0)
     assert found.exit_code == 3 and "one training step of the network undoes vq.codebook.weight" in found.stderr
     left = {path.name for path in tmp_path.iterdir()} - {"__pycache__"}

@@ -14,7 +14,7 @@ from conftest import GREY, KEY, Grey, Outcome, State, assert_refused, contents, 
 from safetensors.torch import save_file
 
 from codebook_tools.checkpoints import write
-from codebook_tools.models.zalando import CODEBOOK
+from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.opening import DEMO
 
 Run = Callable[..., Outcome]

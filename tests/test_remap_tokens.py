@@ -25,9 +25,9 @@ from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.read import file_sha256
 from codebook_tools.checkpoints.sealed_file import sealed
 from codebook_tools.codebook import REMOVED
-from codebook_tools.downstream.maps import IndexMap, read_index_maps
-from codebook_tools.downstream.translation import OnRemoved, Translation
 from codebook_tools.errors import CodebookError
+from codebook_tools.remapping.index_map import IndexMap, read_index_maps
+from codebook_tools.remapping.token_ids import OnRemoved, Translation
 
 Run = Callable[..., Outcome]
 
@@ -510,7 +510,7 @@ def test_memory_does_not_grow_with_the_file(pruned: Path, tmp_path: Path) -> Non
     program = """
 import resource, sys
 from pathlib import Path
-from codebook_tools.downstream.remap import RemapRequest, remap
+from codebook_tools.remapping.remap import RemapRequest, remap
 peaks = []
 for name in ("small", "large"):
     remap(RemapRequest((Path(sys.argv[1]) / f"{name}.npy",), (Path(sys.argv[2]),)))

@@ -16,8 +16,8 @@ import torch
 from conftest import Outcome, assert_refused, contents
 from PIL import Image
 
+from codebook_tools.evaluation.measure import CodebookUse, Measurement
 from codebook_tools.exhibit import Shown
-from codebook_tools.measure import CodebookUse, Measurement
 from codebook_tools.outcome import Result
 from codebook_tools.report.operated import books_plot, headline, operated_page, usage_plot
 from codebook_tools.report.page import Gallery, Listing, Page, Picture, Plot, Table, html

@@ -28,7 +28,7 @@ from vqgan_twin import Twin
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.models.load import load_model
-from codebook_tools.networks.custom import make_network
+from codebook_tools.models.user_network import make_network
 from codebook_tools.opening import Request
 
 Seen = tuple[Tensor, list[Tensor]]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from codebook_tools.demo import DEMO
 from codebook_tools.finetune import Recipe
+from codebook_tools.models.demo import DEMO
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
 from codebook_tools.outcome import Result

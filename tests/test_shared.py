@@ -13,9 +13,9 @@ from sources_of_images import Images, find_images
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.write import tensor_bytes
-from codebook_tools.measure import reconstruct
+from codebook_tools.evaluation.measure import reconstruct
+from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.models.load import load_model
-from codebook_tools.models.zalando import CODEBOOK
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 CIFAR, CIFAR_TRAIN, CIFAR_TEST = (

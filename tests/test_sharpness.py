@@ -19,20 +19,21 @@ from safetensors.torch import load_file, save_file
 from sources_of_images import Images, find_images
 from torch.nn import functional
 
-from codebook_tools import metrics, stages
-from codebook_tools.blur import blur_warnings
+from codebook_tools import stages
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.sealed_file import SEAL, sealed
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation import metrics
+from codebook_tools.evaluation.accumulators import Sums
+from codebook_tools.evaluation.measure import Measurement, collect, measure, measurement_of
+from codebook_tools.evaluation.quality_warnings import blur_warnings
+from codebook_tools.evaluation.stats_file import read_part
 from codebook_tools.finetune import FineTuned, Recipe
-from codebook_tools.measure import Measurement, collect, measure, measurement_of
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
 from codebook_tools.operate import measure_model, operate
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.stats import read_part
-from codebook_tools.sums import Sums
 from codebook_tools.training.states import State
 
 GreyImages = Callable[..., Images]

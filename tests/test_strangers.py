@@ -21,7 +21,7 @@ from torch import nn
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.data.image_decoding import decode_picture
 from codebook_tools.errors import CodebookError
-from codebook_tools.networks.bounded import bounded
+from codebook_tools.models.size_guard import bounded
 from codebook_tools.runtime.safe_io import read_text
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "trust"))

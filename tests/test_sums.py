@@ -17,10 +17,10 @@ from sources_of_images import Images, find_images
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.measure import collect, measure, measurement_of
+from codebook_tools.evaluation.accumulators import BookSums, Sums, exact, from_limbs, limbs
+from codebook_tools.evaluation.measure import collect, measure, measurement_of
 from codebook_tools.models.load import load_model
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.sums import BookSums, Sums, exact, from_limbs, limbs
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, max_value=1e30, min_value=-1e30)
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from vqgan_twin import Twin
 
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.diffusers_vqmodel import CODEBOOK
-from codebook_tools.models.taming import FAMILY
+from codebook_tools.models.families.diffusers_vqmodel import CODEBOOK
+from codebook_tools.models.families.taming import FAMILY
 
 
 def saved(state: State, path: Path, prefix: str = "", more: State | None = None) -> Path:

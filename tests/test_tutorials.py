@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codebook_tools.checkpoints.read import read_checkpoint
-from codebook_tools.models import mishalaskin, pytorch_vae, rosinality
-from codebook_tools.models.families import family_of
+from codebook_tools.models.families import mishalaskin, pytorch_vae, rosinality
 from codebook_tools.models.family import Family
+from codebook_tools.models.registry import family_of
 
 
 def drawn(shapes: dict[str, tuple[int, ...]]) -> State:

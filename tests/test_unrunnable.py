@@ -14,8 +14,8 @@ from state_dicts import SURVEY, surveyed
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.codebook import Emit, Lookup
-from codebook_tools.models import unrunnable
-from codebook_tools.models.families import FAMILIES
+from codebook_tools.models.families import recognized_only
+from codebook_tools.models.registry import FAMILIES
 
 CLAIMED = {
     "diffusers VQModel": ("diffusers-vqmodel", ""),
@@ -54,7 +54,7 @@ def test_a_surveyed_layout_is_all_that_its_network_holds(name: str) -> None:
     assert wanted == {key: shape for key, shape in inner.items() if key != "quantize.codebook_used"}
 
 
-@pytest.mark.parametrize("name", unrunnable.FAMILIES)
+@pytest.mark.parametrize("name", recognized_only.FAMILIES)
 def test_what_is_not_run_says_why_and_what_to_do(name: str) -> None:
     record = FAMILIES[name]
     assert record.make is None

@@ -21,7 +21,7 @@ from codebook_tools.checkpoints.write import index_map_path
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.finetune import Recipe
-from codebook_tools.models.zalando import CODEBOOK
+from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch

@@ -9,7 +9,7 @@ from families import State, pictures
 from torch import Tensor
 from torch.nn import functional
 
-from codebook_tools.models.diffusers_vqmodel import CODEBOOK
+from codebook_tools.models.families.diffusers_vqmodel import CODEBOOK
 
 
 @dataclass

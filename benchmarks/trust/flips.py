@@ -19,8 +19,8 @@ from forks import run
 from models import counts, latents, sharded
 from record import record
 
-from codebook_tools.demo import DEMO
 from codebook_tools.errors import CodebookError
+from codebook_tools.models.demo import DEMO
 from codebook_tools.verify import verify_checkpoint
 
 

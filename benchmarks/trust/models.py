@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from codebook_tools.demo import DEMO
+from codebook_tools.models.demo import DEMO
 
 KEY, SHARDS = "quantize.embedding.weight", 4
 

@@ -22,7 +22,7 @@ from record import record
 from safetensors.torch import load_file
 from same_output import FEW, SURGERIES, TRAINED
 
-from codebook_tools.demo import DEMO
+from codebook_tools.models.demo import DEMO
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "measure": ("measure",),

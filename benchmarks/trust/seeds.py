@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from codebook_tools.checkpoints.layout import PREFIX
-from codebook_tools.downstream.maps import IndexMap
+from codebook_tools.remapping.index_map import IndexMap
 
 State = dict[str, torch.Tensor]
 

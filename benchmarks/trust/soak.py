@@ -46,7 +46,7 @@ from record import record
 from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.layout import aside_path, partial_path, training_path
-from codebook_tools.demo import DEMO
+from codebook_tools.models.demo import DEMO
 
 DOCUMENTED = (0, 1, 2, 3)
 SIGNALS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}

@@ -48,14 +48,14 @@ from codebook_tools.data.images import images
 from codebook_tools.data.items import Medium, find_items
 from codebook_tools.data.latent_files import open_latents, split_latents
 from codebook_tools.diagnosis.training_trace import read_trace
-from codebook_tools.downstream.maps import read_index_maps
-from codebook_tools.downstream.token_files import rewrite_tokens
-from codebook_tools.downstream.translation import Translation
 from codebook_tools.errors import CodebookError, one_line
+from codebook_tools.evaluation.stats_file import holds_sample, read_part, read_stats
 from codebook_tools.inspection import inspect_checkpoint
 from codebook_tools.models.load import load_model
 from codebook_tools.recipe_files import read_recipe, steps_of
-from codebook_tools.stats import holds_sample, read_part, read_stats
+from codebook_tools.remapping.index_map import read_index_maps
+from codebook_tools.remapping.token_files import rewrite_tokens
+from codebook_tools.remapping.token_ids import Translation
 from codebook_tools.training.saving import Saving
 
 __all__ = ["TARGETS", "VQMODEL", "Target", "tried"]

@@ -23,12 +23,12 @@ from skimage.metrics import mean_squared_error, peak_signal_noise_ratio
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from codebook_tools import metrics
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook
-from codebook_tools.measure import measurement_of
+from codebook_tools.evaluation import metrics
+from codebook_tools.evaluation.accumulators import Sums, book_sums, exact
+from codebook_tools.evaluation.measure import measurement_of
 from codebook_tools.strategies.quantize import round_rows
-from codebook_tools.sums import Sums, book_sums, exact
 
 Random = np.random.Generator
 Pair = Callable[[Random], tuple[float, float]]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from codebook_tools.codebook import Emit
-from codebook_tools.coverage import POINTS
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.splits import shuffled
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.coverage import POINTS
 from codebook_tools.models.model import INPUT_RANGES, Model
 
 CLEARLY = 1.1

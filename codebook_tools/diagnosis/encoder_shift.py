@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from codebook_tools.diagnosis.evidence import BookEvidence, Pair
 from codebook_tools.diagnosis.fit import variance_of
-from codebook_tools.metrics import covariance_of
+from codebook_tools.evaluation.metrics import covariance_of
 
 KIN = 0.5
 """Correlation of the latents of two encoders of which one was trained on from the other; of strangers it is about 0,

@@ -14,7 +14,6 @@ from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.clustering.seeding import count_distinct
 from codebook_tools.codebook import Codebook
-from codebook_tools.coverage import POINTS
 from codebook_tools.data.dataset import Media
 from codebook_tools.diagnosis.alternatives import cut_rows, cut_wrongly, of_companions, of_original, of_range, scaled
 from codebook_tools.diagnosis.close_look import Close, few_of, look, range_errors, rows_of, told_range
@@ -23,11 +22,12 @@ from codebook_tools.diagnosis.fit import by_place, centroids, distortion, fit_of
 from codebook_tools.diagnosis.stored_ema import Companions, companions_of
 from codebook_tools.diagnosis.training_trace import read_trace
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.coverage import POINTS
+from codebook_tools.evaluation.tokens import counted
 from codebook_tools.models.model import INPUT_RANGES
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.stages import on_cpu
-from codebook_tools.tokens import counted
 
 _CURVE = (1, 2, 4, 8, 16, 32, 64)
 _CURVED = 8192  # latents that the curve is of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codebook_tools.structure import drawn
+from codebook_tools.models.initialization import drawn
 
 LEAST = 8
 """Codes, of which fewer do not tell."""

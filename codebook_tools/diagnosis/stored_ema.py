@@ -13,9 +13,9 @@ from codebook_tools.checkpoints.effective import effective
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.clustering.assignment import unit
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.companions import SMOOTHINGS, Role, smoothed
+from codebook_tools.models.ema_state import SMOOTHINGS, Role, smoothed
 from codebook_tools.models.evidence import alive_of, flags
-from codebook_tools.models.stored import followers, stored_rows
+from codebook_tools.models.stored_codes import followers, stored_rows
 
 _LEAST = 1e-5  # that libraries divide by
 

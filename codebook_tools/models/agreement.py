@@ -15,7 +15,7 @@ from codebook_tools.codebook import Codebook, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.evidence import FLAG
 from codebook_tools.models.model import Model
-from codebook_tools.models.stored import owned_keys
+from codebook_tools.models.stored_codes import owned_keys
 from codebook_tools.runtime.devices import wide
 
 LEAST = 4096

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from codebook_tools.checkpoints.detect import COUNTS, FoundCodebook
 from codebook_tools.checkpoints.effective import effective
 from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.structure import as_initialised
+from codebook_tools.models.initialization import as_initialised
 
 FLAG = re.compile(r"(?:^|\.|_)(?:is_)?(?:init(?:t?ed|iali[sz]ed)?|data_initiali[sz]ed)$")
 

@@ -17,8 +17,10 @@ from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.companions import follow_by_numbers
-from codebook_tools.models.families import (
+from codebook_tools.models.ema_state import follow_by_numbers
+from codebook_tools.models.family import Family
+from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Book, Model, walks
+from codebook_tools.models.registry import (
     CUSTOM,
     FAMILIES,
     METRICS,
@@ -28,12 +30,10 @@ from codebook_tools.models.families import (
     guessed,
     size_entry,
 )
-from codebook_tools.models.family import Family
-from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Book, Model, walks
-from codebook_tools.models.stored import effective_rows, owned_keys, stored_rows
+from codebook_tools.models.size_guard import bounded
+from codebook_tools.models.stored_codes import effective_rows, owned_keys, stored_rows
 from codebook_tools.models.twins import twins
-from codebook_tools.networks.bounded import bounded
-from codebook_tools.networks.custom import make_network
+from codebook_tools.models.user_network import make_network
 
 
 def choose_codebooks(checkpoint: Checkpoint, keys: Sequence[str]) -> list[FoundCodebook]:

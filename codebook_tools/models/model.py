@@ -17,9 +17,9 @@ from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.latents import EncodedLatents
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.kept import Kept
-from codebook_tools.models.stored import changed_codebook, codes_of_rows, owned_keys, rounded, rows_of_codes
-from codebook_tools.networks.network import Quantise
+from codebook_tools.models.encoder_cache import Kept
+from codebook_tools.models.network import Quantise
+from codebook_tools.models.stored_codes import changed_codebook, codes_of_rows, owned_keys, rounded, rows_of_codes
 from codebook_tools.runtime.devices import sent
 
 INPUT_RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))

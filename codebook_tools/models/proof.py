@@ -21,10 +21,10 @@ from codebook_tools.codebook import Codebook
 from codebook_tools.data.latents import rows_of
 from codebook_tools.errors import CodebookError, VerificationError
 from codebook_tools.models.agreement import Agreement, agreement, encoded_batches, has_quantizer, in_training, near_ties
-from codebook_tools.models.families import FAMILIES
 from codebook_tools.models.load import reloaded
 from codebook_tools.models.model import Book, Model
-from codebook_tools.models.stored import codes_of_rows, effective_rows, stored_rows
+from codebook_tools.models.registry import FAMILIES
+from codebook_tools.models.stored_codes import codes_of_rows, effective_rows, stored_rows
 from codebook_tools.runtime.devices import wide
 
 KEPT_CODES = 0.9

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.models.families import detected
-from codebook_tools.models.stored import followers
+from codebook_tools.models.registry import detected
+from codebook_tools.models.stored_codes import followers
 
 # Of convolutions and norms, K channels are chance; heads and embeddings over tokens are not.
 _OVER_TOKENS = re.compile(

@@ -15,10 +15,10 @@ from codebook_tools.checkpoints.effective import Effective
 from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.agreement import Agreement, agreement, encoded_batches, has_quantizer
-from codebook_tools.models.families import CUSTOM, METRICS, are_unit, metric_of, unit_warning
 from codebook_tools.models.load import guesses
 from codebook_tools.models.model import Book, Model, walks
-from codebook_tools.models.stored import codes_of_rows, owned_keys, stored_rows
+from codebook_tools.models.registry import CUSTOM, METRICS, are_unit, metric_of, unit_warning
+from codebook_tools.models.stored_codes import codes_of_rows, owned_keys, stored_rows
 from codebook_tools.models.transforms import alike, forms, refuse_unknown, transforms_beside
 
 _FEW = 2  # items whose latents tell most readings that are wrong

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from codebook_tools.checkpoints.config import entry_of
 from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.models.families import FAMILIES
+from codebook_tools.models.registry import FAMILIES
 
 _ENTRIES = ("image_size", "resolution", "sample_size")
 _UNSAID = ("sample_size", 32)  # what diffusers writes where nobody said a size: of amused at 256 pixels, too

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from codebook_tools.evaluation.figures import STAGES, stage_rows
+from codebook_tools.evaluation.measure import Measurement
 from codebook_tools.exhibit import Shown
-from codebook_tools.figures import STAGES, stage_rows
-from codebook_tools.measure import Measurement
 from codebook_tools.outcome import Result
 from codebook_tools.report.curve import draw_panels
 from codebook_tools.report.page import Gallery, Listing, Page, Part, Picture, Plot, Table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from codebook_tools.codebook import REMOVED
 from codebook_tools.data.dataset import Media
 from codebook_tools.errors import CodebookError, one_line
-from codebook_tools.measure import measure
+from codebook_tools.evaluation.measure import measure
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.saving import Saving
 from codebook_tools.training.several import pictures_loss

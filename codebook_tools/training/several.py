@@ -12,8 +12,8 @@ from codebook_tools.adversarial import Adversary, Discriminator, last_layer
 from codebook_tools.data.dataset import Media
 from codebook_tools.distill import Original
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.measure import reconstruct
 from codebook_tools.losses import Reconstruction, Seen
-from codebook_tools.measure import reconstruct
 from codebook_tools.models.model import Model
 from codebook_tools.perceptual import Perceptual
 from codebook_tools.runtime import distributed

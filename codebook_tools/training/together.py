@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from codebook_tools.models.model import Model
-from codebook_tools.networks.network import Quantise
+from codebook_tools.models.network import Quantise
 from codebook_tools.runtime import distributed
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from codebook_tools import metrics
 from codebook_tools.diagnosis.evidence import BookEvidence
 from codebook_tools.diagnosis.finding import Finding, judged
+from codebook_tools.evaluation import metrics
 
 DEAD, SOME = 0.5, 0.1
 """Shares of the codes that so many latents would use by chance: more than half of them dead is a collapse, more than a

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from codebook_tools import metrics
 from codebook_tools.diagnosis.checks.dead_codes import dead_codes
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
 from codebook_tools.diagnosis.finding import Finding, not_checked
 from codebook_tools.diagnosis.fit import by_place, places
+from codebook_tools.evaluation import metrics
 
 REST = 1e-3
 """Share of the variance outside of the first directions: where latents are good for their data it is 0.01 and more."""

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
 from codebook_tools.diagnosis.finding import Finding, judged, not_checked, of_each_book, worst
-from codebook_tools.metrics import effective_dimension
+from codebook_tools.evaluation.metrics import effective_dimension
 
 DROP = 8.0
 """Times that twice as many centroids leave less: in one dimension it is 4, in more it is less, between modes more."""

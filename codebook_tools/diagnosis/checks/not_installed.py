@@ -5,7 +5,7 @@ from __future__ import annotations
 from codebook_tools.diagnosis.evidence import FEW_HITS, BookEvidence, Evidence
 from codebook_tools.diagnosis.finding import Finding, judged, not_checked, of_each_book_in, worst
 from codebook_tools.diagnosis.initialization import born_dead
-from codebook_tools.structure import drawn
+from codebook_tools.models.initialization import drawn
 
 BORN = 0.25
 """Share of the codes that are still as drawn: a surgery leaves none."""

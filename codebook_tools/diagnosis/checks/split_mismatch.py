@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from codebook_tools import metrics
 from codebook_tools.diagnosis.evidence import FEW_HITS, BookEvidence
 from codebook_tools.diagnosis.finding import Finding, judged, not_checked
+from codebook_tools.evaluation import metrics
 
 APART = 2.0
 """Times that one perplexity is the other, at the same number of latents."""

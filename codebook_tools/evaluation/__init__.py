@@ -1,0 +1,1 @@
+"""One pass over data, what it adds up, and the figures of that."""

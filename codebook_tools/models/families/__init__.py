@@ -1,0 +1,1 @@
+"""How the checkpoints of each library are recognised and read: without torch."""

@@ -1,0 +1,47 @@
+"""The network of a DacModel: each stage looks its codes up in few dimensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from codebook_tools.models.network import Quantise
+from codebook_tools.models.networks.residual import Encoded, fitted, residual
+
+
+class Dac(nn.Module):
+    """model: a DacModel. All of its stages are walked; the library's `n_quantizers` takes the first few of them."""
+
+    channels = 1
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.codebooks = tuple(f"quantizer.quantizers.{i}.codebook.weight" for i in range(model.config.n_codebooks))
+        self.sampling_rate = int(model.config.sampling_rate)
+        self.hop = int(model.config.hop_length)
+
+    def encode(self, waveforms: Tensor) -> Encoded:
+        """waveforms (n, 1, samples) in [-1, 1] -> their latents, in the large space."""
+        return Encoded(self.model.encoder(waveforms), waveforms.shape[-1])
+
+    def walk(self, encoded: Encoded, quantise: Quantise) -> Encoded:
+        """A stage quantises in the small space, between its projections; what it leaves is left in the large one."""
+        layers = self.model.quantizer.quantizers
+
+        def projected(stage: int, left: Tensor) -> Tensor:
+            quantised: Tensor = layers[stage].out_proj(quantise(stage, layers[stage].in_proj(left)))
+            return quantised
+
+        return encoded._replace(latents=residual(encoded.latents, range(len(layers)), projected))
+
+    def quantize(self, encoded: Encoded) -> tuple[Encoded, Tensor]:
+        """The library's own quantizer, with all of its stages; codes (n, levels, positions)."""
+        quantized, codes, *_ = self.model.quantizer(encoded.latents)
+        return encoded._replace(latents=quantized), codes
+
+    def decode(self, quantised: Encoded) -> Tensor:
+        """-> waveforms (n, 1, samples). With an odd ratio, as at 24 kHz, the library's decoder makes some samples too
+        few (8 there): silence stands in for the last."""
+        return fitted(self.model.decoder(quantised.latents), quantised.samples)

@@ -1,0 +1,74 @@
+"""The network of an EncodecModel: residual stages on the latents of overlapping chunks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from codebook_tools.models.network import Quantise
+from codebook_tools.models.networks.residual import fitted, residual
+
+
+class Chunks(NamedTuple):
+    """latents: (n, dim, positions) of all chunks, one after the other. lengths: positions of each.
+    loudness: (n, 1, 1) of each, which its waveforms were divided by. samples: how many the waveforms had."""
+
+    latents: Tensor
+    lengths: tuple[int, ...]
+    loudness: tuple[Tensor, ...]
+    samples: int
+
+
+class Encodec(nn.Module):
+    """model: an EncodecModel. All of its stages are walked; the library uses fewer at a lower bandwidth, and its
+    default is the lowest."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.codebooks = tuple(f"quantizer.layers.{i}.codebook.embed" for i in range(model.config.num_quantizers))
+        self.sampling_rate = int(model.config.sampling_rate)
+        self.hop = math.prod(model.config.upsampling_ratios)
+        self.channels = int(model.config.audio_channels)
+
+    def encode(self, waveforms: Tensor) -> Chunks:
+        """waveforms (n, channels, samples) in [-1, 1] -> the latents of overlapping chunks, as the library cuts them,
+        or of one where the config names no chunk length."""
+        length, samples = self.model.config.chunk_length, waveforms.shape[-1]
+        starts = self._starts(samples)
+        chunks = [waveforms[..., start : start + length if length else None] for start in starts]
+        loudness = tuple(self._loudness(chunk) for chunk in chunks)
+        latents = [self.model.encoder(chunk / level) for chunk, level in zip(chunks, loudness, strict=True)]
+        return Chunks(torch.cat(latents, -1), tuple(part.shape[-1] for part in latents), loudness, samples)
+
+    def walk(self, encoded: Chunks, quantise: Quantise) -> Chunks:
+        return encoded._replace(latents=residual(encoded.latents, range(len(self.codebooks)), quantise))
+
+    def quantize(self, encoded: Chunks) -> tuple[Chunks, Tensor]:
+        """The library's own quantizer, with all of its stages; codes (n, levels, positions)."""
+        codes = self.model.quantizer.encode(encoded.latents)
+        return encoded._replace(latents=self.model.quantizer.decode(codes)), codes.transpose(0, 1)
+
+    def decode(self, quantised: Chunks) -> Tensor:
+        """-> waveforms (n, channels, samples), chunks faded into each other."""
+        parts = quantised.latents.split_with_sizes(quantised.lengths, -1)
+        chunks = [self.model.decoder(part) * level for part, level in zip(parts, quantised.loudness, strict=True)]
+        if len(chunks) == 1:
+            return fitted(chunks[0], quantised.samples)
+        # Where the last chunk is short, the one before it reaches beyond it by up to a hop: the library fails there.
+        starts = self._starts(quantised.samples)
+        within = [chunk[..., : quantised.samples - start] for chunk, start in zip(chunks, starts, strict=True)]
+        whole: Tensor = self.model._linear_overlap_add(within, starts.step)
+        return fitted(whole, quantised.samples)
+
+    def _starts(self, samples: int) -> range:
+        config = self.model.config
+        return range(0, samples, config.chunk_stride if config.chunk_length else samples)
+
+    def _loudness(self, chunk: Tensor) -> Tensor:
+        if not self.model.config.normalize:
+            return chunk.new_ones(len(chunk), 1, 1)
+        return chunk.mean(1, keepdim=True).pow(2).mean(-1, keepdim=True).sqrt() + 1e-8

@@ -1,0 +1,95 @@
+"""Where a result goes, and in which layout: as a file, or as a directory that the model's own library loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from codebook_tools.checkpoints.atomic import check_apart
+from codebook_tools.checkpoints.config import with_entries
+from codebook_tools.checkpoints.layout import (
+    CONFIG,
+    SUFFIX,
+    index_map_path,
+    is_directory_output,
+    named,
+    own_config_path,
+    split_others,
+    training_path,
+)
+from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.checkpoints.write import check_writable
+from codebook_tools.errors import CodebookError
+from codebook_tools.filling import power_of_two
+from codebook_tools.models.registry import size_entry
+
+_NOT_WRITTEN = {".pt", ".pth", ".ckpt", ".bin"}
+
+
+def default_output(checkpoint: Checkpoint, command: str, size: int, folder: Path | None = None) -> Path:
+    """`<name>.<command>-k<K>` beside the model, or in `folder`: a directory where there is a config to go with it."""
+    place = named(checkpoint.folder or checkpoint.path)
+    name = f"{place.name if checkpoint.folder else place.stem}.{command}-k{size}"
+    ending = "" if _has_config(checkpoint) else SUFFIX
+    return (place.parent if folder is None else folder) / (name + ending)
+
+
+def check_output(checkpoint: Checkpoint, output: Path, force: bool, read: Iterable[Path] = ()) -> None:
+    """Raise CodebookError where the output cannot be written, has no layout that is, or would replace, with what comes
+    beside it, the model or whatever else is `read`."""
+    if output.name in ("", ".."):
+        raise CodebookError(f"--output {output} has no name of its own, to write a partial one beside it; spell it out")
+    as_folder, described = is_directory_output(output), _has_config(checkpoint)
+    sources = {path.resolve() for path in (*checkpoint.files, checkpoint.folder, checkpoint.config_path) if path}
+    written = {output.resolve()} if as_folder else {output.resolve(), own_config_path(output).resolve()}
+    if sources & written:
+        raise CodebookError(f"{output} is the model itself, which is never overwritten; write elsewhere with --output")
+    check_apart((output, index_map_path(output), training_path(output)), (*sources, *read))
+    if as_folder and any(output.resolve() in source.parents for source in sources):
+        raise CodebookError(f"{output} holds the model, which is never overwritten; write elsewhere with --output")
+    if as_folder and not described and output.is_dir():
+        raise CodebookError(f"{output} is a directory; name a file with --output")
+    if as_folder and (not described or output.suffix in _NOT_WRITTEN):
+        raise CodebookError(f"{output} does not end in {SUFFIX}, the one format that is written")
+    check_writable(output, force, with_config=described)
+
+
+def check_size(checkpoint: Checkpoint, size: int | None) -> None:
+    """Raise CodebookError, with the nearest that will do, where the model's config would refuse so many codes."""
+    entry = size_entry(checkpoint)
+    if size is None or size < 1 or entry is None or not entry.power_of_two:
+        return
+    above = power_of_two(size)
+    if size != above:
+        raise CodebookError(
+            f"{size} codes: {checkpoint.config_path} takes powers of two only; the nearest are {above // 2} and {above}"
+        )
+
+
+def written_config(checkpoint: Checkpoint, size: int) -> bytes | None:
+    """The config to be written with `size` codes: the original's, with that K. None: there is none that goes along."""
+    path, entry = checkpoint.config_path, size_entry(checkpoint)
+    if path is None or (entry is None and checkpoint.folder is None):
+        return None
+    text = path.read_bytes()
+    return with_entries(text, entry.values(size)) if entry else text
+
+
+def remarks(checkpoint: Checkpoint, old: int, new: int, output: Path) -> list[str]:
+    """What to warn of in the directory, or the config, that is written to `output`. old, new: numbers of codes."""
+    found = []
+    left_out = (
+        split_others(checkpoint.folder, checkpoint.files)[1]
+        if checkpoint.folder and is_directory_output(output)
+        else []
+    )
+    if left_out:
+        few = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        found.append(f"of the model's directory, {few} does not go into the new one")
+    if checkpoint.folder and checkpoint.config_path and size_entry(checkpoint) is None and new != old:
+        found.append(f"{CONFIG} goes along as it is: no entry of it is known to be K, which is {new} now")
+    return found
+
+
+def _has_config(checkpoint: Checkpoint) -> bool:
+    return checkpoint.folder is not None or size_entry(checkpoint) is not None

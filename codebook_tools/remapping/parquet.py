@@ -1,0 +1,150 @@
+"""Parquet tables of tokens: columns of integers, or of lists of them however deep, batch by batch."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codebook_tools.errors import CodebookError
+from codebook_tools.remapping.token_choice import choose
+from codebook_tools.remapping.token_ids import Ids, Translation
+
+_ROWS = 1024  # at a time: a row may be a whole picture's tokens
+
+_LONGEST_REPEATED = 1 << 24
+"""Values that a row group's column may hold whatever the file's length; beyond, so many a byte:"""
+_PER_BYTE = 64  # an eighth of a bit each is fewer than tokens of a collapsed codebook need
+
+
+def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], axis: int | None) -> Iterator[bytes]:
+    """The table with the ids of its columns translated, in its own schema, compression and size of row groups.
+
+    axis: 0 is the row, 1 the position in its list, and so on.
+    """
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError as error:
+        raise CodebookError(f"{path}: reading parquet needs pyarrow; pip install codebook-tools[parquet]") from error
+    try:
+        with parquet.ParquetFile(path) as table:
+            schema, metadata = table.schema_arrow, table.metadata
+            chosen = choose(path, "column", keys, {field.name: _holds_integers(field.type) for field in schema})
+            for name in sorted(chosen):
+                if schema.names.count(name) > 1:
+                    raise CodebookError(f"{path} has several columns called {name}; rename those that hold no tokens")
+            # Damaged column metadata raises here; the accessors of what it says would abort the process for it.
+            table.scan_contents(batch_size=_ROWS)
+            _check_repeats(path, metadata)
+            sink = _Sink()
+            with parquet.ParquetWriter(pa.PythonFile(sink, "w"), schema, compression=_compression(metadata)) as writer:
+                group = max((metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), default=1)
+                row = 0
+                for batch in table.iter_batches(_ROWS):
+                    for i, name in enumerate(schema.names):
+                        if name in chosen:
+                            rewritten = _Column(f"{name} in {path}", translation, axis).rewrite(
+                                batch.column(i), (np.arange(row, row + len(batch)),)
+                            )
+                            batch = batch.set_column(i, schema.field(i), rewritten)
+                    writer.write_batch(batch, row_group_size=max(group, 1))
+                    row += len(batch)
+                    yield sink.drained()
+            yield sink.drained()
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of names of columns
+        raise CodebookError(f"{path} is not a sound parquet file: {' '.join(str(error).split())}") from error
+
+
+def _check_repeats(path: Path, metadata: Any) -> None:
+    """Rows are read whole, and one value however often it is repeated takes a few bytes."""
+    most = max(_LONGEST_REPEATED, _PER_BYTE * path.stat().st_size)
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.num_values > max(most, group.num_rows):
+                raise CodebookError(
+                    f"{path}: {column.path_in_schema} repeats itself to {column.num_values:,} values in "
+                    f"{path.stat().st_size:,} bytes; write it in smaller row groups"
+                )
+
+
+def _holds_integers(of: Any) -> bool:
+    from pyarrow import types
+
+    while types.is_list(of) or types.is_large_list(of) or types.is_fixed_size_list(of):
+        of = of.value_type
+    return bool(types.is_integer(of))
+
+
+def _compression(metadata: Any) -> dict[str, str] | str:
+    """By column, as the first row group has it."""
+    if not metadata.num_row_groups:
+        return "snappy"
+    group = metadata.row_group(0)
+    columns = (group.column(i) for i in range(group.num_columns))
+    return {c.path_in_schema: c.compression.replace("UNCOMPRESSED", "NONE") for c in columns}
+
+
+@dataclass(frozen=True)
+class _Column:
+    name: str
+    translation: Translation
+    axis: int | None
+
+    def rewrite(self, array: Any, places: tuple[NDArray[np.int64], ...]) -> Any:
+        """An array with its ids translated; nulls stay. places: for each level, the position of each entry in it."""
+        import pyarrow as pa
+        from pyarrow import compute, types
+
+        if types.is_fixed_size_list(array.type):
+            return self.rewrite(array.cast(pa.list_(array.type.value_field)), places).cast(array.type)
+        if types.is_integer(array.type):
+            valid = array.is_valid().to_numpy(zero_copy_only=False)
+            new = np.zeros(len(array), str(array.type))
+            new[valid] = self._translated(array.drop_null().to_numpy(), tuple(place[valid] for place in places))
+            return pa.array(new, array.type, mask=~valid)
+        lengths = compute.list_value_length(array).fill_null(0).to_numpy().astype(np.int64)
+        ends = np.cumsum(lengths)
+        within = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
+        values = self.rewrite(array.flatten(), (*(np.repeat(place, lengths) for place in places), within))
+        offsets = pa.array(np.concatenate([[0], ends]), pa.int32() if types.is_list(array.type) else pa.int64())
+        return type(array).from_arrays(offsets, values, type=array.type, mask=array.is_null())
+
+    def _translated(self, ids: Ids, places: tuple[NDArray[np.int64], ...]) -> Ids:
+        stages: NDArray[np.int64] | int = 0
+        if self.axis is not None:
+            codebooks = len(self.translation.maps)
+            if not 0 <= self.axis < len(places):
+                raise CodebookError(f"{self.name} is nested {len(places)} deep and has no axis {self.axis}")
+            stages = places[self.axis]
+            if len(ids) and stages.max() >= codebooks:
+                raise CodebookError(f"{self.name} has more codebooks along axis {self.axis} than the map's {codebooks}")
+        return self.translation(ids, stages, lambda i: f"{self.name} at [{', '.join(str(p[i]) for p in places)}]")
+
+
+class _Sink(io.RawIOBase):
+    """What a writer writes, kept until it is fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held, self._at = [b""], 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def write(self, data: Any) -> int:
+        self._held.append(bytes(data))
+        self._at += len(self._held[-1])
+        return len(self._held[-1])
+
+    def drained(self) -> bytes:
+        held, self._held = b"".join(self._held), []
+        return held

@@ -1,0 +1,168 @@
+"""Token files and priors by an index map, each into a file of its own beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from codebook_tools.checkpoints.atomic import check_apart, check_free
+from codebook_tools.checkpoints.layout import SUFFIX, named
+from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.write import write_file
+from codebook_tools.errors import CodebookError
+from codebook_tools.models.output import check_output
+from codebook_tools.remapping.index_map import IndexMap, read_index_maps
+from codebook_tools.remapping.priors import remap_prior
+from codebook_tools.remapping.token_files import TOKEN_SUFFIXES, rewrite_tokens
+from codebook_tools.remapping.token_ids import Counts, OnRemoved, Translation
+from codebook_tools.remapping.vocabulary import Vocabulary
+
+_WITHIN = {"offset": (0, 1 << 32), "special": (0, 1 << 32), "pad_to_multiple": (1, 1 << 20)}
+"""Of ids, beyond what any vocabulary has."""
+
+_PRIOR_SUFFIXES = {SUFFIX, ".pt", ".pth", ".ckpt", ".bin"}
+
+
+@dataclass(frozen=True)
+class RemapRequest:
+    """What is to follow which maps, and how. Each field is the command line's option of that name.
+
+    sources: token files and priors. maps: index maps, in the order of the surgeries. special: how many ids follow the
+    codes; of a prior, its tables tell.
+    """
+
+    sources: tuple[Path, ...]
+    maps: tuple[Path, ...]
+    on_removed: OnRemoved = "error"
+    offset: int = 0
+    special: int = 0
+    codebook_key: tuple[str, ...] = ()
+    axis: int | None = None
+    key: tuple[str, ...] = ()
+    embedding_key: tuple[str, ...] = ()
+    head_key: tuple[str, ...] = ()
+    pad_to_multiple: int = 1
+    output: Path | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in _WITHIN.items():
+            if not least <= getattr(self, name) <= most:
+                raise CodebookError(f"{name.replace('_', '-')}={getattr(self, name)} is not within {least} and {most}")
+        if self.output is not None and len(self.sources) > 1:
+            raise CodebookError(f"--output {self.output} is one place for {len(self.sources)} files; leave it out")
+
+    def output_of(self, source: Path) -> Path:
+        """The one asked for, or `<name>.remapped` beside the source, of its kind."""
+        if self.output is not None:
+            return self.output
+        source = named(source)
+        ending = "" if source.is_dir() else source.suffix
+        written = SUFFIX if ending in _PRIOR_SUFFIXES else ending
+        return source.with_name(source.name.removesuffix(ending) + ".remapped" + written)
+
+
+@dataclass(frozen=True)
+class Remapped:
+    """tokens: ids read, or rows of a prior's vocabulary. changed: those that are others now. removed: those of codes
+    that lost their identity. nearest: of these, those that the nearest code stands in for. outputs: by source."""
+
+    tokens: int
+    changed: int
+    removed: int
+    nearest: int
+    outputs: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """The promised keys, and the warnings."""
+        return asdict(self)
+
+
+def remap(request: RemapRequest) -> Remapped:
+    """Rewrite every source by the maps, one after the other.
+
+    Raises CodebookError, before anything is written where that is possible; what was written then is whole.
+    """
+    maps = read_index_maps(request.maps, request.codebook_key)
+    _check_apart(request)
+    priors = {source: _open(source, request) for source in request.sources}
+    outputs = {str(source): str(request.output_of(source)) for source in request.sources}
+    counts, warnings = Counts(), list[str]()
+    done = list[str]()
+    for source, prior in priors.items():
+        try:
+            if prior is None:
+                counts += _remap_tokens(source, maps, request)
+            else:
+                found, told = _remap_prior(prior, source, maps, request)
+                counts, warnings = counts + found, [*warnings, *told]
+        except CodebookError as error:
+            raise (CodebookError(f"{error}; already written: {', '.join(done)}") if done else error) from error
+        done.append(outputs[str(source)])
+    return Remapped(**asdict(counts), outputs=outputs, warnings=tuple(warnings))
+
+
+def _check_apart(request: RemapRequest) -> None:
+    """Raise CodebookError where two sources have one output, or an output is a map, or another source."""
+    outputs = dict[str, Path]()
+    for source in dict.fromkeys(request.sources):
+        output = request.output_of(source)
+        first = outputs.setdefault(os.path.realpath(output), source)
+        if first != source:
+            raise CodebookError(f"{first} and {source} would both be written to {output}; give one of them")
+        # What a source may not be written to is said with its kind.
+        check_apart([output], {*request.sources, *request.maps} - {source})
+
+
+def _open(source: Path, request: RemapRequest) -> Checkpoint | None:
+    """The prior, or None for tokens, which are all integers or have a --key. The output is looked at, too."""
+    if not source.exists():
+        raise CodebookError(f"no such file: {source}")
+    if source.is_file() and source.suffix not in TOKEN_SUFFIXES | _PRIOR_SUFFIXES:
+        readable = ", ".join(sorted(TOKEN_SUFFIXES | {SUFFIX}))
+        raise CodebookError(f"{source} holds neither tokens ({readable}) nor a prior's weights; convert it first")
+    output = request.output_of(source)
+    if source.is_dir() or source.suffix not in TOKEN_SUFFIXES:
+        prior = read_checkpoint(source)
+        integers = all(dtype.startswith(("I", "U")) for dtype in prior.dtypes.values())
+        if source.suffix != SUFFIX or not (integers or request.key):
+            check_output(prior, output, request.force)
+            return prior
+    _check_token_output(source, output, request.force)
+    return None
+
+
+def _check_token_output(source: Path, output: Path, force: bool) -> None:
+    if output.suffix != source.suffix:
+        raise CodebookError(f"{output} does not end in {source.suffix}, in which {source} is written again")
+    if output.resolve() == source.resolve():
+        raise CodebookError(f"{output} is the file that is read, which is never overwritten; write elsewhere")
+    if not output.parent.is_dir():
+        raise CodebookError(f"no such folder: {output.parent}; make it first, or write elsewhere with --output")
+    if output.is_dir():
+        raise CodebookError(f"{output} is a directory; name a file with --output")
+    check_free(output, force)
+
+
+def _remap_tokens(source: Path, maps: tuple[IndexMap, ...], request: RemapRequest) -> Counts:
+    if request.axis is None and len(maps) > 1:
+        raise CodebookError(
+            f"{source}: the map has {len(maps)} codebooks; --axis N says which axis of the tokens runs over them, or "
+            f"--codebook-key whose tokens these all are: {', '.join(one.key for one in maps)}"
+        )
+    translation = Translation(maps, request.on_removed, request.offset, request.special)
+    chunks = rewrite_tokens(source, translation, request.key, request.axis)
+    write_file(request.output_of(source), chunks, force=request.force)
+    return translation.counts
+
+
+def _remap_prior(
+    prior: Checkpoint, source: Path, maps: tuple[IndexMap, ...], request: RemapRequest
+) -> tuple[Counts, list[str]]:
+    vocabularies = [Vocabulary(one, request.offset, request.pad_to_multiple) for one in maps]
+    output, keys = request.output_of(source), (request.embedding_key, request.head_key)
+    embedded, warnings = remap_prior(prior, output, vocabularies, request.on_removed, *keys, force=request.force)
+    return sum((one.counts(rows) for one, rows in embedded), Counts()), warnings

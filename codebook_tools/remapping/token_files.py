@@ -1,0 +1,170 @@
+"""Token files, rewritten where their ids stand: the new file is as long as the old, and all else in it byte for byte.
+
+Only parquet, whose pages are compressed, has a writer of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.tensors import Stored
+from codebook_tools.errors import CodebookError, one_line
+from codebook_tools.remapping.parquet import rewrite_parquet
+from codebook_tools.remapping.token_choice import choose
+from codebook_tools.remapping.token_ids import Translation
+from codebook_tools.runtime.safe_io import check_regular
+
+_CHUNK = 1 << 20  # ids, or bytes, at a time
+_INTEGERS = {
+    "I8": "<i1",
+    "I16": "<i2",
+    "I32": "<i4",
+    "I64": "<i8",
+    "U8": "<u1",
+    "U16": "<u2",
+    "U32": "<u4",
+    "U64": "<u8",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """An array of ids within a file. name: for messages. start: of its bytes. fortran: the first axis runs fastest."""
+
+    name: str
+    start: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    fortran: bool = False
+
+    def stages(self, axis: int | None, at: NDArray[np.int64]) -> NDArray[np.int64] | int:
+        """The position along `axis` of the ids at the flat positions `at`."""
+        if axis is None:
+            return 0
+        inner = self.shape[:axis] if self.fortran else self.shape[axis + 1 :]
+        return at // math.prod(inner) % self.shape[axis]
+
+    def where(self, at: int) -> str:
+        place = np.unravel_index(at, self.shape, order="F" if self.fortran else "C")
+        return f"{self.name} at [{', '.join(str(i) for i in place)}]"
+
+
+def rewrite_tokens(path: Path, translation: Translation, keys: Sequence[str], axis: int | None) -> Iterator[bytes]:
+    """The bytes of the token file `path` with its ids translated, a few at a time.
+
+    keys: of its tensors, columns or kinds of members, where several could hold tokens. axis: the one that runs over the
+    codebooks. Raises CodebookError where the file is unsound, holds no integers, or several things that could be meant.
+    """
+    try:
+        check_regular(path)
+        if path.suffix == ".parquet":
+            yield from rewrite_parquet(path, translation, keys, axis)
+            return
+        with path.open("rb") as file:
+            for block in BLOCKS[path.suffix](path, keys):
+                yield from _copied(file, block.start - file.tell())
+                yield from _translated(file, block, translation, axis)
+            yield from _copied(file)
+    except OSError as error:
+        raise CodebookError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def _copied(file: BinaryIO, left: int | None = None) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK if left is None else min(left, _CHUNK)):
+        left = None if left is None else left - len(chunk)
+        yield chunk
+
+
+def _translated(file: BinaryIO, block: Block, translation: Translation, axis: int | None) -> Iterator[bytes]:
+    total = math.prod(block.shape)
+    if axis is not None:
+        axis = _checked_axis(block, axis, len(translation.maps))
+    for first in range(0, total, _CHUNK):
+        count = min(_CHUNK, total - first)
+        data = file.read(count * block.dtype.itemsize)
+        if len(data) < count * block.dtype.itemsize:
+            raise CodebookError(f"{block.name} is cut short: its header says {total:,} ids")
+        stages = block.stages(axis, np.arange(first, first + count))
+        where = lambda i, first=first: block.where(first + i)  # noqa: E731
+        yield translation(np.frombuffer(data, block.dtype), stages, where).astype(block.dtype).tobytes()
+
+
+def _checked_axis(block: Block, axis: int, codebooks: int) -> int:
+    if not 0 <= axis < len(block.shape):
+        raise CodebookError(f"{block.name} has shape {block.shape} and no axis {axis}; count --axis from 0")
+    if block.shape[axis] > codebooks:
+        raise CodebookError(
+            f"{block.name} has {block.shape[axis]} codebooks along axis {axis} and the map {codebooks}; "
+            "is --axis another one?"
+        )
+    return axis
+
+
+def _npy_blocks(path: Path, keys: Sequence[str]) -> Iterator[Block]:
+    with path.open("rb") as file:
+        yield _npy_block(file, str(path), path.stat().st_size)
+
+
+def _npy_block(file: BinaryIO, name: str, end: int) -> Block:
+    """Of the array whose header starts here. end: of the file or member."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        shape, fortran, dtype = readers[np.lib.format.read_magic(file)](file)
+    except OSError:
+        raise
+    except Exception as error:  # numpy raises whatever it likes on a damaged header
+        raise CodebookError(f"{name} is not a sound .npy file: {one_line(error)}") from error
+    if dtype.kind not in "iu":
+        what = "pickled objects, which are never opened" if dtype.hasobject else str(dtype)
+        raise CodebookError(f"{name} holds {what}; tokens are integers")
+    if file.tell() + math.prod(shape) * dtype.itemsize > end:
+        raise CodebookError(f"{name} is cut short: its header says {math.prod(shape):,} ids")
+    return Block(name, file.tell(), dtype, shape, fortran)
+
+
+def _tensor_blocks(path: Path, keys: Sequence[str]) -> Iterator[Block]:
+    stored = read_checkpoint(path)
+    chosen = choose(path, "tensor", keys, {key: entry.dtype in _INTEGERS for key, entry in stored.entries.items()})
+    for key, entry in stored.entries.items():  # in the order of their bytes
+        if key in chosen:
+            assert isinstance(entry, Stored), path
+            yield Block(f"{key} in {path}", entry.start, np.dtype(_INTEGERS[entry.dtype]), entry.shape)
+
+
+def _member_blocks(path: Path, keys: Sequence[str]) -> Iterator[Block]:
+    """Members that end in .npy, or in one of `keys`: WebDataset calls the parts of a sample `0001.codes.npy`."""
+    endings, any_ = tuple(f".{key.removeprefix('.')}" for key in keys) or (".npy",), False
+    try:
+        with tarfile.open(path, "r:") as archive, path.open("rb") as file:
+            while member := archive.next():
+                archive.members = []  # type: ignore[attr-defined]  # or it remembers every one
+                if member.isreg() and member.name.endswith(endings):
+                    if member.issparse():  # its bytes do not lie in one piece
+                        raise CodebookError(f"{path}/{member.name} is stored sparse; make the tar without --sparse")
+                    file.seek(member.offset_data)
+                    yield _npy_block(file, f"{path}/{member.name}", member.offset_data + member.size)
+                    any_ = True
+    except (tarfile.TarError, EOFError) as error:
+        raise CodebookError(f"{path} is not a readable, uncompressed tar: {error}") from error
+    if not any_:
+        raise CodebookError(f"{path} has no member that ends in {' or '.join(endings)}; name its tokens with --key")
+
+
+BLOCKS: Mapping[str, Callable[[Path, Sequence[str]], Iterator[Block]]] = {
+    ".npy": _npy_blocks,
+    ".safetensors": _tensor_blocks,
+    ".tar": _member_blocks,
+}
+"""Where the ids stand, in order, by the ending of a file's name."""
+
+TOKEN_SUFFIXES = {".npy", ".tar", ".parquet"}
+"""Endings of files that hold tokens and nothing else; a .safetensors file may be a prior."""
