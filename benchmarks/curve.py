@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from codebook_tools.report.curve import draw_traces
+from codebook_tools.report.html.curves import draw_traces
 
 
 def main() -> None:

@@ -22,16 +22,16 @@ from rich.console import Console
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.data.images import sample_photographs
 from codebook_tools.evaluation.measure import reconstruct
-from codebook_tools.finetune import Recipe
 from codebook_tools.models.demo import DEMO
 from codebook_tools.models.load import load_model
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
 from codebook_tools.outcome import Result
-from codebook_tools.report.pages import page_with_model, write_report
-from codebook_tools.report.tables import result_table
+from codebook_tools.report.html.pages import page_with_model, write_report
+from codebook_tools.report.terminal.tables import result_table
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
+from codebook_tools.training.finetune import Recipe
 
 ROOT = Path(__file__).parents[1]
 K = 128

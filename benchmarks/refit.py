@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from machine import machine
 
-from codebook_tools.finetune import Recipe
 from codebook_tools.opening import Request, open_request
 from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
+from codebook_tools.training.finetune import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "refit.json"
 

@@ -20,7 +20,7 @@ import torch
 from compare import RUNS
 from matplotlib.figure import Figure
 
-from codebook_tools.report.swept import curves_plot
+from codebook_tools.report.html.sweep import curves_plot
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.sweep import Sweep, markdown, sweep
 

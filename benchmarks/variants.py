@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.opening import Opened
-from codebook_tools.quantiser import DEAD_BELOW, Quantiser
-from codebook_tools.trainable import trained_names
-from codebook_tools.training import rates, schedule, step
-from codebook_tools.training.step import Training
+from codebook_tools.training import learning_rate, trainer
+from codebook_tools.training.codebook_ema import DEAD_BELOW, Quantiser
+from codebook_tools.training.parameters import trained_names
+from codebook_tools.training.trainer import Training
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Variant:
 
 
 NUMBERS = (
-    "losses:COMMITMENT",
-    "quantiser:DECAY",
-    "quantiser:REVIVE_EVERY",
-    "quantiser:DEAD_BELOW",
-    "training.step:REVIVE_UNTIL",
-    "training.step:BETAS",
-    "training.schedule:WARM_UP",
-    "training.schedule:FLOOR",
-    "training.rates:_MOVED",
+    "training.losses.reconstruction:COMMITMENT",
+    "training.codebook_ema:DECAY",
+    "training.codebook_ema:REVIVE_EVERY",
+    "training.codebook_ema:DEAD_BELOW",
+    "training.trainer:REVIVE_UNTIL",
+    "training.trainer:BETAS",
+    "training.learning_rate:WARM_UP",
+    "training.learning_rate:FLOOR",
+    "training.learning_rate:_MOVED",
 )
 """Of the library's recipe, by MODULE:NAME: a row that was made with others is run again."""
 
@@ -131,7 +131,7 @@ def anchors(quantiser: Quantiser, rows: Tensor, codes: Tensor) -> None:
     quantiser.sums = quantiser.book.vectors * quantiser.shares[:, None]
 
 
-_move, _update, _groups = Training.move, Quantiser.update, step._groups
+_move, _update, _groups = Training.move, Quantiser.update, trainer._groups
 
 
 def encoder_later(training: Training, step: int) -> None:
@@ -144,9 +144,9 @@ def encoder_later(training: Training, step: int) -> None:
         for parameter in encoder:
             parameter.grad = None  # Adam passes it over
     _move(training, step)
-    if fifth < step < fifth + schedule.WARM_UP:
+    if fifth < step < fifth + learning_rate.WARM_UP:
         for parameter, old in zip(encoder, before, strict=True):
-            parameter.detach().copy_(old.lerp(parameter.detach(), (step - fifth) / schedule.WARM_UP))
+            parameter.detach().copy_(old.lerp(parameter.detach(), (step - fifth) / learning_rate.WARM_UP))
 
 
 def _of_decoder(training: Training) -> set[str]:
@@ -183,7 +183,7 @@ def faster_codes(times: float) -> Callable[[Sequence[nn.Parameter]], list[dict[s
     def groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, object]]:
         *others, codes = parameters
         (own,) = _groups([codes])
-        share = rates.shares(parameters)[-1]
+        share = learning_rate.shares(parameters)[-1]
         return [*_groups(others), {**own, "share": times * share}]
 
     groups.__name__ = f"faster_codes({times})"
@@ -206,45 +206,54 @@ VARIANTS = {
     # Which way the codes move.
     "codes by gradient, none revived": Variant({"codebook_update": "gradient"}),
     "codes by gradient, revived": Variant(
-        {"codebook_update": "gradient"}, inside={"quantiser:Quantiser.update": revived_as_well}
+        {"codebook_update": "gradient"}, inside={"training.codebook_ema:Quantiser.update": revived_as_well}
     ),
     "codes by gradient, revived, their moments forgotten": Variant(
         {"codebook_update": "gradient"},
-        inside={"quantiser:Quantiser.update": revived_as_well, "training.step:Training.move": adam_begins_again},
+        inside={
+            "training.codebook_ema:Quantiser.update": revived_as_well,
+            "training.trainer:Training.move": adam_begins_again,
+        },
     ),
     "codes by gradient, revived, at 10 times the rate": Variant(
         {"codebook_update": "gradient"},
-        inside={"quantiser:Quantiser.update": revived_as_well, "training.step:_groups": faster_codes(10)},
+        inside={
+            "training.codebook_ema:Quantiser.update": revived_as_well,
+            "training.trainer:_groups": faster_codes(10),
+        },
     ),
     "codes frozen": Variant({"codebook_update": "frozen"}),
     "decoder alone": Variant({"train": "decoder"}),
     **{
         f"decoder alone, at {name} the rate": Variant(
-            {"train": "decoder"}, inside={"training.rates:_MOVED": share * rates._MOVED}
+            {"train": "decoder"}, inside={"training.learning_rate:_MOVED": share * learning_rate._MOVED}
         )
         for name, share in RATES
     },
-    "encoder frozen for a fifth": Variant(inside={"training.step:Training.move": encoder_later}),
+    "encoder frozen for a fifth": Variant(inside={"training.trainer:Training.move": encoder_later}),
     "codes aligned with the latents first": Variant(before=aligned),
-    **{f"EMA decay {decay}": Variant(inside={"quantiser:DECAY": decay}) for decay in (0.9, 0.95, 0.99)},
+    **{f"EMA decay {decay}": Variant(inside={"training.codebook_ema:DECAY": decay}) for decay in (0.9, 0.95, 0.99)},
     # Gradients through the quantiser.
-    "rotation trick": Variant(inside={"training.step:straight_through": rotation}),
+    "rotation trick": Variant(inside={"training.trainer:straight_through": rotation}),
     # Revival.
-    "none revived": Variant(inside={"training.step:REVIVE_UNTIL": 0.0}),
-    "revived alike": Variant(inside={"quantiser:Quantiser._revive": revive_alike}),
-    "revived by splits": Variant(inside={"quantiser:Quantiser._revive": revive_by_splits}),
-    "CVQ anchors": Variant(inside={"quantiser:Quantiser._revive": anchors}),
-    **{f"revived every {n}": Variant(inside={"quantiser:REVIVE_EVERY": n}) for n in (10, 50)},
-    **{f"dead below {share}": Variant(inside={"quantiser:DEAD_BELOW": share}) for share in (0.03, 0.3)},
-    **{f"revived until {share}": Variant(inside={"training.step:REVIVE_UNTIL": share}) for share in (0.5, 0.9)},
+    "none revived": Variant(inside={"training.trainer:REVIVE_UNTIL": 0.0}),
+    "revived alike": Variant(inside={"training.codebook_ema:Quantiser._revive": revive_alike}),
+    "revived by splits": Variant(inside={"training.codebook_ema:Quantiser._revive": revive_by_splits}),
+    "CVQ anchors": Variant(inside={"training.codebook_ema:Quantiser._revive": anchors}),
+    **{f"revived every {n}": Variant(inside={"training.codebook_ema:REVIVE_EVERY": n}) for n in (10, 50)},
+    **{f"dead below {share}": Variant(inside={"training.codebook_ema:DEAD_BELOW": share}) for share in (0.03, 0.3)},
+    **{f"revived until {share}": Variant(inside={"training.trainer:REVIVE_UNTIL": share}) for share in (0.5, 0.9)},
     # The loss.
-    **{f"commitment {w}": Variant(inside={"losses:COMMITMENT": w}) for w in (0.25, 1.0, 4.0)},
+    **{f"commitment {w}": Variant(inside={"training.losses.reconstruction:COMMITMENT": w}) for w in (0.25, 1.0, 4.0)},
     "entropy 0.1": Variant({"entropy": 0.1}),
     # The optimiser.
-    **{f"{name} the rate": Variant(inside={"training.rates:_MOVED": share * rates._MOVED}) for name, share in RATES},
-    **{f"warm-up {n}": Variant(inside={"training.schedule:WARM_UP": n}) for n in (1, 100)},
-    **{f"decay to {share}": Variant(inside={"training.schedule:FLOOR": share}) for share in (0.05, 1.0)},
-    **{f"Adam's second decay {b}": Variant(inside={"training.step:BETAS": (0.9, b)}) for b in (0.95, 0.999)},
+    **{
+        f"{name} the rate": Variant(inside={"training.learning_rate:_MOVED": share * learning_rate._MOVED})
+        for name, share in RATES
+    },
+    **{f"warm-up {n}": Variant(inside={"training.learning_rate:WARM_UP": n}) for n in (1, 100)},
+    **{f"decay to {share}": Variant(inside={"training.learning_rate:FLOOR": share}) for share in (0.05, 1.0)},
+    **{f"Adam's second decay {b}": Variant(inside={"training.trainer:BETAS": (0.9, b)}) for b in (0.95, 0.999)},
     "average of weights 0.98": Variant({"weight_ema": 0.98}),
 }
 """One thing changed at a time. Those that name the tool's own number are the same as the default."""

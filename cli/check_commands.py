@@ -46,7 +46,7 @@ def verify(
     """
     with reported():
         from codebook_tools.models.demo import DEMO
-        from codebook_tools.report.tables import verification_table
+        from codebook_tools.report.terminal.tables import verification_table
         from codebook_tools.runtime.progress import Watch
         from codebook_tools.verify import verify_alone, verify_checkpoint
 
@@ -91,7 +91,7 @@ def remap(
         from codebook_tools.remapping.remap import RemapRequest
         from codebook_tools.remapping.remap import remap as run_remap
         from codebook_tools.remapping.token_ids import parse_on_removed
-        from codebook_tools.report.tables import remap_table
+        from codebook_tools.report.terminal.tables import remap_table
 
         from .output import print_warnings
 

@@ -38,7 +38,7 @@ def inspect(model: ModelArgument = None, json_: JsonFlag = False) -> None:
     with reported():
         from codebook_tools.inspection import inspect_checkpoint
         from codebook_tools.models.demo import DEMO
-        from codebook_tools.report.inspection import inspection_table
+        from codebook_tools.report.terminal.inspection import inspection_table
 
         show_result(inspect_checkpoint(model or DEMO), inspection_table, json_)
 
@@ -152,7 +152,7 @@ def map_(
 
     def work(watch: Watch) -> Map:
         from codebook_tools.mapping import look_at_map
-        from codebook_tools.report.mapped import check_beside
+        from codebook_tools.report.html.map import check_beside
 
         check_beside(page)
         return look_at_map(request_of(model, given), k, method.value, watch)

@@ -17,12 +17,12 @@ from .errors import reported, show_result
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.chain import ChainPlan
     from codebook_tools.codebook import Strategy
-    from codebook_tools.finetune import Recipe
     from codebook_tools.opening import Request
     from codebook_tools.outcome import Result
     from codebook_tools.planning import Plan
-    from codebook_tools.report.tables import Found
+    from codebook_tools.report.terminal.tables import Found
     from codebook_tools.runtime.progress import Watch
+    from codebook_tools.training.finetune import Recipe
 
 _Number = TypeVar("_Number", int, float)
 
@@ -95,7 +95,7 @@ def named_after(model: Path | None, ending: str) -> Path:
 
 def recipe_of(request: Request, given: dict[str, Any]) -> Recipe:
     """How it is to be fine-tuned; not at all where there are no data of the model's own, unless that is asked for."""
-    from codebook_tools.finetune import Recipe
+    from codebook_tools.training.finetune import Recipe
 
     steps = given["steps"]
     return Recipe(
@@ -157,7 +157,7 @@ def _with_report(found: Found, given: dict[str, Any], watch: Watch) -> Found:
     from codebook_tools.chain import Chain
     from codebook_tools.diagnosis.diagnose import Diagnosis
     from codebook_tools.outcome import Result
-    from codebook_tools.report.pages import page_of, page_with_model, write_report
+    from codebook_tools.report.html.pages import page_of, page_with_model, write_report
     from codebook_tools.runtime import distributed
 
     typed = shlex.join(["codebook", *sys.argv[1:]])
@@ -177,7 +177,7 @@ def _with_report(found: Found, given: dict[str, Any], watch: Watch) -> Found:
 def _run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], given: dict[str, Any]) -> None:
     from codebook_tools.chain import ChainPlan
     from codebook_tools.planning import Plan
-    from codebook_tools.report.tables import details_table, table_of
+    from codebook_tools.report.terminal.tables import details_table, table_of
     from codebook_tools.runtime.progress import Watch
 
     from .output import ProgressShow, print_table, print_warnings
@@ -188,7 +188,7 @@ def _run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], given: dict
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to repeat itself
         torch.use_deterministic_algorithms(True, warn_only=True)  # it names those that have none
     if given["report"]:
-        from codebook_tools.report.pages import check_report
+        from codebook_tools.report.html.pages import check_report
 
         check_report(given["report"])
     with ProgressShow(given["quiet"]) as show:

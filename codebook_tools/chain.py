@@ -19,7 +19,6 @@ from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.exhibit import Shown, exhibit_files
-from codebook_tools.finetune import Recipe
 from codebook_tools.models.output import written_config
 from codebook_tools.models.proof import Proof
 from codebook_tools.models.verification import listed, same_bytes
@@ -31,6 +30,7 @@ from codebook_tools.remapping.index_map import IndexMap, read_index_maps
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
+from codebook_tools.training.finetune import Recipe
 
 
 @dataclass(frozen=True)

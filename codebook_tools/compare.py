@@ -24,8 +24,6 @@ from codebook_tools.comparison import (
 )
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import Measurement
-from codebook_tools.filling import power_of_two
-from codebook_tools.finetune import Recipe
 from codebook_tools.models.output import check_size
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.outcome import settings_of
@@ -42,6 +40,8 @@ from codebook_tools.stages import (
     run_stages,
 )
 from codebook_tools.strategies import find_strategy
+from codebook_tools.strategies.padding import power_of_two
+from codebook_tools.training.finetune import Recipe
 
 
 @dataclass(frozen=True)

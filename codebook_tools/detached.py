@@ -24,7 +24,6 @@ from codebook_tools.evaluation.coverage import POINTS, reference_distance
 from codebook_tools.evaluation.measure import CodebookUse, Measurement, use_of
 from codebook_tools.evaluation.stats_file import Part, Stats, holds_sample, read_sample, read_stats, write_part
 from codebook_tools.evaluation.usage import Survey, survey
-from codebook_tools.filling import common_sizes, filled, remark
 from codebook_tools.models.evidence import told_by_file, uninitialised
 from codebook_tools.models.load import along_latents, choose_codebook, choose_codebooks, with_twins
 from codebook_tools.models.output import remarks, written_config
@@ -53,6 +52,7 @@ from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import device_of
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import on_device
+from codebook_tools.strategies.padding import common_sizes, filled, remark
 from codebook_tools.strategies.quantize import packed_bytes
 
 

@@ -14,7 +14,7 @@ from codebook_tools.evaluation.measure import reconstruct
 from codebook_tools.models.model import Book, Model
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.training.states import FineTuned
+from codebook_tools.training.state import FineTuned
 
 
 @dataclass(frozen=True, eq=False)

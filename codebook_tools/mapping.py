@@ -24,7 +24,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.stages import calibrate, encoder_latents, measure_stage
 from codebook_tools.strategies import Refit
-from codebook_tools.strategies.checks import check_k
+from codebook_tools.strategies._validation import check_k
 
 POINTS = 3000
 """Latents that are drawn."""

@@ -20,7 +20,6 @@ from codebook_tools.evaluation.measure import measurement_of
 from codebook_tools.evaluation.quality_warnings import blur_warnings, worse_warnings
 from codebook_tools.evaluation.stats_file import write_part
 from codebook_tools.exhibit import exhibit
-from codebook_tools.finetune import Recipe
 from codebook_tools.merging import check_shard, in_part, merge, part_of
 from codebook_tools.models.agreement import has_quantizer, in_training
 from codebook_tools.models.evidence import told_by_file
@@ -55,8 +54,9 @@ from codebook_tools.stages import (
     stage_sums,
 )
 from codebook_tools.strategies.quantize import packed_bytes
-from codebook_tools.training.saving import Saving
-from codebook_tools.training.scalars import require_tensorboard
+from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.resume import Saving
+from codebook_tools.training.tensorboard import require_tensorboard
 
 
 def measure_model(

@@ -12,7 +12,6 @@ from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.detached import books_without_images, goes_without_images
 from codebook_tools.evaluation.usage import survey
-from codebook_tools.finetune import Recipe
 from codebook_tools.models.output import check_size
 from codebook_tools.models.registry import CUSTOM, family_of
 from codebook_tools.models.stored_codes import added_bytes
@@ -20,6 +19,7 @@ from codebook_tools.opening import Request, open_request
 from codebook_tools.outcome import asked_size, check_request_output, settings_of, weights_bytes
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
+from codebook_tools.training.finetune import Recipe
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,17 @@ from codebook_tools.evaluation.coverage import reference_distance, reference_lat
 from codebook_tools.evaluation.measure import Measurement, collect, measurement_of
 from codebook_tools.evaluation.tokens import Tokens, tokenise
 from codebook_tools.evaluation.usage import Survey, survey
-from codebook_tools.filling import common_sizes, filled, remark
-from codebook_tools.finetune import FineTuned, Recipe, finetune
 from codebook_tools.models.latent_cache import CachedLatents, cached
 from codebook_tools.models.model import Book
 from codebook_tools.opening import Opened
-from codebook_tools.quantiser import More
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import on_device
-from codebook_tools.training.saving import Saving
-from codebook_tools.training.several import judges
+from codebook_tools.strategies.padding import common_sizes, filled, remark
+from codebook_tools.training.codebook_ema import More
+from codebook_tools.training.finetune import FineTuned, Recipe, finetune
+from codebook_tools.training.losses.objective import judges
+from codebook_tools.training.resume import Saving
 
 Latents = tuple[Tensor | None, ...]
 

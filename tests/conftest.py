@@ -260,7 +260,7 @@ def line(grey: Callable[..., Grey]) -> Callable[..., Model]:
 @pytest.fixture
 def light_commitment(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a quarter of the reconstruction's weight. On `line` latents are pixels, and as much would undo all it asks."""
-    monkeypatch.setattr("codebook_tools.losses.COMMITMENT", 0.25)
+    monkeypatch.setattr("codebook_tools.training.losses.reconstruction.COMMITMENT", 0.25)
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ import torch
 from second_device import NAME, OPERATORS, counts
 from typer.testing import CliRunner
 
-from codebook_tools import finetune
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.models.model import Model
-from codebook_tools.training.course import Course
+from codebook_tools.training import finetune
+from codebook_tools.training.history import Course
 
 
 def command(*words: str) -> dict[str, Any]:

@@ -10,11 +10,11 @@ import torch
 from conftest import State
 from sources_of_images import Images
 
-from codebook_tools.finetune import FineTuned, Recipe, finetune
 from codebook_tools.models.model import Model
-from codebook_tools.quantiser import More
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.training.saving import Saving
+from codebook_tools.training.codebook_ema import More
+from codebook_tools.training.finetune import FineTuned, Recipe, finetune
+from codebook_tools.training.resume import Saving
 
 
 def tune(

@@ -11,11 +11,11 @@ from conftest import Grey
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codebook_tools.adversarial import SHARE, SMALLEST, Adversary, Discriminator, hinge, last_layer
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.load import load_model
-from codebook_tools.trainable import set_trainable
+from codebook_tools.training.losses.adversarial import SHARE, SMALLEST, Adversary, Discriminator, hinge, last_layer
+from codebook_tools.training.parameters import set_trainable
 
 RANDOM = torch.Generator().manual_seed(0)
 IMAGES = torch.rand(12, 3, 16, 16, generator=RANDOM)

@@ -191,7 +191,7 @@ def test_a_module_imports_only_from_rooms_before_its_own(room: str, file: Path) 
         ("clustering", "def later():\n    from codebook_tools.models.model import Model"),
         ("checkpoints", "from codebook_tools.data.items import Item"),
         ("report", "from codebook_cli.app import app"),
-        ("workflows", "from codebook_tools.report.tables import result_table"),
+        ("workflows", "from codebook_tools.report.terminal.tables import result_table"),
         ("runtime", "from codebook_tools.unheard_of import x"),
         ("runtime", "from codebook_tools import load"),
     ],

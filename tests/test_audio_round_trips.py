@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.compare import compare
 from codebook_tools.errors import CodebookError
-from codebook_tools.finetune import Recipe
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
 from codebook_tools.operate import measure_model, operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Quantize, Refit
+from codebook_tools.training.finetune import Recipe
 
 LENGTH = 224
 """Samples of a clip: 28 latents."""

@@ -18,8 +18,8 @@ from codebook_tools.evaluation.receptive_field import Place, patches, receptive_
 from codebook_tools.extremes import lowest_of_each
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
-from codebook_tools.report.coded import codes_page
-from codebook_tools.report.page import html
+from codebook_tools.report.html.codes import codes_page
+from codebook_tools.report.html.page import html
 from codebook_tools.runtime.progress import Watch
 
 Run = Callable[..., Outcome]

@@ -20,12 +20,12 @@ from codebook_tools.compare import ENTRIES, MORE_ENTRIES, compare
 from codebook_tools.comparison import Comparison, Row, RowStore, Spread, markdown_table, table_rows
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import CodebookUse, Measurement
-from codebook_tools.finetune import Recipe
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import STRATEGIES, Refit
 from codebook_tools.training.batches import Batches
+from codebook_tools.training.finetune import Recipe
 
 RECIPE = Recipe(steps=12, batch_size=16)
 Ask = Callable[..., Comparison]

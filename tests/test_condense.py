@@ -21,8 +21,8 @@ from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
-from codebook_tools.quantiser import More, Quantiser
 from codebook_tools.strategies import Condense, Quantize
+from codebook_tools.training.codebook_ema import More, Quantiser
 
 Run = Callable[..., Outcome]
 KEY = "_vq_vae._embedding.weight"

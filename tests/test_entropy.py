@@ -11,12 +11,12 @@ from runs import tune
 from sources_of_images import Images
 from torch import Tensor
 
-from codebook_tools import entropy
 from codebook_tools.codebook import Lookup
-from codebook_tools.entropy import indecision
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.model import Model
-from codebook_tools.training.objective import objective_of
+from codebook_tools.training.losses import entropy
+from codebook_tools.training.losses.entropy import indecision
+from codebook_tools.training.losses.objective import objective_of
 from codebook_tools.training.recipe import Recipe
 
 QUARTERS = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))

@@ -11,8 +11,8 @@ from torch import Tensor
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup, Surgery
 from codebook_tools.data.latents import StoredLatents
-from codebook_tools.filling import common_sizes, filled, power_of_two, remark
 from codebook_tools.strategies import Prune
+from codebook_tools.strategies.padding import common_sizes, filled, power_of_two, remark
 
 OLD = Codebook(torch.tensor([[0.0], [10.0], [20.0], [30.0], [40.0], [50.0]]))
 COUNTS = torch.tensor([3, 0, 5, 0, 1, 0])

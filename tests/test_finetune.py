@@ -17,14 +17,14 @@ from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import measure
-from codebook_tools.finetune import Recipe, finetune
 from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.batches import Batches
-from codebook_tools.training.schedule import rate
-from codebook_tools.training.step import Training
+from codebook_tools.training.finetune import Recipe, finetune
+from codebook_tools.training.learning_rate import rate
+from codebook_tools.training.trainer import Training
 
 GreyImages = Callable[..., Images]
 WriteModel = Callable[..., Path]

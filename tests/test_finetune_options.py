@@ -15,11 +15,11 @@ from sources_of_images import Images, find_images
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import measure
-from codebook_tools.finetune import Recipe, TracePoint
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.training.stopping import reason_to_stop
+from codebook_tools.training.finetune import Recipe, TracePoint
+from codebook_tools.training.history import reason_to_stop
 
 GreyImages = Callable[..., Images]
 ROWS = [[0.2, 0.2], [0.4, 0.8]]

@@ -22,16 +22,16 @@ from codebook_tools.checkpoints.sealed_file import SEAL, sealed
 from codebook_tools.codebook import Strategy
 from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError
-from codebook_tools.finetune import FineTuned, Recipe
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
 from codebook_tools.operate import Result, operate
-from codebook_tools.quantiser import More
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.strategies import Prune, Refit
-from codebook_tools.training.saving import Saving
+from codebook_tools.training.codebook_ema import More
+from codebook_tools.training.finetune import FineTuned, Recipe
+from codebook_tools.training.resume import Saving
 
 GreyImages = Callable[..., Images]
 COUNTS = [int(i not in DEAD) for i in range(16)]

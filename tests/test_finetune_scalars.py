@@ -15,8 +15,8 @@ from sources_of_images import Images, find_images
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.load import load_model
-from codebook_tools.training.saving import Saving
-from codebook_tools.training.scalars import require_tensorboard
+from codebook_tools.training.resume import Saving
+from codebook_tools.training.tensorboard import require_tensorboard
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from codebook_tools.report.histogram import UsageLines, bars
+from codebook_tools.report.terminal.histogram import UsageLines, bars
 
 
 @pytest.mark.parametrize(

@@ -18,22 +18,21 @@ from sources_of_images import Images, find_images
 from test_processes import torchrun
 from torch import Tensor
 
-from codebook_tools.adversarial import SHARE
 from codebook_tools.checkpoints.read import read_checkpoint
-from codebook_tools.distill import Original
 from codebook_tools.errors import CodebookError
-from codebook_tools.finetune import Recipe
-from codebook_tools.losses import Reconstruction, Scales, Seen
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.trainable import set_trainable
-from codebook_tools.training.course import Course
-from codebook_tools.training.objective import objective_of
-from codebook_tools.training.saving import Saving
-from codebook_tools.training.several import Several, judges, pictures_loss
-from codebook_tools.training.states import TracePoint, is_better
-from codebook_tools.training.step import Training
+from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.history import Course
+from codebook_tools.training.losses.adversarial import SHARE
+from codebook_tools.training.losses.distillation import Original
+from codebook_tools.training.losses.objective import Several, judges, objective_of, pictures_loss
+from codebook_tools.training.losses.reconstruction import Reconstruction, Scales, Seen
+from codebook_tools.training.parameters import set_trainable
+from codebook_tools.training.resume import Saving
+from codebook_tools.training.state import TracePoint, is_better
+from codebook_tools.training.trainer import Training
 
 Run = Callable[..., Outcome]
 WriteModel = Callable[..., Path]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from codebook_tools.errors import CodebookError
-from codebook_tools.perceptual import Perceptual
+from codebook_tools.training.losses.perceptual import Perceptual
 
 Run = Callable[..., Outcome]
 CPU = torch.device("cpu")

@@ -19,8 +19,8 @@ from test_report import browser  # noqa: F401  # a fixture
 from codebook_tools import mapping
 from codebook_tools.mapping import Map, look_at_map, principal
 from codebook_tools.opening import Request
-from codebook_tools.report.mapped import map_plot, mapped_page
-from codebook_tools.report.page import html
+from codebook_tools.report.html.map import map_plot, mapped_page
+from codebook_tools.report.html.page import html
 from codebook_tools.runtime.progress import Watch
 
 Run = Callable[..., Outcome]

@@ -11,11 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from codebook_tools import operate as operate_module
-from codebook_tools.finetune import Recipe
 from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
+from codebook_tools.training.finetune import Recipe
 
 
 @pytest.mark.parametrize("steps", [0, 1])

@@ -28,11 +28,11 @@ from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.evaluation.measure import measure
 from codebook_tools.evaluation.tokens import tokenise
 from codebook_tools.evaluation.usage import survey
-from codebook_tools.finetune import Recipe, finetune
 from codebook_tools.models.load import load_model
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.training.saving import Saving
+from codebook_tools.training.finetune import Recipe, finetune
+from codebook_tools.training.resume import Saving
 
 HERE = Path(__file__).parent
 PATH = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])

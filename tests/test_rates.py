@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from codebook_tools.training.rates import shares, usual_rate
+from codebook_tools.training.learning_rate import shares, usual_rate
 
 
 def of(size: float, *shape: int) -> torch.Tensor:

@@ -28,13 +28,13 @@ from codebook_tools.evaluation.accumulators import Sums
 from codebook_tools.evaluation.measure import Measurement, collect, measure, measurement_of
 from codebook_tools.evaluation.quality_warnings import blur_warnings
 from codebook_tools.evaluation.stats_file import read_part
-from codebook_tools.finetune import FineTuned, Recipe
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
 from codebook_tools.operate import measure_model, operate
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.training.states import State
+from codebook_tools.training.finetune import FineTuned, Recipe
+from codebook_tools.training.state import State
 
 GreyImages = Callable[..., Images]
 

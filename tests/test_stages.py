@@ -20,7 +20,6 @@ from codebook_tools import stages
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.codebook import REMOVED, Strategy
 from codebook_tools.data.images import array_items
-from codebook_tools.finetune import FineTuned, Recipe, finetune
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.opening import Request
@@ -28,7 +27,8 @@ from codebook_tools.operate import measure_model, operate
 from codebook_tools.outcome import Result
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Quantize, Refit, Restart
-from codebook_tools.training.states import State as Kept
+from codebook_tools.training.finetune import FineTuned, Recipe, finetune
+from codebook_tools.training.state import State as Kept
 from codebook_tools.verify import verify_checkpoint
 
 NO_STEPS = Recipe(steps=0)

@@ -14,7 +14,7 @@ from vector_quantize_pytorch import VectorQuantize
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook
 from codebook_tools.models.model import Model
-from codebook_tools.quantiser import DECAY, Quantiser
+from codebook_tools.training.codebook_ema import DECAY, Quantiser
 
 for folder in ("benchmarks", "benchmarks/trust"):
     sys.path.append(str(Path(__file__).parents[1] / folder))

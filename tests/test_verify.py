@@ -20,12 +20,12 @@ from codebook_tools.checkpoints.sealed_file import SEAL, sealed
 from codebook_tools.checkpoints.write import index_map_path
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
-from codebook_tools.finetune import Recipe
 from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.opening import Request
 from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Prune, Refit
+from codebook_tools.training.finetune import Recipe
 from codebook_tools.verify import Difference, verify_checkpoint
 
 WriteModel = Callable[..., Path]

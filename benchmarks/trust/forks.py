@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import codebook_tools.operate
-import codebook_tools.report.pages
-import codebook_tools.report.tables  # noqa: F401  so that a fork finds it imported
+import codebook_tools.report.html.pages
+import codebook_tools.report.terminal.tables  # noqa: F401  so that a fork finds it imported
 
 app = import_module("codebook_cli.app").app
 

@@ -56,7 +56,7 @@ from codebook_tools.recipe_files import read_recipe, steps_of
 from codebook_tools.remapping.index_map import read_index_maps
 from codebook_tools.remapping.token_files import rewrite_tokens
 from codebook_tools.remapping.token_ids import Translation
-from codebook_tools.training.saving import Saving
+from codebook_tools.training.resume import Saving
 
 __all__ = ["TARGETS", "VQMODEL", "Target", "tried"]
 

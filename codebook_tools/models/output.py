@@ -20,8 +20,8 @@ from codebook_tools.checkpoints.layout import (
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.write import check_writable
 from codebook_tools.errors import CodebookError
-from codebook_tools.filling import power_of_two
 from codebook_tools.models.registry import size_entry
+from codebook_tools.strategies.padding import power_of_two
 
 _NOT_WRITTEN = {".pt", ".pth", ".ckpt", ".bin"}
 

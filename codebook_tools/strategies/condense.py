@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from codebook_tools.codebook import Codebook, Latents, Surgery
-from codebook_tools.strategies.checks import check_k
+from codebook_tools.strategies._validation import check_k
 from codebook_tools.strategies.grow import Grow, grown
 from codebook_tools.strategies.quantize import Quantize
 

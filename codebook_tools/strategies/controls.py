@@ -11,7 +11,7 @@ from codebook_tools.clustering.seeding import Init, seeds
 from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.data.latents import joined
 from codebook_tools.errors import CodebookError
-from codebook_tools.strategies.checks import check_k
+from codebook_tools.strategies._validation import check_k
 from codebook_tools.strategies.prune import Prune
 
 

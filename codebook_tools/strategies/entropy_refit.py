@@ -12,7 +12,7 @@ from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Su
 from codebook_tools.data.latents import joined
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.devices import wide
-from codebook_tools.strategies.checks import check_k
+from codebook_tools.strategies._validation import check_k
 from codebook_tools.strategies.refit import Refit
 
 _POINTS_PER_CODE = 256

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
-from codebook_tools.strategies.checks import check_threshold
+from codebook_tools.strategies._validation import check_threshold
 
 
 @dataclass(frozen=True)

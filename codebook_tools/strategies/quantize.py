@@ -18,7 +18,7 @@ from codebook_tools.clustering.assignment import emitted, nearest, squared_error
 from codebook_tools.clustering.pnn import merge_pairs
 from codebook_tools.codebook import Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
-from codebook_tools.strategies.checks import check_k
+from codebook_tools.strategies._validation import check_k
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from codebook_tools.clustering.seeding import draw_by_error, with_direction
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
 from codebook_tools.data.latents import joined
 from codebook_tools.errors import CodebookError
-from codebook_tools.strategies.checks import check_threshold
+from codebook_tools.strategies._validation import check_threshold
 
 Method = Literal["error", "random", "split", "nearest"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from codebook_tools.errors import CodebookError
-from codebook_tools.losses import Loss
+from codebook_tools.training.losses.reconstruction import Loss
 
 ALONE = 0.25
 """Share of the run for which a discriminator only learns: what it says before is noise."""

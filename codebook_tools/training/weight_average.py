@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from codebook_tools.training.parts import Tensors, by_number, numbered
+from codebook_tools.training.state import Tensors, by_number, numbered
 
 
 class WeightAverage:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from codebook_tools.evaluation.measure import Measurement
 from codebook_tools.models.model import Model
-from codebook_tools.training.parts import Tensors, by_number, joined, numbered, part
 
 
 @dataclass(frozen=True)
@@ -128,3 +127,25 @@ class FineTuned:
     def gained(self) -> bool:
         """Whether the best is one to keep."""
         return is_better(self.best, self.start, self.settled_from) and not self.collapsed
+
+
+Tensors = dict[str, Tensor]
+
+
+def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> Tensors:
+    return {f"{owner}/{name}": tensor for owner, its in parts.items() for name, tensor in its.items()}
+
+
+def part(tensors: Mapping[str, Tensor], owner: str) -> Tensors:
+    """What `joined` got from that owner."""
+    start = f"{owner}/"
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def by_number(tensors: Iterable[Tensor]) -> Tensors:
+    return {str(i): tensor for i, tensor in enumerate(tensors)}
+
+
+def numbered(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The inverse of `by_number`."""
+    return [tensors[name] for name in sorted(tensors, key=int)]

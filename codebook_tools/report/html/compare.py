@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from codebook_tools.comparison import Comparison, Summary, notes, table_rows
-from codebook_tools.report.operated import about
-from codebook_tools.report.page import Page, Part, Plot, Table
+from codebook_tools.report.html.operate import about
+from codebook_tools.report.html.page import Page, Part, Plot, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

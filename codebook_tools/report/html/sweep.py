@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from codebook_tools.evaluation.measure import Measurement
-from codebook_tools.report.operated import about
-from codebook_tools.report.page import INK, Page, Part, Plot, Table
+from codebook_tools.report.html.operate import about
+from codebook_tools.report.html.page import INK, Page, Part, Plot, Table
 from codebook_tools.sweep import Sweep, sweep_rows
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.runtime import distributed
-from codebook_tools.training.states import TracePoint
+from codebook_tools.training.state import TracePoint
 
 Scalars = Callable[[int, Mapping[str, float]], None]
 """Called with a step, and figures by name."""

@@ -23,8 +23,8 @@ from codebook_tools.opening import UNSEEN
 from codebook_tools.outcome import Result
 from codebook_tools.planning import Plan
 from codebook_tools.remapping.remap import Remapped
-from codebook_tools.report.diagnosis import diagnosis_table
-from codebook_tools.report.histogram import UsageLines
+from codebook_tools.report.terminal.diagnosis import diagnosis_table
+from codebook_tools.report.terminal.histogram import UsageLines
 from codebook_tools.sweep import Sweep, sweep_rows
 
 _FEW = 10  # codes that a terminal shows

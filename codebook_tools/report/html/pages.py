@@ -15,15 +15,15 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.mapping import Map, look_at_map
 from codebook_tools.opening import Request
 from codebook_tools.outcome import Result
-from codebook_tools.report.chained import chained_page
-from codebook_tools.report.coded import codes_page, codes_parts
-from codebook_tools.report.compared import compared_page
-from codebook_tools.report.diagnosed import diagnosed_page
-from codebook_tools.report.mapped import map_plot, mapped_page, write_map
-from codebook_tools.report.operated import operated_page
-from codebook_tools.report.page import Page, html, require_plots
-from codebook_tools.report.swept import swept_page
-from codebook_tools.report.tables import Found
+from codebook_tools.report.html.chain import chained_page
+from codebook_tools.report.html.codes import codes_page, codes_parts
+from codebook_tools.report.html.compare import compared_page
+from codebook_tools.report.html.diagnose import diagnosed_page
+from codebook_tools.report.html.map import map_plot, mapped_page, write_map
+from codebook_tools.report.html.operate import operated_page
+from codebook_tools.report.html.page import Page, html, require_plots
+from codebook_tools.report.html.sweep import swept_page
+from codebook_tools.report.terminal.tables import Found
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.sweep import Sweep
 

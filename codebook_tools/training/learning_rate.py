@@ -1,4 +1,4 @@
-"""How fast a network learns, by its width and depth, and each of its tensors, in proportion to its own size."""
+"""How high the learning rate is: by a network's width and depth, by each tensor's size, and by the step."""
 
 from __future__ import annotations
 
@@ -51,3 +51,20 @@ def shares(parameters: Sequence[Tensor]) -> list[float]:
             share = min(max(share, _FRESH), 1.0)
         found.append(2.0 ** (round(math.log2(share) * _STEPS_TO_TWICE) / _STEPS_TO_TWICE))
     return found
+
+
+WARM_UP, FLOOR = 100, 0.05  # steps of linear warm-up; share of the learning rate that cosine decay ends at
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the learning rate after so many steps: linear warm-up, then cosine decay to FLOOR."""
+    warm_up = min(WARM_UP, max(1, steps // 2))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - warm_up)
+    return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def looks_at(steps: int) -> set[int]:
+    """Early steps tell a bad installation from a later collapse; then ten looks over the run."""
+    return {step for step in (1, 10, 100) if step <= steps} | set(range(0, steps + 1, max(1, steps // 10))) | {steps}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from codebook_tools.diagnosis.diagnose import Diagnosis
-from codebook_tools.report.operated import about
-from codebook_tools.report.page import Listing, Page, Table
+from codebook_tools.report.html.operate import about
+from codebook_tools.report.html.page import Listing, Page, Table
 from codebook_tools.runtime.version import VERSION
 
 

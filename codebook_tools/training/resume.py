@@ -15,8 +15,7 @@ from codebook_tools.checkpoints.write import maps_sha256, write_tensors
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.safe_io import parse_json
-from codebook_tools.training.parts import Tensors, joined, part
-from codebook_tools.training.states import State, TracePoint
+from codebook_tools.training.state import State, Tensors, TracePoint, joined, part
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from codebook_tools.data.dataset import Media
-from codebook_tools.entropy import indecision
 from codebook_tools.models.model import Book, Model
+from codebook_tools.training.losses.entropy import indecision
 
 COMMITMENT = 1.0  # weight of the term that moves latents to codes, in units of their variance
 

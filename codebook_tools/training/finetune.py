@@ -11,16 +11,16 @@ from torch import Tensor
 from codebook_tools.data.dataset import Media
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.models.model import Model
-from codebook_tools.quantiser import More
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.training.course import Course
-from codebook_tools.training.readings import SUM, Readings
+from codebook_tools.training.codebook_ema import More
+from codebook_tools.training.history import Course
+from codebook_tools.training.learning_rate import looks_at
+from codebook_tools.training.loss_log import SUM, Readings
 from codebook_tools.training.recipe import Recipe
-from codebook_tools.training.saving import Saving
-from codebook_tools.training.scalars import Scalars, figures_of, scalars_into
-from codebook_tools.training.schedule import looks_at
-from codebook_tools.training.states import Diverged, FineTuned, TracePoint
-from codebook_tools.training.step import Training
+from codebook_tools.training.resume import Saving
+from codebook_tools.training.state import Diverged, FineTuned, TracePoint
+from codebook_tools.training.tensorboard import Scalars, figures_of, scalars_into
+from codebook_tools.training.trainer import Training
 
 __all__ = ["FineTuned", "Recipe", "TracePoint", "finetune"]  # with what it is given, and gives back
 

@@ -11,20 +11,19 @@ from torch import Tensor, nn
 
 from codebook_tools.data.dataset import Media
 from codebook_tools.errors import CodebookError
-from codebook_tools.losses import Seen
 from codebook_tools.models.model import Model, of_stages
-from codebook_tools.quantiser import REVIVE_EVERY, More, Quantiser
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import sent
-from codebook_tools.trainable import set_trainable, trained_names, training_mode, written_names
-from codebook_tools.training.averaging import WeightAverage
 from codebook_tools.training.batches import Batches
-from codebook_tools.training.objective import objective_of
-from codebook_tools.training.parts import Tensors, by_number, joined, numbered, part
-from codebook_tools.training.rates import shares, usual_rate
+from codebook_tools.training.codebook_ema import REVIVE_EVERY, More, Quantiser
+from codebook_tools.training.ddp import run_together
+from codebook_tools.training.learning_rate import rate, shares, usual_rate
+from codebook_tools.training.losses.objective import objective_of
+from codebook_tools.training.losses.reconstruction import Seen
+from codebook_tools.training.parameters import set_trainable, trained_names, training_mode, written_names
 from codebook_tools.training.recipe import Recipe
-from codebook_tools.training.schedule import rate
-from codebook_tools.training.together import run_together
+from codebook_tools.training.state import Tensors, by_number, joined, numbered, part
+from codebook_tools.training.weight_average import WeightAverage
 
 REVIVE_UNTIL = 0.9  # of the run: the last codes placed need time to settle
 MERGE_AT = 0.6  # of the run: networks have learnt most by then, and the learning rate is still high enough to adapt
