@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-from codebook_tools.compare import ENTRIES, compare
-from codebook_tools.comparison import Comparison, markdown_table
 from codebook_tools.models.demo import DEMO
-from codebook_tools.opening import Request
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.finetune import Recipe
+from codebook_tools.workflows.compare import ENTRIES, compare
+from codebook_tools.workflows.comparison_rows import Comparison, markdown_table
+from codebook_tools.workflows.session import Request
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks") / "results" / "compare"

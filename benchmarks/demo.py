@@ -24,14 +24,14 @@ from codebook_tools.data.images import sample_photographs
 from codebook_tools.evaluation.measure import reconstruct
 from codebook_tools.models.demo import DEMO
 from codebook_tools.models.load import load_model
-from codebook_tools.opening import Request
-from codebook_tools.operate import operate
-from codebook_tools.outcome import Result
 from codebook_tools.report.html.pages import page_with_model, write_report
 from codebook_tools.report.terminal.tables import result_table
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
 from codebook_tools.training.finetune import Recipe
+from codebook_tools.workflows.operate import operate
+from codebook_tools.workflows.result import Result
+from codebook_tools.workflows.session import Request
 
 ROOT = Path(__file__).parents[1]
 K = 128

@@ -25,11 +25,11 @@ from torch.nn import functional
 from codebook_tools.codebook import Codebook
 from codebook_tools.data.dataset import Media
 from codebook_tools.models.model import Model
-from codebook_tools.opening import Request, open_request
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.codebook_ema import DECAY
 from codebook_tools.training.finetune import Recipe, finetune
 from codebook_tools.training.losses.reconstruction import COMMITMENT, Scales, scales_of
+from codebook_tools.workflows.session import Request, open_request
 
 ROOT = Path(__file__).parents[1]
 

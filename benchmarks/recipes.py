@@ -33,12 +33,12 @@ from machine import machine
 from variants import VARIANTS
 
 from codebook_tools.codebook import Strategy
-from codebook_tools.compare import find_entry
-from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.stages import Calibration, Latents, calibrate, encoder_latents, perform, run_stages
 from codebook_tools.strategies import find_strategy
 from codebook_tools.training.recipe import Recipe
+from codebook_tools.workflows.compare import find_entry
+from codebook_tools.workflows.pipeline import Calibration, Latents, calibrate, encoder_latents, perform, run_stages
+from codebook_tools.workflows.session import Opened, Request, open_request
 
 RESULTS = Path(__file__).parent / "results" / "recipes"
 MODELS = {

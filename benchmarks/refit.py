@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from machine import machine
 
-from codebook_tools.opening import Request, open_request
-from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
 from codebook_tools.training.finetune import Recipe
+from codebook_tools.workflows.operate import operate
+from codebook_tools.workflows.session import Request, open_request
 
 RESULTS = Path(__file__).parent / "results" / "refit.json"
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from codebook_tools.report.html.sweep import curves_plot
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.sweep import Sweep, markdown, sweep
+from codebook_tools.workflows.sweep import Sweep, markdown, sweep
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks") / "results" / "sweep"

@@ -1,6 +1,6 @@
 """Train the bundled demo checkpoint: a VQ-VAE whose codebook collapses by itself.
 
-    python benchmarks/train_demo.py codebook_tools/demo.safetensors
+    python benchmarks/train_demo.py codebook_tools/models/demo.safetensors
 
 The network and the loss are the zalando tutorial's: codebook at U(-1/K, 1/K), codebook and commitment losses by
 gradient, Adam at 1e-3, nothing against collapse and nothing for it. The images are the training part of the bundled

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codebook_tools.clustering.assignment import nearest
-from codebook_tools.opening import Opened
 from codebook_tools.training import learning_rate, trainer
 from codebook_tools.training.codebook_ema import DEAD_BELOW, Quantiser
 from codebook_tools.training.parameters import trained_names
 from codebook_tools.training.trainer import Training
+from codebook_tools.workflows.session import Opened
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,13 @@ def verify(
         from codebook_tools.models.demo import DEMO
         from codebook_tools.report.terminal.tables import verification_table
         from codebook_tools.runtime.progress import Watch
-        from codebook_tools.verify import verify_alone, verify_checkpoint
+        from codebook_tools.workflows.verify import verify_alone, verify_checkpoint
 
         from .output import ProgressShow
 
         prove: Callable[[], Proof] | None = None
         if given["network"] or given["family"] or given["data"]:
-            from codebook_tools.opening import prove_request
+            from codebook_tools.workflows.session import prove_request
 
             request = request_of(model, given)
             prove = partial(prove_request, request, Watch(ProgressShow(given["quiet"])))

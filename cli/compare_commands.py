@@ -11,9 +11,9 @@ from .options import DataOptions, FolderOptions, LongRunOptions, ModelArgument, 
 from .run import named_after, numbers, recipe_of, request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
-    from codebook_tools.comparison import Comparison
     from codebook_tools.runtime.progress import Watch
-    from codebook_tools.sweep import Sweep
+    from codebook_tools.workflows.comparison_rows import Comparison
+    from codebook_tools.workflows.sweep import Sweep
 
 decisions = typer.Typer()
 
@@ -40,7 +40,7 @@ def compare(
     """Every strategy and the controls, with the same data, batches and steps: one table. Goes on where it stopped."""
 
     def work(watch: Watch) -> Comparison:
-        from codebook_tools.compare import compare as run_compare
+        from codebook_tools.workflows.compare import compare as run_compare
 
         folder = given["output"] or named_after(model, ".compare")
         names = [name.strip() for name in strategies.split(",")] if strategies else []
@@ -71,7 +71,7 @@ def sweep(
     sizes, prices = numbers(k, int), numbers(lambda_, float)
 
     def work(watch: Watch) -> Sweep:
-        from codebook_tools.sweep import sweep as run_sweep
+        from codebook_tools.workflows.sweep import sweep as run_sweep
 
         folder = given["output"] or named_after(model, ".sweep")
         request = request_of(model, {**given, "output": None})

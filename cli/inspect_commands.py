@@ -23,11 +23,11 @@ from .options import (
 from .run import named_after, request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
-    from codebook_tools.codes import Codes
-    from codebook_tools.diagnosis.diagnose import Diagnosis
-    from codebook_tools.mapping import Map
-    from codebook_tools.outcome import Result
     from codebook_tools.runtime.progress import Watch
+    from codebook_tools.workflows.code_cards import Codes
+    from codebook_tools.workflows.diagnose import Diagnosis
+    from codebook_tools.workflows.latent_map import Map
+    from codebook_tools.workflows.result import Result
 
 looks = typer.Typer()
 
@@ -36,9 +36,9 @@ looks = typer.Typer()
 def inspect(model: ModelArgument = None, json_: JsonFlag = False) -> None:
     """Which codebooks a checkpoint holds, and what depends on them. Reads its header alone."""
     with reported():
-        from codebook_tools.inspection import inspect_checkpoint
         from codebook_tools.models.demo import DEMO
         from codebook_tools.report.terminal.inspection import inspection_table
+        from codebook_tools.workflows.inspect_checkpoint import inspect_checkpoint
 
         show_result(inspect_checkpoint(model or DEMO), inspection_table, json_)
 
@@ -77,8 +77,8 @@ def measure(
         raise typer.BadParameter(f"{more[0]}: one MODEL at a time; more files go with --merge")
 
     def work(watch: Watch) -> Result:
-        from codebook_tools.merging import parse_shard
-        from codebook_tools.operate import measure_model
+        from codebook_tools.workflows.measure_shards import parse_shard
+        from codebook_tools.workflows.operate import measure_model
 
         request = request_of(model, {**given, "latents": latents, "force": force})
         part = parse_shard(shard) if shard else None
@@ -106,7 +106,7 @@ def diagnose(
     """Why a codebook collapsed: cause by cause, with the number that says so. Exit code 3 where one is found."""
 
     def work(watch: Watch) -> Diagnosis:
-        from codebook_tools.diagnosis.diagnose import diagnose as run_diagnose
+        from codebook_tools.workflows.diagnose import diagnose as run_diagnose
 
         return run_diagnose(request_of(model, given), watch, against, trace)
 
@@ -128,7 +128,7 @@ def codes(
     """
 
     def work(watch: Watch) -> Codes:
-        from codebook_tools.codes import look_at_codes
+        from codebook_tools.workflows.code_cards import look_at_codes
 
         return look_at_codes(request_of(model, given), top, most, sort.value, watch)
 
@@ -151,8 +151,8 @@ def map_(
     """
 
     def work(watch: Watch) -> Map:
-        from codebook_tools.mapping import look_at_map
         from codebook_tools.report.html.map import check_beside
+        from codebook_tools.workflows.latent_map import look_at_map
 
         check_beside(page)
         return look_at_map(request_of(model, given), k, method.value, watch)

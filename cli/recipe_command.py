@@ -15,8 +15,8 @@ from .options import Channels, Metric
 from .run import request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
-    from codebook_tools.chain import Chain, ChainPlan
     from codebook_tools.runtime.progress import Watch
+    from codebook_tools.workflows.chain import Chain, ChainPlan
 
 _KINDS: Mapping[str, Any] = {
     **dict.fromkeys(("model", "output", "latents_cache", "report"), Path),
@@ -35,15 +35,15 @@ def run_recipe(context: typer.Context, path: Path, model: Path | None, given: di
     """Do what a recipe says, and write the recipe that repeats it beside the result. context: of the command."""
     typed = {name for name in (*given, "model") if _is_typed(context, name)}
     with reported():
-        from codebook_tools.recipe_files import read_recipe
+        from codebook_tools.workflows.recipe_file import read_recipe
 
         recipe = read_recipe(path)
         options = merged(recipe.options, {**given, "model": model}, typed)
 
     def work(watch: Watch) -> Chain | ChainPlan:
-        from codebook_tools.chain import plan_chain, run_chain
         from codebook_tools.checkpoints.atomic import write_text
-        from codebook_tools.recipe_files import RecipeFile, steps_of, without_nothing
+        from codebook_tools.workflows.chain import plan_chain, run_chain
+        from codebook_tools.workflows.recipe_file import RecipeFile, steps_of, without_nothing
 
         request = request_of(options["model"], options)
         steps = steps_of(recipe, batch_size=options["batch_size"], seed=options["seed"])

@@ -15,21 +15,21 @@ import typer
 from .errors import reported, show_result
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
-    from codebook_tools.chain import ChainPlan
     from codebook_tools.codebook import Strategy
-    from codebook_tools.opening import Request
-    from codebook_tools.outcome import Result
-    from codebook_tools.planning import Plan
     from codebook_tools.report.terminal.tables import Found
     from codebook_tools.runtime.progress import Watch
     from codebook_tools.training.finetune import Recipe
+    from codebook_tools.workflows.chain import ChainPlan
+    from codebook_tools.workflows.dry_run import Plan
+    from codebook_tools.workflows.result import Result
+    from codebook_tools.workflows.session import Request
 
 _Number = TypeVar("_Number", int, float)
 
 
 def request_of(model: Path | None, given: dict[str, Any]) -> Request:
     """What is to be worked on. given: the options of a command, by name; those that it lacks are left out."""
-    from codebook_tools.opening import Request
+    from codebook_tools.workflows.session import Request
 
     metric, channels = given["metric"], given["channels"]
     return Request(
@@ -121,8 +121,8 @@ def operate_on(
         _hash_ahead(model)
 
     def work(watch: Watch) -> Result | Plan:
-        from codebook_tools.operate import operate
-        from codebook_tools.planning import plan
+        from codebook_tools.workflows.dry_run import plan
+        from codebook_tools.workflows.operate import operate
 
         chosen, request = strategy(watch) if strategy else None, request_of(model, given)
         recipe = recipe_of(request, given)
@@ -154,11 +154,11 @@ def run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], given: dict[
 
 def _with_report(found: Found, given: dict[str, Any], watch: Watch) -> Found:
     """Write the page of what was found, which then names it."""
-    from codebook_tools.chain import Chain
-    from codebook_tools.diagnosis.diagnose import Diagnosis
-    from codebook_tools.outcome import Result
     from codebook_tools.report.html.pages import page_of, page_with_model, write_report
     from codebook_tools.runtime import distributed
+    from codebook_tools.workflows.chain import Chain
+    from codebook_tools.workflows.diagnose import Diagnosis
+    from codebook_tools.workflows.result import Result
 
     typed = shlex.join(["codebook", *sys.argv[1:]])
     if isinstance(found, Result | Chain) and found.shown and found.outputs.get("model") and distributed.count() == 1:
@@ -175,10 +175,10 @@ def _with_report(found: Found, given: dict[str, Any], watch: Watch) -> Found:
 
 
 def _run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], given: dict[str, Any]) -> None:
-    from codebook_tools.chain import ChainPlan
-    from codebook_tools.planning import Plan
     from codebook_tools.report.terminal.tables import details_table, table_of
     from codebook_tools.runtime.progress import Watch
+    from codebook_tools.workflows.chain import ChainPlan
+    from codebook_tools.workflows.dry_run import Plan
 
     from .output import ProgressShow, print_table, print_warnings
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.codebook import Strategy
-from codebook_tools.opening import Request
-from codebook_tools.operate import Result, operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Prune, Quantize, Refit, Restart
 from codebook_tools.training.finetune import Recipe
-from codebook_tools.verify import verify_checkpoint
+from codebook_tools.workflows.operate import Result, operate
+from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.verify import verify_checkpoint
 
 NO_STEPS = Recipe(steps=0)
 

@@ -28,126 +28,13 @@ ROOMS = (
 """From the ground up: a room imports only from rooms before it. A room is a folder or a module of codebook_tools; the
 folder cli/ is one."""
 
-MOVING: dict[str, str] = {
-    "adversarial": "training",
-    "assignment": "clustering",
-    "blur": "evaluation",
-    "card": "workflows",
-    "cells": "clustering",
-    "chain": "workflows",
-    "channels": "data",
-    "codes": "workflows",
-    "compare": "workflows",
-    "comparison": "workflows",
-    "coverage": "evaluation",
-    "demo": "models",
-    "detached": "workflows",
-    "devices": "runtime",
-    "diagnosis/diagnose": "workflows",
-    "diagnosis/gathering": "workflows",
-    "distill": "training",
-    "downstream": "remapping",
-    "downstream/choice": "remapping",
-    "downstream/maps": "remapping",
-    "downstream/parquet": "remapping",
-    "downstream/prior_config": "remapping",
-    "downstream/prior_tables": "remapping",
-    "downstream/priors": "remapping",
-    "downstream/remap": "remapping",
-    "downstream/token_files": "remapping",
-    "downstream/translation": "remapping",
-    "downstream/verify_prior": "remapping",
-    "downstream/vocabulary": "remapping",
-    "entropy": "training",
-    "exhibit": "workflows",
-    "extremes": "workflows",
-    "figures": "evaluation",
-    "filling": "strategies",
-    "finetune": "training",
-    "images": "data",
-    "index_maps": "remapping",
-    "inspection": "workflows",
-    "items": "data",
-    "kinds": "runtime",
-    "kmeans": "clustering",
-    "latent_cache": "models",
-    "latent_files": "data",
-    "latents": "data",
-    "losses": "training",
-    "mapping": "workflows",
-    "measure": "evaluation",
-    "media": "data",
-    "merging": "workflows",
-    "metrics": "evaluation",
-    "networks": "models",
-    "networks/bounded": "models",
-    "networks/convolutions": "models",
-    "networks/custom": "models",
-    "networks/dac": "models",
-    "networks/diffusers_vqmodel": "models",
-    "networks/encodec": "models",
-    "networks/janus": "models",
-    "networks/lucidrains": "models",
-    "networks/mimi": "models",
-    "networks/network": "models",
-    "networks/pytorch_vae": "models",
-    "networks/residual": "models",
-    "networks/rosinality": "models",
-    "networks/xcodec": "models",
-    "networks/zalando": "models",
-    "opening": "workflows",
-    "operate": "workflows",
-    "outcome": "workflows",
-    "output": "models",
-    "parsing": "runtime",
-    "patches": "evaluation",
-    "perceptual": "training",
-    "pictures": "data",
-    "planning": "workflows",
-    "processes": "runtime",
-    "quantiser": "training",
-    "recipe_files": "workflows",
-    "regular": "runtime",
-    "sampling": "data",
-    "seeding": "clustering",
-    "sounds": "data",
-    "sources": "data",
-    "splits": "data",
-    "stages": "workflows",
-    "stats": "evaluation",
-    "strategies/pnn": "clustering",
-    "structure": "models",
-    "sums": "evaluation",
-    "survey": "evaluation",
-    "swaps": "clustering",
-    "sweep": "workflows",
-    "threads": "runtime",
-    "tokens": "evaluation",
-    "trainable": "training",
-    "verification": "models",
-    "verify": "workflows",
-    "version": "runtime",
-    "watch": "runtime",
-}
-"""The room of each module that does not stand in its folder yet."""
-
 
 def sources() -> list[tuple[str, Path]]:
     """(room, file) of every module of the library and of the command line."""
     library = ROOT / LIBRARY
     inside = [file for file in library.rglob("*.py") if file != library / "__init__.py"]
-    rooms = [(room_of(".".join(file.relative_to(library).with_suffix("").parts)), file) for file in inside]
+    rooms = [(file.relative_to(library).parts[0].removesuffix(".py"), file) for file in inside]
     return sorted([*rooms, *((COMMAND_LINE, file) for file in (ROOT / "cli").rglob("*.py"))])
-
-
-def room_of(module: str) -> str:
-    """The room of a module or of a name in one, by its dotted name within codebook_tools."""
-    path = module.removesuffix(".__init__").replace(".", "/")
-    while path:
-        if path in MOVING:
-            return MOVING[path]
-        path = path.rpartition("/")[0]
-    return module.partition(".")[0]
 
 
 def entered(source: str) -> Iterator[str]:
@@ -164,7 +51,7 @@ def entered(source: str) -> Iterator[str]:
             if top == COMMAND_LINE:
                 yield COMMAND_LINE
             elif top == LIBRARY:
-                yield room_of(rest)
+                yield rest.partition(".")[0]
 
 
 def faults(room: str, source: str) -> list[str]:

@@ -19,15 +19,15 @@ from round_trips import OPERATIONS, Operation, assert_averages_follow, assert_sa
 from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.read import read_checkpoint
-from codebook_tools.compare import compare
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
-from codebook_tools.opening import Request
-from codebook_tools.operate import measure_model, operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Quantize, Refit
 from codebook_tools.training.finetune import Recipe
+from codebook_tools.workflows.compare import compare
+from codebook_tools.workflows.operate import measure_model, operate
+from codebook_tools.workflows.session import Request
 
 LENGTH = 224
 """Samples of a clip: 28 latents."""

@@ -14,11 +14,11 @@ import yaml
 from conftest import Outcome, assert_refused, contents, same
 from safetensors.torch import load_file
 
-from codebook_tools.chain import run_chain
 from codebook_tools.evaluation.measure import reconstruct
-from codebook_tools.opening import Request, open_request
-from codebook_tools.recipe_files import read_recipe, steps_of, without_nothing
 from codebook_tools.runtime.progress import Watch
+from codebook_tools.workflows.chain import run_chain
+from codebook_tools.workflows.recipe_file import read_recipe, steps_of, without_nothing
+from codebook_tools.workflows.session import Request, open_request
 
 Run = Callable[..., Outcome]
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.models.families.zalando import CODEBOOK
-from codebook_tools.opening import DEMO
+from codebook_tools.workflows.session import DEMO
 
 Run = Callable[..., Outcome]
 WriteModel = Callable[..., Path]

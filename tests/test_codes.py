@@ -12,15 +12,15 @@ from conftest import Grey, Outcome, assert_refused
 from sources_of_images import Images
 from torch import Tensor, nn
 
-from codebook_tools.codes import Codes, look_at_codes
 from codebook_tools.data.images import array_items
 from codebook_tools.evaluation.receptive_field import Place, patches, receptive_side
-from codebook_tools.extremes import lowest_of_each
 from codebook_tools.models.model import Model
-from codebook_tools.opening import Request
 from codebook_tools.report.html.codes import codes_page
 from codebook_tools.report.html.page import html
 from codebook_tools.runtime.progress import Watch
+from codebook_tools.workflows.code_cards import Codes, look_at_codes
+from codebook_tools.workflows.extreme_latents import lowest_of_each
+from codebook_tools.workflows.session import Request
 
 Run = Callable[..., Outcome]
 

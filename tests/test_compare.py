@@ -14,18 +14,18 @@ from conftest import Outcome, State
 from safetensors.torch import save_file
 from torch import Tensor
 
-from codebook_tools import compare as compare_module
 from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
-from codebook_tools.compare import ENTRIES, MORE_ENTRIES, compare
-from codebook_tools.comparison import Comparison, Row, RowStore, Spread, markdown_table, table_rows
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import CodebookUse, Measurement
-from codebook_tools.opening import Request
-from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import STRATEGIES, Refit
 from codebook_tools.training.batches import Batches
 from codebook_tools.training.finetune import Recipe
+from codebook_tools.workflows import compare as compare_module
+from codebook_tools.workflows.compare import ENTRIES, MORE_ENTRIES, compare
+from codebook_tools.workflows.comparison_rows import Comparison, Row, RowStore, Spread, markdown_table, table_rows
+from codebook_tools.workflows.operate import operate
+from codebook_tools.workflows.session import Request
 
 RECIPE = Recipe(steps=12, batch_size=16)
 Ask = Callable[..., Comparison]
@@ -224,7 +224,7 @@ def test_rows_of_another_model_or_version_are_not_used(
     ask: Ask, write_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes = [ask("refit").rows[0].made_with, ask("refit", model=write_model("extra", "other")).rows[0].made_with]
-    monkeypatch.setattr("codebook_tools.comparison.VERSION", "999")
+    monkeypatch.setattr("codebook_tools.workflows.comparison_rows.VERSION", "999")
     hashes.append(ask("refit").rows[0].made_with)
     assert len(set(hashes)) == 3
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 from codebook_cli.completion import ROWS, devices, families, rows
 
-from codebook_tools.compare import ENTRIES, MORE_ENTRIES
 from codebook_tools.models.registry import FAMILIES
+from codebook_tools.workflows.compare import ENTRIES, MORE_ENTRIES
 
 
 def test_the_rows_are_those_of_a_comparison() -> None:

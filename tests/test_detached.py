@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.models.families.zalando import CODEBOOK
-from codebook_tools.opening import DEMO
+from codebook_tools.workflows.session import DEMO
 
 Run = Callable[..., Outcome]
 WriteModel = Callable[..., Path]

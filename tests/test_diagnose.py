@@ -30,19 +30,19 @@ from codebook_tools.diagnosis.checks.split_mismatch import counting
 from codebook_tools.diagnosis.checks.stale_ema import stale_ema
 from codebook_tools.diagnosis.checks.uninitialised_flag import uninitialised_flag
 from codebook_tools.diagnosis.checks.wrong_encoder import wrong_encoder
-from codebook_tools.diagnosis.diagnose import CHECKS, diagnose
 from codebook_tools.diagnosis.encoder_shift import correlation, shift
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence, Pair
 from codebook_tools.diagnosis.finding import Finding
 from codebook_tools.diagnosis.fit import Fit, fit_of, left_of, places
-from codebook_tools.diagnosis.gathering import curve_of
 from codebook_tools.diagnosis.initialization import born_dead
 from codebook_tools.diagnosis.stored_ema import Companions, of_state
 from codebook_tools.diagnosis.training_trace import Look, Trace, read_trace
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.initialization import drawn, structure
-from codebook_tools.opening import Request
 from codebook_tools.runtime.progress import Watch
+from codebook_tools.workflows.diagnose import CHECKS, diagnose
+from codebook_tools.workflows.gather_evidence import curve_of
+from codebook_tools.workflows.session import Request
 
 NAMES = (
     *("not-installed", "wrong-encoder", "wrong-layout", "wrong-input-range", "stale-ema", "uninitialised-flag"),

@@ -15,13 +15,13 @@ from conftest import _pictures
 from test_round_trips import CASES
 
 from codebook_tools.codebook import Strategy
-from codebook_tools.diagnosis.diagnose import diagnose
 from codebook_tools.models.demo import DEMO
-from codebook_tools.opening import Request
-from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Quantize, Refit, Restart
 from codebook_tools.training.finetune import Recipe
+from codebook_tools.workflows.diagnose import diagnose
+from codebook_tools.workflows.operate import operate
+from codebook_tools.workflows.session import Request
 
 pytestmark = pytest.mark.slow
 

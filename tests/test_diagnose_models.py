@@ -30,9 +30,9 @@ from conftest import Outcome
 from torch import Tensor
 from torch.nn import functional
 
-from codebook_tools.diagnosis.diagnose import Diagnosis, diagnose
-from codebook_tools.opening import Request
 from codebook_tools.runtime.progress import Watch
+from codebook_tools.workflows.diagnose import Diagnosis, diagnose
+from codebook_tools.workflows.session import Request
 
 pytestmark = pytest.mark.slow
 

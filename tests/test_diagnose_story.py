@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from codebook_tools.clustering.kmeans import kmeans
 from codebook_tools.clustering.seeding import seeds
-from codebook_tools.diagnosis.diagnose import Diagnosis, diagnose
 from codebook_tools.models.demo import DEMO
 from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.models.model import Model
-from codebook_tools.opening import Opened, Request, open_request
-from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
 from codebook_tools.training.finetune import Recipe
+from codebook_tools.workflows.diagnose import Diagnosis, diagnose
+from codebook_tools.workflows.operate import operate
+from codebook_tools.workflows.session import Opened, Request, open_request
 
 K = 64
 COUNTS, SUMS = "_vq_vae._ema_cluster_size", "_vq_vae._ema_w"

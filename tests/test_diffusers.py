@@ -27,9 +27,9 @@ from codebook_tools.models.families.diffusers_vqmodel import CODEBOOK
 from codebook_tools.models.load import load_model
 from codebook_tools.models.output import written_config
 from codebook_tools.models.sizes import size_warning
-from codebook_tools.opening import Request
-from codebook_tools.operate import measure_model
 from codebook_tools.runtime.progress import Watch
+from codebook_tools.workflows.operate import measure_model
+from codebook_tools.workflows.session import Request
 
 Run = Callable[..., Outcome]
 Save = Callable[..., Path]

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from conftest import Outcome, assert_refused, contents
 
-from codebook_tools import operate
 from codebook_tools.checkpoints.write import check_writable
 from codebook_tools.models.demo import DEMO
+from codebook_tools.workflows import operate
 
 Run = Callable[..., Outcome]
 Mount = Callable[[str], Path]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from codebook_tools.comparison import Comparison, Row, markdown_table, table_rows
 from codebook_tools.models.registry import CUSTOM, FAMILIES
+from codebook_tools.workflows.comparison_rows import Comparison, Row, markdown_table, table_rows
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *(path for path in (ROOT / "docs").glob("*.md") if path.name != "cli.md")]

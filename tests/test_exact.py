@@ -12,7 +12,6 @@ from conftest import Outcome, assert_refused
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codebook_tools import merging
 from codebook_tools.codebook import Codebook
 from codebook_tools.data import sampling
 from codebook_tools.data.latents import StoredLatents
@@ -20,6 +19,7 @@ from codebook_tools.data.sampling import drawn_rows
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.usage import survey
 from codebook_tools.strategies.refit import Refit
+from codebook_tools.workflows import measure_shards
 
 LIMIT = 100
 
@@ -142,7 +142,7 @@ def test_a_sample_in_a_file_is_not_all(
     codebook: Callable[..., Outcome], tiny: Path, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stats = tmp_path / "stats.safetensors"
-    monkeypatch.setattr(merging, "SAMPLE", 200)
+    monkeypatch.setattr(measure_shards, "SAMPLE", 200)
     assert codebook("measure", tiny, "--data", images_folder, "--stats", stats).exit_code == 0
     found = codebook("refit", tiny, "--k", 6, "--stats", stats, "--exact")
     assert_refused(found, "--exact goes over all 912 latents, and --stats holds a sample of 200")

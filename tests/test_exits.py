@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import Outcome, assert_refused, contents
 
-from codebook_tools import operate, stages
+from codebook_tools.workflows import operate, pipeline
 
 Run = Callable[..., Outcome]
 RANGE = ("--input-range", "-1,1")
@@ -92,7 +92,7 @@ def test_a_lack_of_memory_is_the_users_to_mend(
 
 @pytest.mark.parametrize(
     ("room", "where"),
-    [(stages, "finetune"), (operate, "write_checkpoint"), (stages, "measure_stage"), (operate, "prove")],
+    [(pipeline, "finetune"), (operate, "write_checkpoint"), (pipeline, "measure_stage"), (operate, "prove")],
 )
 def test_an_interruption_is_exit_code_130_wherever_it_comes(
     room: ModuleType,

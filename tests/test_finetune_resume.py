@@ -24,14 +24,14 @@ from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
-from codebook_tools.opening import Request
-from codebook_tools.operate import Result, operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.strategies import Prune, Refit
 from codebook_tools.training.codebook_ema import More
 from codebook_tools.training.finetune import FineTuned, Recipe
 from codebook_tools.training.resume import Saving
+from codebook_tools.workflows.operate import Result, operate
+from codebook_tools.workflows.session import Request
 
 GreyImages = Callable[..., Images]
 COUNTS = [int(i not in DEAD) for i in range(16)]
@@ -207,7 +207,7 @@ def test_another_model_or_version_or_strategy_is_not_taken_up(
         do(resumed, Prune())
     with pytest.raises(CodebookError, match=r"another fine-tuning: model was [0-9a-f]+, and is [0-9a-f]+"):
         do(replace(resumed, model=other))
-    monkeypatch.setattr("codebook_tools.operate.VERSION", "0.0.9")
+    monkeypatch.setattr("codebook_tools.workflows.operate.VERSION", "0.0.9")
     with pytest.raises(CodebookError, match=rf"another fine-tuning: version was {VERSION}, and is 0\.0\.9"):
         do(resumed)
 

@@ -29,11 +29,11 @@ from torch.nn.functional import normalize
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
-from codebook_tools.inspection import inspect_checkpoint
-from codebook_tools.opening import Request
-from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Quantize
+from codebook_tools.workflows.inspect_checkpoint import inspect_checkpoint
+from codebook_tools.workflows.operate import operate
+from codebook_tools.workflows.session import Request
 
 SURGERIES = [operation for operation in OPERATIONS if operation.recipe == NO_STEPS]
 CODES = torch.cat([torch.randn(10, 4, generator=torch.Generator().manual_seed(0)), torch.full((6, 4), 40.0)])

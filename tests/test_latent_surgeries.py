@@ -17,13 +17,13 @@ from torch import Tensor
 from codebook_tools.codebook import REMOVED, Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.families.zalando import CODEBOOK
-from codebook_tools.opening import DEMO, Request, open_request
-from codebook_tools.operate import measure_model, operate
-from codebook_tools.outcome import Result
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Refit, Restart
 from codebook_tools.training.finetune import Recipe
-from codebook_tools.verify import verify_checkpoint
+from codebook_tools.workflows.operate import measure_model, operate
+from codebook_tools.workflows.result import Result
+from codebook_tools.workflows.session import DEMO, Request, open_request
+from codebook_tools.workflows.verify import verify_checkpoint
 
 NO_STEPS = Recipe(steps=0)
 LIMIT = 40

@@ -16,19 +16,19 @@ import torch
 from conftest import Grey, Outcome, assert_refused
 from test_report import browser  # noqa: F401  # a fixture
 
-from codebook_tools import mapping
-from codebook_tools.mapping import Map, look_at_map, principal
-from codebook_tools.opening import Request
 from codebook_tools.report.html.map import map_plot, mapped_page
 from codebook_tools.report.html.page import html
 from codebook_tools.runtime.progress import Watch
+from codebook_tools.workflows import latent_map
+from codebook_tools.workflows.latent_map import Map, look_at_map, principal
+from codebook_tools.workflows.session import Request
 
 Run = Callable[..., Outcome]
 
 
 @pytest.fixture
 def without_umap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapping, "find_spec", lambda name: None)
+    monkeypatch.setattr(latent_map, "find_spec", lambda name: None)
 
 
 @pytest.fixture

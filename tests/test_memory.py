@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from codebook_tools import operate as operate_module
-from codebook_tools.opening import Opened, Request, open_request
-from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
 from codebook_tools.training.finetune import Recipe
+from codebook_tools.workflows import operate as operate_module
+from codebook_tools.workflows.operate import operate
+from codebook_tools.workflows.session import Opened, Request, open_request
 
 
 @pytest.mark.parametrize("steps", [0, 1])

@@ -15,18 +15,18 @@ from conftest import Outcome, State, assert_refused, contents
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from codebook_tools import merging
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.sealed_file import SEAL, sealed
 from codebook_tools.checkpoints.tensors import Stored
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.usage import survey
-from codebook_tools.merging import parse_shard, sample_limit
 from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.models.load import load_model
-from codebook_tools.opening import Request, open_request
-from codebook_tools.operate import measure_model
 from codebook_tools.runtime.progress import Watch
+from codebook_tools.workflows import measure_shards
+from codebook_tools.workflows.measure_shards import parse_shard, sample_limit
+from codebook_tools.workflows.operate import measure_model
+from codebook_tools.workflows.session import Request, open_request
 
 Run = Callable[..., Outcome]
 N = 8
@@ -87,7 +87,7 @@ def test_shards_in_any_order_are_the_pass_to_the_last_byte(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(merging, "SAMPLE", limit)
+    monkeypatch.setattr(measure_shards, "SAMPLE", limit)
     measured(tmp_path, variants["plain"], images_folder, held_out_folder)
     one = json.loads((tmp_path / "whole.json").read_text())
     shards = sorted(tmp_path.glob("shard-*.safetensors"))
@@ -382,7 +382,7 @@ def test_counts_that_stand_for_more_than_the_sample_count_in_full(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(merging, "SAMPLE", 456)
+    monkeypatch.setattr(measure_shards, "SAMPLE", 456)
     model, stats, out = write_model("ema"), tmp_path / "stats.safetensors", tmp_path / "out.safetensors"
     codebook("measure", model, "--data", images_folder, "--stats", stats)
     assert codebook("refit", model, "--k", 6, "--stats", stats, "-o", out).exit_code == 0

@@ -27,14 +27,14 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import Measurement
 from codebook_tools.evaluation.usage import survey
 from codebook_tools.models.families.zalando import CODEBOOK
-from codebook_tools.opening import Request
-from codebook_tools.operate import Result, measure_model, operate
-from codebook_tools.planning import plan
 from codebook_tools.remapping.nearest_map import nearest_map
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Prune, Refit
 from codebook_tools.training.finetune import Recipe
-from codebook_tools.verify import verify_checkpoint
+from codebook_tools.workflows.dry_run import plan
+from codebook_tools.workflows.operate import Result, measure_model, operate
+from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.verify import verify_checkpoint
 
 WriteModel = Callable[..., Path]
 NO_STEPS = Recipe(steps=0)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from codebook_tools.checkpoints import write
 from codebook_tools.models.families.zalando import CODEBOOK
-from codebook_tools.opening import DEMO
+from codebook_tools.workflows.session import DEMO
 
 Run = Callable[..., Outcome]
 WriteModel = Callable[..., Path]

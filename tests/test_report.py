@@ -17,10 +17,10 @@ from conftest import Outcome, assert_refused, contents
 from PIL import Image
 
 from codebook_tools.evaluation.measure import CodebookUse, Measurement
-from codebook_tools.exhibit import Shown
-from codebook_tools.outcome import Result
 from codebook_tools.report.html.operate import books_plot, headline, operated_page, usage_plot
 from codebook_tools.report.html.page import Gallery, Listing, Page, Picture, Plot, Table, html
+from codebook_tools.workflows.gallery import Shown
+from codebook_tools.workflows.result import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from sources_of_images import Images, find_images
 from torch.nn import functional
 
-from codebook_tools import stages
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.sealed_file import SEAL, sealed
 from codebook_tools.errors import CodebookError
@@ -30,11 +29,12 @@ from codebook_tools.evaluation.quality_warnings import blur_warnings
 from codebook_tools.evaluation.stats_file import read_part
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
-from codebook_tools.opening import Request
-from codebook_tools.operate import measure_model, operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.finetune import FineTuned, Recipe
 from codebook_tools.training.state import State
+from codebook_tools.workflows import pipeline
+from codebook_tools.workflows.operate import measure_model, operate
+from codebook_tools.workflows.session import Request
 
 GreyImages = Callable[..., Images]
 
@@ -214,7 +214,7 @@ def test_the_result_of_a_fine_tuning_that_blurs_warns_of_it(
         return FineTuned(start, best, (), (), ("decoder",), 0.1, None)
 
     asked = Request(tiny, (str(images_folder),), input_range=(-1.0, 1.0), output=tmp_path / "out.safetensors")
-    monkeypatch.setattr(stages, "finetune", fade)
+    monkeypatch.setattr(pipeline, "finetune", fade)
     result = operate("finetune", asked, None, Recipe(steps=1), Watch())
     assert result.before is not None and result.finetuned is not None and result.kept == "finetuned"
     assert result.finetuned.sharpness == pytest.approx((result.before.sharpness or 0) / 4, rel=0.01)

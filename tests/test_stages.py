@@ -16,20 +16,20 @@ from safetensors.torch import load_file, save_file
 from sources_of_images import Images
 from torch import Tensor
 
-from codebook_tools import stages
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.codebook import REMOVED, Strategy
 from codebook_tools.data.images import array_items
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
-from codebook_tools.opening import Request
-from codebook_tools.operate import measure_model, operate
-from codebook_tools.outcome import Result
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Quantize, Refit, Restart
 from codebook_tools.training.finetune import FineTuned, Recipe, finetune
 from codebook_tools.training.state import State as Kept
-from codebook_tools.verify import verify_checkpoint
+from codebook_tools.workflows import pipeline
+from codebook_tools.workflows.operate import measure_model, operate
+from codebook_tools.workflows.result import Result
+from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.verify import verify_checkpoint
 
 NO_STEPS = Recipe(steps=0)
 KEYS = ("quantizers.0.embed", "quantizers.1.embed")
@@ -424,6 +424,6 @@ def test_codes_that_a_fine_tuning_loses_are_warned_of(
         start, best = Kept(0, 1.0, *tensors, revived), Kept(1, 0.5, *tensors, revived)
         return FineTuned(start, best, (), (), ("encoder",), 0.1, None)
 
-    monkeypatch.setattr(stages, "finetune", lose)
+    monkeypatch.setattr(pipeline, "finetune", lose)
     result = do(ask(residual()), Refit(3), Recipe(steps=1))
     assert "fine-tuning lowered the error with 2 of 6 codes in use" in " ".join(result.warnings)

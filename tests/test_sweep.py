@@ -21,7 +21,7 @@ from codebook_tools.evaluation import metrics
 from codebook_tools.evaluation.measure import CodebookUse, Measurement
 from codebook_tools.strategies import Refit
 from codebook_tools.strategies.entropy_refit import EntropyRefit
-from codebook_tools.sweep import suggest
+from codebook_tools.workflows.sweep import suggest
 
 Run = Callable[..., Outcome]
 RANGE = ("--input-range", "-1,1")

@@ -21,12 +21,12 @@ from codebook_tools.checkpoints.write import index_map_path
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.families.zalando import CODEBOOK
-from codebook_tools.opening import Request
-from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Prune, Refit
 from codebook_tools.training.finetune import Recipe
-from codebook_tools.verify import Difference, verify_checkpoint
+from codebook_tools.workflows.operate import operate
+from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.verify import Difference, verify_checkpoint
 
 WriteModel = Callable[..., Path]
 SIZES, SUMS = "_vq_vae._ema_cluster_size", "_vq_vae._ema_w"

@@ -40,7 +40,7 @@ def test_the_wheel_holds_both_packages_whole_and_no_module_called_cli(tmp_path: 
                 f"{file.name} is not in the wheel"
             )
         assert f"{package}/py.typed" in sizes
-    assert 100_000 < sizes["codebook_tools/demo.safetensors"] <= 2_000_000
+    assert 100_000 < sizes["codebook_tools/models/demo.safetensors"] <= 2_000_000
     assert "codebook = codebook_cli.app:main" in points
     assert "Name: codebook-tools" in metadata and "Requires-Python: >=3.11" in metadata
     assert any(name.endswith("LICENSE") for name in sizes)

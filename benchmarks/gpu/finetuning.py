@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from finetune import bare, ours
 
 from codebook_tools.codebook import Codebook
-from codebook_tools.opening import Opened, Request, open_request
-from codebook_tools.operate import operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
 from codebook_tools.training.finetune import Recipe
 from codebook_tools.training.losses.reconstruction import scales_of
+from codebook_tools.workflows.operate import operate
+from codebook_tools.workflows.session import Opened, Request, open_request
 
 
 def request_of(shared: Path | None, device: str, **more: Any) -> Request:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from part import forget_peak, options, peak, timed, write
 
-from codebook_tools.opening import Request
-from codebook_tools.operate import measure_model, operate
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
 from codebook_tools.training.finetune import Recipe
+from codebook_tools.workflows.operate import measure_model, operate
+from codebook_tools.workflows.session import Request
 
 
 def make(folder: Path, quick: bool) -> None:

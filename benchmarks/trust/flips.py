@@ -21,7 +21,7 @@ from record import record
 
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.demo import DEMO
-from codebook_tools.verify import verify_checkpoint
+from codebook_tools.workflows.verify import verify_checkpoint
 
 
 def found(model: Path, original: Path) -> bool:

@@ -11,10 +11,6 @@ from pathlib import Path
 
 import torch
 
-import codebook_tools.operate
-import codebook_tools.report.html.pages
-import codebook_tools.report.terminal.tables  # noqa: F401  so that a fork finds it imported
-
 app = import_module("codebook_cli.app").app
 
 

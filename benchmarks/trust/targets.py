@@ -41,7 +41,6 @@ from seeds import (
 )
 
 from codebook_tools.checkpoints.read import read_checkpoint
-from codebook_tools.comparison import RowStore
 from codebook_tools.data.audio import sounds
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.images import images
@@ -50,13 +49,14 @@ from codebook_tools.data.latent_files import open_latents, split_latents
 from codebook_tools.diagnosis.training_trace import read_trace
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.evaluation.stats_file import holds_sample, read_part, read_stats
-from codebook_tools.inspection import inspect_checkpoint
 from codebook_tools.models.load import load_model
-from codebook_tools.recipe_files import read_recipe, steps_of
 from codebook_tools.remapping.index_map import read_index_maps
 from codebook_tools.remapping.token_files import rewrite_tokens
 from codebook_tools.remapping.token_ids import Translation
 from codebook_tools.training.resume import Saving
+from codebook_tools.workflows.comparison_rows import RowStore
+from codebook_tools.workflows.inspect_checkpoint import inspect_checkpoint
+from codebook_tools.workflows.recipe_file import read_recipe, steps_of
 
 __all__ = ["TARGETS", "VQMODEL", "Target", "tried"]
 

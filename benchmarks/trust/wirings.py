@@ -151,11 +151,11 @@ def _verdict(wiring: Wiring, desk: Desk, by_command: bool) -> dict[str, Any]:
 
 def _in_process(wiring: Wiring, desk: Desk, source: Path, output: Path, keys: list[str]) -> Reported:
     from codebook_tools.errors import CodebookError
-    from codebook_tools.opening import Request
-    from codebook_tools.operate import operate
     from codebook_tools.runtime.progress import Watch
     from codebook_tools.strategies import STRATEGIES
     from codebook_tools.training.finetune import Recipe
+    from codebook_tools.workflows.operate import operate
+    from codebook_tools.workflows.session import Request
 
     calibration, held_out = _data(wiring, desk)
     try:

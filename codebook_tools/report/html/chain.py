@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from codebook_tools.chain import Chain
 from codebook_tools.report.html.operate import about, gallery, headline, trace_plot, usage_plot
 from codebook_tools.report.html.page import Page, Part, Table
 from codebook_tools.report.terminal.tables import chain_rows
+from codebook_tools.workflows.chain import Chain
 
 
 def chained_page(found: Chain, command: str, more: Sequence[Part] = ()) -> Page:

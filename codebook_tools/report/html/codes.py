@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from codebook_tools.codes import Card, Codes, Example
 from codebook_tools.report.html.operate import about, usage_plot
 from codebook_tools.report.html.page import Gallery, Page, Part, Picture
+from codebook_tools.workflows.code_cards import Card, Codes, Example
 
 _LIGHT = 0.5  # share of a token's colour over its image
 _SHOWN = 160  # pixels, about, of an image with its tokens

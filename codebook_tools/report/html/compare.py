@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from codebook_tools.comparison import Comparison, Summary, notes, table_rows
 from codebook_tools.report.html.operate import about
 from codebook_tools.report.html.page import Page, Part, Plot, Table
+from codebook_tools.workflows.comparison_rows import Comparison, Summary, notes, table_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

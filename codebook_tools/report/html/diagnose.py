@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from codebook_tools.diagnosis.diagnose import Diagnosis
 from codebook_tools.report.html.operate import about
 from codebook_tools.report.html.page import Listing, Page, Table
 from codebook_tools.runtime.version import VERSION
+from codebook_tools.workflows.diagnose import Diagnosis
 
 
 def diagnosed_page(found: Diagnosis, command: str) -> Page:

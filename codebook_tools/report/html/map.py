@@ -10,9 +10,9 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.atomic import partial_file, put_in_place
 from codebook_tools.errors import CodebookError
-from codebook_tools.mapping import Map
 from codebook_tools.report.html.operate import about
 from codebook_tools.report.html.page import STYLE, Hover, Page, Plot
+from codebook_tools.workflows.latent_map import Map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

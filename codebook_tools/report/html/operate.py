@@ -11,11 +11,11 @@ import torch
 
 from codebook_tools.evaluation.figures import STAGES, stage_rows
 from codebook_tools.evaluation.measure import Measurement
-from codebook_tools.exhibit import Shown
-from codebook_tools.outcome import Result
 from codebook_tools.report.html.curves import draw_panels
 from codebook_tools.report.html.page import Gallery, Listing, Page, Part, Picture, Plot, Table
 from codebook_tools.training.state import TracePoint
+from codebook_tools.workflows.gallery import Shown
+from codebook_tools.workflows.result import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,15 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from codebook_tools.chain import Chain
 from codebook_tools.checkpoints.atomic import write_text
-from codebook_tools.codes import Codes, look_at_codes
-from codebook_tools.comparison import Comparison
-from codebook_tools.diagnosis.diagnose import Diagnosis
 from codebook_tools.errors import CodebookError
-from codebook_tools.mapping import Map, look_at_map
-from codebook_tools.opening import Request
-from codebook_tools.outcome import Result
 from codebook_tools.report.html.chain import chained_page
 from codebook_tools.report.html.codes import codes_page, codes_parts
 from codebook_tools.report.html.compare import compared_page
@@ -25,7 +18,14 @@ from codebook_tools.report.html.page import Page, html, require_plots
 from codebook_tools.report.html.sweep import swept_page
 from codebook_tools.report.terminal.tables import Found
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.sweep import Sweep
+from codebook_tools.workflows.chain import Chain
+from codebook_tools.workflows.code_cards import Codes, look_at_codes
+from codebook_tools.workflows.comparison_rows import Comparison
+from codebook_tools.workflows.diagnose import Diagnosis
+from codebook_tools.workflows.latent_map import Map, look_at_map
+from codebook_tools.workflows.result import Result
+from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.sweep import Sweep
 
 _PATCHES, _CODES = 6, 32  # of a code, and codes, on the page of a surgery
 

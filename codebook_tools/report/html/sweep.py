@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from codebook_tools.evaluation.measure import Measurement
 from codebook_tools.report.html.operate import about
 from codebook_tools.report.html.page import INK, Page, Part, Plot, Table
-from codebook_tools.sweep import Sweep, sweep_rows
+from codebook_tools.workflows.sweep import Sweep, sweep_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from codebook_tools.diagnosis.diagnose import Diagnosis
 from codebook_tools.diagnosis.finding import Check
+from codebook_tools.workflows.diagnose import Diagnosis
 
 STYLES = {"found": "bold red", "suspicious": "yellow", "ok": "green", "not-checked": "dim"}
 

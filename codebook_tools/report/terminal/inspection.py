@@ -6,8 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from codebook_tools.inspection import Inspection
 from codebook_tools.models.evidence import alive_line
+from codebook_tools.workflows.inspect_checkpoint import Inspection
 
 FEW = 10
 """Tensors that are shown: where K is a number of channels, too, there are hundreds."""

@@ -9,23 +9,23 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from codebook_tools.chain import Chain, ChainPlan
-from codebook_tools.codes import Codes
-from codebook_tools.comparison import Comparison, notes, table_rows
-from codebook_tools.diagnosis.diagnose import Diagnosis
 from codebook_tools.evaluation.figures import STAGES, rows_of, stage_rows
 from codebook_tools.evaluation.measure import Measurement
-from codebook_tools.mapping import Map
 from codebook_tools.models.demo import DEMO
 from codebook_tools.models.proof import Proof
 from codebook_tools.models.verification import Verification
-from codebook_tools.opening import UNSEEN
-from codebook_tools.outcome import Result
-from codebook_tools.planning import Plan
 from codebook_tools.remapping.remap import Remapped
 from codebook_tools.report.terminal.diagnosis import diagnosis_table
 from codebook_tools.report.terminal.histogram import UsageLines
-from codebook_tools.sweep import Sweep, sweep_rows
+from codebook_tools.workflows.chain import Chain, ChainPlan
+from codebook_tools.workflows.code_cards import Codes
+from codebook_tools.workflows.comparison_rows import Comparison, notes, table_rows
+from codebook_tools.workflows.diagnose import Diagnosis
+from codebook_tools.workflows.dry_run import Plan
+from codebook_tools.workflows.latent_map import Map
+from codebook_tools.workflows.result import Result
+from codebook_tools.workflows.session import UNSEEN
+from codebook_tools.workflows.sweep import Sweep, sweep_rows
 
 _FEW = 10  # codes that a terminal shows
 

@@ -12,7 +12,15 @@ from typing import Any
 from codebook_tools.checkpoints.atomic import write_text
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.codebook import Strategy
-from codebook_tools.comparison import (
+from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.models.output import check_size
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.progress import Watch
+from codebook_tools.strategies import find_strategy
+from codebook_tools.strategies.padding import power_of_two
+from codebook_tools.training.finetune import Recipe
+from codebook_tools.workflows.comparison_rows import (
     STAGES,
     Comparison,
     Row,
@@ -22,14 +30,7 @@ from codebook_tools.comparison import (
     made_with,
     markdown_table,
 )
-from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.measure import Measurement
-from codebook_tools.models.output import check_size
-from codebook_tools.opening import Opened, Request, open_request
-from codebook_tools.outcome import settings_of
-from codebook_tools.runtime import distributed
-from codebook_tools.runtime.progress import Watch
-from codebook_tools.stages import (
+from codebook_tools.workflows.pipeline import (
     Calibration,
     Latents,
     calibrate,
@@ -39,9 +40,8 @@ from codebook_tools.stages import (
     require_training_data,
     run_stages,
 )
-from codebook_tools.strategies import find_strategy
-from codebook_tools.strategies.padding import power_of_two
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.workflows.result import settings_of
+from codebook_tools.workflows.session import Opened, Request, open_request
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.codebook import Strategy
-from codebook_tools.detached import books_without_images, goes_without_images
 from codebook_tools.evaluation.usage import survey
 from codebook_tools.models.output import check_size
 from codebook_tools.models.registry import CUSTOM, family_of
 from codebook_tools.models.stored_codes import added_bytes
-from codebook_tools.opening import Request, open_request
-from codebook_tools.outcome import asked_size, check_request_output, settings_of, weights_bytes
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.training.finetune import Recipe
+from codebook_tools.workflows.result import asked_size, check_request_output, settings_of, weights_bytes
+from codebook_tools.workflows.session import Request, open_request
+from codebook_tools.workflows.without_network import books_without_images, goes_without_images
 
 
 @dataclass(frozen=True)

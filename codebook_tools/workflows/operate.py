@@ -8,19 +8,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from codebook_tools.card import cards
 from codebook_tools.checkpoints.atomic import check_apart, check_free
 from codebook_tools.checkpoints.layout import training_path
 from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.data.items import items_sha256
-from codebook_tools.detached import goes_without_images, measure_detached, operate_detached
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import measurement_of
 from codebook_tools.evaluation.quality_warnings import blur_warnings, worse_warnings
 from codebook_tools.evaluation.stats_file import write_part
-from codebook_tools.exhibit import exhibit
-from codebook_tools.merging import check_shard, in_part, merge, part_of
 from codebook_tools.models.agreement import has_quantizer, in_training
 from codebook_tools.models.evidence import told_by_file
 from codebook_tools.models.load import check_size_follows
@@ -28,20 +24,18 @@ from codebook_tools.models.output import remarks, written_config
 from codebook_tools.models.proof import Proof, prove, read_partial
 from codebook_tools.models.registry import metric_of
 from codebook_tools.models.remarks import dependents_warning, stale_state
-from codebook_tools.opening import Opened, Request, open_request
-from codebook_tools.outcome import (
-    Result,
-    asked_size,
-    check_request_output,
-    provenance,
-    settings_of,
-    weights_bytes,
-)
 from codebook_tools.remapping.nearest_map import nearest_map
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
-from codebook_tools.stages import (
+from codebook_tools.strategies.quantize import packed_bytes
+from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.resume import Saving
+from codebook_tools.training.tensorboard import require_tensorboard
+from codebook_tools.workflows.gallery import exhibit
+from codebook_tools.workflows.measure_shards import check_shard, in_part, merge, part_of
+from codebook_tools.workflows.model_card import cards
+from codebook_tools.workflows.pipeline import (
     calibrate,
     calibration_tokens,
     current_tokens,
@@ -53,10 +47,16 @@ from codebook_tools.stages import (
     run_stages,
     stage_sums,
 )
-from codebook_tools.strategies.quantize import packed_bytes
-from codebook_tools.training.finetune import Recipe
-from codebook_tools.training.resume import Saving
-from codebook_tools.training.tensorboard import require_tensorboard
+from codebook_tools.workflows.result import (
+    Result,
+    asked_size,
+    check_request_output,
+    provenance,
+    settings_of,
+    weights_bytes,
+)
+from codebook_tools.workflows.session import Opened, Request, open_request
+from codebook_tools.workflows.without_network import goes_without_images, measure_detached, operate_detached
 
 
 def measure_model(

@@ -18,13 +18,13 @@ from codebook_tools.data.splits import limited
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.receptive_field import Place, patches, receptive_side, require_images
 from codebook_tools.models.evidence import untrained
-from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
-from codebook_tools.stages import calibrate, encoder_latents, measure_stage
 from codebook_tools.strategies import Refit
 from codebook_tools.strategies._validation import check_k
+from codebook_tools.workflows.pipeline import calibrate, encoder_latents, measure_stage
+from codebook_tools.workflows.session import Opened, Request, open_request
 
 POINTS = 3000
 """Latents that are drawn."""

@@ -11,18 +11,25 @@ from typing import Any
 
 from codebook_tools.checkpoints.atomic import write_text
 from codebook_tools.codebook import Strategy
-from codebook_tools.comparison import STAGES, Row, RowStore, bytes_at, check_folder, made_with
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation import metrics
 from codebook_tools.evaluation.measure import Measurement
-from codebook_tools.opening import Opened, Request, open_request
-from codebook_tools.outcome import settings_of
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
-from codebook_tools.stages import Calibration, calibrate, current_tokens, encoder_latents, measure_stage, perform
 from codebook_tools.strategies import Prune, Quantize, Refit
 from codebook_tools.strategies.entropy_refit import EntropyRefit
+from codebook_tools.workflows.comparison_rows import STAGES, Row, RowStore, bytes_at, check_folder, made_with
+from codebook_tools.workflows.pipeline import (
+    Calibration,
+    calibrate,
+    current_tokens,
+    encoder_latents,
+    measure_stage,
+    perform,
+)
+from codebook_tools.workflows.result import settings_of
+from codebook_tools.workflows.session import Opened, Request, open_request
 
 PAYS = 0.025
 """Share of the error that twice the codes must take away."""

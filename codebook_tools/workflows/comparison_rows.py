@@ -16,9 +16,9 @@ from codebook_tools.data.items import items_sha256
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import CodebookUse, Measurement
 from codebook_tools.models.stored_codes import added_bytes
-from codebook_tools.opening import Opened
 from codebook_tools.runtime.safe_io import parse_json, read_text
 from codebook_tools.runtime.version import VERSION
+from codebook_tools.workflows.session import Opened
 
 STAGES = ("before", "surgery", "finetuned")
 

@@ -13,8 +13,8 @@ from codebook_tools.data.items import Item
 from codebook_tools.data.latents import rows_of
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.receptive_field import Place
-from codebook_tools.opening import Opened
 from codebook_tools.runtime.progress import Watch
+from codebook_tools.workflows.session import Opened
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,12 +9,12 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-from codebook_tools.chain import Step
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.safe_io import read_text
 from codebook_tools.runtime.type_checks import check_kinds, kinds_of
 from codebook_tools.strategies import find_strategy
 from codebook_tools.training.finetune import Recipe
+from codebook_tools.workflows.chain import Step
 
 SURGERIES = "surgeries"
 FINETUNE = "finetune"

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codebook_tools.card import CARD
 from codebook_tools.checkpoints.config import same_config
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.effective import effective
@@ -29,6 +28,7 @@ from codebook_tools.models.stored_codes import effective_rows, exact_rows, follo
 from codebook_tools.models.verification import Difference, Verification, listed, same_bytes
 from codebook_tools.remapping.verify_prior import prior_differences
 from codebook_tools.runtime.safe_io import parse_json
+from codebook_tools.workflows.model_card import CARD
 
 
 def verify_checkpoint(

@@ -25,9 +25,9 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.coverage import POINTS
 from codebook_tools.evaluation.tokens import counted
 from codebook_tools.models.model import INPUT_RANGES
-from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.stages import on_cpu
+from codebook_tools.workflows.pipeline import on_cpu
+from codebook_tools.workflows.session import Opened, Request, open_request
 
 _CURVE = (1, 2, 4, 8, 16, 32, 64)
 _CURVED = 8192  # latents that the curve is of

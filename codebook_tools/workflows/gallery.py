@@ -12,9 +12,9 @@ from torch import Tensor
 from codebook_tools.data.items import Item
 from codebook_tools.evaluation.measure import reconstruct
 from codebook_tools.models.model import Book, Model
-from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.state import FineTuned
+from codebook_tools.workflows.session import Opened, Request, open_request
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,26 +11,26 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from codebook_tools.card import CARD
 from codebook_tools.checkpoints.atomic import partial_folder
 from codebook_tools.checkpoints.layout import PREFIX, index_map_path
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
-from codebook_tools.exhibit import Shown, exhibit_files
 from codebook_tools.models.output import written_config
 from codebook_tools.models.proof import Proof
 from codebook_tools.models.verification import listed, same_bytes
-from codebook_tools.opening import Request
-from codebook_tools.operate import operate
-from codebook_tools.outcome import Result, check_request_output, weights_bytes
-from codebook_tools.planning import Plan, plan
 from codebook_tools.remapping.index_map import IndexMap, read_index_maps
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.training.finetune import Recipe
+from codebook_tools.workflows.dry_run import Plan, plan
+from codebook_tools.workflows.gallery import Shown, exhibit_files
+from codebook_tools.workflows.model_card import CARD
+from codebook_tools.workflows.operate import operate
+from codebook_tools.workflows.result import Result, check_request_output, weights_bytes
+from codebook_tools.workflows.session import Request
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from codebook_tools.evaluation.tokens import Tokens, tokenise
 from codebook_tools.evaluation.usage import Survey, survey
 from codebook_tools.models.latent_cache import CachedLatents, cached
 from codebook_tools.models.model import Book
-from codebook_tools.opening import Opened
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import on_device
@@ -30,6 +29,7 @@ from codebook_tools.training.codebook_ema import More
 from codebook_tools.training.finetune import FineTuned, Recipe, finetune
 from codebook_tools.training.losses.objective import judges
 from codebook_tools.training.resume import Saving
+from codebook_tools.workflows.session import Opened
 
 Latents = tuple[Tensor | None, ...]
 

@@ -25,9 +25,9 @@ from codebook_tools.diagnosis.checks.wrong_layout import wrong_layout
 from codebook_tools.diagnosis.evidence import Evidence
 from codebook_tools.diagnosis.finding import Check, Look, of_each_book, of_each_book_in
 from codebook_tools.diagnosis.fit import by_place
-from codebook_tools.diagnosis.gathering import gather
-from codebook_tools.opening import Request
 from codebook_tools.runtime.progress import Watch
+from codebook_tools.workflows.gather_evidence import gather
+from codebook_tools.workflows.session import Request
 
 CHECKS: dict[str, tuple[Look, str]] = {
     "not-installed": (

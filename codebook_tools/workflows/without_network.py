@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codebook_tools.card import cards
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.write import write_checkpoint
@@ -45,8 +44,6 @@ from codebook_tools.models.remarks import dependents_warning, stale_state
 from codebook_tools.models.stored_codes import changed_codebook, effective_rows, owned_keys, rounded
 from codebook_tools.models.transforms import refuse_unknown, transforms_beside
 from codebook_tools.models.twins import twin_warning
-from codebook_tools.opening import Request
-from codebook_tools.outcome import Result, check_request_output, provenance, settings_of, weights_bytes
 from codebook_tools.remapping.nearest_map import nearest_map
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import device_of
@@ -54,6 +51,9 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import on_device
 from codebook_tools.strategies.padding import common_sizes, filled, remark
 from codebook_tools.strategies.quantize import packed_bytes
+from codebook_tools.workflows.model_card import cards
+from codebook_tools.workflows.result import Result, check_request_output, provenance, settings_of, weights_bytes
+from codebook_tools.workflows.session import Request
 
 
 def goes_without_images(request: Request, strategy: Strategy | None) -> bool:

@@ -13,14 +13,14 @@ from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import Measurement
-from codebook_tools.exhibit import Shown
 from codebook_tools.models.load import layouts
 from codebook_tools.models.output import check_output, check_size, default_output
 from codebook_tools.models.proof import Proof
-from codebook_tools.opening import Request
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.training.finetune import FineTuned, Recipe, TracePoint
+from codebook_tools.workflows.gallery import Shown
+from codebook_tools.workflows.session import Request
 
 
 @dataclass(frozen=True)

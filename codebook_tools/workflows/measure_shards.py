@@ -21,11 +21,11 @@ from codebook_tools.evaluation.measure import measurement_of
 from codebook_tools.evaluation.stats_file import Part, read_hashed, read_part, write_part
 from codebook_tools.evaluation.tokens import counted
 from codebook_tools.models.registry import metric_of
-from codebook_tools.opening import Opened, Request
-from codebook_tools.outcome import Result
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
+from codebook_tools.workflows.result import Result
+from codebook_tools.workflows.session import Opened, Request
 
 SAMPLE = 131_072
 """Latents of a codebook that are kept with its counts, at most."""

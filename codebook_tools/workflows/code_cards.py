@@ -14,13 +14,13 @@ from codebook_tools.data.splits import limited
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import reconstruct
 from codebook_tools.evaluation.receptive_field import Place, patches, receptive_side, require_images
-from codebook_tools.extremes import Seen, see
 from codebook_tools.models.evidence import untrained
 from codebook_tools.models.model import Model
-from codebook_tools.opening import Opened, Request, open_request
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
+from codebook_tools.workflows.extreme_latents import Seen, see
+from codebook_tools.workflows.session import Opened, Request, open_request
 
 SORTS = ("share", "map", "error")
 NEIGHBOURS = 4

@@ -1,0 +1,1 @@
+"""One function and one result for each command."""
