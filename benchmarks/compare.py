@@ -22,7 +22,7 @@ import torch
 
 from codebook_tools.models.demo import DEMO
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.compare import ENTRIES, compare
 from codebook_tools.workflows.comparison_rows import Comparison, markdown_table
 from codebook_tools.workflows.session import Request
@@ -94,7 +94,7 @@ def run(name: str, shared: str, seeds: int) -> Comparison:
     """All parts of a run, as one comparison."""
     asked, folder = RUNS[name], RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
-    request, recipe, found = asked.request(shared), Recipe(steps=asked.steps), []
+    request, recipe, found = asked.request(shared), FineTune(steps=asked.steps), []
     for k, names in asked.parts.items():
         _said.clear()
         found.append(compare(request, k, names, recipe, seeds=seeds, folder=folder, watch=Watch(_say)))

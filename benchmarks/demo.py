@@ -28,7 +28,7 @@ from codebook_tools.report.html.pages import page_with_model, write_report
 from codebook_tools.report.terminal.tables import result_table
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.result import Result
 from codebook_tools.workflows.session import Request
@@ -40,7 +40,7 @@ SIDE = 320  # of the square that is shown, from the middle of the photograph
 
 def refit(output: Path, steps: int, watch: Watch) -> Result:
     request = Request(output=output, force=True, exhibit=steps > 0)
-    return operate("refit", request, Refit(K, watch=watch), Recipe(steps=steps), watch)
+    return operate("refit", request, Refit(K, watch=watch), FineTune(steps=steps), watch)
 
 
 def through(model_path: Path, photograph: torch.Tensor, input_range: tuple[float, float]) -> torch.Tensor:

@@ -27,7 +27,7 @@ from codebook_tools.data.dataset import Media
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.codebook_ema import DECAY
-from codebook_tools.training.finetune import Recipe, finetune
+from codebook_tools.training.finetune import FineTune, finetune
 from codebook_tools.training.losses.reconstruction import COMMITMENT, Scales, scales_of
 from codebook_tools.workflows.session import Request, open_request
 
@@ -49,7 +49,7 @@ class Clock:
         return (last - first) / (until - since)
 
 
-def ours(model: Model, train: Media, recipe: Recipe) -> float:
+def ours(model: Model, train: Media, recipe: FineTune) -> float:
     """Steps a second; the preparations before the first are left out."""
     clock = Clock()
     counts = [torch.ones(book.codebook.size) for book in model.books]
@@ -57,7 +57,7 @@ def ours(model: Model, train: Media, recipe: Recipe) -> float:
     return clock.rate
 
 
-def bare(model: Model, images: Tensor, scales: Scales, recipe: Recipe) -> float:
+def bare(model: Model, images: Tensor, scales: Scales, recipe: FineTune) -> float:
     """Steps a second of the loop that one would write by hand for this network. images: all of them, in memory."""
     network, device, (low, high) = model.network, model.device, model.input_range
     codes = model.books[0].vectors.clone()
@@ -129,7 +129,7 @@ def main() -> None:
     model, scales = opened.model, scales_of(opened.model, train)
     if given.k:
         model.install(Codebook(model.books[0].codebook.vectors[: given.k].cpu()))
-    recipe = Recipe(steps=given.steps, batch_size=min(given.batch_size, len(train)))
+    recipe = FineTune(steps=given.steps, batch_size=min(given.batch_size, len(train)))
 
     def fresh() -> Model:
         return model.copy(copy.deepcopy(model.network))

@@ -35,7 +35,7 @@ from variants import VARIANTS
 from codebook_tools.codebook import Strategy
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import find_strategy
-from codebook_tools.training.recipe import Recipe
+from codebook_tools.training.recipe import FineTune
 from codebook_tools.workflows.compare import find_entry
 from codebook_tools.workflows.pipeline import Calibration, Latents, calibrate, encoder_latents, perform, run_stages
 from codebook_tools.workflows.session import Opened, Request, open_request
@@ -109,7 +109,7 @@ def done(run: Run, shared: str) -> dict[str, Any]:
         with variant.in_place(found, run.seed):
             strategy = strategy_of(run)
             surgeries = perform(found, strategy, seen, Watch()) if strategy else {}
-            recipe = Recipe(steps=run.steps, **variant.recipe)
+            recipe = FineTune(steps=run.steps, **variant.recipe)
             stages = run_stages(found, surgeries, seen, latents, recipe, seed=run.seed, watch=Watch())
     finally:
         found.model = before

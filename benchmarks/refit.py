@@ -23,7 +23,7 @@ from machine import machine
 
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.session import Request, open_request
 
@@ -50,7 +50,7 @@ def bare_loop(request: Request) -> Callable[[], float]:
 
 
 def refit_seconds(request: Request, k: int) -> dict[str, float]:
-    done = operate("refit", request, Refit(k=k), Recipe(steps=0), Watch())
+    done = operate("refit", request, Refit(k=k), FineTune(steps=0), Watch())
     return {phase: done.seconds[phase] for phase in ("encode", "strategy")}
 
 

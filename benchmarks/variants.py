@@ -24,7 +24,7 @@ from codebook_tools.workflows.session import Opened
 
 @dataclass(frozen=True)
 class Variant:
-    """recipe: fields of Recipe. inside: what else is another in the library while it runs, by MODULE:NAME. before:
+    """recipe: fields of FineTune. inside: what else is another in the library while it runs, by MODULE:NAME. before:
     called with the opened model and the seed, before any surgery."""
 
     recipe: Mapping[str, Any] = field(default_factory=dict)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.codebook import Strategy
     from codebook_tools.report.terminal.tables import Found
     from codebook_tools.runtime.progress import Watch
-    from codebook_tools.training.finetune import Recipe
+    from codebook_tools.training.finetune import FineTune
     from codebook_tools.workflows.chain import ChainPlan
     from codebook_tools.workflows.dry_run import Plan
     from codebook_tools.workflows.result import Result
@@ -93,13 +93,13 @@ def named_after(model: Path | None, ending: str) -> Path:
     return Path(f"{source.name if source.is_dir() else source.stem}{ending}")
 
 
-def recipe_of(request: Request, given: dict[str, Any]) -> Recipe:
+def recipe_of(request: Request, given: dict[str, Any]) -> FineTune:
     """How it is to be fine-tuned; not at all where there are no data of the model's own, unless that is asked for."""
-    from codebook_tools.training.finetune import Recipe
+    from codebook_tools.training.finetune import FineTune
 
     steps = given["steps"]
-    return Recipe(
-        steps=(Recipe.steps if request.trainable else 0) if steps is None else steps,
+    return FineTune(
+        steps=(FineTune.steps if request.trainable else 0) if steps is None else steps,
         train=given["train"].value,
         codebook_update=given["codebook_update"].value,
         batch_size=given["batch_size"],

@@ -1,0 +1,67 @@
+"""Codebook surgery for pretrained VQ models: `import codebook_tools as ct`.
+
+The names below are the public API; everything is imported when it is first asked for, so this costs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from codebook_tools import strategies as strategies
+    from codebook_tools.clustering.assignment import nearest as nearest
+    from codebook_tools.clustering.kmeans import kmeans as kmeans
+    from codebook_tools.codebook import REMOVED as REMOVED
+    from codebook_tools.codebook import Codebook as Codebook
+    from codebook_tools.codebook import Emit as Emit
+    from codebook_tools.codebook import Lookup as Lookup
+    from codebook_tools.codebook import Strategy as Strategy
+    from codebook_tools.codebook import Surgery as Surgery
+    from codebook_tools.errors import CodebookError as CodebookError
+    from codebook_tools.models.wrapped import install as install
+    from codebook_tools.training.recipe import FineTune as FineTune
+    from codebook_tools.workflows.python import CodebookWarning as CodebookWarning
+    from codebook_tools.workflows.python import Data as Data
+    from codebook_tools.workflows.python import Model as Model
+    from codebook_tools.workflows.python import Operation as Operation
+    from codebook_tools.workflows.python import compare as compare
+    from codebook_tools.workflows.python import diagnose as diagnose
+    from codebook_tools.workflows.python import inspect as inspect
+    from codebook_tools.workflows.python import load as load
+    from codebook_tools.workflows.python import measure as measure
+    from codebook_tools.workflows.python import operate as operate
+    from codebook_tools.workflows.python import remap as remap
+    from codebook_tools.workflows.python import sweep as sweep
+    from codebook_tools.workflows.python import verify as verify
+    from codebook_tools.workflows.python import wrap as wrap
+
+_HOMES = {
+    "clustering.assignment": ("nearest",),
+    "clustering.kmeans": ("kmeans",),
+    "codebook": ("REMOVED", "Codebook", "Emit", "Lookup", "Strategy", "Surgery"),
+    "errors": ("CodebookError",),
+    "models.wrapped": ("install",),
+    "training.recipe": ("FineTune",),
+    "workflows.python": (
+        *("CodebookWarning", "Data", "Model", "Operation", "compare", "diagnose", "inspect", "load", "measure"),
+        *("operate", "remap", "sweep", "verify", "wrap"),
+    ),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [*_HOME, "strategies"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "strategies":
+        return import_module("codebook_tools.strategies")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"codebook_tools.{_HOME[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

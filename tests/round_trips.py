@@ -15,12 +15,12 @@ from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Prune, Quantize, Refit, Restart
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.operate import Result, operate
 from codebook_tools.workflows.session import Request
 from codebook_tools.workflows.verify import verify_checkpoint
 
-NO_STEPS = Recipe(steps=0)
+NO_STEPS = FineTune(steps=0)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Operation:
     command: str
     strategy: Strategy | None
     size: int | None = None
-    recipe: Recipe = NO_STEPS
+    recipe: FineTune = NO_STEPS
 
     def __str__(self) -> str:
         return self.command if self.recipe == NO_STEPS else f"{self.command}, fine-tuned"
@@ -41,7 +41,7 @@ OPERATIONS = (
     Operation("refit", Refit(k=8), 8),
     Operation("quantize", Quantize(k=4), 4),
     Operation("restart", Restart(), 16),
-    Operation("refit", Refit(k=8), 8, Recipe(steps=3, batch_size=16, lr=1e-3)),
+    Operation("refit", Refit(k=8), 8, FineTune(steps=3, batch_size=16, lr=1e-3)),
 )
 """On models of 16 codes."""
 

@@ -13,7 +13,7 @@ from sources_of_images import Images
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.codebook_ema import More
-from codebook_tools.training.finetune import FineTuned, Recipe, finetune
+from codebook_tools.training.finetune import FineTune, FineTuned, finetune
 from codebook_tools.training.resume import Saving
 
 
@@ -34,7 +34,7 @@ def tune(
         model,
         images,
         validation or images,
-        Recipe(**recipe),
+        FineTune(**recipe),
         [torch.tensor(counts)],
         seed=0,
         watch=watch or Watch(),

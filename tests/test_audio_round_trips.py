@@ -24,7 +24,7 @@ from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Quantize, Refit
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.compare import compare
 from codebook_tools.workflows.operate import measure_model, operate
 from codebook_tools.workflows.session import Request
@@ -163,7 +163,7 @@ def test_a_size_that_the_config_does_not_take_is_refused_before_any_work(
 ) -> None:
     request = request_for(name)
     with pytest.raises(CodebookError, match=r"12 codes: .* takes powers of two only; the nearest are 8 and 16"):
-        operate(command, request, TWELVE[command], Recipe(steps=0), Watch())
+        operate(command, request, TWELVE[command], FineTune(steps=0), Watch())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -172,7 +172,7 @@ def test_a_size_that_the_config_does_not_take_is_refused_before_any_work(
 def test_so_it_is_by_compare(name: str, request_for: Callable[..., Request], tmp_path: Path) -> None:
     request = request_for(name)
     with pytest.raises(CodebookError, match=r"12 codes: .* takes powers of two only; the nearest are 8 and 16"):
-        compare(request, 12, ["refit"], Recipe(steps=0), seeds=1, folder=tmp_path / "rows", watch=Watch())
+        compare(request, 12, ["refit"], FineTune(steps=0), seeds=1, folder=tmp_path / "rows", watch=Watch())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -237,7 +237,7 @@ def test_a_config_that_is_not_the_weights_is_refused(
     change, message = AMISS[kind]
     change(request.source)
     with pytest.raises(CodebookError, match=re.escape(message)) as caught:
-        operate("prune", request, Prune(), Recipe(steps=0), Watch())
+        operate("prune", request, Prune(), FineTune(steps=0), Watch())
     assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -245,4 +245,4 @@ def test_a_config_that_is_not_the_weights_is_refused(
 def test_weights_alone_are_refused(collapsed: Saved, clips: tuple[str, ...], tmp_path: Path) -> None:
     alone = Path(shutil.copy(collapsed("encodec") / WEIGHTS, tmp_path / "codec.safetensors"))
     with pytest.raises(CodebookError, match="EncodecModel without its config"):
-        operate("prune", Request(alone, clips), Prune(), Recipe(steps=0), Watch())
+        operate("prune", Request(alone, clips), Prune(), FineTune(steps=0), Watch())

@@ -20,14 +20,14 @@ from codebook_tools.evaluation.measure import CodebookUse, Measurement
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import STRATEGIES, Refit
 from codebook_tools.training.batches import Batches
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows import compare as compare_module
 from codebook_tools.workflows.compare import ENTRIES, MORE_ENTRIES, compare
 from codebook_tools.workflows.comparison_rows import Comparison, Row, RowStore, Spread, markdown_table, table_rows
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.session import Request
 
-RECIPE = Recipe(steps=12, batch_size=16)
+RECIPE = FineTune(steps=12, batch_size=16)
 Ask = Callable[..., Comparison]
 
 
@@ -35,7 +35,7 @@ Ask = Callable[..., Comparison]
 def ask(tiny: Path, images_folder: Path, tmp_path: Path) -> Ask:
     """ask("prune", "refit", k=6, seeds=2): a comparison of the tiny model, in tmp_path/rows."""
 
-    def run(*names: str, k: int = 12, seeds: int = 1, recipe: Recipe = RECIPE, **more: Any) -> Comparison:
+    def run(*names: str, k: int = 12, seeds: int = 1, recipe: FineTune = RECIPE, **more: Any) -> Comparison:
         request = Request(**{"model": tiny, "data": (str(images_folder),), "input_range": (-1.0, 1.0)} | more)
         return compare(request, k, names, recipe, seeds=seeds, folder=tmp_path / "rows", watch=Watch())
 

@@ -18,15 +18,15 @@ from codebook_tools.codebook import Strategy
 from codebook_tools.models.demo import DEMO
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Quantize, Refit, Restart
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.diagnose import diagnose
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.session import Request
 
 pytestmark = pytest.mark.slow
 
-NONE = Recipe(steps=0)
-SHORT = Recipe(steps=40, batch_size=32, lr=3e-4)
+NONE = FineTune(steps=0)
+SHORT = FineTune(steps=40, batch_size=32, lr=3e-4)
 LENGTH = 224
 
 
@@ -53,7 +53,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @dataclass(frozen=True)
 class Operation:
     strategy: Strategy | None
-    recipe: Recipe = NONE
+    recipe: FineTune = NONE
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,9 +68,9 @@ DEMOS = {
     "refit, from the codes in use": Operation(Refit(k=96, init="used")),
     "refit, fine-tuned": Operation(Refit(k=64, seed=1), SHORT, {"seed": 1}),
     "refit, codes by gradient": Operation(
-        Refit(k=64), Recipe(steps=40, batch_size=32, lr=3e-4, codebook_update="gradient")
+        Refit(k=64), FineTune(steps=40, batch_size=32, lr=3e-4, codebook_update="gradient")
     ),
-    "refit, decoder alone": Operation(Refit(k=64), Recipe(steps=40, batch_size=32, train="decoder")),
+    "refit, decoder alone": Operation(Refit(k=64), FineTune(steps=40, batch_size=32, train="decoder")),
     "prune": Operation(Prune()),
     "prune, fine-tuned": Operation(Prune(), SHORT),
     "top k": Operation(Prune(keep=32)),
@@ -95,9 +95,9 @@ def test_nothing_is_found_in_surgeries_of_the_demo(name: str, tmp_path: Path) ->
     assert_nothing_is_found(DEMO, DEMOS[name], tmp_path / "result.safetensors", limit=200)
 
 
-@pytest.mark.parametrize("recipe", [NONE, Recipe(steps=3, batch_size=16)], ids=["surgery", "fine-tuned"])
+@pytest.mark.parametrize("recipe", [NONE, FineTune(steps=3, batch_size=16)], ids=["surgery", "fine-tuned"])
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_is_found_in_image_tokenizers(name: str, recipe: Recipe, pictures: Path, tmp_path: Path) -> None:
+def test_nothing_is_found_in_image_tokenizers(name: str, recipe: FineTune, pictures: Path, tmp_path: Path) -> None:
     case = CASES[name]
     source = case.save(tmp_path)
     network = str(tmp_path / case.network) if case.network else None
@@ -106,9 +106,9 @@ def test_nothing_is_found_in_image_tokenizers(name: str, recipe: Recipe, picture
     assert_nothing_is_found(source, Operation(Refit(k=8), recipe), output, **more)
 
 
-@pytest.mark.parametrize("recipe", [NONE, Recipe(steps=3, batch_size=16, lr=1e-4)], ids=["surgery", "fine-tuned"])
+@pytest.mark.parametrize("recipe", [NONE, FineTune(steps=3, batch_size=16, lr=1e-4)], ids=["surgery", "fine-tuned"])
 @pytest.mark.parametrize("name", ["encodec", "dac", "mimi", "xcodec"])
-def test_nothing_is_found_in_audio_codecs(name: str, recipe: Recipe, clips: Path, tmp_path: Path) -> None:
+def test_nothing_is_found_in_audio_codecs(name: str, recipe: FineTune, clips: Path, tmp_path: Path) -> None:
     source = save(CODECS[name], tmp_path / "model")
     operation = Operation(Refit(k=8), recipe)
     assert_nothing_is_found(source, operation, tmp_path / "result", data=(str(clips),), size=LENGTH)

@@ -23,7 +23,7 @@ from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.diagnose import Diagnosis, diagnose
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.session import Opened, Request, open_request
@@ -71,7 +71,7 @@ def surgery(tmp_path_factory: pytest.TempPathFactory) -> Surgery:
     averages = {COUNTS: counts, SUMS: state[CODEBOOK] * counts[:, None]}
     save_file(state | averages, folder / "original.safetensors")
     request = Request(folder / "original.safetensors", limit=150, output=folder / "refit.safetensors")
-    operate("refit", request, Refit(k=K), Recipe(steps=0), Watch())
+    operate("refit", request, Refit(k=K), FineTune(steps=0), Watch())
     request = replace(request, output=None)
     return Surgery(request.source, open_request(request, Watch()), load_file(folder / "refit.safetensors"), folder)
 
@@ -190,7 +190,7 @@ def test_a_flag_that_says_uninitialised_is_named(images_folder: Path, tmp_path: 
     source, output = case.save(tmp_path), tmp_path / "refit.safetensors"
     request = Request(source, (str(images_folder),), network=str(tmp_path / case.network), output=output)
     request = replace(request, input_range=(-1.0, 1.0))
-    operate("refit", request, Refit(k=8), Recipe(steps=0), Watch())
+    operate("refit", request, Refit(k=8), FineTune(steps=0), Watch())
     healthy = diagnose(replace(request, model=output), Watch())
     assert healthy.healthy, told(healthy)
     state = load_file(output)
@@ -209,7 +209,7 @@ def test_data_of_three_modes_are_no_fault_of_the_codes(noise: float, surgery: Su
     images = kinds[np.arange(240) % 3] + rng.normal(0, 1, (240, 32, 32, 3)) * noise
     np.save(tmp_path / "three.npy", images.clip(0, 255).astype(np.uint8))
     request = Request(surgery.original, (str(tmp_path / "three.npy"),), output=tmp_path / "refit.safetensors")
-    operate("refit", request, Refit(k=K), Recipe(steps=0), Watch())
+    operate("refit", request, Refit(k=K), FineTune(steps=0), Watch())
     for model in (request.output, surgery.folder / "refit.safetensors"):
         found = diagnose(replace(request, model=model), Watch())
         assert first(found) == "few-modes", told(found)
@@ -223,7 +223,7 @@ def test_data_of_three_modes_are_no_fault_of_the_codes(noise: float, surgery: Su
 def test_a_learning_rate_of_ten_times_is_seen_in_the_trace(surgery: Surgery, tmp_path: Path) -> None:
     for rate, expected in ((1e-2, "learning-rate"), (1e-3, None)):
         request = replace(surgery.opened.request, output=tmp_path / f"{rate}.safetensors")
-        recipe = Recipe(steps=75, lr=rate, batch_size=32, codebook_update="gradient")
+        recipe = FineTune(steps=75, lr=rate, batch_size=32, codebook_update="gradient")
         done = operate("refit", request, Refit(k=K), recipe, Watch())
         (tmp_path / "trace.json").write_text(json.dumps(done.to_json(), default=str))
         found = diagnose(replace(request, model=request.output), Watch(), trace=tmp_path / "trace.json")

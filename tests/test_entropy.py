@@ -17,7 +17,7 @@ from codebook_tools.models.model import Model
 from codebook_tools.training.losses import entropy
 from codebook_tools.training.losses.entropy import indecision
 from codebook_tools.training.losses.objective import objective_of
-from codebook_tools.training.recipe import Recipe
+from codebook_tools.training.recipe import FineTune
 
 QUARTERS = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
 """The entropy of (3/4, 1/4) in bits."""
@@ -109,4 +109,4 @@ def test_inner_products_are_no_distances(line: Callable[..., Model], grey_images
     model, images = line([0.2, 0.8]), grey_images([[0.2, 0.8], [0.2, 0.8]])
     model.books[0].lookup = Lookup.DOT
     with pytest.raises(CodebookError, match="--entropy goes by distances"):
-        objective_of(model, images, Recipe(entropy=0.1), next(images.batches(1))[1], seed=0)
+        objective_of(model, images, FineTune(entropy=0.1), next(images.batches(1))[1], seed=0)

@@ -22,7 +22,7 @@ from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.batches import Batches
-from codebook_tools.training.finetune import Recipe, finetune
+from codebook_tools.training.finetune import FineTune, finetune
 from codebook_tools.training.learning_rate import rate
 from codebook_tools.training.trainer import Training
 
@@ -415,8 +415,8 @@ def test_a_tensor_that_is_not_finite_is_named_with_the_step(
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(CodebookError, match=message):
-        Recipe(**settings)
-    assert Recipe(steps=0, train="none", codebook_update="frozen").steps == 0
+        FineTune(**settings)
+    assert FineTune(steps=0, train="none", codebook_update="frozen").steps == 0
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tiny: Path, images_folder: Path) -> None:
@@ -426,7 +426,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tiny: Path
         torch.rand(seed + 3)  # whatever else was drawn before
         model = load_model(read_checkpoint(tiny))
         counts = torch.tensor([int(i not in DEAD) for i in range(16)])
-        recipe = Recipe(steps=12, batch_size=8)
+        recipe = FineTune(steps=12, batch_size=8)
         splits = split(images.items)
         finetune(model, images.subset(splits.train), images.subset(splits.validation), recipe, [counts],
                  seed=seed, watch=Watch())  # fmt: skip

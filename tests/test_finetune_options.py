@@ -18,7 +18,7 @@ from codebook_tools.evaluation.measure import measure
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.training.finetune import Recipe, TracePoint
+from codebook_tools.training.finetune import FineTune, TracePoint
 from codebook_tools.training.history import reason_to_stop
 
 GreyImages = Callable[..., Images]
@@ -135,11 +135,11 @@ def traced(*points: tuple[int, float, int]) -> list[TracePoint]:
 )
 def test_patience_ends_after_so_many_looks_without_a_gain(errors: list[float], stops: bool) -> None:
     trace = traced(*((step, error, 4) for step, error in enumerate(errors)))
-    said = reason_to_stop(Recipe(steps=9, patience=2), trace, 4, 0)
+    said = reason_to_stop(FineTune(steps=9, patience=2), trace, 4, 0)
     assert (said is not None) == stops
     assert said is None or said.endswith(f"stopped at step {len(errors) - 1}: --patience 2 looks without a gain")
-    assert reason_to_stop(Recipe(steps=len(errors) - 1, patience=2), trace, 4, 0) is None  # it has ended anyway
-    assert reason_to_stop(Recipe(steps=9), trace, 4, 0) is None
+    assert reason_to_stop(FineTune(steps=len(errors) - 1, patience=2), trace, 4, 0) is None  # it has ended anyway
+    assert reason_to_stop(FineTune(steps=9), trace, 4, 0) is None
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_patience_ends_after_so_many_looks_without_a_gain(errors: list[float], s
 )
 def test_the_guard_stops_where_usage_falls_under_its_share(used: list[int], stops: bool) -> None:
     trace = traced(*((step, 1.0 - step / 10, codes) for step, codes in enumerate(used)))
-    assert (reason_to_stop(Recipe(min_usage=0.5), trace, 8, 0) is not None) == stops
-    assert reason_to_stop(Recipe(), trace, 8, 0) is None
+    assert (reason_to_stop(FineTune(min_usage=0.5), trace, 8, 0) is not None) == stops
+    assert reason_to_stop(FineTune(), trace, 8, 0) is None
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_the_guard_stops_where_usage_falls_under_its_share(used: list[int], stop
     ],
 )
 def test_the_guard_names_the_levers_that_are_left(recipe: dict[str, Any], levers: str) -> None:
-    said = reason_to_stop(Recipe(min_usage=0.5, **recipe), traced((0, 1.0, 8), (10, 1.0, 3)), 8, 0)
+    said = reason_to_stop(FineTune(min_usage=0.5, **recipe), traced((0, 1.0, 8), (10, 1.0, 3)), 8, 0)
     assert said == (
         "at step 10 only 3 of 8 codes were in use, fewer than --min-usage 0.5 asks for: the fine-tuning was stopped; "
         f"try {levers}"
@@ -252,7 +252,7 @@ def test_bf16_trains_weights_that_stay_float32_by_nearest_codes_in_float32(tiny:
 )
 def test_options_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(CodebookError, match=message):
-        Recipe(**settings)
+        FineTune(**settings)
 
 
 def test_the_command_passes_them_on_and_says_why_it_stopped(

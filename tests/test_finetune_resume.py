@@ -28,7 +28,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.strategies import Prune, Refit
 from codebook_tools.training.codebook_ema import More
-from codebook_tools.training.finetune import FineTuned, Recipe
+from codebook_tools.training.finetune import FineTune, FineTuned
 from codebook_tools.training.resume import Saving
 from codebook_tools.workflows.operate import Result, operate
 from codebook_tools.workflows.session import Request
@@ -107,7 +107,7 @@ def test_what_torch_itself_draws_goes_on_too(
 
 # --- the command ---------------------------------------------------------------------------------------------------
 
-RECIPE = Recipe(steps=25, batch_size=16)
+RECIPE = FineTune(steps=25, batch_size=16)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def request_for(tiny: Path, images_folder: Path, tmp_path: Path) -> Callable[...
 
 
 def do(
-    request: Request, strategy: Strategy | None = None, recipe: Recipe = RECIPE, watch: Watch | None = None
+    request: Request, strategy: Strategy | None = None, recipe: FineTune = RECIPE, watch: Watch | None = None
 ) -> Result:
     command = type(strategy).__name__.lower() if strategy else "finetune"
     return operate(command, request, strategy, recipe, watch or Watch())
@@ -183,7 +183,7 @@ def test_nothing_to_resume_is_said_and_no_reason_to_stop(request_for: Callable[.
     ],
 )
 def test_another_run_is_not_taken_up(
-    changed: dict[str, Any], recipe: Recipe, message: str, request_for: Callable[..., Request]
+    changed: dict[str, Any], recipe: FineTune, message: str, request_for: Callable[..., Request]
 ) -> None:
     request = request_for("parts")
     left = broken_off(request)

@@ -19,13 +19,13 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Refit, Restart
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.operate import measure_model, operate
 from codebook_tools.workflows.result import Result
 from codebook_tools.workflows.session import DEMO, Request, open_request
 from codebook_tools.workflows.verify import verify_checkpoint
 
-NO_STEPS = Recipe(steps=0)
+NO_STEPS = FineTune(steps=0)
 LIMIT = 40
 """Images of the bundled sample; each has 64 latents."""
 
@@ -55,7 +55,7 @@ def asked(files: dict[str, str], tmp_path: Path) -> Callable[..., Request]:
     return make
 
 
-def do(request: Request, strategy: Strategy, recipe: Recipe = NO_STEPS) -> Result:
+def do(request: Request, strategy: Strategy, recipe: FineTune = NO_STEPS) -> Result:
     """The result, once its file is found sound."""
     result = operate(type(strategy).__name__.lower(), request, strategy, recipe, Watch())
     assert verify_checkpoint(Path(str(result.outputs["model"])), request.source).differences == ()
@@ -195,7 +195,7 @@ def test_the_same_latents_give_the_same_bytes_wherever_they_lie(files: dict[str,
 
 def test_fine_tuning_needs_images(asked: Callable[..., Request], tmp_path: Path) -> None:
     with pytest.raises(CodebookError, match=r"12 steps of fine-tuning need images; give --data, or --steps 0"):
-        do(asked(), Refit(8), Recipe(steps=12))
+        do(asked(), Refit(8), FineTune(steps=12))
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -244,10 +244,10 @@ def test_a_metric_that_nobody_names_is_guessed_and_said(tmp_path: Path) -> None:
     save_file(state, path)
     np.save(tmp_path / "latents.npy", torch.cat([rows, rows + 0.01]).numpy())
     asked = Request(model=path, latents=(str(tmp_path / "latents.npy"),), force=True)
-    guessed = operate("refit", asked, Refit(4), Recipe(steps=0), Watch())
+    guessed = operate("refit", asked, Refit(4), FineTune(steps=0), Watch())
     assert "its names suggest cosine, but do not say how quantizer.codebook is searched" in " ".join(guessed.warnings)
     assert guessed.settings["metric"] == "euclidean"
-    told = operate("refit", replace(asked, metric="cosine-unit"), Refit(4), Recipe(steps=0), Watch())
+    told = operate("refit", replace(asked, metric="cosine-unit"), Refit(4), FineTune(steps=0), Watch())
     assert "--metric" not in " ".join(told.warnings) and told.settings["metric"] == "cosine-unit"
     written = load_file(str(told.outputs["model"]))["quantizer.codebook"]
     torch.testing.assert_close(written.norm(dim=1), torch.ones(4))

@@ -23,7 +23,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.training.history import Course
 from codebook_tools.training.losses.adversarial import SHARE
 from codebook_tools.training.losses.distillation import Original
@@ -122,7 +122,7 @@ def test_a_large_weight_keeps_a_model_where_it_was(codebook: Run, tiny: Path, im
 def objective(model: Model, images: Images, **recipe: Any) -> Any:
     set_trainable(model, {name for name, _ in model.own_parameters()})
     pixels = images.load(images.items[:1])[1]
-    return objective_of(model, images, Recipe(**recipe), pixels, seed=0)
+    return objective_of(model, images, FineTune(**recipe), pixels, seed=0)
 
 
 def test_a_recipe_without_more_terms_is_the_plain_objective(model: Model, images: Images) -> None:
@@ -144,13 +144,13 @@ def test_the_discriminator_is_heard_when_it_has_learnt_for_a_quarter_of_the_run(
             error, term = (torch.autograd.grad(of, layer, retain_graph=True)[0].norm() for of in terms.values())
             assert term.item() == pytest.approx(SHARE * error.item(), rel=1e-2)
         ours.step()
-    assert heard == [False, False, False, True, True] and Recipe(steps=12, adversarial=True).settled_from == 4
+    assert heard == [False, False, False, True, True] and FineTune(steps=12, adversarial=True).settled_from == 4
 
 
 def test_states_from_before_it_is_heard_give_way(model: Model, images: Images) -> None:
     """However low their error was; the one at step 0, too."""
     train, validation = images.subset(images.items[:50]), images.subset(images.items[50:])
-    recipe = Recipe(steps=8, adversarial=True, batch_size=8)
+    recipe = FineTune(steps=8, adversarial=True, batch_size=8)
     training = Training(model, train, recipe, [torch.ones(16)], seed=0, more={})
     course = Course(training, validation, None)
     errors = iter([0.1, 0.2, 0.5, 0.4, 0.6])
@@ -215,7 +215,7 @@ def test_a_run_goes_on_with_the_discriminator_that_it_had(tiny: Path, images: Im
 )
 def test_a_recipe_that_makes_no_sense_is_refused(recipe: dict[str, Any], message: str) -> None:
     with pytest.raises(CodebookError, match=message):
-        Recipe(**recipe)
+        FineTune(**recipe)
 
 
 def test_what_takes_sound_has_no_pictures_to_judge_and_can_be_distilled(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_what_takes_sound_has_no_pictures_to_judge_and_can_be_distilled(tmp_path
     case = CASES["encodec"]
     model = load_model(read_checkpoint(save(case, tmp_path / "codec")))
     sound = waveforms(model.network)
-    for recipe in (Recipe(adversarial=True), Recipe(perceptual="auto")):
+    for recipe in (FineTune(adversarial=True), FineTune(perceptual="auto")):
         with pytest.raises(CodebookError, match="judge images; this model takes clips"):
             judges(model, recipe, sound)
     expected = model.pass_through(sound).media

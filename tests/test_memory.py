@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows import operate as operate_module
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.session import Opened, Request, open_request
@@ -30,7 +30,7 @@ def test_calibration_data_are_kept_only_where_they_are_read_again(
 
     monkeypatch.setattr(operate_module, "open_request", opened)
     request = Request(model=tiny, data=(str(images_folder),), input_range=(-1.0, 1.0))
-    operate("refit", request, Refit(k=4), Recipe(steps=steps), Watch())
+    operate("refit", request, Refit(k=4), FineTune(steps=steps), Watch())
     calibration, test = seen[0].calibration, seen[0].test
     assert len(calibration._cache.values) == (len(calibration) if steps else 0)
     assert len(test._cache.values) == len(test)

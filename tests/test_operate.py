@@ -30,16 +30,16 @@ from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.remapping.nearest_map import nearest_map
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Prune, Refit
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.dry_run import plan
 from codebook_tools.workflows.operate import Result, measure_model, operate
 from codebook_tools.workflows.session import Request
 from codebook_tools.workflows.verify import verify_checkpoint
 
 WriteModel = Callable[..., Path]
-NO_STEPS = Recipe(steps=0)
-FEW_STEPS = Recipe(steps=12, batch_size=16, lr=1e-3)
-RUINOUS = Recipe(steps=3, batch_size=16, lr=30.0)
+NO_STEPS = FineTune(steps=0)
+FEW_STEPS = FineTune(steps=12, batch_size=16, lr=1e-3)
+RUINOUS = FineTune(steps=3, batch_size=16, lr=30.0)
 VARIANTS = (
     "plain", "ema", "weight_norm_older", "weight_norm_newer", "module_prefix", "tied", "extra",
     "float16", "bfloat16", "float64",
@@ -56,7 +56,7 @@ def request_for(images_folder: Path) -> Callable[..., Request]:
     return make
 
 
-def do(request: Request, strategy: Strategy | None = None, recipe: Recipe = NO_STEPS) -> Result:
+def do(request: Request, strategy: Strategy | None = None, recipe: FineTune = NO_STEPS) -> Result:
     command = type(strategy).__name__.lower() if strategy else "finetune"
     return operate(command, request, strategy, recipe, Watch())
 
@@ -232,7 +232,7 @@ def expected_stage(result: Result) -> Measurement:
 def test_the_file_holds_the_kept_stage_and_passes_every_check(
     variant: str,
     strategy: Strategy | None,
-    recipe: Recipe,
+    recipe: FineTune,
     kept: str,
     write_model: WriteModel,
     request_for: Callable[..., Request],

@@ -31,7 +31,7 @@ from codebook_tools.evaluation.usage import survey
 from codebook_tools.models.load import load_model
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.training.finetune import Recipe, finetune
+from codebook_tools.training.finetune import FineTune, finetune
 from codebook_tools.training.resume import Saving
 
 HERE = Path(__file__).parent
@@ -201,7 +201,7 @@ def work(model: str, folder: str) -> Found:
                     model_of_it,
                     images.subset(train),
                     images.subset(splits.validation),
-                    Recipe(**{"steps": 12, **recipe}),
+                    FineTune(**{"steps": 12, **recipe}),
                     [torch.tensor([int(i not in DEAD) for i in range(16)])],
                     seed=0,
                     watch=watch,

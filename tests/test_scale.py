@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from codebook_tools.models.demo import DEMO
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.result import Result
 from codebook_tools.workflows.session import Request
@@ -34,7 +34,7 @@ def test_a_model_whose_latents_are_ten_times_as_long_or_short_ends_alike(tmp_pat
     for by in (1.0, 0.1, 10.0):
         model = scaled(by, tmp_path)
         request = Request(model=model, output=tmp_path / f"{by:g}.out.safetensors", limit=1500)
-        found.append(operate("refit", request, Refit(k=64), Recipe(steps=150), Watch()))
+        found.append(operate("refit", request, Refit(k=64), FineTune(steps=150), Watch()))
     plain, *others = found
     assert plain.surgery and plain.finetuned and plain.finetuned.error < 0.97 * plain.surgery.error
     for other in others:

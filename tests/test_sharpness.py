@@ -30,7 +30,7 @@ from codebook_tools.evaluation.stats_file import read_part
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.training.finetune import FineTuned, Recipe
+from codebook_tools.training.finetune import FineTune, FineTuned
 from codebook_tools.training.state import State
 from codebook_tools.workflows import pipeline
 from codebook_tools.workflows.operate import measure_model, operate
@@ -215,7 +215,7 @@ def test_the_result_of_a_fine_tuning_that_blurs_warns_of_it(
 
     asked = Request(tiny, (str(images_folder),), input_range=(-1.0, 1.0), output=tmp_path / "out.safetensors")
     monkeypatch.setattr(pipeline, "finetune", fade)
-    result = operate("finetune", asked, None, Recipe(steps=1), Watch())
+    result = operate("finetune", asked, None, FineTune(steps=1), Watch())
     assert result.before is not None and result.finetuned is not None and result.kept == "finetuned"
     assert result.finetuned.sharpness == pytest.approx((result.before.sharpness or 0) / 4, rel=0.01)
     assert any("blurrier than the original: sharpness fell" in warning for warning in result.warnings)

@@ -23,7 +23,7 @@ from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Quantize, Refit, Restart
-from codebook_tools.training.finetune import FineTuned, Recipe, finetune
+from codebook_tools.training.finetune import FineTune, FineTuned, finetune
 from codebook_tools.training.state import State as Kept
 from codebook_tools.workflows import pipeline
 from codebook_tools.workflows.operate import measure_model, operate
@@ -31,7 +31,7 @@ from codebook_tools.workflows.result import Result
 from codebook_tools.workflows.session import Request
 from codebook_tools.workflows.verify import verify_checkpoint
 
-NO_STEPS = Recipe(steps=0)
+NO_STEPS = FineTune(steps=0)
 KEYS = ("quantizers.0.embed", "quantizers.1.embed")
 
 RESIDUAL = '''
@@ -105,7 +105,7 @@ def ask(tmp_path: Path) -> Callable[..., Request]:
     return make
 
 
-def do(request: Request, strategy: Strategy | None, recipe: Recipe = NO_STEPS) -> Result:
+def do(request: Request, strategy: Strategy | None, recipe: FineTune = NO_STEPS) -> Result:
     """The result, once its file is found sound."""
     result = operate(type(strategy).__name__.lower() if strategy else "finetune", request, strategy, recipe, Watch())
     assert verify_checkpoint(Path(str(result.outputs["model"])), request.source).differences == ()
@@ -294,7 +294,7 @@ def images() -> Images:
 
 def tune(model: Model, hits: list[list[int]], **recipe: Any) -> FineTuned:
     given = [torch.tensor(of) for of in hits]
-    return finetune(model, images(), images(), Recipe(batch_size=1, **recipe), given, seed=0, watch=Watch())
+    return finetune(model, images(), images(), FineTune(batch_size=1, **recipe), given, seed=0, watch=Watch())
 
 
 def test_one_step_of_both_moving_averages_is_the_one_worked_by_hand(residual: Callable[..., Path]) -> None:
@@ -345,7 +345,7 @@ def test_revived_codes_are_told_apart_by_codebook(residual: Callable[..., Path])
 def test_an_interrupted_fine_tuning_of_both_goes_on_to_the_same_bytes(
     residual: Callable[..., Path], ask: Callable[..., Request], tmp_path: Path, update: Literal["ema", "gradient"]
 ) -> None:
-    recipe = Recipe(steps=20, batch_size=8, codebook_update=update, weight_ema=0.5)
+    recipe = FineTune(steps=20, batch_size=8, codebook_update=update, weight_ema=0.5)
     asked = [ask(residual(), output=tmp_path / name, resume=True) for name in ("a.safetensors", "b.safetensors")]
     whole = do(asked[0], Refit(2), recipe)
     with pytest.raises(BrokenError):
@@ -359,7 +359,7 @@ def test_a_fine_tuning_is_written_and_the_second_meets_what_the_trained_first_le
     residual: Callable[..., Path], ask: Callable[..., Request], tmp_path: Path
 ) -> None:
     path = residual((0.0, 0.5), (0.04, 0.24))
-    result = do(ask(path), None, Recipe(steps=20, batch_size=8, lr=1e-3))
+    result = do(ask(path), None, FineTune(steps=20, batch_size=8, lr=1e-3))
     assert result.kept == "finetuned" and result.before is not None and result.finetuned is not None
     assert result.finetuned.mse is not None and result.before.mse is not None
     assert result.finetuned.mse < result.before.mse
@@ -376,7 +376,7 @@ def test_a_fine_tuning_is_written_and_the_second_meets_what_the_trained_first_le
 
 
 def test_a_refit_is_fine_tuned_with_both_codebooks(residual: Callable[..., Path], ask: Callable[..., Request]) -> None:
-    result = do(ask(residual()), Refit(3, init="random", iterations=1), Recipe(steps=20, batch_size=8))
+    result = do(ask(residual()), Refit(3, init="random", iterations=1), FineTune(steps=20, batch_size=8))
     assert result.finetuned is not None and [use.size for use in result.finetuned.codebooks] == [3, 3]
     assert len(maps(result, "nearest")) == 2
 
@@ -425,5 +425,5 @@ def test_codes_that_a_fine_tuning_loses_are_warned_of(
         return FineTuned(start, best, (), (), ("encoder",), 0.1, None)
 
     monkeypatch.setattr(pipeline, "finetune", lose)
-    result = do(ask(residual()), Refit(3), Recipe(steps=1))
+    result = do(ask(residual()), Refit(3), FineTune(steps=1))
     assert "fine-tuning lowered the error with 2 of 6 codes in use" in " ".join(result.warnings)

@@ -23,7 +23,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Prune, Refit
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.session import Request
 from codebook_tools.workflows.verify import Difference, verify_checkpoint
@@ -41,7 +41,7 @@ def done(write_model: WriteModel, images_folder: Path, tmp_path: Path) -> Callab
 
     def make(
         strategy: Strategy | None = Prune(),  # noqa: B008
-        recipe: Recipe = Recipe(steps=0),  # noqa: B008
+        recipe: FineTune = FineTune(steps=0),  # noqa: B008
         variant: str = "ema",
         state: State | None = None,
     ) -> tuple[Path, Path]:
@@ -86,9 +86,9 @@ def found_in(model: Path, original: Path, **more: Any) -> tuple[Difference, ...]
 
 
 @pytest.mark.parametrize("strategy", [Prune(), Prune(keep=3), Refit(4), Refit(20, init="random"), None])
-@pytest.mark.parametrize("recipe", [Recipe(steps=0), Recipe(steps=12, batch_size=16)], ids=["surgery", "finetuned"])
+@pytest.mark.parametrize("recipe", [FineTune(steps=0), FineTune(steps=12, batch_size=16)], ids=["surgery", "finetuned"])
 def test_what_the_package_writes_is_sound(
-    strategy: Strategy | None, recipe: Recipe, done: Callable[..., tuple[Path, Path]]
+    strategy: Strategy | None, recipe: FineTune, done: Callable[..., tuple[Path, Path]]
 ) -> None:
     found = verify_checkpoint(*done(strategy, recipe))
     assert found.ok and found.to_json() == {"ok": True, "differences": []}
@@ -269,7 +269,7 @@ def test_each_fault_of_a_map_is_found_though_its_hashes_fit(fault: str, done: Ca
 
 
 def test_a_codebook_said_to_be_as_before_fine_tuning_must_be(done: Callable[..., tuple[Path, Path]]) -> None:
-    model, original = done(None, Recipe(steps=3, batch_size=16, lr=30.0))
+    model, original = done(None, FineTune(steps=3, batch_size=16, lr=30.0))
     assert metadata_of(model)[PREFIX + "kept"] == "before"
     forge(model, another_code)
     assert {difference.key for difference in found_in(model, original)} == {CODEBOOK}
@@ -287,7 +287,7 @@ def test_a_flag_that_says_not_initialised_is_found(
 
 
 def test_parameters_that_trained_may_differ_and_no_others(done: Callable[..., tuple[Path, Path]]) -> None:
-    model, original = done(Prune(), Recipe(steps=3, batch_size=16, train="decoder"))
+    model, original = done(Prune(), FineTune(steps=3, batch_size=16, train="decoder"))
     assert UNTOUCHED in json.loads(metadata_of(model)[PREFIX + "trained_tensors"])
     assert found_in(model, original) == ()
     forge(model, set_row("_encoder._conv_3.weight"))
@@ -300,7 +300,7 @@ def test_parameters_that_trained_may_differ_and_no_others(done: Callable[..., tu
 def test_a_list_of_trained_tensors_that_is_none_permits_nothing(
     text: str, done: Callable[..., tuple[Path, Path]]
 ) -> None:
-    model, original = done(Prune(), Recipe(steps=3, batch_size=16, train="decoder"))
+    model, original = done(Prune(), FineTune(steps=3, batch_size=16, train="decoder"))
     forge(model, lambda _, metadata: metadata.update({PREFIX + "trained_tensors": text}))
     assert UNTOUCHED in {difference.key for difference in found_in(model, original)}
 

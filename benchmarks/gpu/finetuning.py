@@ -25,7 +25,7 @@ from finetune import bare, ours
 from codebook_tools.codebook import Codebook
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.training.losses.reconstruction import scales_of
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.session import Opened, Request, open_request
@@ -51,7 +51,7 @@ def rates(opened: Opened, k: int, compiled: bool, steps: int, runs: int) -> dict
     noise = 1e-3 * rows.std() * torch.randn(k, rows.shape[1])
     model.install(Codebook(rows[torch.randint(len(rows), (k,))] + noise))
     model.compiled = compiled
-    recipe = Recipe(steps=steps, batch_size=min(64, len(train)), lr=1e-3)
+    recipe = FineTune(steps=steps, batch_size=min(64, len(train)), lr=1e-3)
 
     def loops() -> dict[str, float]:
         fresh = model.copy(copy.deepcopy(model.network))
@@ -78,7 +78,7 @@ def whole(given: Any, steps: int) -> dict[str, Any]:
         request = request_of(given.shared, given.device, output=Path(folder) / "out.safetensors", seed=0)
         request = Request(**{**vars(request), "limit": 200}) if given.quick else request
         since = time.perf_counter()
-        done = operate("refit", request, Refit(64 if given.quick else 512), Recipe(steps=steps), Watch()).to_json()
+        done = operate("refit", request, Refit(64 if given.quick else 512), FineTune(steps=steps), Watch()).to_json()
         return {
             "steps": steps,
             "stages": done["stages"],

@@ -19,7 +19,7 @@ from part import forget_peak, options, peak, timed, write
 
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.operate import measure_model, operate
 from codebook_tools.workflows.session import Request
 
@@ -78,7 +78,7 @@ def ours(folder: Path, device: str, precision: str, batch: int, k: int) -> dict[
     count = len(np.load(folder / "images.npy", mmap_mode="r"))
     forget_peak(device)
     since = time.perf_counter()
-    done = operate("refit", request, Refit(k), Recipe(steps=0), Watch())
+    done = operate("refit", request, Refit(k), FineTune(steps=0), Watch())
     refit = time.perf_counter() - since
     since = time.perf_counter()
     measure_model(Request(**{**vars(request), "output": None}), Watch())

@@ -153,7 +153,7 @@ def _in_process(wiring: Wiring, desk: Desk, source: Path, output: Path, keys: li
     from codebook_tools.errors import CodebookError
     from codebook_tools.runtime.progress import Watch
     from codebook_tools.strategies import STRATEGIES
-    from codebook_tools.training.finetune import Recipe
+    from codebook_tools.training.finetune import FineTune
     from codebook_tools.workflows.operate import operate
     from codebook_tools.workflows.session import Request
 
@@ -172,7 +172,7 @@ def _in_process(wiring: Wiring, desk: Desk, source: Path, output: Path, keys: li
             output=output,
         )
         strategy = STRATEGIES[wiring.strategy](**wiring.options)
-        recipe = Recipe(steps=wiring.steps_of_training, batch_size=BATCH)
+        recipe = FineTune(steps=wiring.steps_of_training, batch_size=BATCH)
         result = operate(wiring.strategy, request, strategy, recipe, Watch())
     except CodebookError as error:
         raise (RefusedError if error.exit_code == 1 else FaultError)(f"{error}") from error

@@ -107,7 +107,14 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file; of an index and its shards, as `joined_sha256` has it."""
+        """Of the file; of an index and its shards, as `joined_sha256` has it; in memory, of the tensors by key."""
+        if not self.files:
+            digest = hashlib.sha256()
+            for key in sorted(self.entries):
+                digest.update(f"{key} {self.entries[key].dtype} {self.entries[key].shape}\n".encode())
+                for chunk in self.chunks(key):
+                    digest.update(chunk)
+            return digest.hexdigest()
         return joined_sha256({file.name: file_sha256(file) for file in self.files})
 
 

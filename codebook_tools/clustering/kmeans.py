@@ -62,7 +62,7 @@ def kmeans(
     points: (n, dim) float32, in an order in which each head is a uniform sample (Survey.sample is); where the work is
     done is where they are. Seeds come from a small head, and Lloyd runs over heads that grow fourfold until all points
     take part: as good an optimum as from all points at once, in far fewer passes over all. On the first head centroids
-    are swapped, too, out of an optimum that is only local (swaps.py), unless the seeds were given. A cluster that
+    are swapped, too, out of an optimum that is only local (split_merge.py), unless the seeds were given. A cluster that
     empties is moved to a point drawn by squared error. init: how seeds are drawn, or the (k, dim) seeds themselves.
     iterations: the most of them, over each head. tolerance: share of the inertia that an iteration must gain for more
     to follow. lookup, emit: how centroids are searched and given out. By the cosine, those at unit length are mean

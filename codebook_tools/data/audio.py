@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -45,7 +46,16 @@ def sounds(rate: int, hop: int, size: int | None = None) -> Medium:
     if size is not None and size > LONGEST_CLIP:
         raise CodebookError(f"--size {size} is longer than {LONGEST_CLIP} samples")
     samples = max(hop, (size or rate) // hop * hop)
-    return Medium("clip", "clips", SUFFIXES, partial(_clips, rate=rate, samples=samples), in_channels, _MIXES, full=1)
+    return Medium(
+        "clip",
+        "clips",
+        SUFFIXES,
+        partial(_clips, rate=rate, samples=samples),
+        partial(_held_clips, samples=samples),
+        in_channels,
+        _MIXES,
+        full=1,
+    )
 
 
 _MIXES = "their mean, or the first of them"
@@ -62,6 +72,30 @@ def _clips(source: Source, rate: int, samples: int) -> list[Item]:
         Item(f"{source.name}#{i}", source, partial(decode_clip, source, rate, i * samples, samples), source.name)
         for i in range(max(1, count))
     ]
+
+
+def _held_clips(name: str, array: Values, samples: int) -> list[Item]:
+    """Clips of waveforms that a program holds, (n, samples) or (n, channels, samples) at the model's rate, floating
+    point with 1 at full scale; cut as those of a file are."""
+    if array.ndim not in (2, 3) or not array.size:
+        raise CodebookError(f"{name} has shape {array.shape}: expected (n, samples) or (n, channels, samples)")
+    if array.dtype.kind != "f":
+        raise CodebookError(f"{name} has dtype {array.dtype}: expected floating point, 1 being full scale")
+    waves = array[:, None] if array.ndim == 2 else array
+    return [
+        _held_clip(f"{name}#{row}", wave, i, samples)
+        for row, wave in enumerate(waves)
+        for i in range(max(1, wave.shape[-1] // samples))
+    ]
+
+
+def _held_clip(name: str, wave: Values, number: int, samples: int) -> Item:
+    source = Source(name, wave.nbytes, lambda: io.BytesIO(wave.tobytes()))
+
+    def decode() -> Values:
+        return padded(np.asarray(wave[:, number * samples :][:, :samples], dtype=np.float32), samples)
+
+    return Item(f"{name}#{number}", source, decode, name)
 
 
 def in_channels(waves: Values, channels: int, how: str | None) -> Values | None:
@@ -97,13 +131,19 @@ def decode_clip(source: Source, rate: int, start: int, samples: int) -> NDArray[
     if frames.shape[1] < last - first or start * down >= last * up:
         raise ValueError(f"damaged file: it ends before sample {last}")
     clip = resample_poly(frames, up, down, axis=1)[:, start - block * up :][:, :samples]
+    return padded(clip, samples)
+
+
+def padded(clip: NDArray[np.floating[Any]], samples: int) -> NDArray[np.float32]:
+    """A clip (channels, samples or fewer), silent at its end. Raises ValueError where a value is not finite, or beyond
+    PEAK."""
     if not np.isfinite(clip).all():
         raise ValueError("its waveform holds values that are not finite")
     if (peak := float(np.abs(clip).max())) > PEAK:
         raise ValueError(f"its waveform reaches {peak:.4g}, beyond {PEAK:g}; scale it so that 1 is its full scale")
-    padded = np.zeros((len(clip), samples), dtype=np.float32)
-    padded[:, : clip.shape[1]] = clip
-    return padded
+    whole = np.zeros((len(clip), samples), dtype=np.float32)
+    whole[:, : clip.shape[1]] = clip
+    return whole
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def images(size: int | None = None, stride: int = 1) -> Medium:
         raise CodebookError(f"--size {size} is longer than {LONGEST_SIDE} pixels")
     arrays = {".npy": _stored_items, ".npz": _stored_items}
     fit = partial(fitted, size=size, stride=stride)
-    return Medium("image", "images", SUFFIXES, _picture_items, in_channels, _MIXES, arrays, fit)
+    return Medium("image", "images", SUFFIXES, _picture_items, array_items, in_channels, _MIXES, arrays, fit)
 
 
 _MIXES = "the luma of colours, or the first of them; alpha goes"

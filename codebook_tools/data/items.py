@@ -80,7 +80,8 @@ def _sha256(names: str) -> bytes:
 class Medium:
     """What tells one kind of data from another.
 
-    one, many: what its items are called. suffixes: how its files end. items: those of one file. in_channels: decoded
+    one, many: what its items are called. suffixes: how its files end. items: those of one file. rows: those of
+    an array in memory, (n, ...), under a name. in_channels: decoded
     values in another number of channels; the last argument, one of channels.MIXINGS, allows to lose some, and None is
     what comes of it where that is not allowed. mixes: what they make of channels, in words. archives: by suffix, what
     files hold that count only where they themselves are given. fitted: decoded values as the model takes them;
@@ -91,6 +92,7 @@ class Medium:
     many: str
     suffixes: tuple[str, ...]
     items: Callable[[Source], list[Item]]
+    rows: Callable[[str, Values], list[Item]]
     in_channels: Callable[[Values, int, str | None], Values | None]
     mixes: str
     archives: Mapping[str, Callable[[Path], list[Item]]] = field(default_factory=dict)
@@ -98,7 +100,18 @@ class Medium:
     full: float | None = None
 
 
-def find_items(paths: Sequence[str | Path], medium: Medium) -> list[Item]:
+@dataclass(frozen=True, eq=False)
+class InMemory:
+    """Items that a program holds, in place of a path. values: (n, ...), one item a row. name: in front of theirs."""
+
+    values: NDArray[Any]
+    name: str = "data"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.values.dtype} {'x'.join(map(str, self.values.shape))}"
+
+
+def find_items(paths: Sequence[str | Path | InMemory], medium: Medium) -> list[Item]:
     """Every item under the paths, in order of name: folders of any depth, .tar shards, single files.
 
     A {0000..0009} in a path stands for that range. Names that several paths share get the path's own name in front,
@@ -106,7 +119,13 @@ def find_items(paths: Sequence[str | Path], medium: Medium) -> list[Item]:
     when it is. Raises CodebookError where a path is missing, of no known kind, cannot be listed, holds no item, or is
     given twice.
     """
-    groups = [(path, _items(path, medium)) for given in paths for path in _braces(str(given))]
+    groups = [
+        (path, _items(path, medium))
+        for given in paths
+        if not isinstance(given, InMemory)
+        for path in _braces(str(given))
+    ]
+    groups += [(Path(held.name), medium.rows(held.name, held.values)) for held in paths if isinstance(held, InMemory)]
     for path, items in groups:
         if not items:
             raise CodebookError(f"no {medium.many} in {path}: expected files ending in {', '.join(medium.suffixes)}")

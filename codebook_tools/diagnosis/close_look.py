@@ -24,7 +24,7 @@ _KNOWN = 0.5  # of the images' variance: a network that leaves more of it knows 
 
 @dataclass(frozen=True, eq=False)
 class Close:
-    """latents: (n, dim, *grid) of each book. mse: of the reconstructions, as measure.py has it; flat_mse: of items that
+    """latents: (n, dim, *grid) of each book. mse: of the reconstructions, as `measure` has it; flat_mse: of items that
     are their channels' means everywhere."""
 
     latents: tuple[Tensor, ...]

@@ -33,7 +33,7 @@ from codebook_tools.models.registry import (
 from codebook_tools.models.size_guard import bounded
 from codebook_tools.models.stored_codes import effective_rows, owned_keys, stored_rows
 from codebook_tools.models.twins import twins
-from codebook_tools.models.user_network import make_network
+from codebook_tools.models.user_network import NetworkMaker, make_network
 
 
 def choose_codebooks(checkpoint: Checkpoint, keys: Sequence[str]) -> list[FoundCodebook]:
@@ -196,7 +196,7 @@ def layouts(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> dict[str,
 def load_model(
     checkpoint: Checkpoint,
     *,
-    network: str | None = None,
+    network: NetworkMaker | None = None,
     family: str | None = None,
     codebook_keys: Sequence[str] = (),
     metric: str | None = None,
@@ -205,7 +205,7 @@ def load_model(
 ) -> Model:
     """The model of a file, in float32 and evaluation mode. Raises CodebookError where file and network do not fit.
 
-    network: "FILE.py:FUNCTION", the user's own. family: a name of FAMILIES, where recognition is to be overruled.
+    network: the user's own. family: a name of FAMILIES, where recognition is to be overruled.
     codebook_keys: those to be operated on, all where there are none.
     """
     if family is not None and family not in (*FAMILIES, CUSTOM):
@@ -312,7 +312,7 @@ def check_size_follows(model: Model, size: int) -> None:
             )
 
 
-def _first_of(spec: str, checkpoint: Checkpoint, keys: Sequence[str]) -> FoundCodebook:
+def _first_of(spec: NetworkMaker, checkpoint: Checkpoint, keys: Sequence[str]) -> FoundCodebook:
     """The codebook that says for how many codes the user's network is made. Where names do not tell which tensor that
     is, a network that declares its codebooks is believed."""
     try:
@@ -339,7 +339,7 @@ def _lone_row(checkpoint: Checkpoint) -> FoundCodebook | None:
 _ANY_SIZE = 4  # of a network that is only asked for the names of its codebooks
 
 
-def _make_custom(spec: str, checkpoint: Checkpoint, size: int) -> nn.Module:
+def _make_custom(spec: NetworkMaker, checkpoint: Checkpoint, size: int) -> nn.Module:
     return make_network(spec, size)
 
 
@@ -357,7 +357,7 @@ def _without_prefix(checkpoint: Checkpoint, prefix: str) -> Shapes:
     return {key.removeprefix(prefix): shape for key, shape in shapes if key.startswith(prefix)}
 
 
-def _made_to_fit(spec: str, checkpoint: Checkpoint, found: FoundCodebook) -> tuple[nn.Module, FoundCodebook]:
+def _made_to_fit(spec: NetworkMaker, checkpoint: Checkpoint, found: FoundCodebook) -> tuple[nn.Module, FoundCodebook]:
     """The user's network for as many codes as the file has, and the codebook as that network lays it out.
 
     Names and shapes leave open which axis holds the codes, and whether a row after them is padding: the network says so

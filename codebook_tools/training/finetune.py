@@ -16,20 +16,20 @@ from codebook_tools.training.codebook_ema import More
 from codebook_tools.training.history import Course
 from codebook_tools.training.learning_rate import looks_at
 from codebook_tools.training.loss_log import SUM, Readings
-from codebook_tools.training.recipe import Recipe
+from codebook_tools.training.recipe import FineTune
 from codebook_tools.training.resume import Saving
 from codebook_tools.training.state import Diverged, FineTuned, TracePoint
 from codebook_tools.training.tensorboard import Scalars, figures_of, scalars_into
 from codebook_tools.training.trainer import Training
 
-__all__ = ["FineTuned", "Recipe", "TracePoint", "finetune"]  # with what it is given, and gives back
+__all__ = ["FineTune", "FineTuned", "TracePoint", "finetune"]  # with what it is given, and gives back
 
 
 def finetune(
     model: Model,
     train: Media,
     validation: Media,
-    recipe: Recipe,
+    recipe: FineTune,
     counts: Sequence[Tensor],
     *,
     seed: int,
@@ -43,7 +43,7 @@ def finetune(
     counts: (size,) int64 or float of each book, assignments per code over the calibration data, where the EMA starts.
     saving: where the run is kept at each look, and goes on from if it was interrupted. log_dir: for TensorBoard. more:
     codes that some books begin with, by index, and merge into as many as they have on the way.
-    Only the chosen books move. The loss is that of losses.py. Gradients pass the quantisers straight through (Bengio,
+    Only the chosen books move. The loss is that of losses/. Gradients pass the quantisers straight through (Bengio,
     Leonard and Courville 2013). Several processes do together what one does alone: a batch is split among them.
     """
     training = Training(model, train, recipe, counts, seed, more or {})

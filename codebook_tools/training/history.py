@@ -10,7 +10,7 @@ from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.evaluation.measure import measure
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.losses.objective import pictures_loss
-from codebook_tools.training.recipe import Recipe
+from codebook_tools.training.recipe import FineTune
 from codebook_tools.training.resume import Saving
 from codebook_tools.training.state import State, TracePoint, is_better
 from codebook_tools.training.trainer import Training
@@ -83,13 +83,13 @@ _LEVERS = (
 """What keeps codes in use, and whether a recipe does without it."""
 
 
-def has_fallen(recipe: Recipe, trace: Sequence[TracePoint], codes: int) -> bool:
+def has_fallen(recipe: FineTune, trace: Sequence[TracePoint], codes: int) -> bool:
     """Whether the last look finds fewer codes in use than `min_usage` of all, where an earlier one found as many."""
     enough = [point.used >= recipe.min_usage * codes for point in trace]
     return any(enough) and not enough[-1]
 
 
-def reason_to_stop(recipe: Recipe, trace: Sequence[TracePoint], codes: int, merges_at: int) -> str | None:
+def reason_to_stop(recipe: FineTune, trace: Sequence[TracePoint], codes: int, merges_at: int) -> str | None:
     """Why the run is to end at its last look, or None. codes: of all codebooks together. merges_at: the step before
     which there are more of them, and nothing to stay with."""
     last = trace[-1]

@@ -14,10 +14,10 @@ ALONE = 0.25
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FineTune:
     """steps: of the optimiser, 0 for none. train: which networks. codebook_update: how the codes move; `ema` also
     revives dead ones. batch_size: images. lr: Adam's, at the end of warm-up, of tensors of usual size; None for
-    the one that suits the network (rates.py). loss: of the reconstruction.
+    the one that suits the network (learning_rate.py). loss: of the reconstruction.
 
     perceptual: a file of VGG16's weights, or "auto"; None for no LPIPS. adversarial: a discriminator trains along.
     distill: weight of the distance to what the original model reconstructs. entropy: of how undecided latents are

@@ -109,7 +109,7 @@ class FineTuned:
     """start: before the first step. best: the lowest validation error after it. trained: file keys of the parameters
     that took part, and groups: which networks they are. lr: Adam's, at the end of warm-up. diverged: where it
     did. stopped: why the run ended before its last step otherwise. collapsed: whether the best has lost codes that a
-    guard was to keep. settled_from: as Recipe's. merged: as Training's."""
+    guard was to keep. settled_from: as FineTune's. merged: as Training's."""
 
     start: State
     best: State

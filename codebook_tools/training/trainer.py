@@ -21,7 +21,7 @@ from codebook_tools.training.learning_rate import rate, shares, usual_rate
 from codebook_tools.training.losses.objective import objective_of
 from codebook_tools.training.losses.reconstruction import Seen
 from codebook_tools.training.parameters import set_trainable, trained_names, training_mode, written_names
-from codebook_tools.training.recipe import Recipe
+from codebook_tools.training.recipe import FineTune
 from codebook_tools.training.state import Tensors, by_number, joined, numbered, part
 from codebook_tools.training.weight_average import WeightAverage
 
@@ -57,7 +57,7 @@ class Training:
         self,
         model: Model,
         train: Media,
-        recipe: Recipe,
+        recipe: FineTune,
         counts: Sequence[Tensor],
         seed: int,
         more: Mapping[int, More],

@@ -24,7 +24,7 @@ from codebook_tools.remapping.index_map import IndexMap, read_index_maps
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.dry_run import Plan, plan
 from codebook_tools.workflows.gallery import Shown, exhibit_files
 from codebook_tools.workflows.model_card import CARD
@@ -39,7 +39,7 @@ class Step:
 
     command: str
     strategy: Strategy | None
-    recipe: Recipe
+    recipe: FineTune
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
         warnings=tuple(f"{i}, {step.command}: {warning}" for i, step, warning in _warnings(steps, results)),
         steps=tuple(replace(result, model=str(request.source), outputs={}) for result in results),
         outputs={"model": str(output), "index_map": str(index_map)},
-        bytes={"before": weights_bytes(request.source), "after": weights_bytes(output)},
+        bytes={"before": request.checkpoint.nbytes, "after": weights_bytes(output)},
         seconds=watch.seconds,
         settings=_shared([result.settings for result in results]),
         proof=results[-1].proof,
@@ -176,7 +176,7 @@ def _write(
     request: Request, output: Path, steps: Sequence[Step], written: Sequence[Path], maps: Mapping[str, IndexMap]
 ) -> Path:
     """What the last step left, as one surgery on the first model; returns the index map's path."""
-    original, models = read_checkpoint(request.source), [read_checkpoint(path) for path in written]
+    original, models = request.checkpoint, [read_checkpoint(path) for path in written]
     last = models[-1]
     about = _provenance(original, steps, models, {key: its.size for key, its in maps.items()})
     tensors = dict[str, Tensor]()

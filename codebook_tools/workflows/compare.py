@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from codebook_tools.checkpoints.atomic import write_text
-from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import Measurement
@@ -19,7 +18,7 @@ from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import find_strategy
 from codebook_tools.strategies.padding import power_of_two
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.comparison_rows import (
     STAGES,
     Comparison,
@@ -130,7 +129,7 @@ class _Task:
 
 
 def compare(
-    request: Request, k: int, names: Sequence[str], recipe: Recipe, *, seeds: int, folder: Path, watch: Watch
+    request: Request, k: int, names: Sequence[str], recipe: FineTune, *, seeds: int, folder: Path, watch: Watch
 ) -> Comparison:
     """Run the named rows (ENTRIES where there are none) with `seeds` seeds each, from request.seed on.
 
@@ -148,7 +147,7 @@ def compare(
     check_folder(folder)
     request.require_trainable(recipe.steps)
     store = RowStore(folder)
-    check_size(read_checkpoint(request.source), k)
+    check_size(request.checkpoint, k)
     opened = open_request(request, watch)
     require_training_data(opened, recipe)
     seen = calibrate(opened, watch)
@@ -221,7 +220,7 @@ def _run(
     seen: Calibration,
     before: Measurement,
     latents: Latents,
-    recipe: Recipe,
+    recipe: FineTune,
     made: str,
     watch: Watch,
 ) -> Row:
@@ -254,7 +253,7 @@ def _size(opened: Opened) -> int:
     return max(opened.model.books[stage].codebook.size for stage in opened.model.chosen)
 
 
-def _made_with(opened: Opened, task: _Task, recipe: Recipe) -> str:
+def _made_with(opened: Opened, task: _Task, recipe: FineTune) -> str:
     """SHA-256 of all that the figures of a row depend on."""
     return made_with(
         opened,

@@ -16,6 +16,7 @@ from codebook_tools.data.items import items_sha256
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import CodebookUse, Measurement
 from codebook_tools.models.stored_codes import added_bytes
+from codebook_tools.models.user_network import name_of
 from codebook_tools.runtime.safe_io import parse_json, read_text
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.workflows.session import Opened
@@ -163,11 +164,11 @@ def bytes_at(opened: Opened, size: int) -> int:
 def made_with(opened: Opened, more: Mapping[str, object]) -> str:
     """SHA-256 of all that the figures of a row depend on. more: than model and data."""
     request, splits = opened.request, opened.splits
-    network = Path(request.network.rpartition(":")[0]) if request.network else None
+    file = Path(request.network.rpartition(":")[0]) if isinstance(request.network, str) else None
     said = {
         "version": VERSION,
         "model": opened.model.checkpoint.sha256,
-        "network": hashlib.sha256(network.read_bytes()).hexdigest() if network else None,
+        "network": hashlib.sha256(file.read_bytes()).hexdigest() if file else name_of(request.network or "") or None,
         "data": {"calibration": items_sha256(splits.calibration), "test": items_sha256(splits.test)},
         "opened": {name: value for name, value in opened.settings.items() if name not in ("data", "test_data")},
         "codebook": [

@@ -8,7 +8,7 @@ from typing import Any
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.layout import index_map_path
-from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.evaluation.usage import survey
 from codebook_tools.models.output import check_size
@@ -16,8 +16,8 @@ from codebook_tools.models.registry import CUSTOM, family_of
 from codebook_tools.models.stored_codes import added_bytes
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
-from codebook_tools.training.finetune import Recipe
-from codebook_tools.workflows.result import asked_size, check_request_output, settings_of, weights_bytes
+from codebook_tools.training.finetune import FineTune
+from codebook_tools.workflows.result import asked_size, check_request_output, settings_of
 from codebook_tools.workflows.session import Request, open_request
 from codebook_tools.workflows.without_network import books_without_images, goes_without_images
 
@@ -44,10 +44,10 @@ class Plan:
         return asdict(self)
 
 
-def plan(command: str, request: Request, strategy: Strategy | None, recipe: Recipe, watch: Watch) -> Plan:
+def plan(command: str, request: Request, strategy: Strategy | None, recipe: FineTune, watch: Watch) -> Plan:
     """Look at what `operate` would look at first, time one batch, and write nothing."""
     request.require_trainable(recipe.steps)
-    check_size(read_checkpoint(request.source), asked_size(strategy, 0))
+    check_size(request.checkpoint, asked_size(strategy, 0))
     if strategy and goes_without_images(request, strategy):
         return _plan_detached(command, request, strategy)
     opened = open_request(request, watch)
@@ -76,7 +76,7 @@ def plan(command: str, request: Request, strategy: Strategy | None, recipe: Reci
 
 
 def _plan_detached(command: str, request: Request, strategy: Strategy) -> Plan:
-    checkpoint = read_checkpoint(request.source)
+    checkpoint = request.checkpoint
     return Plan(
         command=command,
         model=str(request.source),
@@ -95,7 +95,7 @@ def _sizes(
     """The plan's size, outputs and bytes, the output checked."""
     size = asked_size(strategy, books[0].size)
     output = check_request_output(request, command, size) if size or request.output else None
-    nbytes = weights_bytes(request.source)
+    nbytes = request.checkpoint.nbytes
     return {
         "size": {"before": books[0].size, "after": size},
         "outputs": {

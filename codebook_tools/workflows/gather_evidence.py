@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from codebook_tools.checkpoints.layout import PREFIX
-from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.clustering.seeding import count_distinct
 from codebook_tools.codebook import Codebook
@@ -95,7 +94,7 @@ def _with_keys(request: Request, original: Opened | None) -> Request:
     if original is None or request.codebook_keys:
         return request
     keys = tuple(original.model.books[stage].key for stage in original.model.chosen)
-    known = read_checkpoint(request.source).entries
+    known = request.checkpoint.entries
     return replace(request, codebook_keys=keys) if all(key in known for key in keys) else request
 
 

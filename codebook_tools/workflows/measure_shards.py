@@ -12,7 +12,6 @@ from operator import add
 from pathlib import Path
 
 from codebook_tools.checkpoints.layout import PREFIX
-from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.data.sampling import smallest
 from codebook_tools.data.splits import Splits
 from codebook_tools.errors import CodebookError
@@ -114,7 +113,7 @@ def merge(request: Request, files: Sequence[Path], stats: Path | None, watch: Wa
     """
     if request.data or request.test_data or request.latents:
         raise CodebookError("--merge adds what was measured before; leave out --data, --test-data and --latents")
-    checkpoint = read_checkpoint(request.source)
+    checkpoint = request.checkpoint
     if f"{PREFIX}shard" in checkpoint.metadata:
         raise CodebookError(f"{request.source} is a part itself; MODEL comes first: measure MODEL --merge FILE...")
     with watch.phase("load"):

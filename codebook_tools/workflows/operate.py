@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from codebook_tools.checkpoints.atomic import check_apart, check_free
 from codebook_tools.checkpoints.layout import training_path
+from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.write import write_checkpoint
-from codebook_tools.codebook import Strategy
+from codebook_tools.codebook import Codebook, Strategy, Surgery
 from codebook_tools.data.items import items_sha256
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.measure import measurement_of
+from codebook_tools.evaluation.measure import Measurement, measurement_of
 from codebook_tools.evaluation.quality_warnings import blur_warnings, worse_warnings
 from codebook_tools.evaluation.stats_file import write_part
+from codebook_tools.evaluation.tokens import Tokens
 from codebook_tools.models.agreement import has_quantizer, in_training
 from codebook_tools.models.evidence import told_by_file
 from codebook_tools.models.load import check_size_follows
@@ -29,13 +31,14 @@ from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.strategies.quantize import packed_bytes
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.training.resume import Saving
 from codebook_tools.training.tensorboard import require_tensorboard
-from codebook_tools.workflows.gallery import exhibit
+from codebook_tools.workflows.gallery import Shown, exhibit
 from codebook_tools.workflows.measure_shards import check_shard, in_part, merge, part_of
 from codebook_tools.workflows.model_card import cards
 from codebook_tools.workflows.pipeline import (
+    Stages,
     calibrate,
     calibration_tokens,
     current_tokens,
@@ -52,8 +55,8 @@ from codebook_tools.workflows.result import (
     asked_size,
     check_request_output,
     provenance,
+    request_output,
     settings_of,
-    weights_bytes,
 )
 from codebook_tools.workflows.session import Opened, Request, open_request
 from codebook_tools.workflows.without_network import goes_without_images, measure_detached, operate_detached
@@ -96,7 +99,7 @@ def measure_model(
         with watch.phase("write"):
             distributed.by_first(lambda: write_part(stats, part, request.force))
         opened.settings["stats"] = str(stats)
-    sizes = {"before": weights_bytes(request.source), "after": None}
+    sizes = {"before": opened.model.checkpoint.nbytes, "after": None}
     before = None if shard and not sums.images else measurement_of(sums, "test")
     with watch.phase("measure"):
         shown = exhibit(opened, opened.model.books, False, None, watch) if request.exhibit and not shard else ()
@@ -106,7 +109,112 @@ def measure_model(
     return _result("measure", request, opened, watch, before=before, bytes=sizes, shown=shown, proof=proof)
 
 
-def operate(command: str, request: Request, strategy: Strategy | None, recipe: Recipe, watch: Watch) -> Result:
+@dataclass(eq=False)
+class Run:
+    """A surgery and its fine-tuning, done in memory and measured; `write` makes a file of it.
+
+    Attributes:
+        command: What was asked for, by its name.
+        opened: The model, in the state that is kept, and its data.
+        before: Measured on the test data, as is `surgery` and `finetuned`; None where there is no such stage.
+        done: What came of surgery and fine-tuning.
+        surgeries: By index of the codebook; none where there was a fine-tuning alone.
+        tokens: Of the calibration data by the kept state, of each codebook.
+        maps: Of the index map file, by name.
+        shown: A few test images, for a page.
+    """
+
+    command: str
+    opened: Opened
+    before: Measurement
+    done: Stages
+    surgeries: Mapping[int, Surgery]
+    old: Sequence[Codebook]
+    tokens: Sequence[Tokens]
+    maps: Mapping[str, Tensor]
+    shown: tuple[Shown, ...]
+    watch: Watch
+
+    @property
+    def kept(self) -> str:
+        """The stage that is kept: `before`, `surgery` or `finetuned`."""
+        return self.done.kept
+
+    @property
+    def stages(self) -> dict[str, Measurement | None]:
+        return {"before": self.before, "surgery": self.done.surgery, "finetuned": self.done.finetuned}
+
+    def changed(self) -> dict[str, Tensor]:
+        """Every tensor in which the kept state differs from the original, by key, as a file stores it."""
+        counts = {stage: self.tokens[stage].counts for stage in self.done.index_maps}
+        return self.opened.model.changed(counts, self.done.index_maps)
+
+    def sizes(self) -> dict[str, int]:
+        """New number of codes by key of each codebook that was operated on."""
+        books = self.opened.model.books
+        return {
+            place.key: books[stage].codebook.size
+            for stage in sorted(self.done.index_maps)
+            for place in books[stage].found.places
+        }
+
+    def media(self) -> list[Tensor]:
+        """Batches that a proof needs."""
+        network = self.opened.model.network
+        return self.opened.few if has_quantizer(network) or in_training(network) else []
+
+    def write(self, output: Path) -> Result:
+        """Write the kept state and its index map, read both back, and prove them through the model that loads them.
+
+        Raises CodebookError where that cannot be; there is no file then.
+        """
+        opened, done, watch = self.opened, self.done, self.watch
+        request, model = opened.request, opened.model
+        size = max(model.books[stage].codebook.size for stage in model.chosen)
+        opened.warnings += remarks(model.checkpoint, self.old[model.chosen[0]].size, size, output)
+        with watch.phase("write"):
+            media, sizes = self.media(), self.sizes()
+            config = written_config(model.checkpoint, size)
+            found = [model.books[stage].found for stage in sorted(done.index_maps)]
+            checkpoint, settings = model.checkpoint, opened.settings
+            about = provenance(self.command, request, checkpoint, sizes, settings, done.kept, done.tuned, found)
+            told = cards(output, checkpoint, self.command, settings, sizes, self.stages, done.kept)
+
+            def write() -> tuple[Path, int, Proof]:
+                given = (checkpoint, output, self.changed(), about, self.maps, config, told)
+                map_path = write_checkpoint(*given, force=request.force, check=check)
+                return map_path, read_checkpoint(output).nbytes, proofs[0]
+
+            proofs = list[Proof]()
+
+            def check() -> None:
+                proofs.append(prove(model, read_partial(output), media))
+
+            map_path, nbytes, proof = distributed.by_first(write)
+        bits = next(iter(self.surgeries.values())).bits if self.surgeries and done.kept == "surgery" else None
+        packed = sum(packed_bytes(on_cpu(model.books[stage]), bits) for stage in self.surgeries) if bits else 0
+        return _result(
+            self.command,
+            request,
+            opened,
+            watch,
+            before=self.before,
+            surgery=done.surgery,
+            finetuned=done.finetuned,
+            kept=done.kept,
+            trace=done.tuned.trace if done.tuned else (),
+            outputs={"model": str(output), "index_map": str(map_path), "report": None},
+            shown=self.shown,
+            proof=proof,
+            bytes={
+                "before": checkpoint.nbytes,
+                "after": nbytes,
+                **({"packed": packed} if bits else {}),
+            },
+        )
+
+
+def operate(command: str, request: Request, strategy: Strategy | None, recipe: FineTune, watch: Watch) -> Result:
     """One surgery and its fine-tuning, measured at each stage, installed, written and read back.
 
     strategy: None fine-tunes the codebooks as they are. A surgery's file holds the better of `surgery` and `finetuned`
@@ -118,6 +226,18 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         if recipe.steps:
             raise CodebookError(f"{recipe.steps} steps of fine-tuning need images; give --data, or --steps 0")
         return operate_detached(command, request, strategy, watch)
+    run = operate_in_memory(command, request, strategy, recipe, watch, written=True)
+    size = max(run.opened.model.books[stage].codebook.size for stage in run.opened.model.chosen)
+    output = request_output(request, command, size)
+    result = run.write(output)
+    distributed.by_first(lambda: training_path(output).unlink(missing_ok=True))
+    return result
+
+
+def operate_in_memory(
+    command: str, request: Request, strategy: Strategy | None, recipe: FineTune, watch: Watch, *, written: bool = False
+) -> Run:
+    """As `operate`, up to where something would be written. written: whether it will be, where the request says."""
     require_tensorboard(request.log_dir)
     request.require_trainable(recipe.steps)
     opened = open_request(request, watch)
@@ -125,7 +245,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     opened.warnings += stale_state(model.checkpoint, [model.books[stage].found for stage in model.chosen])
     if not recipe.steps and len(model.books) == 1:
         opened.pass_once()
-    if asked := asked_size(strategy, model.books[model.chosen[0]].codebook.size):
+    if written and (asked := asked_size(strategy, model.books[model.chosen[0]].codebook.size)):
         check_request_output(request, command, asked)
     require_training_data(opened, recipe)
     seen = calibrate(opened, watch)
@@ -136,15 +256,15 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
     old, books = [on_cpu(book) for book in model.books], tuple(map(replace, model.books))
     surgeries = perform(opened, strategy, seen, watch) if strategy else {}
     size = max(model.books[stage].codebook.size for stage in model.chosen)
-    output = check_request_output(request, command, size)
+    output = check_request_output(request, command, size) if written else None
     check_size_follows(model, size)
     known = {*model.keys.values()} - {*model.carried}
     opened.warnings += dependents_warning(model.checkpoint, known, model.books[model.chosen[0]].found.size, size)
 
     first = model.books[model.chosen[0]]
     opened.settings |= {"metric": metric_of(first.lookup, first.emit)} | settings_of(strategy) | settings_of(recipe)
-    saving = Saving(training_path(output), _made_with(command, opened), request.resume)
-    if recipe.steps and request.resume and not saving.path.exists():
+    saving = Saving(training_path(output), _made_with(command, opened), request.resume) if output else None
+    if saving and recipe.steps and request.resume and not saving.path.exists():
         opened.warnings.append(f"--resume: there is no {saving.path}; the fine-tuning began at step 0")
     done = run_stages(
         opened,
@@ -158,7 +278,6 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         log_dir=request.log_dir,
     )
     opened.warnings += done.warnings
-    stages = {"before": before, "surgery": done.surgery, "finetuned": done.finetuned}
     if done.tuned:
         opened.settings["lr"] = done.tuned.lr
     with watch.phase("measure"):
@@ -168,61 +287,15 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: R
         tokens = calibration_tokens(opened, watch)
     else:
         tokens = current_tokens(opened, seen, done.kept == "surgery", watch)
-    opened.warnings += worse_warnings(before, stages[done.kept])
-    opened.warnings += remarks(model.checkpoint, old[model.chosen[0]].size, size, output)
-    stages_changed = sorted(done.index_maps)
-    sizes = {
-        place.key: model.books[stage].codebook.size
-        for stage in stages_changed
-        for place in model.books[stage].found.places
-    }
     maps = dict[str, Tensor]()
     for stage, index_map in done.index_maps.items():
         samples = (seen.tokens[stage].sample, tokens[stage].sample)
         nearest = nearest_map(index_map, old[stage], on_cpu(model.books[stage]), samples)
         for place in model.books[stage].found.places:
             maps |= {f"{place.key}/index_map": index_map, f"{place.key}/nearest": nearest}
-    with watch.phase("write"):
-        media = opened.few if has_quantizer(model.network) or in_training(model.network) else []
-        config = written_config(model.checkpoint, size)
-        found = [model.books[stage].found for stage in stages_changed]
-        about = provenance(command, request, model.checkpoint, sizes, opened.settings, done.kept, done.tuned, found)
-        told = cards(output, model.checkpoint, command, opened.settings, sizes, stages, done.kept)
-
-        def write() -> tuple[Path, int, Proof]:
-            changed = model.changed({stage: tokens[stage].counts for stage in stages_changed}, done.index_maps)
-            given = (model.checkpoint, output, changed, about, maps, config, told)
-            map_path = write_checkpoint(*given, force=request.force, check=check)
-            return map_path, weights_bytes(output), proofs[0]
-
-        proofs = list[Proof]()
-
-        def check() -> None:
-            proofs.append(prove(model, read_partial(output), media))
-
-        map_path, nbytes, proof = distributed.by_first(write)
-        saving.remove()
-    bits = next(iter(surgeries.values())).bits if surgeries and done.kept == "surgery" else None
-    packed = sum(packed_bytes(on_cpu(model.books[stage]), bits) for stage in surgeries) if bits else 0
-    return _result(
-        command,
-        request,
-        opened,
-        watch,
-        before=before,
-        surgery=done.surgery,
-        finetuned=done.finetuned,
-        kept=done.kept,
-        trace=done.tuned.trace if done.tuned else (),
-        outputs={"model": str(output), "index_map": str(map_path), "report": None},
-        shown=shown,
-        proof=proof,
-        bytes={
-            "before": weights_bytes(request.source),
-            "after": nbytes,
-            **({"packed": packed} if bits else {}),
-        },
-    )
+    run = Run(command, opened, before, done, surgeries, old, tokens, maps, shown, watch)
+    opened.warnings += worse_warnings(before, run.stages[done.kept])
+    return run
 
 
 def _made_with(command: str, opened: Opened) -> dict[str, object]:

@@ -26,7 +26,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import on_device
 from codebook_tools.strategies.padding import common_sizes, filled, remark
 from codebook_tools.training.codebook_ema import More
-from codebook_tools.training.finetune import FineTuned, Recipe, finetune
+from codebook_tools.training.finetune import FineTune, FineTuned, finetune
 from codebook_tools.training.losses.objective import judges
 from codebook_tools.training.resume import Saving
 from codebook_tools.workflows.session import Opened
@@ -59,7 +59,7 @@ class Stages:
     warnings: tuple[str, ...] = ()
 
 
-def require_training_data(opened: Opened, recipe: Recipe) -> None:
+def require_training_data(opened: Opened, recipe: FineTune) -> None:
     """Raise CodebookError where there is to be fine-tuning, and nothing for its gradients, its losses or its choice of
     state; or where it would move codes that cannot be written."""
     moving = recipe.steps and recipe.codebook_update != "frozen"
@@ -185,7 +185,7 @@ def run_stages(
     surgeries: Mapping[int, Surgery],
     seen: Calibration,
     latents: Latents,
-    recipe: Recipe,
+    recipe: FineTune,
     *,
     seed: int,
     watch: Watch,
@@ -242,7 +242,7 @@ def run_stages(
 
 
 def _more(
-    opened: Opened, surgeries: Mapping[int, Surgery], recipe: Recipe, seen: Calibration, watch: Watch
+    opened: Opened, surgeries: Mapping[int, Surgery], recipe: FineTune, seen: Calibration, watch: Watch
 ) -> dict[int, More]:
     """The codes that a fine-tuning is to begin with where they are more, and how often each is used."""
     first = {stage: surgery.first for stage, surgery in surgeries.items() if surgery.first}

@@ -13,13 +13,13 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.safe_io import read_text
 from codebook_tools.runtime.type_checks import check_kinds, kinds_of
 from codebook_tools.strategies import find_strategy
-from codebook_tools.training.finetune import Recipe
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.chain import Step
 
 SURGERIES = "surgeries"
 FINETUNE = "finetune"
 
-_OF_RECIPE = {entry.name for entry in fields(Recipe)} - {"batch_size"}
+_OF_RECIPE = {entry.name for entry in fields(FineTune)} - {"batch_size"}
 _LONGEST = 256 << 10  # bytes: a parser of YAML takes a second for so many
 _BY_THE_RUN = {"device", "watch"}  # fields of strategies that no recipe sets
 
@@ -118,8 +118,8 @@ def _step(command: str, settings: Mapping[str, Any], batch_size: int, seed: int)
         raise CodebookError(f"{command} has no {', '.join(sorted(unknown))}; it has {known}")
     try:
         training = {name: value for name, value in settings.items() if name in _OF_RECIPE}
-        check_kinds(command, training, kinds_of(Recipe))
-        tuned = Recipe(**{"steps": 0 if make else Recipe.steps, "batch_size": batch_size, **training})
+        check_kinds(command, training, kinds_of(FineTune))
+        tuned = FineTune(**{"steps": 0 if make else FineTune.steps, "batch_size": batch_size, **training})
         if make is None:
             return Step(command, None, tuned)
         asked = {name: value for name, value in settings.items() if name in own}

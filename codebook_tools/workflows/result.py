@@ -18,7 +18,7 @@ from codebook_tools.models.output import check_output, check_size, default_outpu
 from codebook_tools.models.proof import Proof
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.version import VERSION
-from codebook_tools.training.finetune import FineTuned, Recipe, TracePoint
+from codebook_tools.training.finetune import FineTune, FineTuned, TracePoint
 from codebook_tools.workflows.gallery import Shown
 from codebook_tools.workflows.session import Request
 
@@ -81,7 +81,7 @@ def check_request_output(request: Request, command: str, size: int | None) -> Pa
 
 
 def _checked_output(request: Request, command: str, size: int | None) -> Path:
-    checkpoint = read_checkpoint(request.source)
+    checkpoint = request.checkpoint
     check_size(checkpoint, size)
     output = request_output(request, command, size or 0)
     check_output(checkpoint, output, request.force, request.read)
@@ -102,7 +102,7 @@ def request_output(request: Request, command: str, size: int) -> Path:
     if request.output is not None:
         return request.output
     folder = None if request.model else Path()
-    return default_output(read_checkpoint(request.source), command, size, folder)
+    return default_output(request.checkpoint, command, size, folder)
 
 
 def weights_bytes(path: Path) -> int:
@@ -110,7 +110,7 @@ def weights_bytes(path: Path) -> int:
     return read_checkpoint(path).nbytes
 
 
-def settings_of(thing: Strategy | Recipe | None) -> dict[str, object]:
+def settings_of(thing: Strategy | FineTune | None) -> dict[str, object]:
     """The printed fields of a dataclass."""
     if thing is None or not is_dataclass(thing):
         return {}

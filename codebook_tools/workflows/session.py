@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from codebook_tools.data.audio import sounds
 from codebook_tools.data.channels import FIRST, MIX, MIXINGS
 from codebook_tools.data.dataset import Beyond, Media
 from codebook_tools.data.images import SAMPLE, images, sample_images
-from codebook_tools.data.items import Item, Medium, find_items
+from codebook_tools.data.items import InMemory, Item, Medium, find_items
 from codebook_tools.data.splits import Splits, limited, split
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import find_input_range, range_errors
@@ -32,6 +32,8 @@ from codebook_tools.models.remarks import stale_state
 from codebook_tools.models.settling import settle
 from codebook_tools.models.sizes import size_warning
 from codebook_tools.models.twins import twin_warning
+from codebook_tools.models.user_network import NetworkMaker, name_of
+from codebook_tools.models.wrapped import Wrapped
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import RUN_AHEAD, device_of
 from codebook_tools.runtime.progress import Watch
@@ -52,18 +54,19 @@ class Request:
     workers: processes that decode ahead; None: as many as help. resume: whether an interrupted fine-tuning goes on.
     log_dir: where TensorBoard finds how it went. exhibit: whether a few test images are kept for a page, as each stage
     reconstructs them. typed: by a user, whose model is not to be trained on the bundled sample.
+    wrapped: a module in memory, in place of a file.
     """
 
     model: Path | None = None
-    data: tuple[str, ...] = ()
-    test_data: tuple[str, ...] = ()
+    data: tuple[str | InMemory, ...] = ()
+    test_data: tuple[str | InMemory, ...] = ()
     stats: Path | None = None
     latents: tuple[str, ...] = ()
     limit: int | None = None
     size: int | None = None
     channels: str | None = None
     skip_bad: bool = False
-    network: str | None = None
+    network: NetworkMaker | None = None
     family: str | None = None
     codebook_keys: tuple[str, ...] = ()
     metric: str | None = None
@@ -84,6 +87,7 @@ class Request:
     exhibit: bool = False
     sample: bool = False
     typed: bool = False
+    wrapped: Wrapped | None = None
 
     def __post_init__(self) -> None:
         for name in ("limit", "size", "batch_size"):
@@ -108,9 +112,14 @@ class Request:
             said[key] = role
         return said
 
+    @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The model's file, with what is said of its tensors. Raises CodebookError where it has no such tensor."""
-        checkpoint, stated = read_checkpoint(self.source), self.stated
+        """The model's file, opened once, with what is said of its tensors.
+
+        Raises CodebookError where it has no such tensor.
+        """
+        checkpoint = self.wrapped.checkpoint() if self.wrapped else read_checkpoint(self.source)
+        stated = self.stated
         missing = next((key for key in stated if key not in checkpoint.entries), None)
         if missing is not None:
             option = "--as-stored" if stated[missing] == AS_STORED else "--companion"
@@ -120,7 +129,7 @@ class Request:
     @property
     def knows_sample(self) -> bool:
         """Whether the bundled sample need not be asked for."""
-        return self.model is None or self.sample
+        return (self.model is None and self.wrapped is None) or self.sample
 
     @property
     def trainable(self) -> bool:
@@ -137,13 +146,17 @@ class Request:
 
     @property
     def source(self) -> Path:
-        return self.model or DEMO
+        return Path(self.wrapped.name) if self.wrapped else self.model or DEMO
 
     @property
     def read(self) -> tuple[Path, ...]:
         """All that is named to be read."""
         stats = () if self.stats is None else (self.stats,)
-        return (self.source, *stats, *(Path(name) for name in (*self.data, *self.test_data, *self.latents)))
+        return (
+            self.source,
+            *stats,
+            *(Path(name) for name in (*self.data, *self.test_data, *self.latents) if isinstance(name, str)),
+        )
 
 
 @dataclass(eq=False)
@@ -223,16 +236,18 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
     part of both splits.
     """
     with watch.phase("load"):
-        checkpoint = request.checkpoint()
+        checkpoint = request.checkpoint
         model = load_model(
             checkpoint,
-            network=request.network,
+            network=request.wrapped or request.network,
             family=request.family,
             codebook_keys=request.codebook_keys,
             metric=request.metric,
             device=device_of(request.device),
             bf16=request.precision == "bf16",
         )
+        if request.wrapped:
+            model.build = partial(request.wrapped.built, [book.found for book in model.books], checkpoint)
         splits, medium = _listed(request, model, measuring)
         model.compiled = request.compiled
         runs_ahead = model.device.type in RUN_AHEAD
@@ -270,14 +285,14 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
     opened.warnings += [twin_warning(book.found.places, "") for book in model.books if book.found.also]
     opened.warnings += more
     opened.settings |= {
-        "data": list(request.data) or ([SAMPLE] if splits.calibration else []),
-        "test_data": list(request.test_data),
+        "data": [str(one) for one in request.data] or ([SAMPLE] if splits.calibration else []),
+        "test_data": [str(one) for one in request.test_data],
         "images": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         "limit": request.limit,
         "size": request.size,
         "channels": request.channels,
         "skip_bad": request.skip_bad,
-        "network": request.network,
+        "network": name_of(request.network) if request.network else None,
         "input_range": list(model.input_range),
         "device": str(model.device),
         "precision": request.precision,

@@ -144,7 +144,7 @@ class _Known:
 def measure_detached(request: Request, watch: Watch, stats: Path | None) -> Result:
     """How one codebook is used by latents from files; see `measure_model` for the rest."""
     goes_without_images(request, None)
-    checkpoint = request.checkpoint()
+    checkpoint = request.checkpoint
     known, settings = _look(request, checkpoint, watch)
     before = _measured(request, known, [one.old for one in known])
     if stats is not None:
@@ -161,7 +161,7 @@ def measure_detached(request: Request, watch: Watch, stats: Path | None) -> Resu
         seed=request.seed,
         warnings=(*_guesses(request, checkpoint, known), *told_by_file(checkpoint, [one.found for one in known])),
         before=before,
-        bytes={"before": weights_bytes(request.source), "after": None},
+        bytes={"before": request.checkpoint.nbytes, "after": None},
         seconds=watch.seconds,
     )
 
@@ -171,7 +171,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
 
     Measured are the codebooks alone: on latents before and after, on counts before, else not at all.
     """
-    checkpoint = request.checkpoint()
+    checkpoint = request.checkpoint
     known, settings = _look(request, checkpoint, watch, strategy)
     warnings = _guesses(request, checkpoint, known)
     warnings += stale_state(checkpoint, [one.found for one in known])
@@ -244,7 +244,7 @@ def operate_detached(command: str, request: Request, strategy: Strategy, watch: 
         proof=proof,
         outputs={"model": str(output), "index_map": str(map_path), "report": None},
         bytes={
-            "before": weights_bytes(request.source),
+            "before": request.checkpoint.nbytes,
             "after": nbytes,
             **({"packed": sum(packed_bytes(book, bits) for book in new)} if bits else {}),
         },
@@ -302,7 +302,7 @@ def _with_latents(request: Request, one: _Known, watch: Watch) -> tuple[_Known, 
     with watch.phase("load"):
         calibration = open_latents([Path(path) for path in request.latents], one.old.dim)
         if request.test_data:
-            test = open_latents([Path(path) for path in request.test_data], one.old.dim)
+            test = open_latents([Path(str(path)) for path in request.test_data], one.old.dim)
         else:
             calibration, test = split_latents(calibration)
         calibration, test = (limited_latents(rows, request.limit, request.seed) for rows in (calibration, test))
@@ -311,7 +311,7 @@ def _with_latents(request: Request, one: _Known, watch: Watch) -> tuple[_Known, 
         seen = survey(calibration, one.old, seed=request.seed, watch=watch)
     settings: dict[str, object] = {
         "latents": list(request.latents),
-        "test_data": list(request.test_data),
+        "test_data": [str(one) for one in request.test_data],
         "rows": {"calibration": len(calibration), "test": len(test)},
         "limit": request.limit,
     }

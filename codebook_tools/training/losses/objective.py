@@ -19,7 +19,7 @@ from codebook_tools.training.losses.adversarial import Adversary, Discriminator,
 from codebook_tools.training.losses.distillation import Original
 from codebook_tools.training.losses.perceptual import Perceptual
 from codebook_tools.training.losses.reconstruction import Reconstruction, Seen, scales_of
-from codebook_tools.training.recipe import Recipe
+from codebook_tools.training.recipe import FineTune
 
 PERCEPTUAL = 2.0
 """Weight of LPIPS. VQGAN adds it to the absolute error of pixels in [-1, 1], whose deviation in photographs is about a
@@ -70,7 +70,7 @@ class Several:
         return {name: term(shown, media) for name, term in self.more.items()}
 
 
-def several(plain: Reconstruction, model: Model, recipe: Recipe, pixels: Tensor, seed: int) -> Several:
+def several(plain: Reconstruction, model: Model, recipe: FineTune, pixels: Tensor, seed: int) -> Several:
     """The plain objective and all else that the recipe asks for. pixels: (1, ...), an item of the training data. seed:
     of the discriminator's weights."""
     perceptual, discriminator = judges(model, recipe, pixels, seed)
@@ -101,7 +101,7 @@ def pictures_loss(objective: object, model: Model, validation: Media) -> float |
 
 
 def judges(
-    model: Model, recipe: Recipe, pixels: Tensor, seed: int = 0
+    model: Model, recipe: FineTune, pixels: Tensor, seed: int = 0
 ) -> tuple[Perceptual | None, Discriminator | None]:
     """The networks that judge pictures, where the recipe asks for them. Raises CodebookError where they cannot."""
     if not (recipe.perceptual or recipe.adversarial):
@@ -131,7 +131,7 @@ class Objective(Protocol):
         """Take back what `state` gave."""
 
 
-def objective_of(model: Model, train: Media, recipe: Recipe, pixels: Tensor, seed: int) -> Objective:
+def objective_of(model: Model, train: Media, recipe: FineTune, pixels: Tensor, seed: int) -> Objective:
     """The one of a recipe, in the units of the model and the data as they are before the first step. pixels: (1, ...),
     an item of the data. Raises CodebookError where a term has nothing to go by."""
     if recipe.entropy and any(book.lookup is Lookup.DOT for book in model.books):

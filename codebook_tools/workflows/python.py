@@ -1,0 +1,477 @@
+"""The commands as Python calls: on a file, or on a module that lives in memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from codebook_tools.checkpoints.tensors import Held
+from codebook_tools.codebook import Strategy
+from codebook_tools.data.items import InMemory
+from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.models.proof import Proof, prove
+from codebook_tools.models.user_network import NetworkMaker
+from codebook_tools.models.verification import Verification
+from codebook_tools.models.wrapped import Function, Wrapped
+from codebook_tools.remapping.remap import Remapped, RemapRequest
+from codebook_tools.remapping.remap import remap as run_remap
+from codebook_tools.runtime.progress import Show, Watch
+from codebook_tools.training.recipe import FineTune
+from codebook_tools.workflows import compare as comparisons
+from codebook_tools.workflows import sweep as sweeps
+from codebook_tools.workflows.comparison_rows import Comparison
+from codebook_tools.workflows.diagnose import Diagnosis
+from codebook_tools.workflows.diagnose import diagnose as run_diagnosis
+from codebook_tools.workflows.inspect_checkpoint import Inspection, inspect_checkpoint
+from codebook_tools.workflows.operate import Run, measure_model, operate_in_memory
+from codebook_tools.workflows.result import Result, check_request_output
+from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.verify import verify_checkpoint
+
+
+class _Warning(Protocol):
+    @property
+    def warnings(self) -> Sequence[str]: ...
+
+
+_Result = TypeVar("_Result", bound=_Warning)
+
+PathLike = str | Path
+Values = PathLike | Tensor | np.ndarray[Any, Any] | Iterable[Any]
+"""Data: a path or several, an array or tensor (n, ...), or an iterable of batches, such as a DataLoader."""
+
+
+class CodebookWarning(UserWarning):
+    """What a command would print as a warning."""
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What a model is calibrated, trained and measured on.
+
+    Attributes:
+        train: Paths (folders, .tar, .npy, single files); or a float or uint8 array or tensor, images (n, channels,
+            height, width) or waveforms (n, channels, samples); or a DataLoader of tensors, tuples or dicts, which is
+            gone through once and kept in memory.
+        test: As `train`; None for a tenth of `train`, drawn by name.
+        key: Of a batch that is a tuple or a dict: where its images are. The first entry if None.
+        values: Lowest and highest of floating-point images in memory, if not 0 and 1: (-1, 1) after the usual
+            `Normalize(0.5, 0.5)`.
+        limit: At most so many items of each, drawn by `seed` of the call.
+        size: Side in pixels that images are cut and resized to; samples of a clip.
+        channels: "mix" or "first", where items have other channels than the network.
+        skip_bad: Leave out what cannot be read.
+        batch_size: Items to a batch when data are encoded.
+        workers: Processes that decode files ahead; None for as many as help.
+    """
+
+    train: Values | None = None
+    test: Values | None = None
+    key: str | int | None = None
+    values: tuple[float, float] = (0.0, 1.0)
+    limit: int | None = None
+    size: int | None = None
+    channels: str | None = None
+    skip_bad: bool = False
+    batch_size: int = 64
+    workers: int | None = None
+    _held: dict[str, tuple[str | InMemory, ...]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.values[0] < self.values[1]:
+            raise CodebookError(f"values={self.values}: the first number must be the smaller one")
+        for name in ("train", "test"):
+            self._held[name] = self._read(name, getattr(self, name))
+
+    def _read(self, name: str, given: Values | None) -> tuple[str | InMemory, ...]:
+        if given is None:
+            return ()
+        if isinstance(given, str | Path):
+            return (str(given),)
+        if isinstance(given, list | tuple) and given and all(isinstance(one, str | Path) for one in given):
+            return tuple(map(str, given))
+        if isinstance(given, Tensor | np.ndarray):
+            return (InMemory(self._array(name, given), name),)
+        if not isinstance(given, Iterable):
+            raise CodebookError(f"{name}= is a {type(given).__name__}; expected paths, an array, or a DataLoader")
+        batches = [self._array(name, self._picked(name, batch)) for batch in given]
+        if not batches:
+            raise CodebookError(f"{name}= gave no batch")
+        shapes = {batch.shape[1:] for batch in batches}
+        if len(shapes) > 1:
+            raise CodebookError(f"{name}= gave batches of items of unlike shapes: {sorted(shapes)[:3]}")
+        return (InMemory(np.concatenate(batches), name),)
+
+    def _picked(self, name: str, batch: Any) -> Any:
+        if isinstance(batch, Tensor | np.ndarray):
+            return batch
+        try:
+            if isinstance(batch, dict):
+                return batch[next(iter(batch)) if self.key is None else self.key]
+            return batch[self.key or 0]
+        except (KeyError, IndexError, TypeError, StopIteration) as error:
+            has = f"keys {', '.join(map(repr, batch))}" if isinstance(batch, dict) else type(batch).__name__
+            raise CodebookError(
+                f"{name}= gave a batch with no entry {self.key!r} ({has}); say which with key="
+            ) from error
+
+    def _array(self, name: str, given: Any) -> np.ndarray[Any, Any]:
+        if isinstance(given, Tensor):
+            given = given.detach().cpu()
+            given = given.float().numpy() if given.is_floating_point() else given.numpy()
+        if not isinstance(given, np.ndarray):
+            raise CodebookError(f"{name}= holds a {type(given).__name__}; expected tensors or arrays; see key=")
+        if given.dtype.kind != "f" or self.values == (0.0, 1.0):
+            return given
+        low, high = self.values
+        return ((given - low) / (high - low)).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A checkpoint, or a module in memory, that can be operated on. Made by `load` and `wrap`.
+
+    Attributes:
+        request: What a command needs to know of it.
+    """
+
+    request: Request
+
+    def __repr__(self) -> str:
+        return f"Model({str(self.request.source)!r})"
+
+
+def load(
+    path: PathLike,
+    *,
+    network: NetworkMaker | None = None,
+    family: str | None = None,
+    codebooks: Sequence[str] = (),
+    metric: str | None = None,
+    input_range: tuple[float, float] | None = None,
+    companions: Sequence[str] = (),
+    as_stored: Sequence[str] = (),
+    device: str = "auto",
+    precision: str = "fp32",
+    compiled: bool = False,
+) -> Model:
+    """A checkpoint: a .safetensors file, a directory of diffusers or transformers, an index of shards, or a .pt file.
+
+    Args:
+        path: Of it.
+        network: For a layout that is not known: "FILE.py:FUNCTION", or a function that, called with codebook_size=K,
+            returns a module with `encode` and `decode`.
+        family: Name of a known layout, where recognition is to be overruled.
+        codebooks: Keys of those to operate on; all where there are none.
+        metric: "euclidean", "cosine", "dot" or "cosine-unit": how codes are searched, for a network of yours.
+        input_range: Of the values that the network takes, such as (-1, 1); None for the best of three.
+        companions: "KEY=ROLE", what a tensor beside a codebook holds.
+        as_stored: Keys of tensors beside a codebook that do not change the codes.
+        device: "auto", "cpu", "cuda:1" ...
+        precision: "fp32" or "bf16", of the network.
+        compiled: Whether `torch.compile` makes encode and decode faster.
+
+    Raises:
+        CodebookError: There is no such file, or it is no checkpoint.
+    """
+    request = Request(
+        model=Path(path),
+        network=network,
+        family=family,
+        codebook_keys=_names(codebooks),
+        metric=metric,
+        input_range=input_range,
+        companions=_names(companions),
+        as_stored=_names(as_stored),
+        device=device,
+        precision=precision,
+        compiled=compiled,
+    )
+    _ = request.checkpoint  # opened now
+    return Model(request)
+
+
+def wrap(
+    module: nn.Module,
+    codebooks: Sequence[str] = (),
+    *,
+    encode: Function | None = None,
+    decode: Function | None = None,
+    quantize: Function | None = None,
+    metric: str | None = None,
+    input_range: tuple[float, float] = (0.0, 1.0),
+    companions: Sequence[str] = (),
+    as_stored: Sequence[str] = (),
+    device: str | None = None,
+) -> Model:
+    """A module that lives in memory, such as in a training script. `operate` changes it in place.
+
+    Args:
+        module: Any module with `encode(media) -> latents (n, dim, *grid)` and `decode(quantized) -> media`.
+        codebooks: Names of the codebooks in its `state_dict()`; those that names and shapes tell where there are none.
+        encode: (module, media) -> latents, where the module has no such method.
+        decode: (module, quantized) -> media, likewise.
+        quantize: (module, latents) -> (quantized, codes int64), the module's own quantizer: it is held against ours.
+        metric: "euclidean", "cosine", "dot" or "cosine-unit": how the module searches its codes.
+        input_range: Of the values that the module takes; data are in [0, 1] and are scaled to it.
+        companions: "KEY=ROLE", what a tensor beside a codebook holds.
+        as_stored: Names of tensors beside a codebook that do not change the codes.
+        device: That work is done on; None for the module's own.
+
+    Raises:
+        CodebookError: It has no `encode` or `decode`, or no such codebook.
+    """
+    wrapped = Wrapped(module, encode, decode, quantize)
+    if device is None:
+        device = str(next((tensor.device for tensor in module.state_dict().values()), "cpu"))
+    request = Request(
+        wrapped=wrapped,
+        codebook_keys=_names(codebooks),
+        metric=metric,
+        input_range=input_range,
+        companions=_names(companions),
+        as_stored=_names(as_stored),
+        device=device,
+    )
+    held = request.checkpoint
+    if missing := [key for key in request.codebook_keys if key not in held.entries]:
+        near = [key for key, shape in held.shapes.items() if len(shape) == 2][:8]
+        raise CodebookError(f"{wrapped.name} has no tensor {missing[0]}; its matrices are {', '.join(near) or 'none'}")
+    return Model(request)
+
+
+@dataclass(eq=False)
+class Operation:
+    """A surgery and its fine-tuning, done and measured. Of a wrapped module it is installed; `save` writes a file.
+
+    Attributes:
+        before: Figures on the test data before anything changed.
+        surgery: After the surgery; None without one.
+        finetuned: After fine-tuning; None without it.
+        kept: "before", "surgery" or "finetuned": the state with the lowest validation error.
+        index_maps: (old size,) int64 by name of the codebook: the new code of each old one, REMOVED where it is gone.
+        proof: How the figures were held against the module that has the new codes; None where that is done by `save`.
+    """
+
+    run: Run
+    proof: Proof | None = None
+
+    @property
+    def before(self) -> Measurement:
+        return self.run.before
+
+    @property
+    def surgery(self) -> Measurement | None:
+        return self.run.done.surgery
+
+    @property
+    def finetuned(self) -> Measurement | None:
+        return self.run.done.finetuned
+
+    @property
+    def kept(self) -> str:
+        return self.run.kept
+
+    @property
+    def index_maps(self) -> dict[str, Tensor]:
+        ending = "/index_map"
+        return {name.removesuffix(ending): of for name, of in self.run.maps.items() if name.endswith(ending)}
+
+    def save(self, path: PathLike, *, force: bool = False) -> Result:
+        """Write the kept state as a checkpoint, its index map beside it, and read both back.
+
+        Args:
+            path: A .safetensors file, or a directory where the original has a config.
+            force: Replace what is there.
+
+        Raises:
+            CodebookError: It cannot be written, would replace something, or the model that loads it disagrees.
+        """
+        opened = self.run.opened
+        opened.request = replace(opened.request, output=Path(path), force=force)
+        sizes = self.run.sizes().values()
+        output = check_request_output(opened.request, self.run.command, max(sizes, default=None))
+        return _warned(self.run.write(output))
+
+
+def measure(
+    model: Model, data: Data | Values | None = None, *, seed: int = 0, progress: Show | None = None
+) -> Measurement:
+    """Usage, perplexity, distortion and reconstruction error on the test data.
+
+    Raises:
+        CodebookError: Model or data cannot be read, or do not fit each other.
+    """
+    result = _warned(measure_model(_request(model, data, seed), Watch(progress)))
+    assert result.before is not None
+    return result.before
+
+
+def operate(
+    model: Model,
+    data: Data | Values | None,
+    strategy: Strategy | None,
+    finetune: FineTune | None = None,
+    *,
+    seed: int = 0,
+    progress: Show | None = None,
+) -> Operation:
+    """Operate on the codebooks of a model and fine-tune it, each measured. Nothing is written until `save`.
+
+    A wrapped module is changed in place: its codebook becomes a new Parameter or buffer where its size differs, EMA
+    state and attributes such as `num_embeddings` follow. Where this raises, the module is as it was. An optimizer that
+    holds the old Parameter is to be made anew; see also `install`.
+
+    Args:
+        model: As `load` or `wrap` gave it.
+        data: Data, or what Data takes as `train`.
+        strategy: Such as `ct.strategies.Refit(k=128)`; None to fine-tune the codebooks as they are.
+        finetune: None for no fine-tuning, as FineTune(steps=0).
+        seed: Of calibration and fine-tuning.
+        progress: Called with what is being done, how many are done, of how many, and figures.
+
+    Raises:
+        CodebookError: Something does not fit or cannot be done; its message is one line.
+    """
+    command = type(strategy).__name__.lower() if strategy else "finetune"
+    request = _request(model, data, seed)
+    run = operate_in_memory(command, request, strategy, finetune or FineTune(steps=0), Watch(progress))
+    proof = _install(run, request.wrapped) if request.wrapped else None
+    for text in run.opened.warnings:
+        warnings.warn(text, CodebookWarning, stacklevel=2)
+    run.opened.warnings.clear()
+    return Operation(run, proof)
+
+
+def _install(run: Run, wrapped: Wrapped) -> Proof:
+    """Prove the kept state through a copy of the module, then put it into the module itself."""
+    model, changed = run.opened.model, run.changed()
+    entries = model.checkpoint.entries | {key: Held(key, tensor) for key, tensor in changed.items()}
+    proof = prove(model, replace(model.checkpoint, entries=entries), run.media())
+    wrapped.put(changed, [book.found for book in model.books])
+    return proof
+
+
+def compare(
+    model: Model,
+    data: Data | Values | None,
+    output: PathLike,
+    k: int,
+    *,
+    strategies: Sequence[str] = (),
+    finetune: FineTune | None = None,
+    seeds: int = 1,
+    seed: int = 0,
+    progress: Show | None = None,
+) -> Comparison:
+    """Every strategy and the controls on one model, with the same data, batches and steps.
+
+    Args:
+        output: A folder for the rows; those found there are not run again.
+        k: Codes that each leaves.
+        strategies: Rows by name; those that `codebook compare` has where there are none.
+        seeds: Runs of each row.
+    """
+    request = _request(model, data, seed)
+    names = strategies or [name for name, entry in comparisons.ENTRIES.items() if not (entry.fresh and request.wrapped)]
+    return _warned(
+        comparisons.compare(
+            request,
+            k,
+            names,
+            finetune or FineTune(),
+            seeds=seeds,
+            folder=Path(output),
+            watch=Watch(progress),
+        )
+    )
+
+
+def sweep(
+    model: Model,
+    data: Data | Values | None,
+    sizes: Sequence[int],
+    output: PathLike,
+    *,
+    prices: Sequence[float] = (),
+    seed: int = 0,
+    progress: Show | None = None,
+) -> sweeps.Sweep:
+    """Error, distortion and bits over the number of codes, and one that suffices; rows go to the folder output."""
+    return _warned(sweeps.sweep(_request(model, data, seed), sizes, prices, Path(output), Watch(progress)))
+
+
+def diagnose(
+    model: Model,
+    data: Data | Values | None = None,
+    *,
+    against: PathLike | None = None,
+    trace: PathLike | None = None,
+    seed: int = 0,
+    progress: Show | None = None,
+) -> Diagnosis:
+    """Why a codebook collapsed: cause by cause, with the number that says so.
+
+    Args:
+        against: The original, before the surgery or the training.
+        trace: The JSON of that surgery or training.
+    """
+    paths = (None if path is None else Path(path) for path in (against, trace))
+    return _warned(run_diagnosis(_request(model, data, seed), Watch(progress), *paths))
+
+
+def inspect(path: PathLike) -> Inspection:
+    """Which codebooks a checkpoint holds, and what depends on them. Reads its header alone."""
+    return inspect_checkpoint(Path(path))
+
+
+def verify(path: PathLike, against: PathLike, maps: Sequence[PathLike] = ()) -> Verification:
+    """Check a checkpoint that this package wrote, and its index map, against the original."""
+    return verify_checkpoint(Path(path), Path(against), [Path(one) for one in maps])
+
+
+def remap(sources: PathLike | Sequence[PathLike], maps: PathLike | Sequence[PathLike], **options: Any) -> Remapped:
+    """Rewrite stored tokens, or a prior's tables, by index maps. options: fields of RemapRequest."""
+    found = run_remap(RemapRequest(_paths(sources), _paths(maps), **options))
+    for text in found.warnings:
+        warnings.warn(text, CodebookWarning, stacklevel=2)
+    return found
+
+
+def _request(model: Model, data: Data | Values | None, seed: int) -> Request:
+    if not isinstance(model, Model):
+        raise CodebookError(f"expected a model of ct.load or ct.wrap, not a {type(model).__name__}")
+    of = data if isinstance(data, Data) else Data(data)
+    return replace(
+        model.request,
+        data=of._held["train"],
+        test_data=of._held["test"],
+        limit=of.limit,
+        size=of.size,
+        channels=of.channels,
+        skip_bad=of.skip_bad,
+        batch_size=of.batch_size,
+        workers=of.workers,
+        seed=seed,
+    )
+
+
+def _warned(result: _Result) -> _Result:
+    for text in result.warnings:
+        warnings.warn(text, CodebookWarning, stacklevel=3)
+    return result
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _paths(given: PathLike | Sequence[PathLike]) -> tuple[Path, ...]:
+    return (Path(given),) if isinstance(given, str | Path) else tuple(map(Path, given))

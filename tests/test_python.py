@@ -1,0 +1,380 @@
+"""`import codebook_tools as ct`: on files as the command line does it, and on modules that live in memory, in place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import codebook_tools as ct
+
+K = 16
+
+
+class Quantizer(nn.Module):
+    """A quantizer with the EMA state and the attributes that training scripts have."""
+
+    embedding: Tensor
+    cluster_size: Tensor
+    embed_avg: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.num_embeddings, self.dim, self.n_e = size, dim, size
+        self.register_buffer("embedding", torch.randn(size, dim) * 3)
+        self.register_buffer("cluster_size", torch.full((size,), 20.0))
+        self.register_buffer("embed_avg", self.embedding * 20)
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        rows = latents.movedim(1, -1)
+        codes = torch.cdist(rows.flatten(0, -2), self.embedding).argmin(1)
+        hits = nn.functional.one_hot(codes, self.num_embeddings)  # fails where K does not follow
+        return self.embedding[hits.argmax(1)].reshape(rows.shape).movedim(-1, 1), codes.reshape(rows.shape[:-1])
+
+
+class Net(nn.Module):
+    """A VQ-VAE as in a training script; no method has the name that this package asks for."""
+
+    def __init__(self, size: int = K) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv2d(3, 4, 4, 4), nn.ConvTranspose2d(4, 3, 4, 4)
+        self.vq = Quantizer(size, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        reconstruction: Tensor = self.decoder(self.vq(self.encoder(images))[0])
+        return reconstruction
+
+
+WITH: dict[str, Any] = {
+    "codebooks": ["vq.embedding"],
+    "encode": lambda module, images: module.encoder(images),
+    "decode": lambda module, quantized: module.decoder(quantized),
+    "quantize": lambda module, latents: module.vq(latents),
+}
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.rand(60, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def is_as(module: nn.Module, state: dict[str, Tensor]) -> bool:
+    now = module.state_dict()
+    return now.keys() == state.keys() and all(torch.equal(now[name], state[name]) for name in state)
+
+
+# --- the face -------------------------------------------------------------------------------------------------------
+
+
+def test_importing_costs_no_torch_and_every_name_is_there() -> None:
+    program = "import sys, codebook_tools as ct; print('torch' in sys.modules, 'numpy' in sys.modules, dir(ct))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False False")
+    for name in ct.__all__:
+        assert getattr(ct, name) is not None
+        assert repr(name) in done.stdout
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ct.nothing  # noqa: B018
+
+
+def test_what_type_checkers_see_is_what_is_there() -> None:
+    source = Path(ct.__file__).read_text()
+    seen = {line.rpartition(" as ")[2] for line in source.splitlines() if line.startswith("    from codebook_tools")}
+    assert seen == set(ct.__all__)
+
+
+def test_a_file_is_operated_on_as_by_the_command_line(
+    codebook: Callable[..., Any], tiny: Path, images_folder: Path, tmp_path: Path
+) -> None:
+    words = ("--k", 6, "--steps", 4, "--data", images_folder, "-o", tmp_path / "command.safetensors")
+    assert codebook("refit", tiny, *words).exit_code == 0
+    run = ct.operate(ct.load(str(tiny)), str(images_folder), ct.strategies.Refit(k=6), ct.FineTune(steps=4))
+    assert not list(tmp_path.glob("python*"))
+    result = run.save(tmp_path / "python.safetensors")
+    assert (tmp_path / "python.safetensors").read_bytes() == (tmp_path / "command.safetensors").read_bytes()
+    assert result.outputs["model"] == str(tmp_path / "python.safetensors") and result.proof
+    again = ct.measure(ct.load(tmp_path / "python.safetensors"), images_folder)
+    assert result.kept_stage and again.mse == result.kept_stage.mse
+    assert ct.verify(tmp_path / "python.safetensors", tiny).ok
+    assert ct.inspect(tiny).to_json()["codebooks"]
+
+
+def test_an_index_map_made_here_moves_tokens(tiny: Path, images_folder: Path, tmp_path: Path) -> None:
+    run = ct.operate(ct.load(tiny), images_folder, ct.strategies.Prune())
+    (index_map,) = run.index_maps.values()
+    run.save(tmp_path / "pruned.safetensors")
+    tokens = (index_map >= 0).nonzero()[:, 0].numpy()
+    np.save(tmp_path / "tokens.npy", tokens)
+    ct.remap(tmp_path / "tokens.npy", tmp_path / "pruned.index_map.safetensors")
+    assert np.load(tmp_path / "tokens.remapped.npy").tolist() == list(range(len(tokens)))
+
+
+def test_a_network_may_be_a_function(write_model: Callable[..., Path], images_folder: Path) -> None:
+    from codebook_tools.models.networks.zalando import make
+
+    asked = list[int]()
+
+    def network(codebook_size: int) -> nn.Module:
+        asked.append(codebook_size)
+        return make(codebook_size=codebook_size, hidden=8, residual=4, dim=4)
+
+    run = ct.operate(
+        ct.load(write_model(), network=network, metric="euclidean"), images_folder, ct.strategies.Refit(k=5)
+    )
+    assert run.surgery and run.surgery.codebooks[0].size == 5
+    assert 16 in asked and 5 in asked
+
+
+def test_warnings_are_pythons(write_model: Callable[..., Path]) -> None:
+    with pytest.warns(ct.CodebookWarning, match="two photographs"):
+        ct.measure(ct.load(write_model()), ct.Data(limit=40))
+
+
+# --- a module in memory ---------------------------------------------------------------------------------------------
+
+
+def test_a_wrapped_module_is_changed_in_place(net: Net, images: Tensor) -> None:
+    net.vq.embedding += 0.1  # what training did since: the state is that of the call, not of the wrapping
+    model = ct.wrap(net, **WITH)
+    net.vq.embedding -= 0.1
+    net.vq.embed_avg.copy_(net.vq.embedding * 20)
+    run = ct.operate(model, images, ct.strategies.Refit(k=5))
+    assert run.surgery and run.before.codebooks[0].size == K and run.surgery.codebooks[0].used == 5
+    assert net.vq.embedding.shape == (5, 4) and (net.vq.num_embeddings, net.vq.n_e, net.vq.dim) == (5, 5, 4)
+    assert "embedding" in dict(net.vq.named_buffers())
+    torch.testing.assert_close(net.vq.embed_avg / net.vq.cluster_size[:, None], net.vq.embedding)
+    assert run.proof and run.proof.by == "quantizer" and run.proof.agree + run.proof.near_ties == run.proof.of
+    assert net.training
+
+    test = [i for i in range(len(images)) if i in _test_rows(len(images))]
+    with torch.no_grad():
+        mse = (net(images[test]).clamp(0, 1) - images[test]).square().mean()
+    assert run.surgery.mse == pytest.approx(float(mse), rel=1e-5)  # by the module's own forward
+    assert ct.measure(model, images).mse == run.surgery.mse
+
+
+def _test_rows(count: int) -> set[int]:
+    """Rows that a tenth by the SHA-256 of their names takes, computed apart from the package."""
+    import hashlib
+
+    first = (int.from_bytes(hashlib.sha256(f"train#{i}".encode()).digest()[:8], "big") for i in range(count))
+    return {i for i, number in enumerate(first) if number % 10 == 0}
+
+
+def test_fine_tuning_trains_the_module_itself(net: Net, images: Tensor) -> None:
+    before = state_of(net)
+    run = ct.operate(ct.wrap(net, **WITH), images, ct.strategies.Refit(k=8), ct.FineTune(steps=20, batch_size=16))
+    assert run.kept == "finetuned" and run.finetuned and run.surgery
+    assert run.finetuned.mse < run.surgery.mse  # type: ignore[operator]
+    assert not torch.equal(net.decoder.weight, before["decoder.weight"])
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    net(images[:2]).sum().backward()  # and the script goes on
+
+
+def test_what_is_saved_is_the_modules_state(net: Net, images: Tensor, tmp_path: Path) -> None:
+    run = ct.operate(ct.wrap(net, **WITH), images, ct.strategies.Refit(k=6))
+    run.save(str(tmp_path / "net.safetensors"))
+    stored = load_file(tmp_path / "net.safetensors")
+    assert is_as(net, stored)
+    Net(size=6).load_state_dict(stored)
+    with pytest.raises(ct.CodebookError, match="force"):
+        run.save(tmp_path / "net.safetensors")
+
+
+def test_without_functions_the_modules_own_methods_are_taken(images: Tensor) -> None:
+    class Own(Net):
+        def encode(self, media: Tensor) -> Tensor:
+            latents: Tensor = self.encoder(media)
+            return latents
+
+        def decode(self, quantized: Tensor) -> Tensor:
+            media: Tensor = self.decoder(quantized)
+            return media
+
+    torch.manual_seed(0)
+    run = ct.operate(ct.wrap(Own()), images, ct.strategies.Prune())  # which tensor is the codebook, names tell
+    assert run.surgery and run.surgery.mse == run.before.mse
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda net: net.vq.embedding.fill_(torch.nan), "vq.embedding"),
+        (lambda net: net.encoder.weight.data.fill_(torch.nan), "encoder.weight"),
+        (lambda net: net.encoder.register_forward_hook(lambda *_: 1 / 0), "encode fails on .*ZeroDivisionError"),
+        (lambda net: net.encoder.register_forward_hook(lambda *of: of[-1] * torch.inf), "not finite|NaN|finite"),
+        (lambda net: net.vq.register_forward_hook(lambda *of: (of[-1][0] * 2, of[-1][1])), "quantize|quantizer"),
+    ],
+    ids=["codes", "weights", "failing", "latents", "other quantizer"],
+)
+def test_on_an_error_the_module_is_as_it_was(
+    net: Net, images: Tensor, spoil: Callable[[Net], object], message: str
+) -> None:
+    spoil(net)
+    before = state_of(net)
+    with pytest.raises(ct.CodebookError, match=message):
+        ct.operate(ct.wrap(net, **WITH), images, ct.strategies.Refit(k=5))
+    now = net.state_dict()
+    assert all(torch.equal(now[name].nan_to_num(), before[name].nan_to_num()) for name in before)
+    assert net.vq.num_embeddings == K
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ct.wrap(Net()), "Net has no encode; give one"),
+        (lambda: ct.wrap(torch.zeros(3)), "takes a torch module, not a Tensor"),  # type: ignore[arg-type]
+        (lambda: ct.wrap(Net(), ["vq.codes"], encode=abs, decode=abs), "no tensor vq.codes; its matrices are vq.emb"),
+        (lambda: ct.wrap(Net(), encode=1, decode=abs), "encode= is a int"),
+        (lambda: ct.load("/nowhere/model.safetensors"), "no such file"),
+        (lambda: ct.measure("model.safetensors"), "expected a model of ct.load or ct.wrap, not a str"),  # type: ignore[arg-type]
+        (lambda: ct.Data(7), "train= is a int"),  # type: ignore[arg-type]
+        (lambda: ct.Data(torch.zeros(2, 3, 8, 8), values=(1, -1)), "smaller"),
+        (lambda: ct.Data([]), "gave no batch"),
+        (lambda: ct.Data([{"x": torch.zeros(2, 3, 8, 8)}], key="images"), "no entry 'images' .keys 'x'"),
+        (lambda: ct.Data([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)]), "unlike shapes"),
+    ],
+)
+def test_what_does_not_fit_is_told_at_once(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ct.CodebookError, match=message):
+        make()
+
+
+# --- data in memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["array", "float64", "uint8", "loader", "tuples", "dicts", "normalized"])
+def test_data_of_every_kind_are_the_same_data(kind: str, net: Net, images: Tensor) -> None:
+    images = (images * 255).round() / 255
+    labels = torch.arange(len(images))
+    data: Any = {
+        "array": lambda: images.numpy(),
+        "float64": lambda: images.double(),
+        "uint8": lambda: (images * 255).round().to(torch.uint8),
+        "loader": lambda: DataLoader(images, batch_size=7),  # type: ignore[arg-type]
+        "tuples": lambda: ct.Data(DataLoader(TensorDataset(labels, images), batch_size=7), key=1),
+        "dicts": lambda: ct.Data([{"label": labels[:30], "x": images[:30]}, {"label": 0, "x": images[30:]}], key="x"),
+        "normalized": lambda: ct.Data(images * 2 - 1, values=(-1, 1)),
+    }[kind]()
+    model = ct.wrap(net, **WITH)
+    assert ct.measure(model, data).mse == pytest.approx(ct.measure(model, images).mse, rel=1e-5)
+
+
+def test_test_data_are_reported_on_alone(net: Net, images: Tensor) -> None:
+    found = ct.measure(ct.wrap(net, **WITH), ct.Data(images[:40], test=images[40:]))
+    assert found.images == 20
+
+
+def test_a_module_of_waveforms_takes_waveforms(images: Tensor) -> None:
+    class Codec(nn.Module):
+        sampling_rate, hop, channels = 100, 4, 1
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.out, self.vq = nn.Conv1d(1, 4, 4, 4), nn.ConvTranspose1d(4, 1, 4, 4), Quantizer(K, 4)
+
+        def encode(self, waves: Tensor) -> Tensor:
+            latents: Tensor = self.into(waves)
+            return latents
+
+        def decode(self, quantized: Tensor) -> Tensor:
+            waves: Tensor = self.out(quantized)
+            return waves
+
+    torch.manual_seed(0)
+    codec = Codec()
+    waves = torch.rand(30, 250) - 0.5
+    run = ct.operate(ct.wrap(codec, ["vq.embedding"]), ct.Data(waves, test=waves[:5] * 0.5), ct.strategies.Refit(k=4))
+    assert codec.vq.embedding.shape == (4, 4) and run.before.images == 10  # two whole clips of a second in each
+
+
+# --- a surgery put into a module by itself --------------------------------------------------------------------------
+
+
+def surgery_of(old: int, kept: list[int], dim: int = 4, new: int = 0) -> ct.Surgery:
+    index_map = torch.full((old,), ct.REMOVED)
+    index_map[kept] = torch.arange(len(kept))
+    return ct.Surgery(ct.Codebook(torch.arange((len(kept) + new) * dim).reshape(-1, dim).float()), index_map)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD, torch.optim.AdamW])
+def test_an_embedding_takes_a_surgery_and_the_optimizer_follows(make: Callable[..., torch.optim.Optimizer]) -> None:
+    embedding, other = nn.Embedding(6, 4), nn.Linear(4, 4)
+    optimizer = make([{"params": [*other.parameters(), embedding.weight]}], lr=0.1)
+    (other(embedding.weight).square() * torch.arange(1, 7)[:, None]).sum().backward()
+    optimizer.step()
+    old = embedding.weight
+    state = {name: value.clone() for name, value in optimizer.state[old].items() if isinstance(value, Tensor)}
+    surgery = surgery_of(6, [1, 4, 5], new=1)
+    ct.install(surgery, embedding, optimizer=optimizer)
+    assert embedding.num_embeddings == 4 and torch.equal(embedding.weight, surgery.codebook.vectors)
+    assert isinstance(embedding.weight, nn.Parameter) and embedding.weight.requires_grad
+    assert [one for group in optimizer.param_groups for one in group["params"]][-1] is embedding.weight
+    assert old not in optimizer.state
+    for name, value in state.items():
+        moved = optimizer.state[embedding.weight][name]
+        if value.shape == (6, 4):
+            assert torch.equal(moved[:3], value[[1, 4, 5]]) and not moved[3].any()
+        else:
+            assert torch.equal(moved, value)
+    embedding(torch.tensor([3])).sum().backward()
+    optimizer.step()
+
+
+def test_a_quantizer_takes_a_surgery_with_its_ema_state() -> None:
+    quantizer = Quantizer(6, 4)
+    quantizer.cluster_size.copy_(torch.tensor([2.0, 4, 6, 8, 10, 12]))
+    quantizer.embed_avg.copy_(quantizer.embedding * quantizer.cluster_size[:, None])
+    ct.install(surgery_of(6, [0, 3], new=1), quantizer, codebook="embedding")
+    assert quantizer.cluster_size.tolist() == [2, 8, 7]  # the new code has the mean of the old ones
+    torch.testing.assert_close(quantizer.embed_avg, quantizer.embedding * torch.tensor([2.0, 8, 7])[:, None])
+    assert quantizer.num_embeddings == quantizer.n_e == 3
+
+
+def test_a_tensor_with_two_names_stays_one() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Embedding(6, 4), nn.Embedding(6, 4)
+            self.two.weight = self.one.weight
+
+    tied = Tied()
+    ct.install(surgery_of(6, [1, 2]), tied, codebook="one.weight")
+    assert tied.one.weight.shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("surgery", "options", "message"),
+    [
+        (surgery_of(5, [1]), {}, "of 5 codes, and weight has 6"),
+        (surgery_of(6, [1], dim=3), {}, "3 dimensions, weight has 4"),
+        (surgery_of(6, [1, 2]), {"counts": torch.ones(6)}, r"expected \(2,\)"),
+    ],
+)
+def test_a_surgery_that_does_not_fit_changes_nothing(
+    surgery: ct.Surgery, options: dict[str, Any], message: str
+) -> None:
+    embedding = nn.Embedding(6, 4)
+    before = state_of(embedding)
+    with pytest.raises(ct.CodebookError, match=message):
+        ct.install(surgery, embedding, **options)
+    assert is_as(embedding, before) and embedding.num_embeddings == 6
