@@ -172,7 +172,7 @@ def test_a_signal_that_comes_while_an_object_is_cleared_away_is_not_lost(number:
     """Python ignores what is raised there: the command went on to its end, with a traceback in between."""
     program = f"""
 import os, time, typer
-from codebook_cli.exits import reported
+from codebook_cli.errors import reported
 
 class Cleared:
     def __del__(self):
@@ -217,7 +217,7 @@ def test_a_signal_of_which_a_library_makes_an_error_of_its_own_is_no_fault_of_ou
     """As numpy does where it comes while structured arrays are compared: exit code 70, and a traceback."""
     program = f"""
 import os, time, typer
-from codebook_cli.exits import reported
+from codebook_cli.errors import reported
 
 try:
     with reported():

@@ -125,7 +125,7 @@ def test_a_shard_is_of_its_own_batches(tiny: Path, codebook: Run, data: tuple[ob
     found = codebook("measure", tiny, *data, "--shard", f"1/{N}", "--stats", path)
     assert found.exit_code == 0 and "shard 1/8 alone" in found.stdout and str(path) in found.stdout
     with safe_open(path, "pt") as file:
-        assert (file.metadata()["codebook_tools.shard"], file.metadata()["codebook_tools.data.images"]) == ("1/8", "11")
+        assert (file.metadata()["codebook_tools.shard"], file.metadata()["codebook_tools.images"]) == ("1/8", "11")
 
 
 def test_unreadable_items_of_all_shards_are_counted_once(
