@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_little_data_make_no_healthy_model_ill(
     limit: int, kind: str, trained: dict[tuple[str, int], Any], data: dict[str, Data], tmp_path: Path
 ) -> None:
     request = request_of(kind, *write(trained[kind, 1], kind, tmp_path), data[kind])
-    found = diagnose(Request(**{**vars(request), "limit": limit}), Watch())
+    found = diagnose(replace(request, limit=limit), Watch())
     assert not {check.name for check in found.found} - {"few-modes", "counting"}, told(found)
 
 

@@ -42,7 +42,7 @@ def commands(quick: bool) -> dict[str, str]:
         "quantize, pairs": "quantize --k 32 --method pnn",
         "restart": "restart",
         "grow": "grow --k 96",
-        "condense": "condense --k 48",
+        "condense": "condense --k 48 --steps 0",
         "refit, fine-tuned": f"refit --k 64 --steps {steps} --batch-size 16",
         "condense, fine-tuned": f"condense --k 48 --steps {steps} --batch-size 16",
         "finetune": f"finetune --steps {steps} --batch-size 16",

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def whole(given: Any, steps: int) -> dict[str, Any]:
     """A Re-Fit to 512 codes and its fine-tuning: figures and seconds."""
     with tempfile.TemporaryDirectory() as folder:
         request = request_of(given.shared, given.device, output=Path(folder) / "out.safetensors", seed=0)
-        request = Request(**{**vars(request), "limit": 200}) if given.quick else request
+        request = replace(request, limit=200) if given.quick else request
         since = time.perf_counter()
         done = operate("refit", request, Refit(64 if given.quick else 512), FineTune(steps=steps), Watch()).to_json()
         return {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def ours(folder: Path, device: str, precision: str, batch: int, k: int) -> dict[
     done = operate("refit", request, Refit(k), FineTune(steps=0), Watch())
     refit = time.perf_counter() - since
     since = time.perf_counter()
-    measure_model(Request(**{**vars(request), "output": None}), Watch())
+    measure_model(replace(request, output=None), Watch())
     return {
         "refit": {"images_per_second": count / refit, "seconds": {**done.seconds}},
         "measure": {"images_per_second": count / (time.perf_counter() - since)},
