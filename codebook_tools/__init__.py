@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from codebook_tools.codebook import Lookup as Lookup
     from codebook_tools.codebook import Strategy as Strategy
     from codebook_tools.codebook import Surgery as Surgery
+    from codebook_tools.data.given import Data as Data
     from codebook_tools.errors import CodebookError as CodebookError
     from codebook_tools.models.wrapped import install as install
     from codebook_tools.training.recipe import FineTune as FineTune
     from codebook_tools.workflows.python import CodebookWarning as CodebookWarning
-    from codebook_tools.workflows.python import Data as Data
     from codebook_tools.workflows.python import Model as Model
     from codebook_tools.workflows.python import Operation as Operation
     from codebook_tools.workflows.python import compare as compare
@@ -40,11 +40,12 @@ _HOMES = {
     "clustering.assignment": ("nearest",),
     "clustering.kmeans": ("kmeans",),
     "codebook": ("REMOVED", "Codebook", "Emit", "Lookup", "Strategy", "Surgery"),
+    "data.given": ("Data",),
     "errors": ("CodebookError",),
     "models.wrapped": ("install",),
     "training.recipe": ("FineTune",),
     "workflows.python": (
-        *("CodebookWarning", "Data", "Model", "Operation", "compare", "diagnose", "inspect", "load", "measure"),
+        *("CodebookWarning", "Model", "Operation", "compare", "diagnose", "inspect", "load", "measure"),
         *("operate", "remap", "sweep", "verify", "wrap"),
     ),
 }

@@ -20,9 +20,10 @@ from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.write import tensor_bytes
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.errors import CodebookError
+from codebook_tools.models.choose import choose_codebook
 from codebook_tools.models.ema_state import companion_values, companions_of, flags, laid_out
 from codebook_tools.models.families.zalando import CODEBOOK, prefix_of
-from codebook_tools.models.load import choose_codebook, family_of, load_model
+from codebook_tools.models.load import family_of, load_model
 from codebook_tools.models.model import Model
 from codebook_tools.models.networks import zalando
 from codebook_tools.models.stored_codes import stored_rows

@@ -378,3 +378,47 @@ def test_a_surgery_that_does_not_fit_changes_nothing(
     with pytest.raises(ct.CodebookError, match=message):
         ct.install(surgery, embedding, **options)
     assert is_as(embedding, before) and embedding.num_embeddings == 6
+
+
+# --- modules of libraries -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "stages"), [({}, 1), ({"use_cosine_sim": True}, 1), ({"num_quantizers": 2}, 2)], ids=str
+)
+def test_a_module_of_vector_quantize_pytorch_goes_on_training(
+    options: dict[str, Any], stages: int, images: Tensor
+) -> None:
+    library: Any = pytest.importorskip("vector_quantize_pytorch")
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Conv2d(3, 4, 4, 4), nn.ConvTranspose2d(4, 3, 4, 4)
+            kind = library.ResidualVQ if "num_quantizers" in options else library.VectorQuantize
+            self.vq = kind(dim=4, codebook_size=K, accept_image_fmap=True, kmeans_init=False, **options)
+
+        def encode(self, media: Tensor) -> Tensor:
+            latents: Tensor = self.encoder(media)
+            return latents
+
+        def decode(self, quantized: Tensor) -> Tensor:
+            media: Tensor = self.decoder(quantized)
+            return media
+
+    torch.manual_seed(0)
+    net = Own().eval()
+    run = ct.operate(ct.wrap(net), images, ct.strategies.Refit(k=5))
+    assert run.proof and run.proof.by == "quantizer" and len(run.index_maps) == stages
+    books = [module for module in net.modules() if hasattr(module, "embed")]
+    assert [tuple(book.embed.shape) for book in books] == [(1, 5, 4)] * stages  # type: ignore[union-attr]
+    assert all(
+        module.codebook_size == 5 for module in net.modules() if isinstance(vars(module).get("codebook_size"), int)
+    )
+    assert not net.training
+    codes = net.vq(net.encode(images))[1]
+    assert int(codes.max()) < 5 and run.surgery
+    used = [len(of.unique()) for of in (codes[..., None] if stages == 1 else codes).movedim(-1, 0)]
+    assert used == [5] * stages
+    net.train()
+    net.decode(net.vq(net.encode(images))[0]).square().mean().backward()  # EMA counts and sums have the new size

@@ -18,7 +18,9 @@ from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.tensors import Held, Shape, can_hold
 from codebook_tools.codebook import REMOVED, Surgery
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.load import choose_codebook
+from codebook_tools.models.agreement import has_quantizer
+from codebook_tools.models.choose import choose_codebook
+from codebook_tools.models.networks.vector_quantize_pytorch import give_walk
 from codebook_tools.models.stored_codes import changed_codebook, followers
 
 SIZES = re.compile(r"(num|n)_?(embed\w*|emb|codes?|e|tokens?|centroids?)|codebook_size|vocab_size|k", re.IGNORECASE)
@@ -73,8 +75,9 @@ class Wrapped:
             if (function := getattr(self, name)) is not None:
                 # Past torch's own: a layer may have the name.
                 object.__setattr__(network, name, partial(function, network))
-        if self.encode is not None and self.quantize is None and "quantize" not in network._modules:
+        if self.encode is not None and self.quantize is None and has_quantizer(network):
             object.__setattr__(network, "quantize", None)  # the module's own takes what its own encode returns
+        give_walk(network)
         return network
 
     def built(

@@ -19,8 +19,8 @@ from codebook_tools.checkpoints.write import map_metadata
 from codebook_tools.clustering.assignment import unit
 from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
+from codebook_tools.models.choose import find_book, with_twins
 from codebook_tools.models.ema_state import Companion, Role, companion_values
-from codebook_tools.models.load import find_book, with_twins
 from codebook_tools.models.output import written_config
 from codebook_tools.models.proof import Proof
 from codebook_tools.models.registry import size_entry

@@ -23,8 +23,8 @@ from codebook_tools.evaluation.coverage import POINTS, reference_distance
 from codebook_tools.evaluation.measure import CodebookUse, Measurement, use_of
 from codebook_tools.evaluation.stats_file import Part, Stats, holds_sample, read_sample, read_stats, write_part
 from codebook_tools.evaluation.usage import Survey, survey
+from codebook_tools.models.choose import along_latents, choose_codebook, choose_codebooks, with_twins
 from codebook_tools.models.evidence import told_by_file, uninitialised
-from codebook_tools.models.load import along_latents, choose_codebook, choose_codebooks, with_twins
 from codebook_tools.models.output import remarks, written_config
 from codebook_tools.models.proof import Proof, prove_file, read_partial
 from codebook_tools.models.registry import (

@@ -1,0 +1,105 @@
+"""What a caller from Python gives as data: paths, arrays, tensors, or batches of a loader, which are kept in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from codebook_tools.data.items import InMemory
+from codebook_tools.errors import CodebookError
+
+PathLike = str | Path
+Values = PathLike | Tensor | np.ndarray[Any, Any] | Iterable[Any]
+"""Data: a path or several, an array or tensor (n, ...), or an iterable of batches, such as a DataLoader."""
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What a model is calibrated, trained and measured on.
+
+    Attributes:
+        train: Paths (folders, .tar, .npy, single files); or a float or uint8 array or tensor, images (n, channels,
+            height, width) or waveforms (n, channels, samples); or a DataLoader of tensors, tuples or dicts, which is
+            gone through once and kept in memory.
+        test: As `train`; None for a tenth of `train`, drawn by name.
+        key: Of a batch that is a tuple or a dict: where its images are. The first entry if None.
+        values: Lowest and highest of floating-point images in memory, if not 0 and 1: (-1, 1) after the usual
+            `Normalize(0.5, 0.5)`.
+        limit: At most so many items of each, drawn by `seed` of the call.
+        size: Side in pixels that images are cut and resized to; samples of a clip.
+        channels: "mix" or "first", where items have other channels than the network.
+        skip_bad: Leave out what cannot be read.
+        batch_size: Items to a batch when data are encoded.
+        workers: Processes that decode files ahead; None for as many as help.
+    """
+
+    train: Values | None = None
+    test: Values | None = None
+    key: str | int | None = None
+    values: tuple[float, float] = (0.0, 1.0)
+    limit: int | None = None
+    size: int | None = None
+    channels: str | None = None
+    skip_bad: bool = False
+    batch_size: int = 64
+    workers: int | None = None
+    _held: dict[str, tuple[str | InMemory, ...]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.values[0] < self.values[1]:
+            raise CodebookError(f"values={self.values}: the first number must be the smaller one")
+        for name in ("train", "test"):
+            self._held[name] = self._read(name, getattr(self, name))
+
+    def _read(self, name: str, given: Values | None) -> tuple[str | InMemory, ...]:
+        if given is None:
+            return ()
+        if isinstance(given, str | Path):
+            return (str(given),)
+        if isinstance(given, list | tuple) and given and all(isinstance(one, str | Path) for one in given):
+            return tuple(map(str, given))
+        if isinstance(given, Tensor | np.ndarray):
+            return (InMemory(self._array(name, given), name),)
+        if not isinstance(given, Iterable):
+            raise CodebookError(f"{name}= is a {type(given).__name__}; expected paths, an array, or a DataLoader")
+        batches = [self._array(name, self._picked(name, batch)) for batch in given]
+        if not batches:
+            raise CodebookError(f"{name}= gave no batch")
+        shapes = {batch.shape[1:] for batch in batches}
+        if len(shapes) > 1:
+            raise CodebookError(f"{name}= gave batches of items of unlike shapes: {sorted(shapes)[:3]}")
+        return (InMemory(np.concatenate(batches), name),)
+
+    def _picked(self, name: str, batch: Any) -> Any:
+        if isinstance(batch, Tensor | np.ndarray):
+            return batch
+        try:
+            if isinstance(batch, dict):
+                return batch[next(iter(batch)) if self.key is None else self.key]
+            return batch[self.key or 0]
+        except (KeyError, IndexError, TypeError, StopIteration) as error:
+            has = f"keys {', '.join(map(repr, batch))}" if isinstance(batch, dict) else type(batch).__name__
+            raise CodebookError(
+                f"{name}= gave a batch with no entry {self.key!r} ({has}); say which with key="
+            ) from error
+
+    def _array(self, name: str, given: Any) -> np.ndarray[Any, Any]:
+        if isinstance(given, Tensor):
+            given = given.detach().cpu()
+            given = given.float().numpy() if given.is_floating_point() else given.numpy()
+        if not isinstance(given, np.ndarray):
+            raise CodebookError(f"{name}= holds a {type(given).__name__}; expected tensors or arrays; see key=")
+        if given.dtype.kind != "f" or self.values == (0.0, 1.0):
+            return given
+        low, high = self.values
+        return ((given - low) / (high - low)).astype(np.float32)
+
+    @property
+    def paths(self) -> tuple[tuple[str | InMemory, ...], tuple[str | InMemory, ...]]:
+        """Of `train` and of `test`, as `find_items` takes them."""
+        return self._held["train"], self._held["test"]
