@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -85,6 +86,14 @@ def test_a_module_imports_only_from_rooms_before_its_own(room: str, file: Path) 
 )
 def test_the_walk_sees_an_upward_import(room: str, source: str) -> None:
     assert len(faults(room, source)) == 1
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if (ROOT / LIBRARY / room).is_dir()])
+def test_each_room_says_what_it_holds(room: str) -> None:
+    text = (ROOT / LIBRARY / room / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:codebook_tools/)?([\w./]+(?:\.py|/))`", text)
+    missing = [name for name in named if not (ROOT / LIBRARY / room / name).exists()]
+    assert missing == []
 
 
 def test_relative_imports_stay_within_their_folder() -> None:

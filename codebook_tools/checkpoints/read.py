@@ -34,6 +34,7 @@ class Checkpoint:
     that was named in its place, or that an index lies in. config_path: of the config that goes with it. left_behind:
     dotted names of what lies beside the weights in a pickle, and is not read. states: of the files as they were read.
     stated: what the user says of tensors beside a codebook, by key: a role, or AS_STORED.
+    memory: what was found out about it, by name.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Checkpoint:
     left_behind: tuple[str, ...] = ()
     states: tuple[State, ...] = ()
     stated: Mapping[str, str] = field(default_factory=dict)
+    memory: dict[str, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def declared(self) -> dict[str, str]:

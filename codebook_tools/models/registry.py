@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from codebook_tools.checkpoints.config import Config, entry_of
 from codebook_tools.checkpoints.detect import Detection, FoundCodebook, find_codebooks
@@ -59,11 +60,28 @@ METRICS = {
 }
 
 
+_Found = TypeVar("_Found")
+
+
+def _once(find: Callable[[Checkpoint], _Found]) -> Callable[[Checkpoint], _Found]:
+    """What is found out about a checkpoint is found out once, however many ask."""
+
+    @wraps(find)
+    def found(checkpoint: Checkpoint) -> _Found:
+        if find.__name__ not in checkpoint.memory:
+            checkpoint.memory[find.__name__] = find(checkpoint)
+        return cast("_Found", checkpoint.memory[find.__name__])
+
+    return found
+
+
+@_once
 def family_of(checkpoint: Checkpoint) -> str | None:
     """The first family that recognises tensors and config."""
     return next((name for name, family in FAMILIES.items() if family.prefix(checkpoint) is not None), None)
 
 
+@_once
 def detected(checkpoint: Checkpoint) -> Detection:
     """The codebooks of a checkpoint, searched as its family does, and along the axis that it says: a square does not
     tell which."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.atomic import check_apart, check_free
 from codebook_tools.checkpoints.layout import training_path
-from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.codebook import Codebook, Strategy, Surgery
 from codebook_tools.data.items import items_sha256
@@ -183,12 +182,13 @@ class Run:
             def write() -> tuple[Path, int, Proof]:
                 given = (checkpoint, output, self.changed(), about, self.maps, config, told)
                 map_path = write_checkpoint(*given, force=request.force, check=check)
-                return map_path, read_checkpoint(output).nbytes, proofs[0]
+                return map_path, *proven[0]
 
-            proofs = list[Proof]()
+            proven = list[tuple[int, Proof]]()
 
             def check() -> None:
-                proofs.append(prove(model, read_partial(output), media))
+                written = read_partial(output)
+                proven.append((written.nbytes, prove(model, written, media)))
 
             map_path, nbytes, proof = distributed.by_first(write)
         bits = next(iter(self.surgeries.values())).bits if self.surgeries and done.kept == "surgery" else None
