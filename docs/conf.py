@@ -4,7 +4,7 @@ from __future__ import annotations
 
 project = "Codebook Tools"
 author = "The Codebook Tools authors"
-extensions = ["myst_nb", "sphinx.ext.autodoc"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = project
