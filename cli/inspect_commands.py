@@ -34,7 +34,7 @@ looks = typer.Typer()
 
 @looks.command(epilog="Example: codebook inspect model.safetensors", rich_help_panel="Look")
 def inspect(model: ModelArgument = None, json_: JsonFlag = False) -> None:
-    """Which codebooks a checkpoint holds, and what depends on them. Reads its header alone."""
+    """Which codebooks a checkpoint holds, and what depends on them. Reads its header, codebooks and counts."""
     with reported():
         from codebook_tools.models.demo import DEMO
         from codebook_tools.report.terminal.inspection import inspection_table

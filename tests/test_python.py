@@ -259,6 +259,17 @@ def test_what_does_not_fit_is_told_at_once(make: Callable[[], object], message: 
         make()
 
 
+def test_a_model_is_not_trained_on_the_bundled_sample(net: Net, tiny: Path) -> None:
+    for model in (ct.wrap(net, **WITH), ct.load(tiny)):
+        with pytest.raises(ct.CodebookError, match="data of the model's own"):
+            ct.operate(model, None, ct.strategies.Prune(), ct.FineTune(steps=2))
+
+
+def test_an_operation_has_the_name_of_its_command(net: Net, images: Tensor) -> None:
+    run = ct.operate(ct.wrap(net, **WITH), images, ct.strategies.TopK(k=4))
+    assert run.run.command == "top-k"
+
+
 # --- data in memory -------------------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/trust/same_output.py COMMIT [--only NAME ...] [--shared ../shared]
 
-The commands are those of repeats.py, with a page of each surgery, and every other command on the bundled demo. Files,
-JSON, tables and help are compared; seconds and durations are left out of both. Exit code 1 where anything differs.
+Every command on the bundled demo, with pages, tables, help and errors; with --shared the CIFAR-10 checkpoint, too. What
+is said and every file that is left are compared, but for durations. Exit code 1 where anything differs.
 """
 
 from __future__ import annotations

@@ -56,18 +56,18 @@ class Data:
         for name in ("train", "test"):
             self._held[name] = self._read(name, getattr(self, name))
 
-    def _read(self, name: str, given: Values | None) -> tuple[str | InMemory, ...]:
-        if given is None:
+    def _read(self, name: str, source: Values | None) -> tuple[str | InMemory, ...]:
+        if source is None:
             return ()
-        if isinstance(given, str | Path):
-            return (str(given),)
-        if isinstance(given, list | tuple) and given and all(isinstance(one, str | Path) for one in given):
-            return tuple(map(str, given))
-        if isinstance(given, Tensor | np.ndarray):
-            return (InMemory(self._array(name, given), name),)
-        if not isinstance(given, Iterable):
-            raise CodebookError(f"{name}= is a {type(given).__name__}; expected paths, an array, or a DataLoader")
-        batches = [self._array(name, self._picked(name, batch)) for batch in given]
+        if isinstance(source, str | Path):
+            return (str(source),)
+        if isinstance(source, list | tuple) and source and all(isinstance(one, str | Path) for one in source):
+            return tuple(map(str, source))
+        if isinstance(source, Tensor | np.ndarray):
+            return (InMemory(self._array(name, source), name),)
+        if not isinstance(source, Iterable):
+            raise CodebookError(f"{name}= is a {type(source).__name__}; expected paths, an array, or a DataLoader")
+        batches = [self._array(name, self._picked(name, batch)) for batch in source]
         if not batches:
             raise CodebookError(f"{name}= gave no batch")
         shapes = {batch.shape[1:] for batch in batches}
@@ -88,16 +88,16 @@ class Data:
                 f"{name}= gave a batch with no entry {self.key!r} ({has}); say which with key="
             ) from error
 
-    def _array(self, name: str, given: Any) -> np.ndarray[Any, Any]:
-        if isinstance(given, Tensor):
-            given = given.detach().cpu()
-            given = given.float().numpy() if given.is_floating_point() else given.numpy()
-        if not isinstance(given, np.ndarray):
-            raise CodebookError(f"{name}= holds a {type(given).__name__}; expected tensors or arrays; see key=")
-        if given.dtype.kind != "f" or self.values == (0.0, 1.0):
-            return given
+    def _array(self, name: str, batch: Any) -> np.ndarray[Any, Any]:
+        if isinstance(batch, Tensor):
+            batch = batch.detach().cpu()
+            batch = batch.float().numpy() if batch.is_floating_point() else batch.numpy()
+        if not isinstance(batch, np.ndarray):
+            raise CodebookError(f"{name}= holds a {type(batch).__name__}; expected tensors or arrays; see key=")
+        if batch.dtype.kind != "f" or self.values == (0.0, 1.0):
+            return batch
         low, high = self.values
-        return ((given - low) / (high - low)).astype(np.float32)
+        return ((batch - low) / (high - low)).astype(np.float32)
 
     @property
     def paths(self) -> tuple[tuple[str | InMemory, ...], tuple[str | InMemory, ...]]:

@@ -49,10 +49,10 @@ class Wrapped:
         if not isinstance(self.module, nn.Module):
             raise CodebookError(f"wrap takes a torch module, not a {type(self.module).__name__}")
         for name in ("encode", "decode"):
-            given = getattr(self, name)
-            if given is not None and not callable(given):
-                raise CodebookError(f"{name}= is a {type(given).__name__}; expected a function (module, tensor)")
-            if given is None and not callable(getattr(self.module, name, None)):
+            function = getattr(self, name)
+            if function is not None and not callable(function):
+                raise CodebookError(f"{name}= is a {type(function).__name__}; expected a function (module, tensor)")
+            if function is None and not callable(getattr(self.module, name, None)):
                 raise CodebookError(
                     f"{type(self.module).__name__} has no {name}; give one: wrap(module, {name}=lambda module, x: ...)"
                 )

@@ -1,1 +1,1 @@
-"""What any program needs and no codebook: processes, threads, devices, progress, files types, the version."""
+"""What any program needs and no codebook: processes, threads, devices, progress, safe reading, types, the version."""

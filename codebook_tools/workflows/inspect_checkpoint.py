@@ -1,4 +1,4 @@
-"""What a checkpoint holds, told from its header alone."""
+"""What a checkpoint holds, from its header, its codebooks and their counts."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from codebook_tools.models.wrapped import Function, Wrapped
 from codebook_tools.remapping.remap import Remapped, RemapRequest
 from codebook_tools.remapping.remap import remap as run_remap
 from codebook_tools.runtime.progress import Show, Watch
+from codebook_tools.strategies import STRATEGIES
 from codebook_tools.training.recipe import FineTune
 from codebook_tools.workflows import compare as comparisons
 from codebook_tools.workflows import sweep as sweeps
@@ -35,12 +36,12 @@ from codebook_tools.workflows.session import Request
 from codebook_tools.workflows.verify import verify_checkpoint
 
 
-class _Warning(Protocol):
+class _Warns(Protocol):
     @property
     def warnings(self) -> Sequence[str]: ...
 
 
-_Result = TypeVar("_Result", bound=_Warning)
+_Result = TypeVar("_Result", bound=_Warns)
 
 
 class CodebookWarning(UserWarning):
@@ -253,7 +254,7 @@ def operate(
     Raises:
         CodebookError: Something does not fit or cannot be done; its message is one line.
     """
-    command = type(strategy).__name__.lower() if strategy else "finetune"
+    command = _command_of(strategy)
     request = _request(model, data, seed)
     run = operate_in_memory(command, request, strategy, finetune or FineTune(steps=0), Watch(progress))
     proof = _install(run, request.wrapped) if request.wrapped else None
@@ -261,6 +262,12 @@ def operate(
         warnings.warn(text, CodebookWarning, stacklevel=2)
     run.opened.warnings.clear()
     return Operation(run, proof)
+
+
+def _command_of(strategy: Strategy | None) -> str:
+    """What the command line calls it; of a strategy that is not registered, the name of its class."""
+    known = (name for name, kind in STRATEGIES.items() if kind is type(strategy))
+    return "finetune" if strategy is None else next(known, type(strategy).__name__.lower())
 
 
 def _install(run: Run, wrapped: Wrapped) -> Proof:
@@ -341,7 +348,7 @@ def diagnose(
 
 
 def inspect(path: PathLike) -> Inspection:
-    """Which codebooks a checkpoint holds, and what depends on them. Reads its header alone."""
+    """Which codebooks a checkpoint holds, and what depends on them. Reads its header, codebooks and counts."""
     return inspect_checkpoint(Path(path))
 
 
@@ -352,10 +359,7 @@ def verify(path: PathLike, against: PathLike, maps: Sequence[PathLike] = ()) -> 
 
 def remap(sources: PathLike | Sequence[PathLike], maps: PathLike | Sequence[PathLike], **options: Any) -> Remapped:
     """Rewrite stored tokens, or a prior's tables, by index maps. options: fields of RemapRequest."""
-    found = run_remap(RemapRequest(_paths(sources), _paths(maps), **options))
-    for text in found.warnings:
-        warnings.warn(text, CodebookWarning, stacklevel=2)
-    return found
+    return _warned(run_remap(RemapRequest(_paths(sources), _paths(maps), **options)))
 
 
 def _request(model: Model, data: Data | Values | None, seed: int) -> Request:
@@ -374,6 +378,7 @@ def _request(model: Model, data: Data | Values | None, seed: int) -> Request:
         batch_size=of.batch_size,
         workers=of.workers,
         seed=seed,
+        typed=True,  # the bundled sample is never trained on
     )
 
 
@@ -383,9 +388,9 @@ def _warned(result: _Result) -> _Result:
     return result
 
 
-def _names(given: str | Sequence[str]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
+def _names(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _paths(given: PathLike | Sequence[PathLike]) -> tuple[Path, ...]:
-    return (Path(given),) if isinstance(given, str | Path) else tuple(map(Path, given))
+def _paths(paths: PathLike | Sequence[PathLike]) -> tuple[Path, ...]:
+    return (Path(paths),) if isinstance(paths, str | Path) else tuple(map(Path, paths))
