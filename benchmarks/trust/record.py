@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,7 +90,8 @@ def _wirings(part: Mapping[str, Any]) -> tuple[str, str]:
         f"{part['modules']:,} modules of {len(part['kinds'])} kinds of wiring, {part['by command']:,} of them through "
         f"the command line, and {unknown['drawn']:,} of them of unknown wiring",
         f"{part['silent disagreements']} silent disagreements and {part['faults']} faults; of each kind at least "
-        f"{least:.0%} operated on, {unknown['refused by name']:,} of unknown wiring refused by name",
+        f"{math.floor(1000 * least) / 10:.1f} % operated on, {unknown['refused by name']:,} of unknown wiring refused "
+        "by name",
     )
 
 
