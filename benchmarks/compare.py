@@ -25,7 +25,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.compare import ENTRIES, compare
 from codebook_tools.workflows.comparison_rows import Comparison, markdown_table
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks") / "results" / "compare"

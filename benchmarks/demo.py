@@ -30,8 +30,8 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.operate import operate
+from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import Result
-from codebook_tools.workflows.session import Request
 
 ROOT = Path(__file__).parents[1]
 K = 128

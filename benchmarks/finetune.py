@@ -29,7 +29,8 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.codebook_ema import DECAY
 from codebook_tools.training.finetune import FineTune, finetune
 from codebook_tools.training.losses.reconstruction import COMMITMENT, Scales, scales_of
-from codebook_tools.workflows.session import Request, open_request
+from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.session import open_request
 
 ROOT = Path(__file__).parents[1]
 

@@ -31,7 +31,8 @@ from codebook_tools.clustering.kmeans import kmeans
 from codebook_tools.codebook import Codebook
 from codebook_tools.evaluation.usage import survey
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.workflows.session import Request, open_request
+from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.session import open_request
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = 5e-4

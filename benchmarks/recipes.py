@@ -38,7 +38,8 @@ from codebook_tools.strategies import find_strategy
 from codebook_tools.training.recipe import FineTune
 from codebook_tools.workflows.compare import find_entry
 from codebook_tools.workflows.pipeline import Calibration, Latents, calibrate, encoder_latents, perform, run_stages
-from codebook_tools.workflows.session import Opened, Request, open_request
+from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.session import Opened, open_request
 
 RESULTS = Path(__file__).parent / "results" / "recipes"
 MODELS = {

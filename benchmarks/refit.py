@@ -25,7 +25,8 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.operate import operate
-from codebook_tools.workflows.session import Request, open_request
+from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.session import open_request
 
 RESULTS = Path(__file__).parent / "results" / "refit.json"
 

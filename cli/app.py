@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from .check_commands import followers
-from .compare_commands import decisions
+from .commands.codes import codes
+from .commands.compare import compare
+from .commands.diagnose import diagnose
+from .commands.finetune import finetune
+from .commands.inspect import inspect
+from .commands.map import map_
+from .commands.measure import measure
+from .commands.remap import remap
+from .commands.run import run
+from .commands.surgery import added, surgeries
+from .commands.sweep import sweep
+from .commands.verify import verify
 from .errors import interruptible, one_voice, standard_streams
-from .inspect_commands import looks
-from .options import DataOptions, LongRunOptions, ModelArgument, ModelOptions, NoStepsTrainOptions, WriteOptions, takes
-from .run import operate_on
-from .surgery_commands import operations
 
-if TYPE_CHECKING:  # imported where it is used: --help must not import torch
-    from codebook_tools.codebook import Strategy
-    from codebook_tools.runtime.progress import Watch
+COMMANDS = (
+    *(inspect, measure, diagnose, codes, map_),
+    *surgeries(),
+    *(finetune, run, compare, sweep, verify, remap),
+)
+"""In the order of `codebook --help`."""
 
 
 class Commands(TyperGroup):
@@ -63,8 +72,12 @@ def root(
     pass
 
 
-for _commands in (looks, operations, decisions, followers):
-    app.add_typer(_commands)
+for _function in COMMANDS:
+    app.command(
+        _function.__name__,
+        rich_help_panel=_function.heading,  # type: ignore[attr-defined]
+        epilog=f"Example: {_function.example}",  # type: ignore[attr-defined]
+    )(_function)
 
 
 def _added_strategies() -> set[str]:
@@ -72,26 +85,9 @@ def _added_strategies() -> set[str]:
 
 
 def _added_command(name: str) -> Any:
-    added = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
-
-    @added.command(name, help=f"The strategy {name}, which another installed distribution adds.")
-    @takes(NoStepsTrainOptions, DataOptions, ModelOptions, WriteOptions, LongRunOptions)
-    def run(
-        given: dict[str, Any],
-        model: ModelArgument = None,
-        set_: Annotated[
-            list[str] | None,
-            typer.Option("--set", metavar="FIELD=VALUE", help="A field of the strategy, as JSON or text. Repeatable."),
-        ] = None,
-    ) -> None:
-        def strategy(watch: Watch) -> Strategy:
-            from codebook_tools.strategies import make_strategy
-
-            return make_strategy(name, set_ or [])
-
-        operate_on(name, model, strategy, given)
-
-    return typer.main.get_command(added)
+    typed = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
+    typed.command(name, help=f"The strategy {name}, which another installed distribution adds.")(added(name))
+    return typer.main.get_command(typed)
 
 
 def main() -> None:

@@ -93,9 +93,14 @@ class Strategy(Protocol):
     It leaves its inputs as they are and draws randomness from its own seed only: the same inputs give the same bytes.
     counts: (codebook.size,) int64, assignments per code over all of the calibration data.
 
-    A class that does without latents says so in an attribute `looks_at`: "counts", or "codebook" where it does without
-    counts, too (then they may all be 0). It can be run on a model whose network nobody has. One with a true attribute
-    `exact` gets all latents, however many there are; others a sample of a million, in an order whose heads are samples.
+    A class may say more in class attributes:
+        needs: "counts" where it does without latents, "codebook" where it does without counts, too (then they may all
+            be 0). It can be run on a model whose network nobody has.
+        exact: True for all latents, however many there are; others get a sample of a million, in an order whose heads
+            are samples.
+        summary, example: A sentence and a line for `--help`: the strategy is then a command. Its fields that have an
+            `runtime.options.Option` are options.
+        trains: True where fine-tuning follows unless it is left out.
     """
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery: ...

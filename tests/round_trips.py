@@ -17,7 +17,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Prune, Quantize, Refit, Restart
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.operate import Result, operate
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.verify import verify_checkpoint
 
 NO_STEPS = FineTune(steps=0)

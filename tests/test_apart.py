@@ -11,7 +11,7 @@ import pytest
 from conftest import Outcome, assert_refused, contents
 
 from codebook_tools.checkpoints.layout import partial_path
-from codebook_tools.workflows.session import DEMO
+from codebook_tools.models.demo import DEMO
 
 Run = Callable[..., Outcome]
 READ = "is read here, so it is never overwritten"

@@ -27,7 +27,7 @@ from codebook_tools.strategies import Grow, Prune, Quantize, Refit
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.compare import compare
 from codebook_tools.workflows.operate import measure_model, operate
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 LENGTH = 224
 """Samples of a clip: 28 latents."""
@@ -199,7 +199,7 @@ def test_of_several_stages_one_may_be_chosen_and_all_stay_of_one_size(
     k: int, size: int, request_for: Callable[..., Request]
 ) -> None:
     key = "quantizer.layers.1.codebook.embed"
-    request = request_for("encodec", codebook_keys=(key,))
+    request = request_for("encodec", codebook_key=(key,))
     done, result = operated(Operation("refit", Refit(k=k)), request)
     assert_the_library_agrees(CASES["encodec"], result, size)
     before, after = (load_file(path / WEIGHTS) for path in (request.source, result))

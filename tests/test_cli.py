@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.models.demo import DEMO
 from codebook_tools.models.families.zalando import CODEBOOK
-from codebook_tools.workflows.session import DEMO
 
 Run = Callable[..., Outcome]
 WriteModel = Callable[..., Path]

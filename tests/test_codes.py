@@ -20,7 +20,7 @@ from codebook_tools.report.html.page import html
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.code_cards import Codes, look_at_codes
 from codebook_tools.workflows.extreme_latents import lowest_of_each
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 Run = Callable[..., Outcome]
 

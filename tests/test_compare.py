@@ -25,7 +25,7 @@ from codebook_tools.workflows import compare as compare_module
 from codebook_tools.workflows.compare import ENTRIES, MORE_ENTRIES, compare
 from codebook_tools.workflows.comparison_rows import Comparison, Row, RowStore, Spread, markdown_table, table_rows
 from codebook_tools.workflows.operate import operate
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 RECIPE = FineTune(steps=12, batch_size=16)
 Ask = Callable[..., Comparison]

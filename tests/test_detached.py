@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.layout import index_map_path
+from codebook_tools.models.demo import DEMO
 from codebook_tools.models.families.zalando import CODEBOOK
-from codebook_tools.workflows.session import DEMO
 
 Run = Callable[..., Outcome]
 WriteModel = Callable[..., Path]

@@ -42,7 +42,7 @@ from codebook_tools.models.initialization import drawn, structure
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.diagnose import CHECKS, diagnose
 from codebook_tools.workflows.gather_evidence import curve_of
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 NAMES = (
     *("not-installed", "wrong-encoder", "wrong-layout", "wrong-input-range", "stale-ema", "uninitialised-flag"),

@@ -21,7 +21,7 @@ from codebook_tools.strategies import Grow, Prune, Quantize, Refit, Restart
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.diagnose import diagnose
 from codebook_tools.workflows.operate import operate
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 pytestmark = pytest.mark.slow
 

@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.diagnose import Diagnosis, diagnose
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 pytestmark = pytest.mark.slow
 

@@ -26,7 +26,8 @@ from codebook_tools.strategies import Refit
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.diagnose import Diagnosis, diagnose
 from codebook_tools.workflows.operate import operate
-from codebook_tools.workflows.session import Opened, Request, open_request
+from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.session import Opened, open_request
 
 K = 64
 COUNTS, SUMS = "_vq_vae._ema_cluster_size", "_vq_vae._ema_w"

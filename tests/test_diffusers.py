@@ -29,7 +29,7 @@ from codebook_tools.models.output import written_config
 from codebook_tools.models.sizes import size_warning
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.operate import measure_model
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 Run = Callable[..., Outcome]
 Save = Callable[..., Path]

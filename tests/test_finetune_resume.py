@@ -31,7 +31,7 @@ from codebook_tools.training.codebook_ema import More
 from codebook_tools.training.finetune import FineTune, FineTuned
 from codebook_tools.training.resume import Saving
 from codebook_tools.workflows.operate import Result, operate
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 GreyImages = Callable[..., Images]
 COUNTS = [int(i not in DEAD) for i in range(16)]

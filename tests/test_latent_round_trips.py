@@ -33,7 +33,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Quantize
 from codebook_tools.workflows.inspect_checkpoint import inspect_checkpoint
 from codebook_tools.workflows.operate import operate
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 SURGERIES = [operation for operation in OPERATIONS if operation.recipe == NO_STEPS]
 CODES = torch.cat([torch.randn(10, 4, generator=torch.Generator().manual_seed(0)), torch.full((6, 4), 40.0)])
@@ -246,7 +246,7 @@ def test_a_config_is_about_one_of_two_codebooks_that_differ(tmp_path: Path) -> N
     save_file(TITOK | {"pixel_quantize.embedding.weight": drawn(24, 4)}, tmp_path / "titok" / "model.safetensors")
     (tmp_path / "titok" / "config.json").write_text(json.dumps({"model": {"vq_model": {"codebook_size": 16}}}))
     assert inspect_checkpoint(tmp_path / "titok").warnings == ()
-    asked = Request(model=tmp_path / "titok", codebook_keys=(BOOK,))
+    asked = Request(model=tmp_path / "titok", codebook_key=(BOOK,))
     output = Path(str(operate("quantize", asked, Quantize(8), NO_STEPS, Watch()).outputs["model"]))
     assert json.loads((output / "config.json").read_text())["model"]["vq_model"]["codebook_size"] == 8
     written = load_file(output / "model.safetensors")
@@ -254,7 +254,7 @@ def test_a_config_is_about_one_of_two_codebooks_that_differ(tmp_path: Path) -> N
     with pytest.raises(CodebookError, match=r"codebook_size=16, but pixel_quantize\.embedding\.weight has 24"):
         operate(
             "quantize",
-            replace(asked, codebook_keys=("pixel_quantize.embedding.weight",), output=tmp_path / "other"),
+            replace(asked, codebook_key=("pixel_quantize.embedding.weight",), output=tmp_path / "other"),
             Quantize(8),
             NO_STEPS,
             Watch(),

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from codebook_tools.codebook import REMOVED, Strategy
 from codebook_tools.errors import CodebookError
+from codebook_tools.models.demo import DEMO
 from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Refit, Restart
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.operate import measure_model, operate
+from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import Result
-from codebook_tools.workflows.session import DEMO, Request, open_request
+from codebook_tools.workflows.session import open_request
 from codebook_tools.workflows.verify import verify_checkpoint
 
 NO_STEPS = FineTune(steps=0)
@@ -213,7 +215,7 @@ def test_latents_are_of_one_codebook(tmp_path: Path) -> None:
     for work in (lambda request: do(request, Refit(4)), lambda request: measure_model(request, Watch())):
         with pytest.raises(CodebookError, match=r"2 codebooks, .*choose with --codebook-key"):
             work(Request(**asked))
-    result = do(Request(**asked, codebook_keys=("quantize_b.embedding.weight",)), Refit(16, seed=1))
+    result = do(Request(**asked, codebook_key=("quantize_b.embedding.weight",)), Refit(16, seed=1))
     new = load_file(str(result.outputs["model"]))
     assert torch.equal(new["quantize_t.embedding.weight"], state["quantize_t.embedding.weight"])
     assert not torch.equal(new["quantize_b.embedding.weight"], state["quantize_b.embedding.weight"])

@@ -21,7 +21,7 @@ from codebook_tools.report.html.page import html
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows import latent_map
 from codebook_tools.workflows.latent_map import Map, look_at_map, principal
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 Run = Callable[..., Outcome]
 

@@ -15,7 +15,8 @@ from codebook_tools.strategies import Refit
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows import operate as operate_module
 from codebook_tools.workflows.operate import operate
-from codebook_tools.workflows.session import Opened, Request, open_request
+from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.session import Opened, open_request
 
 
 @pytest.mark.parametrize("steps", [0, 1])

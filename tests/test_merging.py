@@ -26,7 +26,8 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows import measure_shards
 from codebook_tools.workflows.measure_shards import parse_shard, sample_limit
 from codebook_tools.workflows.operate import measure_model
-from codebook_tools.workflows.session import Request, open_request
+from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.session import open_request
 
 Run = Callable[..., Outcome]
 N = 8

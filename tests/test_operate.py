@@ -33,7 +33,7 @@ from codebook_tools.strategies import Prune, Refit
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.dry_run import plan
 from codebook_tools.workflows.operate import Result, measure_model, operate
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.verify import verify_checkpoint
 
 WriteModel = Callable[..., Path]

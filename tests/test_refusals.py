@@ -14,8 +14,8 @@ from conftest import GREY, KEY, Grey, Outcome, State, assert_refused, contents, 
 from safetensors.torch import save_file
 
 from codebook_tools.checkpoints import write
+from codebook_tools.models.demo import DEMO
 from codebook_tools.models.families.zalando import CODEBOOK
-from codebook_tools.workflows.session import DEMO
 
 Run = Callable[..., Outcome]
 WriteModel = Callable[..., Path]

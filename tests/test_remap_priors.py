@@ -24,9 +24,9 @@ from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.checkpoints.read import file_sha256, read_checkpoint
 from codebook_tools.codebook import REMOVED
 from codebook_tools.data.images import sample_images
+from codebook_tools.models.demo import DEMO
 from codebook_tools.models.load import load_model
 from codebook_tools.remapping.vocabulary import Vocabulary
-from codebook_tools.workflows.session import DEMO
 
 Run = Callable[..., Outcome]
 

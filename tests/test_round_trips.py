@@ -29,7 +29,7 @@ from vqgan_twin import Twin
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.models.load import load_model
 from codebook_tools.models.user_network import make_network
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 Seen = tuple[Tensor, list[Tensor]]
 """Images in the network's range, and indices (n, height, width) of every stage."""

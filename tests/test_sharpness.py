@@ -34,7 +34,7 @@ from codebook_tools.training.finetune import FineTune, FineTuned
 from codebook_tools.training.state import State
 from codebook_tools.workflows import pipeline
 from codebook_tools.workflows.operate import measure_model, operate
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 GreyImages = Callable[..., Images]
 

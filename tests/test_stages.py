@@ -27,8 +27,8 @@ from codebook_tools.training.finetune import FineTune, FineTuned, finetune
 from codebook_tools.training.state import State as Kept
 from codebook_tools.workflows import pipeline
 from codebook_tools.workflows.operate import measure_model, operate
+from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import Result
-from codebook_tools.workflows.session import Request
 from codebook_tools.workflows.verify import verify_checkpoint
 
 NO_STEPS = FineTune(steps=0)
@@ -203,7 +203,7 @@ def test_codebooks_of_one_size_stay_so_with_dead_codes_and_it_is_said(
 
 def test_one_of_the_codebooks_is_chosen_by_its_key(residual: Callable[..., Path], ask: Callable[..., Request]) -> None:
     path = residual()
-    result = do(ask(path, codebook_keys=(KEYS[1],)), Refit(2))
+    result = do(ask(path, codebook_key=(KEYS[1],)), Refit(2))
     # The old first codes leave -0.1, 0, 0.3 and 0.5; and two codes are filled up to the four that the first one has.
     assert sorted(firsts(result, 1)[:2]) == [-0.05, 0.4] and firsts(result, 1)[2:] == [firsts(result, 1)[0]] * 2
     assert any("2 of quantizers.1.embed" in said for said in result.warnings)
@@ -215,9 +215,9 @@ def test_one_of_the_codebooks_is_chosen_by_its_key(residual: Callable[..., Path]
 def test_a_codebook_that_was_not_chosen_is_filled_up_where_the_chosen_one_grows(
     residual: Callable[..., Path], ask: Callable[..., Request]
 ) -> None:
-    result = do(ask(residual(), codebook_keys=(KEYS[0],)), Refit(2))
+    result = do(ask(residual(), codebook_key=(KEYS[0],)), Refit(2))
     assert sorted(firsts(result, 0)[:2]) == [0.1, 0.7] and len(firsts(result, 0)) == 4
-    grown = do(ask(residual((0.0, 0.3), (0.0, 0.4)), codebook_keys=(KEYS[0],), force=True), Grow(3))
+    grown = do(ask(residual((0.0, 0.3), (0.0, 0.4)), codebook_key=(KEYS[0],), force=True), Grow(3))
     assert len(firsts(grown, 0)) == 3 and firsts(grown, 0)[:2] == pytest.approx([0, 0.3])
     assert firsts(grown, 1) == pytest.approx([0, 0.4, 0])
     assert [of[:2] for of in maps(grown, "index_map")] == [[0, 1], [0, 1]]

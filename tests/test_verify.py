@@ -25,7 +25,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Prune, Refit
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.operate import operate
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.verify import Difference, verify_checkpoint
 
 WriteModel = Callable[..., Path]

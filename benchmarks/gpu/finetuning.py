@@ -29,7 +29,8 @@ from codebook_tools.strategies import Refit
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.training.losses.reconstruction import scales_of
 from codebook_tools.workflows.operate import operate
-from codebook_tools.workflows.session import Opened, Request, open_request
+from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.session import Opened, open_request
 
 
 def request_of(shared: Path | None, device: str, **more: Any) -> Request:

@@ -22,7 +22,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.operate import measure_model, operate
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 
 def make(folder: Path, quick: bool) -> None:

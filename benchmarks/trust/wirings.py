@@ -155,7 +155,7 @@ def _in_process(wiring: Wiring, desk: Desk, source: Path, output: Path, keys: li
     from codebook_tools.strategies import STRATEGIES
     from codebook_tools.training.finetune import FineTune
     from codebook_tools.workflows.operate import operate
-    from codebook_tools.workflows.session import Request
+    from codebook_tools.workflows.request import Request
 
     calibration, held_out = _data(wiring, desk)
     try:
@@ -165,7 +165,7 @@ def _in_process(wiring: Wiring, desk: Desk, source: Path, output: Path, keys: li
             latents=(calibration,) if wiring.detached else (),
             test_data=(held_out,),
             network=None if wiring.detached else desk.network,
-            codebook_keys=tuple(keys),
+            codebook_key=tuple(keys),
             metric=wiring.metric,
             input_range=None if wiring.detached else (0.0, 1.0),
             batch_size=BATCH,

@@ -17,7 +17,7 @@ from codebook_tools.checkpoints.write import maps_sha256, write_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.remapping.prior_config import Change, followed
 from codebook_tools.remapping.prior_tables import Tables, find_tables
-from codebook_tools.remapping.token_ids import OnRemoved
+from codebook_tools.remapping.request import OnRemoved
 from codebook_tools.remapping.vocabulary import JointVocabulary, Vocabulary
 from codebook_tools.runtime.version import VERSION
 

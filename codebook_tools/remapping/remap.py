@@ -8,60 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from codebook_tools.checkpoints.atomic import check_apart, check_free
-from codebook_tools.checkpoints.layout import SUFFIX, named
+from codebook_tools.checkpoints.layout import SUFFIX
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.write import write_file
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.output import check_output
 from codebook_tools.remapping.index_map import IndexMap, read_index_maps
 from codebook_tools.remapping.priors import remap_prior
+from codebook_tools.remapping.request import PRIOR_SUFFIXES, RemapRequest
 from codebook_tools.remapping.token_files import TOKEN_SUFFIXES, rewrite_tokens
-from codebook_tools.remapping.token_ids import Counts, OnRemoved, Translation
+from codebook_tools.remapping.token_ids import Counts, Translation
 from codebook_tools.remapping.vocabulary import Vocabulary
-
-_WITHIN = {"offset": (0, 1 << 32), "special": (0, 1 << 32), "pad_to_multiple": (1, 1 << 20)}
-"""Of ids, beyond what any vocabulary has."""
-
-_PRIOR_SUFFIXES = {SUFFIX, ".pt", ".pth", ".ckpt", ".bin"}
-
-
-@dataclass(frozen=True)
-class RemapRequest:
-    """What is to follow which maps, and how. Each field is the command line's option of that name.
-
-    sources: token files and priors. maps: index maps, in the order of the surgeries. special: how many ids follow the
-    codes; of a prior, its tables tell.
-    """
-
-    sources: tuple[Path, ...]
-    maps: tuple[Path, ...]
-    on_removed: OnRemoved = "error"
-    offset: int = 0
-    special: int = 0
-    codebook_key: tuple[str, ...] = ()
-    axis: int | None = None
-    key: tuple[str, ...] = ()
-    embedding_key: tuple[str, ...] = ()
-    head_key: tuple[str, ...] = ()
-    pad_to_multiple: int = 1
-    output: Path | None = None
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        for name, (least, most) in _WITHIN.items():
-            if not least <= getattr(self, name) <= most:
-                raise CodebookError(f"{name.replace('_', '-')}={getattr(self, name)} is not within {least} and {most}")
-        if self.output is not None and len(self.sources) > 1:
-            raise CodebookError(f"--output {self.output} is one place for {len(self.sources)} files; leave it out")
-
-    def output_of(self, source: Path) -> Path:
-        """The one asked for, or `<name>.remapped` beside the source, of its kind."""
-        if self.output is not None:
-            return self.output
-        source = named(source)
-        ending = "" if source.is_dir() else source.suffix
-        written = SUFFIX if ending in _PRIOR_SUFFIXES else ending
-        return source.with_name(source.name.removesuffix(ending) + ".remapped" + written)
 
 
 @dataclass(frozen=True)
@@ -121,7 +78,7 @@ def _open(source: Path, request: RemapRequest) -> Checkpoint | None:
     """The prior, or None for tokens, which are all integers or have a --key. The output is looked at, too."""
     if not source.exists():
         raise CodebookError(f"no such file: {source}")
-    if source.is_file() and source.suffix not in TOKEN_SUFFIXES | _PRIOR_SUFFIXES:
+    if source.is_file() and source.suffix not in TOKEN_SUFFIXES | PRIOR_SUFFIXES:
         readable = ", ".join(sorted(TOKEN_SUFFIXES | {SUFFIX}))
         raise CodebookError(f"{source} holds neither tokens ({readable}) nor a prior's weights; convert it first")
     output = request.output_of(source)

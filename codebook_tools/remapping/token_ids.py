@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from typing import Any
@@ -13,22 +12,10 @@ from numpy.typing import NDArray
 from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
 from codebook_tools.remapping.index_map import IndexMap
+from codebook_tools.remapping.request import OnRemoved
 
 Ids = NDArray[Any]
 """Integers of any width."""
-
-OnRemoved = str | int
-"""What an id becomes whose code lost its identity: "error", "nearest", or the id that masks it."""
-
-
-def parse_on_removed(text: str) -> OnRemoved:
-    """error, nearest or mask=ID. Raises CodebookError for anything else."""
-    if text in ("error", "nearest"):
-        return text
-    name, _, number = text.partition("=")
-    if name == "mask" and re.fullmatch(r"-?\d{1,18}", number, re.ASCII):
-        return int(number)
-    raise CodebookError(f"--on-removed {text}: expected error, nearest, or mask=ID with the new id of a mask token")
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import entry_points
-from typing import Any, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, cast
 
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
@@ -24,6 +22,9 @@ from codebook_tools.strategies.prune import Prune
 from codebook_tools.strategies.quantize import Quantize
 from codebook_tools.strategies.refit import Refit
 from codebook_tools.strategies.restart import Restart
+
+if TYPE_CHECKING:
+    import torch
 
 ENTRY_POINTS = "codebook_tools.strategies"
 
@@ -55,7 +56,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "random": RandomLatents,
     "kmeans++-seeds": KmeansSeeds,
 }
-"""Surgeries, and at the end three controls, which only `compare` runs."""
+"""By name. A class with a `summary` is a command, too; the controls at the end are only rows of `compare`."""
 
 
 def find_strategy(name: str) -> Callable[..., Strategy]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from codebook_tools.codebook import Codebook, Latents, Surgery
+from codebook_tools.runtime.options import Option
 from codebook_tools.strategies._validation import check_k
 from codebook_tools.strategies.grow import Grow, grown
 from codebook_tools.strategies.quantize import Quantize
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TIMES = 4  # as many codes as are asked for, at first
 _AT_MOST = 8192  # at first: merging more takes minutes
@@ -21,10 +24,18 @@ class Condense:
 
     A fine-tuning begins with the codes in use and, up to four times k, latents drawn by squared error; it merges them
     into k on the way. The more codes there are, the less noise is in what the networks learn from, and merging keeps
-    most of what they learnt. seed: of the drawing.
+    most of what they learnt.
+
+    Attributes:
+        k: Size of the new codebook.
+        seed: Of the drawing.
     """
 
-    k: int
+    summary: ClassVar = "Fine-tune with up to four times as many codes, and merge them into K on the way."
+    example: ClassVar = "codebook condense model.safetensors --k 128 --data images/"
+    trains: ClassVar = True
+
+    k: Annotated[int, Option("Codes of the new codebook.", metavar="K", names=("--k", "-k"))]
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from codebook_tools.clustering.seeding import Init, seeds
 from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
-from codebook_tools.data.latents import joined
 from codebook_tools.errors import CodebookError
 from codebook_tools.strategies._validation import check_k
 from codebook_tools.strategies.prune import Prune
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from codebook_tools.clustering.seeding import Init
 
 
 @dataclass(frozen=True)
@@ -59,5 +60,10 @@ class KmeansSeeds:
 
 
 def _seeded(codebook: Codebook, latents: Latents, k: int, init: Init, seed: int) -> Surgery:
+    import torch
+
+    from codebook_tools.clustering.seeding import seeds
+    from codebook_tools.data.latents import joined
+
     vectors = seeds(joined(latents), k, init, seed)
     return Surgery(replace(codebook, vectors=vectors), torch.full((codebook.size,), REMOVED))

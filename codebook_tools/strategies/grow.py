@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
-from torch import Tensor
-
-from codebook_tools.clustering.seeding import draw_by_error
 from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
-from codebook_tools.data.latents import joined
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.options import Option
 from codebook_tools.strategies._validation import check_k
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,17 @@ class Grow:
     """The codes in use, in their old order, and after them latents drawn by squared error, up to k.
 
     The decoder knows the codes in use: they keep their rows and their identity. The others are placed as k-means++
-    places seeds (Arthur and Vassilvitskii 2007), but going on from these. seed: of the drawing.
+    places seeds (Arthur and Vassilvitskii 2007), but going on from these.
+
+    Attributes:
+        k: Size of the new codebook.
+        seed: Of the drawing.
     """
 
-    k: int
+    summary: ClassVar = "Keep the codes in use, drop the dead ones, and place new ones where the error is, up to K."
+    example: ClassVar = "codebook grow model.safetensors --k 128 --data images/ --steps 1000"
+
+    k: Annotated[int, Option("Codes of the new codebook: those in use or more.", metavar="K", names=("--k", "-k"))]
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,6 +55,11 @@ class Grow:
 
 def grown(codebook: Codebook, latents: Latents, counts: Tensor, k: int, seed: int) -> Surgery:
     """The codes in use, and latents up to k codes, or fewer where no more of them differ from codes."""
+    import torch
+
+    from codebook_tools.clustering.seeding import draw_by_error
+    from codebook_tools.data.latents import joined
+
     kept = (counts > 0).nonzero()[:, 0]
     used = replace(codebook, vectors=codebook.vectors[kept])
     more = draw_by_error(joined(latents), used, k - len(kept), seed)

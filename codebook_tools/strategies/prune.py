@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.options import Option
 from codebook_tools.strategies._validation import check_threshold
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,20 @@ class Prune:
     """Codes with more than `threshold` counts stay, or, with `keep`, the `keep` most used; in their old order.
 
     With threshold 0 no latent that was counted changes its code: the surgery is lossless there.
+
+    Attributes:
+        threshold: The count up to which a code is dropped.
+        keep: How many codes stay, in place of a threshold.
     """
 
-    looks_at: ClassVar = "counts"
+    summary: ClassVar = (
+        "Drop the codes that are hardly used. Threshold 0 changes no reconstruction of what was counted."
+    )
+    example: ClassVar = "codebook prune model.safetensors --threshold 0 --data images/"
+    needs: ClassVar = "counts"
 
-    threshold: int = 0
-    keep: int | None = None
+    threshold: Annotated[int, Option("Drop codes that count N or fewer.", metavar="N")] = 0
+    keep: Annotated[int | None, Option("Keep the K most used codes instead.", metavar="K")] = None
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
@@ -35,6 +44,8 @@ class Prune:
             raise CodebookError(f"keep={self.keep} is below 1; use --keep 1 or more")
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        import torch
+
         if self.keep is not None:
             if self.keep > codebook.size:
                 raise CodebookError(f"keep={self.keep} of {codebook.size} codes; use --keep {codebook.size} or less")

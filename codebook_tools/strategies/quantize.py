@@ -7,35 +7,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
-from codebook_tools.clustering.assignment import emitted, nearest, squared_errors
-from codebook_tools.clustering.pnn import merge_pairs
 from codebook_tools.codebook import Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.options import Option
 from codebook_tools.strategies._validation import check_k
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Quantize:
     """k merged codes, weighted by use, or entries rounded to `bits` bits; latents are not looked at.
 
-    k: new size. method: "kmeans", weighted k-means over the codes, the best of ten starts, or "pnn", pairwise nearest
-    neighbour merging (Equitz 1989). Every old code maps to the one it was merged into; dead codes weigh nothing and go
-    where they are nearest. Of k or fewer codes in use none is merged: they stay as they are, and the dead codes nearest
-    to them fill up k. Without any counts all codes weigh alike. bits: 2 to 8, in place of k. seed: of the k-means.
+    Every old code maps to the one it was merged into; dead codes weigh nothing and go where they are nearest. Of k or
+    fewer codes in use none is merged: they stay as they are, and the dead codes nearest to them fill up k. Without any
+    counts all codes weigh alike.
+
+    Attributes:
+        k: Size of the new codebook.
+        method: "kmeans", weighted k-means over the codes, the best of ten starts; or "pnn", pairwise nearest neighbor
+            merging (Equitz 1989).
+        bits: Of an entry, 2 to 8, in place of k.
+        seed: Of the k-means.
     """
 
-    looks_at: ClassVar = "codebook"
+    summary: ClassVar = (
+        "Merge codes that are alike, weighted by use, or round their entries to few bits. Latents are not looked at."
+    )
+    example: ClassVar = "codebook quantize model.safetensors --k 128 --method pnn --data images/"
+    needs: ClassVar = "codebook"
 
-    k: int | None = None
-    method: Literal["kmeans", "pnn"] = "kmeans"
-    bits: int | None = None
+    k: Annotated[int | None, Option("Merge the codes into K.", metavar="K", names=("--k", "-k"))] = None
+    method: Annotated[Literal["kmeans", "pnn"], Option("How codes are merged.")] = "kmeans"
+    bits: Annotated[int | None, Option("Round entries to B bits, 2 to 8, instead.", metavar="B")] = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,6 +58,11 @@ class Quantize:
             raise CodebookError(f"method={self.method} is neither kmeans nor pnn")
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        import torch
+
+        from codebook_tools.clustering.assignment import emitted, nearest
+        from codebook_tools.clustering.pnn import merge_pairs
+
         if self.bits is not None:
             rounded = replace(codebook, vectors=round_rows(codebook.vectors, self.bits))
             return Surgery(rounded, torch.arange(codebook.size), bits=self.bits)
@@ -69,6 +83,7 @@ class Quantize:
     def _merge_by_kmeans(
         self, rows: NDArray[np.float64], weights: NDArray[np.float64], k: int
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        import numpy as np
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning
 
@@ -80,6 +95,10 @@ class Quantize:
 
 def _filled_up(codebook: Codebook, used: Tensor, k: int) -> Surgery:
     """The used codes, (size,) bool, and as many dead ones, the nearest to them, as make k; in their old order."""
+    import torch
+
+    from codebook_tools.clustering.assignment import emitted, nearest, squared_errors
+
     shown, dead = emitted(codebook), (~used).nonzero()[:, 0]
     among = Codebook(shown[used])
     apart = squared_errors(shown[dead], among, nearest(shown[dead], among))
@@ -116,6 +135,8 @@ def round_rows(rows: Tensor, bits: int) -> Tensor:
 
     No entry moves by more than half a step, max|row| / (2**bits - 2).
     """
+    import torch
+
     levels = 2 ** (bits - 1) - 1
     steps = rows.double().abs().amax(1, keepdim=True) / levels
     return torch.where(steps > 0, (rows / steps.clamp(min=torch.finfo(torch.float64).tiny)).round() * steps, 0).float()

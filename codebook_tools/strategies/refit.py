@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from codebook_tools.clustering.kmeans import kmeans
-from codebook_tools.clustering.seeding import Init, draw_by_error, seeds
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
-from codebook_tools.data.latents import StoredLatents, joined
-from codebook_tools.data.sampling import drawn_rows
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.options import Option
 from codebook_tools.runtime.progress import Watch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from codebook_tools.clustering.seeding import Init
 
 
 @dataclass(frozen=True)
@@ -22,18 +21,32 @@ class Refit:
     """k centroids of the latents, by k-means until an iteration gains little, in the codebook's own metric. No old code
     keeps its identity.
 
-    k: new size. init: how the seeds are drawn; "used" starts from the k most used codes, filled up with latents drawn
-    by squared error where fewer are in use. iterations: the most of Lloyd. seed: of the seeding. exact: over all
-    latents, however many, gone through once an iteration; seeds are drawn from a sample. device: that k-means
-    runs on. watch: is told of the progress.
     Source: Hu et al. 2021, "Global Context with Discrete Diffusion in VQ Modelling" (VQ-DDM, arXiv 2112.01799).
+
+    Attributes:
+        k: Size of the new codebook.
+        init: How seeds are drawn; "used" starts from the k most used codes, filled up with latents drawn by squared
+            error where fewer are in use.
+        iterations: The most of Lloyd.
+        seed: Of the seeding.
+        exact: Over all latents, however many, gone through once an iteration; seeds are drawn from a sample.
+        device: That k-means runs on.
+        watch: Called with the progress.
     """
 
-    k: int
-    init: Literal["kmeans++", "afkmc2", "used", "random"] = "kmeans++"
-    iterations: int = 300
+    summary: ClassVar = (
+        "Re-Fit: a new codebook by k-means on the latents, then fine-tune with the original encoder and decoder."
+    )
+    example: ClassVar = "codebook refit model.safetensors --k 128 --data images/"
+    trains: ClassVar = True
+
+    k: Annotated[int, Option("Codes of the new codebook.", metavar="K", names=("--k", "-k"))]
+    init: Annotated[
+        Literal["kmeans++", "afkmc2", "used", "random"], Option("Where k-means starts; used: at the codes in use.")
+    ] = "kmeans++"
+    iterations: Annotated[int, Option("At most so many Lloyd iterations.", metavar="N")] = 300
     seed: int = 0
-    exact: bool = False
+    exact: Annotated[bool, Option("k-means over all latents, not a million, of --latents or --latents-cache.")] = False
     device: str = field(default="cpu", repr=False, compare=False)
     watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
@@ -43,6 +56,12 @@ class Refit:
                 raise CodebookError(f"{name}={getattr(self, name)} is below 1; use {way_out}")
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        import torch
+
+        from codebook_tools.clustering.kmeans import kmeans
+        from codebook_tools.data.latents import StoredLatents, joined
+        from codebook_tools.data.sampling import drawn_rows
+
         if codebook.lookup is Lookup.DOT or (codebook.lookup, codebook.emit) == (Lookup.EUCLIDEAN, Emit.UNIT):
             raise CodebookError(
                 f"refit has no k-means for {codebook.lookup.value} lookup with {codebook.emit.value} rows; "
@@ -65,6 +84,10 @@ class Refit:
         return Surgery(replace(codebook, vectors=found.centroids.cpu()), torch.full((codebook.size,), REMOVED))
 
     def _from_used(self, codebook: Codebook, points: Tensor, counts: Tensor) -> Tensor:
+        import torch
+
+        from codebook_tools.clustering.seeding import draw_by_error, seeds
+
         order = counts.argsort(descending=True, stable=True)[: self.k]
         used = replace(codebook, vectors=codebook.vectors[order[counts[order] > 0]].to(points.device))
         if not used.size:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
-import torch
-from torch import Tensor
-
-from codebook_tools.clustering.assignment import nearest, squared_errors
-from codebook_tools.clustering.seeding import draw_by_error, with_direction
 from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
-from codebook_tools.data.latents import joined
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.options import Option
 from codebook_tools.strategies._validation import check_threshold
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Method = Literal["error", "random", "split", "nearest"]
 
@@ -24,14 +23,24 @@ _NOISE = 0.01  # of the latents' spread about their code: enough for two copies 
 class Restart:
     """Codes with `threshold` counts or fewer are moved; the others stay as they are, and keep their identity.
 
-    method: where to. "error": latents drawn by their squared error, so that codes go where they are missed. "random":
-    latents drawn alike (Dhariwal et al. 2020, Jukebox). "split": the most used codes, each with a little noise, that
-    shares its latents (Linde, Buzo and Gray 1980). "nearest": the latent nearest to the dead code, as CVQ-VAE's
-    "closest" anchors (Zheng and Vedaldi 2023). seed: of what is drawn.
+    Attributes:
+        method: Where codes are moved to. "error": latents drawn by their squared error, so that codes go where they are
+            missed. "random": latents drawn alike (Dhariwal et al. 2020, Jukebox). "split": the most used codes, each
+            with a little noise, that shares its latents (Linde, Buzo and Gray 1980). "nearest": the latent nearest to
+            the dead code, as CVQ-VAE's "closest" anchors (Zheng and Vedaldi 2023).
+        threshold: The count up to which a code is moved.
+        seed: Of what is drawn.
     """
 
-    method: Method = "error"
-    threshold: int = 0
+    summary: ClassVar = (
+        "Move dead codes to where latents are. The codebook keeps its size, and codes in use stay as they are."
+    )
+    example: ClassVar = "codebook restart model.safetensors --method error --data images/ --steps 1000"
+
+    method: Annotated[
+        Method, Option("Where to: latents drawn by error or alike, used codes, or the nearest latent.")
+    ] = "error"
+    threshold: Annotated[int, Option("Move codes that count N or fewer.", metavar="N")] = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -40,6 +49,11 @@ class Restart:
         check_threshold(self.threshold)
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        import torch
+
+        from codebook_tools.clustering.seeding import draw_by_error, with_direction
+        from codebook_tools.data.latents import joined
+
         points = joined(latents)
         dead = (counts <= self.threshold).nonzero()[:, 0]
         living = replace(codebook, vectors=codebook.vectors[counts > self.threshold])
@@ -74,6 +88,10 @@ class Restart:
 
 def _split(living: Codebook, points: Tensor, counts: Tensor, n: int, random: torch.Generator) -> Tensor:
     """(n, dim) copies of the most used codes, taken again and again in order, with a little noise."""
+    import torch
+
+    from codebook_tools.clustering.assignment import nearest, squared_errors
+
     order = counts.argsort(descending=True, stable=True)
     parents = living.vectors[order[torch.arange(n) % len(order)]]
     spread = (squared_errors(points, living, nearest(points, living)).mean() / living.dim).sqrt()
@@ -84,4 +102,6 @@ def _split(living: Codebook, points: Tensor, counts: Tensor, n: int, random: tor
 
 def _nearest_points(codebook: Codebook, points: Tensor, dead: Tensor) -> Tensor:
     """(len(dead),) the latent nearest to each dead code: the lookup with the roles turned round."""
+    from codebook_tools.clustering.assignment import nearest
+
     return nearest(codebook.vectors[dead], Codebook(points, codebook.lookup))

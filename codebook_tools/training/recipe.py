@@ -1,48 +1,112 @@
-"""The settings of a fine-tuning, checked."""
+"""The settings of a fine-tuning, declared without torch and checked."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from codebook_tools.errors import CodebookError
-from codebook_tools.training.losses.reconstruction import Loss
+from codebook_tools.runtime.options import Option
 
 ALONE = 0.25
 """Share of the run for which a discriminator only learns: what it says before is noise."""
 
+Loss = Literal["mse", "l1"]
+"""Error of reconstructions: mean of squares, or of absolute values."""
+
+_PANEL = "Fine-tuning"
+
 
 @dataclass(frozen=True)
 class FineTune:
-    """steps: of the optimiser, 0 for none. train: which networks. codebook_update: how the codes move; `ema` also
-    revives dead ones. batch_size: images. lr: Adam's, at the end of warm-up, of tensors of usual size; None for
-    the one that suits the network (learning_rate.py). loss: of the reconstruction.
+    """How encoder, decoder and codes are trained on. Each field but `batch_size` is an option of the command line.
 
-    perceptual: a file of VGG16's weights, or "auto"; None for no LPIPS. adversarial: a discriminator trains along.
-    distill: weight of the distance to what the original model reconstructs. entropy: of how undecided latents are
-    about codes, and how unevenly they choose.
+    Attributes:
+        steps: Optimizer steps; 0 for no fine-tuning.
+        train: The networks that train.
+        codebook_update: How the codes move: codebook EMA with revival of dead codes, gradients, or not at all.
+        batch_size: Items to a batch.
+        lr: Adam's learning rate after warm-up, for tensors of usual size; None for the one that suits the network
+            (`learning_rate.py`).
+        loss: Of the reconstruction.
+        perceptual: A file of VGG16's weights, or "auto", for LPIPS; None for none.
+        adversarial: Whether a discriminator of patches trains along.
+        distill: Weight of the distance to what the original model reconstructs.
+        entropy: Weight of how undecided latents are about their codes, and how unevenly they choose.
+        accumulate: Batches to a step.
+        clip: The most that the norm of all gradients may be; None for no limit.
+        weight_ema: Decay of a moving average of all that gradients move, which is then validated and kept.
+        patience: Evaluation steps without a lower validation error that end the run; None for no such end.
+        min_usage: Share of the codes in use below which the run ends.
 
-    accumulate: batches to a step. clip: the most that the norm of all gradients may be. weight_ema: decay of a moving
-    average of all that gradients move; it is then what is validated and kept. patience: looks without a lower
-    validation error that end the run. min_usage: share of the codes; to fall below it ends the run, too.
+    Raises:
+        CodebookError: A value is out of range, or two exclude each other.
     """
 
-    steps: int = 1000
-    train: Literal["all", "decoder", "none"] = "all"
-    codebook_update: Literal["ema", "gradient", "frozen"] = "ema"
+    steps: Annotated[
+        int,
+        Option(
+            "Fine-tuning steps, 0 for none. Left out: 1000; 0 without data of the model's own.",
+            metavar="N",
+            panel=_PANEL,
+        ),
+    ] = 1000
+    train: Annotated[Literal["all", "decoder", "none"], Option("Which networks train.", panel=_PANEL)] = "all"
+    codebook_update: Annotated[
+        Literal["ema", "gradient", "frozen"],
+        Option("How the codes move; ema also revives dead ones.", panel=_PANEL),
+    ] = "ema"
     batch_size: int = 64
-    lr: float | None = None
-    loss: Loss = "mse"
-    perceptual: str | None = None
-    adversarial: bool = False
-    distill: float = 0.0
-    entropy: float = 0.0
-    accumulate: int = 1
-    clip: float | None = None
-    weight_ema: float | None = None
-    patience: int | None = None
-    min_usage: float = 0.0
+    lr: Annotated[
+        float | None,
+        Option(
+            "Adam's learning rate after warm-up. Left out: by the network's width and depth.",
+            metavar="RATE",
+            panel=_PANEL,
+        ),
+    ] = None
+    loss: Annotated[Loss, Option("Error that reconstructions are trained on.", panel=_PANEL)] = "mse"
+    perceptual: Annotated[
+        str | None,
+        Option("Add LPIPS: VGG16's weights from torch's cache, or a file of them.", metavar="auto|FILE", panel=_PANEL),
+    ] = None
+    adversarial: Annotated[
+        bool, Option("Add a discriminator of patches, as VQGANs have; it first learns alone.", panel=_PANEL)
+    ] = False
+    distill: Annotated[
+        float,
+        Option("Also stay near what the original model reconstructs; 1: as near.", metavar="WEIGHT", panel=_PANEL),
+    ] = 0.0
+    entropy: Annotated[
+        float,
+        Option(
+            "Also make latents sure of their codes, and their choices even; 0.1, say.", metavar="WEIGHT", panel=_PANEL
+        ),
+    ] = 0.0
+    accumulate: Annotated[
+        int, Option("Batches to a step, where memory holds no larger ones.", metavar="N", panel=_PANEL)
+    ] = 1
+    clip: Annotated[
+        float | None,
+        Option("The most that the norm of all gradients may be. Left out: no limit.", metavar="NORM", panel=_PANEL),
+    ] = None
+    weight_ema: Annotated[
+        float | None,
+        Option("Validate and keep a moving average of the weights, of 0.999 say.", metavar="DECAY", panel=_PANEL),
+    ] = None
+    patience: Annotated[
+        int | None,
+        Option(
+            "Stop after N looks at validation data, a tenth of the steps apart, without gain.",
+            metavar="N",
+            panel=_PANEL,
+        ),
+    ] = None
+    min_usage: Annotated[
+        float,
+        Option("Stop where codes in use become fewer than SHARE of all. 0: never.", metavar="SHARE", panel=_PANEL),
+    ] = 0.0
 
     @property
     def settled_from(self) -> int:

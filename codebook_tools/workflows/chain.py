@@ -29,8 +29,8 @@ from codebook_tools.workflows.dry_run import Plan, plan
 from codebook_tools.workflows.gallery import Shown, exhibit_files
 from codebook_tools.workflows.model_card import CARD
 from codebook_tools.workflows.operate import operate
+from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import Result, check_request_output, weights_bytes
-from codebook_tools.workflows.session import Request
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.workflows.extreme_latents import Seen, see
-from codebook_tools.workflows.session import Opened, Request, open_request
+from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.session import Opened, open_request
 
 SORTS = ("share", "map", "error")
 NEIGHBOURS = 4

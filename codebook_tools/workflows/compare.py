@@ -39,8 +39,9 @@ from codebook_tools.workflows.pipeline import (
     require_training_data,
     run_stages,
 )
+from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import settings_of
-from codebook_tools.workflows.session import Opened, Request, open_request
+from codebook_tools.workflows.session import Opened, open_request
 
 
 @dataclass(frozen=True)

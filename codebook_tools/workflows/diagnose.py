@@ -27,7 +27,7 @@ from codebook_tools.diagnosis.finding import Check, Look, of_each_book, of_each_
 from codebook_tools.diagnosis.fit import by_place
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.gather_evidence import gather
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 CHECKS: dict[str, tuple[Look, str]] = {
     "not-installed": (

@@ -17,8 +17,9 @@ from codebook_tools.models.stored_codes import added_bytes
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.training.finetune import FineTune
+from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import asked_size, check_request_output, settings_of
-from codebook_tools.workflows.session import Request, open_request
+from codebook_tools.workflows.session import open_request
 from codebook_tools.workflows.without_network import books_without_images, goes_without_images
 
 

@@ -14,7 +14,8 @@ from codebook_tools.evaluation.measure import reconstruct
 from codebook_tools.models.model import Book, Model
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.state import FineTuned
-from codebook_tools.workflows.session import Opened, Request, open_request
+from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.session import Opened, open_request
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,8 @@ from codebook_tools.evaluation.tokens import counted
 from codebook_tools.models.model import INPUT_RANGES
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.pipeline import on_cpu
-from codebook_tools.workflows.session import Opened, Request, open_request
+from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.session import Opened, open_request
 
 _CURVE = (1, 2, 4, 8, 16, 32, 64)
 _CURVED = 8192  # latents that the curve is of
@@ -91,11 +92,11 @@ def gather(request: Request, against: Path | None, trace: Path | None, watch: Wa
 
 def _with_keys(request: Request, original: Opened | None) -> Request:
     """The original tells what is a codebook: a tensor that ought to follow it and does not looks like another one."""
-    if original is None or request.codebook_keys:
+    if original is None or request.codebook_key:
         return request
     keys = tuple(original.model.books[stage].key for stage in original.model.chosen)
     known = request.checkpoint.entries
-    return replace(request, codebook_keys=keys) if all(key in known for key in keys) else request
+    return replace(request, codebook_key=keys) if all(key in known for key in keys) else request
 
 
 def _book(looked: _Looked, stage: int, latents: Tensor, counts: Tensor, held_out: Tensor) -> BookEvidence:

@@ -24,7 +24,8 @@ from codebook_tools.runtime.version import VERSION
 from codebook_tools.strategies import Refit
 from codebook_tools.strategies._validation import check_k
 from codebook_tools.workflows.pipeline import calibrate, encoder_latents, measure_stage
-from codebook_tools.workflows.session import Opened, Request, open_request
+from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.session import Opened, open_request
 
 POINTS = 3000
 """Latents that are drawn."""

@@ -23,8 +23,9 @@ from codebook_tools.models.registry import metric_of
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
+from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import Result
-from codebook_tools.workflows.session import Opened, Request
+from codebook_tools.workflows.session import Opened
 
 SAMPLE = 131_072
 """Latents of a codebook that are kept with its counts, at most."""

@@ -49,6 +49,7 @@ from codebook_tools.workflows.pipeline import (
     run_stages,
     stage_sums,
 )
+from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import (
     Result,
     asked_size,
@@ -57,7 +58,7 @@ from codebook_tools.workflows.result import (
     request_output,
     settings_of,
 )
-from codebook_tools.workflows.session import Opened, Request, open_request
+from codebook_tools.workflows.session import Opened, open_request
 from codebook_tools.workflows.without_network import goes_without_images, measure_detached, operate_detached
 
 

@@ -19,8 +19,9 @@ from codebook_tools.models.proof import Proof, prove
 from codebook_tools.models.user_network import NetworkMaker
 from codebook_tools.models.verification import Verification
 from codebook_tools.models.wrapped import Function, Wrapped
-from codebook_tools.remapping.remap import Remapped, RemapRequest
+from codebook_tools.remapping.remap import Remapped
 from codebook_tools.remapping.remap import remap as run_remap
+from codebook_tools.remapping.request import RemapRequest
 from codebook_tools.runtime.progress import Show, Watch
 from codebook_tools.strategies import STRATEGIES
 from codebook_tools.training.recipe import FineTune
@@ -31,8 +32,8 @@ from codebook_tools.workflows.diagnose import Diagnosis
 from codebook_tools.workflows.diagnose import diagnose as run_diagnosis
 from codebook_tools.workflows.inspect_checkpoint import Inspection, inspect_checkpoint
 from codebook_tools.workflows.operate import Run, measure_model, operate_in_memory
+from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import Result, check_request_output
-from codebook_tools.workflows.session import Request
 from codebook_tools.workflows.verify import verify_checkpoint
 
 
@@ -99,10 +100,10 @@ def load(
         model=Path(path),
         network=network,
         family=family,
-        codebook_keys=_names(codebooks),
+        codebook_key=_names(codebooks),
         metric=metric,
         input_range=input_range,
-        companions=_names(companions),
+        companion=_names(companions),
         as_stored=_names(as_stored),
         device=device,
         precision=precision,
@@ -147,15 +148,15 @@ def wrap(
         device = str(next((tensor.device for tensor in module.state_dict().values()), "cpu"))
     request = Request(
         wrapped=wrapped,
-        codebook_keys=_names(codebooks),
+        codebook_key=_names(codebooks),
         metric=metric,
         input_range=input_range,
-        companions=_names(companions),
+        companion=_names(companions),
         as_stored=_names(as_stored),
         device=device,
     )
     held = request.checkpoint
-    if missing := [key for key in request.codebook_keys if key not in held.entries]:
+    if missing := [key for key in request.codebook_key if key not in held.entries]:
         near = [key for key, shape in held.shapes.items() if len(shape) == 2][:8]
         raise CodebookError(f"{wrapped.name} has no tensor {missing[0]}; its matrices are {', '.join(near) or 'none'}")
     return Model(request)

@@ -20,7 +20,7 @@ from codebook_tools.runtime import distributed
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.training.finetune import FineTune, FineTuned, TracePoint
 from codebook_tools.workflows.gallery import Shown
-from codebook_tools.workflows.session import Request
+from codebook_tools.workflows.request import Request
 
 
 @dataclass(frozen=True)

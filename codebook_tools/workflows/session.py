@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from codebook_tools.checkpoints.read import AS_STORED, Checkpoint, read_checkpoint
 from codebook_tools.data.audio import sounds
-from codebook_tools.data.channels import FIRST, MIX, MIXINGS
+from codebook_tools.data.channels import FIRST, MIX
 from codebook_tools.data.dataset import Beyond, Media
 from codebook_tools.data.images import SAMPLE, images, sample_images
-from codebook_tools.data.items import InMemory, Item, Medium, find_items
+from codebook_tools.data.items import Item, Medium, find_items
 from codebook_tools.data.splits import Splits, limited, split
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import find_input_range, range_errors
 from codebook_tools.models.agreement import LEAST, Agreement
-from codebook_tools.models.demo import DEMO
-from codebook_tools.models.ema_state import GIVEN
 from codebook_tools.models.evidence import uninitialised
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Model
@@ -32,131 +28,11 @@ from codebook_tools.models.remarks import stale_state
 from codebook_tools.models.settling import settle
 from codebook_tools.models.sizes import size_warning
 from codebook_tools.models.twins import twin_warning
-from codebook_tools.models.user_network import NetworkMaker, name_of
-from codebook_tools.models.wrapped import Wrapped
+from codebook_tools.models.user_network import name_of
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import RUN_AHEAD, device_of
 from codebook_tools.runtime.progress import Watch
-
-_MOST_WORKERS = 1024
-"""Processes that decode; each is a copy of this one, and no machine has more cores."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be worked on, and how. Each field is the command line's option of that name.
-
-    model: None for the bundled demo. companions: "KEY=ROLE", what a tensor beside a codebook holds; as_stored: keys of
-    tensors there that do not change the codes. data: none for the bundled sample. sample: whether that is the data of
-    the model, too, as it is of the demo. test_data: none for a tenth of data. stats: the counts of an earlier pass, and
-    latents: files of them, in place of images. latents_cache: a folder that keeps the calibration latents of running
-    models for the next run. channels: what becomes of those that the network has not; None: nothing may be lost.
-    workers: processes that decode ahead; None: as many as help. resume: whether an interrupted fine-tuning goes on.
-    log_dir: where TensorBoard finds how it went. exhibit: whether a few test images are kept for a page, as each stage
-    reconstructs them. typed: by a user, whose model is not to be trained on the bundled sample.
-    wrapped: a module in memory, in place of a file.
-    """
-
-    model: Path | None = None
-    data: tuple[str | InMemory, ...] = ()
-    test_data: tuple[str | InMemory, ...] = ()
-    stats: Path | None = None
-    latents: tuple[str, ...] = ()
-    limit: int | None = None
-    size: int | None = None
-    channels: str | None = None
-    skip_bad: bool = False
-    network: NetworkMaker | None = None
-    family: str | None = None
-    codebook_keys: tuple[str, ...] = ()
-    metric: str | None = None
-    companions: tuple[str, ...] = ()
-    as_stored: tuple[str, ...] = ()
-    input_range: tuple[float, float] | None = None
-    latents_cache: Path | None = None
-    batch_size: int = 64
-    workers: int | None = None
-    compiled: bool = False
-    device: str = "auto"
-    precision: str = "fp32"
-    seed: int = 0
-    output: Path | None = None
-    force: bool = False
-    resume: bool = False
-    log_dir: Path | None = None
-    exhibit: bool = False
-    sample: bool = False
-    typed: bool = False
-    wrapped: Wrapped | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "size", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise CodebookError(f"{name.replace('_', '-')}={value} is below 1")
-        if self.workers is not None and not 0 <= self.workers <= _MOST_WORKERS:
-            raise CodebookError(f"workers={self.workers} is not within 0 and {_MOST_WORKERS}")
-        if self.channels not in (None, *MIXINGS):
-            raise CodebookError(f"channels={self.channels}: expected {' or '.join(MIXINGS)}")
-        if not 0 <= self.seed < 2**63:
-            raise CodebookError(f"seed={self.seed} is not within 0 and {2**63 - 1}")
-
-    @property
-    def stated(self) -> dict[str, str]:
-        """What is said of tensors beside a codebook, by key. Raises CodebookError where a role is none."""
-        said = dict.fromkeys(self.as_stored, AS_STORED)
-        for text in self.companions:
-            key, equals, role = text.rpartition("=")
-            if not equals or not key or role not in GIVEN:
-                raise CodebookError(f"--companion {text}: expected KEY=ROLE, a role being one of {', '.join(GIVEN)}")
-            said[key] = role
-        return said
-
-    @cached_property
-    def checkpoint(self) -> Checkpoint:
-        """The model's file, opened once, with what is said of its tensors.
-
-        Raises CodebookError where it has no such tensor.
-        """
-        checkpoint = self.wrapped.checkpoint() if self.wrapped else read_checkpoint(self.source)
-        stated = self.stated
-        missing = next((key for key in stated if key not in checkpoint.entries), None)
-        if missing is not None:
-            option = "--as-stored" if stated[missing] == AS_STORED else "--companion"
-            raise CodebookError(f"{option} {missing}: no such tensor in {checkpoint.path}")
-        return replace(checkpoint, stated=stated)
-
-    @property
-    def knows_sample(self) -> bool:
-        """Whether the bundled sample need not be asked for."""
-        return (self.model is None and self.wrapped is None) or self.sample
-
-    @property
-    def trainable(self) -> bool:
-        """Whether there are data that the model may be trained on: its own, not a sample of others."""
-        return not (self.latents or self.stats) and bool(self.data or self.knows_sample)
-
-    def require_trainable(self, steps: int) -> None:
-        """Raise CodebookError where a user's model would be trained on the bundled sample."""
-        if self.typed and steps and not (self.data or self.knows_sample or self.latents or self.stats):
-            raise CodebookError(
-                f"{steps} steps of fine-tuning need data of the model's own: give some with --data; the bundled sample "
-                "of two photographs is none"
-            )
-
-    @property
-    def source(self) -> Path:
-        return Path(self.wrapped.name) if self.wrapped else self.model or DEMO
-
-    @property
-    def read(self) -> tuple[Path, ...]:
-        """All that is named to be read."""
-        stats = () if self.stats is None else (self.stats,)
-        return (
-            self.source,
-            *stats,
-            *(Path(name) for name in (*self.data, *self.test_data, *self.latents) if isinstance(name, str)),
-        )
+from codebook_tools.workflows.request import Request
 
 
 @dataclass(eq=False)
@@ -241,7 +117,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
             checkpoint,
             network=request.wrapped or request.network,
             family=request.family,
-            codebook_keys=request.codebook_keys,
+            codebook_keys=request.codebook_key,
             metric=request.metric,
             device=device_of(request.device),
             bf16=request.precision == "bf16",

@@ -28,8 +28,9 @@ from codebook_tools.workflows.pipeline import (
     measure_stage,
     perform,
 )
+from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import settings_of
-from codebook_tools.workflows.session import Opened, Request, open_request
+from codebook_tools.workflows.session import Opened, open_request
 
 PAYS = 0.025
 """Share of the error that twice the codes must take away."""

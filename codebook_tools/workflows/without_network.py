@@ -52,8 +52,8 @@ from codebook_tools.strategies import on_device
 from codebook_tools.strategies.padding import common_sizes, filled, remark
 from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.workflows.model_card import cards
+from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import Result, check_request_output, provenance, settings_of, weights_bytes
-from codebook_tools.workflows.session import Request
 
 
 def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
@@ -61,7 +61,7 @@ def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
 
     Raises CodebookError where it would have to be, and the strategy needs more than it was given.
     """
-    looks_at = getattr(strategy, "looks_at", "latents")
+    needs = getattr(strategy, "needs", "latents")
     if request.latents:
         if request.stats is not None or request.data:
             raise CodebookError("--latents stand in for images and for --stats; leave out --data and --stats")
@@ -69,16 +69,16 @@ def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
             raise CodebookError("--latents lie on disk already; leave out --latents-cache")
         return True
     if request.stats is not None:
-        if looks_at == "latents" and not holds_sample(request.stats):
+        if needs == "latents" and not holds_sample(request.stats):
             raise CodebookError("--stats holds counts, and this looks at latents; give images with --data")
         if request.data or request.test_data:
             raise CodebookError(
                 "--stats stands in for images; leave out --data and --test-data, and measure what is written"
             )
         return True
-    if request.knows_sample or request.data or looks_at == "latents":
+    if request.knows_sample or request.data or needs == "latents":
         return False
-    if looks_at == "counts":
+    if needs == "counts":
         raise CodebookError(
             "it must be known how often each code is used: give images with --data, or counts with --stats"
         )
@@ -92,9 +92,9 @@ def books_without_images(
 ) -> list[FoundCodebook]:
     """The codebooks that would be operated on: those named, else all; latents are one codebook's."""
     if request.latents or _takes_sample(request, strategy):
-        return [with_twins(checkpoint, choose_codebook(checkpoint, request.codebook_keys))]
+        return [with_twins(checkpoint, choose_codebook(checkpoint, request.codebook_key))]
     found, taken = list[FoundCodebook](), set[str]()
-    for book in choose_codebooks(checkpoint, request.codebook_keys):
+    for book in choose_codebooks(checkpoint, request.codebook_key):
         if book.key not in taken:
             found.append(with_twins(checkpoint, book))
             taken |= {place.key for place in found[-1].places}
@@ -103,7 +103,7 @@ def books_without_images(
 
 def _takes_sample(request: Request, strategy: Strategy | None) -> bool:
     """Whether the latents that were kept with counts are looked at."""
-    return request.stats is not None and getattr(strategy, "looks_at", "latents") == "latents"
+    return request.stats is not None and getattr(strategy, "needs", "latents") == "latents"
 
 
 @dataclass(frozen=True, eq=False)

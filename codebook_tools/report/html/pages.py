@@ -23,8 +23,8 @@ from codebook_tools.workflows.code_cards import Codes, look_at_codes
 from codebook_tools.workflows.comparison_rows import Comparison
 from codebook_tools.workflows.diagnose import Diagnosis
 from codebook_tools.workflows.latent_map import Map, look_at_map
+from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import Result
-from codebook_tools.workflows.session import Request
 from codebook_tools.workflows.sweep import Sweep
 
 _PATCHES, _CODES = 6, 32  # of a code, and codes, on the page of a surgery

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from torch.nn import functional
 from codebook_tools.data.dataset import Media
 from codebook_tools.models.model import Book, Model
 from codebook_tools.training.losses.entropy import indecision
+from codebook_tools.training.recipe import Loss
 
 COMMITMENT = 1.0  # weight of the term that moves latents to codes, in units of their variance
-
-Loss = Literal["mse", "l1"]
-"""Of the reconstruction."""
 
 
 class Seen(NamedTuple):

@@ -1,34 +1,44 @@
-"""A recipe's options and those of the command line, as one; and the run of it."""
+"""`codebook run`: a recipe's options and those of the command line, as one; and the run of it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import reported
-from .options import Channels, Metric
-from .run import request_of, run_and_show
+from codebook_tools.runtime.options import Declared, Option, declared
+from codebook_tools.workflows.request import Request
+
+from ..errors import reported
+from ..options import DATA, LONG_RUN, MODEL, RESULT, ModelArgument, Shell, command
+from ..run import request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.runtime.progress import Watch
     from codebook_tools.workflows.chain import Chain, ChainPlan
 
-_KINDS: Mapping[str, Any] = {
-    **dict.fromkeys(("model", "output", "latents_cache", "report"), Path),
-    **dict.fromkeys(("network", "family", "input_range"), str),
-    **dict.fromkeys(("limit", "size", "workers"), int),
-    "metric": Metric,
-    "channels": Channels,
+_OPTIONS = {
+    "model": Declared("model", Path, False, None, Option("")),
+    **declared(Request),
+    "deterministic": declared(Shell)["deterministic"],
 }
-"""Of the options that are nothing by default, which says nothing of their kind."""
+"""That a recipe may set, where the command has them."""
 
-_LISTS = ("data", "test_data", "codebook_key", "companion", "as_stored")
 _OF_THE_CALL = ("json_", "quiet", "verbose", "dry_run", "force", "report", "recipe")
+
+
+@command("Operate", "codebook run recipe.yaml --data images/", DATA, MODEL, RESULT, LONG_RUN)
+def run(
+    given: dict[str, Any],
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file with a list of surgeries.")],
+    model: ModelArgument = None,
+) -> None:
+    """Surgeries in a row, by a recipe, written as one. What is given here comes before what the recipe says."""
+    run_recipe(context, recipe, model, given)
 
 
 def run_recipe(context: typer.Context, path: Path, model: Path | None, given: dict[str, Any]) -> None:
@@ -56,9 +66,8 @@ def run_recipe(context: typer.Context, path: Path, model: Path | None, given: di
             return replace(done, warnings=(*done.warnings, f"{again} is the recipe that was read, and stays as it is"))
         if again.exists() and not options["force"]:
             return replace(done, warnings=(*done.warnings, f"{again} is there and stays as it is; --force replaces it"))
-        set_ = {name: value for name, value in options.items() if name not in _OF_THE_CALL}
-        plain = {name: value.value if isinstance(value, Enum) else value for name, value in set_.items()}
-        write_text(again, RecipeFile(without_nothing({**plain, "output": output}), recipe.surgeries).text())
+        settings = {name: value for name, value in options.items() if name not in _OF_THE_CALL}
+        write_text(again, RecipeFile(without_nothing({**settings, "output": output}), recipe.surgeries).text())
         return replace(done, outputs={**done.outputs, "recipe": str(again)})
 
     run_and_show(work, options)
@@ -74,21 +83,20 @@ def merged(options: Mapping[str, Any], given: dict[str, Any], typed: Collection[
     for what is not of their type."""
     from codebook_tools.errors import CodebookError
 
-    found = dict(given)
+    both = dict(given)
     for name, value in options.items():
         if name not in given or name in _OF_THE_CALL:
             known = ", ".join(sorted(option.replace("_", "-") for option in given if option not in _OF_THE_CALL))
             raise CodebookError(f"a recipe has no {name.replace('_', '-')}; it has surgeries, {known}")
         if name not in typed:
-            found[name] = _as_option(name, value, given[name])
-    return found
+            both[name] = _as_option(_OPTIONS[name], value)
+    return both
 
 
-def _as_option(name: str, value: Any, default: Any) -> Any:
+def _as_option(option: Declared, value: Any) -> Any:
     from codebook_tools.runtime.type_checks import check_kind
 
-    several = value if name in _LISTS and isinstance(value, list) else [value]
-    kind = str if name in _LISTS else _KINDS[name] if default is None else type(default)
+    several = value if option.repeated and isinstance(value, list) else [value]
     for one in several:
-        check_kind(name.replace("_", "-"), one, kind)
-    return several if name in _LISTS else kind(value)
+        check_kind(option.name.replace("_", "-"), one, option.kind)
+    return several if option.repeated else Path(value) if option.kind is Path else value

@@ -1,0 +1,65 @@
+"""`codebook verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import reported, show_result
+from ..options import DATA, MODEL, RUN, command
+from ..run import request_of
+
+if TYPE_CHECKING:
+    from codebook_tools.models.proof import Proof
+
+
+@command(
+    "Check and carry over",
+    "codebook verify model.refit-k128.safetensors --against model.safetensors",
+    *(DATA, MODEL, RUN),
+)
+def verify(
+    given: dict[str, Any],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The checkpoint that was written.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", help="The original. Left out: the bundled demo, and with --network none."),
+    ] = None,
+    map_: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--map",
+            metavar="FILE",
+            help="Its index map. Left out: the one beside it. Of a prior: those that it followed. Repeatable.",
+        ),
+    ] = None,
+) -> None:
+    """Check a written checkpoint and its index map against the original. Exit code 3 where something is wrong.
+
+    With --network, --family or --data also against the network that loads it; any file can be checked so.
+    """
+    with reported():
+        from codebook_tools.models.demo import DEMO
+        from codebook_tools.report.terminal.tables import verification_table
+        from codebook_tools.runtime.progress import Watch
+        from codebook_tools.workflows.verify import verify_alone, verify_checkpoint
+
+        from ..output import ProgressShow
+
+        prove: Callable[[], Proof] | None = None
+        if given["network"] or given["family"] or given["data"]:
+            from codebook_tools.workflows.session import prove_request
+
+            request = request_of(model, given)
+            prove = partial(prove_request, request, Watch(ProgressShow(given["quiet"])))
+        if prove is not None and against is None and not map_:
+            found = verify_alone(model, prove)
+        else:
+            found = verify_checkpoint(model, against or DEMO, map_ or [], prove)
+        show_result(found, verification_table, given["json_"])
+        if not found.ok:
+            raise typer.Exit(3)

@@ -1,0 +1,49 @@
+"""A surgery or a fine-tuning: what their commands have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from codebook_tools.training.recipe import FineTune
+
+from .errors import reported
+from .run import finetuning_of, request_of, run_and_show
+
+if TYPE_CHECKING:  # imported where it is used: --help must not import torch
+    from codebook_tools.codebook import Strategy
+    from codebook_tools.runtime.progress import Watch
+    from codebook_tools.workflows.dry_run import Plan
+    from codebook_tools.workflows.result import Result
+
+
+def operate_on(
+    command: str, model: Path | None, strategy: Callable[[Watch], Strategy] | None, given: dict[str, Any]
+) -> None:
+    """Do a surgery, or say what it would do, and show what came of it. strategy: None fine-tunes."""
+    if given.get("stats") and not given["dry_run"]:
+        _hash_ahead(model)
+
+    def work(watch: Watch) -> Result | Plan:
+        from codebook_tools.workflows.dry_run import plan
+        from codebook_tools.workflows.operate import operate
+
+        chosen, request = strategy(watch) if strategy else None, request_of(model, given)
+        finetuning = finetuning_of(request, given)
+        if strategy is None and given["steps"] is None:  # there is nothing else to do
+            finetuning = replace(finetuning, steps=FineTune.steps)
+        return (plan if given["dry_run"] else operate)(command, request, chosen, finetuning, watch)
+
+    run_and_show(work, given)
+
+
+def _hash_ahead(model: Path | None) -> None:
+    """Counts are of one checkpoint, told by its SHA-256: a thread finds that out while torch is imported."""
+    with reported():
+        from codebook_tools.checkpoints.hashing import hash_ahead
+        from codebook_tools.checkpoints.read import read_checkpoint
+        from codebook_tools.models.demo import DEMO
+
+        hash_ahead(read_checkpoint(model or DEMO).files)

@@ -1,0 +1,270 @@
+"""What is asked of a workflow, as it is typed or given from Python: declared without torch, for `--help` reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from codebook_tools.checkpoints.read import AS_STORED, Checkpoint, read_checkpoint
+from codebook_tools.errors import CodebookError
+from codebook_tools.models.demo import DEMO
+from codebook_tools.runtime.options import Option
+
+if TYPE_CHECKING:
+    from codebook_tools.data.items import InMemory
+    from codebook_tools.models.user_network import NetworkMaker
+    from codebook_tools.models.wrapped import Wrapped
+else:
+    InMemory = NetworkMaker = Wrapped = Any
+
+_MOST_WORKERS = 1024
+"""Processes that decode; each is a copy of this one, and no machine has more cores."""
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """ "0,1": the lowest and the highest value of an image. Raises CodebookError for other texts."""
+    try:
+        low, high = (float(number) for number in text.split(","))
+    except ValueError:
+        raise CodebookError(f"--input-range {text}: expected two numbers, such as 0,1") from None
+    return low, high
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model, its data, and how it is to be worked on. A field with an Option is typed under its name.
+
+    Attributes:
+        model: A file or directory; None for the bundled demo.
+        typed: By a user, whose model is not to be trained on the bundled sample.
+        sample: Whether the bundled sample is the data of the model, as it is of the demo.
+        exhibit: Whether a few test images are kept for a page, as each stage reconstructs them.
+        wrapped: A module in memory, in place of a file.
+    """
+
+    model: Path | None = None
+    data: Annotated[
+        tuple[str | InMemory, ...],
+        Option(
+            "Images to calibrate and train on: a folder, .tar shards ({0000..0009} too), .npy or .npz; for audio "
+            "codecs, folders or shards of .wav and .flac. Repeatable. Left out: the bundled sample.",
+            metavar="PATH",
+            panel="Data",
+        ),
+    ] = ()
+    test_data: Annotated[
+        tuple[str | InMemory, ...],
+        Option("What is only reported on. Left out: a tenth of --data, or of --latents.", metavar="PATH", panel="Data"),
+    ] = ()
+    stats: Annotated[
+        Path | None, Option("What `measure --stats` wrote, in place of images.", metavar="FILE", names=("--stats",))
+    ] = None
+    latents: Annotated[
+        tuple[str, ...],
+        Option(
+            "Latents in place of images: .npy or .safetensors, (n, dim). Repeatable. No network is needed then.",
+            metavar="FILE",
+        ),
+    ] = ()
+    limit: Annotated[
+        int | None,
+        Option("At most N items of each of --data and --test-data, drawn by seed.", metavar="N", panel="Data"),
+    ] = None
+    size: Annotated[
+        int | None,
+        Option(
+            "Side of the square that images are cropped and resized to; of sound, samples.", metavar="N", panel="Data"
+        ),
+    ] = None
+    channels: Annotated[
+        str | None,
+        Option(
+            "What becomes of channels that the network has not: luma or mean, or the first. Left out: refused.",
+            choices=("mix", "first"),
+            panel="Data",
+        ),
+    ] = None
+    skip_bad: Annotated[bool, Option("Go on past what cannot be read, and count it.", panel="Data")] = False
+    network: Annotated[
+        NetworkMaker | None,
+        Option(
+            "Your own network: FUNCTION(codebook_size=K) returns a module with encode and decode. Runs that file.",
+            metavar="FILE.py:FUNCTION",
+            panel="Model",
+        ),
+    ] = None
+    family: Annotated[
+        str | None, Option("The layout's family, where recognition errs.", metavar="NAME", panel="Model")
+    ] = None
+    codebook_key: Annotated[
+        tuple[str, ...],
+        Option("The codebook's tensor, where several fit or none is sure. Repeatable.", metavar="KEY", panel="Model"),
+    ] = ()
+    metric: Annotated[
+        str | None,
+        Option(
+            "How the nearest code is found, where the family's way is not yours.",
+            choices=("euclidean", "cosine", "cosine-unit", "dot"),
+            panel="Model",
+        ),
+    ] = None
+    companion: Annotated[
+        tuple[str, ...],
+        Option(
+            "What a tensor beside a codebook holds: sums, counts, copy, flag or fresh. Repeatable.",
+            metavar="KEY=ROLE",
+            panel="Model",
+        ),
+    ] = ()
+    as_stored: Annotated[
+        tuple[str, ...],
+        Option("This tensor beside a codebook does not change the codes. Repeatable.", metavar="KEY", panel="Model"),
+    ] = ()
+    input_range: Annotated[
+        tuple[float, float] | None,
+        Option(
+            "Of the network's images. Left out: the best of -1,1; 0,1; -0.5,0.5.",
+            metavar="LOW,HIGH",
+            panel="Model",
+            parse=parse_range,
+        ),
+    ] = None
+    output: Annotated[
+        Path | None,
+        Option(
+            "Left out: beside MODEL, <name>.<command>-k<K>, of its kind.",
+            metavar="PATH",
+            names=("--output", "-o"),
+            panel="Output",
+        ),
+    ] = None
+    force: Annotated[bool, Option("Replace the output if it exists.", panel="Output")] = False
+    resume: Annotated[
+        bool,
+        Option("Go on with an interrupted fine-tuning from what it left beside the output.", panel="Fine-tuning"),
+    ] = False
+    log_dir: Annotated[
+        Path | None,
+        Option("Write losses, usage and perplexity there, for TensorBoard.", metavar="DIR", panel="Fine-tuning"),
+    ] = None
+    batch_size: Annotated[int, Option("Images at a time, in passes and in training.", metavar="N", panel="Running")] = (
+        64
+    )
+    workers: Annotated[
+        int | None,
+        Option(
+            "Processes that decode ahead, 0 for none. Left out: 0 on a CPU, up to 8 beside a GPU.",
+            metavar="N",
+            panel="Running",
+        ),
+    ] = None
+    device: Annotated[
+        str,
+        Option(
+            "Where networks run: cpu, cuda, cuda:1, xpu, mps. auto takes cuda, xpu or mps where one is there.",
+            metavar="NAME",
+            panel="Running",
+        ),
+    ] = "auto"
+    precision: Annotated[
+        str,
+        Option(
+            "For the networks; nearest codes are decided in fp32 either way.",
+            choices=("fp32", "bf16"),
+            panel="Running",
+        ),
+    ] = "fp32"
+    compiled: Annotated[
+        bool,
+        Option(
+            "Compile the network with torch.compile: worth its minute on long runs.",
+            names=("--compile",),
+            panel="Running",
+        ),
+    ] = False
+    seed: Annotated[int, Option("Seed of everything that is drawn.", metavar="N", panel="Running")] = 0
+    latents_cache: Annotated[
+        Path | None,
+        Option(
+            "Keep the latents of the calibration data there: the next run reads them.", metavar="DIR", panel="Running"
+        ),
+    ] = None
+    exhibit: bool = False
+    sample: bool = False
+    typed: bool = False
+    wrapped: Wrapped | None = None
+
+    def __post_init__(self) -> None:
+        from codebook_tools.data.channels import MIXINGS
+
+        for name in ("limit", "size", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CodebookError(f"{name.replace('_', '-')}={value} is below 1")
+        if self.workers is not None and not 0 <= self.workers <= _MOST_WORKERS:
+            raise CodebookError(f"workers={self.workers} is not within 0 and {_MOST_WORKERS}")
+        if self.channels not in (None, *MIXINGS):
+            raise CodebookError(f"channels={self.channels}: expected {' or '.join(MIXINGS)}")
+        if not 0 <= self.seed < 2**63:
+            raise CodebookError(f"seed={self.seed} is not within 0 and {2**63 - 1}")
+
+    @property
+    def stated(self) -> dict[str, str]:
+        """What is said of tensors beside a codebook, by key. Raises CodebookError where a role is none."""
+        from codebook_tools.models.ema_state import GIVEN
+
+        said = dict.fromkeys(self.as_stored, AS_STORED)
+        for text in self.companion:
+            key, equals, role = text.rpartition("=")
+            if not equals or not key or role not in GIVEN:
+                raise CodebookError(f"--companion {text}: expected KEY=ROLE, a role being one of {', '.join(GIVEN)}")
+            said[key] = role
+        return said
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The model's file, opened once, with what is said of its tensors.
+
+        Raises CodebookError where it has no such tensor.
+        """
+        checkpoint = self.wrapped.checkpoint() if self.wrapped else read_checkpoint(self.source)
+        stated = self.stated
+        missing = next((key for key in stated if key not in checkpoint.entries), None)
+        if missing is not None:
+            option = "--as-stored" if stated[missing] == AS_STORED else "--companion"
+            raise CodebookError(f"{option} {missing}: no such tensor in {checkpoint.path}")
+        return replace(checkpoint, stated=stated)
+
+    @property
+    def knows_sample(self) -> bool:
+        """Whether the bundled sample need not be asked for."""
+        return (self.model is None and self.wrapped is None) or self.sample
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there are data that the model may be trained on: its own, not a sample of others."""
+        return not (self.latents or self.stats) and bool(self.data or self.knows_sample)
+
+    def require_trainable(self, steps: int) -> None:
+        """Raise CodebookError where a user's model would be trained on the bundled sample."""
+        if self.typed and steps and not (self.data or self.knows_sample or self.latents or self.stats):
+            raise CodebookError(
+                f"{steps} steps of fine-tuning need data of the model's own: give some with --data; the bundled sample "
+                "of two photographs is none"
+            )
+
+    @property
+    def source(self) -> Path:
+        return Path(self.wrapped.name) if self.wrapped else self.model or DEMO
+
+    @property
+    def read(self) -> tuple[Path, ...]:
+        """All that is named to be read."""
+        stats = () if self.stats is None else (self.stats,)
+        return (
+            self.source,
+            *stats,
+            *(Path(name) for name in (*self.data, *self.test_data, *self.latents) if isinstance(name, str)),
+        )
