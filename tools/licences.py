@@ -19,7 +19,8 @@ TEXT = """\
 # Licences of the dependencies
 
 Written by `make licences`, from the metadata of the pinned packages. Codebook Tools itself is under Apache-2.0; they
-are installed beside it, and none is part of it. `tests/test_licences.py` says which licences the first table may hold.
+are installed beside it, and none is part of it. `tests/packaging/test_licences.py` says which licences the first table
+may hold.
 
 ## Needed to run, with every extra of `all`
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import Outcome, assert_refused
 from PIL import Image
+from places import TRUST
 from torch import nn
 
 from codebook_tools.checkpoints.read import read_checkpoint
@@ -24,7 +25,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.models.size_guard import bounded
 from codebook_tools.runtime.safe_io import read_text
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "trust"))
+sys.path.append(str(TRUST))
 targets = import_module("targets")
 
 Run = Callable[..., Outcome]

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import TRUST
 
-TRUST = Path(__file__).parents[1] / "benchmarks" / "trust"
 ELSEWHERE = "import record, runpy, sys; from pathlib import Path; record.RESULTS = Path(sys.argv.pop(1)); \
 del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 

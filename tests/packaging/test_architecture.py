@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Outcome
+from places import ROOT
 from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.tensors import Stored
 from codebook_tools.models.families.zalando import CODEBOOK as ZALANDO
 
-ROOT = Path(__file__).parents[1]
 LIBRARY, COMMAND_LINE = "codebook_tools", "codebook_cli"
 
 ROOMS = (

@@ -1,6 +1,6 @@
 """What test_second_device.py asks of the second device, in a process of its own.
 
-    python tests/on_second_device.py [--no-float64] < jobs.json
+    python tests/support/on_second_device.py [--no-float64] < jobs.json
 
 A job is a list of words: which of JOBS, and what it is given. What it found goes out as JSON, a line each.
 """

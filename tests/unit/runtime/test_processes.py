@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEAD, Outcome
+from places import ROOT, SUPPORT, TESTS
 from runs import BrokenError, breaking_at
 from safetensors.torch import load_file
 from sources_of_images import Images, find_images
@@ -34,8 +35,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.finetune import FineTune, finetune
 from codebook_tools.training.resume import Saving
 
-HERE = Path(__file__).parent
-PATH = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+PATH = os.pathsep.join([*map(str, (Path(__file__).parent, SUPPORT, TESTS, ROOT)), os.environ.get("PYTHONPATH", "")])
 QUIET = {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 Found = dict[str, Any]
 

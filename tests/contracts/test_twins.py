@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
+from places import BENCHMARKS, TRUST
 from vector_quantize_pytorch import VectorQuantize
 
 from codebook_tools.clustering.assignment import nearest
@@ -16,8 +16,7 @@ from codebook_tools.codebook import Codebook
 from codebook_tools.models.model import Model
 from codebook_tools.training.codebook_ema import DECAY, Quantiser
 
-for folder in ("benchmarks", "benchmarks/trust"):
-    sys.path.append(str(Path(__file__).parents[1] / folder))
+sys.path += [str(BENCHMARKS), str(TRUST)]
 twins, variants = import_module("twins"), import_module("variants")
 
 

@@ -19,6 +19,7 @@ import torch
 from audio_codecs import CASES as AUDIO_CASES
 from audio_codecs import save as save_codec
 from conftest import Outcome, State
+from places import SUPPORT
 from proven_networks import NETWORKS, write_images, write_network
 from safetensors.torch import save_file
 from second_device import AVAILABLE, NAME, OPERATORS, READS, UPLOADS
@@ -32,13 +33,11 @@ Run = Callable[..., Outcome]
 Jobs = Mapping[str, Sequence[str]]
 """By name: which of the jobs of on_second_device.py, and its words."""
 
-HERE = Path(__file__).parent
-
 
 def done(jobs: Jobs, *options: str) -> dict[str, Any]:
     """What came of each job, in a process of their own."""
     found = subprocess.run(
-        [sys.executable, HERE / "on_second_device.py", *options],
+        [sys.executable, SUPPORT / "on_second_device.py", *options],
         input=json.dumps([*jobs.values()]),
         capture_output=True,
         text=True,

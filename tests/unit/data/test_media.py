@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from drawing import as_tensor, fakes, names, picture, put, read
+from places import SUPPORT
 from sources_of_images import Images, find_images
 from torch import Tensor
 
@@ -144,7 +145,7 @@ for n, _ in enumerate(images.stream([i % 60] for i in itertools.count())):
         print(*(child.pid for child in active_children()), flush=True)
 """
     running = subprocess.Popen(
-        [sys.executable, "-c", program, str(images_folder), str(Path(__file__).parent)],
+        [sys.executable, "-c", program, str(images_folder), str(SUPPORT)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -16,13 +16,13 @@ import typer
 from codebook_cli.app import app
 from conftest import Outcome
 from PIL import Image
+from places import ROOT
 from sources_of_images import Images
 
 from codebook_tools.data.images import sample_images
 from codebook_tools.models.demo import DEMO
 
 Run = Callable[..., Outcome]
-ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 transcripts = import_module("transcripts")
 

@@ -1,4 +1,4 @@
-"""State dicts as names and shapes, as published code makes them: tests/layouts/, a tensor a line, repeats left out."""
+"""State dicts as names and shapes, as published code makes them: layouts/, a tensor a line, repeats left out."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import SHARED
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 Answer = dict[str, tuple[int, int, int, int]]
 """key -> size, dim, axis, heads."""
 
-_LAYOUTS_JSON = Path(__file__).parents[1] / ".." / "shared" / "data" / "layouts.json"
+_LAYOUTS_JSON = SHARED / "data" / "layouts.json"
 SURVEY: dict[str, Any] = json.loads(_LAYOUTS_JSON.read_text()) if _LAYOUTS_JSON.exists() else {}
 """Tensors, as shapes by key, and codebooks of state dicts by name, where the survey lies beside the repository."""
 
@@ -48,7 +49,7 @@ def convs(prefix: str = "", latent: int = 64, width: int = 128) -> Shapes:
 
 
 def read_layouts(name: str) -> list[StateDict]:
-    """Of tests/layouts/NAME.txt: a block is a name, what is said of it, and lines `KEY SHAPE [-> SIZE DIM AXIS HEADS]`.
+    """Of layouts/NAME.txt: a block is a name, what is said of it, and lines `KEY SHAPE [-> SIZE DIM AXIS HEADS]`.
 
     `{0-3}` in a key stands for four keys; `-` is the shape of a scalar; `@convs PREFIX LATENT WIDTH` for those above.
     """

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from codebook_tools.errors import CodebookError
 from codebook_tools.report.html.curves import PANELS, draw_traces
 
-ROOT = Path(__file__).parents[1]
 TRACE = [{"step": step, **dict.fromkeys(PANELS, 7.0 / (1 + step)), "loss": None} for step in (0, 1, 10, 100)]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Outcome
+from places import SHARED
 from safetensors.torch import load_file
 from sources_of_images import Images, find_images
 
@@ -17,7 +18,6 @@ from codebook_tools.evaluation.measure import reconstruct
 from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.models.load import load_model
 
-SHARED = Path(__file__).parents[1] / ".." / "shared"
 CIFAR, CIFAR_TRAIN, CIFAR_TEST = (
     SHARED / name
     for name in ("checkpoints/cifar10-vqvae-k512.safetensors", "data/cifar10-train.tar", "data/cifar10-test.tar")

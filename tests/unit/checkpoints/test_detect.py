@@ -1,4 +1,4 @@
-"""Finding codebooks from names and shapes: the surveyed state dicts, and those of tests/layouts/."""
+"""Finding codebooks from names and shapes: the surveyed state dicts, and those of tests/support/layouts/."""
 
 from __future__ import annotations
 

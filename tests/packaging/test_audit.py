@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
-AUDIT = Path(__file__).parents[1] / "tools" / "audit.py"
+AUDIT = ROOT / "tools" / "audit.py"
 
 CLEAN: dict[str, Any] = {"name": "a", "version": "1", "vulns": []}
 SKIPPED = {"name": "b", "skip_reason": "Dependency not found on PyPI and could not be audited: b (2)"}

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
-from tables import BEGIN, END, NOTHING, section  # noqa: E402
+from tables import BEGIN, END, NOTHING, section
 
 PARTS = ("commands", "finetuning", "throughput", "clustering", "nearest")
 

@@ -9,11 +9,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from codebook_tools.models.registry import CUSTOM, FAMILIES
 from codebook_tools.workflows.comparison_rows import Comparison, Row, markdown_table, table_rows
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *(path for path in (ROOT / "docs").glob("*.md") if path.name != "cli.md")]
 RESULTS = ROOT / "benchmarks" / "results"
 RECIPES = sorted((RESULTS / "recipes").glob("*.md"))

@@ -15,12 +15,12 @@ import pytest
 import torch
 from drawing import SPARSE, as_tensor, names, picture, png, put, read, sparse_tar, tar_of
 from PIL import Image
+from places import SHARED
 from sources_of_images import find_images
 
 from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError
 
-SHARED = Path(__file__).parents[1] / ".." / "shared"
 FASHION = SHARED / "data" / "fashion-test.tar"
 
 

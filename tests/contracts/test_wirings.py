@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from places import TRUST
 from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "trust"))
+sys.path.append(str(TRUST))
 wirings, checks, draws = map(import_module, ("wirings", "wiring_checks", "wiring_draws"))
 
 SEEDS, CHUNK, QUICK = 300, 15, 75
