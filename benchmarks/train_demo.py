@@ -22,7 +22,7 @@ from torch.nn import functional
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook
 from codebook_tools.data.dataset import Media
-from codebook_tools.data.images import images, sample_images
+from codebook_tools.data.images import Images, sample_images
 from codebook_tools.data.splits import split
 from codebook_tools.models.networks.zalando import make
 
@@ -33,7 +33,7 @@ SNAPSHOTS = (250, 1000, 4000)
 def train(path: Path, steps: int, batch: int, seed: int) -> None:
     torch.manual_seed(seed)
     items = split(sample_images()).train
-    _, decoded = Media(items, images(), channels=3).load(items)
+    _, decoded = Media(items, Images()).load(items)
     patches = decoded * 2 - 1
     network = make(codebook_size=512, hidden=64, residual=32, depth=2, dim=64)
     codes = network.get_submodule("_vq_vae._embedding")

@@ -152,8 +152,7 @@ def encoder_later(training: Training, step: int) -> None:
 def _of_decoder(training: Training) -> set[str]:
     if not hasattr(training, "of_decoder"):
         model = deepcopy(training.model)  # asking turns gradients on
-        blank = torch.zeros(1, model.channels, model.stride * 4, model.stride * 4)
-        training.of_decoder = trained_names(model, blank, ("decoder",))  # type: ignore[attr-defined]
+        training.of_decoder = trained_names(model, training.batches.stand_in, ("decoder",))  # type: ignore[attr-defined]
     found: set[str] = training.of_decoder  # type: ignore[attr-defined]
     return found
 

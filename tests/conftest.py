@@ -251,7 +251,7 @@ def line(grey: Callable[..., Grey]) -> Callable[..., Model]:
     def make(firsts: list[float], more: State | None = None) -> Model:
         made = grey(firsts, more=more)
         model = load_model(read_checkpoint(made.path), network=made.network)
-        model.input_range, model.channels = (0.0, 1.0), 1
+        model.input_range = (0.0, 1.0)
         return model
 
     return make

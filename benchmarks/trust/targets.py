@@ -41,11 +41,12 @@ from seeds import (
 )
 
 from codebook_tools.checkpoints.read import read_checkpoint
-from codebook_tools.data.audio import sounds
+from codebook_tools.data.audio import Waveforms
 from codebook_tools.data.dataset import Media
-from codebook_tools.data.images import images
-from codebook_tools.data.items import Medium, find_items
+from codebook_tools.data.images import Images
+from codebook_tools.data.items import find_items
 from codebook_tools.data.latent_files import open_latents, split_latents
+from codebook_tools.data.modality import Modality
 from codebook_tools.diagnosis.training_trace import read_trace
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.evaluation.stats_file import holds_sample, read_part, read_stats
@@ -91,9 +92,9 @@ def load_folder(path: Path) -> None:
     load_model(read_checkpoint(path.parent))
 
 
-def look(path: Path, medium: Medium, channels: int) -> None:
+def look(path: Path, modality: Modality) -> None:
     """List what there is, and decode all: what cannot be read says why."""
-    media = Media(find_items([path], medium), medium, channels)
+    media = Media(find_items([path], modality), modality)
     for item in media.items[:64]:
         found = media.decode(item)
         if isinstance(found, Exception):
@@ -134,11 +135,11 @@ TARGETS: dict[str, Target] = {
         "m.pt", lambda: [pickled(HARMLESS), pickled()], lambda path: _all_of(path), wrap=zipped
     ),
     "config": Target("config.json", lambda: with_twists([json.dumps(VQMODEL).encode()]), load_folder, vqmodel),
-    "picture": Target("a.png", pictures, lambda path: look(path, images(), 3)),
-    "tar": Target("a.tar", tars, lambda path: look(path, images(), 3)),
-    "npy of images": Target("a.npy", lambda: image_arrays("npy"), lambda path: look(path, images(), 3)),
-    "npz of images": Target("a.npz", lambda: image_arrays("npz"), lambda path: look(path, images(), 3)),
-    "sound": Target("a.wav", waveforms, lambda path: look(path, sounds(1600, 8, 160), 1)),
+    "picture": Target("a.png", pictures, lambda path: look(path, Images())),
+    "tar": Target("a.tar", tars, lambda path: look(path, Images())),
+    "npy of images": Target("a.npy", lambda: image_arrays("npy"), lambda path: look(path, Images())),
+    "npz of images": Target("a.npz", lambda: image_arrays("npz"), lambda path: look(path, Images())),
+    "sound": Target("a.wav", waveforms, lambda path: look(path, Waveforms(rate=1600, stride=8, size=160))),
     "npy of latents": Target("l.npy", lambda: latent_files("npy"), read_latents),
     "safetensors of latents": Target("l.safetensors", lambda: latent_files("safetensors"), read_latents),
     "index map": Target("m.index_map.safetensors", map_files, lambda path: read_index_maps([path])),

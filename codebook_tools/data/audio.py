@@ -5,19 +5,20 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from math import gcd
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from codebook_tools.data.channels import FIRST, MIX, alike, repeated
-from codebook_tools.data.items import Item, Medium, Values
+from codebook_tools.data.items import Item, Values
+from codebook_tools.data.modality import Modality
 from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError
 
-SUFFIXES = (".wav", ".flac")
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC")
 """What is decoded, whatever a file's name says. libsndfile knows others, but in MP3 and Vorbis it misses the sample it
 is asked to seek to, by up to a block, so that clips would neither join nor be the same twice."""
@@ -35,30 +36,69 @@ ZEROS = 10
 """Length of resample_poly's filter to either side, in samples of the lower rate."""
 
 
-def sounds(rate: int, hop: int, size: int | None = None) -> Medium:
-    """Waveforms for a model: clips of `size` samples at `rate` Hz (a second if None), less what `hop` does not divide.
+@dataclass(frozen=True, kw_only=True)
+class Waveforms(Modality):
+    """Clips of WAV and FLAC files, float32 (channels, samples) with 1 at full scale.
 
     Clips follow each other without a gap. What is left at a file's end is dropped; a file shorter than one clip is one
-    clip, silent at its end. Raises CodebookError for a size below the hop, or beyond an hour and a half.
+    clip, silent at its end.
+
+    Attributes:
+        rate: Sampling rate in Hz, to which files are resampled.
+        size: Samples of a clip; None for a second. What `stride` does not divide is left out.
+        channels: Any number.
+        stride: The network's hop, in samples.
+
+    Raises:
+        CodebookError: A size below the hop, or beyond an hour and a half.
     """
-    if size is not None and size < hop:
-        raise CodebookError(f"--size {size} is smaller than the model's hop of {hop} samples; give a multiple of that")
-    if size is not None and size > LONGEST_CLIP:
-        raise CodebookError(f"--size {size} is longer than {LONGEST_CLIP} samples")
-    samples = max(hop, (size or rate) // hop * hop)
-    return Medium(
-        "clip",
-        "clips",
-        SUFFIXES,
-        partial(_clips, rate=rate, samples=samples),
-        partial(_held_clips, samples=samples),
-        in_channels,
-        _MIXES,
-        full=1,
-    )
 
+    one = "clip"
+    many = "clips"
+    suffixes = (".wav", ".flac")
+    mixes = "their mean, or the first of them"
+    full = 1
+    figures = frozenset({"psnr"})
 
-_MIXES = "their mean, or the first of them"
+    rate: int
+
+    def __post_init__(self) -> None:
+        size, hop = self.size, self.stride
+        if size is not None and size < hop:
+            raise CodebookError(
+                f"--size {size} is smaller than the model's hop of {hop} samples; give a multiple of that"
+            )
+        if size is not None and size > LONGEST_CLIP:
+            raise CodebookError(f"--size {size} is longer than {LONGEST_CLIP} samples")
+
+    @classmethod
+    def accepts(cls, network: object) -> bool:
+        return hasattr(network, "sampling_rate")
+
+    @classmethod
+    def of(cls, network: Any, size: int | None) -> Self:
+        return cls(rate=network.sampling_rate, size=size, channels=network.channels, stride=network.hop)
+
+    @property
+    def samples(self) -> int:
+        """Of a clip."""
+        return max(self.stride, (self.size or self.rate) // self.stride * self.stride)
+
+    def items(self, source: Source) -> list[Item]:
+        return _clips(source, self.rate, self.samples)
+
+    def rows(self, name: str, array: Values) -> list[Item]:
+        return _held_clips(name, array, self.samples)
+
+    def in_channels(self, values: Values, how: str | None) -> Values | None:
+        """Several channels that are not alike become their mean, or the first of them, as `how` says."""
+        if len(values) == self.channels:
+            return values
+        if alike(values):
+            return repeated(values, self.channels)
+        if how == FIRST:
+            return values[: self.channels] if len(values) > self.channels else repeated(values, self.channels)
+        return repeated(values.mean(axis=0, keepdims=True), self.channels) if how == MIX else None
 
 
 def _clips(source: Source, rate: int, samples: int) -> list[Item]:
@@ -96,18 +136,6 @@ def _held_clip(name: str, wave: Values, number: int, samples: int) -> Item:
         return padded(np.asarray(wave[:, number * samples :][:, :samples], dtype=np.float32), samples)
 
     return Item(f"{name}#{number}", source, decode, name)
-
-
-def in_channels(waves: Values, channels: int, how: str | None) -> Values | None:
-    """(channels, samples) of a waveform in its own channels. Several that are not alike become their mean, or the first
-    of them, as `how` says; None where it says nothing."""
-    if len(waves) == channels:
-        return waves
-    if alike(waves):
-        return repeated(waves, channels)
-    if how == FIRST:
-        return waves[:channels] if len(waves) > channels else repeated(waves, channels)
-    return repeated(waves.mean(axis=0, keepdims=True), channels) if how == MIX else None
 
 
 def decode_clip(source: Source, rate: int, start: int, samples: int) -> NDArray[np.float32]:

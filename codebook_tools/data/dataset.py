@@ -1,4 +1,4 @@
-"""Items as batches of tensors, whatever their medium; what cannot be read is named, or counted and left out."""
+"""Items as batches of tensors, whatever their modality; what cannot be read is named, or counted and left out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from codebook_tools.data.channels import MIXINGS
-from codebook_tools.data.items import Item, Medium, Values
+from codebook_tools.data.items import Item, Values
+from codebook_tools.data.modality import Modality
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.runtime.progress import Watch
 
@@ -57,17 +58,16 @@ class _Cache:
 class Media:
     """Items as tensors, decoded once while they fit CACHE_BYTES and again each time beyond that.
 
-    channels: 1 or 3 of images, any number of waveforms. mixing: of channels.MIXINGS, what becomes of items with others;
-    None: CodebookError is raised for what cannot be converted without a loss. skip_bad: leave out what cannot be read,
+    modality: how the network takes them. mixing: of channels.MIXINGS, what becomes of items with other channels; None:
+    CodebookError is raised for what cannot be converted without a loss. skip_bad: leave out what cannot be read,
     where CodebookError is raised otherwise. part: which of how many parts of the batches a pass over them sees, where
     others see the rest. workers: processes that decode ahead; 0: this one does, when asked. pinned: batches lie in
     memory that a GPU copies from by itself. bad: names of items left out, and the reasons. beyond: by name of the item,
-    what of it lies beyond the medium's full scale.
+    what of it lies beyond full scale.
     """
 
     items: list[Item]
-    medium: Medium
-    channels: int
+    modality: Modality
     skip_bad: bool = False
     watch: Watch = field(default_factory=Watch, repr=False)
     part: tuple[int, int] = (0, 1)
@@ -183,17 +183,16 @@ class Media:
         values = torch.tensor(found)
         first, shape = self._first = self._first or (item, tuple(values.shape))
         if tuple(values.shape) != shape:
-            this, other = ("x".join(map(str, reversed(sides))) for sides in (values.shape[1:], shape[1:]))
+            this, other = map(self.modality.written, (values.shape, shape))
             raise CodebookError(
-                f"{self.medium.many} of unlike sizes: {item} is {this}, {first} is {other}; give --size N, and the "
-                "centre square of each is resized to so many pixels"
+                f"{self.modality.many} of unlike sizes: {item} is {this}, {first} is {other}; {self.modality.alike}"
             )
         self._note(item, values)
         self._cache.add(item, values)
         return values
 
     def _note(self, item: Item, values: Tensor) -> None:
-        full = self.medium.full
+        full = self.modality.full
         if full is not None and (peak := float(values.abs().max())) > full:
             self.beyond[item.name] = Beyond(int((values.abs() > full).sum()), values.numel(), peak)
 
@@ -201,21 +200,21 @@ class Media:
         """The item's values as the model takes them, uint8 or float32 as they were decoded, or why there are none."""
         try:
             stored = item.decode()
-            values = self.medium.in_channels(stored, self.channels, self.mixing)
-            return self._refused(item, len(stored)) if values is None else self.medium.fitted(values)
+            values = self.modality.in_channels(stored, self.mixing)
+            return self._refused(item, len(stored)) if values is None else self.modality.fitted(values)
         except Exception as error:  # decoders raise whatever they like on a damaged file
             return error
 
     def _refused(self, item: Item, channels: int) -> ChannelsError:
         return ChannelsError(
-            f"{self.medium.one} {item} has {channels} channels, and the network takes {self.channels}: give --channels "
-            f"{'|'.join(MIXINGS)} ({self.medium.mixes})"
+            f"{self.modality.one} {item} has {channels} channels, and the network takes {self.modality.channels}: give "
+            f"--channels {'|'.join(MIXINGS)} ({self.modality.mixes})"
         )
 
     def _leave_out(self, item: Item, error: Exception) -> None:
         if isinstance(error, ChannelsError):
             raise error
-        reason, one, many = one_line(error), self.medium.one, self.medium.many
+        reason, one, many = one_line(error), self.modality.one, self.modality.many
         if not self.skip_bad:
             raise CodebookError(f"cannot read {one} {item}: {reason}; --skip-bad goes on without it") from error
         self.bad[item.name] = reason

@@ -1,76 +1,154 @@
-"""Images as items: pictures, rows of arrays, and the bundled sample."""
+"""Images: pictures in folders and tars, rows of arrays, and the bundled sample."""
 
 from __future__ import annotations
 
-import io
-import math
-import zipfile
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from codebook_tools.data.array_files import array_item, row_items, stored_arrays
+from codebook_tools.data.channels import FIRST
+from codebook_tools.data.dataset import Media
 from codebook_tools.data.image_decoding import decode_picture, decode_row, fitted, in_channels
-from codebook_tools.data.items import Item, Medium, Values
+from codebook_tools.data.items import Item, Values
+from codebook_tools.data.modality import Modality
 from codebook_tools.data.sources import Source
-from codebook_tools.errors import CodebookError, one_line
+from codebook_tools.errors import CodebookError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LONGEST_SIDE = 1 << 14
 """Pixels of a side that images are resized to: 3 GB in float32, and an encoder makes a multiple of it."""
 SAMPLE = "sample"
 """Stands for the bundled sample in messages: patches of the two photographs that scikit-learn ships."""
 
 
-def images(size: int | None = None, stride: int = 1) -> Medium:
-    """Images: pictures in folders and tars, one an item; .npy and .npz files, one item a row.
+def _stored_items(path: Path) -> list[Item]:
+    return [item for array in stored_arrays(path, Images.many) for item in array_items(path.name, array)]
 
-    size: side of a square that the centre of every image is cut and resized to; None: all must have one size. stride:
-    height and width are cut to a multiple of it, from the centre. Raises CodebookError for a side that none has.
+
+@dataclass(frozen=True, kw_only=True)
+class Images(Modality):
+    """Pictures in folders and tars, one an item; .npy and .npz files, one item a row. In memory, (channels, height,
+    width) in [0, 1].
+
+    Attributes:
+        size: Side of a square that the centre of every image is cut and resized to; None: all must have one size.
+        channels: 1 or 3.
+        stride: Height and width are cut to a multiple of it, from the centre.
+
+    Raises:
+        CodebookError: A size that no image has.
     """
-    if size is not None and size > LONGEST_SIDE:
-        raise CodebookError(f"--size {size} is longer than {LONGEST_SIDE} pixels")
-    arrays = {".npy": _stored_items, ".npz": _stored_items}
-    fit = partial(fitted, size=size, stride=stride)
-    return Medium("image", "images", SUFFIXES, _picture_items, array_items, in_channels, _MIXES, arrays, fit)
 
+    one = "image"
+    many = "images"
+    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+    archives = dict.fromkeys((".npy", ".npz"), _stored_items)
+    mixes = "the luma of colours, or the first of them; alpha goes"
+    alike = "give --size N, and the centre square of each is resized to so many pixels"
+    input_ranges = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))  # the file does not say what its network was trained on
+    bounds = (0, 1)
+    figures = frozenset({"psnr", "ssim", "sharpness"})
+    pictures = True
 
-_MIXES = "the luma of colours, or the first of them; alpha goes"
+    channels: int = 3
 
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size > LONGEST_SIDE:
+            raise CodebookError(f"--size {self.size} is longer than {LONGEST_SIDE} pixels")
 
-def _picture_items(source: Source) -> list[Item]:
-    return [Item(source.name, source, partial(_picture, source))]
+    @classmethod
+    def accepts(cls, network: object) -> bool:
+        return True
+
+    def probed(self, items: Sequence[Item], encode: Callable[[Tensor], Tensor], skip_bad: bool) -> Self:
+        height, width = self._first_size(items, skip_bad) if self.size is None else (self.size, self.size)
+        channels, stride = probe(encode, height, width)
+        return replace(self, channels=channels, stride=stride)
+
+    def _first_size(self, items: Sequence[Item], skip_bad: bool) -> tuple[int, int]:
+        """Height and width of the first readable image, as the network will see it but for the stride."""
+        for item in items:
+            _, pixels = Media([*items], Images(), skip_bad, mixing=FIRST).load([item])
+            if len(pixels):
+                return pixels.shape[2], pixels.shape[3]
+        raise CodebookError(f"none of {len(items)} images can be read, the last {items[-1].name}")
+
+    def items(self, source: Source) -> list[Item]:
+        return [Item(source.name, source, partial(_picture, source))]
+
+    def rows(self, name: str, array: Values) -> list[Item]:
+        return array_items(name, array)
+
+    @classmethod
+    def sample(cls) -> list[Item]:
+        return sample_images()
+
+    def in_channels(self, values: Values, how: str | None) -> Values | None:
+        return in_channels(values, self.channels, how)
+
+    def fitted(self, values: Values) -> Values:
+        return fitted(values, self.size, self.stride)
+
+    @classmethod
+    def written(cls, shape: Sequence[int]) -> str:
+        return f"{shape[2]}x{shape[1]}"
 
 
 def _picture(source: Source) -> Values:
     return decode_picture(source.read())
 
 
-def _stored_items(path: Path) -> list[Item]:
+def probe(encode: Callable[[Tensor], Tensor], height: int, width: int) -> tuple[int, int]:
+    """Find out channels and stride of a network by encoding an empty image of that size, or one of 64 or 256 pixels.
+
+    Args:
+        encode: Images (n, channels, height, width) to latents (n, dim, *grid). A model with several codebooks is of a
+            family, whose first one says the stride of all.
+        height: In pixels.
+        width: In pixels.
+
+    Returns:
+        Channels, 1 or 3, and pixels to a position along a side; 1 where latents have no grid of two axes.
+
+    Raises:
+        CodebookError: No number of channels goes through.
+    """
+    problems = dict[int, CodebookError]()
+    for sides in ((height, width), (64, 64), (256, 256)):
+        for channels in (3, 1):
+            try:
+                grid = _encode_blank(encode, channels, *sides).shape[2:]
+            except CodebookError as error:
+                problems.setdefault(channels, error)  # of the size that was asked for
+                continue
+            return channels, _stride(encode, channels, sides[-1], grid[-1]) if len(grid) == 2 else 1
+    raise CodebookError(f"the network encodes neither RGB images ({problems[3]}) nor grey ones ({problems[1]})")
+
+
+def _encode_blank(encode: Callable[[Tensor], Tensor], channels: int, height: int, width: int) -> Tensor:
+    with torch.no_grad():
+        return encode(torch.zeros(1, channels, height, width))
+
+
+def _stride(encode: Callable[[Tensor], Tensor], channels: int, side: int, positions: int) -> int:
+    """Pixels to a position along a side. Where few positions leave that open (a network of stride 4 makes 2 of 10
+    pixels, too), a larger side decides, if the network takes it."""
+    stride = max(1, side // positions)
+    if stride * positions == side and positions >= stride:
+        return stride
+    larger = side << max(0, (256 // side).bit_length() - 1)
     try:
-        _refuse_bomb(path)
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        arrays = [(path.name, loaded)] if isinstance(loaded, np.ndarray) else [(path.name, loaded[k]) for k in loaded]
-    except Exception as error:  # numpy and zipfile raise whatever they like on a damaged file
-        raise CodebookError(f"{path} is not a readable array file: {one_line(error)}") from error
-    if not all(isinstance(array, np.ndarray) for _, array in arrays):
-        raise CodebookError(f"{path} holds what is no array; give a .npz with one array of images, or a .npy")
-    if len(arrays) > 1:
-        raise CodebookError(f"{path} holds {len(arrays)} arrays; give a .npz with one array of images, or a .npy")
-    return [item for name, array in arrays for item in array_items(name, array)]
-
-
-def _refuse_bomb(path: Path) -> None:
-    """Raise ValueError for a .npz that is far longer in memory than on disk: pictures are not."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        packed, whole = (sum(getattr(its, n) for its in archive.infolist()) for n in ("compress_size", "file_size"))
-    if whole > max(1 << 30, 200 * packed):
-        raise ValueError(f"{packed:,} bytes that unpack to {whole:,} look like a decompression bomb")
+        latents = _encode_blank(encode, channels, larger, larger)
+    except CodebookError:
+        return stride
+    return max(1, round(larger / latents.shape[-1]))
 
 
 def array_items(name: str, array: NDArray[np.generic]) -> list[Item]:
@@ -87,50 +165,11 @@ def array_items(name: str, array: NDArray[np.generic]) -> list[Item]:
     if 0 in array.shape:
         what = "images without pixels" if len(array) else "no rows, which images are"
         raise CodebookError(f"{name} has shape {array.shape}: it holds {what}")
-    rows: NDArray[Any] | _FileRows = array.view(np.ndarray)
-    file = None
-    if isinstance(array, np.memmap):
-        file = str(array.filename)
-        rows = _FileRows(file, array.offset, array.dtype, array.shape[1:]) if array.flags.c_contiguous else rows
-    nbytes = array[:1].nbytes
-    return [_row_item(f"{name}#{i}", _Row(rows, i), nbytes, file) for i in range(len(array))]
+    return row_items(name, array, decode_row)
 
 
 def _channels(array: NDArray[np.generic]) -> tuple[int, int]:
     return array.shape[1], array.shape[3]
-
-
-@dataclass(frozen=True, eq=False)
-class _FileRows:
-    """Rows of an array in a file, read when asked for: what is mapped counts as memory once it was touched."""
-
-    file: str
-    start: int
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-
-    def __getitem__(self, number: int) -> NDArray[Any]:
-        count = math.prod(self.shape)
-        at = self.start + number * count * self.dtype.itemsize
-        return np.fromfile(self.file, self.dtype, count, offset=at).reshape(self.shape)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Row:
-    """A row of an array: called, its pixels; opened, its bytes."""
-
-    rows: NDArray[Any] | _FileRows
-    number: int
-
-    def __call__(self) -> Values:
-        return decode_row(self.rows[self.number])
-
-    def open(self) -> BinaryIO:
-        return io.BytesIO(self.rows[self.number].tobytes())
-
-
-def _row_item(name: str, row: _Row, nbytes: int, file: str | None = None, group: str | None = None) -> Item:
-    return Item(name, Source(name, nbytes, row.open, file), row, group)
 
 
 def sample_photographs() -> dict[str, NDArray[np.uint8]]:
@@ -149,7 +188,7 @@ def sample_images() -> list[Item]:
     """
     side, block, offset = 32, 53, 7
     return [
-        _row_item(f"{SAMPLE}/{region}/{y:03d}-{x:03d}", _Row(patch[None], 0), patch.nbytes, group=region)
+        array_item(f"{SAMPLE}/{region}/{y:03d}-{x:03d}", patch, decode_row, group=region)
         for name, photograph in sample_photographs().items()
         for top in range(0, photograph.shape[0] - block + 1, block)
         for left in range(0, photograph.shape[1] - block + 1, block)

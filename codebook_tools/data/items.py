@@ -6,16 +6,19 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from codebook_tools.data.sources import Source, find_sources
 from codebook_tools.errors import CodebookError, plain
+
+if TYPE_CHECKING:
+    from codebook_tools.data.modality import Modality
 
 Values = NDArray[Any]
 """Decoded values of one item: pixels (channels, height, width), uint8 or float32 in [0, 1], or a waveform (channels,
@@ -76,30 +79,6 @@ def _sha256(names: str) -> bytes:
     return hashlib.sha256(names.encode(errors="surrogateescape")).digest()  # names of files need not be UTF-8
 
 
-@dataclass(frozen=True)
-class Medium:
-    """What tells one kind of data from another.
-
-    one, many: what its items are called. suffixes: how its files end. items: those of one file. rows: those of
-    an array in memory, (n, ...), under a name. in_channels: decoded
-    values in another number of channels; the last argument, one of channels.MIXINGS, allows to lose some, and None is
-    what comes of it where that is not allowed. mixes: what they make of channels, in words. archives: by suffix, what
-    files hold that count only where they themselves are given. fitted: decoded values as the model takes them;
-    ValueError where they cannot be made so. full: of values that may go beyond it on either side; None: none can.
-    """
-
-    one: str
-    many: str
-    suffixes: tuple[str, ...]
-    items: Callable[[Source], list[Item]]
-    rows: Callable[[str, Values], list[Item]]
-    in_channels: Callable[[Values, int, str | None], Values | None]
-    mixes: str
-    archives: Mapping[str, Callable[[Path], list[Item]]] = field(default_factory=dict)
-    fitted: Callable[[Values], Values] = lambda values: values
-    full: float | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class InMemory:
     """Items that a program holds, in place of a path. values: (n, ...), one item a row. name: in front of theirs."""
@@ -111,7 +90,7 @@ class InMemory:
         return f"{self.name} {self.values.dtype} {'x'.join(map(str, self.values.shape))}"
 
 
-def find_items(paths: Sequence[str | Path | InMemory], medium: Medium) -> list[Item]:
+def find_items(paths: Sequence[str | Path | InMemory], modality: Modality) -> list[Item]:
     """Every item under the paths, in order of name: folders of any depth, .tar shards, single files.
 
     A {0000..0009} in a path stands for that range. Names that several paths share get the path's own name in front,
@@ -120,15 +99,17 @@ def find_items(paths: Sequence[str | Path | InMemory], medium: Medium) -> list[I
     given twice.
     """
     groups = [
-        (path, _items(path, medium))
+        (path, _items(path, modality))
         for given in paths
         if not isinstance(given, InMemory)
         for path in _braces(str(given))
     ]
-    groups += [(Path(held.name), medium.rows(held.name, held.values)) for held in paths if isinstance(held, InMemory)]
+    groups += [(Path(held.name), modality.rows(held.name, held.values)) for held in paths if isinstance(held, InMemory)]
     for path, items in groups:
         if not items:
-            raise CodebookError(f"no {medium.many} in {path}: expected files ending in {', '.join(medium.suffixes)}")
+            raise CodebookError(
+                f"no {modality.many} in {path}: expected files ending in {', '.join(modality.suffixes)}"
+            )
     shared = Counter(kin for _, items in groups for kin in {item.kin for item in items})
     fronts = Counter(path.name for path, _ in groups)
     named: dict[str, Item] = {}
@@ -164,14 +145,14 @@ def _numbers(*ends: str) -> list[str]:
     return [f"{n:0{width}d}" for n in range(low, high + 1)]
 
 
-def _items(path: Path, medium: Medium) -> list[Item]:
-    sources = find_sources(path, medium.suffixes)
+def _items(path: Path, modality: Modality) -> list[Item]:
+    sources = find_sources(path, modality.suffixes)
     if sources is not None:
-        return [item for source in sources for item in medium.items(source)]
-    archive = medium.archives.get(path.suffix.lower())
+        return [item for source in sources for item in modality.items(source)]
+    archive = modality.archives.get(path.suffix.lower())
     if archive is None:
-        endings = ", ".join((".tar", *medium.archives, *medium.suffixes))
+        endings = ", ".join((".tar", *modality.archives, *modality.suffixes))
         raise CodebookError(
-            f"{path} is no {medium.one} source: give a folder of {medium.many}, or a file ending in {endings}"
+            f"{path} is no {modality.one} source: give a folder of {modality.many}, or a file ending in {endings}"
         )
     return archive(path)

@@ -12,7 +12,7 @@ from codebook_tools.data.dataset import Media
 from codebook_tools.data.splits import shuffled
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.coverage import POINTS
-from codebook_tools.models.model import INPUT_RANGES, Model
+from codebook_tools.models.model import Model
 
 CLEARLY = 1.1
 """Times the error of one input range that the next one's must be for the first to be surely the network's own."""
@@ -37,7 +37,7 @@ def few_of(model: Model, media: Media, seed: int) -> Media:
     drawn = media.subset(shuffled(media.items, seed)[:_CLOSELY]).whole()  # every process looks at all of them
     first = next((pixels for _, pixels in drawn.batches(1)), None)
     if first is None:
-        raise CodebookError(f"none of {len(drawn)} {model.takes} can be read")
+        raise CodebookError(f"none of {len(drawn)} {model.modality.many} can be read")
     with torch.no_grad():
         positions = min(latents[0, 0].numel() for latents in model.pass_through(first).latents)
     return drawn.subset(drawn.items[: -(-POINTS // positions)])
@@ -67,7 +67,10 @@ def look(model: Model, media: Media, batch: int, bounds: tuple[float, float] | N
 
 def range_errors(model: Model, media: Media, batch: int, seed: int) -> dict[tuple[float, float], float]:
     """Reconstruction error of a few images by input range, when nothing is quantised: it is the network's alone, and no
-    codebook, however wrong, has a part in it. Over the images' variance."""
+    codebook, however wrong, has a part in it. Over the images' variance. None where there is but one range."""
+    ranges = model.modality.input_ranges
+    if len(ranges) == 1:
+        return {}
     few, own = media.subset(shuffled(media.items, seed)[:_RANGED]).whole(), model.input_range
     errors = dict[tuple[float, float], float]()
     pixels = torch.cat([pixels for _, pixels in few.batches(batch)])
@@ -77,7 +80,7 @@ def range_errors(model: Model, media: Media, batch: int, seed: int) -> dict[tupl
         return torch.nn.functional.normalize(latents, dim=1) if model.books[stage].emit is Emit.UNIT else latents
 
     try:
-        for model.input_range in INPUT_RANGES:
+        for model.input_range in ranges:
             with torch.no_grad():
                 squares = sum(
                     (_squares(model, model.run(part, untouched), part) for part in torch.split(pixels, batch)), 0.0
@@ -106,6 +109,6 @@ def shuffled_rows(rows: Tensor, seed: int) -> Tensor:
 
 
 def _squares(model: Model, shown: Tensor, meant: Tensor) -> float:
-    """Sum of squared errors; images are shown within [0, 1]."""
-    shown = shown.clamp(0, 1) if model.takes == "images" else shown
+    """Sum of squared errors."""
+    shown = model.modality.clamped(shown)
     return float((shown.cpu() - meant.cpu()).double().square().sum())

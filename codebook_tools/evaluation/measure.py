@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
@@ -17,7 +17,7 @@ from codebook_tools.data.splits import limited
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.evaluation import metrics
 from codebook_tools.evaluation.accumulators import BookSums, Sums, book_sums, exact, no_sums
-from codebook_tools.models.model import INPUT_RANGES, Model, Pass
+from codebook_tools.models.model import Model, Pass
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import wide
 from codebook_tools.runtime.progress import Watch
@@ -93,9 +93,10 @@ def _dimensions(sums: BookSums, latents: int) -> dict[str, Any]:
 class Measurement:
     """mse: per value, images in [0, 1], reconstructions clamped to it, or of the waveform; None where nothing was
     reconstructed. images: or clips; None where there were only latents. psnr: dB, None without any error. ssim: None
-    for waveforms, and where the images are too small for its window. sharpness: metrics.detail of the reconstructions
-    over that of the images, 1 where they are as sharp; None for waveforms, and for images without any detail. counts:
-    (size,) int64 of each codebook, how often each code was chosen; none where that was read from JSON."""
+    where the images are too small for its window. sharpness: metrics.detail of the reconstructions over that of the
+    images, 1 where they are as sharp; None for images without any detail. All three are None where the modality does
+    not have them. counts: (size,) int64 of each codebook, how often each code was chosen; none where that was read from
+    JSON."""
 
     split: str
     images: int | None
@@ -129,9 +130,10 @@ def reconstruct(model: Model, media: Tensor) -> Pass:
         seen = model.pass_through(media)
     if not all(bool(torch.isfinite(latents).all()) for latents in seen.latents):
         raise NotFiniteError("the encoder's latents are not finite")
-    shown = seen.media.clamp(0, 1) if model.takes == "images" else seen.media
+    shown = model.modality.clamped(seen.media)
     if shown.shape != media.shape:
-        raise CodebookError(f"decode returns {tuple(shown.shape[1:])} for {model.takes} of {tuple(media.shape[1:])}")
+        many = model.modality.many
+        raise CodebookError(f"decode returns {tuple(shown.shape[1:])} for {many} of {tuple(media.shape[1:])}")
     if not bool(torch.isfinite(shown).all()):
         raise NotFiniteError("the decoder's reconstructions are not finite")
     return replace(seen, media=shown)
@@ -153,7 +155,7 @@ def measure(
     references: of each book, the squared distance up to which a latent counts as covered.
     """
     sums = collect(model, images, split=split, batch=batch, structure=structure, references=references, watch=watch)
-    return measurement_of(sums, split)
+    return measurement_of(sums, split, model.modality.figures)
 
 
 def collect(
@@ -169,17 +171,18 @@ def collect(
     """What a measurement adds up, over the parts of `images` that the processes see; see `measure`."""
     given = references or [None] * len(model.books)
     books = [(book.key, book.codebook, of) for book, of in zip(model.books, given, strict=True)]
-    compared = structure and model.takes == "images"
-    nothing = Fraction(0) if compared else None
+    figures = model.modality.figures if structure else frozenset[str]()
+    no_similarity, no_detail = (Fraction(0) if figure in figures else None for figure in ("ssim", "sharpness"))
     of_nothing = tuple(no_sums(*book, moments=True) for book in books)
-    total = Sums(0, 0, Fraction(0), nothing, of_nothing, nothing, nothing)
+    total = Sums(0, 0, Fraction(0), no_similarity, of_nothing, no_detail, no_detail)
     parts = images.part[1]
     with distributed.alike(NotFiniteError):
         for items, pixels in images.batches(batch):
             seen = reconstruct(model, pixels)
             pixels = pixels.to(seen.media.device)
-            scores = metrics.ssim(pixels, seen.media) if compared else None
-            detail, shown_detail = map(metrics.detail, (pixels, seen.media)) if compared else (None, None)
+            scores = metrics.ssim(pixels, seen.media) if "ssim" in figures else None
+            both = (pixels, seen.media)
+            detail, shown_detail = map(metrics.detail, both) if "sharpness" in figures else (None, None)
             total += Sums(
                 images=len(items),
                 values=pixels.numel(),
@@ -200,8 +203,17 @@ def _added(scores: Tensor | None) -> Fraction | None:
     return None if scores is None else exact(float(wide(scores).sum()))
 
 
-def measurement_of(sums: Sums, split: str) -> Measurement:
-    """What sums say. Raises CodebookError where they are of nothing."""
+def measurement_of(sums: Sums, split: str, figures: Collection[str] = ("psnr",)) -> Measurement:
+    """What sums say.
+
+    Args:
+        sums: Of all data of the split.
+        split: Its name.
+        figures: Of the modality; without psnr there is none.
+
+    Raises:
+        CodebookError: They are of nothing.
+    """
     if not sums.images:
         raise CodebookError(f"nothing was measured: none of the {split} data can be read")
     mse = float(sums.error / sums.values)
@@ -209,7 +221,7 @@ def measurement_of(sums: Sums, split: str) -> Measurement:
         split=split,
         images=sums.images,
         mse=mse,
-        psnr=metrics.psnr(mse) if mse else None,
+        psnr=metrics.psnr(mse) if mse and "psnr" in figures else None,
         ssim=None if sums.similarity is None else float(sums.similarity / sums.images),
         codebooks=tuple(map(use_of, sums.books)),
         sharpness=float(sums.shown_detail / sums.detail) if sums.detail and sums.shown_detail is not None else None,
@@ -236,8 +248,8 @@ def range_errors(
 def find_input_range(model: Model, images: Media) -> dict[tuple[float, float], float]:
     """Reconstruction error of a few images in each range that networks are trained on: the lowest is the model's."""
     few = images.subset(limited(images.items, RANGE_IMAGES, seed=0))  # neighbours in name are often alike
-    before, errors = model.input_range, {}
-    for model.input_range in INPUT_RANGES:
+    before, ranges, errors = model.input_range, model.modality.input_ranges, {}
+    for model.input_range in ranges:
         errors[model.input_range] = measure(model, few, structure=False, watch=Watch()).error
     model.input_range = before
     return errors

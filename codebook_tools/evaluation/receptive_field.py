@@ -33,8 +33,8 @@ class Place:
 
 def require_images(model: Model) -> None:
     """Raise CodebookError where the model takes no images: of sounds there are no patches."""
-    if model.takes != "images":
-        raise CodebookError(f"{model.takes} have no patches to show; this looks at images")
+    if not model.modality.pictures:
+        raise CodebookError(f"{model.modality.many} have no patches to show; this looks at images")
 
 
 def receptive_side(model: Model, images: Media, stage: int = 0) -> int | None:

@@ -169,8 +169,7 @@ def _key(latents: EncodedLatents, model: Model, stage: int) -> str:
         "weights": {name: _digest(tensor) for name, tensor in network.state_dict().items()},
         "books": [[book.lookup.value, book.emit.value, _digest(book.vectors)] for book in model.books[:stage]],
         "computed": [model.device.type, model.bf16, model.compiled, model.input_range, latents.batch],
-        "media": [images.medium.one, images.channels, images.mixing, images.part],
-        "rate": getattr(network, "sampling_rate", None),
+        "media": [repr(images.modality), images.mixing, images.part],
         "shape": one_line(first) if isinstance(first, Exception) else [*first.shape, str(first.dtype)],
         "items": _items_digest(images.items),
     }

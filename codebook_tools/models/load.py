@@ -15,10 +15,11 @@ from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.codebook import Emit, Lookup
+from codebook_tools.data.registry import modality_of
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.choose import along, choose_codebook, choose_codebooks, few_of, find_book, named, operable
 from codebook_tools.models.family import Family
-from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Book, Model, walks
+from codebook_tools.models.model import Book, Model, walks
 from codebook_tools.models.registry import (
     CUSTOM,
     FAMILIES,
@@ -99,7 +100,7 @@ def load_model(
         target,
         bf16,
         power_of_two=entry is not None and entry.power_of_two,
-        input_range=AS_IT_IS if hasattr(module, "sampling_rate") else INPUT_RANGES[0],
+        input_range=modality_of(module).input_ranges[0],
         carried=tuple(key for key in checkpoint.shapes if key not in owned.union(keys.values())),
         caveats=record.caveats(checkpoint) if record else (),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,13 @@ from codebook_tools.clustering.assignment import emitted, nearest, unit
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.latents import EncodedLatents
+from codebook_tools.data.modality import AS_IT_IS, Modality
+from codebook_tools.data.registry import modality_of
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.encoder_cache import Kept
 from codebook_tools.models.network import Quantise
 from codebook_tools.models.stored_codes import changed_codebook, codes_of_rows, owned_keys, rounded, rows_of_codes
 from codebook_tools.runtime.devices import sent
-
-INPUT_RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))
-"""Tried in turn: the file does not say what its network was trained on."""
-
-AS_IT_IS = (0.0, 1.0)
-"""The input range that changes nothing: waveforms are not mapped."""
 
 
 @dataclass(eq=False)
@@ -73,9 +69,9 @@ class Model:
     keys: file key by network name. books: its codebooks, in the order in which latents meet them. chosen: indices of
     those that are operated on. route: the book that each quantizer stage uses, by index: stages may share one.
     build: the network for a checkpoint and a number of codes, with fresh weights, in torch's default dtype on the CPU.
-    power_of_two: whether its config takes no other size of them. input_range: of the network's images. channels: of
-    what it takes. stride: image sides, or samples, are multiples of it. carried: file keys the network does not know.
-    caveats: what to warn of. compiled: whether torch.compile makes encode and decode faster. kept: what was encoded.
+    power_of_two: whether its config takes no other size of them. input_range: that [0, 1] is mapped to for the network.
+    carried: file keys the network does not know. caveats: what to warn of. compiled: whether torch.compile makes encode
+    and decode faster. kept: what was encoded.
     """
 
     family: str
@@ -89,9 +85,7 @@ class Model:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bf16: bool = False
     power_of_two: bool = False
-    input_range: tuple[float, float] = INPUT_RANGES[0]
-    channels: int = 3
-    stride: int = 1
+    input_range: tuple[float, float] = AS_IT_IS
     carried: tuple[str, ...] = ()
     caveats: tuple[str, ...] = ()
     compiled: bool = False
@@ -99,9 +93,9 @@ class Model:
     _programs: dict[str, Callable[[object], object]] = field(default_factory=dict, init=False, repr=False)
 
     @property
-    def takes(self) -> Literal["images", "clips"]:
-        """Of waveforms, where the network says a sampling rate; else pictures."""
-        return "clips" if hasattr(self.network, "sampling_rate") else "images"
+    def modality(self) -> type[Modality]:
+        """What kind of data the network takes."""
+        return modality_of(self.network)
 
     # What flows through it
 
@@ -293,42 +287,6 @@ class Model:
 
     def _owned(self) -> set[str]:
         return {key for book in self.books for key in owned_keys(self.checkpoint, book.found)}
-
-    def probe(self, height: int, width: int) -> None:
-        """Find out `channels` and `stride` by encoding an empty image of that size, or one of 64 or 256 pixels.
-
-        Raises CodebookError where no number of channels goes through, or the network gives no grid of latents. A model
-        with several codebooks is of a family, whose first one says the stride of all.
-        """
-        problems = dict[int, CodebookError]()
-        for sides in ((height, width), (64, 64), (256, 256)):
-            for channels in (3, 1):
-                try:
-                    grid = self._encode_blank(channels, *sides).shape[2:]
-                except CodebookError as error:
-                    problems.setdefault(channels, error)  # of the size that was asked for
-                    continue
-                self.channels = channels
-                self.stride = self._stride(sides[-1], grid[-1]) if len(grid) == 2 else 1
-                return
-        raise CodebookError(f"the network encodes neither RGB images ({problems[3]}) nor grey ones ({problems[1]})")
-
-    def _encode_blank(self, channels: int, height: int, width: int) -> Tensor:
-        with torch.no_grad():
-            return self.encode(torch.zeros(1, channels, height, width))
-
-    def _stride(self, side: int, positions: int) -> int:
-        """Pixels to a position along a side. Where few positions leave that open (a network of stride 4 makes 2 of 10
-        pixels, too), a larger side decides, if the network takes it."""
-        stride = max(1, side // positions)
-        if stride * positions == side and positions >= stride:
-            return stride
-        larger = side << max(0, (256 // side).bit_length() - 1)
-        try:
-            latents = self._encode_blank(self.channels, larger, larger)
-        except CodebookError:
-            return stride
-        return max(1, round(larger / latents.shape[-1]))
 
 
 def of_stages(tensors: Sequence[Tensor]) -> Tensor:

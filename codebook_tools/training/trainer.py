@@ -64,7 +64,7 @@ class Training:
     ) -> None:
         first, pixels = train.load(train.items[: recipe.batch_size])
         if not first:
-            raise CodebookError(f"none of the first training {model.takes} can be read")
+            raise CodebookError(f"none of the first training {model.modality.many} can be read")
         self.model, self.recipe, self.groups = model, recipe, GROUPS[recipe.train]
         self.names = trained_names(model, pixels[:1], self.groups)
         if recipe.train != "none" and not self.names:

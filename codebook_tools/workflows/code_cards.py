@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools.codebook import Codebook
+from codebook_tools.data.modality import Modality
 from codebook_tools.data.splits import limited
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import reconstruct
@@ -133,7 +134,7 @@ def _order(seen: Seen, places: Tensor, sort: str) -> list[int]:
 def _cards(opened: Opened, stage: int, seen: Seen, order: Sequence[int], side: int | None) -> tuple[Card, ...]:
     model = opened.model
     typical, unusual = (_patches_of(its, order, opened, seen, side) for its in (seen.nearest, seen.farthest))
-    decoded = decode_each(model, order) if len(model.books) == 1 else [None] * len(order)
+    decoded = decode_each(model, opened.calibration.modality, order) if len(model.books) == 1 else [None] * len(order)
     total = int(seen.counts.sum())
     return tuple(
         Card(
@@ -158,19 +159,19 @@ def _patches_of(
     return [*torch.split(found, [len(ends.get(code, ())) for code in order])]
 
 
-def decode_each(model: Model, codes: Sequence[int]) -> list[Tensor | None]:
+def decode_each(model: Model, modality: Modality, codes: Sequence[int]) -> list[Tensor | None]:
     """(3, side, side) in [0, 1] of each code: what the decoder makes of a few positions that all have it."""
-    cells = model.stride * _POSITIONS
+    cells = modality.stride * _POSITIONS
     found = list[Tensor | None]()
     for some in torch.split(torch.tensor(codes), 64):
-        blank = torch.zeros(len(some), model.channels, cells, cells)
+        blank = torch.zeros(len(some), modality.channels, cells, cells)
 
         def alone(stage: int, latents: Tensor, some: Tensor = some) -> Tensor:
             return model.embed(some.to(latents.device)[:, None, None].expand(-1, *latents.shape[2:]), stage)
 
         with torch.no_grad():
             shown = model.run(blank, alone).clamp(0, 1).cpu()
-        found += [image.expand(3, -1, -1) if model.channels == 1 else image for image in shown]
+        found += [image.expand(3, -1, -1) if modality.channels == 1 else image for image in shown]
     return found
 
 

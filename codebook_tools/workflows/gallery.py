@@ -37,11 +37,11 @@ class Shown:
 def exhibit(
     opened: Opened, books: tuple[Book, ...], operated: bool, tuned: FineTuned | None, watch: Watch
 ) -> tuple[Shown, ...]:
-    """The worst, the median and the best test image; none of sounds. The model is left as it is.
+    """The worst, the median and the best test image; none of what is no picture. The model is left as it is.
 
     books: before anything changed. operated: whether a surgery changed them. tuned: how the fine-tuning went."""
     model = opened.model
-    if model.takes != "images":
+    if not model.modality.pictures:
         return ()
     chosen, originals = _chosen(opened, watch)
     with _as_it_was(model):
@@ -52,7 +52,7 @@ def exhibit(
 def exhibit_files(stages: Mapping[str, Request], watch: Watch) -> tuple[Shown, ...]:
     """As `exhibit`, of a file a stage; the last one's errors rank the images. Requests: of the same data."""
     last = open_request([*stages.values()][-1], watch)
-    if last.model.takes != "images":
+    if not last.model.modality.pictures:
         return ()
     chosen, originals = _chosen(last, watch)
     models = (open_request(request, watch).model for request in stages.values())

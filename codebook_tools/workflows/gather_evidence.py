@@ -23,7 +23,6 @@ from codebook_tools.diagnosis.training_trace import read_trace
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.coverage import POINTS
 from codebook_tools.evaluation.tokens import counted
-from codebook_tools.models.model import INPUT_RANGES
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.pipeline import on_cpu
 from codebook_tools.workflows.request import Request
@@ -55,10 +54,11 @@ def gather(request: Request, against: Path | None, trace: Path | None, watch: Wa
     original = open_request(replace(request, model=against), watch) if against else None
     opened = open_request(_with_keys(request, original), watch)
     model, batch = opened.model, request.batch_size
-    if original and original.model.takes != model.takes:
-        raise CodebookError(f"--against {against} takes {original.model.takes}, the model {model.takes}")
+    if original and original.model.modality is not model.modality:
+        theirs, ours = original.model.modality.many, model.modality.many
+        raise CodebookError(f"--against {against} takes {theirs}, the model {ours}")
     with watch.phase("measure"):
-        ranges = range_errors(model, opened.calibration, batch, request.seed) if model.takes == "images" else {}
+        ranges = range_errors(model, opened.calibration, batch, request.seed)
         if original:
             model.input_range = original.model.input_range
         elif ranges and request.input_range is None:
@@ -148,10 +148,9 @@ def _rivals(looked: _Looked, stage: int, latents: Tensor, companions: Companions
         yield from of_companions(codebook, companions.codes, latents, seed)
     if pair and pair.latents is not None:
         yield from of_original(codebook, pair.latents, seed)
-    if model.takes == "images":
-        for bounds in INPUT_RANGES:
-            if bounds != model.input_range:
-                yield from of_range(codebook, look(model, looked.few, batch, bounds).latents[stage], bounds, seed)
+    for bounds in model.modality.input_ranges:
+        if bounds != model.input_range:
+            yield from of_range(codebook, look(model, looked.few, batch, bounds).latents[stage], bounds, seed)
 
 
 def curve_of(codebook: Codebook, points: Tensor, seed: int) -> Mapping[int, float]:

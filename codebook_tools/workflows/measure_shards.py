@@ -91,6 +91,7 @@ def part_of(opened: Opened, measured: Sums, shard: tuple[int, int], watch: Watch
         "data": _digest(opened.splits),
         "version": VERSION,
         **{name: opened.settings[name] for name in _SETTINGS},
+        **({} if "psnr" in model.modality.figures else {"psnr": False}),
     }
     return Part(model.checkpoint.sha256, split, about, shard, total, opened.unreadable(), measured, samples)
 
@@ -131,7 +132,7 @@ def merge(request: Request, files: Sequence[Path], stats: Path | None, watch: Wa
         settings={**whole.about, "merged": [str(path) for path in files], **({"stats": str(stats)} if stats else {})},
         seed=int(str(whole.about["seed"])),
         warnings=(f"{len(few)} unreadable items were skipped: {'; '.join(few[:3])}",) if few else (),
-        before=measurement_of(whole.measured, "test"),
+        before=measurement_of(whole.measured, "test", () if "psnr" in whole.about else ("psnr",)),
         bytes={"before": checkpoint.nbytes, "after": None},
         seconds=watch.seconds,
     )

@@ -100,7 +100,7 @@ def measure_model(
             distributed.by_first(lambda: write_part(stats, part, request.force))
         opened.settings["stats"] = str(stats)
     sizes = {"before": opened.model.checkpoint.nbytes, "after": None}
-    before = None if shard and not sums.images else measurement_of(sums, "test")
+    before = None if shard and not sums.images else measurement_of(sums, "test", opened.model.modality.figures)
     with watch.phase("measure"):
         shown = exhibit(opened, opened.model.books, False, None, watch) if request.exhibit and not shard else ()
     proof = (

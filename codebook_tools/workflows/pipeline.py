@@ -70,10 +70,8 @@ def require_training_data(opened: Opened, recipe: FineTune) -> None:
             "be inverted: --codebook-update frozen, or --steps 0"
         )
     if recipe.steps and not (opened.splits.train and opened.splits.validation):
-        count = len(opened.calibration)
-        raise CodebookError(
-            f"{count} calibration {opened.model.takes} leave the training or validation split empty; give more --data"
-        )
+        calibration = f"{len(opened.calibration)} calibration {opened.model.modality.many}"
+        raise CodebookError(f"{calibration} leave the training or validation split empty; give more --data")
     if recipe.steps and (recipe.perceptual or recipe.adversarial):
         items, pixels = opened.calibration.load(opened.splits.train[: recipe.batch_size])
         if items:
@@ -122,7 +120,7 @@ def encoder_latents(opened: Opened) -> Latents:
 
 def measure_stage(opened: Opened, latents: Latents, watch: Watch) -> Measurement:
     """Measure the model as it is on the test data. latents: of its encoder, as `encoder_latents` gives them."""
-    return measurement_of(stage_sums(opened, latents, watch), "test")
+    return measurement_of(stage_sums(opened, latents, watch), "test", opened.model.modality.figures)
 
 
 def stage_sums(opened: Opened, latents: Latents, watch: Watch) -> Sums:

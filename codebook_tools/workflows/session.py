@@ -10,18 +10,18 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from codebook_tools.data.audio import sounds
-from codebook_tools.data.channels import FIRST, MIX
+from codebook_tools.data.channels import MIX
 from codebook_tools.data.dataset import Beyond, Media
-from codebook_tools.data.images import SAMPLE, images, sample_images
-from codebook_tools.data.items import Item, Medium, find_items
+from codebook_tools.data.images import SAMPLE
+from codebook_tools.data.items import find_items
+from codebook_tools.data.modality import Modality
 from codebook_tools.data.splits import Splits, limited, split
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import find_input_range, range_errors
 from codebook_tools.models.agreement import LEAST, Agreement
 from codebook_tools.models.evidence import uninitialised
 from codebook_tools.models.load import load_model
-from codebook_tools.models.model import AS_IT_IS, INPUT_RANGES, Model
+from codebook_tools.models.model import Model
 from codebook_tools.models.proof import Proof, prove_opened
 from codebook_tools.models.registry import CUSTOM
 from codebook_tools.models.remarks import stale_state
@@ -73,14 +73,14 @@ class Opened:
 
     def of_data(self) -> list[str]:
         """What the passes over data brought to light, as warnings: items left out, and sound beyond full scale."""
-        takes, told = self.model.takes, list[str]()
+        many, told = self.model.modality.many, list[str]()
         if bad := self.unreadable():
             first = "; ".join(f"{name} ({bad[name]})" for name in sorted(bad)[:3])
-            told.append(f"{len(bad)} unreadable {takes} were skipped: {first}")
+            told.append(f"{len(bad)} unreadable {many} were skipped: {first}")
         beyond = dict[str, Beyond]()
         for its in distributed.each(self.calibration.beyond | self.test.beyond):
             beyond |= its
-        return [*told, _told_beyond(beyond, takes)] if beyond else told
+        return [*told, _told_beyond(beyond, many)] if beyond else told
 
     def pass_once(self) -> None:
         """Where calibration data are read once and test data twice, keep none of those and little of these: memory
@@ -124,15 +124,14 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         )
         if request.wrapped:
             model.build = partial(request.wrapped.built, [book.found for book in model.books], checkpoint)
-        splits, medium = _listed(request, model, measuring)
+        splits, modality = _listed(request, model, measuring)
         model.compiled = request.compiled
         runs_ahead = model.device.type in RUN_AHEAD
         workers = (_helpful_workers() if runs_ahead else 0) if request.workers is None else request.workers
         calibration, test = (
             Media(
                 items,
-                medium,
-                model.channels,
+                modality,
                 request.skip_bad,
                 watch,
                 distributed.part(),
@@ -151,7 +150,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         opened.warnings.append(f"{len(model.carried)} tensors unknown to the network are carried over unchanged: {few}")
     if splits.calibration and not (request.data or request.knows_sample):
         opened.warnings.append(UNSEEN)
-    if model.takes == "images" and request.size is not None:
+    if modality.pictures and request.size is not None:
         opened.warnings += size_warning(checkpoint, model.family, request.size)
     with watch.phase("measure"):
         _choose_input_range(request, opened)
@@ -182,43 +181,25 @@ def _helpful_workers() -> int:
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _listed(request: Request, model: Model, measuring: bool) -> tuple[Splits, Medium]:
-    """The items by split, and the medium that they are read by: what the model takes decides."""
-    if model.takes == "clips":
-        model.stride, model.channels = model.network.hop, model.network.channels
-        medium = sounds(model.network.sampling_rate, model.stride, request.size)
-        return _splits(request, medium, measuring), medium
-    splits = _splits(request, images(request.size), measuring)
-    model.probe(*_first_size(splits.calibration or splits.test, request))
-    return splits, images(request.size, model.stride)
+def _listed(request: Request, model: Model, measuring: bool) -> tuple[Splits, Modality]:
+    """The items by split, and how the model takes them."""
+    modality = model.modality.of(model.network, request.size)
+    splits = _splits(request, modality, measuring)
+    return splits, modality.probed(splits.calibration or splits.test, model.encode, request.skip_bad)
 
 
-def _splits(request: Request, medium: Medium, measuring: bool) -> Splits:
-    test = limited(find_items(request.test_data, medium), request.limit, request.seed) if request.test_data else None
+def _splits(request: Request, modality: Modality, measuring: bool) -> Splits:
+    test = limited(find_items(request.test_data, modality), request.limit, request.seed) if request.test_data else None
     if measuring and test and not request.data:
         return Splits([], [], test)
-    if not request.data and medium.many != "images":
-        raise CodebookError(f"no --data: there is no bundled sample of {medium.many}; give some")
-    data = find_items(request.data, medium) if request.data else sample_images()
-    return split(limited(data, request.limit, request.seed), test, many=medium.many)
-
-
-def _first_size(items: list[Item], request: Request) -> tuple[int, int]:
-    """Height and width of the first readable image, as the model will see it but for the stride."""
-    if request.size is not None:
-        return request.size, request.size
-    for item in items:
-        _, pixels = Media(items, images(), 3, skip_bad=request.skip_bad, mixing=FIRST).load([item])
-        if len(pixels):
-            return pixels.shape[2], pixels.shape[3]
-    raise CodebookError(f"none of {len(items)} images can be read, the last {items[-1].name}")
+    data = find_items(request.data, modality) if request.data else modality.sample()
+    return split(limited(data, request.limit, request.seed), test, many=modality.many)
 
 
 def _choose_input_range(request: Request, opened: Opened) -> None:
-    """The range given, or the one in which a few calibration images are reconstructed best; sounds have one."""
+    """The range given, or the one in which a few calibration items are reconstructed best, where there are several."""
     model = opened.model
-    if model.takes != "images":
-        model.input_range = AS_IT_IS
+    if len(model.modality.input_ranges) == 1:
         return
     if request.input_range is not None:
         low, high = request.input_range
@@ -228,7 +209,7 @@ def _choose_input_range(request: Request, opened: Opened) -> None:
         opened.warnings += _better_range(opened)
         return
     errors = find_input_range(model, opened.calibration if len(opened.calibration) else opened.test)
-    best, second, _ = sorted(INPUT_RANGES, key=lambda bounds: errors[bounds])
+    best, second, *_ = sorted(errors, key=lambda bounds: errors[bounds])
     model.input_range = best
     if errors[second] <= 1.1 * errors[best]:
         opened.warnings.append(
@@ -243,7 +224,8 @@ def _better_range(opened: Opened) -> list[str]:
     _, pixels = media.load(limited(media.items, _COMPARED, seed=0))  # neighbours in name are often alike
     if not len(pixels):
         return []
-    own, errors = model.input_range, range_errors(model, pixels, [model.input_range, *INPUT_RANGES])
+    own = model.input_range
+    errors = range_errors(model, pixels, [own, *model.modality.input_ranges])
     best = min(errors, key=lambda bounds: errors[bounds], default=own)
     if own not in errors or errors[own] <= _MUCH_WORSE * errors[best]:
         return []

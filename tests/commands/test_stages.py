@@ -284,7 +284,7 @@ def test_a_key_that_the_network_does_not_walk_through_is_refused(
 
 def opened(path: Path, **more: Any) -> Model:
     model = load_model(read_checkpoint(path), network=f"{path.parent / 'residual.py'}:make", **more)
-    model.input_range, model.channels = (0.0, 1.0), 1
+    model.input_range = (0.0, 1.0)
     return model
 
 

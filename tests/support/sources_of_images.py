@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from codebook_tools.data import images
 from codebook_tools.data.dataset import Media
-from codebook_tools.data.images import images
 from codebook_tools.data.items import Item, find_items
 from codebook_tools.runtime.progress import Watch
 
 
 class Images(Media):
-    """Media whose medium is `images(size, stride)`: (n, channels, height, width) float32 in [0, 1]."""
+    """Media of images: (n, channels, height, width) float32 in [0, 1]."""
 
     def __init__(
         self,
@@ -24,9 +24,10 @@ class Images(Media):
         mixing: str | None = None,
         watch: Watch | None = None,
     ) -> None:
-        super().__init__(items, images(size, stride), channels, skip_bad, watch or Watch(), mixing=mixing)
+        modality = images.Images(size=size, channels=channels, stride=stride)
+        super().__init__(items, modality, skip_bad, watch or Watch(), mixing=mixing)
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Item]:
     """Every image under the paths, as `find_items` finds them."""
-    return find_items(paths, images())
+    return find_items(paths, images.Images())

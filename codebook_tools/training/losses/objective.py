@@ -106,8 +106,8 @@ def judges(
     """The networks that judge pictures, where the recipe asks for them. Raises CodebookError where they cannot."""
     if not (recipe.perceptual or recipe.adversarial):
         return None, None
-    if model.takes != "images":
-        raise CodebookError(f"--perceptual and --adversarial judge images; this model takes {model.takes}")
+    if not model.modality.pictures:
+        raise CodebookError(f"--perceptual and --adversarial judge images; this model takes {model.modality.many}")
     channels, *sides = pixels.shape[1:]
     perceptual = Perceptual(recipe.perceptual, min(sides), model.device) if recipe.perceptual else None
     discriminator = Discriminator(channels, min(sides), seed).to(model.device) if recipe.adversarial else None

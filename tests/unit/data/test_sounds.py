@@ -20,7 +20,7 @@ from scipy.signal import resample_poly
 from torch import Tensor
 
 from codebook_tools.data import dataset as media_module
-from codebook_tools.data.audio import sounds
+from codebook_tools.data.audio import Waveforms
 from codebook_tools.data.dataset import Beyond, Media
 from codebook_tools.data.items import Item, find_items
 from codebook_tools.data.splits import limited, split
@@ -54,11 +54,11 @@ def put(path: Path, data: bytes) -> Path:
 
 
 def find(*paths: Path, rate: int = RATE, hop: int = 1, size: int | None = None) -> list[Item]:
-    return find_items(paths, sounds(rate, hop, size))
+    return find_items(paths, Waveforms(rate=rate, stride=hop, size=size))
 
 
 def media(items: list[Item], channels: int = 1, skip_bad: bool = False, mixing: str | None = None) -> Media:
-    return Media(items, sounds(RATE, 1), channels, skip_bad, mixing=mixing)
+    return Media(items, Waveforms(rate=RATE, channels=channels), skip_bad, mixing=mixing)
 
 
 def read(items: Sequence[Item], channels: int = 1, mixing: str | None = None) -> Tensor:
@@ -105,7 +105,7 @@ def test_a_clip_is_a_second_or_the_size_given_cut_to_the_hop(
 
 def test_a_size_below_the_hop_is_the_users_error() -> None:
     with pytest.raises(CodebookError, match=r"--size 100 is smaller than the model's hop of 320 samples"):
-        sounds(RATE, 320, 100)
+        Waveforms(rate=RATE, stride=320, size=100)
 
 
 @pytest.mark.parametrize(("samples", "clips"), [(1, 1), (999, 1), (1000, 1), (1999, 1), (2000, 2)])

@@ -19,6 +19,7 @@ from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.write import tensor_bytes
 from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.data.images import probe
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.choose import choose_codebook
 from codebook_tools.models.ema_state import companion_values, companions_of, flags, laid_out
@@ -108,12 +109,10 @@ def test_a_layout_is_recognised_by_its_shapes_whatever_stands_before_its_names(
 def test_the_network_knows_its_stride_and_channels(tiny: Path, write_model: WriteModel) -> None:
     model = load(tiny)
     for side in (4, 6, 8, 10, 11, 14, 15, 16, 18, 28, 30, 33, 64, 130):
-        model.probe(side, side)
-        assert (model.channels, model.stride) == (3, 4), side
+        assert probe(model.encode, side, side) == (3, 4), side
     grey = {name: tensor.detach() for name, tensor in zalando.make(16, 1, 8, 4, 1, 4).state_dict().items()}
     model = load(write_model(state=grey))
-    model.probe(28, 30)
-    assert (model.channels, model.stride) == (1, 4)
+    assert probe(model.encode, 28, 30) == (1, 4)
 
 
 # --- what flows through a model ------------------------------------------------------------------------------------
@@ -510,7 +509,7 @@ def test_an_encoder_that_returns_something_else_is_refused_with_what_it_returned
     made = grey([0.0, 1.0])
     (tmp_path / "grey.py").write_text(GREY.replace("return self.encoder(images)", body))
     with pytest.raises(CodebookError, match=RETURNS[body]):
-        load_model(read_checkpoint(made.path), network=made.network).probe(16, 16)
+        probe(load_model(read_checkpoint(made.path), network=made.network).encode, 16, 16)
 
 
 def test_a_decoder_that_fails_is_the_users_to_mend(grey: Callable[..., Grey], tmp_path: Path) -> None:

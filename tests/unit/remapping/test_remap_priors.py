@@ -362,7 +362,7 @@ def loss(model: Any, tokens: Tensor, among: Tensor) -> float:
 @pytest.mark.slow
 def test_a_prior_over_the_demo_models_tokens_loses_nothing(codebook: Run, tmp_path: Path) -> None:
     model = load_model(read_checkpoint(DEMO))
-    images = Images(sample_images()[:64], 3, model.stride)
+    images = Images(sample_images()[:64], 3)
     with torch.no_grad():
         tokens = torch.cat([model.assign(model.encode(pixels)).flatten(1) for _, pixels in images.batches(32)])
     tokens = tokens[:, :64]

@@ -1,0 +1,105 @@
+"""Arrays in files and in memory as items, one a row."""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codebook_tools.data.items import Item, Values
+from codebook_tools.data.sources import Source
+from codebook_tools.errors import CodebookError, one_line
+
+Decode = Callable[[NDArray[Any]], Values]
+"""A row as it is stored, to the values of its item. Raises ValueError with the reason where it cannot be read."""
+
+
+def stored_arrays(path: Path, many: str) -> list[NDArray[Any]]:
+    """The array of a .npy file, mapped, or the only one of a .npz file, if it holds one.
+
+    Args:
+        path: Of the file.
+        many: What its rows are called.
+
+    Raises:
+        CodebookError: It cannot be read, or holds several arrays or something else.
+    """
+    try:
+        _refuse_bomb(path)
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays = [loaded] if isinstance(loaded, np.ndarray) else [loaded[name] for name in loaded]
+    except Exception as error:  # numpy and zipfile raise whatever they like on a damaged file
+        raise CodebookError(f"{path} is not a readable array file: {one_line(error)}") from error
+    if not all(isinstance(array, np.ndarray) for array in arrays):
+        raise CodebookError(f"{path} holds what is no array; give a .npz with one array of {many}, or a .npy")
+    if len(arrays) > 1:
+        raise CodebookError(f"{path} holds {len(arrays)} arrays; give a .npz with one array of {many}, or a .npy")
+    return arrays
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise ValueError for a .npz that is far longer in memory than on disk: data are not."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        packed = sum(member.compress_size for member in archive.infolist())
+        whole = sum(member.file_size for member in archive.infolist())
+    if whole > max(1 << 30, 200 * packed):
+        raise ValueError(f"{packed:,} bytes that unpack to {whole:,} look like a decompression bomb")
+
+
+def row_items(name: str, array: NDArray[Any], decode: Decode) -> list[Item]:
+    """One item a row of an array (n, ...), named NAME#row."""
+    rows: NDArray[Any] | _FileRows = array.view(np.ndarray)
+    file = None
+    if isinstance(array, np.memmap):
+        file = str(array.filename)
+        rows = _FileRows(file, array.offset, array.dtype, array.shape[1:]) if array.flags.c_contiguous else rows
+    nbytes = array[:1].nbytes
+    return [_item(f"{name}#{i}", _Row(rows, i, decode), nbytes, file) for i in range(len(array))]
+
+
+def array_item(name: str, array: NDArray[Any], decode: Decode, group: str) -> Item:
+    """A whole array as one item."""
+    return _item(name, _Row(array[None], 0, decode), array.nbytes, group=group)
+
+
+@dataclass(frozen=True, eq=False)
+class _FileRows:
+    """Rows of an array in a file, read when asked for: what is mapped counts as memory once it was touched."""
+
+    file: str
+    start: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def __getitem__(self, number: int) -> NDArray[Any]:
+        count = math.prod(self.shape)
+        at = self.start + number * count * self.dtype.itemsize
+        return np.fromfile(self.file, self.dtype, count, offset=at).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Row:
+    """A row of an array: called, its values; opened, its bytes."""
+
+    rows: NDArray[Any] | _FileRows
+    number: int
+    decode: Decode
+
+    def __call__(self) -> Values:
+        return self.decode(self.rows[self.number])
+
+    def open(self) -> BinaryIO:
+        return io.BytesIO(self.rows[self.number].tobytes())
+
+
+def _item(name: str, row: _Row, nbytes: int, file: str | None = None, group: str | None = None) -> Item:
+    return Item(name, Source(name, nbytes, row.open, file), row, group)
