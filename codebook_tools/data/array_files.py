@@ -63,12 +63,12 @@ def row_items(name: str, array: NDArray[Any], decode: Decode) -> list[Item]:
         file = str(array.filename)
         rows = _FileRows(file, array.offset, array.dtype, array.shape[1:]) if array.flags.c_contiguous else rows
     nbytes = array[:1].nbytes
-    return [_item(f"{name}#{i}", _Row(rows, i, decode), nbytes, file) for i in range(len(array))]
 
+    def item(number: int) -> Item:
+        row, own = _Row(rows, number, decode), f"{name}#{number}"
+        return Item(own, Source(own, nbytes, row.open, file), row)
 
-def array_item(name: str, array: NDArray[Any], decode: Decode, group: str) -> Item:
-    """A whole array as one item."""
-    return _item(name, _Row(array[None], 0, decode), array.nbytes, group=group)
+    return list(map(item, range(len(array))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,3 @@ class _Row:
 
     def open(self) -> BinaryIO:
         return io.BytesIO(self.rows[self.number].tobytes())
-
-
-def _item(name: str, row: _Row, nbytes: int, file: str | None = None, group: str | None = None) -> Item:
-    return Item(name, Source(name, nbytes, row.open, file), row, group)

@@ -85,10 +85,31 @@ class Waveforms(Modality):
         return max(self.stride, (self.size or self.rate) // self.stride * self.stride)
 
     def items(self, source: Source) -> list[Item]:
-        return _clips(source, self.rate, self.samples)
+        """Clips named FILE#number; one file is one group."""
+        name, rate, samples = source.name, self.rate, self.samples
+        try:
+            with _opened(source) as sound:
+                count = sound.frames * rate // sound.samplerate // samples
+        except (OSError, ValueError):
+            count = 0
+        return [
+            Item(f"{name}#{i}", source, partial(decode_clip, source, rate, i * samples, samples), name)
+            for i in range(max(1, count))
+        ]
 
     def rows(self, name: str, array: Values) -> list[Item]:
-        return _held_clips(name, array, self.samples)
+        """Clips of waveforms (n, samples) or (n, channels, samples) at the network's rate, floating point with 1 at
+        full scale; cut as those of a file are."""
+        if array.ndim not in (2, 3) or not array.size:
+            raise CodebookError(f"{name} has shape {array.shape}: expected (n, samples) or (n, channels, samples)")
+        if array.dtype.kind != "f":
+            raise CodebookError(f"{name} has dtype {array.dtype}: expected floating point, 1 being full scale")
+        waves = array[:, None] if array.ndim == 2 else array
+        return [
+            _held_clip(f"{name}#{row}", wave, i, self.samples)
+            for row, wave in enumerate(waves)
+            for i in range(max(1, wave.shape[-1] // self.samples))
+        ]
 
     def in_channels(self, values: Values, how: str | None) -> Values | None:
         """Several channels that are not alike become their mean, or the first of them, as `how` says."""
@@ -99,34 +120,6 @@ class Waveforms(Modality):
         if how == FIRST:
             return values[: self.channels] if len(values) > self.channels else repeated(values, self.channels)
         return repeated(values.mean(axis=0, keepdims=True), self.channels) if how == MIX else None
-
-
-def _clips(source: Source, rate: int, samples: int) -> list[Item]:
-    """Named FILE#number; one file is one group. A file that cannot be read is one clip, which says so when decoded."""
-    try:
-        with _opened(source) as sound:
-            count = sound.frames * rate // sound.samplerate // samples
-    except (OSError, ValueError):
-        count = 0
-    return [
-        Item(f"{source.name}#{i}", source, partial(decode_clip, source, rate, i * samples, samples), source.name)
-        for i in range(max(1, count))
-    ]
-
-
-def _held_clips(name: str, array: Values, samples: int) -> list[Item]:
-    """Clips of waveforms that a program holds, (n, samples) or (n, channels, samples) at the model's rate, floating
-    point with 1 at full scale; cut as those of a file are."""
-    if array.ndim not in (2, 3) or not array.size:
-        raise CodebookError(f"{name} has shape {array.shape}: expected (n, samples) or (n, channels, samples)")
-    if array.dtype.kind != "f":
-        raise CodebookError(f"{name} has dtype {array.dtype}: expected floating point, 1 being full scale")
-    waves = array[:, None] if array.ndim == 2 else array
-    return [
-        _held_clip(f"{name}#{row}", wave, i, samples)
-        for row, wave in enumerate(waves)
-        for i in range(max(1, wave.shape[-1] // samples))
-    ]
 
 
 def _held_clip(name: str, wave: Values, number: int, samples: int) -> Item:

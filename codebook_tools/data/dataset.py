@@ -185,7 +185,7 @@ class Media:
         if tuple(values.shape) != shape:
             this, other = map(self.modality.written, (values.shape, shape))
             raise CodebookError(
-                f"{self.modality.many} of unlike sizes: {item} is {this}, {first} is {other}; {self.modality.alike}"
+                f"{self.modality.many} of unlike sizes: {item} is {this}, {first} is {other}; {self.modality.remedy}"
             )
         self._note(item, values)
         self._cache.add(item, values)

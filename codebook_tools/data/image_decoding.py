@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
 
-from codebook_tools.data.channels import FIRST, MIX, alike, repeated
-
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what goes wrong is raised; nobody asked for log lines
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -144,21 +142,8 @@ def _channels_first(picture: Image.Image) -> NDArray[np.uint8]:
     return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
 
 
-def in_channels(pixels: NDArray[Any], channels: int, how: str | None) -> NDArray[Any] | None:
-    """A picture in 1 channel, for grey, or 3, for RGB. Alpha goes, and of colours stays their luma (0.299, 0.587,
-    0.114) or the first, as `how` says; None where it says nothing."""
-    colours = pixels[:-1] if len(pixels) in (2, 4) else pixels
-    if how is None and len(colours) < len(pixels):
-        return None
-    if len(colours) == channels:
-        return colours
-    if how == FIRST or alike(colours):
-        return repeated(colours, channels)
-    return _luma(colours) if how == MIX else None
-
-
-def _luma(pixels: NDArray[Any]) -> NDArray[Any]:
-    """(1, height, width) of RGB."""
+def luma(pixels: NDArray[Any]) -> NDArray[Any]:
+    """(1, height, width) of RGB: 0.299, 0.587, 0.114."""
     if pixels.dtype == np.uint8:
         return np.asarray(_picture(pixels).convert("L"))[None]
     return np.tensordot(_LUMA, pixels, axes=1)[None].astype(np.float32)
@@ -184,17 +169,3 @@ def square(pixels: NDArray[Any], side: int) -> NDArray[Any]:
 
 def _centre(picture: Image.Image, side: int) -> Image.Image:
     return ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
-
-
-def fitted(pixels: NDArray[Any], size: int | None, stride: int) -> NDArray[Any]:
-    """The centre of a picture, (channels, height, width), with sides that stride divides.
-
-    size: first made a square of this side. Raises ValueError for a picture smaller than the stride.
-    """
-    if size is not None and pixels.shape[1:] != (size, size):
-        pixels = square(pixels, size)
-    height, width = (side - side % stride for side in pixels.shape[1:])
-    if not height or not width:
-        raise ValueError(f"{pixels.shape[2]}x{pixels.shape[1]} is smaller than the model's stride of {stride}")
-    top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
-    return np.ascontiguousarray(pixels[:, top : top + height, left : left + width])

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codebook_tools.data.array_files import array_item, row_items, stored_arrays
-from codebook_tools.data.channels import FIRST
+from codebook_tools.data.array_files import row_items, stored_arrays
+from codebook_tools.data.channels import FIRST, MIX, alike, repeated
 from codebook_tools.data.dataset import Media
-from codebook_tools.data.image_decoding import decode_picture, decode_row, fitted, in_channels
+from codebook_tools.data.image_decoding import decode_picture, decode_row, luma, square
 from codebook_tools.data.items import Item, Values
 from codebook_tools.data.modality import Modality
 from codebook_tools.data.sources import Source
@@ -38,9 +38,9 @@ class Images(Modality):
     width) in [0, 1].
 
     Attributes:
-        size: Side of a square that the centre of every image is cut and resized to; None: all must have one size.
+        size: Side of a square that the center of every image is cut and resized to; None: all must have one size.
         channels: 1 or 3.
-        stride: Height and width are cut to a multiple of it, from the centre.
+        stride: Height and width are cut to a multiple of it, from the center.
 
     Raises:
         CodebookError: A size that no image has.
@@ -51,7 +51,7 @@ class Images(Modality):
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
     archives = dict.fromkeys((".npy", ".npz"), _stored_items)
     mixes = "the luma of colours, or the first of them; alpha goes"
-    alike = "give --size N, and the centre square of each is resized to so many pixels"
+    remedy = "give --size N, and the centre square of each is resized to so many pixels"
     input_ranges = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))  # the file does not say what its network was trained on
     bounds = (0, 1)
     figures = frozenset({"psnr", "ssim", "sharpness"})
@@ -67,15 +67,15 @@ class Images(Modality):
     def accepts(cls, network: object) -> bool:
         return True
 
-    def probed(self, items: Sequence[Item], encode: Callable[[Tensor], Tensor], skip_bad: bool) -> Self:
+    def probed(self, items: list[Item], encode: Callable[[Tensor], Tensor], skip_bad: bool) -> Self:
         height, width = self._first_size(items, skip_bad) if self.size is None else (self.size, self.size)
         channels, stride = probe(encode, height, width)
         return replace(self, channels=channels, stride=stride)
 
-    def _first_size(self, items: Sequence[Item], skip_bad: bool) -> tuple[int, int]:
+    def _first_size(self, items: list[Item], skip_bad: bool) -> tuple[int, int]:
         """Height and width of the first readable image, as the network will see it but for the stride."""
         for item in items:
-            _, pixels = Media([*items], Images(), skip_bad, mixing=FIRST).load([item])
+            _, pixels = Media(items, Images(), skip_bad, mixing=FIRST).load([item])
             if len(pixels):
                 return pixels.shape[2], pixels.shape[3]
         raise CodebookError(f"none of {len(items)} images can be read, the last {items[-1].name}")
@@ -91,10 +91,25 @@ class Images(Modality):
         return sample_images()
 
     def in_channels(self, values: Values, how: str | None) -> Values | None:
-        return in_channels(values, self.channels, how)
+        """Alpha goes, and of colors stays their luma or the first, as `how` says."""
+        colors = values[:-1] if len(values) in (2, 4) else values
+        if how is None and len(colors) < len(values):
+            return None
+        if len(colors) == self.channels:
+            return colors
+        if how == FIRST or alike(colors):
+            return repeated(colors, self.channels)
+        return luma(colors) if how == MIX else None
 
     def fitted(self, values: Values) -> Values:
-        return fitted(values, self.size, self.stride)
+        """The center of a picture, with sides that `stride` divides. Raises ValueError for one smaller than that."""
+        if self.size is not None and values.shape[1:] != (self.size, self.size):
+            values = square(values, self.size)
+        height, width = (side - side % self.stride for side in values.shape[1:])
+        if not height or not width:
+            raise ValueError(f"{self.written(values.shape)} is smaller than the model's stride of {self.stride}")
+        top, left = (values.shape[1] - height) // 2, (values.shape[2] - width) // 2
+        return np.ascontiguousarray(values[:, top : top + height, left : left + width])
 
     @classmethod
     def written(cls, shape: Sequence[int]) -> str:
@@ -105,6 +120,7 @@ def _picture(source: Source) -> Values:
     return decode_picture(source.read())
 
 
+@torch.no_grad()
 def probe(encode: Callable[[Tensor], Tensor], height: int, width: int) -> tuple[int, int]:
     """Find out channels and stride of a network by encoding an empty image of that size, or one of 64 or 256 pixels.
 
@@ -124,17 +140,12 @@ def probe(encode: Callable[[Tensor], Tensor], height: int, width: int) -> tuple[
     for sides in ((height, width), (64, 64), (256, 256)):
         for channels in (3, 1):
             try:
-                grid = _encode_blank(encode, channels, *sides).shape[2:]
+                grid = encode(torch.zeros(1, channels, *sides)).shape[2:]
             except CodebookError as error:
                 problems.setdefault(channels, error)  # of the size that was asked for
                 continue
             return channels, _stride(encode, channels, sides[-1], grid[-1]) if len(grid) == 2 else 1
     raise CodebookError(f"the network encodes neither RGB images ({problems[3]}) nor grey ones ({problems[1]})")
-
-
-def _encode_blank(encode: Callable[[Tensor], Tensor], channels: int, height: int, width: int) -> Tensor:
-    with torch.no_grad():
-        return encode(torch.zeros(1, channels, height, width))
 
 
 def _stride(encode: Callable[[Tensor], Tensor], channels: int, side: int, positions: int) -> int:
@@ -145,7 +156,7 @@ def _stride(encode: Callable[[Tensor], Tensor], channels: int, side: int, positi
         return stride
     larger = side << max(0, (256 // side).bit_length() - 1)
     try:
-        latents = _encode_blank(encode, channels, larger, larger)
+        latents = encode(torch.zeros(1, channels, larger, larger))
     except CodebookError:
         return stride
     return max(1, round(larger / latents.shape[-1]))
@@ -156,7 +167,7 @@ def array_items(name: str, array: NDArray[np.generic]) -> list[Item]:
 
     uint8, or floating point in [0, 1].
     """
-    if array.ndim not in (3, 4) or (array.ndim == 4 and 1 not in _channels(array) and 3 not in _channels(array)):
+    if array.ndim not in (3, 4) or (array.ndim == 4 and not {1, 3} & {array.shape[1], array.shape[3]}):
         raise CodebookError(
             f"{name} has shape {array.shape}: expected (n, h, w), (n, h, w, 1 or 3) or (n, 1 or 3, h, w)"
         )
@@ -166,10 +177,6 @@ def array_items(name: str, array: NDArray[np.generic]) -> list[Item]:
         what = "images without pixels" if len(array) else "no rows, which images are"
         raise CodebookError(f"{name} has shape {array.shape}: it holds {what}")
     return row_items(name, array, decode_row)
-
-
-def _channels(array: NDArray[np.generic]) -> tuple[int, int]:
-    return array.shape[1], array.shape[3]
 
 
 def sample_photographs() -> dict[str, NDArray[np.uint8]]:
@@ -188,7 +195,7 @@ def sample_images() -> list[Item]:
     """
     side, block, offset = 32, 53, 7
     return [
-        array_item(f"{SAMPLE}/{region}/{y:03d}-{x:03d}", patch, decode_row, group=region)
+        replace(*row_items(region, patch[None], decode_row), name=f"{SAMPLE}/{region}/{y:03d}-{x:03d}", group=region)
         for name, photograph in sample_photographs().items()
         for top in range(0, photograph.shape[0] - block + 1, block)
         for left in range(0, photograph.shape[1] - block + 1, block)

@@ -32,7 +32,7 @@ class Modality(ABC):
         suffixes: Endings of files that hold items.
         archives: By suffix, how files are read that count only where they themselves are given.
         mixes: What `in_channels` makes of channels that the network has not, in words.
-        alike: How items get one shape, in words.
+        remedy: How items of unlike shapes get one, in words.
         full: Full scale of values that may go beyond it on either side; None: none can.
         input_ranges: Ranges of values that networks are trained on, where data are in [0, 1]: of several, each is
             tried; of one there is no question.
@@ -50,7 +50,7 @@ class Modality(ABC):
     suffixes: ClassVar[tuple[str, ...]]
     archives: ClassVar[Mapping[str, Callable[[Path], list[Item]]]] = {}
     mixes: ClassVar[str] = ""
-    alike: ClassVar[str] = "give items of one shape"
+    remedy: ClassVar[str] = "give items of one shape"
     full: ClassVar[float | None] = None
     input_ranges: ClassVar[tuple[tuple[float, float], ...]] = (AS_IT_IS,)
     bounds: ClassVar[tuple[float, float] | None] = None
@@ -71,7 +71,7 @@ class Modality(ABC):
         """How the network takes data, as far as it says so. Raises CodebookError for a size that it cannot take."""
         return cls(size=size)
 
-    def probed(self, items: Sequence[Item], encode: Callable[[Tensor], Tensor], skip_bad: bool) -> Self:
+    def probed(self, items: list[Item], encode: Callable[[Tensor], Tensor], skip_bad: bool) -> Self:
         """How the network takes data, which some only show when they encode.
 
         Args:
