@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from codebook_tools.data.channels import FIRST, MIX, alike, repeated
+from codebook_tools.data.channels import in_channels
 from codebook_tools.data.items import Item, Values
 from codebook_tools.data.modality import Modality
 from codebook_tools.data.sources import Source
@@ -73,6 +73,7 @@ class Waveforms(Modality):
 
     @classmethod
     def accepts(cls, network: object) -> bool:
+        """A network of waveforms says its `sampling_rate` in Hz, its `hop` in samples a latent, and its `channels`."""
         return hasattr(network, "sampling_rate")
 
     @classmethod
@@ -112,14 +113,7 @@ class Waveforms(Modality):
         ]
 
     def in_channels(self, values: Values, how: str | None) -> Values | None:
-        """Several channels that are not alike become their mean, or the first of them, as `how` says."""
-        if len(values) == self.channels:
-            return values
-        if alike(values):
-            return repeated(values, self.channels)
-        if how == FIRST:
-            return values[: self.channels] if len(values) > self.channels else repeated(values, self.channels)
-        return repeated(values.mean(axis=0, keepdims=True), self.channels) if how == MIX else None
+        return in_channels(values, self.channels, how, lambda waves: waves.mean(axis=0, keepdims=True))
 
 
 def _held_clip(name: str, wave: Values, number: int, samples: int) -> Item:

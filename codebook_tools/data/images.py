@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from codebook_tools.data.array_files import row_items, stored_arrays
-from codebook_tools.data.channels import FIRST, MIX, alike, repeated
+from codebook_tools.data.channels import FIRST, in_channels
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.image_decoding import decode_picture, decode_row, luma, square
 from codebook_tools.data.items import Item, Values
@@ -91,15 +91,11 @@ class Images(Modality):
         return sample_images()
 
     def in_channels(self, values: Values, how: str | None) -> Values | None:
-        """Alpha goes, and of colors stays their luma or the first, as `how` says."""
+        """Alpha goes, where any channel may."""
         colors = values[:-1] if len(values) in (2, 4) else values
         if how is None and len(colors) < len(values):
             return None
-        if len(colors) == self.channels:
-            return colors
-        if how == FIRST or alike(colors):
-            return repeated(colors, self.channels)
-        return luma(colors) if how == MIX else None
+        return in_channels(colors, self.channels, how, luma)
 
     def fitted(self, values: Values) -> Values:
         """The center of a picture, with sides that `stride` divides. Raises ValueError for one smaller than that."""

@@ -29,8 +29,8 @@ samples) float32."""
 class Item:
     """One image or clip, not read yet.
 
-    name: of its source, or SOURCE#number where that holds several. source: its bytes as stored. decode: its values, in
-    the channels that it has. group: items of one group go into one split; by default each is its own.
+    name: of its source, or SOURCE#number where that holds several. source: its bytes as stored, which clips of a file
+    share. decode: its values, in the channels that it has. group: items of one group go into one split; by default each is its own.
     """
 
     name: str
@@ -41,15 +41,6 @@ class Item:
     def __str__(self) -> str:
         """The name on one line, whatever is in it."""
         return plain(self.name)
-
-    @property
-    def nbytes(self) -> int:
-        """Length of what is stored."""
-        return self.source.nbytes
-
-    def read(self) -> bytes:
-        """What is stored; clips of one file share it."""
-        return self.source.read()
 
     @property
     def kin(self) -> str:
@@ -72,7 +63,7 @@ class Item:
 
 def items_sha256(items: Iterable[Item]) -> str:
     """Of their names and lengths, in their order: the same data in another place are the same."""
-    return _sha256("\n".join(f"{item.name} {item.nbytes}" for item in items)).hex()
+    return _sha256("\n".join(f"{item.name} {item.source.nbytes}" for item in items)).hex()
 
 
 def _sha256(names: str) -> bytes:

@@ -193,9 +193,9 @@ def _items_digest(items: Sequence[Item]) -> str:
     for item in items:
         file = item.source.file
         if file is None:
-            stored: object = hashlib.sha256(item.read()).hexdigest()
+            stored: object = hashlib.sha256(item.source.read()).hexdigest()
         elif (stored := times.get(file)) is None:
             status = os.stat(file)
             stored = times[file] = [status.st_size, status.st_mtime_ns]
-        digest.update(json.dumps([item.name, item.nbytes, stored]).encode())
+        digest.update(json.dumps([item.name, item.source.nbytes, stored]).encode())
     return digest.hexdigest()

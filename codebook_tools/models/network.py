@@ -49,12 +49,3 @@ class Quantizing(Network, Protocol):
     """
 
     def quantize(self, encoded: Any, /) -> tuple[Any, Tensor]: ...
-
-
-class Listening(Network, Protocol):
-    """A network of waveforms. sampling_rate: in Hz. hop: samples a latent; inputs are cut to multiples of it.
-    channels: of its waveforms."""
-
-    sampling_rate: int
-    hop: int
-    channels: int

@@ -140,7 +140,7 @@ def few(folder: Path) -> Path:
     for item in find_images([CIFAR_TEST])[:20]:
         path = chosen / item.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(item.read())
+        path.write_bytes(item.source.read())
     return chosen
 
 
@@ -151,7 +151,7 @@ def test_test_data_choose_nothing_and_the_same_run_gives_the_same_bytes(codebook
         for item in chosen:
             path = folder / item.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(item.read())
+            path.write_bytes(item.source.read())
     written, measured = [], []
     for name, test in (("one", folders[0]), ("two", folders[1]), ("three", folders[0])):
         output = tmp_path / f"{name}.safetensors"

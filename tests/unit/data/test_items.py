@@ -33,14 +33,14 @@ def test_a_folder_of_any_depth_is_read_whole_in_order_of_name(tmp_path: Path) ->
     items = find_images([tmp_path])
     assert names(items) == ["0.png", "a/a.PNG", "a/z/deep.png", "b.png"]
     assert torch.equal(read(items), as_tensor(*(pictures[item.name] for item in items)))
-    assert [item.nbytes for item in items] == [len(item.read()) for item in items]
+    assert [item.source.nbytes for item in items] == [len(item.source.read()) for item in items]
 
 
 def test_a_tar_holds_the_same_items_as_the_folder_it_was_made_of(images_folder: Path, images_tar: Path) -> None:
     loose, packed = find_images([images_folder]), find_images([images_tar])
     assert names(loose) == names(packed) and len(loose) == 60
-    assert [item.nbytes for item in loose] == [item.nbytes for item in packed]
-    assert [item.read() for item in loose] == [item.read() for item in packed]
+    assert [item.source.nbytes for item in loose] == [item.source.nbytes for item in packed]
+    assert [item.source.read() for item in loose] == [item.source.read() for item in packed]
     assert torch.equal(read(loose), read(packed))
     assert names(split(loose).test) == names(split(packed).test)
 
@@ -275,7 +275,7 @@ def test_shards_are_listed_by_braces_and_by_repetition_and_may_share_names(tmp_p
     assert names(items) == [f"{shard:03d}.tar/{i}.png" for shard in range(12) for i in range(5)]
     assert torch.equal(read(items), as_tensor(*(picture(100 * shard + i) for shard in range(12) for i in range(5))))
     few = find_images([tmp_path / "{000..001}.tar"])
-    assert [item.read() for item in few] == [item.read() for item in items[:10]]
+    assert [item.source.read() for item in few] == [item.source.read() for item in items[:10]]
 
 
 def test_a_tar_that_the_system_refuses_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
