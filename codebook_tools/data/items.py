@@ -30,7 +30,8 @@ class Item:
     """One image or clip, not read yet.
 
     name: of its source, or SOURCE#number where that holds several. source: its bytes as stored, which clips of a file
-    share. decode: its values, in the channels that it has. group: items of one group go into one split; by default each is its own.
+    share. decode: its values, in the channels that it has. group: items of one group go into one split; by default each
+    is its own.
     """
 
     name: str

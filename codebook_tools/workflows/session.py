@@ -124,7 +124,9 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         )
         if request.wrapped:
             model.build = partial(request.wrapped.built, [book.found for book in model.books], checkpoint)
-        splits, modality = _listed(request, model, measuring)
+        modality = model.modality.of(model.network, request.size)
+        splits = _splits(request, modality, measuring)
+        modality = modality.probed(splits.calibration or splits.test, model.encode, request.skip_bad)
         model.compiled = request.compiled
         runs_ahead = model.device.type in RUN_AHEAD
         workers = (_helpful_workers() if runs_ahead else 0) if request.workers is None else request.workers
@@ -181,14 +183,8 @@ def _helpful_workers() -> int:
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _listed(request: Request, model: Model, measuring: bool) -> tuple[Splits, Modality]:
-    """The items by split, and how the model takes them."""
-    modality = model.modality.of(model.network, request.size)
-    splits = _splits(request, modality, measuring)
-    return splits, modality.probed(splits.calibration or splits.test, model.encode, request.skip_bad)
-
-
 def _splits(request: Request, modality: Modality, measuring: bool) -> Splits:
+    """The items that the user names, or the sample, by what they may influence."""
     test = limited(find_items(request.test_data, modality), request.limit, request.seed) if request.test_data else None
     if measuring and test and not request.data:
         return Splits([], [], test)
