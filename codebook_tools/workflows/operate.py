@@ -182,11 +182,11 @@ class Run:
             media, sizes = target.media(), self.sizes()
             config = written_config(checkpoint, size)
             about = provenance_of(self.command, target, sizes, done.kept, done.tuned, sorted(done.index_maps))
-            told = cards(output, checkpoint, self.command, target.settings, sizes, self.stages, done.kept)
+            card = cards(output, checkpoint, self.command, target.settings, sizes, self.stages, done.kept)
 
             def write() -> tuple[Path, int, Proof]:
-                given = (checkpoint, output, self.changed(), about, self.maps, config, told)
-                map_path = write_checkpoint(*given, force=request.force, check=check)
+                contents = (self.changed(), about, self.maps, config, card)
+                map_path = write_checkpoint(checkpoint, output, *contents, force=request.force, check=check)
                 return map_path, *proven[0]
 
             proven = list[tuple[int, Proof]]()
@@ -246,13 +246,13 @@ def operate_in_memory(
     else:
         target = _opened(command, request, strategy, recipe, watch, written)
     model = target.model
-    seen = calibrate(target, watch)
-    target.warnings += seen.first.remarks(getattr(strategy, "exact", False))
+    calibration = calibrate(target, watch)
+    target.warnings += calibration.first.remarks(getattr(strategy, "exact", False))
     with watch.phase("measure"):
         latents = encoder_latents(target)
     before = target.measurement(target.sums(latents, watch))
     old, books = [on_cpu(book) for book in model.books], tuple(map(replace, model.books))
-    surgeries = perform(target, strategy, seen, watch) if strategy else {}
+    surgeries = perform(target, strategy, calibration, watch) if strategy else {}
     output = check_request_output(request, command, target.size) if written else None
     check_size_follows(model, target.size)
     first = model.books[model.chosen[0]]
@@ -268,7 +268,7 @@ def operate_in_memory(
         if saving and recipe.steps and request.resume and not saving.path.exists():
             target.warnings.append(f"--resume: there is no {saving.path}; the fine-tuning began at step 0")
         done = run_stages(
-            target, surgeries, seen, latents, recipe,
+            target, surgeries, calibration, latents, recipe,
             seed=request.seed, watch=watch, saving=saving, log_dir=request.log_dir,
         )  # fmt: skip
         if done.tuned:
@@ -279,7 +279,7 @@ def operate_in_memory(
             target.warnings += blur_warnings(before, done.finetuned)
             tokens = target.tokens(watch)
         else:
-            tokens = current_tokens(target, seen, done.kept == "surgery", watch)
+            tokens = current_tokens(target, calibration, done.kept == "surgery", watch)
     else:
         target.settings |= {"codes": f"{old[0].size} -> {target.size}", **settings_of(strategy)}
         index_maps = {stage: surgery.index_map for stage, surgery in surgeries.items()}
@@ -288,7 +288,7 @@ def operate_in_memory(
         tokens = target.tokens_after(old, index_maps)
     maps = dict[str, Tensor]()
     for stage, index_map in done.index_maps.items():
-        samples = (seen.tokens[stage].sample, tokens[stage].sample)
+        samples = (calibration.tokens[stage].sample, tokens[stage].sample)
         nearest = nearest_map(index_map, old[stage], on_cpu(model.books[stage]), samples)
         for place in model.books[stage].found.places:
             maps |= {f"{place.key}/index_map": index_map, f"{place.key}/nearest": nearest}

@@ -69,11 +69,11 @@ class Target(ABC):
     def tokens(self, watch: Watch) -> tuple[Tokens, ...]:
         """The tokens of the calibration data, of each codebook."""
         surveys = (self.survey(stage, watch) for stage in range(len(self.model.books)))
-        return tuple(Tokens(seen.counts, seen.error, seen.codes) for seen in surveys)
+        return tuple(Tokens(each.counts, each.error, each.codes) for each in surveys)
 
     @abstractmethod
-    def all_latents(self, stage: int, seen: Survey) -> Latents:
-        """Those that `seen` is a sample of. Raises CodebookError where they cannot be read again."""
+    def all_latents(self, stage: int, survey: Survey) -> Latents:
+        """Those that were surveyed. Raises CodebookError where they cannot be read again."""
 
     @abstractmethod
     def reference_latents(self, stage: int) -> Tensor | None:
@@ -152,11 +152,11 @@ class Opened(Target):
         with watch.phase("encode"):
             return tokenise(self.model, self.calibration, seed=request.seed, batch=request.batch_size, watch=watch)
 
-    def all_latents(self, stage: int, seen: Survey) -> Latents:
+    def all_latents(self, stage: int, survey: Survey) -> Latents:
         if self.request.latents_cache is None:
             raise CodebookError(
-                f"--exact goes over {seen.total:,} latents many times: keep them with --latents-cache DIR, or "
-                f"leave --exact out for k-means on {len(seen.sample):,} of them"
+                f"--exact goes over {survey.total:,} latents many times: keep them with --latents-cache DIR, or "
+                f"leave --exact out for k-means on {len(survey.sample):,} of them"
             )
         return self.latents(stage)
 
@@ -179,19 +179,19 @@ class Opened(Target):
 
     def unreadable(self) -> dict[str, str]:
         """Names of the items that some process could not read, and why."""
-        found = distributed.each(self.calibration.bad | self.test.bad)
-        return {name: reason for bad in found for name, reason in bad.items()}
+        parts = distributed.each(self.calibration.bad | self.test.bad)
+        return {name: reason for bad in parts for name, reason in bad.items()}
 
     def of_data(self) -> list[str]:
         """Items left out, and sound beyond full scale."""
-        takes, told = self.model.takes, list[str]()
+        takes, warnings = self.model.takes, list[str]()
         if bad := self.unreadable():
             first = "; ".join(f"{name} ({bad[name]})" for name in sorted(bad)[:3])
-            told.append(f"{len(bad)} unreadable {takes} were skipped: {first}")
+            warnings.append(f"{len(bad)} unreadable {takes} were skipped: {first}")
         beyond = dict[str, Beyond]()
-        for its in distributed.each(self.calibration.beyond | self.test.beyond):
-            beyond |= its
-        return [*told, _told_beyond(beyond, takes)] if beyond else told
+        for part in distributed.each(self.calibration.beyond | self.test.beyond):
+            beyond |= part
+        return [*warnings, _beyond_warning(beyond, takes)] if beyond else warnings
 
     def pass_once(self) -> None:
         """Where calibration data are read once and test data twice, keep none of those and little of these: memory
@@ -204,8 +204,8 @@ class Opened(Target):
 _LITTLE = 32 << 20
 
 
-def _told_beyond(beyond: Mapping[str, Beyond], many: str) -> str:
-    share = sum(its.count for its in beyond.values()) / sum(its.values for its in beyond.values())
+def _beyond_warning(beyond: Mapping[str, Beyond], many: str) -> str:
+    share = sum(of.count for of in beyond.values()) / sum(of.values for of in beyond.values())
     farthest = min(beyond, key=lambda name: (-beyond[name].peak, name))
     return (
         f"{len(beyond)} {many} go beyond ±1: {share:.2%} of their samples, up to {beyond[farthest].peak:.4g} in "

@@ -83,12 +83,12 @@ def books_without_images(
     """The codebooks that would be operated on: those named, else all; latents are one codebook's."""
     if request.latents or _takes_sample(request, strategy):
         return [with_twins(checkpoint, choose_codebook(checkpoint, request.codebook_key))]
-    found, taken = list[FoundCodebook](), set[str]()
+    codebooks, taken = list[FoundCodebook](), set[str]()
     for book in choose_codebooks(checkpoint, request.codebook_key):
         if book.key not in taken:
-            found.append(with_twins(checkpoint, book))
-            taken |= {place.key for place in found[-1].places}
-    return found
+            codebooks.append(with_twins(checkpoint, book))
+            taken |= {place.key for place in codebooks[-1].places}
+    return codebooks
 
 
 def _takes_sample(request: Request, strategy: Strategy | None) -> bool:
@@ -119,22 +119,23 @@ class FileTarget(Target):
     def tokens_after(self, old: Sequence[Codebook], index_maps: Mapping[int, Tensor]) -> tuple[Tokens, ...]:
         """By the codebooks as they are now: of the sample; without one, each old code's counts go with it."""
         tokens = list[Tokens]()
-        for stage, (seen, book) in enumerate(zip(self.surveys, self.model.books, strict=True)):
-            codes = nearest(seen.sample.vectors, book.codebook)
+        for stage, (known, book) in enumerate(zip(self.surveys, self.model.books, strict=True)):
+            codes = nearest(known.sample.vectors, book.codebook)
             if len(codes):
-                counts = torch.bincount(codes, minlength=book.codebook.size).double() * (seen.total / len(codes))
+                counts = torch.bincount(codes, minlength=book.codebook.size).double() * (known.total / len(codes))
             else:
                 moved = nearest_map(index_maps[stage], old[stage], book.codebook)
                 counts = torch.zeros(book.codebook.size, dtype=torch.float64)
-                counts.index_add_(0, moved, seen.counts.double())
-            tokens.append(Tokens(counts, seen.error, codes))
+                counts.index_add_(0, moved, known.counts.double())
+            tokens.append(Tokens(counts, known.error, codes))
         return tuple(tokens)
 
-    def all_latents(self, stage: int, seen: Survey) -> Latents:
+    def all_latents(self, stage: int, survey: Survey) -> Latents:
         if self.calibration is None:
+            few, whole = len(survey.sample), survey.total
             raise CodebookError(
-                f"--exact goes over all {seen.total:,} latents, and --stats holds a sample of {len(seen.sample):,}: "
-                "give --latents or --data, or leave --exact out"
+                f"--exact goes over all {whole:,} latents, and --stats holds a sample of {few:,}: give --latents or "
+                "--data, or leave --exact out"
             )
         return self.calibration
 
@@ -167,8 +168,8 @@ class FileTarget(Target):
 
     def _counted(self, passes: Sequence[Survey | Stats]) -> tuple[BookSums, ...]:
         return tuple(
-            BookSums(found.key, found.dim, of.counts, exact(of.error), near=None)
-            for found, of in zip(self.codebooks, passes, strict=False)
+            BookSums(place.key, place.dim, of.counts, exact(of.error), near=None)
+            for place, of in zip(self.codebooks, passes, strict=False)
         )
 
 
@@ -192,7 +193,7 @@ def open_file(request: Request, watch: Watch, strategy: Strategy | None = None) 
     target.settings["metric"] = metric_of(first.lookup, first.emit)
     if strategy is not None:
         target.warnings += stale_state(checkpoint, codebooks)
-        target.warnings += [twin_warning(found.places, ", equal bit by bit") for found in codebooks if found.also]
+        target.warnings += [twin_warning(book.places, ", equal bit by bit") for book in codebooks if book.also]
         if not request.latents and not request.stats:
             weights = "" if getattr(strategy, "bits", None) else "all codes weigh alike, and "
             target.warnings.append(f"neither --data nor --stats: {weights}nothing is measured")
@@ -207,15 +208,15 @@ def _model(request: Request, checkpoint: Checkpoint, strategy: Strategy | None) 
     if request.latents:
         dim = latents_dim(Path(request.latents[0]))
         codebooks = [with_twins(checkpoint, along_latents(checkpoint, codebooks[0], dim))]
-    for found in codebooks:
-        check_stated(checkpoint, [found])  # each: K in the config will follow it
+    for book in codebooks:
+        check_stated(checkpoint, [book])  # each: K in the config will follow it
     stages, entry = tuple(range(len(codebooks))), size_entry(checkpoint)
     return Model(
         family=family if family in FAMILIES else CUSTOM,
         checkpoint=checkpoint,
         network=nn.Module(),
-        keys={key: key for found in codebooks for key in owned_keys(checkpoint, found)},
-        books=tuple(Book(found, effective_rows(checkpoint, found), lookup, emit) for found in codebooks),
+        keys={key: key for book in codebooks for key in owned_keys(checkpoint, book)},
+        books=tuple(Book(book, effective_rows(checkpoint, book), lookup, emit) for book in codebooks),
         chosen=stages,
         route=stages,
         build=lambda checkpoint, size: nn.Module(),
