@@ -71,7 +71,6 @@ def _with_report(found: Found, given: dict[str, Any], watch: Watch) -> Found:
     from codebook_tools.report.html.pages import page_of, page_with_model, write_report
     from codebook_tools.runtime import distributed
     from codebook_tools.workflows.chain import Chain
-    from codebook_tools.workflows.diagnose import Diagnosis
     from codebook_tools.workflows.result import Result
 
     typed = shlex.join(["codebook", *sys.argv[1:]])
@@ -82,8 +81,6 @@ def _with_report(found: Found, given: dict[str, Any], watch: Watch) -> Found:
     else:
         page = page_of(found, typed)
     written = distributed.by_first(lambda: write_report(found, page, given["report"]))
-    if isinstance(found, Diagnosis):
-        return found
     outputs: dict[str, Any] = {**found.outputs, **written}
     return replace(found, outputs=outputs)
 

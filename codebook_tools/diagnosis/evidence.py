@@ -105,7 +105,7 @@ class Evidence:
     first book. mse: of reconstructions on a few calibration items; original_mse: of the original's; flat_mse: of items
     without any detail. ranges: that error over the images' variance, by input range, when nothing is quantised; empty
     for sound. input_range: that the latents are of. command: of this package that wrote the file, "" where another did.
-    trace: of its training. settings, warnings: of what was opened.
+    trace: of its training.
     """
 
     books: tuple[BookEvidence, ...]
@@ -117,8 +117,6 @@ class Evidence:
     input_range: tuple[float, float]
     command: str
     trace: Trace | None
-    settings: Mapping[str, object]
-    warnings: tuple[str, ...]
 
     @property
     def strange(self) -> bool:

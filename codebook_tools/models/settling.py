@@ -52,7 +52,7 @@ def settle(model: Model, media: Sequence[Tensor], metric: str | None) -> tuple[l
     if not has_quantizer(model.network):
         for book, keys in zip(model.books, beside, strict=True):
             unused = [key for key in keys if not _is_used(model, key, media)]
-            refuse_unknown(book.found, unused, with_network=True)
+            refuse_unknown(book.found, unused, with_network=bool(model.network.state_dict()))
         if metric is None and not isinstance(getattr(model.network, "lookup", None), Lookup) and _unit_rows(model):
             _search_by(model, *METRICS["cosine-unit"])
             return [unit_warning(model.books[0].key)], None

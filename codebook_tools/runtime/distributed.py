@@ -82,6 +82,12 @@ def count() -> int:
     return _together.count
 
 
+def require_one(command: str) -> None:
+    """Raise CodebookError where a command that works in one process was started in several."""
+    if count() > 1:
+        raise CodebookError(f"{command} works in one process, not {count()}; start it without torchrun")
+
+
 def rank() -> int:
     """Which of them this is, from 0."""
     return _together.rank

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -23,14 +23,13 @@ from codebook_tools.models.verification import listed, same_bytes
 from codebook_tools.remapping.index_map import IndexMap, read_index_maps
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.runtime.version import VERSION
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.dry_run import Plan, plan
 from codebook_tools.workflows.gallery import Shown, exhibit_files
 from codebook_tools.workflows.model_card import CARD
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.request import Request
-from codebook_tools.workflows.result import Result, check_request_output, weights_bytes
+from codebook_tools.workflows.result import Result, ResultHeader, check_request_output, provenance
 
 
 @dataclass(frozen=True)
@@ -42,37 +41,23 @@ class Step:
     recipe: FineTune
 
 
-@dataclass(frozen=True)
-class Chain:
-    """The JSON of `run`, but for what is shown. steps: the result of each, on what the one before it left. settings:
+@dataclass(frozen=True, kw_only=True)
+class Chain(ResultHeader):
+    """The result of `run`. steps: the result of each, on what the one before it left. settings:
     those that hold for all. proof: of what the last step left, whose tensors are those that were written. shown: images
     by the model as it was and after each step, where the request asks for them.
     """
 
-    model: str
-    family: str
-    seed: int
-    warnings: tuple[str, ...]
     steps: tuple[Result, ...]
     outputs: Mapping[str, str]
     bytes: Mapping[str, int]
-    seconds: Mapping[str, float]
-    settings: Mapping[str, object] = field(default_factory=dict)
-    shown: tuple[Shown, ...] = ()
-    proof: Proof | None = None
-    command: str = "run"
-    version: str = VERSION
+    shown: tuple[Shown, ...]
+    proof: Proof | None
 
-    def to_json(self) -> dict[str, Any]:
-        names = [entry.name for entry in fields(self) if entry.name not in ("steps", "shown", "proof")]
-        plain = {name: getattr(self, name) for name in names}
-        proof = self.proof.to_json() if self.proof else None
-        return {
-            **plain,
-            "proof": proof,
-            "warnings": list(self.warnings),
-            "steps": [step.to_json() for step in self.steps],
-        }
+    json_keys = (
+        *("model", "family", "seed", "warnings", "outputs", "bytes", "seconds", "settings", "command", "version"),
+        *("proof", "steps"),
+    )
 
 
 @dataclass(frozen=True)
@@ -105,8 +90,7 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
     as `operate` does.
     """
     _refuse_none(steps)
-    if distributed.count() > 1:
-        raise CodebookError(f"run works in one process, not {distributed.count()}; start it without torchrun")
+    distributed.require_one("run")
     output = check_request_output(request, "run", None)
     request.require_trainable(max(step.recipe.steps for step in steps))
     request = replace(request, sample=request.model is None)  # for steps whose model is no longer the demo, but of it
@@ -123,31 +107,32 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
                 low, high = cast(list[float], bounds)
                 request = replace(request, input_range=(low, high))
         maps = _composed([read_index_maps([index_map_path(path)]) for path in written])
-        output = check_request_output(request, "run", max(its.size for its in maps.values()))
-        shown = _exhibited(request, steps, written, watch) if request.exhibit and request.input_range else ()
+        output = check_request_output(request, "run", max(entry.size for entry in maps.values()))
+        labels = [f"{i}, {step.command}" for i, step in enumerate(steps, 1)]
+        shown = tuple[Shown, ...]()
+        if request.exhibit and request.input_range:
+            models = {"before": request.model, **dict(zip(labels, written, strict=True))}
+            asked = replace(request, output=None)
+            with watch.phase("measure"):
+                shown = exhibit_files({name: replace(asked, model=model) for name, model in models.items()}, watch)
         with watch.phase("write"):
             index_map = _write(request, output, steps, written, maps)
+    last = results[-1]
+    labeled = zip(labels, results, strict=True)
     return Chain(
+        command="run",
         model=str(request.source),
-        family=results[-1].family,
+        family=last.family,
+        settings=_shared([result.settings for result in results]),
         seed=request.seed,
-        warnings=tuple(f"{i}, {step.command}: {warning}" for i, step, warning in _warnings(steps, results)),
+        warnings=tuple(f"{label}: {warning}" for label, result in labeled for warning in result.warnings),
         steps=tuple(replace(result, model=str(request.source), outputs={}) for result in results),
         outputs={"model": str(output), "index_map": str(index_map)},
-        bytes={"before": request.checkpoint.nbytes, "after": weights_bytes(output)},
-        seconds=watch.seconds,
-        settings=_shared([result.settings for result in results]),
-        proof=results[-1].proof,
+        bytes={"before": request.checkpoint.nbytes, "after": read_checkpoint(output).nbytes},
         shown=shown,
+        proof=last.proof,
+        seconds=watch.seconds,
     )
-
-
-def _exhibited(request: Request, steps: Sequence[Step], written: Sequence[Path], watch: Watch) -> tuple[Shown, ...]:
-    models = {"before": request.model}
-    models |= {f"{i}, {step.command}": path for i, (step, path) in _numbered(steps, written)}
-    asked = replace(request, output=None)
-    with watch.phase("measure"):
-        return exhibit_files({name: replace(asked, model=model) for name, model in models.items()}, watch)
 
 
 def _shared(settings: Sequence[Mapping[str, object]]) -> dict[str, object]:
@@ -156,20 +141,9 @@ def _shared(settings: Sequence[Mapping[str, object]]) -> dict[str, object]:
     return {name: value for name, value in whole.items() if all(value == its.get(name, value) for its in settings)}
 
 
-_Of = TypeVar("_Of")
-
-
-def _numbered(steps: Sequence[Step], of_each: Sequence[_Of]) -> Iterator[tuple[int, tuple[Step, _Of]]]:
-    return enumerate(zip(steps, of_each, strict=True), 1)
-
-
 def _refuse_none(steps: Sequence[Step]) -> None:
     if not steps:
         raise CodebookError("no surgery to do; name one, such as `surgeries: [prune]`")
-
-
-def _warnings(steps: Sequence[Step], results: Sequence[Result]) -> list[tuple[int, Step, str]]:
-    return [(i, step, warning) for i, (step, result) in _numbered(steps, results) for warning in result.warnings]
 
 
 def _write(
@@ -205,7 +179,7 @@ def _provenance(
     original: Checkpoint, steps: Sequence[Step], models: Sequence[Checkpoint], sizes: Mapping[str, int]
 ) -> dict[str, str]:
     """As of one surgery: no times and no paths; trained is what some step trained."""
-    told = [
+    settings = [
         {"command": step.command, **json.loads(model.metadata[PREFIX + "settings"])}
         for step, model in zip(steps, models, strict=True)
     ]
@@ -213,13 +187,5 @@ def _provenance(
         group for model in models for group in model.metadata[PREFIX + "trained"].split(",") if group
     )
     tensors = sorted({name for model in models for name in listed(model, "trained_tensors")})
-    return {
-        "command": "run",
-        "version": VERSION,
-        "settings": json.dumps({"steps": told}, sort_keys=True),
-        "codebooks": json.dumps(sizes),
-        "kept": models[-1].metadata[PREFIX + "kept"],
-        "trained": ",".join(groups),
-        "trained_tensors": json.dumps(tensors),
-        "source_sha256": original.sha256,
-    }
+    kept = models[-1].metadata[PREFIX + "kept"]
+    return provenance("run", {"steps": settings}, sizes, kept, groups, tensors, original)

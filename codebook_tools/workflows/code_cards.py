@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,15 +14,14 @@ from codebook_tools.data.modality import Modality
 from codebook_tools.data.splits import limited
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import reconstruct
-from codebook_tools.evaluation.receptive_field import Place, patches, receptive_side, require_images
-from codebook_tools.models.evidence import untrained
+from codebook_tools.evaluation.receptive_field import Place, patches, receptive_side
 from codebook_tools.models.model import Model
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.runtime.version import VERSION
-from codebook_tools.workflows.extreme_latents import Seen, see
+from codebook_tools.workflows.extreme_latents import Seen, open_images, see
 from codebook_tools.workflows.request import Request
-from codebook_tools.workflows.session import Opened, open_request
+from codebook_tools.workflows.result import SUBJECT, ResultHeader, header
+from codebook_tools.workflows.session import Opened
 
 SORTS = ("share", "map", "error")
 NEIGHBOURS = 4
@@ -60,30 +59,22 @@ class Example:
     decoded: Tensor
 
 
-@dataclass(frozen=True)
-class Codes:
-    """The JSON of `codes`. cards: of the codes that are shown, dead ones last; size: of the codebook. used: of it.
+@dataclass(frozen=True, kw_only=True)
+class Codes(ResultHeader):
+    """The result of `codes`. cards: of the codes that are shown, dead ones last; size: of the codebook. used: of it.
     colours: (size, 3) in [0, 1], alike for codes that are. side: pixels of a patch; None for whole images."""
 
-    model: str
-    family: str
-    settings: Mapping[str, object]
-    seed: int
-    warnings: tuple[str, ...]
     size: int
     used: int
     side: int | None
     cards: tuple[Card, ...] = field(repr=False)
     examples: tuple[Example, ...] = field(repr=False)
     colours: Tensor = field(repr=False, compare=False)
-    seconds: Mapping[str, float]
-    outputs: Mapping[str, str] = field(default_factory=dict)
-    command: str = "codes"
-    version: str = VERSION
+
+    json_keys = (*SUBJECT, "size", "used", "side", "seconds", "outputs", "command", "version")
 
     def to_json(self) -> dict[str, Any]:
-        shown = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.repr}
-        return {**shown, "warnings": list(self.warnings), "codes": [card.to_json() for card in self.cards]}
+        return super().to_json() | {"codes": [card.to_json() for card in self.cards]}
 
 
 def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch) -> Codes:
@@ -92,27 +83,21 @@ def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch
     top: patches of each kind for a code. most: codes that are shown. sort: by falling share, by the place on the first
     principal component ("map"), or by falling error; dead codes come last.
     """
-    if distributed.count() > 1:
-        raise CodebookError(f"codes works in one process, not {distributed.count()}; start it without torchrun")
+    distributed.require_one("codes")
     for name, value in (("top", top), ("most", most)):
         if value < 1:
             raise CodebookError(f"{name}={value} is below 1")
     if sort not in SORTS:
         raise CodebookError(f"sort={sort}: expected {', '.join(SORTS)}")
-    opened = open_request(request, watch)
-    opened.warnings += untrained(opened.model.checkpoint, [book.found for book in opened.model.books])
+    opened = open_images(request, watch)
     model, stage = opened.model, opened.model.chosen[0]
-    require_images(model)
     seen = see(opened, stage, top, watch)
     codebook = model.books[stage].codebook
     places = _components(codebook.vectors.cpu(), seen.used)
     side = receptive_side(model, opened.calibration, stage)
+    opened.settings |= {"top": top, "most": most, "sort": sort}
     return Codes(
-        model=str(request.source),
-        family=model.family,
-        settings=opened.settings | {"top": top, "most": most, "sort": sort},
-        seed=request.seed,
-        warnings=(*opened.warnings, *opened.of_data()),
+        **header("codes", opened),
         size=codebook.size,
         used=int(seen.used.sum()),
         side=side,

@@ -24,7 +24,6 @@ from codebook_tools.workflows.comparison_rows import (
     Comparison,
     Row,
     RowStore,
-    bytes_at,
     check_folder,
     made_with,
     markdown_table,
@@ -40,7 +39,7 @@ from codebook_tools.workflows.pipeline import (
     run_stages,
 )
 from codebook_tools.workflows.request import Request
-from codebook_tools.workflows.result import settings_of
+from codebook_tools.workflows.result import header, settings_of
 from codebook_tools.workflows.session import Opened, open_request
 
 
@@ -139,8 +138,7 @@ def compare(
     that it leaves, too. The seed of a row is that of its strategy and its fine-tuning; data and splits are the same in
     all. A row that cannot be done says why. Raises CodebookError where nothing can.
     """
-    if distributed.count() > 1:
-        raise CodebookError(f"compare works in one process, not {distributed.count()}; start it without torchrun")
+    distributed.require_one("compare")
     for name, value in (("k", k), ("seeds", seeds)):
         if value < 1:
             raise CodebookError(f"{name}={value} is below 1; use --{name} 1 or more")
@@ -174,16 +172,9 @@ def compare(
         for warning in row.warnings:
             warned.setdefault(warning, []).append(f"{row.strategy} of {row.k}, seed {row.seed}")
     table = folder / "table.md"
+    opened.settings |= {"k": k, "seeds": seeds} | settings_of(recipe)
     found = Comparison(
-        model=str(request.source),
-        family=opened.model.family,
-        settings=opened.settings | {"k": k, "seeds": seeds} | settings_of(recipe),
-        seed=request.seed,
-        warnings=(
-            *opened.warnings,
-            *opened.of_data(),
-            *(f"{warning} ({'; '.join(who)})" for warning, who in warned.items()),
-        ),
+        **header("compare", opened, *(f"{warning} ({'; '.join(who)})" for warning, who in warned.items())),
         rows=tuple(rows),
         outputs={"rows": str(store.path), "table": str(table)},
         seconds=watch.seconds,
@@ -227,11 +218,11 @@ def _run(
 ) -> Row:
     its = replace(opened, model=opened.model.copy(copy.deepcopy(opened.model.network)), warnings=[])
     stages: dict[str, Measurement | None] = dict.fromkeys(STAGES)
-    size, kept, error = task.k or _size(opened), None, None
+    size, kept, error = task.k or opened.size, None, None
     try:
         strategy = task.strategy()
         surgeries = perform(its, strategy, seen, watch) if strategy is not None else {}
-        size = _size(its)
+        size = its.size
         if surgeries and task.entry.fresh:
             its.model = its.model.with_fresh_network(task.seed)
             seen, latents = calibrate(its, watch), encoder_latents(its)
@@ -240,18 +231,12 @@ def _run(
             done = run_stages(its, surgeries, seen, latents, its_recipe, seed=task.seed, watch=watch)
             stages |= {"surgery": done.surgery, "finetuned": done.finetuned}
             kept = done.kept
-            its.warnings += done.warnings
         stages["before"] = before
     except CodebookError as problem:
         error = str(problem)
     seconds = watch.seconds["strategy"] + watch.seconds["finetune"]
-    nbytes = bytes_at(opened, size)
-    said = tuple(its.warnings)
-    return Row(task.name, size, task.seed, stages, kept or "before", seconds, nbytes, error, made, said)
-
-
-def _size(opened: Opened) -> int:
-    return max(opened.model.books[stage].codebook.size for stage in opened.model.chosen)
+    nbytes, warnings = opened.bytes_at(size), tuple(its.warnings)
+    return Row(task.name, size, task.seed, stages, kept or "before", seconds, nbytes, error, made, warnings)
 
 
 def _made_with(opened: Opened, task: _Task, recipe: FineTune) -> str:

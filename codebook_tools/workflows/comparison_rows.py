@@ -7,7 +7,7 @@ import json
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from codebook_tools.checkpoints.atomic import write_text
 from codebook_tools.data.items import items_sha256
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import CodebookUse, Measurement
-from codebook_tools.models.stored_codes import added_bytes
 from codebook_tools.models.user_network import name_of
 from codebook_tools.runtime.safe_io import parse_json, read_text
 from codebook_tools.runtime.version import VERSION
-from codebook_tools.workflows.session import Opened
+from codebook_tools.workflows.model_card import markdown_rows
+from codebook_tools.workflows.result import SUBJECT, ResultHeader, plain
+from codebook_tools.workflows.target import Opened
 
 STAGES = ("before", "surgery", "finetuned")
 
@@ -44,8 +45,7 @@ class Row:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        stages = {name: stage.to_json() if stage else None for name, stage in self.stages.items()}
-        return asdict(replace(self, stages={})) | {"stages": stages}
+        return {entry.name: plain(getattr(self, entry.name)) for entry in fields(self)}
 
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> Row:
@@ -89,20 +89,13 @@ class Summary:
     error: str | None
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The JSON of `compare`. rows: in the order of the strategies asked for, then by seed."""
+@dataclass(frozen=True, kw_only=True)
+class Comparison(ResultHeader):
+    """The result of `compare`. rows: in the order of the strategies asked for, then by seed."""
 
-    model: str
-    family: str
-    settings: Mapping[str, object]
-    seed: int
-    warnings: tuple[str, ...]
     rows: tuple[Row, ...]
-    outputs: Mapping[str, str]
-    seconds: Mapping[str, float]
-    command: str = "compare"
-    version: str = VERSION
+
+    json_keys = (*SUBJECT, "outputs", "seconds", "command", "version", "rows")
 
     @property
     def summaries(self) -> list[Summary]:
@@ -112,13 +105,7 @@ class Comparison:
         return [_summary(*key, rows) for key, rows in groups.items()]
 
     def to_json(self) -> dict[str, Any]:
-        plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "rows"}
-        return {
-            **plain,
-            "warnings": list(self.warnings),
-            "rows": [row.to_json() for row in self.rows],
-            "summary": [asdict(summary) for summary in self.summaries],
-        }
+        return super().to_json() | {"summary": [asdict(summary) for summary in self.summaries]}
 
 
 _FIGURES = ("used", "usage", "perplexity", "distortion", "coverage")
@@ -152,13 +139,6 @@ def check_folder(folder: Path) -> None:
         raise CodebookError(f"no such folder: {place}; make it first, or choose another with --output")
     if not os.access(place, os.W_OK):
         raise CodebookError(f"cannot write in {place}; choose another folder with --output")
-
-
-def bytes_at(opened: Opened, size: int) -> int:
-    """Of the model's file, were the codebooks that are operated on of that size; but for metadata."""
-    model = opened.model
-    books = [model.books[stage].found for stage in model.chosen]
-    return model.checkpoint.nbytes + sum(added_bytes(model.checkpoint, book, size) for book in books)
 
 
 def made_with(opened: Opened, more: Mapping[str, object]) -> str:
@@ -256,6 +236,4 @@ def _shown(figure: Spread | None, form: str) -> str:
 def markdown_table(summaries: Sequence[Summary]) -> str:
     """The table in Markdown, and under it why rows could not be done."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in table_rows(summaries)]
-    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
-    return table + "".join(f"\n{note}\n" for note in notes(summaries))
+    return markdown_rows(lines) + "".join(f"\n{note}\n" for note in notes(summaries))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from codebook_tools.diagnosis.checks.dead_codes import dead_codes
@@ -28,6 +27,7 @@ from codebook_tools.diagnosis.fit import by_place
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.gather_evidence import gather
 from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.result import ResultHeader, header
 
 CHECKS: dict[str, tuple[Look, str]] = {
     "not-installed": (
@@ -80,15 +80,13 @@ CHECKS: dict[str, tuple[Look, str]] = {
 how the codes were made, of how they were trained. Beside each look, what mends it."""
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """checks: in the order of CHECKS. settings, warnings: of what was opened. seconds: by phase."""
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis(ResultHeader):
+    """The result of `diagnose`. checks: in the order of CHECKS."""
 
-    model: str
     checks: tuple[Check, ...]
-    settings: Mapping[str, object] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    json_keys = ("healthy", "checks")
 
     @property
     def found(self) -> tuple[Check, ...]:
@@ -98,23 +96,19 @@ class Diagnosis:
     def healthy(self) -> bool:
         return not self.found
 
-    def to_json(self) -> dict[str, object]:
-        """The promised keys."""
-        return {"healthy": self.healthy, "checks": [check.to_json() for check in self.checks]}
-
 
 def diagnose(request: Request, watch: Watch, against: Path | None = None, trace: Path | None = None) -> Diagnosis:
     """Every check on a model. against: the original, before the surgery or the training. trace: the JSON of that.
 
     Raises CodebookError where something cannot be opened.
     """
-    evidence = gather(request, against, trace, watch)
+    opened, evidence = gather(request, against, trace, watch)
     words = _words(request, against, evidence)
     checks = tuple(
         Check(**vars(look(evidence)), name=name, fix=" ".join(fix.format(**words).split()))
         for name, (look, fix) in CHECKS.items()
     )
-    return Diagnosis(str(request.source), checks, evidence.settings, evidence.warnings, watch.seconds)
+    return Diagnosis(**header("diagnose", opened), checks=checks, seconds=watch.seconds)
 
 
 def _words(request: Request, against: Path | None, evidence: Evidence) -> dict[str, object]:
@@ -136,8 +130,7 @@ def _words(request: Request, against: Path | None, evidence: Evidence) -> dict[s
 
 
 _NAMED = {"data", "test_data", "network", "family", "metric", "size", "limit", "device", "precision", "workers"}
-_NAMED |= {"seed", "batch_size", "codebook_keys", "companions", "as_stored", "channels"}
-_SINGULAR = {"codebook_keys": "codebook-key", "companions": "companion"}
+_NAMED |= {"seed", "batch_size", "codebook_key", "companion", "as_stored", "channels"}
 
 
 def _as_typed(request: Request) -> str:
@@ -147,7 +140,7 @@ def _as_typed(request: Request) -> str:
         value = getattr(request, option.name)
         if option.name not in _NAMED or value == option.default:
             continue
-        name = _SINGULAR.get(option.name, option.name.replace("_", "-"))
+        name = option.name.replace("_", "-")
         words += [f" --{name} {shlex.quote(str(one))}" for one in (value if isinstance(value, tuple) else (value,))]
     if request.input_range is not None:
         words.append(" --input-range={:g},{:g}".format(*request.input_range))

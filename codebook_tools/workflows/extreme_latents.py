@@ -12,9 +12,11 @@ from codebook_tools.clustering.assignment import squared_errors
 from codebook_tools.data.items import Item
 from codebook_tools.data.latents import rows_of
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.receptive_field import Place
+from codebook_tools.evaluation.receptive_field import Place, require_images
+from codebook_tools.models.evidence import untrained
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.workflows.session import Opened
+from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.session import Opened, open_request
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,20 @@ class Seen:
         return self.errors / self.counts.clamp(min=1)
 
 
+def open_images(request: Request, watch: Watch) -> Opened:
+    """A model whose latents are shown by patches of images. Raises CodebookError where it takes none."""
+    opened = open_request(request, watch)
+    opened.warnings += untrained(opened.model.checkpoint, opened.codebooks)
+    require_images(opened.model)
+    return opened
+
+
+def grid_of(latents: Tensor) -> tuple[int, int]:
+    """Rows and columns of latents (n, dim, *grid); of any but two axes, one row."""
+    grid = latents.shape[2:]
+    return (grid[0], grid[1]) if len(grid) == 2 else (1, grid.numel())
+
+
 def see(opened: Opened, stage: int, top: int, watch: Watch) -> Seen:
     """One pass over the calibration data. top: places of each kind for a code."""
     model, book = opened.model, opened.model.books[stage].codebook
@@ -49,8 +65,7 @@ def see(opened: Opened, stage: int, top: int, watch: Watch) -> Seen:
         with watch.phase("encode"), torch.no_grad():
             latents = model.encode(pixels, stage, keep=False)
             codes = model.assign(latents, stage)
-        shape = tuple(codes.shape[1:])
-        grid = (shape[0], shape[1]) if len(shape) == 2 else (1, codes[0].numel())
+        grid = grid_of(latents)
         flat, rows = codes.flatten().cpu(), rows_of(latents)
         distances = squared_errors(rows, book, codes.flatten()).cpu()
         counts += torch.bincount(flat, minlength=book.size)

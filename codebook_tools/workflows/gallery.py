@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -40,24 +40,26 @@ def exhibit(
     """The worst, the median and the best test image; none of what is no picture. The model is left as it is.
 
     books: before anything changed. operated: whether a surgery changed them. tuned: how the fine-tuning went."""
-    model = opened.model
-    if not model.modality.pictures:
-        return ()
-    chosen, originals = _chosen(opened, watch)
-    with _as_it_was(model):
-        stages = {stage: reconstruct(model, originals).media.cpu() for stage in _stages(model, books, operated, tuned)}
-    return _shown(chosen, originals, stages)
+    with _as_it_was(opened.model):
+        return _exhibited(opened, _stages(opened.model, books, operated, tuned), watch)
 
 
 def exhibit_files(stages: Mapping[str, Request], watch: Watch) -> tuple[Shown, ...]:
     """As `exhibit`, of a file a stage; the last one's errors rank the images. Requests: of the same data."""
     last = open_request([*stages.values()][-1], watch)
-    if not last.model.modality.pictures:
+    return _exhibited(last, ((name, open_request(request, watch).model) for name, request in stages.items()), watch)
+
+
+def _exhibited(opened: Opened, models: Iterator[tuple[str, Model]], watch: Watch) -> tuple[Shown, ...]:
+    """opened: whose errors rank the images. models: by stage."""
+    if not opened.model.modality.pictures:
         return ()
-    chosen, originals = _chosen(last, watch)
-    models = (open_request(request, watch).model for request in stages.values())
-    pictures = {name: reconstruct(model, originals).media.cpu() for name, model in zip(stages, models, strict=True)}
-    return _shown(chosen, originals, pictures)
+    chosen, originals = _chosen(opened, watch)
+    stages = {stage: reconstruct(model, originals).media.cpu() for stage, model in models}
+    return tuple(
+        Shown(str(item), rank, originals[i].cpu(), {stage: shown[i] for stage, shown in stages.items()})
+        for i, (rank, item) in enumerate(zip(RANKS, chosen, strict=True))
+    )
 
 
 RANKS = ("worst", "median", "best")
@@ -68,13 +70,6 @@ def _chosen(opened: Opened, watch: Watch) -> tuple[list[Item], Tensor]:
     items, errors = _errors(opened, watch)
     order = errors.argsort(stable=True)
     return opened.test.load([items[place] for place in (order[-1], order[len(order) // 2], order[0])])
-
-
-def _shown(chosen: Sequence[Item], originals: Tensor, stages: Mapping[str, Tensor]) -> tuple[Shown, ...]:
-    return tuple(
-        Shown(str(item), rank, originals[i].cpu(), {stage: shown[i] for stage, shown in stages.items()})
-        for i, (rank, item) in enumerate(zip(RANKS, chosen, strict=True))
-    )
 
 
 def _errors(opened: Opened, watch: Watch) -> tuple[list[Item], Tensor]:
@@ -88,23 +83,25 @@ def _errors(opened: Opened, watch: Watch) -> tuple[list[Item], Tensor]:
     return readable, torch.cat(found)
 
 
-def _stages(model: Model, books: tuple[Book, ...], operated: bool, tuned: FineTuned | None) -> Iterator[str]:
+def _stages(
+    model: Model, books: tuple[Book, ...], operated: bool, tuned: FineTuned | None
+) -> Iterator[tuple[str, Model]]:
     """The names of the stages there are, with the model in the state of each."""
     after = model.books
     if tuned:
         model.network.load_state_dict(tuned.start.weights)
     model.books = books
-    yield "before"
+    yield "before", model
     if operated:
         model.books = tuple(map(replace, after))
         if tuned:
             tuned.start.restore(model)
-        yield "surgery"
+        yield "surgery", model
     if tuned:
         model.books = tuple(map(replace, after))
         tuned.best.restore(model)
         model.round_to_stored()
-        yield "finetuned"
+        yield "finetuned", model
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class _Looked:
         return self.opened.request.seed
 
 
-def gather(request: Request, against: Path | None, trace: Path | None, watch: Watch) -> Evidence:
+def gather(request: Request, against: Path | None, trace: Path | None, watch: Watch) -> tuple[Opened, Evidence]:
     """Open what is named and look at the data. Raises CodebookError for all that is amiss."""
     told = read_trace(trace) if trace else None
     original = open_request(replace(request, model=against), watch) if against else None
@@ -75,7 +75,7 @@ def gather(request: Request, against: Path | None, trace: Path | None, watch: Wa
             for stage in model.chosen
         )
     whole = looked.close.latents[0].flatten(1)
-    return Evidence(
+    return opened, Evidence(
         books=books,
         curve=curve_of(Codebook(whole[:1]), whole, request.seed),
         mse=looked.close.mse,
@@ -85,8 +85,6 @@ def gather(request: Request, against: Path | None, trace: Path | None, watch: Wa
         input_range=model.input_range,
         command=model.checkpoint.metadata.get(PREFIX + "command", ""),
         trace=told,
-        settings=opened.settings,
-        warnings=(*opened.warnings, *opened.of_data()),
     )
 
 

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from codebook_tools.clustering.assignment import emitted, unit
 from codebook_tools.codebook import Codebook, Lookup
-from codebook_tools.data.items import Item
 from codebook_tools.data.splits import limited
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.receptive_field import Place, patches, receptive_side, require_images
-from codebook_tools.models.evidence import untrained
+from codebook_tools.evaluation.receptive_field import Place, patches, receptive_side
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.runtime.version import VERSION
 from codebook_tools.strategies import Refit
 from codebook_tools.strategies._validation import check_k
+from codebook_tools.workflows.extreme_latents import grid_of, open_images
 from codebook_tools.workflows.pipeline import calibrate, encoder_latents, measure_stage
 from codebook_tools.workflows.request import Request
-from codebook_tools.workflows.session import Opened, open_request
+from codebook_tools.workflows.result import SUBJECT, ResultHeader, header
+from codebook_tools.workflows.session import Opened
 
 POINTS = 3000
 """Latents that are drawn."""
@@ -38,25 +37,19 @@ Projection = Callable[[Tensor], Tensor]
 """(n, dim) -> (n, 2)."""
 
 
-@dataclass(frozen=True)
-class Map:
-    """The JSON of `map`. method: umap or pca. k: of the centroids. coverage: of the codes, on the test data.
+@dataclass(frozen=True, kw_only=True)
+class Map(ResultHeader):
+    """The result of `map`. method: umap or pca. k: of the centroids. coverage: of the codes, on the test data.
 
     latents, codes, centroids: (n, 2), (size, 2), (k, 2) in the plane. counts: (size,), of each code on the calibration
     data. chosen: (n,), the code of each latent; places: where it is from; patches: (n, 3, side, side), what it sees.
     """
 
-    model: str
-    family: str
-    settings: Mapping[str, object]
-    seed: int
-    warnings: tuple[str, ...]
     method: Method
     k: int
     size: int
     used: int
     coverage: float | None
-    seconds: Mapping[str, float]
     latents: Tensor = field(repr=False, compare=False)
     codes: Tensor = field(repr=False, compare=False)
     centroids: Tensor = field(repr=False, compare=False)
@@ -64,26 +57,18 @@ class Map:
     chosen: Tensor = field(repr=False, compare=False)
     places: tuple[Place, ...] = field(repr=False, compare=False)
     patches: Tensor = field(repr=False, compare=False)
-    outputs: Mapping[str, str] = field(default_factory=dict)
-    command: str = "map"
-    version: str = VERSION
 
-    def to_json(self) -> dict[str, Any]:
-        told = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.repr}
-        return {**told, "warnings": list(self.warnings)}
+    json_keys = (*SUBJECT, "method", "k", "size", "used", "coverage", "seconds", "outputs", "command", "version")
 
 
 def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -> Map:
     """k: centroids; None for as many as there are codes in use. method: by which the plane is found; umap is pca where
     umap-learn is not installed."""
-    if distributed.count() > 1:
-        raise CodebookError(f"map works in one process, not {distributed.count()}; start it without torchrun")
+    distributed.require_one("map")
     if k is not None:
         check_k(k)
-    opened = open_request(request, watch)
-    opened.warnings += untrained(opened.model.checkpoint, [book.found for book in opened.model.books])
+    opened = open_images(request, watch)
     model, stage = opened.model, opened.model.chosen[0]
-    require_images(model)
     seen = calibrate(opened, watch)
     counts, sample = seen.tokens[stage].counts, seen.first.sample
     used = int((counts > 0).sum())
@@ -105,11 +90,7 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -
         by, project = _projection(points, method, request.seed)
         planes = [project(points), *(project(_placed(emitted(book), own)) for book in (own, centroids))]
     return Map(
-        model=str(request.source),
-        family=model.family,
-        settings=opened.settings,
-        seed=request.seed,
-        warnings=(*opened.warnings, *opened.of_data(), *(() if by == method else (_WITHOUT_UMAP,))),
+        **header("map", opened, *(() if by == method else (_WITHOUT_UMAP,))),
         method=by,
         k=centroids.size,
         size=codebook.size,
@@ -136,21 +117,16 @@ def _drawn(opened: Opened, stage: int) -> tuple[Tensor, Tensor, list[Place], tup
         with torch.no_grad():
             latents = model.encode(pixels, stage, keep=False)
             chosen = model.assign(latents, stage).flatten(1).cpu()
-        shape = tuple(latents.shape[2:])
-        grid = (shape[0], shape[1]) if len(shape) == 2 else (1, chosen.shape[1])
+        grid = grid_of(latents)
         each = min(chosen.shape[1], -(-POINTS // len(few)))
         for item, its, of_item in zip(items, latents.flatten(2).movedim(1, -1).cpu(), chosen, strict=True):
             at = torch.randperm(len(its), generator=random)[:each].sort().values
             rows.append(its[at])
             codes.append(of_item[at])
-            places += _places(item, at, grid[1])
+            places += [Place(item, *divmod(position, grid[1])) for position in at.tolist()]
     if not rows:
         raise CodebookError("none of the calibration images can be read")
     return torch.cat(rows)[:POINTS], torch.cat(codes)[:POINTS], places[:POINTS], grid
-
-
-def _places(item: Item, at: Tensor, columns: int) -> list[Place]:
-    return [Place(item, *divmod(position, columns)) for position in at.tolist()]
 
 
 def _placed(vectors: Tensor, codebook: Codebook) -> Tensor:

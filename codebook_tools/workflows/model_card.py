@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from codebook_tools.checkpoints.layout import is_directory_output, split_others
@@ -61,10 +61,15 @@ def _section(
     shown = {name: value for name, value in settings.items() if name in _TOLD and value is not None}
     if shown:
         told.append("Settings: " + ", ".join(f"{name} {value}" for name, value in sorted(shown.items())) + ".")
-    head, *rows = stage_rows(stages, kept)
-    table = [head, ("---", *["---:"] * (len(head) - 1)), *rows] if len(head) > 1 else []
-    lines = "".join(f"| {' | '.join(line)} |\n" for line in table)
-    return "\n\n".join(["## Codebook surgery", *told, *([lines] if lines else [])]).rstrip() + "\n"
+    lines = stage_rows(stages, kept)
+    table = [markdown_rows(lines)] if len(lines[0]) > 1 else []
+    return "\n\n".join(["## Codebook surgery", *told, *table]).rstrip() + "\n"
+
+
+def markdown_rows(lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, with figures in all columns but the first. lines: the headings first."""
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
 
 
 _TOLD = (

@@ -10,19 +10,19 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.atomic import check_apart, check_free
 from codebook_tools.checkpoints.layout import training_path
+from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.codebook import Codebook, Strategy, Surgery
 from codebook_tools.data.items import items_sha256
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.measure import Measurement, measurement_of
+from codebook_tools.evaluation.measure import Measurement
 from codebook_tools.evaluation.quality_warnings import blur_warnings, worse_warnings
 from codebook_tools.evaluation.stats_file import write_part
 from codebook_tools.evaluation.tokens import Tokens
-from codebook_tools.models.agreement import has_quantizer, in_training
 from codebook_tools.models.evidence import told_by_file
 from codebook_tools.models.load import check_size_follows
 from codebook_tools.models.output import remarks, written_config
-from codebook_tools.models.proof import Proof, prove, read_partial
+from codebook_tools.models.proof import Proof, prove, prove_file, read_partial
 from codebook_tools.models.registry import metric_of
 from codebook_tools.models.remarks import dependents_warning, stale_state
 from codebook_tools.remapping.nearest_map import nearest_map
@@ -39,27 +39,26 @@ from codebook_tools.workflows.model_card import cards
 from codebook_tools.workflows.pipeline import (
     Stages,
     calibrate,
-    calibration_tokens,
     current_tokens,
     encoder_latents,
-    measure_stage,
     on_cpu,
     perform,
     require_training_data,
     run_stages,
-    stage_sums,
 )
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import (
     Result,
     asked_size,
     check_request_output,
-    provenance,
+    header,
+    provenance_of,
     request_output,
     settings_of,
 )
-from codebook_tools.workflows.session import Opened, open_request
-from codebook_tools.workflows.without_network import goes_without_images, measure_detached, operate_detached
+from codebook_tools.workflows.session import open_request
+from codebook_tools.workflows.target import Opened
+from codebook_tools.workflows.without_network import FileTarget, goes_without_images, open_file
 
 
 def measure_model(
@@ -85,28 +84,37 @@ def measure_model(
     if merging:
         return merge(request, merging, stats, watch)
     if request.latents:
-        return measure_detached(request, watch, stats)
-    opened = open_request(request, watch, measuring=True)
-    opened.warnings += told_by_file(opened.model.checkpoint, [book.found for book in opened.model.books])
+        goes_without_images(request, None)
+        target: Opened | FileTarget = open_file(request, watch)
+    else:
+        target = open_request(request, watch, measuring=True)
+    target.warnings += told_by_file(target.model.checkpoint, target.codebooks)
     with watch.phase("measure"):
-        latents = encoder_latents(opened)  # those of the whole, so that all parts are held against the same
-    if shard is not None:
-        opened = in_part(opened, shard)
-        opened.settings["shard"] = f"{shard[0]}/{shard[1]}"
-    sums = stage_sums(opened, latents, watch)
+        latents = encoder_latents(target)  # those of the whole, so that all parts are held against the same
+    if isinstance(target, Opened) and shard is not None:
+        target = in_part(target, shard)
+        target.settings["shard"] = f"{shard[0]}/{shard[1]}"
+    sums = target.sums(latents, watch)
     if stats is not None:
-        part = part_of(opened, sums, shard or (1, 1), watch)
+        part = part_of(target, sums, shard or (1, 1), watch) if isinstance(target, Opened) else target.part()
         with watch.phase("write"):
             distributed.by_first(lambda: write_part(stats, part, request.force))
-        opened.settings["stats"] = str(stats)
-    sizes = {"before": opened.model.checkpoint.nbytes, "after": None}
-    before = None if shard and not sums.images else measurement_of(sums, "test", opened.model.modality.figures)
-    with watch.phase("measure"):
-        shown = exhibit(opened, opened.model.books, False, None, watch) if request.exhibit and not shard else ()
-    proof = (
-        Proof("quantizer", opened.agreed.agree, opened.agreed.of, opened.agreed.near_ties) if opened.agreed else None
+        target.settings["stats"] = str(stats)
+    before = None if shard and not sums.images else target.measurement(sums)
+    shown, proof = tuple[Shown, ...](), None
+    if isinstance(target, Opened):
+        with watch.phase("measure"):
+            shown = exhibit(target, target.model.books, False, None, watch) if request.exhibit and not shard else ()
+        agreed = target.agreed
+        proof = Proof("quantizer", agreed.agree, agreed.of, agreed.near_ties) if agreed else None
+    return Result(
+        **header("measure", target),
+        before=before,
+        bytes={"before": target.model.checkpoint.nbytes, "after": None},
+        shown=shown,
+        proof=proof,
+        seconds=watch.seconds,
     )
-    return _result("measure", request, opened, watch, before=before, bytes=sizes, shown=shown, proof=proof)
 
 
 @dataclass(eq=False)
@@ -115,18 +123,19 @@ class Run:
 
     Attributes:
         command: What was asked for, by its name.
-        opened: The model, in the state that is kept, and its data.
-        before: Measured on the test data, as is `surgery` and `finetuned`; None where there is no such stage.
+        opened: The codebooks, in the state that is kept, and their data.
+        before: Measured on the test data; None where nothing is known of it.
         done: What came of surgery and fine-tuning.
         surgeries: By index of the codebook; none where there was a fine-tuning alone.
         tokens: Of the calibration data by the kept state, of each codebook.
         maps: Of the index map file, by name.
         shown: A few test images, for a page.
+        dependents: What is left to warn of, after what is said of the output.
     """
 
     command: str
-    opened: Opened
-    before: Measurement
+    opened: Opened | FileTarget
+    before: Measurement | None
     done: Stages
     surgeries: Mapping[int, Surgery]
     old: Sequence[Codebook]
@@ -134,6 +143,7 @@ class Run:
     maps: Mapping[str, Tensor]
     shown: tuple[Shown, ...]
     watch: Watch
+    dependents: list[str]
 
     @property
     def kept(self) -> str:
@@ -158,47 +168,38 @@ class Run:
             for place in books[stage].found.places
         }
 
-    def media(self) -> list[Tensor]:
-        """Batches that a proof needs."""
-        network = self.opened.model.network
-        return self.opened.few if has_quantizer(network) or in_training(network) else []
-
     def write(self, output: Path) -> Result:
         """Write the kept state and its index map, read both back, and prove them through the model that loads them.
 
         Raises CodebookError where that cannot be; there is no file then.
         """
-        opened, done, watch = self.opened, self.done, self.watch
-        request, model = opened.request, opened.model
-        size = max(model.books[stage].codebook.size for stage in model.chosen)
-        opened.warnings += remarks(model.checkpoint, self.old[model.chosen[0]].size, size, output)
+        target, done, watch = self.opened, self.done, self.watch
+        request, model = target.request, target.model
+        checkpoint, size = model.checkpoint, target.size
+        target.warnings += remarks(checkpoint, self.old[model.chosen[0]].size, size, output)
+        target.warnings += self.dependents
         with watch.phase("write"):
-            media, sizes = self.media(), self.sizes()
-            config = written_config(model.checkpoint, size)
-            found = [model.books[stage].found for stage in sorted(done.index_maps)]
-            checkpoint, settings = model.checkpoint, opened.settings
-            about = provenance(self.command, request, checkpoint, sizes, settings, done.kept, done.tuned, found)
-            told = cards(output, checkpoint, self.command, settings, sizes, self.stages, done.kept)
+            media, sizes = target.media(), self.sizes()
+            config = written_config(checkpoint, size)
+            about = provenance_of(self.command, target, sizes, done.kept, done.tuned, sorted(done.index_maps))
+            card = cards(output, checkpoint, self.command, target.settings, sizes, self.stages, done.kept)
 
             def write() -> tuple[Path, int, Proof]:
-                given = (checkpoint, output, self.changed(), about, self.maps, config, told)
-                map_path = write_checkpoint(*given, force=request.force, check=check)
+                contents = (self.changed(), about, self.maps, config, card)
+                map_path = write_checkpoint(checkpoint, output, *contents, force=request.force, check=check)
                 return map_path, *proven[0]
 
             proven = list[tuple[int, Proof]]()
 
             def check() -> None:
                 written = read_partial(output)
-                proven.append((written.nbytes, prove(model, written, media)))
+                proven.append((written.nbytes, self._proof(written, media)))
 
             map_path, nbytes, proof = distributed.by_first(write)
         bits = next(iter(self.surgeries.values())).bits if self.surgeries and done.kept == "surgery" else None
         packed = sum(packed_bytes(on_cpu(model.books[stage]), bits) for stage in self.surgeries) if bits else 0
-        return _result(
-            self.command,
-            request,
-            opened,
-            watch,
+        return Result(
+            **header(self.command, target),
             before=self.before,
             surgery=done.surgery,
             finetuned=done.finetuned,
@@ -207,12 +208,15 @@ class Run:
             outputs={"model": str(output), "index_map": str(map_path), "report": None},
             shown=self.shown,
             proof=proof,
-            bytes={
-                "before": checkpoint.nbytes,
-                "after": nbytes,
-                **({"packed": packed} if bits else {}),
-            },
+            bytes={"before": checkpoint.nbytes, "after": nbytes, **({"packed": packed} if bits else {})},
+            seconds=watch.seconds,
         )
+
+    def _proof(self, written: Checkpoint, media: Sequence[Tensor]) -> Proof:
+        model = self.opened.model
+        if isinstance(self.opened, Opened):
+            return prove(model, written, media)
+        return prove_file(written, [(book.found.resized(len(book.vectors)), book.codebook) for book in model.books])
 
 
 def operate(command: str, request: Request, strategy: Strategy | None, recipe: FineTune, watch: Watch) -> Result:
@@ -223,15 +227,11 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: F
     work where that is possible, and leaves no file then.
     """
     check_request_output(request, command, asked_size(strategy, 0))
-    if strategy and goes_without_images(request, strategy):
-        if recipe.steps:
-            raise CodebookError(f"{recipe.steps} steps of fine-tuning need images; give --data, or --steps 0")
-        return operate_detached(command, request, strategy, watch)
     run = operate_in_memory(command, request, strategy, recipe, watch, written=True)
-    size = max(run.opened.model.books[stage].codebook.size for stage in run.opened.model.chosen)
-    output = request_output(request, command, size)
+    output = request_output(request, command, run.opened.size)
     result = run.write(output)
-    distributed.by_first(lambda: training_path(output).unlink(missing_ok=True))
+    if isinstance(run.opened, Opened):
+        distributed.by_first(lambda: training_path(output).unlink(missing_ok=True))
     return result
 
 
@@ -239,64 +239,80 @@ def operate_in_memory(
     command: str, request: Request, strategy: Strategy | None, recipe: FineTune, watch: Watch, *, written: bool = False
 ) -> Run:
     """As `operate`, up to where something would be written. written: whether it will be, where the request says."""
+    if written and strategy and goes_without_images(request, strategy):
+        if recipe.steps:
+            raise CodebookError(f"{recipe.steps} steps of fine-tuning need images; give --data, or --steps 0")
+        target: Opened | FileTarget = open_file(request, watch, strategy)
+    else:
+        target = _opened(command, request, strategy, recipe, watch, written)
+    model = target.model
+    calibration = calibrate(target, watch)
+    target.warnings += calibration.first.remarks(getattr(strategy, "exact", False))
+    with watch.phase("measure"):
+        latents = encoder_latents(target)
+    before = target.measurement(target.sums(latents, watch))
+    old, books = [on_cpu(book) for book in model.books], tuple(map(replace, model.books))
+    surgeries = perform(target, strategy, calibration, watch) if strategy else {}
+    output = check_request_output(request, command, target.size) if written else None
+    check_size_follows(model, target.size)
+    first = model.books[model.chosen[0]]
+    known = {*model.keys.values()} - {*model.carried}
+    dependents = dependents_warning(model.checkpoint, known, first.found.size, target.size)
+    target.settings["metric"] = metric_of(first.lookup, first.emit)
+    shown = tuple[Shown, ...]()
+    if isinstance(target, Opened):
+        target.warnings += dependents
+        dependents = []
+        target.settings |= settings_of(strategy) | settings_of(recipe)
+        saving = Saving(training_path(output), _made_with(command, target), request.resume) if output else None
+        if saving and recipe.steps and request.resume and not saving.path.exists():
+            target.warnings.append(f"--resume: there is no {saving.path}; the fine-tuning began at step 0")
+        done = run_stages(
+            target, surgeries, calibration, latents, recipe,
+            seed=request.seed, watch=watch, saving=saving, log_dir=request.log_dir,
+        )  # fmt: skip
+        if done.tuned:
+            target.settings["lr"] = done.tuned.lr
+        with watch.phase("measure"):
+            shown = exhibit(target, books, bool(surgeries), done.tuned, watch) if request.exhibit else ()
+        if before and done.kept == "finetuned" and done.finetuned:
+            target.warnings += blur_warnings(before, done.finetuned)
+            tokens = target.tokens(watch)
+        else:
+            tokens = current_tokens(target, calibration, done.kept == "surgery", watch)
+    else:
+        target.settings |= {"codes": f"{old[0].size} -> {target.size}", **settings_of(strategy)}
+        index_maps = {stage: surgery.index_map for stage, surgery in surgeries.items()}
+        after = target.measurement(target.sums(latents, watch)) if request.latents else None
+        done = Stages(after, None, "surgery", index_maps, None)
+        tokens = target.tokens_after(old, index_maps)
+    maps = dict[str, Tensor]()
+    for stage, index_map in done.index_maps.items():
+        samples = (calibration.tokens[stage].sample, tokens[stage].sample)
+        nearest = nearest_map(index_map, old[stage], on_cpu(model.books[stage]), samples)
+        for place in model.books[stage].found.places:
+            maps |= {f"{place.key}/index_map": index_map, f"{place.key}/nearest": nearest}
+    run = Run(command, target, before, done, surgeries, old, tokens, maps, shown, watch, dependents)
+    if before:
+        target.warnings += worse_warnings(before, run.stages[done.kept])
+    return run
+
+
+def _opened(
+    command: str, request: Request, strategy: Strategy | None, recipe: FineTune, watch: Watch, written: bool
+) -> Opened:
+    """A network that runs, once all is there that a fine-tuning needs."""
     require_tensorboard(request.log_dir)
     request.require_trainable(recipe.steps)
     opened = open_request(request, watch)
     model = opened.model
-    opened.warnings += stale_state(model.checkpoint, [model.books[stage].found for stage in model.chosen])
+    opened.warnings += stale_state(model.checkpoint, [opened.codebooks[stage] for stage in model.chosen])
     if not recipe.steps and len(model.books) == 1:
         opened.pass_once()
     if written and (asked := asked_size(strategy, model.books[model.chosen[0]].codebook.size)):
         check_request_output(request, command, asked)
     require_training_data(opened, recipe)
-    seen = calibrate(opened, watch)
-    opened.warnings += seen.first.remarks(getattr(strategy, "exact", False))
-    with watch.phase("measure"):
-        latents = encoder_latents(opened)
-    before = measure_stage(opened, latents, watch)
-    old, books = [on_cpu(book) for book in model.books], tuple(map(replace, model.books))
-    surgeries = perform(opened, strategy, seen, watch) if strategy else {}
-    size = max(model.books[stage].codebook.size for stage in model.chosen)
-    output = check_request_output(request, command, size) if written else None
-    check_size_follows(model, size)
-    known = {*model.keys.values()} - {*model.carried}
-    opened.warnings += dependents_warning(model.checkpoint, known, model.books[model.chosen[0]].found.size, size)
-
-    first = model.books[model.chosen[0]]
-    opened.settings |= {"metric": metric_of(first.lookup, first.emit)} | settings_of(strategy) | settings_of(recipe)
-    saving = Saving(training_path(output), _made_with(command, opened), request.resume) if output else None
-    if saving and recipe.steps and request.resume and not saving.path.exists():
-        opened.warnings.append(f"--resume: there is no {saving.path}; the fine-tuning began at step 0")
-    done = run_stages(
-        opened,
-        surgeries,
-        seen,
-        latents,
-        recipe,
-        seed=request.seed,
-        watch=watch,
-        saving=saving,
-        log_dir=request.log_dir,
-    )
-    opened.warnings += done.warnings
-    if done.tuned:
-        opened.settings["lr"] = done.tuned.lr
-    with watch.phase("measure"):
-        shown = exhibit(opened, books, bool(surgeries), done.tuned, watch) if request.exhibit else ()
-    if done.kept == "finetuned" and done.finetuned:
-        opened.warnings += blur_warnings(before, done.finetuned)
-        tokens = calibration_tokens(opened, watch)
-    else:
-        tokens = current_tokens(opened, seen, done.kept == "surgery", watch)
-    maps = dict[str, Tensor]()
-    for stage, index_map in done.index_maps.items():
-        samples = (seen.tokens[stage].sample, tokens[stage].sample)
-        nearest = nearest_map(index_map, old[stage], on_cpu(model.books[stage]), samples)
-        for place in model.books[stage].found.places:
-            maps |= {f"{place.key}/index_map": index_map, f"{place.key}/nearest": nearest}
-    run = Run(command, opened, before, done, surgeries, old, tokens, maps, shown, watch)
-    opened.warnings += worse_warnings(before, run.stages[done.kept])
-    return run
+    return opened
 
 
 def _made_with(command: str, opened: Opened) -> dict[str, object]:
@@ -309,17 +325,3 @@ def _made_with(command: str, opened: Opened) -> dict[str, object]:
         "data": items_sha256(opened.splits.calibration),
         **{name: value for name, value in opened.settings.items() if name not in ("data", "test_data")},
     }
-
-
-def _result(command: str, request: Request, opened: Opened, watch: Watch, **found: object) -> Result:
-    opened.warnings += opened.of_data()
-    return Result(
-        command=command,
-        model=str(request.source),
-        family=opened.model.family,
-        settings=opened.settings,
-        seed=request.seed,
-        warnings=tuple(opened.warnings),
-        seconds=watch.seconds,
-        **found,  # type: ignore[arg-type]
-    )

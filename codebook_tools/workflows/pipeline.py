@@ -12,16 +12,13 @@ from torch import Tensor
 
 from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.codebook import REMOVED, Codebook, Strategy, Surgery
-from codebook_tools.data.latents import EncodedLatents
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.accumulators import Sums
-from codebook_tools.evaluation.coverage import reference_distance, reference_latents
-from codebook_tools.evaluation.measure import Measurement, collect, measurement_of
-from codebook_tools.evaluation.tokens import Tokens, tokenise
-from codebook_tools.evaluation.usage import Survey, survey
-from codebook_tools.models.latent_cache import CachedLatents, cached
+from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.tokens import Tokens
+from codebook_tools.evaluation.usage import Survey
 from codebook_tools.models.model import Book
 from codebook_tools.runtime import distributed
+from codebook_tools.runtime.devices import device_of
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import on_device
 from codebook_tools.strategies.padding import common_sizes, filled, remark
@@ -29,7 +26,7 @@ from codebook_tools.training.codebook_ema import More
 from codebook_tools.training.finetune import FineTune, FineTuned, finetune
 from codebook_tools.training.losses.objective import judges
 from codebook_tools.training.resume import Saving
-from codebook_tools.workflows.session import Opened
+from codebook_tools.workflows.target import Opened, Target
 
 Latents = tuple[Tensor | None, ...]
 
@@ -56,7 +53,6 @@ class Stages:
     kept: str
     index_maps: Mapping[int, Tensor]
     tuned: FineTuned | None
-    warnings: tuple[str, ...] = ()
 
 
 def require_training_data(opened: Opened, recipe: FineTune) -> None:
@@ -78,84 +74,46 @@ def require_training_data(opened: Opened, recipe: FineTune) -> None:
             judges(opened.model, recipe, pixels)  # now: it would raise after the surgery
 
 
-def calibrate(opened: Opened, watch: Watch) -> Calibration:
-    """See the calibration data with the model as it is."""
-    first = _survey(opened, opened.model.chosen[0], watch)
-    if len(opened.model.books) == 1:
+def calibrate(target: Target, watch: Watch) -> Calibration:
+    """See the calibration data with the codebooks as they are."""
+    first = target.survey(target.model.chosen[0], watch)
+    if len(target.model.books) == 1:
         return Calibration(first, (Tokens(first.counts, first.error, first.codes),))
-    return Calibration(first, calibration_tokens(opened, watch))
-
-
-def calibration_tokens(opened: Opened, watch: Watch) -> tuple[Tokens, ...]:
-    """The tokens of the calibration data by the model as it is."""
-    request = opened.request
-    with watch.phase("encode"):
-        return tokenise(opened.model, opened.calibration, seed=request.seed, batch=request.batch_size, watch=watch)
-
-
-def _latents(opened: Opened, stage: int) -> EncodedLatents | CachedLatents:
-    """All calibration latents that meet the book `stage`."""
-    request, model = opened.request, opened.model
-    return cached(request.latents_cache, model.latents(opened.calibration, request.batch_size, stage), model, stage)
-
-
-def _survey(opened: Opened, stage: int, watch: Watch) -> Survey:
-    with watch.phase("encode"):
-        codebook = opened.model.books[stage].codebook
-        return survey(_latents(opened, stage), codebook, seed=opened.request.seed, watch=watch)
+    return Calibration(first, target.tokens(watch))
 
 
 def on_cpu(book: Book) -> Codebook:
     return replace(book.codebook, vectors=book.codebook.vectors.cpu())
 
 
-def encoder_latents(opened: Opened) -> Latents:
+def encoder_latents(target: Target) -> Latents:
     """The calibration latents that the codes of the model as it is are held against, of each book."""
-    request, model = opened.request, opened.model
-    return tuple(
-        reference_latents(model, opened.calibration, seed=request.seed, batch=request.batch_size, stage=stage)
-        for stage in range(len(model.books))
-    )
+    return tuple(map(target.reference_latents, range(len(target.model.books))))
 
 
 def measure_stage(opened: Opened, latents: Latents, watch: Watch) -> Measurement:
     """Measure the model as it is on the test data. latents: of its encoder, as `encoder_latents` gives them."""
-    return measurement_of(stage_sums(opened, latents, watch), "test", opened.model.modality.figures)
+    return opened.measurement(opened.sums(latents, watch))
 
 
-def stage_sums(opened: Opened, latents: Latents, watch: Watch) -> Sums:
-    """What such a measurement adds up."""
-    request, model = opened.request, opened.model
-    with watch.phase("measure"):
-        references = [
-            reference_distance(rows, book.codebook, seed=request.seed)
-            for rows, book in zip(latents, model.books, strict=True)
-        ]
-        return collect(model, opened.test, split="test", batch=request.batch_size, references=references, watch=watch)
-
-
-def perform(opened: Opened, strategy: Strategy, seen: Calibration, watch: Watch) -> dict[int, Surgery]:
+def perform(target: Target, strategy: Strategy, seen: Calibration, watch: Watch) -> dict[int, Surgery]:
     """Operate on the chosen books one after another, each on the latents that those before it leave, and install.
 
     Books of one size stay of one size, and sizes that the config would refuse are filled up with dead codes. Returns
     the surgeries by index of the book.
     """
-    model = opened.model
-    strategy = on_device(strategy, model.device)
+    model = target.model
+    strategy = on_device(strategy, device_of(target.request.device))
     before = [on_cpu(book) for book in model.books]
     counts = {stage: tokens.counts for stage, tokens in enumerate(seen.tokens)}
     surgeries = dict[int, Surgery]()
     for stage in model.chosen:
-        found = seen.first if stage == model.chosen[0] else _survey(opened, stage, watch)
+        found = seen.first if stage == model.chosen[0] else target.survey(stage, watch)
         counts[stage] = found.counts
-        with watch.phase("strategy"), _named(model.books[stage].key, several=len(model.books) > 1):
+        several = isinstance(target, Opened) and len(model.books) > 1
+        with watch.phase("strategy"), _named(model.books[stage].key, several):
             whole = found.sampled and getattr(strategy, "exact", False)
-            if whole and opened.request.latents_cache is None:
-                raise CodebookError(
-                    f"--exact goes over {found.total:,} latents many times: keep them with --latents-cache DIR, or "
-                    f"leave --exact out for k-means on {len(found.sample):,} of them"
-                )
-            latents = _latents(opened, stage) if whole else found.sample
+            latents = target.all_latents(stage, found) if whole else found.sample
             # Strategies see the same everywhere, but machines that differ may round differently.
             surgeries[stage] = distributed.of_first(strategy(before[stage], latents, found.counts))
         model.install(surgeries[stage].codebook, stage)
@@ -165,7 +123,7 @@ def perform(opened: Opened, strategy: Strategy, seen: Calibration, watch: Watch)
         unchanged = Surgery(before[stage], torch.arange(before[stage].size))
         surgeries[stage] = filled(surgeries.get(stage, unchanged), before[stage], counts[stage], sizes[stage])
         model.install(surgeries[stage].codebook, stage)
-    opened.warnings += remark([book.key for book in model.books], asked, sizes)
+    target.warnings += remark([book.key for book in model.books], asked, sizes)
     return surgeries
 
 
@@ -236,7 +194,8 @@ def run_stages(
             stage_kept = {"before": "the original", "surgery": "the state after surgery"}[kept]
             why = "lost codes" if tuned.collapsed else f"did not lower the validation error below that of {stage_kept}"
             warnings.append(f"fine-tuning {why}: {stage_kept} is kept")
-    return Stages(after, finetuned, kept, index_maps, tuned, tuple(warnings))
+    opened.warnings += warnings
+    return Stages(after, finetuned, kept, index_maps, tuned)
 
 
 def _more(
@@ -270,7 +229,7 @@ def current_tokens(opened: Opened, seen: Calibration, moved: bool, watch: Watch)
     if not moved:
         return seen.tokens
     if len(opened.model.books) > 1:
-        return calibration_tokens(opened, watch)
+        return opened.tokens(watch)
     codebook, first = on_cpu(opened.model.books[0]), seen.first
     rows, share = first.sample.vectors, len(first.sample) / first.total
     codes = nearest(rows, codebook)

@@ -180,6 +180,7 @@ class Operation:
 
     @property
     def before(self) -> Measurement:
+        assert self.run.before is not None
         return self.run.before
 
     @property
@@ -211,8 +212,7 @@ class Operation:
         """
         opened = self.run.opened
         opened.request = replace(opened.request, output=Path(path), force=force)
-        sizes = self.run.sizes().values()
-        output = check_request_output(opened.request, self.run.command, max(sizes, default=None))
+        output = check_request_output(opened.request, self.run.command, opened.size)
         return _warned(self.run.write(output))
 
 
@@ -275,7 +275,7 @@ def _install(run: Run, wrapped: Wrapped) -> Proof:
     """Prove the kept state through a copy of the module, then put it into the module itself."""
     model, changed = run.opened.model, run.changed()
     entries = model.checkpoint.entries | {key: Held(key, tensor) for key, tensor in changed.items()}
-    proof = prove(model, replace(model.checkpoint, entries=entries), run.media())
+    proof = prove(model, replace(model.checkpoint, entries=entries), run.opened.media())
     wrapped.put(changed, [book.found for book in model.books])
     return proof
 
@@ -372,12 +372,7 @@ def _request(model: Model, data: Data | Values | None, seed: int) -> Request:
         model.request,
         data=train,
         test_data=test,
-        limit=of.limit,
-        size=of.size,
-        channels=of.channels,
-        skip_bad=of.skip_bad,
-        batch_size=of.batch_size,
-        workers=of.workers,
+        **{name: getattr(of, name) for name in ("limit", "size", "channels", "skip_bad", "batch_size", "workers")},
         seed=seed,
         typed=True,  # the bundled sample is never trained on
     )

@@ -1,15 +1,15 @@
-"""What an operation ends in: its result, where that goes, and what the written file says of itself."""
+"""What a command ends in: its result, where that goes, and what the written file says of itself."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
-from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.layout import DECLARED, training_path
-from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
+from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import Measurement
@@ -21,21 +21,83 @@ from codebook_tools.runtime.version import VERSION
 from codebook_tools.training.finetune import FineTune, FineTuned, TracePoint
 from codebook_tools.workflows.gallery import Shown
 from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.target import Target
 
 
-@dataclass(frozen=True)
-class Result:
-    """What was done: the JSON of a command. before, surgery, finetuned: measured on the test data, None where there is
-    no such stage. kept: the stage that the written file holds. outputs: paths. bytes: of weights, and what a codebook
-    that was rounded to few bits would pack to. seconds: by phase. shown: for a page, not in the JSON. proof: how the
-    figures were held against the model that loads the file."""
+@dataclass(frozen=True, kw_only=True)
+class ResultHeader:
+    """What the result of every command says of itself.
+
+    Attributes:
+        command: As the command line has it.
+        model: The path that was named.
+        family: Of the model's layout, or "custom".
+        settings: What was asked for, chosen and found out.
+        seed: Of all that was drawn.
+        warnings: A line each.
+        outputs: Paths of what was written, by what it is.
+        seconds: By phase, and in total.
+        version: Of this package.
+    """
 
     command: str
     model: str
     family: str
     settings: Mapping[str, object]
     seed: int
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    outputs: Mapping[str, str | None] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    version: str = VERSION
+
+    json_keys: ClassVar[tuple[str, ...]]
+    """Attributes that are in the JSON, in its order."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The promised keys, of types that json can write."""
+        return {key: plain(getattr(self, key)) for key in self.json_keys}
+
+
+SUBJECT = ("model", "family", "settings", "seed", "warnings")
+"""What most results begin with in JSON."""
+
+
+def plain(value: Any) -> Any:
+    """A value of a result, of types that json can write."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {name: plain(entry) for name, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def header(command: str, target: Target, *more: str) -> dict[str, Any]:
+    """The fields of a `ResultHeader` that follow from what was opened. more: warnings, after those of the data."""
+    return {
+        "command": command,
+        "model": str(target.request.source),
+        "family": target.model.family,
+        "settings": target.settings,
+        "seed": target.request.seed,
+        "warnings": (*target.warnings, *target.of_data(), *more),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(ResultHeader):
+    """What was measured or done.
+
+    Attributes:
+        before: Measured on the test data, as are `surgery` and `finetuned`; None where there is no such stage.
+        kept: The stage that the written file holds; None where none was written.
+        trace: Of the fine-tuning.
+        bytes: Of weights, and what a codebook that was rounded to few bits would pack to.
+        shown: For a page, not in the JSON.
+        proof: How the figures were held against the model that loads the file.
+    """
+
     before: Measurement | None
     surgery: Measurement | None = None
     finetuned: Measurement | None = None
@@ -43,10 +105,10 @@ class Result:
     trace: tuple[TracePoint, ...] = ()
     outputs: Mapping[str, str | None] = field(default_factory=lambda: dict.fromkeys(("model", "index_map", "report")))
     bytes: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(("before", "after")))
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    version: str = VERSION
     shown: tuple[Shown, ...] = ()
     proof: Proof | None = None
+
+    json_keys = ("command", *SUBJECT, "kept", "trace", "outputs", "bytes", "seconds", "version", "proof", "stages")
 
     @property
     def stages(self) -> dict[str, Measurement | None]:
@@ -56,22 +118,6 @@ class Result:
     def kept_stage(self) -> Measurement | None:
         """Of what the written file holds; None where nothing was measured."""
         return self.stages[self.kept or "before"]
-
-    def to_json(self) -> dict[str, object]:
-        """The promised keys, of types that json can write."""
-        plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in _NOT_PLAIN}
-        stages = {name: stage.to_json() if stage else None for name, stage in self.stages.items()}
-        proof = self.proof.to_json() if self.proof else None
-        return {
-            **plain,
-            "proof": proof,
-            "warnings": list(self.warnings),
-            "stages": stages,
-            "trace": [asdict(p) for p in self.trace],
-        }
-
-
-_NOT_PLAIN = ("before", "surgery", "finetuned", "shown", "proof")
 
 
 def check_request_output(request: Request, command: str, size: int | None) -> Path:
@@ -105,11 +151,6 @@ def request_output(request: Request, command: str, size: int) -> Path:
     return default_output(request.checkpoint, command, size, folder)
 
 
-def weights_bytes(path: Path) -> int:
-    """Size of a model's weights."""
-    return read_checkpoint(path).nbytes
-
-
 def settings_of(thing: Strategy | FineTune | None) -> dict[str, object]:
     """The printed fields of a dataclass."""
     if thing is None or not is_dataclass(thing):
@@ -117,36 +158,49 @@ def settings_of(thing: Strategy | FineTune | None) -> dict[str, object]:
     return {entry.name: getattr(thing, entry.name) for entry in fields(thing) if entry.repr}
 
 
-def provenance(
-    command: str,
-    request: Request,
-    checkpoint: Checkpoint,
-    sizes: Mapping[str, int],
-    settings: Mapping[str, object],
-    kept: str,
-    tuned: FineTuned | None = None,
-    books: Sequence[FoundCodebook] = (),
+def provenance_of(
+    command: str, target: Target, sizes: Mapping[str, int], kept: str, tuned: FineTuned | None, stages: Iterable[int]
 ) -> dict[str, str]:
-    """What the written file says of itself: no times and no paths, so that the same work gives the same bytes.
+    """What the written file says of a surgery on `target`.
 
-    sizes: new codes by codebook key, in the order of the stages. books: where those lie in the original.
+    sizes: new codes by codebook key, in the order of the stages. stages: the codebooks that were operated on.
     """
+    checkpoint = target.model.checkpoint
     private = {"data", "test_data", "stats", "latents", "images", "device", "network"}
-    public = {name: value for name, value in settings.items() if name not in private}
+    public = {name: value for name, value in target.settings.items() if name not in private}
     if public.get("perceptual"):
         public["perceptual"] = True  # wherever the weights lay
-    trained = tuned if kept == "finetuned" else None
+    public["seed"] = target.request.seed
+    groups, tensors = (tuned.groups, tuned.trained) if tuned and kept == "finetuned" else ((), ())
     declared = {DECLARED: json.dumps(checkpoint.declared, sort_keys=True)} if checkpoint.declared else {}
-    turned = layouts(checkpoint, books)
+    turned = layouts(checkpoint, [target.codebooks[stage] for stage in stages])
     return {
         **declared,
         **({"layouts": json.dumps(turned, sort_keys=True)} if turned else {}),
+        **provenance(command, public, sizes, kept, groups, tensors, checkpoint),
+    }
+
+
+def provenance(
+    command: str,
+    settings: Mapping[str, object],
+    sizes: Mapping[str, int],
+    kept: str,
+    groups: Iterable[str],
+    tensors: Iterable[str],
+    original: Checkpoint,
+) -> dict[str, str]:
+    """What every written file says of itself: no times and no paths, so that the same work gives the same bytes.
+
+    groups, tensors: what was trained.
+    """
+    return {
         "command": command,
         "version": VERSION,
-        "settings": json.dumps({**public, "seed": request.seed}, sort_keys=True),
+        "settings": json.dumps(settings, sort_keys=True),
         "codebooks": json.dumps(sizes),
         "kept": kept,
-        "trained": ",".join(trained.groups) if trained else "",
-        "trained_tensors": json.dumps(trained.trained if trained else []),
-        "source_sha256": checkpoint.sha256,
+        "trained": ",".join(groups),
+        "trained_tensors": json.dumps([*tensors]),
+        "source_sha256": original.sha256,
     }

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-
-import torch
-from torch import Tensor
+from functools import partial
 
 from codebook_tools.data.channels import MIX
-from codebook_tools.data.dataset import Beyond, Media
+from codebook_tools.data.dataset import Media
 from codebook_tools.data.images import SAMPLE
 from codebook_tools.data.items import find_items
 from codebook_tools.data.modality import Modality
 from codebook_tools.data.splits import Splits, limited, split
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import find_input_range, range_errors
-from codebook_tools.models.agreement import LEAST, Agreement
 from codebook_tools.models.evidence import uninitialised
 from codebook_tools.models.load import load_model
-from codebook_tools.models.model import Model
 from codebook_tools.models.proof import Proof, prove_opened
 from codebook_tools.models.registry import CUSTOM
 from codebook_tools.models.remarks import stale_state
@@ -33,76 +26,10 @@ from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import RUN_AHEAD, device_of
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.request import Request
-
-
-@dataclass(eq=False)
-class Opened:
-    """calibration and test: the items of `splits`. settings: what was found out or chosen on the way. agreed: how far
-    the network's own quantizer chose the codes that we do, where it was asked."""
-
-    request: Request
-    model: Model
-    splits: Splits
-    calibration: Media
-    test: Media
-    warnings: list[str] = field(default_factory=list)
-    settings: dict[str, object] = field(default_factory=dict)
-    agreed: Agreement | None = None
-
-    @cached_property
-    def few(self) -> list[Tensor]:
-        """Batches of data with as many latents as an agreement is judged on, or all that there are."""
-        media = self.calibration if len(self.calibration) else self.test
-        batches, positions = list[Tensor](), 0
-        size = self.request.batch_size
-        for start in range(0, len(media.items), size):
-            items, batch = media.load(media.items[start : start + size])
-            if not items:
-                continue
-            batches.append(batch)
-            with torch.no_grad():
-                positions += self.model.encode(batch, keep=False)[:, 0].numel()
-            if positions >= LEAST:
-                break
-        return batches
-
-    def unreadable(self) -> dict[str, str]:
-        """Names of the items that some process could not read, and why."""
-        found = distributed.each(self.calibration.bad | self.test.bad)
-        return {name: reason for bad in found for name, reason in bad.items()}
-
-    def of_data(self) -> list[str]:
-        """What the passes over data brought to light, as warnings: items left out, and sound beyond full scale."""
-        many, told = self.model.modality.many, list[str]()
-        if bad := self.unreadable():
-            first = "; ".join(f"{name} ({bad[name]})" for name in sorted(bad)[:3])
-            told.append(f"{len(bad)} unreadable {many} were skipped: {first}")
-        beyond = dict[str, Beyond]()
-        for its in distributed.each(self.calibration.beyond | self.test.beyond):
-            beyond |= its
-        return [*told, _told_beyond(beyond, many)] if beyond else told
-
-    def pass_once(self) -> None:
-        """Where calibration data are read once and test data twice, keep none of those and little of these: memory
-        must not grow with the data."""
-        self.calibration.keep(0)
-        self.test.keep(_LITTLE)
-        self.model.kept.limit = _LITTLE
-
-
-_LITTLE = 32 << 20
+from codebook_tools.workflows.target import Opened as Opened
 
 UNSEEN = "no --data: the calibration data are two photographs that the model may never have seen"
 """What is said of a user's model that is looked at with the bundled sample."""
-
-
-def _told_beyond(beyond: Mapping[str, Beyond], many: str) -> str:
-    share = sum(its.count for its in beyond.values()) / sum(its.values for its in beyond.values())
-    farthest = min(beyond, key=lambda name: (-beyond[name].peak, name))
-    return (
-        f"{len(beyond)} {many} go beyond ±1: {share:.2%} of their samples, up to {beyond[farthest].peak:.4g} in "
-        f"{farthest}; nothing is clipped: scale the files where that is not meant"
-    )
 
 
 def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> Opened:
@@ -146,7 +73,14 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
                 (splits.test, request.test_data or request.data),
             )
         )
-    opened = Opened(request, model, splits, calibration, test, [*model.caveats, *checkpoint.warnings])
+    opened = Opened(
+        request=request,
+        model=model,
+        splits=splits,
+        calibration=calibration,
+        test=test,
+        warnings=[*model.caveats, *checkpoint.warnings],
+    )
     if model.carried:
         few = ", ".join(model.carried[:3]) + (", ..." if len(model.carried) > 3 else "")
         opened.warnings.append(f"{len(model.carried)} tensors unknown to the network are carried over unchanged: {few}")
@@ -158,17 +92,14 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         _choose_input_range(request, opened)
         asks = model.family == CUSTOM
         more, opened.agreed = settle(model, opened.few if asks else [], request.metric)
-    opened.warnings += uninitialised(checkpoint, [book.found for book in model.books])
-    opened.warnings += [twin_warning(book.found.places, "") for book in model.books if book.found.also]
+    opened.warnings += uninitialised(checkpoint, opened.codebooks)
+    opened.warnings += [twin_warning(found.places, "") for found in opened.codebooks if found.also]
     opened.warnings += more
     opened.settings |= {
         "data": [str(one) for one in request.data] or ([SAMPLE] if splits.calibration else []),
         "test_data": [str(one) for one in request.test_data],
         "images": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
-        "limit": request.limit,
-        "size": request.size,
-        "channels": request.channels,
-        "skip_bad": request.skip_bad,
+        **{name: getattr(request, name) for name in ("limit", "size", "channels", "skip_bad")},
         "network": name_of(request.network) if request.network else None,
         "input_range": list(model.input_range),
         "device": str(model.device),
@@ -246,5 +177,5 @@ def prove_request(request: Request, watch: Watch) -> Proof:
     """
     opened = open_request(request, watch, measuring=True)
     with watch.phase("measure"):
-        stale_state(opened.model.checkpoint, [book.found for book in opened.model.books])
+        stale_state(opened.model.checkpoint, opened.codebooks)
         return prove_opened(opened.model, opened.agreed, opened.few)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from codebook_tools.evaluation import metrics
 from codebook_tools.evaluation.measure import Measurement
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.runtime.version import VERSION
 from codebook_tools.strategies import Prune, Quantize, Refit
 from codebook_tools.strategies.entropy_refit import EntropyRefit
-from codebook_tools.workflows.comparison_rows import STAGES, Row, RowStore, bytes_at, check_folder, made_with
+from codebook_tools.workflows.comparison_rows import STAGES, Row, RowStore, check_folder, made_with
+from codebook_tools.workflows.model_card import markdown_rows
 from codebook_tools.workflows.pipeline import (
     Calibration,
     calibrate,
@@ -29,31 +29,27 @@ from codebook_tools.workflows.pipeline import (
     perform,
 )
 from codebook_tools.workflows.request import Request
-from codebook_tools.workflows.result import settings_of
+from codebook_tools.workflows.result import SUBJECT, ResultHeader, header, settings_of
 from codebook_tools.workflows.session import Opened, open_request
 
 PAYS = 0.025
 """Share of the error that twice the codes must take away."""
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """The JSON of `sweep`. points: surgeries, Re-Fit first, by falling price and rising K. effective_dimension: of the
-    latents, by the slope of Re-Fit's distortion over K; None of one K. suggested_k: one of those asked for."""
+@dataclass(frozen=True, kw_only=True)
+class Sweep(ResultHeader):
+    """The result of `sweep`. points: surgeries, Re-Fit first, by falling price and rising K. effective_dimension: of
+    the latents, by the slope of Re-Fit's distortion over K; None of one K. suggested_k: one of those asked for."""
 
-    model: str
-    family: str
-    settings: Mapping[str, object]
-    seed: int
-    warnings: tuple[str, ...]
     points: tuple[Row, ...]
     effective_dimension: float | None
     suggested_k: int
     reason: str
-    outputs: Mapping[str, str]
-    seconds: Mapping[str, float]
-    command: str = "sweep"
-    version: str = VERSION
+
+    json_keys = (
+        *SUBJECT,
+        *("effective_dimension", "suggested_k", "reason", "outputs", "seconds", "command", "version"),
+    )
 
     @property
     def headline(self) -> str:
@@ -64,9 +60,8 @@ class Sweep:
         return f"{self.suggested_k} codes suffice: {self.reason}"
 
     def to_json(self) -> dict[str, Any]:
-        plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "points"}
         points = [{name: row.to_json()[name] for name in ("strategy", "k", "stages")} for row in self.points]
-        return {**plain, "warnings": list(self.warnings), "points": points}
+        return super().to_json() | {"points": points}
 
 
 def sweep(request: Request, sizes: Sequence[int], prices: Sequence[float], folder: Path, watch: Watch) -> Sweep:
@@ -76,8 +71,7 @@ def sweep(request: Request, sizes: Sequence[int], prices: Sequence[float], folde
     Rows go to folder/rows.json one by one, and those found there, made with the same model, data, settings and version,
     are not measured again; folder/table.md is the table of all. Raises CodebookError where Re-Fit can be done to none.
     """
-    if distributed.count() > 1:
-        raise CodebookError(f"sweep works in one process, not {distributed.count()}; start it without torchrun")
+    distributed.require_one("sweep")
     sizes = sorted(set(sizes))
     if not sizes:
         raise CodebookError("no size to try; name some, such as --k 16,32,64,128")
@@ -92,12 +86,9 @@ def sweep(request: Request, sizes: Sequence[int], prices: Sequence[float], folde
     suggested, reason = suggest(curve)
     left = {k: found.codebooks[0].distortion for k, found in curve.items()}
     table = folder / "table.md"
+    opened.settings |= {"k": sizes, "lambda": [*prices]}
     found = Sweep(
-        model=str(request.source),
-        family=opened.model.family,
-        settings=opened.settings | {"k": sizes, "lambda": [*prices]},
-        seed=request.seed,
-        warnings=(*opened.warnings, *opened.of_data()),
+        **header("sweep", opened),
         points=tuple(points),
         effective_dimension=metrics.effective_dimension(left) if len(left) > 1 else None,
         suggested_k=suggested,
@@ -144,10 +135,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def markdown(found: Sweep) -> str:
     """The table in Markdown, and under it what is suggested."""
-    head, *lines = sweep_rows(found)
-    rule = ("---", *["---:"] * (len(head) - 1))
-    table = "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
-    return f"{table}\n{found.headline}.\n"
+    return f"{markdown_rows(sweep_rows(found))}\n{found.headline}.\n"
 
 
 def _surgery(row: Row) -> Measurement:
@@ -176,12 +164,12 @@ def _swept(
             continue
         if name == "refit":
             now, placed = _as_it_is(opened, seen, watch), model.books
-        size = max(model.books[stage].codebook.size for stage in model.chosen)
+        size = opened.size
         row = store.find(name, size, seed, hashed)
         if row is None:
             stages = dict.fromkeys(STAGES) | {"before": before, "surgery": measure_stage(opened, latents, watch)}
             seconds = watch.seconds["strategy"] - since
-            row = Row(name, size, seed, stages, "surgery", seconds, bytes_at(opened, size), None, hashed)
+            row = Row(name, size, seed, stages, "surgery", seconds, opened.bytes_at(size), None, hashed)
             store.add(row)
         rows.append(row)
     model.books = books

@@ -1,59 +1,49 @@
-"""Surgeries on codebooks alone: no network and no images, but counts, or latents, or neither."""
+"""Codebooks in a file of which no network is run: their latents come from files, their counts from an earlier pass."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.checkpoints.write import write_checkpoint
-from codebook_tools.clustering.assignment import nearest, unit
-from codebook_tools.codebook import Codebook, Emit, Latents, Strategy, Surgery
+from codebook_tools.clustering.assignment import nearest
+from codebook_tools.codebook import Codebook, Latents, Strategy
 from codebook_tools.data.latent_files import FileLatents, latents_dim, limited_latents, open_latents, split_latents
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.accumulators import BookSums, Sums, book_sums, exact, no_sums
-from codebook_tools.evaluation.coverage import POINTS, reference_distance
-from codebook_tools.evaluation.measure import CodebookUse, Measurement, use_of
-from codebook_tools.evaluation.stats_file import Part, Stats, holds_sample, read_sample, read_stats, write_part
+from codebook_tools.evaluation.coverage import POINTS
+from codebook_tools.evaluation.measure import Measurement, use_of
+from codebook_tools.evaluation.stats_file import Part, Stats, holds_sample, read_sample, read_stats
+from codebook_tools.evaluation.tokens import Tokens
 from codebook_tools.evaluation.usage import Survey, survey
 from codebook_tools.models.choose import along_latents, choose_codebook, choose_codebooks, with_twins
-from codebook_tools.models.evidence import told_by_file, uninitialised
-from codebook_tools.models.output import remarks, written_config
-from codebook_tools.models.proof import Proof, prove_file, read_partial
+from codebook_tools.models.evidence import uninitialised
+from codebook_tools.models.model import Book, Model
 from codebook_tools.models.registry import (
     CUSTOM,
     FAMILIES,
-    METRICS,
-    are_unit,
     check_stated,
     family_of,
-    guessed,
     lookup_of,
     metric_of,
     size_entry,
-    unit_warning,
 )
-from codebook_tools.models.remarks import dependents_warning, stale_state
-from codebook_tools.models.stored_codes import changed_codebook, effective_rows, owned_keys, rounded
-from codebook_tools.models.transforms import refuse_unknown, transforms_beside
+from codebook_tools.models.remarks import stale_state
+from codebook_tools.models.settling import settle
+from codebook_tools.models.stored_codes import effective_rows, owned_keys
 from codebook_tools.models.twins import twin_warning
 from codebook_tools.remapping.nearest_map import nearest_map
 from codebook_tools.runtime import distributed
-from codebook_tools.runtime.devices import device_of
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.strategies import on_device
-from codebook_tools.strategies.padding import common_sizes, filled, remark
-from codebook_tools.strategies.quantize import packed_bytes
-from codebook_tools.workflows.model_card import cards
 from codebook_tools.workflows.request import Request
-from codebook_tools.workflows.result import Result, check_request_output, provenance, settings_of, weights_bytes
+from codebook_tools.workflows.target import Target
 
 
 def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
@@ -93,12 +83,12 @@ def books_without_images(
     """The codebooks that would be operated on: those named, else all; latents are one codebook's."""
     if request.latents or _takes_sample(request, strategy):
         return [with_twins(checkpoint, choose_codebook(checkpoint, request.codebook_key))]
-    found, taken = list[FoundCodebook](), set[str]()
+    codebooks, taken = list[FoundCodebook](), set[str]()
     for book in choose_codebooks(checkpoint, request.codebook_key):
         if book.key not in taken:
-            found.append(with_twins(checkpoint, book))
-            taken |= {place.key for place in found[-1].places}
-    return found
+            codebooks.append(with_twins(checkpoint, book))
+            taken |= {place.key for place in codebooks[-1].places}
+    return codebooks
 
 
 def _takes_sample(request: Request, strategy: Strategy | None) -> bool:
@@ -106,262 +96,170 @@ def _takes_sample(request: Request, strategy: Strategy | None) -> bool:
     return request.stats is not None and getattr(strategy, "needs", "latents") == "latents"
 
 
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """What is known of one codebook's use. calibration, seen, test: its latents; stats: of a pass; or nothing."""
+@dataclass(eq=False, kw_only=True)
+class FileTarget(Target):
+    """Codebooks in a file.
 
-    found: FoundCodebook
-    old: Codebook
+    Attributes:
+        surveys: Of each codebook, counts and a sample of its calibration latents; counts alone, or zeros, where there
+            is no more.
+        calibration: Latents from files; None where there are none.
+        test: Those that figures are of.
+        stats: Of each codebook, what an earlier pass counted; none where there is no such pass.
+    """
+
+    surveys: tuple[Survey, ...] = ()
     calibration: FileLatents | None = None
-    seen: Survey | None = None
     test: FileLatents | None = None
-    stats: Stats | None = None
+    stats: tuple[Stats, ...] = ()
 
-    @property
-    def counts(self) -> Tensor:
-        if self.seen is not None:
-            return self.seen.counts
-        return self.stats.counts if self.stats else torch.zeros(self.old.size, dtype=torch.int64)
+    def survey(self, stage: int, watch: Watch) -> Survey:
+        return self.surveys[stage]
 
-    def hits(self, codes: Tensor, size: int) -> Tensor:
-        """(size,) float64: of all latents, by the codes of the sample."""
-        assert self.seen is not None
-        return torch.bincount(codes, minlength=size).double() * (self.seen.total / len(codes))
+    def tokens_after(self, old: Sequence[Codebook], index_maps: Mapping[int, Tensor]) -> tuple[Tokens, ...]:
+        """By the codebooks as they are now: of the sample; without one, each old code's counts go with it."""
+        tokens = list[Tokens]()
+        for stage, (known, book) in enumerate(zip(self.surveys, self.model.books, strict=True)):
+            codes = nearest(known.sample.vectors, book.codebook)
+            if len(codes):
+                counts = torch.bincount(codes, minlength=book.codebook.size).double() * (known.total / len(codes))
+            else:
+                moved = nearest_map(index_maps[stage], old[stage], book.codebook)
+                counts = torch.zeros(book.codebook.size, dtype=torch.float64)
+                counts.index_add_(0, moved, known.counts.double())
+            tokens.append(Tokens(counts, known.error, codes))
+        return tuple(tokens)
 
-    def operated(self, strategy: Strategy) -> Surgery:
-        latents: Latents = self.seen.sample if self.seen else StoredLatents(torch.empty(0, self.old.dim))
-        if self.seen and self.seen.sampled and getattr(strategy, "exact", False):
-            if self.calibration is None:
-                few, all_ = len(self.seen.sample), self.seen.total
-                raise CodebookError(
-                    f"--exact goes over all {all_:,} latents, and --stats holds a sample of {few:,}: give --latents or "
-                    "--data, or leave --exact out"
-                )
-            latents = self.calibration
-        return strategy(self.old, latents, self.counts)
+    def all_latents(self, stage: int, survey: Survey) -> Latents:
+        if self.calibration is None:
+            few, whole = len(survey.sample), survey.total
+            raise CodebookError(
+                f"--exact goes over all {whole:,} latents, and --stats holds a sample of {few:,}: give --latents or "
+                "--data, or leave --exact out"
+            )
+        return self.calibration
+
+    def reference_latents(self, stage: int) -> Tensor:
+        return self.surveys[stage].sample.vectors[:POINTS]
+
+    def sums(self, references: Sequence[Tensor | None], watch: Watch) -> Sums:
+        """Of the test latents; else what an earlier pass counted, by the codebooks as they were."""
+        if self.test is None:
+            images = self.stats[0].images if self.stats else 0
+            return Sums(images, 0, Fraction(0), None, self._counted(self.stats))
+        (book,), (distance,) = self.model.books, self.reference_distances(references)
+        total = no_sums(book.key, book.codebook, distance, moments=True)
+        for rows in self.test:
+            codes = nearest(rows, book.codebook)
+            total += book_sums(book.key, book.codebook, distance, rows, codes, moments=True)
+        return Sums(0, 0, Fraction(0), None, (total,))
+
+    def measurement(self, sums: Sums) -> Measurement | None:
+        if not sums.books:
+            return None
+        split = self.stats[0].split if self.stats else "test"
+        # The counts of latents from files are of no images.
+        return Measurement(split, sums.images or None, None, None, None, tuple(map(use_of, sums.books)))
+
+    def part(self) -> Part:
+        """The counts, as `measure --stats` keeps them."""
+        counted = Sums(0, 0, Fraction(0), None, self._counted(self.surveys))
+        return Part(self.model.checkpoint.sha256, "calibration", {}, (1, 1), counted, {})
+
+    def _counted(self, passes: Sequence[Survey | Stats]) -> tuple[BookSums, ...]:
+        return tuple(
+            BookSums(place.key, place.dim, of.counts, exact(of.error), near=None)
+            for place, of in zip(self.codebooks, passes, strict=False)
+        )
 
 
-def measure_detached(request: Request, watch: Watch, stats: Path | None) -> Result:
-    """How one codebook is used by latents from files; see `measure_model` for the rest."""
-    goes_without_images(request, None)
-    checkpoint = request.checkpoint
-    known, settings = _look(request, checkpoint, watch)
-    before = _measured(request, known, [one.old for one in known])
-    if stats is not None:
-        books = tuple(_sums(one.found, one.seen.counts, one.seen.error) for one in known if one.seen)
-        counted = Sums(0, 0, Fraction(0), None, books)
-        part = Part(checkpoint.sha256, "calibration", {}, (1, 1), counted, {})
-        distributed.by_first(lambda: write_part(stats, part, request.force))
-        settings["stats"] = str(stats)
-    return Result(
-        command="measure",
-        model=str(request.source),
-        family=request.family or family_of(checkpoint) or CUSTOM,
-        settings=settings,
-        seed=request.seed,
-        warnings=(*_guesses(request, checkpoint, known), *told_by_file(checkpoint, [one.found for one in known])),
-        before=before,
-        bytes={"before": request.checkpoint.nbytes, "after": None},
-        seconds=watch.seconds,
-    )
+def open_file(request: Request, watch: Watch, strategy: Strategy | None = None) -> FileTarget:
+    """The codebooks that are named, and all that is known of their latents. strategy: None to measure them.
 
-
-def operate_detached(command: str, request: Request, strategy: Strategy, watch: Watch) -> Result:
-    """Operate on the codebooks of a file, write them, and read them back; see `operate` for the rest.
-
-    Measured are the codebooks alone: on latents before and after, on counts before, else not at all.
+    Raises CodebookError for all that is amiss.
     """
     checkpoint = request.checkpoint
-    known, settings = _look(request, checkpoint, watch, strategy)
-    warnings = _guesses(request, checkpoint, known)
-    warnings += stale_state(checkpoint, [one.found for one in known])
-    warnings += [twin_warning(one.found.places, ", equal bit by bit") for one in known if one.found.also]
-    if not request.latents and not request.stats:
-        weights = "" if getattr(strategy, "bits", None) else "all codes weigh alike, and "
-        warnings.append(f"neither --data nor --stats: {weights}nothing is measured")
-    for one in known:
-        warnings += one.seen.remarks(getattr(strategy, "exact", False)) if one.seen else []
-    with watch.phase("strategy"):
-        strategy = on_device(strategy, device_of(request.device))
-        surgeries = [distributed.of_first(one.operated(strategy)) for one in known]
-    asked, keys = [surgery.codebook.size for surgery in surgeries], [one.found.key for one in known]
-    entry = size_entry(checkpoint)
-    sizes = common_sizes([one.old.size for one in known], asked, entry is not None and entry.power_of_two)
-    warnings += remark(keys, asked, sizes)
-    output = check_request_output(request, command, max(sizes))
-    old_size = known[0].old.size
-    warnings += remarks(checkpoint, old_size, max(sizes), output)
-    owned = {key for one in known for key in owned_keys(checkpoint, one.found)}
-    warnings += dependents_warning(checkpoint, owned, old_size, max(sizes))
-    settings |= {"codes": f"{old_size} -> {max(sizes)}", **settings_of(strategy)}
-    changed, maps, new = dict[str, Tensor](), dict[str, Tensor](), list[Codebook]()
-    for one, surgery, size in zip(known, surgeries, sizes, strict=True):
-        surgery = filled(surgery, one.old, one.counts, size)
-        book = _stored(checkpoint, one.found, surgery.codebook)
-        samples = (one.seen.codes, nearest(one.seen.sample.vectors, book)) if one.seen else None
-        moved = nearest_map(surgery.index_map, one.old, book, samples)
-        hits = one.hits(samples[1], size) if samples else _carried_over(one.counts, moved, size)
-        changed |= changed_codebook(checkpoint, one.found, book.vectors, hits, surgery.index_map)
-        for place in one.found.places:
-            maps |= {f"{place.key}/index_map": surgery.index_map, f"{place.key}/nearest": moved}
-        new.append(book)
-    stages = {
-        "before": _measured(request, known, [one.old for one in known]),
-        "surgery": _measured(request, known, new) if request.latents else None,
-    }
-    with watch.phase("write"):
-        by_key = {place.key: size for one, size in zip(known, sizes, strict=True) for place in one.found.places}
-        about = provenance(
-            command, request, checkpoint, by_key, settings, "surgery", books=[one.found for one in known]
-        )
-        config = written_config(checkpoint, max(sizes))
-        told = cards(output, checkpoint, command, settings, by_key, stages, "surgery")
+    with watch.phase("load"):
+        model = _model(request, checkpoint, strategy)
+        guesses, _ = settle(model, [], request.metric) if model.family == CUSTOM else ([], None)
+        model.family = request.family or model.family
+    target = FileTarget(request=request, model=model)
+    codebooks, first = target.codebooks, model.books[0]
+    target.warnings += [*checkpoint.warnings, *uninitialised(checkpoint, codebooks), *guesses]
+    if request.latents:
+        _read_latents(target, watch)
+    else:
+        _read_counts(target, strategy)
+    target.settings["metric"] = metric_of(first.lookup, first.emit)
+    if strategy is not None:
+        target.warnings += stale_state(checkpoint, codebooks)
+        target.warnings += [twin_warning(book.places, ", equal bit by bit") for book in codebooks if book.also]
+        if not request.latents and not request.stats:
+            weights = "" if getattr(strategy, "bits", None) else "all codes weigh alike, and "
+            target.warnings.append(f"neither --data nor --stats: {weights}nothing is measured")
+    return target
 
-        proofs = list[Proof]()
 
-        def check() -> None:
-            meant = [(one.found.resized(book.size), book) for one, book in zip(known, new, strict=True)]
-            proofs.append(prove_file(read_partial(output), meant))
-
-        def write() -> tuple[Path, int, Proof]:
-            map_path = write_checkpoint(
-                checkpoint, output, changed, about, maps, config, told, force=request.force, check=check
-            )
-            return map_path, weights_bytes(output), proofs[0]
-
-        map_path, nbytes, proof = distributed.by_first(write)
-    bits = surgeries[0].bits
-    return Result(
-        command=command,
-        model=str(request.source),
-        family=request.family or family_of(checkpoint) or CUSTOM,
-        settings=settings,
-        seed=request.seed,
-        warnings=tuple(warnings),
-        before=stages["before"],
-        surgery=stages["surgery"],
-        kept="surgery",
-        proof=proof,
-        outputs={"model": str(output), "index_map": str(map_path), "report": None},
-        bytes={
-            "before": request.checkpoint.nbytes,
-            "after": nbytes,
-            **({"packed": sum(packed_bytes(book, bits) for book in new)} if bits else {}),
-        },
-        seconds=watch.seconds,
+def _model(request: Request, checkpoint: Checkpoint, strategy: Strategy | None) -> Model:
+    """The codebooks around an empty network."""
+    family = request.family or family_of(checkpoint)
+    lookup, emit = lookup_of(family, request.metric)
+    codebooks = books_without_images(request, checkpoint, strategy)
+    if request.latents:
+        dim = latents_dim(Path(request.latents[0]))
+        codebooks = [with_twins(checkpoint, along_latents(checkpoint, codebooks[0], dim))]
+    for book in codebooks:
+        check_stated(checkpoint, [book])  # each: K in the config will follow it
+    stages, entry = tuple(range(len(codebooks))), size_entry(checkpoint)
+    return Model(
+        family=family if family in FAMILIES else CUSTOM,
+        checkpoint=checkpoint,
+        network=nn.Module(),
+        keys={key: key for book in codebooks for key in owned_keys(checkpoint, book)},
+        books=tuple(Book(book, effective_rows(checkpoint, book), lookup, emit) for book in codebooks),
+        chosen=stages,
+        route=stages,
+        build=lambda checkpoint, size: nn.Module(),
+        power_of_two=entry is not None and entry.power_of_two,
     )
 
 
-def _look(
-    request: Request, checkpoint: Checkpoint, watch: Watch, strategy: Strategy | None = None
-) -> tuple[list[_Known], dict[str, object]]:
-    """What there is to know of each codebook, and the settings that say where it came from."""
-    family = request.family or family_of(checkpoint)
-    lookup, emit = lookup_of(family, request.metric)
+def _read_latents(target: FileTarget, watch: Watch) -> None:
+    """Open the files of latents and see those for calibration once."""
+    request, codebook = target.request, target.model.books[0].codebook
     with watch.phase("load"):
-        found_books = books_without_images(request, checkpoint, strategy)
-        if request.latents:
-            dim = latents_dim(Path(request.latents[0]))
-            found_books = [with_twins(checkpoint, along_latents(checkpoint, found_books[0], dim))]
-        for found in found_books:
-            check_stated(checkpoint, [found])  # each: K in the config will follow it
-        if family not in FAMILIES:
-            owned = {key for found in found_books for key in owned_keys(checkpoint, found)}
-            for found in found_books:
-                refuse_unknown(found, transforms_beside(checkpoint, found, owned), with_network=False)
-        vectors = [effective_rows(checkpoint, found) for found in found_books]
-        if _searched_unknown(request, family) and all(map(are_unit, vectors)):
-            lookup, emit = METRICS["cosine-unit"]
-        books = [_Known(found, Codebook(rows, lookup, emit)) for found, rows in zip(found_books, vectors, strict=True)]
-    metric = {"metric": metric_of(lookup, emit)}
-    if request.latents:
-        one, settings = _with_latents(request, books[0], watch)
-        return [one], settings | metric
-    if request.stats is not None:
-        books = [replace(one, stats=read_stats(request.stats, checkpoint, one.found)) for one in books]
-        if _takes_sample(request, strategy):
-            books = [_with_sample(one, request.stats) for one in books]
-    return books, {"stats": str(request.stats) if request.stats else None, **metric}
-
-
-def _guesses(request: Request, checkpoint: Checkpoint, known: list[_Known]) -> list[str]:
-    """What to warn of before anything is done: what was not read of the file, and what nobody says of its codes."""
-    family = request.family or family_of(checkpoint)
-    first = [*checkpoint.warnings, *uninitialised(checkpoint, [one.found for one in known])]
-    if _searched_unknown(request, family) and known[0].old.emit is Emit.UNIT:
-        return [*first, unit_warning(known[0].found.key)]
-    return [*first, *(told for one in known for told in guessed(one.found, family, request.metric))]
-
-
-def _searched_unknown(request: Request, family: str | None) -> bool:
-    """Whether nobody says how the codes are searched."""
-    return request.metric is None and family not in FAMILIES
-
-
-def _with_latents(request: Request, one: _Known, watch: Watch) -> tuple[_Known, dict[str, object]]:
-    with watch.phase("load"):
-        calibration = open_latents([Path(path) for path in request.latents], one.old.dim)
+        calibration = open_latents([Path(path) for path in request.latents], codebook.dim)
         if request.test_data:
-            test = open_latents([Path(str(path)) for path in request.test_data], one.old.dim)
+            test = open_latents([Path(str(path)) for path in request.test_data], codebook.dim)
         else:
             calibration, test = split_latents(calibration)
         calibration, test = (limited_latents(rows, request.limit, request.seed) for rows in (calibration, test))
-        calibration = replace(calibration, part=distributed.part())
+        target.calibration, target.test = replace(calibration, part=distributed.part()), test
     with watch.phase("encode"):
-        seen = survey(calibration, one.old, seed=request.seed, watch=watch)
-    settings: dict[str, object] = {
+        target.surveys = (survey(target.calibration, codebook, seed=request.seed, watch=watch),)
+    target.settings |= {
         "latents": list(request.latents),
         "test_data": [str(one) for one in request.test_data],
-        "rows": {"calibration": len(calibration), "test": len(test)},
+        "rows": {"calibration": len(target.calibration), "test": len(test)},
         "limit": request.limit,
     }
-    return replace(one, calibration=calibration, seen=seen, test=test), settings
 
 
-def _with_sample(one: _Known, path: Path) -> _Known:
-    """With the latents that were kept beside the counts; the counts are of all."""
-    assert one.stats is not None
-    rows = read_sample(path, one.found)
-    total, codes = int(one.stats.counts.sum()), nearest(rows, one.old)
-    return replace(one, seen=Survey(one.stats.counts, total, StoredLatents(rows), codes, one.stats.error))
-
-
-def _stored(checkpoint: Checkpoint, found: FoundCodebook, codebook: Codebook) -> Codebook:
-    """The codebook as the file will hold it; rows that are given out at unit length are stored so."""
-    vectors = unit(codebook.vectors) if codebook.emit is Emit.UNIT else codebook.vectors
-    return replace(codebook, vectors=rounded(checkpoint, found, vectors))
-
-
-def _measured(request: Request, known: list[_Known], codebooks: list[Codebook]) -> Measurement | None:
-    """On the test latents; else what the counts tell of the codebooks as they were; else nothing."""
-    if request.latents:
-        uses = [_use(one, codebook, request.seed) for one, codebook in zip(known, codebooks, strict=True)]
-        return Measurement("test", None, None, None, None, tuple(uses))
-    stats = {one.found: one.stats for one in known if one.stats}
-    if not stats:
-        return None
-    first = next(iter(stats.values()))
-    images = first.images or None  # the counts of latents from files have none
-    return Measurement(first.split, images, None, None, None, _counted(stats))
-
-
-def _counted(stats: Mapping[FoundCodebook, Stats]) -> tuple[CodebookUse, ...]:
-    return tuple(use_of(_sums(found, of.counts, of.error)) for found, of in stats.items())
-
-
-def _sums(found: FoundCodebook, counts: Tensor, error: float) -> BookSums:
-    return BookSums(found.key, found.dim, counts, exact(error), near=None)
-
-
-def _use(one: _Known, codebook: Codebook, seed: int) -> CodebookUse:
-    assert one.test is not None and one.seen is not None
-    reference = reference_distance(one.seen.sample.vectors[:POINTS], codebook, seed=seed)
-    sums = no_sums(one.found.key, codebook, reference, moments=True)
-    for rows in one.test:
-        sums += book_sums(one.found.key, codebook, reference, rows, nearest(rows, codebook), moments=True)
-    return use_of(sums)
-
-
-def _carried_over(counts: Tensor, moved: Tensor, size: int) -> Tensor:
-    """(size,) float64: each old code's counts go with it."""
-    return torch.zeros(size, dtype=torch.float64).index_add_(0, moved, counts.double())
+def _read_counts(target: FileTarget, strategy: Strategy | None) -> None:
+    """What an earlier pass counted, and the latents that were kept with it where the strategy looks at those."""
+    request, checkpoint, books = target.request, target.model.checkpoint, target.model.books
+    path = request.stats
+    target.settings["stats"] = str(path) if path else None
+    if path is not None:
+        target.stats = tuple(read_stats(path, checkpoint, book.found) for book in books)
+    if path is not None and _takes_sample(request, strategy):
+        (book,), (stats,) = books, target.stats
+        rows = read_sample(path, book.found)
+        codes = nearest(rows, book.codebook)
+        target.surveys = (Survey(stats.counts, int(stats.counts.sum()), StoredLatents(rows), codes, stats.error),)
+        return
+    known = target.stats or [Stats(torch.zeros(book.codebook.size).long(), 0.0, "", 0) for book in books]
+    target.surveys = tuple(
+        Survey(of.counts, 0, StoredLatents(torch.empty(0, book.codebook.dim)), torch.empty(0).long(), of.error)
+        for book, of in zip(books, known, strict=True)
+    )

@@ -300,7 +300,7 @@ def row(seed: int, mse: float, used: int, kept: str = "finetuned", coverage: flo
 
 
 def comparison(*rows: Row) -> Comparison:
-    return Comparison("m", "f", {}, 0, (), rows, {}, {})
+    return Comparison(command="compare", model="m", family="f", settings={}, seed=0, rows=rows)
 
 
 def test_mean_and_spread_by_hand() -> None:

@@ -35,7 +35,8 @@ def test_a_table_of_the_documents_is_that_of_the_results(path: Path) -> None:
 @pytest.mark.parametrize("path", TABLES, ids=named)
 def test_a_table_is_that_of_its_rows(path: Path) -> None:
     found = json.loads(path.with_name("rows.json").read_text())["rows"]
-    summaries = Comparison("", "", {}, 0, (), tuple(map(Row.from_json, found)), {}, {}).summaries
+    rows = tuple(map(Row.from_json, found))
+    summaries = Comparison(command="compare", model="", family="", settings={}, seed=0, rows=rows).summaries
     lines = {" | ".join(line) for line in table_rows(summaries)}
     shown = [line for line in path.read_text(encoding="utf-8").splitlines()[2:] if line.startswith("| ")]
     # A row that could not be done is in the table alone.

@@ -94,8 +94,6 @@ def evidence_of(*books: BookEvidence, **more: Any) -> Evidence:
         "input_range": (0.0, 1.0),
         "command": "",
         "trace": None,
-        "settings": {},
-        "warnings": (),
     }
     return Evidence(books, **known | more)
 
