@@ -7,8 +7,7 @@ from pathlib import Path
 
 from codebook_tools.checkpoints.layout import is_directory_output, split_others
 from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.evaluation.figures import stage_rows
-from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.figures import Measurement, in_markdown, stage_rows
 from codebook_tools.runtime.version import VERSION
 
 CARD = "README.md"
@@ -61,10 +60,9 @@ def _section(
     shown = {name: value for name, value in settings.items() if name in _TOLD and value is not None}
     if shown:
         told.append("Settings: " + ", ".join(f"{name} {value}" for name, value in sorted(shown.items())) + ".")
-    head, *rows = stage_rows(stages, kept)
-    table = [head, ("---", *["---:"] * (len(head) - 1)), *rows] if len(head) > 1 else []
-    lines = "".join(f"| {' | '.join(line)} |\n" for line in table)
-    return "\n\n".join(["## Codebook surgery", *told, *([lines] if lines else [])]).rstrip() + "\n"
+    if any(stages.values()):
+        told.append(in_markdown(stage_rows(stages, kept)))
+    return "\n\n".join(["## Codebook surgery", *told]).rstrip() + "\n"
 
 
 _TOLD = (

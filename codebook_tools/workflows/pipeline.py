@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import nearest, squared_errors
+from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import REMOVED, Codebook, Strategy, Surgery
 from codebook_tools.data.latents import EncodedLatents
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.accumulators import Sums
 from codebook_tools.evaluation.coverage import reference_distance, reference_latents
-from codebook_tools.evaluation.measure import Measurement, collect, measurement_of
-from codebook_tools.evaluation.tokens import Tokens, tokenise
-from codebook_tools.evaluation.usage import Survey, survey
+from codebook_tools.evaluation.figures import Measurement, measurement_of
+from codebook_tools.evaluation.measure import reconstructions, totals_of
+from codebook_tools.evaluation.one_pass import run_pass
+from codebook_tools.evaluation.usage import Survey, Tokens, survey, tokenize
 from codebook_tools.models.latent_cache import CachedLatents, cached
 from codebook_tools.models.model import Book
 from codebook_tools.runtime import distributed
@@ -84,7 +85,7 @@ def calibrate(opened: Opened, watch: Watch) -> Calibration:
     """See the calibration data with the model as it is."""
     first = _survey(opened, opened.model.chosen[0], watch)
     if len(opened.model.books) == 1:
-        return Calibration(first, (Tokens(first.counts, first.error, first.codes),))
+        return Calibration(first, (Tokens(first.counts, first.codes),))
     return Calibration(first, calibration_tokens(opened, watch))
 
 
@@ -92,7 +93,7 @@ def calibration_tokens(opened: Opened, watch: Watch) -> tuple[Tokens, ...]:
     """The tokens of the calibration data by the model as it is."""
     request = opened.request
     with watch.phase("encode"):
-        return tokenise(opened.model, opened.calibration, seed=request.seed, batch=request.batch_size, watch=watch)
+        return tokenize(opened.model, opened.calibration, seed=request.seed, batch=request.batch_size, watch=watch)
 
 
 def _latents(opened: Opened, stage: int) -> EncodedLatents | CachedLatents:
@@ -133,7 +134,9 @@ def stage_sums(opened: Opened, latents: Latents, watch: Watch) -> Sums:
             reference_distance(rows, book.codebook, seed=request.seed)
             for rows, book in zip(latents, model.books, strict=True)
         ]
-        return collect(model, opened.test, split="test", batch=request.batch_size, references=references, watch=watch)
+        totals = totals_of(model, references)
+        run_pass(reconstructions(model, opened.test, request.batch_size), [totals], watch)
+        return totals.sums
 
 
 def perform(opened: Opened, strategy: Strategy, seen: Calibration, watch: Watch) -> dict[int, Surgery]:
@@ -277,4 +280,4 @@ def current_tokens(opened: Opened, seen: Calibration, moved: bool, watch: Watch)
     rows, share = first.sample.vectors, len(first.sample) / first.total
     codes = nearest(rows, codebook)
     counts = torch.bincount(codes, minlength=codebook.size).double() / share
-    return (Tokens(counts, float(squared_errors(rows, codebook, codes).sum()) / share, codes),)
+    return (Tokens(counts, codes),)

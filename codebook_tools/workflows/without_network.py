@@ -18,9 +18,10 @@ from codebook_tools.codebook import Codebook, Emit, Latents, Strategy, Surgery
 from codebook_tools.data.latent_files import FileLatents, latents_dim, limited_latents, open_latents, split_latents
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.accumulators import BookSums, Sums, book_sums, exact, no_sums
+from codebook_tools.evaluation.accumulators import BookSums, Sums, Totals, exact
 from codebook_tools.evaluation.coverage import POINTS, reference_distance
-from codebook_tools.evaluation.measure import CodebookUse, Measurement, use_of
+from codebook_tools.evaluation.figures import CodebookUse, Measurement, use_of
+from codebook_tools.evaluation.one_pass import LatentSource, run_pass
 from codebook_tools.evaluation.stats_file import Part, Stats, holds_sample, read_sample, read_stats, write_part
 from codebook_tools.evaluation.usage import Survey, survey
 from codebook_tools.models.choose import along_latents, choose_codebook, choose_codebooks, with_twins
@@ -356,10 +357,9 @@ def _sums(found: FoundCodebook, counts: Tensor, error: float) -> BookSums:
 def _use(one: _Known, codebook: Codebook, seed: int) -> CodebookUse:
     assert one.test is not None and one.seen is not None
     reference = reference_distance(one.seen.sample.vectors[:POINTS], codebook, seed=seed)
-    sums = no_sums(one.found.key, codebook, reference, moments=True)
-    for rows in one.test:
-        sums += book_sums(one.found.key, codebook, reference, rows, nearest(rows, codebook), moments=True)
-    return use_of(sums)
+    totals = Totals([(one.found.key, codebook, reference)], measured=True)
+    run_pass(LatentSource(one.test, codebook), [totals], Watch())
+    return use_of(totals.sums.books[0])
 
 
 def _carried_over(counts: Tensor, moved: Tensor, size: int) -> Tensor:
