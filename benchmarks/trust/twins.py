@@ -27,7 +27,7 @@ from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook
 from codebook_tools.evaluation import metrics
 from codebook_tools.evaluation.accumulators import Sums, book_sums, exact
-from codebook_tools.evaluation.measure import measurement_of
+from codebook_tools.evaluation.figures import measurement_of
 from codebook_tools.strategies.quantize import round_rows
 
 Random = np.random.Generator

@@ -30,20 +30,17 @@ class StoredLatents:
         yield from torch.split(self.vectors, self.batch)
 
 
-Batch = tuple[Sequence[Named] | Hashed, Tensor]
-"""What latents belong to, and they: (n, positions, dim) float32."""
-
-
 class ItemLatents(Protocol):
     """Latents that are known by the items they belong to, how many of which there are. part: which of how many parts of
-    them `by_item` gives; as Media.part."""
+    them `by_item` gives; as Media.part. Of each batch it gives the items and their latents, (n, positions, dim)
+    float32."""
 
     @property
     def part(self) -> tuple[int, int]: ...
 
     def __len__(self) -> int: ...
 
-    def by_item(self) -> Iterator[Batch]: ...
+    def by_item(self) -> Iterator[tuple[Sequence[Named] | Hashed, Tensor]]: ...
 
 
 @dataclass(frozen=True, eq=False)

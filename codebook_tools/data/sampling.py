@@ -79,28 +79,27 @@ class Sampler:
             self._kept = [self._smallest()]
             self._held, self._ceiling = self._limit, self._kept[0][0].max()
 
-    def columns(self, parts: int = 1) -> tuple[Tensor, ...]:
-        """The sample, in the order of its hashes: of what all processes added, where there are several parts. Raises
-        CodebookError where nothing was added."""
-        keys, columns = self._of_all() if parts > 1 else self._smallest()
+    def columns(self) -> tuple[Tensor, ...]:
+        """The sample, in the order of its hashes. Raises CodebookError where nothing was added."""
+        keys, columns = self._smallest()
         if not len(keys):
             raise CodebookError("no latents: none of the items could be read")
         return columns
 
-    def sample(self, parts: int = 1) -> Sample:
+    def sample(self) -> Sample:
         """The sample with its hashes; of latents alone, and of nothing where that was added."""
-        keys, (vectors,) = self._of_all() if parts > 1 else self._smallest()
+        keys, (vectors,) = self._smallest()
         return Sample(torch.from_numpy(keys), vectors)
 
-    def _of_all(self) -> tuple[NDArray[np.uint64], tuple[Tensor, ...]]:
-        """The smallest of all processes: of the rows, only those are sent that are among them."""
+    def merge(self) -> None:
+        """Take in what the other processes added: of the rows, only those are sent that are among the smallest."""
         keys, columns = self._smallest()
         everyones = np.sort(_gathered(keys))[: self._limit]
         mine = int(np.searchsorted(keys, everyones[-1], "right")) if len(everyones) else 0
         sent = _gathered(keys[:mine])
         order = np.argsort(sent, kind="stable")[: self._limit]
         rows = torch.from_numpy(order)
-        return sent[order], tuple(distributed.gathered(column[:mine])[rows] for column in columns)
+        self._kept = [(sent[order], tuple(distributed.gathered(column[:mine])[rows] for column in columns))]
 
     def _smallest(self) -> tuple[NDArray[np.uint64], tuple[Tensor, ...]]:
         keys = np.concatenate([keys for keys, _ in self._kept])
@@ -142,4 +141,6 @@ def drawn_rows(latents: Latents, seed: int) -> Tensor:
     for rows in latents:
         sampler.add(mixed(np.arange(at, at + len(rows), dtype=np.uint64)), 1, rows)
         at += len(rows)
-    return sampler.columns(distributed.count())[0]
+    if distributed.count() > 1:
+        sampler.merge()
+    return sampler.columns()[0]

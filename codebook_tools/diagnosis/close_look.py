@@ -45,11 +45,10 @@ def few_of(model: Model, media: Media, seed: int) -> Media:
 
 def look(model: Model, media: Media, batch: int, bounds: tuple[float, float] | None = None) -> Close:
     """The model as it is on all of media. bounds: another input range than its own."""
-    own, errors, values = model.input_range, 0.0, 0
+    errors, values = 0.0, 0
     sums = squares = torch.zeros(1, dtype=torch.float64)
-    model.input_range = bounds or own
     found = []
-    try:
+    with model.in_range(bounds or model.input_range):
         for _, pixels in media.batches(batch):
             with torch.no_grad():
                 seen = model.pass_through(pixels)
@@ -58,8 +57,6 @@ def look(model: Model, media: Media, batch: int, bounds: tuple[float, float] | N
             values += pixels.numel()
             channels = pixels.cpu().double().movedim(1, 0).flatten(1)
             sums, squares = sums + channels.sum(1), squares + channels.square().sum(1)
-    finally:
-        model.input_range = own
     each = max(values, 1) / len(sums)
     flat = float((squares / each - (sums / each).square()).clamp(min=0).mean())
     return Close(tuple(torch.cat(stage) for stage in zip(*found, strict=True)), errors / max(values, 1), flat)
@@ -71,7 +68,7 @@ def range_errors(model: Model, media: Media, batch: int, seed: int) -> dict[tupl
     ranges = model.modality.input_ranges
     if len(ranges) == 1:
         return {}
-    few, own = media.subset(shuffled(media.items, seed)[:_RANGED]).whole(), model.input_range
+    few = media.subset(shuffled(media.items, seed)[:_RANGED]).whole()
     errors = dict[tuple[float, float], float]()
     pixels = torch.cat([pixels for _, pixels in few.batches(batch)])
     variance = float((pixels - pixels.mean((0, 2, 3), keepdim=True)).double().square().mean())
@@ -79,15 +76,12 @@ def range_errors(model: Model, media: Media, batch: int, seed: int) -> dict[tupl
     def untouched(stage: int, latents: Tensor) -> Tensor:
         return torch.nn.functional.normalize(latents, dim=1) if model.books[stage].emit is Emit.UNIT else latents
 
-    try:
-        for model.input_range in ranges:
-            with torch.no_grad():
-                squares = sum(
-                    (_squares(model, model.run(part, untouched), part) for part in torch.split(pixels, batch)), 0.0
-                )
-            errors[model.input_range] = squares / pixels.numel() / max(variance, 1e-30)
-    finally:
-        model.input_range = own
+    for bounds in ranges:
+        with torch.no_grad(), model.in_range(bounds):
+            squares = sum(
+                (_squares(model, model.run(part, untouched), part) for part in torch.split(pixels, batch)), 0.0
+            )
+        errors[bounds] = squares / pixels.numel() / max(variance, 1e-30)
     return errors
 
 

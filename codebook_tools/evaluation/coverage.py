@@ -11,7 +11,8 @@ from codebook_tools.clustering.seeding import Init, count_distinct, overflow
 from codebook_tools.codebook import Codebook, Emit, Lookup
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.splits import shuffled
-from codebook_tools.evaluation.usage import survey
+from codebook_tools.evaluation.accumulators import Draw
+from codebook_tools.evaluation.one_pass import LatentSource, run_pass
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
 
@@ -35,8 +36,9 @@ def reference_latents(model: Model, calibration: Media, *, seed: int, batch: int
     if first is None:
         return None
     few = drawn.subset(drawn.items[: -(-_IMAGES_FOR * POINTS // first[1].shape[1])])
-    stream, codebook = model.latents(few, batch, stage), model.books[stage].codebook
-    return survey(stream, codebook, seed=seed, limit=POINTS, watch=Watch()).sample.vectors
+    draw = Draw(model.books[stage].codebook, ("latents",), seed, POINTS)
+    run_pass(LatentSource(model.latents(few, batch, stage)), [draw], Watch())
+    return draw.sampler.columns()[0]
 
 
 def reference_distance(latents: Tensor | None, codebook: Codebook, *, seed: int) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.figures import Measurement
 
 LEAST = 0.9
 """Of the sharpness that the original had, up to that of the images, for more is noise. A fine-tuning of the demo on the

@@ -37,6 +37,20 @@ def require_images(model: Model) -> None:
         raise CodebookError(f"{model.modality.many} have no patches to show; this looks at images")
 
 
+def latent_grid(model: Model, images: Media, stage: int = 0) -> tuple[int, int]:
+    """Rows and columns of the latents that an image has for a codebook; one row where they lie in no plane.
+
+    Raises:
+        CodebookError: No image can be read.
+    """
+    pixels = next((pixels for _, pixels in images.batches(1)), None)
+    if pixels is None:
+        raise CodebookError("none of the calibration images can be read")
+    with torch.no_grad():
+        grid = model.encode(pixels, stage, keep=False).shape[2:]
+    return (grid[0], grid[1]) if len(grid) == 2 else (1, grid.numel())
+
+
 def receptive_side(model: Model, images: Media, stage: int = 0) -> int | None:
     """Side, in pixels, of the square around a latent's position that holds most of what it depends on; None where its
     place says nothing of where that is. Found by the gradient of latents in the middle of a few images."""

@@ -89,21 +89,20 @@ def read_part(path: Path) -> Part:
         i, n = map(int, told["shard"].split("/"))
         if not 1 <= i <= n:
             raise ValueError(f"it says that it is part {i} of {n}")
-        nothing = tuple(BookSums(key, dim, torch.zeros(size).long(), Fraction(0), 0) for key, size, dim in books)
-        counted = tuple(
-            BookSums(
-                key, dim, stored.tensor(f"{key}/counts"), from_limbs(stored.tensor(f"{key}/squared_error")), near=None
-            )
+        tensor = stored.tensor
+        of_books = tuple(
+            BookSums(key, dim, tensor(f"{key}/counts"), from_limbs(tensor(f"{key}/squared_error")), near=None)
             for key, _, dim in books
         )
+        counted = Sums(int(told["images"]), 0, Fraction(0), None, of_books)
         return Part(
             checkpoint=told["checkpoint_sha256"],
             split=told["split"],
             about=parse_json(told["about"]),
             shard=(i, n),
-            counted=Sums(int(told["images"]), 0, Fraction(0), None, counted),
+            counted=counted,
             bad=parse_json(told["bad"]),
-            measured=Sums(0, 0, Fraction(0), None, nothing).unpacked(*map(stored.tensor, _MEASURED)),
+            measured=counted.unpacked(*map(tensor, _MEASURED)),
         )
     except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise CodebookError(f"{path} is damaged: {error}; measure that part anew") from error

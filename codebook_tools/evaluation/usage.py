@@ -1,21 +1,19 @@
-"""The one pass over latents that counts, measures and samples them."""
+"""What one pass tells of codebooks: how often each code is chosen, and for which latents."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.codebook import Codebook
-from codebook_tools.data.latents import Batch, ItemLatents, StoredLatents
-from codebook_tools.data.sampling import SAMPLE_LIMIT, Sampler
-from codebook_tools.runtime import distributed
+from codebook_tools.data.dataset import Media
+from codebook_tools.data.latents import ItemLatents, StoredLatents
+from codebook_tools.data.sampling import SAMPLE_LIMIT, Sample
+from codebook_tools.evaluation.accumulators import Draw, Sums, Totals, Usage
+from codebook_tools.evaluation.one_pass import LatentSource, MediaSource, run_pass
+from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
-
-_AT_ONCE = 65_536  # latents whose codes are looked up together
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,41 +43,50 @@ class Survey:
         return [f"{what} a sample of {len(self.sample):,} of {self.total:,} latents"]
 
 
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Codes of one codebook, over all of the data.
+
+    Attributes:
+        counts: (size,) int64, or float where they stand for a sample.
+        sample: (n,) int64, the codes of the latents that a Sampler of the seed draws, in its order.
+    """
+
+    counts: Tensor
+    sample: Tensor
+
+
 def survey(latents: ItemLatents, codebook: Codebook, *, seed: int, limit: int = SAMPLE_LIMIT, watch: Watch) -> Survey:
-    """Encode, count and sample in one pass; of parts, what all processes found together."""
-    counts = torch.zeros(codebook.size, dtype=torch.int64)
-    error, parts = torch.zeros((), dtype=torch.float64), latents.part[1]
-    sampler = Sampler(seed, limit)
-    sampler.add([], 0, torch.empty(0, codebook.dim), torch.empty(0, dtype=torch.int64))  # a part may have no batch
+    """Encode, count and sample in one pass; of parts, what all processes found together.
 
-    def told() -> Iterator[Batch]:
-        done = 0
-        for items, batch in latents.by_item():
-            done += len(items) * parts
-            watch.progress("encode", min(done, len(latents)), len(latents))
-            yield items, batch
-
-    for held in _grouped(told()):
-        batches = [batch.flatten(0, 1) for _, batch in held]
-        codes = nearest(torch.cat(batches), codebook)
-        counts += torch.bincount(codes, minlength=codebook.size).cpu()
-        for (items, batch), rows, its in zip(held, batches, torch.split(codes, [*map(len, batches)]), strict=True):
-            error += squared_errors(rows, codebook, its).sum().cpu()
-            sampler.add(items, batch.shape[1], rows, its)
-    if parts > 1:
-        counts, error = distributed.summed(counts), distributed.summed(error)
-    rows, codes = sampler.columns(parts)
-    return Survey(counts, int(counts.sum()), StoredLatents(rows), codes, float(error))
+    Raises:
+        CodebookError: No item can be read.
+    """
+    usage, draw = Usage(codebook), Draw(codebook, ("latents", "codes"), seed, limit)
+    run_pass(LatentSource(latents, codebook), [usage, draw], watch)
+    rows, codes = draw.sampler.columns()
+    return Survey(usage.counts, int(usage.counts.sum()), StoredLatents(rows), codes, float(usage.error))
 
 
-def _grouped(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
-    """Several at a time: finding the nearest codes of a few latents takes longer to begin than to do."""
-    held, rows = list[Batch](), 0
-    for items, latents in batches:
-        held.append((items, latents))
-        rows += latents.shape[0] * latents.shape[1]
-        if rows >= _AT_ONCE:
-            yield held
-            held, rows = [], 0
-    if held:
-        yield held
+def tokenize(model: Model, images: Media, *, seed: int, batch: int, watch: Watch) -> tuple[Tokens, ...]:
+    """The tokens of each of the model's codebooks; of parts, those of all processes together.
+
+    Raises:
+        CodebookError: No item can be read.
+    """
+    books = [(book.codebook, stage) for stage, book in enumerate(model.books)]
+    counts = [Usage(book, stage) for book, stage in books]
+    draws = [Draw(book, ("codes",), seed, SAMPLE_LIMIT, stage) for book, stage in books]
+    run_pass(MediaSource(images, model.pass_through, batch, "tokens"), [*counts, *draws], watch)
+    return tuple(Tokens(of.counts, *draw.sampler.columns()) for of, draw in zip(counts, draws, strict=True))
+
+
+def tally(
+    model: Model, images: Media, *, seed: int, limit: int, batch: int, watch: Watch
+) -> tuple[Sums, tuple[Sample, ...]]:
+    """How often each code of the model's codebooks is chosen in the parts of `images` that the processes see, and of
+    each codebook a sample of `limit` latents."""
+    totals = Totals([(book.key, book.codebook, None) for book in model.books])
+    draws = [Draw(book.codebook, ("latents",), seed, limit, stage) for stage, book in enumerate(model.books)]
+    run_pass(MediaSource(images, model.pass_through, batch, "tokens"), [totals, *draws], watch)
+    return totals.sums, tuple(draw.sampler.sample() for draw in draws)

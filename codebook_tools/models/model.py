@@ -99,6 +99,15 @@ class Model:
 
     # What flows through it
 
+    @contextmanager
+    def in_range(self, bounds: tuple[float, float]) -> Iterator[None]:
+        """The model with another input range; afterwards with its own."""
+        own, self.input_range = self.input_range, bounds
+        try:
+            yield
+        finally:
+            self.input_range = own
+
     def run(self, media: Tensor, quantise: Quantise) -> Tensor:
         """media through encoder, `quantise` at every stage, and decoder; not clamped.
 

@@ -8,7 +8,7 @@ from statistics import mean
 
 from torch import Tensor
 
-from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.figures import Measurement
 from codebook_tools.models.model import Model
 
 

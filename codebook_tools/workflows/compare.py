@@ -12,7 +12,7 @@ from typing import Any
 from codebook_tools.checkpoints.atomic import write_text
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.figures import STAGES, Measurement
 from codebook_tools.models.output import check_size
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
@@ -20,7 +20,6 @@ from codebook_tools.strategies import find_strategy
 from codebook_tools.strategies.padding import power_of_two
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.comparison_rows import (
-    STAGES,
     Comparison,
     Row,
     RowStore,

@@ -14,15 +14,12 @@ from typing import Any
 from codebook_tools.checkpoints.atomic import write_text
 from codebook_tools.data.items import items_sha256
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.measure import CodebookUse, Measurement
+from codebook_tools.evaluation.figures import COLUMNS, STAGES, CodebookUse, Measurement, figures_of, in_markdown
 from codebook_tools.models.user_network import name_of
 from codebook_tools.runtime.safe_io import parse_json, read_text
 from codebook_tools.runtime.version import VERSION
-from codebook_tools.workflows.model_card import markdown_rows
 from codebook_tools.workflows.result import SUBJECT, ResultHeader, plain
 from codebook_tools.workflows.target import Opened
-
-STAGES = ("before", "surgery", "finetuned")
 
 
 @dataclass(frozen=True)
@@ -108,19 +105,18 @@ class Comparison(ResultHeader):
         return super().to_json() | {"summary": [asdict(summary) for summary in self.summaries]}
 
 
-_FIGURES = ("used", "usage", "perplexity", "distortion", "coverage")
-
-
 def _summary(strategy: str, k: int, rows: list[Row]) -> Summary:
     done = [row for row in rows if row.error is None]
     stages: dict[str, dict[str, Spread]] = {}
     for stage in STAGES:
         found = [measured for row in done if (measured := row.stages[stage]) is not None]
         figures = {
-            **{name: [getattr(m, name) for m in found] for name in ("mse", "psnr", "ssim", "sharpness")},
-            **{name: [getattr(m.codebooks[0], name) for m in found] for name in _FIGURES},
+            name: [getattr(record, name) for record in records]
+            for kind, records in ((Measurement, found), (CodebookUse, [measured.codebooks[0] for measured in found]))
+            for name, figure in figures_of(kind).items()
+            if figure.mean
         }
-        stages[stage] = {name: Spread.of(v) for name, v in figures.items() if v and None not in v}
+        stages[stage] = {name: Spread.of(values) for name, values in figures.items() if values and None not in values}
     kept: dict[str, int] = {}
     for row in done:
         if row.kept:
@@ -194,25 +190,15 @@ class RowStore:
         write_text(self.path, json.dumps({"rows": [row.to_json() for row in self._rows]}, indent=1) + "\n")
 
 
-_COLUMNS = (
-    ("mse at step 0", "mse", "surgery", ".6f"),
-    ("used at step 0", "used", "surgery", ".0f"),
-    ("mse fine-tuned", "mse", "finetuned", ".6f"),
-    ("used", "used", "finetuned", ".1f"),
-    ("perplexity", "perplexity", "finetuned", ".1f"),
-    ("coverage", "coverage", "finetuned", ".3f"),
-)
-
-
 def table_rows(summaries: Iterable[Summary]) -> list[list[str]]:
     """The headings and the cells of a table, one line a strategy and size: figures with their spread over seeds."""
-    lines = [["strategy", "K", *(heading for heading, *_ in _COLUMNS), "kept", "seconds", "bytes"]]
+    lines = [["strategy", "K", *(heading for heading, *_ in COLUMNS), "kept", "seconds", "bytes"]]
     for summary in summaries:
         cells = [summary.strategy, str(summary.k)]
         if summary.error is not None:
             lines.append([*cells, "not possible", *[""] * (len(lines[0]) - 3)])
             continue
-        for _, figure, stage, form in _COLUMNS:
+        for _, figure, stage, form in COLUMNS:
             # What was not operated on stands at step 0 as it was before.
             at = "before" if stage == "surgery" and not summary.stages["surgery"] else stage
             cells.append(_shown(summary.stages[at].get(figure), form))
@@ -236,4 +222,4 @@ def _shown(figure: Spread | None, form: str) -> str:
 def markdown_table(summaries: Sequence[Summary]) -> str:
     """The table in Markdown, and under it why rows could not be done."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in table_rows(summaries)]
-    return markdown_rows(lines) + "".join(f"\n{note}\n" for note in notes(summaries))
+    return in_markdown(lines) + "".join(f"\n{note}\n" for note in notes(summaries))

@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from codebook_tools.clustering.assignment import squared_errors
+from codebook_tools.codebook import Codebook
 from codebook_tools.data.items import Item
-from codebook_tools.data.latents import rows_of
-from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.receptive_field import Place, require_images
+from codebook_tools.evaluation.one_pass import Accumulator, Batch, LatentSource, run_pass
+from codebook_tools.evaluation.receptive_field import Place, latent_grid, require_images
 from codebook_tools.models.evidence import untrained
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.session import Opened, open_request
 
+_End = tuple[Tensor, Tensor, Tensor]
+"""Code, score and place in the stream of latents, (n,) each."""
 
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """counts, errors: (size,) of each code, hits and the sum of squared distances. nearest, farthest: of each code that
-    was hit, the places of the latents at its ends, the outermost first. grid: rows and columns of latents."""
 
-    counts: Tensor
-    errors: Tensor
-    nearest: Mapping[int, Sequence[Place]]
-    farthest: Mapping[int, Sequence[Place]]
-    grid: tuple[int, int]
+class Seen(Accumulator):
+    """Of each code, the latents nearest to it and farthest from it.
+
+    Attributes:
+        counts: (size,) int64, hits of each code.
+        errors: (size,) float64, the sum of their squared distances.
+        grid: Rows and columns of the latents of an image.
+    """
+
+    def __init__(self, codebook: Codebook, most: int, grid: tuple[int, int]) -> None:
+        """most: latents of each kind for a code."""
+        self.codebook, self.most, self.grid, self.items = codebook, most, grid, list[Item]()
+        self.counts = torch.zeros(codebook.size, dtype=torch.int64)
+        self.errors = torch.zeros(codebook.size, dtype=torch.float64)
+        self._ends = dict.fromkeys((1, -1), (torch.empty(0).long(), torch.empty(0).double(), torch.empty(0).long()))
+
+    def add(self, batch: Batch) -> None:
+        codes = batch.codes[0].cpu()
+        errors = squared_errors(batch.latents[0], self.codebook, batch.codes[0]).cpu()
+        self.counts += torch.bincount(codes, minlength=len(self.counts))
+        self.errors.index_add_(0, codes, errors)
+        at = torch.arange(len(codes)) + len(self.items) * math.prod(self.grid)
+        for sign, kept in self._ends.items():
+            self._ends[sign] = self._lowest(kept, (codes, sign * errors, at))
+        self.items += cast("list[Item]", batch.items)
+
+    def _lowest(self, kept: _End, more: _End) -> _End:
+        codes, scores, at = map(torch.cat, zip(kept, more, strict=True))
+        lowest = lowest_of_each(codes, scores, self.most)
+        return codes[lowest], scores[lowest], at[lowest]
 
     @property
     def used(self) -> Tensor:
@@ -40,6 +63,24 @@ class Seen:
         """(size,): the mean squared distance of a code's latents, 0 of a dead one."""
         return self.errors / self.counts.clamp(min=1)
 
+    @property
+    def nearest(self) -> dict[int, list[Place]]:
+        """Of each code that was hit, the places of its nearest latents, the nearest first."""
+        return self._places(1)
+
+    @property
+    def farthest(self) -> dict[int, list[Place]]:
+        """The same of the farthest."""
+        return self._places(-1)
+
+    def _places(self, sign: int) -> dict[int, list[Place]]:
+        places, (rows, columns) = dict[int, list[Place]](), self.grid
+        codes, _, positions = self._ends[sign]
+        for code, at in zip(codes.tolist(), positions.tolist(), strict=True):
+            item, position = divmod(at, rows * columns)
+            places.setdefault(code, []).append(Place(self.items[item], *divmod(position, columns)))
+        return places
+
 
 def open_images(request: Request, watch: Watch) -> Opened:
     """A model whose latents are shown by patches of images. Raises CodebookError where it takes none."""
@@ -49,57 +90,14 @@ def open_images(request: Request, watch: Watch) -> Opened:
     return opened
 
 
-def grid_of(latents: Tensor) -> tuple[int, int]:
-    """Rows and columns of latents (n, dim, *grid); of any but two axes, one row."""
-    grid = latents.shape[2:]
-    return (grid[0], grid[1]) if len(grid) == 2 else (1, grid.numel())
-
-
 def see(opened: Opened, stage: int, top: int, watch: Watch) -> Seen:
     """One pass over the calibration data. top: places of each kind for a code."""
-    model, book = opened.model, opened.model.books[stage].codebook
-    counts, errors = torch.zeros(book.size, dtype=torch.int64), torch.zeros(book.size, dtype=torch.float64)
-    near, far = _Ends(top), _Ends(top)
-    items_seen, grid = list[Item](), (1, 1)
-    for items, pixels in opened.calibration.batches(opened.request.batch_size):
-        with watch.phase("encode"), torch.no_grad():
-            latents = model.encode(pixels, stage, keep=False)
-            codes = model.assign(latents, stage)
-        grid = grid_of(latents)
-        flat, rows = codes.flatten().cpu(), rows_of(latents)
-        distances = squared_errors(rows, book, codes.flatten()).cpu()
-        counts += torch.bincount(flat, minlength=book.size)
-        errors.index_add_(0, flat, distances)
-        positions = grid[0] * grid[1]
-        at = torch.arange(len(flat)) + len(items_seen) * positions
-        near.add(flat, distances, at)
-        far.add(flat, -distances, at)
-        items_seen += items
-        watch.progress("see the codes", len(items_seen), len(opened.calibration))
-    if not items_seen:
-        raise CodebookError("none of the calibration images can be read")
-    nearest, farthest = (ends.places(items_seen, grid) for ends in (near, far))
-    return Seen(counts, errors, nearest, farthest, grid)
-
-
-class _Ends:
-    """Of each code the `most` latents with the lowest scores, of all that were added."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.codes, self.scores, self.at = torch.empty(0).long(), torch.empty(0).double(), torch.empty(0).long()
-
-    def add(self, codes: Tensor, scores: Tensor, at: Tensor) -> None:
-        codes, scores, at = (torch.cat(pair) for pair in ((self.codes, codes), (self.scores, scores), (self.at, at)))
-        kept = lowest_of_each(codes, scores, self.most)
-        self.codes, self.scores, self.at = codes[kept], scores[kept], at[kept]
-
-    def places(self, items: Sequence[Item], grid: tuple[int, int]) -> dict[int, list[Place]]:
-        found, (rows, columns) = dict[int, list[Place]](), grid
-        for code, at in zip(self.codes.tolist(), self.at.tolist(), strict=True):
-            item, position = divmod(at, rows * columns)
-            found.setdefault(code, []).append(Place(items[item], *divmod(position, columns)))
-        return found
+    model, codebook, images = opened.model, opened.model.books[stage].codebook, opened.calibration
+    with watch.phase("encode"):
+        seen = Seen(codebook, top, latent_grid(model, images, stage))
+        latents = model.latents(images, opened.request.batch_size, stage)
+        run_pass(LatentSource(latents, codebook, "see the codes"), [seen], watch)
+    return seen
 
 
 def lowest_of_each(codes: Tensor, scores: Tensor, most: int) -> Tensor:

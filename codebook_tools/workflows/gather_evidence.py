@@ -22,7 +22,7 @@ from codebook_tools.diagnosis.stored_ema import Companions, companions_of
 from codebook_tools.diagnosis.training_trace import read_trace
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.coverage import POINTS
-from codebook_tools.evaluation.tokens import counted
+from codebook_tools.evaluation.usage import tally
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.pipeline import on_cpu
 from codebook_tools.workflows.request import Request
@@ -67,8 +67,8 @@ def gather(request: Request, against: Path | None, trace: Path | None, watch: Wa
         beside = look(original.model, few, batch) if original else None
         looked = _Looked(opened, few, look(model, few, batch), original, beside)
     with watch.phase("encode"):
-        sums, samples = counted(model, opened.calibration, seed=request.seed, limit=POINTS, batch=batch, watch=watch)
-        tests, _ = counted(model, opened.test, seed=request.seed, limit=1, batch=batch, watch=watch)
+        sums, samples = tally(model, opened.calibration, seed=request.seed, limit=POINTS, batch=batch, watch=watch)
+        tests, _ = tally(model, opened.test, seed=request.seed, limit=1, batch=batch, watch=watch)
     with watch.phase("measure"):
         books = tuple(
             _book(looked, stage, samples[stage].vectors, sums.books[stage].counts, tests.books[stage].counts)

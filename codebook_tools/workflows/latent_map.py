@@ -6,21 +6,22 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from codebook_tools.clustering.assignment import emitted, unit
 from codebook_tools.codebook import Codebook, Lookup
+from codebook_tools.data.items import Item
 from codebook_tools.data.splits import limited
-from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.receptive_field import Place, patches, receptive_side
+from codebook_tools.evaluation.one_pass import Accumulator, Batch, LatentSource, run_pass
+from codebook_tools.evaluation.receptive_field import Place, latent_grid, patches, receptive_side
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
 from codebook_tools.strategies._validation import check_k
-from codebook_tools.workflows.extreme_latents import grid_of, open_images
+from codebook_tools.workflows.extreme_latents import open_images
 from codebook_tools.workflows.pipeline import calibrate, encoder_latents, measure_stage
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import SUBJECT, ResultHeader, header
@@ -107,26 +108,32 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -
     )
 
 
+class _Points(Accumulator):
+    """Latents alike from each image, drawn by seed: they, their codes and where they are from."""
+
+    def __init__(self, each: int, columns: int, seed: int) -> None:
+        self.latents, self.codes, self.places = list[Tensor](), list[Tensor](), list[Place]()
+        self._each, self._columns, self._random = each, columns, torch.Generator().manual_seed(seed)
+
+    def add(self, batch: Batch) -> None:
+        items = cast("list[Item]", batch.items)
+        latents, codes = (torch.chunk(of.cpu(), len(items)) for of in (batch.latents[0], batch.codes[0]))
+        for item, rows, chosen in zip(items, latents, codes, strict=True):
+            at = torch.randperm(len(rows), generator=self._random)[: self._each].sort().values
+            self.latents.append(rows[at])
+            self.codes.append(chosen[at])
+            self.places += [Place(item, *divmod(position, self._columns)) for position in at.tolist()]
+
+
 def _drawn(opened: Opened, stage: int) -> tuple[Tensor, Tensor, list[Place], tuple[int, int]]:
     """(n, dim) latents, alike from each of some images; their codes, where they are from, and the grid of all."""
-    model, seed = opened.model, opened.request.seed
-    few = opened.calibration.subset(limited(opened.calibration.items, _IMAGES, seed))
-    random = torch.Generator().manual_seed(seed)
-    rows, codes, places, grid = list[Tensor](), list[Tensor](), list[Place](), (1, 1)
-    for items, pixels in few.batches(opened.request.batch_size):
-        with torch.no_grad():
-            latents = model.encode(pixels, stage, keep=False)
-            chosen = model.assign(latents, stage).flatten(1).cpu()
-        grid = grid_of(latents)
-        each = min(chosen.shape[1], -(-POINTS // len(few)))
-        for item, its, of_item in zip(items, latents.flatten(2).movedim(1, -1).cpu(), chosen, strict=True):
-            at = torch.randperm(len(its), generator=random)[:each].sort().values
-            rows.append(its[at])
-            codes.append(of_item[at])
-            places += [Place(item, *divmod(position, grid[1])) for position in at.tolist()]
-    if not rows:
-        raise CodebookError("none of the calibration images can be read")
-    return torch.cat(rows)[:POINTS], torch.cat(codes)[:POINTS], places[:POINTS], grid
+    model, request = opened.model, opened.request
+    few = opened.calibration.subset(limited(opened.calibration.items, _IMAGES, request.seed))
+    grid = latent_grid(model, few, stage)
+    points = _Points(-(-POINTS // len(few)), grid[1], request.seed)
+    latents = model.latents(few, request.batch_size, stage)
+    run_pass(LatentSource(latents, model.books[stage].codebook), [points], Watch())
+    return torch.cat(points.latents)[:POINTS], torch.cat(points.codes)[:POINTS], points.places[:POINTS], grid
 
 
 def _placed(vectors: Tensor, codebook: Codebook) -> Tensor:

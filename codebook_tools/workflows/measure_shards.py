@@ -16,9 +16,9 @@ from codebook_tools.data.sampling import smallest
 from codebook_tools.data.splits import Splits
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.accumulators import Sums
-from codebook_tools.evaluation.measure import measurement_of
+from codebook_tools.evaluation.figures import measurement_of
 from codebook_tools.evaluation.stats_file import Part, read_hashed, read_part, write_part
-from codebook_tools.evaluation.tokens import counted
+from codebook_tools.evaluation.usage import tally
 from codebook_tools.models.registry import metric_of
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
@@ -81,7 +81,7 @@ def part_of(opened: Opened, measured: Sums, shard: tuple[int, int], watch: Watch
     split, data = ("calibration", opened.calibration) if len(opened.calibration) else ("test", opened.test)
     limit = sample_limit([book.codebook.dim for book in model.books])
     with watch.phase("encode"):
-        total, samples = counted(model, data, seed=request.seed, limit=limit, batch=request.batch_size, watch=watch)
+        total, samples = tally(model, data, seed=request.seed, limit=limit, batch=request.batch_size, watch=watch)
     first = model.books[0]
     about = {
         "family": model.family,

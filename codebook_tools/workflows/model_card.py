@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from codebook_tools.checkpoints.layout import is_directory_output, split_others
 from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.evaluation.figures import stage_rows
-from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.figures import Measurement, in_markdown, stage_rows
 from codebook_tools.runtime.version import VERSION
 
 CARD = "README.md"
@@ -61,15 +60,9 @@ def _section(
     shown = {name: value for name, value in settings.items() if name in _TOLD and value is not None}
     if shown:
         told.append("Settings: " + ", ".join(f"{name} {value}" for name, value in sorted(shown.items())) + ".")
-    lines = stage_rows(stages, kept)
-    table = [markdown_rows(lines)] if len(lines[0]) > 1 else []
-    return "\n\n".join(["## Codebook surgery", *told, *table]).rstrip() + "\n"
-
-
-def markdown_rows(lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, with figures in all columns but the first. lines: the headings first."""
-    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
+    if any(stages.values()):
+        told.append(in_markdown(stage_rows(stages, kept)))
+    return "\n\n".join(["## Codebook surgery", *told]).rstrip() + "\n"
 
 
 _TOLD = (

@@ -15,10 +15,10 @@ from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.codebook import Codebook, Strategy, Surgery
 from codebook_tools.data.items import items_sha256
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.figures import Measurement
 from codebook_tools.evaluation.quality_warnings import blur_warnings, worse_warnings
 from codebook_tools.evaluation.stats_file import write_part
-from codebook_tools.evaluation.tokens import Tokens
+from codebook_tools.evaluation.usage import Tokens
 from codebook_tools.models.evidence import told_by_file
 from codebook_tools.models.load import check_size_follows
 from codebook_tools.models.output import remarks, written_config

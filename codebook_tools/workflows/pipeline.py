@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import nearest, squared_errors
+from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import REMOVED, Codebook, Strategy, Surgery
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.measure import Measurement
-from codebook_tools.evaluation.tokens import Tokens
-from codebook_tools.evaluation.usage import Survey
+from codebook_tools.evaluation.figures import Measurement
+from codebook_tools.evaluation.usage import Survey, Tokens
 from codebook_tools.models.model import Book
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import device_of
@@ -78,7 +77,7 @@ def calibrate(target: Target, watch: Watch) -> Calibration:
     """See the calibration data with the codebooks as they are."""
     first = target.survey(target.model.chosen[0], watch)
     if len(target.model.books) == 1:
-        return Calibration(first, (Tokens(first.counts, first.error, first.codes),))
+        return Calibration(first, (Tokens(first.counts, first.codes),))
     return Calibration(first, target.tokens(watch))
 
 
@@ -234,4 +233,4 @@ def current_tokens(opened: Opened, seen: Calibration, moved: bool, watch: Watch)
     rows, share = first.sample.vectors, len(first.sample) / first.total
     codes = nearest(rows, codebook)
     counts = torch.bincount(codes, minlength=codebook.size).double() / share
-    return (Tokens(counts, float(squared_errors(rows, codebook, codes).sum()) / share, codes),)
+    return (Tokens(counts, codes),)

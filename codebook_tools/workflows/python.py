@@ -14,7 +14,7 @@ from codebook_tools.checkpoints.tensors import Held
 from codebook_tools.codebook import Strategy
 from codebook_tools.data.given import Data, PathLike, Values
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.figures import Measurement
 from codebook_tools.models.proof import Proof, prove
 from codebook_tools.models.user_network import NetworkMaker
 from codebook_tools.models.verification import Verification

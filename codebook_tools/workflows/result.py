@@ -12,7 +12,7 @@ from codebook_tools.checkpoints.layout import DECLARED, training_path
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.figures import Measurement
 from codebook_tools.models.choose import layouts
 from codebook_tools.models.output import check_output, check_size, default_output
 from codebook_tools.models.proof import Proof

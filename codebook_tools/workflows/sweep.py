@@ -13,13 +13,12 @@ from codebook_tools.checkpoints.atomic import write_text
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation import metrics
-from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.figures import STAGES, Measurement, in_markdown
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Prune, Quantize, Refit
 from codebook_tools.strategies.entropy_refit import EntropyRefit
-from codebook_tools.workflows.comparison_rows import STAGES, Row, RowStore, check_folder, made_with
-from codebook_tools.workflows.model_card import markdown_rows
+from codebook_tools.workflows.comparison_rows import Row, RowStore, check_folder, made_with
 from codebook_tools.workflows.pipeline import (
     Calibration,
     calibrate,
@@ -135,7 +134,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def markdown(found: Sweep) -> str:
     """The table in Markdown, and under it what is suggested."""
-    return f"{markdown_rows(sweep_rows(found))}\n{found.headline}.\n"
+    return f"{in_markdown(sweep_rows(found))}\n{found.headline}.\n"
 
 
 def _surgery(row: Row) -> Measurement:

@@ -18,9 +18,10 @@ from codebook_tools.data.splits import Splits
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.accumulators import Sums
 from codebook_tools.evaluation.coverage import reference_distance, reference_latents
-from codebook_tools.evaluation.measure import Measurement, collect, measurement_of
-from codebook_tools.evaluation.tokens import Tokens, tokenise
-from codebook_tools.evaluation.usage import Survey, survey
+from codebook_tools.evaluation.figures import Measurement, measurement_of
+from codebook_tools.evaluation.measure import reconstructions, totals_of
+from codebook_tools.evaluation.one_pass import run_pass
+from codebook_tools.evaluation.usage import Survey, Tokens, survey, tokenize
 from codebook_tools.models.agreement import LEAST, Agreement, has_quantizer, in_training
 from codebook_tools.models.latent_cache import CachedLatents, cached
 from codebook_tools.models.model import Model
@@ -69,7 +70,7 @@ class Target(ABC):
     def tokens(self, watch: Watch) -> tuple[Tokens, ...]:
         """The tokens of the calibration data, of each codebook."""
         surveys = (self.survey(stage, watch) for stage in range(len(self.model.books)))
-        return tuple(Tokens(each.counts, each.error, each.codes) for each in surveys)
+        return tuple(Tokens(each.counts, each.codes) for each in surveys)
 
     @abstractmethod
     def all_latents(self, stage: int, survey: Survey) -> Latents:
@@ -150,7 +151,7 @@ class Opened(Target):
         """Those that the model chooses as it is now."""
         request = self.request
         with watch.phase("encode"):
-            return tokenise(self.model, self.calibration, seed=request.seed, batch=request.batch_size, watch=watch)
+            return tokenize(self.model, self.calibration, seed=request.seed, batch=request.batch_size, watch=watch)
 
     def all_latents(self, stage: int, survey: Survey) -> Latents:
         if self.request.latents_cache is None:
@@ -165,10 +166,10 @@ class Opened(Target):
         return reference_latents(self.model, self.calibration, seed=request.seed, batch=request.batch_size, stage=stage)
 
     def sums(self, references: Sequence[Tensor | None], watch: Watch) -> Sums:
-        batch = self.request.batch_size
         with watch.phase("measure"):
-            distances = self.reference_distances(references)
-            return collect(self.model, self.test, split="test", batch=batch, references=distances, watch=watch)
+            totals = totals_of(self.model, self.reference_distances(references))
+            run_pass(reconstructions(self.model, self.test, self.request.batch_size), [totals], watch)
+            return totals.sums
 
     def measurement(self, sums: Sums) -> Measurement:
         return measurement_of(sums, "test", self.model.modality.figures)

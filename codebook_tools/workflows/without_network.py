@@ -17,12 +17,12 @@ from codebook_tools.codebook import Codebook, Latents, Strategy
 from codebook_tools.data.latent_files import FileLatents, latents_dim, limited_latents, open_latents, split_latents
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.accumulators import BookSums, Sums, book_sums, exact, no_sums
+from codebook_tools.evaluation.accumulators import BookSums, Sums, Totals, exact
 from codebook_tools.evaluation.coverage import POINTS
-from codebook_tools.evaluation.measure import Measurement, use_of
+from codebook_tools.evaluation.figures import Measurement, use_of
+from codebook_tools.evaluation.one_pass import LatentSource, run_pass
 from codebook_tools.evaluation.stats_file import Part, Stats, holds_sample, read_sample, read_stats
-from codebook_tools.evaluation.tokens import Tokens
-from codebook_tools.evaluation.usage import Survey, survey
+from codebook_tools.evaluation.usage import Survey, Tokens, survey
 from codebook_tools.models.choose import along_latents, choose_codebook, choose_codebooks, with_twins
 from codebook_tools.models.evidence import uninitialised
 from codebook_tools.models.model import Book, Model
@@ -127,7 +127,7 @@ class FileTarget(Target):
                 moved = nearest_map(index_maps[stage], old[stage], book.codebook)
                 counts = torch.zeros(book.codebook.size, dtype=torch.float64)
                 counts.index_add_(0, moved, known.counts.double())
-            tokens.append(Tokens(counts, known.error, codes))
+            tokens.append(Tokens(counts, codes))
         return tuple(tokens)
 
     def all_latents(self, stage: int, survey: Survey) -> Latents:
@@ -148,11 +148,9 @@ class FileTarget(Target):
             images = self.stats[0].images if self.stats else 0
             return Sums(images, 0, Fraction(0), None, self._counted(self.stats))
         (book,), (distance,) = self.model.books, self.reference_distances(references)
-        total = no_sums(book.key, book.codebook, distance, moments=True)
-        for rows in self.test:
-            codes = nearest(rows, book.codebook)
-            total += book_sums(book.key, book.codebook, distance, rows, codes, moments=True)
-        return Sums(0, 0, Fraction(0), None, (total,))
+        totals = Totals([(book.key, book.codebook, distance)], measured=True)
+        run_pass(LatentSource(self.test, book.codebook), [totals], Watch())
+        return replace(totals.sums, images=0)
 
     def measurement(self, sums: Sums) -> Measurement | None:
         if not sums.books:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.measure import CodebookUse, Measurement
+from codebook_tools.evaluation.figures import CodebookUse, Measurement
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import STRATEGIES, Refit
 from codebook_tools.training.batches import Batches

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from codebook_tools.codebook import Codebook, Emit, Lookup, Strategy
 from codebook_tools.data.latents import StoredLatents
-from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.figures import Measurement
 from codebook_tools.evaluation.quality_warnings import worse_warnings
 from codebook_tools.strategies import Condense, Grow, Quantize, Restart
 from codebook_tools.workflows.session import UNSEEN

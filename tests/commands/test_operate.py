@@ -24,7 +24,7 @@ from codebook_tools.checkpoints.write import index_map_path, tensor_bytes
 from codebook_tools.codebook import Codebook, Strategy
 from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.figures import Measurement
 from codebook_tools.evaluation.usage import survey
 from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.remapping.nearest_map import nearest_map

@@ -18,7 +18,7 @@ from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation import metrics
-from codebook_tools.evaluation.measure import CodebookUse, Measurement
+from codebook_tools.evaluation.figures import CodebookUse, Measurement
 from codebook_tools.strategies import Refit
 from codebook_tools.strategies.entropy_refit import EntropyRefit
 from codebook_tools.workflows.sweep import suggest

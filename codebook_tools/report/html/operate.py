@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from codebook_tools.evaluation.figures import STAGES, stage_rows
-from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.figures import STAGES, Measurement, codes_used, stage_rows
 from codebook_tools.report.html.curves import draw_panels
 from codebook_tools.report.html.page import Gallery, Listing, Page, Part, Picture, Plot, Table
 from codebook_tools.training.state import TracePoint
@@ -38,18 +37,13 @@ def headline(what: str, before: Measurement | None, kept: Measurement | None) ->
     """What came out, in a sentence. kept: what the file holds, None where nothing was written."""
     if before is None:
         return what
-    used, size = _use(before)
+    used, size = codes_used(before)
     told = f"{used} of {size} codes were used, {used / size:.1%} of the codebook"
     if kept is None:
         return f"{told}."
     if kept is before:
         return f"{told}; nothing lowered the error, and the model was left as it is."
-    return f"{told}; now {' of '.join(map(str, _use(kept)))}{_change(before, kept)}."
-
-
-def _use(stage: Measurement) -> tuple[int, int]:
-    used, size = (sum(getattr(use, name) for use in stage.codebooks) for name in ("used", "size"))
-    return used, size
+    return f"{told}; now {' of '.join(map(str, codes_used(kept)))}{_change(before, kept)}."
 
 
 def _change(before: Measurement, kept: Measurement) -> str:

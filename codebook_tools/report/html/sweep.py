@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.figures import Measurement
 from codebook_tools.report.html.operate import about
 from codebook_tools.report.html.page import INK, Page, Part, Plot, Table
 from codebook_tools.workflows.sweep import Sweep, sweep_rows

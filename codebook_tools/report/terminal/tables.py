@@ -9,8 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from codebook_tools.evaluation.figures import STAGES, rows_of, stage_rows
-from codebook_tools.evaluation.measure import Measurement
+from codebook_tools.evaluation.figures import STAGES, Measurement, rows_of, stage_rows
 from codebook_tools.models.demo import DEMO
 from codebook_tools.models.proof import Proof
 from codebook_tools.models.verification import Verification
@@ -103,9 +102,6 @@ def _about(first: Measurement, settings: Mapping[str, object]) -> str:
     bounds = f", input range {settings['input_range']}" if first.ssim is not None else ""
     rough = "; so few that figures are rough" if first.images < _FEW else ""
     return f"measured on {first.images:,} {first.split} items{bounds}{rough}"
-
-
-_FEW = 10
 
 
 def books_table(stages: Mapping[str, Measurement]) -> RenderableType:

@@ -24,7 +24,9 @@ from codebook_tools.checkpoints.sealed_file import SEAL, sealed
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation import metrics
 from codebook_tools.evaluation.accumulators import Sums
-from codebook_tools.evaluation.measure import Measurement, collect, measure, measurement_of
+from codebook_tools.evaluation.figures import Measurement, measurement_of
+from codebook_tools.evaluation.measure import measure, reconstructions, totals_of
+from codebook_tools.evaluation.one_pass import run_pass
 from codebook_tools.evaluation.quality_warnings import blur_warnings
 from codebook_tools.evaluation.stats_file import read_part
 from codebook_tools.models.load import load_model
@@ -129,7 +131,9 @@ def test_parts_in_any_order_and_packed_are_the_whole(tiny: Path, images_folder: 
     def part(i: int, n: int) -> Sums:
         images = Images(items, 3, 4)
         images.part = i, n
-        return collect(model, images, split="test", batch=7, references=None, watch=Watch())
+        totals = totals_of(model)
+        run_pass(reconstructions(model, images, 7), [totals], Watch())
+        return totals.sums
 
     whole, parts = part(0, 1), [part(i, 4) for i in (2, 0, 3, 1)]
     total = reduce(add, parts)

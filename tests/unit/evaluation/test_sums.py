@@ -18,7 +18,9 @@ from sources_of_images import Images, find_images
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.accumulators import BookSums, Sums, exact, from_limbs, limbs
-from codebook_tools.evaluation.measure import collect, measure, measurement_of
+from codebook_tools.evaluation.figures import measurement_of
+from codebook_tools.evaluation.measure import measure, reconstructions, totals_of
+from codebook_tools.evaluation.one_pass import run_pass
 from codebook_tools.models.load import load_model
 from codebook_tools.runtime.progress import Watch
 
@@ -92,13 +94,15 @@ def test_parts_of_a_pass_add_up_to_the_pass(parts: int, tiny: Path, images_folde
     """11 parts of 9 batches: two are of nothing."""
     model, items = load_model(read_checkpoint(tiny)), find_images([images_folder])
 
-    def part(i: int) -> Sums:
+    def part(i: int, parts: int) -> Sums:
         images = Images(items, 3, 4)
         images.part = i, parts
-        return collect(model, images, split="test", batch=7, references=[0.5], watch=Watch())
+        totals = totals_of(model, [0.5])
+        run_pass(reconstructions(model, images, 7), [totals], Watch())
+        return totals.sums
 
-    whole = collect(model, Images(items, 3, 4), split="test", batch=7, references=[0.5], watch=Watch())
-    total = reduce(add, map(part, reversed(range(parts))))
+    whole = part(0, 1)
+    total = reduce(add, (part(i, parts) for i in reversed(range(parts))))
     assert numbers(total) == numbers(whole) and whole.images == 60
     assert measurement_of(total, "test") == measure(
         model, Images(items, 3, 4), batch=7, references=[0.5], watch=Watch()

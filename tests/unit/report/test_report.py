@@ -16,7 +16,7 @@ import torch
 from conftest import Outcome, assert_refused, contents
 from PIL import Image
 
-from codebook_tools.evaluation.measure import CodebookUse, Measurement
+from codebook_tools.evaluation.figures import CodebookUse, Measurement
 from codebook_tools.report.html.operate import books_plot, headline, operated_page, usage_plot
 from codebook_tools.report.html.page import Gallery, Listing, Page, Picture, Plot, Table, html
 from codebook_tools.workflows.gallery import Shown

@@ -27,8 +27,7 @@ from codebook_tools.data.sampling import Sampler
 from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.evaluation.measure import measure
-from codebook_tools.evaluation.tokens import tokenise
-from codebook_tools.evaluation.usage import survey
+from codebook_tools.evaluation.usage import survey, tokenize
 from codebook_tools.models.load import load_model
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
@@ -105,7 +104,8 @@ def words() -> Found:
     sampler.add([], 0, torch.empty(0, 1))
     if me == 1:  # the first has nothing to add
         sampler.add([_Name(i) for i in range(9)], 1, torch.arange(9.0)[:, None])
-    found["sampled"] = sampler.columns(parts=2)[0].tolist()
+    sampler.merge()
+    found["sampled"] = sampler.columns()[0].tolist()
     said = list[str]()
     if me == 0:
         found["fail"] = [distributed.fail(3, lambda: said.append("why")), said]
@@ -178,11 +178,11 @@ def work(model: str, folder: str) -> Found:
     running, images = load_model(read_checkpoint(Path(model))), Images(items, 3, 4, skip_bad=True)
     images.part = distributed.part()
     seen = survey(running.latents(images, 4), running.books[0].codebook, seed=0, limit=300, watch=Watch())
-    (tokens,) = tokenise(running, images, seed=0, batch=4, watch=Watch())
+    (tokens,) = tokenize(running, images, seed=0, batch=4, watch=Watch())
     found: Found = {
         "bad": sorted({name for bad in distributed.each(list(images.bad)) for name in bad}),
         "survey": [seen.counts.tolist(), seen.total, seen.error, seen.sample.vectors.tolist(), seen.codes.tolist()],
-        "tokens": [tokens.counts.tolist(), tokens.error, tokens.sample.tolist()],
+        "tokens": [tokens.counts.tolist(), tokens.sample.tolist()],
         "measured": measure(running, images, batch=4, structure=False, watch=Watch()).to_json(),
         # The second process sees none of these.
         "few": measure(running, images.subset(items[:3]), batch=4, structure=False, watch=Watch()).to_json(),
