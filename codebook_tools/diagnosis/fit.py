@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,16 +83,17 @@ def fit_of(codebook: Codebook, latents: Tensor, seed: int) -> Fit | None:
     if not codebook.metric.is_distance or len(latents) < 2 * _LATENTS_A_CENTROID:
         return None
     points, codes = codebook.metric.prepare(latents), prepared(codebook)
-    seen, judged = points[: len(points) // 2], points[len(points) // 2 :]
+    half = len(points) // 2
+    clustered, judged = points[:half], points[half:]
     errors, in_use = distortion(codes, judged)
-    return Fit(errors, distortion(centroids(codes, seen, in_use, seed), judged)[0], variance_of(judged))
+    return Fit(errors, distortion(centroids(codes, clustered, in_use, seed), judged)[0], variance_of(judged))
 
 
 def centroids(like: Codebook, points: Tensor, k: int, seed: int) -> Codebook:
     """At most k centroids of points (n, dim): fewer where these are few, or alike."""
     k = count_distinct(points, enough=max(1, min(k, len(points) // _LATENTS_A_CENTROID)))
-    found = kmeans(points, k, iterations=_ITERATIONS, seed=seed, metric=like.metric, watch=Watch())
-    return Codebook(found.centroids, like.metric)
+    fitted = kmeans(points, k, iterations=_ITERATIONS, seed=seed, metric=like.metric, watch=Watch())
+    return replace(like, vectors=fitted.centroids)
 
 
 def distortion(codes: Codebook, points: Tensor) -> tuple[float, int]:

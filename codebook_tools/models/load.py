@@ -90,7 +90,7 @@ def load_model(
         checkpoint,
         module,
         keys,
-        tuple(_book(book, checkpoint, target, searched) for book in found),
+        tuple(Book(book, effective_rows(checkpoint, book).to(target), searched) for book in found),
         tuple(
             i
             for i, book in enumerate(found)
@@ -257,10 +257,6 @@ def _check_alike(books: Sequence[FoundCodebook], checkpoint: Checkpoint) -> None
                     f"{book.key} and {other.key} are one tensor in the network, and {checkpoint.path} holds different "
                     "numbers for them: load it into the network and save it again, so that they agree"
                 )
-
-
-def _book(found: FoundCodebook, checkpoint: Checkpoint, device: torch.device, metric: Metric) -> Book:
-    return Book(found, effective_rows(checkpoint, found).to(device), metric)
 
 
 def _common_prefix(names: Iterable[str], checkpoint: Checkpoint) -> str:

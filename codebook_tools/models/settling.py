@@ -12,7 +12,7 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.effective import Effective
-from codebook_tools.clustering.metric import METRICS
+from codebook_tools.clustering.metric import COSINE_UNIT, METRICS
 from codebook_tools.codebook import Metric
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.agreement import Agreement, agreement, encoded_batches, has_quantizer
@@ -55,7 +55,7 @@ def settle(model: Model, media: Sequence[Tensor], metric: str | None) -> tuple[l
             unused = [key for key in keys if not _is_used(model, key, media)]
             refuse_unknown(book.found, unused, with_network=bool(model.network.state_dict()))
         if metric is None and own_metric(model.network) is None and _unit_rows(model):
-            model.books = _searched_by(model.books, METRICS["cosine-unit"])
+            model.books = _searched_by(model.books, COSINE_UNIT)
             return [unit_warning(model.books[0].key)], None
         return list(guesses(model, metric)), None
     return [], _ask(model, media, beside, metric)

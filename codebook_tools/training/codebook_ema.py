@@ -56,8 +56,8 @@ class Quantiser:
         """Merge pairs of codes, those that cost least (pnn.py) by the average of their use, until `size` are left."""
         # Pairs of dead ones must have a mean, too.
         weights = self.shares.cpu().double().clamp(min=1e-9 / len(self.shares))
-        shown = self.book.codebook.emitted  # where rows are given out at unit length, their own says nothing
-        _, found = merge_pairs(shown.cpu().double().numpy(), weights.numpy(), size)
+        emitted = self.book.codebook.emitted  # a stored row may have any length where it is emitted at unit length
+        _, found = merge_pairs(emitted.cpu().double().numpy(), weights.numpy(), size)
         labels = distributed.of_first(torch.from_numpy(found))
         self.merged = labels.masked_fill(self.revived.cpu(), REMOVED)
         self.revived = self.revived.new_zeros(size)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codebook_tools.clustering.metric import METRICS
+from codebook_tools.clustering.metric import COSINE_UNIT
+from codebook_tools.codebook import EUCLIDEAN
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.network import Quantise
 
@@ -147,7 +148,7 @@ class Own:
 def give_walk(network: nn.Module) -> None:
     """Give a network that holds a quantiser of the library, and has no walk of its own, what `Walking` asks for.
 
-    Its metric, too: `lookup`. With use_cosine_sim the library takes rows to be of unit length, and so do we.
+    Its metric, too, in `lookup`. With use_cosine_sim the library takes rows to be of unit length, and so do we.
     Raises CodebookError where there are several quantisers, or one that cannot be walked.
     """
     found = _outermost(network)
@@ -172,7 +173,7 @@ def give_walk(network: nn.Module) -> None:
     members = (
         Walk(quantiser, KINDS[kind]),
         tuple(f"{name}.{codebook}" for codebook in KINDS[kind].codebooks(quantiser)),
-        METRICS["cosine-unit" if cosine else "euclidean"],
+        COSINE_UNIT if cosine else EUCLIDEAN,
         Own(quantiser, KINDS[kind]),
     )
     for member, value in zip(_MEMBERS, members, strict=True):

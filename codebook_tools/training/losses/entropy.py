@@ -28,8 +28,8 @@ def indecision(rows: Tensor, vectors: Tensor, metric: Metric) -> Tensor:
     rows = rows[:: -(-len(rows) * len(vectors) // _AT_MOST)]
     rows, vectors = metric.prepare(rows), metric.prepare(vectors)
     distances = (rows.square().sum(1, keepdim=True) - 2 * rows @ vectors.T + vectors.square().sum(1)).relu()
-    seen = distances.detach()
-    temperature = _TEMPERATURE * seen.amin(1).mean() + 1e-6 * seen.mean()  # latents may lie on their codes
+    constant = distances.detach()
+    temperature = _TEMPERATURE * constant.amin(1).mean() + 1e-6 * constant.mean()  # latents may lie on their codes
     choices = torch.log_softmax(-distances / temperature.clamp(min=1e-12), 1)
     together = torch.logsumexp(choices, 0) - math.log(len(rows))
     return (_entropy(choices).mean() - _entropy(together)) / math.log(len(vectors))

@@ -26,12 +26,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def scores(latents: Tensor, codebook: Codebook) -> Tensor:
     """(n, size) float64, lower is nearer: by definition, with no expansion of the square."""
-    codes = codebook.vectors
-    if codebook.metric.by_direction:  # a model compares rows that float32 has normalised
-        latents, codes = normalize(latents, dim=-1), normalize(codes, dim=-1)
-    if codebook.metric is DOT:
-        return -(latents.double()[:, None] * codes.double()).sum(2)
-    return (latents.double()[:, None] - codes.double()).square().sum(2)
+    # A model compares rows that float32 has normalized.
+    rows, codes = (codebook.metric.prepare(each).double() for each in (latents, codebook.vectors))
+    return (rows[:, None] - codes).square().sum(2) if codebook.metric.is_distance else -(rows[:, None] * codes).sum(2)
 
 
 def by_brute_force(latents: Tensor, codebook: Codebook) -> Tensor:
