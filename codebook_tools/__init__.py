@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from codebook_tools import strategies as strategies
     from codebook_tools.clustering.assignment import nearest as nearest
     from codebook_tools.clustering.kmeans import kmeans as kmeans
+    from codebook_tools.clustering.metric import METRICS as METRICS
     from codebook_tools.codebook import REMOVED as REMOVED
     from codebook_tools.codebook import Codebook as Codebook
-    from codebook_tools.codebook import Emit as Emit
-    from codebook_tools.codebook import Lookup as Lookup
+    from codebook_tools.codebook import Metric as Metric
     from codebook_tools.codebook import Strategy as Strategy
     from codebook_tools.codebook import Surgery as Surgery
     from codebook_tools.data.given import Data as Data
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "clustering.assignment": ("nearest",),
     "clustering.kmeans": ("kmeans",),
-    "codebook": ("REMOVED", "Codebook", "Emit", "Lookup", "Strategy", "Surgery"),
+    "clustering.metric": ("METRICS",),
+    "codebook": ("REMOVED", "Codebook", "Metric", "Strategy", "Surgery"),
     "data.given": ("Data",),
     "errors": ("CodebookError",),
     "models.wrapped": ("install",),

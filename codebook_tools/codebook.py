@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # names and shapes of a checkpoint are told without torch, which takes seconds to import
@@ -14,19 +13,58 @@ REMOVED = -1
 """The new code of an old code that lost its identity."""
 
 
-class Lookup(Enum):
-    """How a family finds the nearest code of a latent."""
-
-    EUCLIDEAN = "euclidean"
-    COSINE = "cosine"
-    DOT = "dot"
+METRIC_NAMES = ("euclidean", "cosine", "cosine-unit", "dot")
+"""Of the metrics in clustering/metric.py."""
 
 
-class Emit(Enum):
-    """What the decoder gets of a code: the row as stored, or the row at unit length."""
+def as_stored(rows: Tensor) -> Tensor:
+    """The rows themselves."""
+    return rows
 
-    RAW = "raw"
-    UNIT = "unit"
+
+@dataclass(frozen=True)
+class Metric:
+    """How the nearest code of a latent is found, and what the decoder gets of it; a record, as a family is.
+
+    Attributes:
+        name: As `--metric` and the families say it.
+        search: A word for what the search compares; metrics that differ in `emit` alone share it.
+        prepare: Rows (n, dim) of latents or codes -> the rows (n, dim) that the search compares.
+        emit: Codes (n, dim) -> what the decoder gets of them, (n, dim); latents -> what errors compare that with.
+        is_distance: Whether the nearest code is that of the least distance, among prepared rows; else it is that of the
+            largest inner product, and there is no k-means.
+        by_direction: Whether prepared rows have unit length.
+    """
+
+    name: str
+    search: str
+    prepare: Callable[[Tensor], Tensor] = as_stored
+    emit: Callable[[Tensor], Tensor] = as_stored
+    is_distance: bool = True
+    by_direction: bool = False
+
+    @property
+    def is_euclidean(self) -> bool:
+        """Whether the search goes by the distance of rows as they are stored."""
+        return self.is_distance and self.prepare is as_stored
+
+    @property
+    def has_unit_rows(self) -> bool:
+        """Whether codes are emitted, and therefore stored, at unit length."""
+        return self.by_direction and self.emit is self.prepare
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """For people and digests: what the search compares, and what rows are emitted."""
+        return self.search, "unit" if self.has_unit_rows else "raw"
+
+    @property
+    def minimizes_error(self) -> bool:
+        """Whether the search compares what errors compare: then means of cells are the best codes for these cells."""
+        return self.is_distance and self.emit is self.prepare
+
+
+EUCLIDEAN = Metric("euclidean", "euclidean")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +75,7 @@ class Codebook:
     """
 
     vectors: Tensor
-    lookup: Lookup = Lookup.EUCLIDEAN
-    emit: Emit = Emit.RAW
+    metric: Metric = EUCLIDEAN
 
     def __post_init__(self) -> None:
         import torch
@@ -52,6 +89,11 @@ class Codebook:
     @property
     def dim(self) -> int:
         return self.vectors.shape[1]
+
+    @property
+    def emitted(self) -> Tensor:
+        """(size, dim) float32: what the decoder gets of each code."""
+        return self.metric.emit(self.vectors)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.codebook import Codebook, Metric
 from codebook_tools.runtime.devices import has_float64, wide
 from codebook_tools.runtime.threads import spread
 
@@ -31,18 +31,8 @@ _ROUNDING = {
 in: float32, TF32, bfloat16."""
 
 
-def unit(rows: Tensor) -> Tensor:
-    """rows (n, dim) at Euclidean length 1; those shorter than 1e-12 stay shorter, as they do in models; zeros stay."""
-    return torch.nn.functional.normalize(rows, dim=-1)
-
-
-def emitted(codebook: Codebook) -> Tensor:
-    """(size, dim) float32: what the decoder gets of each code."""
-    return unit(codebook.vectors) if codebook.emit is Emit.UNIT else codebook.vectors
-
-
 def nearest(latents: Tensor, codebook: Codebook, *, wait: bool = True) -> Tensor:
-    """(n,) int64: the nearest code of each latent, by the codebook's own lookup; the lowest index among equals.
+    """(n,) int64: the nearest code of each latent, by the codebook's own metric; the lowest index among equals.
 
     latents: (n, dim) float32 on any device; the codes are moved there. The search runs in float32 over tiles of at
     most 128 MB whatever n and size. Where the two best scores lie within float32's rounding of each other, float64
@@ -53,12 +43,10 @@ def nearest(latents: Tensor, codebook: Codebook, *, wait: bool = True) -> Tensor
     should not: float64 then decides among the eight codes of the lowest scores of each latent, which are all that count
     unless more than eight lie within rounding of each other.
     """
-    codes = codebook.vectors.to(latents.device)
-    if codebook.lookup is Lookup.COSINE:
-        codes = unit(codes)
+    codes = codebook.metric.prepare(codebook.vectors.to(latents.device))
     if len(codes) == 1:
         return torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
-    search = _Search(codes, codebook.lookup)
+    search = _Search(codes, codebook.metric)
     tiles = torch.split(latents, search.rows)
     if not (wait or latents.is_cpu) and has_float64(latents.device) and _rounding() == _EPS:
         return torch.cat([search.settle(tile) for tile in tiles])
@@ -74,11 +62,11 @@ def nearest(latents: Tensor, codebook: Codebook, *, wait: bool = True) -> Tensor
 
 
 class _Search:
-    """The codes (size, dim) as a search wants them: lookup by the cosine takes them at unit length."""
+    """Prepared codes (size, dim), and what a search makes of them once for all latents."""
 
-    def __init__(self, codes: Tensor, lookup: Lookup) -> None:
-        self.codes, self.lookup = codes, lookup
-        squares = lookup is not Lookup.DOT
+    def __init__(self, codes: Tensor, metric: Metric) -> None:
+        self.codes, self.metric = codes, metric
+        squares = metric.is_distance
         # |x|² - 2xc + |c|², less |x|², which is the same for all codes.
         self.weights = -2 * codes if squares else -codes
         self.norms = codes.square().sum(1) if squares else codes.new_zeros(len(codes))
@@ -91,8 +79,7 @@ class _Search:
 
     def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(n,) int64, the code with the lowest score, that score (n,) float32, and the next: of latents (n, dim)."""
-        if self.lookup is Lookup.COSINE:
-            latents = unit(latents)
+        latents = self.metric.prepare(latents)
         found = _two_best(latents, *self.blocks[0])
         for start, block in zip(self.starts[1:], self.blocks[1:], strict=True):
             (index, best, second), (its_index, its_best, its_second) = found, _two_best(latents, *block)
@@ -112,8 +99,9 @@ class _Search:
         """
         terms, longest = 2 * (self.codes.shape[1] + 4), self.longest
         rounding = terms * _rounding()
-        lengths = latents.norm(dim=1) if self.lookup is not Lookup.COSINE else torch.ones_like(best)
-        if self.lookup is Lookup.EUCLIDEAN:
+        by_direction = self.metric.by_direction
+        lengths = torch.ones_like(best) if by_direction else self.metric.prepare(latents).norm(dim=1)
+        if self.metric.is_distance and not by_direction:
             squares = lengths.square()
             longest = torch.minimum(lengths + 1.1 * ((best + squares).relu() + 8 * rounding * squares).sqrt(), longest)
         slack: Tensor = rounding * longest * (lengths + longest) + terms * torch.finfo(torch.float32).tiny
@@ -121,8 +109,7 @@ class _Search:
 
     def decide(self, latents: Tensor, limit: Tensor) -> Tensor:
         """(n,) int64, decided in float64 among the codes whose float32 scores are within limit (n,)."""
-        if self.lookup is Lookup.COSINE:
-            latents = unit(latents)
+        latents = self.metric.prepare(latents)
         rows = max(1, _EXACT_BYTES // (8 * len(self.codes)))
         found = []
         for tile, bound in zip(torch.split(latents, rows), torch.split(limit[:, None], rows), strict=True):
@@ -139,8 +126,7 @@ class _Search:
     def settle(self, latents: Tensor) -> Tensor:
         """(n,) int64, decided in float64 among the codes of the lowest float32 scores of latents (n, dim). The host
         waits for nothing in it."""
-        if self.lookup is Lookup.COSINE:
-            latents = unit(latents)
+        latents = self.metric.prepare(latents)
         scores = torch.addmm(self.norms, latents, self.weights.T)
         codes = scores.topk(min(_CANDIDATES, len(self.codes)), largest=False).indices
         rows = torch.arange(len(latents), device=latents.device)[:, None].expand_as(codes)
@@ -158,7 +144,7 @@ class _Search:
         at_once = max(1, _EXACT_BYTES // (8 * self.codes.shape[1]))
         for row, code in zip(torch.split(rows, at_once), torch.split(codes, at_once), strict=True):
             x, c = wide(latents[row]), wide(self.codes[code])
-            scores.append(-(x * c).sum(1) if self.lookup is Lookup.DOT else (x - c).square().sum(1))
+            scores.append((x - c).square().sum(1) if self.metric.is_distance else -(x * c).sum(1))
         return torch.cat(scores)
 
 
@@ -191,19 +177,13 @@ def _rounding() -> float:
     return max(_ROUNDING[one] for one in told)
 
 
-def compared(latents: Tensor, codebook: Codebook) -> Tensor:
-    """(n, dim): latents (n, dim) as an emitted code is held against them, at length 1 where lookup and output both
-    are."""
-    return unit(latents) if (codebook.lookup, codebook.emit) == (Lookup.COSINE, Emit.UNIT) else latents
-
-
 def squared_errors(latents: Tensor, codebook: Codebook, codes: Tensor) -> Tensor:
     """(n,) float64: squared Euclidean distance, summed over dimensions, from each latent to the code that is emitted.
 
-    latents: (n, dim) float32. codes: (n,) int64, its codes. A latent is normalised where lookup and output both are.
+    latents: (n, dim) float32. codes: (n,) int64, its codes. Latents are taken as emitted, too.
     Added up in float32, unless one overflows there: codes that a training drove far off are there to be replaced. On
     the CPU where the device has no float64.
     """
-    apart = compared(latents, codebook) - emitted(codebook).to(latents.device)[codes]
+    apart = codebook.metric.emit(latents) - codebook.emitted.to(latents.device)[codes]
     found = wide(apart.square().sum(1))
     return found if bool(found.isfinite().all()) else wide(apart).square().sum(1)

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import emitted, nearest, unit
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.clustering.assignment import nearest
+from codebook_tools.codebook import Codebook
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import wide, wide_device
 from codebook_tools.runtime.threads import spread
@@ -32,12 +32,12 @@ class Cells:
     def of(points: Tensor, codebook: Codebook) -> Cells:
         """points: (n, dim)."""
         codes = _nearest(points, codebook)
-        shown = unit(points) if codebook.emit is Emit.UNIT else points
+        emitted = codebook.metric.emit(points)
         device = wide_device(points.device)
         sums = torch.zeros(codebook.size, codebook.dim, dtype=torch.float64, device=device)
         codes, squares = codes.to(device), sums.new_zeros(())
         at_once = _WIDENED.get(points.device.type, _ELSEWHERE)
-        for rows, at in zip(torch.split(shown, at_once), torch.split(codes, at_once), strict=True):
+        for rows, at in zip(torch.split(emitted, at_once), torch.split(codes, at_once), strict=True):
             rows = wide(rows)
             sums.index_add_(0, at, rows)
             squares += torch.dot(rows.flatten(), rows.flatten())
@@ -59,12 +59,10 @@ class Cells:
         return Cells(parts[0].reshape(sums.shape), parts[1], parts[2])
 
     def means(self, old: Codebook) -> Tensor:
-        """(k, dim) float32, as they are given out; where there are none, the old code."""
-        means = (self.sums / self.hits.clamp(min=1)[:, None]).float().to(old.vectors.device)
-        if old.emit is Emit.UNIT:
-            means = unit(means)
-        lost = (means == 0).all(1) if old.emit is Emit.UNIT else self.empty  # directions may cancel out
-        return torch.where(lost.to(means.device)[:, None], emitted(old), means)
+        """(k, dim) float32, as they are emitted; where there are none, the old code."""
+        means = old.metric.emit((self.sums / self.hits.clamp(min=1)[:, None]).float().to(old.vectors.device))
+        lost = (means == 0).all(1) if old.metric.has_unit_rows else self.empty  # directions may cancel out
+        return torch.where(lost.to(means.device)[:, None], old.emitted, means)
 
     @property
     def empty(self) -> Tensor:
@@ -80,7 +78,7 @@ class Cells:
 
 def _nearest(points: Tensor, codebook: Codebook) -> Tensor:
     """On a GPU by the kernel of flash-kmeans, where that is installed: it keeps no scores, and decides no near-ties."""
-    flash = _flash_kmeans() if points.is_cuda and codebook.lookup is Lookup.EUCLIDEAN else None
+    flash = _flash_kmeans() if points.is_cuda and codebook.metric.is_euclidean else None
     if flash is None:
         return nearest(points, codebook)
     found: Tensor = flash(points[None], codebook.vectors[None], points.square().sum(1)[None])

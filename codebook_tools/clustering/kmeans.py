@@ -10,11 +10,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import unit
 from codebook_tools.clustering.cells import Cells
 from codebook_tools.clustering.seeding import Init, count_distinct, draw_by_error, refuse_unfit, seeds
 from codebook_tools.clustering.split_merge import swapped
-from codebook_tools.codebook import Codebook, Emit, Latents, Lookup
+from codebook_tools.codebook import EUCLIDEAN, Codebook, Latents, Metric
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 
@@ -52,8 +51,7 @@ def kmeans(
     iterations: int = 300,
     tolerance: float = 5e-4,
     seed: int = 0,
-    lookup: Lookup = Lookup.EUCLIDEAN,
-    emit: Emit = Emit.RAW,
+    metric: Metric = EUCLIDEAN,
     whole: Latents | None = None,
     watch: Watch,
 ) -> Clustering:
@@ -65,28 +63,28 @@ def kmeans(
     are swapped, too, out of an optimum that is only local (split_merge.py), unless the seeds were given. A cluster that
     empties is moved to a point drawn by squared error. init: how seeds are drawn, or the (k, dim) seeds themselves.
     iterations: the most of them, over each head. tolerance: share of the inertia that an iteration must gain for more
-    to follow. lookup, emit: how centroids are searched and given out. By the cosine, those at unit length are mean
-    directions (spherical k-means, Dhillon and Modha 2001), and raw ones the means of the points that they are the
-    nearest direction of. There is none for the dot product. whole: what `points` are a sample of, to go on over; then
-    each process has its part of it, where it has the same `points` as all others.
+    to follow. metric: how centroids are searched and emitted. By the cosine, those at unit length are mean directions
+    (spherical k-means, Dhillon and Modha 2001), and raw ones the means of the points that they are the nearest
+    direction of. There is none for the dot product. whole: what `points` are a sample of, to go on over; then each
+    process has its part of it, where it has the same `points` as all others.
 
     Each iteration goes beyond the means and on in the direction of the last ones (Nesterov 1983), until that fails
     (O'Donoghue and Candès 2015). Raises CodebookError where there are fewer than k distinct points.
     """
-    assert k >= 1 and iterations >= 1 and lookup is not Lookup.DOT, (k, iterations, lookup)
-    places = points if lookup is Lookup.EUCLIDEAN else unit(points)
+    assert k >= 1 and iterations >= 1 and metric.is_distance, (k, iterations, metric)
+    places = metric.prepare(points)
     refuse_unfit(places, k)
     given = isinstance(init, Tensor)
     start = init if isinstance(init, Tensor) else seeds(places, k, init, seed)
     assert start.shape == (k, points.shape[1])
-    like, found = Codebook(start, lookup, emit), Clustering(start, torch.inf, 0, False)
+    like, found = Codebook(start, metric), Clustering(start, torch.inf, 0, False)
     for head in _heads(len(points), k):
         if count_distinct(places[:head], enough=k) < k:  # repeats would only pull codes away from the points behind
             continue
         slabs = partial(_own, torch.split(points[:head], _slab(head, points.device)))
         level, at_first = _Level(slabs, points[:head], like, tolerance, seed, watch), found.iterations == 0
         found = level.lloyd(found.centroids, iterations)
-        if at_first and not given and not level.by_direction:
+        if at_first and not given and metric.minimizes_error:
             found = level.swaps(found, iterations)
     if whole is not None:
         slabs = partial(_in_slabs, whole, points.device)
@@ -119,7 +117,7 @@ def _in_slabs(whole: Latents, device: torch.device) -> Iterable[Tensor]:
 @dataclass(frozen=True, eq=False)
 class _Level:
     """Points that are iterated over. slabs: all of them, anew at each call, or a process's own. points: those that
-    empty cells are moved to. like: how centroids are searched and given out. tolerance, seed: as of `kmeans`."""
+    empty cells are moved to. like: how centroids are searched and emitted. tolerance, seed: as of `kmeans`."""
 
     slabs: Callable[[], Iterable[Tensor]]
     points: Tensor
@@ -128,17 +126,13 @@ class _Level:
     seed: int
     watch: Watch
 
-    @property
-    def by_direction(self) -> bool:
-        """Whether centroids are means of cells, and not the best ones that have these cells."""
-        return self.like.lookup is Lookup.COSINE and self.like.emit is Emit.RAW
-
     def lloyd(self, start: Tensor, iterations: int, tolerance: float | None = None) -> Clustering:
         """Iterate from start (k, dim) until progress is below the tolerance, or another one.
 
-        The best means are kept, for momentum may overshoot. Raw centroids by the cosine do without it: there the
-        inertia may rise by itself.
+        The best means are kept, for momentum may overshoot. Where the search does not minimize the error, as with raw
+        centroids by the cosine, there is none: there the inertia may rise by itself.
         """
+        means_are_best = self.like.metric.minimizes_error
         tolerance = self.tolerance if tolerance is None else tolerance
         now = before = start
         best, complete = Clustering(now, torch.inf, 0, False), False
@@ -147,7 +141,7 @@ class _Level:
             codebook = replace(self.like, vectors=now)
             cells = Cells.over(self.slabs(), codebook)
             means = cells.means(codebook)
-            judged = now if self.by_direction else means
+            judged = means if means_are_best else now
             inertia = cells.inertia(judged)
             empty = cells.empty.nonzero()[:, 0].to(means.device)
             placed = len(empty) and self._move(means, empty, self.seed + done)
@@ -159,7 +153,7 @@ class _Level:
             if torch.equal(means, now) or (not placed and gained <= tolerance * _LOOK_BACK * best.inertia):
                 return replace(best, iterations=done, converged=True)
             fell = [*fell[1:], best.inertia]
-            if self.by_direction:
+            if not means_are_best:
                 now = means
                 continue
             momentum = momentum + 1 if inertia <= last else 0
@@ -174,7 +168,7 @@ class _Level:
         full = torch.ones(len(means), dtype=torch.bool, device=means.device)
         full[empty] = False
         drawn = draw_by_error(self.points, replace(self.like, vectors=means[full]), len(empty), seed)
-        means[empty[: len(drawn)]] = unit(drawn) if self.like.emit is Emit.UNIT else drawn
+        means[empty[: len(drawn)]] = self.like.metric.emit(drawn)
         return len(drawn)
 
     def swaps(self, found: Clustering, iterations: int) -> Clustering:

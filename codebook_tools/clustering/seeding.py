@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import compared, nearest, squared_errors
-from codebook_tools.codebook import Codebook, Lookup
+from codebook_tools.clustering.assignment import nearest, squared_errors
+from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.devices import wide
 
@@ -130,7 +130,7 @@ def afkmc2(data: NDArray[np.float32], k: int, rng: np.random.Generator, chain: i
 def with_direction(points: Tensor, codebook: Codebook) -> Tensor:
     """Those of points (n, dim) that a code may be placed at. By the cosine that is none of next to no length, such as
     rounding leaves of a residual: whatever moves such a code a little turns it anywhere."""
-    if codebook.lookup is not Lookup.COSINE or not len(points):
+    if not codebook.metric.by_direction or not len(points):
         return points
     lengths = points.norm(dim=1)
     long_enough = lengths > _SHORT * lengths.max()
@@ -154,10 +154,10 @@ def draw_by_error(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tens
 
 def _drawn(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tensor:
     errors = squared_errors(points, codebook, nearest(points, codebook))
-    places = compared(points, codebook)
+    places = codebook.metric.emit(points)
     random = torch.Generator().manual_seed(seed)
     drawn: list[int] = []
-    while len(drawn) < n:
+    while len(points) and len(drawn) < n:
         up_to = errors.cumsum(0)
         total = float(up_to[-1])
         if not total > 0:

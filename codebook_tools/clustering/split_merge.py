@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import nearest, squared_errors, unit
-from codebook_tools.codebook import Codebook, Emit
+from codebook_tools.clustering.assignment import nearest, squared_errors
+from codebook_tools.codebook import Codebook
 from codebook_tools.runtime.devices import wide
 
 _AT_ONCE = 1 << 22  # costs of merging that are looked at together
@@ -28,13 +28,11 @@ def swapped(codebook: Codebook, points: Tensor, count: int, random: torch.Genera
     of_cells = errors.new_zeros(codebook.size).index_add_(0, codes, errors)
     pairs = _pairs(*_cheapest_merges(wide(codebook.vectors), hits), of_cells, count)
     moved, cut = (cells.to(points.device) for cells in pairs)
-    towards = points[_drawn(codes, errors, codebook.size, random).to(points.device)[cut]]
-    if codebook.emit is Emit.UNIT:
-        towards = unit(towards)
+    towards = codebook.metric.emit(points[_drawn(codes, errors, codebook.size, random).to(points.device)[cut]])
     step = _APART * (towards - codebook.vectors[cut])
     vectors = codebook.vectors.clone()
     vectors[moved], vectors[cut] = codebook.vectors[cut] + step, codebook.vectors[cut] - step
-    return unit(vectors) if codebook.emit is Emit.UNIT else vectors
+    return codebook.metric.emit(vectors)
 
 
 def _cheapest_merges(vectors: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:

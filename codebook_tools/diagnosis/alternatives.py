@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools.clustering.assignment import nearest
-from codebook_tools.codebook import Codebook, Lookup
+from codebook_tools.codebook import Codebook
 from codebook_tools.diagnosis.close_look import rows_of, shuffled_rows
 from codebook_tools.diagnosis.evidence import Rival
 from codebook_tools.diagnosis.fit import fit_of
@@ -19,7 +19,7 @@ _STEPS = 8
 
 def scaled(codebook: Codebook, latents: Tensor, seed: int) -> Iterator[Rival]:
     """The same codes at the length that fits latents (n, dim) best; by the cosine any length does."""
-    if codebook.lookup is Lookup.COSINE or not bool(codebook.vectors.any()):
+    if codebook.metric.by_direction or not bool(codebook.vectors.any()):
         return
     times = best_scale(codebook, latents)
     if times > 0 and (fit := fit_of(replace(codebook, vectors=codebook.vectors * times), latents, seed)):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codebook_tools.codebook import Emit
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.splits import shuffled
 from codebook_tools.errors import CodebookError
@@ -74,7 +73,7 @@ def range_errors(model: Model, media: Media, batch: int, seed: int) -> dict[tupl
     variance = float((pixels - pixels.mean((0, 2, 3), keepdim=True)).double().square().mean())
 
     def untouched(stage: int, latents: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(latents, dim=1) if model.books[stage].emit is Emit.UNIT else latents
+        return model.books[stage].metric.emit(latents.movedim(1, -1)).movedim(-1, 1)
 
     for bounds in ranges:
         with torch.no_grad(), model.in_range(bounds):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import nearest, squared_errors, unit
+from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.clustering.kmeans import kmeans
+from codebook_tools.clustering.metric import prepared
 from codebook_tools.clustering.seeding import count_distinct
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.codebook import Codebook
 from codebook_tools.runtime.progress import Watch
 
 WORSE = 2.0
@@ -76,34 +77,23 @@ class Fit:
         return f"distortion is {self.ratio:.2g} times that of k-means, {of_variance:.2g} of the variance"
 
 
-def places(codebook: Codebook, latents: Tensor) -> Tensor:
-    """(n, dim): the latents where their codes are searched for."""
-    return unit(latents) if codebook.lookup is Lookup.COSINE else latents
-
-
-def by_place(codebook: Codebook) -> Codebook:
-    """The codes where latents are held against them: by direction alone where that is how they are searched."""
-    if codebook.lookup is not Lookup.COSINE:
-        return codebook
-    return Codebook(unit(codebook.vectors), Lookup.COSINE, Emit.UNIT)
-
-
 def fit_of(codebook: Codebook, latents: Tensor, seed: int) -> Fit | None:
     """How well the codes fit latents (n, dim), in an order in which each head is a uniform sample. None where codes are
     searched by the dot product, which has no k-means."""
-    if codebook.lookup is Lookup.DOT or len(latents) < 2 * _LATENTS_A_CENTROID:
+    if not codebook.metric.is_distance or len(latents) < 2 * _LATENTS_A_CENTROID:
         return None
-    points, codes = places(codebook, latents), by_place(codebook)
-    seen, judged = points[: len(points) // 2], points[len(points) // 2 :]
+    points, codes = codebook.metric.prepare(latents), prepared(codebook)
+    half = len(points) // 2
+    clustered, judged = points[:half], points[half:]
     errors, in_use = distortion(codes, judged)
-    return Fit(errors, distortion(centroids(codes, seen, in_use, seed), judged)[0], variance_of(judged))
+    return Fit(errors, distortion(centroids(codes, clustered, in_use, seed), judged)[0], variance_of(judged))
 
 
 def centroids(like: Codebook, points: Tensor, k: int, seed: int) -> Codebook:
     """At most k centroids of points (n, dim): fewer where these are few, or alike."""
     k = count_distinct(points, enough=max(1, min(k, len(points) // _LATENTS_A_CENTROID)))
-    found = kmeans(points, k, iterations=_ITERATIONS, seed=seed, lookup=like.lookup, emit=like.emit, watch=Watch())
-    return Codebook(found.centroids, like.lookup, like.emit)
+    fitted = kmeans(points, k, iterations=_ITERATIONS, seed=seed, metric=like.metric, watch=Watch())
+    return replace(like, vectors=fitted.centroids)
 
 
 def distortion(codes: Codebook, points: Tensor) -> tuple[float, int]:
@@ -114,8 +104,8 @@ def distortion(codes: Codebook, points: Tensor) -> tuple[float, int]:
 
 def left_of(codebook: Codebook, latents: Tensor) -> float:
     """Share of the variance of latents (n, dim) that the codes leave."""
-    points = places(codebook, latents)
-    return distortion(by_place(codebook), points)[0] / max(variance_of(points), 1e-30)
+    points = codebook.metric.prepare(latents)
+    return distortion(prepared(codebook), points)[0] / max(variance_of(points), 1e-30)
 
 
 def variance_of(points: Tensor) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.effective import effective
 from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.clustering.assignment import unit
+from codebook_tools.clustering.metric import unit
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.ema_state import SMOOTHINGS, Role, smoothed
 from codebook_tools.models.evidence import alive_of, flags

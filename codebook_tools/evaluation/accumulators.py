@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import compared, emitted, squared_errors
+from codebook_tools.clustering.assignment import squared_errors
 from codebook_tools.codebook import Codebook
 from codebook_tools.data.sampling import Sampler
 from codebook_tools.errors import NotFiniteError
@@ -230,7 +230,7 @@ def book_sums(
 
 def _moments(rows: Tensor, codebook: Codebook, counts: Tensor) -> Tensor:
     """(2, dim + 1, dim), as `BookSums` has them: in float64, where the order of the parts changes last digits alone."""
-    rows, codes = wide(compared(rows, codebook)), emitted(codebook).cpu().double()
+    rows, codes = wide(codebook.metric.emit(rows)), codebook.emitted.cpu().double()
     of_rows = torch.cat([rows.sum(0, keepdim=True), rows.T @ rows]).cpu()
     weighted = codes * counts[:, None]
     return torch.stack([of_rows, torch.cat([weighted.sum(0, keepdim=True), weighted.T @ codes])])

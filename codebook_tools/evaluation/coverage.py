@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import nearest, squared_errors, unit
+from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.clustering.kmeans import kmeans
 from codebook_tools.clustering.seeding import Init, count_distinct, overflow
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.codebook import Codebook
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.splits import shuffled
 from codebook_tools.evaluation.accumulators import Draw
@@ -46,11 +46,11 @@ def reference_distance(latents: Tensor | None, codebook: Codebook, *, seed: int)
 
     latents: (n, dim), as `reference_latents` gives them. None where they are none, fewer distinct ones than codes, or
     so far off, after a training that went wrong, that distances overflow. Those are what distortion is the mean of:
-    between unit vectors where lookup and output both are.
+    between what is emitted.
     """
     if latents is None or overflow(latents) or count_distinct(latents, enough=codebook.size) < codebook.size:
         return None
-    points = unit(latents) if (codebook.lookup, codebook.emit) == (Lookup.COSINE, Emit.UNIT) else latents
+    points = codebook.metric.emit(latents)
     init: Init = "kmeans++" if codebook.size <= _SEEDED_WELL else "random"
     centroids = Codebook(
         kmeans(points, codebook.size, init=init, iterations=_ITERATIONS, seed=seed, watch=Watch()).centroids

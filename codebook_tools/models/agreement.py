@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from codebook_tools.codebook import Codebook, Lookup
+from codebook_tools.clustering.metric import unit
+from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.evidence import FLAG
 from codebook_tools.models.model import Model
@@ -149,18 +149,17 @@ def near_ties(
 ) -> Tensor:
     """(n,) bool: whether both codes of a latent, (n, dim), are as near to it, but for rounding. noise: the length of
     what rounding may have added to a latent. relative: by which their distances may differ."""
-    rows, codes = wide(latents), wide(codebook.vectors)
+    metric = codebook.metric
+    rows, codes = wide(latents), metric.prepare(wide(codebook.vectors))
     ours, own = ours.to(rows.device), own.to(rows.device)
     blurred = torch.full_like(rows[:, 0], noise)
-    if codebook.lookup is not Lookup.EUCLIDEAN:
+    if metric.by_direction or not metric.is_distance:
         blurred = blurred / rows.norm(dim=1).clamp(min=1e-30)
-        rows = functional.normalize(rows, dim=1)
-    if codebook.lookup is Lookup.COSINE:
-        codes = functional.normalize(codes, dim=1)
+    rows = metric.prepare(rows) if metric.is_distance else unit(rows)
     one, other = codes[ours], codes[own]
     blurred = 2 * blurred * (one - other).norm(dim=1)
     lengths = rows.square().sum(1) + torch.maximum(one.square().sum(1), other.square().sum(1))
-    if codebook.lookup is Lookup.DOT:
+    if not metric.is_distance:
         near: Tensor = (rows * (one - other)).sum(1).abs() <= relative * lengths + blurred
         return near
     distances = [(rows - code).square().sum(1) for code in (one, other)]

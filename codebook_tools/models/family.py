@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from codebook_tools.checkpoints.config import Config
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.tensors import Shapes
-from codebook_tools.codebook import Emit, Lookup
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -26,8 +25,7 @@ class Family:
     prefix: what stands before the family's own key names ("" for nothing), None where tensors or config are another
     layout's. make: a network with fresh weights, from the shapes without that prefix and the checkpoint (its config);
     None where there is none to be had, and then `why_not` says in a sentence why. file_key: the file's key, without
-    prefix, of what the network calls a name; shapes may differ in axes of length 1. lookup, emit: how its codes are
-    found and given out.
+    prefix, of what the network calls a name; shapes may differ in axes of length 1. metric: of METRICS, by name.
     config_key: the config's entry that is K, dots between levels; None for a family that knows no config. default_size:
     K where that entry is missing, None where the library has no default.
     power_of_two: whether the config takes no other K. follow: further entries of the config that K decides, by dotted
@@ -40,8 +38,7 @@ class Family:
     make: Callable[[Shapes, Checkpoint], Module] | None
     file_key: Callable[[str, Shapes], str] = lambda name, shapes: name
     why_not: str = ""
-    lookup: Lookup = Lookup.EUCLIDEAN
-    emit: Emit = Emit.RAW
+    metric: str = "euclidean"
     config_key: str | None = None
     default_size: int | None = None
     power_of_two: bool = False

@@ -167,7 +167,7 @@ def _key(latents: EncodedLatents, model: Model, stage: int) -> str:
         "code": [str(network), *(hashlib.sha256(file.read_bytes()).hexdigest() for file in _source_files(network))],
         "config": model.checkpoint.config,
         "weights": {name: _digest(tensor) for name, tensor in network.state_dict().items()},
-        "books": [[book.lookup.value, book.emit.value, _digest(book.vectors)] for book in model.books[:stage]],
+        "books": [[*book.metric.words, _digest(book.vectors)] for book in model.books[:stage]],
         "computed": [model.device.type, model.bf16, model.compiled, model.input_range, latents.batch],
         "media": [repr(images.modality), images.mixing, images.part],
         "shape": one_line(first) if isinstance(first, Exception) else [*first.shape, str(first.dtype)],

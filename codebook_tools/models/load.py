@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.tensors import Shapes
-from codebook_tools.codebook import Emit, Lookup
+from codebook_tools.clustering.metric import METRICS
+from codebook_tools.codebook import Metric
 from codebook_tools.data.registry import modality_of
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.choose import along, choose_codebook, choose_codebooks, few_of, find_book, named, operable
@@ -23,11 +24,11 @@ from codebook_tools.models.model import Book, Model, walks
 from codebook_tools.models.registry import (
     CUSTOM,
     FAMILIES,
-    METRICS,
     check_stated,
     detected,
     family_of,
     guessed,
+    metric_of,
     size_entry,
 )
 from codebook_tools.models.size_guard import bounded
@@ -73,7 +74,7 @@ def load_model(
         build = partial(_make_family, record, prefix)
         module = build(checkpoint, 0)
     keys = {name: prefix + (record.file_key(name, inner) if record else name) for name in module.state_dict()}
-    lookup, emit = METRICS[metric] if metric else _lookup(module, record)
+    searched = METRICS[metric] if metric else own_metric(module) or metric_of(name, None)
     places = _books_of(module, prefix, checkpoint, codebook_keys, first)
     if not walks(module) and places[0].key not in keys.values():
         raise CodebookError(f"the network has no {places[0].key}: its codebook must have the file's name for it")
@@ -89,7 +90,7 @@ def load_model(
         checkpoint,
         module,
         keys,
-        tuple(_book(book, checkpoint, target, lookup, emit) for book in found),
+        tuple(Book(book, effective_rows(checkpoint, book).to(target), searched) for book in found),
         tuple(
             i
             for i, book in enumerate(found)
@@ -258,10 +259,6 @@ def _check_alike(books: Sequence[FoundCodebook], checkpoint: Checkpoint) -> None
                 )
 
 
-def _book(found: FoundCodebook, checkpoint: Checkpoint, device: torch.device, lookup: Lookup, emit: Emit) -> Book:
-    return Book(found, effective_rows(checkpoint, found).to(device), lookup, emit)
-
-
 def _common_prefix(names: Iterable[str], checkpoint: Checkpoint) -> str:
     """What the file puts before every name of the user's network, as Lightning does; nothing where it does not."""
     wanted, keys = list(names), checkpoint.entries.keys()
@@ -283,16 +280,15 @@ def _known_family(checkpoint: Checkpoint, asked: str | None, codebook_keys: Sequ
     return name, FAMILIES[name]
 
 
-def _lookup(network: Any, record: Family | None) -> tuple[Lookup, Emit]:
-    """As the network says of itself, else as its family does, else by Euclidean distance."""
-    lookup, emit = (record.lookup, record.emit) if record else METRICS["euclidean"]
-    told = getattr(network, "lookup", None), getattr(network, "emit", None)  # a user's own may be of another meaning
-    return (told[0] if isinstance(told[0], Lookup) else lookup), (told[1] if isinstance(told[1], Emit) else emit)
+def own_metric(network: nn.Module) -> Metric | None:
+    """The metric that a network declares in its attribute `lookup`; a user's own may have another meaning."""
+    lookup = getattr(network, "lookup", None)
+    return lookup if isinstance(lookup, Metric) else None
 
 
 def guesses(model: Model, metric: str | None) -> Iterator[str]:
     """What to warn of where nobody says how a user's network searches its codes."""
-    if model.family == CUSTOM and not isinstance(getattr(model.network, "lookup", None), Lookup):
+    if model.family == CUSTOM and own_metric(model.network) is None:
         yield from (told for book in model.books for told in guessed(book.found, None, metric))
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.read import Checkpoint, torch_dtype
-from codebook_tools.clustering.assignment import emitted, nearest, unit
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.clustering.assignment import nearest
+from codebook_tools.codebook import EUCLIDEAN, Codebook, Metric
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.latents import EncodedLatents
 from codebook_tools.data.modality import AS_IT_IS, Modality
@@ -34,8 +34,7 @@ class Book:
 
     found: FoundCodebook
     vectors: Tensor
-    lookup: Lookup = Lookup.EUCLIDEAN
-    emit: Emit = Emit.RAW
+    metric: Metric = EUCLIDEAN
     rows: Tensor | None = None
     read: Tensor | None = None
 
@@ -45,7 +44,7 @@ class Book:
 
     @property
     def codebook(self) -> Codebook:
-        return Codebook(self.vectors.detach(), self.lookup, self.emit)
+        return Codebook(self.vectors.detach(), self.metric)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,12 +171,12 @@ class Model:
 
     def embed(self, codes: Tensor, stage: int = 0) -> Tensor:
         """codes `(n, *grid)` int64 -> what the decoder gets of them, `(n, dim, *grid)` float32."""
-        return emitted(self.books[stage].codebook)[codes].movedim(-1, 1).contiguous()
+        return self.books[stage].codebook.emitted[codes].movedim(-1, 1).contiguous()
 
     def embed_trained(self, codes: Tensor, stage: int = 0) -> Tensor:
         """As `embed`, with gradients to the codebook where it takes some."""
         book = self.books[stage]
-        return (unit(book.vectors) if book.emit is Emit.UNIT else book.vectors)[codes].movedim(-1, 1)
+        return book.metric.emit(book.vectors)[codes].movedim(-1, 1)
 
     def encode_media(self, media: Tensor) -> object:
         """What the network's `encode` makes of media, as `walk` and its own quantizer take it."""
@@ -228,10 +227,10 @@ class Model:
     def install(self, codebook: Codebook, stage: int = 0) -> None:
         """Put a codebook of any size into the running model, rounded as its file will store it.
 
-        Rows that are given out at unit length are stored so, for some libraries look them up as they stand.
+        Rows that are emitted at unit length are stored so, for some libraries look them up as they stand.
         """
         book = self.books[stage]
-        vectors = unit(codebook.vectors) if book.emit is Emit.UNIT else codebook.vectors
+        vectors = book.metric.emit(codebook.vectors)
         rows = rows_of_codes(self.checkpoint, book.found, vectors, old=book.read)
         if rows is None:
             held = rounded(self.checkpoint, book.found, vectors)

@@ -11,7 +11,8 @@ from codebook_tools.checkpoints.config import Config, entry_of
 from codebook_tools.checkpoints.detect import Detection, FoundCodebook, find_codebooks
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.tensors import Shapes
-from codebook_tools.codebook import Emit, Lookup
+from codebook_tools.clustering.metric import METRICS
+from codebook_tools.codebook import Metric
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.families import (
     dac,
@@ -52,14 +53,6 @@ FAMILIES = {
 CUSTOM = "custom"
 """The user's own network, or none."""
 
-METRICS = {
-    "euclidean": (Lookup.EUCLIDEAN, Emit.RAW),
-    "cosine": (Lookup.COSINE, Emit.RAW),
-    "cosine-unit": (Lookup.COSINE, Emit.UNIT),
-    "dot": (Lookup.DOT, Emit.RAW),
-}
-
-
 _Found = TypeVar("_Found")
 
 
@@ -99,19 +92,12 @@ def _as_used(found: FoundCodebook, family: Family, shapes: Shapes) -> FoundCodeb
     axis, shape = found.axis if family.axis is None else family.axis, shapes[found.key]
     if axis != found.axis:
         found = replace(found, axis=axis, size=shape[axis], dim=shape[1 - axis])
-    return replace(found, search=family.lookup.value)
+    return replace(found, search=METRICS[family.metric].search)
 
 
-def lookup_of(family: str | None, metric: str | None) -> tuple[Lookup, Emit]:
-    """How codes are found and emitted: as told, else as the family does, else by Euclidean distance."""
-    if metric is None and family in FAMILIES:
-        return FAMILIES[family].lookup, FAMILIES[family].emit
-    return METRICS[metric or "euclidean"]
-
-
-def metric_of(lookup: Lookup, emit: Emit) -> str:
-    """Its name in METRICS."""
-    return next(name for name, pair in METRICS.items() if pair == (lookup, emit))
+def metric_of(family: str | None, metric: str | None) -> Metric:
+    """That of a name, else the family's, else the Euclidean one."""
+    return METRICS[metric or (FAMILIES[family].metric if family in FAMILIES else "euclidean")]
 
 
 def guessed(found: FoundCodebook, family: str | None, metric: str | None) -> list[str]:

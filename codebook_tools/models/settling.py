@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.effective import Effective
-from codebook_tools.codebook import Emit, Lookup
+from codebook_tools.clustering.metric import COSINE_UNIT, METRICS
+from codebook_tools.codebook import Metric
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.agreement import Agreement, agreement, encoded_batches, has_quantizer
-from codebook_tools.models.load import guesses
+from codebook_tools.models.load import guesses, own_metric
 from codebook_tools.models.model import Book, Model, walks
-from codebook_tools.models.registry import CUSTOM, METRICS, are_unit, metric_of, unit_warning
+from codebook_tools.models.registry import CUSTOM, are_unit, unit_warning
 from codebook_tools.models.stored_codes import codes_of_rows, owned_keys, stored_rows
 from codebook_tools.models.transforms import alike, forms, refuse_unknown, transforms_beside
 
@@ -53,8 +54,8 @@ def settle(model: Model, media: Sequence[Tensor], metric: str | None) -> tuple[l
         for book, keys in zip(model.books, beside, strict=True):
             unused = [key for key in keys if not _is_used(model, key, media)]
             refuse_unknown(book.found, unused, with_network=bool(model.network.state_dict()))
-        if metric is None and not isinstance(getattr(model.network, "lookup", None), Lookup) and _unit_rows(model):
-            _search_by(model, *METRICS["cosine-unit"])
+        if metric is None and own_metric(model.network) is None and _unit_rows(model):
+            model.books = _searched_by(model.books, COSINE_UNIT)
             return [unit_warning(model.books[0].key)], None
         return list(guesses(model, metric)), None
     return [], _ask(model, media, beside, metric)
@@ -79,7 +80,7 @@ def _ask(model: Model, media: Sequence[Tensor], beside: Sequence[list[str]], met
     if not walks(model.network):
         read = _read(model, encoded)
         for name in _metrics(model, metric):
-            model.books = (replace(read, lookup=METRICS[name][0], emit=METRICS[name][1]),)
+            model.books = _searched_by([read], METRICS[name])
             if (found := agreement(model, encoded)).ok:
                 return found
         model.books = before
@@ -102,8 +103,7 @@ def _readings(model: Model, beside: Sequence[list[str]], metric: str | None) -> 
         except (KeyError, CodebookError):
             continue
         for name in names:
-            lookup, emit = METRICS[name]
-            yield tuple(replace(book, lookup=lookup, emit=emit) for book in books), name
+            yield _searched_by(books, METRICS[name]), name
 
 
 def _read_by(model: Model, book: Book, form: Effective, first: FoundCodebook) -> Book:
@@ -118,7 +118,7 @@ def _read_by(model: Model, book: Book, form: Effective, first: FoundCodebook) ->
 
 def _metrics(model: Model, metric: str | None) -> list[str]:
     """Names of METRICS: what is said first, then what is assumed, then the others."""
-    assumed = metric_of(model.books[0].lookup, model.books[0].emit)
+    assumed = model.books[0].metric.name
     likely = [metric, "cosine-unit" if assumed == "euclidean" and _unit_rows(model) else None, assumed, *METRICS]
     return list(dict.fromkeys(name for name in likely if name is not None))
 
@@ -128,8 +128,8 @@ def _unit_rows(model: Model) -> bool:
     return all(are_unit(book.vectors) for book in model.books)
 
 
-def _search_by(model: Model, lookup: Lookup, emit: Emit) -> None:
-    model.books = tuple(replace(book, lookup=lookup, emit=emit) for book in model.books)
+def _searched_by(books: Iterable[Book], metric: Metric) -> tuple[Book, ...]:
+    return tuple(replace(book, metric=metric) for book in books)
 
 
 def _is_used(model: Model, key: str, media: Sequence[Tensor]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
@@ -12,8 +12,6 @@ from codebook_tools.strategies.prune import Prune
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from codebook_tools.clustering.seeding import Init
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,8 @@ class TopK:
 class RandomLatents:
     """k latents, drawn alike: a codebook from the data without any clustering (Forgy 1965's seeds)."""
 
+    init: ClassVar[Literal["random", "kmeans++"]] = "random"
+
     k: int
     seed: int = 0
 
@@ -42,28 +42,17 @@ class RandomLatents:
         check_k(self.k)
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
-        return _seeded(codebook, latents, self.k, "random", self.seed)
+        import torch
+
+        from codebook_tools.clustering.seeding import seeds
+        from codebook_tools.data.latents import joined
+
+        vectors = seeds(joined(latents), self.k, self.init, self.seed)
+        return Surgery(replace(codebook, vectors=vectors), torch.full((codebook.size,), REMOVED))
 
 
 @dataclass(frozen=True)
-class KmeansSeeds:
+class KmeansSeeds(RandomLatents):
     """k seeds of k-means++ (Arthur and Vassilvitskii 2007) and no Lloyd after them: what the iterations add to."""
 
-    k: int
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_k(self.k)
-
-    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
-        return _seeded(codebook, latents, self.k, "kmeans++", self.seed)
-
-
-def _seeded(codebook: Codebook, latents: Latents, k: int, init: Init, seed: int) -> Surgery:
-    import torch
-
-    from codebook_tools.clustering.seeding import seeds
-    from codebook_tools.data.latents import joined
-
-    vectors = seeds(joined(latents), k, init, seed)
-    return Surgery(replace(codebook, vectors=vectors), torch.full((codebook.size,), REMOVED))
+    init = "kmeans++"

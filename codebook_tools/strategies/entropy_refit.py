@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools.clustering.assignment import nearest, squared_errors
-from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
+from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.data.latents import joined
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.devices import wide
@@ -41,7 +41,7 @@ class EntropyRefit:
             raise CodebookError(f"a bit cannot cost {self.price} variances; try --lambda 0.01")
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
-        if (codebook.lookup, codebook.emit) != (Lookup.EUCLIDEAN, Emit.RAW):
+        if not codebook.metric.is_euclidean:
             raise CodebookError("an entropy-constrained Re-Fit needs a Euclidean codebook; leave out --lambda")
         points = joined(latents)[: _POINTS_PER_CODE * self.k].to(self.device)
         codes = Refit(self.k, init="used", seed=self.seed, device=self.device)(

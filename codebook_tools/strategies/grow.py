@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
+from codebook_tools.codebook import Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.options import Option
 from codebook_tools.strategies._validation import check_k
+from codebook_tools.strategies.prune import Prune
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,9 +61,7 @@ def grown(codebook: Codebook, latents: Latents, counts: Tensor, k: int, seed: in
     from codebook_tools.clustering.seeding import draw_by_error
     from codebook_tools.data.latents import joined
 
-    kept = (counts > 0).nonzero()[:, 0]
-    used = replace(codebook, vectors=codebook.vectors[kept])
-    more = draw_by_error(joined(latents), used, k - len(kept), seed)
-    index_map = torch.full((codebook.size,), REMOVED)
-    index_map[kept] = torch.arange(len(kept))
-    return Surgery(replace(codebook, vectors=torch.cat([used.vectors, more])), index_map)
+    pruned = Prune()(codebook, latents, counts)
+    used = pruned.codebook
+    more = draw_by_error(joined(latents), used, k - used.size, seed)
+    return replace(pruned, codebook=replace(used, vectors=torch.cat([used.vectors, more])))

@@ -60,7 +60,7 @@ class Quantize:
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
         import torch
 
-        from codebook_tools.clustering.assignment import emitted, nearest
+        from codebook_tools.clustering.assignment import nearest
         from codebook_tools.clustering.pnn import merge_pairs
 
         if self.bits is not None:
@@ -73,10 +73,10 @@ class Quantize:
             return _filled_up(codebook, counts > 0, self.k)
         weights = counts.double() if int(counts.sum()) else torch.ones(codebook.size, dtype=torch.float64)
         merge = merge_pairs if self.method == "pnn" else self._merge_by_kmeans
-        used, shown = weights > 0, emitted(codebook)
-        rows, labels = merge(shown[used].double().numpy(), weights[used].numpy(), self.k)
+        used, emitted = weights > 0, codebook.emitted
+        rows, labels = merge(emitted[used].double().numpy(), weights[used].numpy(), self.k)
         merged = replace(codebook, vectors=torch.from_numpy(rows).float())
-        index_map = nearest(shown, merged)
+        index_map = nearest(emitted, merged)
         index_map[used] = torch.from_numpy(labels)
         return Surgery(merged, index_map)
 
@@ -97,17 +97,17 @@ def _filled_up(codebook: Codebook, used: Tensor, k: int) -> Surgery:
     """The used codes, (size,) bool, and as many dead ones, the nearest to them, as make k; in their old order."""
     import torch
 
-    from codebook_tools.clustering.assignment import emitted, nearest, squared_errors
+    from codebook_tools.clustering.assignment import nearest, squared_errors
 
-    shown, dead = emitted(codebook), (~used).nonzero()[:, 0]
-    among = Codebook(shown[used])
-    apart = squared_errors(shown[dead], among, nearest(shown[dead], among))
+    emitted, dead = codebook.emitted, (~used).nonzero()[:, 0]
+    among = Codebook(emitted[used])
+    apart = squared_errors(emitted[dead], among, nearest(emitted[dead], among))
     fill = dead[apart.argsort(stable=True)[: k - int(used.sum())]]
     kept = torch.cat([used.nonzero()[:, 0], fill]).sort().values
-    found = replace(codebook, vectors=codebook.vectors[kept])
-    index_map = nearest(shown, found)
+    filled = replace(codebook, vectors=codebook.vectors[kept])
+    index_map = nearest(emitted, filled)
     index_map[kept] = torch.arange(k)
-    return Surgery(found, index_map)
+    return Surgery(filled, index_map)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
+from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.options import Option
 from codebook_tools.runtime.progress import Watch
@@ -62,10 +62,10 @@ class Refit:
         from codebook_tools.data.latents import StoredLatents, joined
         from codebook_tools.data.sampling import drawn_rows
 
-        if codebook.lookup is Lookup.DOT or (codebook.lookup, codebook.emit) == (Lookup.EUCLIDEAN, Emit.UNIT):
+        if not codebook.metric.is_distance:
+            search, rows = codebook.metric.words
             raise CodebookError(
-                f"refit has no k-means for {codebook.lookup.value} lookup with {codebook.emit.value} rows; "
-                "prune, quantize and grow work for it"
+                f"refit has no k-means for {search} lookup with {rows} rows; prune, quantize and grow work for it"
             )
         whole = latents if self.exact and not isinstance(latents, StoredLatents) else None
         points = (joined(latents) if whole is None else drawn_rows(whole, self.seed)).to(self.device)
@@ -76,8 +76,7 @@ class Refit:
             init=init,
             iterations=self.iterations,
             seed=self.seed,
-            lookup=codebook.lookup,
-            emit=codebook.emit,
+            metric=codebook.metric,
             whole=whole,
             watch=self.watch,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
-from codebook_tools.codebook import REMOVED, Codebook, Emit, Latents, Lookup, Surgery
+from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.options import Option
 from codebook_tools.strategies._validation import check_threshold
@@ -51,6 +51,7 @@ class Restart:
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
         import torch
 
+        from codebook_tools.clustering.assignment import nearest
         from codebook_tools.clustering.seeding import draw_by_error, with_direction
         from codebook_tools.data.latents import joined
 
@@ -73,7 +74,7 @@ class Restart:
         elif self.method == "split":
             new = _split(living, points, counts[counts > self.threshold], len(dead), random)
         else:
-            new = points[_nearest_points(codebook, points, dead)]
+            new = points[nearest(codebook.vectors[dead], replace(codebook, vectors=points))]
         if len(new) < len(dead):
             raise CodebookError(
                 f"{len(dead)} codes are to be moved, but only {len(new)} latents are there for them; "
@@ -95,13 +96,6 @@ def _split(living: Codebook, points: Tensor, counts: Tensor, n: int, random: tor
     order = counts.argsort(descending=True, stable=True)
     parents = living.vectors[order[torch.arange(n) % len(order)]]
     spread = (squared_errors(points, living, nearest(points, living)).mean() / living.dim).sqrt()
-    if (living.lookup, living.emit) == (Lookup.COSINE, Emit.UNIT):  # the errors are those of rows at unit length
+    if living.metric.has_unit_rows:  # the errors are those of rows at unit length
         spread = spread * parents.norm(dim=1, keepdim=True)
     return parents + _NOISE * spread * torch.randn(parents.shape, generator=random)
-
-
-def _nearest_points(codebook: Codebook, points: Tensor, dead: Tensor) -> Tensor:
-    """(len(dead),) the latent nearest to each dead code: the lookup with the roles turned round."""
-    from codebook_tools.clustering.assignment import nearest
-
-    return nearest(codebook.vectors[dead], Codebook(points, codebook.lookup))

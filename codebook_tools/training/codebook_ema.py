@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import emitted, unit
 from codebook_tools.clustering.pnn import merge_pairs
-from codebook_tools.codebook import REMOVED, Emit
+from codebook_tools.codebook import REMOVED
 from codebook_tools.models.model import Book, Model
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import sent
@@ -57,8 +56,8 @@ class Quantiser:
         """Merge pairs of codes, those that cost least (pnn.py) by the average of their use, until `size` are left."""
         # Pairs of dead ones must have a mean, too.
         weights = self.shares.cpu().double().clamp(min=1e-9 / len(self.shares))
-        shown = emitted(self.book.codebook)  # where rows are given out at unit length, their own says nothing
-        _, found = merge_pairs(shown.cpu().double().numpy(), weights.numpy(), size)
+        emitted = self.book.codebook.emitted  # a stored row may have any length where it is emitted at unit length
+        _, found = merge_pairs(emitted.cpu().double().numpy(), weights.numpy(), size)
         labels = distributed.of_first(torch.from_numpy(found))
         self.merged = labels.masked_fill(self.revived.cpu(), REMOVED)
         self.revived = self.revived.new_zeros(size)
@@ -100,9 +99,7 @@ class Quantiser:
 
         Nothing here waits for a GPU.
         """
-        rows, flat = latents.movedim(1, -1).flatten(0, -2).float(), codes.flatten()
-        if self.book.emit is Emit.UNIT:
-            rows = unit(rows)
+        rows, flat = self.book.metric.emit(latents.movedim(1, -1).flatten(0, -2).float()), codes.flatten()
         # A column of ones counts the hits along with the sums; floats count exactly up to 16 million.
         ones = rows.new_ones(len(rows), 1)
         found = rows.new_zeros(len(self.shares), rows.shape[1] + 1).index_add_(0, flat, torch.cat([rows, ones], 1))

@@ -150,7 +150,7 @@ def made_with(opened: Opened, more: Mapping[str, object]) -> str:
         "codebook": [
             told
             for book in (opened.model.books[stage] for stage in opened.model.chosen)
-            for told in (book.key, book.lookup.value, book.emit.value)
+            for told in (book.key, *book.metric.words)
         ],
         **more,
     }

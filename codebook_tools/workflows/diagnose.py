@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from codebook_tools.clustering.metric import prepared
 from codebook_tools.diagnosis.checks.dead_codes import dead_codes
 from codebook_tools.diagnosis.checks.dimensional_collapse import dimensional_collapse
 from codebook_tools.diagnosis.checks.duplicate_codes import copies, duplicate_codes
@@ -23,7 +24,6 @@ from codebook_tools.diagnosis.checks.wrong_input_range import wrong_input_range
 from codebook_tools.diagnosis.checks.wrong_layout import wrong_layout
 from codebook_tools.diagnosis.evidence import Evidence
 from codebook_tools.diagnosis.finding import Check, Look, of_each_book, of_each_book_in
-from codebook_tools.diagnosis.fit import by_place
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.gather_evidence import gather
 from codebook_tools.workflows.request import Request
@@ -120,7 +120,7 @@ def _words(request: Request, against: Path | None, evidence: Evidence) -> dict[s
         "original": shlex.quote(str(against)) if against else "ORIGINAL",
         "source": shlex.quote(str(against or model)) if against or model else "",
         "k": first.codebook.size,
-        "distinct": first.codebook.size - int(copies(by_place(first.codebook).vectors).sum()),
+        "distinct": first.codebook.size - int(copies(prepared(first.codebook).vectors).sum()),
         "data": data,
         "data_in_range": _as_typed(replace(request, input_range=evidence.input_range)),
         "slower": f" --lr {trace.lr / 10:g}" if trace and trace.lr else "",

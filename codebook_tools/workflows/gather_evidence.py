@@ -11,13 +11,14 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.clustering.assignment import nearest
+from codebook_tools.clustering.metric import prepared
 from codebook_tools.clustering.seeding import count_distinct
 from codebook_tools.codebook import Codebook
 from codebook_tools.data.dataset import Media
 from codebook_tools.diagnosis.alternatives import cut_rows, cut_wrongly, of_companions, of_original, of_range, scaled
 from codebook_tools.diagnosis.close_look import Close, few_of, look, range_errors, rows_of, told_range
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence, Pair, Rival
-from codebook_tools.diagnosis.fit import by_place, centroids, distortion, fit_of, left_of, places, variance_of
+from codebook_tools.diagnosis.fit import centroids, distortion, fit_of, left_of, variance_of
 from codebook_tools.diagnosis.stored_ema import Companions, companions_of
 from codebook_tools.diagnosis.training_trace import read_trace
 from codebook_tools.errors import CodebookError
@@ -105,7 +106,7 @@ def _book(looked: _Looked, stage: int, latents: Tensor, counts: Tensor, held_out
     companions = companions_of(model.checkpoint, book.found, found)
     pair = _pair(looked, stage) if paired else None
     fit = fit_of(codebook, latents, looked.seed)
-    points = places(codebook, latents)
+    points = codebook.metric.prepare(latents)
     cut = cut_rows(looked.close.latents[stage], codebook.dim, looked.seed)
     return BookEvidence(
         key=book.key,
@@ -154,7 +155,7 @@ def _rivals(looked: _Looked, stage: int, latents: Tensor, companions: Companions
 def curve_of(codebook: Codebook, points: Tensor, seed: int) -> Mapping[int, float]:
     """Share of the variance of points (n, dim) that so many centroids leave, on points that they did not see. codebook:
     that is searched as those are."""
-    like = by_place(codebook)
+    like = prepared(codebook)
     seen, judged = points[: len(points) // 2], points[len(points) // 2 :]
     variance = variance_of(judged)
     if variance == 0:

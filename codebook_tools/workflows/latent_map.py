@@ -11,8 +11,6 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import emitted, unit
-from codebook_tools.codebook import Codebook, Lookup
 from codebook_tools.data.items import Item
 from codebook_tools.data.splits import limited
 from codebook_tools.evaluation.one_pass import Accumulator, Batch, LatentSource, run_pass
@@ -87,9 +85,9 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -
         )
     watch.progress("project", 0, None)
     with watch.phase("strategy"):
-        points = _placed(rows, own)
+        points = own.metric.prepare(rows)
         by, project = _projection(points, method, request.seed)
-        planes = [project(points), *(project(_placed(emitted(book), own)) for book in (own, centroids))]
+        planes = [project(points), *(project(own.metric.prepare(book.emitted)) for book in (own, centroids))]
     return Map(
         **header("map", opened, *(() if by == method else (_WITHOUT_UMAP,))),
         method=by,
@@ -134,11 +132,6 @@ def _drawn(opened: Opened, stage: int) -> tuple[Tensor, Tensor, list[Place], tup
     latents = model.latents(few, request.batch_size, stage)
     run_pass(LatentSource(latents, model.books[stage].codebook), [points], Watch())
     return torch.cat(points.latents)[:POINTS], torch.cat(points.codes)[:POINTS], points.places[:POINTS], grid
-
-
-def _placed(vectors: Tensor, codebook: Codebook) -> Tensor:
-    """Where a search by the cosine sees them."""
-    return unit(vectors) if codebook.lookup is Lookup.COSINE else vectors
 
 
 _WITHOUT_UMAP = "umap-learn is not installed: this is a projection on principal components; pip install umap-learn"

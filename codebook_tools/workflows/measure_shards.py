@@ -19,7 +19,6 @@ from codebook_tools.evaluation.accumulators import Sums
 from codebook_tools.evaluation.figures import measurement_of
 from codebook_tools.evaluation.stats_file import Part, read_hashed, read_part, write_part
 from codebook_tools.evaluation.usage import tally
-from codebook_tools.models.registry import metric_of
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
@@ -85,7 +84,7 @@ def part_of(opened: Opened, measured: Sums, shard: tuple[int, int], watch: Watch
     first = model.books[0]
     about = {
         "family": model.family,
-        "metric": metric_of(first.lookup, first.emit),
+        "metric": first.metric.name,
         "seed": request.seed,
         "batch_size": request.batch_size,
         "data": _digest(opened.splits),

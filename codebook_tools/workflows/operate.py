@@ -23,7 +23,6 @@ from codebook_tools.models.evidence import told_by_file
 from codebook_tools.models.load import check_size_follows
 from codebook_tools.models.output import remarks, written_config
 from codebook_tools.models.proof import Proof, prove, prove_file, read_partial
-from codebook_tools.models.registry import metric_of
 from codebook_tools.models.remarks import dependents_warning, stale_state
 from codebook_tools.remapping.nearest_map import nearest_map
 from codebook_tools.runtime import distributed
@@ -258,7 +257,7 @@ def operate_in_memory(
     first = model.books[model.chosen[0]]
     known = {*model.keys.values()} - {*model.carried}
     dependents = dependents_warning(model.checkpoint, known, first.found.size, target.size)
-    target.settings["metric"] = metric_of(first.lookup, first.emit)
+    target.settings["metric"] = first.metric.name
     shown = tuple[Shown, ...]()
     if isinstance(target, Opened):
         target.warnings += dependents

@@ -85,7 +85,7 @@ def load(
             returns a module with `encode` and `decode`.
         family: Name of a known layout, where recognition is to be overruled.
         codebooks: Keys of those to operate on; all where there are none.
-        metric: "euclidean", "cosine", "dot" or "cosine-unit": how codes are searched, for a network of yours.
+        metric: A name of `ct.METRICS`, such as "cosine": how codes are searched, for a network of yours.
         input_range: Of the values that the network takes, such as (-1, 1); None for the best of three.
         companions: "KEY=ROLE", what a tensor beside a codebook holds.
         as_stored: Keys of tensors beside a codebook that do not change the codes.
@@ -134,7 +134,7 @@ def wrap(
         encode: (module, media) -> latents, where the module has no such method.
         decode: (module, quantized) -> media, likewise.
         quantize: (module, latents) -> (quantized, codes int64), the module's own quantizer: it is held against ours.
-        metric: "euclidean", "cosine", "dot" or "cosine-unit": how the module searches its codes.
+        metric: A name of `ct.METRICS`, such as "cosine": how the module searches its codes.
         input_range: Of the values that the module takes; data are in [0, 1] and are scaled to it.
         companions: "KEY=ROLE", what a tensor beside a codebook holds.
         as_stored: Names of tensors beside a codebook that do not change the codes.

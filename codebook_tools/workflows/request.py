@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from codebook_tools.checkpoints.read import AS_STORED, Checkpoint, read_checkpoint
+from codebook_tools.codebook import METRIC_NAMES
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.demo import DEMO
 from codebook_tools.runtime.options import Option
@@ -106,7 +107,7 @@ class Request:
         str | None,
         Option(
             "How the nearest code is found, where the family's way is not yours.",
-            choices=("euclidean", "cosine", "cosine-unit", "dot"),
+            choices=METRIC_NAMES,
             panel="Model",
         ),
     ] = None

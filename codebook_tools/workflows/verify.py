@@ -16,7 +16,7 @@ from codebook_tools.checkpoints.effective import effective
 from codebook_tools.checkpoints.layout import PREFIX, index_map_path, split_others
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.write import map_metadata
-from codebook_tools.clustering.assignment import unit
+from codebook_tools.clustering.metric import unit
 from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.choose import find_book, with_twins

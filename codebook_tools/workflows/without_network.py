@@ -26,15 +26,7 @@ from codebook_tools.evaluation.usage import Survey, Tokens, survey
 from codebook_tools.models.choose import along_latents, choose_codebook, choose_codebooks, with_twins
 from codebook_tools.models.evidence import uninitialised
 from codebook_tools.models.model import Book, Model
-from codebook_tools.models.registry import (
-    CUSTOM,
-    FAMILIES,
-    check_stated,
-    family_of,
-    lookup_of,
-    metric_of,
-    size_entry,
-)
+from codebook_tools.models.registry import CUSTOM, FAMILIES, check_stated, family_of, metric_of, size_entry
 from codebook_tools.models.remarks import stale_state
 from codebook_tools.models.settling import settle
 from codebook_tools.models.stored_codes import effective_rows, owned_keys
@@ -188,7 +180,7 @@ def open_file(request: Request, watch: Watch, strategy: Strategy | None = None) 
         _read_latents(target, watch)
     else:
         _read_counts(target, strategy)
-    target.settings["metric"] = metric_of(first.lookup, first.emit)
+    target.settings["metric"] = first.metric.name
     if strategy is not None:
         target.warnings += stale_state(checkpoint, codebooks)
         target.warnings += [twin_warning(book.places, ", equal bit by bit") for book in codebooks if book.also]
@@ -201,20 +193,19 @@ def open_file(request: Request, watch: Watch, strategy: Strategy | None = None) 
 def _model(request: Request, checkpoint: Checkpoint, strategy: Strategy | None) -> Model:
     """The codebooks around an empty network."""
     family = request.family or family_of(checkpoint)
-    lookup, emit = lookup_of(family, request.metric)
     codebooks = books_without_images(request, checkpoint, strategy)
     if request.latents:
         dim = latents_dim(Path(request.latents[0]))
         codebooks = [with_twins(checkpoint, along_latents(checkpoint, codebooks[0], dim))]
     for book in codebooks:
         check_stated(checkpoint, [book])  # each: K in the config will follow it
-    stages, entry = tuple(range(len(codebooks))), size_entry(checkpoint)
+    stages, entry, metric = tuple(range(len(codebooks))), size_entry(checkpoint), metric_of(family, request.metric)
     return Model(
         family=family if family in FAMILIES else CUSTOM,
         checkpoint=checkpoint,
         network=nn.Module(),
         keys={key: key for book in codebooks for key in owned_keys(checkpoint, book)},
-        books=tuple(Book(book, effective_rows(checkpoint, book), lookup, emit) for book in codebooks),
+        books=tuple(Book(book, effective_rows(checkpoint, book), metric) for book in codebooks),
         chosen=stages,
         route=stages,
         build=lambda checkpoint, size: nn.Module(),

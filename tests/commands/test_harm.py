@@ -11,7 +11,8 @@ from conftest import Outcome, assert_refused
 from proven_networks import write_images, write_network
 from safetensors.torch import load_file, save_file
 
-from codebook_tools.codebook import Codebook, Emit, Lookup, Strategy
+from codebook_tools.clustering.metric import COSINE
+from codebook_tools.codebook import EUCLIDEAN, Codebook, Metric, Strategy
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.evaluation.figures import Measurement
 from codebook_tools.evaluation.quality_warnings import worse_warnings
@@ -65,19 +66,19 @@ def test_the_dead_codes_nearest_to_those_in_use_fill_up_k() -> None:
     assert surgery.index_map.tolist() == [1, 0, 2, 1, 2, 3], "5.5 goes to 8, 40 to 9"
 
 
-@pytest.mark.parametrize("lookup", [Lookup.EUCLIDEAN, Lookup.COSINE])
+@pytest.mark.parametrize("metric", [EUCLIDEAN, COSINE])
 @pytest.mark.parametrize("dead", [0, 3, 11])
 @pytest.mark.parametrize(
     "strategy",
     [Quantize(k=13), Quantize(k=13, method="pnn"), Grow(k=16), Condense(k=16), Restart(), Restart("random")],
     ids=repr,
 )
-def test_a_used_code_stays_as_it_is(strategy: Strategy, dead: int, lookup: Lookup) -> None:
+def test_a_used_code_stays_as_it_is(strategy: Strategy, dead: int, metric: Metric) -> None:
     torch.manual_seed(dead)
     rows, points = torch.randn(16, 3), torch.randn(500, 3)
     counts = torch.randint(1, 99, (16,))
     counts[torch.randperm(16)[: max(dead, 3)]] = 0
-    codebook = Codebook(rows, lookup, Emit.RAW)
+    codebook = Codebook(rows, metric)
     surgery = strategy(codebook, StoredLatents(points), counts)
     kept = surgery.index_map[counts > 0]
     assert (kept >= 0).all() and len(kept.unique()) == len(kept)
@@ -156,5 +157,5 @@ def test_by_the_cosine_no_code_is_placed_where_there_is_no_direction(method: str
     points[::2] *= 1e-8  # what rounding leaves of a residual
     codes = torch.randn(40, 4)
     counts = torch.tensor([5] * 10 + [0] * 30)
-    placed = Restart(method)(Codebook(codes, Lookup.COSINE), StoredLatents(points), counts)  # type: ignore[arg-type]
+    placed = Restart(method)(Codebook(codes, COSINE), StoredLatents(points), counts)  # type: ignore[arg-type]
     assert float(placed.codebook.vectors.norm(dim=1).min()) > 1e-3

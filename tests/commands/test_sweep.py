@@ -14,7 +14,8 @@ import torch
 from conftest import Outcome, assert_refused
 from torch import Tensor
 
-from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup
+from codebook_tools.clustering.metric import COSINE_UNIT
+from codebook_tools.codebook import REMOVED, Codebook
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation import metrics
@@ -116,7 +117,7 @@ def test_the_same_inputs_give_the_same_codes() -> None:
 @pytest.mark.parametrize(
     ("codebook", "price", "message"),
     [
-        (Codebook(torch.zeros(4, 2), Lookup.COSINE, Emit.UNIT), 0.1, "needs a Euclidean codebook; leave out --lambda"),
+        (Codebook(torch.zeros(4, 2), COSINE_UNIT), 0.1, "needs a Euclidean codebook; leave out --lambda"),
         (OLD, -1.0, "a bit cannot cost -1.0 variances; try --lambda 0.01"),
         (OLD, math.nan, "a bit cannot cost nan variances"),
     ],

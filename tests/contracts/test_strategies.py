@@ -16,9 +16,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import emitted, nearest, unit
+from codebook_tools.clustering.assignment import nearest
 from codebook_tools.clustering.kmeans import kmeans
-from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup, Surgery
+from codebook_tools.clustering.metric import COSINE, COSINE_UNIT, DOT, METRICS
+from codebook_tools.codebook import EUCLIDEAN, REMOVED, Codebook, Metric, Surgery
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.progress import Watch
@@ -45,7 +46,7 @@ class Case:
 
     settings: Settings
     size: Callable[[Situation], int | None]
-    lookups: tuple[Lookup, ...] = tuple(Lookup)
+    metrics: tuple[Metric, ...] = tuple(METRICS.values())
 
 
 def more_than(threshold: int) -> Callable[[Situation], int | None]:
@@ -61,12 +62,11 @@ def up_to_the_distinct_latents(k: int) -> Callable[[Situation], int | None]:
 
 
 def up_to_the_centroids(k: int) -> Callable[[Situation], int | None]:
-    """By the cosine, latents of one direction are one; there is no k-means for codes that only come out as units."""
+    """By the cosine, latents of one direction are one; there is no k-means for inner products."""
 
     def size(situation: Situation) -> int | None:
-        by_cosine, raw = situation.codebook.lookup is Lookup.COSINE, situation.codebook.emit is Emit.RAW
-        places = unit(situation.latents) if by_cosine else situation.latents
-        return k if k <= len(places.unique(dim=0)) and (by_cosine or raw) else None
+        metric = situation.codebook.metric
+        return k if metric.is_distance and k <= len(metric.prepare(situation.latents).unique(dim=0)) else None
 
     return size
 
@@ -104,9 +104,9 @@ def condensed(k: int) -> Callable[[Situation], int | None]:
 
 
 def places_to_draw(situation: Situation, living: Codebook) -> int:
-    """Distinct latents that no code emits, as lookup and output see them."""
-    points, codes = situation.latents, emitted(living)
-    places = unit(points) if (living.lookup, living.emit) == (Lookup.COSINE, Emit.UNIT) else points
+    """Distinct latents that no code emits, as the metric sees them."""
+    points, codes = situation.latents, living.emitted
+    places = living.metric.emit(points)
     off = (places - codes[nearest(points, living)]).square().sum(1) > 0
     return len((places[off] + 0).unique(dim=0))
 
@@ -119,7 +119,7 @@ CASES: dict[str, list[Case]] = {
         Case({"keep": 4}, up_to_the_codes(4)),
     ],
     "refit": [
-        Case({"k": k, "init": init, "seed": k}, up_to_the_centroids(k), (Lookup.EUCLIDEAN, Lookup.COSINE))
+        Case({"k": k, "init": init, "seed": k}, up_to_the_centroids(k))
         for k, init in ((1, "kmeans++"), (3, "kmeans++"), (3, "afkmc2"), (3, "random"), (3, "used"), (7, "used"))
     ],
     "quantize": [
@@ -155,7 +155,7 @@ each_strategy = pytest.mark.parametrize(("name", "case"), ALL)
 
 
 @st.composite
-def situations(draw: st.DrawFn, lookups: tuple[Lookup, ...] = (Lookup.EUCLIDEAN,)) -> Situation:
+def situations(draw: st.DrawFn, metrics: tuple[Metric, ...] = (EUCLIDEAN,)) -> Situation:
     """Small grids, full of ties and repeats, or seeded normal rows, at several scales; some codes dead, some alike."""
     size, dim, count = draw(st.integers(1, 9)), draw(st.integers(1, 3)), draw(st.integers(1, 40))
     scale = draw(st.sampled_from([1e-3, 1.0, 1e3]))
@@ -166,9 +166,7 @@ def situations(draw: st.DrawFn, lookups: tuple[Lookup, ...] = (Lookup.EUCLIDEAN,
         codes, latents = numbers.normal(size=(size, dim)), numbers.normal(size=(count, dim))
     codes[draw(st.integers(0, size - 1)) :] *= draw(st.sampled_from([1, 50]))  # far from all latents: dead
     rows = [torch.tensor(np.asarray(x), dtype=torch.float32) * scale for x in (codes, latents)]
-    lookup = draw(st.sampled_from(lookups))
-    emit = draw(st.sampled_from(list(Emit))) if len(lookups) > 1 else Emit.RAW
-    return Situation(Codebook(rows[0], lookup, emit), rows[1])
+    return Situation(Codebook(rows[0], draw(st.sampled_from(metrics))), rows[1])
 
 
 def operated(name: str, case: Case, situation: Situation, batch: int = 1000) -> Surgery | None:
@@ -188,7 +186,7 @@ def as_bytes(surgery: Surgery) -> tuple[bytes, bytes]:
 @examples(max_examples=20)
 @given(data=st.data())
 def test_a_surgery_is_finite_in_range_and_of_the_size_asked_for(name: str, case: Case, data: st.DataObject) -> None:
-    situation = data.draw(situations(case.lookups))
+    situation = data.draw(situations(case.metrics))
     surgery, old = operated(name, case, situation), situation.codebook
     size = case.size(situation)
     assert (surgery is None) == (size is None)
@@ -197,7 +195,7 @@ def test_a_surgery_is_finite_in_range_and_of_the_size_asked_for(name: str, case:
     new = surgery.codebook
     assert new.vectors.shape == (size, old.dim) and new.vectors.dtype == torch.float32
     assert bool(torch.isfinite(new.vectors).all())
-    assert (new.lookup, new.emit) == (old.lookup, old.emit)
+    assert new.metric == old.metric
     assert surgery.index_map.shape == (old.size,) and surgery.index_map.dtype == torch.int64
     assert bool(((surgery.index_map >= REMOVED) & (surgery.index_map < new.size)).all())
 
@@ -305,9 +303,9 @@ def test_among_thousands_of_equally_used_codes_the_lower_indices_stay() -> None:
 
 
 def test_prune_keeps_lookup_and_output_of_the_codebook() -> None:
-    old = Codebook(NUMBERED.vectors, Lookup.COSINE, Emit.UNIT)
+    old = Codebook(NUMBERED.vectors, COSINE_UNIT)
     found = Prune()(old, NO_LATENTS, torch.tensor([1, 0, 1, 0, 0])).codebook
-    assert (found.lookup, found.emit) == (Lookup.COSINE, Emit.UNIT)
+    assert found.metric == COSINE_UNIT
 
 
 def test_a_threshold_that_removes_all_says_which_one_would_not() -> None:
@@ -342,7 +340,7 @@ def test_settings_of_prune_that_make_no_sense_are_the_users_error(settings: Sett
         Prune(**settings)
 
 
-@given(situations(tuple(Lookup)))
+@given(situations(tuple(METRICS.values())))
 def test_pruning_dead_codes_changes_no_assignment(situation: Situation) -> None:
     found = Prune()(situation.codebook, StoredLatents(situation.latents), situation.counts)
     before, after = nearest(situation.latents, situation.codebook), nearest(situation.latents, found.codebook)
@@ -362,7 +360,7 @@ def test_refit_of_four_points_into_two_codes_by_hand(init: Any) -> None:
     for seed in range(6):  # uniform seeds may cut the rectangle the long way
         found = Refit(2, init, seed=seed)(old, StoredLatents(RECTANGLE, 3), torch.tensor([2, 2, 0]))
         assert found.index_map.tolist() == [REMOVED] * 3
-        assert (found.codebook.lookup, found.codebook.emit) == (Lookup.EUCLIDEAN, Emit.RAW)
+        assert found.codebook.metric == EUCLIDEAN
         best = best or sorted(found.codebook.vectors.tolist()) == [[0.0, 1.0], [10.0, 1.0]]
     assert best
 
@@ -452,13 +450,15 @@ def test_refit_leaves_no_code_unused_where_latents_repeat(init: Any) -> None:
     assert len(nearest(latents, found).unique()) == k
 
 
-@pytest.mark.parametrize(("emit", "first", "second"), [(Emit.RAW, [3.0, 0.0], [0.0, 3.0]), (Emit.UNIT, [1, 0], [0, 1])])
-def test_refit_for_cosine_goes_by_directions(emit: Emit, first: list[float], second: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("metric", "first", "second"), [(COSINE, [3.0, 0.0], [0.0, 3.0]), (COSINE_UNIT, [1, 0], [0, 1])]
+)
+def test_refit_for_cosine_goes_by_directions(metric: Metric, first: list[float], second: list[float]) -> None:
     """Two clusters of directions, of latents as far from each other within as between them: their means by hand."""
     latents = torch.tensor([[1.0, 0.1], [1.0, -0.1], [7.0, 0.0], [0.1, 1.0], [-0.1, 1.0], [0.0, 7.0]])
-    old = Codebook(NUMBERED.vectors[:, :2], Lookup.COSINE, emit)
+    old = Codebook(NUMBERED.vectors[:, :2], metric)
     found = Refit(2)(old, StoredLatents(latents), torch.ones(old.size, dtype=torch.int64)).codebook
-    assert (found.lookup, found.emit) == (Lookup.COSINE, emit)
+    assert found.metric == metric
     rows = sorted(found.vectors.tolist(), reverse=True)
     torch.testing.assert_close(torch.tensor(rows), torch.tensor([first, second]).float())
 
@@ -467,7 +467,7 @@ def test_refit_for_cosine_goes_by_directions(emit: Emit, first: list[float], sec
 def test_refit_for_cosine_stays_at_unit_length_and_lowers_the_error(init: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(3000, 4, generator=generator) * torch.tensor([3.0, 1, 1, 0.2]) + 1
-    old = Codebook(torch.nn.functional.normalize(latents[:16], dim=1), Lookup.COSINE, Emit.UNIT)
+    old = Codebook(torch.nn.functional.normalize(latents[:16], dim=1), COSINE_UNIT)
     counts = torch.bincount(nearest(latents, old), minlength=16)
     found = Refit(16, init)(old, StoredLatents(latents), counts).codebook
     torch.testing.assert_close(found.vectors.norm(dim=1), torch.ones(16))
@@ -477,10 +477,9 @@ def test_refit_for_cosine_stays_at_unit_length_and_lowers_the_error(init: Any) -
     assert 1 - cosines[1] < 0.8 * (1 - cosines[0])
 
 
-@pytest.mark.parametrize(("lookup", "emit"), [(Lookup.DOT, Emit.RAW), (Lookup.EUCLIDEAN, Emit.UNIT)])
-def test_refit_says_which_codebooks_it_has_no_kmeans_for(lookup: Lookup, emit: Emit) -> None:
-    old = Codebook(NUMBERED.vectors, lookup, emit)
-    with pytest.raises(CodebookError, match=f"no k-means for {lookup.value} lookup with {emit.value} rows"):
+def test_refit_says_which_codebooks_it_has_no_kmeans_for() -> None:
+    old = Codebook(NUMBERED.vectors, DOT)
+    with pytest.raises(CodebookError, match="no k-means for dot lookup with raw rows"):
         Refit(2)(old, StoredLatents(RECTANGLE), torch.ones(5, dtype=torch.int64))
 
 

@@ -19,7 +19,8 @@ from second_device import NAME, OPERATORS, counts
 from typer.testing import CliRunner
 
 from codebook_tools.clustering.assignment import nearest
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.clustering.metric import METRICS
+from codebook_tools.codebook import EUCLIDEAN, Codebook
 from codebook_tools.models.model import Model
 from codebook_tools.training import finetune
 from codebook_tools.training.history import Course
@@ -114,27 +115,27 @@ def waits() -> dict[str, list[int]]:
 
 def same_codes() -> dict[str, list[int]]:
     """How many latents get another code than on the CPU, where there are near-ties, and the reads: waiting for the
-    device, then not. By the lookup."""
+    device, then not. By the metric."""
     random = torch.Generator().manual_seed(0)
     latents, vectors = torch.randn(500, 4, generator=random), torch.randn(64, 4, generator=random)
     vectors[1], vectors[40] = vectors[0], vectors[0]
     latents[:100] = (vectors[10] + vectors[20]) / 2
     found = {}
-    for lookup in Lookup:
-        codebook = Codebook(vectors, lookup, Emit.RAW)
-        there, expected = Codebook(vectors.to(NAME), lookup, Emit.RAW), nearest(latents, codebook)
-        found[lookup.value] = []
+    for metric in METRICS.values():
+        codebook = Codebook(vectors, metric)
+        there, expected = Codebook(vectors.to(NAME), metric), nearest(latents, codebook)
+        found[metric.name] = []
         for wait in (True, False):
             before = counts[second_device.READS]
             codes = nearest(latents.to(NAME), there, wait=wait)
             read = counts[second_device.READS] - before
-            found[lookup.value] += [int((codes.cpu() != expected).sum()), read]
+            found[metric.name] += [int((codes.cpu() != expected).sum()), read]
     return found
 
 
 def largest() -> dict[str, int]:
     """Bytes of the largest tensor that a search among 262,144 codes makes, waiting and not."""
-    codebook = Codebook(torch.randn(262_144, 2).to(NAME), Lookup.EUCLIDEAN, Emit.RAW)
+    codebook = Codebook(torch.randn(262_144, 2).to(NAME), EUCLIDEAN)
     latents = torch.randn(300, 2).to(NAME)
     found = {}
     for wait in (True, False):

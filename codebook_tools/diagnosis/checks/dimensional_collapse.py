@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from codebook_tools.clustering.metric import prepared
 from codebook_tools.diagnosis.checks.dead_codes import dead_codes
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
 from codebook_tools.diagnosis.finding import Finding, not_checked
-from codebook_tools.diagnosis.fit import by_place, places
 from codebook_tools.evaluation import metrics
 
 REST = 1e-3
@@ -28,8 +28,8 @@ def dimensional_collapse(evidence: Evidence, book: BookEvidence) -> Finding:
     dim = book.codebook.dim
     if dim < _LEAST:
         return not_checked(f"latents of {dim} dimension{'s' * (dim > 1)} have none to lose")
-    latents = metrics.covariance_of(places(book.codebook, book.latents))
-    codes = metrics.covariance_of(by_place(book.codebook).vectors[book.codes])
+    latents = metrics.covariance_of(book.codebook.metric.prepare(book.latents))
+    codes = metrics.covariance_of(prepared(book.codebook).vectors[book.codes])
     variances = torch.linalg.eigvalsh(latents).flip(0).clamp(min=0)
     rest = float(variances[max(1, dim // EACH) :].sum() / variances.sum().clamp(min=1e-300))
     told = (

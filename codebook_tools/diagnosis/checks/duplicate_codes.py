@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from codebook_tools.clustering.metric import prepared
 from codebook_tools.diagnosis.evidence import BookEvidence
 from codebook_tools.diagnosis.finding import Finding, judged
-from codebook_tools.diagnosis.fit import by_place
 
 SAME = 1e-6
 """Of the codes' variance: squared distances below it tell nobody apart."""
@@ -20,7 +20,7 @@ _ROWS = 1024
 
 def duplicate_codes(book: BookEvidence) -> Finding:
     """Found where more than a tenth have a twin of a lower index; copies of code 0 that fill a size up are left out."""
-    codes = by_place(book.codebook).vectors
+    codes = prepared(book.codebook).vectors
     twins = copies(codes)
     if book.filling:
         twins &= (codes != codes[0]).any(1)

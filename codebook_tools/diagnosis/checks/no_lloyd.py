@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import nearest, squared_errors, unit
-from codebook_tools.codebook import Codebook, Lookup
+from codebook_tools.clustering.assignment import nearest, squared_errors
+from codebook_tools.clustering.metric import prepared
+from codebook_tools.codebook import Codebook
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
 from codebook_tools.diagnosis.finding import Finding, Verdict, not_checked, of_each_book
-from codebook_tools.diagnosis.fit import by_place, places
 
 SEEDS = 0.7
 """Share of the codes that are seeds: of a codebook grown to twice its size it is 0.5, of a trained one 0.2, and of
@@ -41,7 +41,7 @@ def no_lloyd(evidence: Evidence) -> Finding:
 def _of_book(book: BookEvidence) -> Finding:
     if book.fit is None or not book.fit.good:
         return not_checked("the codes are not centroids of these latents at all")
-    points, codes = places(book.codebook, book.latents), by_place(book.codebook)
+    points, codes = book.codebook.metric.prepare(book.latents), prepared(book.codebook)
     hits, gaps, errors = cells(points, codes)
     enough = hits >= _LATENTS
     if int(enough.sum()) <= _MOST * int((hits > 0).sum()):
@@ -66,8 +66,7 @@ def cells(points: Tensor, codes: Codebook) -> tuple[Tensor, Tensor, Tensor]:
     chosen = nearest(points, codes)
     hits = torch.bincount(chosen, minlength=codes.size)
     means = torch.zeros_like(codes.vectors).index_add_(0, chosen, points) / hits.clamp(min=1)[:, None]
-    if codes.lookup is Lookup.COSINE:
-        means = unit(means)
+    means = codes.metric.prepare(means)
     apart = squared_errors(points, codes, chosen).float()
     errors = torch.zeros(codes.size).index_add_(0, chosen, apart) / hits.clamp(min=1)
     offsets = codes.vectors - means

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.tensors import Shapes
-from codebook_tools.codebook import Lookup
 from codebook_tools.models.families._transformers import CONFIG_KEY, built, file_key, prefix_of, pretrained
 from codebook_tools.models.family import Family
 
@@ -41,7 +40,7 @@ FAMILY = Family(
     prefix=lambda checkpoint: prefix_of(checkpoint, "dac", _AXES),
     make=make,
     file_key=lambda name, shapes: file_key(name, shapes, {}),
-    lookup=Lookup.COSINE,
+    metric="cosine",
     config_key=CONFIG_KEY,
     power_of_two=True,
     pretrained=load,

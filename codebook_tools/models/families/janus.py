@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.tensors import Shapes
-from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.models.families._layout import Signature, check_whole, count
 from codebook_tools.models.families.diffusers_vqmodel import CODEBOOK
 from codebook_tools.models.family import Family
@@ -111,8 +110,7 @@ _JANUS_VQVAE = Family(
     prefix=_JANUS.prefix,
     make=make,
     file_key=file_key,
-    lookup=Lookup.COSINE,
-    emit=Emit.UNIT,
+    metric="cosine-unit",
     config_key="vq_config.num_embeddings",
     caveats=whole,
 )

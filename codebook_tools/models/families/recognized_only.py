@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.models.families._layout import Signature
 from codebook_tools.models.families.diffusers_vqmodel import CODEBOOK
 from codebook_tools.models.family import Family
 
 
-def _family(
-    why_not: str, signature: Signature, config_key: str | None = None, lookup: Lookup = Lookup.EUCLIDEAN
-) -> Family:
-    """A record without a network. lookup: a cosine one gives normalised rows out, in all of these families."""
+def _family(why_not: str, signature: Signature, config_key: str | None = None, metric: str = "euclidean") -> Family:
+    """A record without a network."""
     return Family(
         prefix=signature.prefix,
         make=None,
         why_not=f"{why_not}; --latents or --stats in place of images still change its codebook",
-        lookup=lookup,
-        emit=Emit.UNIT if lookup is Lookup.COSINE else Emit.RAW,
+        metric=metric,
         config_key=config_key,
     )
 
@@ -32,7 +28,7 @@ FAMILIES = {
         "TiTok's transformers are in no library: its networks cannot be fine-tuned here",
         Signature((CODEBOOK, "latent_tokens")),
         "model.vq_model.codebook_size",
-        Lookup.COSINE,
+        "cosine-unit",
     ),
     "chameleon-vqvae": _family(
         "a ChameleonVQVAE has no decoder, so nothing can be reconstructed with it, measured or fine-tuned",
@@ -49,7 +45,7 @@ FAMILIES = {
         "a GlmImageVQVAE has neither encoder nor decoder, so no image goes through it, to be measured or fine-tuned",
         Signature((CODEBOOK, "quant_conv.weight", "post_quant_conv.weight"), lacks=("encoder.", "decoder.")),
         "vq_config.num_embeddings",
-        Lookup.COSINE,
+        "cosine-unit",
     ),
     "paella-vqmodel": _family(
         "a PaellaVQModel decodes latents as they are and never looks at its codebook unless decode is called with "

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codebook_tools.codebook import Emit, Lookup
+from codebook_tools.clustering.metric import COSINE_UNIT
+from codebook_tools.codebook import EUCLIDEAN
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.network import Quantise
 
 _LIBRARY = "vector_quantize_pytorch"
-_MEMBERS = ("walk", "codebooks", "lookup", "emit", "quantize")
+_MEMBERS = ("walk", "codebooks", "lookup", "quantize")
 
 Code = Callable[[Tensor], Tensor]
 """What the next stage's codes make of its latents, (n, dim, *grid) -> the same shape."""
@@ -147,7 +148,7 @@ class Own:
 def give_walk(network: nn.Module) -> None:
     """Give a network that holds a quantiser of the library, and has no walk of its own, what `Walking` asks for.
 
-    Its metric, too: `lookup` and `emit`. With use_cosine_sim the library takes rows to be of unit length, and so do we.
+    Its metric, too, in `lookup`. With use_cosine_sim the library takes rows to be of unit length, and so do we.
     Raises CodebookError where there are several quantisers, or one that cannot be walked.
     """
     found = _outermost(network)
@@ -172,8 +173,7 @@ def give_walk(network: nn.Module) -> None:
     members = (
         Walk(quantiser, KINDS[kind]),
         tuple(f"{name}.{codebook}" for codebook in KINDS[kind].codebooks(quantiser)),
-        Lookup.COSINE if cosine else Lookup.EUCLIDEAN,
-        Emit.UNIT if cosine else Emit.RAW,
+        COSINE_UNIT if cosine else EUCLIDEAN,
         Own(quantiser, KINDS[kind]),
     )
     for member, value in zip(_MEMBERS, members, strict=True):

@@ -7,31 +7,29 @@ import math
 import torch
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import unit
-from codebook_tools.codebook import Lookup
+from codebook_tools.codebook import Metric
 
 _TEMPERATURE = 0.3  # of the mean squared distance to the nearest code: others count where they are about as near
 _AT_MOST = 1 << 26  # distances at a time
 
 
-def indecision(rows: Tensor, vectors: Tensor, lookup: Lookup) -> Tensor:
+def indecision(rows: Tensor, vectors: Tensor, metric: Metric) -> Tensor:
     """Mean entropy of each latent's choice of a code, less the entropy of all choices together, over log(size).
 
     -1 where every latent is sure and all codes are chosen alike, 0 where the choice says nothing. rows: (n, dim);
-    vectors: (size, dim), looked up by distance or cosine; a scalar with gradients to both. A choice is the softmax of
+    vectors: (size, dim), searched by distance or cosine; a scalar with gradients to both. A choice is the softmax of
     the negative squared distances, in units of those to the nearest codes. Of rows that would need more than 67
     million distances, every second one counts, every third, and so on.
     Source: Yu et al. 2024, "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation" (arXiv 2310.05737).
     """
-    assert lookup is not Lookup.DOT, "inner products are no distances"
+    assert metric.is_distance, "inner products are no distances"
     if len(vectors) == 1:
         return rows.new_zeros(())
     rows = rows[:: -(-len(rows) * len(vectors) // _AT_MOST)]
-    if lookup is Lookup.COSINE:
-        rows, vectors = unit(rows), unit(vectors)
+    rows, vectors = metric.prepare(rows), metric.prepare(vectors)
     distances = (rows.square().sum(1, keepdim=True) - 2 * rows @ vectors.T + vectors.square().sum(1)).relu()
-    seen = distances.detach()
-    temperature = _TEMPERATURE * seen.amin(1).mean() + 1e-6 * seen.mean()  # latents may lie on their codes
+    constant = distances.detach()
+    temperature = _TEMPERATURE * constant.amin(1).mean() + 1e-6 * constant.mean()  # latents may lie on their codes
     choices = torch.log_softmax(-distances / temperature.clamp(min=1e-12), 1)
     together = torch.logsumexp(choices, 0) - math.log(len(rows))
     return (_entropy(choices).mean() - _entropy(together)) / math.log(len(vectors))

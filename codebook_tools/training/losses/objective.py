@@ -9,7 +9,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from codebook_tools.codebook import Lookup
 from codebook_tools.data.dataset import Media
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import reconstruct
@@ -134,7 +133,7 @@ class Objective(Protocol):
 def objective_of(model: Model, train: Media, recipe: FineTune, pixels: Tensor, seed: int) -> Objective:
     """The one of a recipe, in the units of the model and the data as they are before the first step. pixels: (1, ...),
     an item of the data. Raises CodebookError where a term has nothing to go by."""
-    if recipe.entropy and any(book.lookup is Lookup.DOT for book in model.books):
+    if recipe.entropy and not all(book.metric.is_distance for book in model.books):
         raise CodebookError("--entropy goes by distances to codes, and here inner products choose them; leave it out")
     scales = distributed.of_first(scales_of(model, train))
     plain = Reconstruction(scales, recipe.loss, recipe.codebook_update == "gradient", recipe.entropy)

@@ -56,7 +56,7 @@ class Reconstruction:
             if self.moves_codes:
                 _add(terms, "codebook", functional.mse_loss(quantised, latents.detach()) / unit_of_loss)
             if self.entropy:
-                found = indecision(latents.movedim(1, -1).flatten(0, -2), book.vectors, book.lookup)
+                found = indecision(latents.movedim(1, -1).flatten(0, -2), book.vectors, book.metric)
                 _add(terms, "entropy", self.entropy * found / len(seen))
         return terms
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from fractions import Fraction
 
 import pytest
@@ -12,10 +13,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from codebook_tools.clustering import assignment
-from codebook_tools.clustering.assignment import emitted, nearest, squared_errors, unit
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.clustering.assignment import nearest, squared_errors
+from codebook_tools.clustering.metric import COSINE, COSINE_UNIT, DOT, METRICS, prepared, unit
+from codebook_tools.codebook import EUCLIDEAN, METRIC_NAMES, Codebook, Metric
 
-LOOKUPS = tuple(Lookup)
+EACH = tuple(METRICS.values())
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -24,12 +26,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def scores(latents: Tensor, codebook: Codebook) -> Tensor:
     """(n, size) float64, lower is nearer: by definition, with no expansion of the square."""
-    codes = codebook.vectors
-    if codebook.lookup is Lookup.COSINE:  # a model compares rows that float32 has normalised
-        latents, codes = normalize(latents, dim=-1), normalize(codes, dim=-1)
-    if codebook.lookup is Lookup.DOT:
-        return -(latents.double()[:, None] * codes.double()).sum(2)
-    return (latents.double()[:, None] - codes.double()).square().sum(2)
+    # A model compares rows that float32 has normalized.
+    rows, codes = (codebook.metric.prepare(each).double() for each in (latents, codebook.vectors))
+    return (rows[:, None] - codes).square().sum(2) if codebook.metric.is_distance else -(rows[:, None] * codes).sum(2)
 
 
 def by_brute_force(latents: Tensor, codebook: Codebook) -> Tensor:
@@ -45,15 +44,15 @@ def test_nearest_by_hand() -> None:
     latents = torch.tensor([[3.0, 1.0], [-1.0, 0.0], [0.2, 0.1]])
     codes = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 4.0], [4.0, 4.0]])
     assert nearest(latents, Codebook(codes)).tolist() == [1, 0, 0]  # 5 < 10; 1 < 4; 0.05 < 0.65
-    assert nearest(latents, Codebook(codes, Lookup.DOT)).tolist() == [3, 0, 3]  # 16; ties at 0: the first; 1.2
+    assert nearest(latents, Codebook(codes, DOT)).tolist() == [3, 0, 3]  # 16; ties at 0: the first; 1.2
     # Cosines of (3, 1) are 0.949 with (1, 0) and 0.894 with (4, 4); of (-1, 0) at most 0.
-    assert nearest(latents[:1], Codebook(codes[1:], Lookup.COSINE)).tolist() == [0]
+    assert nearest(latents[:1], Codebook(codes[1:], COSINE)).tolist() == [0]
 
 
-@pytest.mark.parametrize("lookup", LOOKUPS)
+@pytest.mark.parametrize("metric", EACH, ids=METRICS)
 @pytest.mark.parametrize(("size", "dim"), [(2, 1), (7, 1), (64, 3), (33, 17), (300, 64), (5, 257)])
-def test_nearest_equals_brute_force_in_float64(lookup: Lookup, size: int, dim: int) -> None:
-    codebook = Codebook(normal(size, dim, seed=1), lookup)
+def test_nearest_equals_brute_force_in_float64(metric: Metric, size: int, dim: int) -> None:
+    codebook = Codebook(normal(size, dim, seed=1), metric)
     latents = normal(1500, dim, seed=2)
     found = nearest(latents, codebook)
     assert found.dtype == torch.int64 and found.shape == (1500,)
@@ -63,15 +62,15 @@ def test_nearest_equals_brute_force_in_float64(lookup: Lookup, size: int, dim: i
 def test_cosine_lookup_finds_the_largest_true_cosine() -> None:
     codes, latents = normal(50, 8, seed=1) * torch.arange(1, 51)[:, None], normal(800, 8, seed=2)
     cosines = normalize(latents.double(), dim=1) @ normalize(codes.double(), dim=1).T
-    chosen = cosines.gather(1, nearest(latents, Codebook(codes, Lookup.COSINE))[:, None])[:, 0]
+    chosen = cosines.gather(1, nearest(latents, Codebook(codes, COSINE))[:, None])[:, 0]
     assert bool((chosen >= cosines.amax(1) - 1e-6).all())
 
 
-@pytest.mark.parametrize("lookup", LOOKUPS)
-def test_nearest_leaves_its_inputs_alone(lookup: Lookup) -> None:
+@pytest.mark.parametrize("metric", EACH, ids=METRICS)
+def test_nearest_leaves_its_inputs_alone(metric: Metric) -> None:
     codes, latents = normal(9, 5), normal(40, 5, seed=1)
     before = codes.clone(), latents.clone()
-    nearest(latents, Codebook(codes, lookup, Emit.UNIT))
+    nearest(latents, Codebook(codes, metric))
     assert torch.equal(codes, before[0]) and torch.equal(latents, before[1])
 
 
@@ -87,21 +86,21 @@ def test_nearest_takes_views_of_any_stride() -> None:
 # --- the edges -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lookup", LOOKUPS)
-def test_a_single_code_takes_every_latent(lookup: Lookup) -> None:
-    assert nearest(normal(10, 3), Codebook(normal(1, 3, seed=1), lookup)).tolist() == [0] * 10
+@pytest.mark.parametrize("metric", EACH, ids=METRICS)
+def test_a_single_code_takes_every_latent(metric: Metric) -> None:
+    assert nearest(normal(10, 3), Codebook(normal(1, 3, seed=1), metric)).tolist() == [0] * 10
 
 
-@pytest.mark.parametrize("lookup", LOOKUPS)
-def test_no_latents_have_no_codes(lookup: Lookup) -> None:
-    found = nearest(torch.empty(0, 3), Codebook(normal(4, 3), lookup))
+@pytest.mark.parametrize("metric", EACH, ids=METRICS)
+def test_no_latents_have_no_codes(metric: Metric) -> None:
+    found = nearest(torch.empty(0, 3), Codebook(normal(4, 3), metric))
     assert found.shape == (0,) and found.dtype == torch.int64
 
 
 @pytest.mark.parametrize("scale", [1e-30, 3e-22, 1e-21, 1e-20, 1e-10, 1e10, 1e18, 1.2e19, 1e20, 1e30])
-@pytest.mark.parametrize("lookup", [Lookup.EUCLIDEAN, Lookup.DOT])
-def test_scales_whose_squares_float32_cannot_hold_are_searched_as_well(lookup: Lookup, scale: float) -> None:
-    codebook, latents = Codebook(normal(40, 5, seed=1) * scale, lookup), normal(500, 5, seed=2) * scale
+@pytest.mark.parametrize("metric", [EUCLIDEAN, DOT])
+def test_scales_whose_squares_float32_cannot_hold_are_searched_as_well(metric: Metric, scale: float) -> None:
+    codebook, latents = Codebook(normal(40, 5, seed=1) * scale, metric), normal(500, 5, seed=2) * scale
     assert torch.equal(nearest(latents, codebook), by_brute_force(latents, codebook))
 
 
@@ -123,21 +122,21 @@ def test_a_large_common_offset_does_not_blur_the_answer(offset: float, dim: int)
 # --- ties ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lookup", LOOKUPS)
+@pytest.mark.parametrize("metric", EACH, ids=METRICS)
 @pytest.mark.parametrize("size", [2, 3, 5, 7, 13, 33])
 @pytest.mark.parametrize("dim", [1, 5, 16, 33, 64, 257])
-def test_among_duplicate_codes_the_lowest_index_wins(lookup: Lookup, size: int, dim: int) -> None:
+def test_among_duplicate_codes_the_lowest_index_wins(metric: Metric, size: int, dim: int) -> None:
     codes = normal(size, dim, seed=1)
     latents = normal(60, dim, seed=2)
-    found = nearest(latents, Codebook(codes.repeat(3, 1), lookup))
-    assert torch.equal(found, nearest(latents, Codebook(codes, lookup)))
+    found = nearest(latents, Codebook(codes.repeat(3, 1), metric))
+    assert torch.equal(found, nearest(latents, Codebook(codes, metric)))
 
 
 def test_a_latent_halfway_between_codes_takes_the_lower_index() -> None:
     codes = torch.tensor([[2.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, -1.0]])
     assert nearest(torch.tensor([[1.0, 0.0]]), Codebook(codes)).tolist() == [0]
     assert nearest(torch.tensor([[1.0, 0.0]]), Codebook(codes.flip(0))).tolist() == [0]
-    assert nearest(torch.tensor([[0.0, 0.0]]), Codebook(codes, Lookup.DOT)).tolist() == [0]
+    assert nearest(torch.tensor([[0.0, 0.0]]), Codebook(codes, DOT)).tolist() == [0]
 
 
 ROW = st.lists(st.integers(-4, 4), min_size=3, max_size=3)
@@ -150,7 +149,7 @@ def test_small_whole_numbers_are_decided_exactly(codes: list[list[int]], latents
     distances = [[sum((a - b) ** 2 for a, b in zip(x, c, strict=True)) for c in codes] for x in latents]
     products = [[-sum(a * b for a, b in zip(x, c, strict=True)) for c in codes] for x in latents]
     assert nearest(rows, Codebook(book)).tolist() == [row.index(min(row)) for row in distances]
-    assert nearest(rows, Codebook(book, Lookup.DOT)).tolist() == [row.index(min(row)) for row in products]
+    assert nearest(rows, Codebook(book, DOT)).tolist() == [row.index(min(row)) for row in products]
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0, 1000.0])
@@ -167,12 +166,12 @@ def test_near_ties_of_one_unit_in_the_last_place_are_told_apart(offset: float) -
             assert nearest(nudged[i : i + 1], Codebook(torch.stack([low[i], high[i]]))).tolist() == [expected]
 
 
-@pytest.mark.parametrize("lookup", LOOKUPS)
-def test_codes_that_nearly_coincide_are_decided_as_float64_decides(lookup: Lookup) -> None:
+@pytest.mark.parametrize("metric", EACH, ids=METRICS)
+def test_codes_that_nearly_coincide_are_decided_as_float64_decides(metric: Metric) -> None:
     """A thousand codes within a few float32 steps of each other, far from the latents."""
     center = normal(1, 6, seed=3) + 10
     codes = center * (1 + 2**-22 * torch.randint(-4, 5, (1000, 6), generator=torch.Generator().manual_seed(4)))
-    codebook, latents = Codebook(codes, lookup), normal(300, 6, seed=5) + 3
+    codebook, latents = Codebook(codes, metric), normal(300, 6, seed=5) + 3
     assert len(codes.unique(dim=0)) > 900
     assert torch.equal(nearest(latents, codebook), by_brute_force(latents, codebook))
 
@@ -181,16 +180,16 @@ def test_codes_that_nearly_coincide_are_decided_as_float64_decides(lookup: Looku
 
 
 @pytest.mark.parametrize(
-    ("lookup", "offset"),
-    [(lookup, offset) for lookup in LOOKUPS for offset in (0.0, 300.0) if (lookup, offset) != (Lookup.DOT, 300.0)],
+    ("metric", "offset"),
+    [(metric, offset) for metric in EACH for offset in (0.0, 300.0) if (metric, offset) != (DOT, 300.0)],
 )
-def test_dropping_unused_codes_changes_no_assignment(lookup: Lookup, offset: float) -> None:
+def test_dropping_unused_codes_changes_no_assignment(metric: Metric, offset: float) -> None:
     codes = torch.cat([normal(400, 5, seed=1) * 3, normal(3, 5, seed=1).repeat(2, 1)]) + offset
     latents = normal(2000, 5, seed=2) * 0.5 + offset
-    found = nearest(latents, Codebook(codes, lookup))
+    found = nearest(latents, Codebook(codes, metric))
     kept = found.unique()
     assert 2 <= len(kept) < len(codes) - 10
-    assert torch.equal(kept[nearest(latents, Codebook(codes[kept], lookup))], found)
+    assert torch.equal(kept[nearest(latents, Codebook(codes[kept], metric))], found)
 
 
 @given(st.data())
@@ -199,38 +198,38 @@ def test_dropping_any_unused_code_keeps_every_assignment_on_a_crowded_grid(data:
     codes = torch.tensor(data.draw(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=20)), dtype=torch.float32)
     rows = data.draw(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=20))
     latents = torch.tensor(rows, dtype=torch.float32)
-    lookup = data.draw(st.sampled_from(LOOKUPS))
-    found = nearest(latents, Codebook(codes, lookup))
+    metric = data.draw(st.sampled_from(EACH))
+    found = nearest(latents, Codebook(codes, metric))
     spare = [i for i in range(len(codes)) if i not in found.tolist()]
     gone = set(data.draw(st.lists(st.sampled_from(spare), unique=True))) if spare else set()
     kept = torch.tensor([i for i in range(len(codes)) if i not in gone])
-    assert torch.equal(kept[nearest(latents, Codebook(codes[kept], lookup))], found)
+    assert torch.equal(kept[nearest(latents, Codebook(codes[kept], metric))], found)
 
 
-@pytest.mark.parametrize("lookup", LOOKUPS)
+@pytest.mark.parametrize("metric", EACH, ids=METRICS)
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 def test_the_answer_does_not_depend_on_the_size_of_tiles(
-    lookup: Lookup, offset: float, monkeypatch: pytest.MonkeyPatch
+    metric: Metric, offset: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codebook, latents = Codebook(normal(37, 6, seed=1) + offset, lookup), normal(500, 6, seed=2) + offset
+    codebook, latents = Codebook(normal(37, 6, seed=1) + offset, metric), normal(500, 6, seed=2) + offset
     found = nearest(latents, codebook)
     for tile in (1, 37 * 4 * 7, 37 * 4 * 64):  # one latent at a time; 7 of them; 64
         monkeypatch.setattr(assignment, "_TILE_BYTES", {"cpu": tile, "cuda": tile})
         assert torch.equal(nearest(latents, codebook), found)
 
 
-@pytest.mark.parametrize("lookup", LOOKUPS)
-def test_the_answer_does_not_depend_on_neighbours_in_the_batch(lookup: Lookup) -> None:
-    codebook, latents = Codebook(normal(37, 6, seed=1) + 100, lookup), normal(300, 6, seed=2) + 100
+@pytest.mark.parametrize("metric", EACH, ids=METRICS)
+def test_the_answer_does_not_depend_on_neighbours_in_the_batch(metric: Metric) -> None:
+    codebook, latents = Codebook(normal(37, 6, seed=1) + 100, metric), normal(300, 6, seed=2) + 100
     found = nearest(latents, codebook)
     assert torch.equal(torch.cat([nearest(row, codebook) for row in latents.split(1)]), found)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     assert torch.equal(nearest(latents[order], codebook), found[order])
 
 
-@pytest.mark.parametrize("lookup", LOOKUPS)
-def test_the_answer_does_not_depend_on_the_number_of_threads(lookup: Lookup) -> None:
-    codebook, latents = Codebook(normal(64, 16, seed=1) + 30, lookup), normal(3000, 16, seed=2) + 30
+@pytest.mark.parametrize("metric", EACH, ids=METRICS)
+def test_the_answer_does_not_depend_on_the_number_of_threads(metric: Metric) -> None:
+    codebook, latents = Codebook(normal(64, 16, seed=1) + 30, metric), normal(3000, 16, seed=2) + 30
     threads = torch.get_num_threads()
     found = []
     try:
@@ -242,12 +241,12 @@ def test_the_answer_does_not_depend_on_the_number_of_threads(lookup: Lookup) -> 
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("lookup", LOOKUPS)
+@pytest.mark.parametrize("metric", EACH, ids=METRICS)
 @pytest.mark.parametrize("size", [5, 37])
 def test_the_answer_does_not_depend_on_how_products_are_made_and_codes_parted(
-    lookup: Lookup, size: int, monkeypatch: pytest.MonkeyPatch
+    metric: Metric, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codebook, latents = Codebook(normal(size, 6, seed=1) + 20, lookup), normal(500, 6, seed=2) + 20
+    codebook, latents = Codebook(normal(size, 6, seed=1) + 20, metric), normal(500, 6, seed=2) + 20
     found = nearest(latents, codebook)
     monkeypatch.setattr(assignment, "_CODES", 4)  # the last block has one code
     assert torch.equal(nearest(latents, codebook), found)
@@ -301,22 +300,21 @@ def test_unit_rows_have_length_one_and_zeros_stay_zeros() -> None:
 
 def test_the_decoder_gets_the_row_or_its_unit_row() -> None:
     rows = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
-    assert torch.equal(emitted(Codebook(rows, Lookup.COSINE)), rows)
-    assert emitted(Codebook(rows, Lookup.COSINE, Emit.UNIT)).flatten().tolist() == pytest.approx([0.6, 0.8, 0.0, 1.0])
+    assert torch.equal(Codebook(rows, COSINE).emitted, rows)
+    assert Codebook(rows, COSINE_UNIT).emitted.flatten().tolist() == pytest.approx([0.6, 0.8, 0.0, 1.0])
 
 
 @pytest.mark.parametrize(
-    ("lookup", "emit", "expected"),
+    ("metric", "expected"),
     [
-        (Lookup.EUCLIDEAN, Emit.RAW, 10.0),  # (6, 0) to (3, 1): 9 + 1
-        (Lookup.DOT, Emit.RAW, 10.0),
-        (Lookup.COSINE, Emit.RAW, 10.0),
-        (Lookup.EUCLIDEAN, Emit.UNIT, (6 - 3 / 10**0.5) ** 2 + 0.1),  # (6, 0) to (3, 1)/√10
-        (Lookup.COSINE, Emit.UNIT, 2 - 2 * 3 / 10**0.5),  # (1, 0) to (3, 1)/√10: 2 - 2 cos
+        (EUCLIDEAN, 10.0),  # (6, 0) to (3, 1): 9 + 1
+        (DOT, 10.0),
+        (COSINE, 10.0),
+        (COSINE_UNIT, 2 - 2 * 3 / 10**0.5),  # (1, 0) to (3, 1)/√10: 2 - 2 cos
     ],
 )
-def test_squared_errors_run_from_the_latent_to_what_is_emitted(lookup: Lookup, emit: Emit, expected: float) -> None:
-    codebook = Codebook(torch.tensor([[100.0, 100.0], [3.0, 1.0]]), lookup, emit)
+def test_squared_errors_run_from_the_latent_to_what_is_emitted(metric: Metric, expected: float) -> None:
+    codebook = Codebook(torch.tensor([[100.0, 100.0], [3.0, 1.0]]), metric)
     found = squared_errors(torch.tensor([[6.0, 0.0]]), codebook, torch.tensor([1]))
     assert found.tolist() == pytest.approx([expected], rel=1e-6)
 
@@ -325,3 +323,14 @@ def test_squared_errors_of_the_nearest_codes_are_the_smallest() -> None:
     codebook, latents = Codebook(normal(20, 4, seed=1)), normal(300, 4, seed=2)
     found = squared_errors(latents, codebook, nearest(latents, codebook))
     assert torch.allclose(found.double(), scores(latents, codebook).amin(1), rtol=1e-5)
+
+
+def test_the_metrics_are_those_that_are_declared() -> None:
+    assert tuple(METRICS) == METRIC_NAMES
+    assert all(pickle.loads(pickle.dumps(metric)) == metric for metric in EACH)  # other processes get them so
+
+
+@pytest.mark.parametrize("metric", EACH, ids=METRICS)
+def test_prepared_codes_are_chosen_by_prepared_latents_as_the_codes_by_the_latents(metric: Metric) -> None:
+    codebook, latents = Codebook(normal(40, 6, seed=1), metric), normal(500, 6, seed=2)
+    assert torch.equal(nearest(metric.prepare(latents), prepared(codebook)), nearest(latents, codebook))

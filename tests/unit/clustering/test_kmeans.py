@@ -16,10 +16,11 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import nearest, squared_errors, unit
+from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.clustering.kmeans import Clustering, kmeans
+from codebook_tools.clustering.metric import COSINE, COSINE_UNIT, unit
 from codebook_tools.clustering.seeding import Init, afkmc2, count_distinct
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.codebook import Codebook, Metric
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.progress import Watch
 
@@ -383,13 +384,13 @@ LENGTHS = torch.tensor([1.0, 2.0, 6.0, 3.0, 1.0, 2.0])[:, None]
 
 
 def by_cosine(
-    points: Tensor, k: int, emit: Emit, init: Init | Tensor = "kmeans++", iterations: int = 300
+    points: Tensor, k: int, metric: Metric, init: Init | Tensor = "kmeans++", iterations: int = 300
 ) -> Clustering:
-    return kmeans(points, k, init=init, iterations=iterations, lookup=Lookup.COSINE, emit=emit, watch=Watch())
+    return kmeans(points, k, init=init, iterations=iterations, metric=metric, watch=Watch())
 
 
 def test_centroids_of_unit_length_are_mean_directions_whatever_the_lengths() -> None:
-    found = by_cosine(LENGTHS * DIRECTIONS, 2, Emit.UNIT, init=DIRECTIONS[[0, 5]])
+    found = by_cosine(LENGTHS * DIRECTIONS, 2, COSINE_UNIT, init=DIRECTIONS[[0, 5]])
     middle = torch.tensor([10.0, 100.0]).deg2rad()
     assert torch.allclose(found.centroids, torch.stack([middle.cos(), middle.sin()], 1), atol=1e-6)
     step = 2 - 2 * float(torch.tensor(10.0).deg2rad().cos())
@@ -398,7 +399,7 @@ def test_centroids_of_unit_length_are_mean_directions_whatever_the_lengths() -> 
 
 def test_raw_centroids_are_the_means_of_the_points_whose_direction_is_nearest() -> None:
     points = LENGTHS * DIRECTIONS
-    found = by_cosine(points, 2, Emit.RAW, init=points[[0, 5]])
+    found = by_cosine(points, 2, COSINE, init=points[[0, 5]])
     assert torch.allclose(found.centroids, torch.stack([points[:3].mean(0), points[3:].mean(0)]), atol=1e-6)
     meant = sum(float((part - part.mean(0)).square().sum()) for part in points.split(3))
     assert found.inertia == pytest.approx(meant, rel=1e-5)
@@ -411,19 +412,19 @@ def test_directions_are_those_of_faiss_from_the_same_start(seed: int) -> None:
     points = unit(blobs(900, 5, 6, seed))
     peer = faiss.Kmeans(6, 8, niter=25, spherical=True, min_points_per_centroid=1, max_points_per_centroid=10**6)
     peer.train(points.numpy(), init_centroids=points[:8].numpy())
-    theirs = Codebook(torch.from_numpy(peer.centroids), Lookup.COSINE, Emit.UNIT)
+    theirs = Codebook(torch.from_numpy(peer.centroids), COSINE_UNIT)
     inertia = float(squared_errors(points, theirs, nearest(points, theirs)).sum())
-    assert by_cosine(points, 8, Emit.UNIT, init=points[:8]).inertia <= inertia * 1.02
+    assert by_cosine(points, 8, COSINE_UNIT, init=points[:8]).inertia <= inertia * 1.02
 
 
-@pytest.mark.parametrize("emit", Emit)
-def test_by_the_cosine_the_inertia_told_is_that_of_the_centroids_and_falls(emit: Emit) -> None:
+@pytest.mark.parametrize("metric", [COSINE, COSINE_UNIT])
+def test_by_the_cosine_the_inertia_told_is_that_of_the_centroids_and_falls(metric: Metric) -> None:
     points = blobs(1100, 9, 5) * normal(1100, 1, seed=1).abs()
-    rows = unit(points) if emit is Emit.UNIT else points
+    rows = unit(points) if metric is COSINE_UNIT else points
     ends = []
     for iterations in (1, 3, 300):
-        found = by_cosine(points, 9, emit, init=points[:9], iterations=iterations)
-        codebook = Codebook(found.centroids, Lookup.COSINE, emit)
+        found = by_cosine(points, 9, metric, init=points[:9], iterations=iterations)
+        codebook = Codebook(found.centroids, metric)
         inertia = float(squared_errors(rows, codebook, nearest(rows, codebook)).double().sum())
         assert found.inertia >= inertia * (1 - 1e-5)  # of the means of the last cells; the nearest may be nearer
         ends.append(found.inertia)
@@ -431,16 +432,16 @@ def test_by_the_cosine_the_inertia_told_is_that_of_the_centroids_and_falls(emit:
     assert ends[0] >= ends[1] >= ends[2]
 
 
-@pytest.mark.parametrize("emit", Emit)
-def test_by_the_cosine_no_cluster_stays_empty_and_one_direction_is_one_code(emit: Emit) -> None:
+@pytest.mark.parametrize("metric", [COSINE, COSINE_UNIT])
+def test_by_the_cosine_no_cluster_stays_empty_and_one_direction_is_one_code(metric: Metric) -> None:
     points = blobs(400, 4, 3)
-    found = by_cosine(points, 12, emit, init=points[:1].expand(12, -1).clone())
-    assert len(nearest(points, Codebook(found.centroids, Lookup.COSINE, emit)).unique()) == 12
+    found = by_cosine(points, 12, metric, init=points[:1].expand(12, -1).clone())
+    assert len(nearest(points, Codebook(found.centroids, metric)).unique()) == 12
     with pytest.raises(CodebookError, match="k=3 asks for more codes than the 2 distinct latents"):
-        by_cosine(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), 3, emit)
+        by_cosine(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), 3, metric)
 
 
 def test_directions_that_cancel_out_keep_their_centroid_finite() -> None:
     points = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
-    found = by_cosine(points, 1, Emit.UNIT, init=torch.tensor([[0.0, -1.0]]))
+    found = by_cosine(points, 1, COSINE_UNIT, init=torch.tensor([[0.0, -1.0]]))
     assert torch.isfinite(found.centroids).all() and float(found.centroids.norm()) == pytest.approx(1)

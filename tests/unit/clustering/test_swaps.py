@@ -8,8 +8,9 @@ from torch import Tensor
 
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.clustering.kmeans import kmeans
+from codebook_tools.clustering.metric import COSINE_UNIT
 from codebook_tools.clustering.split_merge import swapped
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.codebook import Codebook
 from codebook_tools.runtime.progress import Watch
 
 
@@ -53,7 +54,7 @@ def test_more_than_can_be_moved_moves_what_can_and_without_error_nothing_does() 
 
 def test_unit_rows_stay_unit() -> None:
     points, _ = islands(8, 20)
-    codebook = Codebook(torch.nn.functional.normalize(points[:8]), Lookup.COSINE, Emit.UNIT)
+    codebook = Codebook(torch.nn.functional.normalize(points[:8]), COSINE_UNIT)
     lengths = swapped(codebook, points, 4, random()).norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones(8))
 

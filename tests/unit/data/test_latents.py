@@ -14,7 +14,8 @@ from scipy.stats import chisquare
 from sources_of_images import Images, find_images
 from torch import Tensor
 
-from codebook_tools.codebook import Codebook, Emit, Latents, Lookup
+from codebook_tools.clustering.metric import COSINE_UNIT, DOT, METRICS
+from codebook_tools.codebook import EUCLIDEAN, Codebook, Latents, Metric
 from codebook_tools.data.images import array_items
 from codebook_tools.data.items import Item
 from codebook_tools.data.latents import EncodedLatents, StoredLatents
@@ -115,21 +116,20 @@ def test_a_survey_by_hand() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 5, 64])
-@pytest.mark.parametrize("lookup", list(Lookup))
-@pytest.mark.parametrize("emit", list(Emit))
-def test_counts_and_error_equal_a_direct_computation(batch: int, lookup: Lookup, emit: Emit) -> None:
-    codebook = Codebook(torch.randn(12, 2, generator=torch.Generator().manual_seed(1)), lookup, emit)
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_counts_and_error_equal_a_direct_computation(batch: int, metric: Metric) -> None:
+    codebook = Codebook(torch.randn(12, 2, generator=torch.Generator().manual_seed(1)), metric)
     items = items_of(30)
     found = survey(encoded(items, batch), codebook, seed=0, watch=Watch())
     rows, codes = all_of(items).flatten(0, 1).double(), codebook.vectors.double()
     unit_rows, unit_codes = (x / x.norm(dim=1, keepdim=True) for x in (rows, codes))
-    if lookup is Lookup.EUCLIDEAN:
+    if metric is EUCLIDEAN:
         chosen = torch.cdist(rows, codes).argmin(1)
     else:
-        chosen = (rows @ codes.T if lookup is Lookup.DOT else unit_rows @ unit_codes.T).argmax(1)
-    if lookup is Lookup.COSINE and emit is Emit.UNIT:
+        chosen = (rows @ codes.T if metric is DOT else unit_rows @ unit_codes.T).argmax(1)
+    if metric is COSINE_UNIT:
         rows = unit_rows
-    shown = unit_codes if emit is Emit.UNIT else codes
+    shown = unit_codes if metric is COSINE_UNIT else codes
     assert found.counts.dtype == torch.int64
     assert found.counts.tolist() == torch.bincount(chosen, minlength=12).tolist()
     assert int(found.counts.sum()) == found.total == 30 * 16

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.clustering.kmeans import kmeans
+from codebook_tools.clustering.metric import COSINE, COSINE_UNIT, DOT
 from codebook_tools.clustering.seeding import seeds
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.codebook import Codebook
 from codebook_tools.diagnosis.alternatives import best_scale, cut_wrongly, scaled
 from codebook_tools.diagnosis.checks.dead_codes import dead_codes
 from codebook_tools.diagnosis.checks.duplicate_codes import duplicate_codes
@@ -33,7 +34,7 @@ from codebook_tools.diagnosis.checks.wrong_encoder import wrong_encoder
 from codebook_tools.diagnosis.encoder_shift import correlation, shift
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence, Pair
 from codebook_tools.diagnosis.finding import Finding
-from codebook_tools.diagnosis.fit import Fit, fit_of, left_of, places
+from codebook_tools.diagnosis.fit import Fit, fit_of, left_of
 from codebook_tools.diagnosis.initialization import born_dead
 from codebook_tools.diagnosis.stored_ema import Companions, of_state
 from codebook_tools.diagnosis.training_trace import Look, Trace, read_trace
@@ -139,13 +140,13 @@ def test_a_fit_is_free_of_scale(scale: float) -> None:
 
 def test_there_is_no_fit_by_the_dot_product_and_by_the_cosine_length_plays_no_part() -> None:
     points = spread_out()
-    assert fit_of(Codebook(centroids(points), Lookup.DOT), points, 0) is None
-    for emit in Emit:
-        directions = Codebook(centroids(torch.nn.functional.normalize(points)), Lookup.COSINE, emit)
+    assert fit_of(Codebook(centroids(points), DOT), points, 0) is None
+    for metric in (COSINE, COSINE_UNIT):
+        directions = Codebook(centroids(torch.nn.functional.normalize(points)), metric)
         longer = replace(directions, vectors=directions.vectors * 50)
         one, other = fit_of(directions, points, 0), fit_of(longer, points, 0)
         assert one and other and one.misfit == pytest.approx(other.misfit) and one.good
-        assert torch.allclose(places(directions, points).norm(dim=1), torch.ones(len(points)))
+        assert torch.allclose(directions.metric.prepare(points).norm(dim=1), torch.ones(len(points)))
         assert list(scaled(longer, points, 0)) == []
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.clustering.assignment import nearest, squared_errors
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.clustering.metric import COSINE_UNIT
+from codebook_tools.codebook import Codebook
 from codebook_tools.evaluation import coverage
 from codebook_tools.evaluation.coverage import reference_distance, reference_latents
 from codebook_tools.evaluation.measure import measure
@@ -52,7 +53,7 @@ def test_between_unit_vectors_length_does_not_matter() -> None:
     points = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
     lengths = torch.linspace(0.1, 9, 300)[:, None]
     both = [
-        reference_distance(rows, Codebook(torch.zeros(4, 3), Lookup.COSINE, Emit.UNIT), seed=0)
+        reference_distance(rows, Codebook(torch.zeros(4, 3), COSINE_UNIT), seed=0)
         for rows in (points, points * lengths)
     ]
     assert both[0] == pytest.approx(both[1], rel=1e-4)

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from codebook_tools.checkpoints.read import read_checkpoint
-from codebook_tools.codebook import Lookup
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.families import dac, encodec, mimi, xcodec
 
@@ -27,7 +26,7 @@ from codebook_tools.models.families import dac, encodec, mimi, xcodec
 def by_us(case: Case, path: Path) -> tuple[Tensor, Tensor, Any]:
     """indices (n, quantisers, positions) of all chunks in a row, waveforms, and the module."""
     network, codes = load(case, read_checkpoint(path))
-    nearest = Nearest(codes, case.family.lookup is Lookup.COSINE)
+    nearest = Nearest(codes, case.family.metric == "cosine")
     with torch.no_grad():
         rebuilt = network.decode(network.walk(network.encode(waveforms(network)), nearest))
     return torch.stack(list(nearest.found.values()), 1), rebuilt, network
@@ -77,7 +76,7 @@ def test_waveforms_of_any_length_come_out_as_long(name: str, positions: int, sav
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_reach_every_weight_that_makes_the_waveform(name: str, saved: Callable[[str], Path]) -> None:
     network, codes = load(CASES[name], read_checkpoint(saved(name)))
-    straight = Nearest(codes, CASES[name].family.lookup is Lookup.COSINE, straight=True)
+    straight = Nearest(codes, CASES[name].family.metric == "cosine", straight=True)
     sound = waveforms(network)
     (network.decode(network.walk(network.encode(sound), straight)) - sound).pow(2).mean().backward()
     unused = ("model.semantic_model.", "model.decoder_semantic.", "model.fc1.")

@@ -19,7 +19,8 @@ from vqgan_twin import Twin
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.clustering.assignment import nearest
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.clustering.metric import COSINE_UNIT
+from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.families.diffusers_vqmodel import CODEBOOK
 from codebook_tools.models.families.janus import whole
@@ -72,7 +73,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[JanusVQVAE, Path]
 def test_codes_and_reconstructions_are_those_of_the_library(library: tuple[JanusVQVAE, Path]) -> None:
     model, folder = library
     ours, images = loaded(JANUS, folder), pictures()
-    codebook = Codebook(model.quantize.embedding.weight.detach(), JANUS.lookup, JANUS.emit)
+    codebook = Codebook(model.quantize.embedding.weight.detach(), COSINE_UNIT)
     with torch.no_grad():
         latents = ours.encode(images)
         codes = nearest(latents.movedim(1, -1).flatten(0, -2), codebook).reshape(2, -1)
@@ -86,7 +87,7 @@ def test_codes_and_reconstructions_are_those_of_the_library(library: tuple[Janus
 
 def test_a_row_of_any_length_is_decoded_at_unit_length(library: tuple[JanusVQVAE, Path]) -> None:
     model, folder = library
-    assert (JANUS.lookup, JANUS.emit) == (Lookup.COSINE, Emit.UNIT)
+    assert JANUS.metric == "cosine-unit"
     with torch.no_grad():
         longer = model.quantize.embedding.weight * 3
         emitted = normalize(longer).reshape(1, 4, 4, 8).movedim(-1, 1)

@@ -14,7 +14,8 @@ from torch.nn import functional
 from vector_quantize_pytorch import FSQ, GroupedResidualVQ, ResidualVQ, SimVQ, VectorQuantize
 
 from codebook_tools.checkpoints.detect import FoundCodebook, find_codebooks
-from codebook_tools.codebook import Emit, Lookup
+from codebook_tools.clustering.metric import COSINE_UNIT
+from codebook_tools.codebook import EUCLIDEAN
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.ema_state import companion_values, companions_of
 from codebook_tools.models.networks.vector_quantize_pytorch import give_walk
@@ -101,13 +102,13 @@ class Nearest:
     def __call__(self, stage: int, latents: Tensor) -> Tensor:
         assert stage == len(self.indices)
         rows, codes = latents.movedim(1, -1), codes_of(self.network, stage)
-        if self.network.lookup is Lookup.COSINE:
+        if self.network.lookup is COSINE_UNIT:
             distances = -functional.normalize(rows, dim=-1) @ functional.normalize(codes, dim=-1).mT
         else:
             distances = (rows[..., None, :] - codes).square().sum(-1)
         self.indices.append(distances.argmin(-1))
         quantised = codes[self.indices[-1]].movedim(-1, 1)
-        if self.network.emit is Emit.UNIT:
+        if self.network.lookup is COSINE_UNIT:
             quantised = functional.normalize(quantised, dim=1)
         return latents + (quantised - latents).detach()
 
@@ -191,10 +192,10 @@ def test_the_network_keeps_its_own_names_and_class(name: str) -> None:
 
 
 def test_cosine_is_told_from_the_codebooks_class() -> None:
-    metrics = {name: (network(name).lookup, network(name).emit) for name in QUANTISERS}
-    cosine = {name for name, metric in metrics.items() if metric == (Lookup.COSINE, Emit.UNIT)}
+    metrics = {name: network(name).lookup for name in QUANTISERS}
+    cosine = {name for name, metric in metrics.items() if metric == COSINE_UNIT}
     assert cosine == {"cosine", "residual cosine"}
-    assert {metric for name, metric in metrics.items() if name not in cosine} == {(Lookup.EUCLIDEAN, Emit.RAW)}
+    assert {metric for name, metric in metrics.items() if name not in cosine} == {EUCLIDEAN}
 
 
 def test_a_deep_copy_walks_its_own_quantiser() -> None:

@@ -18,7 +18,8 @@ from tutorial import Tutorial
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.write import tensor_bytes
-from codebook_tools.codebook import Codebook, Emit, Lookup
+from codebook_tools.clustering.metric import COSINE_UNIT
+from codebook_tools.codebook import Codebook
 from codebook_tools.data.images import probe
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.choose import choose_codebook
@@ -155,7 +156,7 @@ def test_codes_and_what_the_decoder_gets_keep_the_grid(line: Callable[..., Model
 def test_unit_codes_are_emitted_at_length_one_in_training_too(grey: Callable[..., Grey]) -> None:
     made = grey([0.5, -3.0])
     model = load_model(read_checkpoint(made.path), network=made.network, metric="cosine-unit")
-    assert (model.books[0].lookup, model.books[0].emit) == (Lookup.COSINE, Emit.UNIT)
+    assert model.books[0].metric == COSINE_UNIT
     codes = torch.tensor([[[0, 1]]])
     for embed in (model.embed, model.embed_trained):
         assert embed(codes)[0, 0, 0].tolist() == [1.0, -1.0]

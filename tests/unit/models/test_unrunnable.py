@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from state_dicts import SURVEY, surveyed
 
 from codebook_tools.checkpoints.read import read_checkpoint
-from codebook_tools.codebook import Emit, Lookup
 from codebook_tools.models.families import recognized_only
 from codebook_tools.models.registry import FAMILIES
 
@@ -59,7 +58,7 @@ def test_what_is_not_run_says_why_and_what_to_do(name: str) -> None:
     record = FAMILIES[name]
     assert record.make is None
     assert "--latents" in record.why_not and "\n" not in record.why_not and not record.why_not.endswith(".")
-    assert (record.emit is Emit.UNIT) == (record.lookup is Lookup.COSINE)
+    assert record.metric in ("euclidean", "cosine-unit")
 
 
 def chameleon() -> Any:

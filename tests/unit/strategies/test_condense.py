@@ -16,7 +16,8 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.clustering.assignment import nearest
-from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup
+from codebook_tools.clustering.metric import COSINE_UNIT
+from codebook_tools.codebook import REMOVED, Codebook
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.load import load_model
@@ -106,7 +107,7 @@ def test_rows_that_are_given_out_at_unit_length_are_merged_by_direction(line: Ca
     """(0.2, 0) lies near (0.2, 0.1), and is (1, 0) when it is given out."""
     ours = quantiser(line([0.0, 1.0]), [1.0, 0.2, 0.2, 0.0], [1, 1, 1, 1])
     ours.book.vectors[2:] = torch.tensor([[0.2, 0.1], [0.0, 1.0]])
-    ours.book.lookup, ours.book.emit = Lookup.COSINE, Emit.UNIT
+    ours.book.metric = COSINE_UNIT
     ours.merge(3)
     assert ours.merged is not None and ours.merged.tolist() == [0, 0, 1, 2]
 

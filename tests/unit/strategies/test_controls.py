@@ -15,7 +15,8 @@ from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
 from codebook_tools.clustering.kmeans import Init, seeds
-from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup
+from codebook_tools.clustering.metric import COSINE_UNIT
+from codebook_tools.codebook import REMOVED, Codebook
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
 from codebook_tools.strategies import KmeansSeeds, Prune, RandomLatents, TopK
@@ -51,13 +52,13 @@ def test_the_k_most_used_stay_in_order_and_dead_ones_fill_up(k: int, kept: list[
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.data())
 def test_top_k_is_pruning_down_to_k(counts: list[int], data: st.DataObject) -> None:
-    old, k = Codebook(normal(len(counts), 2), Lookup.COSINE, Emit.UNIT), data.draw(st.integers(1, len(counts)))
+    old, k = Codebook(normal(len(counts), 2), COSINE_UNIT), data.draw(st.integers(1, len(counts)))
     found, pruned = (
         strategy(old, StoredLatents(torch.empty(0, 2)), torch.tensor(counts)) for strategy in (TopK(k), Prune(keep=k))
     )
     assert torch.equal(found.codebook.vectors, pruned.codebook.vectors)
     assert torch.equal(found.index_map, pruned.index_map)
-    assert (found.codebook.lookup, found.codebook.emit) == (Lookup.COSINE, Emit.UNIT)
+    assert found.codebook.metric == COSINE_UNIT
 
 
 def test_more_codes_than_there_are_says_how_many_there_are_by_the_name_of_its_own_setting() -> None:
@@ -71,12 +72,12 @@ def test_more_codes_than_there_are_says_how_many_there_are_by_the_name_of_its_ow
 @each_seeded
 @pytest.mark.parametrize("k", [1, 3, 20, 200])
 def test_all_codes_are_latents_and_none_stands_there_twice(init: str, k: int) -> None:
-    points, old = normal(200, 2), Codebook(OLD.vectors, Lookup.COSINE, Emit.UNIT)
+    points, old = normal(200, 2), Codebook(OLD.vectors, COSINE_UNIT)
     found = SEEDED[init](k, seed=3)(old, StoredLatents(points, 30), COUNTS)
     rows = rows_of(found.codebook.vectors)
     assert len(rows) == len(set(rows)) == k and set(rows) <= set(rows_of(points))
     assert found.index_map.tolist() == [REMOVED] * 5
-    assert (found.codebook.lookup, found.codebook.emit) == (Lookup.COSINE, Emit.UNIT)
+    assert found.codebook.metric == COSINE_UNIT
 
 
 @each_seeded

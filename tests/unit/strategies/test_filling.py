@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from codebook_tools.clustering.assignment import nearest
-from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup, Surgery
+from codebook_tools.clustering.metric import COSINE_UNIT, METRICS
+from codebook_tools.codebook import REMOVED, Codebook, Metric, Surgery
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.strategies import Prune
 from codebook_tools.strategies.padding import common_sizes, filled, power_of_two, remark
@@ -82,9 +83,9 @@ def test_nothing_is_added_where_nothing_is_missing(size: int) -> None:
 
 
 def test_lookup_output_and_bits_stay() -> None:
-    book = Codebook(torch.eye(2), Lookup.COSINE, Emit.UNIT)
+    book = Codebook(torch.eye(2), COSINE_UNIT)
     found = filled(Surgery(book, torch.tensor([REMOVED]), bits=4), book, torch.tensor([1]), 4)
-    assert (found.codebook.lookup, found.codebook.emit, found.bits) == (Lookup.COSINE, Emit.UNIT, 4)
+    assert (found.codebook.metric, found.bits) == (COSINE_UNIT, 4)
 
 
 def test_what_was_given_is_left_as_it_was() -> None:
@@ -98,13 +99,13 @@ def test_what_was_given_is_left_as_it_was() -> None:
     values=st.lists(st.integers(-50, 50), min_size=1, max_size=8),
     points=st.lists(st.integers(-60, 60), min_size=1, max_size=20),
     extra=st.integers(1, 9),
-    lookup=st.sampled_from([Lookup.EUCLIDEAN, Lookup.COSINE, Lookup.DOT]),
+    metric=st.sampled_from([*METRICS.values()]),
 )
-def test_no_latent_goes_to_a_code_that_fills(values: list[int], points: list[int], extra: int, lookup: Lookup) -> None:
+def test_no_latent_goes_to_a_code_that_fills(values: list[int], points: list[int], extra: int, metric: Metric) -> None:
     def plane(numbers: list[int]) -> Tensor:
         return torch.tensor([[float(n), float(n * n % 7)] for n in numbers])
 
-    old, latents = Codebook(plane(values), lookup), plane(points)
+    old, latents = Codebook(plane(values), metric), plane(points)
     counts = torch.bincount(nearest(latents, old), minlength=old.size)
     surgery = Prune()(old, StoredLatents(latents), counts)
     found = filled(surgery, old, counts, surgery.codebook.size + extra)

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import emitted, nearest
+from codebook_tools.clustering.assignment import nearest
+from codebook_tools.clustering.metric import COSINE, COSINE_UNIT, DOT
 from codebook_tools.clustering.pnn import merge_pairs
-from codebook_tools.codebook import Codebook, Emit, Lookup, Surgery
+from codebook_tools.codebook import EUCLIDEAN, Codebook, Metric, Surgery
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
 from codebook_tools.strategies import Quantize
@@ -29,9 +30,9 @@ each_method = pytest.mark.parametrize("method", METHODS)
 
 
 def merged(
-    rows: Any, counts: list[int], k: int, method: Any = "pnn", seed: int = 0, lookup: Lookup = Lookup.EUCLIDEAN
+    rows: Any, counts: list[int], k: int, method: Any = "pnn", seed: int = 0, metric: Metric = EUCLIDEAN
 ) -> Surgery:
-    codebook = Codebook(torch.as_tensor(rows, dtype=torch.float32), lookup)
+    codebook = Codebook(torch.as_tensor(rows, dtype=torch.float32), metric)
     return Quantize(k, method, seed=seed)(codebook, StoredLatents(torch.empty(0, codebook.dim)), torch.tensor(counts))
 
 
@@ -189,19 +190,19 @@ def test_a_used_code_maps_to_what_it_was_merged_into_even_where_another_is_neare
 def test_a_dead_code_goes_where_the_lookup_of_the_codebook_finds_it_nearest(method: str) -> None:
     """(0, 1) and (9, 0) stay. The dead (2, 3) is nearer to (0, 1), its angle too; its product with (9, 0) is larger."""
     rows, counts = [[0, 1], [9, 0], [2, 3]], [4, 4, 0]
-    for lookup, expected in ((Lookup.EUCLIDEAN, [0, 1]), (Lookup.COSINE, [0, 1]), (Lookup.DOT, [9, 0])):
-        found = merged(rows, counts, 2, method, lookup=lookup)
+    for metric, expected in ((EUCLIDEAN, [0, 1]), (COSINE, [0, 1]), (DOT, [9, 0])):
+        found = merged(rows, counts, 2, method, metric=metric)
         assert found.codebook.vectors[found.index_map[2]].tolist() == expected
-        assert found.codebook.lookup is lookup
+        assert found.codebook.metric is metric
 
 
 @each_method
 def test_codes_are_merged_as_the_decoder_gets_them(method: str) -> None:
     """(3, 0) and (0, 5) at unit length, counted 1 and 3, meet at (1/4, 3/4), and (-7, 0) stays at (-1, 0)."""
-    codebook = Codebook(torch.tensor([[3.0, 0.0], [0.0, 5.0], [-7.0, 0.0]]), Lookup.COSINE, Emit.UNIT)
+    codebook = Codebook(torch.tensor([[3.0, 0.0], [0.0, 5.0], [-7.0, 0.0]]), COSINE_UNIT)
     found = Quantize(2, method)(codebook, StoredLatents(torch.empty(0, 2)), torch.tensor([1, 3, 90]))  # type: ignore[arg-type]
     assert found.codebook.vectors[found.index_map].flatten().tolist() == pytest.approx([0.25, 0.75] * 2 + [-1, 0])
-    assert (found.codebook.lookup, found.codebook.emit) == (Lookup.COSINE, Emit.UNIT)
+    assert found.codebook.metric == COSINE_UNIT
 
 
 @each_method
@@ -398,12 +399,12 @@ def test_the_error_falls_with_every_bit_to_half_a_percent_at_eight() -> None:
 
 def test_a_rounded_codebook_keeps_its_codes_and_says_its_bits() -> None:
     rows = torch.tensor([[1.0, 0.4], [-0.2, 0.9], [7.0, 7.0]])
-    codebook = Codebook(rows, Lookup.COSINE, Emit.UNIT)
+    codebook = Codebook(rows, COSINE_UNIT)
     found = Quantize(bits=2)(codebook, StoredLatents(torch.empty(0, 2)), torch.tensor([4, 0, 1]))
     assert found.codebook.vectors.tolist() == pytest.approx(torch.tensor([[1, 0], [0, 0.9], [7, 7]]))
     assert found.index_map.tolist() == [0, 1, 2] and found.bits == 2
-    assert (found.codebook.lookup, found.codebook.emit) == (Lookup.COSINE, Emit.UNIT)
-    assert emitted(found.codebook).norm(dim=1).tolist() == pytest.approx([1, 1, 1])
+    assert found.codebook.metric == COSINE_UNIT
+    assert found.codebook.emitted.norm(dim=1).tolist() == pytest.approx([1, 1, 1])
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import nearest, unit
+from codebook_tools.clustering.assignment import nearest
 from codebook_tools.clustering.kmeans import draw_by_error
-from codebook_tools.codebook import REMOVED, Codebook, Emit, Lookup, Surgery
+from codebook_tools.clustering.metric import COSINE, COSINE_UNIT, DOT, METRICS, unit
+from codebook_tools.codebook import EUCLIDEAN, REMOVED, Codebook, Metric, Surgery
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
 from codebook_tools.strategies import Grow, Prune, Refit, Restart
@@ -32,10 +33,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def restarted(
-    codes: Tensor, points: Tensor, counts: list[int], lookup: Lookup = Lookup.EUCLIDEAN, **settings: Any
-) -> Surgery:
-    return Restart(**settings)(Codebook(codes, lookup), StoredLatents(points), torch.tensor(counts))
+def restarted(codes: Tensor, points: Tensor, counts: list[int], metric: Metric = EUCLIDEAN, **settings: Any) -> Surgery:
+    return Restart(**settings)(Codebook(codes, metric), StoredLatents(points), torch.tensor(counts))
 
 
 def grown(codes: Tensor, points: Tensor, counts: list[int], k: int, seed: int = 0) -> Surgery:
@@ -89,7 +88,7 @@ def test_the_error_is_to_the_nearest_code() -> None:
 def test_unit_codes_are_missed_by_angle_and_not_by_length() -> None:
     """From (1, 0) on the circle: (0, 90) has 2, (1, 1) has 2 - sqrt(2) = 0.586, (500, 0) has nothing."""
     points = torch.tensor([[0.0, 90.0], [1.0, 1.0], [500.0, 0.0]])
-    codebook = Codebook(torch.tensor([[3.0, 0.0]]), Lookup.COSINE, Emit.UNIT)
+    codebook = Codebook(torch.tensor([[3.0, 0.0]]), COSINE_UNIT)
     found = Counter(float(draw_by_error(points, codebook, 1, seed)[0, 1]) for seed in range(1500))
     share = (2 - 2**0.5) / (4 - 2**0.5)
     assert_shares(found, {90: 1 - share, 1: share, 0: 0})
@@ -176,11 +175,11 @@ def test_codes_that_stay_are_the_same_bits_at_the_same_place(method: Method, dat
 
 
 @each_method
-@pytest.mark.parametrize(("lookup", "emit"), [(Lookup.COSINE, Emit.UNIT), (Lookup.DOT, Emit.RAW)])
-def test_restart_keeps_lookup_and_output_of_the_codebook(method: Method, lookup: Lookup, emit: Emit) -> None:
-    codebook = Codebook(normal(6, 3), lookup, emit)
+@pytest.mark.parametrize("metric", [COSINE_UNIT, DOT])
+def test_restart_keeps_lookup_and_output_of_the_codebook(method: Method, metric: Metric) -> None:
+    codebook = Codebook(normal(6, 3), metric)
     found = Restart(method)(codebook, StoredLatents(normal(50, 3, seed=1)), torch.tensor([1, 0, 1, 1, 0, 1]))
-    assert (found.codebook.lookup, found.codebook.emit) == (lookup, emit)
+    assert found.codebook.metric == metric
 
 
 @each_method
@@ -269,7 +268,7 @@ def test_split_unit_codes_point_where_their_parents_do_however_long_their_rows_a
     directions, codes = unit(normal(8, 6, seed=3)), normal(16, 6, seed=1)
     codes[:8] = length * directions
     points = directions.repeat(100, 1) + 0.1 * normal(800, 6, seed=2)
-    codebook = Codebook(codes, Lookup.COSINE, Emit.UNIT)
+    codebook = Codebook(codes, COSINE_UNIT)
     found = Restart("split")(codebook, StoredLatents(points), torch.tensor([100] * 8 + [0] * 8)).codebook
     turned = (unit(found.vectors[8:]) - directions).norm(dim=1)
     assert bool((turned > 1e-5).all()) and bool((turned < 0.01).all())
@@ -282,20 +281,20 @@ def test_the_nearest_latent_is_found_by_hand_for_each_lookup() -> None:
     Cosines 0.89, 0.71, 0.6; squared distances 77.5, 41, 73; products 1.8, 45, 54.
     """
     codes, points = torch.tensor([[1.0, 1.0], [0.0, 9.0]]), torch.tensor([[0.1, 0.2], [5.0, 5.0], [8.0, 6.0]])
-    for lookup, expected in ((Lookup.COSINE, 0), (Lookup.EUCLIDEAN, 1), (Lookup.DOT, 2)):
-        found = restarted(codes, points, [3, 0], lookup, method="nearest")
+    for metric, expected in ((COSINE, 0), (EUCLIDEAN, 1), (DOT, 2)):
+        found = restarted(codes, points, [3, 0], metric, method="nearest")
         assert torch.equal(found.codebook.vectors[1], points[expected])
 
 
-@pytest.mark.parametrize("lookup", list(Lookup))
-def test_the_nearest_latents_are_those_of_brute_force(lookup: Lookup) -> None:
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_the_nearest_latents_are_those_of_brute_force(metric: Metric) -> None:
     codes, points = 2 * normal(40, 5), normal(300, 5, seed=1) * torch.linspace(0.1, 3, 300)[:, None]
-    found = restarted(codes, points, [1, 0] * 20, lookup, method="nearest").codebook.vectors[1::2]
+    found = restarted(codes, points, [1, 0] * 20, metric, method="nearest").codebook.vectors[1::2]
     dead, wide = codes[1::2].double(), points.double()
-    if lookup is Lookup.EUCLIDEAN:
+    if metric is EUCLIDEAN:
         best = (dead[:, None] - wide).square().sum(2).argmin(1)
     else:
-        lengths = wide.norm(dim=1) if lookup is Lookup.COSINE else 1
+        lengths = wide.norm(dim=1) if metric.by_direction else 1
         best = (dead @ wide.T / lengths).argmax(1)
     assert torch.equal(found, points[best])
 
@@ -391,9 +390,9 @@ def test_growing_back_to_the_old_size_moves_dead_codes_as_restart_does() -> None
 
 
 def test_growing_keeps_lookup_and_output_of_the_codebook() -> None:
-    codebook = Codebook(normal(3, 2), Lookup.COSINE, Emit.UNIT)
+    codebook = Codebook(normal(3, 2), COSINE_UNIT)
     found = Grow(5)(codebook, StoredLatents(normal(30, 2, seed=1)), torch.tensor([1, 0, 2]))
-    assert (found.codebook.lookup, found.codebook.emit) == (Lookup.COSINE, Emit.UNIT)
+    assert found.codebook.metric == COSINE_UNIT
 
 
 def test_fewer_codes_than_are_in_use_says_how_many_there_are() -> None:

@@ -11,7 +11,8 @@ from runs import tune
 from sources_of_images import Images
 from torch import Tensor
 
-from codebook_tools.codebook import Lookup
+from codebook_tools.clustering.metric import COSINE, DOT
+from codebook_tools.codebook import EUCLIDEAN
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.model import Model
 from codebook_tools.training.losses import entropy
@@ -25,7 +26,7 @@ QUARTERS = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
 
 def of(rows: list[float], codes: list[float]) -> float:
     columns = (torch.tensor(values, dtype=torch.float32)[:, None] for values in (rows, codes))
-    return float(indecision(*columns, Lookup.EUCLIDEAN))
+    return float(indecision(*columns, EUCLIDEAN))
 
 
 def test_sure_latents_count_by_how_evenly_they_choose() -> None:
@@ -44,10 +45,10 @@ def test_undecided_latents_do_not_count_as_spread() -> None:
 
 def test_one_code_leaves_no_choice_and_latents_on_their_codes_no_doubt() -> None:
     rows = torch.ones(3, 2, requires_grad=True)
-    assert float(indecision(rows, torch.zeros(1, 2), Lookup.EUCLIDEAN)) == 0
+    assert float(indecision(rows, torch.zeros(1, 2), EUCLIDEAN)) == 0
     for codes in (torch.eye(2), torch.ones(2, 2)):
         on_codes = codes.clone().requires_grad_(True)
-        loss = indecision(on_codes, codes, Lookup.EUCLIDEAN)
+        loss = indecision(on_codes, codes, EUCLIDEAN)
         torch.autograd.backward(loss)
         assert on_codes.grad is not None and on_codes.grad.isfinite().all()
         assert float(loss.detach()) == pytest.approx(-1 if codes[0, 1] == 0 else 0, abs=1e-4)
@@ -60,7 +61,7 @@ def rows() -> Tensor:
 
 def test_no_scale(rows: Tensor) -> None:
     small, large = rows.clone().requires_grad_(True), (10 * rows).requires_grad_(True)
-    values = [indecision(x, scale * rows[:9] + scale, Lookup.EUCLIDEAN) for x, scale in ((small, 1), (large, 10))]
+    values = [indecision(x, scale * rows[:9] + scale, EUCLIDEAN) for x, scale in ((small, 1), (large, 10))]
     torch.autograd.backward(values)
     torch.testing.assert_close(values[0], values[1])
     assert small.grad is not None and large.grad is not None
@@ -69,7 +70,7 @@ def test_no_scale(rows: Tensor) -> None:
 
 def test_by_the_cosine_lengths_do_not_matter(rows: Tensor) -> None:
     lengths = torch.rand(200, 1, generator=torch.Generator().manual_seed(1)) + 0.5
-    found = [indecision(x, rows[:9] * lengths[:9], Lookup.COSINE) for x in (rows[9:], rows[9:] * lengths[9:])]
+    found = [indecision(x, rows[:9] * lengths[:9], COSINE) for x in (rows[9:], rows[9:] * lengths[9:])]
     torch.testing.assert_close(found[0], found[1])
 
 
@@ -83,16 +84,16 @@ def test_following_it_spreads_latents_over_codes(rows: Tensor) -> None:
     before, optimiser = in_use(), torch.optim.Adam([latents], lr=0.05)
     for _ in range(100):
         optimiser.zero_grad()
-        torch.autograd.backward(indecision(latents, codes, Lookup.EUCLIDEAN))
+        torch.autograd.backward(indecision(latents, codes, EUCLIDEAN))
         optimiser.step()
     assert before <= 6 and in_use() >= 9
 
 
 def test_of_many_latents_some_count(rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = rows[:4]
-    expected = indecision(rows[::3], codes, Lookup.EUCLIDEAN)
+    expected = indecision(rows[::3], codes, EUCLIDEAN)
     monkeypatch.setattr(entropy, "_AT_MOST", 4 * 80)  # 200 rows are 800 distances
-    torch.testing.assert_close(indecision(rows, codes, Lookup.EUCLIDEAN), expected)
+    torch.testing.assert_close(indecision(rows, codes, EUCLIDEAN), expected)
 
 
 def test_a_recipe_weighs_it(line: Callable[..., Model], grey_images: Callable[..., Images]) -> None:
@@ -107,6 +108,6 @@ def test_a_recipe_weighs_it(line: Callable[..., Model], grey_images: Callable[..
 
 def test_inner_products_are_no_distances(line: Callable[..., Model], grey_images: Callable[..., Images]) -> None:
     model, images = line([0.2, 0.8]), grey_images([[0.2, 0.8], [0.2, 0.8]])
-    model.books[0].lookup = Lookup.DOT
+    model.books[0].metric = DOT
     with pytest.raises(CodebookError, match="--entropy goes by distances"):
         objective_of(model, images, FineTune(entropy=0.1), next(images.batches(1))[1], seed=0)
