@@ -2,12 +2,16 @@
 
 
 def plain(text: str) -> str:
-    """The text with what does not print, or would move a terminal's cursor, escaped: names come from strangers."""
+    """Escape characters that do not print or would move a terminal's cursor: names come from strangers."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class CodebookError(Exception):
-    """The user can fix this. The message is one line: what, the value, the limit, the way out."""
+    """An error that the user can fix, in one line: what failed, the value, the limit, the remedy.
+
+    Attributes:
+        exit_code: Of the command that the error ends.
+    """
 
     exit_code = 1
 
@@ -16,16 +20,16 @@ class CodebookError(Exception):
 
 
 class VerificationError(CodebookError):
-    """What was written, or installed, is not what was meant."""
+    """What was written or installed differs from what was meant."""
 
     exit_code = 3
 
 
 class NotFiniteError(CodebookError):
-    """What a network returns, or what is added up of it, holds a NaN or an infinity."""
+    """An output of a network, or a sum over outputs, holds a NaN or an infinity."""
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, on one line and without a path: whoever passes it on names the item."""
-    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(told.split()) or type(error).__name__
+    """The message of an error on one line and without a path: the caller names the item."""
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(message.split()) or type(error).__name__

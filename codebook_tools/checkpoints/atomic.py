@@ -1,4 +1,4 @@
-"""Building beside a place and moving in: at no moment is the old one lost before the new one is there."""
+"""Atomic writing: a locked temporary name, then a rename; what is replaced stays until the new one is whole."""
 
 from __future__ import annotations
 
@@ -16,21 +16,29 @@ from codebook_tools.errors import CodebookError
 
 
 def check_free(path: Path, force: bool) -> None:
-    """Raise CodebookError where `path` is there, and `force` does not say that it may be replaced."""
+    """Check that nothing is replaced without permission.
+
+    Raises:
+        CodebookError: `path` exists, a dangling link included, and `force` is False.
+    """
     if os.path.lexists(path) and not force:
         raise CodebookError(f"{path} exists; --force replaces it, or write elsewhere")
 
 
 def check_apart(written: Iterable[Path], read: Iterable[Path]) -> None:
-    """Raise CodebookError where something is to be written that is read: no `force` is meant for that."""
+    """Check that no output is also an input, under whatever spelling or link: `--force` does not permit that.
+
+    Raises:
+        CodebookError: A path of `written` is one of `read`.
+    """
     sources = {os.path.realpath(path) for path in read}
     for path in written:
-        if os.path.realpath(path) in sources or any(_is_same(path, its) for its in sources):
+        if os.path.realpath(path) in sources or any(_is_same(path, source) for source in sources):
             raise CodebookError(f"{path} is read here, so it is never overwritten; write elsewhere")
 
 
 def _is_same(path: Path, other: str) -> bool:
-    """Where a disk takes two spellings for one name, too."""
+    """Whether both are one file, also where the file system ignores case or normalizes Unicode."""
     try:
         return os.path.samefile(path, other)
     except OSError:
@@ -38,30 +46,36 @@ def _is_same(path: Path, other: str) -> bool:
 
 
 def check_leftovers(path: Path) -> None:
-    """Raise CodebookError, with how to recover, where an interrupted run left something beside the directory `path`."""
+    """Check that no interrupted run left anything beside the directory `path`.
+
+    Raises:
+        CodebookError: Something is left; the message says how to recover.
+    """
     old, partial = aside_path(path), partial_path(path)
     if old.exists() and path.exists():
         raise CodebookError(f"{old} is left of an interrupted run that had already written {path.name}; delete it")
     if old.exists():
         raise CodebookError(f"{old} is what an interrupted run was replacing; rename it to {path.name}, or delete it")
     if partial.exists():
-        raise _left(partial)
+        raise _leftover_error(partial)
 
 
-def _left(partial: Path) -> CodebookError:
+def _leftover_error(partial: Path) -> CodebookError:
     return CodebookError(f"{partial} is left of an interrupted run, or another is at work; delete it if none is")
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise CodebookError where `path` is there and is anything but a directory that this package wrote.
+    """Check that what --force would replace may be deleted: `--output ~ --force` must not cost anybody a home.
 
-    What --force replaces is deleted in the end, and `--output ~ --force` must not be how a home is lost.
+    Raises:
+        CodebookError: `path` exists and is anything but a directory that this package wrote.
     """
     if path.is_symlink() or (path.exists() and not _is_ours(path)):
         raise CodebookError(f"{path} is not a directory that codebook-tools wrote, so it is not replaced; use --output")
 
 
 def _is_ours(path: Path) -> bool:
+    """Whether it is a directory that this package wrote: without folders, its weights with our metadata."""
     if not path.is_dir() or any(inside.is_dir() for inside in path.iterdir()):
         return False
     try:
@@ -72,85 +86,95 @@ def _is_ours(path: Path) -> bool:
 
 @contextmanager
 def partial_file(path: Path, force: bool) -> Iterator[Path]:
-    """Where to write the file that `path` is to be; removed at the end, unless it was put in place.
+    """Give the temporary name under which the file `path` is written; call `put_in_place` once it is whole.
 
-    Raises CodebookError where another process is writing it, or has written it and `force` is not given: once this one
-    writes, no other does.
+    The name is locked, so that no other process writes there meanwhile; on exit it is removed unless it was renamed.
+
+    Raises:
+        CodebookError: Another process is writing the file, or the file exists and `force` is False.
     """
     partial = partial_path(path)
-    if os.name == "nt":  # what is open there cannot be renamed, nor removed by another
+    if os.name == "nt":  # an open file can be neither renamed there, nor removed by another process
         check_free(path, force)
         try:
             yield partial
         finally:
             partial.unlink(missing_ok=True)
         return
-    with _claimed(partial) as ours:
+    with _locked(partial) as descriptor:
         try:
             check_free(path, force)
             yield partial
         finally:
-            if _is_at(partial, ours):  # not what another began, once this one was in place
+            if _is_at(partial, descriptor):  # after the rename another process may have begun a file of that name
                 partial.unlink()
 
 
 @contextmanager
-def _claimed(partial: Path) -> Iterator[int]:
-    """A lock on a file, which is made where there is none. It goes with the process, so that what a killed one left is
-    in nobody's way. Gives the descriptor."""
+def _locked(partial: Path) -> Iterator[int]:
+    """Make the file if need be, lock it, and give its descriptor.
+
+    The lock ends with the process, so that what a killed one left hinders nobody.
+    """
     import fcntl
 
     while True:
-        file = _opened(partial)
+        descriptor = _open_regular(partial)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(file)
+            os.close(descriptor)
             raise CodebookError(
                 f"{partial} is being written by another process; wait for it, or write elsewhere with --output"
             ) from error
-        if _is_at(partial, file):
+        if _is_at(partial, descriptor):
             break
-        os.close(file)  # the other one moved it into place before it let go
+        os.close(descriptor)  # its writer renamed it into place between our opening and our locking it
     try:
-        yield file
+        yield descriptor
     finally:
-        os.close(file)
+        os.close(descriptor)
 
 
-def _opened(partial: Path) -> int:
-    """A file of its own, and no link to one that is another's."""
+def _open_regular(partial: Path) -> int:
+    """Open a regular file, made where there is none, and follow no link to anybody else's."""
     try:
-        file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise _not_ours(partial) from None
+            raise _irregular_error(partial) from None
         raise
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise _not_ours(partial)
-    return file
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _irregular_error(partial)
+    return descriptor
 
 
-def _not_ours(partial: Path) -> CodebookError:
+def _irregular_error(partial: Path) -> CodebookError:
     return CodebookError(f"{partial} is no file, so nothing is written there; delete it, or write elsewhere")
 
 
-def _is_at(path: Path, file: int) -> bool:
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file still has this name."""
     try:
-        return os.path.samestat(os.lstat(path), os.fstat(file))
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
 
 
 @contextmanager
 def partial_folder(path: Path, force: bool) -> Iterator[Path]:
-    """The same for a directory, which is made here, so that none is removed that another run makes."""
+    """Make the directory under whose temporary name the directory `path` is built; as `partial_file` otherwise.
+
+    Raises:
+        CodebookError: The temporary directory exists (it may be another process's, so it is not removed) or cannot be
+            made, or `path` exists and `force` is False.
+    """
     partial = partial_path(path)
     try:
         partial.mkdir()
     except FileExistsError:
-        raise _left(partial) from None
+        raise _leftover_error(partial) from None
     except OSError as error:
         raise CodebookError(f"cannot write {partial}: {error.strerror}") from error
     try:
@@ -162,7 +186,14 @@ def partial_folder(path: Path, force: bool) -> Iterator[Path]:
 
 
 def put_in_place(path: Path) -> None:
-    """Rename the finished partial to `path`. A directory that was there is moved aside first and removed last."""
+    """Rename the finished temporary file or directory of `path` to `path`.
+
+    A directory that is replaced is first renamed aside, and deleted last.
+
+    Raises:
+        CodebookError: The directory to replace is not of this package, or cannot be deleted once it is replaced.
+        OSError: As renaming does; a directory that was moved aside is then moved back.
+    """
     partial, old = partial_path(path), aside_path(path)
     if not partial.is_dir():
         os.replace(partial, path)
@@ -170,7 +201,7 @@ def put_in_place(path: Path) -> None:
     sync_folder(partial)
     replaced = path.exists()
     if replaced:
-        check_replaceable(path)  # once more: much may have happened since the work began
+        check_replaceable(path)  # once more: hours may have passed since the first check
         os.rename(path, old)
     try:
         os.rename(partial, path)
@@ -187,12 +218,15 @@ def put_in_place(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of text, whole or not at all, in a folder that is made; one that is there is replaced. Raises
-    CodebookError where the disk fails."""
+    """Write or replace a UTF-8 text file atomically; its folder is made if need be.
+
+    Raises:
+        CodebookError: The disk fails, or another process is writing the file.
+    """
     try:
         path.parent.mkdir(exist_ok=True)
         with partial_file(path, force=True) as target:
-            # Names of files need not be UTF-8, and the locale's encoding need not have what is said.
+            # File names in the text need not be UTF-8, and the locale's encoding may lack characters of it.
             target.write_text(text, encoding="utf-8", errors="backslashreplace")
             put_in_place(path)
     except OSError as error:
@@ -200,10 +234,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there, and renames are durable without
+    """Flush a directory's entries to disk, so that a rename in it survives a power failure."""
+    if os.name == "nt":  # directories cannot be opened there, and renames are durable without
         return
-    handle = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)

@@ -1,5 +1,5 @@
-"""Which tensors of a state dict are codebooks, told from names, shapes and dtypes: no tensor is opened. A tensor earns
-points for its name, its owner and what lies beside it; no family has a rule of its own."""
+"""Detection of codebooks in a state dict by names, shapes and dtypes, without reading a tensor. A tensor scores points
+for its name, its owning module and the tensors beside it; no family has a rule of its own."""
 
 import re
 from collections.abc import Mapping
@@ -15,13 +15,23 @@ _re = partial(re.compile, flags=re.IGNORECASE | re.DOTALL)
 
 @dataclass(frozen=True)
 class FoundCodebook:
-    """`size` codes of `dim` numbers, along `axis` of the tensor `key`; a padding row (RQ-VAE) does not count.
+    """A codebook and where it is stored.
 
-    heads: the axis of a 3-D tensor that is neither codes nor dim (the first, save in fairseq's (K, h, D)), else 1.
-    search: "euclidean" unless names speak against it (IBQ's do not: let the user say), "unknown" where they are vague.
-    companions: sorted keys of the owning module's tensors with an axis of length size, and EMA shadows of all these.
-    also: the same codebook under its other names, where several stages share one. form: how rows become codes, where
-    the model itself was asked; None: by names and shapes.
+    Attributes:
+        key: Of the tensor.
+        size: Number of codes K, without a padding row (RQ-VAE).
+        dim: Numbers of a stored row.
+        axis: Of the tensor, along which the codes lie.
+        heads: Length of the axis of a 3-D tensor that is neither codes nor dim (the first, but in fairseq's (K, h, D)
+            the second); 1 for a matrix.
+        dtype: As safetensors names it.
+        search: How the nearest code is searched: "euclidean" unless names speak against it, "cosine", "logits", or
+            "unknown" where names are vague. (IBQ's logits do not show in its names.)
+        companions: Sorted keys of tensors of the owning module with an axis of length `size`, and EMA shadows of these
+            and of the codebook.
+        confidence: "high", or "low" where the user must confirm it with --codebook-key.
+        also: The same codebook under other keys, where several quantizer stages share it.
+        form: How rows become codes, where the model itself was asked; None: names and shapes decide.
     """
 
     key: str
@@ -38,18 +48,24 @@ class FoundCodebook:
 
     @property
     def places(self) -> tuple["FoundCodebook", ...]:
-        """Everywhere the codebook stands in the file, this place first."""
+        """This codebook and its other places in the file, this one first."""
         return (self, *self.also)
 
     def resized(self, size: int) -> "FoundCodebook":
-        """Where it stands in a file of another number of codes."""
+        """The same places with another number of codes."""
         return replace(self, size=size, also=tuple(replace(place, size=size) for place in self.also))
 
 
 @dataclass(frozen=True)
 class Detection:
-    """Codebooks, and (key, shape) of other tensors whose size may follow K, both in natural order: with a dimension of
-    K, or of n K for n codebooks, or up to 4 more."""
+    """The codebooks of a state dict.
+
+    Attributes:
+        codebooks: In natural order of their keys: layers.2 before layers.10.
+        elsewhere: Key and shape of other tensors whose size may follow K, in natural order: they have a dimension of K,
+            or of n K for n codebooks, or up to 4 more.
+        reason: Why there is no codebook; None where there is one.
+    """
 
     codebooks: tuple[FoundCodebook, ...]
     elsewhere: tuple[tuple[str, Shape], ...]
@@ -66,7 +82,7 @@ LEAVES = (  # the first that matches the whole leaf counts
 )
 OWNERS = ((_re(r"(?!.*emb).*(quant(?!il|it|um)|vq(?!a(?![a-z]))|code_?book|\bpq\b)"), 3), (_re(r".*bottleneck"), 1))
 WORTH = {"counts": 3, "logits": 3, "recoding": 5, "between": 2, "grid": -9}
-BARE, LISTED, SURE = 1, 4, 5  # of a vague name straight in a quantiser; to be listed; to need no --codebook-key
+BARE, LISTED, SURE = 1, 4, 5  # points of a vague name directly in a quantizer; to be listed; for high confidence
 AGAINST = _re(
     r"(?<![^_])(activation|after|amax|att(n|ention)|basis|before|bias|bits|cl(as)?s|cond(ition)?|conv|disc(riminator)?"
     r"|fake|fc|heads?|implicit|init(i?t?ed|ialized)?|input|label|latents|levels|linear|ln|logits?|lora|loss|lpips|mask"
@@ -76,24 +92,27 @@ AGAINST = _re(
 COUNTS = _re(r"cluster|count|usage|used|hits?(_|$)|elem|freq|prob|num|(^|[._])n(_|$)")
 SUMS = _re(r"sum|avg|average|total|emb")  # a row for each code, whatever else the name says
 GRID = _re(r"\.\w*(levels|basis|mask|bits_to_indices|power)\w*")  # its product is the codebook, which is then computed
-MODEL = _re(r".*vq_?(vae|gan|model|net)")  # names a model, not a quantiser, where the module holds other layers
+MODEL = _re(r".*vq_?(vae|gan|model|net)")  # names a model, not a quantizer, if the module has other layers
 CONTAINER = _re(r"\d+|layers?|level\w*|stages?|blocks?|rq|bottleneck\w*")
 CODER = _re(r"(?:\w*_|\w*(?=..coder))?(en|de)c(?:oder)?s?(?:_[tb])?")
 INDEX = _re(r"\d+|(?<=[._])(?:t|b|top|bottom)(?=\.|$)")
 LAYER = _re(r"(?!.*(emb\w*|code_?books?)[.\d]*\.\w+$).*\.(weight(_v)?|kernel|w|original1)$")
 RECODE = r"code\w*_(proj|transform|to_codes)|embed\w*_proj"
-# Layers into and out of the quantiser have D channels; where one has K as well, that is chance.
+# Layers into and out of the quantizer have D channels; if one has K channels too, that is chance.
 CHANNELS = _re(rf"(pre|post|before|after)_\w*(quant|vq)|[._](in|out)(put)?_?proj|project|conv|resi|norm|{RECODE}")
 LOGITS = _re(r"\.(weight_)?proj(\.\d+)*\.|logit")
 PRIOR = _re(r"(head|logits?|out(put)?|generator|classifier)\w*\.weight$")
-NO_VQ = _re(r"self_attn|rnn|lstm|\bgru|fc_mu|to_mu|log_?var|fc_var")  # beside it, an unnamed embedding is no codebook
-EMA = _re(r"(?<![^._])(ema|shadow|averaged)(?![^._])")  # what bears more such marks than its namesake is its copy
+NO_VQ = _re(r"self_attn|rnn|lstm|\bgru|fc_mu|to_mu|log_?var|fc_var")  # beside it, a vague name is no codebook
+EMA = _re(r"(?<![^._])(ema|shadow|averaged)(?![^._])")  # the tensor with more such marks is a copy of its namesake
 WRAPPER = _re(r"(?<![^.])_*(model|module|params|net|generator|online_model|orig_mod|vq_?vae|vq_?gan)?_*(?![^.])")
-SEARCHES = (  # "unknown": the metric is a switch of the library, or latents are not compared with the rows as stored
+SEARCHES = (  # "unknown": the metric is an option of the library, or latents are not compared with stored rows
     (_re(rf"_codebook\.embed:3d|_hit|prob|embedding\.initt?ed|{RECODE}"), "unknown"),
-    (_re(r"codebook_used|\n\.in_proj.*\n\.out_proj"), "cosine"),  # kept by, or made low-dimensional for, l2 lookup
+    (
+        _re(r"codebook_used|\n\.in_proj.*\n\.out_proj"),
+        "cosine",
+    ),  # kept by, or projected down for, l2 lookup
 )
-_SPECIAL = 4  # tokens at most that a vocabulary has beside the codes: padding, mask, begin and end
+_SPECIAL = 4  # most tokens of a vocabulary beside the codes: padding, mask, begin, end
 VOCABULARY = "its embeddings are the vocabulary of a language model, or of a prior over tokens"
 NO_CODEBOOK = (
     (_re(r"absmax|quant_map|qweight|qzeros|weight_quantizer"), "its weights are stored in fewer bits: not as vectors"),
@@ -123,21 +142,22 @@ class _Names:
         self.copies = {name: first for least, first, group in groups for marks, name in group if marks > least}
 
     def under(self, module: str) -> list[str]:
+        """Names of all tensors in a module."""
         return [name for name in self.shapes if not module or name.startswith(f"{module}.")]
 
     def owner(self, owner: str) -> tuple[int, list[str]]:
-        """Points for the modules above a leaf, and the parts of the path after the one that earned them."""
+        """Points for the modules above a leaf, and the parts of the path after the one that scored them."""
         points, since = 0, list[str]()
         for path in accumulate(owner.split("."), "{}.{}".format):
             part = path.rpartition(".")[2]
             model = MODEL.match(part) and any(name in self.channels for name in self.under(path))
             here = 0 if model or AGAINST.search(part) else next((n for pattern, n in OWNERS if pattern.match(part)), 0)
-            # What stands before an encoder or decoder names the model.
+            # The modules above an encoder or decoder name the model.
             points, since = (0, []) if CODER.fullmatch(part) else (max(points, here), [] if here else [*since, part])
         return points, since
 
     def orient(self, shape: Shape, counts: set[int], weight: bool) -> tuple[int, int, bool]:
-        """Axis of the codes, how many, and whether that is sure: by counts, else by channels, else by convention."""
+        """Axis of the codes, their number, and whether that is certain: by counts, else channels, else convention."""
         fits = [(axis, n - pad, True) for pad in (0, 1) for axis, n in enumerate(shape) if 1 < n - pad in counts]
         rows, columns = (any(n in channels for channels in self.channels.values()) for n in shape[:2])
         stack, tall = len(shape) == 3, shape[0] >= shape[1]
@@ -147,7 +167,7 @@ class _Names:
         return fits[0] if len(fits) == 1 else (axis, shape[axis], sure)
 
     def judge(self, name: str) -> tuple[int, FoundCodebook, dict[str, str]] | None:
-        """Points, codebook, and the other names that belong to it; None where the tensor cannot be one."""
+        """Points, codebook, and names of the tensors that belong to it; None where the tensor cannot be one."""
         shape, (module, _, last) = self.shapes[name], name.rpartition(".")
         weight = last in ("weight", "w") or name.endswith("embedding.embedding")  # torch, Sonnet; Flax
         module = module if weight else name
@@ -166,7 +186,7 @@ class _Names:
         for other in {*self.under(owner), *self.under(module)} - {name}:
             inside = other[len(owner) :]
             near = named or "." not in inside.strip(".") or other.startswith(f"{module}.")
-            alike = all(mine == its for mine, its in zip(indices, INDEX.findall(inside), strict=False))
+            alike = all(mine == theirs for mine, theirs in zip(indices, INDEX.findall(inside), strict=False))
             if near and alike and not any(map(CODER.fullmatch, inside.split("."))):
                 scope[other] = inside
         lengths = (
@@ -192,7 +212,7 @@ class _Names:
             "grid": any(GRID.fullmatch(inside) and self.shapes[other] == (dim,) for other, inside in scope.items()),
         }
         points += rank + sum(WORTH[what] for what, holds in evidence.items() if holds)
-        level = "high" if sure and points >= SURE and size > 1 else "low"  # one row may be the basis of a lattice
+        level = "high" if sure and points >= SURE and size > 1 else "low"  # a single row may be the basis of a lattice
         about = "\n".join([f"{name}:{len(shape)}d", *sorted(scope.values()), *recoding])
         search = next((metric for pattern, metric in SEARCHES if pattern.search(about)), "euclidean")
         search = "logits" if emitted or evidence["logits"] else search if level == "high" else "unknown"
@@ -202,17 +222,22 @@ class _Names:
 
 
 def find_codebooks(shapes: Shapes, dtypes: Mapping[str, str] | None = None) -> Detection:
-    """The codebooks of a state dict, given as key -> shape and key -> dtype; where there is none, why."""
+    """Find the codebooks of a state dict, or the reason why it has none.
+
+    Args:
+        shapes: Of all tensors, by key.
+        dtypes: Of all tensors, by key, as safetensors names them; None: all are "F32".
+    """
     natural = partial(re.sub, r"\d+", lambda digits: digits[0].zfill(9))  # layers.2 before layers.10
     keys = {key.removesuffix(":0").replace("/", "."): key for key in sorted(shapes, key=natural)}
     names = _Names({name: tuple(shapes[key]) for name, key in keys.items()})
     dtypes = dtypes or dict.fromkeys(shapes, "F32")
     rated, unfit = list[tuple[int, FoundCodebook, dict[str, str]]](), list[str]()
     for name, key in keys.items():
-        found = None if name in names.copies else names.judge(name)
-        if found and found[0] >= LISTED:
+        rating = None if name in names.copies else names.judge(name)
+        if rating and rating[0] >= LISTED:
             holds_codes = re.match(r"B?F\d", dtypes[key]) and all(names.shapes[name])
-            rated.append(found) if holds_codes else unfit.append(f"{key} is {dtypes[key]} {[*names.shapes[name]]}")
+            rated.append(rating) if holds_codes else unfit.append(f"{key} is {dtypes[key]} {[*names.shapes[name]]}")
     books = [b for points, b, _ in rated if not any(b.key in scope and more > points for more, _, scope in rated)]
     own = {b.key: {keys[name] for name in b.companions} - {keys[other.key] for other in books} for b in books}
     claimed = {keys[b.key] for b in books}.union(*own.values())
@@ -225,7 +250,7 @@ def find_codebooks(shapes: Shapes, dtypes: Mapping[str, str] | None = None) -> D
 
 
 def _why_not(text: str, unfit: list[str]) -> str:
-    """text: all names, a line each. unfit: what would be a codebook, were it rows of floats."""
+    """The reason for no codebook; text: all names, a line each. unfit: codebooks by name that are no rows of floats."""
     if unfit:
         return f"{unfit[0]}, where a codebook is rows of floats"
     why = next(reason for pattern, reason in NO_CODEBOOK if pattern.search(text))

@@ -1,4 +1,4 @@
-"""How the codes that a model uses follow from the rows that its file stores."""
+"""How the codes that a model uses follow from stored rows: as they are, as sums over counts, or projected."""
 
 from __future__ import annotations
 
@@ -14,21 +14,27 @@ _OWN_NAME = re.compile(r"[^.]+(\.\d+)*(\.weight)?$")
 _RECODER = re.compile(rf"\w*({RECODE})\w*(\.\w+)*\.weight", re.IGNORECASE)
 
 
-def effective(found: FoundCodebook, shapes: Mapping[str, Shape]) -> Effective:
-    """What a model makes of the rows of `found`, in a file of these shapes: as it was asked, else by names and shapes
-    alone."""
-    if found.form is not None:
-        return found.form
-    padding = shapes[found.key][found.axis] - found.size
-    owner, name = _OWN_NAME.sub("", found.key), found.key.removesuffix(".weight")
-    counts = [key for key in found.companions if COUNTS.search(key[len(owner) :])]
+def effective(book: FoundCodebook, shapes: Mapping[str, Shape]) -> Effective:
+    """What a model makes of the stored rows of a codebook.
+
+    The answer of the model itself (`book.form`) comes first; without it, names and shapes decide.
+
+    Args:
+        book: A codebook of the file.
+        shapes: Of all tensors of the file, by key.
+    """
+    if book.form is not None:
+        return book.form
+    padding = shapes[book.key][book.axis] - book.size
+    owner, name = _OWN_NAME.sub("", book.key), book.key.removesuffix(".weight")
+    counts = [key for key in book.companions if COUNTS.search(key[len(owner) :])]
     if _SUM.fullmatch(name) and counts:
-        return Effective("ratio", (counts[0],), found.dim, padding)
+        return Effective("ratio", (counts[0],), book.dim, padding)
     layers = [key for key in shapes if key.startswith(owner) and _RECODER.fullmatch(key[len(owner) :])]
     if not layers:
-        return Effective("rows", (), found.dim, padding)
+        return Effective("rows", (), book.dim, padding)
     weight = layers[0]
-    if len(layers) > 1 or len(shapes[weight]) != 2 or shapes[weight][1] != found.dim:
-        return Effective("network", tuple(layers), found.dim, padding)
+    if len(layers) > 1 or len(shapes[weight]) != 2 or shapes[weight][1] != book.dim:
+        return Effective("network", tuple(layers), book.dim, padding)
     bias = weight.removesuffix("weight") + "bias"
     return Effective("projected", (weight, bias) if bias in shapes else (weight,), shapes[weight][0], padding)

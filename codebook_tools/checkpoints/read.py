@@ -1,5 +1,5 @@
-"""A checkpoint: a file of weights, or several with an index, or the directory around them. Read lazily: what lies where
-at once, tensors when asked for."""
+"""A checkpoint: a file of weights, shards with an index, or a directory of either. Headers are read at once, tensors
+when they are asked for."""
 
 from __future__ import annotations
 
@@ -28,13 +28,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights that were found sound. entries: by key, in the order of their bytes.
+    """Weights whose files are sound, and what goes with them.
 
-    path: of the file, or of the index. files: all of the weights', an index before its shards. folder: the directory
-    that was named in its place, or that an index lies in. config_path: of the config that goes with it. left_behind:
-    dotted names of what lies beside the weights in a pickle, and is not read. states: of the files as they were read.
-    stated: what the user says of tensors beside a codebook, by key: a role, or AS_STORED.
-    memory: what was found out about it, by name.
+    Attributes:
+        path: Of the file, or of the index of shards.
+        entries: Tensors by key, in the order of their bytes.
+        metadata: Of the header; of shards, joined.
+        files: All files of weights, an index before its shards; empty for weights in memory.
+        folder: The directory that was named in place of a file, or in which an index lies.
+        config_path: Of the config that goes with the weights.
+        left_behind: Dotted names of what lies beside the weights in a pickle and is not read.
+        states: Of `files` when they were read.
+        stated: What the user states of tensors beside a codebook, by key: a role, or AS_STORED.
+        memory: Results derived from the checkpoint, cached by name.
     """
 
     path: Path
@@ -50,50 +56,57 @@ class Checkpoint:
 
     @property
     def declared(self) -> dict[str, str]:
-        """What is said of tensors beside a codebook, by key: by the user now, or when the file was written."""
+        """What the user states of tensors beside a codebook, by key, now or when the file was written."""
         return {**declared_in(self.metadata), **self.stated}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, by key."""
         return {key: entry.shape for key, entry in self.entries.items()}
 
     @property
     def dtypes(self) -> dict[str, str]:
+        """Of all tensors, by key, as safetensors names them ("F32")."""
         return {key: entry.dtype for key, entry in self.entries.items()}
 
     @property
     def sharded(self) -> bool:
+        """Whether the weights lie in several files, with an index."""
         return len(self.files) > 1
 
     @property
     def nbytes(self) -> int:
-        """Of the files of weights, without an index; of a pickle, of its tensors alone."""
+        """Bytes of the files of weights, without an index; of a pickle, of its tensors alone."""
         if not all(isinstance(entry, Stored) for entry in self.entries.values()):
             return sum(entry.nbytes for entry in self.entries.values())
         return sum(file.stat().st_size for file in self.files[self.sharded :])
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor, in its stored dtype; no other is read."""
+        """Read one tensor, in its stored dtype."""
         return self.entries[key].tensor()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, in their stored dtypes: in memory, however large."""
+        """Read all tensors into memory, in their stored dtypes."""
         return {key: entry.tensor() for key, entry in self.entries.items()}
 
     def chunks(self, key: str) -> Iterator[bytes]:
-        """The bytes of a tensor as safetensors stores them, at most 4 MiB at a time."""
+        """Read the bytes of a tensor as safetensors stores them, at most `tensors.CHUNK` at a time."""
         return self.entries[key].chunks()
 
     @property
     def warnings(self) -> list[str]:
-        """What to warn of in what was read: of a pickle, all that is no weights of the model."""
+        """One line that names what a pickle holds beside the weights; empty where there is nothing."""
         if not self.left_behind:
             return []
         few = ", ".join(self.left_behind[:3]) + (", ..." if len(self.left_behind) > 3 else "")
         return [f"{self.path.name} holds more than the weights that were read; {few} is left behind"]
 
     def check_unchanged(self) -> None:
-        """Raise CodebookError where a file is not what it was when it was read: half of a result would be another's."""
+        """Check that all files are as they were read, since a result would otherwise mix two checkpoints.
+
+        Raises:
+            CodebookError: A file has changed or is gone.
+        """
         for file, was in zip(self.files, self.states, strict=True):
             try:
                 changed = state_of(file) != was
@@ -104,12 +117,16 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> Config | None:
-        """Read when asked for: a config.json beside a file may be anyone's. Raises CodebookError where it is none."""
+        """The config, None where there is none; read when asked for, as a config.json beside a file may be another's.
+
+        Raises:
+            CodebookError: It is no JSON object.
+        """
         return parse_config(self.config_path) if self.config_path else None
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file; of an index and its shards, as `joined_sha256` has it; in memory, of the tensors by key."""
+        """SHA-256 of the file; of an index and its shards that of `joined_sha256`; in memory that of the tensors."""
         if not self.files:
             digest = hashlib.sha256()
             for key in sorted(self.entries):
@@ -121,16 +138,22 @@ class Checkpoint:
 
 
 def declared_in(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What was said of tensors when a file was written."""
+    """What the user stated of tensors when the file was written, by key; empty where the entry is no JSON object."""
     try:
-        said = parse_json(metadata.get(PREFIX + DECLARED, "{}"))
+        declared = parse_json(metadata.get(PREFIX + DECLARED, "{}"))
     except ValueError:
         return {}
-    return {key: role for key, role in said.items() if isinstance(role, str)} if isinstance(said, dict) else {}
+    if not isinstance(declared, dict):
+        return {}
+    return {key: role for key, role in declared.items() if isinstance(role, str)}
 
 
 def joined_sha256(digests: Mapping[str, str]) -> str:
-    """One for several files, by name, in this order: the SHA-256 of what sha256sum prints of them. Of one, its own."""
+    """One hash of several files: the SHA-256 of what `sha256sum` prints of them.
+
+    Args:
+        digests: SHA-256 by file name, in the order of the output; that of a single file is returned as it is.
+    """
     lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
     return hashlib.sha256(lines.encode()).hexdigest() if len(digests) > 1 else next(iter(digests.values()))
 
@@ -138,32 +161,35 @@ def joined_sha256(digests: Mapping[str, str]) -> str:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Open a safetensors file, an index of shards or a file of torch.save, or the one in a directory.
 
-    An index stands for its directory. Raises CodebookError with what the file is, where it is none of these, and with
-    what the directory lacks.
+    An index stands for its directory.
+
+    Raises:
+        CodebookError: The file is none of these, which the message says with what it is; or a directory lacks weights
+            or a config.
     """
     try:
         weights = weights_in(path) if path.is_dir() else path
         sharded = weights.suffix == Path(INDEX).suffix
         folder = path if path.is_dir() else weights.parent if sharded else None
         config_path = config_in(path) if folder and not sharded else config_beside(weights)
-        found = read_shards(weights) if sharded else _read_file(weights)
-        states = tuple(map(state_of, found.files))
+        content = read_shards(weights) if sharded else _read_file(weights)
+        states = tuple(map(state_of, content.files))
     except FileNotFoundError as error:
         raise CodebookError(f"no such file: {path}") from error
     except OSError as error:
         raise CodebookError(f"cannot read {path}: {error.strerror or error}") from error
     checkpoint = Checkpoint(
-        weights, found.entries, found.metadata, found.files, folder, config_path, found.left_behind, states
+        weights, content.entries, content.metadata, content.files, folder, config_path, content.left_behind, states
     )
     if folder:
-        _ = checkpoint.config  # part of what was named, so it must be sound
+        _ = checkpoint.config  # the user named it with the directory, so it must be sound
     return checkpoint
 
 
 def _read_file(path: Path) -> Weights:
-    """Told by how it begins, not by its name; but what is called safetensors must be that.
+    """Read a file by its first bytes, not its name; but a name in .safetensors must be true.
 
-    A header's length may begin as a pickle does: what follows it, a brace, tells them apart.
+    The length of a safetensors header may look like the first bytes of a pickle; the brace after it decides.
     """
     check_regular(path)
     with path.open("rb") as file:
@@ -171,6 +197,6 @@ def _read_file(path: Path) -> Weights:
     pickled = head.startswith(PICKLED) and head[8:] != b"{"
     if not pickled or path.suffix == SUFFIX:
         return read_safetensors(path)
-    from codebook_tools.checkpoints.torch_file import read_pickle  # which torch is needed for
+    from codebook_tools.checkpoints.torch_file import read_pickle  # it needs torch
 
     return read_pickle(path)

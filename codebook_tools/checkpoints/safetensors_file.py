@@ -15,15 +15,21 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.safe_io import parse_json
 
 PICKLED = (b"PK", b"\x80")
-"""How files begin that torch.save wrote, and that are of another format: a zip, or, before torch 1.6, a bare pickle."""
-
+"""First bytes of a file of torch.save: a zip, or, before torch 1.6, a bare pickle."""
 
 LONGEST_HEADER = 16 << 20
-"""Bytes: of some hundred thousand tensors. The format allows six times that, which takes gigabytes to parse."""
+"""Bytes, enough for 100,000 tensors. The format allows six times that, which takes gigabytes to parse."""
+
+_LONGEST_SIDE = 2**63 - 1
 
 
 def read_safetensors(path: Path) -> Weights:
-    """What a safetensors file holds, by its header. Raises CodebookError with what the file is, where it is none."""
+    """Read the header of a safetensors file.
+
+    Raises:
+        CodebookError: It is no sound one; the message says what it is.
+        OSError: It cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -31,7 +37,7 @@ def read_safetensors(path: Path) -> Weights:
             length = int.from_bytes(file.read(8), "little")
             if LONGEST_HEADER < length <= path.stat().st_size:
                 raise CodebookError(f"{path}: a header of {length:,} bytes; the longest read has {LONGEST_HEADER:,}")
-            # The library's own checks of offsets, overlaps and dtypes. No tensor is asked for, so no torch is needed.
+            # The library checks offsets, overlaps and dtypes; as no tensor is read, "np" spares the import of torch.
             with safe_open(path, framework="np"):
                 pass
             header = parse_json(file.read(length))
@@ -41,50 +47,55 @@ def read_safetensors(path: Path) -> Weights:
         raise CodebookError(f"{path} is not a sound {kind}: {_what_it_is(path, error)}") from error
     metadata = header.pop("__metadata__", None) or {}
     entries: list[Entry] = [
-        Stored(key, its["dtype"], tuple(its["shape"]), path, *(8 + length + offset for offset in its["data_offsets"]))
-        for key, its in sorted(header.items(), key=lambda item: (item[1]["data_offsets"][0], item[0]))
+        Stored(key, info["dtype"], tuple(info["shape"]), path, *(8 + length + at for at in info["data_offsets"]))
+        for key, info in sorted(header.items(), key=lambda item: (item[1]["data_offsets"][0], item[0]))
     ]
     return Weights((path,), {entry.key: entry for entry in entries}, metadata)
 
 
 def _check_sides(header: Mapping[str, Any]) -> None:
-    """Raise ValueError for a side that no tensor can have; the library looks at their product, which may be 0."""
-    for key, its in header.items():
-        if key != "__metadata__" and any(side > _LONGEST_SIDE for side in its["shape"]):
-            raise ValueError(f"{key} has the shape {its['shape']}")
-
-
-_LONGEST_SIDE = 2**63 - 1
+    """Raise ValueError for a side that no tensor can have: the library checks their product alone, which may be 0."""
+    for key, info in header.items():
+        if key != "__metadata__" and any(side > _LONGEST_SIDE for side in info["shape"]):
+            raise ValueError(f"{key} has the shape {info['shape']}")
 
 
 def laid_out(entries: Iterable[Entry]) -> list[Entry]:
-    """In the order given, or, where a number would then not start at a multiple of its size, the larger ones first."""
-    given = list(entries)
-    starts = accumulate((entry.nbytes for entry in given), initial=0)
-    aligned = all(not start % (_item(entry) or 1) for start, entry in zip(starts, given, strict=False))
-    return given if aligned else sorted(given, key=_item, reverse=True)
+    """The entries in their order, or, where one would start at no multiple of its item size, larger items first."""
+    ordered = list(entries)
+    starts = accumulate((entry.nbytes for entry in ordered), initial=0)
+    aligned = all(not start % (_item_size(entry) or 1) for start, entry in zip(starts, ordered, strict=False))
+    return ordered if aligned else sorted(ordered, key=_item_size, reverse=True)
 
 
-def _item(entry: Entry) -> int:
+def _item_size(entry: Entry) -> int:
+    """Bytes of one number; 0 of an empty tensor, and of dtypes that are narrower than a byte."""
     return entry.nbytes // max(1, math.prod(entry.shape))
 
 
 def header_of(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
-    """The header of a file of these entries, in this order: sorted, so that the same content gives the same bytes;
-    padded to 8 bytes, as the format asks."""
+    """The header of a file that holds these entries in this order.
+
+    Its keys are sorted, so that equal content gives equal bytes; it is padded to 8 bytes, as the format asks.
+
+    Args:
+        entries: Tensors in the order of their bytes.
+        metadata: Written beside them, with "format" where it is missing.
+    """
     # transformers of 2024 fails where "format" is missing.
     header: dict[str, object] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
-    found, offset = {}, 0
+    tensors, offset = {}, 0
     for entry in entries:
         span = [offset, offset + entry.nbytes]
-        found[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": span}
+        tensors[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": span}
         offset += entry.nbytes
-    header.update(sorted(found.items()))
+    header.update(sorted(tensors.items()))
     data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return data + b" " * (-len(data) % 8)
 
 
 def _what_it_is(path: Path, error: Exception) -> str:
+    """What a file that is no safetensors file is, by its first bytes, with a remedy where there is one."""
     try:
         with path.open("rb") as file:
             head = file.read(512)

@@ -1,4 +1,4 @@
-"""Weights in several safetensors files, and the index that says which tensor lies in which. It is not believed."""
+"""Weights in several safetensors files; the index that says which tensor lies in which is checked against all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from codebook_tools.errors import CodebookError
 
 
 def read_shards(index: Path) -> Weights:
-    """What the shards of an index hold, by their headers. Raises CodebookError where index and shards do not agree."""
+    """Read the headers of all shards of an index.
+
+    Raises:
+        CodebookError: Index and shards do not agree, or the index names a file that is missing or outside its folder.
+    """
     places = _weight_map(index)
     names = sorted(set(places.values()))
     for name in names:
@@ -43,10 +47,10 @@ def read_shards(index: Path) -> Weights:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Name of the shard by tensor, as the index has it."""
-    found = parse_config(index)
-    places = found.get("weight_map")
-    if not isinstance(places, dict) or not places or not isinstance(found.get("metadata", {}), dict):
+    """File name of the shard by tensor, as the index says."""
+    content = parse_config(index)
+    places = content.get("weight_map")
+    if not isinstance(places, dict) or not places or not isinstance(content.get("metadata", {}), dict):
         raise CodebookError(f"{index} is no index of shards: it needs a weight_map of tensors, and metadata")
     for key, name in places.items():
         if not isinstance(name, str):
@@ -55,9 +59,9 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_place(index: Path, name: str) -> None:
-    """Raise CodebookError unless a shard is a file in the folder of its index, and no link to anywhere else."""
+    """Raise CodebookError unless a shard is a file in the folder of its index, and no link out of it."""
     shard = index.parent / name
-    odd = re.search(r"[\\\0\ud800-\udfff]", name)  # surrogates: no file system has a form for them
+    odd = re.search(r"[\\\0\ud800-\udfff]", name)  # no file system can encode surrogates
     plain = name == os.path.basename(name) and name not in ("", ".", "..") and not odd
     if not plain:
         raise CodebookError(f"{index} names {name!r}, outside its folder; a shard lies beside its index")

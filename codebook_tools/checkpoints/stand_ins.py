@@ -1,14 +1,14 @@
-"""Stand-ins for the harmless objects in a file of torch.save: they keep what was written, and run none of it.
+"""Stand-ins for the harmless objects in a file of torch.save: they keep arguments and state, and run no code.
 
 torch's unpickler makes tensors, plain containers and what `torch.serialization` allows by name, and refuses all else.
-What is allowed here are names, never the classes behind them: a name leads to a class or function of this file, which
-keeps arguments and state as they are. So no module of a file's is imported and no method of its classes is called,
-whatever a pickle does with them.
+Only names are allowed here, never the classes behind them: a name leads to a class or function of this module, which
+keeps arguments and state as they are. So no module that a file names is imported and no method of its classes is
+called, whatever the pickle does with them.
 
-An enum of the file's own config has a name that no list can hold. A class of an unknown module is let in where its name
-is spelled as classes are, and the file does no more than name it or call it with one plain value, as enums are pickled.
-Names of the standard library and of libraries that load or run things are refused even so: their stand-ins would be as
-inert, but nothing harmless is pickled in that form, and the user should hear of such a file.
+The name of an enum in somebody's own config cannot be listed. A class of an unknown module is allowed if its name is
+spelled like a class and the file only names it or calls it with one plain value, as enums are pickled. Names of the
+standard library and of libraries that load or run things are refused even so: their stand-ins would be as inert, but
+nothing harmless is pickled in that form, and the user should know about such a file.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ OBJECTS = (
     *("omegaconf.base.Metadata", "omegaconf.base.ContainerMetadata", "omegaconf.base.UnionNode"),
     *(f"omegaconf.nodes.{kind}Node" for kind in _NODES),
 )
-"""Classes whose objects are kept, with any arguments and state."""
+"""Classes whose objects are read, with any arguments and state."""
 
 REFERENCES = (
     *(f"builtins.{kind}" for kind in ("bool", "bytes", "dict", "float", "int", "list", "object", "str", "tuple")),
     *(f"typing.{hint}" for hint in ("Any", "Dict", "List", "Literal", "Optional", "Tuple", "Union")),
 )
-"""What is named and never called: the types of omegaconf's nodes, and what a defaultdict is to make."""
+"""Classes that may be named and not called: types of omegaconf's nodes, factories of defaultdicts."""
 
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {
     *("__builtin__", "copy_reg"),  # of Python 2, as pickles of protocol 2 spell them
@@ -47,22 +47,24 @@ _LIBRARIES = frozenset(sys.stdlib_module_names) | {
 }
 _OWN = re.compile(r"((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*)\.(_*[A-Z]\w*)", re.ASCII)
 _MOST_OWN = 64
-"""Classes of its own that a file may name: torch goes through all that are allowed at every object."""
+"""Unknown classes that a file may name: torch searches all allowed ones at every object."""
 _PLAIN = (str, int, float, complex, bool, bytes, type(None))
 _ONE_AT_A_TIME = threading.Lock()
 
 
 class RefusedError(Exception):
-    """A pickle uses an allowed name in another way than harmless objects are written. The message is as torch's are."""
+    """A pickle uses an allowed name otherwise than harmless objects do. The message has the form of torch's own."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"GLOBAL {name} was not an allowed global in this use")
 
 
 class StandIn:
-    """An object of the file: what it was made of and its state, neither interpreted.
+    """An object of the file; each subclass has the name of the class that it stands for.
 
-    Its subclass has the name of the class that it stands for.
+    Attributes:
+        arguments: With which the object was made, not interpreted.
+        state: That the object was given afterwards, not interpreted; None where there was none.
     """
 
     __slots__ = ("arguments", "state")
@@ -76,7 +78,7 @@ class StandIn:
         return made
 
     def __setstate__(self, state: object) -> None:
-        """Called by torch in place of writing to the object's `__dict__` and slots."""
+        """Keep the state; torch would otherwise write it to the object's `__dict__` and slots."""
         self.state = state
 
     def __repr__(self) -> str:
@@ -84,7 +86,7 @@ class StandIn:
 
 
 class Reference(StandIn):
-    """A class that the file may name, and not make anything of."""
+    """A class that the file may name and not call."""
 
     __slots__ = ()
 
@@ -93,7 +95,7 @@ class Reference(StandIn):
 
 
 class Member(StandIn):
-    """A member of an enum: its class's name, and its value or name."""
+    """A member of an enum, whose only argument is its value or name."""
 
     __slots__ = ()
 
@@ -112,7 +114,7 @@ class Member(StandIn):
 
 
 class Namespace(dict[str, object]):
-    """An `argparse.Namespace`, as the mapping that its attributes are: a state dict may be one of them."""
+    """An `argparse.Namespace` as the mapping of its attributes, since a state dict may be among them."""
 
     def __new__(cls, *arguments: object) -> Namespace:
         if arguments:
@@ -126,26 +128,26 @@ class Namespace(dict[str, object]):
 
 
 def _defaultdict(factory: object = None) -> dict[object, object]:
-    """A plain dict, which torch fills as it does any other: what is missing from a file stays missing."""
+    """A plain dict for a defaultdict; torch fills it, and missing keys are not made up."""
     return {}
 
 
 def _getitem(origin: object, parameters: object) -> StandIn:
-    """A hint with parameters, `List[int]`."""
+    """A type hint with parameters, as `List[int]`."""
     if not (isinstance(origin, type) and issubclass(origin, Reference)):
         raise RefusedError("operator.getitem")
     return StandIn(origin, parameters)
 
 
 def _getattr(enum: object, name: object) -> Member:
-    """A member of an enum of the file's own by its name, as some versions of Python pickle it; of nothing else."""
+    """A member of an own enum by its name, as some versions of Python pickle it; of nothing else."""
     if not (isinstance(enum, type) and issubclass(enum, Member) and type(name) is str and name.isidentifier()):
         raise RefusedError("builtins.getattr")
     return enum(name)
 
 
 def _named(kind: type[StandIn], name: str) -> type[StandIn]:
-    """A class of that kind under the name that it stands for."""
+    """A subclass of `kind` under a dotted name."""
     module, _, own = name.rpartition(".")
     return type(own, (kind,), {"__module__": module, "__slots__": ()})
 
@@ -169,20 +171,20 @@ _ALLOWED: tuple[tuple[Callable[..., Any], str], ...] = (
 
 
 def own_classes(names: Iterable[str]) -> list[str]:
-    """Those of the dotted names that may be enums of the file's own config; none where there are too many."""
-    own = {name for name in names if (found := _OWN.fullmatch(name)) and found[1].partition(".")[0] not in _LIBRARIES}
+    """The dotted names among `names` that may be enums of somebody's own config, sorted; none if there are too many."""
+    own = {name for name in names if _OWN.fullmatch(name) and name.partition(".")[0] not in _LIBRARIES}
     return sorted(own) if len(own) <= _MOST_OWN else []
 
 
 @contextmanager
 def allowed(own: Iterable[str] = ()) -> Iterator[None]:
-    """Within it `torch.load` reads stand-ins, and no class that the process has allowed: one of the same name is real.
+    """Let `torch.load` read stand-ins, and none of the classes that the process has allowed, which would be real ones.
 
-    What torch allows belongs to the process, so one thread at a time is within, and others that load there meanwhile
-    are under these rules too. Afterwards all is as it was.
+    What torch allows belongs to the process: one thread at a time is inside, and loads of other threads meanwhile
+    follow these rules too. Afterwards all is as before.
 
     Args:
-        own: dotted names of classes of the file's own, of `own_classes`.
+        own: Dotted names of classes that are read as enums, from `own_classes`.
     """
     stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         *_ALLOWED,

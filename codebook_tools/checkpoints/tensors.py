@@ -1,4 +1,4 @@
-"""A tensor of a checkpoint: in a file at known bytes, or held in memory. Nothing is read before it is asked for."""
+"""A tensor of a checkpoint: at known bytes of a file, or in memory. Nothing is read before it is asked for."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 
 from codebook_tools.errors import CodebookError
 
-if TYPE_CHECKING:  # imported where a tensor is made: a header is read without waiting for torch
+if TYPE_CHECKING:  # torch is imported where a tensor is made, so that reading a header does not wait for it
     import torch
     from torch import Tensor
 
 CHUNK = 1 << 20
+"""Bytes of a tensor that are in memory at once while it is copied."""
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
-"""Of tensors, by name."""
+"""Of tensors, by key."""
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
@@ -31,10 +32,10 @@ _DTYPES = {
 
 @cache
 def _known() -> dict[str, torch.dtype]:
-    """Those that this torch has, by the name that safetensors gives them."""
+    """The dtypes that this torch has, by the name that safetensors gives them."""
     import torch
 
-    return {name: getattr(torch, its) for name, its in _DTYPES.items() if hasattr(torch, its)}
+    return {name: getattr(torch, dtype) for name, dtype in _DTYPES.items() if hasattr(torch, dtype)}
 
 
 @cache
@@ -43,7 +44,11 @@ def _names() -> dict[torch.dtype, str]:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name. Raises CodebookError for one that this torch does not know."""
+    """The torch dtype of a safetensors dtype name.
+
+    Raises:
+        CodebookError: This torch has no such dtype.
+    """
     known = _known()
     if name not in known:
         raise CodebookError(f"tensors of dtype {name} cannot be handled; there are {', '.join(known)}")
@@ -52,21 +57,35 @@ def torch_dtype(name: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file. dtype: as safetensors names it ("F32"). start, end: byte offsets in the file."""
+    """A tensor in a file.
+
+    Attributes:
+        key: Its name.
+        dtype: As safetensors names it ("F32").
+        shape: Of the tensor.
+        file: That holds it.
+        start: Offset of its first byte in the file.
+        end: Offset after its last byte.
+    """
 
     key: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
     file: Path
     start: int
     end: int
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the stored tensor."""
         return self.end - self.start
 
     def tensor(self) -> Tensor:
-        """Read now, in the stored dtype. Raises CodebookError for a dtype that torch lacks."""
+        """Read the tensor, in the stored dtype.
+
+        Raises:
+            CodebookError: torch lacks the dtype, or the file has become too short.
+        """
         import torch
 
         tensor = torch.empty(self.shape, dtype=torch_dtype(self.dtype))
@@ -77,7 +96,11 @@ class Stored:
         return tensor
 
     def chunks(self) -> Iterator[bytes]:
-        """The stored bytes, at most 4 MiB at a time."""
+        """Read the stored bytes, at most CHUNK at a time.
+
+        Raises:
+            CodebookError: The file has become too short.
+        """
         with self.file.open("rb") as file:
             file.seek(self.start)
             left = self.nbytes
@@ -90,32 +113,40 @@ class Stored:
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
-    """A tensor in memory, or mapped from a pickle, in whatever order its numbers lie there. Its dtype has a name."""
+class InMemory:
+    """A tensor in memory or mapped from a pickle, strided in any way, whose dtype safetensors can hold.
+
+    Attributes:
+        key: Its name.
+        value: The tensor.
+    """
 
     key: str
     value: Tensor
 
     @property
     def dtype(self) -> str:
+        """As safetensors names it ("F32")."""
         return _names()[self.value.dtype]
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
+        """Of the tensor."""
         return tuple(self.value.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor as safetensors stores it."""
         return self.value.numel() * self.value.element_size()
 
     def tensor(self) -> Tensor:
-        """A copy of its own."""
+        """A contiguous copy."""
         import torch
 
         return self.value.clone(memory_format=torch.contiguous_format)
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes that safetensors stores: little-endian, row by row, at most 4 MiB at a time."""
+        """The bytes as safetensors stores them, little-endian and row by row, at most CHUNK at a time."""
         import torch
 
         if self.nbytes:
@@ -123,19 +154,23 @@ class Held:
             yield from (flat[at : at + CHUNK].tobytes() for at in range(0, len(flat), CHUNK))
 
 
-Entry = Stored | Held
+Entry = Stored | InMemory
 
 
 def can_hold(dtype: torch.dtype) -> bool:
-    """Whether safetensors has a name for it."""
+    """Whether safetensors has a name for the dtype."""
     return dtype in _names()
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What files of weights hold, in the order of their bytes. files: an index before its shards.
+    """The content of files of weights.
 
-    left_behind: of a pickle, the dotted names of what was in it beside the weights.
+    Attributes:
+        files: All of them, an index before its shards.
+        entries: Tensors by key, in the order of their bytes.
+        metadata: Of the header; of shards, joined.
+        left_behind: Of a pickle, dotted names of what it holds beside the weights.
     """
 
     files: tuple[Path, ...]

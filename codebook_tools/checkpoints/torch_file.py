@@ -1,4 +1,4 @@
-"""Files of torch.save: their tensors alone, mapped rather than read, and nothing in them is ever run.
+"""Files of torch.save: tensors are mapped rather than read, and no code in the file is ever run.
 
 Harmless objects beside the tensors are read as stand-ins: see `stand_ins`.
 """
@@ -18,53 +18,59 @@ import torch
 from torch import Tensor
 
 from codebook_tools.checkpoints.stand_ins import allowed, own_classes
-from codebook_tools.checkpoints.tensors import Held, Weights, can_hold
+from codebook_tools.checkpoints.tensors import InMemory, Weights, can_hold
 from codebook_tools.errors import CodebookError
 
 WRAPPERS = (
     "state_dict", "model_state_dict", "model", "module", "params_ema", "params", "ema", "net", "generator",
 )  # fmt: skip
-"""Names under which people save a state dict beside other things: the first that holds tensors is it."""
+"""Names under which a state dict is saved beside other things, the preferred ones first."""
 
 _DEPTH = 4
+"""Mappings within each other that are searched for tensors."""
 _REFUSED = re.compile(r"GLOBAL ((?:\w+\.)*\w+)|(?:global|class|function) ((?:\w+\.)+\w+)")
-"""What torch says of a global that it does not let a pickle have; of one in `builtins` without that."""
+"""How torch names a global that it refuses; the second form is that of `builtins`."""
 _LONGEST_SCANNED = 16 << 20
-"""Bytes of a pickle that are gone through for the names in it; one of ten thousand tensors has 2 MB."""
+"""Bytes of a pickle that are searched for names; that of ten thousand tensors has 2 MB."""
 _LEGACY_PICKLES = 4
-"""In files of torch before 1.6: magic number, version, system, and the object that was saved."""
+"""Pickles in a file of torch before 1.6 up to the saved object: magic number, version, system, object."""
 _LONGEST_REPEATED = 64 << 20
-"""Bytes of a tensor that a file need not hold so many of: masks and constants are expanded, and saved so; no weights
-are, and a file of nothing could claim any size."""
+"""Bytes up to which a tensor may be larger than its storage, as masks and constants are that were expanded. Weights are
+not, and a tiny file could otherwise claim any size."""
 
 
 def read_pickle(path: Path) -> Weights:
-    """The state dict in a file of torch.save, out of its wrappers. Raises CodebookError for all that is not plain data.
+    """Read the state dict in a file of torch.save, which may be wrapped in other mappings.
 
     A wrapper is a name of WRAPPERS; or, beside scalars, the only mapping that holds tensors.
+
+    Raises:
+        CodebookError: The file holds anything but plain data, no state dict, several between which the names do not
+            decide, or a tensor that safetensors cannot hold.
+        OSError: It cannot be read.
     """
-    found = _load(path)
-    names, state = _unwrapped(path, found)
-    left = [*_siblings(found, names)]
+    content = _load(path)
+    names, state = _unwrapped(path, content)
+    left = [*_siblings(content, names)]
     prefix = "".join(f"{name}." for name in names)
     entries = {}
     for key, value in state.items():
         if isinstance(key, str) and isinstance(value, Tensor):
-            entries[key] = Held(key, _plain(path, key, value))
+            entries[key] = InMemory(key, _plain(path, key, value))
         else:
             left.append(f"{prefix}{key}")
     return Weights((path,), {**entries}, {}, tuple(left))
 
 
 class _RefusedError(CodebookError):
-    """The file wants a class or function that it does not get."""
+    """The file asks for a class or function that is not allowed."""
 
 
 def _load(path: Path) -> object:
-    """What the file holds, with stand-ins for harmless objects."""
+    """The saved object, with stand-ins for harmless objects."""
     try:
         return _attempt(path)
-    except _RefusedError as refused:  # which may be an enum of its own config
+    except _RefusedError as refused:  # the class may be an enum of the file's own config
         own = own_classes(_names_in(path))
         if not own:
             raise
@@ -72,19 +78,20 @@ def _load(path: Path) -> object:
             return _attempt(path, own)
         except _RefusedError:
             raise
-        except CodebookError:  # not in the form of an enum: the first attempt has its name
+        except CodebookError:  # it is not used as an enum is; the first error names it
             raise refused from None
 
 
 def _attempt(path: Path, own: Iterable[str] = ()) -> object:
+    """Load the file; own: names of classes that are read as enums."""
     try:
         with allowed(own), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch says of such files is said better below
-            # files that are no zip are read whole: they cannot be mapped
+            warnings.simplefilter("ignore")  # our errors say the same in one line
+            # a file that is no zip cannot be mapped, so it is read whole
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=_is_zipped(path))
     except OSError:
         raise
-    except Exception as error:  # a file that is not sound makes the unpickler fail in any way
+    except Exception as error:  # on a damaged file the unpickler raises errors of any class
         raise _why_not(path, str(error)) from error
 
 
@@ -94,12 +101,12 @@ def _is_zipped(path: Path) -> bool:
 
 
 def _names_in(path: Path) -> list[str]:
-    """Dotted names of the globals in a file's pickle, as far as it can be followed.
+    """Dotted names of the globals in a file's pickle, as far as it can be parsed.
 
-    They say which stand-ins to offer and nothing more: whatever is read wrong here, torch gives no other globals.
+    They only choose which stand-ins are offered: whatever is misread here, torch gives no other globals.
     """
     names = []
-    with path.open("rb") as file, contextlib.suppress(Exception):  # a damaged file: torch says what is wrong
+    with path.open("rb") as file, contextlib.suppress(Exception):  # of a damaged file torch has reported the error
         if _is_zipped(path):
             with zipfile.ZipFile(file) as archive:
                 (member,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
@@ -113,6 +120,7 @@ def _names_in(path: Path) -> list[str]:
 
 
 def _why_not(path: Path, error: str) -> CodebookError:
+    """The error for a file that torch does not load, from the message of torch."""
     refused = _REFUSED.search(error)
     if refused:
         return _RefusedError(
@@ -122,63 +130,63 @@ def _why_not(path: Path, error: str) -> CodebookError:
     if "TorchScript" in error:
         program = "is a TorchScript program, which is not run; save torch.jit.load(...).state_dict() instead"
         return CodebookError(f"{path} {program}")
-    told = " ".join(error.rpartition("WeightsUnpickler error: ")[2].split())
-    return CodebookError(f"{path} is no sound PyTorch file ({told[:100] or 'it ends too early'}); fetch it again")
+    reason = " ".join(error.rpartition("WeightsUnpickler error: ")[2].split())
+    return CodebookError(f"{path} is no sound PyTorch file ({reason[:100] or 'it ends too early'}); fetch it again")
 
 
-def _unwrapped(path: Path, found: object) -> tuple[list[str], dict[object, object]]:
+def _unwrapped(path: Path, content: object) -> tuple[list[str], dict[object, object]]:
     """The names that lead to the state dict, and the state dict."""
     names, answers = list[str](), dict[tuple[int, int], bool]()
-    while isinstance(found, dict) and len(names) < _DEPTH:
-        inside = [name for name, value in found.items() if isinstance(name, str) and _holds_tensors(value, answers)]
+    while isinstance(content, dict) and len(names) < _DEPTH:
+        inside = [name for name, value in content.items() if isinstance(name, str) and _holds_tensors(value, answers)]
         known = [name for name in WRAPPERS if name in inside]
-        own = [value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)]
+        own = [value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)]
         if not known and (any(value.ndim for value in own) or (own and not inside)):
-            return names, found
+            return names, content
         if not known and len(inside) > 1:
             several = f"{path} holds {len(inside)} state dicts ({', '.join(inside[:4])})"
             raise CodebookError(f"{several}, none called {WRAPPERS[0]}; save the one meant alone")
         if not inside:
             break
         names.append((known or inside)[0])
-        found = found[names[-1]]
+        content = content[names[-1]]
     raise CodebookError(f"{path} holds no tensors by name; save model.state_dict() with torch.save, or as safetensors")
 
 
-def _holds_tensors(found: object, answers: dict[tuple[int, int], bool], depth: int = _DEPTH) -> bool:
-    """Whether it is a mapping with tensors in it, or in mappings below; by name, as an optimiser's numbers are not.
+def _holds_tensors(content: object, answers: dict[tuple[int, int], bool], depth: int = _DEPTH) -> bool:
+    """Whether it is a mapping with tensors by name (an optimizer numbers them) in it or in mappings below.
 
-    answers: given so far, by mapping and depth, since one mapping may stand in a file under any number of names.
+    answers: By id of the mapping and depth, since a file may hold one mapping under any number of names.
     """
-    if not isinstance(found, dict) or depth == 0:
+    if not isinstance(content, dict) or depth == 0:
         return False
-    asked = id(found), depth
-    if asked not in answers:
-        answers[asked] = any(
+    question = id(content), depth
+    if question not in answers:
+        answers[question] = any(
             isinstance(name, str) and (isinstance(value, Tensor) or _holds_tensors(value, answers, depth - 1))
-            for name, value in found.items()
+            for name, value in content.items()
         )
-    return answers[asked]
+    return answers[question]
 
 
-def _siblings(found: object, names: list[str]) -> Iterator[str]:
-    """What stands beside the way to the state dict, by dotted name."""
+def _siblings(content: object, names: list[str]) -> Iterator[str]:
+    """Dotted names of what lies beside the path to the state dict."""
     prefix = ""
     for name in names:
-        assert isinstance(found, dict)
-        yield from (f"{prefix}{other}" for other in found if other != name)
-        prefix, found = f"{prefix}{name}.", found[name]
+        assert isinstance(content, dict)
+        yield from (f"{prefix}{other}" for other in content if other != name)
+        prefix, content = f"{prefix}{name}.", content[name]
 
 
 def _plain(path: Path, key: str, value: Tensor) -> Tensor:
-    """A tensor's plain numbers. Raises CodebookError where safetensors has no form for it, or none that is sane."""
-    value = Tensor.detach(value)  # without the attributes of a parameter, which may bear the names of methods
+    """A tensor's plain numbers. Raises CodebookError where safetensors cannot hold it, or not in a sane size."""
+    value = Tensor.detach(value)  # drops the attributes of a parameter, which could shadow methods
     if value.layout != torch.strided or value.is_nested or value.is_meta or not can_hold(value.dtype):
         kind = f"{value.layout} of {value.dtype} on {value.device}".replace("torch.", "")
         raise CodebookError(f"{key} in {path} is {kind}, which safetensors cannot hold; save it as a plain tensor")
-    whole, kept = value.numel() * value.element_size(), value.untyped_storage().nbytes()
-    if whole > max(_LONGEST_REPEATED, kept):
+    nbytes, stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+    if nbytes > max(_LONGEST_REPEATED, stored):
         raise CodebookError(
-            f"{key} in {path} repeats {kept:,} bytes to {whole:,}, as expand() does; save what it repeats"
+            f"{key} in {path} repeats {stored:,} bytes to {nbytes:,}, as expand() does; save what it repeats"
         )
     return value.resolve_conj().resolve_neg()

@@ -1,4 +1,4 @@
-"""Checkpoints back on disk: whole or not at all, everything untouched byte for byte, and read back before it counts."""
+"""Writing checkpoints: atomically, unchanged tensors byte for byte, and read back before a file gets its name."""
 
 from __future__ import annotations
 
@@ -40,15 +40,20 @@ from codebook_tools.checkpoints.read import Checkpoint, joined_sha256
 from codebook_tools.checkpoints.safetensors_file import header_of, laid_out, read_safetensors
 from codebook_tools.checkpoints.sealed_file import sealed
 from codebook_tools.checkpoints.shards import read_shards
-from codebook_tools.checkpoints.tensors import CHUNK, Entry, Held, torch_dtype
+from codebook_tools.checkpoints.tensors import CHUNK, Entry, InMemory, torch_dtype
 from codebook_tools.errors import CodebookError, VerificationError
 
 
 def check_writable(path: Path, force: bool, with_config: bool = False) -> None:
-    """Raise CodebookError now, not after hours of work, where `path` or what lies beside it cannot be written.
+    """Check before hours of work that an output and the files beside it can be written.
 
-    So it is where one of them exists and `force` is not given. path: a .safetensors file, or the name of a directory.
-    with_config: where it is a file, a config is written beside it.
+    Args:
+        path: A .safetensors file, or the name of a directory.
+        force: Whether what exists may be replaced.
+        with_config: Whether a config is written beside a file.
+
+    Raises:
+        CodebookError: One of the files exists without `force`, or cannot be written.
     """
     as_folder = is_directory_output(path)
     own = [own_config_path(path)] if with_config and not as_folder else []
@@ -62,8 +67,8 @@ def check_writable(path: Path, force: bool, with_config: bool = False) -> None:
         for target in (path, index_map_path(path), *own):
             check_free(target, force)
             with suppress(FileNotFoundError):
-                os.lstat(partial_path(target))  # an OSError where the name is too long
-            with TemporaryFile(dir=path.parent):  # on Linux it has no name, so that no kill leaves it behind
+                os.lstat(partial_path(target))  # an OSError if the name is too long
+            with TemporaryFile(dir=path.parent):  # on Linux it has no name, so that a kill leaves nothing behind
                 pass
         if as_folder:
             check_replaceable(path)
@@ -74,8 +79,8 @@ def check_writable(path: Path, force: bool, with_config: bool = False) -> None:
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """Little-endian bytes of a tensor, row by row, as safetensors stores them."""
-    return b"".join(Held("", tensor).chunks())
+    """The bytes of a tensor as safetensors stores them, little-endian and row by row."""
+    return b"".join(InMemory("", tensor).chunks())
 
 
 def write_checkpoint(
@@ -90,18 +95,28 @@ def write_checkpoint(
     force: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write `original` with the tensors of `changed` in their place, its index map beside it; return the map's path.
+    """Write a checkpoint with some tensors replaced, and its index map beside it.
 
-    path: a .safetensors file, which takes all shards, or the name of a directory, which then holds weights, config, and
-    the files of the original's directory that go with them; shards stay shards. changed: by key, in the stored dtype;
-    shapes may differ. metadata: added to the original's, without PREFIX. maps: int64 tensors of the index map file;
-    without any, there is none. config: what the config is to hold. others: what other files of the directory are to
-    hold, by name, where that changes or there is none. force: replace what is there. check: called when all is written
-    and nothing is in its place yet; what it raises leaves nothing behind.
+    All files are written under temporary names, flushed, read back and compared, then renamed; a directory as one.
 
-    Everything is written whole under names that end in `.partial`, flushed, read back and compared, then renamed; a
-    directory as one. Raises VerificationError where what was read back is not what was meant, CodebookError where the
-    disk fails, something is there to be replaced without `force`, or the original is not what it was when it was read.
+    Args:
+        original: The checkpoint to change.
+        path: A .safetensors file, into which shards are joined, or the name of a directory, which gets weights (shards
+            stay shards), config, and the files of the original's directory that are copied with any weights.
+        changed: New tensors by key, in the stored dtype; shapes may differ.
+        metadata: Added to that of the original under PREFIX.
+        maps: int64 tensors of the index map file, by key; no file is written without any.
+        config: The text of the config; None where none is written.
+        others: The text of other files of the directory by name, where it changes or the file is new.
+        force: Whether what exists is replaced.
+        check: Called when all is written and nothing is renamed; if it raises, no file is left.
+
+    Returns:
+        The path of the index map.
+
+    Raises:
+        VerificationError: What was read back differs from what was written.
+        CodebookError: The disk fails, something exists without `force`, or the original has changed since it was read.
     """
     entries = _changed(original.entries, changed)
     ours = {PREFIX + key: value for key, value in metadata.items()}
@@ -122,37 +137,42 @@ def write_checkpoint(
             beside = []
             if maps:
                 beside.append(map_path)
-                of_maps = [Held(key, tensor) for key, tensor in sorted(maps.items())]
-                about = map_metadata(maps, digest, ours)
-                _write_tensors(stack.enter_context(partial_file(map_path, force)), of_maps, about)
+                map_entries = [InMemory(key, tensor) for key, tensor in sorted(maps.items())]
+                target = stack.enter_context(partial_file(map_path, force))
+                _write_tensors(target, map_entries, map_metadata(maps, digest, ours))
             if config is not None and not is_directory_output(path):
                 beside.append(own_config_path(path))
                 _write_whole(stack.enter_context(partial_file(beside[-1], force)), lambda: [config])
             original.check_unchanged()
             check()
-            # The model last: where there is a model, there is its map.
+            # The model comes last, so that it never lies there without its map.
             for target in (*beside, path):
                 put_in_place(target)
             sync_folder(path.parent)
     except OSError as error:
-        original.check_unchanged()  # what is read fails here, too
+        original.check_unchanged()  # the error may come from reading it
         raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
     return map_path
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, force: bool) -> None:
-    """Write tensors into a small file of their own, sealed, whole or not at all, and read it back."""
-    held = [Held(key, tensor) for key, tensor in sorted(tensors.items())]
+    """Write a sealed safetensors file atomically and read it back.
+
+    Raises:
+        VerificationError: What was read back differs from what was written.
+        CodebookError: The disk fails, or the file exists without `force`.
+    """
+    entries = [InMemory(key, tensor) for key, tensor in sorted(tensors.items())]
     try:
         with partial_file(path, force) as target:
-            _write_tensors(target, held, sealed(tensors, metadata))
+            _write_tensors(target, entries, sealed(tensors, metadata))
             put_in_place(path)
     except OSError as error:
         raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_file(path: Path, chunks: Iterable[bytes], *, force: bool) -> None:
-    """Write any other file, whole or not at all, and read it back."""
+    """Write a file of any kind atomically and read it back; raises as `write_tensors` does."""
     try:
         with partial_file(path, force) as target:
             if _write(target, chunks) != file_sha256(target):
@@ -164,9 +184,10 @@ def write_file(path: Path, chunks: Iterable[bytes], *, force: bool) -> None:
 
 
 def _changed(entries: Mapping[str, Entry], changed: Mapping[str, Tensor]) -> list[Entry]:
+    """The entries in their order, those of changed tensors replaced."""
     for key in changed.keys() & entries.keys():
         assert changed[key].dtype == torch_dtype(entries[key].dtype), key
-    return [Held(key, changed[key]) if key in changed else entry for key, entry in entries.items()]
+    return [InMemory(key, changed[key]) if key in changed else entry for key, entry in entries.items()]
 
 
 def _furnish(folder: Path, original: Checkpoint, config: bytes | None, others: Mapping[str, bytes]) -> None:
@@ -181,23 +202,23 @@ def _furnish(folder: Path, original: Checkpoint, config: bytes | None, others: M
 
 
 def _weights_name(original: Checkpoint) -> str:
-    """Of the one file of weights in a new directory."""
+    """The name of the single file of weights in a new directory."""
     kept = original.folder is not None and original.path.suffix == SUFFIX
     return original.path.name if kept else written_name(original.path, original.config)
 
 
 def _write_shards(folder: Path, original: Checkpoint, changed: Mapping[str, Tensor], ours: Mapping[str, str]) -> str:
-    """Write the shards that hold changed tensors, and what we said of an earlier change; copy the others, and the index
-    but for its total. Returns the joined SHA-256."""
+    """Rewrite the shards with changed tensors or with metadata of ours from before, copy the others, and set the
+    index's total size. Returns the joined SHA-256."""
     index, *shards = original.files
-    found = {shard: read_safetensors(shard) for shard in shards}
+    contents = {shard: read_safetensors(shard) for shard in shards}
     rewritten = [
         shard
-        for shard, weights in found.items()
+        for shard, weights in contents.items()
         if changed.keys() & weights.entries.keys() or any(name.startswith(PREFIX) for name in weights.metadata)
     ] or shards[:1]
     digests = {index.name: ""}
-    for shard, weights in found.items():
+    for shard, weights in contents.items():
         target = folder / shard.name
         if shard in rewritten:
             digests[shard.name] = _write_tensors(
@@ -213,13 +234,19 @@ def _write_shards(folder: Path, original: Checkpoint, changed: Mapping[str, Tens
 
 
 def map_metadata(maps: Mapping[str, Tensor], digest: str, metadata: Mapping[str, str]) -> dict[str, str]:
-    """Of an index map file. digest: the SHA-256 of its checkpoint, whose metadata is `metadata`, with PREFIX."""
+    """The metadata of an index map file, sealed.
+
+    Args:
+        maps: Its tensors, by key.
+        digest: SHA-256 of its checkpoint.
+        metadata: Of the checkpoint, with PREFIX.
+    """
     shared = {name: metadata[name] for name in (PREFIX + "codebooks", PREFIX + "source_sha256") if name in metadata}
     return sealed(maps, {PREFIX + "checkpoint_sha256": digest, **shared})
 
 
 def maps_sha256(maps: Mapping[str, Tensor]) -> str:
-    """Of the names and numbers of several tensors."""
+    """SHA-256 of the keys and bytes of several tensors, in whatever order."""
     digest = hashlib.sha256()
     for key, tensor in sorted(maps.items()):
         digest.update(key.encode() + b"\0" + tensor_bytes(tensor))
@@ -227,7 +254,7 @@ def maps_sha256(maps: Mapping[str, Tensor]) -> str:
 
 
 def _write_tensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> str:
-    """Write a safetensors file as `_write_whole` does, and let its library look at it."""
+    """Write a safetensors file as `_write_whole` does, and check its header with the library."""
     ordered = laid_out(entries)
     header = header_of(ordered, metadata)
     prologue = (len(header).to_bytes(8, "little"), header)
@@ -237,13 +264,14 @@ def _write_tensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, 
 
 
 def _content(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, CHUNK at a time."""
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             yield chunk
 
 
 def _write_whole(path: Path, content: Callable[[], Iterable[bytes]]) -> str:
-    """Write, flush, read back and compare with the content once more. Returns the SHA-256 of the file."""
+    """Write, flush, read back, and compare with the content, which is made twice. Returns the SHA-256."""
     digest = _write(path, content())
     with path.open("rb") as file:
         if not all(file.read(len(chunk)) == chunk for chunk in content()) or file.read(1):
@@ -252,15 +280,15 @@ def _write_whole(path: Path, content: Callable[[], Iterable[bytes]]) -> str:
 
 
 def _write(path: Path, chunks: Iterable[bytes]) -> str:
-    """Write and flush. Returns the SHA-256 of what was to be written, which another thread finds out meanwhile."""
-    meant = hashlib.sha256()
-    with path.open("wb") as out, ThreadPoolExecutor(1) as beside:
+    """Write and flush. Returns the SHA-256 of the chunks, which another thread computes meanwhile."""
+    digest = hashlib.sha256()
+    with path.open("wb") as out, ThreadPoolExecutor(1) as hasher:
         hashed: Future[None] | None = None
         for chunk in chunks:
             if hashed is not None:
-                hashed.result()  # before the next, so that few chunks are in memory
-            hashed = beside.submit(meant.update, chunk)
+                hashed.result()  # so that no more than two chunks are in memory
+            hashed = hasher.submit(digest.update, chunk)
             out.write(chunk)
         out.flush()
         os.fsync(out.fileno())
-    return meant.hexdigest()
+    return digest.hexdigest()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from codebook_tools.checkpoints.atomic import partial_file, put_in_place
 from codebook_tools.checkpoints.safetensors_file import header_of, read_safetensors
-from codebook_tools.checkpoints.tensors import Entry, Held, Stored
+from codebook_tools.checkpoints.tensors import Entry, InMemory, Stored
 from codebook_tools.data.items import Item
 from codebook_tools.data.latents import EncodedLatents
 from codebook_tools.errors import CodebookError, one_line
@@ -90,7 +90,7 @@ class CachedLatents:
                 stored = Stored("latents", "F32", (len(places), *shape), partial, _HEADER, file.tell())
                 bad = list(json.dumps(self.encoded.images.bad).encode())
                 about = [
-                    Held(name, torch.tensor(of)) for name, of in zip(_ABOUT, (places, ends, sums, bad), strict=True)
+                    InMemory(name, torch.tensor(of)) for name, of in zip(_ABOUT, (places, ends, sums, bad), strict=True)
                 ]
                 for entry in about:
                     file.writelines(entry.chunks())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.checkpoints.tensors import Held, Shape, can_hold
+from codebook_tools.checkpoints.tensors import InMemory, Shape, can_hold
 from codebook_tools.codebook import REMOVED, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.agreement import has_quantizer
@@ -112,7 +112,7 @@ class Wrapped:
 def in_memory(name: str, state: Mapping[str, object]) -> Checkpoint:
     """A checkpoint of tensors that are held in memory, copied to the CPU. name: what messages call it."""
     held = {
-        key: Held(key, tensor.detach().cpu().clone())
+        key: InMemory(key, tensor.detach().cpu().clone())
         for key, tensor in state.items()
         if isinstance(tensor, Tensor) and can_hold(tensor.dtype)
     }

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from codebook_tools.checkpoints.tensors import Held
+from codebook_tools.checkpoints.tensors import InMemory
 from codebook_tools.codebook import Strategy
 from codebook_tools.data.given import Data, PathLike, Values
 from codebook_tools.errors import CodebookError
@@ -274,7 +274,7 @@ def _command_of(strategy: Strategy | None) -> str:
 def _install(run: Run, wrapped: Wrapped) -> Proof:
     """Prove the kept state through a copy of the module, then put it into the module itself."""
     model, changed = run.opened.model, run.changed()
-    entries = model.checkpoint.entries | {key: Held(key, tensor) for key, tensor in changed.items()}
+    entries = model.checkpoint.entries | {key: InMemory(key, tensor) for key, tensor in changed.items()}
     proof = prove(model, replace(model.checkpoint, entries=entries), run.opened.media())
     wrapped.put(changed, [book.found for book in model.books])
     return proof
