@@ -138,20 +138,17 @@ def _locked(partial: Path) -> Iterator[int]:
 
 def _open_regular(partial: Path) -> int:
     """Open a regular file, made where there is none, and follow no link to anybody else's."""
+    irregular = CodebookError(f"{partial} is no file, so nothing is written there; delete it, or write elsewhere")
     try:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise _irregular_error(partial) from None
+            raise irregular from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise _irregular_error(partial)
+        raise irregular
     return descriptor
-
-
-def _irregular_error(partial: Path) -> CodebookError:
-    return CodebookError(f"{partial} is no file, so nothing is written there; delete it, or write elsewhere")
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

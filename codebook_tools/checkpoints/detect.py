@@ -107,10 +107,7 @@ EMA = _re(r"(?<![^._])(ema|shadow|averaged)(?![^._])")  # the tensor with more s
 WRAPPER = _re(r"(?<![^.])_*(model|module|params|net|generator|online_model|orig_mod|vq_?vae|vq_?gan)?_*(?![^.])")
 SEARCHES = (  # "unknown": the metric is an option of the library, or latents are not compared with stored rows
     (_re(rf"_codebook\.embed:3d|_hit|prob|embedding\.initt?ed|{RECODE}"), "unknown"),
-    (
-        _re(r"codebook_used|\n\.in_proj.*\n\.out_proj"),
-        "cosine",
-    ),  # kept by, or projected down for, l2 lookup
+    (_re(r"codebook_used|\n\.in_proj.*\n\.out_proj"), "cosine"),  # kept by, or projected for, l2 lookup
 )
 _SPECIAL = 4  # most tokens of a vocabulary beside the codes: padding, mask, begin, end
 VOCABULARY = "its embeddings are the vocabulary of a language model, or of a prior over tokens"

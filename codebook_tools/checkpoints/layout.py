@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 from codebook_tools.errors import CodebookError
@@ -15,7 +15,7 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 INDEX = ".index.json"
 """What a library appends to such a name for the index of shards."""
 
-_PICKLES = {"diffusion_pytorch_model.bin": WEIGHTS[0], "pytorch_model.bin": WEIGHTS[1]}
+PICKLES = {"diffusion_pytorch_model.bin": WEIGHTS[0], "pytorch_model.bin": WEIGHTS[1]}
 """The former name of a library's weights, and the present one."""
 
 PREFIX = "codebook_tools."
@@ -104,7 +104,7 @@ def weights_in(folder: Path) -> Path:
             )
         if candidates:
             return folder / candidates[0]
-    for name in _PICKLES:
+    for name in PICKLES:
         if name + INDEX in names:
             raise CodebookError(f"{folder} holds {name} in shards, which are read as {SUFFIX} alone; save the model so")
         if name in names:
@@ -112,17 +112,6 @@ def weights_in(folder: Path) -> Path:
     raise CodebookError(
         f"{folder} is a directory without a {SUFFIX} file; give the model's own folder, where its weights lie"
     )
-
-
-def written_name(original: Path, config: Mapping[str, object] | None) -> str:
-    """The file name of weights in a written directory, such that the library of the original loads them.
-
-    Args:
-        original: The path of the original's weights.
-        config: Of the original, None where it has none.
-    """
-    by_config = WEIGHTS[1] if config and "model_type" in config else WEIGHTS[0]  # only transformers writes that
-    return _PICKLES.get(original.name, by_config)
 
 
 def config_in(folder: Path) -> Path:
@@ -149,12 +138,9 @@ def split_others(folder: Path, weights: Collection[Path]) -> tuple[list[Path], l
     for path in sorted(path for path in folder.iterdir() if path.name not in own):
         other = path.suffix in _OTHER_WEIGHTS or path.name.endswith(INDEX)
         # is_file comes first: of a link to itself it is False, where resolving fails.
-        if path.is_file() and _is_inside(path, folder) and not other and path.stat().st_size < _SMALL:
+        inside = path.is_file() and path.resolve().parent == folder.resolve()
+        if inside and not other and path.stat().st_size < _SMALL:
             copied.append(path)
         else:
             left.append(path.name)
     return copied, left
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    return path.resolve().parent == folder.resolve()

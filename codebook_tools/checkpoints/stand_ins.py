@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from torch import serialization
 
@@ -72,7 +72,7 @@ class StandIn:
     arguments: tuple[object, ...]
     state: object
 
-    def __new__(cls, *arguments: object) -> StandIn:
+    def __new__(cls, *arguments: object) -> Self:
         made = super().__new__(cls)
         made.arguments, made.state = arguments, None
         return made
@@ -90,7 +90,7 @@ class Reference(StandIn):
 
     __slots__ = ()
 
-    def __new__(cls, *arguments: object) -> Reference:
+    def __new__(cls, *arguments: object) -> Self:
         raise RefusedError(_name_of(cls))
 
 
@@ -99,12 +99,10 @@ class Member(StandIn):
 
     __slots__ = ()
 
-    def __new__(cls, *arguments: object) -> Member:
+    def __new__(cls, *arguments: object) -> Self:
         if len(arguments) != 1 or not _is_plain(arguments[0]):
             raise RefusedError(_name_of(cls))
-        made = super().__new__(cls, *arguments)
-        assert isinstance(made, Member)
-        return made
+        return super().__new__(cls, *arguments)
 
     def __setstate__(self, state: object) -> None:
         raise RefusedError(_name_of(type(self)))
@@ -116,7 +114,7 @@ class Member(StandIn):
 class Namespace(dict[str, object]):
     """An `argparse.Namespace` as the mapping of its attributes, since a state dict may be among them."""
 
-    def __new__(cls, *arguments: object) -> Namespace:
+    def __new__(cls, *arguments: object) -> Self:
         if arguments:
             raise RefusedError("argparse.Namespace")
         return super().__new__(cls)

@@ -10,7 +10,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools.checkpoints.stand_ins import allowed, own_classes
-from codebook_tools.checkpoints.tensors import InMemory, Weights, can_hold
+from codebook_tools.checkpoints.tensors import Entry, InMemory, Weights, can_hold
 from codebook_tools.errors import CodebookError
 
 WRAPPERS = (
@@ -49,17 +49,14 @@ def read_pickle(path: Path) -> Weights:
             decide, or a tensor that safetensors cannot hold.
         OSError: It cannot be read.
     """
-    content = _load(path)
-    names, state = _unwrapped(path, content)
-    left = [*_siblings(content, names)]
-    prefix = "".join(f"{name}." for name in names)
-    entries = {}
+    prefix, state, left_behind = _unwrapped(path, _load(path))
+    entries = dict[str, Entry]()
     for key, value in state.items():
         if isinstance(key, str) and isinstance(value, Tensor):
             entries[key] = InMemory(key, _plain(path, key, value))
         else:
-            left.append(f"{prefix}{key}")
-    return Weights((path,), {**entries}, {}, tuple(left))
+            left_behind.append(f"{prefix}{key}")
+    return Weights((path,), entries, {}, tuple(left_behind))
 
 
 class _RefusedError(CodebookError):
@@ -134,22 +131,25 @@ def _why_not(path: Path, error: str) -> CodebookError:
     return CodebookError(f"{path} is no sound PyTorch file ({reason[:100] or 'it ends too early'}); fetch it again")
 
 
-def _unwrapped(path: Path, content: object) -> tuple[list[str], dict[object, object]]:
-    """The names that lead to the state dict, and the state dict."""
-    names, answers = list[str](), dict[tuple[int, int], bool]()
-    while isinstance(content, dict) and len(names) < _DEPTH:
+def _unwrapped(path: Path, content: object) -> tuple[str, dict[object, object], list[str]]:
+    """The dotted prefix of the state dict, the state dict, and dotted names of what lies beside the way to it."""
+    prefix, left_behind, answers = "", list[str](), dict[tuple[int, int], bool]()
+    for _ in range(_DEPTH):
+        if not isinstance(content, dict):
+            break
         inside = [name for name, value in content.items() if isinstance(name, str) and _holds_tensors(value, answers)]
         known = [name for name in WRAPPERS if name in inside]
         own = [value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)]
         if not known and (any(value.ndim for value in own) or (own and not inside)):
-            return names, content
+            return prefix, content, left_behind
         if not known and len(inside) > 1:
             several = f"{path} holds {len(inside)} state dicts ({', '.join(inside[:4])})"
             raise CodebookError(f"{several}, none called {WRAPPERS[0]}; save the one meant alone")
         if not inside:
             break
-        names.append((known or inside)[0])
-        content = content[names[-1]]
+        wrapper = (known or inside)[0]
+        left_behind += [f"{prefix}{name}" for name in content if name != wrapper]
+        prefix, content = f"{prefix}{wrapper}.", content[wrapper]
     raise CodebookError(f"{path} holds no tensors by name; save model.state_dict() with torch.save, or as safetensors")
 
 
@@ -167,15 +167,6 @@ def _holds_tensors(content: object, answers: dict[tuple[int, int], bool], depth:
             for name, value in content.items()
         )
     return answers[question]
-
-
-def _siblings(content: object, names: list[str]) -> Iterator[str]:
-    """Dotted names of what lies beside the path to the state dict."""
-    prefix = ""
-    for name in names:
-        assert isinstance(content, dict)
-        yield from (f"{prefix}{other}" for other in content if other != name)
-        prefix, content = f"{prefix}{name}.", content[name]
 
 
 def _plain(path: Path, key: str, value: Tensor) -> Tensor:

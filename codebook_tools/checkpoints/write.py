@@ -27,14 +27,15 @@ from codebook_tools.checkpoints.config import with_entries
 from codebook_tools.checkpoints.hashing import file_sha256
 from codebook_tools.checkpoints.layout import (
     CONFIG,
+    PICKLES,
     PREFIX,
     SUFFIX,
+    WEIGHTS,
     index_map_path,
     is_directory_output,
     own_config_path,
     partial_path,
     split_others,
-    written_name,
 )
 from codebook_tools.checkpoints.read import Checkpoint, joined_sha256
 from codebook_tools.checkpoints.safetensors_file import header_of, laid_out, read_safetensors
@@ -137,9 +138,8 @@ def write_checkpoint(
             beside = []
             if maps:
                 beside.append(map_path)
-                map_entries = [InMemory(key, tensor) for key, tensor in sorted(maps.items())]
                 target = stack.enter_context(partial_file(map_path, force))
-                _write_tensors(target, map_entries, map_metadata(maps, digest, ours))
+                _write_tensors(target, _in_memory(maps), map_metadata(maps, digest, ours))
             if config is not None and not is_directory_output(path):
                 beside.append(own_config_path(path))
                 _write_whole(stack.enter_context(partial_file(beside[-1], force)), lambda: [config])
@@ -162,10 +162,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         VerificationError: What was read back differs from what was written.
         CodebookError: The disk fails, or the file exists without `force`.
     """
-    entries = [InMemory(key, tensor) for key, tensor in sorted(tensors.items())]
     try:
         with partial_file(path, force) as target:
-            _write_tensors(target, entries, sealed(tensors, metadata))
+            _write_tensors(target, _in_memory(tensors), sealed(tensors, metadata))
             put_in_place(path)
     except OSError as error:
         raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
@@ -183,6 +182,10 @@ def write_file(path: Path, chunks: Iterable[bytes], *, force: bool) -> None:
         raise CodebookError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def _in_memory(tensors: Mapping[str, Tensor]) -> list[InMemory]:
+    return [InMemory(key, tensor) for key, tensor in sorted(tensors.items())]
+
+
 def _changed(entries: Mapping[str, Entry], changed: Mapping[str, Tensor]) -> list[Entry]:
     """The entries in their order, those of changed tensors replaced."""
     for key in changed.keys() & entries.keys():
@@ -192,19 +195,20 @@ def _changed(entries: Mapping[str, Entry], changed: Mapping[str, Tensor]) -> lis
 
 def _furnish(folder: Path, original: Checkpoint, config: bytes | None, others: Mapping[str, bytes]) -> None:
     """Write all but the weights into a new directory."""
-    if config is not None:
-        _write_whole(folder / CONFIG, lambda: [config])
-    for other in split_others(original.folder, original.files)[0] if original.folder else ():
-        content = partial(_content, other) if other.name not in others else partial(iter, [others[other.name]])
-        _write_whole(folder / other.name, content)
-    for name in others.keys() - {path.name for path in folder.iterdir()}:
-        _write_whole(folder / name, partial(iter, [others[name]]))
+    copied = split_others(original.folder, original.files)[0] if original.folder else []
+    texts = {**others} if config is None else {**others, CONFIG: config}
+    contents: dict[str, Callable[[], Iterable[bytes]]] = {file.name: partial(_content, file) for file in copied}
+    contents |= {name: partial(iter, [text]) for name, text in texts.items()}
+    for name, content in contents.items():
+        _write_whole(folder / name, content)
 
 
 def _weights_name(original: Checkpoint) -> str:
-    """The name of the single file of weights in a new directory."""
-    kept = original.folder is not None and original.path.suffix == SUFFIX
-    return original.path.name if kept else written_name(original.path, original.config)
+    """The name of the single file of weights in a new directory, such that the library of the original loads it."""
+    if original.folder is not None and original.path.suffix == SUFFIX:
+        return original.path.name
+    of_transformers = original.config and "model_type" in original.config
+    return PICKLES.get(original.path.name, WEIGHTS[1] if of_transformers else WEIGHTS[0])
 
 
 def _write_shards(folder: Path, original: Checkpoint, changed: Mapping[str, Tensor], ours: Mapping[str, str]) -> str:
