@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from codebook_cli.app import app
 from conftest import Outcome, assert_refused, contents
+from typer.testing import CliRunner
 
 from codebook_tools.checkpoints.layout import partial_path
 from codebook_tools.models.demo import DEMO
@@ -17,61 +19,62 @@ Run = Callable[..., Outcome]
 READ = "is read here, so it is never overwritten"
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its counts, a pruned one with its map, and tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder := tmp_path_factory.mktemp("made"))
+        shutil.copy(DEMO, "m.safetensors")
+        for command in ("measure m.safetensors --limit 100 --stats", "prune m.safetensors -o p.safetensors --stats"):
+            assert CliRunner().invoke(app, [*command.split(), "s.safetensors"]).exit_code == 0
+        np.save("a.npy", np.zeros(3, np.int64))
+        np.save("a.remapped.npy", np.ones(3, np.int64))
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codebook: Run) -> Path:
-    """The model, its counts, a pruned one with its map, and tokens."""
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    shutil.copy(DEMO, "m.safetensors")
-    assert codebook("measure", "m.safetensors", "--limit", 100, "--stats", "s.safetensors").exit_code == 0
-    assert codebook("prune", "m.safetensors", "--stats", "s.safetensors", "-o", "p.safetensors").exit_code == 0
-    np.save("a.npy", np.zeros(3, np.int64))
-    np.save("a.remapped.npy", np.ones(3, np.int64))
-    return tmp_path
+    return Path(shutil.copytree(made, tmp_path, dirs_exist_ok=True))
+
+
+TUNE, MAPPED = "--steps 1 --limit 50 -o o.safetensors", "--map p.index_map.safetensors --on-removed nearest"
 
 
 @pytest.mark.parametrize(
-    "typed",
+    ("typed", "message"),
     [
-        "measure m.safetensors --limit 100 --stats m.safetensors",
-        "measure ./m.safetensors --limit 100 --stats m.safetensors",
-        "prune m.safetensors --stats s.safetensors -o s.safetensors",
-        "remap a.npy a.remapped.npy --map p.index_map.safetensors --on-removed nearest",
-        "remap p.safetensors --map p.index_map.safetensors -o p.index_map.safetensors",
+        ("measure m.safetensors --limit 100 --stats m.safetensors", READ),
+        ("measure ./m.safetensors --limit 100 --stats m.safetensors", READ),
+        ("prune m.safetensors --stats s.safetensors -o s.safetensors", READ),
+        (f"remap a.npy a.remapped.npy {MAPPED}", READ),
+        (f"remap a.npy FOLDER/a.npy {MAPPED}", "would both be written to"),
+        ("remap p.safetensors --map p.index_map.safetensors -o p.index_map.safetensors", READ),
+        # a model that is called as what comes beside the output
+        *((f"finetune o.{kind}.safetensors {TUNE}", READ) for kind in ("index_map", "training")),
+        *((f"finetune o.{kind}.safetensors {TUNE} --resume", READ) for kind in ("index_map", "training")),
     ],
 )
-def test_nothing_that_a_command_names_to_be_read_is_its_output(typed: str, folder: Path, codebook: Run) -> None:
-    before = contents(folder)
-    assert_refused(codebook(*typed.split(), "--force"), READ)
-    assert contents(folder) == before
-
-
-@pytest.mark.parametrize("name", ["o.index_map.safetensors", "o.training.safetensors"])
-def test_a_model_that_is_called_as_what_comes_beside_the_output_is_left_alone(
-    name: str, folder: Path, codebook: Run
+def test_nothing_that_a_command_names_to_be_read_is_its_output(
+    typed: str, message: str, folder: Path, codebook: Run
 ) -> None:
-    shutil.copy("m.safetensors", name)
+    if not Path(typed.split()[1]).exists():
+        shutil.copy("m.safetensors", typed.split()[1])
     before = contents(folder)
-    for more in (["--force"], ["--force", "--resume"]):
-        assert_refused(codebook("finetune", name, "--steps", 1, "--limit", 50, "-o", "o.safetensors", *more), READ)
+    assert_refused(codebook(*typed.replace("FOLDER", str(folder)).split(), "--force"), message)
     assert contents(folder) == before
-
-
-def test_two_spellings_of_one_source_are_not_two(folder: Path, codebook: Run) -> None:
-    maps = ("--map", "p.index_map.safetensors", "--on-removed", "nearest", "--force")
-    assert_refused(codebook("remap", "a.npy", folder / "a.npy", *maps), "would both be written to")
 
 
 def test_the_recipe_that_is_read_stays_as_its_author_wrote_it(folder: Path, codebook: Run) -> None:
     recipe = folder / "o.recipe.yaml"
     recipe.write_text("# mine\nsurgeries: [prune]\n")
     for _ in range(2):
-        found = codebook("run", recipe, "--limit", 50, "-o", "o.safetensors", "--force")
-        assert found.exit_code == 0 and "is the recipe that was read" in found.stderr, found.stderr
+        done = codebook("run", recipe, "--limit", 50, "-o", "o.safetensors", "--force")
+        assert done.exit_code == 0 and "is the recipe that was read" in done.stderr, done.stderr
         assert recipe.read_text().startswith("# mine")
 
 
 def test_what_a_download_left_under_a_partial_name_is_not_ours(folder: Path, codebook: Run) -> None:
-    """It was overwritten, and removed at the end; as the model itself it was lost."""
     shutil.copy("m.safetensors", "o.safetensors.partial")
     before = contents(folder)
     assert codebook("quantize", "o.safetensors.partial", "--k", 8, "-o", "o.safetensors").exit_code == 0
@@ -82,7 +85,7 @@ def test_what_a_download_left_under_a_partial_name_is_not_ours(folder: Path, cod
     ("typed", "output"),
     [
         ("quantize m.safetensors --k 8 -o o.safetensors", "o.safetensors"),
-        ("remap a.npy --map p.index_map.safetensors --on-removed nearest -o o.npy", "o.npy"),
+        (f"remap a.npy {MAPPED} -o o.npy", "o.npy"),
         ("measure m.safetensors --limit 50 --report o.html", "o.html"),
         ("measure m.safetensors --limit 50 --stats o.safetensors", "o.safetensors"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from state_dicts import Shape, Shapes, read_layouts
+from state_dicts import Shapes, read_layouts
 
 from codebook_tools.checkpoints.detect import find_codebooks
 from codebook_tools.checkpoints.effective import Effective, effective
@@ -53,30 +53,25 @@ CASES: dict[str, tuple[Shapes, Effective]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_model_makes_of_its_rows(name: str) -> None:
     shapes, expected = CASES[name]
-    (found,) = find_codebooks(shapes).codebooks
-    assert effective(found, shapes) == expected
+    (book,) = find_codebooks(shapes).codebooks
+    assert effective(book, shapes) == expected
 
 
 def test_stages_do_not_share_their_projections() -> None:
-    shapes: dict[str, Shape] = {f"rvq.layers.{i}.frozen_codebook": (37, 8) for i in range(11)}
-    shapes |= {f"rvq.layers.{i}.code_transform.weight": (8, 8) for i in range(11)}
-    found = find_codebooks(shapes).codebooks
-    assert [effective(book, shapes).beside for book in found] == [
-        (f"rvq.layers.{i}.code_transform.weight",) for i in range(11)
-    ]
+    projections = [f"rvq.layers.{i}.code_transform.weight" for i in range(11)]
+    shapes: Shapes = {f"rvq.layers.{i}.frozen_codebook": (37, 8) for i in range(11)} | dict.fromkeys(
+        projections, (8, 8)
+    )
+    books = find_codebooks(shapes).codebooks
+    assert [effective(book, shapes).beside for book in books] == [(key,) for key in projections]
 
 
 def test_few_of_the_written_layouts_have_other_codes_than_their_rows() -> None:
-    other = set()
-    for case in read_layouts("codebooks"):
-        for found in find_codebooks(case.shapes).codebooks:
-            if effective(found, case.shapes) != Effective("rows", (), found.dim, 0):
-                other.add(case.name.partition(":")[0])
-    assert other == {
-        "CSM",
-        "Kyutai Moshi codec",
-        "MagiCodec and SimVQ in audio",
-        "Qwen3-TTS tokenizer",
-        "Transformer-VQ",
-        "VILA-U",
+    other = {
+        case.name.partition(":")[0]
+        for case in read_layouts("codebooks")
+        for book in find_codebooks(case.shapes).codebooks
+        if effective(book, case.shapes) != Effective("rows", (), book.dim, 0)
     }
+    simvq, sums = {"MagiCodec and SimVQ in audio"}, {"CSM", "Kyutai Moshi codec", "Qwen3-TTS tokenizer"}
+    assert other == simvq | sums | {"Transformer-VQ", "VILA-U"}
