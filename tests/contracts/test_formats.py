@@ -54,14 +54,14 @@ class Format:
     config: dict[str, object] | None = None
 
 
-def one_file(folder: Path, name: str = "vq.safetensors") -> Path:
-    save_file(STATE, folder / name, {"format": "pt", "author": "A. Ünal", "step": "7"})
-    return folder / name
+def one_file(folder: Path) -> Path:
+    save_file(STATE, folder / "vq.safetensors", SAFETENSORS)
+    return folder / "vq.safetensors"
 
 
 def with_config(folder: Path, config: dict[str, object] | None = None) -> Path:
     """With a file that goes with any weights, and what does not: other weights, a link out, a folder."""
-    (folder / CONFIG).write_text(json.dumps(config or {"k": 4}))
+    (folder / CONFIG).write_text(json.dumps(config or K4))
     (folder / "README.md").write_text("by others")
     (folder / "training_args.bin").write_bytes(b"x")
     (folder / "link").symlink_to(__file__)
@@ -73,37 +73,30 @@ def wrapped(state: State = STATE) -> dict[str, object]:
     return {"args": argparse.Namespace(k=4), "model": state}
 
 
+def pickle_in(folder: Path, name: str, config: dict[str, object] | None = None) -> Path:
+    return save_pickle(wrapped(), with_config(folder, config) / name)
+
+
 SAFETENSORS, SHARDED = {"format": "pt", "author": "A. Ünal", "step": "7"}, {"format": "pt", "shard": A}
 K4: dict[str, object] = {"k": 4}
+ENCODEC: dict[str, object] = {"model_type": "encodec"}
 BESIDE = {CONFIG, "README.md"}
+DIFFUSERS_BIN, TRANSFORMERS_BIN = "diffusion_pytorch_model.bin", "pytorch_model.bin"
 FORMATS = {
     "safetensors": Format(one_file, ("vq.safetensors",), {DIFFUSERS, CONFIG}, SAFETENSORS),
-    "directory": Format(
-        lambda f: (one_file(with_config(f)), f)[1], ("vq.safetensors",), {"vq.safetensors"} | BESIDE, SAFETENSORS, K4
-    ),
+    "directory": Format(lambda f: one_file(with_config(f)).parent, ("vq.safetensors",), {"vq.safetensors"} | BESIDE,
+                        SAFETENSORS, K4),
     "shards": Format(lambda f: save_shards(with_config(f)), (INDEX, A, B), {INDEX, A, B} | BESIDE, SHARDED, K4),
     "index": Format(lambda f: save_shards(with_config(f)) / INDEX, (INDEX, A, B), {INDEX, A, B} | BESIDE, SHARDED, K4),
     "pickle": Format(lambda f: save_pickle(wrapped(), f / "vq.ckpt"), ("vq.ckpt",), {DIFFUSERS, CONFIG}),
     "old pickle": Format(lambda f: save_pickle(wrapped(), f / "vq", False), ("vq",), {DIFFUSERS, CONFIG}),
-    "pickle beside a config of transformers": Format(
-        lambda f: save_pickle(STATE, with_config(f, {"model_type": "encodec"}) / "vq.pt"),
-        ("vq.pt",),
-        {TRANSFORMERS, CONFIG},
-        config={"model_type": "encodec"},
-    ),
-    "directory of a pickle of transformers": Format(
-        lambda f: save_pickle(wrapped(), with_config(f) / "pytorch_model.bin").parent,
-        ("pytorch_model.bin",),
-        {TRANSFORMERS} | BESIDE,
-        config=K4,
-    ),
-    "directory of a pickle of diffusers": Format(
-        lambda f: save_pickle(wrapped(), with_config(f) / "diffusion_pytorch_model.bin").parent,
-        ("diffusion_pytorch_model.bin",),
-        {DIFFUSERS} | BESIDE,
-        config=K4,
-    ),
-}
+    "pickle beside a config of transformers": Format(lambda f: pickle_in(f, "vq.pt", ENCODEC), ("vq.pt",),
+                                                     {TRANSFORMERS, CONFIG}, config=ENCODEC),
+    "directory of a pickle of transformers": Format(lambda f: pickle_in(f, TRANSFORMERS_BIN).parent,
+                                                    (TRANSFORMERS_BIN,), {TRANSFORMERS} | BESIDE, config=K4),
+    "directory of a pickle of diffusers": Format(lambda f: pickle_in(f, DIFFUSERS_BIN).parent,
+                                                 (DIFFUSERS_BIN,), {DIFFUSERS} | BESIDE, config=K4),
+}  # fmt: skip
 
 
 @pytest.fixture(params=FORMATS)
@@ -259,29 +252,21 @@ def test_a_source_that_changes_on_the_way_leaves_no_output(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def shards_of(state: State, folder: Path) -> Path:
-    folder.mkdir()
+def twin_pickle(state: State, folder: Path) -> Path:
+    return save_pickle(wrapped(state), folder / "twin.pt")
+
+
+def twin_shards(state: State, folder: Path) -> Path:
     keys = sorted(state)
     return save_shards(folder, {A: {key: state[key] for key in keys[::2]}, B: {key: state[key] for key in keys[1::2]}})
 
 
-@pytest.mark.parametrize(
-    ("name", "save"),
-    [
-        ("twin.pt", lambda state, path: save_pickle(wrapped(state), path)),
-        ("twin", shards_of),
-        (f"twin/{INDEX}", lambda state, path: shards_of(state, path.parent) / INDEX),
-    ],
-)
+@pytest.mark.parametrize("save", [twin_pickle, twin_shards, lambda *args: twin_shards(*args) / INDEX])
 def test_a_surgery_is_that_of_the_safetensors_twin(
-    name: str,
-    save: Callable[[State, Path], Path],
-    tiny: Path,
-    codebook: Callable[..., Outcome],
-    images_folder: Path,
-    tmp_path: Path,
+    save: Callable[[State, Path], Path], tiny: Path, codebook: Callable[..., Outcome], images_folder: Path
 ) -> None:
-    twin = save(load_file(tiny), tmp_path / name)
+    (tiny.parent / "twin").mkdir()
+    twin = save(load_file(tiny), tiny.parent / "twin")
     results = []
     for model in (tiny, twin):
         done = codebook("prune", model, "--data", images_folder, "--input-range", "-1,1", "--json")
