@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from operator import ne
 from pathlib import Path
 
@@ -86,6 +87,10 @@ def place(folder: Path, name: object) -> None:
     edit_index(folder, lambda index: index["weight_map"].update(count=name))
 
 
+def put_index(folder: Path, text: str) -> None:
+    (folder / INDEX).write_text(text)
+
+
 def save_again(folder: Path, name: str, **more: Tensor) -> None:
     save_file(SHARDS[name] | more, folder / name, {"format": "pt"})
 
@@ -96,35 +101,24 @@ UNSOUND: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard linked from outside": (link_out, f"{A} is a link to outside its folder"),
     "a link in a circle": (lambda f: (move_out(f), (f / A).symlink_to(A)), f"names {A}, which is missing"),
     "a shard above": (lambda f: (move_out(f), place(f, f"../{A}")), f"names '../{A}', outside its folder"),
-    "an absolute shard": (lambda f: place(f, "/etc/passwd"), "names '/etc/passwd', outside its folder"),
-    "a shard below": (lambda f: place(f, f"x/{A}"), "outside its folder"),
-    "a shard of Windows": (lambda f: place(f, f"..\\{A}"), "outside its folder"),
-    "the folder as a shard": (lambda f: place(f, "."), "outside its folder"),
-    "no name": (lambda f: place(f, ""), "outside its folder"),
-    "a name with a zero": (lambda f: place(f, "a\0b"), "outside its folder"),
     "a number as a name": (lambda f: place(f, 1), "says that count is in 1, which is no name"),
     "the index as a shard": (lambda f: place(f, INDEX), f"{INDEX} is not a sound safetensors file"),
     "a key in another shard": (lambda f: place(f, B), f"count is in {B}, but it is in {A}"),
-    "a key in no shard": (
-        lambda f: edit_index(f, lambda index: index["weight_map"].update(gone=A)),
-        f"gone is in {A}, but no shard has it",
-    ),
+    "a key in no shard": (lambda f: edit_index(f, lambda index: index["weight_map"].update(gone=A)), "no shard has it"),
     "a key in two shards": (lambda f: save_again(f, B, count=torch.ones(1)), f"count lies in two .* {A} and {B}"),
     "a key in no index": (lambda f: save_again(f, B, extra=torch.ones(1)), f"not name extra, which {B} holds"),
-    "a shard in no index": (
-        lambda f: save_file({"x": torch.ones(1)}, f / "model-00003-of-00003.safetensors"),
-        "does not name model-00003-of-00003.safetensors",
-    ),
+    "a shard in no index": (lambda f: save_file(STATE, f / B.replace("2", "3")), "does not name model-00003-of-00003"),
     "a shard cut short": (lambda f: os.truncate(f / A, 100), f"{A} is not a sound safetensors file"),
-    "no JSON": (lambda f: (f / INDEX).write_text("{"), f"{INDEX} is no JSON"),
-    "a list": (lambda f: (f / INDEX).write_text("[]"), "holds a JSON list"),
-    "no map": (lambda f: (f / INDEX).write_text("{}"), "is no index of shards"),
-    "an empty map": (lambda f: (f / INDEX).write_text('{"weight_map": {}}'), "is no index of shards"),
-    "a map that is a list": (lambda f: (f / INDEX).write_text('{"weight_map": ["a"]}'), "is no index of shards"),
     "metadata that is a list": (lambda f: edit_index(f, lambda i: i.update(metadata=[])), "is no index of shards"),
     "weights in one file, too": (lambda f: save_file(STATE, f / "model.safetensors"), "and sharded weights"),
     "a config that is none": (lambda f: (f / CONFIG).write_text("{"), "config.json is no JSON"),
 }  # fmt: skip
+OUTSIDE = ("/etc/passwd", f"x/{A}", f"..\\{A}", ".", "", "a\0b")
+UNSOUND |= {f"a shard called {name!r}": (partial(place, name=name), "outside its folder") for name in OUTSIDE}
+INDICES = {"{": "is no JSON", "[]": "holds a JSON list"} | dict.fromkeys(
+    ("{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'), "is no index of shards"
+)
+UNSOUND |= {f"index {text}": (partial(put_index, text=text), message) for text, message in INDICES.items()}
 
 
 @pytest.mark.parametrize("kind", UNSOUND)
