@@ -124,7 +124,7 @@ def test_the_figures_of_a_usage_plot_are_the_hits_in_falling_order() -> None:
         "before": [7, 2, 0],
         "after surgery": [4, 3, ""],
     }
-    assert "before: 2 of 3, after surgery: 2 of 2" in plot.said
+    assert "before: 2 of 3, after surgery: 2 of 2" in plot.description
 
 
 def test_the_page_of_a_surgery_has_its_stages_pictures_and_settings() -> None:
