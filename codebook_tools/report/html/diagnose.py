@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from codebook_tools.report.html.page import Listing, Page, Table
-from codebook_tools.report.html.result_page import provenance
-from codebook_tools.runtime.version import VERSION
+from codebook_tools.report.html.page import Listing, Page, Part, Table
+from codebook_tools.report.html.result_page import result_page
 from codebook_tools.workflows.diagnose import Diagnosis
 
 
@@ -17,22 +16,12 @@ def diagnosed_page(diagnosis: Diagnosis, command: str) -> Page:
     )
     worse = frozenset(i for i, check in enumerate(diagnosis.checks) if check.verdict in ("found", "suspicious"))
     fixes = {check.name: check.fix for i, check in enumerate(diagnosis.checks) if i in worse}
-    return Page(
-        title=f"codebook diagnose: {diagnosis.model}",
-        headline=f"Not healthy: {names}." if names else "Healthy: no check found anything.",
-        parts=[
-            Table(
-                "Every check, causes before symptoms",
-                ("check", "verdict", "measured", "limit", "evidence"),
-                rows,
-                marked=worse,
-            ),
-            *([Listing("What mends it", fixes, folded=False)] if fixes else []),
-            *provenance(diagnosis.settings, diagnosis.seconds, VERSION),
-        ],
-        command=command,
-        warnings=diagnosis.warnings,
-    )
+    head = ("check", "verdict", "measured", "limit", "evidence")
+    parts: list[Part] = [Table("Every check, causes before symptoms", head, rows, marked=worse)]
+    if fixes:
+        parts.append(Listing("What mends it", fixes, folded=False))
+    headline = f"Not healthy: {names}." if names else "Healthy: no check found anything."
+    return result_page(diagnosis, headline, parts, command)
 
 
 def _figure(number: float | None) -> str:

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from codebook_tools.report.html.page import Listing, Page, Part
-from codebook_tools.workflows.chain import Chain
-from codebook_tools.workflows.code_cards import Codes
-from codebook_tools.workflows.comparison_rows import Comparison
-from codebook_tools.workflows.latent_map import Map
-from codebook_tools.workflows.result import Result
-from codebook_tools.workflows.sweep import Sweep
+from codebook_tools.workflows.diagnose import Diagnosis
+from codebook_tools.workflows.result import ResultHeader
 
 
 def result_page(
-    result: Result | Chain | Comparison | Sweep | Codes | Map,
-    headline: str,
-    parts: Iterable[Part],
-    command: str,
-    notes: Iterable[str] = (),
+    result: ResultHeader, headline: str, parts: Iterable[Part], command: str, notes: Iterable[str] = ()
 ) -> Page:
     """Make the page of a result.
 
@@ -35,18 +27,18 @@ def result_page(
     return Page(
         title=f"codebook {result.command}: {result.model}",
         headline=headline,
-        parts=[*parts, *provenance(result.settings, result.seconds, result.version, result.seed)],
+        parts=[*parts, *_provenance(result)],
         command=command,
         warnings=(*result.warnings, *notes),
     )
 
 
-def provenance(
-    settings: Mapping[str, object], seconds: Mapping[str, float], version: str, seed: int | None = None
-) -> Iterator[Listing]:
+def _provenance(result: ResultHeader) -> Iterator[Listing]:
     """Settings, seconds by phase, and versions, as listings."""
-    values = {name: str(value) for name, value in settings.items()}
-    yield Listing("Settings", values if seed is None else {**values, "seed": str(seed)})
-    yield Listing("Seconds", {name: f"{value:.1f}" for name, value in seconds.items()})
-    versions = {"codebook-tools": version, "torch": torch.__version__, "python": platform.python_version()}
+    settings = {name: str(value) for name, value in result.settings.items()}
+    if not isinstance(result, Diagnosis):
+        settings["seed"] = str(result.seed)
+    yield Listing("Settings", settings)
+    yield Listing("Seconds", {name: f"{value:.1f}" for name, value in result.seconds.items()})
+    versions = {"codebook-tools": result.version, "torch": torch.__version__, "python": platform.python_version()}
     yield Listing("Versions", {**versions, "machine": f"{platform.system()} {platform.machine()}"})
