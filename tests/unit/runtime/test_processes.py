@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from sources_of_images import Images, find_images
 
 from codebook_tools.checkpoints.read import read_checkpoint
-from codebook_tools.data.sampling import Sampler
 from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.evaluation.measure import measure
@@ -63,12 +62,6 @@ def collectives() -> Values:
                 raise NotFiniteError("here alone")
     except NotFiniteError as error:
         results["alike"] = str(error)
-    sampler = Sampler(seed=3, limit=4)
-    if me == 1:  # the first has nothing to add
-        sampler.add([_Name(i) for i in range(9)], 1, torch.arange(9.0)[:, None])
-    else:
-        sampler.add([], 0, torch.empty(0, 1))
-    results["sampled"] = sampler.columns(parts=2)[0].tolist()
     if me == 1:
         distributed.each(None)  # rank 0 has failed
     results["fail"] = [distributed.fail(70 if me else 3, lambda: messages.append("why")), messages]
@@ -77,16 +70,8 @@ def collectives() -> Values:
     return results
 
 
-class _Name:
-    def __init__(self, i: int) -> None:
-        self.digest = bytes([i]) * 32
-
-
 def test_what_two_processes_send_each_other() -> None:
-    both = together(collectives)
-    alone = Sampler(seed=3, limit=4)
-    alone.add([_Name(i) for i in range(9)], 1, torch.arange(9.0)[:, None])
-    for me, results in enumerate(both):
+    for me, results in enumerate(together(collectives)):
         assert results == {
             "part": [me, 2],
             "slices": [[[0, 2], [0, 0]], [[2, 5], [0, 1]]][me],
@@ -97,7 +82,6 @@ def test_what_two_processes_send_each_other() -> None:
             "by_first": ["by 0", [] if me else [0]],
             "followed": [1.0],
             "alike": "here alone",
-            "sampled": alone.columns()[0].tolist(),
             "fail": [3, [] if me else ["why"]],
         }
 
@@ -140,7 +124,8 @@ def passes(model: str, folder: str) -> Values:
     items = find_images([folder])
     running, images = load_model(read_checkpoint(Path(model))), Images(items, 3, 4, skip_bad=True)
     images.part = distributed.part()
-    usage = survey(running.latents(images, 4), running.books[0].codebook, seed=0, limit=300, watch=Watch())
+    codes, few = running.books[0].codebook, images.subset(items[:3])  # of which the second process has none
+    usage = survey(running.latents(images, 4), codes, seed=0, limit=300, watch=Watch())
     (tokens,) = tokenise(running, images, seed=0, batch=4, watch=Watch())
     results: Values = {
         "bad": sorted({name for bad in distributed.each(list(images.bad)) for name in bad}),
@@ -148,8 +133,8 @@ def passes(model: str, folder: str) -> Values:
         "sample": usage.sample.vectors.tolist(),
         "tokens": [tokens.counts.tolist(), tokens.error, tokens.sample.tolist()],
         "measured": measure(running, images, batch=4, structure=False, watch=Watch()).to_json(),
-        # Of these the second process has none.
-        "few": measure(running, images.subset(items[:3]), batch=4, structure=False, watch=Watch()).to_json(),
+        "few": measure(running, few, batch=4, structure=False, watch=Watch()).to_json(),
+        "few sampled": survey(running.latents(few, 4), codes, seed=0, limit=9, watch=Watch()).sample.vectors.tolist(),
     }
     splits, mask = split(items), [torch.tensor([int(i not in DEAD) for i in range(16)])]
     for name, recipe in TUNINGS.items():
@@ -226,15 +211,6 @@ def test_a_surgery_by_torchrun_is_that_of_one_process(codebook: Run, tmp_path: P
         torch.testing.assert_close(*centroids, rtol=1e-2 if steps else 1e-5, atol=1e-2 if steps else 1e-5)
     assert {file.name for file in two.parent.iterdir()} == {file.name for file in one.parent.iterdir()}
     assert codebook("verify", two).exit_code == 0
-
-
-@pytest.mark.slow
-def test_measure_by_torchrun_writes_the_stats_of_one_process(codebook: Run, tmp_path: Path) -> None:
-    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    arguments = ("measure", "--limit", 200, "--batch-size", 16, "--json", "--stats")
-    alone, shared = codebook(*arguments, one), torchrun(*arguments, two)
-    assert shared.exit_code == 0 and alike(alone.json["stages"], shared.json["stages"], 1e-9), shared
-    assert torch.equal(*(load_file(path)["_vq_vae._embedding.weight/counts"] for path in (one, two)))
 
 
 @pytest.mark.slow
