@@ -22,8 +22,7 @@ from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.evaluation.measure import measure
-from codebook_tools.evaluation.tokens import tokenise
-from codebook_tools.evaluation.usage import survey
+from codebook_tools.evaluation.usage import survey, tokenize
 from codebook_tools.models.load import load_model
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
@@ -126,12 +125,12 @@ def passes(model: str, folder: str) -> Values:
     images.part = distributed.part()
     codes, few = running.books[0].codebook, images.subset(items[:3])  # of which the second process has none
     usage = survey(running.latents(images, 4), codes, seed=0, limit=300, watch=Watch())
-    (tokens,) = tokenise(running, images, seed=0, batch=4, watch=Watch())
+    (tokens,) = tokenize(running, images, seed=0, batch=4, watch=Watch())
     results: Values = {
         "bad": sorted({name for bad in distributed.each(list(images.bad)) for name in bad}),
         "survey": [usage.counts.tolist(), usage.total, usage.error, usage.codes.tolist()],
         "sample": usage.sample.vectors.tolist(),
-        "tokens": [tokens.counts.tolist(), tokens.error, tokens.sample.tolist()],
+        "tokens": [tokens.counts.tolist(), tokens.sample.tolist()],
         "measured": measure(running, images, batch=4, structure=False, watch=Watch()).to_json(),
         "few": measure(running, few, batch=4, structure=False, watch=Watch()).to_json(),
         "few sampled": survey(running.latents(few, 4), codes, seed=0, limit=9, watch=Watch()).sample.vectors.tolist(),
