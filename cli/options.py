@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from codebook_tools.runtime.options import Declared, Option, declared, is_required
+from codebook_tools.runtime.options import Declared, Option, declared
 from codebook_tools.training.recipe import FineTune
 from codebook_tools.workflows.request import Request
 
@@ -73,7 +73,7 @@ def parameter(one: Declared) -> inspect.Parameter:
         show_default=True,
         autocompletion=_COMPLETIONS.get(one.name),
     )
-    default = inspect.Parameter.empty if is_required(one) else None if one.repeated else one.default
+    default = inspect.Parameter.empty if one.default is MISSING else None if one.repeated else one.default
     return inspect.Parameter(
         one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown]
     )

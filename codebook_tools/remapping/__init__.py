@@ -1,1 +1,1 @@
-"""What stands downstream of a codebook, and follows it by its index map: stored tokens and priors."""
+"""Stored tokens and priors follow the index maps of their codebooks."""

@@ -1,12 +1,14 @@
-"""Index maps: what became of each old code, read with suspicion; and the maps of surgeries in a row as one."""
+"""Index maps: the new code of each old one, read from files that may be damaged, and composed over surgeries."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +23,14 @@ from codebook_tools.runtime.safe_io import parse_json
 
 @dataclass(frozen=True, eq=False)
 class IndexMap:
-    """What became of the codes of one codebook.
+    """The new codes of the old codes of one codebook.
 
-    index_map: (old size,) int64, the new code where the old one kept its identity or was merged, else REMOVED. nearest:
-    (old size,) int64, the new code that stands in for it, which is the same one where there is one. size: of the new
-    codebook.
+    Attributes:
+        key: The codebook's key in the checkpoint.
+        index_map: (old size,) int64, the new code where the old one kept its identity or was merged, else REMOVED.
+        nearest: (old size,) int64, equal to index_map where that names a code, else the new code nearest to the removed
+            one.
+        size: Number of new codes.
     """
 
     key: str
@@ -35,23 +40,34 @@ class IndexMap:
 
     @property
     def old_size(self) -> int:
+        """Number of old codes."""
         return len(self.index_map)
 
     def then(self, later: IndexMap) -> IndexMap:
-        """This surgery and a later one of its result, as one. Raises CodebookError where the sizes do not meet."""
+        """Compose this map with that of a later surgery on its result.
+
+        Raises:
+            CodebookError: The later map starts from another number of codes.
+        """
         if self.size != later.old_size:
             raise CodebookError(
                 f"one map of {self.key} leads to {self.size} codes and the next starts from {later.old_size}; "
                 "give each --map in the order of the surgeries"
             )
-        kept = torch.where(self.index_map == REMOVED, REMOVED, later.index_map[self.index_map])
-        return IndexMap(self.key, kept, later.nearest[self.nearest], later.size)
+        index_map = torch.where(self.index_map == REMOVED, REMOVED, later.index_map[self.index_map])
+        return IndexMap(self.key, index_map, later.nearest[self.nearest], later.size)
 
 
 @dataclass(frozen=True, eq=False)
 class _File:
-    """maps: by key, in the order of the stages. checkpoint: the hash of the model that the maps lead to. source: of the
-    one that it was made from."""
+    """The index maps of one surgery.
+
+    Attributes:
+        path: The file.
+        maps: By codebook key, in the order of the quantizer stages.
+        checkpoint: SHA-256 of the model after the surgery.
+        source: SHA-256 of the model before it.
+    """
 
     path: Path
     maps: dict[str, IndexMap]
@@ -60,10 +76,18 @@ class _File:
 
 
 def read_index_maps(paths: Sequence[Path], keys: Sequence[str] = ()) -> tuple[IndexMap, ...]:
-    """The maps of the codebooks `keys`, or of all, in stage order; those of several files composed, in their order.
+    """Read the index maps of one surgery, or compose those of several.
 
-    Raises CodebookError where a file is no map, is damaged, is of another checkpoint than the one that it lies beside,
-    or does not follow on the one before.
+    Args:
+        paths: Files of index maps, in the order of the surgeries.
+        keys: Codebooks to read, in this order; none for all, in the order of the quantizer stages.
+
+    Returns:
+        One map for each codebook.
+
+    Raises:
+        CodebookError: A file is no index map, is damaged, has no map of a key, belongs to another checkpoint than the
+            one beside it, or does not start from the model that the file before leads to.
     """
     files = [_read(path) for path in paths]
     for earlier, later in pairwise(files):
@@ -97,6 +121,7 @@ def _read(path: Path) -> _File:
 
 
 def _sound(index_map: Tensor, nearest: Tensor, size: int) -> bool:
+    """Whether both are what IndexMap says of them."""
     if index_map.ndim != 1 or index_map.shape != nearest.shape or not len(nearest):
         return False
     if index_map.dtype != torch.int64 or nearest.dtype != torch.int64:
@@ -105,27 +130,22 @@ def _sound(index_map: Tensor, nearest: Tensor, size: int) -> bool:
     return bool(within and ((index_map == REMOVED) | (index_map == nearest)).all())
 
 
-_MOST = 1 << 24
-"""Codes of a codebook: sixteen million are more than any has."""
+_MOST_CODES = 1 << 24  # more than any codebook has
 
 
 def _sizes(stored: Checkpoint) -> dict[str, int]:
-    """New codes by codebook key, in the order of the stages."""
-    try:
+    """Number of new codes by codebook key, in the order of the quantizer stages."""
+    sizes: Any = None
+    with suppress(ValueError):
         sizes = parse_json(stored.metadata.get(PREFIX + "codebooks", ""))
-    except ValueError:
-        sizes = None
-    if not isinstance(sizes, dict) or not sizes or not all(_is_size(size) for size in sizes.values()):
+    whole = isinstance(sizes, dict) and all(type(size) is int and 0 < size <= _MOST_CODES for size in sizes.values())
+    if not sizes or not whole:
         raise CodebookError(f"{stored.path} is no index map: it does not say how many new codes there are")
-    return sizes
-
-
-def _is_size(said: object) -> bool:
-    return type(said) is int and 0 < said <= _MOST
+    return dict(sizes)
 
 
 def _model_beside(path: Path) -> Checkpoint | None:
-    """The model whose map would be called this, a directory or a file."""
+    """The directory or file whose index map would have this name, if there is one."""
     name = path.name.removesuffix(SUFFIX).removesuffix(".index_map")
     for model in (path.with_name(name), path.with_name(name + SUFFIX)):
         if model.exists() and index_map_path(model) == path:

@@ -1,4 +1,4 @@
-"""Index maps: what became of each old code."""
+"""The new code nearest to each old one, by where its latents went."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ from codebook_tools.codebook import REMOVED, Codebook
 def nearest_map(
     index_map: Tensor, old: Codebook, new: Codebook, samples: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """(old size,) int64: where a code kept its identity, the new code; else the one that most of its latents go to,
-    the lowest among equals, and the nearest one where it had no latents.
+    """Give every removed code the new code that stands in for it.
 
-    index_map: as Surgery's. samples: codes of the same latents before and after, (n,) int64 each; None where no latents
-    are known.
+    Args:
+        index_map: (old size,) int64, as in Surgery.
+        old: The codebook before the surgery.
+        new: The codebook after it.
+        samples: Codes of the same latents before and after, (n,) int64 each; None without latents.
+
+    Returns:
+        (old size,) int64. A code that kept its identity has its new code. A removed one has the code that most of its
+        latents are assigned to, the lowest index among equals, or, without latents, the code nearest to its vector.
     """
-    gone = index_map == REMOVED
-    found = index_map.clone()
-    found[gone] = nearest(old.vectors[gone], new)
+    removed = index_map == REMOVED
+    stand_in = index_map.clone()
+    stand_in[removed] = nearest(old.vectors[removed], new)
     if samples is None:
-        return found
+        return stand_in
     old_codes, new_codes = samples
     pairs, hits = torch.unique(old_codes * new.size + new_codes, return_counts=True)
     most = torch.zeros(old.size, dtype=torch.int64)
     for pair, count in zip(pairs.tolist(), hits.tolist(), strict=True):
         code, target = divmod(pair, new.size)
-        if gone[code] and count > most[code]:
-            most[code], found[code] = count, target
-    return found
+        if removed[code] and count > most[code]:
+            most[code], stand_in[code] = count, target
+    return stand_in

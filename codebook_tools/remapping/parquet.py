@@ -1,4 +1,4 @@
-"""Parquet tables of tokens: columns of integers, or of lists of them however deep, batch by batch."""
+"""Parquet tables of tokens: columns of integers, or of nested lists of them, rewritten in batches of rows."""
 
 from __future__ import annotations
 
@@ -15,17 +15,29 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.remapping.token_choice import choose
 from codebook_tools.remapping.token_ids import Ids, Translation
 
-_ROWS = 1024  # at a time: a row may be a whole picture's tokens
+_ROWS = 1024  # a batch: a row may be all tokens of an image
 
-_LONGEST_REPEATED = 1 << 24
-"""Values that a row group's column may hold whatever the file's length; beyond, so many a byte:"""
-_PER_BYTE = 64  # an eighth of a bit each is fewer than tokens of a collapsed codebook need
+# Values that a column of a row group may have in a file of any length, and beyond that for each byte of the file: an
+# eighth of a bit for a value is fewer than tokens of a collapsed codebook take.
+_MOST_VALUES = 1 << 24
+_VALUES_PER_BYTE = 64
 
 
 def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], axis: int | None) -> Iterator[bytes]:
-    """The table with the ids of its columns translated, in its own schema, compression and size of row groups.
+    """Translate the ids of a table; schema, compression and size of row groups stay.
 
-    axis: 0 is the row, 1 the position in its list, and so on.
+    Args:
+        path: The parquet file.
+        translation: From old ids to new ones; it counts them.
+        keys: Columns of tokens; none for the only column of integers.
+        axis: Which axis runs over the codebooks: 0 is the row, 1 the position in its list, and so on. None for one
+            codebook.
+
+    Yields:
+        The bytes of the new file, in order.
+
+    Raises:
+        CodebookError: pyarrow is missing, the file is damaged, or it is not clear which columns hold tokens.
     """
     try:
         import pyarrow as pa
@@ -39,7 +51,7 @@ def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], a
             for name in sorted(chosen):
                 if schema.names.count(name) > 1:
                     raise CodebookError(f"{path} has several columns called {name}; rename those that hold no tokens")
-            # Damaged column metadata raises here; the accessors of what it says would abort the process for it.
+            # Damaged column metadata raises here; the accessors that _check_repeats reads would abort the process.
             table.scan_contents(batch_size=_ROWS)
             _check_repeats(path, metadata)
             sink = _Sink()
@@ -62,8 +74,9 @@ def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], a
 
 
 def _check_repeats(path: Path, metadata: Any) -> None:
-    """Rows are read whole, and one value however often it is repeated takes a few bytes."""
-    most = max(_LONGEST_REPEATED, _PER_BYTE * path.stat().st_size)
+    """Raise CodebookError where a small file expands to more values than memory may hold: run-length encoding stores
+    any number of repetitions in a few bytes, and rows are read whole."""
+    most = max(_MOST_VALUES, _VALUES_PER_BYTE * path.stat().st_size)
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
             if column.num_values > max(most, group.num_rows):
@@ -73,16 +86,16 @@ def _check_repeats(path: Path, metadata: Any) -> None:
                 )
 
 
-def _holds_integers(of: Any) -> bool:
+def _holds_integers(column_type: Any) -> bool:
     from pyarrow import types
 
-    while types.is_list(of) or types.is_large_list(of) or types.is_fixed_size_list(of):
-        of = of.value_type
-    return bool(types.is_integer(of))
+    while types.is_list(column_type) or types.is_large_list(column_type) or types.is_fixed_size_list(column_type):
+        column_type = column_type.value_type
+    return bool(types.is_integer(column_type))
 
 
 def _compression(metadata: Any) -> dict[str, str] | str:
-    """By column, as the first row group has it."""
+    """Of each column, as in the first row group."""
     if not metadata.num_row_groups:
         return "snappy"
     group = metadata.row_group(0)
@@ -97,7 +110,7 @@ class _Column:
     axis: int | None
 
     def rewrite(self, array: Any, places: tuple[NDArray[np.int64], ...]) -> Any:
-        """An array with its ids translated; nulls stay. places: for each level, the position of each entry in it."""
+        """Translate an arrow array; nulls stay. places: for each level of nesting, the position of each entry."""
         import pyarrow as pa
         from pyarrow import compute, types
 
@@ -128,23 +141,25 @@ class _Column:
 
 
 class _Sink(io.RawIOBase):
-    """What a writer writes, kept until it is fetched."""
+    """Collects the bytes that a ParquetWriter writes, until `drained` takes them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._held, self._at = [b""], 0
+        self._chunks, self._length = list[bytes](), 0
 
     def writable(self) -> bool:
         return True
 
     def tell(self) -> int:
-        return self._at
+        return self._length
 
     def write(self, data: Any) -> int:
-        self._held.append(bytes(data))
-        self._at += len(self._held[-1])
-        return len(self._held[-1])
+        chunk = bytes(data)
+        self._chunks.append(chunk)
+        self._length += len(chunk)
+        return len(chunk)
 
     def drained(self) -> bytes:
-        held, self._held = b"".join(self._held), []
-        return held
+        content = b"".join(self._chunks)
+        self._chunks.clear()
+        return content

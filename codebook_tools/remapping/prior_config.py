@@ -1,4 +1,4 @@
-"""A prior's configs after a surgery: sizes of vocabulary and codebook, and the ids of special tokens."""
+"""Updates a prior's configs after a surgery: sizes of vocabulary and codebook, and the ids of special tokens."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from codebook_tools.checkpoints.config import Config, parse_config, with_entries
 
 VOCABULARY = re.compile(r"(\w+_)?(n_)?vocab(ulary)?(_size)?|num_tokens")
 CODEBOOK = re.compile(r"(\w+_)?codebook_size|(\w+_)?codebook_entries|num_(vq_)?embeddings|(num|n)_codes")
-"""Not n_embed: to some it is the number of codes, to others the width."""
+"""Without n_embed, which is the number of codes in some configs and the width in others."""
 SPECIAL = re.compile(r"(\w+_)?token_(ids?|index)")
 
 
 @dataclass(frozen=True)
 class Change:
-    """vocabulary, codebook: size before and after. new_id: of an id of the old vocabulary."""
+    """How a vocabulary changed.
+
+    Attributes:
+        vocabulary: Number of ids before and after.
+        codebook: Number of codes before and after.
+        new_id: Maps an id of the old vocabulary to the new one.
+    """
 
     vocabulary: tuple[int, int]
     codebook: tuple[int, int]
@@ -26,10 +32,18 @@ class Change:
 
 
 def followed(path: Path, change: Change, main: Path | None = None) -> bytes:
-    """The text of a config with the entries that depend on the vocabulary as the change makes them, all else as it was.
+    """Update the entries of a config that depend on the vocabulary; all other text stays.
 
-    main: the config of the model that `path` goes with, which says whose vocabulary it is about; None for that one
-    itself. Raises CodebookError where one is no config.
+    Args:
+        path: The config.
+        change: How the vocabulary changed.
+        main: The main config of the model, which tells whose vocabulary `path` is about; None for `path` itself.
+
+    Returns:
+        The new text.
+
+    Raises:
+        CodebookError: A file is no config.
     """
     ours = _is_ours(parse_config(main or path), change)
     return with_entries(path.read_bytes(), dict(_changes(parse_config(path), change, ours is not False, "")))
@@ -37,8 +51,8 @@ def followed(path: Path, change: Change, main: Path | None = None) -> bytes:
 
 def _is_ours(config: Config, change: Change) -> bool | None:
     """Whether some level of the config names the vocabulary that changed; None where none names any."""
-    told = [_names_ours(level, change) for level in _levels(config)]
-    return None if all(one is None for one in told) else any(told)
+    levels = [_names_ours(level, change) for level in _levels(config)]
+    return None if all(level is None for level in levels) else any(levels)
 
 
 def _levels(config: Config) -> Iterator[Config]:
@@ -49,15 +63,16 @@ def _levels(config: Config) -> Iterator[Config]:
 
 
 def _names_ours(level: Config, change: Change) -> bool | None:
+    """Whether a vocabulary size at this level is that of the changed one; None without any size."""
     sizes = [value for key, value in level.items() if VOCABULARY.fullmatch(key) and type(value) is int]
     return any(size in (change.vocabulary[0], change.codebook[0]) for size in sizes) if sizes else None
 
 
 def _changes(config: Config, change: Change, ours: bool, at: str) -> Iterator[tuple[str, object]]:
-    """Dotted key and new value of every entry that changes. ours: whether ids here are of the vocabulary that does: a
-    model of several has them at levels of their own, beside the size of theirs."""
-    told = _names_ours(config, change)
-    ours = ours if told is None else told
+    """Dotted key and new value of every entry that changes. ours: whether ids at this level belong to the changed
+    vocabulary; a model with several has the ids of each at one level with its size."""
+    named = _names_ours(config, change)
+    ours = ours if named is None else named
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _changes(value, change, ours, f"{at}{key}.")

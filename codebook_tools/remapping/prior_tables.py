@@ -1,4 +1,4 @@
-"""Which tensors of a prior have a row for each id: its input embeddings, its output heads, and the heads' biases."""
+"""Which tensors of a prior have a row for each id: input embeddings, output heads, and the biases of heads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ HEADS = ("lm_head", "lm_heads", "embed_out", "output_projection", "to_logits", "
 
 @dataclass(frozen=True)
 class Tables:
-    """Keys by codebook, in stage order, or all of one codebook. heads: none where they are tied to the embeddings."""
+    """Keys of tensors, one for each codebook in the order of the quantizer stages, or all of one codebook.
+
+    Attributes:
+        embeddings: (ids, width) each.
+        heads: (ids, width) each; none where they are tied to the embeddings.
+        biases: (ids,) each, of the heads.
+    """
 
     embeddings: tuple[str, ...]
     heads: tuple[str, ...]
@@ -27,9 +33,15 @@ class Tables:
 
 
 def find_tables(prior: Checkpoint, embeddings: Sequence[str], heads: Sequence[str]) -> Tables:
-    """embeddings, heads: keys that the user names, a bias that stands alone among the heads; without any, told by name.
+    """Find a prior's tables by the names that common libraries use.
 
-    Raises CodebookError where none or several could be meant, or a key is not there or holds no rows of numbers.
+    Args:
+        prior: The prior.
+        embeddings: Keys that the user names instead.
+        heads: The same, of heads; a key of one dimension among them is a bias.
+
+    Raises:
+        CodebookError: No tensor or several have such a name, or a key is missing or is not a table of floats.
     """
     tables = tuple(embeddings) or _named(prior, EMBEDDINGS, "weight", "--embedding-key")
     if not tables:
@@ -39,22 +51,21 @@ def find_tables(prior: Checkpoint, embeddings: Sequence[str], heads: Sequence[st
         )
     outputs = tuple(heads) or _named(prior, HEADS, "weight", "--head-key")
     weights = tuple(key for key in outputs if len(prior.shapes.get(key, ())) != 1)
-    alone = tuple(key for key in outputs if key not in weights)  # BERT's bias has a place of its own
+    alone = tuple(key for key in outputs if key not in weights)  # BERT's bias is in another module than its weight
     beside = (re.sub(r"weight$", "bias", key) for key in weights)
     biases = alone or tuple(key for key in beside if key not in weights and key in prior.entries)
-    found = Tables(tables, weights, biases or _named(prior, HEADS, "bias", "--head-key"))
-    for key in (*found.embeddings, *found.heads, *found.biases):
+    biases = biases or _named(prior, HEADS, "bias", "--head-key")
+    for key in (*tables, *weights, *biases):
         entry = prior.entries.get(key)
         if entry is None:
             raise CodebookError(f"{prior.path} has no tensor {key}")
         if not entry.shape or not entry.dtype.startswith(("F", "BF")):
             raise CodebookError(f"{key} in {prior.path} is {entry.dtype} {list(entry.shape)}; expected rows of floats")
-    return found
+    return Tables(tables, weights, biases)
 
 
 def _named(prior: Checkpoint, names: Sequence[str], leaf: str, option: str) -> tuple[str, ...]:
-    """One tensor, or several that differ in one number alone: those of the codebooks. The first name that occurs
-    counts."""
+    """Keys under the first of the names that occurs: one, or several that differ in a number alone, one a codebook."""
     for name in names:
         pattern = re.compile(rf"(.*\.)?{name}(\.\d+)?\.{leaf}")
         keys = [key for key in prior.entries if pattern.fullmatch(key)]

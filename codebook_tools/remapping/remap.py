@@ -1,4 +1,4 @@
-"""Token files and priors by an index map, each into a file of its own beside it."""
+"""Rewrites token files and priors by index maps, each into a new file or directory."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ from codebook_tools.remapping.priors import remap_prior
 from codebook_tools.remapping.request import PRIOR_SUFFIXES, RemapRequest
 from codebook_tools.remapping.token_files import TOKEN_SUFFIXES, rewrite_tokens
 from codebook_tools.remapping.token_ids import Counts, Translation
-from codebook_tools.remapping.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
 class Remapped:
-    """tokens: ids read, or rows of a prior's vocabulary. changed: those that are others now. removed: those of codes
-    that lost their identity. nearest: of these, those that the nearest code stands in for. outputs: by source."""
+    """The result of `remap`.
+
+    Attributes:
+        tokens: Ids read, and rows of priors' vocabularies.
+        changed: Those whose number is another one now.
+        removed: Those of codes that lost their identity.
+        nearest: Of the removed, those that became the nearest code.
+        outputs: Path of the output by that of the source.
+        warnings: A line each.
+    """
 
     tokens: int
     changed: int
@@ -34,28 +41,29 @@ class Remapped:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
-        """The promised keys, and the warnings."""
+        """All fields, by name."""
         return asdict(self)
 
 
 def remap(request: RemapRequest) -> Remapped:
-    """Rewrite every source by the maps, one after the other.
+    """Rewrite every source by the maps, one after another.
 
-    Raises CodebookError, before anything is written where that is possible; what was written then is whole.
+    Raises:
+        CodebookError: Before anything is written where that is possible. Outputs that were written before are whole,
+            and the message names them.
     """
     maps = read_index_maps(request.maps, request.codebook_key)
     _check_apart(request)
     priors = {source: _open(source, request) for source in request.sources}
     outputs = {str(source): str(request.output_of(source)) for source in request.sources}
-    counts, warnings = Counts(), list[str]()
-    done = list[str]()
+    counts, warnings, done = Counts(), list[str](), list[str]()
     for source, prior in priors.items():
         try:
             if prior is None:
                 counts += _remap_tokens(source, maps, request)
             else:
-                found, told = _remap_prior(prior, source, maps, request)
-                counts, warnings = counts + found, [*warnings, *told]
+                rows, remarks = remap_prior(prior, request.output_of(source), maps, request)
+                counts, warnings = counts + rows, [*warnings, *remarks]
         except CodebookError as error:
             raise (CodebookError(f"{error}; already written: {', '.join(done)}") if done else error) from error
         done.append(outputs[str(source)])
@@ -63,19 +71,19 @@ def remap(request: RemapRequest) -> Remapped:
 
 
 def _check_apart(request: RemapRequest) -> None:
-    """Raise CodebookError where two sources have one output, or an output is a map, or another source."""
+    """Raise CodebookError where two sources have one output, or an output is a map or another source."""
     outputs = dict[str, Path]()
     for source in dict.fromkeys(request.sources):
         output = request.output_of(source)
         first = outputs.setdefault(os.path.realpath(output), source)
         if first != source:
             raise CodebookError(f"{first} and {source} would both be written to {output}; give one of them")
-        # What a source may not be written to is said with its kind.
+        # Whether a source may be its own output depends on its kind, which _open checks.
         check_apart([output], {*request.sources, *request.maps} - {source})
 
 
 def _open(source: Path, request: RemapRequest) -> Checkpoint | None:
-    """The prior, or None for tokens, which are all integers or have a --key. The output is looked at, too."""
+    """The prior, or None for a token file: one with integers alone, or with a --key. Checks the output, too."""
     if not source.exists():
         raise CodebookError(f"no such file: {source}")
     if source.is_file() and source.suffix not in TOKEN_SUFFIXES | PRIOR_SUFFIXES:
@@ -114,12 +122,3 @@ def _remap_tokens(source: Path, maps: tuple[IndexMap, ...], request: RemapReques
     chunks = rewrite_tokens(source, translation, request.key, request.axis)
     write_file(request.output_of(source), chunks, force=request.force)
     return translation.counts
-
-
-def _remap_prior(
-    prior: Checkpoint, source: Path, maps: tuple[IndexMap, ...], request: RemapRequest
-) -> tuple[Counts, list[str]]:
-    vocabularies = [Vocabulary(one, request.offset, request.pad_to_multiple) for one in maps]
-    output, keys = request.output_of(source), (request.embedding_key, request.head_key)
-    embedded, warnings = remap_prior(prior, output, vocabularies, request.on_removed, *keys, force=request.force)
-    return sum((one.counts(rows) for one, rows in embedded), Counts()), warnings

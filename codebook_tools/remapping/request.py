@@ -1,4 +1,4 @@
-"""What is asked of a remapping, declared without torch: `--help` reads it."""
+"""The settings of a remapping, declared without torch, for `--help` reads them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.options import Option
 
 OnRemoved = str | int
-"""What an id becomes whose code lost its identity: "error", "nearest", or the id that masks it."""
+"""What the id of a removed code becomes: "error", "nearest", or the id of a mask token."""
 
 _WITHIN = {"offset": (0, 1 << 32), "special": (0, 1 << 32), "pad_to_multiple": (1, 1 << 20)}
-"""Of ids, beyond what any vocabulary has."""
+"""The least and the largest value of a field; no vocabulary needs more."""
 
 PRIOR_SUFFIXES = {SUFFIX, ".pt", ".pth", ".ckpt", ".bin"}
 
 
 def parse_on_removed(text: str) -> OnRemoved:
-    """error, nearest or mask=ID. Raises CodebookError for anything else."""
+    """Parse error, nearest or mask=ID.
+
+    Raises:
+        CodebookError: The text is none of these.
+    """
     if text in ("error", "nearest"):
         return text
     name, _, number = text.partition("=")
@@ -32,7 +36,7 @@ def parse_on_removed(text: str) -> OnRemoved:
 
 @dataclass(frozen=True)
 class RemapRequest:
-    """What is to follow which maps, and how. A field with an Option is typed under its name.
+    """Sources to rewrite, index maps to rewrite them by, and how. A field with an Option is typed under its name.
 
     Attributes:
         sources: Token files and priors.
@@ -110,7 +114,7 @@ class RemapRequest:
             raise CodebookError(f"--output {self.output} is one place for {len(self.sources)} files; leave it out")
 
     def output_of(self, source: Path) -> Path:
-        """The one asked for, or `<name>.remapped` beside the source, of its kind."""
+        """Output of a source: the one asked for, or `<name>.remapped` beside it, of the same kind."""
         if self.output is not None:
             return self.output
         source = named(source)

@@ -1,6 +1,6 @@
-"""Token files, rewritten where their ids stand: the new file is as long as the old, and all else in it byte for byte.
+"""Token files, rewritten in place: the new file is as long as the old one, and only the bytes of ids differ.
 
-Only parquet, whose pages are compressed, has a writer of its own.
+Parquet, whose pages are compressed, has a writer of its own.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from codebook_tools.remapping.token_ids import Translation
 from codebook_tools.runtime.safe_io import check_regular
 
 _CHUNK = 1 << 20  # ids, or bytes, at a time
-_INTEGERS = {
-    "I8": "<i1",
-    "I16": "<i2",
-    "I32": "<i4",
-    "I64": "<i8",
-    "U8": "<u1",
-    "U16": "<u2",
-    "U32": "<u4",
-    "U64": "<u8",
-}
+_INTEGERS = {f"{kind.upper()}{8 * width}": f"<{kind}{width}" for kind in "iu" for width in (1, 2, 4, 8)}
+"""numpy's dtype by that of safetensors."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """An array of ids within a file. name: for messages. start: of its bytes. fortran: the first axis runs fastest."""
+    """An array of ids within a file.
+
+    Attributes:
+        name: For messages.
+        start: Offset of its first byte in the file.
+        dtype: Of its ids, with their byte order.
+        shape: Of the array.
+        fortran: Whether the first axis runs fastest.
+    """
 
     name: str
     start: int
@@ -47,22 +47,32 @@ class Block:
     fortran: bool = False
 
     def stages(self, axis: int | None, at: NDArray[np.int64]) -> NDArray[np.int64] | int:
-        """The position along `axis` of the ids at the flat positions `at`."""
+        """Position along `axis`, (n,), of the ids at the flat positions `at` (n,); 0 without an axis."""
         if axis is None:
             return 0
         inner = self.shape[:axis] if self.fortran else self.shape[axis + 1 :]
         return at // math.prod(inner) % self.shape[axis]
 
     def where(self, at: int) -> str:
+        """Name and index of the id at a flat position, for messages."""
         place = np.unravel_index(at, self.shape, order="F" if self.fortran else "C")
         return f"{self.name} at [{', '.join(str(i) for i in place)}]"
 
 
 def rewrite_tokens(path: Path, translation: Translation, keys: Sequence[str], axis: int | None) -> Iterator[bytes]:
-    """The bytes of the token file `path` with its ids translated, a few at a time.
+    """Translate the ids of a token file.
 
-    keys: of its tensors, columns or kinds of members, where several could hold tokens. axis: the one that runs over the
-    codebooks. Raises CodebookError where the file is unsound, holds no integers, or several things that could be meant.
+    Args:
+        path: A .npy, .safetensors, .tar or .parquet file.
+        translation: From old ids to new ones; it counts them.
+        keys: Tensors, columns or endings of members that hold tokens; none for the only ones of integers.
+        axis: Which axis runs over the codebooks; None for one codebook.
+
+    Yields:
+        The bytes of the new file, in order.
+
+    Raises:
+        CodebookError: The file is damaged or cannot be read, or it is not clear what in it holds tokens.
     """
     try:
         check_regular(path)
@@ -79,6 +89,7 @@ def rewrite_tokens(path: Path, translation: Translation, keys: Sequence[str], ax
 
 
 def _copied(file: BinaryIO, left: int | None = None) -> Iterator[bytes]:
+    """The next `left` bytes, or all the rest."""
     while chunk := file.read(_CHUNK if left is None else min(left, _CHUNK)):
         left = None if left is None else left - len(chunk)
         yield chunk
@@ -115,7 +126,7 @@ def _npy_blocks(path: Path, keys: Sequence[str]) -> Iterator[Block]:
 
 
 def _npy_block(file: BinaryIO, name: str, end: int) -> Block:
-    """Of the array whose header starts here. end: of the file or member."""
+    """The array whose header starts at the file's position. end: offset after the last byte of the file or member."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         shape, fortran, dtype = readers[np.lib.format.read_magic(file)](file)
@@ -141,21 +152,21 @@ def _tensor_blocks(path: Path, keys: Sequence[str]) -> Iterator[Block]:
 
 
 def _member_blocks(path: Path, keys: Sequence[str]) -> Iterator[Block]:
-    """Members that end in .npy, or in one of `keys`: WebDataset calls the parts of a sample `0001.codes.npy`."""
-    endings, any_ = tuple(f".{key.removeprefix('.')}" for key in keys) or (".npy",), False
+    """Members that end in .npy, or in one of `keys`, as WebDataset names the parts of a sample: `0001.codes.npy`."""
+    endings, members = tuple(f".{key.removeprefix('.')}" for key in keys) or (".npy",), 0
     try:
         with tarfile.open(path, "r:") as archive, path.open("rb") as file:
             while member := archive.next():
-                archive.members = []  # type: ignore[attr-defined]  # or it remembers every one
+                archive.members = []  # type: ignore[attr-defined]  # it would keep all of them in memory
                 if member.isreg() and member.name.endswith(endings):
-                    if member.issparse():  # its bytes do not lie in one piece
+                    if member.issparse():  # its bytes are not contiguous
                         raise CodebookError(f"{path}/{member.name} is stored sparse; make the tar without --sparse")
                     file.seek(member.offset_data)
                     yield _npy_block(file, f"{path}/{member.name}", member.offset_data + member.size)
-                    any_ = True
+                    members += 1
     except (tarfile.TarError, EOFError) as error:
         raise CodebookError(f"{path} is not a readable, uncompressed tar: {error}") from error
-    if not any_:
+    if not members:
         raise CodebookError(f"{path} has no member that ends in {' or '.join(endings)}; name its tokens with --key")
 
 
@@ -164,7 +175,7 @@ BLOCKS: Mapping[str, Callable[[Path, Sequence[str]], Iterator[Block]]] = {
     ".safetensors": _tensor_blocks,
     ".tar": _member_blocks,
 }
-"""Where the ids stand, in order, by the ending of a file's name."""
+"""By the ending of a file's name, what yields its arrays of ids in the order of their bytes."""
 
 TOKEN_SUFFIXES = {".npy", ".tar", ".parquet"}
-"""Endings of files that hold tokens and nothing else; a .safetensors file may be a prior."""
+"""Endings of files that hold tokens alone; a .safetensors file may be a prior."""

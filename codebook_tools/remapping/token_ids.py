@@ -1,4 +1,4 @@
-"""Ids of an old vocabulary to ids of the new one: codes by their map, special ids in their place beside the codes."""
+"""Translates ids of an old vocabulary to the new one: codes by the index map; special ids move with the codes' end."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ Ids = NDArray[Any]
 
 @dataclass(frozen=True)
 class Counts:
-    """tokens: ids seen. changed: those that are other numbers now. removed: those whose code lost its identity.
-    nearest: of these, those that the nearest code stands in for."""
+    """How many ids were translated.
+
+    Attributes:
+        tokens: All ids.
+        changed: Those whose number is another one now.
+        removed: Those whose code lost its identity.
+        nearest: Of the removed, those that became the nearest code.
+    """
 
     tokens: int = 0
     changed: int = 0
@@ -34,8 +40,15 @@ class Counts:
 
 @dataclass(eq=False)
 class Translation:
-    """Translates ids and counts them. maps: by stage. offset: the id of code 0; ids below it stay. special: how many
-    ids follow the codes; they move with the codes' end."""
+    """Translates ids and counts them.
+
+    Attributes:
+        maps: One for each quantizer stage.
+        on_removed: What an id becomes whose code was removed: "error", "nearest", or the id of a mask token.
+        offset: The id of code 0; lower ids are special and stay.
+        special: How many special ids follow the codes.
+        counts: Of all calls so far.
+    """
 
     maps: tuple[IndexMap, ...]
     on_removed: OnRemoved = "error"
@@ -52,12 +65,21 @@ class Translation:
         self._new = np.where(self._removed, self.on_removed, new) if isinstance(self.on_removed, int) else new
 
     def __call__(self, ids: Ids, stages: NDArray[np.int64] | int, where: Callable[[int], str]) -> Ids:
-        """ids (n,) of codebook `stages` (n,) -> the new ids, in the same dtype. where: what the nth id is called.
+        """Translate ids.
 
-        Raises CodebookError with the first id that is none, or that stands for a removed code where that is an error,
-        or whose new one the dtype cannot hold.
+        Args:
+            ids: (n,) integers of any width.
+            stages: The quantizer stage of each, (n,), or one of all.
+            where: Names the nth id in an error.
+
+        Returns:
+            (n,) in the dtype of `ids`.
+
+        Raises:
+            CodebookError: An id is out of range, is a removed code where that is an error, or its new id does not fit
+                the dtype. The message names the first such id.
         """
-        wide = ids.astype(np.int64)  # what is beyond it becomes negative, which no id is
+        wide = ids.astype(np.int64)  # uint64 beyond int64 wraps to a negative number, which is no id
         codes, sizes = wide - self.offset, np.broadcast_to(self._sizes[stages], ids.shape)
         self._refuse(
             (wide < 0) | (codes >= sizes + self.special), ids, where,

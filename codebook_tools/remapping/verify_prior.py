@@ -1,11 +1,12 @@
-"""A remapped prior held against the original: its tables are those that the maps make, and all else is as it was."""
+"""Compares a remapped prior with its original: the tables are what the maps make of them, and all else is unchanged."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -16,68 +17,63 @@ from codebook_tools.checkpoints.safetensors_file import read_safetensors
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.verification import Difference, listed, same_bytes
 from codebook_tools.remapping.index_map import read_index_maps
-from codebook_tools.remapping.priors import RemappedPrior, about_remapping, remapped
-from codebook_tools.remapping.vocabulary import Vocabulary
+from codebook_tools.remapping.priors import PriorSettings, RemappedPrior, about_remapping, remapped
 from codebook_tools.runtime.safe_io import parse_json
-from codebook_tools.runtime.type_checks import fits
+from codebook_tools.runtime.type_checks import fits, kinds_of
 
 
 def prior_differences(written: Checkpoint, original: Checkpoint, maps: Sequence[Path]) -> Iterator[Difference]:
-    """What is not as it must be. maps: as they were given to the remapping; it is done once more, in memory.
+    """Remap the original once more, in memory, and compare.
 
-    Raises CodebookError where there are no maps, or they cannot be those.
+    Args:
+        written: The remapped prior.
+        original: The prior that it was made from.
+        maps: Files of index maps, as they were named to the remapping.
+
+    Yields:
+        What differs and must not.
+
+    Raises:
+        CodebookError: No maps are named, or the remapping cannot have followed them.
     """
     if not maps:
         raise CodebookError(f"{written.path} is a remapped prior: name the maps that it followed with --map")
     settings = _settings(written)
-    vocabularies = [
-        Vocabulary(one, settings["offset"], settings["pad_to_multiple"])
-        for one in read_index_maps(maps, listed(written, "codebooks"))
-    ]
-    keys = (settings["embedding_keys"], settings["head_keys"])
-    meant = remapped(original, vocabularies, settings["on_removed"], *keys)
-    version = written.metadata.get(PREFIX + "version", "")
-    about = about_remapping(original, vocabularies, settings["on_removed"], *keys, version)
+    index_maps = read_index_maps(maps, listed(written, "codebooks"))
+    meant = remapped(original, index_maps, settings)
+    about = about_remapping(original, index_maps, settings, written.metadata.get(PREFIX + "version", ""))
     yield from _metadata(written, original, {PREFIX + name: value for name, value in about.items()})
     yield from _tensors(written, original, meant)
     yield from _configs(written, original, meant)
 
 
-def _settings(written: Checkpoint) -> dict[str, Any]:
-    """How the metadata say that it was done. Raises CodebookError where nobody could have asked for that."""
-    try:
-        settings = parse_json(written.metadata.get(PREFIX + "settings", ""))
-        settings = settings if isinstance(settings, dict) else {}
-    except ValueError:
-        settings = {}
-    rows = max((shape[0] for shape in written.shapes.values() if shape), default=0)
-    sound = all(name in settings and fits(settings[name], kind) for name, kind in _KINDS.items())
-    if not sound or settings["offset"] < 0 or not 1 <= settings["pad_to_multiple"] <= rows:
-        raise CodebookError(f"{written.path} does not say how it was remapped: its metadata are damaged")
-    return settings
-
-
-_KINDS = {
-    "on_removed": Literal["error", "nearest"],
-    "offset": int,
-    "pad_to_multiple": int,
-    "embedding_keys": list[str],
-    "head_keys": list[str],
-}
+def _settings(written: Checkpoint) -> PriorSettings:
+    """The settings in the metadata. Raises CodebookError where no command can have had them."""
+    stored: Any = None
+    with suppress(ValueError):
+        stored = parse_json(written.metadata.get(PREFIX + "settings", ""))
+    kinds = kinds_of(PriorSettings)
+    if isinstance(stored, dict) and all(name in stored and fits(stored[name], kind) for name, kind in kinds.items()):
+        settings = PriorSettings(**{name: stored[name] for name in kinds})
+        rows = max((shape[0] for shape in written.shapes.values() if shape), default=0)
+        padded = settings.offset >= 0 and 1 <= settings.pad_to_multiple <= rows
+        if padded and settings.on_removed in ("error", "nearest"):
+            return settings
+    raise CodebookError(f"{written.path} does not say how it was remapped: its metadata are damaged")
 
 
 def _metadata(written: Checkpoint, original: Checkpoint, about: Mapping[str, str]) -> Iterator[Difference]:
-    """In each file of weights they are the original's, and what is told of the remapping; a shard without a table is
-    the original's copy."""
+    """In each file of weights, the original's metadata and those of the remapping; a shard without a table is a copy
+    of the original's."""
     if written.metadata.get(PREFIX + "source_sha256") != original.sha256:
         yield Difference("__metadata__", f"{original.path.name} is not the prior that was remapped")
     shards = {path.name: read_safetensors(path).metadata for path in original.files[1:]}
     for path in written.files[written.sharded :]:
-        found, before = read_safetensors(path).metadata, shards.get(path.name, original.metadata)
-        if written.sharded and found == before:
+        after, before = read_safetensors(path).metadata, shards.get(path.name, original.metadata)
+        if written.sharded and after == before:
             continue
         meant = {"format": "pt", **before, **about}
-        for name in sorted(name for name in {**meant, **found} if meant.get(name) != found.get(name)):
+        for name in sorted(name for name in {**meant, **after} if meant.get(name) != after.get(name)):
             yield Difference("__metadata__", f"entry {name} of {path.name} is not what the remapping writes")
 
 

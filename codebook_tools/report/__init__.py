@@ -1,1 +1,1 @@
-"""What happened, for people: tables of results."""
+"""Results for people: tables and pages."""

@@ -1,1 +1,1 @@
-"""What any program needs and no codebook: processes, threads, devices, progress, safe reading, types, the version."""
+"""Knows nothing of codebooks: processes, threads, devices, progress, safe reading, type checks, options, version."""

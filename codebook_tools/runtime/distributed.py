@@ -1,8 +1,7 @@
-"""Several processes that work on one command, as torchrun starts them; by itself a process is the first of one.
+"""Collectives over the processes that torchrun starts for one command; a single process is rank 0 of one.
 
-Every process runs the same code on its part of the data. What they found is summed or gathered here, and the same on
-all of them afterwards. Only those that `joined` brought together count: a program that has processes of its own, and
-calls the library from one of them, is left alone.
+Every process runs the same code on its part of the data; the functions here return the same on all of them. Only
+processes that `joined` brought together count: a program with processes of its own may call the library from one.
 """
 
 from __future__ import annotations
@@ -16,34 +15,37 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from codebook_tools.errors import CodebookError
 
-if TYPE_CHECKING:  # imported where it is used: a command that fails says so before torch would be there
+if TYPE_CHECKING:  # imported where it is used, for a command may fail before it needs torch
     from torch import Tensor
     from torch.distributed.distributed_c10d import Store
 
 _T = TypeVar("_T")
 
-_PATIENCE = timedelta(hours=2)  # with processes that have more to do; one that ends ends the others at once
-_LAST_WORDS = timedelta(seconds=10)  # of a process that fails, before the others end, too
+_TIMEOUT = timedelta(hours=2)  # for processes with more work; where one ends, torchrun ends the others at once
+_FAILURE_TIMEOUT = timedelta(seconds=10)  # for the message of the process that failed first
 
 
 @dataclass
-class _Together:
-    """store: what the processes share besides the tensors that they send; None where there is but one."""
+class _Group:
+    """The processes of this command. store: what they share beside tensors; None of a single process."""
 
     rank: int = 0
     count: int = 1
     store: Store | None = None
 
 
-_together = _Together()
+_group = _Group()
 
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Join the processes that torchrun started, if it did: by NCCL where networks run on GPUs, else by gloo.
+    """Join the processes that torchrun started, if any: by NCCL where networks run on GPUs, else by gloo.
 
-    device: as devices.device_of takes it. With several GPUs each process takes its own. Raises CodebookError where
-    there are fewer GPUs than processes.
+    Args:
+        device: As `devices.device_of` takes it. On CUDA each process takes its own GPU.
+
+    Raises:
+        CodebookError: There are fewer GPUs than processes.
     """
     if "WORLD_SIZE" not in os.environ:
         yield
@@ -58,28 +60,27 @@ def joined(device: str) -> Iterator[None]:
         torch.cuda.set_device(_own_gpu(torch.cuda.device_count()))
     store, rank, count = next(rendezvous("env://"))
     backend = "nccl" if on_gpu else "gloo"
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_PATIENCE)
-    _together.rank, _together.count = rank, count
-    _together.store = PrefixStore("codebook_tools", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_TIMEOUT)
+    _group.rank, _group.count, _group.store = rank, count, PrefixStore("codebook_tools", store)
     try:
         yield
     finally:
-        _together.rank, _together.count, _together.store = 0, 1, None
+        _group.rank, _group.count, _group.store = 0, 1, None
         distributed.destroy_process_group()
 
 
-def _own_gpu(there: int) -> int:
-    """The GPU of this process, of those there are on its machine."""
+def _own_gpu(gpus: int) -> int:
+    """The index of this process' GPU among those of its machine."""
     own = int(os.environ.get("LOCAL_RANK", "0"))
-    if own >= there:
-        here = os.environ.get("LOCAL_WORLD_SIZE", own + 1)
-        raise CodebookError(f"{here} processes on {there} GPUs: start as many as there are, or use --device cpu")
+    if own >= gpus:
+        processes = os.environ.get("LOCAL_WORLD_SIZE", own + 1)
+        raise CodebookError(f"{processes} processes on {gpus} GPUs: start as many as there are, or use --device cpu")
     return own
 
 
 def count() -> int:
-    """How many processes there are."""
-    return _together.count
+    """Number of processes."""
+    return _group.count
 
 
 def require_one(command: str) -> None:
@@ -89,22 +90,22 @@ def require_one(command: str) -> None:
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
-    return _together.rank
+    """Index of this process, from 0."""
+    return _group.rank
 
 
 def part() -> tuple[int, int]:
-    """Which part of the data is this process' own, of how many: as Media.part."""
+    """Index of this process' part of the data, and number of parts, as in Media.part."""
     return rank(), count()
 
 
 def own_slice(n: int) -> slice:
-    """Which of n things in a row are this process' own: all processes' slices, in order of rank, are the whole."""
+    """This process' contiguous slice of n items; the slices of all ranks, in order, are the whole."""
     return slice(n * rank() // count(), n * (rank() + 1) // count())
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum of all processes' values, of one shape and dtype; `values` itself is left as it is."""
+    """Sum the values of all processes, of one shape and dtype; `values` itself does not change."""
     if count() == 1:
         return values
     from torch import distributed
@@ -115,7 +116,7 @@ def summed(values: Tensor) -> Tensor:
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """All processes' rows, (n, ...) each, one after another in order of rank."""
+    """Concatenate the rows of all processes, (n, ...) each with an n of its own, in order of rank."""
     if count() == 1:
         return rows
     import torch
@@ -126,11 +127,11 @@ def gathered(rows: Tensor) -> Tensor:
     padded[: len(sent)] = sent
     received = [torch.empty_like(padded) for _ in lengths]
     distributed.all_gather(received, padded)
-    return torch.cat([of[:length] for of, length in zip(received, lengths, strict=True)]).to(rows.device)
+    return torch.cat([part[:length] for part, length in zip(received, lengths, strict=True)]).to(rows.device)
 
 
 def each(value: _T) -> list[_T]:
-    """Every process' value, in order of rank; anything that pickles."""
+    """The value of each process, in order of rank; anything that pickles."""
     if count() == 1:
         return [value]
     from torch import distributed
@@ -141,7 +142,7 @@ def each(value: _T) -> list[_T]:
 
 
 def of_first(value: _T) -> _T:
-    """The first process' value, on all of them; anything that pickles."""
+    """The value of rank 0, on all processes; anything that pickles."""
     if count() == 1:
         return value
     from torch import distributed
@@ -152,12 +153,12 @@ def of_first(value: _T) -> _T:
 
 
 def by_first(work: Callable[[], _T]) -> _T:
-    """What `work` returns on the first process, which alone does it while the others wait; on all of them."""
+    """Run `work` on rank 0 alone while the others wait; all processes return its result."""
     return of_first(work() if rank() == 0 else cast("_T", None))
 
 
 def follow_first(tensors: Iterable[Tensor]) -> None:
-    """Overwrite the tensors of all processes, without gradients, by those of the first."""
+    """Overwrite the tensors of all processes, without gradients, by those of rank 0."""
     if count() == 1:
         return
     from torch import distributed
@@ -170,7 +171,7 @@ def follow_first(tensors: Iterable[Tensor]) -> None:
 
 @contextmanager
 def alike(kind: type[Exception]) -> Iterator[None]:
-    """An error of that kind in one process is one in all, when they have come to the end of this block."""
+    """At the end of the block, raise an exception of this type on all processes if it was raised in one."""
     problem = None
     try:
         yield
@@ -178,46 +179,52 @@ def alike(kind: type[Exception]) -> Iterator[None]:
         if count() == 1:
             raise
         problem = error
-    met = [error for error in each(problem) if error is not None]
-    if met:
-        raise met[0]
+    problems = [error for error in each(problem) if error is not None]
+    if problems:
+        raise problems[0]
 
 
 def fail(code: int, say: Callable[[], None]) -> int:
-    """Say why this process fails, unless another has failed before it: then it fails alike, or because of that.
+    """Report why this process fails, unless another failed before it, whose failure is then the same or its cause.
 
-    Returns the exit code of all: the first's. torchrun ends all processes when one has ended, so that the others wait
-    until the first has said why.
+    torchrun ends all processes when one ends, so the later ones wait until the first has reported.
+
+    Args:
+        code: The exit code of this failure.
+        say: Reports it.
+
+    Returns:
+        The exit code of the first process that failed.
     """
-    store = _together.store
-    if store is None or not _has_failed_already(store):
+    store = _group.store
+    if store is None or not _another_failed(store):
         say()
         if store is not None:
             with suppress(RuntimeError):
                 store.set("code", str(code))
         return code
-    store.set_timeout(_LAST_WORDS)
-    with suppress(RuntimeError):  # the first did not live to say so
+    store.set_timeout(_FAILURE_TIMEOUT)
+    with suppress(RuntimeError):  # the first ended before it could store its code
         code = int(store.get("code"))
     return code
 
 
 def is_left_alone(error: Exception) -> bool:
-    """Whether the error says that another process is no longer there."""
-    said = str(error).lower()
+    """Whether the error comes from the loss of another process."""
+    message = str(error).lower()
     lost = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "remote process exited")
-    return count() > 1 and isinstance(error, RuntimeError) and any(words in said for words in lost)
+    return count() > 1 and isinstance(error, RuntimeError) and any(words in message for words in lost)
 
 
-def _has_failed_already(store: Store) -> bool:
+def _another_failed(store: Store) -> bool:
     try:
         return store.add("failed", 1) > 1
-    except RuntimeError:  # who keeps the words is gone: rather twice than never
+    except RuntimeError:  # the process that serves the store is gone: rather report twice than never
         return False
 
 
 def _carried(values: Tensor) -> Tensor:
-    """On the device that the backend carries tensors of."""
+    """The values on a device whose tensors the backend can send."""
     from torch import distributed
 
     return values.cuda() if distributed.get_backend() == "nccl" else values.cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -51,7 +51,7 @@ class Declared:
 
 @cache
 def declared(settings: type) -> dict[str, Declared]:
-    """The fields of a dataclass that are options, by name, in their order."""
+    """The fields of a dataclass that are options, by name, in the order of the fields."""
     hints = get_type_hints(settings, include_extras=True)
     options = dict[str, Declared]()
     for field in fields(settings):
@@ -62,7 +62,7 @@ def declared(settings: type) -> dict[str, Declared]:
 
 
 def _typed(kind: Any, option: Option) -> tuple[Any, bool]:
-    """The type of one value, and whether there may be several."""
+    """The type of one value, and whether the option may be repeated."""
     if get_origin(kind) in (Union, UnionType):
         kind = next(one for one in get_args(kind) if one is not NoneType)
     repeated = get_origin(kind) is tuple and option.parse is None
@@ -74,12 +74,19 @@ def _typed(kind: Any, option: Option) -> tuple[Any, bool]:
 
 
 def values(settings: type, typed: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass that are options, from what was typed; those that were not offered are left out.
+    """Convert what was typed to values of a dataclass's fields.
+
+    Args:
+        settings: The dataclass.
+        typed: Values by name of the field; names that are no options of it are ignored.
+
+    Returns:
+        Values by name, without the fields that `typed` lacks.
 
     Raises:
         CodebookError: A text is not what its option expects.
     """
-    found = dict[str, Any]()
+    converted = dict[str, Any]()
     for name, one in declared(settings).items():
         if name in typed:
             value = typed[name]
@@ -87,10 +94,5 @@ def values(settings: type, typed: Mapping[str, Any]) -> dict[str, Any]:
                 value = tuple(value or ())
             elif one.option.parse and isinstance(value, str):
                 value = one.option.parse(value)
-            found[name] = value
-    return found
-
-
-def is_required(one: Declared) -> bool:
-    """Whether the field has no default."""
-    return one.default is MISSING
+            converted[name] = value
+    return converted

@@ -1,5 +1,4 @@
-"""Files from strangers: opened where they are regular, read whole where they are of a sane length, and parsed to data
-or a ValueError."""
+"""Reads untrusted files: regular ones only, of limited length, parsed to data or a ValueError."""
 
 from __future__ import annotations
 
@@ -9,25 +8,33 @@ import stat
 from pathlib import Path
 from typing import Any
 
-LONGEST = 64 << 20
-"""Bytes of a file that is read as text: configs, results and recipes have thousandths of that."""
+_LONGEST = 64 << 20  # bytes; configs, results and recipes have thousandths of that
 
 
-def read_bytes(path: Path, longest: int = LONGEST) -> bytes:
-    """Raises ValueError where it is longer, OSError as reading does."""
+def read_bytes(path: Path, longest: int = _LONGEST) -> bytes:
+    """Read a file whole.
+
+    Raises:
+        ValueError: It has more than `longest` bytes.
+        OSError: It is not regular, or cannot be read.
+    """
     check_regular(path)
     if (nbytes := path.stat().st_size) > longest:
         raise ValueError(f"it has {nbytes:,} bytes, more than {longest:,}")
     return path.read_bytes()
 
 
-def read_text(path: Path, longest: int = LONGEST) -> str:
-    """As `read_bytes`; ValueError, too, where it is no UTF-8."""
+def read_text(path: Path, longest: int = _LONGEST) -> str:
+    """As `read_bytes`, decoded; a ValueError, too, where it is not UTF-8."""
     return read_bytes(path, longest).decode()
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Raises ValueError for all that is no JSON, and for what is nested too deep."""
+    """Parse JSON.
+
+    Raises:
+        ValueError: The text is no JSON, or is nested too deep.
+    """
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -35,9 +42,12 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def check_regular(path: Path) -> None:
-    """Raise OSError for a pipe, a socket or a device: opening one may wait for ever, and what was read of it is gone.
+    """Refuse pipes, sockets and devices: opening one may wait forever, and what is read from one is gone.
 
-    Folders pass: whoever opens one has words of its own for it. Raises OSError, too, where there is nothing.
+    Folders pass, for their callers have better messages.
+
+    Raises:
+        OSError: The path is none of a file or a folder, or does not exist.
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):

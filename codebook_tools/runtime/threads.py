@@ -1,4 +1,4 @@
-"""Work in threads: parts of a large array side by side, each on one core."""
+"""Runs a function on parts of a large array in threads, each on one core."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ _R = TypeVar("_R")
 
 
 def spread(work: Callable[[_P], _R], parts: Iterable[_P]) -> Iterator[_R]:
-    """work(part) of each part, in order; as many at a time as torch has threads, which get one each.
+    """Apply a function to parts, as many at a time as torch has threads.
 
-    Small steps (a product, its minima) wait less for each other this way than if each were split over all threads, and
-    what they compute does not depend on how many there are. Results wait for their turn: at most two a thread.
+    Each thread computes with one torch thread. Small steps (a product, its minima) wait less for each other this way
+    than if each were split over all threads, and results do not depend on the number of threads.
+
+    Args:
+        work: Called in a thread.
+        parts: Its arguments, taken at most two a thread ahead of the results.
+
+    Yields:
+        work(part), in the order of the parts. An exception of `work` is raised here.
     """
     threads = torch.get_num_threads()
     if threads == 1:
@@ -35,15 +42,15 @@ def spread(work: Callable[[_P], _R], parts: Iterable[_P]) -> Iterator[_R]:
     finally:
         for future in running:
             future.cancel()
-        torch.set_num_threads(threads)  # what threads to come start with is one number for all of them
+        torch.set_num_threads(threads)  # the worker threads set the default that new threads start with
 
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Kept: it takes longer to start threads than they have to do for a small batch."""
+    """Cached: starting threads takes longer than their work on a small batch."""
     return ThreadPoolExecutor(threads, initializer=_with_one_thread)
 
 
 def _with_one_thread() -> None:
-    torch.get_num_threads()  # the first question of a thread gives it as many as the others have
+    torch.get_num_threads()  # the first call in a thread overwrites its number by the default
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Settings from strangers, held against the types of what they set."""
+"""Checks untrusted settings against the types of the fields or parameters that they set."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _SPELLED = {bool: "true or false", int: "a whole number", float: "a number", str
 
 
 def kinds_of(made: object) -> dict[str, Any]:
-    """The types of a dataclass's fields, or of a function's parameters, by name; none where they cannot be told."""
+    """The types of a dataclass's fields or a function's parameters, by name; none where they cannot be resolved."""
     try:
         return get_type_hints(made)
-    except Exception:  # of others' code, which may name what only type checkers import
+    except Exception:  # in third-party code, whose annotations may name what only type checkers import
         return {}
 
 
 def fits(value: object, kind: Any) -> bool:
-    """Whether a value, as YAML or JSON has it, is of a type, or makes one of it. A type that neither has fits all."""
+    """Whether a value from YAML or JSON is of a type, or converts to it. Any fits a type that neither can have."""
     if get_origin(kind) in (Union, UnionType):
         return any(fits(value, one) for one in get_args(kind))
     if get_origin(kind) is Literal:
@@ -43,13 +43,22 @@ def fits(value: object, kind: Any) -> bool:
 
 
 def check_kind(name: str, value: object, kind: Any) -> None:
-    """Raise CodebookError where a value is not of the type of what it sets. name: of that, as the user wrote it."""
+    """Check one value.
+
+    Args:
+        name: Of the setting, as the user wrote it.
+        value: From YAML or JSON.
+        kind: The type that it must fit.
+
+    Raises:
+        CodebookError: It does not.
+    """
     if not fits(value, kind):
         raise CodebookError(f"{name} is {short(value)}; expected {_expected(kind)}")
 
 
 def check_kinds(of: str, values: Mapping[str, object], kinds: Mapping[str, Any]) -> None:
-    """As `check_kind`, for each value that has a type. of: whose settings they are."""
+    """As `check_kind` for each value whose name has a type. of: whose settings they are, for the message."""
     for name, value in values.items():
         check_kind(f"{of}: {name}", value, kinds.get(name, Any))
 

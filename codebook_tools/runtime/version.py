@@ -1,4 +1,4 @@
-"""The version, as the installed distribution has it."""
+"""The version of the installed distribution."""
 
 from importlib.metadata import version
 

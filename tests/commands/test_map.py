@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from browsers import browser  # noqa: F401  # a fixture
 from conftest import Grey, Outcome, assert_refused
-from test_report import browser  # noqa: F401  # a fixture
 
 from codebook_tools.report.html.map import map_plot, mapped_page
 from codebook_tools.report.html.page import html

@@ -1,4 +1,4 @@
-"""`make audit` says that all is well only where every pin was looked up."""
+"""`make audit` reports success only where every pin was looked up."""
 
 from __future__ import annotations
 
@@ -12,41 +12,32 @@ from typing import Any
 import pytest
 from places import ROOT
 
-AUDIT = ROOT / "tools" / "audit.py"
-
 CLEAN: dict[str, Any] = {"name": "a", "version": "1", "vulns": []}
 SKIPPED = {"name": "b", "skip_reason": "Dependency not found on PyPI and could not be audited: b (2)"}
 BROKEN = {"name": "c", "version": "3", "vulns": [{"id": "PYSEC-1", "fix_versions": ["4"]}]}
+SILENT = "not audited: the service of vulnerabilities says nothing of"
 
 
-def found(*dependencies: dict[str, Any]) -> str:
+def printing(*dependencies: dict[str, Any]) -> str:
     return f"print({json.dumps(json.dumps({'dependencies': dependencies}))})"
 
 
 @pytest.mark.parametrize(
-    ("pip_audit", "code", "said"),
+    ("pip_audit", "code", "output"),
     [
-        (found(CLEAN), 0, "1 pins, none with a known vulnerability\n"),
-        (found(CLEAN, BROKEN), 1, "c 3: PYSEC-1, mended in 4\n"),
-        (
-            found(CLEAN, SKIPPED),
-            1,
-            "not audited: the service of vulnerabilities says nothing of 1 of 2 pins of pins.txt, b",
-        ),
-        (found(), 1, "not audited: the service of vulnerabilities says nothing of 0 of 0 pins"),
+        (printing(CLEAN), 0, "1 pins, none with a known vulnerability\n"),
+        (printing(CLEAN, BROKEN), 1, "c 3: PYSEC-1, mended in 4\n"),
+        (printing(CLEAN, SKIPPED), 1, f"{SILENT} 1 of 2 pins of pins.txt, b"),
+        (printing(), 1, f"{SILENT} 0 of 0 pins"),
         ("raise ConnectionError('no such host')", 1, "not audited: pins.txt: ConnectionError: no such host\n"),
     ],
     ids=["clean", "vulnerable", "skipped", "empty", "unreached"],
 )
-def test_an_audit_says_what_it_found_or_that_it_did_not_look(
-    pip_audit: str, code: int, said: str, tmp_path: Path
+def test_an_audit_reports_what_it_found_or_that_it_did_not_look(
+    pip_audit: str, code: int, output: str, tmp_path: Path
 ) -> None:
     (tmp_path / "pip_audit.py").write_text(pip_audit)
-    done = subprocess.run(
-        [sys.executable, AUDIT, "pins.txt"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    command, environment = [sys.executable, ROOT / "tools" / "audit.py", "pins.txt"], {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == code
-    assert (done.stdout + done.stderr).startswith(said)
+    assert (done.stdout + done.stderr).startswith(output)

@@ -5,63 +5,56 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import BENCHMARKS, ROOT, TRUST
 
 from codebook_tools.models.registry import CUSTOM, FAMILIES
 from codebook_tools.workflows.comparison_rows import Comparison, Row, markdown_table, table_rows
 
 DOCUMENTS = [*ROOT.glob("*.md"), *(path for path in (ROOT / "docs").glob("*.md") if path.name != "cli.md")]
-RESULTS = ROOT / "benchmarks" / "results"
-RECIPES = sorted((RESULTS / "recipes").glob("*.md"))
-SWEEPS = sorted((RESULTS / "sweep").glob("*/table.md"))
+RESULTS = BENCHMARKS / "results"
 TABLES = sorted((RESULTS / "compare").glob("*/table.md"))
-sys.path.append(str(ROOT / "benchmarks" / "trust"))
+sys.path += [str(TRUST), str(BENCHMARKS / "gpu")]
 
 
-def named(path: Path) -> str:
-    return path.parent.name
+def quoted() -> Iterator[tuple[str, str, Path]]:
+    """A document, the mark in it, and the file of results that follows the mark."""
+    yield from (("comparison.md", f"table: {path.parent.name}", path) for path in TABLES)
+    yield from (("finetuning.md", f"recipes: {path.stem}", path) for path in (RESULTS / "recipes").glob("*.md"))
+    sweeps = (RESULTS / "sweep").glob("*/table.md")
+    yield from (("choosing-k.md", f"sweep: {path.parent.name}", path) for path in sweeps)
+    yield "trust.md", "trust", RESULTS / "trust.md"
 
 
-@pytest.mark.parametrize("path", TABLES, ids=named)
-def test_a_table_of_the_documents_is_that_of_the_results(path: Path) -> None:
-    text = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
-    assert f"<!-- table: {named(path)} -->\n{path.read_text(encoding='utf-8')}<!-- end -->" in text
+@pytest.mark.parametrize(("document", "mark", "path"), sorted(quoted()))
+def test_a_table_of_the_documents_is_that_of_the_results(document: str, mark: str, path: Path) -> None:
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    assert f"<!-- {mark} -->\n{path.read_text(encoding='utf-8')}<!-- end -->" in text
 
 
-@pytest.mark.parametrize("path", TABLES, ids=named)
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.parent.name)
 def test_a_table_is_that_of_its_rows(path: Path) -> None:
-    found = json.loads(path.with_name("rows.json").read_text())["rows"]
-    rows = tuple(map(Row.from_json, found))
+    rows = tuple(map(Row.from_json, json.loads(path.with_name("rows.json").read_text())["rows"]))
     summaries = Comparison(command="compare", model="", family="", settings={}, seed=0, rows=rows).summaries
-    lines = {" | ".join(line) for line in table_rows(summaries)}
-    shown = [line for line in path.read_text(encoding="utf-8").splitlines()[2:] if line.startswith("| ")]
+    lines = {f"| {' | '.join(line)} |" for line in table_rows(summaries)}
+    head, rule, *table = path.read_text(encoding="utf-8").splitlines()
     # A row that could not be done is in the table alone.
-    assert {line for line in shown if "not possible" not in line} <= {f"| {line} |" for line in lines}
-    assert markdown_table(summaries).splitlines()[:2] == path.read_text(encoding="utf-8").splitlines()[:2]
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_those_of_the_results(path: Path) -> None:
-    text = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
-    assert f"<!-- recipes: {path.stem} -->\n{path.read_text(encoding='utf-8')}<!-- end -->" in text
-
-
-@pytest.mark.parametrize("path", SWEEPS, ids=named)
-def test_sweeps_are_those_of_the_results(path: Path) -> None:
-    text = (ROOT / "docs" / "choosing-k.md").read_text(encoding="utf-8")
-    assert f"<!-- sweep: {named(path)} -->\n{path.read_text(encoding='utf-8')}<!-- end -->" in text
+    assert {line for line in table if line.startswith("| ") and "not possible" not in line} <= lines
+    assert markdown_table(summaries).splitlines()[:2] == [head, rule]
 
 
 def test_the_counts_of_trust_are_those_of_the_results() -> None:
-    found = json.loads((RESULTS / "trust.json").read_text())
-    counted = (RESULTS / "trust.md").read_text(encoding="utf-8")
-    assert import_module("record").table(found) == counted
-    text = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
-    assert f"<!-- trust -->\n{counted}<!-- end -->" in text
+    counted = json.loads((RESULTS / "trust.json").read_text())
+    assert import_module("record").table(counted) == (RESULTS / "trust.md").read_text(encoding="utf-8")
+
+
+def test_the_figures_of_a_gpu_are_those_of_the_results() -> None:
+    tables, page = import_module("tables"), (ROOT / "docs" / "performance.md").read_text()
+    assert page.partition(tables.BEGIN)[2].partition(tables.END)[0] == tables.section()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -71,11 +64,8 @@ def test_every_link_to_a_file_leads_to_one(path: Path) -> None:
 
 
 def test_every_family_has_a_row_whose_tests_are_there() -> None:
-    """A row may say "the same" for the tests of the row above it."""
-    path = ROOT / "docs" / "families.md"
-    rows = [line.split(" | ") for line in path.read_text(encoding="utf-8").splitlines() if re.match(r"\| [`l]", line)]
-    named_families = {name for cells in rows for name in re.findall(r"`([\w-]+)`", cells[0])}
-    assert {*FAMILIES, CUSTOM} <= named_families
+    """A row may say "the same" for the tests of the row above it; links are tested above."""
+    text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| [`l]", line)]
+    assert {*FAMILIES, CUSTOM} <= {name for cells in rows for name in re.findall(r"`([\w-]+)`", cells[0])}
     assert all(cells[-1].startswith(("the same", "[test_")) for cells in rows)
-    tests = [path.parent / target for cells in rows for target in re.findall(r"\]\(([^)]+)\)", cells[-1])]
-    assert tests and all(test.exists() for test in tests)

@@ -13,79 +13,55 @@ import pytest
 from places import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
-from tables import BEGIN, END, NOTHING, section
+from tables import NOTHING, section
 
 PARTS = ("commands", "finetuning", "throughput", "clustering", "nearest")
 
 
+def gpu_script(root: Path, output: Path, *options: object, **environment: str) -> tuple[int, str]:
+    """Exit code and log of benchmarks/gpu.sh in a copy of the repository."""
+    command = ["bash", "benchmarks/gpu.sh", "--out", output, *options]
+    done = subprocess.run(list(map(str, command)), cwd=root, env=os.environ | environment, timeout=900)
+    return done.returncode, (output / "log.txt").read_text()
+
+
 @pytest.mark.slow
 def test_every_part_ends_and_leaves_a_small_file(tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
+    copy, output, missing = tmp_path / "copy", tmp_path / "out", tmp_path / "missing"
     for folder in ("codebook_tools", "cli", "benchmarks"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("results", "__pycache__"))
-    (tmp_path / "missing").mkdir()
-    (tmp_path / "missing" / "faiss.py").write_text("raise ImportError('as on the machine')\n")
-    done = subprocess.run(
-        [
-            "bash",
-            "benchmarks/gpu.sh",
-            "--out",
-            str(tmp_path / "out"),
-            "--device",
-            "cpu",
-            "--quick",
-            "--python",
-            sys.executable,
-        ],
-        cwd=copy,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "missing")},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    log = (tmp_path / "out" / "log.txt").read_text()
-    assert done.returncode == 0, log[-3000:]
-    files = {path.name: path for path in (tmp_path / "out").iterdir()}
+    missing.mkdir()
+    (missing / "faiss.py").write_text("raise ImportError('as on the machine')\n")
+    options = ("--device", "cpu", "--quick", "--python", sys.executable)
+    code, log = gpu_script(copy, output, *options, PYTHONPATH=str(missing))
+    assert code == 0, log[-3000:]
+    files = {path.name: path for path in output.iterdir()}
     assert files.keys() == {*(f"{part}.json" for part in PARTS), "log.txt"}
     assert sum(path.stat().st_size for path in files.values()) < 1 << 20
-    found = {part: json.loads(files[f"{part}.json"].read_text()) for part in PARTS}
-    assert all(heading in section(tmp_path / "out") for heading in ("Fine-tuning", "VQGAN", "k-means", "nearest code"))
-    assert found["commands"]["ok"] and len(found["commands"]["commands"]) >= 15
-    assert found["commands"]["counts"]["same"], "the same device, asked twice"
-    assert all("failed" not in one for one in found["finetuning"]["rates"].values())
-
-
-def test_the_documents_say_what_the_committed_files_say() -> None:
-    page = (ROOT / "docs" / "performance.md").read_text()
-    assert page.partition(BEGIN)[2].partition(END)[0] == section()
+    assert all(heading in section(output) for heading in ("Fine-tuning", "VQGAN", "k-means", "nearest code"))
+    commands, finetuning = (json.loads(files[f"{part}.json"].read_text()) for part in PARTS[:2])
+    assert commands["ok"] and len(commands["commands"]) >= 15
+    assert commands["counts"]["same"], "the same device, asked twice"
+    assert all("failed" not in rate for rate in finetuning["rates"].values())
 
 
 def test_a_section_is_made_of_whatever_parts_there_are(tmp_path: Path) -> None:
     assert section(tmp_path) == NOTHING
-    machine = {"cpu": "a CPU", "gpu": "a GPU", "torch": "2.11"}
     commands = {
-        "machine": machine,
+        "machine": {"cpu": "a CPU", "gpu": "a GPU", "torch": "2.11"},
         "commands": {"prune": {"differ": []}, "refit": {"differ": ["/stages/surgery/mse"]}},
         "counts": {"latents": 38400, "moved": 3},
         "deterministic": {"same_bytes": True},
     }
     (tmp_path / "commands.json").write_text(json.dumps(commands))
-    told = section(tmp_path)
-    assert "On one a GPU, torch 2.11" in told and "1 differ from the CPU: refit" in told and "3 chose another" in told
+    text = section(tmp_path)
+    assert "On one a GPU, torch 2.11" in text and "1 differ from the CPU: refit" in text and "3 chose another" in text
 
 
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\ncase "$1" in *throughput*) exit 3;; esac\necho "$@"\n')
     python.chmod(0o755)
-    done = subprocess.run(
-        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--out", str(tmp_path / "out"), "--python", str(python)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    log = (tmp_path / "out" / "log.txt").read_text()
-    assert done.returncode == 1 and "throughput ended with 3" in log
+    code, log = gpu_script(ROOT, tmp_path / "out", "--python", python)
+    assert code == 1 and "throughput ended with 3" in log
     assert all(f"benchmarks/gpu/{part}.py --device cuda" in log for part in PARTS if part != "throughput")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,11 +49,25 @@ def test_a_second_build_elsewhere_later_and_by_another_has_the_same_bytes(dist: 
 
 def test_the_sdist_has_what_is_committed_and_nothing_that_a_build_leaves(dist: Path) -> None:
     with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
-        held = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
+        packed = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
     committed = set(call(["git", "ls-tree", "-r", "-z", "--name-only", "HEAD"], cwd=ROOT).split("\0")) - {""}
-    assert committed - held == {".gitignore"}
-    made = {"PKG-INFO", "setup.cfg"}
-    assert {name for name in held - committed if ".egg-info/" not in name} == made
+    assert committed - packed == {".gitignore"}
+    assert {name for name in packed - committed if ".egg-info/" not in name} == {"PKG-INFO", "setup.cfg"}
+
+
+def test_the_wheel_holds_both_packages_whole_and_no_module_called_cli(dist: Path) -> None:
+    with zipfile.ZipFile(next(dist.glob("*.whl"))) as archive:
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+        metadata = next(archive.read(name).decode() for name in sizes if name.endswith(".dist-info/METADATA"))
+        points = next(archive.read(name).decode() for name in sizes if name.endswith("entry_points.txt"))
+    packages = {"codebook_tools": "codebook_tools", "cli": "codebook_cli"}
+    assert {name.partition("/")[0] for name in sizes if ".dist-info/" not in name} == set(packages.values())
+    committed = call(["git", "ls-tree", "-r", "--name-only", "HEAD", *packages], cwd=ROOT).splitlines()
+    modules = (file.partition("/") for file in committed if file.endswith((".py", "py.typed")))
+    assert {f"{packages[folder]}/{name}" for folder, _, name in modules} <= sizes.keys()
+    assert 100_000 < sizes["codebook_tools/models/demo.safetensors"] <= 2_000_000
+    assert "codebook = codebook_cli.app:main" in points and any(name.endswith("LICENSE") for name in sizes)
+    assert "Name: codebook-tools" in metadata and "Requires-Python: >=3.11" in metadata
 
 
 def test_the_bill_names_every_pin_that_is_needed_to_run(dist: Path) -> None:

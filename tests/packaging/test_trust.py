@@ -29,11 +29,9 @@ def test_a_harness_runs_and_finds_nothing(name: str, options: tuple[str, ...], t
     command = [sys.executable, "-c", ELSEWHERE, str(results), str(TRUST / f"{name}.py"), *options]
     # What forks may not have used more than one thread before.
     environment = os.environ | {"PYTHONPATH": f"{TRUST}{os.pathsep}{TRUST.parents[1]}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False
-    )
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    found = json.loads(results.read_text())[name]
-    assert found["command"]
+    counts = json.loads(results.read_text())[name]
+    assert counts["command"]
     if name == "kills":
-        assert [one["survived"] for one in found["commands"].values()] == [5, 5, 5]
+        assert [command["survived"] for command in counts["commands"].values()] == [5, 5, 5]

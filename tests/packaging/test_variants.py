@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import Any
 
 import pytest
 import torch
@@ -16,22 +15,19 @@ variants = import_module("variants")
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
 def test_what_a_variant_changes_is_there_and_comes_back(name: str) -> None:
-    def now() -> dict[str, Any]:
-        return dict(variants._library())
-
-    before, variant = now(), variants.VARIANTS[name]
+    before, variant = dict(variants._library()), variants.VARIANTS[name]
     if variant.before is None:
         with variant.in_place(None, 0):  # raises AttributeError where the library has no such name any more
-            changed = {where for where, value in now().items() if value != before[where]}
+            changed = {where for where, value in dict(variants._library()).items() if value != before[where]}
             assert changed <= set(variant.inside)
-    assert now() == before
+    assert dict(variants._library()) == before
 
 
 def test_the_rotation_trick_by_hand() -> None:
     latents = torch.tensor([[2.0, 0.0]], requires_grad=True)
-    quantised = torch.tensor([[0.0, 3.0]])
-    shown = variants.rotation(latents, quantised)
-    torch.testing.assert_close(shown, quantised)
-    shown.backward(torch.tensor([[0.0, 1.0]]))
+    quantized = torch.tensor([[0.0, 3.0]])
+    rotated = variants.rotation(latents, quantized)
+    torch.testing.assert_close(rotated, quantized)
+    rotated.backward(torch.tensor([[0.0, 1.0]]))
     # A gradient along the code becomes one along the latent, 3 / 2 times as long.
     torch.testing.assert_close(latents.grad, torch.tensor([[1.5, 0.0]]))

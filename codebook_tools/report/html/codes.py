@@ -1,4 +1,4 @@
-"""The page of the codes: the patches that each stands for, and images with their tokens drawn over them."""
+"""The page of the codes: typical patches of each, and images with their tokens drawn over them."""
 
 from __future__ import annotations
 
@@ -8,48 +8,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from codebook_tools.report.html.operate import about, usage_plot
+from codebook_tools.report.html.operate import usage_plot
 from codebook_tools.report.html.page import Gallery, Page, Part, Picture
+from codebook_tools.report.html.result_page import result_page
 from codebook_tools.workflows.code_cards import Card, Codes, Example
 
-_LIGHT = 0.5  # share of a token's colour over its image
-_SHOWN = 160  # pixels, about, of an image with its tokens
-_HEIGHT = 3.0
+_OPACITY = 0.5  # of a token's color over its image
+_WIDTH = 160  # pixels, roughly, of an image with its tokens
+_HEIGHT = 3.0  # rem, of a patch
 
 
-def codes_page(found: Codes, command: str) -> Page:
-    """command: what the user typed."""
-    return Page(
-        title=f"codebook codes: {found.model}",
-        headline=f"{found.used} of {found.size} codes are used, {found.used / found.size:.1%} of the codebook.",
-        parts=[*codes_parts(found), *about(found.settings, found.seconds, found.version, found.seed)],
-        command=command,
-        warnings=found.warnings,
-    )
+def codes_page(codes: Codes, command: str) -> Page:
+    """The page of `codebook codes`."""
+    headline = f"{codes.used} of {codes.size} codes are used, {codes.used / codes.size:.1%} of the codebook."
+    return result_page(codes, headline, codes_parts(codes), command)
 
 
-def codes_parts(found: Codes) -> Iterator[Part]:
-    """Images with their tokens, how often codes are used where all are shown, and the codes."""
-    if found.examples:
+def codes_parts(codes: Codes) -> Iterator[Part]:
+    """Images with their tokens, the usage of codes where all of them are shown, and the codes."""
+    if codes.examples:
         yield Gallery(
             "Images and their tokens",
-            {example.name: _tokens(example, found.colours) for example in found.examples},
+            {example.name: _tokens(example, codes.colours) for example in codes.examples},
             "A token has the colour of its code; codes that are alike have colours that are.",
             ("", "the image", "its tokens", "decoded"),
         )
-    if len(found.cards) == found.size:
-        counts = torch.zeros(found.size, dtype=torch.int64)
-        for card in found.cards:
+    if len(codes.cards) == codes.size:
+        counts = torch.zeros(codes.size, dtype=torch.int64)
+        for card in codes.cards:
             counts[card.code] = card.count
         yield usage_plot("How often codes are used", {"calibration data": counts})
-    rows = {_name(card): list(_pictures(card)) for card in found.cards}
-    seen = "the whole image" if found.side is None else f"{found.side} × {found.side} pixels"
+    patch = "the whole image" if codes.side is None else f"{codes.side} × {codes.side} pixels"
     yield Gallery(
-        f"{len(found.cards):,} of {found.size:,} codes",
-        rows,
+        f"{len(codes.cards):,} of {codes.size:,} codes",
+        {_name(card): list(_pictures(card)) for card in codes.cards},
         "Of each code: what it decodes to, the patches of the latents nearest to it, and of those farthest. A patch is "
-        f"{seen}, what a latent mostly depends on.",
-        ("", *(("decoded",) if found.cards[0].decoded is not None else ()), "most typical", "least typical"),
+        f"{patch}, what a latent mostly depends on.",
+        ("", *(("decoded",) if codes.cards[0].decoded is not None else ()), "most typical", "least typical"),
         _HEIGHT,
     )
 
@@ -70,22 +65,22 @@ def _pictures(card: Card) -> Iterator[Picture]:
 
 
 def _strip(patches: Tensor) -> Tensor:
-    """(n, 3, side, side) -> (3, side, wide), side by side, with a gap of white."""
+    """Patches (n, 3, side, side) side by side with white gaps, (3, side, width)."""
     spaced = functional.pad(patches, (0, 2), value=1.0)
     return torch.cat([*spaced], dim=2)[:, :, :-2]
 
 
-def _tokens(example: Example, colours: Tensor) -> list[Picture]:
-    times = max(1, _SHOWN // example.original.shape[-1])
-    large = [_larger(image, times) for image in (example.original, example.decoded)]
-    painted = colours[example.tokens].movedim(-1, 0)
-    over = functional.interpolate(painted[None], large[0].shape[1:], mode="nearest")[0]
-    blended = large[0] * (1 - _LIGHT) + over * _LIGHT
+def _tokens(example: Example, colors: Tensor) -> list[Picture]:
+    times = max(1, _WIDTH // example.original.shape[-1])
+    original, decoded = (_larger(image, times) for image in (example.original, example.decoded))
+    painted = colors[example.tokens].movedim(-1, 0)
+    over = functional.interpolate(painted[None], original.shape[1:], mode="nearest")[0]
+    blended = original * (1 - _OPACITY) + over * _OPACITY
     many = len(set(example.tokens.flatten().tolist()))
     return [
-        Picture(large[0], f"{example.name}, the image"),
+        Picture(original, f"{example.name}, the image"),
         Picture(blended, f"{example.name}, its tokens in colours", f"{many} codes at {example.tokens.numel()} places"),
-        Picture(large[1], f"{example.name}, decoded from its tokens"),
+        Picture(decoded, f"{example.name}, decoded from its tokens"),
     ]
 
 

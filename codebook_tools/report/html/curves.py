@@ -19,12 +19,19 @@ PANELS = {
 }
 
 Trace = Sequence[Mapping[str, Any]]
-"""As the JSON of a result has it."""
+"""Points of a fine-tuning, as in the JSON of a result."""
 
 
 def draw_traces(traces: Mapping[str, Trace], path: Path) -> None:
-    """One line a trace, named, into `path`, in the format of its ending. The scale of steps keeps 0, 1, 10 and 100
-    apart. Raises CodebookError where matplotlib is missing."""
+    """Draw traces into a file, in the format of its ending.
+
+    Args:
+        traces: By name, a line each.
+        path: Of the file, which is replaced.
+
+    Raises:
+        CodebookError: matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -35,7 +42,7 @@ def draw_traces(traces: Mapping[str, Trace], path: Path) -> None:
 
 
 def draw_panels(traces: Mapping[str, Trace], figure: Figure) -> None:
-    """The same, side by side on a figure."""
+    """Draw traces, by name, onto an empty figure, one panel for each of PANELS. Steps are on a symmetric log axis."""
     for axes, (key, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for name, trace in traces.items():
             axes.plot([point["step"] for point in trace], [point[key] for point in trace], ".-", label=name)

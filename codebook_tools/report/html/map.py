@@ -10,8 +10,8 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.atomic import partial_file, put_in_place
 from codebook_tools.errors import CodebookError
-from codebook_tools.report.html.operate import about
 from codebook_tools.report.html.page import STYLE, Hover, Page, Plot
+from codebook_tools.report.html.result_page import result_page
 from codebook_tools.workflows.latent_map import Map
 
 if TYPE_CHECKING:
@@ -22,87 +22,94 @@ _MARGIN = 0.03  # of the plane, on each side
 _LATENTS, _CENTROIDS, _CODES = "#4477cc", "#339966", "#cc4455"
 
 
-def mapped_page(found: Map, command: str) -> Page:
-    """command: what the user typed."""
-    covered = "" if found.coverage is None else f"; they cover {found.coverage:.1%} of the latents"
-    return Page(
-        title=f"codebook map: {found.model}",
-        headline=f"{found.used} of {found.size} codes are used{covered}.",
-        parts=[map_plot(found), *about(found.settings, found.seconds, found.version, found.seed)],
-        command=command,
-        warnings=found.warnings,
-    )
+def mapped_page(result: Map, command: str) -> Page:
+    """The page of `codebook map`."""
+    covered = "" if result.coverage is None else f"; they cover {result.coverage:.1%} of the latents"
+    headline = f"{result.used} of {result.size} codes are used{covered}."
+    return result_page(result, headline, [map_plot(result)], command)
 
 
-def map_plot(found: Map) -> Plot:
-    name = {"umap": "UMAP", "pca": "Principal components"}[found.method]
+def map_plot(result: Map) -> Plot:
+    """Latents, centroids and codes in the plane, with the patch of a latent where the pointer is."""
+    name = {"umap": "UMAP", "pca": "Principal components"}[result.method]
     labels = [
         f"code {code}; {place.item}, row {place.row}, column {place.column}"
-        for code, place in zip(found.chosen.tolist(), found.places, strict=True)
+        for code, place in zip(result.chosen.tolist(), result.places, strict=True)
     ]
-    kinds = [("latent", found.latents), ("centroid", found.centroids), ("code", found.codes)]
-    low, high = _bounds(found)
-    from_left = (found.latents - low) / (high - low)
+    kinds, points = _points(result)
+    dead = result.size - result.used
+    low, high = _bounds(result)
+    from_left = (result.latents - low) / (high - low)
     places = torch.stack([from_left[:, 0], 1 - from_left[:, 1]], 1)
     return Plot(
-        f"{name} of {len(found.latents):,} latents, {found.size:,} codes and {found.k:,} centroids",
-        f"Latents in blue, centroids of a k-means in green, codes in red, {found.size - found.used} dead ones hollow.",
-        lambda figure: draw_map(found, figure),
-        {
-            "kind": [kind for kind, points in kinds for _ in points],
-            "x": [float(x) for _, points in kinds for x in points[:, 0]],
-            "y": [float(y) for _, points in kinds for y in points[:, 1]],
-        },
+        f"{name} of {len(result.latents):,} latents, {result.size:,} codes and {result.k:,} centroids",
+        f"Latents in blue, centroids of a k-means in green, codes in red, {dead} dead ones hollow.",
+        lambda figure: draw_map(result, figure),
+        {"kind": kinds, "x": points[:, 0].tolist(), "y": points[:, 1].tolist()},
         _SIZE,
         "Latents blue, centroids green, codes red, dead ones hollow. One projection, fitted on the latents, shows all.",
-        Hover(places, found.patches, labels),
+        Hover(places, result.patches, labels),
     )
 
 
-def _bounds(found: Map) -> tuple[Tensor, Tensor]:
-    """Of what is drawn: the lowest and the highest corner."""
-    points = torch.cat([found.latents, found.codes, found.centroids])
+def _points(result: Map) -> tuple[list[str], Tensor]:
+    """The kind of each point, and all points, (n, 2)."""
+    kinds = ("latent", result.latents), ("centroid", result.centroids), ("code", result.codes)
+    return [kind for kind, points in kinds for _ in points], torch.cat([points for _, points in kinds])
+
+
+def _bounds(result: Map) -> tuple[Tensor, Tensor]:
+    """Lowest and highest corner of the plane that is drawn, (2,) each."""
+    _, points = _points(result)
     low, high = points.amin(0), points.amax(0)
     margin = _MARGIN * (high - low).clamp(min=1e-6)
     return low - margin, high + margin
 
 
-def draw_map(found: Map, figure: Figure) -> None:
-    """All over the figure, so that a place in the plane is one in the picture."""
+def draw_map(result: Map, figure: Figure) -> None:
+    """Draw the map over the whole figure, so that places in the plane are places in the picture."""
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))
-    (left, bottom), (right, top) = (corner.tolist() for corner in _bounds(found))
+    (left, bottom), (right, top) = (corner.tolist() for corner in _bounds(result))
     axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.axis("off")
-    dead = found.counts == 0
+    dead = result.counts == 0
 
     def dots(label: str, points: Tensor, **style: Any) -> None:
         axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), label=f"{len(points):,} {label}", **style)
 
-    dots("latents", found.latents, s=3, color=_LATENTS, alpha=0.4, linewidths=0)
-    dots("centroids", found.centroids, s=22, color=_CENTROIDS, marker="s", linewidths=0)
-    dots("codes in use", found.codes[~dead], s=22, color=_CODES, linewidths=0)
+    dots("latents", result.latents, s=3, color=_LATENTS, alpha=0.4, linewidths=0)
+    dots("centroids", result.centroids, s=22, color=_CENTROIDS, marker="s", linewidths=0)
+    dots("codes in use", result.codes[~dead], s=22, color=_CODES, linewidths=0)
     if bool(dead.any()):
-        dots("dead codes", found.codes[dead], s=18, facecolors="none", edgecolors=_CODES, linewidths=0.8)
+        dots("dead codes", result.codes[dead], s=18, facecolors="none", edgecolors=_CODES, linewidths=0.8)
     axes.legend(loc="best")
 
 
 def check_beside(page: Path) -> None:
-    """Raise CodebookError where files that are no part of an earlier page would be replaced."""
+    """Protect files beside the page that do not belong to an earlier one.
+
+    Raises:
+        CodebookError: One of them would be replaced.
+    """
     for kind in ("png", "svg", "parquet"):
         if (path := page.with_suffix(f".{kind}")).exists() and not page.exists():
             raise CodebookError(f"{path} is there, and is of no page; give --report another name")
 
 
-def write_map(found: Map, page: Path) -> dict[str, str]:
-    """PNG, SVG and, where pyarrow is installed, a parquet of all points beside the page. Returns their paths."""
+def write_map(result: Map, page: Path) -> dict[str, str]:
+    """Write PNG, SVG and, where pyarrow is installed, a parquet table of all points beside the page.
+
+    Returns:
+        Paths by format.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     written = dict[str, str]()
     with matplotlib.rc_context({**STYLE, "text.color": "black"}):
         figure = Figure(figsize=_SIZE)
-        draw_map(found, figure)
+        draw_map(result, figure)
         for kind in ("png", "svg"):
             path = page.with_suffix(f".{kind}")
             about = {"Date": None} if kind == "svg" else None
@@ -110,7 +117,7 @@ def write_map(found: Map, page: Path) -> dict[str, str]:
                 figure.savefig(target, format=kind, dpi=150, transparent=False, metadata=about)
                 put_in_place(path)
             written[kind] = str(path)
-    table = _table(found)
+    table = _table(result)
     if table is not None:
         import pyarrow.parquet
 
@@ -122,22 +129,22 @@ def write_map(found: Map, page: Path) -> dict[str, str]:
     return written
 
 
-def _table(found: Map) -> object:
-    """All points, for viewers of embeddings; None without pyarrow."""
+def _table(result: Map) -> object:
+    """A row for each point, for viewers of embeddings; None without pyarrow."""
     try:
         import pyarrow
     except ImportError:
         return None
-    nothing = [None] * (found.k + found.size)
-    kinds = [("latent", found.latents), ("centroid", found.centroids), ("code", found.codes)]
+    nothing = [None] * (result.k + result.size)
+    kinds, points = _points(result)
     return pyarrow.table(
         {
-            "kind": [kind for kind, points in kinds for _ in points],
-            "x": torch.cat([points[:, 0] for _, points in kinds]).numpy(),
-            "y": torch.cat([points[:, 1] for _, points in kinds]).numpy(),
-            "code": [*found.chosen.tolist(), *[None] * found.k, *range(found.size)],
-            "image": [*(str(place.item) for place in found.places), *nothing],
-            "row": [*(place.row for place in found.places), *nothing],
-            "column": [*(place.column for place in found.places), *nothing],
+            "kind": kinds,
+            "x": points[:, 0].numpy(),
+            "y": points[:, 1].numpy(),
+            "code": [*result.chosen.tolist(), *[None] * result.k, *range(result.size)],
+            "image": [*(str(place.item) for place in result.places), *nothing],
+            "row": [*(place.row for place in result.places), *nothing],
+            "column": [*(place.column for place in result.places), *nothing],
         }
     )

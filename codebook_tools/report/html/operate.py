@@ -1,8 +1,7 @@
-"""The page of a surgery or a fine-tuning: what became of the codes, of the error and of a few images."""
+"""The page of a surgery, a fine-tuning or a measurement: figures by phase, reconstructions, usage and training."""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -11,7 +10,8 @@ import torch
 
 from codebook_tools.evaluation.figures import STAGES, Measurement, codes_used, stage_rows
 from codebook_tools.report.html.curves import draw_panels
-from codebook_tools.report.html.page import Gallery, Listing, Page, Part, Picture, Plot, Table
+from codebook_tools.report.html.page import Gallery, Page, Part, Picture, Plot, Table
+from codebook_tools.report.html.result_page import result_page
 from codebook_tools.training.state import TracePoint
 from codebook_tools.workflows.gallery import Shown
 from codebook_tools.workflows.result import Result
@@ -21,29 +21,29 @@ if TYPE_CHECKING:
 
 
 def operated_page(result: Result, command: str, more: Sequence[Part] = ()) -> Page:
-    """command: what the user typed. more: on the model that was written."""
-    return Page(
-        title=f"codebook {result.command}: {result.model}",
-        headline=headline(
-            f"{result.command} of {result.model}", result.before, result.kept_stage if result.kept else None
-        ),
-        parts=[*_parts(result), *more, *about(result.settings, result.seconds, result.version, result.seed)],
-        command=command,
-        warnings=result.warnings,
-    )
+    """The page of a surgery, a fine-tuning or a measurement. more: parts on the model that was written."""
+    kept = result.kept_stage if result.kept else None
+    sentence = headline(f"{result.command} of {result.model}", result.before, kept)
+    return result_page(result, sentence, [*_parts(result), *more], command)
 
 
 def headline(what: str, before: Measurement | None, kept: Measurement | None) -> str:
-    """What came out, in a sentence. kept: what the file holds, None where nothing was written."""
+    """Summarize a surgery in a sentence.
+
+    Args:
+        what: Stands for it where nothing was measured before.
+        before: Measured before the surgery.
+        kept: Measured of what the file holds; None where nothing was written.
+    """
     if before is None:
         return what
     used, size = codes_used(before)
-    told = f"{used} of {size} codes were used, {used / size:.1%} of the codebook"
+    sentence = f"{used} of {size} codes were used, {used / size:.1%} of the codebook"
     if kept is None:
-        return f"{told}."
+        return f"{sentence}."
     if kept is before:
-        return f"{told}; nothing lowered the error, and the model was left as it is."
-    return f"{told}; now {' of '.join(map(str, codes_used(kept)))}{_change(before, kept)}."
+        return f"{sentence}; nothing lowered the error, and the model was left as it is."
+    return f"{sentence}; now {' of '.join(map(str, codes_used(kept)))}{_change(before, kept)}."
 
 
 def _change(before: Measurement, kept: Measurement) -> str:
@@ -74,43 +74,45 @@ def _parts(result: Result) -> Iterator[Part]:
         yield trace_plot("The fine-tuning, step by step", result.trace)
 
 
-def gallery(shown: Sequence[Shown]) -> Gallery:
+def gallery(images: Sequence[Shown]) -> Gallery:
+    """Test images, each with its reconstructions by phase, a row each."""
     rows = {}
-    for image in shown:
-        first = Picture(image.original, f"{image.name}, the original", "the original")
-        rows[image.rank] = [
-            first,
-            *(
-                Picture(picture, f"{image.name}, {name}", f"{name}, mse {image.errors[stage]:.5f}")
-                for stage, picture in image.stages.items()
-                for name in [STAGES.get(stage, stage) if len(image.stages) > 1 else "reconstructed"]
-            ),
-        ]
-    names = ", ".join(f"{image.rank}: {image.name}" for image in shown)
+    for image in images:
+        rows[image.rank] = [Picture(image.original, f"{image.name}, the original", "the original")]
+        for phase, picture in image.stages.items():
+            name = STAGES.get(phase, phase) if len(image.stages) > 1 else "reconstructed"
+            caption = f"{name}, mse {image.errors[phase]:.5f}"
+            rows[image.rank].append(Picture(picture, f"{image.name}, {name}", caption))
+    names = ", ".join(f"{image.rank}: {image.name}" for image in images)
     return Gallery("The worst, the median and the best image", rows, f"By the error of the last one shown. {names}.")
 
 
 def usage_plot(title: str, counts: Mapping[str, torch.Tensor]) -> Plot:
-    """Hits of codes, the most used first, on a log axis. counts: (size,) by stage; the sizes may differ."""
-    falling = {stage: of.sort(descending=True).values.tolist() for stage, of in counts.items()}
+    """Assignments of each code, the most used first, on a log axis.
+
+    Args:
+        title: Of the plot.
+        counts: (size,) by name of the phase; the sizes may differ.
+    """
+    falling = {name: hits.sort(descending=True).values.tolist() for name, hits in counts.items()}
     longest = max(map(len, falling.values()))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for stage, hits in falling.items():
-            axes.step(range(1, len(hits) + 1), hits, where="mid", label=stage)
+        for name, hits in falling.items():
+            axes.step(range(1, len(hits) + 1), hits, where="mid", label=name)
         axes.set_yscale("symlog", linthresh=1)
         axes.set(xlabel="codes, the most used first", ylabel="hits", ylim=(0, None), xlim=(0.5, longest + 0.5))
         axes.legend()
 
-    used = ", ".join(f"{stage}: {sum(hit > 0 for hit in hits)} of {len(hits)}" for stage, hits in falling.items())
+    used = ", ".join(f"{name}: {sum(hit > 0 for hit in hits)} of {len(hits)}" for name, hits in falling.items())
     columns: dict[str, Sequence[object]] = {"rank": range(1, longest + 1)}
-    columns |= {stage: [*hits, *[""] * (longest - len(hits))] for stage, hits in falling.items()}
+    columns |= {name: [*hits, *[""] * (longest - len(hits))] for name, hits in falling.items()}
     return Plot(title, f"Hits of each code in falling order, on a log axis. Codes in use {used}.", draw, columns)
 
 
 def books_plot(stages: Mapping[str, Measurement]) -> Plot:
-    """Of several codebooks, the share of codes in use, one after another. stages: by name."""
+    """The share of codes in use in each of several codebooks. stages: measurements by name of the phase."""
     shares = {name: [use.usage for use in stage.codebooks] for name, stage in stages.items()}
     keys = [use.key for use in next(iter(stages.values())).codebooks]
 
@@ -122,34 +124,23 @@ def books_plot(stages: Mapping[str, Measurement]) -> Plot:
         axes.legend()
 
     lowest = ", ".join(f"{name}: {min(share):.1%} to {max(share):.1%}" for name, share in shares.items())
-    said = f"The share of codes in use in each of {len(keys)} codebooks; {lowest}."
-    return Plot("Codes in use, codebook by codebook", said, draw, {"codebook": keys, **shares})
+    description = f"The share of codes in use in each of {len(keys)} codebooks; {lowest}."
+    return Plot("Codes in use, codebook by codebook", description, draw, {"codebook": keys, **shares})
 
 
 def trace_plot(title: str, trace: Sequence[TracePoint]) -> Plot:
-    """A fine-tuning at the looks at it."""
+    """A fine-tuning, evaluation step by evaluation step."""
     points = [asdict(point) for point in trace]
     first, last = trace[0], trace[-1]
-    said = (
+    description = (
         f"Codes in use, perplexity, distortion and validation error over {last.step} steps: "
         f"used {first.used} to {last.used}, validation error {first.validation_mse:.6f} to {last.validation_mse:.6f}."
     )
     return Plot(
         title,
-        said,
+        description,
         lambda figure: draw_panels({"": points}, figure),
         {name: [point[name] for point in points] for name in points[0]},
         (11, 2.6),
         "Step 0 is right after the surgery: what is wrong there was installed wrongly, the rest collapsed later.",
     )
-
-
-def about(
-    settings: Mapping[str, object], seconds: Mapping[str, float], version: str, seed: int | None = None
-) -> Iterator[Listing]:
-    """What the run was made with, and how long it took."""
-    told = {name: str(value) for name, value in settings.items()}
-    yield Listing("Settings", told if seed is None else {**told, "seed": str(seed)})
-    yield Listing("Seconds", {name: f"{value:.1f}" for name, value in seconds.items()})
-    versions = {"codebook-tools": version, "torch": torch.__version__, "python": platform.python_version()}
-    yield Listing("Versions", {**versions, "machine": f"{platform.system()} {platform.machine()}"})

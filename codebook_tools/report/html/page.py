@@ -1,4 +1,4 @@
-"""A page: a headline, tables, plots and pictures in one HTML file that needs no network and no script."""
+"""The parts of a page (tables, plots, galleries, listings), rendered to one HTML file without network or scripts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#0a0b0c"
-"""Of lines and letters in a plot: the page's own colour of text takes its place, by day and by night."""
+"""Color of lines and text in a plot; the page replaces it by its text color, in light and dark."""
 
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # letters stay letters
+    "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "codebook",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -38,7 +38,15 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Table:
-    """rows: cells as text, the first of each names it. marked: the rows that stand out."""
+    """A table of text.
+
+    Attributes:
+        title: Its heading.
+        head: Headings of the columns.
+        rows: Cells; the first of each row names it.
+        note: Below the table.
+        marked: Indices of rows that stand out.
+    """
 
     kind: ClassVar[str] = "table"
     title: str
@@ -50,8 +58,13 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Hover:
-    """What is seen at points of a plot. places: (n, 2), from its left and its top, as shares of its size. tiles: (n, 3,
-    side, side) in [0, 1]. labels: of each."""
+    """Pictures that a script shows at points of a plot.
+
+    Attributes:
+        places: (n, 2), distance from the left and from the top, as shares of the plot's size.
+        tiles: (n, 3, side, side) in [0, 1].
+        labels: Of each point.
+    """
 
     places: Tensor
     tiles: Tensor
@@ -59,30 +72,40 @@ class Hover:
 
     @property
     def columns(self) -> int:
+        """Number of tiles in a row of the sheet."""
         return math.ceil(math.sqrt(len(self.tiles)))
 
     @property
     def sheet(self) -> str:
-        """All tiles in rows, as one picture."""
+        """All tiles in rows, as one picture in a data URI."""
         blank = self.tiles.new_zeros(-len(self.tiles) % self.columns, *self.tiles.shape[1:])
         rows = torch.split(torch.cat([self.tiles, blank]), self.columns)
         return Picture(torch.cat([torch.cat([*row], 2) for row in rows], 1), "", small=True).uri
 
     @property
-    def told(self) -> dict[str, object]:
-        """For the script."""
+    def script_data(self) -> dict[str, object]:
+        """The data of hover.js."""
         places = [[round(float(at), 4) for at in place] for place in self.places]
         return {"places": places, "labels": [*self.labels], "columns": self.columns}
 
 
 @dataclass(frozen=True, eq=False)
 class Plot:
-    """draw: onto an empty figure. said: what it shows, for who cannot see it. columns: all that is drawn, by name.
-    hover: what is seen at a point where there are scripts."""
+    """A plot.
+
+    Attributes:
+        title: Its heading.
+        description: What it shows, for readers who cannot see it.
+        draw: Draws it onto an empty figure.
+        columns: All values that are drawn, by name, for a CSV file.
+        size: Width and height in inches.
+        note: Below the plot.
+        hover: Pictures at its points; None for none.
+    """
 
     kind: ClassVar[str] = "plot"
     title: str
-    said: str
+    description: str
     draw: Callable[[Figure], None]
     columns: Mapping[str, Sequence[object]]
     size: tuple[float, float] = (7.5, 2.8)
@@ -91,6 +114,7 @@ class Plot:
 
     @property
     def svg(self) -> str:
+        """The drawn plot."""
         import matplotlib
         from matplotlib.figure import Figure
 
@@ -104,6 +128,7 @@ class Plot:
 
     @property
     def csv(self) -> str:
+        """The columns, with a header."""
         into = io.StringIO()
         writer = csv.writer(into, lineterminator="\n")
         writer.writerow(self.columns)
@@ -113,20 +138,27 @@ class Plot:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """pixels: (3, height, width) in [0, 1], or one channel of grey. said: what it shows, for who cannot see it.
-    caption: beneath it. small: a few bytes matter more than that every pixel is as it was."""
+    """A picture.
+
+    Attributes:
+        pixels: (3, height, width) in [0, 1], or one channel of gray.
+        description: What it shows, for readers who cannot see it.
+        caption: Below the picture.
+        small: Whether to compress it with loss.
+    """
 
     pixels: Tensor
-    said: str
+    description: str
     caption: str = ""
     small: bool = False
 
     @property
     def uri(self) -> str:
+        """The picture as PNG, or WebP where it is small, in a data URI."""
         from PIL import Image
 
-        shown = (self.pixels.clamp(0, 1) * 255).round().byte().movedim(0, -1)
-        image = Image.fromarray(shown.expand(*shown.shape[:2], 3).contiguous().cpu().numpy())
+        pixels = (self.pixels.clamp(0, 1) * 255).round().byte().movedim(0, -1)
+        image = Image.fromarray(pixels.expand(*pixels.shape[:2], 3).contiguous().cpu().numpy())
         into, kind = io.BytesIO(), "webp" if self.small else "png"
         image.save(into, kind, **({"quality": 80, "method": 4} if self.small else {"optimize": True}))
         return _data_uri(into.getvalue(), f"image/{kind}")
@@ -134,8 +166,15 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """rows: of pictures, by name; those of one row belong together. head: what the columns are. height: of a picture,
-    in rem; None for pictures of one width."""
+    """Pictures in rows.
+
+    Attributes:
+        title: Its heading.
+        rows: Pictures by name of the row.
+        note: Below the pictures.
+        head: Headings of the columns.
+        height: Of a picture in rem; None for pictures of one width.
+    """
 
     kind: ClassVar[str] = "gallery"
     title: str
@@ -147,7 +186,13 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Listing:
-    """Names and values, of settings say. folded: shown when asked for."""
+    """Names and values.
+
+    Attributes:
+        title: Its heading.
+        values: By name.
+        folded: Whether only the heading is visible at first.
+    """
 
     kind: ClassVar[str] = "listing"
     title: str
@@ -160,35 +205,47 @@ Part = Table | Plot | Gallery | Listing
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """headline: what came out, in a sentence. command: that makes it again."""
+    """A page.
+
+    Attributes:
+        title: Of the result.
+        headline: What came out, in a sentence.
+        parts: From top to bottom.
+        command: What the user typed to make it.
+        warnings: A line each.
+    """
 
     title: str
     headline: str
     parts: Sequence[Part]
     command: str
-    warnings: Sequence[str] = field(default=())
+    warnings: Sequence[str] = ()
 
 
 def require_plots() -> None:
-    """Raise CodebookError now, not after an hour, where a page cannot be drawn."""
+    """Check before any work that pages can be drawn.
+
+    Raises:
+        CodebookError: jinja2 or matplotlib is missing.
+    """
     missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
         raise CodebookError(f"--report wants {' and '.join(missing)}: pip install 'codebook-tools[report]'")
 
 
 def html(page: Page) -> str:
-    """The page as one file, the same for the same page."""
+    """Render a page to one file, reproducibly."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    room = Environment(
+    templates = Environment(
         loader=PackageLoader("codebook_tools.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    room.filters["data_uri"] = _data_uri
-    return room.get_template("page.html").render(page=page)
+    templates.filters["data_uri"] = _data_uri
+    return templates.get_template("page.html").render(page=page)
 
 
 def _data_uri(content: str | bytes, kind: str) -> str:

@@ -1,4 +1,4 @@
-"""Which page shows what a command found, and where it goes."""
+"""The page of each kind of result, and where it is written."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import Result
 from codebook_tools.workflows.sweep import Sweep
 
-_PATCHES, _CODES = 6, 32  # of a code, and codes, on the page of a surgery
+_PATCHES, _CODES = 6, 32  # patches of a code, and codes, on the page of a surgery
 
 
 def check_report(path: Path) -> None:
-    """Raise CodebookError now, not after an hour, where a page cannot be drawn or written there."""
+    """Check before any work that a page can be drawn and written.
+
+    Raises:
+        CodebookError: The path is not that of a page in a folder that exists, or a library is missing.
+    """
     if path.suffix.lower() not in (".html", ".htm"):
         raise CodebookError(f"--report {path}: a page ends in .html; what is not one is never replaced")
     if path.is_dir() or not path.parent.is_dir():
@@ -39,8 +43,8 @@ def check_report(path: Path) -> None:
     require_plots()
 
 
-def page_of(found: Found, command: str) -> Page:
-    """The page of what a command found. command: what the user typed."""
+def page_of(result: Found, command: str) -> Page:
+    """Make the page of a result. command: what the user typed."""
     pages: dict[type, Callable[[Any, str], Page]] = {
         Result: operated_page,
         Chain: chained_page,
@@ -50,18 +54,29 @@ def page_of(found: Found, command: str) -> Page:
         Map: mapped_page,
         Diagnosis: diagnosed_page,
     }
-    return pages[type(found)](found, command)
+    return pages[type(result)](result, command)
 
 
-def page_with_model(found: Result | Chain, command: str, request: Request, watch: Watch) -> Page:
-    """The page of one surgery, or of several, with map and codes of what was written. request: of that model."""
-    seen = look_at_map(request, None, "pca", watch), look_at_codes(request, _PATCHES, _CODES, "share", watch)
-    more = [map_plot(seen[0]), *codes_parts(seen[1])]
-    return operated_page(found, command, more) if isinstance(found, Result) else chained_page(found, command, more)
+def page_with_model(result: Result | Chain, command: str, request: Request, watch: Watch) -> Page:
+    """Make the page of one or several surgeries, with map and codes of the model that was written.
+
+    Args:
+        result: Of the surgeries.
+        command: What the user typed.
+        request: Of the model that was written, on the same data.
+        watch: For times and progress.
+    """
+    plane = look_at_map(request, None, "pca", watch)
+    codes = look_at_codes(request, _PATCHES, _CODES, "share", watch)
+    more = [map_plot(plane), *codes_parts(codes)]
+    return operated_page(result, command, more) if isinstance(result, Result) else chained_page(result, command, more)
 
 
-def write_report(found: Found, page: Page, path: Path) -> dict[str, str]:
-    """Write the page, whole or not at all, and what belongs beside it. Files that are there are replaced. Returns the
-    paths."""
+def write_report(result: Found, page: Page, path: Path) -> dict[str, str]:
+    """Write the page atomically, and the files of a map beside it; files that exist are replaced.
+
+    Returns:
+        Paths by name.
+    """
     write_text(path, html(page))
-    return {"report": str(path), **(write_map(found, path) if isinstance(found, Map) else {})}
+    return {"report": str(path), **(write_map(result, path) if isinstance(result, Map) else {})}

@@ -16,11 +16,11 @@ STYLES = {"found": "bold red", "suspicious": "yellow", "ok": "green", "not-check
 _WIDTH, _INDENT = 80, " " * 13
 
 
-def diagnosis_table(found: Diagnosis) -> RenderableType:
-    """What was found first, then every check; what mends it, where it is needed."""
-    names = ", ".join(check.name for check in found.found)
+def diagnosis_table(diagnosis: Diagnosis) -> RenderableType:
+    """A headline, then every check with its evidence, and the fix where one is needed."""
+    names = ", ".join(check.name for check in diagnosis.found)
     headline = f"not healthy: {names}" if names else "healthy: nothing was found"
-    return Group(Text(headline, style="bold"), "", *(line for check in found.checks for line in _lines(check)))
+    return Group(Text(headline, style="bold"), "", *(line for check in diagnosis.checks for line in _lines(check)))
 
 
 def _lines(check: Check) -> Iterator[Text]:
@@ -29,4 +29,4 @@ def _lines(check: Check) -> Iterator[Text]:
     lines = textwrap.wrap(check.evidence, _WIDTH - len(_INDENT), break_long_words=False, break_on_hyphens=False)
     yield from (Text(_INDENT + line, style="dim") for line in lines)
     if check.verdict in ("found", "suspicious"):
-        yield Text(f"{_INDENT}-> {check.fix}")  # in one piece, to be copied
+        yield Text(f"{_INDENT}-> {check.fix}")  # not wrapped, so that it can be copied

@@ -1,4 +1,4 @@
-"""How often codes are used, in a line of a terminal for each stage."""
+"""Usage histograms in a terminal, a line for each phase."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ _WIDEST = 64
 
 @dataclass(frozen=True, eq=False)
 class UsageLines:
-    """Codes from left to right, the most used first, as many to a column as need be; heights are logarithms of their
-    mean hits, and nothing stands where all of them are dead. counts: (size,) by the name of the line."""
+    """A line of bars for each histogram: codes from left to right, the most used first, several to a bar if need be.
+
+    The height of a bar is the logarithm of the mean count of its codes; where all of them are dead, there is a space.
+
+    Attributes:
+        counts: (size,) by name of the line.
+    """
 
     counts: Mapping[str, Tensor]
 
@@ -30,10 +35,15 @@ class UsageLines:
 
 
 def bars(counts: Tensor, width: int, marks: str) -> str:
-    """counts (size,) as at most `width` marks."""
+    """Draw a usage histogram.
+
+    Args:
+        counts: (size,) assignments of each code.
+        width: Bars at most.
+        marks: Bars of rising height.
+    """
     falling = counts.sort(descending=True).values.double()
-    means = [float(some.mean()) for some in falling.tensor_split(min(width, len(falling)))]
+    means = [float(group.mean()) for group in falling.tensor_split(min(width, len(falling)))]
     top = math.log1p(max(means))
-    return "".join(
-        marks[min(len(marks) - 1, int(len(marks) * math.log1p(mean) / top))] if mean else " " for mean in means
-    ).rstrip()
+    heights = [int(len(marks) * math.log1p(mean) / top) if mean else None for mean in means]
+    return "".join(" " if height is None else marks[min(len(marks) - 1, height)] for height in heights).rstrip()

@@ -26,14 +26,15 @@ from codebook_tools.workflows.result import Result
 from codebook_tools.workflows.session import UNSEEN
 from codebook_tools.workflows.sweep import Sweep, sweep_rows
 
-_FEW = 10  # codes that a terminal shows
+_FEW_CODES = 10  # that are listed
+_FEW_ITEMS = 10  # below which a warning is due
 
 Found = Result | Chain | Comparison | Sweep | Codes | Map | Diagnosis
-"""What a command that measures ends in."""
+"""The result of a command that measures."""
 
 
-def table_of(found: Found | Plan | ChainPlan) -> RenderableType:
-    """What a command found, as its table."""
+def table_of(result: Found | Plan | ChainPlan) -> RenderableType:
+    """The table of a result or of a dry run."""
     tables: dict[type, Callable[[Any], RenderableType]] = {
         Result: result_table,
         Chain: chain_table,
@@ -45,22 +46,23 @@ def table_of(found: Found | Plan | ChainPlan) -> RenderableType:
         Plan: plan_table,
         ChainPlan: chain_plan_table,
     }
-    return tables[type(found)](found)
+    return tables[type(result)](result)
 
 
 def result_table(result: Result) -> RenderableType:
-    """The stages side by side, and what was written."""
+    """The phases side by side, the usage of codes, and what was written."""
     stages = {name: stage for name, stage in result.stages.items() if stage is not None}
     table = _table(stage_rows(result.stages, result.kept))
     lines: list[RenderableType] = [Text(UNSEEN)] if UNSEEN in result.warnings else []
     lines += [table] if stages else []
-    for first in [*stages.values()][:1]:
+    if stages:
+        first = next(iter(stages.values()))
         lines.append(Text(_about(first, result.settings), style="dim"))
         if len(first.codebooks) > 1:
-            lines += ["", books_table(stages), ""]
+            lines += ["", _books_table(stages), ""]
         elif first.counts:
             names = STAGES if len(stages) > 1 else dict.fromkeys(stages, "usage")
-            lines.append(UsageLines({names[name]: its.counts[0] for name, its in stages.items() if its.counts}))
+            lines.append(UsageLines({names[name]: stage.counts[0] for name, stage in stages.items() if stage.counts}))
     if "shard" in result.settings:
         lines.append(
             Text(f"of shard {result.settings['shard']} alone; `codebook measure --merge` adds all", style="dim")
@@ -80,7 +82,7 @@ def result_table(result: Result) -> RenderableType:
 
 
 def proof_line(proof: Proof | None) -> str:
-    """How figures were held against the model that loads the file, in words."""
+    """How the figures were proven on the model that loads the file, in words."""
     if proof is None:
         return "nothing was held against a network"
     if proof.by == "file":
@@ -93,20 +95,20 @@ def proof_line(proof: Proof | None) -> str:
 
 
 def _about(first: Measurement, settings: Mapping[str, object]) -> str:
-    """What was measured."""
+    """What the figures were measured on."""
     if first.images is None:
         done = "measured on" if "latents" in settings else "counts of"
         return f"{done} {first.codebooks[0].latents:,} {first.split} latents"
     if "input_range" not in settings:
         return f"counts of {first.images:,} items"
     bounds = f", input range {settings['input_range']}" if first.ssim is not None else ""
-    rough = "; so few that figures are rough" if first.images < _FEW else ""
+    rough = "; so few that figures are rough" if first.images < _FEW_ITEMS else ""
     return f"measured on {first.images:,} {first.split} items{bounds}{rough}"
 
 
-def books_table(stages: Mapping[str, Measurement]) -> RenderableType:
-    """Codes used and perplexity of each of several codebooks, stage by stage."""
-    table = Table("codebook", *(STAGES[name] for name in stages), box=None, pad_edge=False, header_style="bold")
+def _books_table(stages: Mapping[str, Measurement]) -> Table:
+    """Codes used and perplexity of each of several codebooks, phase by phase."""
+    table = _table([("codebook", *(STAGES[name] for name in stages))], numbers=False)
     for uses in zip(*(stage.codebooks for stage in stages.values()), strict=True):
         cells = [f"{use.used} of {use.size}, perplexity {use.perplexity:.1f}" for use in uses]
         table.add_row(uses[0].key, *cells)
@@ -115,13 +117,9 @@ def books_table(stages: Mapping[str, Measurement]) -> RenderableType:
 
 def details_table(result: Found) -> RenderableType:
     """Settings, seconds by phase, and the trace of a fine-tuning."""
-    settings = Table("setting", "value", box=None, pad_edge=False, header_style="bold")
-    for name, value in result.settings.items():
-        settings.add_row(name, str(value))
-    seconds = Table("phase", "seconds", box=None, pad_edge=False, header_style="bold")
-    for name, value in result.seconds.items():
-        seconds.add_row(name, f"{value:.1f}")
-    parts: list[RenderableType] = ["", settings, "", seconds]
+    settings = [("setting", "value"), *((name, str(value)) for name, value in result.settings.items())]
+    seconds = [("phase", "seconds"), *((name, f"{value:.1f}") for name, value in result.seconds.items())]
+    parts: list[RenderableType] = ["", _table(settings, numbers=False), "", _table(seconds, numbers=False)]
     if isinstance(result, Result) and result.trace:
         trace = Table(box=None, pad_edge=False, header_style="bold")
         for heading in ("step", "loss", "validation mse", "used", "perplexity", "distortion", "revived"):
@@ -134,124 +132,123 @@ def details_table(result: Found) -> RenderableType:
     return Group(*parts)
 
 
-def plan_table(found: Plan) -> RenderableType:
-    """What a dry run says."""
+def plan_table(plan: Plan) -> RenderableType:
+    """The plan of a dry run."""
     table = Table(box=None, pad_edge=False, show_header=False)
-    images = found.settings["images"]
+    images = plan.settings["images"]
     assert isinstance(images, dict)
-    limit = "" if found.size["after"] else " at most"
+    limit = "" if plan.size["after"] else " at most"
     for label, value in (
-        ("would run", found.command),
-        ("family", found.family),
-        ("codes", f"{found.size['before']} -> {found.size['after'] or 'as the counts decide'}"),
+        ("would run", plan.command),
+        ("family", plan.family),
+        ("codes", f"{plan.size['before']} -> {plan.size['after'] or 'as the counts decide'}"),
         ("images", ", ".join(f"{count:,} {name}" for name, count in images.items())),
-        ("would write", found.outputs["model"] or "a file named after the new size"),
-        ("and", found.outputs["index_map"] or "its index map"),
-        ("bytes", f"{found.bytes['before']:,} -> {found.bytes['after']:,}{limit}"),
-        ("time", f"about {found.seconds['estimate']:.0f} s"),
+        ("would write", plan.outputs["model"] or "a file named after the new size"),
+        ("and", plan.outputs["index_map"] or "its index map"),
+        ("bytes", f"{plan.bytes['before']:,} -> {plan.bytes['after']:,}{limit}"),
+        ("time", f"about {plan.seconds['estimate']:.0f} s"),
     ):
         table.add_row(label, value)
     return Group(table, "Nothing was written.")
 
 
-def chain_table(found: Chain) -> RenderableType:
-    """What each step left side by side, and what was written."""
-    parts: list[RenderableType] = [_table(chain_rows(found))]
-    parts += [Text(f"written to {path}") for path in found.outputs.values()]
-    parts += [Text(proof_line(found.proof), style="dim")] if found.proof else []
+def chain_table(chain: Chain) -> RenderableType:
+    """The model before and after each step, side by side, and what was written."""
+    parts: list[RenderableType] = [_table(rows_of(stages_of(chain)))]
+    parts += [Text(f"written to {path}") for path in chain.outputs.values()]
+    parts += [Text(proof_line(chain.proof), style="dim")] if chain.proof else []
     return Group(*parts)
 
 
-def chain_rows(found: Chain) -> list[tuple[str, ...]]:
-    """The headings, and the figures of the model as it was and after each step."""
-    stages = {"before": found.steps[0].before}
-    stages |= {f"{i}, {step.command}": step.kept_stage for i, step in enumerate(found.steps, 1)}
-    return rows_of(stages)
+def stages_of(chain: Chain) -> dict[str, Measurement | None]:
+    """What was measured on the original model and after each step, by name."""
+    after = {f"{i}, {step.command}": step.kept_stage for i, step in enumerate(chain.steps, 1)}
+    return {"before": chain.steps[0].before, **after}
 
 
-def chain_plan_table(found: ChainPlan) -> RenderableType:
-    """What a dry run of a recipe says."""
+def chain_plan_table(chain: ChainPlan) -> RenderableType:
+    """The plan of a dry run of a recipe, a line for each step."""
     lines: list[Sequence[str]] = [("step", "codes", "about")]
-    for i, its in enumerate(found.plans, 1):
-        after = its.size["after"] or "as the counts decide"
-        before = its.size["before"] or "as before"
-        lines.append((f"{i}, {its.command}", f"{before} -> {after}", f"{its.seconds['estimate']:.0f} s"))
+    for i, plan in enumerate(chain.plans, 1):
+        after = plan.size["after"] or "as the counts decide"
+        before = plan.size["before"] or "as before"
+        lines.append((f"{i}, {plan.command}", f"{before} -> {after}", f"{plan.seconds['estimate']:.0f} s"))
     return Group(_table(lines), Text("Nothing was written."))
 
 
-def comparison_table(found: Comparison) -> RenderableType:
+def comparison_table(comparison: Comparison) -> RenderableType:
     """A line for each strategy and size."""
-    table = _table(table_rows(found.summaries))
-    about = f"rows: {found.outputs['rows']}, table: {found.outputs['table']}"
-    if any(summary.seeds > 1 for summary in found.summaries):
+    table = _table(table_rows(comparison.summaries))
+    about = f"rows: {comparison.outputs['rows']}, table: {comparison.outputs['table']}"
+    if any(summary.seeds > 1 for summary in comparison.summaries):
         about += "; figures are mean ± standard deviation over the seeds"
-    first = [Text(UNSEEN)] if UNSEEN in found.warnings else []
-    return Group(*first, table, *(Text(note) for note in notes(found.summaries)), Text(about, style="dim"))
+    first = [Text(UNSEEN)] if UNSEEN in comparison.warnings else []
+    return Group(*first, table, *(Text(note) for note in notes(comparison.summaries)), Text(about, style="dim"))
 
 
-def sweep_table(found: Sweep) -> RenderableType:
-    """A line for each point, and what is suggested."""
-    dimension = found.effective_dimension
-    told = "" if dimension is None else f"the latents' effective dimension is {dimension:.1f}; "
-    about = Text(f"{told}rows: {found.outputs['rows']}, table: {found.outputs['table']}", style="dim")
-    suggested = Text(f"suggested: {found.suggested_k} codes", style="bold")
-    return Group(_table(sweep_rows(found)), suggested, Text(found.headline), about)
+def sweep_table(sweep: Sweep) -> RenderableType:
+    """A line for each point, and the suggested K."""
+    dimension = sweep.effective_dimension
+    effective = "" if dimension is None else f"the latents' effective dimension is {dimension:.1f}; "
+    about = Text(f"{effective}rows: {sweep.outputs['rows']}, table: {sweep.outputs['table']}", style="dim")
+    suggested = Text(f"suggested: {sweep.suggested_k} codes", style="bold")
+    return Group(_table(sweep_rows(sweep)), suggested, Text(sweep.headline), about)
 
 
-def codes_table(found: Codes) -> RenderableType:
-    """The first of the codes, and where they are to be seen."""
+def codes_table(codes: Codes) -> RenderableType:
+    """The first of the codes, and the page that shows them."""
     lines: list[Sequence[str]] = [("code", "tokens", "share", "error", "near")]
-    for card in found.cards[:_FEW]:
+    for card in codes.cards[:_FEW_CODES]:
         error = "-" if card.error is None else f"{card.error:.4g}"
-        lines.append(
-            (str(card.code), f"{card.count:,}", f"{card.share:.2%}", error, ", ".join(map(str, card.neighbours)))
-        )
-    told = f"{found.used} of {found.size} codes used ({found.used / found.size:.1%})"
-    return Group(_table(lines), Text(told), Text(f"to be seen in {found.outputs['report']}"))
+        near = ", ".join(map(str, card.neighbours))
+        lines.append((str(card.code), f"{card.count:,}", f"{card.share:.2%}", error, near))
+    page = f"to be seen in {codes.outputs['report']}"
+    return Group(_table(lines), Text(_usage(codes)), Text(page))
 
 
-def map_table(found: Map) -> RenderableType:
-    """How well the codes are placed, and where that is to be seen."""
-    covered = "" if found.coverage is None else f"; they cover {found.coverage:.1%} of the test latents"
-    told = f"{found.used} of {found.size} codes used ({found.used / found.size:.1%}){covered}"
-    return Group(Text(told), *(Text(f"written to {path}") for path in found.outputs.values()))
+def map_table(plane: Map) -> RenderableType:
+    """The usage and coverage of the codes, and the files that show the map."""
+    covered = "" if plane.coverage is None else f"; they cover {plane.coverage:.1%} of the test latents"
+    return Group(Text(_usage(plane) + covered), *(Text(f"written to {path}") for path in plane.outputs.values()))
 
 
-def _table(lines: Iterable[Sequence[str]]) -> Table:
-    """The first line is the headings; the first column names the others."""
+def _usage(result: Codes | Map) -> str:
+    return f"{result.used} of {result.size} codes used ({result.used / result.size:.1%})"
+
+
+def _table(lines: Iterable[Sequence[str]], numbers: bool = True) -> Table:
+    """The first line has the headings. numbers: whether all columns but the first are aligned at the right."""
     headings, *rows = lines
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left")
+        table.add_column(heading, justify="right" if i and numbers else "left")
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def verification_table(found: Verification) -> RenderableType:
-    """What differs and must not."""
-    if found.ok and not found.against:
-        return Text(f"{found.model} is sound: {proof_line(found.proof)}")
-    if found.ok:
-        original = "the bundled demo" if found.against == str(DEMO) else found.against
-        sound = f"{found.model} is sound: only what may differ from {original} differs"
-        return Text(f"{sound}; {proof_line(found.proof)}" if found.proof else sound)
-    table = Table("tensor", "what is wrong", box=None, pad_edge=False, header_style="bold")
-    for difference in found.differences:
-        table.add_row(difference.key, difference.what)
-    return table
+def verification_table(verification: Verification) -> RenderableType:
+    """Whether a file is sound, or what differs and must not."""
+    if verification.ok and not verification.against:
+        return Text(f"{verification.model} is sound: {proof_line(verification.proof)}")
+    if verification.ok:
+        original = "the bundled demo" if verification.against == str(DEMO) else verification.against
+        sound = f"{verification.model} is sound: only what may differ from {original} differs"
+        return Text(f"{sound}; {proof_line(verification.proof)}" if verification.proof else sound)
+    rows = ((difference.key, difference.what) for difference in verification.differences)
+    return _table([("tensor", "what is wrong"), *rows], numbers=False)
 
 
-def remap_table(found: Remapped) -> RenderableType:
-    """What became of the ids, of tokens or of a prior's rows, and what was written."""
+def remap_table(remapped: Remapped) -> RenderableType:
+    """How many tokens, or rows of priors, changed, and what was written."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for label, count in (
-        ("ids", found.tokens),
-        ("changed", found.changed),
-        ("of removed codes", found.removed),
-        ("by their nearest code", found.nearest),
+        ("ids", remapped.tokens),
+        ("changed", remapped.changed),
+        ("of removed codes", remapped.removed),
+        ("by their nearest code", remapped.nearest),
     ):
         table.add_row(label, f"{count:,}")
-    return Group(table, *(Text(f"written to {output}") for output in found.outputs.values()))
+    return Group(table, *(Text(f"written to {output}") for output in remapped.outputs.values()))

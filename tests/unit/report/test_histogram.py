@@ -13,19 +13,11 @@ from codebook_tools.report.terminal.histogram import UsageLines, bars
 
 @pytest.mark.parametrize(
     ("counts", "width", "expected"),
-    [
-        ([0, 255, 0, 15], 4, "█▅"),
-        ([255, 255, 0, 0], 2, "█"),
-        ([3, 1, 0, 0], 2, "█"),
-        ([1] * 10, 5, "█████"),
-        ([0, 0], 2, ""),
-        ([7], 5, "█"),
-    ],
+    [([0, 255, 0, 15], 4, "█▅"), ([3, 1, 0, 0], 2, "█"), ([1] * 10, 5, "█████"), ([0, 0], 2, ""), ([7], 5, "█")],
 )
 def test_the_most_used_stand_first_and_dead_ones_leave_nothing(counts: list[int], width: int, expected: str) -> None:
     """log(1 + 15) is half of log(1 + 255): the fifth of eight heights."""
-    found = bars(torch.tensor(counts), width, "▁▂▃▄▅▆▇█")
-    assert found == expected
+    assert bars(torch.tensor(counts), width, "▁▂▃▄▅▆▇█") == expected
 
 
 @pytest.mark.parametrize(("encoding", "mark"), [("utf-8", "█"), ("ascii", "%")])
@@ -33,6 +25,5 @@ def test_a_console_without_blocks_has_plain_letters(encoding: str, mark: str) ->
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=file, width=40)
     console.print(UsageLines({"before": torch.tensor([5, 0]), "after surgery": torch.ones(200)}))
-    file.flush()
-    lines = file.buffer.getvalue().decode().splitlines()  # type: ignore[attr-defined]
-    assert lines == [f"before         {mark}", f"after surgery  {mark * 25}"]
+    file.seek(0)
+    assert file.read().splitlines() == [f"before         {mark}", f"after surgery  {mark * 25}"]

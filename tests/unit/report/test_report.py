@@ -1,4 +1,4 @@
-"""Pages: what stands in them, that they need nothing else, and that a browser shows them."""
+"""Pages: what they show, that they need nothing else, and that a browser shows them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import csv
 import io
 import re
 from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from browsers import browser  # noqa: F401  # a fixture
 from conftest import Outcome, assert_refused, contents
 from PIL import Image
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Run = Callable[..., Outcome]
-RANGE = ("--input-range", "-1,1")
-CHROMIUM = Path("/usr/bin/chromium")
 
 
 def measured(used: int, size: int, mse: float | None) -> Measurement:
@@ -36,29 +35,24 @@ def measured(used: int, size: int, mse: float | None) -> Measurement:
     return Measurement("test", 10, mse, None, None, (use,), None, (counts,))
 
 
-def result(**given: Any) -> Result:
+def result(**fields: Any) -> Result:
     plain = {"command": "refit", "model": "m.safetensors", "family": "zalando", "settings": {"k": 128}, "seed": 0}
-    return Result(**{**plain, "warnings": (), "before": measured(85, 512, 0.01), "kept": "surgery", **given})
-
-
-def line(figure: Figure) -> None:
-    figure.subplots().plot([1, 2], [3, 4])
+    return Result(**{**plain, "warnings": (), "before": measured(85, 512, 0.01), "kept": "surgery", **fields})
 
 
 def page() -> Page:
+    def line(figure: Figure) -> None:
+        figure.subplots().plot([1, 2], [3, 4])
+
     picture = Picture(torch.tensor([[[0.0, 1.0]], [[0.5, 0.0]], [[0.0, 0.0]]]), 'an image called "a<b>"', "0.01")
-    return Page(
-        "a <script>alert(1)</script> model",
-        "85 of 512 & no more",
-        [
-            Table("Figures", ("", "before"), (("used", "85"), ("mse", "0.01")), "a note", frozenset({1})),
-            Plot("Curve", "it rises", line, {"x": [1, 2], 'a "name", quoted': [3, 4]}),
-            Gallery("Pictures", {"worst": [picture]}),
-            Listing("Settings", {"k": "128"}),
-        ],
-        "codebook refit --k 128",
-        ["something is odd"],
-    )
+    parts = [
+        Table("Figures", ("", "before"), (("used", "85"), ("mse", "0.01")), "a note", frozenset({1})),
+        Plot("Curve", "it rises", line, {"x": [1, 2], 'a "name", quoted': [3, 4]}),
+        Gallery("Pictures", {"worst": [picture]}),
+        Listing("Settings", {"k": "128"}),
+    ]
+    command = "codebook refit --k 128"
+    return Page("a <script>alert(1)</script> model", "85 of 512 & no more", parts, command, ["something is odd"])
 
 
 def test_a_page_asks_for_nothing_and_runs_nothing() -> None:
@@ -73,68 +67,46 @@ def test_a_page_asks_for_nothing_and_runs_nothing() -> None:
 def test_what_a_plot_shows_can_be_had_as_csv_and_a_picture_as_it_was() -> None:
     text = html(page())
     (figures,) = re.findall(r'href="data:text/csv;base64,([^"]*)"', text)
-    assert [*csv.reader(io.StringIO(b64decode(figures).decode()))] == [
-        ["x", 'a "name", quoted'],
-        ["1", "3"],
-        ["2", "4"],
-    ]
+    rows = [*csv.reader(io.StringIO(b64decode(figures).decode()))]
+    assert rows == [["x", 'a "name", quoted'], ["1", "3"], ["2", "4"]]
     (picture,) = re.findall(r'src="data:image/png;base64,([^"]*)"', text)
-    shown = Image.open(io.BytesIO(b64decode(picture)))
-    assert [shown.getpixel((x, 0)) for x in range(shown.width)] == [(0, 128, 0), (255, 0, 0)]
-    grey = Picture(torch.full((1, 2, 3), 0.2), "")
-    assert Image.open(io.BytesIO(b64decode(grey.uri.partition(",")[2]))).size == (3, 2)
+    stored = Image.open(io.BytesIO(b64decode(picture)))
+    assert [stored.getpixel((x, 0)) for x in range(stored.width)] == [(0, 128, 0), (255, 0, 0)]
+    gray = Picture(torch.full((1, 2, 3), 0.2), "")
+    assert Image.open(io.BytesIO(b64decode(gray.uri.partition(",")[2]))).size == (3, 2)
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("fields", "after"),
     [
-        (
-            {"surgery": measured(128, 128, 0.0056)},
-            "85 of 512 codes were used, 16.6% of the codebook; now 128 of 128, and the error fell by 44%.",
-        ),
-        (
-            {"surgery": measured(13, 128, 0.01005)},
-            "85 of 512 codes were used, 16.6% of the codebook; now 13 of 128, and the error rose by 0.50%.",
-        ),
-        (
-            {"command": "prune", "surgery": measured(85, 85, 0.01)},
-            "85 of 512 codes were used, 16.6% of the codebook; now 85 of 85, and no reconstruction changed in error.",
-        ),
-        (
-            {"before": measured(85, 512, None), "surgery": measured(128, 128, None)},
-            "85 of 512 codes were used, 16.6% of the codebook; now 128 of 128.",
-        ),
-        (
-            {"command": "finetune", "kept": "before", "finetuned": measured(90, 512, 0.02)},
-            "85 of 512 codes were used, 16.6% of the codebook; nothing lowered the error, and the model was left as it "
-            "is.",
-        ),
-        ({"command": "measure", "kept": None}, "85 of 512 codes were used, 16.6% of the codebook."),
+        ({"surgery": measured(128, 128, 0.0056)}, "; now 128 of 128, and the error fell by 44%."),
+        ({"surgery": measured(13, 128, 0.01005)}, "; now 13 of 128, and the error rose by 0.50%."),
+        ({"surgery": measured(85, 85, 0.01)}, "; now 85 of 85, and no reconstruction changed in error."),
+        ({"before": measured(85, 512, None), "surgery": measured(128, 128, None)}, "; now 128 of 128."),
+        ({"kept": "before"}, "; nothing lowered the error, and the model was left as it is."),
+        ({"kept": None}, "."),
     ],
 )
-def test_the_headline_says_what_came_out(given: dict[str, Any], said: str) -> None:
-    found = result(**given)
-    assert headline("m", found.before, found.kept_stage if found.kept else None) == said
+def test_the_headline_says_what_came_out(fields: dict[str, Any], after: str) -> None:
+    one = result(**fields)
+    sentence = headline("m", one.before, one.kept_stage if one.kept else None)
+    assert sentence == f"85 of 512 codes were used, 16.6% of the codebook{after}"
 
 
 def test_the_figures_of_a_usage_plot_are_the_hits_in_falling_order() -> None:
     plot = usage_plot("usage", {"before": torch.tensor([0, 7, 2]), "after surgery": torch.tensor([3, 4])})
-    assert {name: [*column] for name, column in plot.columns.items()} == {
-        "rank": [1, 2, 3],
-        "before": [7, 2, 0],
-        "after surgery": [4, 3, ""],
-    }
-    assert "before: 2 of 3, after surgery: 2 of 2" in plot.said
+    columns = {name: [*column] for name, column in plot.columns.items()}
+    assert columns == {"rank": [1, 2, 3], "before": [7, 2, 0], "after surgery": [4, 3, ""]}
+    assert "before: 2 of 3, after surgery: 2 of 2" in plot.description
 
 
 def test_the_page_of_a_surgery_has_its_stages_pictures_and_settings() -> None:
     original = torch.full((3, 8, 8), 0.5)
     shown = Shown("a.png", "worst", original, {"before": original + 0.1, "surgery": original + 0.2})
-    assert shown.errors == pytest.approx({"before": 0.01, "surgery": 0.04})
-    found = result(surgery=measured(128, 128, 0.0056), shown=(shown,), warnings=("odd",))
-    text = html(operated_page(found, "codebook refit m.safetensors --k 128"))
-    for told in ("after surgery *", "85 of 512 (16.6%)", "a.png, after surgery", "mse 0.04000", "odd", "--k 128"):
-        assert told in text
+    one = result(surgery=measured(128, 128, 0.0056), shown=(shown,), warnings=("odd",))
+    text = html(operated_page(one, "codebook refit m.safetensors --k 128"))
+    for words in ("after surgery *", "85 of 512 (16.6%)", "a.png, after surgery", "mse 0.04000", "odd", "--k 128"):
+        assert words in text
 
 
 def test_of_several_codebooks_the_page_shows_how_many_codes_of_each_are_used() -> None:
@@ -148,74 +120,56 @@ def test_of_several_codebooks_the_page_shows_how_many_codes_of_each_are_used() -
     assert text.count("<svg ") == 1 and "6 of 16 codes were used, 37.5% of the codebook; now 14 of 16" in text
 
 
-# --- from the command line ------------------------------------------------------------------------------------------
+# From the command line
 
 
 @pytest.fixture
-def given(tiny: Path, images_folder: Path, tmp_path: Path) -> tuple[object, ...]:
-    return (tiny, "--data", images_folder, *RANGE, "--report", tmp_path / "page.html")
+def on_images(tiny: Path, images_folder: Path) -> tuple[object, ...]:
+    return (tiny, "--data", images_folder, "--input-range", "-1,1")
 
 
-def test_a_surgery_writes_its_page(
-    given: tuple[object, ...], codebook: Run, tmp_path: Path, images_folder: Path
+def test_a_surgery_writes_its_page_and_nothing_else_changes(
+    on_images: tuple[object, ...], codebook: Run, tmp_path: Path, held_out_folder: Path
 ) -> None:
-    plain = codebook("refit", *given[:-2], "--k", 4, "--steps", 3, "-o", tmp_path / "plain.safetensors", "--json")
-    found = codebook("refit", *given, "--k", 4, "--steps", 3, "-o", tmp_path / "out.safetensors", "--json")
-    assert found.exit_code == 0, found.stderr
-    assert found.json["outputs"]["report"] == str(tmp_path / "page.html")
-    assert found.json["stages"] == plain.json["stages"] and found.json.keys() == plain.json.keys()
+    """Of one test image, its error at each stage is the mse of that stage."""
+    (tmp_path / "one").mkdir()
+    image = sorted(held_out_folder.iterdir())[0]
+    (tmp_path / "one" / image.name).write_bytes(image.read_bytes())
+    refit = ("refit", *on_images, "--test-data", tmp_path / "one", "--k", 4, "--steps", 3, "--json")
+    plain = codebook(*refit, "-o", tmp_path / "plain.safetensors").json
+    done = codebook(*refit, "-o", tmp_path / "out.safetensors", "--report", tmp_path / "page.html").json
+    assert done["outputs"]["report"] == str(tmp_path / "page.html")
+    assert done["stages"] == plain["stages"] and done.keys() == plain.keys()
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
     text = (tmp_path / "page.html").read_text()
     assert len(text) < 5_000_000 and text.count("<img ") > 3 * 4 and text.count("<svg ") == 4
-    for told in ("after fine-tuning", "Principal components of", "Images and their tokens", "4 of 4 codes"):
-        assert told in text
-
-
-def test_pictures_are_of_the_stages_that_were_measured(
-    given: tuple[object, ...], codebook: Run, tmp_path: Path, held_out_folder: Path
-) -> None:
-    """One test image: its error at each stage is the mse of that stage."""
-    one = tmp_path / "one"
-    one.mkdir()
-    first = sorted(held_out_folder.iterdir())[0]
-    (one / first.name).write_bytes(first.read_bytes())
-    options = ("--test-data", one, "--k", 4, "--steps", 3, "-o", tmp_path / "out.safetensors", "--json")
-    found = codebook("refit", *given, *options)
-    assert found.exit_code == 0, found.stderr
-    text = (tmp_path / "page.html").read_text()
+    for words in ("Principal components of", "Images and their tokens", "4 of 4 codes"):
+        assert words in text
     for stage, name in (("before", "before"), ("surgery", "after surgery"), ("finetuned", "after fine-tuning")):
-        assert f"{name}, mse {found.json['stages'][stage]['mse']:.5f}" in text
+        assert f"{name}, mse {done['stages'][stage]['mse']:.5f}" in text
 
 
 @pytest.mark.parametrize(
     "command",
     [
         ("measure",),
-        ("prune", "--threshold", 0, "-o", "OUT"),
-        ("finetune", "--steps", 2, "-o", "OUT"),
+        ("prune", "--threshold", 0, "-o", "out.safetensors"),
+        ("finetune", "--steps", 2, "-o", "out.safetensors"),
         ("diagnose",),
-        ("compare", "--k", 4, "--steps", 2, "--strategies", "prune,refit", "--seeds", 2, "-o", "OUT"),
+        ("compare", "--k", 4, "--steps", 2, "--strategies", "prune,refit", "--seeds", 2, "-o", "out"),
     ],
     ids=lambda command: command[0],
 )
 def test_every_command_that_measures_writes_a_page(
-    command: tuple[object, ...], given: tuple[object, ...], codebook: Run, tmp_path: Path
+    command: tuple[object, ...], on_images: tuple[object, ...], codebook: Run, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    options = [tmp_path / "out" if option == "OUT" else option for option in command[1:]]
-    if command[0] in ("prune", "finetune"):
-        options[-1] = tmp_path / "out.safetensors"
-    found = codebook(command[0], *given, *options)
-    assert found.exit_code in (0, 3), found.stderr
-    assert f"<h1>codebook {command[0]}: " in (tmp_path / "page.html").read_text()
-
-
-def test_a_measurement_shows_images_as_the_model_reconstructs_them(
-    tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
-) -> None:
-    page = tmp_path / "page.html"
-    found = codebook("measure", tiny, "--data", images_folder, "--input-range", "-1,1", "--report", page)
-    assert found.exit_code == 0, found.stderr
-    assert page.read_text().count("reconstructed, mse ") == 3 and "what was kept" not in page.read_text()
+    monkeypatch.chdir(tmp_path)
+    done = codebook(command[0], *on_images, *command[1:], "--report", "page.html")
+    assert done.exit_code in (0, 3), done.stderr
+    text = (tmp_path / "page.html").read_text()
+    assert f"<h1>codebook {command[0]}: " in text
+    if command[0] == "measure":
+        assert text.count("reconstructed, mse ") == 3 and "what was kept" not in text
 
 
 @pytest.mark.parametrize(
@@ -226,52 +180,37 @@ def test_a_measurement_shows_images_as_the_model_reconstructs_them(
         ("folder.html", "a folder"),
     ],
 )
-def test_a_page_that_cannot_be_written_is_told_before_anything_is_done(
-    name: str, message: str, tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_done(
+    name: str, message: str, on_images: tuple[object, ...], codebook: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "folder.html").mkdir()
     before = contents(tmp_path)
-    found = codebook("refit", tiny, "--data", images_folder, *RANGE, "--k", 4, "--report", tmp_path / name)
-    assert_refused(found, message)
+    assert_refused(codebook("refit", *on_images, "--k", 4, "--report", tmp_path / name), message)
     assert contents(tmp_path) == before
 
 
-# --- in a browser ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium; skips by name where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM.exists():
-        pytest.skip(f"no {CHROMIUM}")
-    with playwright.sync_playwright() as started:
-        found = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"])
-        yield found
-        found.close()
+# In a browser
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 390])
-@pytest.mark.parametrize("scripts", [True, False])
-def test_a_browser_shows_a_page(browser: Any, tmp_path: Path, scheme: str, width: int, scripts: bool) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "width", "scripts"), [("light", 1200, True), ("dark", 390, True), ("light", 390, False)]
+)
+def test_a_browser_shows_a_page(browser: Any, tmp_path: Path, scheme: str, width: int, scripts: bool) -> None:  # noqa: F811
     original = torch.rand(3, 32, 32)
-    shown = tuple(
-        Shown(f"{rank}.png", rank, original, dict.fromkeys(("before", "surgery"), original * 0.9))
-        for rank in ("worst", "median", "best")
-    )
-    found = result(surgery=measured(128, 128, 0.0056), shown=shown)
+    stages = dict.fromkeys(("before", "surgery"), original * 0.9)
+    shown = tuple(Shown(f"{rank}.png", rank, original, stages) for rank in ("worst", "median", "best"))
+    one = result(surgery=measured(128, 128, 0.0056), shown=shown, settings={"a": "b" * 300})
     path = tmp_path / "page.html"
-    path.write_text(html(operated_page(replace(found, settings={"a": "b" * 300}), "codebook refit")))
+    path.write_text(html(operated_page(one, "codebook refit")))
     view = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme, java_script_enabled=scripts)
-    said, asked = list[str](), list[str]()
-    view.on("console", lambda message: said.append(message.text))
-    view.on("pageerror", lambda error: said.append(str(error)))
-    view.on("request", lambda request: asked.append(request.url))
+    messages, requests = list[str](), list[str]()
+    view.on("console", lambda message: messages.append(message.text))
+    view.on("pageerror", lambda error: messages.append(str(error)))
+    view.on("request", lambda request: requests.append(request.url))
     view.goto(path.as_uri())
     assert view.locator("table").first.is_visible() and view.locator("svg").first.is_visible()
-    assert said == [] and all(url.startswith(("file:", "data:")) for url in asked)
+    assert messages == [] and all(url.startswith(("file:", "data:")) for url in requests)
     if scripts:
         sizes = view.evaluate("[...document.images].map(image => image.complete && image.naturalWidth)")
         assert len(sizes) == 9 and all(sizes)

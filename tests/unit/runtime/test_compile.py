@@ -19,19 +19,14 @@ def test_a_compiled_model_gives_what_the_plain_one_gives(
     tiny: Path, image_tensor: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled, methods = partial(torch.compile, backend="eager"), list[str]()
-
-    def watched(method: Callable[..., object]) -> object:
-        methods.append(method.__name__)
-        return compiled(method)
-
-    monkeypatch.setattr(torch, "compile", watched)
+    monkeypatch.setattr(torch, "compile", lambda method: methods.append(method.__name__) or compiled(method))
     model = load_model(read_checkpoint(tiny))
     plain = model.pass_through(image_tensor)
     model.compiled = True
     for images in (image_tensor, image_tensor[:7]):  # of any number
-        seen = model.pass_through(images)
-        torch.testing.assert_close(seen.media, plain.media[: len(images)])
-        assert torch.equal(seen.codes[0], plain.codes[0][: len(images)])
+        passed = model.pass_through(images)
+        torch.testing.assert_close(passed.media, plain.media[: len(images)])
+        assert torch.equal(passed.codes[0], plain.codes[0][: len(images)])
     assert methods == ["encode", "decode"]
     other = model.with_fresh_network(seed=1)
     assert not torch.allclose(other.pass_through(image_tensor).latents[0], plain.latents[0])

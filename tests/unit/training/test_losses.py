@@ -12,10 +12,10 @@ import pytest
 import torch
 from audio_codecs import CASES, save, waveforms
 from conftest import Outcome, State, assert_refused, same
+from processes import torchrun
 from runs import BrokenError, breaking_at, tune, weights_of
 from safetensors.torch import load_file, save_file
 from sources_of_images import Images, find_images
-from test_processes import torchrun
 from torch import Tensor
 
 from codebook_tools.checkpoints.read import read_checkpoint
