@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.training import learning_rate, trainer
-from codebook_tools.training.codebook_ema import DEAD_BELOW, Quantiser
+from codebook_tools.training.codebook_ema import DEAD_BELOW, CodebookEMA
 from codebook_tools.training.parameters import trained_names
-from codebook_tools.training.trainer import Training
+from codebook_tools.training.trainer import Trainer
 from codebook_tools.workflows.session import Opened
 
 
@@ -90,51 +90,51 @@ def rotation(latents: Tensor, quantised: Tensor) -> Tensor:
     return found
 
 
-def _placed(quantiser: Quantiser, dead: Tensor, vectors: Tensor) -> None:
+def _placed(ema: CodebookEMA, dead: Tensor, vectors: Tensor) -> None:
     """As the tool places revived codes, at other vectors."""
-    mean = 1 / len(quantiser.shares)
-    quantiser.book.vectors[dead] = vectors
-    quantiser.shares[dead] = mean
-    quantiser.sums[dead] = vectors * mean
-    quantiser.revived[dead.cpu()] = True
+    mean = 1 / len(ema.usage)
+    ema.book.vectors[dead] = vectors
+    ema.usage[dead] = mean
+    ema.sums[dead] = vectors * mean
+    ema.revived[dead.cpu()] = True
 
 
-def _dead(quantiser: Quantiser) -> Tensor:
-    return (quantiser.shares < DEAD_BELOW / len(quantiser.shares)).nonzero()[:, 0]
+def _dead(ema: CodebookEMA) -> Tensor:
+    return (ema.usage < DEAD_BELOW / len(ema.usage)).nonzero()[:, 0]
 
 
-def revive_alike(quantiser: Quantiser, rows: Tensor, codes: Tensor) -> None:
+def revive_alike(ema: CodebookEMA, rows: Tensor, codes: Tensor) -> None:
     """Dead codes go to latents of the batch, all as likely."""
-    dead = _dead(quantiser)
-    _placed(quantiser, dead, rows[torch.randint(len(rows), (len(dead),), generator=quantiser.random)])
+    dead = _dead(ema)
+    _placed(ema, dead, rows[torch.randint(len(rows), (len(dead),), generator=ema.random)])
 
 
-def revive_by_splits(quantiser: Quantiser, rows: Tensor, codes: Tensor) -> None:
+def revive_by_splits(ema: CodebookEMA, rows: Tensor, codes: Tensor) -> None:
     """Dead codes go beside the most used ones, and share with them (Linde, Buzo and Gray 1980)."""
-    dead = _dead(quantiser)
-    most = quantiser.shares.argsort(descending=True)[: len(dead)]
-    noise = torch.randn(len(dead), rows.shape[1], generator=quantiser.random) * rows.std(0) * 0.01
-    vectors, half = quantiser.book.vectors[most], quantiser.shares[most] / 2
-    _placed(quantiser, dead, vectors + noise)
+    dead = _dead(ema)
+    most = ema.usage.argsort(descending=True)[: len(dead)]
+    noise = torch.randn(len(dead), rows.shape[1], generator=ema.random) * rows.std(0) * 0.01
+    vectors, half = ema.book.vectors[most], ema.usage[most] / 2
+    _placed(ema, dead, vectors + noise)
     for at in (dead, most):
-        quantiser.shares[at] = half
-        quantiser.sums[at] = quantiser.book.vectors[at] * half[:, None]
+        ema.usage[at] = half
+        ema.sums[at] = ema.book.vectors[at] * half[:, None]
 
 
-def anchors(quantiser: Quantiser, rows: Tensor, codes: Tensor) -> None:
+def anchors(ema: CodebookEMA, rows: Tensor, codes: Tensor) -> None:
     """All codes move towards the latents nearest to them, the less they are used the further: CVQ-VAE, Zheng and
     Vedaldi 2023, "Online Clustered Codebook" (arXiv 2307.15139), equations 4 to 6."""
-    size, epsilon = len(quantiser.shares), 1e-3
-    decay = torch.exp(-quantiser.shares * size * 10 / (1 - 0.99) - epsilon)[:, None]
-    closest = torch.cdist(quantiser.book.vectors, rows).argmin(1)
-    quantiser.book.vectors = quantiser.book.vectors * (1 - decay) + rows[closest] * decay
-    quantiser.sums = quantiser.book.vectors * quantiser.shares[:, None]
+    size, epsilon = len(ema.usage), 1e-3
+    decay = torch.exp(-ema.usage * size * 10 / (1 - 0.99) - epsilon)[:, None]
+    closest = torch.cdist(ema.book.vectors, rows).argmin(1)
+    ema.book.vectors = ema.book.vectors * (1 - decay) + rows[closest] * decay
+    ema.sums = ema.book.vectors * ema.usage[:, None]
 
 
-_move, _update, _groups = Training.move, Quantiser.update, trainer._groups
+_move, _update, _groups = Trainer.move, CodebookEMA.update, trainer._groups
 
 
-def encoder_later(training: Training, step: int) -> None:
+def encoder_later(training: Trainer, step: int) -> None:
     """The encoder stays as it is for the first fifth of the run, and then moves further with each step for a while, as
     all does in the beginning."""
     of_decoder, fifth = _of_decoder(training), training.recipe.steps // 5
@@ -149,7 +149,7 @@ def encoder_later(training: Training, step: int) -> None:
             parameter.detach().copy_(old.lerp(parameter.detach(), (step - fifth) / learning_rate.WARM_UP))
 
 
-def _of_decoder(training: Training) -> set[str]:
+def _of_decoder(training: Trainer) -> set[str]:
     if not hasattr(training, "of_decoder"):
         model = deepcopy(training.model)  # asking turns gradients on
         training.of_decoder = trained_names(model, training.batches.stand_in, ("decoder",))  # type: ignore[attr-defined]
@@ -157,15 +157,15 @@ def _of_decoder(training: Training) -> set[str]:
     return found
 
 
-def revived_as_well(quantiser: Quantiser, latents: Tensor, codes: Tensor, revive: bool) -> None:
+def revived_as_well(ema: CodebookEMA, latents: Tensor, codes: Tensor, revive: bool) -> None:
     """Codes that gradients move are revived, too."""
-    _update(quantiser, latents, codes, revive)
+    _update(ema, latents, codes, revive)
     if revive:
         with torch.no_grad():
-            quantiser._revive(latents.movedim(1, -1).flatten(0, -2), codes.flatten())
+            ema._revive(latents.movedim(1, -1).flatten(0, -2), codes.flatten())
 
 
-def adam_begins_again(training: Training, step: int) -> None:
+def adam_begins_again(training: Trainer, step: int) -> None:
     """Of codes that were revived, Adam forgets what it knew."""
     before = [parameter.detach().clone() for parameter in training.parameters]
     _move(training, step)
@@ -173,7 +173,7 @@ def adam_begins_again(training: Training, step: int) -> None:
         if any(parameter is book.vectors for book in training.model.books):
             moved = (parameter.detach() - old).norm(dim=1) > 0.1 * old.norm(dim=1).mean()  # no step of Adam goes so far
             for moment in ("exp_avg", "exp_avg_sq"):
-                training.optimiser.state[parameter][moment][moved] = 0  # type: ignore[union-attr]
+                training.optimizer.state[parameter][moment][moved] = 0  # type: ignore[union-attr]
 
 
 def faster_codes(times: float) -> Callable[[Sequence[nn.Parameter]], list[dict[str, object]]]:
@@ -182,7 +182,7 @@ def faster_codes(times: float) -> Callable[[Sequence[nn.Parameter]], list[dict[s
     def groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, object]]:
         *others, codes = parameters
         (own,) = _groups([codes])
-        share = learning_rate.shares(parameters)[-1]
+        share = learning_rate.relative_rates(parameters)[-1]
         return [*_groups(others), {**own, "share": times * share}]
 
     groups.__name__ = f"faster_codes({times})"
@@ -205,19 +205,19 @@ VARIANTS = {
     # Which way the codes move.
     "codes by gradient, none revived": Variant({"codebook_update": "gradient"}),
     "codes by gradient, revived": Variant(
-        {"codebook_update": "gradient"}, inside={"training.codebook_ema:Quantiser.update": revived_as_well}
+        {"codebook_update": "gradient"}, inside={"training.codebook_ema:CodebookEMA.update": revived_as_well}
     ),
     "codes by gradient, revived, their moments forgotten": Variant(
         {"codebook_update": "gradient"},
         inside={
-            "training.codebook_ema:Quantiser.update": revived_as_well,
-            "training.trainer:Training.move": adam_begins_again,
+            "training.codebook_ema:CodebookEMA.update": revived_as_well,
+            "training.trainer:Trainer.move": adam_begins_again,
         },
     ),
     "codes by gradient, revived, at 10 times the rate": Variant(
         {"codebook_update": "gradient"},
         inside={
-            "training.codebook_ema:Quantiser.update": revived_as_well,
+            "training.codebook_ema:CodebookEMA.update": revived_as_well,
             "training.trainer:_groups": faster_codes(10),
         },
     ),
@@ -229,16 +229,16 @@ VARIANTS = {
         )
         for name, share in RATES
     },
-    "encoder frozen for a fifth": Variant(inside={"training.trainer:Training.move": encoder_later}),
+    "encoder frozen for a fifth": Variant(inside={"training.trainer:Trainer.move": encoder_later}),
     "codes aligned with the latents first": Variant(before=aligned),
     **{f"EMA decay {decay}": Variant(inside={"training.codebook_ema:DECAY": decay}) for decay in (0.9, 0.95, 0.99)},
-    # Gradients through the quantiser.
+    # Gradients through the quantizer.
     "rotation trick": Variant(inside={"training.trainer:straight_through": rotation}),
     # Revival.
     "none revived": Variant(inside={"training.trainer:REVIVE_UNTIL": 0.0}),
-    "revived alike": Variant(inside={"training.codebook_ema:Quantiser._revive": revive_alike}),
-    "revived by splits": Variant(inside={"training.codebook_ema:Quantiser._revive": revive_by_splits}),
-    "CVQ anchors": Variant(inside={"training.codebook_ema:Quantiser._revive": anchors}),
+    "revived alike": Variant(inside={"training.codebook_ema:CodebookEMA._revive": revive_alike}),
+    "revived by splits": Variant(inside={"training.codebook_ema:CodebookEMA._revive": revive_by_splits}),
+    "CVQ anchors": Variant(inside={"training.codebook_ema:CodebookEMA._revive": anchors}),
     **{f"revived every {n}": Variant(inside={"training.codebook_ema:REVIVE_EVERY": n}) for n in (10, 50)},
     **{f"dead below {share}": Variant(inside={"training.codebook_ema:DEAD_BELOW": share}) for share in (0.03, 0.3)},
     **{f"revived until {share}": Variant(inside={"training.trainer:REVIVE_UNTIL": share}) for share in (0.5, 0.9)},

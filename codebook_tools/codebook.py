@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-if TYPE_CHECKING:  # names and shapes of a checkpoint are told without torch, which takes seconds to import
+if TYPE_CHECKING:  # names and shapes of a checkpoint are listed without torch, which takes seconds to import
     from torch import Tensor
 
 REMOVED = -1
@@ -24,7 +24,7 @@ def as_stored(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Metric:
-    """How the nearest code of a latent is found, and what the decoder gets of it; a record, as a family is.
+    """How the nearest code of a latent is searched, and what the decoder gets of it.
 
     Attributes:
         name: As `--metric` and the families say it.
@@ -45,7 +45,7 @@ class Metric:
 
     @property
     def is_euclidean(self) -> bool:
-        """Whether the search goes by the distance of rows as they are stored."""
+        """Whether the search compares distances of stored rows."""
         return self.is_distance and self.prepare is as_stored
 
     @property
@@ -55,12 +55,12 @@ class Metric:
 
     @property
     def words(self) -> tuple[str, str]:
-        """For people and digests: what the search compares, and what rows are emitted."""
+        """Words for messages and digests: what the search compares, and "unit" or "raw" for the emitted rows."""
         return self.search, "unit" if self.has_unit_rows else "raw"
 
     @property
     def minimizes_error(self) -> bool:
-        """Whether the search compares what errors compare: then means of cells are the best codes for these cells."""
+        """Whether the search minimizes the error: then the means of cells are their best codes."""
         return self.is_distance and self.emit is self.prepare
 
 
@@ -69,9 +69,11 @@ EUCLIDEAN = Metric("euclidean", "euclidean")
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """The effective codes, as the decoder sees them.
+    """The effective codes.
 
-    vectors: (size, dim) float32, finite.
+    Attributes:
+        vectors: (size, dim) float32, finite.
+        metric: How they are searched and emitted.
     """
 
     vectors: Tensor
@@ -84,10 +86,12 @@ class Codebook:
 
     @property
     def size(self) -> int:
+        """Number of codes."""
         return self.vectors.shape[0]
 
     @property
     def dim(self) -> int:
+        """Entries of a code."""
         return self.vectors.shape[1]
 
     @property
@@ -100,10 +104,12 @@ class Codebook:
 class Surgery:
     """A new codebook, and what became of the old codes.
 
-    index_map: (old_size,) int64, the new code where the old one kept its identity or was merged, else REMOVED.
-    bits: that an entry needs, where the rows were rounded to a grid; None: as many as its stored dtype has.
-    first: a larger codebook, and what became of the old codes in it, for a fine-tuning to begin with: it merges them
-    into as many as `codebook` has on the way.
+    Attributes:
+        codebook: The new codebook.
+        index_map: (old_size,) int64, the new code where the old one kept its identity or was merged, else REMOVED.
+        bits: Of an entry, where the rows were rounded to a grid; None for those of the stored dtype.
+        first: A surgery with a larger codebook for a fine-tuning to start with, which merges its codes into as many as
+            `codebook` has on the way.
     """
 
     codebook: Codebook
@@ -121,7 +127,7 @@ class Surgery:
 
 @runtime_checkable
 class Latents(Protocol):
-    """Encoder outputs before quantisation, in batches that can be read again from the start.
+    """Encoder outputs before quantization, in batches that can be read again from the start.
 
     Each batch is (n, dim) float32. They need not fit in memory together.
     """
@@ -132,17 +138,16 @@ class Latents(Protocol):
 class Strategy(Protocol):
     """A frozen, callable dataclass whose fields are its settings.
 
-    It leaves its inputs as they are and draws randomness from its own seed only: the same inputs give the same bytes.
-    counts: (codebook.size,) int64, assignments per code over all of the calibration data.
+    It does not change its inputs and draws randomness from its own seed only: the same inputs give the same bytes.
 
-    A class may say more in class attributes:
-        needs: "counts" where it does without latents, "codebook" where it does without counts, too (then they may all
-            be 0). It can be run on a model whose network nobody has.
-        exact: True for all latents, however many there are; others get a sample of a million, in an order whose heads
-            are samples.
+    A class may have more class attributes:
+        needs: "counts" where it needs no latents, "codebook" where it needs no counts, either (then they may all be 0).
+            It can be run on a model without its network.
+        exact: True to get all latents; others get a sample of a million, in an order whose heads are samples.
         summary, example: A sentence and a line for `--help`: the strategy is then a command. Its fields that have an
             `runtime.options.Option` are options.
-        trains: True where fine-tuning follows unless it is left out.
+        trains: True where fine-tuning follows by default.
     """
 
-    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery: ...
+    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        """Make a surgery. counts: (codebook.size,) int64, assignments per code over all of the calibration data."""

@@ -54,7 +54,7 @@ from codebook_tools.models.load import load_model
 from codebook_tools.remapping.index_map import read_index_maps
 from codebook_tools.remapping.token_files import rewrite_tokens
 from codebook_tools.remapping.token_ids import Translation
-from codebook_tools.training.resume import Saving
+from codebook_tools.training.resume import SnapshotFile
 from codebook_tools.workflows.comparison_rows import RowStore
 from codebook_tools.workflows.inspect_checkpoint import inspect_checkpoint
 from codebook_tools.workflows.recipe_file import read_recipe, steps_of
@@ -150,7 +150,7 @@ TARGETS: dict[str, Target] = {
     "stats": Target("s.safetensors", stats_files, read_counts),
     "trace": Target("t.json", results, read_trace),
     "unfinished fine-tuning": Target(
-        "m.training.safetensors", unfinished, lambda path: Saving(path, {"k": 4}, resume=True).left()
+        "m.training.safetensors", unfinished, lambda path: SnapshotFile(path, {"k": 4}, resume=True).read()
     ),
     "recipe": Target("r.yaml", recipes, lambda path: steps_of(read_recipe(path), batch_size=64, seed=0)),
     "rows of a comparison": Target("rows.json", rows, lambda path: RowStore(path.parent)),

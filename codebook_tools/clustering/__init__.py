@@ -1,1 +1,1 @@
-"""On tensors alone: the nearest code, k-means, seeds, pairwise merging."""
+"""Algorithms on tensors: nearest code, k-means, seeding, pairwise merging."""

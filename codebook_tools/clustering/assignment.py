@@ -1,4 +1,4 @@
-"""Nearest code: the one function that decides which code a latent belongs to, whatever its size and device."""
+"""Assignment: the nearest code of each latent, independent of tile, thread and device."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from codebook_tools.codebook import Codebook, Metric
 from codebook_tools.runtime.devices import has_float64, wide
 from codebook_tools.runtime.threads import spread
 
-# Scores that fit the cache of one core are searched fastest; a GPU wants far larger tiles. Both stay under 256 MB.
+# Scores that fit the cache of one core are searched fastest; a GPU needs far larger tiles. Both stay under 256 MB.
 _TILE_BYTES, _ELSEWHERE = {"cpu": 2 << 20}, 128 << 20
 _EXACT_BYTES = 16 << 20
 _CODES = 1024  # searched at a time, on a CPU
-_CANDIDATES = 8  # codes of the lowest scores that float64 decides among where nobody may wait
+_CANDIDATES = 8  # codes of the lowest scores that float64 decides among where the host may not wait
 
-# Else torch multiplies by MKL, which takes up to twice as long where the CPU is of another maker.
+# Otherwise torch multiplies by MKL, which takes up to twice as long on CPUs that are not Intel's.
 _ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
     torch.ops.mkldnn, "_linear_pointwise"
 )
@@ -27,21 +27,25 @@ _ROUNDING = {
     **dict.fromkeys(("high", "tf32"), 2.0**-10),
     **dict.fromkeys(("medium", "bf16"), 2.0**-7),
 }
-"""Of a product's terms, by what torch.set_float32_matmul_precision, or a backend's fp32_precision, allows it to compute
-in: float32, TF32, bfloat16."""
+"""Relative rounding error of a product's terms, by torch.set_float32_matmul_precision or a backend's fp32_precision."""
 
 
 def nearest(latents: Tensor, codebook: Codebook, *, wait: bool = True) -> Tensor:
-    """(n,) int64: the nearest code of each latent, by the codebook's own metric; the lowest index among equals.
+    """Assign each latent to its nearest code by the codebook's metric; to the lowest index among equals.
 
-    latents: (n, dim) float32 on any device; the codes are moved there. The search runs in float32 over tiles of at
-    most 128 MB whatever n and size. Where the two best scores lie within float32's rounding of each other, float64
-    decides. So the answer does not depend on tile, thread or codebook size: dropping codes that nobody uses changes
-    no assignment.
+    The search runs in float32 over tiles of at most 128 MB. Where the two best scores lie within float32's rounding of
+    each other, float64 decides. So the result does not depend on tile, thread or codebook size: dropping unused codes
+    changes no assignment.
 
-    wait: whether the host may wait for an accelerator, as it must where near-ties are picked out. In a training step it
-    should not: float64 then decides among the eight codes of the lowest scores of each latent, which are all that count
-    unless more than eight lie within rounding of each other.
+    Args:
+        latents: (n, dim) float32 on any device; the codes are moved there.
+        codebook: The codes and their metric.
+        wait: Whether the host may wait for an accelerator, as it must to select near-ties. In a training step it should
+            not: float64 then decides among the eight codes of the lowest scores of each latent, which is the same
+            unless more than eight lie within rounding of each other.
+
+    Returns:
+        (n,) int64 on the device of the latents; some code for latents that are not finite.
     """
     codes = codebook.metric.prepare(codebook.vectors.to(latents.device))
     if len(codes) == 1:
@@ -51,8 +55,8 @@ def nearest(latents: Tensor, codebook: Codebook, *, wait: bool = True) -> Tensor
     if not (wait or latents.is_cpu) and has_float64(latents.device) and _rounding() == _EPS:
         return torch.cat([search.settle(tile) for tile in tiles])
     alone = not latents.is_cpu or len(tiles) == 1
-    found = map(search, tiles) if alone else spread(search, tiles)
-    index, best, second = (torch.cat(parts) for parts in zip(*found, strict=True))
+    results = map(search, tiles) if alone else spread(search, tiles)
+    index, best, second = (torch.cat(parts) for parts in zip(*results, strict=True))
     limit = best + search.slack(latents, best)
     # Scores that overflow are infinite, or no numbers.
     unsure = (~((second > limit) & second.isfinite() & best.isfinite())).nonzero()[:, 0]
@@ -62,7 +66,7 @@ def nearest(latents: Tensor, codebook: Codebook, *, wait: bool = True) -> Tensor
 
 
 class _Search:
-    """Prepared codes (size, dim), and what a search makes of them once for all latents."""
+    """A search among prepared codes (size, dim), with all that is computed once for all latents."""
 
     def __init__(self, codes: Tensor, metric: Metric) -> None:
         self.codes, self.metric = codes, metric
@@ -78,24 +82,22 @@ class _Search:
         self.rows = max(1, _TILE_BYTES.get(codes.device.type, _ELSEWHERE) // (4 * max(at_once, dim)))
 
     def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n,) int64, the code with the lowest score, that score (n,) float32, and the next: of latents (n, dim)."""
+        """Latents (n, dim) -> (n,) int64, the code with the lowest score; that score (n,) float32; and the second."""
         latents = self.metric.prepare(latents)
-        found = _two_best(latents, *self.blocks[0])
+        index, best, second = _two_best(latents, *self.blocks[0])
         for start, block in zip(self.starts[1:], self.blocks[1:], strict=True):
-            (index, best, second), (its_index, its_best, its_second) = found, _two_best(latents, *block)
-            found = (
-                torch.where(its_best < best, its_index + start, index),
-                torch.minimum(best, its_best),
-                torch.minimum(torch.maximum(best, its_best), torch.minimum(second, its_second)),
-            )
-        return found
+            new_index, new_best, new_second = _two_best(latents, *block)
+            index = torch.where(new_best < best, new_index + start, index)
+            second = torch.minimum(torch.maximum(best, new_best), torch.minimum(second, new_second))
+            best = torch.minimum(best, new_best)
+        return index, best, second
 
     def slack(self, latents: Tensor, best: Tensor) -> Tensor:
-        """(n,) by how much rounding may have changed the gap between two scores of latents (n, dim).
+        """(n,) float32, a bound on the rounding error of the gap between two scores of latents (n, dim).
 
-        An inner product of `dim` terms errs by dim times the rounding of one, of the lengths' product: Higham 2002,
-        section 3.1. Only a code that is about as near as the best may be confused with it, so it is not much longer
-        than the way there and on by the best distance. The last term is for products too small for float32.
+        An inner product of `dim` terms has an error of dim times the rounding of one term, relative to the product of
+        the lengths: Higham 2002, section 3.1. Only a code about as near as the best may be confused with it, so its
+        length is bounded by the latent's plus the best distance. The last term is for products too small for float32.
         """
         terms, longest = 2 * (self.codes.shape[1] + 4), self.longest
         rounding = terms * _rounding()
@@ -111,7 +113,7 @@ class _Search:
         """(n,) int64, decided in float64 among the codes whose float32 scores are within limit (n,)."""
         latents = self.metric.prepare(latents)
         rows = max(1, _EXACT_BYTES // (8 * len(self.codes)))
-        found = []
+        codes = []
         for tile, bound in zip(torch.split(latents, rows), torch.split(limit[:, None], rows), strict=True):
             scores = torch.addmm(self.norms, tile, self.weights.T)
             row, code = (~(scores > bound) | ~scores.isfinite()).nonzero(as_tuple=True)
@@ -120,12 +122,11 @@ class _Search:
             least = exact.new_full((len(tile),), torch.inf).scatter_reduce_(0, row, exact, "amin")
             equal = exact == least[row]
             lowest = code.new_zeros(len(tile))  # and 0 for what is no number
-            found.append(lowest.scatter_reduce_(0, row[equal], code[equal], "amin", include_self=False))
-        return torch.cat(found).to(latents.device)
+            codes.append(lowest.scatter_reduce_(0, row[equal], code[equal], "amin", include_self=False))
+        return torch.cat(codes).to(latents.device)
 
     def settle(self, latents: Tensor) -> Tensor:
-        """(n,) int64, decided in float64 among the codes of the lowest float32 scores of latents (n, dim). The host
-        waits for nothing in it."""
+        """(n,) int64, decided in float64 among the codes of the lowest float32 scores, without making the host wait."""
         latents = self.metric.prepare(latents)
         scores = torch.addmm(self.norms, latents, self.weights.T)
         codes = scores.topk(min(_CANDIDATES, len(self.codes)), largest=False).indices
@@ -137,8 +138,8 @@ class _Search:
     def _exact(self, latents: Tensor, rows: Tensor, codes: Tensor) -> Tensor:
         """(pairs,) float64 scores of the pairs of a row of latents (n, dim) and a code.
 
-        From differences, which do not cancel as the expanded square does, and each summed by itself: a matrix product
-        may give equal codes scores that differ by their column.
+        From differences, which do not cancel as the expanded square does, and each pair summed alone: a matrix product
+        may round the scores of equal codes differently by their column.
         """
         scores = []
         at_once = max(1, _EXACT_BYTES // (8 * self.codes.shape[1]))
@@ -149,7 +150,7 @@ class _Search:
 
 
 def _two_best(latents: Tensor, weights: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As _Search gives them, of the codes whose scores are norms (size,) + latents (n, dim) @ weights (size, dim).T."""
+    """As _Search.__call__, with scores norms (size,) + latents (n, dim) @ weights (size, dim).T."""
     if latents.is_cpu:
         scores = _product(latents, weights, norms)
         index = torch.from_numpy(scores.numpy().argmin(1)[:, None])  # numpy compares many at a time, torch one by one
@@ -163,27 +164,35 @@ def _two_best(latents: Tensor, weights: Tensor, norms: Tensor) -> tuple[Tensor, 
 def _product(latents: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
     if not _ONEDNN:
         return torch.addmm(norms, latents, weights.T)
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(latents.contiguous(), weights, norms, "none", [], "")
-    return found
+    scores: Tensor = torch.ops.mkldnn._linear_pointwise(latents.contiguous(), weights, norms, "none", [], "")
+    return scores
 
 
 def _rounding() -> float:
-    """Of a product's terms, as torch may compute it now. It can be told so in two ways, and refuses to say what it was
-    told in one where somebody took the other: then the coarsest of the backends counts."""
+    """Rounding of a product's terms at torch's present settings.
+
+    There are two settings, and torch raises where the first is read after the second was written: then the coarsest of
+    the backends counts.
+    """
     try:
-        told = [torch.get_float32_matmul_precision()]
+        precisions = [torch.get_float32_matmul_precision()]
     except RuntimeError:
-        told = [backend.matmul.fp32_precision for backend in (torch.backends.cuda, torch.backends.mkldnn)]
-    return max(_ROUNDING[one] for one in told)
+        precisions = [backend.matmul.fp32_precision for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    return max(_ROUNDING[precision] for precision in precisions)
 
 
 def squared_errors(latents: Tensor, codebook: Codebook, codes: Tensor) -> Tensor:
-    """(n,) float64: squared Euclidean distance, summed over dimensions, from each latent to the code that is emitted.
+    """Squared Euclidean distance, summed over dimensions, from each emitted latent to its emitted code.
 
-    latents: (n, dim) float32. codes: (n,) int64, its codes. Latents are taken as emitted, too.
-    Added up in float32, unless one overflows there: codes that a training drove far off are there to be replaced. On
-    the CPU where the device has no float64.
+    Args:
+        latents: (n, dim) float32.
+        codebook: The codes.
+        codes: (n,) int64, the code of each latent.
+
+    Returns:
+        (n,) float64, on the CPU where the device has no float64. Summed in float32, unless a sum overflows there:
+        codes that diverged in training must still be comparable, for they are to be replaced.
     """
-    apart = codebook.metric.emit(latents) - codebook.emitted.to(latents.device)[codes]
-    found = wide(apart.square().sum(1))
-    return found if bool(found.isfinite().all()) else wide(apart).square().sum(1)
+    differences = codebook.metric.emit(latents) - codebook.emitted.to(latents.device)[codes]
+    errors = wide(differences.square().sum(1))
+    return errors if bool(errors.isfinite().all()) else wide(differences).square().sum(1)

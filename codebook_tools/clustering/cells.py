@@ -1,4 +1,4 @@
-"""A pass of k-means over its points: what falls to each code, summed over threads and processes."""
+"""One pass of k-means over its points: sums of the points of each cell, over threads and processes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ _WIDENED, _ELSEWHERE = {"cpu": 2048}, 1 << 18  # points that are float64 at a ti
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """What falls to each code. sums: (k, dim) float64 of its points, hits: (k,) float64 how many. squares: float64, sum
-    of the squared lengths of all points. All where the points are, or on the CPU where that device has no float64."""
+    """Sums over the points of each cell, on the device of the points, or on the CPU where that has no float64.
+
+    Attributes:
+        sums: (k, dim) float64, sum of the emitted points of each cell.
+        hits: (k,) float64, points of each cell.
+        squares: float64, sum of the squared lengths of all points.
+    """
 
     sums: Tensor
     hits: Tensor
@@ -30,7 +35,7 @@ class Cells:
 
     @staticmethod
     def of(points: Tensor, codebook: Codebook) -> Cells:
-        """points: (n, dim)."""
+        """The cells of points (n, dim) float32."""
         codes = _nearest(points, codebook)
         emitted = codebook.metric.emit(points)
         device = wide_device(points.device)
@@ -45,52 +50,52 @@ class Cells:
 
     @staticmethod
     def over(slabs: Iterable[Tensor], codebook: Codebook) -> Cells:
-        """Of all slabs, those of the other processes among them."""
+        """The cells of the points (n, dim) of all slabs, summed over processes."""
         vectors = codebook.vectors
         sums = torch.zeros(vectors.shape, dtype=torch.float64, device=wide_device(vectors.device))
         hits, squares = sums.new_zeros(codebook.size), sums.new_zeros(1)
         work = partial(Cells.of, codebook=codebook)
-        for found in spread(work, slabs) if vectors.is_cpu else map(work, slabs):
-            sums += found.sums
-            hits += found.hits
-            squares += found.squares
+        for cells in spread(work, slabs) if vectors.is_cpu else map(work, slabs):
+            sums += cells.sums
+            hits += cells.hits
+            squares += cells.squares
         total = distributed.summed(torch.cat([sums.flatten(), hits, squares]))
         parts = torch.split(total, [sums.numel(), len(hits), 1])
         return Cells(parts[0].reshape(sums.shape), parts[1], parts[2])
 
     def means(self, old: Codebook) -> Tensor:
-        """(k, dim) float32, as they are emitted; where there are none, the old code."""
+        """(k, dim) float32, the emitted mean of each cell; the old code where a cell has none."""
         means = old.metric.emit((self.sums / self.hits.clamp(min=1)[:, None]).float().to(old.vectors.device))
         lost = (means == 0).all(1) if old.metric.has_unit_rows else self.empty  # directions may cancel out
         return torch.where(lost.to(means.device)[:, None], old.emitted, means)
 
     @property
     def empty(self) -> Tensor:
-        """(k,) bool: the codes that nothing falls to."""
+        """(k,) bool: cells without points."""
         return self.hits == 0
 
     def inertia(self, vectors: Tensor) -> float:
         """Sum of squared distances of all points to the vectors (k, dim) of their cells."""
         codes = wide(vectors)
-        found = self.squares - 2 * (codes * self.sums).sum() + (self.hits * codes.square().sum(1)).sum()
-        return max(0.0, float(found))
+        inertia = self.squares - 2 * (codes * self.sums).sum() + (self.hits * codes.square().sum(1)).sum()
+        return max(0.0, float(inertia))
 
 
 def _nearest(points: Tensor, codebook: Codebook) -> Tensor:
-    """On a GPU by the kernel of flash-kmeans, where that is installed: it keeps no scores, and decides no near-ties."""
+    """Nearest codes; on a GPU by flash-kmeans where installed, which stores no scores and does not settle near-ties."""
     flash = _flash_kmeans() if points.is_cuda and codebook.metric.is_euclidean else None
     if flash is None:
         return nearest(points, codebook)
-    found: Tensor = flash(points[None], codebook.vectors[None], points.square().sum(1)[None])
-    return found[0].long()
+    codes: Tensor = flash(points[None], codebook.vectors[None], points.square().sum(1)[None])
+    return codes[0].long()
 
 
 @cache
 def _flash_kmeans() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """Nearest codes (1, n) of points (1, n, dim), codes (1, k, dim) and the points' squared lengths (1, n)."""
+    """The kernel: points (1, n, dim), codes (1, k, dim) and the points' squared lengths (1, n) -> codes (1, n)."""
     if find_spec("flash_kmeans") is None:
         return None
     from flash_kmeans.assign_euclid_triton import euclid_assign_triton
 
-    found: Callable[[Tensor, Tensor, Tensor], Tensor] = euclid_assign_triton
-    return found
+    kernel: Callable[[Tensor, Tensor, Tensor], Tensor] = euclid_assign_triton
+    return kernel

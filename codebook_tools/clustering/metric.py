@@ -1,4 +1,4 @@
-"""The metrics by name: rows of latents and codes as a search compares them, and as they are emitted."""
+"""The metrics by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # a header is read, and its metric named, without torch
 
 
 def unit(rows: Tensor) -> Tensor:
-    """rows (n, dim) at Euclidean length 1; those shorter than 1e-12 stay shorter, as they do in models; zeros stay."""
+    """Rows (n, dim) at Euclidean length 1; those shorter than 1e-12 stay shorter, as in models, and zeros stay."""
     from torch.nn.functional import normalize
 
     return normalize(rows, dim=-1)
@@ -25,8 +25,7 @@ METRICS = {metric.name: metric for metric in (EUCLIDEAN, COSINE, COSINE_UNIT, DO
 
 
 def prepared(codebook: Codebook) -> Codebook:
-    """The codes where the search compares them with prepared latents, and emitted there. An inner product has no other
-    place than that of the rows themselves."""
+    """The codebook of the prepared codes, to be searched with prepared latents; the same one for inner products."""
     metric = codebook.metric
     if not metric.is_distance:
         return codebook

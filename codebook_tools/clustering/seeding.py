@@ -1,4 +1,4 @@
-"""Seeds for k-means: some of the points, drawn so that they lie apart; and codes placed beside those that are there."""
+"""Seeding of k-means, and new codes drawn by squared error beside existing ones."""
 
 from __future__ import annotations
 
@@ -17,16 +17,25 @@ from codebook_tools.runtime.devices import wide
 
 Init = Literal["kmeans++", "afkmc2", "random"]
 
-_SHORT = 1e-5  # of the longest point: float32 leaves less of a difference of equals
-_POINTS, _POINTS_PER_SEED = 4096, 8  # that seeds are drawn from: more hardly make better ones, and take longer
+_SHORT = 1e-5  # of the longest point: a residual below is float32 rounding
+_POINTS, _POINTS_PER_SEED = 4096, 8  # that seeds are drawn from: more take longer and are hardly better
 
 
 def seeds(points: Tensor, k: int, init: Init, seed: int) -> Tensor:
-    """(k, dim) seeds for k-means: some of the points.
+    """Draw seeds for k-means from the points.
 
-    points: (n, dim) float32, in an order in which each head is a uniform sample: the first 4,096, or 8 a seed where
-    those are more, give the seeds, unless they are so full of repeats that fewer than k are distinct. Raises
-    CodebookError where all have fewer.
+    Args:
+        points: (n, dim) float32, in an order in which each head is a uniform sample. Seeds come from the first 4,096,
+            or 8 a seed where that is more; from all where these have fewer than k distinct points.
+        k: Number of seeds.
+        init: How they are drawn.
+        seed: Any integer.
+
+    Returns:
+        (k, dim) of the points.
+
+    Raises:
+        CodebookError: There are fewer than k distinct points, or their distances overflow.
     """
     refuse_unfit(points, k)
     head = points[: max(_POINTS, _POINTS_PER_SEED * k)]
@@ -37,13 +46,13 @@ def seeds(points: Tensor, k: int, init: Init, seed: int) -> Tensor:
 
 
 def overflow(points: Tensor) -> bool:
-    """Whether float32 has no room for the sum of squared distances of points (n, dim) to one of them."""
+    """Whether the sum of squared distances of points (n, dim) to one of them may overflow float32."""
     room = torch.finfo(torch.float32).max / (4 * max(1, points.numel()))
     return bool((points.abs() > room**0.5).any())
 
 
 def refuse_unfit(points: Tensor, k: int) -> None:
-    """Raise CodebookError where there are fewer than k distinct points (n, dim), or distances of theirs overflow."""
+    """Raise CodebookError where there are fewer than k distinct points (n, dim), or their distances overflow."""
     if overflow(points):
         largest = float(points.abs().max())
         raise CodebookError(f"latents of up to {largest:.0e} are too large: their distances overflow float32")
@@ -56,12 +65,12 @@ def refuse_unfit(points: Tensor, k: int) -> None:
 
 
 def count_distinct(points: Tensor, enough: int) -> int:
-    """Distinct rows of points (n, dim), at most `enough`: heads are tried first, for few points usually suffice."""
+    """Number of distinct rows of points (n, dim), at most `enough`; heads are tried first, which usually suffice."""
     head = min(len(points), 4 * enough)
     while True:
-        found = len(np.unique(points[:head].cpu().numpy(), axis=0))
-        if found >= enough or head == len(points):
-            return min(found, enough)
+        distinct = len(np.unique(points[:head].cpu().numpy(), axis=0))
+        if distinct >= enough or head == len(points):
+            return min(distinct, enough)
         head = min(len(points), 8 * head)
 
 
@@ -70,10 +79,10 @@ def _at_random(data: NDArray[np.float32], k: int, rng: np.random.Generator) -> N
 
 
 def kmeans_plus_plus(data: NDArray[np.float32], k: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """(k, dim) seeds of data (n, dim): each the best of a few points that are drawn by squared distance to the seeds
-    before it, the one that leaves the least of it.
+    """(k, dim) seeds of data (n, dim) by greedy k-means++.
 
-    Source: Arthur and Vassilvitskii 2007, "k-means++: The Advantages of Careful Seeding", with its greedy trials.
+    Each seed is drawn by squared distance to the seeds before it, in a few trials, of which the best counts.
+    Source: Arthur and Vassilvitskii 2007, "k-means++: The Advantages of Careful Seeding".
     """
     trials = 2 + int(math.log(k))
     rows = data - data.mean(0)  # nearer to 0 the products below round less
@@ -88,7 +97,7 @@ def kmeans_plus_plus(data: NDArray[np.float32], k: int, rng: np.random.Generator
         best = int(left.sum(0).argmin())
         chosen.append(int(drawn[best]))
         errors = left[:, best].copy()
-        # What is small beside its terms is rounding; copies must be at 0, or they might be drawn, too.
+        # Where the expanded square cancels it is rounding; copies must have 0, or they might be drawn, too.
         unsure = np.flatnonzero(errors < 1e-3 * (squares + squares[chosen[-1]]))
         errors[unsure] = np.minimum(before[unsure], _squared_distances(rows[unsure], rows[chosen[-1]]))
     return data[chosen]
@@ -128,8 +137,11 @@ def afkmc2(data: NDArray[np.float32], k: int, rng: np.random.Generator, chain: i
 
 
 def with_direction(points: Tensor, codebook: Codebook) -> Tensor:
-    """Those of points (n, dim) that a code may be placed at. By the cosine that is none of next to no length, such as
-    rounding leaves of a residual: whatever moves such a code a little turns it anywhere."""
+    """Those of points (n, dim) that a code may be placed at.
+
+    By cosine, points of almost no length are left out, such as rounding leaves of a residual: their direction is
+    arbitrary.
+    """
     if not codebook.metric.by_direction or not len(points):
         return points
     lengths = points.norm(dim=1)
@@ -138,23 +150,31 @@ def with_direction(points: Tensor, codebook: Codebook) -> Tensor:
 
 
 def draw_by_error(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tensor:
-    """(n, dim) of the points, drawn one after the other by squared error to the codes and to those drawn before.
+    """Draw points one after the other by squared error to the codes and to the points drawn before.
 
-    This is k-means++ seeding (Arthur and Vassilvitskii 2007) that goes on from codes that are there.
-    points: (m, dim), in an order in which each head is a uniform sample: of more than 65,536, or 128 for each draw, a
-    head does, unless it has too few that differ. Fewer than n rows where no more points differ from the codes.
+    This is k-means++ seeding (Arthur and Vassilvitskii 2007) continued from existing codes.
+
+    Args:
+        points: (m, dim), in an order in which each head is a uniform sample. Of more than 65,536, or 128 for each draw,
+            only a head is drawn from, unless it has too few distinct points.
+        codebook: The existing codes.
+        n: Number of points to draw.
+        seed: Of the drawing.
+
+    Returns:
+        (n, dim) of the points; fewer where no more of them differ from the codes.
     """
     placeable = with_direction(points, codebook)
-    if len(placeable) < len(points) and len(found := draw_by_error(placeable, codebook, n, seed)) == n:
-        return found
+    if len(placeable) < len(points) and len(drawn := draw_by_error(placeable, codebook, n, seed)) == n:
+        return drawn
     head = points[: max(65_536, 128 * n)]
-    found = _drawn(head, codebook, n, seed)
-    return found if len(found) == n or len(head) == len(points) else _drawn(points, codebook, n, seed)
+    drawn = _drawn(head, codebook, n, seed)
+    return drawn if len(drawn) == n or len(head) == len(points) else _drawn(points, codebook, n, seed)
 
 
 def _drawn(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tensor:
     errors = squared_errors(points, codebook, nearest(points, codebook))
-    places = codebook.metric.emit(points)
+    emitted = codebook.metric.emit(points)
     random = torch.Generator().manual_seed(seed)
     drawn: list[int] = []
     while len(points) and len(drawn) < n:
@@ -164,5 +184,5 @@ def _drawn(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tensor:
             break
         at = float(torch.rand((), generator=random, dtype=torch.float64)) * total
         drawn.append(min(int(torch.searchsorted(up_to, at, right=True)), len(points) - 1))
-        errors = torch.minimum(errors, wide((places - places[drawn[-1]]).square().sum(1)))
+        errors = torch.minimum(errors, wide((emitted - emitted[drawn[-1]]).square().sum(1)))
     return points[drawn]

@@ -1,4 +1,4 @@
-"""Out of an optimum that is only local: codes that are hardly needed go where one stands for many."""
+"""Split-and-merge moves out of a local optimum of k-means."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.codebook import Codebook
 from codebook_tools.runtime.devices import wide
 
-_AT_ONCE = 1 << 22  # costs of merging that are looked at together
-_APART = 0.3  # how far to its point a half of a cell starts: near enough to leave other cells alone
+_AT_ONCE = 1 << 22  # costs of merging that are computed at a time
+_APART = 0.3  # of the distance to the drawn point, between the two new codes and the old one
 
 
-def swapped(codebook: Codebook, points: Tensor, count: int, random: torch.Generator) -> Tensor:
-    """(k, dim): the codes, `count` of them moved at most: where merging a cell into another costs least, n₁n₂/(n₁+n₂)
-    times the squared distance of their codes (Equitz 1989), its code goes into one of the cells of the largest error.
+def split_and_merge(codebook: Codebook, points: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """Move codes of cells that are cheap to merge into cells of the largest error, which are split.
 
-    That cell is cut in two, across the way from its code to one of its points (n, dim), drawn by squared error. What is
-    gained shows after some iterations of Lloyd. Split and merge as here: Kaukoranta, Fränti and Nevalainen 1998,
-    "Iterative split-and-merge algorithm for VQ codebook generation".
+    Merging a cell into another costs n₁n₂/(n₁+n₂) times the squared distance of their codes (Equitz 1989). A cell is
+    split along the line from its code to one of its points, drawn by squared error. Some iterations of Lloyd must
+    follow. Source: Kaukoranta, Fränti and Nevalainen 1998, "Iterative split-and-merge algorithm for VQ codebook
+    generation".
+
+    Args:
+        codebook: k codes.
+        points: (n, dim), what they cluster.
+        count: Most codes to move.
+        random: Generator on the CPU.
+
+    Returns:
+        (k, dim), the codes with at most `count` of them moved.
     """
     codes = nearest(points, codebook)
     errors = squared_errors(points, codebook, codes)
@@ -36,24 +45,28 @@ def swapped(codebook: Codebook, points: Tensor, count: int, random: torch.Genera
 
 
 def _cheapest_merges(vectors: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
-    """(k,) float64 and (k,) int64: what it costs to merge each cell into another, and into which; an empty one is
-    merged into none. vectors: (k, dim) float64, hits: (k,)."""
+    """The lowest cost of merging each cell into another (k,) float64, and that other cell (k,) int64.
+
+    An empty cell costs 0 and has itself. vectors: (k, dim) float64, hits: (k,).
+    """
     index = torch.arange(len(vectors), device=vectors.device)
     dead = hits == 0
     costs, partners = [], []
     for rows in torch.split(index, max(1, _AT_ONCE // len(index))):
         both = hits[rows, None] + hits
-        found = torch.cdist(vectors[rows], vectors).square_().mul_(hits[rows, None] * hits / both.clamp(min=1))
-        found[(rows[:, None] == index) | dead] = torch.inf
-        least = found.min(1)
+        pairs = torch.cdist(vectors[rows], vectors).square_().mul_(hits[rows, None] * hits / both.clamp(min=1))
+        pairs[(rows[:, None] == index) | dead] = torch.inf
+        least = pairs.min(1)
         costs.append(least.values)
         partners.append(least.indices)
     return torch.cat(costs).masked_fill(dead, 0), torch.where(dead, index, torch.cat(partners))
 
 
 def _pairs(costs: Tensor, partners: Tensor, errors: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Codes to be moved, the cheapest first, and cells to be cut, those of the largest errors: none twice, and none
-    that a moved one merges into."""
+    """Codes to move, the cheapest first, and cells to split, of the largest errors first.
+
+    No cell is in both, or twice, or one that a moved code merges into.
+    """
     moved, taken = list[int](), set[int]()
     into = partners.tolist()
     for code in costs.argsort(stable=True).tolist():
@@ -65,14 +78,15 @@ def _pairs(costs: Tensor, partners: Tensor, errors: Tensor, count: int) -> tuple
     order = errors.argsort(descending=True, stable=True)
     by_error = zip(order.tolist(), errors[order].tolist(), strict=True)
     cut = [cell for cell, error in by_error if cell not in taken and error > 0][: len(moved)]
-    found = torch.tensor([moved[: len(cut)], cut], dtype=torch.int64, device=costs.device)
-    return found[0], found[1]
+    pairs = torch.tensor([moved[: len(cut)], cut], dtype=torch.int64, device=costs.device)
+    return pairs[0], pairs[1]
 
 
 def _drawn(codes: Tensor, errors: Tensor, size: int, random: torch.Generator) -> Tensor:
-    """(size,) int64: one point of each cell, drawn by its error; 0 for a cell without one.
+    """(size,) int64: one point of each cell, drawn by its error; the first in the order for a cell without points.
 
-    The largest of log(error) plus Gumbel noise is such a draw."""
+    The largest of log(error) plus Gumbel noise is such a draw.
+    """
     noise = torch.rand(len(codes), generator=random, dtype=torch.float64).to(errors.device)
     order = (errors.log() - (-noise.log()).log()).argsort()
     places = torch.arange(len(order), device=order.device)

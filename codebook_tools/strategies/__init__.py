@@ -60,7 +60,11 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 
 
 def find_strategy(name: str) -> Callable[..., Strategy]:
-    """The class of a strategy: ours, or one that an installed distribution adds. Raises CodebookError for others."""
+    """The class of a strategy, ours or one that an installed distribution adds.
+
+    Raises:
+        CodebookError: There is none of that name, or its module does not load.
+    """
     added = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if name in STRATEGIES:
         return STRATEGIES[name]
@@ -74,12 +78,20 @@ def find_strategy(name: str) -> Callable[..., Strategy]:
 
 
 def on_device(strategy: Strategy, device: torch.device) -> Strategy:
-    """The strategy, to do its work there, if it says in a field `device` that it can."""
+    """The strategy on a device, if it has a field `device`; else as it is."""
     return cast(Strategy, replace(cast(Any, strategy), device=str(device))) if hasattr(strategy, "device") else strategy
 
 
 def make_strategy(name: str, settings: Sequence[str]) -> Strategy:
-    """A strategy by name, with its fields given as FIELD=VALUE; a value is JSON, or else text. Raises CodebookError."""
+    """Make a strategy from text.
+
+    Args:
+        name: Of a strategy.
+        settings: Its fields as FIELD=VALUE; a value is JSON, or else text.
+
+    Raises:
+        CodebookError: There is no such strategy, or a field does not exist or does not take the value.
+    """
     make = find_strategy(name)
     values, kinds = dict[str, object](), kinds_of(make)
     for setting in settings:

@@ -1,4 +1,4 @@
-"""What the settings of several strategies must fulfil."""
+"""Checks that several strategies share."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from codebook_tools.errors import CodebookError
 
 
 def check_k(k: int) -> None:
-    """Raise CodebookError where a codebook of k codes cannot be."""
+    """Raise CodebookError where k is no codebook size."""
     if k < 1:
         raise CodebookError(f"k={k} is below 1; use --k 1 or more")
 
 
 def check_threshold(threshold: int) -> None:
-    """Raise CodebookError where no code can count so many."""
+    """Raise CodebookError where no code can have such a count."""
     if threshold < 0:
         raise CodebookError(f"threshold={threshold} is below 0, the count of a dead code; use --threshold 0")
     if threshold >= 2**63:

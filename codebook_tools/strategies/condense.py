@@ -1,4 +1,4 @@
-"""Condensing: networks learn with more codes than are asked for, and those are merged on the way."""
+"""Condensing: fine-tuning starts with more codes than asked for, and merges them on the way."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TIMES = 4  # as many codes as are asked for, at first
-_AT_MOST = 8192  # at first: merging more takes minutes
+_AT_MOST = 8192  # codes at first: merging more takes minutes
 
 
 @dataclass(frozen=True)
 class Condense:
-    """k codes: those in use, merged as pairs of nearest neighbours, or with more placed by error where they are fewer.
+    """k codes: those in use, merged as pairs of nearest neighbors, or with more drawn by error where they are fewer.
 
-    A fine-tuning begins with the codes in use and, up to four times k, latents drawn by squared error; it merges them
-    into k on the way. The more codes there are, the less noise is in what the networks learn from, and merging keeps
-    most of what they learnt.
+    A fine-tuning starts with the codes in use and, up to four times k, latents drawn by squared error; it merges them
+    into k on the way. More codes mean less quantization noise to learn from, and merging keeps most of the gain.
 
     Attributes:
         k: Size of the new codebook.
@@ -44,9 +43,9 @@ class Condense:
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
         in_use = int((counts > 0).sum())
         if in_use > self.k:
-            found = Quantize(k=self.k, method="pnn")(codebook, latents, counts)
+            surgery = Quantize(k=self.k, method="pnn")(codebook, latents, counts)
         else:
-            found = Grow(self.k, self.seed)(codebook, latents, counts)
+            surgery = Grow(self.k, self.seed)(codebook, latents, counts)
         size = max(in_use, min(_TIMES * self.k, _AT_MOST))
         first = grown(codebook, latents, counts, size, self.seed)
-        return replace(found, first=first) if first.codebook.size > self.k else found
+        return replace(surgery, first=first) if first.codebook.size > self.k else surgery

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TopK:
-    """The k most used codes, as they are, dead ones among them where fewer are in use: pruning that only looks at K."""
+    """The k most used codes, as they are, dead ones among them where fewer are in use.
+
+    Attributes:
+        k: Size of the new codebook.
+    """
 
     k: int
 
@@ -31,7 +35,12 @@ class TopK:
 
 @dataclass(frozen=True)
 class RandomLatents:
-    """k latents, drawn alike: a codebook from the data without any clustering (Forgy 1965's seeds)."""
+    """k latents, drawn uniformly: a codebook from the data without any clustering (Forgy 1965's seeds).
+
+    Attributes:
+        k: Size of the new codebook.
+        seed: Of the drawing.
+    """
 
     init: ClassVar[Literal["random", "kmeans++"]] = "random"
 
@@ -53,6 +62,6 @@ class RandomLatents:
 
 @dataclass(frozen=True)
 class KmeansSeeds(RandomLatents):
-    """k seeds of k-means++ (Arthur and Vassilvitskii 2007) and no Lloyd after them: what the iterations add to."""
+    """k seeds of k-means++ (Arthur and Vassilvitskii 2007) without Lloyd after them: what the iterations add to."""
 
     init = "kmeans++"

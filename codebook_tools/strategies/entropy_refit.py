@@ -1,4 +1,4 @@
-"""Re-Fit under a price for bits: codes that few latents need are given up."""
+"""Entropy-constrained Re-Fit: k-means with a price for bits, which drops rarely used codes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ from codebook_tools.strategies._validation import check_k
 from codebook_tools.strategies.refit import Refit
 
 _POINTS_PER_CODE = 256
-_GAIN = 1e-4  # share of the cost that an iteration must gain for another to follow
+_GAIN = 1e-4  # relative gain in cost of an iteration for another to follow
 
 
 @dataclass(frozen=True)
 class EntropyRefit:
-    """At most k codes that minimise distortion + price · bits, over a head of the latents.
+    """At most k codes that minimize distortion + price · bits, over a head of the latents.
 
-    price: of a bit a token, in variances of the latents. A latent goes to the code of the least cost, not the nearest
-    one, while the codes are sought; the model itself goes on choosing the nearest. Codes that nothing goes to are left
-    out. It starts from a Re-Fit that starts from the codes in use. iterations: the most. seed: of that.
+    During the iterations a latent is assigned to the code of the lowest cost, not the nearest one; the model itself
+    still assigns the nearest. Codes without latents are left out. It starts from a Re-Fit of the codes in use.
     Source: Chou, Lookabaugh and Gray 1989, "Entropy-constrained vector quantization".
+
+    Attributes:
+        k: Most codes of the new codebook.
+        price: Of a bit a token, in variances of the latents.
+        iterations: Most iterations.
+        seed: Of the Re-Fit.
+        device: That the work is done on.
     """
 
     k: int
@@ -48,19 +54,19 @@ class EntropyRefit:
             codebook, latents, counts
         ).codebook.vectors
         unit = self.price * float(wide(points).var(0, correction=0).sum())
-        shares, last = torch.full((self.k,), 1 / self.k, dtype=torch.float64), float("inf")
+        usage, last = torch.full((self.k,), 1 / self.k, dtype=torch.float64), float("inf")
         for _ in range(self.iterations):
-            codes, shares, cost = _step(points, codes.to(points.device), shares, unit)
+            codes, usage, cost = _step(points, codes.to(points.device), usage, unit)
             if last - cost <= _GAIN * cost:
                 break
             last = cost
         return Surgery(replace(codebook, vectors=codes.cpu()), torch.full((codebook.size,), REMOVED))
 
 
-def _step(points: Tensor, codes: Tensor, shares: Tensor, unit: float) -> tuple[Tensor, Tensor, float]:
-    """Codes that are the means of what goes to them, their shares, and the mean cost that there was. unit: of a bit."""
-    # What a code costs stands in a further dimension, in which all latents are 0: the nearest is then the cheapest.
-    prices = (-shares.log2() * unit).sqrt().float().to(points.device)
+def _step(points: Tensor, codes: Tensor, usage: Tensor, unit: float) -> tuple[Tensor, Tensor, float]:
+    """The new codes, the fraction of points of each, and the mean cost of the old ones. unit: price of a bit."""
+    # The price of a code is a further dimension, in which all latents are 0: the nearest code is then the cheapest.
+    prices = (-usage.log2() * unit).sqrt().float().to(points.device)
     longer = Codebook(torch.cat([codes, prices[:, None]], 1))
     rows = torch.cat([points, points.new_zeros(len(points), 1)], 1)
     chosen = nearest(rows, longer)

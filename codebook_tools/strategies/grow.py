@@ -1,4 +1,4 @@
-"""Growing: the codes in use stay, and more are placed where the error is."""
+"""Growing: the codes in use stay, and new ones are drawn where the error is."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Grow:
     """The codes in use, in their old order, and after them latents drawn by squared error, up to k.
 
-    The decoder knows the codes in use: they keep their rows and their identity. The others are placed as k-means++
-    places seeds (Arthur and Vassilvitskii 2007), but going on from these.
+    The codes in use keep their rows and their identity. New ones are drawn as seeds of k-means++ are (Arthur and
+    Vassilvitskii 2007), continued from the codes in use.
 
     Attributes:
         k: Size of the new codebook.
@@ -44,18 +44,26 @@ class Grow:
             raise CodebookError(
                 f"k={self.k} is less than the {in_use} codes in use; use --k {in_use} or more, or refit"
             )
-        found = grown(codebook, latents, counts, self.k, self.seed)
-        most = found.codebook.size
+        surgery = grown(codebook, latents, counts, self.k, self.seed)
+        most = surgery.codebook.size
         if most < self.k:
             raise CodebookError(
                 f"k={self.k} asks for more codes than the {most} that the distinct latents allow; "
                 f"use --k {most} or less, or give more data"
             )
-        return found
+        return surgery
 
 
 def grown(codebook: Codebook, latents: Latents, counts: Tensor, k: int, seed: int) -> Surgery:
-    """The codes in use, and latents up to k codes, or fewer where no more of them differ from codes."""
+    """The codes in use, and latents drawn by squared error up to k codes.
+
+    Args:
+        codebook: The old codebook.
+        latents: The latents.
+        counts: (codebook.size,) int64.
+        k: Size of the new codebook; it is smaller where fewer latents differ from the codes.
+        seed: Of the drawing.
+    """
     import torch
 
     from codebook_tools.clustering.seeding import draw_by_error

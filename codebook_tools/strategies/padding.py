@@ -1,4 +1,4 @@
-"""Dead codes that bring a codebook to a size: a config may hold one K for many, or take powers of two only."""
+"""Padding with dead codes: a config may have one size for many codebooks, or allow powers of two only."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from codebook_tools.codebook import REMOVED, Codebook, Surgery
 
 
 def filled(surgery: Surgery, old: Codebook, counts: Tensor, size: int) -> Surgery:
-    """The surgery with codes that nothing is assigned to, `size` codes in all.
+    """Pad a surgery with codes that no latent is assigned to.
 
-    Where the new codes are old ones, removed codes without hits come back, lowest index first, keep their identity, and
-    all stand in their old order. The rest are copies of code 0 at the end, which win no latent: the lowest index among
-    equals does. counts: (old.size,) int64, over the calibration data.
+    Where the new codes are old ones, removed codes with count 0 are kept after all, lowest index first, with their
+    identity and in the old order. The rest are copies of code 0 at the end, which win no latent: the lowest index among
+    equals does.
+
+    Args:
+        surgery: The surgery.
+        old: The old codebook.
+        counts: (old.size,) int64, over the calibration data.
+        size: Of the padded codebook; the surgery is returned as it is where it has as many.
     """
     missing = size - surgery.codebook.size
     if missing <= 0:
@@ -32,14 +38,25 @@ def filled(surgery: Surgery, old: Codebook, counts: Tensor, size: int) -> Surger
 
 
 def common_sizes(before: Sequence[int], after: Sequence[int], powers_of_two: bool) -> list[int]:
-    """Sizes that codebooks must have after a surgery: those of one size stay of one size, the largest; and where the
-    config takes powers of two only, the next one."""
+    """Sizes that codebooks are padded to: codebooks of one size stay of one size, the largest of them.
+
+    Args:
+        before: Old sizes.
+        after: Sizes after surgery.
+        powers_of_two: Whether the config takes powers of two only.
+    """
     sizes = [max(after)] * len(after) if len(set(before)) == 1 else list(after)
     return [power_of_two(size) for size in sizes] if powers_of_two else sizes
 
 
 def remark(keys: Sequence[str], asked: Sequence[int], sizes: Sequence[int]) -> list[str]:
-    """What to warn of where codebooks were filled: how many dead codes each got."""
+    """The warning that codebooks were padded, and with how many dead codes each; empty where none was.
+
+    Args:
+        keys: Of the codebooks.
+        asked: Sizes after surgery.
+        sizes: Padded sizes.
+    """
     added = [(size - least, key) for key, least, size in zip(keys, asked, sizes, strict=True) if size > least]
     if not added:
         return []

@@ -1,4 +1,4 @@
-"""Pruning: drop the codes that are hardly used, and leave the others as they are."""
+"""Pruning: drop rarely used codes, and leave the others as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantising the codebook itself: fewer codes by merging them, or fewer bits per entry."""
+"""Quantizing the codebook itself: fewer codes by merging them, or fewer bits per entry."""
 
 from __future__ import annotations
 
@@ -94,15 +94,15 @@ class Quantize:
 
 
 def _filled_up(codebook: Codebook, used: Tensor, k: int) -> Surgery:
-    """The used codes, (size,) bool, and as many dead ones, the nearest to them, as make k; in their old order."""
+    """The codes in use, (size,) bool, and the dead ones nearest to them, up to k, in their old order."""
     import torch
 
     from codebook_tools.clustering.assignment import nearest, squared_errors
 
     emitted, dead = codebook.emitted, (~used).nonzero()[:, 0]
     among = Codebook(emitted[used])
-    apart = squared_errors(emitted[dead], among, nearest(emitted[dead], among))
-    fill = dead[apart.argsort(stable=True)[: k - int(used.sum())]]
+    errors = squared_errors(emitted[dead], among, nearest(emitted[dead], among))
+    fill = dead[errors.argsort(stable=True)[: k - int(used.sum())]]
     kept = torch.cat([used.nonzero()[:, 0], fill]).sort().values
     filled = replace(codebook, vectors=codebook.vectors[kept])
     index_map = nearest(emitted, filled)
@@ -112,9 +112,9 @@ def _filled_up(codebook: Codebook, used: Tensor, k: int) -> Surgery:
 
 @contextmanager
 def _repeatable() -> Iterator[None]:
-    """At most two threads: scikit-learn adds up the sums of its threads in the order in which they finish.
+    """At most two threads, for the same bytes: scikit-learn adds the sums of its threads in the order they finish.
 
-    a + b is b + a, but the sum of three or more would round differently from run to run.
+    a + b is b + a, but the sum of three or more rounds differently from run to run.
     """
     openmp = _openmp()
     with openmp.limit(limits=min([2, *(library["num_threads"] for library in openmp.info())])):
@@ -123,7 +123,7 @@ def _repeatable() -> Iterator[None]:
 
 @cache
 def _openmp() -> Any:
-    """The OpenMP libraries of this process, scikit-learn's among them. It takes milliseconds to find them."""
+    """The OpenMP libraries of this process, which take milliseconds to find."""
     import sklearn.cluster  # noqa: F401  # so that its own is there to be found
     from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
@@ -131,9 +131,16 @@ def _openmp() -> Any:
 
 
 def round_rows(rows: Tensor, bits: int) -> Tensor:
-    """rows (size, dim) float32, each rounded to 2**bits - 1 levels that lie symmetrically about 0, up to its largest.
+    """Round each row to 2**bits - 1 levels that are symmetric about 0, up to its largest entry.
 
     No entry moves by more than half a step, max|row| / (2**bits - 2).
+
+    Args:
+        rows: (size, dim) float32.
+        bits: Of an entry, 2 to 8.
+
+    Returns:
+        (size, dim) float32.
     """
     import torch
 

@@ -27,9 +27,9 @@ class Refit:
         k: Size of the new codebook.
         init: How seeds are drawn; "used" starts from the k most used codes, filled up with latents drawn by squared
             error where fewer are in use.
-        iterations: The most of Lloyd.
+        iterations: Most iterations of Lloyd.
         seed: Of the seeding.
-        exact: Over all latents, however many, gone through once an iteration; seeds are drawn from a sample.
+        exact: Whether k-means runs over all latents, in one pass an iteration; seeds are drawn from a sample.
         device: That k-means runs on.
         watch: Called with the progress.
     """
@@ -70,7 +70,7 @@ class Refit:
         whole = latents if self.exact and not isinstance(latents, StoredLatents) else None
         points = (joined(latents) if whole is None else drawn_rows(whole, self.seed)).to(self.device)
         init: Init | Tensor = self._from_used(codebook, points, counts) if self.init == "used" else self.init
-        found = kmeans(
+        clustering = kmeans(
             points,
             self.k,
             init=init,
@@ -80,7 +80,7 @@ class Refit:
             whole=whole,
             watch=self.watch,
         )
-        return Surgery(replace(codebook, vectors=found.centroids.cpu()), torch.full((codebook.size,), REMOVED))
+        return Surgery(replace(codebook, vectors=clustering.centroids.cpu()), torch.full((codebook.size,), REMOVED))
 
     def _from_used(self, codebook: Codebook, points: Tensor, counts: Tensor) -> Tensor:
         import torch

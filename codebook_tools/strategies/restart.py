@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Method = Literal["error", "random", "split", "nearest"]
 
-_NOISE = 0.01  # of the latents' spread about their code: enough for two copies to part, too little to lose latents
+_NOISE = 0.01  # of the latents' deviation from their code: enough to separate two copies, too little to lose latents
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Restart:
     """Codes with `threshold` counts or fewer are moved; the others stay as they are, and keep their identity.
 
     Attributes:
-        method: Where codes are moved to. "error": latents drawn by their squared error, so that codes go where they are
-            missed. "random": latents drawn alike (Dhariwal et al. 2020, Jukebox). "split": the most used codes, each
-            with a little noise, that shares its latents (Linde, Buzo and Gray 1980). "nearest": the latent nearest to
-            the dead code, as CVQ-VAE's "closest" anchors (Zheng and Vedaldi 2023).
+        method: Where codes are moved to. "error": latents drawn by their squared error. "random": latents drawn
+            uniformly (Dhariwal et al. 2020, Jukebox). "split": the most used codes, each with a little noise, which
+            then share their latents (Linde, Buzo and Gray 1980). "nearest": the latent nearest to the dead code, as
+            CVQ-VAE's "closest" anchors (Zheng and Vedaldi 2023).
         threshold: The count up to which a code is moved.
         seed: Of what is drawn.
     """
@@ -88,7 +88,7 @@ class Restart:
 
 
 def _split(living: Codebook, points: Tensor, counts: Tensor, n: int, random: torch.Generator) -> Tensor:
-    """(n, dim) copies of the most used codes, taken again and again in order, with a little noise."""
+    """(n, dim) copies of the most used codes, in order and cyclically, with a little noise."""
     import torch
 
     from codebook_tools.clustering.assignment import nearest, squared_errors

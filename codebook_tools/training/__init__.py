@@ -1,1 +1,1 @@
-"""What a fine-tuning is made of, one idea a file; the loop over all of it is finetune.py."""
+"""Fine-tuning, one concept a file; the training loop over all of it is finetune.py."""

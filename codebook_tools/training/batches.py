@@ -1,4 +1,4 @@
-"""The stream of training batches, which the seed and its place in it say all about."""
+"""The stream of training batches, determined by a seed and a position."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from codebook_tools.runtime import distributed
 
 
 class Batches:
-    """Endless batches: every image once in a seeded order, then in another. The last, short batch is left out.
+    """Endless batches: each epoch visits every item once, in a new seeded order; a short last batch is dropped.
 
-    Of several processes each has its own slice of every batch, and the share of the readable images that it is: 0 where
-    there are none in it, and `stand_in`, one image, is there in their place. drawn: batches that went by, from the
-    first; an iteration begins there.
+    Of several processes each gets its own slice of every batch.
+
+    Attributes:
+        images: The items to train on.
+        size: Items to a batch over all processes, at most all items.
+        seed: Of the order.
+        stand_in: (1, ...), the item that a process gets where its slice has no readable one.
+        drawn: Batches drawn so far; iteration starts there.
     """
 
     def __init__(self, images: Media, size: int, seed: int, stand_in: Tensor) -> None:
@@ -25,13 +30,14 @@ class Batches:
         self.drawn = 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, float]]:
-        for items, pixels in self.images.stream(islice(self._places(), self.drawn, None)):
+        """This process's slice of each batch, and the fraction of the batch's readable items that are in it."""
+        for items, pixels in self.images.stream(islice(self._indices(), self.drawn, None)):
             self.drawn += 1
             readable = int(distributed.summed(torch.tensor(len(items)))) if self.images.skip_bad else self.size
             if readable:
                 yield pixels if items else self.stand_in, len(items) / readable
 
-    def _places(self) -> Iterator[list[int]]:
+    def _indices(self) -> Iterator[list[int]]:
         random, own = torch.Generator().manual_seed(self.seed), distributed.own_slice(self.size)
         while True:
             order = torch.randperm(len(self.images), generator=random).tolist()

@@ -1,4 +1,4 @@
-"""A training step of several processes."""
+"""Distributed data-parallel training (DDP)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class _Whole(nn.Module):
         super().__init__()
         self.network, self.trained, self.run = model.network, nn.ParameterList(parameters), model.run
 
-    def forward(self, media: Tensor, quantise: Quantise) -> Tensor:
-        return self.run(media, quantise)
+    def forward(self, media: Tensor, quantize: Quantise) -> Tensor:
+        return self.run(media, quantize)
 
 
 def run_together(model: Model, parameters: Sequence[nn.Parameter]) -> Callable[[Tensor, Quantise], Tensor]:
-    """model.run, of several processes with gradients that are averaged over them."""
+    """`model.run`; of several processes in DDP, which averages the gradients of the parameters over them."""
     if distributed.count() == 1 or not parameters:
         return model.run
     return nn.parallel.DistributedDataParallel(_Whole(model, parameters), gradient_as_bucket_view=True)

@@ -12,17 +12,17 @@ from codebook_tools.data.dataset import Media
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.training.codebook_ema import More
-from codebook_tools.training.history import Course
-from codebook_tools.training.learning_rate import looks_at
-from codebook_tools.training.loss_log import SUM, Readings
+from codebook_tools.training.codebook_ema import ExtraCodes
+from codebook_tools.training.history import History
+from codebook_tools.training.learning_rate import evaluation_steps
+from codebook_tools.training.loss_log import SUM, LossLog
 from codebook_tools.training.recipe import FineTune
-from codebook_tools.training.resume import Saving
+from codebook_tools.training.resume import SnapshotFile
 from codebook_tools.training.state import Diverged, FineTuned, TracePoint
 from codebook_tools.training.tensorboard import Scalars, figures_of, scalars_into
-from codebook_tools.training.trainer import Training
+from codebook_tools.training.trainer import Trainer
 
-__all__ = ["FineTune", "FineTuned", "TracePoint", "finetune"]  # with what it is given, and gives back
+__all__ = ["FineTune", "FineTuned", "TracePoint", "finetune"]  # with the types of its argument and its result
 
 
 def finetune(
@@ -34,70 +34,85 @@ def finetune(
     *,
     seed: int,
     watch: Watch,
-    saving: Saving | None = None,
+    saving: SnapshotFile | None = None,
     log_dir: Path | None = None,
-    more: Mapping[int, More] | None = None,
+    more: Mapping[int, ExtraCodes] | None = None,
 ) -> FineTuned:
-    """Train `model` in place, and leave it in the state with the lowest validation error after at least one step.
+    """Train a model in place, and leave it in the state with the lowest validation error after at least one step.
 
-    counts: (size,) int64 or float of each book, assignments per code over the calibration data, where the EMA starts.
-    saving: where the run is kept at each look, and goes on from if it was interrupted. log_dir: for TensorBoard. more:
-    codes that some books begin with, by index, and merge into as many as they have on the way.
-    Only the chosen books move. The loss is that of losses/. Gradients pass the quantisers straight through (Bengio,
-    Leonard and Courville 2013). Several processes do together what one does alone: a batch is split among them.
+    Only the chosen books move. Gradients pass the quantizers straight through (Bengio, Leonard and Courville 2013).
+    Several processes do together what one does alone: a batch is split among them.
+
+    Args:
+        model: The model.
+        train: Items to train on.
+        validation: Items that choose the best state.
+        recipe: The settings; its losses are those of losses/.
+        counts: (size,) of each book, assignments per code over the calibration data, where the codebook EMA starts.
+        seed: Of the batches, revivals and the discriminator's weights.
+        watch: Called with the progress.
+        saving: Where a snapshot is written at each evaluation step, and an interrupted run resumed from.
+        log_dir: Folder for TensorBoard.
+        more: Larger codebooks that some books start with, by index, and merge to their size on the way.
+
+    Returns:
+        The start, the best state and the trace.
+
+    Raises:
+        CodebookError: The run diverged before there was a state to keep, or nothing can be trained.
     """
-    training = Training(model, train, recipe, counts, seed, more or {})
-    course = Course(training, validation, saving)
-    with scalars_into(log_dir, after=course.last.step) as log:
-        diverged = _train(training, course, watch, log)
+    trainer = Trainer(model, train, recipe, counts, seed, more or {})
+    history = History(trainer, validation, saving)
+    with scalars_into(log_dir, after=history.last.step) as log:
+        diverged = _train(trainer, history, watch, log)
     model.network.eval().requires_grad_(False)
-    best = course.best or (course.start if more else None)  # with more codes there is none to keep for a while
-    (best or course.start).restore(model)
+    best = history.best or (history.start if more else None)  # with more codes there is none to keep for a while
+    (best or history.start).restore(model)
     if best is None:
         if saving:
             saving.remove()
         raise CodebookError(f"{diverged}; try a lower --lr")
     return FineTuned(
-        start=course.start,
+        start=history.start,
         best=best,
-        trace=tuple(course.trace),
-        trained=training.trained,
-        groups=training.groups,
-        lr=training.lr,
+        trace=tuple(history.trace),
+        trained=trainer.trained,
+        groups=trainer.groups,
+        lr=trainer.lr,
         diverged=diverged,
-        stopped=course.stopped,
-        collapsed=course.collapsed,
+        stopped=history.stopped,
+        collapsed=history.collapsed,
         settled_from=recipe.settled_from,
-        merged=training.merged,
+        merged=trainer.merged,
     )
 
 
-def _train(training: Training, course: Course, watch: Watch, log: Scalars) -> Diverged | None:
-    """Train to the last step, or where there is a reason to stop. Returns where it was not finite, if it was not."""
-    steps, readings = training.recipe.steps, Readings(training.model.device)
-    looks, step = looks_at(steps), course.last.step
+def _train(trainer: Trainer, history: History, watch: Watch, log: Scalars) -> Diverged | None:
+    """Train to the last step or an early stop. Returns where the run diverged, if it did."""
+    steps, loss_log = trainer.recipe.steps, LossLog(trainer.model.device)
+    evaluated, step = evaluation_steps(steps), history.last.step
     if not step:
-        log(step, figures_of(course.last, course.codes))
-        training.widen()
-    while step < steps and not course.stopped:
+        log(step, figures_of(history.last, history.codes))
+        trainer.widen()
+    while step < steps and not history.stopped:
         step += 1
-        readings.add(training.gradients())
+        loss_log.add(trainer.gradients())
         loss = None
-        if step % readings.every == 0 or step in looks:
-            read, used = readings.read(training.in_use)
-            for its, losses in enumerate(read, step + 1 - len(read)):
+        if step % loss_log.every == 0 or step in evaluated:
+            read, used = loss_log.read(trainer.in_use)
+            for at, losses in enumerate(read, step + 1 - len(read)):
                 if not math.isfinite(losses[SUM]):
                     terms = [name for name, loss in losses.items() if name != SUM and not math.isfinite(loss)]
-                    return Diverged(its, f"{training.not_finite or ' and '.join(terms) or SUM} is not finite")
-                log(its, {f"loss/{name}": value for name, value in losses.items()})
+                    return Diverged(at, f"{trainer.not_finite or ' and '.join(terms) or SUM} is not finite")
+                log(at, {f"loss/{name}": value for name, value in losses.items()})
             loss = read[-1][SUM]
-        training.move(step)
+        trainer.move(step)
         if loss is not None:
             watch.progress("fine-tune", step, steps, loss=loss, used=used)
-        if step in looks:
+        if step in evaluated:
             try:
-                course.look(step, loss)
+                history.evaluate(step, loss)
             except NotFiniteError as error:
-                return Diverged(step, f"{training.not_finite} is not finite" if training.not_finite else str(error))
-            log(step, figures_of(course.last, course.codes))
+                return Diverged(step, f"{trainer.not_finite} is not finite" if trainer.not_finite else str(error))
+            log(step, figures_of(history.last, history.codes))
     return None

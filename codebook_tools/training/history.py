@@ -1,4 +1,4 @@
-"""What is known of a run, evaluation by evaluation: its trace, its best state, and whether it ends early."""
+"""The history of a run: its evaluation steps, its best state, and whether it ends early."""
 
 from __future__ import annotations
 
@@ -9,70 +9,85 @@ from codebook_tools.data.dataset import Media
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.evaluation.measure import measure
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.training.losses.objective import pictures_loss
+from codebook_tools.training.losses.objective import validation_loss
 from codebook_tools.training.recipe import FineTune
-from codebook_tools.training.resume import Saving
+from codebook_tools.training.resume import SnapshotFile
 from codebook_tools.training.state import State, TracePoint, is_better
-from codebook_tools.training.trainer import Training
+from codebook_tools.training.trainer import Trainer
 
 
-class Course:
-    """Begins with a look at step 0, or where an interrupted run was looked at last, with `training` set to that.
+class History:
+    """Evaluations of a run from step 0, or from the last one of an interrupted run, whose state the trainer then gets.
 
-    best: the state with the lowest validation error after at least one step, and with as many codes as there are to be;
-    None before. codes: of all codebooks.
+    Attributes:
+        trainer: What is evaluated.
+        validation: The items to evaluate on.
+        saving: Where snapshots are written; None for none.
+        codes: Sizes of all codebooks together.
+        trace: One point for each evaluation step.
+        start: The state at step 0.
+        best: The state with the lowest validation error after at least one step and any merge; None before.
+
+    Raises:
+        CodebookError: The snapshot does not fit this run.
     """
 
-    def __init__(self, training: Training, validation: Media, saving: Saving | None) -> None:
-        self.training, self.validation, self.saving = training, validation, saving
-        self.codes = sum(len(of_book) for of_book in training.revived)
+    def __init__(self, trainer: Trainer, validation: Media, saving: SnapshotFile | None) -> None:
+        self.trainer, self.validation, self.saving = trainer, validation, saving
+        self.codes = sum(len(revived) for revived in trainer.revived)
         self.best: State | None = None
-        left = saving.left() if saving else None
-        with training.as_kept():
-            self.trace = [*left.trace] if left else [self._measured(0, None)]
-            self.start = State.of(training.model, self.trace[0], training.revived)
-        if saving and left:
-            left.check(self.start, saving.path)
+        snapshot = saving.read() if saving else None
+        with trainer.evaluation_mode():
+            self.trace = [*snapshot.trace] if snapshot else [self._measured(0, None)]
+            self.start = State.of(trainer.model, self.trace[0], trainer.revived)
+        if saving and snapshot:
+            snapshot.check(self.start, saving.path)
             try:
-                training.load(left.training)
+                trainer.load(snapshot.training)
             except (KeyError, ValueError, TypeError, RuntimeError) as error:
                 unfit = f"{saving.path} does not fit this run ({one_line(error)})"
                 raise CodebookError(f"{unfit}; --force without --resume begins anew") from error
-            self.best = left.best
+            self.best = snapshot.best
 
-    def look(self, step: int, loss: float | None) -> None:
-        """Measure, keep the best, and save all. Raises NotFiniteError where the network gives no numbers."""
-        with self.training.as_kept():
+    def evaluate(self, step: int, loss: float | None) -> None:
+        """Measure after a step, update the best state, and write a snapshot.
+
+        Raises:
+            NotFiniteError: The network's outputs are not finite.
+        """
+        with self.trainer.evaluation_mode():
             self.trace.append(self._measured(step, loss))
-            recipe, best = self.training.recipe, self.best
+            recipe, best = self.trainer.recipe, self.best
             fallen = has_fallen(recipe, self.trace, self.codes)
             better = best is None or (is_better(self.last, best, recipe.settled_from) and not fallen)
-            if better and step >= self.training.merges_at:
-                self.best = State.of(self.training.model, self.last, self.training.revived)
+            if better and step >= self.trainer.merges_at:
+                self.best = State.of(self.trainer.model, self.last, self.trainer.revived)
         if self.saving:
-            self.saving.write(self.training.state(), self.trace, self.start, self.best)
+            self.saving.write(self.trainer.state(), self.trace, self.start, self.best)
 
     @property
     def last(self) -> TracePoint:
+        """The last evaluation."""
         return self.trace[-1]
 
     @property
     def stopped(self) -> str | None:
-        """Why the run is to end here, where it is."""
-        return reason_to_stop(self.training.recipe, self.trace, self.codes, self.training.merges_at)
+        """Why the run ends early here; None where it goes on."""
+        return reason_to_stop(self.trainer.recipe, self.trace, self.codes, self.trainer.merges_at)
 
     @property
     def collapsed(self) -> bool:
-        """Whether even the best has lost codes that the guard is there to keep: the first look after the start did."""
+        """Whether even the best state is below `min_usage`: then the first evaluation after the start was."""
         until = [point for point in self.trace if self.best and point.step <= self.best.step]
-        return has_fallen(self.training.recipe, until, self.codes)
+        return has_fallen(self.trainer.recipe, until, self.codes)
 
     def _measured(self, step: int, loss: float | None) -> TracePoint:
-        found = measure(self.training.model, self.validation, split="validation", structure=False, watch=Watch())
-        before = sum(int((codes == REMOVED).sum()) for codes in self.training.merged.values())
-        revived = before + sum(int(codes.sum()) for codes in self.training.revived)
-        validation_loss = pictures_loss(self.training.objective, self.training.model, self.validation)
-        return TracePoint.of(step, loss, found, revived, validation_loss)
+        trainer = self.trainer
+        measured = measure(trainer.model, self.validation, split="validation", structure=False, watch=Watch())
+        before = sum(int((codes == REMOVED).sum()) for codes in trainer.merged.values())
+        revived = before + sum(int(codes.sum()) for codes in trainer.revived)
+        error = validation_loss(trainer.objective, trainer.model, self.validation)
+        return TracePoint.of(step, loss, measured, revived, error)
 
 
 _LEVERS = (
@@ -80,18 +95,27 @@ _LEVERS = (
     ("--codebook-update ema", lambda recipe: recipe.codebook_update != "ema"),
     ("--train decoder", lambda recipe: recipe.train == "all"),
 )
-"""What keeps codes in use, and whether a recipe does without it."""
+"""What keeps codes in use, and whether a recipe does not use it yet."""
 
 
 def has_fallen(recipe: FineTune, trace: Sequence[TracePoint], codes: int) -> bool:
-    """Whether the last look finds fewer codes in use than `min_usage` of all, where an earlier one found as many."""
+    """Whether usage is below `min_usage` of all codes at the last evaluation, and was not at an earlier one."""
     enough = [point.used >= recipe.min_usage * codes for point in trace]
     return any(enough) and not enough[-1]
 
 
 def reason_to_stop(recipe: FineTune, trace: Sequence[TracePoint], codes: int, merges_at: int) -> str | None:
-    """Why the run is to end at its last look, or None. codes: of all codebooks together. merges_at: the step before
-    which there are more of them, and nothing to stay with."""
+    """Why a run ends early at its last evaluation.
+
+    Args:
+        recipe: With `min_usage` and `patience`.
+        trace: All evaluations so far.
+        codes: Sizes of all codebooks together.
+        merges_at: The step at which extra codes are merged; earlier states cannot be kept.
+
+    Returns:
+        The message for the user; None where the run goes on.
+    """
     last = trace[-1]
     if has_fallen(recipe, trace, codes):
         levers = " or ".join(lever for lever, is_left in _LEVERS if is_left(recipe))

@@ -1,4 +1,4 @@
-"""How high the learning rate is: by a network's width and depth, by each tensor's size, and by the step."""
+"""Learning rates by network width and depth, by tensor size and by step; and the evaluation steps."""
 
 from __future__ import annotations
 
@@ -8,56 +8,61 @@ from statistics import geometric_mean
 
 from torch import Tensor
 
-_STEPS_TO_TWICE = 4  # that shares are rounded to, so that an optimiser has few groups
+_STEPS_TO_TWICE = 4  # that relative rates are rounded to, so that an optimizer has few groups
 _NOTHING = 1e-9  # a kernel that starts at 0 says nothing of the others
-_MOVED = 1.25  # how far Adam moves all kernels together in a step, in sizes at which they begin
-_BATCH = 64  # images in the batches that this was found with
-_HIGHEST = 5e-3  # that was found good anywhere: networks of a few small kernels would have ten times that
+_MOVED = 1.25  # how far Adam moves all kernels together in a step, in units of their initial size
+_BATCH = 64  # images to a batch where _MOVED was tuned
+_HIGHEST = 5e-3  # that was good anywhere: networks of a few small kernels would have ten times that
 _WITHOUT_KERNELS = 1e-3
-_FRESH = 0.1  # the share of what starts at 0, or near it as biases do: it would stay there
+_FRESH = 0.1  # relative rate of what starts at 0, or near it as biases do: it would stay there
 
 
 def usual_rate(parameters: Sequence[Tensor], images: int) -> float:
-    """Adam's learning rate for tensors of usual size, where batches have so many images.
+    """Adam's learning rate for tensors of usual size, by the shapes of the kernels (out, in, ...), not their values.
 
-    By the kernels (out, in, ...) there are, not by what is in them: a share of the 1 / sqrt(3 inputs) that PyTorch
-    draws entries of them with, the smaller, the wider a network is; over how many there are, for what they change adds
-    up; times the root of the images, by which Adam's steps are less of a chance (Malladi et al. 2022, arXiv
-    2205.10287).
+    A fraction of the 1 / sqrt(3 inputs) that PyTorch initializes entries with, which is smaller in wider networks; over
+    the number of kernels, whose changes add up; times the root of the batch size, which makes Adam's steps less noisy
+    (Malladi et al. 2022, arXiv 2205.10287).
+
+    Args:
+        parameters: What trains.
+        images: Items to a step.
+
+    Returns:
+        The rate after warm-up.
     """
     kernels = [tensor for tensor in parameters if tensor.ndim > 1]
     if not kernels:
         return _WITHOUT_KERNELS
-    begun = geometric_mean(1 / math.sqrt(3 * kernel[0].numel()) for kernel in kernels)
-    return min(_HIGHEST, _MOVED * begun / len(kernels) * math.sqrt(images / _BATCH))
+    initial = geometric_mean(1 / math.sqrt(3 * kernel[0].numel()) for kernel in kernels)
+    return min(_HIGHEST, _MOVED * initial / len(kernels) * math.sqrt(images / _BATCH))
 
 
-def shares(parameters: Sequence[Tensor]) -> list[float]:
-    """By what the learning rate of each is to be multiplied: its root mean square over the geometric mean of those of
-    all matrices and kernels; for biases and gains 1 at most, and 0.1 at least.
+def relative_rates(parameters: Sequence[Tensor]) -> list[float]:
+    """The factor on the learning rate of each tensor: its root mean square over the geometric mean of all kernels'.
 
-    Adam moves every entry by about its learning rate, whatever the gradient: a share of 10 % where weights are small,
-    and of 0.1 % where they are large. With these each tensor moves by the same share of itself, as with LAMB (You et
-    al. 2020, arXiv 1904.00962), but by its size at the start; and a layer that is scaled while the next one makes up
-    for it learns as before.
+    Adam moves every entry by about its learning rate, whatever the gradient: by 10 % where weights are small, and by
+    0.1 % where they are large. With these factors each tensor moves by the same fraction of itself, as in LAMB (You et
+    al. 2020, arXiv 1904.00962), but by its size at the start; and a layer that is scaled while the next one compensates
+    learns as before. Biases and gains get 0.1 to 1.
     """
     sizes = [float(tensor.detach().float().square().mean().sqrt()) for tensor in parameters]
     kernels = [size for size, tensor in zip(sizes, parameters, strict=True) if tensor.ndim > 1 and size > _NOTHING]
     usual = geometric_mean(kernels) if kernels else 1.0
-    found = []
+    factors = []
     for size, tensor in zip(sizes, parameters, strict=True):
-        share = size / usual if size > _NOTHING else _FRESH
+        factor = size / usual if size > _NOTHING else _FRESH
         if tensor.ndim <= 1:
-            share = min(max(share, _FRESH), 1.0)
-        found.append(2.0 ** (round(math.log2(share) * _STEPS_TO_TWICE) / _STEPS_TO_TWICE))
-    return found
+            factor = min(max(factor, _FRESH), 1.0)
+        factors.append(2.0 ** (round(math.log2(factor) * _STEPS_TO_TWICE) / _STEPS_TO_TWICE))
+    return factors
 
 
-WARM_UP, FLOOR = 100, 0.05  # steps of linear warm-up; share of the learning rate that cosine decay ends at
+WARM_UP, FLOOR = 100, 0.05  # steps of linear warm-up; fraction of the learning rate that cosine decay ends at
 
 
-def rate(step: int, steps: int) -> float:
-    """Share of the learning rate after so many steps: linear warm-up, then cosine decay to FLOOR."""
+def schedule(step: int, steps: int) -> float:
+    """Fraction of the learning rate at a step, from 0, of so many: linear warm-up, then cosine decay to FLOOR."""
     warm_up = min(WARM_UP, max(1, steps // 2))
     if step < warm_up:
         return (step + 1) / warm_up
@@ -65,6 +70,6 @@ def rate(step: int, steps: int) -> float:
     return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-def looks_at(steps: int) -> set[int]:
-    """Early steps tell a bad installation from a later collapse; then ten looks over the run."""
+def evaluation_steps(steps: int) -> set[int]:
+    """Steps at which a run is evaluated: 1, 10 and 100, which show a bad installation early, and each tenth of it."""
     return {step for step in (1, 10, 100) if step <= steps} | set(range(0, steps + 1, max(1, steps // 10))) | {steps}

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.options import Option
 
 ALONE = 0.25
-"""Share of the run for which a discriminator only learns: what it says before is noise."""
+"""Fraction of the run for which the discriminator trains alone: its gradients before are noise."""
 
 Loss = Literal["mse", "l1"]
 """Error of reconstructions: mean of squares, or of absolute values."""
 
-_PANEL = "Fine-tuning"
+_option = partial(Option, panel="Fine-tuning")
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class FineTune:
         adversarial: Whether a discriminator of patches trains along.
         distill: Weight of the distance to what the original model reconstructs.
         entropy: Weight of how undecided latents are about their codes, and how unevenly they choose.
-        accumulate: Batches to a step.
-        clip: The most that the norm of all gradients may be; None for no limit.
+        accumulate: Batches to a step, whose gradients are accumulated.
+        clip: Largest norm of all gradients together; None for no limit.
         weight_ema: Decay of a moving average of all that gradients move, which is then validated and kept.
         patience: Evaluation steps without a lower validation error that end the run; None for no such end.
         min_usage: Share of the codes in use below which the run ends.
@@ -45,72 +46,49 @@ class FineTune:
     """
 
     steps: Annotated[
-        int,
-        Option(
-            "Fine-tuning steps, 0 for none. Left out: 1000; 0 without data of the model's own.",
-            metavar="N",
-            panel=_PANEL,
-        ),
+        int, _option("Fine-tuning steps, 0 for none. Left out: 1000; 0 without data of the model's own.", metavar="N")
     ] = 1000
-    train: Annotated[Literal["all", "decoder", "none"], Option("Which networks train.", panel=_PANEL)] = "all"
+    train: Annotated[Literal["all", "decoder", "none"], _option("Which networks train.")] = "all"
     codebook_update: Annotated[
-        Literal["ema", "gradient", "frozen"],
-        Option("How the codes move; ema also revives dead ones.", panel=_PANEL),
+        Literal["ema", "gradient", "frozen"], _option("How the codes move; ema also revives dead ones.")
     ] = "ema"
     batch_size: int = 64
     lr: Annotated[
         float | None,
-        Option(
-            "Adam's learning rate after warm-up. Left out: by the network's width and depth.",
-            metavar="RATE",
-            panel=_PANEL,
-        ),
+        _option("Adam's learning rate after warm-up. Left out: by the network's width and depth.", metavar="RATE"),
     ] = None
-    loss: Annotated[Loss, Option("Error that reconstructions are trained on.", panel=_PANEL)] = "mse"
+    loss: Annotated[Loss, _option("Error that reconstructions are trained on.")] = "mse"
     perceptual: Annotated[
-        str | None,
-        Option("Add LPIPS: VGG16's weights from torch's cache, or a file of them.", metavar="auto|FILE", panel=_PANEL),
+        str | None, _option("Add LPIPS: VGG16's weights from torch's cache, or a file of them.", metavar="auto|FILE")
     ] = None
     adversarial: Annotated[
-        bool, Option("Add a discriminator of patches, as VQGANs have; it first learns alone.", panel=_PANEL)
+        bool,
+        _option("Add a discriminator of patches, as VQGANs have; it first learns alone."),
     ] = False
     distill: Annotated[
-        float,
-        Option("Also stay near what the original model reconstructs; 1: as near.", metavar="WEIGHT", panel=_PANEL),
+        float, _option("Also stay near what the original model reconstructs; 1: as near.", metavar="WEIGHT")
     ] = 0.0
     entropy: Annotated[
-        float,
-        Option(
-            "Also make latents sure of their codes, and their choices even; 0.1, say.", metavar="WEIGHT", panel=_PANEL
-        ),
+        float, _option("Also make latents sure of their codes, and their choices even; 0.1, say.", metavar="WEIGHT")
     ] = 0.0
-    accumulate: Annotated[
-        int, Option("Batches to a step, where memory holds no larger ones.", metavar="N", panel=_PANEL)
-    ] = 1
+    accumulate: Annotated[int, _option("Batches to a step, where memory holds no larger ones.", metavar="N")] = 1
     clip: Annotated[
-        float | None,
-        Option("The most that the norm of all gradients may be. Left out: no limit.", metavar="NORM", panel=_PANEL),
+        float | None, _option("The most that the norm of all gradients may be. Left out: no limit.", metavar="NORM")
     ] = None
     weight_ema: Annotated[
-        float | None,
-        Option("Validate and keep a moving average of the weights, of 0.999 say.", metavar="DECAY", panel=_PANEL),
+        float | None, _option("Validate and keep a moving average of the weights, of 0.999 say.", metavar="DECAY")
     ] = None
     patience: Annotated[
         int | None,
-        Option(
-            "Stop after N looks at validation data, a tenth of the steps apart, without gain.",
-            metavar="N",
-            panel=_PANEL,
-        ),
+        _option("Stop after N looks at validation data, a tenth of the steps apart, without gain.", metavar="N"),
     ] = None
     min_usage: Annotated[
-        float,
-        Option("Stop where codes in use become fewer than SHARE of all. 0: never.", metavar="SHARE", panel=_PANEL),
+        float, _option("Stop where codes in use become fewer than SHARE of all. 0: never.", metavar="SHARE")
     ] = 0.0
 
     @property
     def settled_from(self) -> int:
-        """The step from which on all terms of the loss count."""
+        """The first step at which all terms of the loss count."""
         return round(ALONE * self.steps) + 1 if self.adversarial else 0
 
     def __post_init__(self) -> None:

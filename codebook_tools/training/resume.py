@@ -1,4 +1,4 @@
-"""An unfinished run on disk, and on from there: one safetensors file beside the output."""
+"""Snapshots of an unfinished run: one safetensors file beside the output, and resuming from it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,15 @@ from codebook_tools.training.state import State, Tensors, TracePoint, joined, pa
 
 
 @dataclass(frozen=True, eq=False)
-class Unfinished:
-    """A run up to its last look. training: what `Training.load` takes. best: None where there is none to be kept yet.
-    begun_with: a hash of the state at step 0."""
+class Snapshot:
+    """A run up to its last evaluation.
+
+    Attributes:
+        training: What `Trainer.load` takes.
+        trace: All evaluations.
+        best: The best state so far; None where there is none yet.
+        begun_with: Hash of the state at step 0.
+    """
 
     training: Tensors
     trace: tuple[TracePoint, ...]
@@ -29,7 +35,7 @@ class Unfinished:
     begun_with: str
 
     def check(self, start: State, path: Path) -> None:
-        """Raise CodebookError where this run begins with other weights or codes than that one did."""
+        """Raise CodebookError where this run starts with other weights or codes than the run of the snapshot did."""
         if maps_sha256(start.tensors()) != self.begun_with:
             raise CodebookError(
                 f"{path} began with other weights or codes than there are now, whatever the reason; --force begins anew"
@@ -37,10 +43,14 @@ class Unfinished:
 
 
 @dataclass(frozen=True)
-class Saving:
-    """path: of the file, written whole at each look and removed when the result is written. made_with: all that the run
-    depends on, in words that JSON has. resume: whether to go on from what is there. Of several processes the first
-    writes, and all read."""
+class SnapshotFile:
+    """Where a run's snapshot is written, and whether to resume from it. Rank 0 writes, and all processes read.
+
+    Attributes:
+        path: The file, written atomically at each evaluation step and removed when the result is written.
+        made_with: All that the run depends on, as JSON takes it.
+        resume: Whether to go on from the file where it exists.
+    """
 
     path: Path
     made_with: Mapping[str, object]
@@ -49,6 +59,7 @@ class Saving:
     def write(
         self, training: Mapping[str, Tensor], trace: Sequence[TracePoint], start: State, best: State | None
     ) -> None:
+        """Write a snapshot: the trainer's state, the trace, the hash of the start, and the best state."""
         about = {
             "made_with": json.dumps(self.made_with, default=str),
             "trace": json.dumps([asdict(point) for point in trace]),
@@ -58,9 +69,15 @@ class Saving:
         tensors = joined({"training": training, "best": best.tensors() if best else {}})
         distributed.by_first(lambda: write_tensors(self.path, tensors, about, force=True))
 
-    def left(self) -> Unfinished | None:
-        """What an interrupted run left, where one did and is to go on. Raises CodebookError where it was another one,
-        or the file is damaged."""
+    def read(self) -> Snapshot | None:
+        """Read the snapshot.
+
+        Returns:
+            The snapshot; None where there is none, or the run is not to be resumed.
+
+        Raises:
+            CodebookError: It is of another run, or the file is damaged.
+        """
         if not self.resume or not distributed.of_first(self.path.exists()):
             return None
         weights = read_safetensors(self.path)
@@ -82,7 +99,7 @@ class Saving:
         except (ValueError, TypeError, KeyError) as error:
             raise CodebookError(f"{self.path} is damaged ({error}); {mend}") from error
         self._check(made_with)
-        return Unfinished(part(tensors, "training"), trace, best, about["begun_with"])
+        return Snapshot(part(tensors, "training"), trace, best, about["begun_with"])
 
     def _check(self, theirs: Mapping[str, object]) -> None:
         ours = json.loads(json.dumps(self.made_with, default=str))
@@ -95,4 +112,5 @@ class Saving:
                 )
 
     def remove(self) -> None:
+        """Delete the file, on rank 0, where it exists."""
         distributed.by_first(lambda: self.path.unlink(missing_ok=True))

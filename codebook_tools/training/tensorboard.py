@@ -1,4 +1,4 @@
-"""Figures of a run for TensorBoard, as it goes."""
+"""Figures of a run for TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from codebook_tools.runtime import distributed
 from codebook_tools.training.state import TracePoint
 
 Scalars = Callable[[int, Mapping[str, float]], None]
-"""Called with a step, and figures by name."""
+"""Called with a step and figures by name."""
 
 
 def require_tensorboard(folder: Path | None) -> None:
-    """Raise CodebookError where scalars are asked for, and TensorBoard is not there, or cannot write."""
+    """Raise CodebookError where there is a folder, and TensorBoard is missing or the folder cannot be written."""
     if folder is None:
         return
     if find_spec("tensorboard") is None:
@@ -29,8 +29,15 @@ def require_tensorboard(folder: Path | None) -> None:
 
 @contextmanager
 def scalars_into(folder: Path | None, after: int) -> Iterator[Scalars]:
-    """Writes into `folder`, of several processes the first; nothing where there is none. after: the step that a resumed
-    run goes on from; what was written of later ones is replaced."""
+    """Open a writer of scalars, which writes on rank 0 only.
+
+    Args:
+        folder: Where to; None to write nothing.
+        after: The step that a resumed run goes on from: scalars of later steps are replaced.
+
+    Raises:
+        CodebookError: TensorBoard is missing, or the folder cannot be written.
+    """
     if folder is None or distributed.rank():
         yield lambda step, figures: None
         return
@@ -51,7 +58,7 @@ def scalars_into(folder: Path | None, after: int) -> Iterator[Scalars]:
 
 
 def figures_of(point: TracePoint, codes: int) -> dict[str, float]:
-    """What a look says. codes: of all codebooks together."""
+    """The figures of an evaluation by their names in TensorBoard. codes: sizes of all codebooks together."""
     return {
         "validation/mse": point.validation_mse,
         "validation/error": point.error,

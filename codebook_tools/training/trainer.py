@@ -1,4 +1,4 @@
-"""All that moves in a fine-tuning, and one step of it."""
+"""All that trains in a fine-tuning, and one step of it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from codebook_tools.models.model import Model, of_stages
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import sent
 from codebook_tools.training.batches import Batches
-from codebook_tools.training.codebook_ema import REVIVE_EVERY, More, Quantiser
+from codebook_tools.training.codebook_ema import REVIVE_EVERY, CodebookEMA, ExtraCodes
 from codebook_tools.training.ddp import run_together
-from codebook_tools.training.learning_rate import rate, shares, usual_rate
+from codebook_tools.training.learning_rate import relative_rates, schedule, usual_rate
 from codebook_tools.training.losses.objective import objective_of
-from codebook_tools.training.losses.reconstruction import Seen
+from codebook_tools.training.losses.reconstruction import Quantized
 from codebook_tools.training.parameters import set_trainable, trained_names, training_mode, written_names
 from codebook_tools.training.recipe import FineTune
 from codebook_tools.training.state import Tensors, by_number, joined, numbered, part
@@ -33,24 +33,34 @@ BETAS = (0.9, 0.95)  # of Adam; with 0.999 the first, large gradients still coun
 GROUPS = {"all": ("encoder", "decoder"), "decoder": ("decoder",), "none": ()}
 
 
-def straight_through(latents: Tensor, quantised: Tensor) -> Tensor:
-    """quantised, with gradients that go to the latents unchanged (Bengio, Leonard and Courville 2013)."""
-    return latents + (quantised - latents).detach()
+def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:
+    """The quantized latents, with gradients that go to the latents unchanged (Bengio, Leonard and Courville 2013)."""
+    return latents + (quantized - latents).detach()
 
 
 def _groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, object]]:
-    """For an optimiser: those that share a learning rate."""
-    by_share = dict[float, list[nn.Parameter]]()
-    for parameter, share in zip(parameters, shares(parameters), strict=True):
-        by_share.setdefault(share, []).append(parameter)
-    return [{"params": its, "share": share} for share, its in by_share.items()]
+    """Adam's parameter groups: parameters of the same relative learning rate."""
+    by_rate = dict[float, list[nn.Parameter]]()
+    for parameter, factor in zip(parameters, relative_rates(parameters), strict=True):
+        by_rate.setdefault(factor, []).append(parameter)
+    return [{"params": group, "share": factor} for factor, group in by_rate.items()]
 
 
-class Training:
-    """A model in training: its parameters and their optimiser, its codes, the batches that are to come.
+class Trainer:
+    """A model in training: its parameters and their optimizer, its codebooks, and the stream of batches.
 
-    counts: (size,) of each book, where the moving average starts. more: of books that begin with more codes than they
-    have, once `widen` is called. Raises CodebookError where nothing can be trained.
+    Attributes:
+        model: The model.
+        recipe: The settings.
+        groups: The halves of the network that train.
+        names: The parameters of the network that train.
+        parameters: These, and the codes where gradients move them.
+        lr: Adam's learning rate after warm-up.
+        objective: The loss.
+        batches: The training batches.
+        codebooks: One codebook EMA a book.
+        optimizer: Adam; None where gradients move nothing.
+        average: The moving average of the parameters; None without.
     """
 
     def __init__(
@@ -60,8 +70,21 @@ class Training:
         recipe: FineTune,
         counts: Sequence[Tensor],
         seed: int,
-        more: Mapping[int, More],
+        more: Mapping[int, ExtraCodes],
     ) -> None:
+        """Prepare a model for training.
+
+        Args:
+            model: The model, trained in place.
+            train: Items to train on.
+            recipe: The settings.
+            counts: (size,) of each book, where the codebook EMA starts.
+            seed: Of batches, revivals and the discriminator's weights.
+            more: Larger codebooks of some books, which `widen` puts in place.
+
+        Raises:
+            CodebookError: Nothing can be trained.
+        """
         first, pixels = train.load(train.items[: recipe.batch_size])
         if not first:
             raise CodebookError(f"none of the first training {model.modality.many} can be read")
@@ -79,99 +102,101 @@ class Training:
         # Two streams: the batches must not depend on how many codes a strategy leaves to be revived.
         self.batches = Batches(train, recipe.batch_size, seed, pixels[:1])
         self._reviving = torch.Generator().manual_seed(seed + 1)
-        self.quantisers = [
-            Quantiser(model, stage, hits, by_average and stage in model.chosen, self._reviving)
+        self.codebooks = [
+            CodebookEMA(model, stage, hits, by_average and stage in model.chosen, self._reviving)
             for stage, hits in enumerate(counts)
         ]
-        for book in model.books:  # written into from here on, and others may hold them as they were
+        for book in model.books:  # changed in place from here on, and others may refer to the tensors
             book.vectors = book.vectors.clone()
-        assert by_average or not more, "only an average that revives codes has a use for more of them"
+        assert by_average or not more, "only a codebook EMA, which revives codes, has a use for extra codes"
         self._more, self._sizes = more, [len(book.vectors) for book in model.books]
         if by_gradient:
             for stage in model.chosen:
                 self.parameters.append(nn.Parameter(model.books[stage].vectors))
                 model.books[stage].vectors = self.parameters[-1]
-        self.optimiser = torch.optim.Adam(_groups(self.parameters), betas=BETAS) if self.parameters else None
+        self.optimizer = torch.optim.Adam(_groups(self.parameters), betas=BETAS) if self.parameters else None
         self.average = None if recipe.weight_ema is None else WeightAverage(self.parameters, recipe.weight_ema)
         self._run = run_together(model, self.parameters)
         self._coming = iter(self.batches)
-        self._seen: list[list[tuple[Tensor, Tensor]]] = []
+        self._assigned: list[list[tuple[Tensor, Tensor]]] = []
 
     @property
     def not_finite(self) -> str | None:
-        """The first parameter that is not finite, as the network calls it, or codebook, as the file does."""
+        """Name of the first parameter, or file key of the first codebook, that is not finite; None where all are."""
         named = [*self.model.network.named_parameters(), *((book.key, book.vectors) for book in self.model.books)]
         return next((name for name, tensor in named if not bool(tensor.isfinite().all())), None)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Find the gradients of one step. Returns the terms of the loss, of this process' share of its batches."""
-        if self.optimiser is not None:
-            self.optimiser.zero_grad(set_to_none=True)
-        self._seen = [[] for _ in self.quantisers]
-        found = [self._gradients_of(*next(self._coming)) for _ in range(self.recipe.accumulate)]
-        return {name: reduce(torch.add, (terms[name] for terms in found)) for name in found[0]}
+        """Compute the gradients of one step.
 
-    def _gradients_of(self, media: Tensor, share: float) -> dict[str, Tensor]:
-        """Those of one batch, on top of what is there."""
+        Returns:
+            The terms of the loss by name, scalars: this process's part of them.
+        """
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        self._assigned = [[] for _ in self.codebooks]
+        batches = [self._gradients_of(*next(self._coming)) for _ in range(self.recipe.accumulate)]
+        return {name: reduce(torch.add, (terms[name] for terms in batches)) for name in batches[0]}
+
+    def _gradients_of(self, media: Tensor, fraction: float) -> dict[str, Tensor]:
+        """Add those of one batch, of which this process has a fraction."""
         media = sent(media, self.model.device)
-        met: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.quantisers]
+        parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.codebooks]
 
         def through(stage: int, latents: Tensor) -> Tensor:
-            codes, quantised = self.quantisers[stage](latents)
-            met[stage].append((latents, codes, quantised))
-            return straight_through(latents, quantised)
+            codes, quantized = self.codebooks[stage](latents)
+            parts[stage].append((latents, codes, quantized))
+            return straight_through(latents, quantized)
 
-        shown = self._run(media, through)
-        seen = [
-            Seen(of_stages(latents), of_stages(codes), of_stages(quantized), book)
-            for (latents, codes, quantized), book in zip(
-                (zip(*stages, strict=True) for stages in met), self.model.books, strict=True
-            )
-        ]
-        terms = self.objective(shown, media, seen)
-        weight = share / self.recipe.accumulate
-        if self.optimiser is not None:
-            # Processes average their gradients: each weighs as much of the batch as it is.
+        reconstruction = self._run(media, through)
+        outputs = []
+        for stages, book in zip(parts, self.model.books, strict=True):
+            latents, codes, quantized = (of_stages(tensors) for tensors in zip(*stages, strict=True))
+            outputs.append(Quantized(latents, codes, quantized, book))
+        terms = self.objective(reconstruction, media, outputs)
+        weight = fraction / self.recipe.accumulate
+        if self.optimizer is not None:
+            # Processes average their gradients: each weighs as much of the batch as it has.
             torch.autograd.backward(reduce(torch.add, terms.values()) * (weight * distributed.count()))
-        own = len(media) if share else 0
-        for of_book, its in zip(self._seen, seen, strict=True):
-            of_book.append((its.latents.detach()[:own], its.codes[:own]))
+        own = len(media) if fraction else 0
+        for assigned, output in zip(self._assigned, outputs, strict=True):
+            assigned.append((output.latents.detach()[:own], output.codes[:own]))
         return {name: term.detach() * weight for name, term in terms.items()}
 
     def move(self, step: int) -> None:
-        """Move weights and codes by what `gradients` found. step: which one this is, from 1."""
+        """Update weights and codes by the result of `gradients`. step: from 1."""
         steps = self.recipe.steps
-        if self.optimiser is not None:
+        if self.optimizer is not None:
             if self.recipe.clip is not None:
                 nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.lr * group["share"] * rate(step - 1, steps)
-            self.optimiser.step()
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * group["share"] * schedule(step - 1, steps)
+            self.optimizer.step()
         if self.average is not None:
             self.average.update()
         self.objective.step()
         revive = step % REVIVE_EVERY == 0 and step <= REVIVE_UNTIL * steps
-        for quantiser, of_book in zip(self.quantisers, self._seen, strict=True):
-            latents, codes = (torch.cat(batches) for batches in zip(*of_book, strict=True))
-            quantiser.update(latents, codes, revive)
+        for codebook, assigned in zip(self.codebooks, self._assigned, strict=True):
+            latents, codes = (torch.cat(batches) for batches in zip(*assigned, strict=True))
+            codebook.update(latents, codes, revive)
         if step == self.merges_at:
-            for quantiser, size in zip(self.quantisers, self._sizes, strict=True):
-                if len(quantiser.shares) > size:
-                    quantiser.merge(size)
+            for codebook, size in zip(self.codebooks, self._sizes, strict=True):
+                if len(codebook.usage) > size:
+                    codebook.merge(size)
 
     def widen(self) -> None:
-        """Go on with the codes that are to be merged."""
-        for stage, more in self._more.items():
-            self.quantisers[stage].widen(more)
+        """Put the extra codes in place."""
+        for stage, extra in self._more.items():
+            self.codebooks[stage].widen(extra)
 
     @property
     def merges_at(self) -> int:
-        """The step that ends with as many codes as were asked for, 0 where there are never more."""
+        """The step at which extra codes are merged; 0 where there are none."""
         return max(1, round(MERGE_AT * self.recipe.steps)) if self._more else 0
 
     @contextmanager
-    def as_kept(self) -> Iterator[None]:
-        """Within, the model is what would be kept of this step: at rest, and averaged where that is asked for."""
+    def evaluation_mode(self) -> Iterator[None]:
+        """Within, the model is what would be kept of this step: in evaluation mode, with averaged weights if any."""
         self.model.network.eval()
         distributed.follow_first([*self.model.network.buffers(), *(book.vectors for book in self.model.books)])
         with nullcontext() if self.average is None else self.average.in_place():
@@ -180,34 +205,33 @@ class Training:
 
     @property
     def revived(self) -> list[Tensor]:
-        """(size,) bool of each book: the codes that were moved to a latent, since codes were merged where they were."""
-        return [quantiser.revived for quantiser in self.quantisers]
+        """(size,) bool of each book: codes that were moved to a latent, since the merge where there was one."""
+        return [codebook.revived for codebook in self.codebooks]
 
     @property
     def merged(self) -> dict[int, Tensor]:
-        """What became of the codes that a book began with, as Quantiser has it, by index of the book."""
-        found = {stage: quantiser.merged for stage, quantiser in enumerate(self.quantisers)}
-        return {stage: merged for stage, merged in found.items() if merged is not None}
+        """By index of the book, what its extra codes were merged into, as in CodebookEMA."""
+        return {stage: codebook.merged for stage, codebook in enumerate(self.codebooks) if codebook.merged is not None}
 
     @property
     def in_use(self) -> Tensor:
-        """Codes that are not dead, of all books: a scalar on the device."""
-        return reduce(torch.add, (quantiser.in_use for quantiser in self.quantisers))
+        """Scalar on the device: codes of all books that are not dead."""
+        return reduce(torch.add, (codebook.in_use for codebook in self.codebooks))
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """File keys of all that a gradient step may change in the network."""
+        """File keys of all that a training step may change in the network."""
         return tuple(sorted({self.model.keys[name] for name in written_names(self.model.network, self.names)}))
 
     def state(self) -> Tensors:
-        """All that steps change, so that those that follow come out the same: tensors by name."""
-        adam = self.optimiser.state_dict()["state"] if self.optimiser else {}
+        """All that steps change, by name, so that a resumed run ends in the same bytes."""
+        adam = self.optimizer.state_dict()["state"] if self.optimizer else {}
         return joined(
             {
                 "network": self.model.network.state_dict(),
                 "books": by_number(book.vectors for book in self.model.books),
-                **{f"quantiser {stage}": quantiser.state() for stage, quantiser in enumerate(self.quantisers)},
-                **{f"adam {i}": of_parameter for i, of_parameter in adam.items()},
+                **{f"quantiser {stage}": codebook.state() for stage, codebook in enumerate(self.codebooks)},
+                **{f"adam {i}": moments for i, moments in adam.items()},
                 "average": self.average.state() if self.average else {},
                 "objective": self.objective.state(),
                 "random": {"reviving": self._reviving.get_state(), "torch": torch.get_rng_state()},
@@ -216,19 +240,19 @@ class Training:
         )
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         self.model.network.load_state_dict(part(state, "network"))
         for book, vectors in zip(self.model.books, numbered(part(state, "books")), strict=True):
             if isinstance(book.vectors, nn.Parameter):
                 book.vectors.detach().copy_(vectors)
             else:
                 book.vectors = vectors.to(self.model.device)
-        for stage, quantiser in enumerate(self.quantisers):
-            quantiser.load(part(state, f"quantiser {stage}"))
-        if self.optimiser is not None:
-            found = {i: part(state, f"adam {i}") for i in range(len(self.parameters))}
-            adam = {i: of_parameter for i, of_parameter in found.items() if of_parameter}
-            self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": adam})
+        for stage, codebook in enumerate(self.codebooks):
+            codebook.load(part(state, f"quantiser {stage}"))
+        if self.optimizer is not None:
+            moments = {i: part(state, f"adam {i}") for i in range(len(self.parameters))}
+            adam = {i: of_parameter for i, of_parameter in moments.items() if of_parameter}
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": adam})
         if self.average is not None:
             self.average.load(part(state, "average"))
         self.objective.load(part(state, "objective"))

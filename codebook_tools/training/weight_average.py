@@ -1,4 +1,4 @@
-"""A moving average of what gradients move, to be validated and kept in its place."""
+"""A moving average of the trained weights, to be validated and kept in their place."""
 
 from __future__ import annotations
 
@@ -12,29 +12,37 @@ from codebook_tools.training.state import Tensors, by_number, numbered
 
 
 class WeightAverage:
-    """An exponential moving average of tensors, from where they are on. It is of the weights alone: an EMA codebook is
-    an average already, and the running statistics of a batch norm are, too."""
+    """An exponential moving average of weights, from their present values on.
+
+    A codebook EMA and the running statistics of a batch norm are averages already, and are not among them.
+
+    Attributes:
+        tensors: The weights in training.
+        averages: Their averages.
+        decay: Of the average.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], decay: float) -> None:
-        self.tensors = [tensor.detach() for tensor in tensors]  # detached, they share the numbers
+        self.tensors = [tensor.detach() for tensor in tensors]  # detached, they share the memory
         self.averages = [tensor.clone() for tensor in self.tensors]
         self.decay = decay
 
     def update(self) -> None:
-        """Take in the tensors as they are."""
+        """Average in the present weights."""
         for average, tensor in zip(self.averages, self.tensors, strict=True):
             average.lerp_(tensor, 1 - self.decay)
 
     def state(self) -> Tensors:
+        """The averages by number."""
         return by_number(self.averages)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         _copy(numbered(state), self.averages)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the tensors hold their averages."""
+        """Within, the weights are their averages."""
         own = [tensor.clone() for tensor in self.tensors]
         _copy(self.averages, self.tensors)
         try:
@@ -43,7 +51,7 @@ class WeightAverage:
             _copy(own, self.tensors)
 
 
-def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     with torch.no_grad():
-        for its, into in zip(source, target, strict=True):
-            into.copy_(its)
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)

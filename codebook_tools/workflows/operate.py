@@ -30,7 +30,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.training.finetune import FineTune
-from codebook_tools.training.resume import Saving
+from codebook_tools.training.resume import SnapshotFile
 from codebook_tools.training.tensorboard import require_tensorboard
 from codebook_tools.workflows.gallery import Shown, exhibit
 from codebook_tools.workflows.measure_shards import check_shard, in_part, merge, part_of
@@ -263,7 +263,7 @@ def operate_in_memory(
         target.warnings += dependents
         dependents = []
         target.settings |= settings_of(strategy) | settings_of(recipe)
-        saving = Saving(training_path(output), _made_with(command, target), request.resume) if output else None
+        saving = SnapshotFile(training_path(output), _made_with(command, target), request.resume) if output else None
         if saving and recipe.steps and request.resume and not saving.path.exists():
             target.warnings.append(f"--resume: there is no {saving.path}; the fine-tuning began at step 0")
         done = run_stages(

@@ -21,10 +21,10 @@ from codebook_tools.runtime.devices import device_of
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import on_device
 from codebook_tools.strategies.padding import common_sizes, filled, remark
-from codebook_tools.training.codebook_ema import More
+from codebook_tools.training.codebook_ema import ExtraCodes
 from codebook_tools.training.finetune import FineTune, FineTuned, finetune
 from codebook_tools.training.losses.objective import judges
-from codebook_tools.training.resume import Saving
+from codebook_tools.training.resume import SnapshotFile
 from codebook_tools.workflows.target import Opened, Target
 
 Latents = tuple[Tensor | None, ...]
@@ -144,7 +144,7 @@ def run_stages(
     *,
     seed: int,
     watch: Watch,
-    saving: Saving | None = None,
+    saving: SnapshotFile | None = None,
     log_dir: Path | None = None,
 ) -> Stages:
     """Measure what `perform` made, and fine-tune; the model is left in the better state by validation error.
@@ -199,7 +199,7 @@ def run_stages(
 
 def _more(
     opened: Opened, surgeries: Mapping[int, Surgery], recipe: FineTune, seen: Calibration, watch: Watch
-) -> dict[int, More]:
+) -> dict[int, ExtraCodes]:
     """The codes that a fine-tuning is to begin with where they are more, and how often each is used."""
     first = {stage: surgery.first for stage, surgery in surgeries.items() if surgery.first}
     if not first or recipe.codebook_update != "ema":
@@ -208,7 +208,7 @@ def _more(
     for stage, surgery in first.items():
         model.install(surgery.codebook, stage)
     counts = [tokens.counts for tokens in current_tokens(opened, seen, True, watch)]
-    found = {stage: More(model.books[stage].vectors, counts[stage]) for stage in first}
+    found = {stage: ExtraCodes(model.books[stage].vectors, counts[stage]) for stage in first}
     model.books = books
     return found
 

@@ -14,7 +14,7 @@ from vector_quantize_pytorch import VectorQuantize
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook
 from codebook_tools.models.model import Model
-from codebook_tools.training.codebook_ema import DECAY, Quantiser
+from codebook_tools.training.codebook_ema import DECAY, CodebookEMA
 
 sys.path += [str(BENCHMARKS), str(TRUST)]
 twins, variants = import_module("twins"), import_module("variants")
@@ -34,7 +34,7 @@ def test_the_codes_move_as_vector_quantize_pytorchs_step_by_step(line: Callable[
     codes, hits = torch.randn(16, 4, generator=drawn), torch.randint(1, 100, (16,), generator=drawn)
     model = line([0.0, 1.0])
     model.books[0].vectors = codes.clone()
-    ours = Quantiser(model, 0, hits, moves=True, random=torch.Generator())
+    ours = CodebookEMA(model, 0, hits, moves=True, random=torch.Generator())
     library = VectorQuantize(4, codebook_size=16, decay=DECAY, eps=1e-20, threshold_ema_dead_code=0).train()
     theirs, shares = library._codebook, hits.float() / hits.sum()
     theirs.embed.data = codes[None].clone()

@@ -23,7 +23,7 @@ from codebook_tools.clustering.metric import METRICS
 from codebook_tools.codebook import EUCLIDEAN, Codebook
 from codebook_tools.models.model import Model
 from codebook_tools.training import finetune
-from codebook_tools.training.history import Course
+from codebook_tools.training.history import History
 
 
 def command(*words: str) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def command_that_mixes(*words: str) -> dict[str, Any]:
 def waits_of_steps(*words: str) -> dict[str, Any]:
     """A command line with a fine-tuning: also what the host waited for in its steps, looks at validation data left out;
     of them there are two, at both ends."""
-    within, looks_at, train, look = Counter[str](), finetune.looks_at, finetune._train, Course.look
+    within, evaluation_steps, train, look = Counter[str](), finetune.evaluation_steps, finetune._train, History.evaluate
 
     def counted(work: Callable[..., Any], sign: int) -> Callable[..., Any]:
         def run(*given: Any) -> Any:
@@ -62,12 +62,12 @@ def waits_of_steps(*words: str) -> dict[str, Any]:
 
         return run
 
-    finetune.looks_at = lambda steps: {0, steps}
-    finetune._train, Course.look = counted(train, 1), counted(look, -1)  # type: ignore[method-assign]
+    finetune.evaluation_steps = lambda steps: {0, steps}
+    finetune._train, History.evaluate = counted(train, 1), counted(look, -1)  # type: ignore[method-assign]
     try:
         return {**command(*words), **within}
     finally:
-        finetune.looks_at, finetune._train, Course.look = looks_at, train, look  # type: ignore[method-assign]
+        finetune.evaluation_steps, finetune._train, History.evaluate = evaluation_steps, train, look  # type: ignore[method-assign]
 
 
 def mixtures() -> dict[str, str | None]:

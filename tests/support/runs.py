@@ -12,9 +12,12 @@ from sources_of_images import Images
 
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.training.codebook_ema import More
+from codebook_tools.training.codebook_ema import ExtraCodes
 from codebook_tools.training.finetune import FineTune, FineTuned, finetune
-from codebook_tools.training.resume import Saving
+from codebook_tools.training.resume import SnapshotFile
+
+ROWS = [[0.2, 0.2], [0.4, 0.8]]
+"""An image of mean 0.4 and variance 0.06. The codes 0 and 1 get 3 of its pixels and 1, at a mean error of 0.07."""
 
 
 def tune(
@@ -23,10 +26,10 @@ def tune(
     counts: list[int],
     validation: Images | None = None,
     *,
-    saving: Saving | None = None,
+    saving: SnapshotFile | None = None,
     watch: Watch | None = None,
     log_dir: Path | None = None,
-    more: Mapping[int, More] | None = None,
+    more: Mapping[int, ExtraCodes] | None = None,
     **recipe: Any,
 ) -> FineTuned:
     recipe.setdefault("batch_size", len(images))

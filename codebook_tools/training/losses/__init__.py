@@ -1,1 +1,1 @@
-"""What a fine-tuning minimises, one loss a file."""
+"""The terms of the training loss, one a file."""

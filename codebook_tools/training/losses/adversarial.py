@@ -1,4 +1,4 @@
-"""A discriminator that learns to tell reconstructions from images, patch by patch, while the decoder learns from it."""
+"""The adversarial loss: a discriminator of patches that trains beside the model."""
 
 from __future__ import annotations
 
@@ -22,15 +22,19 @@ SMALLEST = 8  # pixels of a side that leave a patch to judge
 
 
 class Discriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): images (n, channels, height, width) in [0, 1] -> (n, 1, rows, columns), above 0
-    where a patch is taken for an original's.
-
-    Norms are of groups of channels, not of batches: an image is judged alike in any company, so that the parts of a
-    batch are the batch. side: the shorter one of the images. seed: of the weights. Raises CodebookError where images
-    are too small.
-    """
+    """PatchGAN (Isola et al. 2017) with group norms: the logits of an image do not depend on the rest of the batch."""
 
     def __init__(self, channels: int, side: int, seed: int) -> None:
+        """Draw the weights.
+
+        Args:
+            channels: Of the images.
+            side: Their shorter side in pixels.
+            seed: Of the weights.
+
+        Raises:
+            CodebookError: The images are too small.
+        """
         super().__init__()
         if side < SMALLEST:
             raise CodebookError(f"--adversarial: {side} pixels a side are too few; it takes {SMALLEST} or more")
@@ -44,12 +48,13 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        judged: Tensor = self.layers(2 * images - 1)
-        return judged
+        """Images (n, channels, height, width) in [0, 1] -> logits (n, 1, rows, columns), above 0 for real patches."""
+        logits: Tensor = self.layers(2 * images - 1)
+        return logits
 
 
 def _layers(channels: int, widths: list[int]) -> list[nn.Module]:
-    """Halving layers of all widths but the last, which keeps its size, as the one number for each patch does."""
+    """Layers of stride 2 of all widths but the last, which has stride 1, and the logits' layer."""
     layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
     for i, (before, after) in enumerate(pairwise(widths), 2):
         stride = 2 if i < len(widths) else 1
@@ -58,66 +63,79 @@ def _layers(channels: int, widths: list[int]) -> list[nn.Module]:
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """What a discriminator minimises: 1 where it cannot tell, 0 where it is sure. Lim and Ye 2017."""
+    """The hinge loss of a discriminator (Lim and Ye 2017) by its logits: 1 where they are 0, 0 where it is sure."""
     return (functional.relu(1 - real).mean() + functional.relu(1 + fake).mean()) / 2
 
 
 class Adversary:
-    """A discriminator in training, and what a decoder gets to hear of it.
+    """A discriminator in training, and its loss for the decoder.
 
-    layer: the weights of the decoder's last layer, by whose gradients the two losses are balanced. steps: that the
-    discriminator has learnt for.
+    Attributes:
+        discriminator: The network.
+        layer: Weights of the decoder's last layer, at which the gradients of the two losses are balanced.
+        steps: Steps that the discriminator has trained for.
+        optimizer: The discriminator's Adam.
     """
 
     def __init__(self, discriminator: Discriminator, layer: nn.Parameter) -> None:
         self.discriminator, self.layer, self.steps = discriminator, layer, 0
-        self.optimiser = torch.optim.Adam(discriminator.parameters(), RATE, BETAS)
-        self._watched = list[tuple[Tensor, Tensor]]()
+        self.optimizer = torch.optim.Adam(discriminator.parameters(), RATE, BETAS)
+        self._batches = list[tuple[Tensor, Tensor]]()
 
-    def term(self, shown: Tensor, error: Tensor) -> Tensor:
-        """What a decoder minimises beside `error`, that of what it has shown: at its last layer the gradient is SHARE
-        times as long as that of the error, whatever the units of either."""
+    def term(self, reconstruction: Tensor, error: Tensor) -> Tensor:
+        """The adversarial loss, a scalar, whose gradient at the last layer is SHARE times as long as the error's.
+
+        Args:
+            reconstruction: (n, channels, height, width) with gradients.
+            error: Scalar, the reconstruction's error.
+        """
         self.discriminator.requires_grad_(False)
-        judged: Tensor = -self.discriminator(shown).mean()
-        return self.weight(error, judged, len(shown)) * judged
+        loss: Tensor = -self.discriminator(reconstruction).mean()
+        return self.weight(error, loss, len(reconstruction)) * loss
 
-    def weight(self, error: Tensor, judged: Tensor, n: int) -> Tensor:
-        """The adaptive weight of Esser et al. 2021, equation 7. n: images that these are means of; of several
-        processes, each brings its own."""
-        both = [torch.autograd.grad(of, self.layer, retain_graph=True)[0].flatten() for of in (error, judged)]
-        by_error, by_judged = torch.split(_mean(torch.cat(both), n), self.layer.numel())
-        ratio: Tensor = by_error.norm() / (by_judged.norm() + DELTA)
+    def weight(self, error: Tensor, loss: Tensor, n: int) -> Tensor:
+        """The adaptive weight of Esser et al. 2021, equation 7, a scalar.
+
+        Args:
+            error: Scalar, the reconstruction's error.
+            loss: Scalar, the adversarial loss.
+            n: Images of this process that both are means of.
+        """
+        both = [torch.autograd.grad(of, self.layer, retain_graph=True)[0].flatten() for of in (error, loss)]
+        by_error, by_loss = torch.split(_mean(torch.cat(both), n), self.layer.numel())
+        ratio: Tensor = by_error.norm() / (by_loss.norm() + DELTA)
         return SHARE * ratio.clamp(max=MOST)
 
-    def watch(self, images: Tensor, shown: Tensor) -> None:
-        """Images and their reconstructions, to be learnt from in the next step."""
-        self._watched.append((images, shown.detach()))
+    def watch(self, images: Tensor, reconstruction: Tensor) -> None:
+        """Keep a batch and its reconstructions, both (n, channels, height, width), for the next step."""
+        self._batches.append((images, reconstruction.detach()))
 
     def learn(self) -> Tensor:
-        """One step of the discriminator, on all that was watched since the last. Returns the hinge loss before it."""
-        images, shown = (torch.cat(both) for both in zip(*self._watched, strict=True))
-        self._watched.clear()
+        """Train one step on all batches since the last. Returns the hinge loss before it, a scalar."""
+        images, fake = (torch.cat(both) for both in zip(*self._batches, strict=True))
+        self._batches.clear()
         self.discriminator.requires_grad_(True)
-        loss = hinge(self.discriminator(images), self.discriminator(shown))
+        loss = hinge(self.discriminator(images), self.discriminator(fake))
         parameters = list(self.discriminator.parameters())
         gradients = _mean(torch.cat([of.flatten() for of in torch.autograd.grad(loss, parameters)]), len(images))
-        for parameter, its in zip(parameters, torch.split(gradients, [p.numel() for p in parameters]), strict=True):
-            parameter.grad = its.view_as(parameter)
-        self.optimiser.step()
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, gradient in zip(parameters, torch.split(gradients, sizes), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        self.optimizer.step()
         self.steps += 1
         return loss.detach()
 
     def state(self) -> dict[str, Tensor]:
         """All that `learn` changes, by name."""
-        adam = self.optimiser.state_dict()["state"]
+        adam = self.optimizer.state_dict()["state"]
         return {
             "steps": torch.tensor(self.steps),
             **{f"discriminator.{name}": tensor for name, tensor in self.discriminator.state_dict().items()},
-            **{f"adam.{i}.{name}": tensor for i, its in adam.items() for name, tensor in its.items()},
+            **{f"adam.{i}.{name}": tensor for i, moments in adam.items() for name, tensor in moments.items()},
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         self.steps = int(state["steps"])
         self.discriminator.load_state_dict(
             {name: state[f"discriminator.{name}"] for name in self.discriminator.state_dict()}
@@ -127,30 +145,35 @@ class Adversary:
             if key.startswith("adam."):
                 _, i, name = key.split(".")
                 adam.setdefault(int(i), {})[name] = state[key]
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": adam})
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": adam})
 
 
 def _mean(values: Tensor, n: int) -> Tensor:
-    """Of all processes' values, each weighed by how many it is of."""
+    """Mean of the values of all processes, each weighted by its n."""
     summed = distributed.summed(torch.cat([values * n, values.new_full((1,), n)]))
     return summed[:-1] / summed[-1]
 
 
 def last_layer(model: Model, pixels: Tensor) -> nn.Parameter:
-    """The weights, a matrix or more, that lie nearest to what the model shows, of those that take gradients.
+    """The last layer's weights: those with two or more dimensions that the autograd graph reaches first.
 
-    pixels: (n, ...), any that it takes. Raises CodebookError where no gradient reaches any.
+    Args:
+        model: The model.
+        pixels: (n, ...), any input of it.
+
+    Raises:
+        CodebookError: No gradient reaches any.
     """
     with torch.enable_grad():
-        shown = model.run(pixels, lambda stage, latents: model.embed(model.assign(latents.detach(), stage), stage))
-    waiting, met = deque([shown.grad_fn]), set[object]()
-    while waiting:
-        node = waiting.popleft()
-        if node is None or node in met:
+        output = model.run(pixels, lambda stage, latents: model.embed(model.assign(latents.detach(), stage), stage))
+    queue, visited = deque([output.grad_fn]), set[object]()
+    while queue:
+        node = queue.popleft()
+        if node is None or node in visited:
             continue
-        met.add(node)
+        visited.add(node)
         variable = getattr(node, "variable", None)
         if isinstance(variable, nn.Parameter) and variable.ndim > 1:
             return variable
-        waiting.extend(following for following, _ in node.next_functions)
+        queue.extend(following for following, _ in node.next_functions)
     raise CodebookError("--adversarial: no gradient reaches weights of the decoder; leave it out")

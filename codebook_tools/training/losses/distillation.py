@@ -1,4 +1,4 @@
-"""The model as its file has it: what that reconstructs is a target for a fine-tuning that is not to stray from it."""
+"""Distillation: the reconstructions of the original model as a target."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from codebook_tools.models.stored_codes import effective_rows
 
 
 class Original:
-    """Network and codes of a model's file, whatever became of the model since. It is as large as the model."""
+    """A second model with the weights and codes of the model's file, whatever the model has now.
+
+    Attributes:
+        model: The original, frozen and in evaluation mode.
+    """
 
     def __init__(self, model: Model) -> None:
         network, stored = deepcopy(model.network), model.checkpoint
@@ -24,7 +28,7 @@ class Original:
         self.model = replace(model, network=network.eval().requires_grad_(False), books=tuple(books))
 
     def __call__(self, media: Tensor) -> Tensor:
-        """What the original makes of media, not clamped and without gradients."""
+        """The original's reconstruction of media (n, ...), not clamped and without gradients."""
         return self.model.pass_through(media, wait=False).media.detach()
 
 

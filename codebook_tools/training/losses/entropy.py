@@ -1,4 +1,4 @@
-"""How sure latents are of their codes, and how evenly they choose: an entropy that gradients can follow."""
+"""The entropy loss: confident assignments of single latents, and even usage of all codes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ _AT_MOST = 1 << 26  # distances at a time
 
 
 def indecision(rows: Tensor, vectors: Tensor, metric: Metric) -> Tensor:
-    """Mean entropy of each latent's choice of a code, less the entropy of all choices together, over log(size).
+    """Mean entropy of the soft assignments of latents, minus the entropy of their mean, over log(size).
 
-    -1 where every latent is sure and all codes are chosen alike, 0 where the choice says nothing. rows: (n, dim);
-    vectors: (size, dim), searched by distance or cosine; a scalar with gradients to both. A choice is the softmax of
-    the negative squared distances, in units of those to the nearest codes. Of rows that would need more than 67
-    million distances, every second one counts, every third, and so on.
+    A soft assignment is the softmax of the negative squared distances, in units of those to the nearest codes.
     Source: Yu et al. 2024, "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation" (arXiv 2310.05737).
+
+    Args:
+        rows: (n, dim), latents. Where they need more than 67 million distances, only every second, third, ... counts.
+        vectors: (size, dim), codes.
+        metric: Any that goes by distance.
+
+    Returns:
+        A scalar with gradients to both: -1 where each assignment is certain and all codes are used alike, 0 where
+        assignments carry no information.
     """
     assert metric.is_distance, "inner products are no distances"
     if len(vectors) == 1:
@@ -36,5 +42,5 @@ def indecision(rows: Tensor, vectors: Tensor, metric: Metric) -> Tensor:
 
 
 def _entropy(logs: Tensor) -> Tensor:
-    """Of distributions (..., size), given by their logarithms."""
+    """Of distributions (..., size) by their logarithms."""
     return -(logs.exp() * logs.clamp(min=-1e4)).sum(-1)

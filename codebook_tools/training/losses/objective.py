@@ -1,10 +1,9 @@
-"""What a fine-tuning minimises: the objective of a recipe, of one term or of several."""
+"""The objective of a recipe: the sum of its loss terms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from codebook_tools.runtime import distributed
 from codebook_tools.training.losses.adversarial import Adversary, Discriminator, last_layer
 from codebook_tools.training.losses.distillation import Original
 from codebook_tools.training.losses.perceptual import Perceptual
-from codebook_tools.training.losses.reconstruction import Reconstruction, Seen, scales_of
+from codebook_tools.training.losses.reconstruction import Quantized, Reconstruction, scales_of
 from codebook_tools.training.recipe import FineTune
 
 PERCEPTUAL = 2.0
@@ -25,69 +24,71 @@ PERCEPTUAL = 2.0
 half; errors here are in deviations."""
 
 Term = Callable[[Tensor, Tensor], Tensor]
-"""Of what a model shows, and the media: a scalar."""
+"""Of reconstructions and media, both (n, ...): a scalar."""
 
 
 @dataclass(frozen=True, eq=False)
-class Several:
-    """more: further terms by name. adversary: a discriminator that trains along. alone: steps that it
-    takes before it is heard."""
+class Objective:
+    """All terms of a loss, and the discriminator that trains beside the model.
+
+    Attributes:
+        plain: Reconstruction, commitment and the like.
+        more: Further terms by name, which compare pictures.
+        adversary: The discriminator in training; None for none.
+        alone: Steps that it trains before the model gets its gradients.
+    """
 
     plain: Reconstruction
     more: Mapping[str, Term]
     adversary: Adversary | None = None
     alone: int = 0
 
-    def __call__(self, shown: Tensor, media: Tensor, seen: Sequence[Seen]) -> dict[str, Tensor]:
-        """The terms by name, scalars; their sum is what is minimised."""
-        terms, more = self.plain(shown, media, seen), self._more(shown, media)
+    def __call__(self, reconstruction: Tensor, media: Tensor, outputs: Sequence[Quantized]) -> dict[str, Tensor]:
+        """The loss of one batch of a step.
+
+        Args:
+            reconstruction: (n, ...), not clamped, with gradients.
+            media: (n, ...).
+            outputs: One for each book.
+
+        Returns:
+            The terms by name, scalars, the same names each time; their sum is minimized.
+        """
+        terms, more = self.plain(reconstruction, media, outputs), self._more(reconstruction, media)
         terms |= more
         if self.adversary:
-            heard = self.adversary.steps >= self.alone
+            zero = reconstruction.new_zeros(())
             error = sum(more.values(), terms["reconstruction"])
-            terms["adversarial"] = self.adversary.term(shown, error) if heard else shown.new_zeros(())
-            self.adversary.watch(media, shown)
+            counts = self.adversary.steps >= self.alone
+            terms["adversarial"] = self.adversary.term(reconstruction, error) if counts else zero
+            self.adversary.watch(media, reconstruction)
         return terms
 
-    def error(self, shown: Tensor, media: Tensor) -> Tensor:
-        """All that compares pictures; the discriminator does not, and changes its mind."""
-        return sum(self._more(shown, media).values(), self.plain.error(shown, media))
+    def error(self, reconstruction: Tensor, media: Tensor) -> Tensor:
+        """The terms that compare pictures, a scalar; without the discriminator's, which changes as it trains."""
+        return sum(self._more(reconstruction, media).values(), self.plain.error(reconstruction, media))
 
     def step(self) -> None:
-        """One of the discriminator's."""
+        """Train the discriminator, after a step of the model's own optimizer."""
         if self.adversary:
             self.adversary.learn()
 
     def state(self) -> dict[str, Tensor]:
+        """All that `step` changes, by name."""
         return self.adversary.state() if self.adversary else {}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state` returned."""
         if self.adversary:
             self.adversary.load(state)
 
-    def _more(self, shown: Tensor, media: Tensor) -> dict[str, Tensor]:
-        return {name: term(shown, media) for name, term in self.more.items()}
+    def _more(self, reconstruction: Tensor, media: Tensor) -> dict[str, Tensor]:
+        return {name: term(reconstruction, media) for name, term in self.more.items()}
 
 
-def several(plain: Reconstruction, model: Model, recipe: FineTune, pixels: Tensor, seed: int) -> Several:
-    """The plain objective and all else that the recipe asks for. pixels: (1, ...), an item of the training data. seed:
-    of the discriminator's weights."""
-    perceptual, discriminator = judges(model, recipe, pixels, seed)
-    more = dict[str, Term]()
-    if perceptual:
-        more["perceptual"] = lambda shown, media: PERCEPTUAL * perceptual(shown, media)
-    if recipe.distill:
-        original = Original(model)
-        more["distill"] = lambda shown, media: recipe.distill * plain.error(shown, original(media))
-    if discriminator is None:
-        return Several(plain, more)
-    adversary = Adversary(discriminator, last_layer(replace(model, compiled=False), pixels))
-    return Several(plain, more, adversary, recipe.settled_from - 1)
-
-
-def pictures_loss(objective: object, model: Model, validation: Media) -> float | None:
-    """What an objective of several terms makes of the validation data; None where the squared error stands for it."""
-    if not isinstance(objective, Several):
+def validation_loss(objective: Objective, model: Model, validation: Media) -> float | None:
+    """Mean of `Objective.error` over the validation items; None where the squared error stands for it."""
+    if not (objective.more or objective.adversary):
         return None
     total = torch.zeros(2, dtype=torch.float64)
     for items, media in validation.batches(64):
@@ -102,7 +103,20 @@ def pictures_loss(objective: object, model: Model, validation: Media) -> float |
 def judges(
     model: Model, recipe: FineTune, pixels: Tensor, seed: int = 0
 ) -> tuple[Perceptual | None, Discriminator | None]:
-    """The networks that judge pictures, where the recipe asks for them. Raises CodebookError where they cannot."""
+    """The networks of the perceptual and the adversarial term.
+
+    Args:
+        model: The model that trains.
+        recipe: Says which terms there are.
+        pixels: (1, ...), an item of the training data.
+        seed: Of the discriminator's weights.
+
+    Returns:
+        Both networks, None for one that the recipe does not ask for.
+
+    Raises:
+        CodebookError: The items are no images, or too small, or LPIPS' weights are missing.
+    """
     if not (recipe.perceptual or recipe.adversarial):
         return None, None
     if not model.modality.pictures:
@@ -113,29 +127,31 @@ def judges(
     return perceptual, discriminator
 
 
-class Objective(Protocol):
-    """Terms of a loss, and whatever trains beside the model so that they can be told."""
-
-    def __call__(self, shown: Tensor, media: Tensor, seen: Sequence[Seen]) -> dict[str, Tensor]:
-        """The terms by name, scalars, each time the same ones; their sum is what is minimised. shown: what the model
-        makes of media, not clamped, with gradients. seen: of each book. Called once for each batch of a step."""
-
-    def step(self) -> None:
-        """Train what is beside the model; called after each step of the model's own optimiser."""
-
-    def state(self) -> dict[str, Tensor]:
-        """All that `step` changes, for a run that is resumed."""
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave."""
-
-
 def objective_of(model: Model, train: Media, recipe: FineTune, pixels: Tensor, seed: int) -> Objective:
-    """The one of a recipe, in the units of the model and the data as they are before the first step. pixels: (1, ...),
-    an item of the data. Raises CodebookError where a term has nothing to go by."""
+    """The objective of a recipe, in units of the model and the data before the first step.
+
+    Args:
+        model: The model that trains.
+        train: Items for the units.
+        recipe: The settings.
+        pixels: (1, ...), an item of the training data.
+        seed: Of the discriminator's weights.
+
+    Raises:
+        CodebookError: A term cannot be computed for this model or data.
+    """
     if recipe.entropy and not all(book.metric.is_distance for book in model.books):
         raise CodebookError("--entropy goes by distances to codes, and here inner products choose them; leave it out")
     scales = distributed.of_first(scales_of(model, train))
     plain = Reconstruction(scales, recipe.loss, recipe.codebook_update == "gradient", recipe.entropy)
-    asked = recipe.perceptual or recipe.adversarial or recipe.distill
-    return several(plain, model, recipe, pixels, seed) if asked else plain
+    perceptual, discriminator = judges(model, recipe, pixels, seed)
+    more = dict[str, Term]()
+    if perceptual:
+        more["perceptual"] = lambda reconstruction, media: PERCEPTUAL * perceptual(reconstruction, media)
+    if recipe.distill:
+        original = Original(model)
+        more["distill"] = lambda output, media: recipe.distill * plain.error(output, original(media))
+    if discriminator is None:
+        return Objective(plain, more)
+    adversary = Adversary(discriminator, last_layer(replace(model, compiled=False), pixels))
+    return Objective(plain, more, adversary, recipe.settled_from - 1)

@@ -1,4 +1,4 @@
-"""LPIPS as a loss: how differently a network that was trained to recognise things sees two images."""
+"""LPIPS as a loss: the distance of two images in the features of a classifier."""
 
 from __future__ import annotations
 
@@ -17,14 +17,23 @@ SMALLEST = 16  # pixels of a side: VGG halves them four times
 
 
 class Perceptual:
-    """LPIPS between images, a mean over them, with VGG16. Zhang et al. 2018, as torchmetrics computes it.
+    """LPIPS with VGG16 (Zhang et al. 2018), as torchmetrics computes it.
 
-    weights: a file of torchvision's VGG16, safetensors or .pth, or AUTO: that in torch's cache, fetched if need be.
-    side: the shorter one of the images. Raises CodebookError where torchvision or the weights are missing, or images
-    are too small.
+    Attributes:
+        network: VGG16's convolutions and the linear layers of LPIPS.
     """
 
     def __init__(self, weights: str, side: int, device: torch.device) -> None:
+        """Load the weights.
+
+        Args:
+            weights: File of torchvision's VGG16, safetensors or .pth; or AUTO for torch's cache, fetched if need be.
+            side: The images' shorter side in pixels.
+            device: Where the network runs.
+
+        Raises:
+            CodebookError: torchvision or the weights are missing, or the images are too small.
+        """
         if side < SMALLEST:
             raise CodebookError(f"--perceptual: {side} pixels a side are too few; it takes {SMALLEST} or more")
         try:
@@ -35,24 +44,24 @@ class Perceptual:
         except ImportError as error:
             raise CodebookError(f"--perceptual needs {error.name}; pip install codebook-tools[perceptual]") from error
 
-        with torch.random.fork_rng():  # its first weights are drawn, and not ours to draw
+        with torch.random.fork_rng():  # its initial weights must not advance the global generator
             self.network = _NoTrainLpips(net="vgg", pnet_rand=True)
         _load(self.network.net, distributed.by_first(lambda: _features(weights)), weights)
         self.network.to(device)
 
-    def __call__(self, shown: Tensor, images: Tensor) -> Tensor:
-        """Both (n, 1 or 3, height, width), images in [0, 1]; a number, 0 where they are alike."""
-        distances = self.network(_coloured(shown), _coloured(images), normalize=True)
+    def __call__(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        """The mean LPIPS, a scalar, of images (n, 1 or 3, height, width) in [0, 1] and their reconstructions."""
+        distances = self.network(_in_color(reconstruction), _in_color(images), normalize=True)
         assert isinstance(distances, Tensor)
         return distances.mean()
 
 
-def _coloured(images: Tensor) -> Tensor:
+def _in_color(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
 def _load(vgg: nn.Module, features: Mapping[str, Tensor], source: str) -> None:
-    """torchvision counts the layers of VGG16's `features`; torchmetrics cuts them in slices, and keeps the counting."""
+    """Both count the layers of VGG16's `features` alike; torchmetrics puts them into slices."""
     try:
         vgg.load_state_dict({name: features[name.partition(".")[2]] for name in vgg.state_dict()})
     except (KeyError, RuntimeError) as error:

@@ -1,8 +1,8 @@
-"""What a fine-tuning minimises, in units of the data, so that nothing is tuned to a scale."""
+"""Reconstruction error and commitment, in units of the data's variance, so that no weight depends on a scale."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,18 +18,30 @@ from codebook_tools.training.recipe import Loss
 COMMITMENT = 1.0  # weight of the term that moves latents to codes, in units of their variance
 
 
-class Seen(NamedTuple):
-    """What met a book: latents (n, dim, *grid), their codes (n, *grid), those as the decoder gets them, and itself."""
+class Quantized(NamedTuple):
+    """What one book made of a batch.
+
+    Attributes:
+        latents: (n, dim, *grid).
+        codes: (n, *grid) int64.
+        quantized: (n, dim, *grid), the codes as the decoder gets them.
+        book: The book.
+    """
 
     latents: Tensor
     codes: Tensor
-    quantised: Tensor
+    quantized: Tensor
     book: Book
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Variances of pixels, and of each book's latents, about their means: the units of the losses."""
+    """Variances about the mean, a mean over dimensions: the units of the losses.
+
+    Attributes:
+        pixels: Of the media.
+        latents: Of each book's latents.
+    """
 
     pixels: float
     latents: tuple[float, ...]
@@ -37,43 +49,38 @@ class Scales:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Reconstruction error over the media's variance, plus COMMITMENT times the squared distance of latents to codes
-    over the latents' variance, a mean over the books; and that distance once more where gradients move codes.
+    """Reconstruction error, commitment, the codebook loss where gradients move codes, and entropy.
 
-    entropy: weight of what latents are undecided about codes (entropy.py), a mean over the books, too."""
+    Attributes:
+        scales: The units.
+        kind: Of the reconstruction error.
+        moves_codes: Whether gradients move codes.
+        entropy: Weight of the entropy term (entropy.py).
+    """
 
     scales: Scales
     kind: Loss
     moves_codes: bool
     entropy: float
 
-    def __call__(self, shown: Tensor, media: Tensor, seen: Sequence[Seen]) -> dict[str, Tensor]:
-        """The terms by name, scalars; their sum is what is minimised."""
-        terms = {"reconstruction": self.error(shown, media)}
-        for scale, (latents, _, quantised, book) in zip(self.scales.latents, seen, strict=True):
-            unit_of_loss = scale * len(seen)
-            _add(terms, "commitment", COMMITMENT * functional.mse_loss(latents, quantised.detach()) / unit_of_loss)
+    def __call__(self, reconstruction: Tensor, media: Tensor, outputs: Sequence[Quantized]) -> dict[str, Tensor]:
+        """The terms by name, scalars; terms of the codebooks are means over them."""
+        terms = {"reconstruction": self.error(reconstruction, media)}
+        for scale, (latents, _, quantized, book) in zip(self.scales.latents, outputs, strict=True):
+            unit_of_loss = scale * len(outputs)
+            _add(terms, "commitment", COMMITMENT * functional.mse_loss(latents, quantized.detach()) / unit_of_loss)
             if self.moves_codes:
-                _add(terms, "codebook", functional.mse_loss(quantised, latents.detach()) / unit_of_loss)
+                _add(terms, "codebook", functional.mse_loss(quantized, latents.detach()) / unit_of_loss)
             if self.entropy:
-                found = indecision(latents.movedim(1, -1).flatten(0, -2), book.vectors, book.metric)
-                _add(terms, "entropy", self.entropy * found / len(seen))
+                entropy = indecision(latents.movedim(1, -1).flatten(0, -2), book.vectors, book.metric)
+                _add(terms, "entropy", self.entropy * entropy / len(outputs))
         return terms
 
-    def error(self, shown: Tensor, media: Tensor) -> Tensor:
-        """The reconstruction error alone."""
+    def error(self, reconstruction: Tensor, media: Tensor) -> Tensor:
+        """The reconstruction error alone, a scalar."""
         squared = self.kind == "mse"
-        error: Tensor = (functional.mse_loss if squared else functional.l1_loss)(shown, media)
+        error: Tensor = (functional.mse_loss if squared else functional.l1_loss)(reconstruction, media)
         return error / (self.scales.pixels if squared else self.scales.pixels**0.5)
-
-    def step(self) -> None:
-        """Nothing trains beside the model."""
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """There is nothing to be loaded."""
 
 
 def _add(terms: dict[str, Tensor], name: str, term: Tensor) -> None:
@@ -81,14 +88,14 @@ def _add(terms: dict[str, Tensor], name: str, term: Tensor) -> None:
 
 
 def scales_of(model: Model, images: Media) -> Scales:
-    """The scales of 512 items."""
+    """The scales of the first 512 items."""
     few = images.whole().subset(images.items[:512])
     pixels, latents = list[Tensor](), [list[Tensor]() for _ in model.books]
     with torch.no_grad():
         for _, batch in few.batches(64):
             pixels.append(batch)
-            for rows, found in zip(latents, model.pass_through(batch).latents, strict=True):
-                rows.append(found.movedim(1, -1).flatten(0, -2).cpu())
+            for rows, grid in zip(latents, model.pass_through(batch).latents, strict=True):
+                rows.append(grid.movedim(1, -1).flatten(0, -2).cpu())
     of_pixels = _variance(torch.cat(pixels).movedim(1, -1).flatten(0, -2))
     return Scales(of_pixels, tuple(_variance(torch.cat(rows)) for rows in latents))
 

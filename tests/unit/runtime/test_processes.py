@@ -27,7 +27,7 @@ from codebook_tools.models.load import load_model
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.finetune import FineTune, finetune
-from codebook_tools.training.resume import Saving
+from codebook_tools.training.resume import SnapshotFile
 
 Run = Callable[..., Outcome]
 Values = dict[str, Any]
@@ -141,7 +141,7 @@ def passes(model: str, folder: str) -> Values:
         watches, saving = [Watch()], None
         if name == "broken off":
             watches.insert(0, breaking_at(7))
-            saving = Saving(Path(model).with_name(f"of {distributed.count()}.safetensors"), {}, resume=True)
+            saving = SnapshotFile(Path(model).with_name(f"of {distributed.count()}.safetensors"), {}, resume=True)
         data = images.subset(train), images.subset(splits.validation), FineTune(**{"steps": 12, **recipe}), mask
         for watch in watches:
             trained = load_model(read_checkpoint(Path(model)))
