@@ -273,6 +273,18 @@ def grey_images() -> Callable[..., Images]:
     return make_images
 
 
+@pytest.fixture
+def tuned(line: Callable[..., Model], grey_images: Callable[..., Images]) -> Callable[..., tuple[Model, Any]]:
+    """tuned(codes, counts, image, ..., steps=1): the model of `line` after a fine-tuning, and what that gave."""
+    from runs import tune
+
+    def run(codes: list[float], counts: list[int], *rows: list[list[float]], **settings: Any) -> tuple[Model, Any]:
+        model = line(codes)
+        return model, tune(model, grey_images(*rows), counts, **settings)
+
+    return run
+
+
 KEY = "quantizer.codebook.weight"
 WriteMap = Callable[..., Path]
 

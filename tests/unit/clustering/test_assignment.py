@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from points import normal
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -18,10 +19,7 @@ from codebook_tools.clustering.metric import COSINE, COSINE_UNIT, DOT, METRICS, 
 from codebook_tools.codebook import EUCLIDEAN, METRIC_NAMES, Codebook, Metric
 
 EACH = tuple(METRICS.values())
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+each_metric = pytest.mark.parametrize("metric", EACH, ids=METRICS)
 
 
 def scores(latents: Tensor, codebook: Codebook) -> Tensor:
@@ -33,11 +31,8 @@ def scores(latents: Tensor, codebook: Codebook) -> Tensor:
 
 def by_brute_force(latents: Tensor, codebook: Codebook) -> Tensor:
     """The first code of those with the lowest score."""
-    found = scores(latents, codebook)
-    return (found == found.amin(1, keepdim=True)).int().argmax(1)
-
-
-# --- the plain case ------------------------------------------------------------------------------------------------
+    table = scores(latents, codebook)
+    return (table == table.amin(1, keepdim=True)).int().argmax(1)
 
 
 def test_nearest_by_hand() -> None:
@@ -49,14 +44,15 @@ def test_nearest_by_hand() -> None:
     assert nearest(latents[:1], Codebook(codes[1:], COSINE)).tolist() == [0]
 
 
-@pytest.mark.parametrize("metric", EACH, ids=METRICS)
-@pytest.mark.parametrize(("size", "dim"), [(2, 1), (7, 1), (64, 3), (33, 17), (300, 64), (5, 257)])
-def test_nearest_equals_brute_force_in_float64(metric: Metric, size: int, dim: int) -> None:
-    codebook = Codebook(normal(size, dim, seed=1), metric)
-    latents = normal(1500, dim, seed=2)
-    found = nearest(latents, codebook)
-    assert found.dtype == torch.int64 and found.shape == (1500,)
-    assert torch.equal(found, by_brute_force(latents, codebook))
+@each_metric
+@pytest.mark.parametrize("count", [0, 1500])
+def test_nearest_equals_brute_force_in_float64(metric: Metric, count: int) -> None:
+    for size, dim in ((1, 3), (2, 1), (64, 3), (33, 17), (300, 64), (5, 257)):
+        codebook, latents = Codebook(normal(size, dim, seed=1), metric), normal(count, dim, seed=2)
+        before = codebook.vectors.clone(), latents.clone()
+        codes = nearest(latents, codebook)
+        assert codes.dtype == torch.int64 and torch.equal(codes, by_brute_force(latents, codebook))
+        assert torch.equal(codebook.vectors, before[0]) and torch.equal(latents, before[1])
 
 
 def test_cosine_lookup_finds_the_largest_true_cosine() -> None:
@@ -66,42 +62,21 @@ def test_cosine_lookup_finds_the_largest_true_cosine() -> None:
     assert bool((chosen >= cosines.amax(1) - 1e-6).all())
 
 
-@pytest.mark.parametrize("metric", EACH, ids=METRICS)
-def test_nearest_leaves_its_inputs_alone(metric: Metric) -> None:
-    codes, latents = normal(9, 5), normal(40, 5, seed=1)
-    before = codes.clone(), latents.clone()
-    nearest(latents, Codebook(codes, metric))
-    assert torch.equal(codes, before[0]) and torch.equal(latents, before[1])
-
-
 def test_nearest_takes_views_of_any_stride() -> None:
-    codebook, grid = Codebook(normal(20, 6)), normal(4, 6, 5, 5, seed=1)
-    rows = grid.movedim(1, -1).reshape(-1, 6)
-    transposed = rows.T.contiguous().T
-    assert not transposed.is_contiguous()
-    assert torch.equal(nearest(transposed, codebook), by_brute_force(rows, codebook))
+    codebook, rows = Codebook(normal(20, 6)), normal(6, 100, seed=1).T
+    assert not rows.is_contiguous()
+    assert torch.equal(nearest(rows, codebook), by_brute_force(rows, codebook))
     assert torch.equal(nearest(rows[::3], codebook), by_brute_force(rows, codebook)[::3])
 
 
 # --- the edges -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", EACH, ids=METRICS)
-def test_a_single_code_takes_every_latent(metric: Metric) -> None:
-    assert nearest(normal(10, 3), Codebook(normal(1, 3, seed=1), metric)).tolist() == [0] * 10
-
-
-@pytest.mark.parametrize("metric", EACH, ids=METRICS)
-def test_no_latents_have_no_codes(metric: Metric) -> None:
-    found = nearest(torch.empty(0, 3), Codebook(normal(4, 3), metric))
-    assert found.shape == (0,) and found.dtype == torch.int64
-
-
-@pytest.mark.parametrize("scale", [1e-30, 3e-22, 1e-21, 1e-20, 1e-10, 1e10, 1e18, 1.2e19, 1e20, 1e30])
 @pytest.mark.parametrize("metric", [EUCLIDEAN, DOT])
-def test_scales_whose_squares_float32_cannot_hold_are_searched_as_well(metric: Metric, scale: float) -> None:
-    codebook, latents = Codebook(normal(40, 5, seed=1) * scale, metric), normal(500, 5, seed=2) * scale
-    assert torch.equal(nearest(latents, codebook), by_brute_force(latents, codebook))
+def test_scales_whose_squares_float32_cannot_hold_are_searched_as_well(metric: Metric) -> None:
+    for scale in (1e-30, 3e-22, 1e-20, 1e-10, 1e10, 1e18, 1.2e19, 1e20, 1e30):
+        codebook, latents = Codebook(normal(40, 5, seed=1) * scale, metric), normal(500, 5, seed=2) * scale
+        assert torch.equal(nearest(latents, codebook), by_brute_force(latents, codebook)), scale
 
 
 def test_what_is_no_number_gets_some_code() -> None:
@@ -109,34 +84,23 @@ def test_what_is_no_number_gets_some_code() -> None:
     assert nearest(latents, Codebook(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))).tolist() == [0, 0, 1]
 
 
-@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
-@pytest.mark.parametrize("dim", [1, 4, 32])
+@pytest.mark.parametrize("dim", [1, 32])
+@pytest.mark.parametrize("offset", [1e2, 1e6])
 def test_a_large_common_offset_does_not_blur_the_answer(offset: float, dim: int) -> None:
     """|x|² - 2xc + |c|² in float32 loses everything here: at 1e6 its terms are 1e12 and the distances below 10."""
     codebook, latents = Codebook(normal(30, dim, seed=1) + offset), normal(600, dim, seed=2) + offset
-    found = nearest(latents, codebook)
-    assert torch.equal(found, by_brute_force(latents, codebook))
-    assert dim == 1 or len(found.unique()) > 10
+    assert torch.equal(nearest(latents, codebook), by_brute_force(latents, codebook))
 
 
 # --- ties ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", EACH, ids=METRICS)
-@pytest.mark.parametrize("size", [2, 3, 5, 7, 13, 33])
-@pytest.mark.parametrize("dim", [1, 5, 16, 33, 64, 257])
-def test_among_duplicate_codes_the_lowest_index_wins(metric: Metric, size: int, dim: int) -> None:
-    codes = normal(size, dim, seed=1)
-    latents = normal(60, dim, seed=2)
-    found = nearest(latents, Codebook(codes.repeat(3, 1), metric))
-    assert torch.equal(found, nearest(latents, Codebook(codes, metric)))
-
-
-def test_a_latent_halfway_between_codes_takes_the_lower_index() -> None:
-    codes = torch.tensor([[2.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, -1.0]])
-    assert nearest(torch.tensor([[1.0, 0.0]]), Codebook(codes)).tolist() == [0]
-    assert nearest(torch.tensor([[1.0, 0.0]]), Codebook(codes.flip(0))).tolist() == [0]
-    assert nearest(torch.tensor([[0.0, 0.0]]), Codebook(codes, DOT)).tolist() == [0]
+@each_metric
+def test_among_duplicate_codes_the_lowest_index_wins(metric: Metric) -> None:
+    for size, dim in ((2, 257), (3, 5), (5, 64), (7, 1), (13, 33), (33, 16)):
+        codes, latents = normal(size, dim, seed=1), normal(60, dim, seed=2)
+        repeated = Codebook(codes.repeat(3, 1), metric)
+        assert torch.equal(nearest(latents, repeated), nearest(latents, Codebook(codes, metric)))
 
 
 ROW = st.lists(st.integers(-4, 4), min_size=3, max_size=3)
@@ -152,11 +116,11 @@ def test_small_whole_numbers_are_decided_exactly(codes: list[list[int]], latents
     assert nearest(rows, Codebook(book, DOT)).tolist() == [row.index(min(row)) for row in products]
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0, 1000.0])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_near_ties_of_one_unit_in_the_last_place_are_told_apart(offset: float) -> None:
     """Each latent lies between two codes, nudged by one float32 step to either side: exact fractions say which."""
-    low = normal(200, 1, seed=1).abs() + offset
-    high = low + normal(200, 1, seed=2).abs() + 0.5
+    low = normal(100, 1, seed=1).abs() + offset
+    high = low + normal(100, 1, seed=2).abs() + 0.5
     middle = (low + high) / 2
     for towards in (low, high):
         nudged = torch.nextafter(middle, towards)
@@ -166,7 +130,7 @@ def test_near_ties_of_one_unit_in_the_last_place_are_told_apart(offset: float) -
             assert nearest(nudged[i : i + 1], Codebook(torch.stack([low[i], high[i]]))).tolist() == [expected]
 
 
-@pytest.mark.parametrize("metric", EACH, ids=METRICS)
+@each_metric
 def test_codes_that_nearly_coincide_are_decided_as_float64_decides(metric: Metric) -> None:
     """A thousand codes within a few float32 steps of each other, far from the latents."""
     center = normal(1, 6, seed=3) + 10
@@ -179,86 +143,47 @@ def test_codes_that_nearly_coincide_are_decided_as_float64_decides(metric: Metri
 # --- what must not matter ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("metric", "offset"),
-    [(metric, offset) for metric in EACH for offset in (0.0, 300.0) if (metric, offset) != (DOT, 300.0)],
-)
+@each_metric
+@pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_dropping_unused_codes_changes_no_assignment(metric: Metric, offset: float) -> None:
+    if metric is DOT:
+        offset = 0.0  # far off, few codes win
     codes = torch.cat([normal(400, 5, seed=1) * 3, normal(3, 5, seed=1).repeat(2, 1)]) + offset
     latents = normal(2000, 5, seed=2) * 0.5 + offset
-    found = nearest(latents, Codebook(codes, metric))
-    kept = found.unique()
+    assigned = nearest(latents, Codebook(codes, metric))
+    kept = assigned.unique()
     assert 2 <= len(kept) < len(codes) - 10
-    assert torch.equal(kept[nearest(latents, Codebook(codes[kept], metric))], found)
+    assert torch.equal(kept[nearest(latents, Codebook(codes[kept], metric))], assigned)
 
 
-@given(st.data())
-def test_dropping_any_unused_code_keeps_every_assignment_on_a_crowded_grid(data: st.DataObject) -> None:
-    numbers = st.integers(-3, 3).map(lambda n: n * 0.1)
-    codes = torch.tensor(data.draw(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=20)), dtype=torch.float32)
-    rows = data.draw(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=20))
-    latents = torch.tensor(rows, dtype=torch.float32)
-    metric = data.draw(st.sampled_from(EACH))
-    found = nearest(latents, Codebook(codes, metric))
-    spare = [i for i in range(len(codes)) if i not in found.tolist()]
-    gone = set(data.draw(st.lists(st.sampled_from(spare), unique=True))) if spare else set()
-    kept = torch.tensor([i for i in range(len(codes)) if i not in gone])
-    assert torch.equal(kept[nearest(latents, Codebook(codes[kept], metric))], found)
-
-
-@pytest.mark.parametrize("metric", EACH, ids=METRICS)
+@each_metric
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_the_answer_does_not_depend_on_the_size_of_tiles(
+def test_the_answer_does_not_depend_on_tiles_batch_threads_or_products(
     metric: Metric, offset: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codebook, latents = Codebook(normal(37, 6, seed=1) + offset, metric), normal(500, 6, seed=2) + offset
-    found = nearest(latents, codebook)
-    for tile in (1, 37 * 4 * 7, 37 * 4 * 64):  # one latent at a time; 7 of them; 64
-        monkeypatch.setattr(assignment, "_TILE_BYTES", {"cpu": tile, "cuda": tile})
-        assert torch.equal(nearest(latents, codebook), found)
-
-
-@pytest.mark.parametrize("metric", EACH, ids=METRICS)
-def test_the_answer_does_not_depend_on_neighbours_in_the_batch(metric: Metric) -> None:
-    codebook, latents = Codebook(normal(37, 6, seed=1) + 100, metric), normal(300, 6, seed=2) + 100
-    found = nearest(latents, codebook)
-    assert torch.equal(torch.cat([nearest(row, codebook) for row in latents.split(1)]), found)
-    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(nearest(latents[order], codebook), found[order])
-
-
-@pytest.mark.parametrize("metric", EACH, ids=METRICS)
-def test_the_answer_does_not_depend_on_the_number_of_threads(metric: Metric) -> None:
-    codebook, latents = Codebook(normal(64, 16, seed=1) + 30, metric), normal(3000, 16, seed=2) + 30
+    expected = nearest(latents, codebook)
+    assert torch.equal(torch.cat([nearest(row, codebook) for row in latents.split(1)]), expected)
     threads = torch.get_num_threads()
-    found = []
+    monkeypatch.setattr(assignment, "_CODES", 4)  # the last block has one code
     try:
-        for count in (1, 4):
-            torch.set_num_threads(count)
-            found.append(nearest(latents, codebook))
+        for tile in (1, 37 * 4 * 7, 37 * 4 * 64):  # one latent at a time; 7 of them; 64
+            monkeypatch.setattr(assignment, "_TILE_BYTES", {"cpu": tile})
+            torch.set_num_threads(1 if tile == 1 else 4)
+            assert torch.equal(nearest(latents, codebook), expected)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(*found)
-
-
-@pytest.mark.parametrize("metric", EACH, ids=METRICS)
-@pytest.mark.parametrize("size", [5, 37])
-def test_the_answer_does_not_depend_on_how_products_are_made_and_codes_parted(
-    metric: Metric, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    codebook, latents = Codebook(normal(size, 6, seed=1) + 20, metric), normal(500, 6, seed=2) + 20
-    found = nearest(latents, codebook)
-    monkeypatch.setattr(assignment, "_CODES", 4)  # the last block has one code
-    assert torch.equal(nearest(latents, codebook), found)
     monkeypatch.setattr(assignment, "_ONEDNN", False)
-    assert torch.equal(nearest(latents, codebook), found)
+    assert torch.equal(nearest(latents, codebook), expected)
 
 
-@pytest.mark.parametrize(("told", "bits"), [("high", 10), ("medium", 7)])
-def test_products_of_low_precision_are_told_by_float64(told: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("precision", "bits"), [("high", 10), ("medium", 7)])
+def test_products_of_low_precision_are_settled_by_float64(
+    precision: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a GPU rounds them where TF32 or bfloat16 is allowed: so many bits of each factor are left."""
     codebook, latents = Codebook(normal(200, 16, seed=1)), normal(30_000, 16, seed=2)
-    found = nearest(latents, codebook)
+    expected = nearest(latents, codebook)
 
     def coarse(rows: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
         half = 1 << 22 - bits
@@ -266,9 +191,9 @@ def test_products_of_low_precision_are_told_by_float64(told: str, bits: int, mon
         return torch.addmm(norms, low[0], low[1].T)
 
     monkeypatch.setattr(assignment, "_product", coarse)
-    assert not torch.equal(nearest(latents, codebook), found)  # else this tests nothing
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: told)
-    assert torch.equal(nearest(latents, codebook), found)
+    assert not torch.equal(nearest(latents, codebook), expected)  # else this tests nothing
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    assert torch.equal(nearest(latents, codebook), expected)
 
 
 def test_a_precision_that_was_set_for_one_backend_counts() -> None:
@@ -276,53 +201,39 @@ def test_a_precision_that_was_set_for_one_backend_counts() -> None:
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
         pytest.skip("this torch has one precision for all backends")
-    codebook, latents = Codebook(normal(50, 4, seed=1)), normal(200, 4, seed=2)
-    found, before = nearest(latents, codebook), matmul.fp32_precision
+    before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
         assert assignment._rounding() == 2.0**-10
-        assert torch.equal(nearest(latents, codebook), found)
     finally:
         matmul.fp32_precision = before
     assert assignment._rounding() == torch.finfo(torch.float32).eps
 
 
-# --- what goes with it ---------------------------------------------------------------------------------------------
+# --- metrics and errors --------------------------------------------------------------------------------------------
 
 
 def test_unit_rows_have_length_one_and_zeros_stay_zeros() -> None:
-    rows = torch.cat([normal(20, 7) * 50, torch.zeros(1, 7)])
-    lengths = unit(rows).double().norm(dim=1)
-    assert torch.allclose(lengths[:-1], torch.ones(20, dtype=torch.float64), atol=1e-6)
-    assert float(lengths[-1]) == 0
-    assert unit(torch.tensor([[3.0, -4.0]])).tolist() == [[pytest.approx(0.6), pytest.approx(-0.8)]]
-
-
-def test_the_decoder_gets_the_row_or_its_unit_row() -> None:
-    rows = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
-    assert torch.equal(Codebook(rows, COSINE).emitted, rows)
-    assert Codebook(rows, COSINE_UNIT).emitted.flatten().tolist() == pytest.approx([0.6, 0.8, 0.0, 1.0])
+    rows = unit(torch.tensor([[3.0, -4.0], [0.0, 0.0], [1e6, 0.0]]))
+    assert rows.flatten().tolist() == pytest.approx([0.6, -0.8, 0, 0, 1, 0])
 
 
 @pytest.mark.parametrize(
-    ("metric", "expected"),
+    ("metric", "emitted", "error"),
     [
-        (EUCLIDEAN, 10.0),  # (6, 0) to (3, 1): 9 + 1
-        (DOT, 10.0),
-        (COSINE, 10.0),
-        (COSINE_UNIT, 2 - 2 * 3 / 10**0.5),  # (1, 0) to (3, 1)/√10: 2 - 2 cos
+        (EUCLIDEAN, [3, 1], 10),  # (6, 0) to (3, 1): 9 + 1
+        (DOT, [3, 1], 10),
+        (COSINE, [3, 1], 10),
+        (COSINE_UNIT, [3 / 10**0.5, 1 / 10**0.5], 2 - 2 * 3 / 10**0.5),  # (1, 0) to (3, 1)/√10: 2 - 2 cos
     ],
 )
-def test_squared_errors_run_from_the_latent_to_what_is_emitted(metric: Metric, expected: float) -> None:
+def test_squared_errors_run_from_the_latent_to_what_is_emitted(
+    metric: Metric, emitted: list[float], error: float
+) -> None:
     codebook = Codebook(torch.tensor([[100.0, 100.0], [3.0, 1.0]]), metric)
-    found = squared_errors(torch.tensor([[6.0, 0.0]]), codebook, torch.tensor([1]))
-    assert found.tolist() == pytest.approx([expected], rel=1e-6)
-
-
-def test_squared_errors_of_the_nearest_codes_are_the_smallest() -> None:
-    codebook, latents = Codebook(normal(20, 4, seed=1)), normal(300, 4, seed=2)
-    found = squared_errors(latents, codebook, nearest(latents, codebook))
-    assert torch.allclose(found.double(), scores(latents, codebook).amin(1), rtol=1e-5)
+    assert codebook.emitted[1].tolist() == pytest.approx(emitted)
+    errors = squared_errors(torch.tensor([[6.0, 0.0]]), codebook, torch.tensor([1]))
+    assert errors.dtype == torch.float64 and errors.tolist() == pytest.approx([error], rel=1e-6)
 
 
 def test_the_metrics_are_those_that_are_declared() -> None:
@@ -330,7 +241,7 @@ def test_the_metrics_are_those_that_are_declared() -> None:
     assert all(pickle.loads(pickle.dumps(metric)) == metric for metric in EACH)  # other processes get them so
 
 
-@pytest.mark.parametrize("metric", EACH, ids=METRICS)
+@each_metric
 def test_prepared_codes_are_chosen_by_prepared_latents_as_the_codes_by_the_latents(metric: Metric) -> None:
     codebook, latents = Codebook(normal(40, 6, seed=1), metric), normal(500, 6, seed=2)
     assert torch.equal(nearest(metric.prepare(latents), prepared(codebook)), nearest(latents, codebook))

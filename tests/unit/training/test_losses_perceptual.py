@@ -26,12 +26,12 @@ PAIR = torch.rand(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def features() -> nn.Sequential:
-    """Those of torchvision's VGG16, of weights drawn here."""
+    """Those of torchvision's VGG16, of random weights."""
     models = pytest.importorskip("torchvision").models
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        found: nn.Sequential = models.vgg16(weights=None).features
-    return found
+        features: nn.Sequential = models.vgg16(weights=None).features
+    return features
 
 
 @pytest.fixture
@@ -71,25 +71,21 @@ def by_torchmetrics(shown: Tensor, images: Tensor) -> float:
 def test_it_is_what_torchmetrics_computes_with_the_same_weights(vgg: Path, home: Path) -> None:
     from torchvision.models import VGG16_Weights
 
-    expected = by_torchmetrics(*PAIR)
     home.mkdir(parents=True)
     (home / Path(VGG16_Weights.DEFAULT.url).name).write_bytes(vgg.read_bytes())
+    expected, gray = by_torchmetrics(*PAIR), PAIR[:, :, :1]
     for weights in (str(vgg), "auto"):
-        assert Perceptual(weights, 32, CPU)(*PAIR).item() == pytest.approx(expected, rel=1e-5)
-    assert expected > 0.01
+        perceptual = Perceptual(weights, 32, CPU)
+        assert perceptual(*PAIR).item() == pytest.approx(expected, rel=1e-5) and expected > 0.01
+    expected = by_torchmetrics(*gray.expand(-1, -1, 3, -1, -1))
+    assert perceptual(*gray).item() == pytest.approx(expected, rel=1e-5)
+    assert perceptual(gray[1], gray[1]).item() == 0
 
 
-def test_grey_images_are_three_alike_and_like_images_are_at_no_distance(vgg: Path) -> None:
-    perceptual, (shown, images) = Perceptual(str(vgg), 32, CPU), PAIR[:, :, :1]
-    expected = by_torchmetrics(*(of.expand(-1, 3, -1, -1) for of in (shown, images)))
-    assert perceptual(shown, images).item() == pytest.approx(expected, rel=1e-5)
-    assert perceptual(images, images).item() == 0
-
-
-def test_gradients_reach_what_is_shown_beyond_black_and_white_too_and_nothing_else(vgg: Path) -> None:
-    perceptual, shown = Perceptual(str(vgg), 32, CPU), (3 * PAIR[0] - 1).requires_grad_()
-    perceptual(shown, PAIR[1]).backward()
-    assert shown.grad is not None and bool(shown.grad[shown > 1].any()) and bool(shown.grad[shown < 0].any())
+def test_gradients_reach_reconstructions_beyond_black_and_white_too_and_nothing_else(vgg: Path) -> None:
+    perceptual, output = Perceptual(str(vgg), 32, CPU), (3 * PAIR[0] - 1).requires_grad_()
+    perceptual(output, PAIR[1]).backward()
+    assert output.grad is not None and bool(output.grad[output > 1].any()) and bool(output.grad[output < 0].any())
     assert all(parameter.grad is None for parameter in perceptual.network.parameters())
     assert not perceptual.network.training
 
@@ -103,18 +99,15 @@ def test_safetensors_do_as_well_and_no_number_is_drawn(vgg: Path, tmp_path: Path
 
 
 def test_other_weights_are_refused_with_the_address_of_the_right_ones(vgg: Path, tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        CodebookError, match=r"no weights of torchvision's VGG16 .*; the file is https://.*vgg16.*\.pth"
+    features = torch.load(vgg, weights_only=True) | {"features.0.weight": torch.zeros(64, 1, 3, 3)}
+    save_file(features, gray := tmp_path / "gray.safetensors")
+    for path, message in (
+        (tiny, r"no weights of torchvision's VGG16 .*; the file is https://.*vgg16.*\.pth"),
+        (gray, "^[^\n]*size mismatch[^\n]*$"),
+        (tmp_path / "nobody.pth", r"no such file.*nobody\.pth"),
     ):
-        Perceptual(str(tiny), 32, CPU)
-    features = torch.load(vgg, weights_only=True)
-    features["features.0.weight"] = torch.zeros(64, 1, 3, 3)
-    save_file(features, tmp_path / "grey.safetensors")
-    with pytest.raises(CodebookError, match="size mismatch") as error:
-        Perceptual(str(tmp_path / "grey.safetensors"), 32, CPU)
-    assert "\n" not in str(error.value)
-    with pytest.raises(CodebookError, match=r"no such file.*nobody\.pth"):
-        Perceptual(str(tmp_path / "nobody.pth"), 32, CPU)
+        with pytest.raises(CodebookError, match=message):
+            Perceptual(str(path), 32, CPU)
 
 
 def test_without_weights_and_network_it_is_said_how_to_give_some(

@@ -5,34 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 
-from codebook_tools.training.learning_rate import shares, usual_rate
+from codebook_tools.training.learning_rate import relative_rates, usual_rate
 
 
 def of(size: float, *shape: int) -> torch.Tensor:
     return torch.full(shape, size)
 
 
-def test_kernels_learn_in_proportion_to_their_size_and_on_the_whole_as_fast_as_before() -> None:
-    found = shares([of(0.01, 4, 4), of(0.04, 8, 2, 3, 3), of(0.16, 2, 2)])
-    assert found == pytest.approx([0.25, 1.0, 4.0])
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ([of(0.01, 4, 4), of(0.04, 8, 2, 3, 3), of(0.16, 2, 2)], [0.25, 1, 4]),  # in proportion to their size
+        ([of(0.05, 4, 4), of(0, 4, 4), of(0, 4), of(1, 4)], [1, 0.105, 0.105, 1]),  # fresh ones slowly, gains at most 1
+        ([of(1, 4), of(3, 4)], [1, 1]),  # gains alone
+    ],
+)
+def test_tensors_learn_in_proportion_to_their_size(tensors: list[torch.Tensor], expected: list[float]) -> None:
+    assert relative_rates(tensors) == pytest.approx(expected, rel=0.01)
 
 
 def test_a_layer_that_is_scaled_while_the_next_makes_up_for_it_learns_as_before() -> None:
-    plain = shares([of(0.05, 4, 4), of(0.1, 4), of(0.03, 4, 4), of(0.02, 4)])
-    scaled = shares([of(0.5, 4, 4), of(1.0, 4), of(0.003, 4, 4), of(0.02, 4)])
-    assert scaled[0] / plain[0] == pytest.approx(10, rel=0.2)
-    assert scaled[2] / plain[2] == pytest.approx(0.1, rel=0.2)
+    plain = relative_rates([of(0.05, 4, 4), of(0.1, 4), of(0.03, 4, 4), of(0.02, 4)])
+    scaled = relative_rates([of(0.5, 4, 4), of(1.0, 4), of(0.003, 4, 4), of(0.02, 4)])
+    assert [scaled[0] / plain[0], scaled[2] / plain[2]] == pytest.approx([10, 0.1], rel=0.2)
     assert scaled[3] == plain[3]
-
-
-def test_fresh_tensors_learn_slowly_and_gains_no_faster_than_the_rate() -> None:
-    kernel, zeros, bias, gain = shares([of(0.05, 4, 4), of(0.0, 4, 4), of(0.0, 4), of(1.0, 4)])
-    assert kernel == gain == 1.0
-    assert zeros == bias == pytest.approx(0.1, rel=0.1)
-
-
-def test_gains_alone_have_the_rate_itself() -> None:
-    assert shares([of(1.0, 4), of(3.0, 4)]) == [1.0, 1.0]
 
 
 def test_the_usual_rate_falls_with_depth_and_with_the_roots_of_width_and_of_fewer_images() -> None:
