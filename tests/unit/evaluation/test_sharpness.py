@@ -137,10 +137,10 @@ def test_parts_in_any_order_and_packed_are_the_whole(tiny: Path, images_folder: 
 
     whole, parts = part(0, 1), [part(i, 4) for i in (2, 0, 3, 1)]
     total = reduce(add, parts)
-    assert (total.detail, total.shown_detail) == (whole.detail, whole.shown_detail) and whole.detail
+    assert (total.detail, total.reconstructed_detail) == (whole.detail, whole.reconstructed_detail) and whole.detail
     again = whole.unpacked(*whole.packed())
-    assert (again.detail, again.shown_detail) == (whole.detail, whole.shown_detail)
-    assert measurement_of(again, "test").sharpness == float(Fraction(whole.shown_detail or 0) / whole.detail)
+    assert (again.detail, again.reconstructed_detail) == (whole.detail, whole.reconstructed_detail)
+    assert measurement_of(again, "test").sharpness == float(Fraction(whole.reconstructed_detail or 0) / whole.detail)
     assert (whole + replace(whole, detail=None)).detail is None
 
 
