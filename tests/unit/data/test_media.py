@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -65,12 +64,7 @@ def test_an_endless_stream_ends_with_its_workers(images: Images) -> None:
     assert active_children() == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_end_from_outside_leaves_no_workers_behind(number: signal.Signals, images_folder: Path) -> None:
-    if number == signal.SIGKILL and sys.platform != "linux":
-        pytest.skip("only Linux tells children that their parent is gone")
-    program = """
+PROGRAM = """
 import itertools, sys
 sys.path.insert(0, sys.argv[2])
 from multiprocessing import active_children
@@ -82,49 +76,44 @@ for n, _ in enumerate(images.stream([i % 60] for i in itertools.count())):
     if n == 10:
         print(*(child.pid for child in active_children()), flush=True)
 """
-    running = subprocess.Popen(
-        [sys.executable, "-c", program, str(images_folder), str(SUPPORT)],
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children that their parent is gone")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_end_from_outside_leaves_no_workers_behind(number: signal.Signals, images_folder: Path) -> None:
+    def running_workers() -> list[Path]:
+        states = {path: path.read_text().rpartition(")")[2].split()[0] for path in stats if path.exists()}
+        return [path for path, state in states.items() if state != "Z"]
+
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, images_folder, SUPPORT],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job is born deaf to it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
     )
-    assert running.stdout is not None
-    workers = [int(pid) for pid in running.stdout.readline().split()]
-    running.send_signal(number)
-    assert running.wait(60) != 0 and len(workers) == 2
+    assert parent.stdout is not None
+    stats = [Path(f"/proc/{pid}/stat") for pid in parent.stdout.readline().split()]
+    parent.send_signal(number)
+    assert parent.wait(60) != 0 and len(stats) == 2
     deadline = time.monotonic() + 30
-    while any(map(is_running, workers)) and time.monotonic() < deadline:
-        time.sleep(0.1)  # who was killed could not wait for them
-    assert not any(map(is_running, workers))
-
-
-def is_running(pid: int) -> bool:
-    """False also for a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        return not Path("/proc/self").exists()
+    while running_workers() and time.monotonic() < deadline:
+        time.sleep(0.1)  # a killed parent could not wait for them
+    assert not running_workers()
 
 
 # --- unreadable items ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "error", [PermissionError(13, "Permission denied", "/a/b.png"), OSError(5, "Input/output error")]
-)
-def test_a_file_that_the_system_refuses_is_named_with_its_reason(error: OSError, tmp_path: Path) -> None:
+def test_a_file_that_the_system_refuses_is_named_with_its_reason(tmp_path: Path) -> None:
     items = find_images([put(tmp_path / "b.png", picture(1))])
 
     def refuse() -> BinaryIO:
-        raise error
+        raise PermissionError(13, "Permission denied", "/a/b.png")
 
     object.__setattr__(items[0].source, "open", refuse)
-    with pytest.raises(CodebookError, match=rf"cannot read image b\.png: {error.strerror}; --skip-bad"):
+    with pytest.raises(CodebookError, match=r"cannot read image b\.png: Permission denied; --skip-bad"):
         read(items)
     assert split(fakes(50), items).test == items  # whether it is also in the data, nobody can tell
 

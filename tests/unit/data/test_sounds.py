@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from torch import Tensor
 from codebook_tools.data.audio import Waveforms
 from codebook_tools.data.dataset import Beyond, Media
 from codebook_tools.data.items import Item
-from codebook_tools.data.splits import limited, split
 from codebook_tools.errors import CodebookError
 
 
@@ -121,52 +119,24 @@ def test_floating_point_is_kept_beyond_full_scale_and_reported(subtype: str, tmp
         read(items)
 
 
-SIX = [0.5, 0.25, -0.25, 0, 0, 0.125]
-
-
-def one_sample(folder: Path, wave: list[float]) -> list[list[Item]]:
-    """The clip of one sample in so many channels, from a file of each format."""
-    return [
-        find_clips(put_bytes(folder / f"x.{kind}", stored(np.array([wave]), RATE, kind, subtype)), size=1)
-        for kind, subtype in (("WAV", "FLOAT"), ("FLAC", "PCM_16"))
-    ]
-
-
-@pytest.mark.parametrize(
-    ("wave", "channels", "expected"),
-    [
-        (SIX[:1], 2, [0.5, 0.5]),
-        (SIX[:2], 2, [0.5, 0.25]),
-        (SIX, 6, SIX),
-        ([0.5] * 2, 1, [0.5]),
-        ([0.5] * 3, 2, [0.5] * 2),
-    ],
-)
-def test_channels_that_agree_or_are_alike_need_no_option(
-    wave: list[float], channels: int, expected: list[float], tmp_path: Path
-) -> None:
-    for items in one_sample(tmp_path, wave):
-        for mixing in (None, "mix", "first"):
-            assert read(items, channels, mixing).flatten().tolist() == expected
-
-
 @pytest.mark.parametrize(
     ("wave", "channels", "mean", "first"),
     [
-        (SIX[:2], 1, [0.375], [0.5]),
-        (SIX[:4], 2, [0.125, 0.125], [0.5, 0.25]),
-        (SIX[:2], 4, [0.375] * 4, [0.5] * 4),
+        ([0.5, 0.25], 1, [0.375], [0.5]),
+        ([0.5, 0.25, -0.25, 0], 2, [0.125, 0.125], [0.5, 0.25]),
+        ([0.5, 0.25], 4, [0.375] * 4, [0.5] * 4),
     ],
 )
 def test_other_channels_are_refused_until_their_mean_or_the_first_are_asked_for(
     wave: list[float], channels: int, mean: list[float], first: list[float], tmp_path: Path
 ) -> None:
-    for items in one_sample(tmp_path, wave):
-        message = f"^clip x.*#0 has {len(wave)} channels, and the network takes {channels}: give --channels mix.first"
-        with pytest.raises(CodebookError, match=message):
-            media(items, channels, skip_bad=True).load(items)  # it is not damaged: --skip-bad must not hide it
-        assert read(items, channels, "mix").flatten().tolist() == mean
-        assert read(items, channels, "first").flatten().tolist() == first
+    items = find_clips(put_bytes(tmp_path / "x.wav", stored(np.array([wave]))), size=1)
+    message = f"^clip x.wav#0 has {len(wave)} channels, and the network takes {channels}: give --channels mix.first"
+    with pytest.raises(CodebookError, match=message):
+        media(items, channels, skip_bad=True).load(items)  # it is not damaged: --skip-bad must not hide it
+    assert read(items, channels, "mix").flatten().tolist() == mean
+    assert read(items, channels, "first").flatten().tolist() == first
+    assert read(items, len(wave)).flatten().tolist() == wave
 
 
 # --- resampling ------------------------------------------------------------------------------------------------------
@@ -192,31 +162,6 @@ def test_resampling_keeps_a_sine_and_filters_what_the_model_cannot_hold(tmp_path
     )
     assert np.abs(low.flatten().numpy() - sine(440, RATE, 1))[100:-100].max() < 0.002
     assert float(high.flatten()[100:-100].abs().max()) < 0.002
-
-
-# --- splits ----------------------------------------------------------------------------------------------------------
-
-
-def test_no_file_is_in_two_splits_even_of_a_few_clips_drawn(tmp_path: Path) -> None:
-    for i in range(40):
-        put_bytes(tmp_path / f"{i}.wav", stored(sweep(RATE, 1)))
-    items = find_clips(tmp_path, size=1000)
-    for drawn in (items, limited(items, 150, seed=1)):
-        splits = split(drawn)
-        files = [{item.group for item in part} for part in (splits.train, splits.validation, splits.test)]
-        assert all(files) and not any(one & other for one, other in pairwise([*files, files[0]]))
-        assert sum(map(len, files)) == 40 or drawn is not items
-
-
-def test_a_file_in_both_parts_is_refused_under_any_name_but_silence_is_not(tmp_path: Path) -> None:
-    wave = sweep(RATE, 2)
-    silent = np.concatenate([np.zeros(RATE, dtype=np.float32), sine(50, RATE, 1)])
-    for name, data in (("d/a", wave), ("d/b", silent), ("t/c", -wave), ("t/d", -silent)):
-        put_bytes(tmp_path / f"{name}.wav", stored(data))
-    assert len(split(find_clips(tmp_path / "d"), find_clips(tmp_path / "t")).test) == 4  # one is silent in both
-    put_bytes(tmp_path / "t" / "e.wav", stored(wave))
-    with pytest.raises(CodebookError, match=r"test item e\.wav#0 is also in --data, as a\.wav#0"):
-        split(find_clips(tmp_path / "d"), find_clips(tmp_path / "t"))
 
 
 # --- damaged files ---------------------------------------------------------------------------------------------------
