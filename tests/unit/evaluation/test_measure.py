@@ -17,10 +17,14 @@ from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.evaluation.figures import Measurement
 from codebook_tools.evaluation.measure import find_input_range, measure, reconstruct
+from codebook_tools.evaluation.quality_warnings import blur_warnings
 from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
+from codebook_tools.training.recipe import FineTune
+from codebook_tools.workflows import operate as workflow
+from codebook_tools.workflows.request import Request
 
 GreyImages = Callable[..., Images]
 Line = Callable[[list[float]], Model]
@@ -102,6 +106,79 @@ def test_a_measurement_is_what_an_independent_pass_in_float64_finds(
     assert use.distortion == pytest.approx(float(distances.amin(1).mean()), rel=1e-4)
     assert (use.latents, use.used, use.used_10) == (960, int((counts > 0).sum()), int((counts >= 10).sum()))
     assert use.perplexity == pytest.approx(float(torch.exp(-(shares * shares.log()).sum())), rel=1e-6)
+
+
+# --- sharpness -------------------------------------------------------------------------------------------------------
+
+
+def board(side: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """(side, side): a checkerboard of single pixels."""
+    return low + (high - low) * (torch.arange(side)[:, None] + torch.arange(side)).remainder(2).float()
+
+
+FADED = board(12, 0.2, 0.8), torch.full((12, 12), 0.6)
+"""Reconstructed as 0.4 and 0.6 the board has a ninth of its energy; flat images add nothing to either."""
+
+
+@pytest.mark.parametrize(
+    ("codes", "pictures", "structure", "sharpness"),
+    [
+        ([0.4, 0.6], FADED, True, pytest.approx(1 / 9, rel=1e-5)),
+        ([0.2, 0.8], FADED, True, pytest.approx(1, rel=1e-5)),
+        ([0.4, 0.6], FADED, False, None),
+        ([0.5], [board(12)], True, 0),
+        ([0.4, 0.6], [torch.full((12, 12), 0.5)], True, None),  # no detail
+        ([0.4, 0.6], [board(2)], True, None),  # too small
+    ],
+)
+def test_sharpness_is_the_ratio_of_detail_over_all_images(
+    codes: list[float],
+    pictures: list[Tensor],
+    structure: bool,
+    sharpness: float | None,
+    line: Line,
+    grey_images: GreyImages,
+) -> None:
+    images = grey_images(*(picture.tolist() for picture in pictures))
+    result = measured(line(codes), images, batch=1, structure=structure)
+    assert result.sharpness == sharpness
+
+
+def with_figures(sharpness: float | None, ssim: float | None) -> Measurement:
+    return Measurement("test", 10, 0.01, 20.0, ssim, (), sharpness)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ((0.5, 0.8), (0.44, 0.8), ["blurrier than the original: sharpness fell from 50.0% to 44.0%"]),
+        ((0.5, 0.8), (0.6, 0.78), ["less true than the original: SSIM fell from 0.8000 to 0.7800"]),
+        ((0.5, 0.8), (0.3, 0.7), ["sharpness fell from 50.0% to 30.0%", "SSIM fell from 0.8000 to 0.7000"]),
+        ((3.0, 0.8), (0.8, 0.8), ["sharpness fell from 300.0% to 80.0%"]),
+        ((0.5, None), (0.1, None), ["sharpness fell from 50.0% to 10.0%"]),
+        # small falls, gains, and what was not measured
+        ((0.5, 0.8), (0.46, 0.795), []),
+        ((0.5, 0.8), (0.9, 0.9), []),
+        ((None, None), (None, None), []),
+        ((0.0, 0.5), (0.0, 0.5), []),
+        ((3.0, 0.5), (0.95, 0.5), []),
+    ],
+)
+def test_a_fall_of_some_size_is_named_with_the_way_out(
+    before: tuple[float | None, float | None], after: tuple[float | None, float | None], expected: list[str]
+) -> None:
+    for words, warning in zip(expected, blur_warnings(with_figures(*before), with_figures(*after)), strict=True):
+        assert words in warning and "--perceptual" in warning and "--distill 1" in warning
+
+
+@pytest.mark.filterwarnings("ignore::codebook_tools.CodebookWarning")
+def test_the_result_of_a_fine_tuning_has_the_warnings(
+    tiny: Path, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workflow, "blur_warnings", lambda before, after: [f"{before.images}, {after.images} images"])
+    request = Request(tiny, (str(images_folder),), input_range=(-1.0, 1.0), output=tmp_path / "out.safetensors")
+    result = workflow.operate("finetune", request, None, FineTune(steps=1), Watch())
+    assert "3, 3 images" in result.warnings
 
 
 # --- the input range -------------------------------------------------------------------------------------------------
