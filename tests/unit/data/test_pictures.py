@@ -73,6 +73,7 @@ DEFLATED = {order: zlib.compress(words([200, 10], order)) for order in "<>"}
 IN_GRAY = {
     "gray": png_of(0, 8, [[200, 10]]),
     "with alpha": png_of(4, 8, [[200, 255, 10, 0]]),
+    "with alpha of the same numbers": png_of(4, 8, [[200, 200, 10, 10]]),
     "with one gray transparent": png_of(0, 8, [[200, 10]], tRNS=struct.pack(">H", 10)),
     "16 bits": png_of(0, 16, [[257 * 200, 257 * 10]]),
     "16 bits, one transparent": png_of(0, 16, [[257 * 200, 257 * 10]], tRNS=struct.pack(">H", 2570)),
@@ -137,6 +138,7 @@ WITH_LOSS = {
     "RGB with one color transparent": (4, 3, IN_RGB),
     "palette with alpha": (4, 3, IN_RGB),
     "with alpha": (2, 1, GRAYS),
+    "with alpha of the same numbers": (2, 1, GRAYS),
     "16 bits, one transparent": (2, 3, GRAYS * 3),
 }
 """Channels of the picture and of the network, and what --channels first makes of it."""

@@ -105,14 +105,14 @@ def test_integers_of_any_depth_are_parts_of_full_scale(kind: str, subtype: str, 
 
 @pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
 def test_floating_point_is_kept_beyond_full_scale_and_reported(subtype: str, tmp_path: Path) -> None:
-    wave = np.array([0.0, 0.25, -1.0, 1.5, -3.75, 1.0, 0.5, 0.0, 4.0, 0, 0, 0, -4.01, 0, 0, 0])
+    wave = np.array([0.0, 0.25, -1.0, 1.5, -3.75, 1.0, 0.5, 0.0, 4.0, 0, 0, 0, 1, 0, 0, -1, -4.01, 0, 0, 0])
     items = find_clips(put_bytes(tmp_path / "x.wav", stored(wave, subtype=subtype)), size=4)
-    source = media(items[:3])
+    source = media(items[:4])
     for _ in range(2):
-        assert source.load(source.items)[1].flatten().tolist() == wave[:12].tolist()
+        assert source.load(source.items)[1].flatten().tolist() == wave[:16].tolist()
         counts = {"x.wav#0": Beyond(1, 4, 1.5), "x.wav#1": Beyond(1, 4, 3.75), "x.wav#2": Beyond(1, 4, 4)}
         assert source.beyond == counts
-    with pytest.raises(CodebookError, match=r"cannot read clip x\.wav#3: its waveform reaches 4\.01, beyond 4; scale"):
+    with pytest.raises(CodebookError, match=r"cannot read clip x\.wav#4: its waveform reaches 4\.01, beyond 4; scale"):
         read(items)
 
 
