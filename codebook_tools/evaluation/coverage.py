@@ -69,8 +69,7 @@ def reference_distance(latents: Tensor | None, codebook: Codebook, *, seed: int)
         return None
     points = codebook.metric.emit(latents)
     init: Init = "kmeans++" if codebook.size <= _SEEDED_WELL else "random"
-    centroids = Codebook(
-        kmeans(points, codebook.size, init=init, iterations=_ITERATIONS, seed=seed, watch=Watch()).centroids
-    )
+    result = kmeans(points, codebook.size, init=init, iterations=_ITERATIONS, seed=seed, watch=Watch())
+    centroids = Codebook(result.centroids)
     errors = squared_errors(points, centroids, nearest(points, centroids))
     return float(torch.quantile(errors.double(), _PERCENTILE))

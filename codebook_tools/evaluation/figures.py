@@ -124,9 +124,8 @@ def _ssim(sums: Sums) -> float | None:
 
 
 def _sharpness(sums: Sums) -> float | None:
-    if not sums.detail or sums.reconstructed_detail is None:
-        return None
-    return float(sums.reconstructed_detail / sums.detail)
+    reconstructed = sums.reconstructed_detail
+    return float(reconstructed / sums.detail) if sums.detail and reconstructed is not None else None
 
 
 @dataclass(frozen=True)

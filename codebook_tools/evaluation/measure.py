@@ -19,6 +19,9 @@ from codebook_tools.evaluation.one_pass import MediaSource, run_pass
 from codebook_tools.models.model import Model, Pass
 from codebook_tools.runtime.progress import Watch
 
+Range = tuple[float, float]
+"""Lowest and highest value of a network's input."""
+
 RANGE_IMAGES = 64
 """Images that the input range is determined with."""
 
@@ -91,9 +94,7 @@ def reconstructions(model: Model, images: Media, batch: int, split: str = "test"
     return MediaSource(images, partial(reconstruct, model), batch, f"measure on {split}")
 
 
-def range_errors(
-    model: Model, pixels: Tensor, ranges: Iterable[tuple[float, float]]
-) -> dict[tuple[float, float], float]:
+def range_errors(model: Model, pixels: Tensor, ranges: Iterable[Range]) -> dict[Range, float]:
     """Mean squared error of one batch in several input ranges.
 
     Args:
@@ -104,7 +105,7 @@ def range_errors(
     Returns:
         The error by range; ranges in which the network's output is not finite are left out.
     """
-    errors = dict[tuple[float, float], float]()
+    errors = dict[Range, float]()
     for bounds in ranges:
         with suppress(NotFiniteError), model.in_range(bounds):
             reconstructed = reconstruct(model, pixels).media
@@ -112,10 +113,10 @@ def range_errors(
     return errors
 
 
-def find_input_range(model: Model, images: Media) -> dict[tuple[float, float], float]:
+def find_input_range(model: Model, images: Media) -> dict[Range, float]:
     """Mean squared error of RANGE_IMAGES images in each input range of the modality; the lowest is the model's own."""
     few = images.subset(limited(images.items, RANGE_IMAGES, seed=0))  # drawn, as neighbors in name are often alike
-    errors = dict[tuple[float, float], float]()
+    errors = dict[Range, float]()
     for bounds in model.modality.input_ranges:
         with model.in_range(bounds):
             errors[bounds] = measure(model, few, structure=False, watch=Watch()).error
