@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from codebook_tools.codebook import Metric as Metric
     from codebook_tools.codebook import Strategy as Strategy
     from codebook_tools.codebook import Surgery as Surgery
-    from codebook_tools.data.given import Data as Data
+    from codebook_tools.data.user_data import Data as Data
     from codebook_tools.errors import CodebookError as CodebookError
     from codebook_tools.models.wrapped import install as install
     from codebook_tools.training.recipe import FineTune as FineTune
@@ -41,7 +41,7 @@ _HOMES = {
     "clustering.kmeans": ("kmeans",),
     "clustering.metric": ("METRICS",),
     "codebook": ("REMOVED", "Codebook", "Metric", "Strategy", "Surgery"),
-    "data.given": ("Data",),
+    "data.user_data": ("Data",),
     "errors": ("CodebookError",),
     "models.wrapped": ("install",),
     "training.recipe": ("FineTune",),

@@ -107,7 +107,7 @@ def _measured(first: Tensor, other: Tensor) -> Sums:
         similarity=None,
         books=(),
         detail=None,
-        shown_detail=None,
+        reconstructed_detail=None,
     )
 
 

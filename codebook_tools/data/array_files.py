@@ -18,18 +18,21 @@ from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError, one_line
 
 Decode = Callable[[NDArray[Any]], Values]
-"""A row as it is stored, to the values of its item. Raises ValueError with the reason where it cannot be read."""
+"""Converts a stored row to the values of an item; raises ValueError with the reason where it cannot."""
 
 
 def stored_arrays(path: Path, many: str) -> list[NDArray[Any]]:
-    """The array of a .npy file, mapped, or the only one of a .npz file, if it holds one.
+    """Read the array of a .npy or .npz file.
 
     Args:
-        path: Of the file.
-        many: What its rows are called.
+        path: The file.
+        many: What its rows are called in messages.
+
+    Returns:
+        The array of a .npy file, memory-mapped; that of a .npz file; nothing for a .npz file without any.
 
     Raises:
-        CodebookError: It cannot be read, or holds several arrays or something else.
+        CodebookError: The file cannot be read, or holds several arrays or something else.
     """
     try:
         _refuse_bomb(path)
@@ -45,7 +48,7 @@ def stored_arrays(path: Path, many: str) -> list[NDArray[Any]]:
 
 
 def _refuse_bomb(path: Path) -> None:
-    """Raise ValueError for a .npz that is far longer in memory than on disk: data are not."""
+    """Raise ValueError for a .npz that is far longer in memory than on disk, which real data are not."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -56,7 +59,13 @@ def _refuse_bomb(path: Path) -> None:
 
 
 def row_items(name: str, array: NDArray[Any], decode: Decode) -> list[Item]:
-    """One item a row of an array (n, ...), named NAME#row."""
+    """Make one item of each row of an array.
+
+    Args:
+        name: Of the array; a row is named NAME#row.
+        array: (n, ...); rows of a memory-mapped one are read from the file when they are decoded.
+        decode: Converts a row to the values of its item.
+    """
     rows: NDArray[Any] | _FileRows = array.view(np.ndarray)
     file = None
     if isinstance(array, np.memmap):
@@ -65,15 +74,15 @@ def row_items(name: str, array: NDArray[Any], decode: Decode) -> list[Item]:
     nbytes = array[:1].nbytes
 
     def item(number: int) -> Item:
-        row, own = _Row(rows, number, decode), f"{name}#{number}"
-        return Item(own, Source(own, nbytes, row.open, file), row)
+        row, row_name = _Row(rows, number, decode), f"{name}#{number}"
+        return Item(row_name, Source(row_name, nbytes, row.open, file), row)
 
     return list(map(item, range(len(array))))
 
 
 @dataclass(frozen=True, eq=False)
 class _FileRows:
-    """Rows of an array in a file, read when asked for: what is mapped counts as memory once it was touched."""
+    """Rows of an array in a file, read on demand: mapped pages that were touched count as memory of the process."""
 
     file: str
     start: int
@@ -82,13 +91,13 @@ class _FileRows:
 
     def __getitem__(self, number: int) -> NDArray[Any]:
         count = math.prod(self.shape)
-        at = self.start + number * count * self.dtype.itemsize
-        return np.fromfile(self.file, self.dtype, count, offset=at).reshape(self.shape)
+        offset = self.start + number * count * self.dtype.itemsize
+        return np.fromfile(self.file, self.dtype, count, offset=offset).reshape(self.shape)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Row:
-    """A row of an array: called, its values; opened, its bytes."""
+    """A row of an array: calling it gives the values, `open` the bytes."""
 
     rows: NDArray[Any] | _FileRows
     number: int
@@ -98,4 +107,5 @@ class _Row:
         return self.decode(self.rows[self.number])
 
     def open(self) -> BinaryIO:
+        """The bytes of the row as a stream."""
         return io.BytesIO(self.rows[self.number].tobytes())

@@ -20,17 +20,17 @@ from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError
 
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC")
-"""What is decoded, whatever a file's name says. libsndfile knows others, but in MP3 and Vorbis it misses the sample it
-is asked to seek to, by up to a block, so that clips would neither join nor be the same twice."""
+"""What is decoded, whatever a file's suffix. libsndfile knows other formats, but seeking in MP3 and Vorbis misses the
+requested sample by up to a block: clips would neither join nor be the same at each reading."""
 
 RATES = range(1_000, 768_001)
-"""Sampling rates in Hz; a damaged header says any number, and the resampling filter grows with it."""
+"""Accepted sampling rates in Hz: a damaged header may hold any number, and the resampling filter grows with it."""
 
 PEAK = 4.0
-"""Floating-point waveforms above 1 are told and kept; above this (12 dB) they are of another scale."""
+"""Floating-point waveforms above 1 are kept and reported; above this (12 dB) they have another scale."""
 
 LONGEST_CLIP = 1 << 28
-"""Samples of a clip, an hour and a half at 48 kHz: 1 GB in float32, and an encoder makes a multiple of it."""
+"""Samples of a clip, 93 minutes at 48 kHz: 1 GB in float32, and an encoder's activations are a multiple of it."""
 
 ZEROS = 10
 """Length of resample_poly's filter to either side, in samples of the lower rate."""
@@ -40,17 +40,17 @@ ZEROS = 10
 class Waveforms(Modality):
     """Clips of WAV and FLAC files, float32 (channels, samples) with 1 at full scale.
 
-    Clips follow each other without a gap. What is left at a file's end is dropped; a file shorter than one clip is one
-    clip, silent at its end.
+    Clips follow each other without a gap. An incomplete clip at the end of a file is dropped; a file shorter than one
+    clip is padded with silence.
 
     Attributes:
         rate: Sampling rate in Hz, to which files are resampled.
-        size: Samples of a clip; None for a second. What `stride` does not divide is left out.
+        size: Samples of a clip, rounded down to a multiple of `stride`; None for one second.
         channels: Any number.
         stride: The network's hop, in samples.
 
     Raises:
-        CodebookError: A size below the hop, or beyond an hour and a half.
+        CodebookError: `size` is below the hop or above LONGEST_CLIP.
     """
 
     one = "clip"
@@ -73,20 +73,21 @@ class Waveforms(Modality):
 
     @classmethod
     def accepts(cls, network: object) -> bool:
-        """A network of waveforms says its `sampling_rate` in Hz, its `hop` in samples a latent, and its `channels`."""
+        """Whether the network has a `sampling_rate` (Hz); it then has a `hop` (samples per latent) and `channels`."""
         return hasattr(network, "sampling_rate")
 
     @classmethod
     def of(cls, network: Any, size: int | None) -> Self:
+        """The modality with the network's sampling rate, channels and hop."""
         return cls(rate=network.sampling_rate, size=size, channels=network.channels, stride=network.hop)
 
     @property
     def samples(self) -> int:
-        """Of a clip."""
+        """Length of a clip, a multiple of the hop."""
         return max(self.stride, (self.size or self.rate) // self.stride * self.stride)
 
     def items(self, source: Source) -> list[Item]:
-        """Clips named FILE#number; one file is one group."""
+        """Clips of a file, named FILE#number; all clips of a file are one group."""
         name, rate, samples = source.name, self.rate, self.samples
         try:
             with _opened(source) as sound:
@@ -99,24 +100,35 @@ class Waveforms(Modality):
         ]
 
     def rows(self, name: str, array: Values) -> list[Item]:
-        """Clips of waveforms (n, samples) or (n, channels, samples) at the network's rate, floating point with 1 at
-        full scale; cut as those of a file are."""
+        """Cut waveforms in memory into clips, as files are.
+
+        Args:
+            name: Of the array.
+            array: (n, samples) or (n, channels, samples) at the network's rate, floating point with 1 at full scale.
+
+        Returns:
+            Clips named NAME#row#number; the clips of a row are one group.
+
+        Raises:
+            CodebookError: The array has another shape or dtype, or no value.
+        """
         if array.ndim not in (2, 3) or not array.size:
             raise CodebookError(f"{name} has shape {array.shape}: expected (n, samples) or (n, channels, samples)")
         if array.dtype.kind != "f":
             raise CodebookError(f"{name} has dtype {array.dtype}: expected floating point, 1 being full scale")
         waves = array[:, None] if array.ndim == 2 else array
         return [
-            _held_clip(f"{name}#{row}", wave, i, self.samples)
+            _clip_in_memory(f"{name}#{row}", wave, i, self.samples)
             for row, wave in enumerate(waves)
             for i in range(max(1, wave.shape[-1] // self.samples))
         ]
 
     def in_channels(self, values: Values, how: str | None) -> Values | None:
+        """The waveform in `channels`; mixed channels are their mean."""
         return in_channels(values, self.channels, how, lambda waves: waves.mean(axis=0, keepdims=True))
 
 
-def _held_clip(name: str, wave: Values, number: int, samples: int) -> Item:
+def _clip_in_memory(name: str, wave: Values, number: int, samples: int) -> Item:
     source = Source(name, wave.nbytes, lambda: io.BytesIO(wave.tobytes()))
 
     def decode() -> Values:
@@ -126,11 +138,22 @@ def _held_clip(name: str, wave: Values, number: int, samples: int) -> Item:
 
 
 def decode_clip(source: Source, rate: int, start: int, samples: int) -> NDArray[np.float32]:
-    """(channels, samples), 1 being full scale, in the file's own channels: of the whole waveform at `rate`, `samples`
-    from `start` on, then silence.
+    """Decode one clip of a file by seeking to it.
 
-    Resampled by polyphase filtering with all the context that the filter reaches, so that clips join up as if the file
-    had been resampled whole. Raises ValueError with the reason where the file cannot be read, or goes beyond PEAK.
+    Polyphase resampling reads all the context that the filter reaches, so clips join as if the whole file had been
+    resampled at once.
+
+    Args:
+        source: The file.
+        rate: Sampling rate of the clip, in Hz.
+        start: First sample of the clip, at `rate`.
+        samples: Length of the clip, at `rate`.
+
+    Returns:
+        (channels, samples) with 1 at full scale, in the file's own channels; silent beyond the end of the file.
+
+    Raises:
+        ValueError: The file cannot be read, or a value is not finite or beyond PEAK; with the reason.
     """
     from scipy.signal import resample_poly
 
@@ -150,8 +173,15 @@ def decode_clip(source: Source, rate: int, start: int, samples: int) -> NDArray[
 
 
 def padded(clip: NDArray[np.floating[Any]], samples: int) -> NDArray[np.float32]:
-    """A clip (channels, samples or fewer), silent at its end. Raises ValueError where a value is not finite, or beyond
-    PEAK."""
+    """Check a clip and pad it with silence.
+
+    Args:
+        clip: (channels, n), n at most `samples`.
+        samples: Length of the result.
+
+    Raises:
+        ValueError: A value is not finite, or beyond PEAK.
+    """
     if not np.isfinite(clip).all():
         raise ValueError("its waveform holds values that are not finite")
     if (peak := float(np.abs(clip).max())) > PEAK:
@@ -163,8 +193,7 @@ def padded(clip: NDArray[np.floating[Any]], samples: int) -> NDArray[np.float32]
 
 @contextmanager
 def _opened(source: Source) -> Iterator[Any]:
-    """A soundfile.SoundFile that has frames. Raises ValueError with the reason why not, CodebookError without the
-    library."""
+    """Open a non-empty soundfile.SoundFile; ValueError says why it cannot be, CodebookError that soundfile lacks."""
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: the package without libsndfile
@@ -181,12 +210,12 @@ def _opened(source: Source) -> Iterator[Any]:
                 yield sound
         except soundfile.LibsndfileError as error:
             kind = "no WAV or FLAC sound" if error.code == 1 else "damaged file"
-            told = error.error_string.rstrip(".") or f"code {error.code}"
-            raise ValueError(f"{kind}: libsndfile says {told!r}") from None
+            reason = error.error_string.rstrip(".") or f"code {error.code}"
+            raise ValueError(f"{kind}: libsndfile says {reason!r}") from None
 
 
 def _refuse(sound: Any, nbytes: int) -> None:
-    """Raise ValueError for what libsndfile opens and we do not read. nbytes: of the file."""
+    """Raise ValueError for what libsndfile opens and is not read here. nbytes: length of the file."""
     if sound.format not in FORMATS:
         raise ValueError(f"its content is {sound.format}; expected WAV or FLAC")
     if sound.samplerate not in RATES:

@@ -1,4 +1,4 @@
-"""Decoded values in as many channels as a network takes: what media share of that."""
+"""Conversion of decoded values to the number of channels that a network takes, for all modalities."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from numpy.typing import NDArray
 
 MIX, FIRST = "mix", "first"
 MIXINGS = (MIX, FIRST)
-"""What --channels takes: what becomes of channels that the network has not. Without it nothing may be lost."""
+"""Choices of --channels: how surplus channels are reduced. Without that option no channel may be lost."""
 
 
 def in_channels(
     values: NDArray[Any], channels: int, how: str | None, mix: Callable[[NDArray[Any]], NDArray[Any]]
 ) -> NDArray[Any] | None:
-    """Decoded values in another number of channels.
+    """Convert decoded values to another number of channels.
 
     Args:
-        values: (n, ...), channels along the first axis. Of channels that are all alike any one is the whole.
-        channels: How many there are to be.
-        how: One of MIXINGS; None: no channel may be lost.
-        mix: Channels (n, ...) to the one (1, ...) that stands for all.
+        values: (n, ...), channels first. Identical channels count as one, which is repeated without loss.
+        channels: Number of channels of the result.
+        how: One of MIXINGS; None if no channel may be lost.
+        mix: Reduces (n, ...) to one channel (1, ...).
 
     Returns:
-        (channels, ...), or None where channels would be lost that must not be.
+        (channels, ...); None where `how` does not permit the loss of channels.
     """
     if len(values) == channels:
         return values

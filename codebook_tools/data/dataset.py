@@ -1,4 +1,4 @@
-"""Items as batches of tensors, whatever their modality; what cannot be read is named, or counted and left out."""
+"""Items of any modality as batches of tensors; unreadable items raise an error, or are recorded and left out."""
 
 from __future__ import annotations
 
@@ -22,19 +22,25 @@ from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.runtime.progress import Watch
 
 CACHE_BYTES = 2 << 30
-"""Decoded values are kept up to this many bytes."""
+"""Bytes of decoded values that are cached at most."""
 
 Decoded = Values | Exception
-"""Of one item: what it holds, or why it cannot be read."""
+"""The values of an item, or the reason why it cannot be read."""
 
 
 class ChannelsError(CodebookError):
-    """An item has other channels than the network takes. It is not damaged: nothing goes on without it."""
+    """An item has other channels than the network takes. It is not damaged, so skip_bad does not skip it."""
 
 
 @dataclass(frozen=True)
 class Beyond:
-    """How many values of an item lie beyond full scale, of how many in all, and the farthest of them."""
+    """Values of an item beyond full scale.
+
+    Attributes:
+        count: How many there are.
+        values: All values of the item.
+        peak: Largest absolute value.
+    """
 
     count: int
     values: int
@@ -48,7 +54,7 @@ class _Cache:
     limit: int = field(default_factory=lambda: CACHE_BYTES)
 
     def add(self, item: Item, values: Tensor) -> None:
-        """Keep it where there is room."""
+        """Keep the values where they fit the limit."""
         if self.nbytes + values.nbytes <= self.limit:
             self.values[item] = values
             self.nbytes += values.nbytes
@@ -56,14 +62,20 @@ class _Cache:
 
 @dataclass
 class Media:
-    """Items as tensors, decoded once while they fit CACHE_BYTES and again each time beyond that.
+    """Items as tensors, decoded once while they fit the cache and at each reading otherwise.
 
-    modality: how the network takes them. mixing: of channels.MIXINGS, what becomes of items with other channels; None:
-    CodebookError is raised for what cannot be converted without a loss. skip_bad: leave out what cannot be read,
-    where CodebookError is raised otherwise. part: which of how many parts of the batches a pass over them sees, where
-    others see the rest. workers: processes that decode ahead; 0: this one does, when asked. pinned: batches lie in
-    memory that a GPU copies from by itself. bad: names of items left out, and the reasons. beyond: by name of the item,
-    what of it lies beyond full scale.
+    Attributes:
+        items: The items, in the order of batches.
+        modality: How the network takes them.
+        skip_bad: Leave out unreadable items, for which CodebookError is raised otherwise.
+        watch: Is told the time spent on loading.
+        part: Index and number of parts: `batches` gives every n-th batch, and other processes the rest.
+        workers: Processes that decode ahead; with 0 this process decodes on demand.
+        pinned: Whether batches lie in page-locked memory, for copies to a GPU.
+        bad: Reasons by name of the items left out.
+        mixing: How surplus channels are reduced, of channels.MIXINGS; with None an item whose channels cannot be
+            converted without loss raises CodebookError.
+        beyond: Values beyond full scale, by name of the item.
     """
 
     items: list[Item]
@@ -83,48 +95,66 @@ class Media:
         return len(self.items)
 
     def subset(self, items: list[Item]) -> Self:
-        """The same source restricted to `items`; decoded values and the list of bad items are shared."""
-        part = copy(self)
-        part.items = items
-        return part
+        """A copy restricted to `items`, which shares the cache and the records of bad items."""
+        subset = copy(self)
+        subset.items = items
+        return subset
 
     def whole(self) -> Self:
-        """The same source, all of it, whatever part this is."""
+        """A copy that gives all batches, whatever the part of this one."""
         whole = copy(self)
         whole.part = (0, 1)
         return whole
 
     def keep(self, nbytes: int) -> None:
-        """Keep so many bytes of decoded values at most from now on: none where no item is read twice."""
+        """Limit the cache to so many bytes, for all that share it; 0 where no item is read twice."""
         self._cache.limit = nbytes
         if self._cache.nbytes > nbytes:
             self._cache.values.clear()
             self._cache.nbytes = 0
 
     def batches(self, size: int) -> Iterator[tuple[list[Item], Tensor]]:
-        """Items and their values as `load` returns them, in order, `size` at a time; those of `part` alone, so that the
-        batches of all parts together are those of the whole."""
-        mine, parts = self.part
-        starts = range(mine * size, len(self.items), parts * size)
+        """The batches of this part, in order.
+
+        Args:
+            size: Items per batch, unreadable ones included.
+
+        Returns:
+            Items and values as `load` returns them; batches without a readable item are left out. The batches of all
+            parts together are those of the whole.
+        """
+        index, parts = self.part
+        starts = range(index * size, len(self.items), parts * size)
         batches = self.stream(range(start, min(start + size, len(self.items))) for start in starts)
         return ((items, values) for items, values in batches if items)
 
     def stream(self, places: Iterable[Sequence[int]]) -> Iterator[tuple[list[Item], Tensor]]:
-        """As `load` of the items at these places, list by list; the workers are some lists ahead."""
+        """Load batches of items by their positions in `items`, which the workers decode some batches ahead."""
         ahead = self.workers and any(not self._known(item) for item in self.items)
-        for items, decoded in self._ahead(places) if ahead else ((self._at(its), {}) for its in places):
+        for items, decoded in self._ahead(places) if ahead else ((self._at(batch), {}) for batch in places):
             yield self._batch(items, decoded)
 
     def load(self, items: Sequence[Item]) -> tuple[list[Item], Tensor]:
-        """The readable ones of `items` and their values, float32: images (n, channels, height, width) in [0, 1], or
-        waveforms (n, channels, samples) in [-1, 1]."""
+        """Load a batch.
+
+        Args:
+            items: Of this source, in any order.
+
+        Returns:
+            The readable items, and their values (n, channels, ...) float32: images in [0, 1], waveforms with 1 at full
+            scale. Without any readable item an empty list and an empty tensor.
+
+        Raises:
+            CodebookError: An item cannot be read and skip_bad is off, none of the source can be read, an item has other
+                channels than the network takes, or items have unlike shapes.
+        """
         return self._batch(items, {})
 
     def _at(self, places: Sequence[int]) -> list[Item]:
         return [self.items[place] for place in places]
 
     def _batch(self, items: Sequence[Item], decoded: dict[Item, Decoded]) -> tuple[list[Item], Tensor]:
-        """decoded: those of the items that somebody has decoded already."""
+        """As `load`. decoded: what workers have made of some of the items."""
         with self.watch.phase("load"):
             loaded = [(item, values) for item in items if (values := self._values(item, decoded)) is not None]
             if not loaded:
@@ -133,85 +163,80 @@ class Media:
             return [item for item, _ in loaded], stacked.pin_memory() if self.pinned else stacked
 
     def _ahead(self, places: Iterable[Sequence[int]]) -> Iterator[tuple[list[Item], dict[Item, Decoded]]]:
-        """Lists of items, and what the workers made of those that were not known yet."""
+        """Batches of items, and what the workers made of those that were neither cached nor known as bad."""
         from torch.utils.data import DataLoader
 
         drawn = deque[tuple[list[Item], list[int]]]()
 
         def wanted() -> Iterator[list[int]]:
-            for its in places:
-                items = self._at(its)
-                unknown = [place for place, item in zip(its, items, strict=True) if not self._known(item)]
+            for batch in places:
+                items = self._at(batch)
+                unknown = [place for place, item in zip(batch, items, strict=True) if not self._known(item)]
                 drawn.append((items, unknown))
                 yield unknown
 
         decoding: Any = _Decoding(self)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of more workers than cores, which somebody asked for
+            warnings.simplefilter("ignore")  # of more workers than cores, which the user set
             loader: Any = DataLoader(
                 decoding,
                 batch_size=None,
                 sampler=wanted(),
                 num_workers=self.workers,
-                collate_fn=list,  # as they are: otherwise each goes through shared memory, of which containers lack
-                generator=torch.Generator(),  # it draws a seed for the workers: not from ours
+                collate_fn=list,  # the default puts tensors into shared memory, of which containers have little
+                generator=torch.Generator(),  # the loader draws a seed for its workers, not from the global generator
                 multiprocessing_context=_CONTEXT,
                 worker_init_fn=_end_with_parent,
             )
             batches = iter(loader)
         while True:
             with self.watch.phase("load"):
-                found = next(batches, None)
-            if found is None:
+                decoded = next(batches, None)
+            if decoded is None:
                 return
             items, unknown = drawn.popleft()
-            yield items, dict(zip(self._at(unknown), found, strict=True))
+            yield items, dict(zip(self._at(unknown), decoded, strict=True))
 
     def _known(self, item: Item) -> bool:
         return item in self._cache.values or item.name in self.bad
 
     def _values(self, item: Item, decoded: dict[Item, Decoded]) -> Tensor | None:
-        values = self._cache.values.get(item)
-        if values is not None:
-            return values
-        if item.name in self.bad:
+        """The item's values from the cache, the workers or its file; None where it is left out."""
+        if self._known(item):
+            return self._cache.values.get(item)
+        result = decoded[item] if item in decoded else self.decode(item)
+        if isinstance(result, Exception):
+            self._leave_out(item, result)
             return None
-        found = decoded[item] if item in decoded else self.decode(item)
-        if isinstance(found, Exception):
-            self._leave_out(item, found)
-            return None
-        values = torch.tensor(found)
+        values = torch.tensor(result)
         first, shape = self._first = self._first or (item, tuple(values.shape))
         if tuple(values.shape) != shape:
             this, other = map(self.modality.written, (values.shape, shape))
             raise CodebookError(
                 f"{self.modality.many} of unlike sizes: {item} is {this}, {first} is {other}; {self.modality.remedy}"
             )
-        self._note(item, values)
-        self._cache.add(item, values)
-        return values
-
-    def _note(self, item: Item, values: Tensor) -> None:
         full = self.modality.full
         if full is not None and (peak := float(values.abs().max())) > full:
             self.beyond[item.name] = Beyond(int((values.abs() > full).sum()), values.numel(), peak)
+        self._cache.add(item, values)
+        return values
 
     def decode(self, item: Item) -> Decoded:
-        """The item's values as the model takes them, uint8 or float32 as they were decoded, or why there are none."""
+        """The item's values in the network's channels and shape, uint8 or float32 as stored, or the error."""
         try:
             stored = item.decode()
             values = self.modality.in_channels(stored, self.mixing)
-            return self._refused(item, len(stored)) if values is None else self.modality.fitted(values)
+            if values is not None:
+                return self.modality.fitted(values)
         except Exception as error:  # decoders raise whatever they like on a damaged file
             return error
-
-    def _refused(self, item: Item, channels: int) -> ChannelsError:
         return ChannelsError(
-            f"{self.modality.one} {item} has {channels} channels, and the network takes {self.modality.channels}: give "
-            f"--channels {'|'.join(MIXINGS)} ({self.modality.mixes})"
+            f"{self.modality.one} {item} has {len(stored)} channels, and the network takes {self.modality.channels}: "
+            f"give --channels {'|'.join(MIXINGS)} ({self.modality.mixes})"
         )
 
     def _leave_out(self, item: Item, error: Exception) -> None:
+        """Record a bad item where skip_bad is on and others are readable, else raise."""
         if isinstance(error, ChannelsError):
             raise error
         reason, one, many = one_line(error), self.modality.one, self.modality.many
@@ -223,18 +248,18 @@ class Media:
 
 
 def _stacked(values: Sequence[Tensor]) -> Tensor:
-    """float32 of values of one shape: what is uint8 counts 255ths, anything else is float32 already."""
+    """One float32 tensor of values of one shape: uint8 in units of 1/255, or float32."""
     if all(one.dtype == torch.uint8 for one in values):
         return torch.stack([*values]).float().div_(255)
     return torch.stack([one.float().div_(255) if one.dtype == torch.uint8 else one for one in values])
 
 
 _CONTEXT = "fork" if "fork" in torch.multiprocessing.get_all_start_methods() else None
-"""How workers start: by a fork they have the items at once, where the others would copy every one."""
+"""How workers start: a fork has the items at once, where other methods would pickle every one."""
 
 
 def _end_with_parent(worker: int) -> None:
-    """A worker whose parent was killed would wait for ever. Linux alone can be asked to end it."""
+    """End a worker whose parent is killed, which would wait for ever; only Linux can do that."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
@@ -243,16 +268,17 @@ _SET_PARENT_DEATH_SIGNAL = 1  # of <linux/prctl.h>
 
 
 class _Decoding:
-    """What a worker does: lists of places in `media.items` to decoded items."""
+    """The data set of the workers: from positions in `media.items` to decoded items."""
 
     def __init__(self, media: Media) -> None:
         self._media = media
 
     def __getitem__(self, places: list[int]) -> list[Decoded]:
-        found = [self._media.decode(self._media.items[place]) for place in places]
-        # As text: an exception may hold what does not travel between processes.
-        return [its if isinstance(its, ChannelsError) else _as_text(its) for its in found]
+        return [_picklable(self._media.decode(self._media.items[place])) for place in places]
 
 
-def _as_text(decoded: Decoded) -> Decoded:
-    return ValueError(one_line(decoded)) if isinstance(decoded, Exception) else decoded
+def _picklable(decoded: Decoded) -> Decoded:
+    """An error as text alone, as exceptions of decoders may hold what cannot be sent between processes."""
+    if isinstance(decoded, Exception) and not isinstance(decoded, ChannelsError):
+        return ValueError(one_line(decoded))
+    return decoded

@@ -1,4 +1,4 @@
-"""Stored pictures as pixels: Pillow decodes; here stands what becomes of each kind of pixel, and why one fails."""
+"""Decoding of stored pictures by Pillow, with one rule for each kind of pixel and a reason for each failure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # what goes wrong is raised; nobody asked for log lines
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # errors are raised, not logged
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-"""What is decoded, whatever a file's name says. Others that Pillow knows stay shut: EPS would start Ghostscript."""
+"""What is decoded, whatever a file's suffix. Pillow's other formats are not opened: EPS would start Ghostscript."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -26,43 +26,47 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What sets a picture upright, by its EXIF orientation."""
+"""The transposition that turns a picture upright, by EXIF orientation."""
 
 _DETOURS = {"LAB": "RGB", "La": "LA", "RGBa": "RGBA"}
-"""Modes that Pillow does not convert to L or RGB at once."""
+"""Intermediate modes for those that Pillow cannot convert to L or RGB directly."""
 
 _LARGE, _PIXELS_A_BYTE = 1 << 24, 1000
-"""Of a picture with more pixels than the first each byte of its file has to stand for no more than the second: deflate,
-which packs best of all, stores at most a thousand bytes in one. What claims more is blank at best."""
+"""A picture with more pixels than _LARGE may have at most _PIXELS_A_BYTE pixels per byte of its file: deflate, the
+strongest of the compressions, stores about a thousand bytes in one, so a file that claims more is blank at best."""
 
 _BITS, _PHOTOMETRIC = Base.BitsPerSample, Base.PhotometricInterpretation
 
 
 def decode_picture(data: bytes) -> NDArray[np.uint8]:
-    """The pixels of an encoded picture, (channels, height, width): 1 of grey, 3 of RGB, and alpha as one more where it
-    hides something.
+    """Decode a picture as the loaders of torchvision and diffusers do, whose output models are trained on.
 
-    As the loaders of torchvision and diffusers see it, because a model has been trained on what they show:
+    - EXIF orientation is applied; a damaged EXIF block is ignored. Of several frames or pages the first is used.
+    - Alpha of every kind (RGBA, gray with alpha, tRNS of a palette or a color) leaves each pixel its stored color.
+      Premultiplied alpha is divided out.
+    - CMYK becomes RGB without a profile; CMYK JPEGs are taken as inverted, as Adobe writes them. Embedded profiles and
+      gamma are not applied.
+    - 12 and 16 bits are scaled to 8: gray to the nearest level; of color, and of gray with alpha, Pillow keeps the
+      upper byte, which is at most one level away.
 
-    - Upright, as EXIF says; a damaged EXIF block says nothing. Of several frames or pages the first.
-    - Alpha of every kind (RGBA, grey with alpha, a palette's or a colour's tRNS) leaves each pixel its stored colour.
-      Where a file stores colours multiplied by alpha, that is divided out.
-    - CMYK becomes RGB without a profile, and JPEGs of it are taken as inverted, as Adobe writes them. Embedded profiles
-      and gamma are not applied.
-    - 12 and 16 bits are scaled to 8: grey to the nearest; of colour, and of grey with alpha, Pillow keeps the upper
-      byte, at most one level from that.
+    Args:
+        data: Content of the file.
 
-    Raises ValueError with the reason: an empty or damaged file, content of no known format, more pixels than
-    Pillow's limit against decompression bombs, or than so few bytes can hold, or pixels without a fixed range (signed,
-    32 bits, floating point).
+    Returns:
+        (channels, height, width): 1 channel of gray or 3 of RGB, and alpha as one more unless it is opaque everywhere.
+
+    Raises:
+        ValueError: With the reason: an empty or damaged file, an unknown format, more pixels than Pillow's limit
+            against decompression bombs or than so few bytes can hold, or pixels without a fixed range (signed, 32 bits,
+            floating point).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata, large sizes, palettes with alpha: all decided here
+        warnings.simplefilter("ignore")  # of odd metadata, large sizes and palettes with alpha, which are handled here
         return _channels_first(_upright(_opened(data)))
 
 
 def _opened(data: bytes) -> Image.Image:
-    """The picture with its pixels, as stored. Raises ValueError with the reason why not."""
+    """The picture with its pixels as stored. Raises ValueError with the reason where it cannot be opened."""
     if not data:
         raise ValueError("the file is empty")
     try:
@@ -84,7 +88,7 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """In 8 bits, and turned as its EXIF says."""
+    """The picture in 8 bits, turned by its EXIF orientation."""
     try:
         turn = TURNS.get(picture.getexif().get(Base.Orientation, 1))
     except Exception:  # damaged EXIF; the pixels are whole all the same
@@ -94,7 +98,7 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """In a mode that Pillow converts both to L and to RGB without losing the range."""
+    """The picture in a mode that Pillow converts both to L and to RGB without losing the range."""
     if picture.mode in ("I", "F"):
         raise ValueError(
             f"its pixels ({picture.format}, mode {picture.mode}) have no fixed range; save it with 8 or 16 bits"
@@ -103,22 +107,28 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         return picture.convert(_DETOURS[picture.mode])
     if not picture.mode.startswith("I;16"):
         return picture
-    # Pillow clips these to 8 bits instead of scaling them, and takes TIFF's 12 bits and white at zero as they stand.
+    # Pillow clips these to 8 bits instead of scaling them, and ignores TIFF's 12 bits and white at zero.
     tags = getattr(picture, "tag_v2", {})
     top = 2 ** tags.get(_BITS, (16,))[0] - 1
     stored = np.asarray(picture)
     levels = np.round(stored / (top / 255)).astype(np.uint8)
-    shown = Image.fromarray(255 - levels if tags.get(_PHOTOMETRIC) == 0 else levels)
-    if isinstance(hidden := picture.info.get("transparency"), int):
-        shown.putalpha(Image.fromarray(np.where(stored == hidden, 0, 255).astype(np.uint8)))
-    return shown
+    scaled = Image.fromarray(255 - levels if tags.get(_PHOTOMETRIC) == 0 else levels)
+    if isinstance(transparent := picture.info.get("transparency"), int):
+        scaled.putalpha(Image.fromarray(np.where(stored == transparent, 0, 255).astype(np.uint8)))
+    return scaled
 
 
 def decode_row(stored: NDArray[np.generic]) -> NDArray[Any]:
-    """The pixels of a row of an array, (1|3, height, width): uint8 as they are, floating point as float32.
+    """Convert a row of an array to pixels.
 
-    stored: (height, width), (height, width, 1|3) or (1|3, height, width), uint8 or floating point. Raises ValueError
-    where floating-point values are not finite, or outside [0, 1].
+    Args:
+        stored: (height, width), (height, width, 1|3) or (1|3, height, width), uint8 or floating point in [0, 1].
+
+    Returns:
+        (1|3, height, width), uint8 unchanged or float32.
+
+    Raises:
+        ValueError: Floating-point values are not finite, or outside [0, 1].
     """
     row: NDArray[Any] = np.asarray(stored)
     if row.dtype != np.uint8:
@@ -133,7 +143,7 @@ def decode_row(stored: NDArray[np.generic]) -> NDArray[Any]:
 
 
 def _channels_first(picture: Image.Image) -> NDArray[np.uint8]:
-    """(channels, height, width) of a picture: grey or RGB, and its alpha where that is not opaque everywhere."""
+    """(channels, height, width) of a picture: gray or RGB, and its alpha where that is not opaque everywhere."""
     mode = "L" if picture.mode in ("1", "L", "LA") else "RGB"
     if picture.has_transparency_data:
         pixels = np.asarray(picture.convert(f"{mode}A")).transpose(2, 0, 1)
@@ -143,13 +153,13 @@ def _channels_first(picture: Image.Image) -> NDArray[np.uint8]:
 
 
 def luma(pixels: NDArray[Any]) -> NDArray[Any]:
-    """(1, height, width) of RGB: 0.299, 0.587, 0.114."""
+    """Luma by ITU-R BT.601, 0.299 R + 0.587 G + 0.114 B: (3, height, width) to (1, height, width), same dtype."""
     if pixels.dtype == np.uint8:
         return np.asarray(_picture(pixels).convert("L"))[None]
     return np.tensordot(_LUMA, pixels, axes=1)[None].astype(np.float32)
 
 
-_LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601, which Pillow takes, too
+_LUMA = (0.299, 0.587, 0.114)
 
 
 def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
@@ -157,15 +167,20 @@ def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
 
 
 def square(pixels: NDArray[Any], side: int) -> NDArray[Any]:
-    """The centre square, resized with an antialiasing filter: (channels, side, side), in [0, 1] where that is float32.
+    """Resize the central square with an antialiasing bicubic filter.
 
-    Beside an edge the filter overshoots; 8 bits end at black and white, and so do floats.
+    Args:
+        pixels: (channels, height, width), uint8 or float32.
+        side: In pixels.
+
+    Returns:
+        (channels, side, side) of the same dtype, clipped to [0, 255] or [0, 1] where the filter overshoots.
     """
     if pixels.dtype == np.uint8:
-        return _channels_first(_centre(_picture(pixels), side))
-    planes = [np.asarray(_centre(Image.fromarray(np.ascontiguousarray(plane)), side)) for plane in pixels]
+        return _channels_first(_center(_picture(pixels), side))
+    planes = [np.asarray(_center(Image.fromarray(np.ascontiguousarray(plane)), side)) for plane in pixels]
     return np.stack(planes).clip(0, 1)
 
 
-def _centre(picture: Image.Image, side: int) -> Image.Image:
+def _center(picture: Image.Image, side: int) -> Image.Image:
     return ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)

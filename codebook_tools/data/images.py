@@ -23,9 +23,9 @@ from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError
 
 LONGEST_SIDE = 1 << 14
-"""Pixels of a side that images are resized to: 3 GB in float32, and an encoder makes a multiple of it."""
+"""Largest --size in pixels: 3 GB in float32, and an encoder's activations are a multiple of it."""
 SAMPLE = "sample"
-"""Stands for the bundled sample in messages: patches of the two photographs that scikit-learn ships."""
+"""Name of the bundled sample in messages: patches of the two photographs that scikit-learn ships."""
 
 
 def _stored_items(path: Path) -> list[Item]:
@@ -34,16 +34,17 @@ def _stored_items(path: Path) -> list[Item]:
 
 @dataclass(frozen=True, kw_only=True)
 class Images(Modality):
-    """Pictures in folders and tars, one an item; .npy and .npz files, one item a row. In memory, (channels, height,
-    width) in [0, 1].
+    """Picture files in folders and tars, one item each; .npy and .npz files, one item per row.
+
+    In memory an image is (channels, height, width) in [0, 1].
 
     Attributes:
-        size: Side of a square that the center of every image is cut and resized to; None: all must have one size.
+        size: Side of the square that the center of every image is cut and resized to; None: all must have one size.
         channels: 1 or 3.
-        stride: Height and width are cut to a multiple of it, from the center.
+        stride: Height and width are cropped about the center to multiples of it.
 
     Raises:
-        CodebookError: A size that no image has.
+        CodebookError: `size` is above LONGEST_SIDE.
     """
 
     one = "image"
@@ -52,7 +53,7 @@ class Images(Modality):
     archives = dict.fromkeys((".npy", ".npz"), _stored_items)
     mixes = "the luma of colours, or the first of them; alpha goes"
     remedy = "give --size N, and the centre square of each is resized to so many pixels"
-    input_ranges = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))  # the file does not say what its network was trained on
+    input_ranges = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))  # a checkpoint does not say which one
     bounds = (0, 1)
     figures = frozenset({"psnr", "ssim", "sharpness"})
     pictures = True
@@ -65,15 +66,17 @@ class Images(Modality):
 
     @classmethod
     def accepts(cls, network: object) -> bool:
+        """True: images are the default."""
         return True
 
     def probed(self, items: list[Item], encode: Callable[[Tensor], Tensor], skip_bad: bool) -> Self:
+        """The modality with the channels and the stride that `probe` finds at the size of the first image."""
         height, width = self._first_size(items, skip_bad) if self.size is None else (self.size, self.size)
         channels, stride = probe(encode, height, width)
         return replace(self, channels=channels, stride=stride)
 
     def _first_size(self, items: list[Item], skip_bad: bool) -> tuple[int, int]:
-        """Height and width of the first readable image, as the network will see it but for the stride."""
+        """Height and width of the first readable image, before it is cropped to the stride."""
         for item in items:
             _, pixels = Media(items, Images(), skip_bad, mixing=FIRST).load([item])
             if len(pixels):
@@ -81,24 +84,34 @@ class Images(Modality):
         raise CodebookError(f"none of {len(items)} images can be read, the last {items[-1].name}")
 
     def items(self, source: Source) -> list[Item]:
-        return [Item(source.name, source, partial(_picture, source))]
+        """The picture of a file."""
+        return [Item(source.name, source, partial(_decode_source, source))]  # a partial can be pickled
 
     def rows(self, name: str, array: Values) -> list[Item]:
+        """The rows of an array in memory; see `array_items`."""
         return array_items(name, array)
 
     @classmethod
     def sample(cls) -> list[Item]:
+        """The bundled sample; see `sample_images`."""
         return sample_images()
 
     def in_channels(self, values: Values, how: str | None) -> Values | None:
-        """Alpha goes, where any channel may."""
+        """The image in `channels`: alpha is dropped where `how` permits it; mixed channels are their luma."""
         colors = values[:-1] if len(values) in (2, 4) else values
         if how is None and len(colors) < len(values):
             return None
         return in_channels(colors, self.channels, how, luma)
 
     def fitted(self, values: Values) -> Values:
-        """The center of a picture, with sides that `stride` divides. Raises ValueError for one smaller than that."""
+        """Resize to `size` if that is set, and crop about the center to multiples of `stride`.
+
+        Args:
+            values: (channels, height, width), uint8 or float32.
+
+        Raises:
+            ValueError: A side is smaller than the stride.
+        """
         if self.size is not None and values.shape[1:] != (self.size, self.size):
             values = square(values, self.size)
         height, width = (side - side % self.stride for side in values.shape[1:])
@@ -109,28 +122,28 @@ class Images(Modality):
 
     @classmethod
     def written(cls, shape: Sequence[int]) -> str:
+        """WIDTHxHEIGHT of (channels, height, width)."""
         return f"{shape[2]}x{shape[1]}"
 
 
-def _picture(source: Source) -> Values:
+def _decode_source(source: Source) -> Values:
     return decode_picture(source.read())
 
 
 @torch.no_grad()
 def probe(encode: Callable[[Tensor], Tensor], height: int, width: int) -> tuple[int, int]:
-    """Find out channels and stride of a network by encoding an empty image of that size, or one of 64 or 256 pixels.
+    """Determine channels and stride of a network by encoding black images of the given size, or of 64 or 256 pixels.
 
     Args:
-        encode: Images (n, channels, height, width) to latents (n, dim, *grid). A model with several codebooks is of a
-            family, whose first one says the stride of all.
+        encode: Images (n, channels, height, width) to latents (n, dim, *grid) of the first codebook.
         height: In pixels.
         width: In pixels.
 
     Returns:
-        Channels, 1 or 3, and pixels to a position along a side; 1 where latents have no grid of two axes.
+        Channels, 1 or 3, and pixels per latent position along a side; 1 where latents have no grid of two axes.
 
     Raises:
-        CodebookError: No number of channels goes through.
+        CodebookError: The network encodes neither 3 channels nor 1.
     """
     problems = dict[int, CodebookError]()
     for sides in ((height, width), (64, 64), (256, 256)):
@@ -138,15 +151,15 @@ def probe(encode: Callable[[Tensor], Tensor], height: int, width: int) -> tuple[
             try:
                 grid = encode(torch.zeros(1, channels, *sides)).shape[2:]
             except CodebookError as error:
-                problems.setdefault(channels, error)  # of the size that was asked for
+                problems.setdefault(channels, error)  # that of the given size
                 continue
             return channels, _stride(encode, channels, sides[-1], grid[-1]) if len(grid) == 2 else 1
     raise CodebookError(f"the network encodes neither RGB images ({problems[3]}) nor grey ones ({problems[1]})")
 
 
 def _stride(encode: Callable[[Tensor], Tensor], channels: int, side: int, positions: int) -> int:
-    """Pixels to a position along a side. Where few positions leave that open (a network of stride 4 makes 2 of 10
-    pixels, too), a larger side decides, if the network takes it."""
+    """Pixels per position along a side. Few positions leave that open, as a network of stride 4 makes 2 of 10 pixels
+    too; then a larger image decides, if the network takes it."""
     stride = max(1, side // positions)
     if stride * positions == side and positions >= stride:
         return stride
@@ -159,9 +172,15 @@ def _stride(encode: Callable[[Tensor], Tensor], channels: int, side: int, positi
 
 
 def array_items(name: str, array: NDArray[np.generic]) -> list[Item]:
-    """One item a row, named NAME#row, from (n, height, width) or (n, height, width, 1|3) or (n, 1|3, height, width).
+    """Make one image of each row of an array.
 
-    uint8, or floating point in [0, 1].
+    Args:
+        name: Of the array; a row is named NAME#row.
+        array: (n, height, width), (n, height, width, 1|3) or (n, 1|3, height, width), uint8 or floating point in
+            [0, 1].
+
+    Raises:
+        CodebookError: The array has another shape or dtype, or is empty.
     """
     if array.ndim not in (3, 4) or (array.ndim == 4 and not {1, 3} & {array.shape[1], array.shape[3]}):
         raise CodebookError(
@@ -184,10 +203,10 @@ def sample_photographs() -> dict[str, NDArray[np.uint8]]:
 
 
 def sample_images() -> list[Item]:
-    """The bundled sample: 3,072 patches of 32x32 from both photographs.
+    """The bundled sample: 3,072 patches of 32x32 pixels from two photographs.
 
-    Each photograph is cut into blocks that do not overlap, and a block stays whole in any split, so that no test patch
-    shares a pixel with a training patch. Patches of a block do overlap, at offsets that no model's stride divides.
+    Each photograph is cut into disjoint blocks, and the patches of a block are one group, so that no test patch shares
+    a pixel with a training patch. Patches of a block overlap, at offsets that no stride of a model divides.
     """
     side, block, offset = 32, 53, 7
     return [

@@ -1,4 +1,4 @@
-"""Items of data, images or clips of sound: each with a name, found in folders, tars and files, in order of name."""
+"""Items of data, images or audio clips, each under a unique name, and their listing from paths in order of name."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ samples) float32."""
 class Item:
     """One image or clip, not read yet.
 
-    name: of its source, or SOURCE#number where that holds several. source: its bytes as stored, which clips of a file
-    share. decode: its values, in the channels that it has. group: items of one group go into one split; by default each
-    is its own.
+    Attributes:
+        name: Unique name: that of the source, or SOURCE#number where that holds several items.
+        source: The bytes as stored, which clips of a file share.
+        decode: Reads the values, in the item's own channels.
+        group: Items of one group go into one split; None for an item on its own.
     """
 
     name: str
@@ -45,35 +47,41 @@ class Item:
 
     @property
     def kin(self) -> str:
-        """What all items of its group share, and no other item."""
+        """Identifier of the group, or the name of an item without one."""
         return self.name if self.group is None else self.group
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of the name: it seeds the choice of the item's latents."""
-        return _sha256(self.name)
+        """SHA-256 of the name, which decides which of the item's latents are sampled."""
+        return name_sha256(self.name)
 
     def in_tenth(self, part: int) -> bool:
-        """Whether the SHA-256 of name or group puts the item into this tenth; the parts 0 and 1 are independent."""
+        """Whether `drawn` puts the item into a tenth of the data; those of part 0 and part 1 are independent."""
         return self.drawn(part) % 10 == 0
 
     def drawn(self, part: int) -> int:
-        """The number that decides that: the same for all items of a group."""
-        return int.from_bytes(_sha256(self.kin)[8 * part : 8 * part + 8], "big")
+        """Word `part` (0 to 3, 64 bits) of the SHA-256 of `kin`, the same for all items of a group."""
+        return int.from_bytes(name_sha256(self.kin)[8 * part : 8 * part + 8], "big")
 
 
 def items_sha256(items: Iterable[Item]) -> str:
-    """Of their names and lengths, in their order: the same data in another place are the same."""
-    return _sha256("\n".join(f"{item.name} {item.source.nbytes}" for item in items)).hex()
+    """Hexadecimal SHA-256 of names and lengths in order; the location of the data has no influence."""
+    return name_sha256("\n".join(f"{item.name} {item.source.nbytes}" for item in items)).hex()
 
 
-def _sha256(names: str) -> bytes:
+def name_sha256(names: str) -> bytes:
+    """SHA-256 of names of files."""
     return hashlib.sha256(names.encode(errors="surrogateescape")).digest()  # names of files need not be UTF-8
 
 
 @dataclass(frozen=True, eq=False)
 class InMemory:
-    """Items that a program holds, in place of a path. values: (n, ...), one item a row. name: in front of theirs."""
+    """Items in memory, in place of a path.
+
+    Attributes:
+        values: (n, ...), one item per row.
+        name: Prefix of the items' names.
+    """
 
     values: NDArray[Any]
     name: str = "data"
@@ -83,20 +91,25 @@ class InMemory:
 
 
 def find_items(paths: Sequence[str | Path | InMemory], modality: Modality) -> list[Item]:
-    """Every item under the paths, in order of name: folders of any depth, .tar shards, single files.
+    """List every item under the paths, in order of name, without reading any.
 
-    A {0000..0009} in a path stands for that range. Names that several paths share get the path's own name in front,
-    or all of the path where that is shared too; they keep their place in the splits. Whether an item can be read shows
-    when it is. Raises CodebookError where a path is missing, of no known kind, cannot be listed, holds no item, or is
-    given twice.
+    Names that several paths share are prefixed by the name of the path, or by all of the path where that is shared too;
+    their groups, and so their splits, stay the same.
+
+    Args:
+        paths: Folders of any depth, .tar shards, files, items in memory. A {0000..0009} in a path is a range.
+        modality: The kind of data.
+
+    Raises:
+        CodebookError: A path is missing, of no known kind, cannot be listed, holds no item, or is listed twice.
     """
     groups = [
         (path, _items(path, modality))
-        for given in paths
-        if not isinstance(given, InMemory)
-        for path in _braces(str(given))
+        for pattern in paths
+        if not isinstance(pattern, InMemory)
+        for path in _braces(str(pattern))
     ]
-    groups += [(Path(held.name), modality.rows(held.name, held.values)) for held in paths if isinstance(held, InMemory)]
+    groups += [(Path(data.name), modality.rows(data.name, data.values)) for data in paths if isinstance(data, InMemory)]
     for path, items in groups:
         if not items:
             raise CodebookError(
@@ -117,22 +130,23 @@ def find_items(paths: Sequence[str | Path | InMemory], modality: Modality) -> li
 
 
 _RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
-_MOST_PATHS = 1_000_000  # that ranges stand for: the largest public data sets have a quarter of that in tar shards
+_MOST_PATHS = 1_000_000  # of all ranges: the largest public data sets have a quarter of that in tar shards
 
 
-def _braces(given: str) -> Iterator[Path]:
-    head, *rest = _RANGE.split(given)  # texts, and between them the two ends of each range
+def _braces(pattern: str) -> Iterator[Path]:
+    """The paths that a pattern with ranges stands for."""
+    head, *rest = _RANGE.split(pattern)  # text, and between its pieces the two ends of each range
     ranges = list(zip(rest[::3], rest[1::3], strict=True))
-    several = math.prod(abs(int(first) - int(last)) + 1 for first, last in ranges)
-    if several > _MOST_PATHS:
-        raise CodebookError(f"{given} stands for {several:,} paths, more than {_MOST_PATHS:,}; give their folder")
+    count = math.prod(abs(int(first) - int(last)) + 1 for first, last in ranges)
+    if count > _MOST_PATHS:
+        raise CodebookError(f"{pattern} stands for {count:,} paths, more than {_MOST_PATHS:,}; give their folder")
     for numbers in product(*(_numbers(*ends) for ends in ranges)):
         yield Path(head + "".join(number + text for number, text in zip(numbers, rest[2::3], strict=True)))
 
 
 def _numbers(*ends: str) -> list[str]:
     low, high = sorted(map(int, ends))
-    padded = any(end != "0" and end.startswith("0") for end in ends)  # as a shell pads: {8..11}, but {08..11}
+    padded = any(end != "0" and end.startswith("0") for end in ends)  # as in a shell: {08..11} is padded, {8..11} not
     width = max(map(len, ends)) if padded else 1
     return [f"{n:0{width}d}" for n in range(low, high + 1)]
 

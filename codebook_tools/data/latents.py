@@ -1,4 +1,4 @@
-"""Latents: streams that can be read twice, from memory or from images that are encoded anew."""
+"""Streams of latents that can be read repeatedly, from memory or by encoding images again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from codebook_tools.errors import CodebookError
 
 @dataclass(frozen=True, eq=False)
 class StoredLatents:
-    """Latents that fit in memory. vectors: (n, dim) float32. batch: rows a batch."""
+    """Latents that fit in memory.
+
+    Attributes:
+        vectors: (n, dim) float32.
+        batch: Rows per batch.
+    """
 
     vectors: Tensor
     batch: int = 65_536
@@ -31,23 +36,28 @@ class StoredLatents:
 
 
 class ItemLatents(Protocol):
-    """Latents that are known by the items they belong to, how many of which there are. part: which of how many parts of
-    them `by_item` gives; as Media.part. Of each batch it gives the items and their latents, (n, positions, dim)
-    float32."""
+    """Latents grouped by the items (images, clips, rows of files) they belong to; the length counts items."""
 
     @property
-    def part(self) -> tuple[int, int]: ...
+    def part(self) -> tuple[int, int]:
+        """Index and number of the parts of which `by_item` gives one, as Media.part."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def by_item(self) -> Iterator[tuple[Sequence[Named] | Hashed, Tensor]]: ...
+    def by_item(self) -> Iterator[tuple[Sequence[Named] | Hashed, Tensor]]:
+        """Batches: items or their hashes, and their latents, (n, positions, dim) float32."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedLatents:
     """Latents of images, encoded anew at each reading.
 
-    encode: images (n, channels, height, width) in [0, 1] -> (n, positions, dim) float32.
+    Attributes:
+        images: The images, or clips.
+        encode: Media (n, channels, ...) to latents (n, positions, dim) float32.
+        batch: Items per batch.
     """
 
     images: Media
@@ -63,10 +73,15 @@ class EncodedLatents:
 
     @property
     def part(self) -> tuple[int, int]:
+        """That of the images."""
         return self.images.part
 
     def by_item(self) -> Iterator[tuple[list[Item], Tensor]]:
-        """Items and their latents, (n, positions, dim). Raises CodebookError at the first that is not finite."""
+        """Batches of items and their latents, (n, positions, dim) float32.
+
+        Raises:
+            CodebookError: Names the first item whose latents are not finite.
+        """
         for items, pixels in self.images.batches(self.batch):
             latents = self.encode(pixels)
             if not all_finite(latents):
@@ -76,16 +91,16 @@ class EncodedLatents:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Of one value at least. In one pass without a mask: it is asked of every batch."""
-    low, high = torch.aminmax(values)  # which hand on a NaN
+    """Whether all of at least one value are finite; in one pass and without a mask, as every batch is checked."""
+    low, high = torch.aminmax(values)  # NaN if any value is
     return bool(low.isfinite() & high.isfinite())
 
 
 def joined(latents: Latents) -> Tensor:
-    """(n, dim) float32: all of them."""
+    """All latents of a stream, (n, dim) float32."""
     return latents.vectors if isinstance(latents, StoredLatents) else torch.cat(list(latents))
 
 
 def rows_of(latents: Tensor) -> Tensor:
-    """(n * positions, dim), of latents (n, dim, ...)."""
+    """Reshape latents (n, dim, *grid) to (n * positions, dim)."""
     return latents.movedim(1, -1).flatten(0, -2)

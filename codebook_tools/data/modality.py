@@ -16,33 +16,33 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AS_IT_IS = (0.0, 1.0)
-"""The input range that changes nothing."""
+"""The identity as an input range."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Modality(ABC):
     """One kind of data.
 
-    A subclass is a kind, and its class attributes hold of all of it; an instance is how one network takes it. The
-    defaults are those of numbers that mean nothing in particular, and go to the network as they are.
+    A subclass describes the kind by class attributes; an instance adds how one network takes it. The defaults suit
+    plain numbers that go to the network unchanged.
 
     Attributes:
-        one: What an item is called.
-        many: What several are called.
-        suffixes: Endings of files that hold items.
-        archives: By suffix, how files are read that count only where they themselves are given.
-        mixes: What `in_channels` makes of channels that the network has not, in words.
-        remedy: How items of unlike shapes get one, in words.
-        full: Full scale of values that may go beyond it on either side; None: none can.
-        input_ranges: Ranges of values that networks are trained on, where data are in [0, 1]: of several, each is
-            tried; of one there is no question.
-        bounds: Lowest and highest value of an item, to which reconstructions are clamped; None: they are not.
-        figures: Which of psnr (1 is the peak), ssim and sharpness a reconstruction has.
-        pictures: Whether an item is (1 or 3, height, width) in `bounds`: pages show it, patches are cut from it, LPIPS
-            and a discriminator judge it.
-        size: Length of a side of an item, as the user asked for it; None for the usual one.
-        channels: Of an item, as the network takes it.
-        stride: Sides are multiples of it.
+        one: Noun for an item, in messages.
+        many: Noun for several items.
+        suffixes: Suffixes of files that hold items.
+        archives: Reader of a file by suffix, for files that count only where the user names them, not within folders.
+        mixes: What `in_channels` does to surplus channels, in words.
+        remedy: How items of unlike shapes get one shape, in words.
+        full: Absolute value at full scale, which values may exceed; None where they cannot.
+        input_ranges: Ranges that networks are trained on, where data are in [0, 1]; of several, the one with the lowest
+            reconstruction error is used.
+        bounds: Lowest and highest value of an item, to which reconstructions are clamped; None for no clamping.
+        figures: Which of psnr (with peak 1), ssim and sharpness are computed for reconstructions.
+        pictures: Whether an item is (1 or 3, height, width) in `bounds`, so that reports can show it, patches can be
+            cut from it, and LPIPS and a discriminator accept it.
+        size: Side length of an item as the user set it; None for the default.
+        channels: Channels that the network takes.
+        stride: Divides the sides of an item.
     """
 
     one: ClassVar[str]
@@ -64,20 +64,28 @@ class Modality(ABC):
     @classmethod
     @abstractmethod
     def accepts(cls, network: object) -> bool:
-        """Whether a network takes data of this kind; the first of MODALITIES that accepts it is the network's."""
+        """Whether a network takes data of this kind; the first of MODALITIES that accepts it is used."""
 
     @classmethod
     def of(cls, network: Any, size: int | None) -> Self:
-        """How the network takes data, as far as it says so. Raises CodebookError for a size that it cannot take."""
+        """The modality with what attributes of the network say of its input.
+
+        Args:
+            network: One that `accepts` is true of.
+            size: Side length of an item as the user set it.
+
+        Raises:
+            CodebookError: The network cannot take that size.
+        """
         return cls(size=size)
 
     def probed(self, items: list[Item], encode: Callable[[Tensor], Tensor], skip_bad: bool) -> Self:
-        """How the network takes data, which some only show when they encode.
+        """The modality with properties of the network's input that only a trial encoding reveals.
 
         Args:
-            items: The data, one at least.
+            items: The data, at least one item.
             encode: Media (n, ...) to latents (n, dim, *grid).
-            skip_bad: Whether an item that cannot be read is passed over.
+            skip_bad: Whether unreadable items are skipped.
 
         Raises:
             CodebookError: No item can be read, or the network does not encode it.
@@ -86,11 +94,19 @@ class Modality(ABC):
 
     @abstractmethod
     def items(self, source: Source) -> list[Item]:
-        """What a file with one of `suffixes` holds. What cannot be read is one item, which says so when decoded."""
+        """The items of a file with one of `suffixes`. An unreadable file is one item whose decoding fails."""
 
     @abstractmethod
     def rows(self, name: str, array: Values) -> list[Item]:
-        """What an array in memory holds, (n, ...), under a name. Raises CodebookError for one of another kind."""
+        """The items of an array in memory.
+
+        Args:
+            name: Prefix of the items' names.
+            array: (n, ...).
+
+        Raises:
+            CodebookError: The array holds another kind of data.
+        """
 
     @classmethod
     def sample(cls) -> list[Item]:
@@ -98,20 +114,26 @@ class Modality(ABC):
         raise CodebookError(f"no --data: there is no bundled sample of {cls.many}; give some")
 
     def in_channels(self, values: Values, how: str | None) -> Values | None:
-        """Decoded values in `channels`.
+        """Convert decoded values to `channels`.
 
         Args:
-            values: (channels, ...), in the channels that the item has.
-            how: One of channels.MIXINGS, by which channels may be lost; None: none may.
+            values: (n, ...), in the item's own channels.
+            how: One of channels.MIXINGS; None if no channel may be lost.
 
         Returns:
-            None where channels would be lost that must not be.
+            (channels, ...); None where `how` does not permit the loss of channels.
         """
         return values
 
     def fitted(self, values: Values) -> Values:
-        """Values as the network takes them: float32, or uint8 that counts 255ths. Raises ValueError where they cannot
-        be made so."""
+        """Values in a shape that the network takes.
+
+        Args:
+            values: (channels, ...), float32, or uint8 in units of 1/255.
+
+        Raises:
+            ValueError: They cannot be brought into such a shape.
+        """
         return values
 
     @classmethod
@@ -121,5 +143,5 @@ class Modality(ABC):
 
     @classmethod
     def written(cls, shape: Sequence[int]) -> str:
-        """The shape of an item, as messages have it."""
+        """The shape of an item as text for messages."""
         return "x".join(map(str, shape))

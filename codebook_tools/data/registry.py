@@ -1,4 +1,4 @@
-"""The modalities there are, and which of them a network takes."""
+"""All modalities, and the choice of one for a network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from codebook_tools.data.images import Images
 from codebook_tools.data.modality import Modality
 
 MODALITIES: tuple[type[Modality], ...] = (Waveforms, Images)
-"""In the order in which a network is asked for what it says of its data; Images takes all that say nothing."""
+"""In order of precedence; Images accepts any network."""
 
 
 def modality_of(network: object) -> type[Modality]:

@@ -1,4 +1,4 @@
-"""Bytes under a name, in folders of any depth, tars and single files: found without reading, read whole or in part."""
+"""Named byte sources in folders, tars and single files: listed without reading, read whole or in part."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)  # slots: there are hundreds of thousands of them
 class Source:
-    """What is stored under one name, not read yet.
+    """Bytes under a name, not read yet.
 
-    name: its path relative to what was given. nbytes: its length, known without reading. open: its bytes as a stream
-    that can be read from any place. file: that they lie in; None where they lie in memory.
+    Attributes:
+        name: Path relative to the folder, tar or file that the user named.
+        nbytes: Length, known without reading.
+        open: Opens the bytes as a seekable stream.
+        file: Path of the file that holds them; None where they are in memory.
     """
 
     name: str
@@ -34,15 +37,25 @@ class Source:
     file: str | None = None
 
     def read(self) -> bytes:
+        """All of the bytes."""
         with self.open() as stream:
             return stream.read()
 
 
 def find_sources(path: Path, suffixes: tuple[str, ...]) -> list[Source] | None:
-    """What a folder, a tar or a file holds under names with these endings; None where the path is of no such kind.
+    """List the sources of a path.
 
-    Links are followed. What is hidden (.thumbnails/, or ._x.jpg, in which macOS keeps a file's attributes) does not
-    count. Raises CodebookError where the path is missing or cannot be listed.
+    Links are followed. Hidden names (.thumbnails/, or ._x.jpg, in which macOS keeps attributes of a file) are left out.
+
+    Args:
+        path: A folder, searched at any depth, an uncompressed .tar, or a file.
+        suffixes: Suffixes of the files that count, in lower case.
+
+    Returns:
+        The sources; None where the path is a file with another suffix.
+
+    Raises:
+        CodebookError: The path is missing or cannot be listed.
     """
     try:
         check_regular(path)
@@ -68,7 +81,7 @@ def _open(file: str) -> BinaryIO:
 
 
 def _counts(name: str, suffixes: tuple[str, ...]) -> bool:
-    """By a name relative to what was given: it ends as it should, and neither it nor a folder of it is hidden."""
+    """Whether a relative name has one of the suffixes, and no part of it is hidden."""
     hidden = any(part.startswith(".") and part != ".." for part in name.split("/"))
     return name.lower().endswith(suffixes) and not hidden
 
@@ -82,21 +95,21 @@ def _in_folder(folder: Path, suffixes: tuple[str, ...]) -> list[Source]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Files of any depth. Links to folders are followed, and a folder that is reached twice counts once."""
+    """Files at any depth. Links to folders are followed; a folder that is reached twice counts once."""
 
     def refuse(error: OSError) -> None:
         raise CodebookError(f"cannot list the folder {error.filename}: {one_line(error)}") from error
 
-    seen = set()
+    visited = set()
     for top, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        place = os.path.realpath(top)
-        folders[:] = sorted(name for name in folders if place not in seen and not name.startswith("."))
-        yield from (Path(top, name) for name in files if place not in seen)
-        seen.add(place)
+        real = os.path.realpath(top)
+        folders[:] = sorted(name for name in folders if real not in visited and not name.startswith("."))
+        yield from (Path(top, name) for name in files if real not in visited)
+        visited.add(real)
 
 
 def _length(file: Path) -> int | None:
-    """In bytes; None for what is no file. A link to nothing has 0, so that reading it names it."""
+    """Bytes of a regular file, else None; 0 for a dangling link, so that reading it reports it by name."""
     try:
         status = file.stat()
     except OSError:
@@ -107,7 +120,7 @@ def _length(file: Path) -> int | None:
 def _in_tar(path: Path, suffixes: tuple[str, ...]) -> list[Source]:
     try:
         with tarfile.open(path, "r:") as archive:  # uncompressed only, so that any member can be read by its offset
-            # A tar may hold a name again: the last one counts.
+            # Of a name that a tar holds several times the last member counts, as in unpacking.
             members = {posixpath.normpath(m.name): m for m in archive if m.isfile() or m.islnk() or m.issym()}
     except (tarfile.TarError, EOFError, OSError) as error:
         raise CodebookError(f"{path} is not a readable, uncompressed tar: {error}") from error
@@ -116,7 +129,7 @@ def _in_tar(path: Path, suffixes: tuple[str, ...]) -> list[Source]:
 
 
 def _member(file: str, name: str, members: dict[str, tarfile.TarInfo]) -> Source:
-    """A member, or the one it links to: GNU tar stores a file that has two names once."""
+    """A member, or the one that it links to: tar stores a file with two names once."""
     member = members[name]
     if not member.isfile():
         target = member.linkname if member.islnk() else posixpath.join(posixpath.dirname(name), member.linkname)
@@ -139,7 +152,7 @@ def _open_range(path: str, start: int, length: int) -> BinaryIO:
 
 
 class _Range(io.RawIOBase):
-    """`length` bytes of a file, from `start` on, as a file of their own."""
+    """`length` bytes of a file from `start` on, as a seekable file."""
 
     def __init__(self, path: str, start: int, length: int) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by close)

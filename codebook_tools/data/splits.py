@@ -1,4 +1,4 @@
-"""Which items may influence what: train, validation and test, drawn by name; and draws of a few items."""
+"""Train, validation and test splits by hashes of names, and random subsets of items."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from codebook_tools.errors import CodebookError
 
 @dataclass(frozen=True)
 class Splits:
-    """Items by what they may influence. calibration: counts and k-means. train and validation: its two parts, for
-    gradients and for the choice of the kept state. test: reported on, chooses nothing."""
+    """Disjoint lists of items.
+
+    Attributes:
+        train: For gradients.
+        validation: Chooses the kept state of a fine-tuning.
+        test: Only reported on.
+    """
 
     train: list[Item]
     validation: list[Item]
@@ -21,17 +26,25 @@ class Splits:
 
     @property
     def calibration(self) -> list[Item]:
+        """Train and validation items in order of name, for counts and k-means."""
         return sorted([*self.train, *self.validation], key=lambda item: item.name)
 
 
 def split(data: list[Item], test: list[Item] | None = None, *, many: str = "images") -> Splits:
-    """Test and validation data, each a tenth chosen by SHA-256 of the names of items, or of their groups, so an item
-    never changes sides.
+    """Split items into train, validation and test.
 
-    test: explicit test items; then all of `data` is calibration data. many: what items are called. A tenth of few items
-    is one of them, or one group: of three at least for a test, of two at least for validation. Raises CodebookError
-    where there is no test or no calibration data (whoever needs validation data says so), and where what an explicit
-    test item is stored in equals byte for byte what a calibration item is stored in.
+    Test and validation are a tenth each, chosen by SHA-256 of the name of an item, or of its group, so that an item
+    never changes sides. A tenth of few is one item or group, provided there are at least three of them for a test, and
+    two for validation; the validation split may be empty.
+
+    Args:
+        data: All items, or the calibration items where `test` is given.
+        test: Explicit test items.
+        many: What items are called in messages.
+
+    Raises:
+        CodebookError: The test or the calibration split is empty, or an explicit test item is stored in the same bytes
+            as a calibration item.
     """
     if test is None:
         data, test = _parted(data, 0, least=3)
@@ -50,7 +63,7 @@ def split(data: list[Item], test: list[Item] | None = None, *, many: str = "imag
 
 
 def _parted(items: list[Item], part: int, least: int) -> tuple[list[Item], list[Item]]:
-    """All but a tenth, and that tenth; of `least` groups or more, both have some items."""
+    """All but a tenth, and that tenth; neither is empty where there are `least` groups or more."""
     tenth = {item.kin for item in items if item.in_tenth(part)}
     groups = {item.kin: item.drawn(part) for item in items}
     if len(groups) >= least and len(tenth) in (0, len(groups)):
@@ -59,6 +72,7 @@ def _parted(items: list[Item], part: int, least: int) -> tuple[list[Item], list[
 
 
 def _refuse_shared(data: list[Item], test: list[Item]) -> None:
+    """Raise CodebookError for test items that are also in the data; only sources of one length are read."""
     known_as, tested_as = ({item.source: item.name for item in reversed(items)} for items in (data, test))
     sizes = {source.nbytes for source in known_as} & {source.nbytes for source in tested_as} - {0}
     known = {_content(source): name for source, name in known_as.items() if source.nbytes in sizes}
@@ -71,7 +85,7 @@ def _refuse_shared(data: list[Item], test: list[Item]) -> None:
 
 
 def _content(source: Source) -> bytes | None:
-    """SHA-256 of what is stored; None where it cannot be read, which whoever decodes it says."""
+    """SHA-256 of the bytes; None where they cannot be read, which decoding will report."""
     try:
         return hashlib.sha256(source.read()).digest()
     except OSError:
@@ -79,13 +93,13 @@ def _content(source: Source) -> bytes | None:
 
 
 def shuffled(items: list[Item], seed: int) -> list[Item]:
-    """The items in an order that depends on seed and names alone."""
+    """The items in a random order that depends only on seed and names."""
     salt = (seed % 2**64).to_bytes(8, "big")
     return sorted(items, key=lambda item: hashlib.sha256(salt + item.digest).digest())
 
 
 def limited(items: list[Item], limit: int | None, seed: int) -> list[Item]:
-    """At most `limit` items, the first of them as `shuffled`, in order of name."""
+    """At most `limit` items, drawn by seed and name: the first ones of `shuffled`, in order of name."""
     if limit is None or len(items) <= limit:
         return items
     return sorted(shuffled(items, seed)[:limit], key=lambda item: item.name)

@@ -1,4 +1,4 @@
-"""What one pass over data adds up, in parts: the whole is the same in whatever order the parts are added."""
+"""What one pass over data adds up. Sums are exact, so the order of batches and parts does not change them."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import wide
 
 LIMBS = 3
-"""Numbers of float64 that a sum is carried in: each the nearest to what those before it leave."""
+"""float64 numbers that represent a sum: each is nearest to the rest that those before it leave."""
 
 _STRUCTURE: Mapping[str, Callable[[Tensor, Tensor], Tensor | None]] = {
     "similarity": metrics.ssim,
     "detail": lambda images, reconstructions: metrics.detail(images),
-    "shown_detail": lambda images, reconstructions: metrics.detail(reconstructions),
+    "reconstructed_detail": lambda images, reconstructions: metrics.detail(reconstructions),
 }
-"""Fields of Sums that some data have none of: a score of each image, by the images and their reconstructions."""
+"""Optional fields of Sums: the score of each image, computed from images and reconstructions; None where undefined."""
 
 
 @dataclass(frozen=True, eq=False)
 class BookSums:
-    """Of one codebook.
+    """Sums of one codebook.
 
     Attributes:
-        counts: (size,) int64.
-        error: Squared distances from latents to their codes.
-        near: Latents within the reference distance of theirs; None where there is no such distance.
-        moments: (2, dim + 1, dim) float64, sums and below them sums of products, of the latents and of the codes that
-            they are replaced by; None where they are not asked for.
+        key: Name of the codebook in the checkpoint.
+        dim: Dimensions of a code.
+        counts: (size,) int64, assignments per code.
+        error: Sum of squared distances from latents to their codes.
+        near: Latents within the reference distance of their code; None without a reference distance.
+        moments: (2, dim + 1, dim) float64: for the latents and for the codes that replace them, the sum in the first
+            row and the sum of outer products below; None where they are not computed.
     """
 
     key: str
@@ -52,7 +54,7 @@ class BookSums:
 
     @property
     def latents(self) -> int:
-        """How many were assigned."""
+        """Number of latents."""
         return int(self.counts.sum())
 
     def __add__(self, other: Self) -> Self:
@@ -61,15 +63,16 @@ class BookSums:
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Of all that a pass saw.
+    """Sums of a pass.
 
     Attributes:
-        images: Or clips.
-        values: That were reconstructed, 0 where none was.
-        error: Of their squared errors.
-        similarity: SSIM of each image; None where there is none to compute.
-        books: In the order of the model.
-        detail, shown_detail: Of the images and of their reconstructions, metrics.detail; None as similarity is.
+        images: Number of images, or of clips.
+        values: Number of reconstructed values; 0 without reconstructions.
+        error: Sum of their squared errors.
+        similarity: Sum of the SSIM of images; None where it is not computed, or is undefined for an image.
+        books: Sums of each codebook, in the order of the model.
+        detail: Sum of metrics.detail of the images; None as similarity.
+        reconstructed_detail: Sum of metrics.detail of the reconstructions; None as similarity.
     """
 
     images: int
@@ -78,14 +81,14 @@ class Sums:
     similarity: Fraction | None
     books: tuple[BookSums, ...]
     detail: Fraction | None = None
-    shown_detail: Fraction | None = None
+    reconstructed_detail: Fraction | None = None
 
     def __add__(self, other: Self) -> Self:
         books = tuple(one + more for one, more in zip(self.books, other.books, strict=True))
         return replace(self, books=books, **_added(self, other, ("images", "values", "error", *_STRUCTURE)))
 
     def packed(self) -> tuple[Tensor, Tensor]:
-        """All numbers, as int64 and as float64, flat: packed sums of one model add up as the sums themselves do."""
+        """All numbers as two flat tensors, int64 and float64. Adding the tensors of one model adds the sums."""
         optional = [getattr(self, name) for name in _STRUCTURE]
         flags = [flag for book in self.books for flag in (book.near or 0, book.near is None, book.moments is None)]
         integers = torch.tensor([self.images, self.values, *(total is None for total in optional), *flags])
@@ -95,7 +98,15 @@ class Sums:
         return torch.cat([integers, *counts]), torch.cat([*map(limbs, fractions), *moments])
 
     def unpacked(self, integers: Tensor, floats: Tensor) -> Self:
-        """The sums that `packed` made these of; self: any of the same model. Raises ValueError where they are not."""
+        """The inverse of `packed`, called on any sums of the same model.
+
+        Args:
+            integers: (n,) int64.
+            floats: (m,) float64.
+
+        Raises:
+            ValueError: The tensors have other lengths than those of this model.
+        """
         sizes = [len(book.counts) for book in self.books]
         lengths = [2 + len(_STRUCTURE), 3 * len(sizes), *sizes]
         if len(integers) != sum(lengths):
@@ -122,7 +133,7 @@ class Sums:
 
 
 def _added(one: BookSums | Sums, other: BookSums | Sums, names: Iterable[str]) -> dict[str, Any]:
-    """Of the fields; None where either operand is None."""
+    """Sums of the named fields; None if either operand is None."""
     pairs = {name: (getattr(one, name), getattr(other, name)) for name in names}
     return {name: None if a is None or b is None else a + b for name, (a, b) in pairs.items()}
 
@@ -131,21 +142,22 @@ class Totals(Accumulator):
     """The exact sums of a pass.
 
     Attributes:
-        sums: What was added so far.
+        sums: Of all batches so far.
     """
 
     def __init__(self, books: Books, *, measured: bool = False, structure: bool = False) -> None:
         """
         Args:
             books: Key and codebook of each, and the squared distance up to which a latent counts as covered.
-            measured: Whether moments and the errors of reconstructions are added up, too.
-            structure: Whether similarity and detail of images are.
+            measured: Whether moments and errors of reconstructions are added up.
+            structure: Whether similarity and detail of images are added up.
         """
         self._books, self._measured, self._structure = books, measured, structure
         latents = [torch.empty(0, codebook.dim) for _, codebook, _ in books]
         self.sums = self._of(Batch([], latents, [torch.empty(0, dtype=torch.int64)] * len(books)))
 
     def add(self, batch: Batch) -> None:
+        """Add the sums of a batch."""
         self.sums += self._of(batch)
 
     def _of(self, batch: Batch) -> Sums:
@@ -163,59 +175,82 @@ class Totals(Accumulator):
         return Sums(images=len(batch.items), values=values, error=error, books=of_books, **optional)
 
     def merge(self) -> None:
+        """All-reduce the sums."""
         self.sums = self.sums.unpacked(*map(distributed.summed, self.sums.packed()))
 
 
 Books = Sequence[tuple[str, Codebook, float | None]]
+"""Of each codebook its key, its codes, and the squared reference distance, if any."""
 
 
 class Usage(Accumulator):
-    """How one codebook is used.
+    """Usage of one codebook.
 
     Attributes:
-        counts: (size,) int64, hits of each code.
+        counts: (size,) int64, assignments per code.
         error: () float64, sum of squared distances from latents to their codes.
     """
 
     def __init__(self, codebook: Codebook, stage: int = 0) -> None:
+        """stage: index of the codebook in the batches."""
         self._codebook, self._stage = codebook, stage
         self.counts = torch.zeros(codebook.size, dtype=torch.int64)
         self.error = torch.zeros((), dtype=torch.float64)
 
     def add(self, batch: Batch) -> None:
+        """Add the counts and the squared error of a batch."""
         latents, codes = batch.latents[self._stage], batch.codes[self._stage]
         self.counts += torch.bincount(codes, minlength=len(self.counts)).cpu()
         self.error += squared_errors(latents, self._codebook, codes).sum().cpu()
 
     def merge(self) -> None:
+        """All-reduce counts and error."""
         self.counts, self.error = distributed.summed(self.counts), distributed.summed(self.error)
 
 
 class Draw(Accumulator):
-    """A sample of the latents of a codebook: those whose hashes are the smallest.
+    """A sample of the latents of a codebook.
 
     Attributes:
-        sampler: Holds it: of each latent the columns that were asked for.
+        sampler: Keeps the requested columns of each sampled latent.
     """
 
     def __init__(self, codebook: Codebook, columns: Sequence[str], seed: int, limit: int, stage: int = 0) -> None:
-        """columns: "latents", "codes" or both. limit: how many latents are kept."""
+        """
+        Args:
+            codebook: The one that the latents are of.
+            columns: "latents", "codes" or both.
+            seed: Of the sample.
+            limit: Latents in the sample at most.
+            stage: Index of the codebook in the batches.
+        """
         self.sampler, self._columns, self._stage = Sampler(seed, limit), columns, stage
         nothing = {"latents": torch.empty(0, codebook.dim), "codes": torch.empty(0, dtype=torch.int64)}
-        self.sampler.add([], 0, *(nothing[column] for column in columns))  # a part may have no batch
+        self.sampler.add([], 0, *(nothing[column] for column in columns))  # so that a process without a batch can merge
 
     def add(self, batch: Batch) -> None:
+        """Add the latents of a batch."""
         columns = [getattr(batch, column)[self._stage] for column in self._columns]
         self.sampler.add(batch.items, len(columns[0]) // len(batch.items), *columns)
 
     def merge(self) -> None:
+        """Merge the samples of all processes."""
         self.sampler.merge()
 
 
 def book_sums(
     key: str, codebook: Codebook, reference: float | None, rows: Tensor, codes: Tensor, *, moments: bool = False
 ) -> BookSums:
-    """Of latents, (n, dim), and their codes, (n,). reference: the squared distance up to which they are covered."""
+    """The sums of one codebook over some latents.
+
+    Args:
+        key: Of the codebook.
+        codebook: Its codes.
+        reference: Squared distance up to which a latent counts as covered.
+        rows: (n, dim) latents.
+        codes: (n,) int64, the nearest code of each.
+        moments: Whether moments are computed.
+    """
     errors = squared_errors(rows, codebook, codes)
     counts = torch.bincount(codes, minlength=codebook.size).cpu()
     return BookSums(
@@ -229,7 +264,7 @@ def book_sums(
 
 
 def _moments(rows: Tensor, codebook: Codebook, counts: Tensor) -> Tensor:
-    """(2, dim + 1, dim), as `BookSums` has them: in float64, where the order of the parts changes last digits alone."""
+    """`BookSums.moments`. These float64 sums are not exact: the order of batches may change their last digits."""
     rows, codes = wide(codebook.metric.emit(rows)), codebook.emitted.cpu().double()
     of_rows = torch.cat([rows.sum(0, keepdim=True), rows.T @ rows]).cpu()
     weighted = codes * counts[:, None]
@@ -241,19 +276,19 @@ def _total(scores: Tensor | None) -> Fraction | None:
 
 
 def exact(value: float) -> Fraction:
-    """The number that a float is: fractions add up without rounding. Raises NotFiniteError where it is none."""
+    """A float as a fraction, whose sums are not rounded. Raises NotFiniteError where it is not finite."""
     if not math.isfinite(value):
         raise NotFiniteError(f"squared errors add up to {value}: latents or codes are too large for float32")
     return Fraction(value)
 
 
 def limbs(total: Fraction) -> Tensor:
-    """(LIMBS,) float64 that add up to it: to 159 bits, which is all of it for sums of any length."""
-    found = list[float]()
+    """(LIMBS,) float64 that add up to a fraction: to 159 bits, enough for sums of any realistic length."""
+    parts = list[float]()
     for _ in range(LIMBS):
-        found.append(float(total))
-        total -= Fraction(found[-1])
-    return torch.tensor(found, dtype=torch.float64)
+        parts.append(float(total))
+        total -= Fraction(parts[-1])
+    return torch.tensor(parts, dtype=torch.float64)
 
 
 def from_limbs(values: Tensor) -> Fraction:

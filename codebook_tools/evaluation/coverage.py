@@ -1,4 +1,4 @@
-"""Coverage: how much of the latents' distribution the codes reach, against a k-means of the same size."""
+"""Coverage: the share of latents near their code, by the standard of a k-means of the same size."""
 
 from __future__ import annotations
 
@@ -17,21 +17,31 @@ from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
 
 POINTS = 20_000
-"""Latents that the reference k-means sees."""
+"""Latents that the reference k-means is fitted to."""
 
-_IMAGES_FOR = 4  # so many times POINTS are encoded, and POINTS drawn of them: neighbours in an image are alike
+_IMAGES_FOR = 4  # times POINTS are encoded, of which POINTS are drawn: neighbors in an image are alike
 _ITERATIONS = 10
 _PERCENTILE = 0.95
-_SEEDED_WELL = 2048  # codes, up to which k-means++ takes seconds
+_SEEDED_WELL = 2048  # codes up to which k-means++ takes seconds
 
 
 def reference_latents(model: Model, calibration: Media, *, seed: int, batch: int, stage: int = 0) -> Tensor | None:
-    """(n, dim) float32: POINTS or fewer latents that meet the book `stage`, drawn by seed; None without any image.
+    """Draw the latents that a reference k-means is fitted to.
 
-    Which they are depends on names and seed alone, so that every state of a model is held against the same ones.
+    The draw depends only on names and seed, so that all states of a model are compared on the same latents.
+
+    Args:
+        model: Encodes the images.
+        calibration: The images.
+        seed: Of the draw.
+        batch: Images per batch.
+        stage: Index of the codebook whose latents are drawn.
+
+    Returns:
+        (n, dim) float32, n at most POINTS; None without any image.
     """
     drawn = calibration.subset(shuffled(calibration.items, seed))
-    # Whole: every process must know how many latents an image has.
+    # The whole data in every process: each must know how many latents an image has.
     first = next(model.latents(drawn.whole(), batch, stage).by_item(), None)
     if first is None:
         return None
@@ -42,18 +52,24 @@ def reference_latents(model: Model, calibration: Media, *, seed: int, batch: int
 
 
 def reference_distance(latents: Tensor | None, codebook: Codebook, *, seed: int) -> float | None:
-    """The 95th percentile of the latents' squared distances to their centroids, in a k-means of codebook.size.
+    """The 95th percentile of squared distances from latents to their centroids in a k-means of the codebook's size.
 
-    latents: (n, dim), as `reference_latents` gives them. None where they are none, fewer distinct ones than codes, or
-    so far off, after a training that went wrong, that distances overflow. Those are what distortion is the mean of:
-    between what is emitted.
+    Distances are those of the distortion, between emitted vectors.
+
+    Args:
+        latents: (n, dim) of `reference_latents`.
+        codebook: Gives the size and the metric.
+        seed: Of the k-means.
+
+    Returns:
+        None without latents, with fewer distinct ones than codes, or where distances overflow float32, as after a
+        diverged training.
     """
     if latents is None or overflow(latents) or count_distinct(latents, enough=codebook.size) < codebook.size:
         return None
     points = codebook.metric.emit(latents)
     init: Init = "kmeans++" if codebook.size <= _SEEDED_WELL else "random"
-    centroids = Codebook(
-        kmeans(points, codebook.size, init=init, iterations=_ITERATIONS, seed=seed, watch=Watch()).centroids
-    )
+    result = kmeans(points, codebook.size, init=init, iterations=_ITERATIONS, seed=seed, watch=Watch())
+    centroids = Codebook(result.centroids)
     errors = squared_errors(points, centroids, nearest(points, centroids))
     return float(torch.quantile(errors.double(), _PERCENTILE))

@@ -1,4 +1,4 @@
-"""The figures of a measurement: each is one field, which says how it is computed, shown and compared."""
+"""The figures of a measurement. Each is one field, annotated with how it is computed, formatted and compared."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,17 +16,17 @@ STAGES = {"before": "before", "surgery": "after surgery", "finetuned": "after fi
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a codebook or of a measurement, beside the field that holds it.
+    """How a figure of a codebook or a measurement is computed and reported.
 
     Attributes:
-        of: What it is, of the sums of a pass: BookSums where it is a codebook's, else Sums.
-        label: What tables of stages call it; None where they leave it out.
-        form: How those format it; of several codebooks, the lowest and the highest.
-        cell: What they say of a measurement, where that is not its value.
-        mean: Whether a comparison gives its mean over seeds.
+        of: Computes it from the sums of a pass: BookSums for a codebook, Sums for a measurement.
+        label: Row heading in tables of stages; None for no row.
+        form: Format of the value there; several codebooks give the lowest and the highest value.
+        cell: Text of the cell for a measurement, in place of the formatted value.
+        mean: Whether a comparison reports its mean over seeds.
     """
 
-    of: Callable[[Any], Any] = field(repr=False)  # a page of the documents shows the rest
+    of: Callable[[Any], Any] = field(repr=False)  # the documentation prints the other fields
     label: str | None = None
     form: str = ""
     cell: Callable[["Measurement"], str] | None = field(default=None, repr=False)
@@ -34,7 +34,7 @@ class Figure:
 
 
 def codes_used(stage: "Measurement") -> tuple[int, int]:
-    """How many codes of how many are in use, in all codebooks together."""
+    """Number of codes in use and of all codes, in all codebooks together."""
     return sum(use.used for use in stage.codebooks), sum(use.size for use in stage.codebooks)
 
 
@@ -52,7 +52,7 @@ def _coverage(book: BookSums) -> float | None:
 
 
 def _of_covariance(which: int, metric: Callable[[Tensor], float]) -> Callable[[BookSums], float | None]:
-    """which: 0 of the latents, 1 of the codes that they are replaced by."""
+    """A metric of the covariance of the latents (which=0) or of the codes that replace them (which=1)."""
 
     def of(book: BookSums) -> float | None:
         if book.moments is None or not book.latents:
@@ -63,26 +63,33 @@ def _of_covariance(which: int, metric: Callable[[Tensor], float]) -> Callable[[B
 
 
 def _effective_dimension(covariance: Tensor) -> float:
-    """To the digits in which it does not show in what order sums were added."""
+    """The participation ratio to four digits, which do not depend on the order of summation."""
     return float(f"{metrics.participation_ratio(covariance):.4g}")
 
 
 @dataclass(frozen=True)
 class CodebookUse:
-    """How one codebook is used.
+    """Figures of one codebook.
 
     Attributes:
-        latents: How many were assigned.
-        used_10: Codes with 10 hits or more.
+        key: Name of the codebook in the checkpoint.
+        size: Number of codes.
+        dim: Dimensions of a code.
+        latents: Number of latents.
+        used: Codes with at least one assignment.
+        usage: Share of such codes.
+        used_10: Codes with at least 10 assignments.
+        perplexity: exp of the entropy, in nats, of code usage.
         bits: log2 of the perplexity.
+        top_share: Share of all assignments that the most used code takes.
         distortion: Mean squared distance from a latent to its emitted code, summed over dimensions.
-        coverage: Share of the latents that are nearer to their code than the reference distance; None without one
-            (coverage.py says which).
-        effective_dimension: Of the latents, by the participation ratio of their covariance; None where moments were not
-            added up, as the next three.
-        effective_dimension_codes: Of the codes that they are replaced by.
-        dimensions_99: How many principal directions hold 99 % of the latents' variance.
-        dimensions_99_codes: The same of the codes.
+        coverage: Share of the latents within the reference distance of their code (see coverage.py); None without a
+            reference distance.
+        effective_dimension: Participation ratio of the latents' covariance; this and the next three are None where
+            moments were not computed.
+        effective_dimension_codes: The same for the codes that replace the latents.
+        dimensions_99: Principal directions that hold 99 % of the latents' variance.
+        dimensions_99_codes: The same for the codes that replace the latents.
     """
 
     key: str
@@ -117,7 +124,8 @@ def _ssim(sums: Sums) -> float | None:
 
 
 def _sharpness(sums: Sums) -> float | None:
-    return float(sums.shown_detail / sums.detail) if sums.detail and sums.shown_detail is not None else None
+    reconstructed = sums.reconstructed_detail
+    return float(reconstructed / sums.detail) if sums.detail and reconstructed is not None else None
 
 
 @dataclass(frozen=True)
@@ -125,14 +133,16 @@ class Measurement:
     """All figures of a model in one state, on one split.
 
     Attributes:
-        images: Or clips; None where there were only latents.
-        mse: Per value, images in [0, 1], reconstructions clamped to it, or of the waveform; None where nothing was
-            reconstructed.
-        psnr: dB, None without any error.
-        ssim: None for waveforms, and where the images are too small for its window.
+        split: Name of the split.
+        images: Number of images, or of clips; None where there were only latents.
+        mse: Mean squared error per value, of images in [0, 1] and reconstructions clamped to it, or of waveforms; None
+            where nothing was reconstructed.
+        psnr: Peak signal-to-noise ratio in dB; None without any error.
+        ssim: Mean structural similarity; None for waveforms, and for images smaller than its window.
+        codebooks: Figures of each codebook.
         sharpness: metrics.detail of the reconstructions over that of the images, 1 where they are as sharp; None for
-            waveforms, and for images without any detail.
-        counts: (size,) int64 of each codebook, how often each code was chosen; none where that was read from JSON.
+            waveforms, and for images without detail.
+        counts: (size,) int64 of each codebook, assignments per code; empty where the measurement was read from JSON.
     """
 
     split: str
@@ -145,14 +155,14 @@ class Measurement:
     counts: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """All but the counts, which are as many as there are codes."""
+        """All fields but the counts, which are long."""
         record = asdict(replace(self, counts=()))
         del record["counts"]
         return record
 
     @property
     def error(self) -> float:
-        """The mse of a measurement that reconstructed images."""
+        """The mse of a measurement with reconstructions."""
         assert self.mse is not None
         return self.mse
 
@@ -165,12 +175,12 @@ COLUMNS = (
     ("perplexity", "perplexity", "finetuned", ".1f"),
     ("coverage", "coverage", "finetuned", ".3f"),
 )
-"""Of a comparison: heading, figure, stage and format. A table has room for few."""
+"""Columns of the table of a comparison: heading, figure, stage and format."""
 
 
 @cache
 def figures_of(record: type[CodebookUse] | type[Measurement]) -> dict[str, Figure]:
-    """The table of figures: those of a record by the names of their fields, in order."""
+    """The figures of a record by field name, in order."""
     hints = get_type_hints(record, include_extras=True).items()
     return {name: hint.__metadata__[0] for name, hint in hints if get_origin(hint) is Annotated}
 
@@ -182,15 +192,15 @@ def use_of(sums: BookSums) -> CodebookUse:
 
 
 def measurement_of(sums: Sums, split: str, figures: Collection[str] = ("psnr",)) -> Measurement:
-    """The figures of a pass with reconstructions.
+    """Compute the figures of a pass with reconstructions.
 
     Args:
         sums: Of all data of the split.
-        split: Its name.
-        figures: Of the modality; without psnr there is none.
+        split: Name of the split.
+        figures: Those of the modality; psnr is None where it is not among them.
 
     Raises:
-        CodebookError: The pass saw nothing.
+        CodebookError: The sums are of no image.
     """
     if not sums.images:
         raise CodebookError(f"nothing was measured: none of the {split} data can be read")
@@ -207,29 +217,36 @@ def measurement_of(sums: Sums, split: str, figures: Collection[str] = ("psnr",))
 
 
 def in_markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, whose first line is the headings."""
+    """Format a table, headings first, in Markdown."""
     head, *rows = lines
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *rows))
 
 
 def stage_rows(stages: Mapping[str, Measurement | None], kept: str | None) -> list[tuple[str, ...]]:
-    """The headings, and the figures of each stage there is; a star is at the one that was kept, where there are others.
-    kept: None of a measurement alone."""
-    there = {name: stage for name, stage in stages.items() if stage is not None}
-    names = {name: STAGES[name] if kept else "measured" for name in there}
-    if len(there) > 1 and kept in there:
+    """Table of the figures of each stage.
+
+    Args:
+        stages: By their keys in STAGES; absent ones are None.
+        kept: The stage that was kept, which is starred where there are others; None for a mere measurement.
+
+    Returns:
+        Rows of equal length, headings first.
+    """
+    present = {name: stage for name, stage in stages.items() if stage is not None}
+    names = {name: STAGES[name] if kept else "measured" for name in present}
+    if len(present) > 1 and kept in present:
         names[kept] += " *"
-    return rows_of({names[name]: stage for name, stage in there.items()})
+    return rows_of({names[name]: stage for name, stage in present.items()})
 
 
 def rows_of(stages: Mapping[str, Measurement | None]) -> list[tuple[str, ...]]:
-    """The headings, and the figures of each, by name; those that none has are left out."""
-    there = {name: stage for name, stage in stages.items() if stage is not None}
-    rows = [("", *there)]
+    """Table of the figures of measurements by heading, headings first; figures that all lack are left out."""
+    present = {name: stage for name, stage in stages.items() if stage is not None}
+    rows = [("", *present)]
     for kind in (CodebookUse, Measurement):
         for name, figure in figures_of(kind).items():
-            cells = [_cell(kind, name, figure, stage) for stage in there.values()]
+            cells = [_cell(kind, name, figure, stage) for stage in present.values()]
             if figure.label and any(cell != "-" for cell in cells):
                 rows.append((figure.label, *cells))
     return rows

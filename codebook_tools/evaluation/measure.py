@@ -1,4 +1,4 @@
-"""One pass over held-out images: what a model reconstructs, and which codes it uses for that."""
+"""Measurement of a model on held-out data in one pass, and the search for its input range."""
 
 from __future__ import annotations
 
@@ -19,27 +19,38 @@ from codebook_tools.evaluation.one_pass import MediaSource, run_pass
 from codebook_tools.models.model import Model, Pass
 from codebook_tools.runtime.progress import Watch
 
+Range = tuple[float, float]
+"""Lowest and highest value of a network's input."""
+
 RANGE_IMAGES = 64
-"""Media that the input range is found out with."""
+"""Images that the input range is determined with."""
 
 
 def reconstruct(model: Model, media: Tensor) -> Pass:
-    """One batch through a model: images (n, channels, height, width) in [0, 1], reconstructed clamped to it, or
-    waveforms (n, channels, samples), which are not.
+    """Pass one batch through a model.
 
-    Raises NotFiniteError where the network's output is not finite, CodebookError where it is not of the input's shape.
+    Args:
+        model: In evaluation mode.
+        media: (n, channels, ...): images in [0, 1], or waveforms.
+
+    Returns:
+        The pass, with reconstructions clamped to the bounds of the modality.
+
+    Raises:
+        NotFiniteError: Latents or reconstructions are not finite.
+        CodebookError: Reconstructions have another shape than `media`.
     """
     with torch.no_grad():
-        seen = model.pass_through(media)
-    if not all(bool(torch.isfinite(latents).all()) for latents in seen.latents):
+        result = model.pass_through(media)
+    if not all(bool(torch.isfinite(latents).all()) for latents in result.latents):
         raise NotFiniteError("the encoder's latents are not finite")
-    shown = model.modality.clamped(seen.media)
-    if shown.shape != media.shape:
-        many = model.modality.many
-        raise CodebookError(f"decode returns {tuple(shown.shape[1:])} for {many} of {tuple(media.shape[1:])}")
-    if not bool(torch.isfinite(shown).all()):
+    reconstructed = model.modality.clamped(result.media)
+    if reconstructed.shape != media.shape:
+        shape, many = tuple(reconstructed.shape[1:]), model.modality.many
+        raise CodebookError(f"decode returns {shape} for {many} of {tuple(media.shape[1:])}")
+    if not bool(torch.isfinite(reconstructed).all()):
         raise NotFiniteError("the decoder's reconstructions are not finite")
-    return replace(seen, media=shown)
+    return replace(result, media=reconstructed)
 
 
 def measure(
@@ -52,10 +63,19 @@ def measure(
     references: Sequence[float | None] | None = None,
     watch: Watch,
 ) -> Measurement:
-    """Measure a model on all of `images`, whichever process reads them. structure: with SSIM, which takes longer than
-    the rest on small images, and sharpness.
+    """Measure a model on all of the data, of which each process may read a part.
 
-    references: of each book, the squared distance up to which a latent counts as covered.
+    Args:
+        model: The model.
+        images: Images or clips.
+        split: Name of the split.
+        batch: Items per batch.
+        structure: Whether SSIM and sharpness are computed; on small images they take longer than the rest.
+        references: Squared distance of each codebook up to which a latent counts as covered.
+        watch: Is told the progress.
+
+    Raises:
+        CodebookError: As `reconstruct`, or no item can be read.
     """
     totals = totals_of(model, references, structure)
     run_pass(reconstructions(model, images, batch, split), [totals], watch)
@@ -63,34 +83,40 @@ def measure(
 
 
 def totals_of(model: Model, references: Sequence[float | None] | None = None, structure: bool = True) -> Totals:
-    """What a measurement adds up; see `measure`."""
+    """The accumulator of a measurement; see `measure` for the arguments."""
     references = references or [None] * len(model.books)
     books = [(book.key, book.codebook, reference) for book, reference in zip(model.books, references, strict=True)]
     return Totals(books, measured=True, structure=structure and "ssim" in model.modality.figures)
 
 
 def reconstructions(model: Model, images: Media, batch: int, split: str = "test") -> MediaSource:
-    """What it goes over."""
+    """The batches of a measurement; see `measure` for the arguments."""
     return MediaSource(images, partial(reconstruct, model), batch, f"measure on {split}")
 
 
-def range_errors(
-    model: Model, pixels: Tensor, ranges: Iterable[tuple[float, float]]
-) -> dict[tuple[float, float], float]:
-    """Reconstruction error of images in each range that the network gives finite numbers in. pixels: (n, channels,
-    height, width) in [0, 1]."""
-    errors = dict[tuple[float, float], float]()
+def range_errors(model: Model, pixels: Tensor, ranges: Iterable[Range]) -> dict[Range, float]:
+    """Mean squared error of one batch in several input ranges.
+
+    Args:
+        model: Its input range is unchanged afterwards.
+        pixels: (n, channels, height, width) in [0, 1].
+        ranges: Lowest and highest input value of each.
+
+    Returns:
+        The error by range; ranges in which the network's output is not finite are left out.
+    """
+    errors = dict[Range, float]()
     for bounds in ranges:
         with suppress(NotFiniteError), model.in_range(bounds):
-            shown = reconstruct(model, pixels).media
-            errors[bounds] = float((shown - pixels.to(shown.device)).square().mean())
+            reconstructed = reconstruct(model, pixels).media
+            errors[bounds] = float((reconstructed - pixels.to(reconstructed.device)).square().mean())
     return errors
 
 
-def find_input_range(model: Model, images: Media) -> dict[tuple[float, float], float]:
-    """Reconstruction error of a few images in each range that networks are trained on: the lowest is the model's."""
-    few = images.subset(limited(images.items, RANGE_IMAGES, seed=0))  # neighbours in name are often alike
-    errors = dict[tuple[float, float], float]()
+def find_input_range(model: Model, images: Media) -> dict[Range, float]:
+    """Mean squared error of RANGE_IMAGES images in each input range of the modality; the lowest is the model's own."""
+    few = images.subset(limited(images.items, RANGE_IMAGES, seed=0))  # drawn, as neighbors in name are often alike
+    errors = dict[Range, float]()
     for bounds in model.modality.input_ranges:
         with model.in_range(bounds):
             errors[bounds] = measure(model, few, structure=False, watch=Watch()).error

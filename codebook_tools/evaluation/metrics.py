@@ -1,4 +1,4 @@
-"""Pure functions of counts and errors."""
+"""Metrics as pure functions of counts, errors, covariances and images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from codebook_tools.runtime.devices import wide
 
 
 def used(counts: Tensor, hits: int = 1) -> int:
-    """Codes with at least `hits` assignments. counts: (size,) int64."""
+    """Number of codes with at least `hits` assignments. counts: (size,) int64."""
     return int((counts >= hits).sum())
 
 
 def used_by_chance(latents: int, size: int) -> float:
-    """Codes that are expected to be in use where each of so many latents draws one of `size` at random, all alike:
-    K (1 - (1 - 1/K)^n)."""
+    """Expected number of codes in use where each latent draws one of `size` uniformly: K (1 - (1 - 1/K)^n)."""
     if size < 2 or not latents:
         return float(size if latents else 0)
     return -size * math.expm1(latents * math.log1p(-1 / size))
@@ -32,9 +31,13 @@ def usage(counts: Tensor) -> float:
 
 
 def bits(counts: Tensor) -> float:
-    """Entropy of code usage in bits: what an ideal entropy coder would spend on a token.
+    """Entropy of code usage in bits, the cost of a token to an ideal entropy coder.
 
-    counts: (size,) int64, assignments per code over the whole dataset. 0.0 when nothing was assigned.
+    Args:
+        counts: (size,) int64, assignments per code over the whole data set.
+
+    Returns:
+        Bits; 0.0 where all counts are 0.
     """
     total = int(counts.sum())
     if total == 0:
@@ -44,42 +47,63 @@ def bits(counts: Tensor) -> float:
 
 
 def perplexity(counts: Tensor) -> float:
-    """exp of the entropy, in nats, of code usage: 1 when one code is used, `size` when all are used alike.
+    """exp of the entropy, in nats, of code usage: 1 where one code is used, `size` where all are used equally.
 
-    counts: (size,) int64, assignments per code over the whole dataset. 0.0 when nothing was assigned.
     Source: van den Oord et al. 2017, as DeepMind Sonnet computes it, without its 1e-10.
+
+    Args:
+        counts: (size,) int64, assignments per code over the whole data set.
+
+    Returns:
+        The perplexity; 0.0 where all counts are 0.
     """
     return 2.0 ** bits(counts) if int(counts.sum()) else 0.0
 
 
 def top_share(counts: Tensor) -> float:
-    """Share of all assignments that the most used code takes; 0.0 when there are none. counts: (size,) int64."""
+    """Share of all assignments that the most used code takes; 0.0 where there are none. counts: (size,) int64."""
     total = int(counts.sum())
     return int(counts.max()) / total if total else 0.0
 
 
 def participation_ratio(covariance: Tensor) -> float:
-    """In how many dimensions points spread alike: (tr C)² / tr C², 1 for points on a line, dim for a ball of them.
+    """Effective dimension (tr C)² / tr C²: 1 for points on a line, dim for an isotropic distribution.
 
-    covariance: (dim, dim) float64. 0.0 where nothing varies. Source: Gao et al. 2017, A theory of multineuronal
-    dimensionality.
+    Source: Gao et al. 2017, A theory of multineuronal dimensionality.
+
+    Args:
+        covariance: (dim, dim) float64.
+
+    Returns:
+        The ratio; 0.0 where nothing varies.
     """
     total, squares = float(covariance.trace()), float(covariance.square().sum())
     return total * total / squares if squares > 0 else 0.0
 
 
 def dimensions_that_hold(covariance: Tensor, share: float = 0.99) -> int:
-    """The fewest principal directions that hold a share of the variance; 0 where nothing varies.
+    """Smallest number of principal directions that hold a share of the variance; 0 where nothing varies.
 
-    covariance: (dim, dim) float64."""
+    Args:
+        covariance: (dim, dim) float64.
+        share: Of the variance, 0 to 1.
+    """
     variances = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
     total = float(variances.sum())
     return int((variances.cumsum(0) < share * total * (1 - 1e-9)).sum()) + 1 if total > 0 else 0
 
 
 def covariance_of_moments(sums: Tensor, products: Tensor, n: int) -> Tensor:
-    """(dim, dim) float64, of the sums (dim,) and the summed outer products (dim, dim) of n rows. Zeros where they are
-    all alike, but for rounding."""
+    """Covariance of n rows from their moments.
+
+    Args:
+        sums: (dim,) float64, the sum of the rows.
+        products: (dim, dim) float64, the sum of their outer products.
+        n: Number of rows, at least 1.
+
+    Returns:
+        (dim, dim) float64; zeros where all rows are equal up to rounding.
+    """
     mean = sums / n
     covariance = products / n - mean[:, None] * mean
     rounding = 1e-13 * float(products.diagonal().sum() / n)
@@ -87,22 +111,28 @@ def covariance_of_moments(sums: Tensor, products: Tensor, n: int) -> Tensor:
 
 
 def covariance_of(rows: Tensor) -> Tensor:
-    """(dim, dim) float64, of rows (n, dim)."""
-    apart = rows.double() - rows.double().mean(0)
-    return torch.as_tensor(apart.T @ apart / max(len(rows) - 1, 1))
+    """Unbiased covariance of rows (n, dim), (dim, dim) float64."""
+    centered = rows.double() - rows.double().mean(0)
+    return torch.as_tensor(centered.T @ centered / max(len(rows) - 1, 1))
 
 
 def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB of images in [0, 1]: infinite when there is no error."""
+    """Peak signal-to-noise ratio in dB of values in [0, 1]; infinite where `mse` is 0."""
     return math.inf if mse == 0 else -10 * math.log10(mse)
 
 
 def ssim(images: Tensor, others: Tensor) -> Tensor | None:
-    """(n,) float64 structural similarity of each pair: Gaussian window of 11, sigma 1.5, borders mirrored, a mean over
-    all pixels and channels; what torchmetrics computes in float64, as its float32 does not tell flat images apart.
+    """Structural similarity of pairs of images, as torchmetrics computes it in float64.
 
-    images, others: (n, channels, height, width) in [0, 1]. None where a side is under 11 pixels: no window fits.
-    Source: Wang et al. 2004.
+    The window is a Gaussian of 11 pixels with sigma 1.5, borders are mirrored, and the mean is over all pixels and
+    channels. float32 would not tell flat images apart. Source: Wang et al. 2004.
+
+    Args:
+        images: (n, channels, height, width) in [0, 1].
+        others: Of the same shape and range.
+
+    Returns:
+        (n,) float64; None where a side is under 11 pixels, into which no window fits.
     """
     if min(images.shape[-2:]) < 2 * _REACH + 1:
         return None
@@ -118,8 +148,8 @@ _REACH, _TILE = 5, 32
 
 
 def _windowed(values: Tensor) -> Tensor:
-    """Weighted means in a window around each pixel, rows and columns in turn. Matrix products over tiles of a line take
-    a fraction of a convolution's time on a CPU, most of all in float64."""
+    """Weighted means in a window around each pixel, along rows and then columns, by matrix products over tiles of a
+    line, which take a fraction of a convolution's time on a CPU, above all in float64."""
     taps = torch.exp(-torch.arange(-_REACH, _REACH + 1, dtype=torch.float64).square() / (2 * 1.5**2))
     places = torch.arange(_TILE)[:, None] + torch.arange(len(taps))
     weights = torch.zeros(_TILE, _TILE + 2 * _REACH, dtype=torch.float64)
@@ -134,24 +164,36 @@ def _windowed(values: Tensor) -> Tensor:
 
 
 def detail(images: Tensor) -> Tensor | None:
-    """(n,) energy of the Laplacian of each image: the squares of four times a pixel less its four neighbours, added up
-    over channels and the pixels that have them. Blur lowers it, for it weighs a wave by the fourth power of its
-    frequency.
+    """Energy of the Laplacian: squares of four times a pixel minus its four neighbors, summed over inner pixels.
 
-    images: (n, channels, height, width). None where a side is under 3 pixels.
-    Source: Subbarao, Choi and Nikzad 1993, Focusing techniques.
+    It weighs a wave by the fourth power of its frequency, so blur lowers it. Source: Subbarao, Choi and Nikzad 1993,
+    Focusing techniques.
+
+    Args:
+        images: (n, channels, height, width).
+
+    Returns:
+        (n,) float64, summed over channels; None where a side is under 3 pixels.
     """
     if min(images.shape[-2:]) < 3:
         return None
-    images = wide(images)  # first: of nearly flat images float32 would leave a third of the digits
+    images = wide(images)  # before the differences, which in float32 would lose digits of nearly flat images
     inner = images[..., 1:-1, 1:-1]
     around = images[..., :-2, 1:-1] + images[..., 2:, 1:-1] + images[..., 1:-1, :-2] + images[..., 1:-1, 2:]
     return (4 * inner - around).square().flatten(1).sum(1)
 
 
 def effective_dimension(curve: Mapping[int, float]) -> float:
-    """Of latents, by the slope of log distortion over log K: at high rate that is -2 / dimension (Zador 1982). Infinite
-    where more codes leave no less. curve: distortion by K, two points or more."""
-    sizes, left = zip(*((math.log(k), math.log(max(of, 1e-30))) for k, of in curve.items()), strict=True)
-    slope = linear_regression(sizes, left).slope
+    """Effective dimension of latents from a rate-distortion curve.
+
+    The slope of log distortion over log K is -2 / dimension at high rate. Source: Zador 1982.
+
+    Args:
+        curve: Distortion by K, at least two points.
+
+    Returns:
+        The dimension; infinite where distortion does not fall with K.
+    """
+    rates = [math.log(k) for k in curve]
+    slope = linear_regression(rates, [math.log(max(distortion, 1e-30)) for distortion in curve.values()]).slope
     return -2 / slope if slope < 0 else math.inf

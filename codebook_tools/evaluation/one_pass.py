@@ -1,4 +1,4 @@
-"""The one pass over data: batches of latents and their codes go by, and accumulators add them up."""
+"""The one pass over data: sources give batches of latents and codes, which accumulators add up."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from codebook_tools.models.model import Pass
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 
-_AT_ONCE = 65_536  # latents whose codes are looked up together
+_AT_ONCE = 65_536  # latents in a nearest-code search
 
 Items = Sequence[Named] | Hashed
-"""What latents belong to."""
+"""The items that latents belong to, or hashes of their names."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What an accumulator gets.
+    """Input of an accumulator.
 
     Attributes:
-        items: What the latents belong to, n items.
+        items: n items.
         latents: Of each codebook, (n * positions, dim) float32, item by item.
-        codes: Of each codebook, (n * positions,) int64; none where they are not looked up.
-        media: The items and their reconstructions, (n, channels, ...) each; None where there are only latents.
+        codes: Of each codebook, (n * positions,) int64; empty where they are not searched.
+        media: Items and reconstructions, (n, channels, ...) each; None where there are only latents.
     """
 
     items: Items
@@ -43,18 +43,24 @@ class Batch:
 
 
 class Accumulator:
-    """What a pass adds up. Parts of the data may be added in any order, by any process."""
+    """Adds up batches of a pass, which may come in any order and in any process."""
 
     def add(self, batch: Batch) -> None:
+        """Add one batch."""
         raise NotImplementedError
 
     def merge(self) -> None:
-        """Take in what the other processes added; not defined where one process alone may do the pass."""
+        """Take in what the other processes added; undefined for an accumulator that only one process can use."""
         raise NotImplementedError
 
 
 def run_pass(source: MediaSource | LatentSource, accumulators: Sequence[Accumulator], watch: Watch) -> None:
-    """Go over the data once. Of parts, each process ends with what all of them added.
+    """Pass over the data once. Where processes read parts of it, the accumulators of each end with the whole.
+
+    Args:
+        source: Gives the batches.
+        accumulators: Get every batch.
+        watch: Is told the progress.
 
     Raises:
         NotFiniteError: In all processes, where it is raised in one.
@@ -70,12 +76,13 @@ def run_pass(source: MediaSource | LatentSource, accumulators: Sequence[Accumula
 
 @dataclass(frozen=True, eq=False)
 class MediaSource:
-    """Images or clips that go through all of a model.
+    """Images or clips that pass through all of a model.
 
     Attributes:
-        through: The model's pass of a batch, (n, channels, ...).
-        batch: Items at a time.
-        task: What the progress calls it.
+        data: The images or clips.
+        through: Passes a batch, (n, channels, ...), through the model.
+        batch: Items per batch.
+        task: Label of the progress.
     """
 
     data: Media
@@ -84,6 +91,7 @@ class MediaSource:
     task: str
 
     def batches(self, watch: Watch) -> Iterator[Batch]:
+        """Batches with latents, codes and reconstructions."""
         for items, media in _reported(self.data.batches(self.batch), self.data, self.task, watch):
             with torch.no_grad():
                 result = self.through(media)
@@ -96,8 +104,9 @@ class LatentSource:
     """Latents of one codebook, from files or from an encoder.
 
     Attributes:
-        codebook: None where no codes are asked for.
-        task: What the progress calls it.
+        data: The latents.
+        codebook: In which nearest codes are searched; None for no search.
+        task: Label of the progress.
     """
 
     data: ItemLatents
@@ -105,7 +114,7 @@ class LatentSource:
     task: str = "encode"
 
     def batches(self, watch: Watch) -> Iterator[Batch]:
-        """Several are looked up together: to begin the search for a few latents takes longer than to do it."""
+        """Batches with latents and codes; the search runs over several at once, as each start of it is costly."""
         group, count = list[tuple[Items, Tensor]](), 0
         for items, latents in _reported(self.data.by_item(), self.data, self.task, watch):
             group.append((items, latents.flatten(0, 1)))
@@ -117,6 +126,7 @@ class LatentSource:
             yield from self._assigned(group)
 
     def _assigned(self, group: Sequence[tuple[Items, Tensor]]) -> Iterator[Batch]:
+        """The batches of a group with their codes."""
         latents = [rows for _, rows in group]
         if self.codebook is None:
             codes = [torch.empty(0, dtype=torch.int64)] * len(group)
@@ -127,7 +137,7 @@ class LatentSource:
 
 
 def _reported(batches: Iterable[Any], data: Media | ItemLatents, task: str, watch: Watch) -> Iterator[Any]:
-    """The batches; the watch is told how many items went by, as many in each process' part."""
+    """The batches, with progress reported as if every process were equally far."""
     done, total = 0, len(data)
     for items, values in batches:
         yield items, values

@@ -1,22 +1,23 @@
-"""Whether a model shows less than the original did: a larger error, less sharpness, less structure."""
+"""Warnings about a fine-tuned model that is worse than the original: larger error, less sharpness, less structure."""
 
 from __future__ import annotations
 
 from codebook_tools.evaluation.figures import Measurement
 
 LEAST = 0.9
-"""Of the sharpness that the original had, up to that of the images, for more is noise. A fine-tuning of the demo on the
-squared or the absolute error left 0.94 of it or more; after a training with a discriminator, 0.4."""
+"""Smallest share of the original's sharpness without a warning; of the original's no more than the images' counts, as
+more is noise. Fine-tuning the demo on the squared or the absolute error kept at least 0.94 of it, and after a training
+with a discriminator 0.4."""
 
 ROSE = 5e-4
-"""Of the original's error: less is not seen in a per cent with one digit."""
+"""Smallest relative rise of the error with a warning: less would be printed as +0.0%."""
 
 LOST = 0.01
-"""Of the SSIM, which a fine-tuning that goes well raises."""
+"""Largest loss of SSIM without a warning; a good fine-tuning raises SSIM."""
 
 
 def worse_warnings(before: Measurement, kept: Measurement | None) -> list[str]:
-    """What to warn of where the kept state's error on the test data is above the original's."""
+    """A warning where the kept state has a larger error on the test data than the original, else none."""
     if kept is None or kept.mse is None or before.mse is None or kept.mse <= (1 + ROSE) * before.mse:
         return []
     times = kept.mse / before.mse if before.mse else float("inf")
@@ -25,8 +26,7 @@ def worse_warnings(before: Measurement, kept: Measurement | None) -> list[str]:
 
 
 def blur_warnings(before: Measurement, after: Measurement) -> list[str]:
-    """What to warn of where the fine-tuned model has less than LEAST times the original's sharpness, or LOST more of
-    the SSIM."""
+    """Warnings where the fine-tuned model has lost sharpness or SSIM; see LEAST and LOST."""
     warnings = list[str]()
     if before.sharpness and after.sharpness is not None and after.sharpness < LEAST * min(1.0, before.sharpness):
         warnings.append(

@@ -1,4 +1,4 @@
-"""What a latent sees of its image: the patch around its position, as large as what it depends on."""
+"""The receptive field of a latent: the patch around its position that it mostly depends on."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.models.model import Model
 
 SHARE = 0.9
-"""Of the gradient's energy that a patch holds. In theory many networks see all of an image from everywhere; what they
-depend on is less (Luo et al. 2016, "Understanding the Effective Receptive Field", arXiv 1701.04128)."""
+"""Share of the gradient's energy that a patch holds. The effective receptive field is smaller than the theoretical one,
+which is all of the image in many networks (Luo et al. 2016, "Understanding the Effective Receptive Field", arXiv
+1701.04128)."""
 
 _IMAGES = 8
-_LARGEST = 64  # pixels, of a patch as it is shown
+_LARGEST = 64  # pixels of a patch in a report
 
 
 @dataclass(frozen=True)
 class Place:
-    """Of a latent: its image, and its row and column in the grid of latents."""
+    """Position of a latent: its image, and its row and column in the grid of latents."""
 
     item: Item
     row: int
@@ -32,13 +33,18 @@ class Place:
 
 
 def require_images(model: Model) -> None:
-    """Raise CodebookError where the model takes no images: of sounds there are no patches."""
+    """Raise CodebookError where the model takes no images, and so there are no patches."""
     if not model.modality.pictures:
         raise CodebookError(f"{model.modality.many} have no patches to show; this looks at images")
 
 
 def latent_grid(model: Model, images: Media, stage: int = 0) -> tuple[int, int]:
-    """Rows and columns of the latents that an image has for a codebook; one row where they lie in no plane.
+    """Rows and columns of the grid of latents of an image; one row where the grid has not two axes.
+
+    Args:
+        model: Encodes the first readable image.
+        images: The images.
+        stage: Index of the codebook.
 
     Raises:
         CodebookError: No image can be read.
@@ -52,8 +58,16 @@ def latent_grid(model: Model, images: Media, stage: int = 0) -> tuple[int, int]:
 
 
 def receptive_side(model: Model, images: Media, stage: int = 0) -> int | None:
-    """Side, in pixels, of the square around a latent's position that holds most of what it depends on; None where its
-    place says nothing of where that is. Found by the gradient of latents in the middle of a few images."""
+    """Side of the square around a latent's position that holds SHARE of the energy of its gradient.
+
+    Args:
+        model: Its encoder must be differentiable.
+        images: The gradient is that of the central latents of a few of them.
+        stage: Index of the codebook.
+
+    Returns:
+        Pixels, at least the stride; None where latents have no grid of two axes.
+    """
     _, pixels = images.load(images.items[:_IMAGES])
     media = pixels.to(model.device).requires_grad_(True)
     with torch.enable_grad():
@@ -78,17 +92,27 @@ def receptive_side(model: Model, images: Media, stage: int = 0) -> int | None:
 
 
 def patches(images: Media, places: Sequence[Place], grid: tuple[int, int], side: int | None, batch: int) -> Tensor:
-    """(n, 3, shown, shown) in [0, 1]: what is around each place; the edge of an image goes on beyond it. side: None
-    for whole images. Each image is read once. grid: rows and columns of latents."""
+    """Cut the patch around each place; each image is read once.
+
+    Args:
+        images: All of the images of the places.
+        places: n positions of latents.
+        grid: Rows and columns of latents.
+        side: Of a patch in pixels, beyond the edge of an image its border is repeated; None for whole images.
+        batch: Images per batch.
+
+    Returns:
+        (n, 3, size, size) in [0, 1], reduced to at most 64 pixels.
+    """
     of_item = dict[Item, list[int]]()
     for i, place in enumerate(places):
         of_item.setdefault(place.item, []).append(i)
-    found = dict[int, Tensor]()
+    cut = dict[int, Tensor]()
     for items, pixels in images.subset([*of_item]).batches(batch):
         for item, image in zip(items, pixels, strict=True):
             for i in of_item[item]:
-                found[i] = _cut(image, places[i], grid, side)
-    return torch.stack([found[i] for i in range(len(places))]) if places else torch.empty(0, 3, 1, 1)
+                cut[i] = _cut(image, places[i], grid, side)
+    return torch.stack([cut[i] for i in range(len(places))]) if places else torch.empty(0, 3, 1, 1)
 
 
 def _cut(image: Tensor, place: Place, grid: tuple[int, int], side: int | None) -> Tensor:
@@ -99,7 +123,7 @@ def _cut(image: Tensor, place: Place, grid: tuple[int, int], side: int | None) -
         top = int((place.row + 0.5) * high / grid[0] - side / 2) + half
         left = int((place.column + 0.5) * wide / grid[1] - side / 2) + half
         image = wider[:, top : top + side, left : left + side]
-    shown = min(_LARGEST, *image.shape[1:])
-    if shown < max(image.shape[1:]):
-        image = functional.interpolate(image[None], (shown, shown), mode="area")[0]
+    size = min(_LARGEST, *image.shape[1:])
+    if size < max(image.shape[1:]):
+        image = functional.interpolate(image[None], (size, size), mode="area")[0]
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]

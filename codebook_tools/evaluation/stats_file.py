@@ -1,4 +1,4 @@
-"""What a pass over data counted, kept in a file: for surgeries without images, and to be added to other parts of it."""
+"""Files with the sums of a pass over data, for surgeries without images and for merging parts of a pass."""
 
 from __future__ import annotations
 
@@ -24,9 +24,14 @@ from codebook_tools.runtime.safe_io import parse_json
 
 @dataclass(frozen=True, eq=False)
 class Stats:
-    """What is known of one codebook. counts: (size,) int64, assignments per code. error: sum of squared distances from
-    latents to their codes. split: whose latents they are, "calibration" or "test". images: how many those were, 0 where
-    there were only latents."""
+    """Usage of one codebook.
+
+    Attributes:
+        counts: (size,) int64, assignments per code.
+        error: Sum of squared distances from latents to their codes.
+        split: Split of the latents, "calibration" or "test".
+        images: Number of images; 0 where there were only latents.
+    """
 
     counts: Tensor
     error: float
@@ -36,12 +41,17 @@ class Stats:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What a pass over data found, or one of the parts that it was cut into.
+    """Sums of a pass over data, or of one of its parts.
 
-    checkpoint: SHA-256 of the model's. split: whose latents were counted. about: what else all parts of a pass share,
-    as JSON has it. shard: which part, from 1, of how many. counted: without reconstructions. bad: items that could not
-    be read, and the reasons. measured: of the test data, and samples: of the latents counted, of each codebook; neither
-    where latents came from files.
+    Attributes:
+        checkpoint: SHA-256 of the model's file.
+        split: Split of the counted latents.
+        about: Other JSON values that all parts of a pass share.
+        shard: Number of the part, from 1, and of all parts.
+        counted: Sums of the counted latents, without reconstructions.
+        bad: Reasons by name of unreadable items.
+        measured: Sums of the test data; None where latents came from files.
+        samples: A sample of the counted latents of each codebook; empty where latents came from files.
     """
 
     checkpoint: str
@@ -55,7 +65,16 @@ class Part:
 
 
 def write_part(path: Path, part: Part, force: bool) -> None:
-    """Raises CodebookError where the disk fails, or there is such a file and `force` is not given."""
+    """Write a part with its samples.
+
+    Args:
+        path: A .safetensors file.
+        part: The sums.
+        force: Whether an existing file is replaced.
+
+    Raises:
+        CodebookError: The file exists and `force` is off, or writing fails.
+    """
     tensors = dict[str, Tensor]()
     for book in part.counted.books:
         tensors |= {f"{book.key}/counts": book.counts, f"{book.key}/squared_error": limbs(book.error)}
@@ -79,14 +98,18 @@ _MEASURED = ("measured/integers", "measured/floats")
 
 
 def read_part(path: Path) -> Part:
-    """All of a file but its samples. Raises CodebookError where it holds nothing that can be added to others."""
+    """Read a part without its samples.
+
+    Raises:
+        CodebookError: The file is no part of a pass over images, or is damaged.
+    """
     stored = _opened(path)
-    told = {name.removeprefix(PREFIX): value for name, value in stored.metadata.items() if name.startswith(PREFIX)}
-    if "shard" not in told or _MEASURED[0] not in stored.entries:
+    about = _about(stored)
+    if "shard" not in about or _MEASURED[0] not in stored.entries:
         raise CodebookError(f"{path} is no part of a pass over images; `codebook measure --shard I/N --stats FILE` is")
     try:
-        books = [(key, int(size), int(dim)) for key, size, dim in parse_json(told["codebooks"])]
-        i, n = map(int, told["shard"].split("/"))
+        books = [(key, int(size), int(dim)) for key, size, dim in parse_json(about["codebooks"])]
+        i, n = map(int, about["shard"].split("/"))
         if not 1 <= i <= n:
             raise ValueError(f"it says that it is part {i} of {n}")
         tensor = stored.tensor
@@ -94,14 +117,14 @@ def read_part(path: Path) -> Part:
             BookSums(key, dim, tensor(f"{key}/counts"), from_limbs(tensor(f"{key}/squared_error")), near=None)
             for key, _, dim in books
         )
-        counted = Sums(int(told["images"]), 0, Fraction(0), None, of_books)
+        counted = Sums(int(about["images"]), 0, Fraction(0), None, of_books)
         return Part(
-            checkpoint=told["checkpoint_sha256"],
-            split=told["split"],
-            about=parse_json(told["about"]),
+            checkpoint=about["checkpoint_sha256"],
+            split=about["split"],
+            about=parse_json(about["about"]),
             shard=(i, n),
             counted=counted,
-            bad=parse_json(told["bad"]),
+            bad=parse_json(about["bad"]),
             measured=counted.unpacked(*map(tensor, _MEASURED)),
         )
     except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
@@ -109,7 +132,11 @@ def read_part(path: Path) -> Part:
 
 
 def read_hashed(path: Path, book: BookSums) -> Sample:
-    """The latents that are kept of a codebook, and their hashes. Raises CodebookError where they do not fit."""
+    """Read the sample of a codebook with its hashes.
+
+    Raises:
+        CodebookError: The file holds none of that codebook's dimensions.
+    """
     stored, keys = _opened(path), (f"{book.key}/sample_hashes", f"{book.key}/sample")
     shapes = [stored.entries[key].shape if key in stored.entries else () for key in keys]
     if shapes[1][1:] != (book.dim,) or shapes[0] != shapes[1][:1]:
@@ -117,29 +144,39 @@ def read_hashed(path: Path, book: BookSums) -> Sample:
     return Sample(*map(stored.tensor, keys))
 
 
-def read_stats(path: Path, checkpoint: Checkpoint, found: FoundCodebook) -> Stats:
-    """The counts in it, and no more. Raises CodebookError where they are of another checkpoint, of a part of a pass, or
-    damaged."""
+def read_stats(path: Path, checkpoint: Checkpoint, codebook: FoundCodebook) -> Stats:
+    """Read the counts of a codebook.
+
+    Args:
+        path: File of a whole pass.
+        checkpoint: The one that was measured.
+        codebook: One of its codebooks.
+
+    Raises:
+        CodebookError: The file is of another checkpoint or of a part of a pass, lacks the codebook, or is damaged.
+    """
     stored = _opened(path)
-    made_for = stored.metadata.get(PREFIX + "checkpoint_sha256")
-    if made_for is None or f"{found.key}/counts" not in stored.entries:
-        raise CodebookError(f"{path} holds no counts of {found.key}; `codebook measure --stats FILE` writes them")
-    if made_for != checkpoint.sha256:
+    about = _about(stored)
+    if "checkpoint_sha256" not in about or f"{codebook.key}/counts" not in stored.entries:
+        raise CodebookError(f"{path} holds no counts of {codebook.key}; `codebook measure --stats FILE` writes them")
+    if about["checkpoint_sha256"] != checkpoint.sha256:
         raise CodebookError(
             f"{path} counts the codes of another checkpoint; measure {checkpoint.path} with a --stats of its own"
         )
-    shard = stored.metadata.get(PREFIX + "shard", _WHOLE)
+    shard = about.get("shard", _WHOLE)
     if shard != _WHOLE:
         raise CodebookError(
             f"{path} is part {shard} of a pass; `codebook measure --merge FILE... --stats OUT` adds all parts"
         )
-    counts = stored.tensor(f"{found.key}/counts")
-    error = stored.tensor(f"{found.key}/squared_error") if f"{found.key}/squared_error" in stored.entries else None
+    counts = stored.tensor(f"{codebook.key}/counts")
+    error = (
+        stored.tensor(f"{codebook.key}/squared_error") if f"{codebook.key}/squared_error" in stored.entries else None
+    )
     images = stored.metadata.get(PREFIX + "images", "")
-    sound = counts.dtype == torch.int64 and counts.shape == (found.size,) and not bool((counts < 0).any())
+    sound = counts.dtype == torch.int64 and counts.shape == (codebook.size,) and not bool((counts < 0).any())
     if not sound or error is None or error.numel() not in (1, LIMBS) or not images.isdecimal() or len(images) > 18:
-        raise CodebookError(f"{path} is damaged: its counts are not those of {found.size} codes; measure anew")
-    return Stats(counts, float(error.sum()), stored.metadata.get(PREFIX + "split", ""), int(images))
+        raise CodebookError(f"{path} is damaged: its counts are not those of {codebook.size} codes; measure anew")
+    return Stats(counts, float(error.sum()), about.get("split", ""), int(images))
 
 
 _WHOLE = "1/1"
@@ -150,18 +187,27 @@ def _opened(path: Path) -> Sealed:
     return Sealed(path, stored.entries, stored.metadata, "measure anew")
 
 
+def _about(stored: Sealed) -> dict[str, str]:
+    """The metadata that `write_part` wrote."""
+    return {name.removeprefix(PREFIX): value for name, value in stored.metadata.items() if name.startswith(PREFIX)}
+
+
 def holds_sample(path: Path) -> bool:
-    """Whether there are latents with the counts."""
+    """Whether a file holds latents beside the counts."""
     return any(key.endswith("/sample") for key in _opened(path).entries)
 
 
-def read_sample(path: Path, found: FoundCodebook) -> Tensor:
-    """(n, dim) float32: the latents that are kept of a codebook, in an order that looks random.
+def read_sample(path: Path, codebook: FoundCodebook) -> Tensor:
+    """Read the sample of latents of a codebook.
 
-    Raises CodebookError where there are none, or they are no latents of it.
+    Returns:
+        (n, dim) float32, in a random order.
+
+    Raises:
+        CodebookError: The file holds no latents of that codebook.
     """
-    stored, key = _opened(path), f"{found.key}/sample"
+    stored, key = _opened(path), f"{codebook.key}/sample"
     rows = stored.tensor(key) if key in stored.entries else torch.empty(0)
-    if rows.ndim != 2 or rows.shape[1] != found.dim or rows.dtype != torch.float32 or not len(rows):
-        raise CodebookError(f"{path} holds no latents of {found.key}; measure anew, or give images with --data")
+    if rows.ndim != 2 or rows.shape[1] != codebook.dim or rows.dtype != torch.float32 or not len(rows):
+        raise CodebookError(f"{path} holds no latents of {codebook.key}; measure anew, or give images with --data")
     return rows

@@ -1,4 +1,4 @@
-"""What one pass tells of codebooks: how often each code is chosen, and for which latents."""
+"""Usage of codebooks: passes that count how often each code is chosen, and sample latents."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from codebook_tools.runtime.progress import Watch
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """What one pass over the calibration latents found.
+    """Result of one pass over the calibration latents.
 
-    counts: (size,) int64. total: latents seen. sample: (n, dim) float32, ordered by hash, so that every head of it is a
-    uniform sample; all latents when total <= SAMPLE_LIMIT. codes: (n,) int64, of the sample. error: sum of squared
-    errors, over all latents.
+    Attributes:
+        counts: (size,) int64, assignments per code.
+        total: Number of latents.
+        sample: (n, dim) float32, ordered by hash, so that every head of it is a uniform sample; all latents up to the
+            limit.
+        codes: (n,) int64, nearest codes of the sample.
+        error: Sum of squared distances from all latents to their codes.
     """
 
     counts: Tensor
@@ -33,10 +37,11 @@ class Survey:
 
     @property
     def sampled(self) -> bool:
+        """Whether the sample is not all of the latents."""
         return len(self.sample) < self.total
 
     def remarks(self, exact: bool) -> list[str]:
-        """What to warn of where not all latents are looked at. exact: whether k-means goes over all the same."""
+        """Warnings where the sample is not all of the latents. exact: whether k-means uses all of them nonetheless."""
         if not self.sampled:
             return []
         what = "index maps see" if exact else "k-means and index maps see"
@@ -45,11 +50,11 @@ class Survey:
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Codes of one codebook, over all of the data.
+    """Codes of one codebook over all of the data.
 
     Attributes:
-        counts: (size,) int64, or float where they stand for a sample.
-        sample: (n,) int64, the codes of the latents that a Sampler of the seed draws, in its order.
+        counts: (size,) int64, or floating point where they are estimated from a sample.
+        sample: (n,) int64, codes of the latents that a Sampler of the seed draws, in its order.
     """
 
     counts: Tensor
@@ -57,7 +62,14 @@ class Tokens:
 
 
 def survey(latents: ItemLatents, codebook: Codebook, *, seed: int, limit: int = SAMPLE_LIMIT, watch: Watch) -> Survey:
-    """Encode, count and sample in one pass; of parts, what all processes found together.
+    """Encode, count and sample in one pass, over the parts of all processes.
+
+    Args:
+        latents: Latents of the codebook.
+        codebook: In which nearest codes are searched.
+        seed: Of the sample.
+        limit: Latents in the sample at most.
+        watch: Is told the progress.
 
     Raises:
         CodebookError: No item can be read.
@@ -69,23 +81,38 @@ def survey(latents: ItemLatents, codebook: Codebook, *, seed: int, limit: int = 
 
 
 def tokenize(model: Model, images: Media, *, seed: int, batch: int, watch: Watch) -> tuple[Tokens, ...]:
-    """The tokens of each of the model's codebooks; of parts, those of all processes together.
+    """The tokens of each of the model's codebooks, over the parts of all processes.
+
+    Args:
+        model: Encodes the images.
+        images: Images or clips.
+        seed: Of the samples.
+        batch: Items per batch.
+        watch: Is told the progress.
 
     Raises:
         CodebookError: No item can be read.
     """
     books = [(book.codebook, stage) for stage, book in enumerate(model.books)]
-    counts = [Usage(book, stage) for book, stage in books]
+    usages = [Usage(book, stage) for book, stage in books]
     draws = [Draw(book, ("codes",), seed, SAMPLE_LIMIT, stage) for book, stage in books]
-    run_pass(MediaSource(images, model.pass_through, batch, "tokens"), [*counts, *draws], watch)
-    return tuple(Tokens(of.counts, *draw.sampler.columns()) for of, draw in zip(counts, draws, strict=True))
+    run_pass(MediaSource(images, model.pass_through, batch, "tokens"), [*usages, *draws], watch)
+    return tuple(Tokens(usage.counts, *draw.sampler.columns()) for usage, draw in zip(usages, draws, strict=True))
 
 
 def tally(
     model: Model, images: Media, *, seed: int, limit: int, batch: int, watch: Watch
 ) -> tuple[Sums, tuple[Sample, ...]]:
-    """How often each code of the model's codebooks is chosen in the parts of `images` that the processes see, and of
-    each codebook a sample of `limit` latents."""
+    """Sums without reconstructions, and a sample of the latents of each codebook, over the parts of all processes.
+
+    Args:
+        model: Encodes the images.
+        images: Images or clips.
+        seed: Of the samples.
+        limit: Latents in a sample at most.
+        batch: Items per batch.
+        watch: Is told the progress.
+    """
     totals = Totals([(book.key, book.codebook, None) for book in model.books])
     draws = [Draw(book.codebook, ("latents",), seed, limit, stage) for stage, book in enumerate(model.books)]
     run_pass(MediaSource(images, model.pass_through, batch, "tokens"), [totals, *draws], watch)

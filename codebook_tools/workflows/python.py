@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from codebook_tools.checkpoints.tensors import InMemory
 from codebook_tools.codebook import Strategy
-from codebook_tools.data.given import Data, PathLike, Values
+from codebook_tools.data.user_data import Data, PathLike, Values
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.figures import Measurement
 from codebook_tools.models.proof import Proof, prove

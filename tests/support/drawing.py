@@ -108,12 +108,18 @@ def put(path: Path, pixels: Pixels) -> Path:
     return path
 
 
-def tar_of(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as archive:
+def tar_bytes(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+def tar_of(path: Path, members: dict[str, bytes]) -> Path:
+    path.write_bytes(tar_bytes(members))
     return path
 
 

@@ -1,4 +1,4 @@
-"""Sums of a pass: the same in any order and number of parts, and whole again after they were packed."""
+"""Sums of a pass: the same in any order and number of parts, and whole again after they were packed and stored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources_of_images import Images, find_images
 
@@ -27,69 +27,63 @@ from codebook_tools.runtime.progress import Watch
 FINITE = st.floats(allow_nan=False, allow_infinity=False, max_value=1e30, min_value=-1e30)
 
 
-def one(counts: list[int], error: float, near: int | None = None, similarity: float | None = None) -> Sums:
+def one(counts: list[int], error: float, near: int | None = None, score: float | None = None) -> Sums:
     book = BookSums("codes", 4, torch.tensor(counts), exact(error), near)
-    return Sums(1, 12, exact(error / 2), None if similarity is None else exact(similarity), (book,))
+    total = None if score is None else exact(score)
+    return Sums(1, 12, exact(error / 2), total, (book,), total, total)
 
 
 def numbers(sums: Sums) -> tuple[object, ...]:
     """Everything in it, comparable."""
     books = [(book.key, book.dim, book.counts.tolist(), book.error, book.near) for book in sums.books]
-    return sums.images, sums.values, sums.error, sums.similarity, books
+    return sums.images, sums.values, sums.error, sums.similarity, sums.detail, sums.reconstructed_detail, books
 
 
-def test_sums_add_up_by_hand() -> None:
-    total = one([1, 0, 2], 0.5, near=2, similarity=0.25) + one([0, 0, 4], 1.5, near=3, similarity=0.5)
-    assert numbers(total) == (2, 24, 1, Fraction(3, 4), [("codes", 4, [1, 0, 6], 2, 5)])
+def test_sums_add_up_by_hand_and_lack_what_a_part_lacks() -> None:
+    total = one([1, 0, 2], 0.5, near=2, score=0.25) + one([0, 0, 4], 1.5, near=3, score=0.5)
+    assert numbers(total) == (2, 24, 1, *[Fraction(3, 4)] * 3, [("codes", 4, [1, 0, 6], 2, 5)])
+    assert numbers(total + one([1, 0, 0], 0.5))[3:] == (*[None] * 3, [("codes", 4, [2, 0, 6], 2.5, None)])
 
 
-def test_what_one_part_lacks_the_whole_lacks() -> None:
-    total = one([1], 0.5, near=2, similarity=0.25) + one([1], 0.5)
-    assert total.similarity is None and total.books[0].near is None
-
-
+@settings(max_examples=50)
 @given(st.lists(FINITE, max_size=30), st.randoms())
 def test_no_order_of_adding_changes_a_sum(errors: list[float], shuffle: random.Random) -> None:
-    parts = [one([i, 1], error, near=i, similarity=error) for i, error in enumerate(errors)]
-    nothing = one([0, 0], 0.0, near=0, similarity=0.0)
+    parts = [one([i, 1], error, near=i, score=error) for i, error in enumerate(errors)]
+    nothing = one([0, 0], 0.0, near=0, score=0.0)
     total = reduce(add, parts, nothing)
     shuffle.shuffle(parts)
-    first, second = parts[: len(parts) // 2], parts[len(parts) // 2 :]
-    in_two = reduce(add, second, nothing) + reduce(add, first, nothing)
-    assert numbers(in_two)[2:] == numbers(total)[2:]
+    half = len(parts) // 2
+    assert numbers(reduce(add, parts[half:], nothing) + reduce(add, parts[:half], nothing))[2:] == numbers(total)[2:]
     assert float(total.error) == math.fsum(error / 2 for error in errors)  # the standard library's exact sum
 
 
+@settings(max_examples=50)
 @given(st.lists(st.floats(min_value=0, max_value=1e9), min_size=1, max_size=50))
-def test_limbs_hold_what_errors_of_any_size_add_up_to(errors: list[float]) -> None:
+def test_limbs_represent_sums_of_any_size(errors: list[float]) -> None:
     total = sum(map(exact, errors), Fraction(0))
-    held = limbs(total)
-    assert held.dtype == torch.float64 and held.shape == (3,) and float(held[0]) == float(total)
-    assert abs(from_limbs(held) - total) <= total / 2**150
-
-
-@pytest.mark.parametrize("near", [None, 7])
-@pytest.mark.parametrize("similarity", [None, 0.1])
-def test_packed_sums_are_those_that_were_packed_and_add_up_as_they_do(
-    near: int | None, similarity: float | None
-) -> None:
-    a, b = (one([i, 5 * i], i / 7, near, similarity) for i in (1, 3))
-    assert numbers(b.unpacked(*a.packed())) == numbers(a)
-    integers, floats = (x + y for x, y in zip(a.packed(), b.packed(), strict=True))
-    summed = a.unpacked(integers, floats)
-    assert (integers.dtype, floats.dtype) == (torch.int64, torch.float64)
-    assert numbers(summed)[:2] == numbers(a + b)[:2] and summed.books[0].near == (a + b).books[0].near
-    assert torch.equal(summed.books[0].counts, (a + b).books[0].counts)
-    assert float(summed.error) == pytest.approx(float((a + b).error), rel=1e-15)
-    assert (summed.similarity is None) == (similarity is None)
-
-
-def test_what_overflows_is_named() -> None:
+    parts = limbs(total)
+    assert parts.dtype == torch.float64 and parts.shape == (3,) and float(parts[0]) == float(total)
+    assert abs(from_limbs(parts) - total) <= total / 2**150
     with pytest.raises(CodebookError, match="too large for float32"):
         exact(math.inf)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 11])
+@pytest.mark.parametrize(("near", "score"), [(None, 0.1), (7, None)])
+def test_packed_sums_unpack_and_add_up_as_the_sums_do(near: int | None, score: float | None) -> None:
+    a, b = (one([i, 5 * i], i / 7, near, score) for i in (1, 3))
+    assert numbers(b.unpacked(*a.packed())) == numbers(a)
+    with pytest.raises(ValueError, match="as older versions wrote"):
+        a.unpacked(a.packed()[0][1:], a.packed()[1])
+    packed = [x + y for x, y in zip(a.packed(), b.packed(), strict=True)]
+    assert [tensor.dtype for tensor in packed] == [torch.int64, torch.float64]
+    total, expected = a.unpacked(*packed), a + b
+    assert (total.images, total.values, total.books[0].near) == (2, 24, expected.books[0].near)
+    assert torch.equal(total.books[0].counts, expected.books[0].counts)
+    assert float(total.error) == pytest.approx(float(expected.error), rel=1e-15)
+    assert (total.similarity is None) == (score is None)
+
+
+@pytest.mark.parametrize("parts", [2, 11])
 def test_parts_of_a_pass_add_up_to_the_pass(parts: int, tiny: Path, images_folder: Path) -> None:
     """11 parts of 9 batches: two are of nothing."""
     model, items = load_model(read_checkpoint(tiny)), find_images([images_folder])
@@ -103,7 +97,8 @@ def test_parts_of_a_pass_add_up_to_the_pass(parts: int, tiny: Path, images_folde
 
     whole = part(0, 1)
     total = reduce(add, (part(i, parts) for i in reversed(range(parts))))
-    assert numbers(total) == numbers(whole) and whole.images == 60
-    assert measurement_of(total, "test") == measure(
-        model, Images(items, 3, 4), batch=7, references=[0.5], watch=Watch()
-    )
+    assert numbers(total) == numbers(whole) == numbers(whole.unpacked(*whole.packed()))
+    assert whole.images == 60 and whole.detail
+    result = measure(model, Images(items, 3, 4), batch=7, references=[0.5], watch=Watch())
+    assert measurement_of(total, "test") == result
+    assert result.sharpness == float(Fraction(whole.reconstructed_detail or 0) / whole.detail)

@@ -1,4 +1,4 @@
-"""What a caller from Python gives as data: paths, arrays, tensors, or batches of a loader, which are kept in memory."""
+"""Data of a Python caller: paths, arrays, tensors, or batches of a loader, which are kept in memory."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ class Data:
     Attributes:
         train: Paths (folders, .tar, .npy, single files); or a float or uint8 array or tensor, images (n, channels,
             height, width) or waveforms (n, channels, samples); or a DataLoader of tensors, tuples or dicts, which is
-            gone through once and kept in memory.
+            read once and kept in memory.
         test: As `train`; None for a tenth of `train`, drawn by name.
-        key: Of a batch that is a tuple or a dict: where its images are. The first entry if None.
-        values: Lowest and highest of floating-point images in memory, if not 0 and 1: (-1, 1) after the usual
+        key: Index or key of the images in a batch that is a tuple or a dict; None for the first entry.
+        values: Lowest and highest value of floating-point images in memory, if not 0 and 1: (-1, 1) after the usual
             `Normalize(0.5, 0.5)`.
-        limit: At most so many items of each, drawn by `seed` of the call.
+        limit: Items of `train` and of `test` at most, drawn by `seed` of the call.
         size: Side in pixels that images are cut and resized to; samples of a clip.
-        channels: "mix" or "first", where items have other channels than the network.
-        skip_bad: Leave out what cannot be read.
-        batch_size: Items to a batch when data are encoded.
-        workers: Processes that decode files ahead; None for as many as help.
+        channels: "mix" or "first", for items with other channels than the network.
+        skip_bad: Leave out unreadable items.
+        batch_size: Items per batch when data are encoded.
+        workers: Processes that decode files ahead; None for a number that suits the machine.
+
+    Raises:
+        CodebookError: `values` are not ascending, or `train` or `test` is no data.
     """
 
     train: Values | None = None
@@ -48,13 +51,13 @@ class Data:
     skip_bad: bool = False
     batch_size: int = 64
     workers: int | None = None
-    _held: dict[str, tuple[str | InMemory, ...]] = field(default_factory=dict, init=False, repr=False)
+    _sources: dict[str, tuple[str | InMemory, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.values[0] < self.values[1]:
             raise CodebookError(f"values={self.values}: the first number must be the smaller one")
         for name in ("train", "test"):
-            self._held[name] = self._read(name, getattr(self, name))
+            self._sources[name] = self._read(name, getattr(self, name))
 
     def _read(self, name: str, source: Values | None) -> tuple[str | InMemory, ...]:
         if source is None:
@@ -76,6 +79,7 @@ class Data:
         return (InMemory(np.concatenate(batches), name),)
 
     def _picked(self, name: str, batch: Any) -> Any:
+        """The entry of a batch that holds the items."""
         if isinstance(batch, Tensor | np.ndarray):
             return batch
         try:
@@ -89,6 +93,7 @@ class Data:
             ) from error
 
     def _array(self, name: str, batch: Any) -> np.ndarray[Any, Any]:
+        """The values as an array, mapped from `values` to [0, 1]."""
         if isinstance(batch, Tensor):
             batch = batch.detach().cpu()
             batch = batch.float().numpy() if batch.is_floating_point() else batch.numpy()
@@ -101,5 +106,5 @@ class Data:
 
     @property
     def paths(self) -> tuple[tuple[str | InMemory, ...], tuple[str | InMemory, ...]]:
-        """Of `train` and of `test`, as `find_items` takes them."""
-        return self._held["train"], self._held["test"]
+        """Paths or arrays of `train` and of `test`, for `find_items`."""
+        return self._sources["train"], self._sources["test"]
