@@ -120,7 +120,7 @@ def test_reconstructions_are_those_of_diffusers(more: dict[str, Any], image_tens
 
 def test_a_model_can_be_made_anew_with_fresh_weights(saved: Save) -> None:
     model = load_model(read_checkpoint(saved()))
-    fresh = model.build(model.checkpoint, model.books[0].found.size)
+    fresh = model.build(model.checkpoint, model.books[0].stored.size)
     old, new = model.network.state_dict(), fresh.state_dict()
     assert type(fresh) is type(model.network)
     assert {name: t.shape for name, t in new.items()} == {name: t.shape for name, t in old.items()}
@@ -133,8 +133,8 @@ def test_any_family_can_be_made_anew(tiny: Path, grey: Callable[..., Grey]) -> N
     for path, network in ((tiny, None), (own.path, own.network)):
         model = load_model(read_checkpoint(path), network=network)
         first, second = (
-            model.build(model.checkpoint, model.books[0].found.size).state_dict(),
-            model.build(model.checkpoint, model.books[0].found.size).state_dict(),
+            model.build(model.checkpoint, model.books[0].stored.size).state_dict(),
+            model.build(model.checkpoint, model.books[0].stored.size).state_dict(),
         )
         loaded = model.network.state_dict()
         assert {name: t.shape for name, t in first.items()} == {name: t.shape for name, t in loaded.items()}

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from codebook_tools.checkpoints.read import read_checkpoint
-from codebook_tools.models.evidence import alive, uninitialised, untrained
-from codebook_tools.models.initialization import as_initialised
+from codebook_tools.models.evidence import alive, uninitialized, untrained
+from codebook_tools.models.initialization import as_initialized
 from codebook_tools.models.registry import detected
 
 Run = Callable[..., Outcome]
@@ -37,7 +37,7 @@ def fitted(size: int, dim: int = 8) -> Tensor:
 def said(path: Path) -> list[str]:
     checkpoint = read_checkpoint(path)
     books = detected(checkpoint).codebooks
-    return [*uninitialised(checkpoint, books), *untrained(checkpoint, books)]
+    return [*uninitialized(checkpoint, books), *untrained(checkpoint, books)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -95,9 +95,9 @@ def test_initialisations_are_told_from_codes_that_are_as_independent(size: int, 
     for seed in range(20 if size < 1000 else 2):
         random = torch.Generator().manual_seed(seed)
         normal = torch.randn(size, dim, generator=random)
-        assert as_initialised(normal.numpy()) and as_initialised(((torch.rand(size, dim) * 2 - 1) / size).numpy())
+        assert as_initialized(normal.numpy()) and as_initialized(((torch.rand(size, dim) * 2 - 1) / size).numpy())
         if size > 16:
-            assert not as_initialised((normal * 0.5).numpy()), "as codes of a late residual stage may be"
+            assert not as_initialized((normal * 0.5).numpy()), "as codes of a late residual stage may be"
 
 
 def test_nothing_is_said_of_a_trained_codebook(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_cosine_is_told_from_the_codebooks_class() -> None:
 def test_a_deep_copy_walks_its_own_quantiser() -> None:
     made = network("projected")
     other = copy.deepcopy(made)
-    assert other.walk.quantiser is other.middle["vq"] is not made.middle["vq"]
+    assert other.walk.quantizer is other.middle["vq"] is not made.middle["vq"]
     nn.init.zeros_(other.middle["vq"].project_out.weight)
     latents = torch.randn(1, DIM, 2, 2)
     assert not torch.equal(other.walk(latents, Nearest(other)), made.walk(latents, Nearest(made)))

@@ -178,7 +178,7 @@ def test_a_codebook_of_any_size_is_installed_bit_by_bit(tiny: Path, image_tensor
     model = load(tiny)
     meant = Codebook(torch.randn(size, 4, generator=torch.Generator().manual_seed(size)))
     model.install(meant)
-    assert torch.equal(model.books[0].vectors, meant.vectors) and model.books[0].found.size == 16
+    assert torch.equal(model.books[0].vectors, meant.vectors) and model.books[0].stored.size == 16
     latents = model.encode(image_tensor)
     distances = torch.cdist(latents.movedim(1, -1).flatten(0, -2).double(), meant.vectors.double())
     assert torch.equal(model.assign(latents).flatten(), distances.argmin(1))
@@ -360,9 +360,9 @@ def test_weights_go_back_to_the_file_as_they_came(write_model: WriteModel, varia
     for variant in variants:
         model = load(write_model(variant))
         same = model.changed({0: torch.ones(16)}, {0: torch.arange(16)})
-        key = model.books[0].found.key
+        key = model.books[0].stored.key
         assert tensor_bytes(same[key]) == tensor_bytes(variants[variant][key])
-        assert set(same) == {key, *model.books[0].found.companions}
+        assert set(same) == {key, *model.books[0].stored.companions}
 
 
 def broken(variants: dict[str, State], **changes: Tensor | None) -> State:
@@ -400,7 +400,7 @@ def test_one_of_several_codebooks_is_chosen_by_its_key(write_model: WriteModel, 
     state = variants["plain"] | {"quantize_b.embedding.weight": torch.rand(12, 4)}
     checkpoint = read_checkpoint(write_model(state=state))
     assert choose_codebook(checkpoint, ["quantize_b.embedding.weight"]).size == 12
-    assert load_model(checkpoint, codebook_keys=[CODEBOOK]).books[0].found.size == 16
+    assert load_model(checkpoint, codebook_keys=[CODEBOOK]).books[0].stored.size == 16
     with pytest.raises(CodebookError, match=r"the network has no quantize_b"):
         load_model(checkpoint, codebook_keys=["quantize_b.embedding.weight"])
 
