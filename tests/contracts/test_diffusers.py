@@ -15,6 +15,7 @@ import torch
 from conftest import Grey, Outcome, assert_refused, contents
 from diffusers import VQModel
 from diffusers.models.autoencoders.vq_model import VectorQuantizer
+from image_models import BOOK, DEAD, vqmodel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,7 +24,6 @@ from codebook_tools.checkpoints.layout import index_map_path, partial_path
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import reconstruct
-from codebook_tools.models.families.diffusers_vqmodel import CODEBOOK
 from codebook_tools.models.load import load_model
 from codebook_tools.models.output import written_config
 from codebook_tools.models.sizes import size_warning
@@ -34,7 +34,6 @@ from codebook_tools.workflows.request import Request
 Run = Callable[..., Outcome]
 Save = Callable[..., Path]
 
-DEAD = (1, 4, 5, 9, 12, 15)
 FEW_STEPS = ("--steps", "12", "--batch-size", "16")
 RANGE = ("--input-range=-1,1",)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -55,35 +54,10 @@ def saved(image_tensor: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Sav
         name = json.dumps(more)
         if name not in made:
             made[name] = tmp_path_factory.mktemp("diffusers") / "vae"
-            make(image_tensor, **more).save_pretrained(made[name], safe_serialization=True)
+            vqmodel(image_tensor, **more).save_pretrained(made[name], safe_serialization=True)
         return made[name]
 
     return save
-
-
-def make(images: Tensor, **more: Any) -> VQModel:
-    """A VQModel of stride 2. images: (n, 3, height, width) in [0, 1], some of whose latents are the codes in use."""
-    width = 32 if more == MOVQ else 8  # its norms have 32 groups, whatever the config says
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = VQModel(
-            block_out_channels=(width, width),
-            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-            norm_num_groups=4,
-            num_vq_embeddings=16,
-            **({"latent_channels": 4} | more),
-        ).eval()
-    with torch.no_grad():
-        latents = model.encode(images * 2 - 1).latents.movedim(1, -1).flatten(0, -2)
-        alive = [i for i in range(16) if i not in DEAD]
-        chosen = [0]
-        while len(chosen) < len(alive):  # farthest-point seeds, so that each code in use has latents of its own
-            chosen.append(int(torch.cdist(latents, latents[chosen]).min(1).values.argmax()))
-        codes = torch.full((16, 4), 50.0) + torch.arange(16)[:, None]
-        codes[alive] = latents[chosen]
-        model.quantize.embedding.weight.copy_(codes)
-    return model
 
 
 @pytest.fixture
@@ -112,33 +86,21 @@ def config_of(folder: Path) -> dict[str, Any]:
 # --- what the network computes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [{}, MOVQ, AMUSED, {"latent_channels": 6, "vq_embed_dim": 4}], ids=str)
+@pytest.mark.parametrize("more", [AMUSED, {"latent_channels": 6, "vq_embed_dim": 4}], ids=str)
 def test_reconstructions_are_those_of_diffusers(more: dict[str, Any], image_tensor: Tensor, tmp_path: Path) -> None:
-    make(image_tensor, **more).save_pretrained(tmp_path)
+    vqmodel(image_tensor, **more).save_pretrained(tmp_path)
     assert torch.allclose(by_us(tmp_path, image_tensor), by_diffusers(tmp_path, image_tensor), atol=1e-5)
 
 
-def test_a_model_can_be_made_anew_with_fresh_weights(saved: Save) -> None:
-    model = load_model(read_checkpoint(saved()))
-    fresh = model.build(model.checkpoint, model.books[0].stored.size)
-    old, new = model.network.state_dict(), fresh.state_dict()
-    assert type(fresh) is type(model.network)
-    assert {name: t.shape for name, t in new.items()} == {name: t.shape for name, t in old.items()}
-    name = next(name for name, key in model.keys.items() if key == CODEBOOK)
-    assert not torch.equal(new[name], old[name])
-
-
-def test_any_family_can_be_made_anew(tiny: Path, grey: Callable[..., Grey]) -> None:
+def test_any_family_can_be_made_anew(tiny: Path, saved: Save, grey: Callable[..., Grey]) -> None:
     own = grey([0.0, 0.5, 1.0])
-    for path, network in ((tiny, None), (own.path, own.network)):
+    for path, network in ((tiny, None), (saved(), None), (own.path, own.network)):
         model = load_model(read_checkpoint(path), network=network)
-        first, second = (
-            model.build(model.checkpoint, model.books[0].stored.size).state_dict(),
-            model.build(model.checkpoint, model.books[0].stored.size).state_dict(),
-        )
-        loaded = model.network.state_dict()
+        size, loaded = model.books[0].stored.size, model.network.state_dict()
+        first, second = (model.build(model.checkpoint, size).state_dict() for _ in range(2))
         assert {name: t.shape for name, t in first.items()} == {name: t.shape for name, t in loaded.items()}
-        assert not any(torch.equal(first[name], second[name]) for name in first)
+        name = next(name for name, key in model.keys.items() if key == model.books[0].key)
+        assert not torch.equal(first[name], second[name]) and not torch.equal(first[name], loaded[name])
 
 
 # --- what is reported is held against the library ------------------------------------------------------------------
@@ -202,7 +164,7 @@ def test_inspect_names_the_family_and_does_not_import_diffusers(
     found = codebook("inspect", saved(), "--json").json
     assert found["family"] == "diffusers-vqmodel"
     (book,) = found["codebooks"]
-    assert (book["key"], book["size"], book["dim"], book["confidence"]) == (CODEBOOK, 16, 4, "high")
+    assert (book["key"], book["size"], book["dim"], book["confidence"]) == (BOOK, 16, 4, "high")
 
 
 def test_inspect_says_what_the_other_commands_would_refuse(codebook: Run, vae: Path) -> None:
@@ -213,54 +175,34 @@ def test_inspect_says_what_the_other_commands_would_refuse(codebook: Run, vae: P
 
 COMMANDS = {
     "prune": ("prune",),
-    "refit": ("refit", "--k", "6", "--steps", "0"),
-    "quantize": ("quantize", "--k", "6"),
-    "quantize by pairs": ("quantize", "--k", "6", "--method", "pnn"),
     "quantize to few bits": ("quantize", "--bits", "6"),
-    "restart": ("restart",),
-    "restart and fine-tune": ("restart", "--method", "split", *FEW_STEPS),
     "grow": ("grow", "--k", "12"),
-    "refit and fine-tune": ("refit", "--k", "20", *FEW_STEPS),
-    "finetune": ("finetune", *FEW_STEPS),
     "frozen": ("finetune", *FEW_STEPS, "--codebook-update", "frozen", "--train", "decoder"),
 }
 
 
-@pytest.mark.parametrize("more", [{}, MOVQ], ids=["group", "spatial"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_result_is_what_diffusers_loads_and_computes(
-    command: str, more: dict[str, Any], saved: Save, codebook: Run, images_folder: Path, held_out_folder: Path,
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    original = Path(shutil.copytree(saved(**more), tmp_path / "vae"))
-    before = contents(original)
+def test_a_command_writes_a_directory_that_is_measured_as_it_was_reported(
+    command: str, vae: Path, codebook: Run, images_folder: Path, held_out_folder: Path, tmp_path: Path
+) -> None:
+    before = contents(vae)
     name, *options = COMMANDS[command]
     data = ("--data", images_folder, "--test-data", held_out_folder, *RANGE)
-    found = codebook(name, original, *options, *data, "--json").json
-    assert contents(original) == before
-    kept = found["stages"][found["kept"]]
+    result = codebook(name, vae, *options, *data, "--json").json
+    assert contents(vae) == before
+    kept = result["stages"][result["kept"]]
     size = kept["codebooks"][0]["size"]
-    asked = dict(zip(options[::2], options[1::2], strict=True)).get("--k")
-    assert size == (int(asked) if asked else 10 if name == "prune" else 16)
+    assert size == {"prune": 10, "grow": 12}.get(name, 16)
     output = tmp_path / f"vae.{name}-k{size}"
-    assert found["outputs"] == {
-        "model": str(output), "index_map": str(tmp_path / f"{output.name}.index_map.safetensors"), "report": None
-    }  # fmt: skip
-    sizes = {"before": (original / WEIGHTS).stat().st_size, "after": (output / WEIGHTS).stat().st_size}
-    assert found["bytes"] == sizes | ({"packed": 16 * 4 * 6 // 8 + 4 * 16} if "--bits" in options else {})
-    assert {path.name for path in tmp_path.iterdir()} == {"vae", output.name, f"{output.name}.index_map.safetensors"}
+    index_map = tmp_path / f"{output.name}.index_map.safetensors"
+    assert result["outputs"] == {"model": str(output), "index_map": str(index_map), "report": None}
+    sizes = {"before": (vae / WEIGHTS).stat().st_size, "after": (output / WEIGHTS).stat().st_size}
+    assert result["bytes"] == sizes | ({"packed": 16 * 4 * 6 // 8 + 4 * 16} if "--bits" in options else {})
+    assert {path.name for path in tmp_path.iterdir()} == {"vae", output.name, index_map.name}
     assert {path.name for path in output.iterdir()} == {WEIGHTS, "config.json", "README.md"}
-    assert config_of(output) == config_of(original) | {"num_vq_embeddings": size}
-    assert codebook("verify", output, "--against", original, "--json").json == {"ok": True, "differences": []}
-
-    model = VQModel.from_pretrained(output)
-    assert model.config.num_vq_embeddings == size == len(model.quantize.embedding.weight)
-    again = codebook("measure", output, *data, "--json").json["stages"]["before"]
-    assert again == kept
-    images = read_images(held_out_folder)
-    theirs = by_diffusers(output, images)
-    assert torch.allclose(by_us(output, images), theirs, atol=1e-5)
-    assert float((theirs - images).square().mean()) == pytest.approx(kept["mse"], rel=1e-5)
+    assert config_of(output) == config_of(vae) | {"num_vq_embeddings": size}
+    assert codebook("verify", output, "--against", vae, "--json").json == {"ok": True, "differences": []}
+    assert codebook("measure", output, *data, "--json").json["stages"]["before"] == kept
 
 
 def test_it_is_compared_with_a_fresh_network_of_the_librarys_own(
@@ -277,21 +219,13 @@ def test_it_is_compared_with_a_fresh_network_of_the_librarys_own(
     assert errors["refit+fresh-network", 6] != errors["refit", 6]
 
 
-def read_images(folder: Path) -> Tensor:
-    import numpy as np
-    from PIL import Image
-
-    pixels = np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))]).transpose(0, 3, 1, 2)
-    return torch.from_numpy(pixels.astype(np.float32)) / 255
-
-
 def test_pruning_dead_codes_drops_just_those(vae: Path, codebook: Run, images_folder: Path) -> None:
     found = codebook("prune", vae, "--data", images_folder, *RANGE, "--json").json
     output = Path(found["outputs"]["model"])
-    old, new = (load_file(folder / WEIGHTS)[CODEBOOK] for folder in (vae, output))
+    old, new = (load_file(folder / WEIGHTS)[BOOK] for folder in (vae, output))
     assert torch.equal(new, old[[i for i in range(16) if i not in DEAD]])
     maps = load_file(index_map_path(output))
-    assert [i for i, to in enumerate(maps[f"{CODEBOOK}/index_map"].tolist()) if to == -1] == list(DEAD)
+    assert [i for i, to in enumerate(maps[f"{BOOK}/index_map"].tolist()) if to == -1] == list(DEAD)
 
 
 def test_fine_tuning_lowers_the_error_and_trains_both_networks(vae: Path, codebook: Run, images_folder: Path) -> None:
@@ -306,32 +240,6 @@ def test_the_spatial_norm_is_warned_of_and_no_other(saved: Save, codebook: Run, 
     for more, warned in ((MOVQ, True), ({}, False)):
         found = codebook("measure", saved(**more), "--test-data", held_out_folder, *RANGE, "--json").json
         assert any("force_not_quantize" in warning for warning in found["warnings"]) is warned
-
-
-def test_the_same_command_writes_the_same_bytes(vae: Path, codebook: Run, images_folder: Path, tmp_path: Path) -> None:
-    runs = []
-    for _ in range(2):
-        done = codebook(
-            "refit", vae, "--k", "5", *FEW_STEPS, "--data", images_folder, "-o", tmp_path / "out", "--force"
-        )
-        assert done.exit_code == 0, done.stderr
-        runs.append(contents(tmp_path))
-    assert runs[0] == runs[1]
-    assert {"out/config.json", f"out/{WEIGHTS}", "out.index_map.safetensors"} < runs[0].keys()
-    assert not any(".old" in name or ".partial" in name for name in runs[0])
-
-
-def test_a_dry_run_names_the_directory_and_writes_nothing(
-    vae: Path, codebook: Run, images_folder: Path, tmp_path: Path
-) -> None:
-    before = contents(tmp_path)
-    found = codebook("refit", vae, "--k", "5", "--data", images_folder, *RANGE, "--dry-run", "--json").json
-    assert found["outputs"]["model"] == str(tmp_path / "vae.refit-k5")
-    assert found["bytes"] == {
-        "before": (vae / WEIGHTS).stat().st_size,
-        "after": (vae / WEIGHTS).stat().st_size - 11 * 4 * 4,
-    }
-    assert contents(tmp_path) == before
 
 
 # --- a single file, with its config beside it ----------------------------------------------------------------------
@@ -463,10 +371,8 @@ def test_a_config_of_another_model_goes_along_with_a_warning(
     ("change", "what"),
     [
         (lambda config: config.update(num_vq_embeddings=11), "entry num_vq_embeddings: 11 where 10 belongs"),
-        (lambda config: config.pop("num_vq_embeddings"), "entry num_vq_embeddings: extra or missing"),
         (lambda config: config.update(act_fn="relu"), "entry act_fn: 'relu' where 'silu' belongs"),
         (lambda config: config.pop("act_fn"), "entry act_fn: extra or missing"),
-        (lambda config: config.update(mine=1), "entry mine: extra or missing"),
     ],
 )
 def test_a_config_that_does_not_belong_to_the_result_is_found(
@@ -516,7 +422,6 @@ def edit(folder: Path, **entries: Any) -> None:
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "garbage": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{"), "is no JSON"),
-    "truncated": (lambda folder: (folder / "config.json").write_text('{"a": [1,\n'), "is no JSON"),
     "deep": (lambda folder: (folder / "config.json").write_text("[" * 200_000), "is no JSON"),
     "a list": (lambda folder: (folder / "config.json").write_text("[16]"), "holds a JSON list"),
     "another K": (lambda folder: edit(folder, num_vq_embeddings=32), "num_vq_embeddings=32, but quantize.embedding."),
@@ -524,7 +429,6 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "K as yes": (lambda folder: edit(folder, num_vq_embeddings=True), "num_vq_embeddings=True"),
     "another class": (lambda folder: edit(folder, _class_name="AutoencoderKL"), "no network is known"),
     "wrong types": (lambda folder: edit(folder, block_out_channels="8"), "diffusers makes no VQModel of"),
-    "wrong values": (lambda folder: edit(folder, act_fn="nothing"), "diffusers makes no VQModel of"),
     "another network": (lambda folder: edit(folder, layers_per_block=2), "the network wants"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "a directory without a .safetensors file"),
     "two weights": (
@@ -534,18 +438,17 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shards": (lambda folder: (folder / f"{WEIGHTS}.index.json").write_text("{}"), "sharded weights"),
 }  # fmt: skip
-AT_ONCE = ("no config", "garbage", "truncated", "deep", "a list", "no weights", "two weights", "shards")
+AT_ONCE = ("no config", "garbage", "deep", "a list", "no weights", "two weights", "shards")
 
 
 @pytest.mark.parametrize("kind", BAD_MODELS)
-@pytest.mark.parametrize("command", ["measure", "prune"])
 def test_a_directory_that_is_amiss_is_refused(
-    kind: str, command: str, vae: Path, codebook: Run, images_folder: Path, tmp_path: Path
+    kind: str, vae: Path, codebook: Run, images_folder: Path, tmp_path: Path
 ) -> None:
     change, message = BAD_MODELS[kind]
     change(vae)
     before = contents(tmp_path)
-    assert_refused(codebook(command, vae, "--data", images_folder, *RANGE), message)
+    assert_refused(codebook("prune", vae, "--data", images_folder, *RANGE), message)
     assert (codebook("inspect", vae).exit_code == 1) == (kind in AT_ONCE)
     assert contents(tmp_path) == before
 
@@ -670,15 +573,12 @@ def test_a_directory_is_read_as_its_file_is(vae: Path) -> None:
 # --- the size of its images ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "told"), [(31, True), (32, False), (64, False), (128, False), (129, True)])
-def test_a_size_below_half_or_above_twice_the_configs_is_far_from_it(size: int, told: bool, saved: Save) -> None:
-    found = size_warning(read_checkpoint(saved(sample_size=64)), "diffusers-vqmodel", size)
+@pytest.mark.parametrize(("size", "far"), [(31, True), (32, False), (128, False), (129, True)])
+def test_a_size_below_half_or_above_twice_the_configs_is_far_from_it(size: int, far: bool, saved: Save) -> None:
+    warnings = size_warning(read_checkpoint(saved(sample_size=64)), "diffusers-vqmodel", size)
     expected = f"--size {size} is far from 64, which is sample_size in the model's config; --size 64 is its own"
-    assert found == ([expected] if told else [])
-
-
-def test_a_size_that_diffusers_writes_where_nobody_said_one_says_nothing(saved: Save) -> None:
-    assert config_of(saved())["sample_size"] == 32
+    assert warnings == ([expected] if far else [])
+    assert config_of(saved())["sample_size"] == 32  # the library's default says nothing
     assert size_warning(read_checkpoint(saved()), "diffusers-vqmodel", 256) == []
 
 
