@@ -54,14 +54,6 @@ def test_the_zalando_network_computes_what_the_tutorial_computes(
     torch.testing.assert_close(shown.double(), (theirs.decode(latents) + 1) / 2, rtol=1e-5, atol=1e-6)
 
 
-def test_the_skip_path_of_a_residual_block_carries_the_rectified_input(
-    tiny: Path, variants: dict[str, State], image_tensor: Tensor
-) -> None:
-    latents = load(tiny).encode(image_tensor).double()
-    in_place, plain = (Tutorial(variants["plain"], flag).encode(image_tensor * 2 - 1) for flag in (True, False))
-    assert (plain - in_place).abs().max() > 1000 * (latents - in_place).abs().max()
-
-
 def test_the_encoder_leaves_its_input_as_it_was(tiny: Path, image_tensor: Tensor) -> None:
     model, given_images = load(tiny), image_tensor.clone()
     met = []
@@ -70,36 +62,18 @@ def test_the_encoder_leaves_its_input_as_it_was(tiny: Path, image_tensor: Tensor
     assert torch.equal(given_images, image_tensor) and torch.equal(latents, before)
 
 
-def test_a_fresh_network_has_the_tutorials_names_and_shapes_and_initial_codes() -> None:
-    network = zalando.make()
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    assert shapes == {
-        "_encoder._conv_1.weight": (64, 3, 4, 4), "_encoder._conv_1.bias": (64,),
-        "_encoder._conv_2.weight": (128, 64, 4, 4), "_encoder._conv_2.bias": (128,),
-        "_encoder._conv_3.weight": (128, 128, 3, 3), "_encoder._conv_3.bias": (128,),
-        "_encoder._residual_stack._layers.0._block.1.weight": (32, 128, 3, 3),
-        "_encoder._residual_stack._layers.0._block.3.weight": (128, 32, 1, 1),
-        "_encoder._residual_stack._layers.1._block.1.weight": (32, 128, 3, 3),
-        "_encoder._residual_stack._layers.1._block.3.weight": (128, 32, 1, 1),
-        "_pre_vq_conv.weight": (64, 128, 1, 1), "_pre_vq_conv.bias": (64,),
-        "_vq_vae._embedding.weight": (512, 64),
-        "_decoder._conv_1.weight": (128, 64, 3, 3), "_decoder._conv_1.bias": (128,),
-        "_decoder._residual_stack._layers.0._block.1.weight": (32, 128, 3, 3),
-        "_decoder._residual_stack._layers.0._block.3.weight": (128, 32, 1, 1),
-        "_decoder._residual_stack._layers.1._block.1.weight": (32, 128, 3, 3),
-        "_decoder._residual_stack._layers.1._block.3.weight": (128, 32, 1, 1),
-        "_decoder._conv_trans_1.weight": (128, 64, 4, 4), "_decoder._conv_trans_1.bias": (64,),
-        "_decoder._conv_trans_2.weight": (64, 3, 4, 4), "_decoder._conv_trans_2.bias": (3,),
-    }  # fmt: skip
-    codes = network.state_dict()[CODEBOOK]
-    assert 0.99 / 512 < codes.abs().max() <= 1 / 512
+def test_a_fresh_network_has_the_tutorials_sizes_and_initial_codes() -> None:
+    state = zalando.make().state_dict()
+    assert state[CODEBOOK].shape == (512, 64) and state["_encoder._conv_3.weight"].shape == (128, 128, 3, 3)
+    assert state["_decoder._residual_stack._layers.1._block.1.weight"].shape == (32, 128, 3, 3)
+    assert 0.99 / 512 < state[CODEBOOK].abs().max() <= 1 / 512
 
 
-def test_a_layout_is_recognised_by_its_shapes_whatever_stands_before_its_names(
+def test_a_layout_is_recognized_by_its_shapes_whatever_prefix_its_names_have(
     variants: dict[str, State], write_model: WriteModel
 ) -> None:
     shapes = {name: {key: tuple(t.shape) for key, t in state.items()} for name, state in variants.items()}
-    prefixes = {name: prefix_of(its) for name, its in shapes.items()}
+    prefixes = {name: prefix_of(shape) for name, shape in shapes.items()}
     assert prefixes == dict.fromkeys(variants, "") | {"module_prefix": "module."}
     assert prefix_of({CODEBOOK: (16, 4)}) is None
     assert family_of(read_checkpoint(write_model())) == "zalando"
@@ -109,7 +83,7 @@ def test_a_layout_is_recognised_by_its_shapes_whatever_stands_before_its_names(
 
 def test_the_network_knows_its_stride_and_channels(tiny: Path, write_model: WriteModel) -> None:
     model = load(tiny)
-    for side in (4, 6, 8, 10, 11, 14, 15, 16, 18, 28, 30, 33, 64, 130):
+    for side in (4, 6, 11, 16, 30, 33, 64):
         assert probe(model.encode, side, side) == (3, 4), side
     grey = {name: tensor.detach() for name, tensor in zalando.make(16, 1, 8, 4, 1, 4).state_dict().items()}
     model = load(write_model(state=grey))
@@ -119,20 +93,7 @@ def test_the_network_knows_its_stride_and_channels(tiny: Path, write_model: Writ
 # --- what flows through a model ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def line(grey: Callable[..., Grey]) -> Callable[..., Model]:
-    """line([0.0, 1.0]): the model whose latents are the pixels, at input range [0, 1]."""
-
-    def make(*arguments: object, **more: object) -> Model:
-        made = grey(*arguments, **more)
-        model = load_model(read_checkpoint(made.path), network=made.network)
-        model.input_range = (0.0, 1.0)
-        return model
-
-    return make
-
-
-@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5), (0.0, 255.0)])
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 255.0)])
 def test_images_are_mapped_into_the_input_range_and_back(line: Callable[..., Model], low: float, high: float) -> None:
     model, images = line([0.0, 1.0]), torch.tensor([0.0, 0.25, 1.0]).reshape(1, 1, 1, 3)
     model.input_range = low, high
@@ -173,7 +134,7 @@ def test_gradients_reach_the_codes_that_are_looked_up(line: Callable[..., Model]
 # --- installation --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 4, 16, 40])
+@pytest.mark.parametrize("size", [1, 40])
 def test_a_codebook_of_any_size_is_installed_bit_by_bit(tiny: Path, image_tensor: Tensor, size: int) -> None:
     model = load(tiny)
     meant = Codebook(torch.randn(size, 4, generator=torch.Generator().manual_seed(size)))
@@ -197,7 +158,7 @@ def test_codes_that_the_stored_dtype_cannot_hold_are_refused(write_model: WriteM
         load(write_model("float16")).install(Codebook(torch.full((2, 4), 1e5)))
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("size", [1, 5])
 def test_what_the_network_itself_holds_of_a_codebook_is_never_looked_up(line: Callable[..., Model], size: int) -> None:
     model = line([0.0, 1.0])
     model.network.get_parameter("quantizer.codebook.weight").data.fill_(torch.nan)
@@ -207,7 +168,7 @@ def test_what_the_network_itself_holds_of_a_codebook_is_never_looked_up(line: Ca
     assert list(model.changed({0: torch.ones(size)}, {0: torch.tensor([0, -1])})) == ["quantizer.codebook.weight"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 5), others=st.lists(st.integers(1, 3), min_size=1, max_size=2), axis=st.integers(0, 2))
 def test_rows_can_be_laid_out_as_they_were_stored(rows: int, others: list[int], axis: int) -> None:
     axis = min(axis, len(others))
@@ -239,7 +200,6 @@ def new_values(found: FoundCodebook, stored: State, codes: Tensor = CODES, count
     [
         ("_ema_w", torch.ones(5, 3), SUMS),
         ("embed_avg", torch.ones(5, 3), SUMS),
-        ("embed_sum", torch.ones(5, 3), SUMS),
         ("k_sum", torch.ones(5, 3), SUMS),
         ("m_i_ts", torch.ones(5, 3), SUMS),
         ("_ema_cluster_size", torch.ones(5), [3, 1]),
@@ -259,20 +219,21 @@ def test_a_companion_is_what_its_name_says_for_the_new_codes(key: str, old: Tens
     assert value.tolist() == meant and value.dtype == old.dtype
 
 
-def test_a_companion_of_a_codebook_stored_column_by_column_is_laid_out_alike() -> None:
+def test_a_companion_lies_as_its_codebook_does_also_where_the_new_size_is_the_dimension() -> None:
     found = FoundCodebook("q.embed", 5, 3, 1, 1, "F32", "euclidean", ("q.embed_avg",), "high")
-    value = new_values(found, {"q.embed_avg": torch.ones(3, 5)}, CODES, COUNTS)["q.embed_avg"]
-    assert value.tolist() == torch.tensor(SUMS).T.tolist()
-
-
-def test_the_new_size_may_equal_the_dimension() -> None:
-    found = FoundCodebook("q.embed", 5, 2, 0, 1, "F32", "euclidean", ("q.embed_avg",), "high")
-    value = new_values(found, {"q.embed_avg": torch.ones(5, 2)}, CODES[:, :2], COUNTS)["q.embed_avg"]
+    assert new_values(found, {"q.embed_avg": torch.ones(3, 5)})["q.embed_avg"].tolist() == torch.tensor(SUMS).T.tolist()
+    square = FoundCodebook("q.embed", 5, 2, 0, 1, "F32", "euclidean", ("q.embed_avg",), "high")
+    value = new_values(square, {"q.embed_avg": torch.ones(5, 2)}, CODES[:, :2])["q.embed_avg"]
     assert value.tolist() == [[3, 6], [4, 5]]
 
 
-@pytest.mark.parametrize("name", ["initted", "inited", "is_initialized", "data_initialized", "_init", "initialised"])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.uint8])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(("initted", dtype) for dtype in (torch.bool, torch.float32, torch.uint8)),
+        *((name, torch.float32) for name in ("inited", "is_initialized", "data_initialized", "_init", "initialised")),
+    ],
+)
 def test_flags_beside_a_codebook_say_that_it_is_initialised(name: str, dtype: torch.dtype) -> None:
     found = FoundCodebook("q.embed", 5, 3, 0, 1, "F32", "euclidean", (), "high")
     stored = {
@@ -295,27 +256,18 @@ def test_companions_in_half_precision_hold_the_counts_of_any_data_set() -> None:
     torch.testing.assert_close(sizes[0] / sizes[1], torch.tensor(512.0), rtol=0, atol=0)  # the power of two next to 500
 
 
-def tutorial_ema_step(state: State, hits: Tensor, sums: Tensor, decay: float = 0.99, epsilon: float = 1e-5) -> Tensor:
-    """The codes after one training step of VectorQuantizerEMA, as the zalando tutorial writes it."""
-    size = state["_vq_vae._ema_cluster_size"] * decay + (1 - decay) * hits
-    n = size.sum()
-    size = (size + epsilon) / (n + len(size) * epsilon) * n
-    return (state["_vq_vae._ema_w"] * decay + (1 - decay) * sums) / size[:, None]
-
-
-@pytest.mark.parametrize(
-    "command", [["prune", "--keep", 13], ["refit", "--k", 6], ["finetune", "--steps", 4, "--batch-size", 8]]
-)
+@pytest.mark.parametrize("command", [["refit", "--k", 6, "--steps", 0], ["finetune", "--steps", 4, "--batch-size", 8]])
 def test_the_models_own_training_goes_on_from_the_written_codes(
     command: list[object], write_model: WriteModel, codebook: Callable[..., object], images_folder: Path, tmp_path: Path
 ) -> None:
+    """One step of VectorQuantizerEMA without data, as the zalando tutorial writes it."""
     output = tmp_path / "out.safetensors"
-    steps = [] if "--steps" in command else ["--steps", 0]
-    codebook(*command, *steps, write_model("ema"), "--data", images_folder, "-o", output)
+    codebook(*command, write_model("ema"), "--data", images_folder, "-o", output)
     state = load_file(output)
-    codes = state[CODEBOOK]
-    moved = tutorial_ema_step(state, torch.zeros(len(codes)), torch.zeros_like(codes))
-    torch.testing.assert_close(moved, codes, rtol=1e-3, atol=1e-5)
+    counts = state["_vq_vae._ema_cluster_size"] * 0.99
+    counts = (counts + 1e-5) / (counts.sum() + len(counts) * 1e-5) * counts.sum()
+    moved = state["_vq_vae._ema_w"] * 0.99 / counts[:, None]
+    torch.testing.assert_close(moved, state[CODEBOOK], rtol=1e-3, atol=1e-5)
 
 
 # --- from a file to a model ----------------------------------------------------------------------------------------
@@ -365,15 +317,6 @@ def test_weights_go_back_to_the_file_as_they_came(write_model: WriteModel, varia
         assert set(same) == {key, *model.books[0].stored.companions}
 
 
-def broken(variants: dict[str, State], **changes: Tensor | None) -> State:
-    state = dict(variants["plain"])
-    for key, tensor in changes.items():
-        state.pop(key, None)
-        if tensor is not None:
-            state[key] = tensor
-    return state
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -387,8 +330,9 @@ def broken(variants: dict[str, State], **changes: Tensor | None) -> State:
 def test_a_checkpoint_that_cannot_be_worked_on_is_refused_with_its_tensor(
     changes: dict[str, Tensor | None], message: str, write_model: WriteModel, variants: dict[str, State]
 ) -> None:
+    state = {key: tensor for key, tensor in (variants["plain"] | changes).items() if tensor is not None}
     with pytest.raises(CodebookError, match=message):
-        load(write_model(state=broken(variants, **changes)))
+        load(write_model(state=state))
 
 
 def test_an_unknown_tensor_may_hold_infinities(write_model: WriteModel, variants: dict[str, State]) -> None:
@@ -413,18 +357,10 @@ def test_a_codebook_key_must_name_a_matrix_of_the_file(tiny: Path) -> None:
         choose_codebook(checkpoint, ["_encoder._conv_1.bias"])
 
 
-def unsure(tmp_path: Path) -> Path:
-    state = {
-        "encoder.weight": torch.tensor([1.0, 0.0]).reshape(2, 1, 1, 1),
-        "decoder.weight": torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1),
-        "emb.weight": torch.rand(16, 2),
-    }
-    save_file(state, tmp_path / "unsure.safetensors")
-    return tmp_path / "unsure.safetensors"
-
-
 def test_a_tensor_that_is_only_perhaps_a_codebook_must_be_named(tmp_path: Path) -> None:
-    checkpoint = read_checkpoint(unsure(tmp_path))
+    convolutions = {"encoder.weight": torch.ones(2, 1, 1, 1), "decoder.weight": torch.ones(1, 2, 1, 1)}
+    save_file({**convolutions, "emb.weight": torch.rand(16, 2)}, tmp_path / "unsure.safetensors")
+    checkpoint = read_checkpoint(tmp_path / "unsure.safetensors")
     with pytest.raises(CodebookError, match=r"only perhaps a codebook.*--codebook-key emb\.weight"):
         choose_codebook(checkpoint, ())
     assert choose_codebook(checkpoint, ["emb.weight"]).size == 16
