@@ -61,7 +61,7 @@ class Layout:
     codes: Tensor = CODES
 
 
-PROJECTION = drawn(4, 4) + 2 * torch.eye(4)
+PROJECTION = drawn(4, 4) + 4 * torch.eye(4)
 LONG, BIAS = drawn(4, 12), drawn(4)
 
 
