@@ -392,15 +392,9 @@ def test_what_goes_along_is_verified_too_but_for_the_card(
 # --- what a user can mend ------------------------------------------------------------------------------------------
 
 
-def config_text(text: str | bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-
-
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-    "garbage": (config_text(b"\xff\xfe{"), "is no JSON"),
-    "deep": (config_text("[" * 200_000), "is no JSON"),
-    "a list": (config_text("[16]"), "holds a JSON list"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[16]"), "holds a JSON list"),
     "another K": (lambda folder: edit(folder, num_vq_embeddings=32), "num_vq_embeddings=32, but quantize.embedding."),
     "K as text": (lambda folder: edit(folder, num_vq_embeddings="16"), "num_vq_embeddings='16'"),
     "K as yes": (lambda folder: edit(folder, num_vq_embeddings=True), "num_vq_embeddings=True"),
@@ -415,7 +409,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shards": (lambda folder: (folder / f"{WEIGHTS}.index.json").write_text("{}"), "sharded weights"),
 }  # fmt: skip
-AT_ONCE = ("no config", "garbage", "deep", "a list", "no weights", "two weights", "shards")
+AT_ONCE = ("no config", "a list", "no weights", "two weights", "shards")
 
 
 @pytest.mark.parametrize("kind", BAD_MODELS)
