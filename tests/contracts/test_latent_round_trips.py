@@ -54,7 +54,7 @@ class Layout:
     owned: as in `assert_only_these_differ`. check: what must hold of the state before and after, beside that."""
 
     family: str
-    state: Callable[[], State]
+    state: State
     effective: Callable[[State], Tensor]
     owned: tuple[str, ...]
     check: Callable[[State, State], object] = lambda before, after: None
@@ -95,41 +95,33 @@ def check_hits(before: State, after: State) -> None:
 
 VAR = {BOOK: CODES, "quantize.ema_vocab_hit_SV": torch.ones(10, 16), "quant_conv.weight": drawn(4, 4, 3, 3)}
 TITOK = {BOOK: normalize(CODES), "latent_tokens": drawn(7, 8), "encoder.ln_pre.weight": drawn(8)}
+PADDED = {
+    "quantizer.codebooks.0.weight": torch.cat([CODES, torch.full((1, 4), 7.0)]),
+    "quantizer.codebooks.0.cluster_size_ema": torch.ones(16),
+    "quantizer.codebooks.0.embed_ema": CODES,
+}
+PROJ = ("quantize.embedding_proj.weight", "quantize.embedding_proj.bias")
+SIMVQ = dict(zip(PROJ, (PROJECTION, BIAS), strict=True)) | {
+    BOOK: rows_for(CODES, PROJECTION, BIAS), "quant_conv.weight": drawn(4, 9, 1, 1)
+}  # fmt: skip
+LC, TOKENS = ("codebook_projection.weight", "codebook_projection.bias"), "tok_embeddings.weight"
+VQGAN_LC = dict(zip(LC, (LONG, BIAS), strict=True)) | {
+    TOKENS: rows_for(CODES, LONG, BIAS), "cluster_size": torch.ones(16), "encoder.weight": drawn(9, 3, 3, 3),
+    "decoder.weight": drawn(3, 9, 3, 3),
+}  # fmt: skip
 LAYOUTS = {
-    "VAR": Layout("var", lambda: VAR, lambda state: state[BOOK], (BOOK, "ema_vocab_hit"), check_hits),
-    "TiTok": Layout("titok", lambda: TITOK, lambda state: state[BOOK], (BOOK,), codes=normalize(CODES)),
+    "VAR": Layout("var", VAR, lambda state: state[BOOK], (BOOK, "ema_vocab_hit"), check_hits),
+    "TiTok": Layout("titok", TITOK, lambda state: state[BOOK], (BOOK,), codes=normalize(CODES)),
     "RQ-VAE": Layout(
-        "custom",
-        lambda: {
-            "quantizer.codebooks.0.weight": torch.cat([CODES, torch.full((1, 4), 7.0)]),
-            "quantizer.codebooks.0.cluster_size_ema": torch.ones(16), "quantizer.codebooks.0.embed_ema": CODES,
-        },
-        lambda state: state["quantizer.codebooks.0.weight"][:-1],
-        ("quantizer.codebooks.0.",),
+        "custom", PADDED, lambda state: state["quantizer.codebooks.0.weight"][:-1], ("quantizer.codebooks.0.",),
         check_padding,
     ),
     "SimVQ": Layout(
-        "custom",
-        lambda: {
-            BOOK: rows_for(CODES, PROJECTION, BIAS), "quantize.embedding_proj.weight": PROJECTION,
-            "quantize.embedding_proj.bias": BIAS, "quant_conv.weight": drawn(4, 9, 1, 1),
-        },
-        lambda state: projected(state, "quantize.embedding_proj.weight", "quantize.embedding_proj.bias", BOOK),
-        ("quantize.",),
-        check_identity("quantize.embedding_proj.weight", "quantize.embedding_proj.bias"),
+        "custom", SIMVQ, lambda state: projected(state, *PROJ, BOOK), ("quantize.",), check_identity(*PROJ)
     ),
     "VQGAN-LC": Layout(
-        "custom",
-        lambda: {
-            "tok_embeddings.weight": rows_for(CODES, LONG, BIAS), "codebook_projection.weight": LONG,
-            "codebook_projection.bias": BIAS, "cluster_size": torch.ones(16), "encoder.weight": drawn(9, 3, 3, 3),
-            "decoder.weight": drawn(3, 9, 3, 3),
-        },
-        lambda state: projected(
-            state, "codebook_projection.weight", "codebook_projection.bias", "tok_embeddings.weight"
-        ),
-        ("tok_embeddings", "codebook_projection", "cluster_size"),
-        check_identity("codebook_projection.weight", "codebook_projection.bias"),
+        "custom", VQGAN_LC, lambda state: projected(state, *LC, TOKENS),
+        ("tok_embeddings", "codebook_projection", "cluster_size"), check_identity(*LC),
     ),
 }  # fmt: skip
 
@@ -149,7 +141,7 @@ def test_the_codes_in_the_file_are_those_that_a_plain_file_would_hold(
 ) -> None:
     """blind: on the codes alone, without latents."""
     layout = LAYOUTS[name]
-    before = {key: tensor.clone() for key, tensor in layout.state().items()}
+    before = {key: tensor.clone() for key, tensor in layout.state.items()}
     source, plain = tmp_path / "odd.safetensors", tmp_path / "plain.safetensors"
     save_file(before, source)
     save_file({BOOK: layout.effective(before)}, plain)
@@ -221,7 +213,7 @@ def test_without_latents_one_line_says_why_and_what_to_do(name: str, images_fold
         OF_LIBRARIES[name]().save_pretrained(model)
     else:
         model = tmp_path / "model.safetensors"
-        save_file({key: tensor.clone() for key, tensor in LAYOUTS[name].state().items()}, model)
+        save_file({key: tensor.clone() for key, tensor in LAYOUTS[name].state.items()}, model)
     there = sorted(tmp_path.iterdir())
     for operation in SURGERIES:
         request = Request(model, (str(images_folder),), input_range=(-1.0, 1.0))
