@@ -1,5 +1,7 @@
 """What the user can fix, with the exit code each failure ends in."""
 
+from collections.abc import Sequence
+
 
 def plain(text: str) -> str:
     """Escape characters that do not print or would move a terminal's cursor: names come from strangers."""
@@ -33,3 +35,8 @@ def one_line(error: Exception) -> str:
     """The message of an error on one line and without a path: the caller names the item."""
     message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(message.split()) or type(error).__name__
+
+
+def few_of(names: Sequence[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,1 +1,1 @@
-"""Models: how files are recognised and what follows from it, one record a family, and the model that runs."""
+"""Models: how files are recognized and what follows from it, one record a family, and the model that runs."""

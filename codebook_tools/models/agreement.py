@@ -1,4 +1,4 @@
-"""A model's own quantizer and ours on the same latents: which codes, and which vectors, each of them gives out."""
+"""A model's own quantizer compared with ours on the same latents: codes chosen and vectors emitted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from codebook_tools.models.stored_codes import owned_keys
 from codebook_tools.runtime.devices import wide
 
 LEAST = 4096
-"""Latents, at least, on which they are held against each other."""
+"""Latents, at least, on which the two are compared."""
 
 _RELATIVE = 1e-5  # by which two distances may differ for either code to be the nearest
 _CLAMPED = 1e-8  # squared distance, up to which vector-quantize-pytorch takes all codes for equally near
@@ -28,9 +28,15 @@ _ROUNDING = 8 * torch.finfo(torch.float32).eps  # of |z|^2 and |c|^2, of which m
 
 @dataclass(frozen=True)
 class Agreement:
-    """agree: codes that are the same. of: all of them. near_ties: codes that differ where both are as near.
-    apart: the largest difference of the quantized vectors, relative to the longest entry. reason: why they disagree,
-    None where they do not."""
+    """How far a network's own quantizer and ours agree.
+
+    Attributes:
+        agree: Codes that are equal.
+        of: Codes compared.
+        near_ties: Codes that differ where both are equally near, up to rounding.
+        apart: The largest difference between quantized vectors, relative to the largest entry.
+        reason: Why they disagree; None where they agree.
+    """
 
     agree: int
     of: int
@@ -40,21 +46,22 @@ class Agreement:
 
     @property
     def ok(self) -> bool:
+        """Whether they agree."""
         return self.reason is None
 
 
 def has_quantizer(network: object) -> bool:
-    """Whether a network says how it quantizes itself: by a method, not by a layer of that name."""
+    """Whether a network has a method `quantize`; a layer of that name does not count."""
     own = getattr(network, "quantize", None)
     return callable(own) and not isinstance(own, nn.Module)
 
 
 def agreement(model: Model, encoded: Iterable[Any]) -> Agreement:
-    """Hold the quantizer of a model's network against our search and our codes.
+    """Compare the quantizer of a model's network with our search and our codes.
 
     Args:
         model: With the codebooks that its network has loaded.
-        encoded: What its `encode` returned, batch by batch.
+        encoded: What the network's `encode` returned, batch by batch.
 
     Raises:
         CodebookError: The network's `quantize` fails, or returns something else than quantized vectors and codes.
@@ -77,16 +84,16 @@ def agreement(model: Model, encoded: Iterable[Any]) -> Agreement:
 
 
 class _Comparison:
-    """A pass through a model's stages with the codes that its own quantizer chose, each held against ours."""
+    """A pass through a model's stages with the codes of its own quantizer, each compared with ours."""
 
     def __init__(self, model: Model, codes: Tensor) -> None:
         self.model, self.codes, self.stage = model, codes, 0
         self.agree = self.of = self.near_ties = 0
         self.reason: str | None = None
-        self.noise = 0.0  # of a latent of a later stage: what rounding leaves of the subtractions before it
+        self.noise = 0.0  # length of the rounding error of a later stage's latent, left by the subtractions before it
 
     def __call__(self, book: int, latents: Tensor) -> Tensor:
-        """latents (n, dim, *grid) -> what the codes of the model's own quantizer are for us, of the same shape."""
+        """latents (n, dim, *grid) -> our vectors for the codes of the model's own quantizer, of the same shape."""
         own = self._codes_of_stage(latents)
         codebook = self.model.books[book].codebook
         ours = self.model.assign(latents, book)
@@ -106,7 +113,7 @@ class _Comparison:
         return self.model.embed(own, book)
 
     def _codes_of_stage(self, latents: Tensor) -> Tensor:
-        """The own quantizer's codes of the stage that is met now, (n, *grid) int64."""
+        """The own quantizer's codes of the current stage, (n, *grid) int64."""
         shape, stages = (len(latents), *latents.shape[2:]), len(self.model.route)
         codes = self.codes if stages == 1 and self.codes.shape == shape else None
         if codes is None:
@@ -147,8 +154,19 @@ def _own(network: Any, encoded: Any) -> tuple[Any, Tensor]:
 def near_ties(
     latents: Tensor, codebook: Codebook, ours: Tensor, own: Tensor, noise: float = 0.0, relative: float = _RELATIVE
 ) -> Tensor:
-    """(n,) bool: whether both codes of a latent, (n, dim), are as near to it, but for rounding. noise: the length of
-    what rounding may have added to a latent. relative: by which their distances may differ."""
+    """Whether two codes are equally near to a latent, up to rounding.
+
+    Args:
+        latents: (n, dim).
+        codebook: That both codes are of.
+        ours: (n,) int64 codes.
+        own: (n,) int64 codes of the model's own quantizer.
+        noise: Length of the rounding error that a latent may have.
+        relative: By which the two distances may differ.
+
+    Returns:
+        (n,) bool.
+    """
     metric = codebook.metric
     rows, codes = wide(latents), metric.prepare(wide(codebook.vectors))
     ours, own = ours.to(rows.device), own.to(rows.device)
@@ -170,7 +188,7 @@ def near_ties(
 
 
 def _apart(ours: object, quantized: object) -> float:
-    """The largest difference between two things that `walk` and `quantize` returned, relative to the longest entry."""
+    """The largest difference between what `walk` and `quantize` returned, relative to the largest entry."""
     pairs = list(zip(_tensors(ours), _tensors(quantized), strict=False))
     if not pairs or any(one.shape != other.shape for one, other in pairs):
         got = [tuple(tensor.shape) for tensor in _tensors(quantized)]
@@ -189,9 +207,8 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 @contextmanager
 def _at_rest(model: Model) -> Iterator[None]:
-    """Within, a codebook passes for initialized; afterwards all of it is as it was: some libraries begin anew, or
-    count, whenever they are called."""
-    owned = {key for book in model.books for key in owned_keys(model.checkpoint, book.found)}
+    """Mark codebooks as initialized, and restore their state afterwards: some libraries update it in each call."""
+    owned = {key for book in model.books for key in owned_keys(model.checkpoint, book.stored)}
     state = {name: tensor for name, tensor in model.network.state_dict().items() if model.keys.get(name) in owned}
     before = {name: tensor.clone() for name, tensor in state.items()}
     try:
@@ -205,8 +222,17 @@ def _at_rest(model: Model) -> Iterator[None]:
 
 
 def encoded_batches(model: Model, media: Sequence[Tensor]) -> list[Any]:
-    """What `encode` makes of calibration data until there are LEAST latents; then, where latents are all that it makes,
-    as many drawn between those and the codes: a collapsed model's own data meet few of its codes."""
+    """Encode calibration data until there are LEAST latents, and draw as many between those and the codes.
+
+    A collapsed model's own latents lie near few of its codes; those drawn in between lie near all of them.
+
+    Args:
+        model: Whose network encodes.
+        media: Batches of calibration data.
+
+    Returns:
+        What `encode` returns, batch by batch; the drawn latents only where that is latents of the first codebook.
+    """
     batches, count = list[Any](), 0
     with torch.no_grad():
         for batch in media:
@@ -239,5 +265,5 @@ def _positions(encoded: object) -> int:
 
 
 def in_training(network: nn.Module) -> bool:
-    """Whether a network has a training-mode forward to be tried."""
+    """Whether a network has a forward, or a quantizer, to run in training mode."""
     return has_quantizer(network) or type(network).forward is not nn.Module.forward

@@ -9,92 +9,102 @@ from dataclasses import replace
 
 from codebook_tools.checkpoints.detect import Detection, FoundCodebook
 from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import CodebookError, few_of
 from codebook_tools.models.ema_state import follow_by_numbers
-from codebook_tools.models.registry import (
-    detected,
-)
+from codebook_tools.models.registry import detected
 from codebook_tools.models.stored_codes import stored_rows
 from codebook_tools.models.twins import twins
 
 
 def choose_codebooks(checkpoint: Checkpoint, keys: Sequence[str]) -> list[FoundCodebook]:
-    """Those named, else all that are surely there. Raises CodebookError, with candidates, where that is not plain."""
+    """The codebooks to operate on.
+
+    Args:
+        checkpoint: The file.
+        keys: Their tensors; empty for all codebooks that detection is sure of.
+
+    Raises:
+        CodebookError: There is none, one is unsure and must be named, or one cannot be operated on.
+    """
     detection = detected(checkpoint)
     if keys:
         return [operable(checkpoint, named(checkpoint, detection, key)) for key in keys]
     if not detection.codebooks:
         raise CodebookError(f"{checkpoint.path} has no codebook: {detection.reason}")
-    for found in detection.codebooks:
-        if found.confidence == "low":
+    for book in detection.codebooks:
+        if book.confidence == "low":
             raise CodebookError(
-                f"{found.key} is only perhaps a codebook; if it is, say so with --codebook-key {found.key}"
+                f"{book.key} is only perhaps a codebook; if it is, say so with --codebook-key {book.key}"
             )
-    books = [operable(checkpoint, found) for found in detection.codebooks]
+    books = [operable(checkpoint, book) for book in detection.codebooks]
     following = {key for book in books for key in book.companions}
     return [book for book in books if book.key not in following]
 
 
 def choose_codebook(checkpoint: Checkpoint, keys: Sequence[str]) -> FoundCodebook:
-    """The one codebook to work on. Raises CodebookError, with the candidates, where there are several."""
-    found = choose_codebooks(checkpoint, keys)
-    if len(found) > 1:
-        names = [book.key for book in found]
+    """The one codebook to operate on, as `choose_codebooks`. Raises CodebookError where there are several."""
+    books = choose_codebooks(checkpoint, keys)
+    if len(books) > 1:
+        names = [book.key for book in books]
         raise CodebookError(
             f"{checkpoint.path} has {len(names)} codebooks, and this takes one: choose with --codebook-key, "
             f"of {few_of(names)}"
         )
-    return found[0]
+    return books[0]
 
 
-def with_twins(checkpoint: Checkpoint, found: FoundCodebook) -> FoundCodebook:
-    """A codebook with all names that it has in the file, by its bytes."""
+def with_twins(checkpoint: Checkpoint, book: FoundCodebook) -> FoundCodebook:
+    """The codebook with `also` set: other tensors of the file that are equal to its own bit by bit."""
     detection = detected(checkpoint)
     books = {book.key: book for book in detection.codebooks if book.search != "logits" and book.heads == 1}
-    numberless = re.sub(r"\d+", "", found.key)
+    numberless = re.sub(r"\d+", "", book.key)
     for key in checkpoint.shapes:  # stages of the same name, which detection may not know
-        if key not in books and re.sub(r"\d+", "", key) == numberless and key != found.key:
-            books[key] = replace(named(checkpoint, detection, key), search=found.search)
-    others = twins(checkpoint, found, list(books.values()))
-    others = tuple(_along_as(checkpoint, place, found) for place in others)
-    return replace(found, also=others) if others else found
+        if key not in books and re.sub(r"\d+", "", key) == numberless and key != book.key:
+            books[key] = replace(named(checkpoint, detection, key), search=book.search)
+    others = twins(checkpoint, book, list(books.values()))
+    others = tuple(_along_as(checkpoint, place, book) for place in others)
+    return replace(book, also=others) if others else book
 
 
-def _along_as(checkpoint: Checkpoint, place: FoundCodebook, found: FoundCodebook) -> FoundCodebook:
-    """A codebook's other place, laid out as the first, with what lies beside it there."""
-    padding = checkpoint.shapes[found.key][found.axis] - found.size
-    beside = along(checkpoint, place, found.axis, padding)
+def _along_as(checkpoint: Checkpoint, place: FoundCodebook, book: FoundCodebook) -> FoundCodebook:
+    """Another place of a codebook, with the first one's layout and its own companions."""
+    padding = checkpoint.shapes[book.key][book.axis] - book.size
+    beside = along(checkpoint, place, book.axis, padding)
     return replace(beside, companions=tuple(sorted({*beside.companions, *place.companions})))
 
 
-def operable(checkpoint: Checkpoint, found: FoundCodebook) -> FoundCodebook:
-    if found.heads > 1 or found.search == "logits":
-        kind = "chosen by logits" if found.search == "logits" else f"of {found.heads} heads"
-        raise CodebookError(f"{found.key} is a codebook {kind}: it can be inspected, not operated on")
-    followers = _taken_for_codebooks(checkpoint, found)
-    return replace(found, companions=tuple(sorted({*found.companions, *followers}))) if followers else found
+def operable(checkpoint: Checkpoint, book: FoundCodebook) -> FoundCodebook:
+    """The codebook with all of its companions. Raises CodebookError where it has heads or is chosen by logits."""
+    if book.heads > 1 or book.search == "logits":
+        kind = "chosen by logits" if book.search == "logits" else f"of {book.heads} heads"
+        raise CodebookError(f"{book.key} is a codebook {kind}: it can be inspected, not operated on")
+    followers = _taken_for_codebooks(checkpoint, book)
+    return replace(book, companions=tuple(sorted({*book.companions, *followers}))) if followers else book
 
 
-def _taken_for_codebooks(checkpoint: Checkpoint, found: FoundCodebook) -> list[str]:
-    """Keys in the codebook's module that names alone take for codebooks too, and that follow this one: EMA sums, by
-    their numbers or their name, and rows that are a codebook only perhaps."""
-    others = {book.key: book for book in detected(checkpoint).codebooks if book.key != found.key}
-    near = [key for key in _beside(checkpoint, found.key, found.size, found.dim, others) if key in others]
+def _taken_for_codebooks(checkpoint: Checkpoint, book: FoundCodebook) -> list[str]:
+    """Keys in the codebook's module that detection lists as codebooks, but that follow this one.
+
+    They are EMA sums, by their numbers or their name, and candidates that detection is unsure of.
+    """
+    others = {other.key: other for other in detected(checkpoint).codebooks if other.key != book.key}
+    near = [key for key in _beside(checkpoint, book.key, book.size, book.dim, others) if key in others]
     if not near:
         return []
-    rows = stored_rows(checkpoint.tensor(found.key), found)
-    with_all = replace(found, companions=tuple(sorted({*found.companions, *near})))
+    rows = stored_rows(checkpoint.tensor(book.key), book)
+    with_all = replace(book, companions=tuple(sorted({*book.companions, *near})))
     stored = {key: checkpoint.tensor(key) for key in with_all.companions}
     own = follow_by_numbers(with_all, rows, stored)
     return [key for key in near if key in own or others[key].confidence == "low"]
 
 
 def named(checkpoint: Checkpoint, detection: Detection, key: str) -> FoundCodebook:
-    for found in detection.codebooks:
-        if found.key == key:
-            return found
+    """The codebook of a key, detected or not. Raises CodebookError where there is no such matrix in the file."""
+    for book in detection.codebooks:
+        if book.key == key:
+            return book
     entry = checkpoint.entries.get(key)
-    candidates = ", ".join(found.key for found in detection.codebooks) or "none"
+    candidates = ", ".join(book.key for book in detection.codebooks) or "none"
     if entry is None:
         raise CodebookError(f"--codebook-key {key}: no such tensor in {checkpoint.path}; the candidates: {candidates}")
     stacked = len(entry.shape) == 3 and entry.shape[0] == 1
@@ -111,19 +121,21 @@ def named(checkpoint: Checkpoint, detection: Detection, key: str) -> FoundCodebo
     return padded if counted and not whole.companions else whole
 
 
-def along(checkpoint: Checkpoint, found: FoundCodebook, axis: int, padding: int) -> FoundCodebook:
-    """A codebook whose codes lie along another axis of its tensor than was thought, or with rows of padding after them;
-    what lies beside it in its module follows it."""
-    shape = checkpoint.shapes[found.key]
+def along(checkpoint: Checkpoint, book: FoundCodebook, axis: int, padding: int) -> FoundCodebook:
+    """The codebook with its codes along `axis`, `padding` rows after them, and its companions found anew."""
+    shape = checkpoint.shapes[book.key]
     size = shape[axis] - padding
     dim = math.prod(shape) // shape[axis]
-    own = _beside(checkpoint, found.key, size, dim)
-    return replace(found, axis=axis, size=size, dim=dim, companions=tuple(sorted(own)))
+    own = _beside(checkpoint, book.key, size, dim)
+    return replace(book, axis=axis, size=size, dim=dim, companions=tuple(sorted(own)))
 
 
 def _beside(checkpoint: Checkpoint, key: str, size: int, dim: int, also: Collection[str] = ()) -> list[str]:
-    """Tensors of a codebook's module with a number, or a row, for each of its codes, which are no codebook for sure.
-    also: keys of codebooks that are listed all the same."""
+    """Tensors of a codebook's module with a number or a row per code, without codebooks that detection is sure of.
+
+    Args:
+        also: Keys that are listed although they are such codebooks.
+    """
     books = {book.key for book in detected(checkpoint).codebooks if book.confidence == "high"} - set(also) | {key}
     owner = _owner(key)
     direct = [other for other in checkpoint.shapes if other.rpartition(".")[0] in {owner, key.rpartition(".")[0]}]
@@ -140,40 +152,41 @@ def _beside(checkpoint: Checkpoint, key: str, size: int, dim: int, also: Collect
 
 
 def _owner(key: str) -> str:
-    """The module beside whose tensors a codebook lies: that which holds it, or holds its embedding."""
+    """The module that holds the codebook, or its embedding."""
     return (key.removesuffix(".weight")).rpartition(".")[0]
 
 
-def along_latents(checkpoint: Checkpoint, found: FoundCodebook, dim: int | None) -> FoundCodebook:
-    """A codebook as latents of so many dimensions meet it, where its names leave its axes open."""
-    shape = [length for length in checkpoint.shapes[found.key] if length > 1]
-    if dim is None or found.dim == dim or sorted(shape) != sorted([dim, found.dim]):
-        return found
-    turned = along(checkpoint, found, checkpoint.shapes[found.key].index(found.dim), 0)
-    return turned if turned.dim == dim else found
+def along_latents(checkpoint: Checkpoint, book: FoundCodebook, dim: int | None) -> FoundCodebook:
+    """The codebook with axes such that codes have `dim` dimensions, those of its latents, where that is possible."""
+    shape = [length for length in checkpoint.shapes[book.key] if length > 1]
+    if dim is None or book.dim == dim or sorted(shape) != sorted([dim, book.dim]):
+        return book
+    turned = along(checkpoint, book, checkpoint.shapes[book.key].index(book.dim), 0)
+    return turned if turned.dim == dim else book
 
 
 def find_book(checkpoint: Checkpoint, key: str, layout: Sequence[int] = ()) -> FoundCodebook:
-    """The codebook of that key, which is known to be one. layout: its axis and size, where names and shapes do not tell
-    them, as `layouts` has them."""
-    found = operable(checkpoint, named(checkpoint, detected(checkpoint), key))
+    """The codebook of a key.
+
+    Args:
+        checkpoint: The file.
+        key: A tensor that is known to be a codebook.
+        layout: Its axis and size, as from `layouts`; empty where names and shapes tell them.
+    """
+    book = operable(checkpoint, named(checkpoint, detected(checkpoint), key))
     if len(layout) != 2 or layout[0] not in range(len(checkpoint.shapes[key])):
-        return found
+        return book
     axis, padding = layout[0], checkpoint.shapes[key][layout[0]] - layout[1]
-    return along(checkpoint, found, axis, padding) if 0 <= padding < checkpoint.shapes[key][axis] else found
+    return along(checkpoint, book, axis, padding) if 0 <= padding < checkpoint.shapes[key][axis] else book
 
 
 def layouts(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> dict[str, tuple[int, int]]:
-    """Axis and size of the codebooks that lie otherwise than names and shapes tell, by key."""
+    """Axis and size, by key, of the codebooks for which names and shapes tell others."""
     detection = detected(checkpoint)
-    told = {place.key: named(checkpoint, detection, place.key) for book in books for place in book.places}
+    by_name = {place.key: named(checkpoint, detection, place.key) for book in books for place in book.places}
     return {
         place.key: (place.axis, place.size)
         for book in books
         for place in book.places
-        if (place.axis, place.size) != (told[place.key].axis, told[place.key].size)
+        if (place.axis, place.size) != (by_name[place.key].axis, by_name[place.key].size)
     }
-
-
-def few_of(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""What an encoder made of batches, kept while its weights stay as they are: a surgery looks at its data many times."""
+"""A cache of encoded batches, valid while the encoder's weights stay: a surgery reads its data many times."""
 
 from __future__ import annotations
 
@@ -11,37 +11,48 @@ from typing import Any
 from torch import Tensor, nn
 
 LIMIT = 1 << 30
-"""Bytes that are kept; what comes later is encoded each time."""
+"""Bytes that the cache may hold; further batches are encoded each time."""
 
 
 class Kept:
-    """Encoded batches by their content. A training step, or weights that are loaded, empty it. limit: in bytes."""
+    """Encoded batches by their content; emptied by a training step or loaded weights.
+
+    Attributes:
+        limit: Bytes that it may hold.
+    """
 
     def __init__(self) -> None:
         self.limit = LIMIT
         self._version = -1
-        self._found: dict[object, Any] = {}
+        self._batches: dict[object, Any] = {}
         self._nbytes = 0
 
     def encoded(self, network: nn.Module, media: Tensor, about: object, encode: Callable[[], Any]) -> Any:
-        """What `encode` returns for `media`, or returned before. about: what else that depends on."""
+        """What `encode()` returns for a batch, or returned before.
+
+        Args:
+            network: Whose weights `encode` uses; a change of them empties the cache.
+            media: The batch.
+            about: Hashable: what else the result depends on.
+            encode: Called where the result is not in the cache.
+        """
         version = sum(tensor._version for tensor in chain(network.parameters(), network.buffers()))
         if version != self._version:
             self._version, self._nbytes = version, 0
-            self._found.clear()
+            self._batches.clear()
         digest = hashlib.blake2b(media.cpu().contiguous().numpy().tobytes(), digest_size=16).digest()
         key = (digest, tuple(media.shape), about)
-        if key in self._found:
-            return deepcopy(self._found[key])
+        if key in self._batches:
+            return deepcopy(self._batches[key])
         made = encode()
         nbytes = _bytes_of(made)
-        if self._nbytes + nbytes <= self.limit:  # a copy: what comes after the encoder may write into what it was given
-            self._found[key], self._nbytes = deepcopy(made), self._nbytes + nbytes
+        if self._nbytes + nbytes <= self.limit:  # a copy: a network may write into it
+            self._batches[key], self._nbytes = deepcopy(made), self._nbytes + nbytes
         return made
 
 
 def _bytes_of(made: Any) -> int:
-    """Of all tensors in it."""
+    """Of all tensors in a nested structure."""
     if isinstance(made, Tensor):
         return made.nbytes
     parts = made.values() if isinstance(made, dict) else made if isinstance(made, tuple | list) else ()

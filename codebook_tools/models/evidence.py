@@ -1,5 +1,7 @@
-"""What a file tells of its codebooks by itself: flags that are not set, codes that nobody trained, and how many of them
-live by the file's own running counts. No tensor of torch is made."""
+"""What a file alone says of its codebooks: unset flags, untrained codes, and codes alive by its running counts.
+
+It is read by numpy: no torch.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,20 @@ from numpy.typing import NDArray
 from codebook_tools.checkpoints.detect import COUNTS, FoundCodebook
 from codebook_tools.checkpoints.effective import effective
 from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.models.initialization import as_initialised
+from codebook_tools.models.initialization import as_initialized
 
 FLAG = re.compile(r"(?:^|\.|_)(?:is_)?(?:init(?:t?ed|iali[sz]ed)?|data_initiali[sz]ed)$")
 
 ALIVE = 1e-3
-"""Of the mean running count: a code below it has long had no latents."""
+"""Share of the mean running count below which a code has had no latents for long."""
 
-_LEAST, _MOST = 16, 16_384  # codes: of fewer nobody can tell what drew them, and so many tell as much as more
+_LEAST, _MOST = 16, 16_384  # codes that a test of their distribution needs, and that suffice for it
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2"}
 _NUMPY |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "I8": "i1", "BOOL": "u1"}
 
 
-def uninitialised(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Iterator[str]:
-    """What every command says of codebooks that nobody initialized, a line each."""
+def uninitialized(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Iterator[str]:
+    """Warnings of every command: codebooks that were not initialized, a line each."""
     for book in books:
         flagged = [key for key in flags(book.key, checkpoint.entries) if _is_read(checkpoint, key)]
         unset = [key for key in flagged if not numbers(checkpoint, key).any()]
@@ -42,17 +44,16 @@ def uninitialised(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Ite
 
 
 def untrained(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Iterator[str]:
-    """What commands that look say of codebooks that no training seems to have reached, a line each."""
+    """Warnings of `inspect` and `measure`: codebooks that seem untrained, a line each."""
     for book in books:
         sure = book.confidence == "high" and book.size >= _LEAST and _is_read(checkpoint, book.key)
         plain = effective(book, checkpoint.shapes).kind == "rows"
-        if sure and plain and as_initialised(_rows(checkpoint, book)[:_MOST]):
+        if sure and plain and as_initialized(_rows(checkpoint, book)[:_MOST]):
             yield f"the codes of {book.key} look as an initialisation draws them: untrained, or fixed on purpose"
 
 
 def alive(checkpoint: Checkpoint, book: FoundCodebook) -> int | None:
-    """How many codes have latents by the running counts beside them. None where there are none, or they are all alike,
-    as before the first step."""
+    """How many codes are in use by the running counts; None without counts, or where all are equal (untrained)."""
     for key in book.companions:
         counts = math.prod(checkpoint.shapes[key]) == book.size and COUNTS.search(key.rpartition(".")[2])
         if counts and _is_read(checkpoint, key):
@@ -61,19 +62,19 @@ def alive(checkpoint: Checkpoint, book: FoundCodebook) -> int | None:
 
 
 def alive_of(counts: NDArray[np.float64]) -> int | None:
-    """The same, of counts (size,)."""
+    """As `alive`, for counts (size,)."""
     if not np.isfinite(counts).all() or (counts < 0).any() or (counts == counts[:1]).all():
         return None
     return int((counts > ALIVE * counts.mean()).sum())
 
 
 def alive_line(living: int, book: FoundCodebook) -> str:
-    """That in words."""
+    """The warning that `living` codes are alive."""
     return f"{book.key}: {living:,} of {book.size:,} alive by its own counts"
 
 
 def told_by_file(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Iterator[str]:
-    """What `measure` says without data: codebooks that look untrained, and those whose counts call some codes dead."""
+    """Warnings of `measure` without data: codebooks that look untrained, and those with codes dead by their counts."""
     books = [*books]
     yield from untrained(checkpoint, books)
     for book in books:
@@ -83,19 +84,19 @@ def told_by_file(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Iter
 
 
 def flags(codebook_key: str, keys: Iterable[str]) -> list[str]:
-    """Keys beside the codebook that say whether it was initialized: they must say yes, or the library starts anew."""
+    """Keys beside the codebook that say whether it was initialized; unset, the library initializes it anew."""
     return beside(codebook_key, keys, FLAG)
 
 
 def beside(codebook_key: str, keys: Iterable[str], pattern: re.Pattern[str]) -> list[str]:
-    """Those of the module that holds the codebook, or of the one around it: quantize.embedding.weight, quantize.x."""
+    """Keys matching `pattern` in the codebook's module or the one around it: quantize.embedding.x, quantize.x."""
     module = codebook_key.removesuffix(".weight").rpartition(".")[0]
     scopes = {codebook_key.rpartition(".")[0], module}
     return [key for key in keys if key.rpartition(".")[0] in scopes and pattern.search(key)]
 
 
 def numbers(checkpoint: Checkpoint, key: str) -> NDArray[np.float64]:
-    """(n,) the numbers of a tensor, flat. Raises KeyError for dtypes that numpy does not have, as of 8 bits."""
+    """A tensor's numbers, (n,) float64. Raises KeyError for dtypes that numpy lacks, as 8-bit floats."""
     dtype = checkpoint.dtypes[key]
     stored = np.frombuffer(b"".join(checkpoint.chunks(key)), _NUMPY[dtype])
     if dtype == "BF16":

@@ -1,6 +1,6 @@
-"""What a network family is to us: a record that says how its files are recognised, made, and written back.
+"""The record of a network family: how its files are recognized, its network is made, and its config is written.
 
-Records are read without torch, so that a file is recognised at once; what makes a network imports it when called.
+Importing the records does not import torch; the functions that make a network do.
 """
 
 from __future__ import annotations
@@ -22,16 +22,21 @@ if TYPE_CHECKING:
 class Family:
     """A layout of checkpoints, and the network that goes with it.
 
-    prefix: what stands before the family's own key names ("" for nothing), None where tensors or config are another
-    layout's. make: a network with fresh weights, from the shapes without that prefix and the checkpoint (its config);
-    None where there is none to be had, and then `why_not` says in a sentence why. file_key: the file's key, without
-    prefix, of what the network calls a name; shapes may differ in axes of length 1. metric: of METRICS, by name.
-    config_key: the config's entry that is K, dots between levels; None for a family that knows no config. default_size:
-    K where that entry is missing, None where the library has no default.
-    power_of_two: whether the config takes no other K. follow: further entries of the config that K decides, by dotted
-    name: (config, new K) -> values. axis: of the codes in their tensors, None where that can be told from the names.
-    caveats: what to warn of. pretrained: the network as its library loads a directory, with the keys that it missed
-    and those that it did not expect; None where there is no such library.
+    Attributes:
+        prefix: checkpoint -> what precedes the family's key names ("" for nothing); None for another layout or config.
+        make: (shapes without the prefix, checkpoint) -> a network with fresh weights; None where there is no network.
+        file_key: (the network's name of a tensor, shapes) -> the file's key, without prefix. Shapes of the two may
+            differ in axes of length 1.
+        why_not: A sentence on why there is no network.
+        metric: A name of METRICS.
+        config_key: The config's entry that is K, dots between levels; None for a family without a config.
+        default_size: K where the config lacks that entry; None where the library has no default.
+        power_of_two: Whether the config takes no other K.
+        follow: (config, new K) -> further entries of the config that depend on K, by dotted name.
+        axis: Of the codes in their tensors; None where names and shapes tell it.
+        caveats: checkpoint -> what to warn of.
+        pretrained: directory -> the network as its library loads it, the keys that it missed, and the unexpected ones;
+            None where there is no such library.
     """
 
     prefix: Callable[[Checkpoint], str | None]

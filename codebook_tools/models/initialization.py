@@ -1,4 +1,4 @@
-"""Whether rows are what an initialisation drew, from their numbers alone: without torch, for those who only look."""
+"""Whether codes are as an initialization draws them, from their numbers alone; without torch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 LIMIT = 5.0
-"""Standard deviations: what a drawn codebook does not reach, and what was ever fitted to latents goes far beyond."""
+"""Standard deviations of `structure` that a random codebook does not reach, and a trained one exceeds by far."""
 
 
 def structure(codes: ArrayLike) -> float:
-    """By how many standard deviations the covariance, or the mean, of codes (n, dim) differs from that of independent
-    numbers of one variance around 0. Codes that are all alike have no structure: 0.0.
+    """How far codes are from independent numbers of one variance around 0, by their covariance and their mean.
 
     Source: Ledoit and Wolf 2002, "Some hypothesis tests for the covariance matrix when the dimension is large compared
     to the sample size": n U - dim is normal around 1 with variance 4, whichever of both numbers is larger.
+
+    Args:
+        codes: (n, dim).
+
+    Returns:
+        Standard deviations, >= 0; 0.0 for codes that are all equal.
     """
     rows = np.asarray(codes, dtype=np.float64)
     n, dim = rows.shape
@@ -25,14 +30,17 @@ def structure(codes: ArrayLike) -> float:
     if scale <= 1e-24 * float(np.square(rows).mean()) or n < 3:
         return 0.0
     u = float(np.square(covariance / scale - np.eye(dim)).sum()) / dim
-    off_centre = float((n * np.square(mean).sum() / scale - dim) / (2.0 * dim) ** 0.5)
-    found: float = max(0.0, (n * u - dim - 1) / 2, off_centre)
-    return found
+    off_center = float((n * np.square(mean).sum() / scale - dim) / (2.0 * dim) ** 0.5)
+    distance: float = max(0.0, (n * u - dim - 1) / 2, off_center)
+    return distance
 
 
-def as_initialised(codes: ArrayLike) -> bool:
-    """Whether codes (n, dim) are as the usual initialisations leave them: independent, and uniform, or normal with the
-    variance 1 of torch's embeddings. Codes of a late residual stage may be independent, too, and are neither."""
+def as_initialized(codes: ArrayLike) -> bool:
+    """Whether codes (n, dim) are as usual initializations draw them.
+
+    That is independent, and uniform, or normal with the variance 1 of torch's embeddings. Codes of a late residual
+    stage may be independent, too, but are neither.
+    """
     rows = np.asarray(codes, dtype=np.float64)
     deviation = float(rows.std())
     if not drawn(rows) or not deviation:
@@ -44,5 +52,5 @@ def as_initialised(codes: ArrayLike) -> bool:
 
 
 def drawn(codes: ArrayLike) -> bool:
-    """Whether nobody ever fitted codes (n, dim) to anything."""
+    """Whether codes (n, dim) have no more structure than random numbers."""
     return structure(codes) <= LIMIT

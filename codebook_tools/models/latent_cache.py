@@ -1,4 +1,4 @@
-"""Latents of calibration data kept on disk: what an encoder made of them once, the next run reads."""
+"""Latents of calibration data cached on disk: encoded in one run, read in the next."""
 
 from __future__ import annotations
 
@@ -36,11 +36,15 @@ _ABOUT = ("places", "ends", "sums", "bad")
 
 @dataclass(frozen=True, eq=False)
 class CachedLatents:
-    """Latents as `encoded` gives them, batch by batch to the last bit: from `path` where that is there, else encoded,
-    and written there by the first reading that comes to the end. device: that the batches are to lie on.
+    """The batches of `encoded`, bit by bit: from a file where that exists, else encoded and written to it at the end.
 
     The file is of safetensors: latents (n, positions, dim); places (n,), of the items that could be read; ends and sums
     (batches,), where each batch ends in them and its CRC-32; bad, names and reasons of the others, as JSON.
+
+    Attributes:
+        encoded: The latents without the cache.
+        path: The file.
+        device: Of the batches.
     """
 
     encoded: EncodedLatents
@@ -49,6 +53,7 @@ class CachedLatents:
 
     @property
     def part(self) -> tuple[int, int]:
+        """As of EncodedLatents."""
         return self.encoded.part
 
     def __len__(self) -> int:
@@ -59,14 +64,14 @@ class CachedLatents:
             yield latents.flatten(0, 1)
 
     def by_item(self) -> Iterator[tuple[list[Item], Tensor]]:
-        """As EncodedLatents.by_item. Raises CodebookError where the file is damaged, or cannot be written."""
+        """As EncodedLatents.by_item. Raises CodebookError where the file is damaged or cannot be written."""
         if self.path.exists():
             yield from self._read()
             return
         with ExitStack() as stack:
             try:
                 partial = stack.enter_context(partial_file(self.path, force=True))
-            except CodebookError:  # another process is at it, and needs no help
+            except CodebookError:  # another process writes it
                 yield from self.encoded.by_item()
                 return
             except OSError as error:
@@ -116,7 +121,7 @@ class CachedLatents:
             yield [images.items[place] for place in places[start:end]], torch.from_numpy(rows).to(self.device)
 
     def _opened(self) -> tuple[Stored, tuple[list[int], list[int], list[int], dict[str, str]]]:
-        """Where the latents lie, and what stands beside them: all as `_written` writes it, whoever wrote it."""
+        """The entry of the latents, and the tensors beside it, all checked: any program may have written the file."""
         try:
             weights = read_safetensors(self.path)
             latents, *about = (weights.entries[name] for name in ("latents", *_ABOUT))
@@ -127,8 +132,8 @@ class CachedLatents:
             fits = latents.dtype == "F32" and len(latents.shape) == 3 and latents.shape[0] == len(places)
             in_order = all(a < b for a, b in pairwise([-1, *places, len(self.encoded.images.items)]))
             ends_meet = all(a < b for a, b in pairwise([0, *ends])) and ends[-1:] == [len(places)]
-            told = isinstance(bad, dict) and all(isinstance(why, str) for why in bad.values())
-            if not (fits and in_order and ends_meet and told and len(sums) == len(ends)):
+            reasons = isinstance(bad, dict) and all(isinstance(why, str) for why in bad.values())
+            if not (fits and in_order and ends_meet and reasons and len(sums) == len(ends)):
                 raise self._damaged()
         except (CodebookError, KeyError, TypeError, ValueError) as error:
             raise self._damaged() from error
@@ -146,8 +151,17 @@ def _check(entries: Sequence[Entry]) -> str:
 
 
 def cached(folder: Path | None, latents: EncodedLatents, model: Model, stage: int) -> EncodedLatents | CachedLatents:
-    """The calibration latents of a model that meet the book `stage`, as `Model.latents` gives them: kept in `folder`,
-    where there is one, under a hash of all that they depend on."""
+    """Cache latents in a folder, in a file named by a hash of all that they depend on.
+
+    Args:
+        folder: Made where it does not exist; None for no cache.
+        latents: As from `model.latents(..., stage)`.
+        model: That encodes them.
+        stage: The book that they meet.
+
+    Raises:
+        CodebookError: The folder cannot be made.
+    """
     if folder is None:
         return latents
     try:
@@ -158,10 +172,9 @@ def cached(folder: Path | None, latents: EncodedLatents, model: Model, stage: in
 
 
 def _key(latents: EncodedLatents, model: Model, stage: int) -> str:
-    """Of the network as it runs and its code, the codebooks that latents went through, the items as they are stored,
-    and how both are read."""
+    """A hash of the network, its code, the codebooks before `stage`, the items, and how all of them are read."""
     images, network = latents.images, model.network
-    first = images.decode(images.items[0])  # it shows what became of --size and the stride
+    first = images.decode(images.items[0])  # its shape follows --size and the stride
     said = {
         "versions": [VERSION, *(version(name) for name in ("torch", "numpy", "pillow"))],
         "code": [str(network), *(hashlib.sha256(file.read_bytes()).hexdigest() for file in _source_files(network))],
@@ -177,7 +190,7 @@ def _key(latents: EncodedLatents, model: Model, stage: int) -> str:
 
 
 def _source_files(network: nn.Module) -> list[Path]:
-    """Of the code of its modules."""
+    """The files with the code of the network's modules."""
     modules = {sys.modules.get(type(module).__module__) for module in network.modules()}
     return sorted({Path(file) for module in modules if (file := getattr(module, "__file__", None))})
 
@@ -187,7 +200,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _items_digest(items: Sequence[Item]) -> str:
-    """Of names, and of what is stored: size and time of the file it lies in, or the bytes themselves in memory."""
+    """A hash of names and contents: size and time of each file, or the bytes of what lies in memory."""
     times = dict[str, list[int]]()
     digest = hashlib.sha256()
     for item in items:

@@ -17,8 +17,8 @@ from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.clustering.metric import METRICS
 from codebook_tools.codebook import Metric
 from codebook_tools.data.registry import modality_of
-from codebook_tools.errors import CodebookError
-from codebook_tools.models.choose import along, choose_codebook, choose_codebooks, few_of, find_book, named, operable
+from codebook_tools.errors import CodebookError, few_of
+from codebook_tools.models.choose import along, choose_codebook, choose_codebooks, find_book, named, operable
 from codebook_tools.models.family import Family
 from codebook_tools.models.model import Book, Model, walks
 from codebook_tools.models.registry import (
@@ -46,10 +46,18 @@ def load_model(
     device: torch.device | None = None,
     bf16: bool = False,
 ) -> Model:
-    """The model of a file, in float32 and evaluation mode. Raises CodebookError where file and network do not fit.
+    """The model of a file, in float32 and evaluation mode.
 
-    network: the user's own. family: a name of FAMILIES, where recognition is to be overruled.
-    codebook_keys: those to be operated on, all where there are none.
+    Args:
+        network: The user's own network; None for that of the file's family.
+        family: A name of FAMILIES, to overrule recognition.
+        codebook_keys: The codebooks to be operated on; none for all.
+        metric: A name of METRICS, to overrule what network or family say.
+        device: Where the network runs; None for the CPU.
+        bf16: Whether encoder and decoder run under bfloat16 autocast.
+
+    Raises:
+        CodebookError: The family is not known, or file and network do not fit.
     """
     if family is not None and family not in (*FAMILIES, CUSTOM):
         raise CodebookError(f"no family {family!r}; there are {', '.join((*FAMILIES, CUSTOM))}")
@@ -63,13 +71,13 @@ def load_model(
         inner: Shapes = {}
     else:
         name, record = _known_family(checkpoint, family, codebook_keys)
-        given = record.prefix(checkpoint)
-        if given is None:
+        family_prefix = record.prefix(checkpoint)
+        if family_prefix is None:
             raise CodebookError(f"{checkpoint.path} does not have the layout of family {name}")
         if record.make is None:
             raise CodebookError(f"{checkpoint.path} is of family {name}: {record.why_not}")
         check_stated(checkpoint, detected(checkpoint).codebooks)
-        prefix, first = given, None
+        prefix, first = family_prefix, None
         inner = _without_prefix(checkpoint, prefix)
         build = partial(_make_family, record, prefix)
         module = build(checkpoint, 0)
@@ -78,22 +86,22 @@ def load_model(
     places = _books_of(module, prefix, checkpoint, codebook_keys, first)
     if not walks(module) and places[0].key not in keys.values():
         raise CodebookError(f"the network has no {places[0].key}: its codebook must have the file's name for it")
-    found, route = _shared(places, module, keys)
+    books, route = _shared(places, module, keys)
     entry = size_entry(checkpoint)
-    _check_alike(found, checkpoint)
+    _check_alike(books, checkpoint)
     _load_weights(module, keys, checkpoint)
     target = device or torch.device("cpu")
     module.to(target).eval().requires_grad_(False)
-    owned = {key for book in found for key in owned_keys(checkpoint, book)}
+    owned = {key for book in books for key in owned_keys(checkpoint, book)}
     return Model(
         name,
         checkpoint,
         module,
         keys,
-        tuple(Book(book, effective_rows(checkpoint, book).to(target), searched) for book in found),
+        tuple(Book(book, effective_rows(checkpoint, book).to(target), searched) for book in books),
         tuple(
             i
-            for i, book in enumerate(found)
+            for i, book in enumerate(books)
             if not codebook_keys or any(place.key in codebook_keys for place in book.places)
         ),
         route,
@@ -108,35 +116,43 @@ def load_model(
 
 
 def reloaded(model: Model, written: Checkpoint) -> Model:
-    """The model of a file that was written for it, in a network of its own, which is made anew.
+    """Load a file that was written for a model into a fresh network.
 
-    Raises CodebookError where the network does not load the file, or its keys are not those of the original.
+    Args:
+        model: With the codebooks that were written, whose sizes the network gets.
+        written: The file.
+
+    Raises:
+        CodebookError: The network does not load the file, or its keys are not those of the original.
     """
-    sizes = [len(book.vectors) for book in model.books]
-    module = model.build(written, sizes[0])
+    size = len(model.books[0].vectors)
+    module = model.build(written, size)
     names = {name: key for name, key in model.keys.items() if key in written.entries}
     unknown = [name for name in module.state_dict() if name not in names]
     lost = [key for name, key in model.keys.items() if name not in module.state_dict()]
     for what, few in (("wants", unknown), ("has no", lost)):
         if few:
-            raise CodebookError(f"the network for {sizes[0]} codes {what} {few_of(few)}")
+            raise CodebookError(f"the network for {size} codes {what} {few_of(few)}")
     strange = sorted(written.entries.keys() - model.checkpoint.entries.keys())
     if strange:
         raise CodebookError(f"{written.path} has {few_of(strange)}, which the original has not")
     keys = {name: model.keys[name] for name in module.state_dict()}
     _load_weights(module, keys, written)
     module.to(model.device).eval().requires_grad_(False)
-    books = tuple(replace(book, found=book.found.resized(size)) for book, size in zip(model.books, sizes, strict=True))
+    books = tuple(replace(book, stored=book.stored.resized(len(book.vectors))) for book in model.books)
     return replace(model, checkpoint=written, network=module, keys=keys, books=books)
 
 
 def check_size_follows(model: Model, size: int) -> None:
-    """Raise CodebookError where the user's network for another number of codes does not fit what would be written:
-    some other tensor follows K, or its codebook does not."""
-    if model.family != CUSTOM or size == model.books[0].found.size:
+    """Check that the user's network for `size` codes fits what would be written.
+
+    Raises:
+        CodebookError: A tensor beside the codebooks depends on K, or the codebook itself does not.
+    """
+    if model.family != CUSTOM or size == model.books[0].stored.size:
         return
     shapes = {name: tuple(tensor.shape) for name, tensor in model.build(model.checkpoint, size).state_dict().items()}
-    owned = {key for book in model.books for key in owned_keys(model.checkpoint, book.found)}
+    owned = {key for book in model.books for key in owned_keys(model.checkpoint, book.stored)}
     for name, shape in shapes.items():
         key = model.keys.get(name)
         if key is None:
@@ -147,7 +163,7 @@ def check_size_follows(model: Model, size: int) -> None:
                 f"{key} follows the number of codes, too: {stored} in the file, {shape} in the network for {size}; "
                 "only codebooks and what lies beside them can be written: keep it out of --network, and remap it"
             )
-        place = next((p for book in model.books for p in book.found.places if p.key == key), None)
+        place = next((p for book in model.books for p in book.stored.places if p.key == key), None)
         if place is not None and shape[place.axis] - size != stored[place.axis] - place.size:
             raise CodebookError(
                 f"the network for codebook_size={size} has {shape[place.axis]} rows in {key}, as it has for "
@@ -156,8 +172,7 @@ def check_size_follows(model: Model, size: int) -> None:
 
 
 def _first_of(spec: NetworkMaker, checkpoint: Checkpoint, keys: Sequence[str]) -> FoundCodebook:
-    """The codebook that says for how many codes the user's network is made. Where names do not tell which tensor that
-    is, a network that declares its codebooks is believed."""
+    """The codebook whose size the user's network is made for: by names and shapes, else as the network declares it."""
     try:
         return choose_codebooks(checkpoint, keys)[0]
     except CodebookError:
@@ -174,7 +189,7 @@ def _first_of(spec: NetworkMaker, checkpoint: Checkpoint, keys: Sequence[str]) -
 
 
 def _lone_row(checkpoint: Checkpoint) -> FoundCodebook | None:
-    """The only candidate, where it is not sure for its one row alone: a network that has it means it."""
+    """The only candidate, where its one row alone makes it unsure."""
     candidates = detected(checkpoint).codebooks
     return candidates[0] if len(candidates) == 1 and candidates[0].size == 1 else None
 
@@ -187,7 +202,7 @@ def _make_custom(spec: NetworkMaker, checkpoint: Checkpoint, size: int) -> nn.Mo
 
 
 def _make_family(record: Family, prefix: str, checkpoint: Checkpoint, size: int) -> nn.Module:
-    """The family's network after the file, which says how many codes there are."""
+    """The family's network for the file's shapes; `size` is ignored, for the file has it."""
     assert record.make is not None
     numbers = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     described = f"{checkpoint.config_path or checkpoint.path}"
@@ -200,32 +215,32 @@ def _without_prefix(checkpoint: Checkpoint, prefix: str) -> Shapes:
     return {key.removeprefix(prefix): shape for key, shape in shapes if key.startswith(prefix)}
 
 
-def _made_to_fit(spec: NetworkMaker, checkpoint: Checkpoint, found: FoundCodebook) -> tuple[nn.Module, FoundCodebook]:
+def _made_to_fit(spec: NetworkMaker, checkpoint: Checkpoint, book: FoundCodebook) -> tuple[nn.Module, FoundCodebook]:
     """The user's network for as many codes as the file has, and the codebook as that network lays it out.
 
-    Names and shapes leave open which axis holds the codes, and whether a row after them is padding: the network says so
-    by what follows the number of codes that it is asked for.
+    Names and shapes leave open which axis holds the codes, and whether a row after them is padding. A second network
+    for one code more tells: the axis that grows holds the codes.
     """
-    module = make_network(spec, found.size)
-    shape = checkpoint.shapes[found.key]
-    made = _shape_in(module, found.key)
+    module = make_network(spec, book.size)
+    shape = checkpoint.shapes[book.key]
+    made = _shape_in(module, book.key)
     if made is None or len(shape) != 2 or (made == shape and shape[0] != shape[1]):
-        return module, found
-    other = _shape_in(make_network(spec, found.size + 1), found.key)
+        return module, book
+    other = _shape_in(make_network(spec, book.size + 1), book.key)
     axes = [i for i, (one, more) in enumerate(zip(made, other or made, strict=False)) if one != more]
     if len(axes) != 1 or len(made) != 2 or (other is not None and other[axes[0]] != made[axes[0]] + 1):
-        return module, found
-    axis, padding = axes[0], made[axes[0]] - found.size
+        return module, book
+    axis, padding = axes[0], made[axes[0]] - book.size
     if shape[axis] <= padding or made[1 - axis] != shape[1 - axis]:
-        return module, found
-    if (axis, shape[axis] - padding) == (found.axis, found.size):
-        return module, found
-    found = along(checkpoint, found, axis, padding)
-    return make_network(spec, found.size), found
+        return module, book
+    if (axis, shape[axis] - padding) == (book.axis, book.size):
+        return module, book
+    book = along(checkpoint, book, axis, padding)
+    return make_network(spec, book.size), book
 
 
 def _shape_in(module: nn.Module, key: str) -> tuple[int, ...] | None:
-    """Of the tensor of a network whose name the key ends in: a file may put a prefix before all of them."""
+    """The shape of the network's tensor whose name the key ends in (a file may prefix all names); None without one."""
     state = module.state_dict()
     name = next((name for name in state if name == key or key.endswith(f".{name}")), None)
     return None if name is None else tuple(state[name].shape)
@@ -234,7 +249,7 @@ def _shape_in(module: nn.Module, key: str) -> tuple[int, ...] | None:
 def _shared(
     places: Sequence[FoundCodebook], module: nn.Module, keys: Mapping[str, str]
 ) -> tuple[list[FoundCodebook], tuple[int, ...]]:
-    """The codebooks, each once, and which of them each stage uses: those that share storage are one."""
+    """The distinct codebooks, and the index of the one that each stage uses: tensors that share storage are one."""
     state, names = module.state_dict(), {key: name for name, key in keys.items()}
     books, route = dict[object, list[FoundCodebook]](), list[int]()
     for place in places:
@@ -260,7 +275,7 @@ def _check_alike(books: Sequence[FoundCodebook], checkpoint: Checkpoint) -> None
 
 
 def _common_prefix(names: Iterable[str], checkpoint: Checkpoint) -> str:
-    """What the file puts before every name of the user's network, as Lightning does; nothing where it does not."""
+    """The prefix of every name of the user's network in the file, as Lightning writes it; "" where there is none."""
     wanted, keys = list(names), checkpoint.entries.keys()
     if not wanted or wanted[0] in keys:
         return ""
@@ -271,44 +286,44 @@ def _common_prefix(names: Iterable[str], checkpoint: Checkpoint) -> str:
 def _known_family(checkpoint: Checkpoint, asked: str | None, codebook_keys: Sequence[str]) -> tuple[str, Family]:
     name = (asked if asked != CUSTOM else None) or family_of(checkpoint)
     if name is None:
-        found = choose_codebooks(checkpoint, codebook_keys)[0]
+        book = choose_codebooks(checkpoint, codebook_keys)[0]
         described = f" and {checkpoint.config_path.name}" if checkpoint.config_path else ""
         raise CodebookError(
-            f"no network is known for the layout of {checkpoint.path}{described} (codebook {found.key}, "
-            f"{found.size}x{found.dim}); give yours with --network FILE.py:FUNCTION, or latents with --latents"
+            f"no network is known for the layout of {checkpoint.path}{described} (codebook {book.key}, "
+            f"{book.size}x{book.dim}); give yours with --network FILE.py:FUNCTION, or latents with --latents"
         )
     return name, FAMILIES[name]
 
 
 def own_metric(network: nn.Module) -> Metric | None:
-    """The metric that a network declares in its attribute `lookup`; a user's own may have another meaning."""
+    """The metric in a network's attribute `lookup`; None without one (a user's attribute may mean something else)."""
     lookup = getattr(network, "lookup", None)
     return lookup if isinstance(lookup, Metric) else None
 
 
 def guesses(model: Model, metric: str | None) -> Iterator[str]:
-    """What to warn of where nobody says how a user's network searches its codes."""
+    """Warnings where neither the user's network nor `metric`, the user's choice, says how codes are searched."""
     if model.family == CUSTOM and own_metric(model.network) is None:
-        yield from (told for book in model.books for told in guessed(book.found, None, metric))
+        yield from (warning for book in model.books for warning in guessed(book.stored, None, metric))
 
 
 def _books_of(
     network: Any, prefix: str, checkpoint: Checkpoint, asked: Sequence[str], first: FoundCodebook | None
 ) -> list[FoundCodebook]:
-    """The codebook of every stage that the network walks through, in its order; those asked for must be among them."""
+    """The codebook of every stage of the network, in order. Raises CodebookError where one asked for is not there."""
     if not walks(network):
         if first is not None and not asked and _lone_row(checkpoint):
             return [first]
         chosen = choose_codebook(checkpoint, asked)
         return [first if first is not None and first.key == chosen.key else chosen]
-    found = [operable(checkpoint, find_book(checkpoint, prefix + key)) for key in network.codebooks]
+    books = [operable(checkpoint, find_book(checkpoint, prefix + key)) for key in network.codebooks]
     if first is not None:
-        found = [_laid_out_alike(book, first, checkpoint) for book in found]
-    keys = [book.key for book in found]
+        books = [_laid_out_alike(book, first, checkpoint) for book in books]
+    keys = [book.key for book in books]
     unknown = [key for key in asked if key not in keys]
     if unknown:
         raise CodebookError(f"--codebook-key {unknown[0]}: the network's codebooks are {', '.join(keys)}")
-    return found
+    return books
 
 
 def _laid_out_alike(book: FoundCodebook, first: FoundCodebook, checkpoint: Checkpoint) -> FoundCodebook:
@@ -347,7 +362,7 @@ def _load_weights(network: nn.Module, keys: Mapping[str, str], checkpoint: Check
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A linear layer is a convolution of one pixel: they differ in axes of length 1 alone."""
+    """The shape without axes of length 1, in which a linear layer and a convolution of one pixel differ."""
     return tuple(length for length in shape if length > 1)
 
 
@@ -357,9 +372,9 @@ def _first_bad(tensor: Tensor) -> str:
 
 
 def _tie(network: nn.Module, stored: Mapping[str, Tensor]) -> None:
-    """One layer used many times stands under many keys: make modules whose tensors have the same bytes one again.
+    """Make modules whose tensors have the same bytes share parameters: one layer used many times has many keys.
 
-    Only where some tensor of the module is not constant: fresh biases and norms are alike without being one.
+    Only where some tensor of the module is not constant: fresh biases and norms are equal by chance.
     """
     first: dict[object, nn.Module] = {}
     for prefix, module in network.named_modules():

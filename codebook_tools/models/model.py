@@ -1,4 +1,4 @@
-"""A model that runs: its network, its codebooks, and the file that both came from."""
+"""A model: its network, its codebooks, and the file that both came from."""
 
 from __future__ import annotations
 
@@ -20,19 +20,24 @@ from codebook_tools.data.modality import AS_IT_IS, Modality
 from codebook_tools.data.registry import modality_of
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.encoder_cache import Kept
-from codebook_tools.models.network import Quantise
+from codebook_tools.models.network import Quantize
 from codebook_tools.models.stored_codes import changed_codebook, codes_of_rows, owned_keys, rounded, rows_of_codes
 from codebook_tools.runtime.devices import sent
 
 
 @dataclass(eq=False)
 class Book:
-    """A codebook of a running model. found: where it lies in the file, and how large it is there. vectors: (size, dim)
-    float32, the effective codes, which the network never looks up itself; on the model's device. rows: (size, stored
-    dim) float32, of which the model makes them, None where they are written as they are. read: (found.size, dim), the
-    file's codes, where only the model's quantizer can tell them."""
+    """A codebook of a model.
 
-    found: FoundCodebook
+    Attributes:
+        stored: How the file has it: key, axis, size, companions.
+        vectors: (size, dim) float32, the effective codes, on the model's device; not looked up in the network.
+        metric: By which codes are searched and emitted.
+        rows: (size, stored dim) float32, of which the model makes the codes; None where codes are stored as they are.
+        read: (stored.size, dim), the file's codes, where only the model's quantizer can tell them.
+    """
+
+    stored: FoundCodebook
     vectors: Tensor
     metric: Metric = EUCLIDEAN
     rows: Tensor | None = None
@@ -40,17 +45,24 @@ class Book:
 
     @property
     def key(self) -> str:
-        return self.found.key
+        """The file key of the codebook's tensor."""
+        return self.stored.key
 
     @property
     def codebook(self) -> Codebook:
+        """Vectors and metric, without gradients."""
         return Codebook(self.vectors.detach(), self.metric)
 
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One batch through a model. media: as decoded, images not clamped. latents: `(n, dim, *grid)` of each book, and
-    codes: `(n, *grid)` int64, of each. Of a book that several stages share: `(n, dim, positions)`, stage by stage."""
+    """One batch after a pass through a model.
+
+    Attributes:
+        media: As decoded, images not clamped.
+        latents: (n, dim, *grid) of each book; (n, dim, positions), stage by stage, of one that several stages share.
+        codes: (n, *grid) int64 of each book; (n, positions) of a shared one.
+    """
 
     media: Tensor
     latents: tuple[Tensor, ...]
@@ -58,19 +70,30 @@ class Pass:
 
 
 class _ReachedError(BaseException):
-    """The walk got to the stage that was wanted: the rest of the network need not run."""
+    """The walk has reached the wanted stage: the rest of the network need not run."""
 
 
 @dataclass(eq=False)
 class Model:
-    """A network with `encode` and `decode` in float32, and what must be known to work on it and write it back.
+    """A network with `encode` and `decode` in float32, its codebooks, and what is needed to write them back.
 
-    keys: file key by network name. books: its codebooks, in the order in which latents meet them. chosen: indices of
-    those that are operated on. route: the book that each quantizer stage uses, by index: stages may share one.
-    build: the network for a checkpoint and a number of codes, with fresh weights, in torch's default dtype on the CPU.
-    power_of_two: whether its config takes no other size of them. input_range: that [0, 1] is mapped to for the network.
-    carried: file keys the network does not know. caveats: what to warn of. compiled: whether torch.compile makes encode
-    and decode faster. kept: what was encoded.
+    Attributes:
+        family: A name of FAMILIES, or CUSTOM.
+        checkpoint: The file.
+        network: An nn.Module that is a Network; may be Walking and Quantizing.
+        keys: File key by the network's name of a tensor.
+        books: The codebooks, in the order in which latents meet them.
+        chosen: Indices of the books that are operated on.
+        route: The index of the book that each quantizer stage uses: stages may share one.
+        build: (checkpoint, number of codes) -> the network with fresh weights, in torch's default dtype on the CPU.
+        device: Where the network runs.
+        bf16: Whether encoder and decoder run under bfloat16 autocast.
+        power_of_two: Whether the config takes no other number of codes.
+        input_range: What [0, 1] is mapped to for the network.
+        carried: File keys that the network does not have.
+        caveats: What to warn of.
+        compiled: Whether encode and decode run through torch.compile.
+        kept: The cache of encoded batches.
     """
 
     family: str
@@ -93,59 +116,78 @@ class Model:
 
     @property
     def modality(self) -> type[Modality]:
-        """What kind of data the network takes."""
+        """The kind of data that the network takes."""
         return modality_of(self.network)
 
     # What flows through it
 
     @contextmanager
     def in_range(self, bounds: tuple[float, float]) -> Iterator[None]:
-        """The model with another input range; afterwards with its own."""
+        """Use another input range within the context."""
         own, self.input_range = self.input_range, bounds
         try:
             yield
         finally:
             self.input_range = own
 
-    def run(self, media: Tensor, quantise: Quantise) -> Tensor:
-        """media through encoder, `quantise` at every stage, and decoder; not clamped.
+    def run(self, media: Tensor, quantize: Quantize) -> Tensor:
+        """Run media through encoder, `quantize` at every stage, and decoder.
 
-        media: images (n, channels, height, width) in [0, 1], or waveforms (n, channels, samples) in [-1, 1], on any
-        device. quantise: gets float32 latents and gives back what the decoder is to see of them.
+        Args:
+            media: Images (n, channels, height, width) in [0, 1], or waveforms (n, channels, samples) in [-1, 1], on any
+                device.
+            quantize: (index of the book, float32 latents (n, dim, *grid)) -> what the decoder gets, of the same shape.
+
+        Returns:
+            Media of the same shape, float32, not clamped.
+
+        Raises:
+            CodebookError: The network fails, or returns something else than expected.
         """
         low, high = self.input_range
         with self.autocast():
-            shown = self._call("decode", self._walk(self._encoded(media), quantise))
-        if not isinstance(shown, Tensor):
-            raise CodebookError(f"the network's decode returns a {type(shown).__name__}; expected a tensor")
-        return (shown.float() - low) / (high - low)
+            decoded = self._call("decode", self._walk(self._encoded(media), quantize))
+        if not isinstance(decoded, Tensor):
+            raise CodebookError(f"the network's decode returns a {type(decoded).__name__}; expected a tensor")
+        return (decoded.float() - low) / (high - low)
 
     def pass_through(self, media: Tensor, *, wait: bool = True) -> Pass:
-        """media through the model as it is, each latent replaced by its nearest code. wait: as of `assign`."""
-        latents: list[list[Tensor]] = [[] for _ in self.books]
+        """Run media through the model, each latent replaced by its nearest code.
+
+        Args:
+            media: As for `run`.
+            wait: As for `assign`.
+        """
+        met: list[list[Tensor]] = [[] for _ in self.books]
         codes: list[list[Tensor]] = [[] for _ in self.books]
 
-        def look(stage: int, found: Tensor) -> Tensor:
-            latents[stage].append(found)
-            codes[stage].append(self.assign(found, stage, wait=wait))
+        def look(stage: int, latents: Tensor) -> Tensor:
+            met[stage].append(latents)
+            codes[stage].append(self.assign(latents, stage, wait=wait))
             return self.embed(codes[stage][-1], stage)
 
-        shown = self.run(media, look)
-        return Pass(shown, tuple(map(of_stages, latents)), tuple(map(of_stages, codes)))
+        decoded = self.run(media, look)
+        return Pass(decoded, tuple(map(of_stages, met)), tuple(map(of_stages, codes)))
 
     def encode(self, media: Tensor, stage: int = 0, *, keep: bool = True) -> Tensor:
-        """media -> the latents that meet the book `stage`, `(n, dim, *grid)` float32; those before it quantise.
+        """Encode media; books before `stage` quantize.
 
-        keep: what the encoder makes of media, for those who ask for that again.
+        Args:
+            media: As for `run`.
+            stage: The index of a book.
+            keep: Whether to cache what the encoder returns.
+
+        Returns:
+            (n, dim, *grid) float32, the latents that meet that book; (n, dim, positions) where several stages share it.
         """
         reached, stages = list[Tensor](), self.route.count(stage)
 
-        def look(now: int, found: Tensor) -> Tensor:
+        def look(now: int, latents: Tensor) -> Tensor:
             if now == stage:
-                reached.append(found)
+                reached.append(latents)
                 if len(reached) == stages:
                     raise _ReachedError
-            return self.embed(self.assign(found.detach(), now), now)
+            return self.embed(self.assign(latents.detach(), now), now)
 
         with self.autocast(), suppress(_ReachedError):
             self._walk(self._encoded(media, keep), look)
@@ -153,7 +195,7 @@ class Model:
         return of_stages(reached)
 
     def latents(self, images: Media, batch: int, stage: int = 0) -> EncodedLatents:
-        """The latents of many images that meet the book `stage`, as a stream."""
+        """The latents of a dataset that meet the book `stage`, as a stream, encoded `batch` items at a time."""
         several = len(self.books) > 1  # then other books look at the same batches; one codebook sees its data once
 
         def encode(pixels: Tensor) -> Tensor:
@@ -163,31 +205,39 @@ class Model:
         return EncodedLatents(images, encode, batch)
 
     def assign(self, latents: Tensor, stage: int = 0, *, wait: bool = True) -> Tensor:
-        """latents `(n, dim, *grid)` -> the index of each one's nearest code, `(n, *grid)` int64. wait: whether the host
-        may wait for the device; see `assignment.nearest`."""
+        """The index of each latent's nearest code.
+
+        Args:
+            latents: (n, dim, *grid).
+            stage: The index of the book.
+            wait: Whether the host may wait for the device; see `assignment.nearest`.
+
+        Returns:
+            (n, *grid) int64.
+        """
         rows = latents.movedim(1, -1)
         codes = nearest(rows.reshape(-1, rows.shape[-1]), self.books[stage].codebook, wait=wait)
         return codes.reshape(rows.shape[:-1])
 
     def embed(self, codes: Tensor, stage: int = 0) -> Tensor:
-        """codes `(n, *grid)` int64 -> what the decoder gets of them, `(n, dim, *grid)` float32."""
+        """codes (n, *grid) int64 -> the vectors that they emit, (n, dim, *grid) float32."""
         return self.books[stage].codebook.emitted[codes].movedim(-1, 1).contiguous()
 
     def embed_trained(self, codes: Tensor, stage: int = 0) -> Tensor:
-        """As `embed`, with gradients to the codebook where it takes some."""
+        """As `embed`, with gradients to the codebook where it requires them."""
         book = self.books[stage]
         return book.metric.emit(book.vectors)[codes].movedim(-1, 1)
 
     def encode_media(self, media: Tensor) -> object:
-        """What the network's `encode` makes of media, as `walk` and its own quantizer take it."""
+        """What the network's `encode` returns, as `walk` and its own quantizer take it."""
         return self._encoded(media, keep=False)
 
-    def walk(self, encoded: object, quantise: Quantise) -> object:
-        """That through `quantise` at every stage, and to what `decode` takes. quantise: gets the index of the book."""
-        return self._walk(encoded, quantise)
+    def walk(self, encoded: object, quantize: Quantize) -> object:
+        """What `encode` returned -> what `decode` takes. quantize: as for `run`."""
+        return self._walk(encoded, quantize)
 
     def _encoded(self, media: Tensor, keep: bool = True) -> object:
-        """What the encoder makes of media; without gradients it need not be made twice."""
+        """What the network's `encode` returns; without gradients it is cached."""
         low, high = self.input_range
 
         def encode() -> object:
@@ -197,12 +247,12 @@ class Model:
             return encode()
         return self.kept.encoded(self.network, media, (low, high), encode)
 
-    def _walk(self, encoded: object, quantise: Quantise) -> object:
+    def _walk(self, encoded: object, quantize: Quantize) -> object:
         def checked(quantizer_stage: int, latents: object) -> Tensor:
             stage = self.route[quantizer_stage]
             # Nearest codes are decided in float32, whatever the network computes in: bf16 gets one in ten wrong.
             with torch.autocast(self.device.type, enabled=False):
-                return quantise(stage, _checked(latents, self.books[stage].vectors.shape[1]).float())
+                return quantize(stage, _checked(latents, self.books[stage].vectors.shape[1]).float())
 
         if not walks(self.network):
             return checked(0, encoded)
@@ -220,36 +270,38 @@ class Model:
         return self._programs.get(method, run)
 
     def autocast(self) -> AbstractContextManager[object]:
+        """bfloat16 autocast where `bf16` says so."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     # The codebooks in it
 
     def install(self, codebook: Codebook, stage: int = 0) -> None:
-        """Put a codebook of any size into the running model, rounded as its file will store it.
+        """Replace a codebook by one of any size, rounded as the file will store it.
 
-        Rows that are emitted at unit length are stored so, for some libraries look them up as they stand.
+        Rows that are emitted at unit length are stored so, for some libraries look them up as they are.
+
+        Raises:
+            CodebookError: The file's layout or dtype cannot hold these codes.
         """
         book = self.books[stage]
         vectors = book.metric.emit(codebook.vectors)
-        rows = rows_of_codes(self.checkpoint, book.found, vectors, old=book.read)
+        rows = rows_of_codes(self.checkpoint, book.stored, vectors, old=book.read)
         if rows is None:
-            held = rounded(self.checkpoint, book.found, vectors)
-        elif book.read is not None:  # each is one of the file's, or none could be written
-            held = vectors
-        else:
-            held = codes_of_rows(self.checkpoint, book.found, rows)
-        installed = replace(book, vectors=held.clone().to(self.device), rows=rows)
+            vectors = rounded(self.checkpoint, book.stored, vectors)
+        elif book.read is None:  # else each is one of the file's codes, or it could not be written
+            vectors = codes_of_rows(self.checkpoint, book.stored, rows)
+        installed = replace(book, vectors=vectors.clone().to(self.device), rows=rows)
         self.books = (*self.books[:stage], installed, *self.books[stage + 1 :])
 
     def copy(self, network: nn.Module) -> Model:
-        """The same model around another network, with codebooks of its own."""
+        """The model with another network and copies of its codebooks."""
         return replace(self, network=network, books=tuple(replace(b, vectors=b.vectors.clone()) for b in self.books))
 
     def with_fresh_network(self, seed: int) -> Model:
-        """The same model around a network that was never trained, its weights drawn by seed."""
+        """The model with an untrained network, its weights drawn by `seed`, and copies of its codebooks."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            network = self.build(self.checkpoint, self.books[0].found.size)
+            network = self.build(self.checkpoint, self.books[0].stored.size)
         return self.copy(network.float().to(self.device).eval().requires_grad_(False))
 
     # The file it becomes
@@ -257,8 +309,9 @@ class Model:
     def changed(self, counts: Mapping[int, Tensor], index_maps: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Every tensor in which the model differs from its file, by file key, in the stored dtypes and shapes.
 
-        counts: assignments per code, (size,), for the companions, by index of each book that changed; index_maps: what
-        became of its old codes.
+        Args:
+            counts: Assignments per code, (size,), for the companions, by index of each book that changed.
+            index_maps: (stored.size,) int64, the new index of each old code, negative for none, by the same indices.
         """
         entries = self.checkpoint.entries
         tensors = dict[str, Tensor]()
@@ -271,12 +324,11 @@ class Model:
         for stage, hits in counts.items():
             book = self.books[stage]
             codes, index_map = book.codebook.vectors.cpu(), index_maps[stage].cpu()
-            tensors |= changed_codebook(self.checkpoint, book.found, codes, hits.cpu(), index_map, book.rows)
+            tensors |= changed_codebook(self.checkpoint, book.stored, codes, hits.cpu(), index_map, book.rows)
         return tensors
 
     def round_to_stored(self) -> None:
-        """Round all that may have been trained as its file will store it, so that what is measured is what can be
-        loaded again."""
+        """Round all that may have been trained to the stored dtypes, so that what is measured is what is written."""
         with torch.no_grad():
             for name, tensor in self._own_state():
                 tensor.copy_(tensor.to(torch_dtype(self.checkpoint.entries[self.keys[name]].dtype)))
@@ -284,22 +336,24 @@ class Model:
             self.install(self.books[stage].codebook, stage)
 
     def _own_state(self) -> Iterator[tuple[str, Tensor]]:
-        """The network's tensors by name, without what belongs to a codebook: that is not looked up there."""
+        """The network's tensors by name, without those of codebooks."""
         owned = self._owned()
         yield from ((n, tensor) for n, tensor in self.network.state_dict().items() if self.keys[n] not in owned)
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The network's parameters by name, each once, without what belongs to a codebook."""
+        """The network's parameters by name, each once, without those of codebooks."""
         owned = self._owned()
         yield from ((n, parameter) for n, parameter in self.network.named_parameters() if self.keys[n] not in owned)
 
     def _owned(self) -> set[str]:
-        return {key for book in self.books for key in owned_keys(self.checkpoint, book.found)}
+        return {key for book in self.books for key in owned_keys(self.checkpoint, book.stored)}
 
 
 def of_stages(tensors: Sequence[Tensor]) -> Tensor:
-    """What one book has of the stages that use it: of one, (n, ..., *grid) as it is; of several, their positions in a
-    row, (n, ..., positions)."""
+    """Join latents (n, dim, *grid), or codes (n, *grid), of all stages that use one book.
+
+    One stage keeps its grid; of several, the positions are concatenated: (n, dim, positions), or (n, positions).
+    """
     if len(tensors) == 1:
         return tensors[0]
     grid_from = 2 if tensors[0].is_floating_point() else 1  # latents have an axis of dimensions, codes have none
@@ -307,26 +361,26 @@ def of_stages(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def walks(network: object) -> bool:
-    """Whether it has the two members of a network of several codebooks."""
+    """Whether a network has the two members of `Walking`."""
     return hasattr(network, "walk") and hasattr(network, "codebooks")
 
 
 @contextmanager
 def _told(method: str, argument: object, compiled: bool = False) -> Iterator[None]:
-    """Whatever a network raises, with what it was asked for; or what torch raises that cannot compile it."""
+    """Turn what a network, or torch.compile, raises into a CodebookError that names the method and its argument."""
     try:
         yield
     except CodebookError:
         raise
     except Exception as error:
-        given = tuple(argument.shape) if isinstance(argument, Tensor) else type(argument).__name__
+        size = tuple(argument.shape) if isinstance(argument, Tensor) else type(argument).__name__
         if compiled:
-            told = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
             raise CodebookError(
-                f"the network's {method} cannot be compiled for {given}: {type(error).__name__}: {told}; "
+                f"the network's {method} cannot be compiled for {size}: {type(error).__name__}: {reason}; "
                 "leave out --compile"
             ) from error
-        raise CodebookError(f"the network's {method} fails on {given}: {type(error).__name__}: {error}") from error
+        raise CodebookError(f"the network's {method} fails on {size}: {type(error).__name__}: {error}") from error
 
 
 def _checked(latents: object, dim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a network can do: a family's module, or the user's own."""
+"""The protocols of a network: a family's module, or the user's own."""
 
 from __future__ import annotations
 
@@ -7,45 +7,47 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-Quantise = Callable[[int, Tensor], Tensor]
-"""quantise(stage, latents (n, dim, *grid)) -> what the decoder gets of their codes, of the same shape.
+Quantize = Callable[[int, Tensor], Tensor]
+"""quantize(stage, latents (n, dim, *grid)) -> what the decoder gets in their place, of the same shape.
 
-Whoever calls it decides what that is: the nearest codes, those and a straight-through gradient, a look at the latents.
+The caller of `walk` decides what that is: the nearest codes, or those with a straight-through gradient.
 """
 
 
 class Network(Protocol):
-    """What a family's module, or the user's own, can do. What `encode` returns, only `walk` looks into.
+    """A family's module, or the user's own, in the order encode, walk, decode."""
 
-    encode: images (n, channels, height, width) in the model's range, or waveforms (n, channels, samples) in [-1, 1].
-    decode: what `walk` returned -> media of the same shape.
-    """
+    def encode(self, media: Tensor, /) -> Any:
+        """Images (n, channels, height, width) in the model's range, or waveforms (n, channels, samples) in [-1, 1] ->
+        latents (n, dim, *grid), or, of a `Walking` network, anything that its `walk` takes."""
 
-    def encode(self, media: Tensor, /) -> Any: ...
-
-    def decode(self, quantised: Any, /) -> Tensor: ...
+    def decode(self, quantized: Any, /) -> Tensor:
+        """What `walk` returned -> media of the shape that `encode` took."""
 
 
 class Walking(Network, Protocol):
-    """A network of several codebooks, or of one that latents are projected for. Without these two members: of one
-    codebook, and `encode` returns its latents, (n, dim, *grid).
+    """A network of several codebooks, or with projections around one.
 
-    codebooks: file keys, without the family's prefix, in the order of the stages.
-    walk: what `encode` returned -> what `decode` takes. It calls quantise(stage, latents) once a stage, in order,
-    and lets gradients through: a residual stage hands on `residual - quantised`, without detaching it.
+    Attributes:
+        codebooks: File keys, without the family's prefix, in the order of the stages.
     """
 
     codebooks: tuple[str, ...]
 
-    def walk(self, encoded: Any, quantise: Quantise, /) -> Any: ...
+    def walk(self, encoded: Any, quantize: Quantize, /) -> Any:
+        """What `encode` returned -> what `decode` takes.
+
+        It calls quantize(stage, latents) once a stage, in order, and lets gradients through: a residual stage passes
+        on `residual - quantized`, without detaching it.
+        """
 
 
 class Quantizing(Network, Protocol):
-    """A network with a quantizer of its own, which what we compute is held against.
+    """A network with a quantizer of its own, which our results are compared with."""
 
-    quantize: what `encode` returned -> the same, quantized as `walk` returns it, and codes int64: (n, *grid) of one
-    codebook, (n, levels, *grid) of several. In training mode it also does what training does to the codes, such as a
-    step of their moving average.
-    """
+    def quantize(self, encoded: Any, /) -> tuple[Any, Tensor]:
+        """What `encode` returned -> what `walk` returns for it, and codes int64.
 
-    def quantize(self, encoded: Any, /) -> tuple[Any, Tensor]: ...
+        Codes are (n, *grid) of one codebook, (n, levels, *grid) of several. In training mode it also updates the codes
+        as training does, such as by a step of their moving average.
+        """

@@ -35,8 +35,17 @@ def default_output(checkpoint: Checkpoint, command: str, size: int, folder: Path
 
 
 def check_output(checkpoint: Checkpoint, output: Path, force: bool, read: Iterable[Path] = ()) -> None:
-    """Raise CodebookError where the output cannot be written, has no layout that is, or would replace, with what comes
-    beside it, the model or whatever else is `read`."""
+    """Check where a result would be written.
+
+    Args:
+        checkpoint: The model.
+        output: Of the result.
+        force: Whether an older result may be replaced.
+        read: Further files that must not be replaced.
+
+    Raises:
+        CodebookError: The output cannot be written, has no known format, or would replace what is read.
+    """
     if output.name in ("", ".."):
         raise CodebookError(f"--output {output} has no name of its own, to write a partial one beside it; spell it out")
     as_folder, described = is_directory_output(output), _has_config(checkpoint)
@@ -55,7 +64,7 @@ def check_output(checkpoint: Checkpoint, output: Path, force: bool, read: Iterab
 
 
 def check_size(checkpoint: Checkpoint, size: int | None) -> None:
-    """Raise CodebookError, with the nearest that will do, where the model's config would refuse so many codes."""
+    """Raise CodebookError, with the nearest sizes that it takes, where the model's config refuses so many codes."""
     entry = size_entry(checkpoint)
     if size is None or size < 1 or entry is None or not entry.power_of_two:
         return
@@ -67,7 +76,7 @@ def check_size(checkpoint: Checkpoint, size: int | None) -> None:
 
 
 def written_config(checkpoint: Checkpoint, size: int) -> bytes | None:
-    """The config to be written with `size` codes: the original's, with that K. None: there is none that goes along."""
+    """The original's config with K set to `size`; None where none is to be written."""
     path, entry = checkpoint.config_path, size_entry(checkpoint)
     if path is None or (entry is None and checkpoint.folder is None):
         return None
@@ -76,19 +85,23 @@ def written_config(checkpoint: Checkpoint, size: int) -> bytes | None:
 
 
 def remarks(checkpoint: Checkpoint, old: int, new: int, output: Path) -> list[str]:
-    """What to warn of in the directory, or the config, that is written to `output`. old, new: numbers of codes."""
-    found = []
-    left_out = (
-        split_others(checkpoint.folder, checkpoint.files)[1]
-        if checkpoint.folder and is_directory_output(output)
-        else []
-    )
+    """Warnings of what is not copied to the directory `output`, and of a config that K is not known in.
+
+    Args:
+        checkpoint: The model.
+        old: Its number of codes.
+        new: That of the result.
+        output: Of the result.
+    """
+    warnings, left_out = list[str](), list[str]()
+    if checkpoint.folder and is_directory_output(output):
+        left_out = split_others(checkpoint.folder, checkpoint.files)[1]
     if left_out:
         few = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
-        found.append(f"of the model's directory, {few} does not go into the new one")
+        warnings.append(f"of the model's directory, {few} does not go into the new one")
     if checkpoint.folder and checkpoint.config_path and size_entry(checkpoint) is None and new != old:
-        found.append(f"{CONFIG} goes along as it is: no entry of it is known to be K, which is {new} now")
-    return found
+        warnings.append(f"{CONFIG} goes along as it is: no entry of it is known to be K, which is {new} now")
+    return warnings
 
 
 def _has_config(checkpoint: Checkpoint) -> bool:

@@ -1,4 +1,4 @@
-"""Proof that a written file is what was reported: its own network loads it, and its own quantizer is asked."""
+"""Proof that a written file is what was reported: its network loads it, and its own quantizer chooses the codes."""
 
 from __future__ import annotations
 
@@ -28,23 +28,25 @@ from codebook_tools.models.stored_codes import codes_of_rows, effective_rows, st
 from codebook_tools.runtime.devices import wide
 
 KEPT_CODES = 0.9
-"""Share of the codes in use that one training step must leave."""
+"""Share of the codes in use that must remain in use after one training step."""
 
 GROWN_DISTORTION = 1.1
-"""By how much the distortion may grow in it."""
-
+"""Factor by which the distortion may grow in one training step."""
 
 _ASIDE = 1e-3  # relative: what smoothing and rounding add to the way to a mean
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How what is reported was held against the model that loads the file.
+    """How the reported result was compared with the model that loads the file.
 
-    by: "quantizer", its own quantizer chose codes and gave out vectors; "module", a module loaded the file and each
-    codebook was read back from it; "file", the file alone was read back, for there is no network. agree, of: codes that
-    were the same, and all of them: chosen for latents by a quantizer, else rows of codebooks. near_ties: codes that
-    differ where both are as near. revived: codes that the module's own training step moved by chance.
+    Attributes:
+        by: "quantizer", the model's own quantizer chose codes and emitted vectors; "module", a module loaded the file
+            and each codebook was read back from it; "file", the file alone was read back, for there is no network.
+        agree: Codes that were equal: those chosen for latents by a quantizer, else rows of codebooks.
+        of: How many were compared.
+        near_ties: Codes that differ where both are equally near, up to rounding.
+        revived: Codes that the module's own training step moved far, as its revival of dead codes does.
     """
 
     by: Literal["quantizer", "module", "file"]
@@ -54,26 +56,31 @@ class Proof:
     revived: int = 0
 
     def to_json(self) -> dict[str, object]:
-        """The promised keys."""
+        """The keys of the JSON output."""
         return {name: value for name, value in asdict(self).items() if name != "revived"}
 
 
 def read_partial(output: Path) -> Checkpoint:
-    """What was written for `output`, before it is put in its place."""
+    """The checkpoint that was written for `output`, before it is renamed to that."""
     written = read_checkpoint(partial_path(output))
     config = partial_path(own_config_path(output))
     return replace(written, config_path=config) if not is_directory_output(output) and config.is_file() else written
 
 
 def prove_file(written: Checkpoint, meant: Sequence[tuple[FoundCodebook, Codebook]]) -> Proof:
-    """Read codebooks back from a file, under each of their names. Raises VerificationError where one is not as meant.
+    """Read codebooks back from a file, under each of their names.
 
-    meant: each codebook with its place in the file, sizes being those of the file.
+    Args:
+        written: The file.
+        meant: Each codebook with its place in that file.
+
+    Raises:
+        VerificationError: A codebook in the file is another than was meant.
     """
     rows = 0
-    for found, codebook in meant:
-        for place in found.places:
-            codes = effective_rows(written, replace(place, form=found.form))
+    for book, codebook in meant:
+        for place in book.places:
+            codes = effective_rows(written, replace(place, form=book.form))
             if not torch.equal(codes, codebook.vectors.cpu()):
                 raise VerificationError(f"{written.path}: {place.key} on disk is not the codebook that was meant")
         rows += codebook.size
@@ -81,7 +88,7 @@ def prove_file(written: Checkpoint, meant: Sequence[tuple[FoundCodebook, Codeboo
 
 
 def prove(model: Model, written: Checkpoint, media: Sequence[Tensor]) -> Proof:
-    """Load a written file into a network of its own, and hold that against the model whose figures are reported.
+    """Load a written file into a fresh network, and compare that with the model whose figures are reported.
 
     Args:
         model: As it was measured, with the codebooks that were meant.
@@ -105,16 +112,25 @@ def prove(model: Model, written: Checkpoint, media: Sequence[Tensor]) -> Proof:
         fresh = replace(fresh, network=pretrained.to(fresh.device).eval().requires_grad_(False))
     if not has_quantizer(fresh.network):
         return Proof("module", rows, rows, revived=_train_a_step(fresh, media))
-    found = agreement(fresh, encoded_batches(fresh, media))
-    if not found.ok:
+    result = agreement(fresh, encoded_batches(fresh, media))
+    if not result.ok:
         raise VerificationError(
-            f"the quantizer of the network that loads {written.path.name} disagrees: {found.reason}"
+            f"the quantizer of the network that loads {written.path.name} disagrees: {result.reason}"
         )
-    return Proof("quantizer", found.agree, found.of, found.near_ties, _train_a_step(fresh, media))
+    return Proof("quantizer", result.agree, result.of, result.near_ties, _train_a_step(fresh, media))
 
 
 def prove_opened(model: Model, agreed: Agreement | None, media: Sequence[Tensor]) -> Proof:
-    """Hold a file against the network that has loaded it. agreed: how far its quantizer was asked already."""
+    """Compare a file with the network that has loaded it.
+
+    Args:
+        model: As loaded.
+        agreed: The comparison with the network's own quantizer, where there was one already.
+        media: Batches of calibration data.
+
+    Raises:
+        VerificationError: As for `prove`.
+    """
     rows = _read_back(model, model, model.network)
     if agreed is None and has_quantizer(model.network):
         agreed = agreement(model, encoded_batches(model, media))
@@ -142,7 +158,7 @@ def _pretrained(model: Model, written: Checkpoint) -> nn.Module | None:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """The tensors of a module by file key, as a checkpoint has them. from_file: for those that the module has not."""
+    """The tensors of a module by file key, like a checkpoint; those that it lacks come `from_file`."""
 
     module: nn.Module
     names: dict[str, str]
@@ -169,19 +185,20 @@ def _loaded(fresh: Model, network: nn.Module) -> _Loaded:
 
 def _codes_in(fresh: Model, book: Book, network: nn.Module, place: FoundCodebook | None = None) -> Tensor:
     """(size, dim) float32: the codes of a book as a module holds them now."""
-    found, tensors = replace(place or book.found, form=book.found.form), _loaded(fresh, network)
-    rows = stored_rows(tensors.tensor(found.key), found)
+    stored, tensors = replace(place or book.stored, form=book.stored.form), _loaded(fresh, network)
+    rows = stored_rows(tensors.tensor(stored.key), stored)
     if book.read is not None and book.rows is not None:  # no formula: each row has the code that it was read with
         codes = {row.tobytes(): code for row, code in zip(book.rows.numpy(), book.vectors.cpu(), strict=True)}
-        return torch.stack([codes.get(row.tobytes(), torch.full((book.found.dim,), torch.nan)) for row in rows.numpy()])
-    return codes_of_rows(tensors, found, rows)
+        unknown = torch.full((book.stored.dim,), torch.nan)
+        return torch.stack([codes.get(row.tobytes(), unknown) for row in rows.numpy()])
+    return codes_of_rows(tensors, stored, rows)
 
 
 def _read_back(model: Model, fresh: Model, network: nn.Module) -> int:
-    """Each codebook is in the module what was meant, under each of its names. Returns how many rows there are."""
+    """Check that each codebook is in the module as in `model`, under each of its names. Returns how many rows."""
     rows = 0
     for book in fresh.books:
-        for place in book.found.places:
+        for place in book.stored.places:
             if not torch.equal(_codes_in(fresh, book, network, place), book.vectors.cpu()):
                 raise VerificationError(
                     f"{fresh.checkpoint.path.name}: {place.key} in the network that has loaded it is not the codebook "
@@ -192,9 +209,9 @@ def _read_back(model: Model, fresh: Model, network: nn.Module) -> int:
 
 
 def _train_a_step(fresh: Model, media: Sequence[Tensor]) -> int:
-    """Let a copy of the network do one forward pass in training mode, and see that its codes survive.
+    """Run one forward pass in training mode on a copy of the network, and check that its codes survive.
 
-    Returns how many codes it moved by chance. Raises VerificationError where too few are left in use, or the distortion
+    Returns how many codes it moved far. Raises VerificationError where too few are left in use, or the distortion
     grows.
     """
     if not media or not in_training(fresh.network):
@@ -257,7 +274,7 @@ def _follow_their_means(latents: Tensor, codebook: Codebook, moved: Tensor) -> b
 
 
 def _attempt(call: Any, *arguments: object) -> bool:
-    """Whether the user's code can be run so: a forward may need more than the data."""
+    """Whether the call succeeds: a user's forward may need more than the data."""
     try:
         call(*arguments)
     except Exception:
@@ -272,7 +289,7 @@ def _latents(model: Model, media: Tensor) -> list[Tensor]:
 
 
 def _use(latents: Tensor, codebook: Codebook, codes: Tensor) -> tuple[int, float]:
-    """Codes in use, (n,) of latents (n, dim), and the mean squared distance to them."""
+    """How many distinct `codes` (n,) latents (n, dim) have, and the mean squared distance to them."""
     return int(torch.bincount(codes, minlength=codebook.size).count_nonzero()), float(
         squared_errors(latents, codebook, codes).mean()
     )

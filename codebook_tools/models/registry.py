@@ -1,4 +1,4 @@
-"""All network families by name, and what they say of a checkpoint: how it is searched, where its K stands."""
+"""All network families by name, and what they say of a checkpoint: its metric, its entry of K in the config."""
 
 from __future__ import annotations
 
@@ -48,64 +48,69 @@ FAMILIES = {
     "xcodec": xcodec.FAMILY,
     **recognized_only.FAMILIES,
 }
-"""Of several that recognise a file, the first counts: LlamaGen's names are those of the original Janus, too."""
+"""The first that recognizes a file counts: LlamaGen's names are those of the original Janus, too."""
 
 CUSTOM = "custom"
-"""The user's own network, or none."""
+"""The family name of the user's own network, or of no network."""
 
 _Found = TypeVar("_Found")
 
 
 def _once(find: Callable[[Checkpoint], _Found]) -> Callable[[Checkpoint], _Found]:
-    """What is found out about a checkpoint is found out once, however many ask."""
+    """Memoize a function of a checkpoint in that checkpoint."""
 
     @wraps(find)
-    def found(checkpoint: Checkpoint) -> _Found:
+    def remembered(checkpoint: Checkpoint) -> _Found:
         if find.__name__ not in checkpoint.memory:
             checkpoint.memory[find.__name__] = find(checkpoint)
         return cast("_Found", checkpoint.memory[find.__name__])
 
-    return found
+    return remembered
 
 
 @_once
 def family_of(checkpoint: Checkpoint) -> str | None:
-    """The first family that recognises tensors and config."""
+    """The name of the first family that recognizes tensors and config; None where there is none."""
     return next((name for name, family in FAMILIES.items() if family.prefix(checkpoint) is not None), None)
 
 
 @_once
 def detected(checkpoint: Checkpoint) -> Detection:
-    """The codebooks of a checkpoint, searched as its family does, and along the axis that it says: a square does not
-    tell which."""
-    found, name = find_codebooks(checkpoint.shapes, checkpoint.dtypes), family_of(checkpoint)
+    """The codebooks of a checkpoint, with the search and the axis of its family."""
+    detection, name = find_codebooks(checkpoint.shapes, checkpoint.dtypes), family_of(checkpoint)
     if name is None:
-        return found
+        return detection
     return replace(
-        found, codebooks=tuple(_as_used(book, FAMILIES[name], checkpoint.shapes) for book in found.codebooks)
+        detection, codebooks=tuple(_as_used(book, FAMILIES[name], checkpoint.shapes) for book in detection.codebooks)
     )
 
 
-def _as_used(found: FoundCodebook, family: Family, shapes: Shapes) -> FoundCodebook:
-    if found.search == "logits":
-        return found
-    axis, shape = found.axis if family.axis is None else family.axis, shapes[found.key]
-    if axis != found.axis:
-        found = replace(found, axis=axis, size=shape[axis], dim=shape[1 - axis])
-    return replace(found, search=METRICS[family.metric].search)
+def _as_used(book: FoundCodebook, family: Family, shapes: Shapes) -> FoundCodebook:
+    if book.search == "logits":
+        return book
+    axis, shape = book.axis if family.axis is None else family.axis, shapes[book.key]
+    if axis != book.axis:
+        book = replace(book, axis=axis, size=shape[axis], dim=shape[1 - axis])
+    return replace(book, search=METRICS[family.metric].search)
 
 
 def metric_of(family: str | None, metric: str | None) -> Metric:
-    """That of a name, else the family's, else the Euclidean one."""
+    """The metric of a name, else the family's, else the Euclidean one."""
     return METRICS[metric or (FAMILIES[family].metric if family in FAMILIES else "euclidean")]
 
 
-def guessed(found: FoundCodebook, family: str | None, metric: str | None) -> list[str]:
-    """What to warn of where nobody says how the codes are searched, and their names do not speak for distance."""
-    if metric is not None or family in FAMILIES or found.search == "euclidean":
+def guessed(book: FoundCodebook, family: str | None, metric: str | None) -> list[str]:
+    """A warning where neither family nor user says how codes are searched, and names do not suggest distance.
+
+    Args:
+        book: The codebook.
+        family: A name of FAMILIES; None for an unknown layout.
+        metric: The user's choice; None for none.
+    """
+    if metric is not None or family in FAMILIES or book.search == "euclidean":
         return []
-    told = "nothing says" if found.search == "unknown" else f"its names suggest {found.search}, but do not say"
-    return [f"{told} how {found.key} is searched: Euclidean distance is taken; --metric says otherwise"]
+    hint = "nothing says" if book.search == "unknown" else f"its names suggest {book.search}, but do not say"
+    return [f"{hint} how {book.key} is searched: Euclidean distance is taken; --metric says otherwise"]
 
 
 def are_unit(codes: Tensor) -> bool:
@@ -117,7 +122,7 @@ _UNIT = 5e-3  # which bfloat16 keeps
 
 
 def unit_warning(key: str) -> str:
-    """What to warn of where codes have unit length and nobody says how they are searched."""
+    """The warning where codes have unit length and nothing says how they are searched."""
     return (
         f"the codes of {key} have unit length, and nothing says how they are searched: unit codes are written, with "
         "which Euclidean and cosine search choose the same; --metric says otherwise"
@@ -126,8 +131,15 @@ def unit_warning(key: str) -> str:
 
 @dataclass(frozen=True)
 class SizeEntry:
-    """How the config that goes with a checkpoint knows K. key: its entry, dots between levels. stated: what it says.
-    power_of_two: whether it takes no other number."""
+    """The entry of K in a checkpoint's config.
+
+    Attributes:
+        key: Of the entry, dots between levels.
+        stated: Its value.
+        power_of_two: Whether the config takes no other number.
+        family: Whose config it is.
+        config: The whole of it.
+    """
 
     key: str
     stated: object
@@ -136,15 +148,14 @@ class SizeEntry:
     config: Config
 
     def values(self, size: int) -> Mapping[str, object]:
-        """What the config says of `size` codes: all entries that follow, by dotted key."""
+        """The entries of a config with `size` codes, by dotted key: K, and what depends on it."""
         return {self.key: size, **self.family.follow(self.config, size)}
 
 
 def size_entry(checkpoint: Checkpoint) -> SizeEntry | None:
-    """Where K stands in the checkpoint's config; None without a config, or where its family knows of no entry.
+    """The entry of K in the checkpoint's config; None without a config, or where the family has no such entry.
 
-    A part of a model has the entries of its own level alone: levels that the config lacks are left out. An entry that
-    is missing is none, unless the library has a default for it.
+    The config of a part of a model has only the inner levels. Where the entry is missing, the library's default counts.
     """
     name = family_of(checkpoint)
     family = FAMILIES[name] if name else None
@@ -165,7 +176,7 @@ def size_entry(checkpoint: Checkpoint) -> SizeEntry | None:
 def check_stated(checkpoint: Checkpoint, books: Sequence[FoundCodebook]) -> None:
     """Raise CodebookError where the config says a K that none of the codebooks has.
 
-    Of several codebooks it may be about one alone: TiTok's config says nothing of pixel_quantize.
+    One equal size is enough: TiTok's config says nothing of pixel_quantize.
     """
     entry = size_entry(checkpoint)
     if entry is None or not books or (type(entry.stated) is int and entry.stated in {book.size for book in books}):

@@ -1,4 +1,4 @@
-"""What to warn of in a file whose codebooks are about to change: stale EMA state, and tensors whose size follows K."""
+"""Warnings before codebooks change: stale EMA state, and tensors whose size may depend on K."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.errors import few_of
 from codebook_tools.models.registry import detected
 from codebook_tools.models.stored_codes import followers
 
@@ -18,25 +19,30 @@ _OVER_TOKENS = re.compile(
 
 
 def stale_state(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> list[str]:
-    """Warnings of EMA sums that are not those of the codes. Raises CodebookError where a companion is not known."""
+    """Warnings of EMA sums that are not those of the codes. Raises CodebookError for a companion of unknown role."""
     stale = [one.key for book in books for place in book.places for one in followers(checkpoint, place) if one.stale]
     if not stale:
         return []
-    more = f" and {len(stale) - 3} more" if len(stale) > 3 else ""
-    return [f"the EMA state {', '.join(stale[:3])}{more} is stale: it is not that of the codes, and is written fresh"]
+    return [f"the EMA state {few_of(stale)} is stale: it is not that of the codes, and is written fresh"]
 
 
 def dependents(checkpoint: Checkpoint, known: Collection[str]) -> list[str]:
-    """Keys of tensors outside the codebooks with as many entries as there are codes, of one codebook or all of them,
-    and up to 4 more. known: keys of a network that was built for the file, and what follows its codebooks."""
+    """Keys of tensors whose size may depend on K: token heads, embeddings and the like.
+
+    They have as many entries as one codebook, or all of them, has codes, or up to 4 more.
+
+    Args:
+        checkpoint: The file.
+        known: Keys to leave out: of a network that was built for the file, and of its codebooks.
+    """
     elsewhere = detected(checkpoint).elsewhere
     return [key for key, shape in elsewhere if key not in known and len(shape) <= 2 and _OVER_TOKENS.search(key)]
 
 
 def dependents_warning(checkpoint: Checkpoint, known: Collection[str], old: int, new: int) -> list[str]:
-    """What to warn of where the number of codes changes and tensors may follow it."""
+    """A warning of `dependents` where the number of codes changes from `old` to `new`; else none."""
     keys = dependents(checkpoint, known) if old != new else []
     if not keys:
         return []
-    few = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    few = few_of(keys)
     return [f"{few} may follow the number of codes, and stays as it is for {old}: remap it, or train it anew for {new}"]

@@ -1,4 +1,4 @@
-"""How a user's network turns stored rows into codes and searches them: settled by asking its own quantizer."""
+"""How a user's network turns stored rows into codes and searches them: decided by its own quantizer."""
 
 from __future__ import annotations
 
@@ -22,38 +22,39 @@ from codebook_tools.models.registry import CUSTOM, are_unit, unit_warning
 from codebook_tools.models.stored_codes import codes_of_rows, owned_keys, stored_rows
 from codebook_tools.models.transforms import alike, forms, refuse_unknown, transforms_beside
 
-_FEW = 2  # items whose latents tell most readings that are wrong
+_FEW = 2  # items whose latents suffice to reject most interpretations
 
 
 def settle(model: Model, media: Sequence[Tensor], metric: str | None) -> tuple[list[str], Agreement | None]:
-    """Find out what becomes of the rows of each codebook, and how codes are searched; the model has it afterwards.
+    """Decide how effective codes follow from the rows of each codebook, and how codes are searched.
 
-    A network with a quantizer of its own decides: the first reading counts with which it agrees, on calibration latents
-    and on some that meet every code. Without one, a tensor beside a codebook that may change what comes out must be
-    used by the network itself.
+    A network with a quantizer of its own decides: the first interpretation counts with which it agrees, on calibration
+    latents and on some near every code. Without one, a tensor beside a codebook that may change what comes out must be
+    used by the network itself. The model's books are updated.
 
     Args:
+        model: As loaded; `books` is replaced.
         media: Batches of calibration data.
-        metric: What the user says of the search, None where nothing.
+        metric: A name of METRICS, the user's choice; None for none.
 
     Returns:
-        Warnings, and how far quantizer and reading agree; None where there is no quantizer to be asked, or it is a
-        library's in a family of ours.
+        Warnings, and the agreement with the network's quantizer; None without one, and for a family's network.
 
     Raises:
-        CodebookError: A tensor may change the codes and nothing says how, or no reading agrees with the quantizer.
+        CodebookError: A tensor may change the codes and nothing says how, or no interpretation agrees with the
+            quantizer.
     """
-    owned = {key for book in model.books for key in owned_keys(model.checkpoint, book.found)}
+    owned = {key for book in model.books for key in owned_keys(model.checkpoint, book.stored)}
     if model.family != CUSTOM:
         known = owned | set(model.keys.values())
         for book in model.books:
-            refuse_unknown(book.found, transforms_beside(model.checkpoint, book.found, known), with_network=True)
+            refuse_unknown(book.stored, transforms_beside(model.checkpoint, book.stored, known), with_network=True)
         return [], None
-    beside = [transforms_beside(model.checkpoint, book.found, owned) for book in model.books]
+    beside = [transforms_beside(model.checkpoint, book.stored, owned) for book in model.books]
     if not has_quantizer(model.network):
         for book, keys in zip(model.books, beside, strict=True):
             unused = [key for key in keys if not _is_used(model, key, media)]
-            refuse_unknown(book.found, unused, with_network=bool(model.network.state_dict()))
+            refuse_unknown(book.stored, unused, with_network=bool(model.network.state_dict()))
         if metric is None and own_metric(model.network) is None and _unit_rows(model):
             model.books = _searched_by(model.books, COSINE_UNIT)
             return [unit_warning(model.books[0].key)], None
@@ -62,27 +63,27 @@ def settle(model: Model, media: Sequence[Tensor], metric: str | None) -> tuple[l
 
 
 def _ask(model: Model, media: Sequence[Tensor], beside: Sequence[list[str]], metric: str | None) -> Agreement:
-    """Try readings until the network's own quantizer agrees with one."""
+    """Try interpretations until the network's own quantizer agrees with one."""
     encoded, first = encoded_batches(model, media), Agreement(0, 0, 0, 0.0, "nothing was encoded")
     before, few = model.books, [batch[:_FEW] for batch in encoded[-1:] if isinstance(batch, Tensor)]
     for i, (books, name) in enumerate(_readings(model, beside, metric)):
         model.books = books
         if i and few and not agreement(model, few).ok:
             continue
-        found = agreement(model, encoded)
-        first = found if i == 0 else first
-        if not found.ok:
+        result = agreement(model, encoded)
+        first = result if i == 0 else first
+        if not result.ok:
             continue
         if metric is not None and name != metric:
             raise CodebookError(f"--metric {metric}: the network's quantize searches by {name}; leave --metric out")
-        return found
+        return result
     model.books = before
     if not walks(model.network):
         read = _read(model, encoded)
         for name in _metrics(model, metric):
             model.books = _searched_by([read], METRICS[name])
-            if (found := agreement(model, encoded)).ok:
-                return found
+            if (result := agreement(model, encoded)).ok:
+                return result
         model.books = before
     names = ", ".join(sorted({key for keys in beside for key in keys})[:3])
     also = f", also through {names}" if names else ""
@@ -93,9 +94,9 @@ def _ask(model: Model, media: Sequence[Tensor], beside: Sequence[list[str]], met
 
 
 def _readings(model: Model, beside: Sequence[list[str]], metric: str | None) -> Iterator[tuple[tuple[Book, ...], str]]:
-    """Codebooks read in each way that is possible, likelier ones first, with the name of the metric."""
+    """Each possible interpretation of the codebooks, likelier ones first, with the name of the metric."""
     before, names = model.books, _metrics(model, metric)  # the model changes while these are tried
-    first = before[0].found
+    first = before[0].stored
     unit_rows = are_unit(stored_rows(model.checkpoint.tensor(first.key), first))
     for form in forms(model.checkpoint, first, beside[0], unit_rows):
         try:
@@ -107,24 +108,24 @@ def _readings(model: Model, beside: Sequence[list[str]], metric: str | None) -> 
 
 
 def _read_by(model: Model, book: Book, form: Effective, first: FoundCodebook) -> Book:
-    of_stage = form if book.key == first.key else alike(form, first, book.found, model.checkpoint.shapes)
-    found = replace(book.found, form=of_stage if form.kind in ("rows", "steps") else None)
-    rows = stored_rows(model.checkpoint.tensor(found.key), found)
-    codes = codes_of_rows(model.checkpoint, found, rows)
+    of_stage = form if book.key == first.key else alike(form, first, book.stored, model.checkpoint.shapes)
+    stored = replace(book.stored, form=of_stage if form.kind in ("rows", "steps") else None)
+    rows = stored_rows(model.checkpoint.tensor(stored.key), stored)
+    codes = codes_of_rows(model.checkpoint, stored, rows)
     if codes.shape[1] != book.vectors.shape[1] or not bool(codes.isfinite().all()):
-        raise CodebookError(f"{found.key} does not have such codes")
-    return replace(book, found=found, vectors=codes.to(model.device))
+        raise CodebookError(f"{stored.key} does not have such codes")
+    return replace(book, stored=stored, vectors=codes.to(model.device))
 
 
 def _metrics(model: Model, metric: str | None) -> list[str]:
-    """Names of METRICS: what is said first, then what is assumed, then the others."""
+    """Names of METRICS to try: the user's, then the likely ones, then the others."""
     assumed = model.books[0].metric.name
     likely = [metric, "cosine-unit" if assumed == "euclidean" and _unit_rows(model) else None, assumed, *METRICS]
     return list(dict.fromkeys(name for name in likely if name is not None))
 
 
 def _unit_rows(model: Model) -> bool:
-    """Whether all codes have unit length, as those of a cosine search mostly do."""
+    """Whether the codes of all books have unit length."""
     return all(are_unit(book.vectors) for book in model.books)
 
 
@@ -133,7 +134,7 @@ def _searched_by(books: Iterable[Book], metric: Metric) -> tuple[Book, ...]:
 
 
 def _is_used(model: Model, key: str, media: Sequence[Tensor]) -> bool:
-    """Whether encode, walk or decode look at a tensor: with NaN in its place, so is what they return."""
+    """Whether encode, walk or decode read a tensor: filled with NaN, it makes their output NaN."""
     name = next((name for name, of in model.keys.items() if of == key), None)
     if name is None:
         return False
@@ -149,17 +150,20 @@ def _is_used(model: Model, key: str, media: Sequence[Tensor]) -> bool:
 
 
 def _read(model: Model, encoded: Sequence[Any]) -> Book:
-    """The one codebook of a network, its codes read through the quantizer row by row: where all rows are the same, that
-    one comes out, whichever is chosen."""
+    """The one codebook of a network, its codes read through the quantizer row by row.
+
+    With all rows set to the same one, the quantizer emits that row's code, whichever it chooses.
+    """
     (book,) = model.books
     name = next(name for name, key in model.keys.items() if key == book.key)
     network = deepcopy(model.network)
     tensor = network.state_dict()[name]
-    rows = tensor.movedim(book.found.axis, 0).clone()
+    stored = book.stored
+    rows = tensor.movedim(stored.axis, 0).clone()
     latents, codes = encoded[0][:1], list[Tensor]()
     with torch.no_grad():
-        for row in rows[: book.found.size]:
-            tensor.copy_(row.expand_as(rows).movedim(0, book.found.axis))
+        for row in rows[: stored.size]:
+            tensor.copy_(row.expand_as(rows).movedim(0, stored.axis))
             try:
                 quantized = network.quantize(latents)[0]
             except Exception as error:  # the user's code
@@ -168,5 +172,6 @@ def _read(model: Model, encoded: Sequence[Any]) -> Book:
     vectors = torch.stack(codes).contiguous()
     if vectors.shape != book.vectors.shape or not bool(vectors.isfinite().all()):
         return book
-    form = Effective("opaque", (), book.found.dim, model.checkpoint.shapes[book.key][book.found.axis] - book.found.size)
-    return replace(book, found=replace(book.found, form=form), vectors=vectors, read=vectors.cpu())
+    padding = model.checkpoint.shapes[book.key][stored.axis] - stored.size
+    form = Effective("opaque", (), stored.dim, padding)
+    return replace(book, stored=replace(stored, form=form), vectors=vectors, read=vectors.cpu())

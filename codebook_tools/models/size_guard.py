@@ -1,4 +1,4 @@
-"""A network that a stranger's config describes, made only where it is no larger than the weights that came with it."""
+"""A guard against configs of unknown origin: no network is made that is far larger than its weights."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ from torch.nn.modules.module import (
 from codebook_tools.errors import CodebookError
 
 SLACK = 4
-"""Times the file's tensors, and its numbers, that a network may hold: buffers are not stored, layers may be shared."""
+"""Factor by which a network may exceed the file's tensors and numbers: buffers are not stored, layers may be shared."""
 
 _FEW, _SMALL = 1000, 1_000_000  # modules and numbers that any network may have
 
 
 @dataclass
 class _Guard:
-    """Counts what is registered while a network is made. refused: why it was not made."""
+    """Counts what is registered while a network is made.
+
+    Attributes:
+        modules: Modules and tensors that may still be registered.
+        numbers: Elements of tensors that may still be.
+        refused: Why the network was not made; None where it was.
+    """
 
     modules: int
     numbers: int
@@ -47,10 +53,16 @@ class _Guard:
 
 
 def bounded(make: Callable[[], nn.Module], tensors: int, numbers: int, what: str) -> nn.Module:
-    """What `make` returns, where that is no larger than `SLACK` times the file: first without memory, then with it.
+    """Make a network of at most `SLACK` times the size of a file, first on the meta device, then on the CPU.
 
-    tensors, numbers: in the file. what: it is called. Raises CodebookError for one that would be larger, before it
-    takes time or memory.
+    Args:
+        make: Returns the network.
+        tensors: How many the file has.
+        numbers: How many elements they have.
+        what: What messages call the config.
+
+    Raises:
+        CodebookError: The network would be larger. This is raised before it takes time or memory.
     """
     for place in ("meta", "cpu"):
         guard = _Guard(SLACK * tensors + _FEW, SLACK * numbers + _SMALL)

@@ -1,4 +1,4 @@
-"""The side of the images that a model was trained on, where its config names one."""
+"""The side of the images that a model was trained on, by its config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FAR = 2  # times larger or smaller: networks that see twice the side of their t
 
 
 def size_warning(checkpoint: Checkpoint, family: str, size: int) -> list[str]:
-    """What to warn of where images of `size` pixels a side are far from those that the family's config names."""
+    """A warning where images of `size` pixels a side are far from the size in the config; else none."""
     named = _named(checkpoint, family)
     if named is None or named[1] <= _FAR * size <= _FAR * _FAR * named[1]:
         return []

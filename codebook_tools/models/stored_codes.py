@@ -1,4 +1,4 @@
-"""The effective codes of a file, from and to the tensors that it stores: rows, sums over counts, projected, padded."""
+"""Effective codes from stored tensors and back: plain rows, sums over counts, projected, padded."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from codebook_tools.models.ema_state import (
     Companion,
     companion_values,
     companions_of,
-    held,
     laid_out,
     recent,
+    scaled_counts,
 )
 from codebook_tools.models.evidence import flags
 
@@ -34,43 +34,63 @@ class Tensors(Protocol):
     """Tensors by file key: a checkpoint's, or those of a module that has loaded one."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """Of the file, for messages."""
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By file key."""
 
-    def tensor(self, key: str) -> Tensor: ...
-
-
-def stored_rows(tensor: Tensor, found: FoundCodebook) -> Tensor:
-    """(size, dim) float32: the rows of a codebook's tensor, whichever way its axes lie, without padding."""
-    return exact_rows(tensor, found).float()
+    def tensor(self, key: str) -> Tensor:
+        """The tensor of a file key, on the CPU."""
 
 
-def exact_rows(tensor: Tensor, found: FoundCodebook) -> Tensor:
-    """The same in the stored dtype."""
-    rows = tensor.movedim(found.axis, 0)[: found.size]
+def stored_rows(tensor: Tensor, book: FoundCodebook) -> Tensor:
+    """The rows of a codebook's tensor, (size, dim) float32, without padding."""
+    return exact_rows(tensor, book).float()
+
+
+def exact_rows(tensor: Tensor, book: FoundCodebook) -> Tensor:
+    """As `stored_rows`, in the stored dtype."""
+    rows = tensor.movedim(book.axis, 0)[: book.size]
     # Contiguous: products of the same numbers in another order of memory may round otherwise.
     return (rows.flatten(1) if rows.ndim > 1 else rows[:, None]).contiguous()
 
 
-def effective_rows(tensors: Tensors, found: FoundCodebook) -> Tensor:
-    """(size, dim) float32: the codes as the decoder sees them. found.size: of this file.
+def effective_rows(tensors: Tensors, book: FoundCodebook) -> Tensor:
+    """The codes that the decoder gets, (size, dim) float32.
 
-    Raises CodebookError where some are not finite, or made of the stored rows by a network.
+    Args:
+        tensors: The file.
+        book: The codebook, with the size that it has in that file.
+
+    Raises:
+        CodebookError: Some are not finite, or layers of the network make them of the stored rows.
     """
-    codes = codes_of_rows(tensors, found, stored_rows(tensors.tensor(found.key), found))
+    codes = codes_of_rows(tensors, book, stored_rows(tensors.tensor(book.key), book))
     if not bool(torch.isfinite(codes).all()):
-        raise CodebookError(f"{found.key} in {tensors.path} is not finite")
+        raise CodebookError(f"{book.key} in {tensors.path} is not finite")
     return codes
 
 
-def codes_of_rows(tensors: Tensors, found: FoundCodebook, rows: Tensor) -> Tensor:
-    """(n, dim) float32: what the decoder sees of stored rows (n, stored dim) float32."""
-    how = effective(found, tensors.shapes)
+def codes_of_rows(tensors: Tensors, book: FoundCodebook, rows: Tensor) -> Tensor:
+    """The codes that the decoder gets for stored rows.
+
+    Args:
+        tensors: The file.
+        book: The codebook.
+        rows: (n, stored dim) float32.
+
+    Returns:
+        (n, dim) float32.
+
+    Raises:
+        CodebookError: Layers of the network make them.
+    """
+    how = effective(book, tensors.shapes)
     if how.kind in ("network", "opaque"):
         raise CodebookError(
-            f"the codes of {found.key} are made of its rows by layers, {', '.join(how.beside[:2])}: they can be "
+            f"the codes of {book.key} are made of its rows by layers, {', '.join(how.beside[:2])}: they can be "
             "inspected, not operated on"
         )
     beside = [tensors.tensor(key).float() for key in how.beside]
@@ -97,15 +117,17 @@ def _forward(kind: StepKind, rows: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _alike(rows: Tensor, codes: Tensor) -> Tensor:
-    """codes (n, dim) of rows (n, stored dim), those of equal rows equal: a product's last bits depend on where in the
-    tensor its row stands, and copies would be told apart."""
+    """codes (n, dim), made equal where their rows (n, stored dim) are equal.
+
+    The last bits of a product depend on the row's position, by which copies of a row would differ.
+    """
     first = dict[bytes, int]()
     places = [first.setdefault(row.tobytes(), i) for i, row in enumerate(rows.cpu().numpy())]
     return codes if len(first) == len(places) else codes[torch.tensor(places, device=codes.device)]
 
 
 def _backward(kind: StepKind, codes: Tensor, tensor: Tensor, key: str) -> Tensor:
-    """codes (n, dim) float64 -> the rows of which `_forward` makes them. Raises CodebookError where there are none."""
+    """The inverse of `_forward`, for codes (n, dim) float64. Raises CodebookError where there is none."""
     if kind == "shift":
         return codes - tensor.reshape(-1).double()
     if kind in ("matrix", "matrix-transposed"):
@@ -129,24 +151,29 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def rows_of_codes(
-    checkpoint: Checkpoint, found: FoundCodebook, codes: Tensor, *, old: Tensor | None = None
+    checkpoint: Checkpoint, book: FoundCodebook, codes: Tensor, *, old: Tensor | None = None
 ) -> Tensor | None:
-    """(n, dim) float32, as the stored dtype has them: the rows of which the model makes these codes.
+    """The stored rows of which the model makes some codes.
 
-    None where rows are codes, or are written as such. A code that is an old one to the last bit keeps its row, so that
-    dropping codes loses nothing.
+    A code that equals an old one bit by bit keeps its row, so that dropping codes loses nothing.
 
     Args:
-        old: (found.size, dim), the file's effective codes, where they cannot be computed from its rows.
+        checkpoint: The file.
+        book: The codebook in it.
+        codes: (n, dim) float32.
+        old: (book.size, dim), the file's effective codes, where they cannot be computed from its rows.
+
+    Returns:
+        (n, stored dim) float32, rounded to the stored dtype; None where codes are written as they are.
 
     Raises:
         CodebookError: New codes pass through what has no inverse.
     """
-    how = effective(found, checkpoint.shapes)
+    how = effective(book, checkpoint.shapes)
     if how.kind not in ("steps", "opaque"):
         return None
-    before = stored_rows(checkpoint.tensor(found.key), found)
-    codes_before = effective_rows(checkpoint, found) if old is None else old
+    before = stored_rows(checkpoint.tensor(book.key), book)
+    codes_before = effective_rows(checkpoint, book) if old is None else old
     places = {code.tobytes(): i for i, code in enumerate(codes_before.cpu().numpy())}
     at = torch.tensor([places.get(code.tobytes(), -1) for code in codes.cpu().numpy()])
     rows = before[at.clamp(min=0)]
@@ -154,7 +181,7 @@ def rows_of_codes(
     if bool(new.any()):
         if how.kind == "opaque":
             raise CodebookError(
-                f"{int(new.sum())} new codes of {found.key} cannot be written: the model's quantize makes codes of its "
+                f"{int(new.sum())} new codes of {book.key} cannot be written: the model's quantize makes codes of its "
                 "rows in a way that cannot be inverted; prune, or keep the most used with prune --keep"
             )
         inverse = codes[new].cpu().double()
@@ -162,105 +189,107 @@ def rows_of_codes(
             inverse = _backward(kind, inverse, checkpoint.tensor(key), key)
         rows = rows.clone()
         rows[new] = functional.normalize(inverse, dim=1).float() if how.unit_first else inverse.float()
-    return rounded(checkpoint, found, rows)
+    return rounded(checkpoint, book, rows)
 
 
-def owned_keys(checkpoint: Checkpoint, found: FoundCodebook) -> set[str]:
-    """The file's keys that belong to a codebook and follow it, under all of its names."""
-    how = effective(found, checkpoint.shapes)
+def owned_keys(checkpoint: Checkpoint, book: FoundCodebook) -> set[str]:
+    """The file's keys of a codebook and its companions, under all of its names."""
+    how = effective(book, checkpoint.shapes)
     beside = set(how.beside) if how.kind in ("ratio", "projected", "network") else set[str]()
-    for place in found.places:
+    for place in book.places:
         beside |= {*flags(place.key, checkpoint.entries), *recent(place.key, checkpoint.entries)}
         beside |= {place.key, *place.companions}
     return beside
 
 
-def added_bytes(checkpoint: Checkpoint, found: FoundCodebook, size: int) -> int:
-    """By how much the file grows with `size` codes and what follows them; negative where it shrinks."""
+def added_bytes(checkpoint: Checkpoint, book: FoundCodebook, size: int) -> int:
+    """The bytes by which the file grows with `size` codes and their companions; negative where it shrinks."""
     nbytes = 0
-    for place in found.places:
+    for place in book.places:
         entry = checkpoint.entries[place.key]
         nbytes += entry.nbytes // entry.shape[place.axis]
         nbytes += sum(checkpoint.entries[key].nbytes // place.size for key in place.companions)
-    return (size - found.size) * nbytes
+    return (size - book.size) * nbytes
 
 
-def rounded(checkpoint: Checkpoint, found: FoundCodebook, rows: Tensor) -> Tensor:
-    """rows (size, dim) float32 as the stored dtype has them. Raises CodebookError where it cannot hold them."""
-    dtype = torch_dtype(checkpoint.entries[found.key].dtype)
+def rounded(checkpoint: Checkpoint, book: FoundCodebook, rows: Tensor) -> Tensor:
+    """rows (size, dim) float32, rounded to the stored dtype. Raises CodebookError where some are not finite in it."""
+    dtype = torch_dtype(checkpoint.entries[book.key].dtype)
     held_rows = rows.to(dtype).float()
     if not bool(torch.isfinite(held_rows).all()):
-        raise CodebookError(f"the new codes of {found.key} do not fit {dtype}: some are not finite in it")
+        raise CodebookError(f"the new codes of {book.key} do not fit {dtype}: some are not finite in it")
     return held_rows
 
 
-def followers(checkpoint: Checkpoint, found: FoundCodebook) -> tuple[Companion, ...]:
-    """What each tensor beside a codebook is. Raises CodebookError, naming it, where nothing says so."""
-    stored = {key: checkpoint.tensor(key) for key in _beside(checkpoint, found)}
-    how = effective(found, checkpoint.shapes)
-    rows = exact_rows(checkpoint.tensor(found.key), found)
+def followers(checkpoint: Checkpoint, book: FoundCodebook) -> tuple[Companion, ...]:
+    """The role of each tensor beside a codebook. Raises CodebookError, naming it, where one is unknown."""
+    stored = {key: checkpoint.tensor(key) for key in _beside(checkpoint, book)}
+    how = effective(book, checkpoint.shapes)
+    rows = exact_rows(checkpoint.tensor(book.key), book)
     if how.kind == "ratio":  # the rows are the sums; the codes are what they are over the counts
-        rows = effective_rows(checkpoint, replace(found, also=()))
-    return companions_of(found, rows, stored, checkpoint.declared)
+        rows = effective_rows(checkpoint, replace(book, also=()))
+    return companions_of(book, rows, stored, checkpoint.declared)
 
 
-def _beside(checkpoint: Checkpoint, found: FoundCodebook) -> list[str]:
-    keys = {*found.companions, *flags(found.key, checkpoint.entries), *recent(found.key, checkpoint.entries)}
+def _beside(checkpoint: Checkpoint, book: FoundCodebook) -> list[str]:
+    keys = {*book.companions, *flags(book.key, checkpoint.entries), *recent(book.key, checkpoint.entries)}
     return sorted(keys)
 
 
 def changed_codebook(
     checkpoint: Checkpoint,
-    found: FoundCodebook,
+    book: FoundCodebook,
     codes: Tensor,
     counts: Tensor,
     index_map: Tensor,
     rows: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The codebook's tensor and what follows it, by file key, under all of its names.
+    """The new tensors of a codebook and its companions, by file key, under all of its names.
 
     Args:
+        checkpoint: The old file.
+        book: The codebook in it.
         codes: (size, dim) float32, the new effective codes, rounded.
         counts: (size,), how often each is used.
-        index_map: (found.size,) int64, the new row that each old code lives on in, negative for none.
-        rows: (size, stored dim), of which the model makes the codes, as `rows_of_codes` gives them.
+        index_map: (book.size,) int64, the new index of each old code, negative for none.
+        rows: (size, stored dim), as from `rows_of_codes`.
 
     Raises:
-        CodebookError: The file's layout has no room for such codes, or a companion is not understood.
+        CodebookError: The file's layout has no room for such codes, or a companion's role is unknown.
     """
     changed = dict[str, Tensor]()
-    for place in found.places:
-        changed |= _changed_place(checkpoint, replace(place, form=found.form), codes, counts, index_map, rows)
+    for place in book.places:
+        changed |= _changed_place(checkpoint, replace(place, form=book.form), codes, counts, index_map, rows)
     return changed
 
 
 def _changed_place(
-    checkpoint: Checkpoint, found: FoundCodebook, codes: Tensor, counts: Tensor, index_map: Tensor, rows: Tensor | None
+    checkpoint: Checkpoint, book: FoundCodebook, codes: Tensor, counts: Tensor, index_map: Tensor, rows: Tensor | None
 ) -> dict[str, Tensor]:
-    how, old = effective(found, checkpoint.shapes), checkpoint.tensor(found.key)
-    stored = {key: checkpoint.tensor(key) for key in (*_beside(checkpoint, found), *how.beside)}
-    # A code without hits counts one: with none, its running sum is 0, and the model's own EMA moves it there.
+    how, old = effective(book, checkpoint.shapes), checkpoint.tensor(book.key)
+    stored = {key: checkpoint.tensor(key) for key in (*_beside(checkpoint, book), *how.beside)}
+    # A code without hits gets one: with none, its running sum is 0, and the model's own EMA would move it there.
     hits = counts.clamp(min=1)
     beside = dict[str, Tensor]()
     if how.kind == "ratio":
         # Powers of two: code * count / count is then the code, to the last bit.
-        hits = held(codes, hits.double().log2().round().exp2(), [old.dtype]).log2().floor().exp2()
+        hits = scaled_counts(codes, hits.double().log2().round().exp2(), [old.dtype]).log2().floor().exp2()
         tensor = codes * hits[:, None]
     elif how.kind == "projected":
-        tensor, beside = _behind_identity(found, codes, [stored[key] for key in how.beside], how.beside)
+        tensor, beside = _behind_identity(book, codes, [stored[key] for key in how.beside], how.beside)
     elif rows is not None:
         tensor = rows
     else:
-        tensor = _unchanged(codes, exact_rows(old, found), index_map) if old.dtype == torch.float64 else codes
-    padding = old.movedim(found.axis, 0)[found.size :].flatten(1).to(tensor.dtype)
-    tensor = laid_out(torch.cat([tensor, padding]), old, found.axis)
-    followed = codes if how.kind == "ratio" else stored_rows(tensor, replace(found, size=len(codes)))
-    values = companion_values(found, followers(checkpoint, found), stored, followed, hits)
-    return {found.key: tensor} | values | beside
+        tensor = _unchanged(codes, exact_rows(old, book), index_map) if old.dtype == torch.float64 else codes
+    padding = old.movedim(book.axis, 0)[book.size :].flatten(1).to(tensor.dtype)
+    tensor = laid_out(torch.cat([tensor, padding]), old, book.axis)
+    followed = codes if how.kind == "ratio" else stored_rows(tensor, replace(book, size=len(codes)))
+    values = companion_values(book, followers(checkpoint, book), stored, followed, hits)
+    return {book.key: tensor} | values | beside
 
 
 def _unchanged(rows: Tensor, old: Tensor, index_map: Tensor) -> Tensor:
-    """float64 rows, with all digits of the old ones that live on and were not moved: float32 has half of them."""
+    """float64 rows, those of codes that were not moved with all digits of the old ones."""
     kept = torch.nonzero(index_map >= 0)[:, 0]
     kept = kept[(old[kept].float() == rows[index_map[kept]]).all(1)]
     wide = rows.double()
@@ -269,14 +298,14 @@ def _unchanged(rows: Tensor, old: Tensor, index_map: Tensor) -> Tensor:
 
 
 def _behind_identity(
-    found: FoundCodebook, rows: Tensor, layer: list[Tensor], keys: tuple[str, ...]
+    book: FoundCodebook, rows: Tensor, layer: list[Tensor], keys: tuple[str, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Stored rows and a projection that gives them out as `rows`, to the last bit: the identity, padded with zeros."""
+    """Stored rows and a projection that maps them to `rows` bit by bit: the identity, padded with zeros."""
     out, into = layer[0].shape
     if out > into:
         raise CodebookError(
-            f"{found.key} has {into} numbers a row, projected to {out}: no room for codes in all {out} dimensions"
+            f"{book.key} has {into} numbers a row, projected to {out}: no room for codes in all {out} dimensions"
         )
     meant = [torch.eye(out, into), torch.zeros(out)]
     values = {key: new.to(old.dtype) for key, old, new in zip(keys, layer, meant, strict=False)}
-    return torch.nn.functional.pad(rows, (0, into - out)), values
+    return functional.pad(rows, (0, into - out)), values

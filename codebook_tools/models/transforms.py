@@ -1,4 +1,4 @@
-"""Tensors beside a codebook that may change what comes out of it: which there are, and what they might do."""
+"""Tensors beside a codebook that may turn its rows into other codes, and the ways in which they might."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from codebook_tools.checkpoints.detect import CODER, FoundCodebook
 from codebook_tools.checkpoints.effective import Effective, effective
 from codebook_tools.checkpoints.forms import StepKind
 from codebook_tools.checkpoints.read import AS_STORED, Checkpoint
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import CodebookError, few_of
 
-# What acts on latents before the search, or on nothing: it does not change which vector stands for a code.
+# Acts on latents before the search, or on nothing: it does not change the vector of a code.
 _BEFORE = re.compile(
     r"(?<![a-z])(pre|before|in|input|enc(oder)?|query)(?![a-z])|num_batches_tracked",
     re.IGNORECASE,
 )
-# Single numbers that training or a report uses, and no code.
+# Single numbers that training or a report uses, but no code.
 _SETTING = re.compile(
     r"beta|commit|cost|decay|momentum|eps(ilon)?$|temp|entropy|loss|step|iter|epoch|usage|perplexity|threshold|count|num"
     r"|total|size|rate|ratio|version|init|seed|prob|weight$",
@@ -30,17 +30,19 @@ _AFFINE = re.compile(r"affine\w*\.(scale|bias)$", re.IGNORECASE)
 _MOST = 4  # tensors that are tried together, in any order
 
 
-def transforms_beside(checkpoint: Checkpoint, found: FoundCodebook, known: Collection[str]) -> list[str]:
+def transforms_beside(checkpoint: Checkpoint, book: FoundCodebook, known: Collection[str]) -> list[str]:
     """Keys of tensors beside a codebook that could change the codes that come out.
 
-    They lie in the codebook's module or one level above it, and are a (dim, dim) matrix, a (dim) scale or shift, or one
-    number that is called so. What leaves every vector as it is (an identity, ones, zeros) is none of them.
+    They lie in the codebook's module or one level above it, and are a (dim, dim) matrix, a (dim) scale or shift, or a
+    single number. A neutral one (an identity, ones, zeros) is left out.
 
     Args:
-        known: Keys whose part is known: of codebooks, of what follows them, and of a network that uses them itself.
+        checkpoint: The file.
+        book: The codebook.
+        known: Keys whose part is known: of codebooks, their companions, and a network that uses them itself.
     """
-    shapes, inside, above = checkpoint.shapes, *_scopes(found.key)
-    beside = set(effective(found, shapes).beside) if found.form is None else set[str]()
+    shapes, inside, above = checkpoint.shapes, *_scopes(book.key)
+    beside = set(effective(book, shapes).beside) if book.form is None else set[str]()
     keys = list[str]()
     for key, shape in shapes.items():
         if key in known or key in beside or not _is_near(key, inside, above):
@@ -48,61 +50,87 @@ def transforms_beside(checkpoint: Checkpoint, found: FoundCodebook, known: Colle
         name = key[len(inside) + 1 if inside and key.startswith(f"{inside}.") else len(above) + 1 if above else 0 :]
         if _BEFORE.search(name) or not checkpoint.dtypes[key].startswith(("F", "BF")):
             continue
-        if checkpoint.declared.get(key) != AS_STORED and _is_transform(key, name, shape, found.dim, shapes):
+        if checkpoint.declared.get(key) != AS_STORED and _is_transform(key, name, shape, book.dim, shapes):
             keys.append(key)
     return [key for key in keys if not _is_neutral(checkpoint, key)]
 
 
-def refuse_unknown(found: FoundCodebook, keys: Sequence[str], with_network: bool) -> None:
-    """Raise CodebookError where tensors may change the codes, and nothing says how."""
+def refuse_unknown(book: FoundCodebook, keys: Sequence[str], with_network: bool) -> None:
+    """Refuse tensors that may change the codes in an unknown way.
+
+    Args:
+        book: The codebook.
+        keys: The tensors; none for no refusal.
+        with_network: Whether there is a network, which could get a method `quantize`.
+
+    Raises:
+        CodebookError: There are some.
+    """
     if not keys:
         return
-    few = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
     network = (
         "a method quantize(latents) -> (quantized, codes) in the --network file"
         if with_network
-        else ("--network FILE.py:FUNCTION, whose module has quantize(latents) -> (quantized, codes)")
+        else "--network FILE.py:FUNCTION, whose module has quantize(latents) -> (quantized, codes)"
     )
     raise CodebookError(
-        f"{few} may change the codes of {found.key} on their way out, and nothing says how: give {network}; or, if "
-        f"codes come out as stored, --as-stored {keys[0]}"
+        f"{few_of(keys)} may change the codes of {book.key} on their way out, and nothing says how: give {network}; "
+        f"or, if codes come out as stored, --as-stored {keys[0]}"
     )
 
 
-def forms(checkpoint: Checkpoint, found: FoundCodebook, keys: Sequence[str], unit_rows: bool) -> Iterator[Effective]:
-    """What the tensors might do to the rows, simplest first: nothing, what their names say, one of them, several.
-    unit_rows: whether all rows have unit length."""
-    padding = checkpoint.shapes[found.key][found.axis] - found.size
-    by_names = effective(found, checkpoint.shapes)
+def forms(checkpoint: Checkpoint, book: FoundCodebook, keys: Sequence[str], unit_rows: bool) -> Iterator[Effective]:
+    """The ways in which tensors may turn rows into codes, simplest first.
+
+    Args:
+        checkpoint: The file.
+        book: The codebook.
+        keys: The tensors, as from `transforms_beside`.
+        unit_rows: Whether all rows have unit length.
+
+    Yields:
+        What the names suggest, the rows as stored, one tensor applied, several in any order.
+    """
+    padding = checkpoint.shapes[book.key][book.axis] - book.size
+    by_names = effective(book, checkpoint.shapes)
     yield by_names
     if by_names.kind != "rows":
-        yield Effective("rows", (), found.dim, padding)
+        yield Effective("rows", (), book.dim, padding)
     if by_names.kind == "projected":
         keys = [*by_names.beside, *keys]
     # Rows of unit length may be brought there by the model: written so, they do for one that does not, too.
     orders: list[tuple[StepKind, ...]] = [("unit",), ()] if unit_rows else [(), ("unit",)]
     for first in orders:
-        yield from _steps(checkpoint, found, keys, padding, first)
+        yield from _steps(checkpoint, book, keys, padding, first)
 
 
 def _steps(
-    checkpoint: Checkpoint, found: FoundCodebook, keys: Sequence[str], padding: int, first: tuple[StepKind, ...]
+    checkpoint: Checkpoint, book: FoundCodebook, keys: Sequence[str], padding: int, first: tuple[StepKind, ...]
 ) -> Iterator[Effective]:
-    """One tensor or several, in any order. first: what comes before all of them, without a tensor."""
-    if len(keys) > _MOST:
-        keys = keys[:_MOST]
+    """One tensor or several, in any order, after the steps `first`, which need no tensor."""
+    keys = keys[:_MOST]
     for count in range(1, len(keys) + 1):
         for order in permutations(keys, count):
-            for steps in product(*(_kinds(key, checkpoint.shapes[key], found.dim) for key in order)):
-                yield Effective("steps", order, found.dim, padding, (*first, *steps))
+            for steps in product(*(_kinds(key, checkpoint.shapes[key], book.dim) for key in order)):
+                yield Effective("steps", order, book.dim, padding, (*first, *steps))
 
 
 def alike(form: Effective, of: FoundCodebook, other: FoundCodebook, shapes: Mapping[str, tuple[int, ...]]) -> Effective:
-    """The form of one stage, with the tensors of another. Raises KeyError where that has none of such a name."""
-    mine, its = _numbers(of.key), _numbers(other.key)
-    beside = tuple(_renumbered(key, mine, its) for key in form.beside)
-    for key in beside:
-        _ = shapes[key]
+    """Transfer the form of one stage to another.
+
+    Args:
+        form: Of the codebook `of`.
+        of: The codebook of one stage.
+        other: That of another.
+        shapes: Of the file's tensors, by key.
+
+    Raises:
+        KeyError: The other stage has no tensor of such a name.
+    """
+    mine, theirs = _numbers(of.key), _numbers(other.key)
+    beside = tuple(_renumbered(key, mine, theirs) for key in form.beside)
+    if missing := [key for key in beside if key not in shapes]:
+        raise KeyError(missing[0])
     return Effective(form.kind, beside, form.dim, form.padding, form.steps)
 
 
@@ -110,10 +138,10 @@ def _numbers(key: str) -> list[str]:
     return re.findall(r"(?<=\.)\d+(?=\.|$)|(?<=_)\d+(?=\.|$)", key)
 
 
-def _renumbered(key: str, mine: list[str], its: list[str]) -> str:
-    """The key with the numbers of another stage in place of this one's, from the left as far as they are this one's."""
+def _renumbered(key: str, mine: list[str], theirs: list[str]) -> str:
+    """The key with leading numbers `mine` replaced by `theirs`, up to the first that differs."""
     parts = re.split(r"((?<=\.)\d+(?=\.|$)|(?<=_)\d+(?=\.|$))", key)
-    for i, (old, new) in enumerate(zip(mine, its, strict=False)):
+    for i, (old, new) in enumerate(zip(mine, theirs, strict=False)):
         at = 2 * i + 1
         if at >= len(parts) or parts[at] != old:
             break
@@ -122,7 +150,7 @@ def _renumbered(key: str, mine: list[str], its: list[str]) -> str:
 
 
 def _scopes(key: str) -> tuple[str, str]:
-    """The module that owns a codebook, and the one above it; a list of stages is no level of its own."""
+    """The module that owns a codebook, and the one above it; a list of stages does not count as a level."""
     module = key.removesuffix(".weight")
     owner = re.sub(r"(\.\d+)+$", "", module).rpartition(".")[0]
     above = re.sub(r"(\.\d+)+$", "", owner).rpartition(".")[0]
@@ -130,7 +158,7 @@ def _scopes(key: str) -> tuple[str, str]:
 
 
 def _is_near(key: str, inside: str, above: str) -> bool:
-    """Whether a tensor lies in the owning module, or in the one above or a layer straight in that."""
+    """Whether a tensor lies in the owning module, in the one above, or in a direct child of that."""
     if inside and key.startswith(f"{inside}."):
         return not any(map(CODER.fullmatch, key[len(inside) + 1 :].split(".")))
     stages = re.sub(r"(\.\d+)+$", "", inside)  # the list that holds the stages, which may hold what they share
@@ -161,7 +189,7 @@ def _is_transform(key: str, name: str, shape: tuple[int, ...], dim: int, shapes:
 
 
 def _is_neutral(checkpoint: Checkpoint, key: str) -> bool:
-    """Whether it leaves every vector as it is: an identity, ones where it is called a scale, zeros for a shift."""
+    """Whether a tensor changes no vector: an identity, ones where it is called a scale, zeros for a shift."""
     tensor = checkpoint.tensor(key).float()
     if tensor.ndim >= 2 and tensor.shape[0] == tensor.shape[1] and tensor.shape[0] > 1:
         return torch.equal(tensor.reshape(tensor.shape[:2]), torch.eye(tensor.shape[0]))

@@ -1,4 +1,4 @@
-"""Codebooks that stand in a file under several names, told from their bytes: no tensor is made."""
+"""Codebooks that a file has under several names, recognized by their bytes; no tensor is made."""
 
 from __future__ import annotations
 
@@ -8,30 +8,38 @@ from dataclasses import replace
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.errors import few_of
 from codebook_tools.models.evidence import flags
 
 
-def twins(checkpoint: Checkpoint, found: FoundCodebook, books: Sequence[FoundCodebook]) -> tuple[FoundCodebook, ...]:
-    """Others of `books` that are equal to `found` bit by bit, and so taken for the same tensor.
+def twins(checkpoint: Checkpoint, book: FoundCodebook, books: Sequence[FoundCodebook]) -> tuple[FoundCodebook, ...]:
+    """The other codebooks that are equal to one bit by bit, and so taken for the same tensor.
 
-    Not where all of its numbers are alike, or it is not initialized yet: then codebooks are equal by chance. Copies
-    that an EMA keeps are no codebooks of their own.
+    There are none where all of its numbers are equal, or it is not initialized yet: then others equal it by chance.
+
+    Args:
+        checkpoint: The file.
+        book: The codebook.
+        books: Candidates, which may contain it.
+
+    Returns:
+        The equal ones, with its axis, size and dim.
     """
-    entry = checkpoint.entries[found.key]
+    entry = checkpoint.entries[book.key]
     alike = [
-        book
-        for book in books
-        if book.key != found.key
-        and (checkpoint.entries[book.key].shape, checkpoint.entries[book.key].dtype) == (entry.shape, entry.dtype)
-        and _equal(checkpoint, found.key, book.key)
+        other
+        for other in books
+        if other.key != book.key
+        and (checkpoint.entries[other.key].shape, checkpoint.entries[other.key].dtype) == (entry.shape, entry.dtype)
+        and _equal(checkpoint, book.key, other.key)
     ]
-    if not alike or _is_constant(checkpoint, found.key) or _is_unset(checkpoint, found.key):
+    if not alike or _is_constant(checkpoint, book.key) or _is_unset(checkpoint, book.key):
         return ()
-    return tuple(replace(book, axis=found.axis, size=found.size, dim=found.dim) for book in alike)
+    return tuple(replace(other, axis=book.axis, size=book.size, dim=book.dim) for other in alike)
 
 
 def twin_groups(checkpoint: Checkpoint, books: Sequence[FoundCodebook]) -> list[tuple[FoundCodebook, ...]]:
-    """Those that are one codebook under several names."""
+    """Groups of codebooks that are one under several names."""
     groups, taken = list[tuple[FoundCodebook, ...]](), set[str]()
     for book in books:
         if book.key not in taken and (others := twins(checkpoint, book, books)):
@@ -41,9 +49,8 @@ def twin_groups(checkpoint: Checkpoint, books: Sequence[FoundCodebook]) -> list[
 
 
 def twin_warning(places: Sequence[FoundCodebook], why: str) -> str:
-    """What is said of one codebook under several names."""
-    names = [place.key for place in places]
-    few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """The warning of one codebook under several names; `why` follows its names."""
+    few = few_of([place.key for place in places])
     return f"{few} are one codebook{why}: it is operated on once, and written under each name"
 
 

@@ -1,4 +1,4 @@
-"""The user's own network, made by a function in their Python file: the one place where code that is not ours runs."""
+"""The user's own network, made by a function in their Python file."""
 
 from __future__ import annotations
 
@@ -17,23 +17,30 @@ NetworkMaker = str | Callable[..., nn.Module]
 
 
 def make_network(spec: NetworkMaker, codebook_size: int) -> nn.Module:
-    """The module for so many codes that a function returns.
+    """Make the user's network for a number of codes.
 
-    Its `encode` stops before the quantiser, its `decode` starts after it. Where it has no `walk` and `codebooks`, and
-    holds a quantiser of vector-quantize-pytorch, it gets those.
-    Raises CodebookError where file or function is missing or fails, or the module has no `encode` and `decode`.
+    Its `encode` stops before the quantizer, its `decode` starts after it. A network that holds a quantizer of
+    vector-quantize-pytorch, and has no `walk` and `codebooks`, gets those.
+
+    Args:
+        spec: FILE.py:FUNCTION, or a function.
+        codebook_size: The number of codes, which the function is called with.
+
+    Raises:
+        CodebookError: File or function is missing or fails, or the module has no `encode` and `decode`.
     """
-    make, told = (_function_of(spec), spec) if isinstance(spec, str) else (spec, name_of(spec))
+    make, caller = (_function_of(spec), spec) if isinstance(spec, str) else (spec, name_of(spec))
     try:
         network = make(codebook_size=codebook_size)
     except CodebookError:
         raise
     except Exception as error:
-        raise CodebookError(f"{told}(codebook_size={codebook_size}) failed: {type(error).__name__}: {error}") from error
+        call = f"{caller}(codebook_size={codebook_size})"
+        raise CodebookError(f"{call} failed: {type(error).__name__}: {error}") from error
     missing = [name for name in ("encode", "decode") if not callable(getattr(network, name, None))]
     if not isinstance(network, nn.Module) or missing:
         raise CodebookError(
-            f"{told} returned {type(network).__name__} without {' and '.join(missing) or 'being a torch module'}: "
+            f"{caller} returned {type(network).__name__} without {' and '.join(missing) or 'being a torch module'}: "
             "it must be a module with encode(images) -> latents and decode(quantised) -> images"
         )
     give_walk(network)
@@ -41,11 +48,12 @@ def make_network(spec: NetworkMaker, codebook_size: int) -> nn.Module:
 
 
 def name_of(spec: NetworkMaker) -> str:
+    """What messages call a network: FILE.py:FUNCTION, or the name of the function or of its class."""
     return spec if isinstance(spec, str) else getattr(spec, "__name__", type(spec).__name__)
 
 
 def _function_of(spec: str) -> Callable[..., nn.Module]:
-    """What is called FUNCTION in FILE.py."""
+    """Import FUNCTION from FILE.py."""
     file, colon, function = spec.rpartition(":")
     if not colon or not file:
         raise CodebookError(f"--network {spec}: expected FILE.py:FUNCTION")
@@ -58,7 +66,7 @@ def _function_of(spec: str) -> Callable[..., nn.Module]:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses and pickles look their module up there
     folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)  # as for a script: the file may import its neighbours
+    sys.path.insert(0, folder)  # as for a script: the file may import its neighbors
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:  # the user's code: whatever it raises is theirs to read

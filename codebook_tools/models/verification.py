@@ -1,4 +1,4 @@
-"""What a verification finds, and what every one asks: which bytes are the original's, which names the metadata say."""
+"""The result of a verification, and what all of them compare: bytes of tensors, names in metadata."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from codebook_tools.runtime.safe_io import parse_json
 
 @dataclass(frozen=True)
 class Difference:
-    """key: the tensor, metadata or config that is not as it must be. what: how, in a few words."""
+    """A difference between a checkpoint and what it should be.
+
+    Attributes:
+        key: Of the tensor, metadata or config.
+        what: In a few words.
+    """
 
     key: str
     what: str
@@ -20,8 +25,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verification:
-    """differences: empty where the checkpoint is what it says it is. proof: how it was held against its network, None
-    where the file alone was looked at."""
+    """The result of a verification.
+
+    Attributes:
+        model: The checkpoint.
+        against: The original.
+        index_map: The index map's file.
+        differences: Empty where the checkpoint is what it should be.
+        proof: How it was compared with its network; None where the file alone was read.
+    """
 
     model: str
     against: str
@@ -31,16 +43,17 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Whether there are no differences."""
         return not self.differences
 
     def to_json(self) -> dict[str, object]:
-        """The promised keys."""
+        """The keys of the JSON output."""
         proof = {"proof": self.proof.to_json()} if self.proof else {}
         return {"ok": self.ok, "differences": [asdict(difference) for difference in self.differences], **proof}
 
 
 def listed(written: Checkpoint, entry: str) -> list[str]:
-    """Names in the metadata, a list of them or the keys of an object; none where it is neither."""
+    """Names in an entry of the metadata, a JSON list or the keys of an object; none where it is neither."""
     try:
         names = parse_json(written.metadata.get(PREFIX + entry, "[]"))
     except ValueError:
@@ -49,4 +62,5 @@ def listed(written: Checkpoint, entry: str) -> list[str]:
 
 
 def same_bytes(a: Checkpoint, b: Checkpoint, key: str) -> bool:
+    """Whether a tensor of equal length has the same bytes in two checkpoints."""
     return all(one == other for one, other in zip(a.chunks(key), b.chunks(key), strict=True))

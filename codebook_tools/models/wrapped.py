@@ -1,4 +1,4 @@
-"""A module in memory: its state is the checkpoint, and a surgery is put into it in place, without a file."""
+"""A module in memory: its state dict is the checkpoint, and a surgery is installed in place, without a file."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True, eq=False)
 class Wrapped:
-    """A module that a training script holds. Called, it gives a copy, with the functions that were named as methods.
+    """A module of a training script. Called, it returns a copy, with the given functions as methods.
 
     Attributes:
-        module: The user's; it is changed by `put` alone.
+        module: The user's; only `put` changes it.
         encode: (module, media) -> latents (n, dim, *grid); None for the module's own method.
         decode: (module, quantized) -> media; None for the module's own method.
         quantize: (module, latents) -> (quantized, codes int64); None for the module's own method, if it has one.
@@ -59,14 +59,15 @@ class Wrapped:
 
     @property
     def name(self) -> str:
+        """The name of the module's class."""
         return type(self.module).__name__
 
     def checkpoint(self) -> Checkpoint:
-        """The module's state as it is now, copied."""
+        """A copy of the module's current state."""
         return in_memory(self.name, self.module.state_dict())
 
     def __call__(self, codebook_size: int = 0) -> nn.Module:
-        """A copy of the module. codebook_size: it keeps its own."""
+        """A copy of the module, whatever `codebook_size`. Raises CodebookError where it cannot be copied."""
         try:
             network = copy.deepcopy(self.module)
         except Exception as error:  # whatever a module of somebody's holds
@@ -83,13 +84,13 @@ class Wrapped:
     def built(
         self, books: Sequence[FoundCodebook], original: Checkpoint, checkpoint: Checkpoint, size: int
     ) -> nn.Module:
-        """A copy whose tensors have the shapes of a checkpoint, or those with another number of codes.
+        """A copy whose tensors have the shapes of a checkpoint, or of one with another number of codes.
 
         Args:
-            books: The module's codebooks, as they lie in `original`.
+            books: The module's codebooks, as in `original`.
             original: The module's state when it was opened.
             checkpoint: A state of the module, or of one with other codebooks.
-            size: Of the first codebook; where the checkpoint has another, all follow this one.
+            size: Of the first codebook; where the checkpoint has another, all codebooks get this one. 0: as there.
         """
         network, shapes = self(), dict(checkpoint.shapes)
         now = _sizes(books, original.shapes, shapes)[books[0].key][1]
@@ -102,7 +103,12 @@ class Wrapped:
         return network
 
     def put(self, changed: Mapping[str, Tensor], books: Sequence[FoundCodebook]) -> None:
-        """Install tensors, by key, in the module itself. books: its codebooks as they were before."""
+        """Install tensors in the module itself.
+
+        Args:
+            changed: New tensors by key.
+            books: The module's codebooks before that.
+        """
         old = {key: tuple(tensor.shape) for key, tensor in self.module.state_dict().items()}
         new = old | {key: tuple(tensor.shape) for key, tensor in changed.items()}
         resize(self.module, new, _sizes(books, old, new))
@@ -110,20 +116,29 @@ class Wrapped:
 
 
 def in_memory(name: str, state: Mapping[str, object]) -> Checkpoint:
-    """A checkpoint of tensors that are held in memory, copied to the CPU. name: what messages call it."""
-    held = {
+    """A checkpoint of tensors in memory, copied to the CPU.
+
+    Args:
+        name: What messages call it.
+        state: Tensors by key; entries of other types, and of dtypes without a name in safetensors, are left out.
+    """
+    tensors = {
         key: InMemory(key, tensor.detach().cpu().clone())
         for key, tensor in state.items()
         if isinstance(tensor, Tensor) and can_hold(tensor.dtype)
     }
-    return Checkpoint(Path(name), dict(held), {}, ())
+    return Checkpoint(Path(name), dict(tensors), {}, ())
 
 
 def resize(module: nn.Module, shapes: Mapping[str, Shape], sizes: Mapping[str, tuple[int, int]]) -> dict[int, Tensor]:
-    """Give a module tensors of other shapes, by key: a new Parameter or buffer, of zeros, where the shape differs.
+    """Replace tensors of a module by zeros of other shapes: new Parameters or buffers.
 
-    A tensor with several names stays one. sizes: old and new number of codes by key of a codebook: attributes of the
-    codebook's module that say the old one say the new one.
+    A tensor with several names stays one.
+
+    Args:
+        module: Changed in place.
+        shapes: By key; a tensor that has its shape stays.
+        sizes: Old and new number of codes by key of a codebook. Attributes that say the old one are set to the new.
 
     Returns:
         The new tensors, by id of those that they replace.
@@ -139,10 +154,10 @@ def resize(module: nn.Module, shapes: Mapping[str, Shape], sizes: Mapping[str, t
             new = torch.zeros(shape, dtype=old.dtype, device=old.device)
             made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         places.append((owner, name, old))
-    attributes = [found for key, (old, new) in sizes.items() for found in _sizes_of(module, key, old, new)]
+    attributes = [attribute for key, (old, new) in sizes.items() for attribute in _sizes_of(module, key, old, new)]
     for owner, name, old in places:
-        held: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
-        held[name] = made[id(old)]
+        tensors: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
+        tensors[name] = made[id(old)]
     for owner, name, size in dict.fromkeys(attributes):
         setattr(owner, name, size)
     return made
@@ -156,39 +171,39 @@ def install(
     counts: Tensor | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Put a surgery into an embedding or a quantizer that lives in memory.
+    """Install a surgery in an embedding or a quantizer in memory.
 
-    The codebook becomes a new Parameter or buffer where its size differs, EMA state and attributes such as
-    `num_embeddings` follow, and the optimizer's state goes along with each code. Where this raises, nothing changed.
+    The codebook becomes a new Parameter or buffer where its size differs. EMA state and attributes such as
+    `num_embeddings` follow, and the optimizer's state moves with each code. Where this raises, nothing changed.
 
     Args:
         surgery: Its index map has as many entries as the codebook has codes now.
         target: An `nn.Embedding`, or a module that holds one codebook.
         codebook: Name of the codebook's tensor in `target`, where names and shapes do not tell.
-        counts: (new size,), how often each new code is used, for EMA state; None to carry over what that holds.
+        counts: (new size,), how often each new code is used, for EMA state; None to carry over its own counts.
         optimizer: One whose parameter groups hold the codebook.
 
     Raises:
-        CodebookError: The codebook is not found, has another size, or what stands beside it is not understood.
+        CodebookError: There is no such codebook, it has another size, or the role of a companion is unknown.
     """
     checkpoint = in_memory(type(target).__name__, target.state_dict())
     name = codebook or ("weight" if isinstance(target, nn.Embedding) else None)
-    found = choose_codebook(checkpoint, () if name is None else (name,))
+    book = choose_codebook(checkpoint, () if name is None else (name,))
     old_size, new_size = len(surgery.index_map), surgery.codebook.size
-    if found.size != old_size:
-        raise CodebookError(f"the surgery is of {old_size} codes, and {found.key} has {found.size}")
-    if surgery.codebook.dim != found.dim:
-        raise CodebookError(f"the surgery's codes have {surgery.codebook.dim} dimensions, {found.key} has {found.dim}")
+    if book.size != old_size:
+        raise CodebookError(f"the surgery is of {old_size} codes, and {book.key} has {book.size}")
+    if surgery.codebook.dim != book.dim:
+        raise CodebookError(f"the surgery's codes have {surgery.codebook.dim} dimensions, {book.key} has {book.dim}")
     index_map, codes = surgery.index_map.cpu(), surgery.codebook.vectors.cpu()
     if counts is None:
-        counts = _carried(checkpoint, found, index_map, new_size)
+        counts = _carried(checkpoint, book, index_map, new_size)
     elif counts.shape != (new_size,):
         raise CodebookError(f"counts have shape {tuple(counts.shape)}; expected ({new_size},)")
-    changed = changed_codebook(checkpoint, found, codes, counts.cpu(), index_map)
-    sizes = {found.key: (old_size, new_size)}
-    owner, last = _owner(target, found.key)
+    changed = changed_codebook(checkpoint, book, codes, counts.cpu(), index_map)
+    sizes = {book.key: (old_size, new_size)}
+    owner, last = _owner(target, book.key)
     before = getattr(owner, last)
-    moments = _moments(optimizer, before, index_map, new_size, found.axis) if optimizer else {}
+    moments = _moments(optimizer, before, index_map, new_size, book.axis) if optimizer else {}
     made = resize(target, {key: tuple(tensor.shape) for key, tensor in changed.items()}, sizes)
     _fill(target, changed)
     if optimizer is not None and (new := made.get(id(before))) is not None:
@@ -198,12 +213,12 @@ def install(
         optimizer.state[before] = moments
 
 
-def _carried(checkpoint: Checkpoint, found: FoundCodebook, index_map: Tensor, size: int) -> Tensor:
-    """(size,) counts: what the EMA counts of the old codes say, and their mean for codes that are no old one's."""
-    held = next((one.key for one in followers(checkpoint, found) if one.role.value == "counts"), None)
-    if held is None:
+def _carried(checkpoint: Checkpoint, book: FoundCodebook, index_map: Tensor, size: int) -> Tensor:
+    """(size,) counts: the EMA counts of the old codes, their mean for new codes; ones without EMA counts."""
+    key = next((one.key for one in followers(checkpoint, book) if one.role.value == "counts"), None)
+    if key is None:
         return torch.ones(size)
-    old = checkpoint.tensor(held).double().reshape(-1)
+    old = checkpoint.tensor(key).double().reshape(-1)
     kept = index_map >= 0
     counts = torch.zeros(size, dtype=torch.float64).index_add_(0, index_map[kept], old[kept])
     new = torch.ones(size, dtype=torch.bool)
@@ -215,7 +230,7 @@ def _carried(checkpoint: Checkpoint, found: FoundCodebook, index_map: Tensor, si
 def _moments(
     optimizer: torch.optim.Optimizer, before: Tensor, index_map: Tensor, size: int, axis: int
 ) -> dict[str, Any]:
-    """An optimizer's state of a codebook, row by row where each code went; zeros for codes that are no old one's."""
+    """An optimizer's state of a codebook, its rows moved as the codes; zeros for new codes."""
     moved = dict[str, Any]()
     for name, value in optimizer.state.get(before, {}).items():
         if not isinstance(value, Tensor) or value.shape != before.shape:
@@ -249,7 +264,7 @@ def _owner(module: nn.Module, key: str) -> tuple[nn.Module, str]:
 
 
 def _sizes_of(module: nn.Module, key: str, old: int, new: int) -> Iterator[tuple[nn.Module, str, int]]:
-    """Attributes that say how many codes there are: of the module that holds the codebook, and of the one above it."""
+    """Attributes with the number of codes: of the codebook's module, and of the one above it."""
     path = key.rpartition(".")[0]
     for place in dict.fromkeys((path, path.rpartition(".")[0])):
         owner = module.get_submodule(place)
@@ -261,7 +276,7 @@ def _sizes_of(module: nn.Module, key: str, old: int, new: int) -> Iterator[tuple
 def _sizes(
     books: Sequence[FoundCodebook], old: Mapping[str, Shape], new: Mapping[str, Shape]
 ) -> dict[str, tuple[int, int]]:
-    """Number of codes with tensors of the old shapes, and of the new ones, by key of each codebook."""
+    """Numbers of codes by the old shapes and by the new ones, by key of each codebook."""
     return {
         place.key: (place.size, place.size + new[place.key][place.axis] - old[place.key][place.axis])
         for book in books

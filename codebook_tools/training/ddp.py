@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from codebook_tools.models.model import Model
-from codebook_tools.models.network import Quantise
+from codebook_tools.models.network import Quantize
 from codebook_tools.runtime import distributed
 
 
@@ -18,11 +18,11 @@ class _Whole(nn.Module):
         super().__init__()
         self.network, self.trained, self.run = model.network, nn.ParameterList(parameters), model.run
 
-    def forward(self, media: Tensor, quantize: Quantise) -> Tensor:
+    def forward(self, media: Tensor, quantize: Quantize) -> Tensor:
         return self.run(media, quantize)
 
 
-def run_together(model: Model, parameters: Sequence[nn.Parameter]) -> Callable[[Tensor, Quantise], Tensor]:
+def run_together(model: Model, parameters: Sequence[nn.Parameter]) -> Callable[[Tensor, Quantize], Tensor]:
     """`model.run`; of several processes in DDP, which averages the gradients of the parameters over them."""
     if distributed.count() == 1 or not parameters:
         return model.run

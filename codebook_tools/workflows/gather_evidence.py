@@ -102,8 +102,8 @@ def _book(looked: _Looked, stage: int, latents: Tensor, counts: Tensor, held_out
     model, original = looked.opened.model, looked.original
     book, codebook = model.books[stage], on_cpu(model.books[stage])
     paired = original is not None and stage < len(original.model.books)
-    found = original.model.books[stage].found if original and paired else None
-    companions = companions_of(model.checkpoint, book.found, found)
+    found = original.model.books[stage].stored if original and paired else None
+    companions = companions_of(model.checkpoint, book.stored, found)
     pair = _pair(looked, stage) if paired else None
     fit = fit_of(codebook, latents, looked.seed)
     points = codebook.metric.prepare(latents)

@@ -9,7 +9,7 @@ from pathlib import Path
 from codebook_tools.checkpoints.detect import Detection
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.evidence import alive, uninitialised, untrained
+from codebook_tools.models.evidence import alive, uninitialized, untrained
 from codebook_tools.models.registry import FAMILIES, check_stated, detected, family_of
 from codebook_tools.models.twins import twin_groups, twin_warning
 
@@ -51,7 +51,7 @@ def inspect_checkpoint(path: Path) -> Inspection:
     family = family_of(checkpoint) if detection.codebooks else None
     why_not = FAMILIES[family].why_not if family else ""
     warnings = (*checkpoint.warnings, *_amiss(checkpoint, detection))
-    remarks = (*uninitialised(checkpoint, detection.codebooks), *untrained(checkpoint, detection.codebooks))
+    remarks = (*uninitialized(checkpoint, detection.codebooks), *untrained(checkpoint, detection.codebooks))
     living = {book.key: alive(checkpoint, book) for book in detection.codebooks}
     counted = {key: count for key, count in living.items() if count is not None}
     return Inspection(str(path), family, detection, why_not, warnings, remarks, counted)

@@ -164,7 +164,7 @@ class Run:
         return {
             place.key: books[stage].codebook.size
             for stage in sorted(self.done.index_maps)
-            for place in books[stage].found.places
+            for place in books[stage].stored.places
         }
 
     def write(self, output: Path) -> Result:
@@ -215,7 +215,7 @@ class Run:
         model = self.opened.model
         if isinstance(self.opened, Opened):
             return prove(model, written, media)
-        return prove_file(written, [(book.found.resized(len(book.vectors)), book.codebook) for book in model.books])
+        return prove_file(written, [(book.stored.resized(len(book.vectors)), book.codebook) for book in model.books])
 
 
 def operate(command: str, request: Request, strategy: Strategy | None, recipe: FineTune, watch: Watch) -> Result:
@@ -256,7 +256,7 @@ def operate_in_memory(
     check_size_follows(model, target.size)
     first = model.books[model.chosen[0]]
     known = {*model.keys.values()} - {*model.carried}
-    dependents = dependents_warning(model.checkpoint, known, first.found.size, target.size)
+    dependents = dependents_warning(model.checkpoint, known, first.stored.size, target.size)
     target.settings["metric"] = first.metric.name
     shown = tuple[Shown, ...]()
     if isinstance(target, Opened):
@@ -289,7 +289,7 @@ def operate_in_memory(
     for stage, index_map in done.index_maps.items():
         samples = (calibration.tokens[stage].sample, tokens[stage].sample)
         nearest = nearest_map(index_map, old[stage], on_cpu(model.books[stage]), samples)
-        for place in model.books[stage].found.places:
+        for place in model.books[stage].stored.places:
             maps |= {f"{place.key}/index_map": index_map, f"{place.key}/nearest": nearest}
     run = Run(command, target, before, done, surgeries, old, tokens, maps, shown, watch, dependents)
     if before:

@@ -276,7 +276,7 @@ def _install(run: Run, wrapped: Wrapped) -> Proof:
     model, changed = run.opened.model, run.changed()
     entries = model.checkpoint.entries | {key: InMemory(key, tensor) for key, tensor in changed.items()}
     proof = prove(model, replace(model.checkpoint, entries=entries), run.opened.media())
-    wrapped.put(changed, [book.found for book in model.books])
+    wrapped.put(changed, [book.stored for book in model.books])
     return proof
 
 

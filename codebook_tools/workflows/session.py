@@ -13,7 +13,7 @@ from codebook_tools.data.modality import Modality
 from codebook_tools.data.splits import Splits, limited, split
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import find_input_range, range_errors
-from codebook_tools.models.evidence import uninitialised
+from codebook_tools.models.evidence import uninitialized
 from codebook_tools.models.load import load_model
 from codebook_tools.models.proof import Proof, prove_opened
 from codebook_tools.models.registry import CUSTOM
@@ -50,7 +50,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
             bf16=request.precision == "bf16",
         )
         if request.wrapped:
-            model.build = partial(request.wrapped.built, [book.found for book in model.books], checkpoint)
+            model.build = partial(request.wrapped.built, [book.stored for book in model.books], checkpoint)
         modality = model.modality.of(model.network, request.size)
         splits = _splits(request, modality, measuring)
         modality = modality.probed(splits.calibration or splits.test, model.encode, request.skip_bad)
@@ -92,7 +92,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         _choose_input_range(request, opened)
         asks = model.family == CUSTOM
         more, opened.agreed = settle(model, opened.few if asks else [], request.metric)
-    opened.warnings += uninitialised(checkpoint, opened.codebooks)
+    opened.warnings += uninitialized(checkpoint, opened.codebooks)
     opened.warnings += [twin_warning(found.places, "") for found in opened.codebooks if found.also]
     opened.warnings += more
     opened.settings |= {

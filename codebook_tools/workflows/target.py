@@ -50,7 +50,7 @@ class Target(ABC):
     @property
     def codebooks(self) -> list[FoundCodebook]:
         """Where each codebook lies in the file, and how large it is there."""
-        return [book.found for book in self.model.books]
+        return [book.stored for book in self.model.books]
 
     @property
     def size(self) -> int:

@@ -24,7 +24,7 @@ from codebook_tools.evaluation.one_pass import LatentSource, run_pass
 from codebook_tools.evaluation.stats_file import Part, Stats, holds_sample, read_sample, read_stats
 from codebook_tools.evaluation.usage import Survey, Tokens, survey
 from codebook_tools.models.choose import along_latents, choose_codebook, choose_codebooks, with_twins
-from codebook_tools.models.evidence import uninitialised
+from codebook_tools.models.evidence import uninitialized
 from codebook_tools.models.model import Book, Model
 from codebook_tools.models.registry import CUSTOM, FAMILIES, check_stated, family_of, metric_of, size_entry
 from codebook_tools.models.remarks import stale_state
@@ -175,7 +175,7 @@ def open_file(request: Request, watch: Watch, strategy: Strategy | None = None) 
         model.family = request.family or model.family
     target = FileTarget(request=request, model=model)
     codebooks, first = target.codebooks, model.books[0]
-    target.warnings += [*checkpoint.warnings, *uninitialised(checkpoint, codebooks), *guesses]
+    target.warnings += [*checkpoint.warnings, *uninitialized(checkpoint, codebooks), *guesses]
     if request.latents:
         _read_latents(target, watch)
     else:
@@ -240,10 +240,10 @@ def _read_counts(target: FileTarget, strategy: Strategy | None) -> None:
     path = request.stats
     target.settings["stats"] = str(path) if path else None
     if path is not None:
-        target.stats = tuple(read_stats(path, checkpoint, book.found) for book in books)
+        target.stats = tuple(read_stats(path, checkpoint, book.stored) for book in books)
     if path is not None and _takes_sample(request, strategy):
         (book,), (stats,) = books, target.stats
-        rows = read_sample(path, book.found)
+        rows = read_sample(path, book.stored)
         codes = nearest(rows, book.codebook)
         target.surveys = (Survey(stats.counts, int(stats.counts.sum()), StoredLatents(rows), codes, stats.error),)
         return

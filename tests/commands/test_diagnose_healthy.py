@@ -12,7 +12,7 @@ import soundfile
 from audio_codecs import CASES as CODECS
 from audio_codecs import save
 from conftest import _pictures
-from test_round_trips import CASES
+from image_models import CASES
 
 from codebook_tools.codebook import Strategy
 from codebook_tools.models.demo import DEMO
@@ -117,7 +117,7 @@ def test_nothing_is_found_in_audio_codecs(name: str, recipe: FineTune, clips: Pa
 def test_a_vqmodel_of_diffusers_is_healthy_after_its_surgery(
     images_folder: Path, tmp_path: Path, image_tensor: Any
 ) -> None:
-    from test_diffusers import make
+    from image_models import vqmodel as make
 
     make(image_tensor).save_pretrained(tmp_path / "vae", safe_serialization=True)
     more: dict[str, Any] = {"data": (str(images_folder),), "input_range": (-1.0, 1.0)}

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import State
+from image_models import CASES
 from safetensors.torch import load_file, save_file
-from test_round_trips import CASES
 from torch import Tensor, nn
 
 from codebook_tools.clustering.kmeans import kmeans

@@ -19,13 +19,12 @@ import torch
 from audio_codecs import CASES as AUDIO_CASES
 from audio_codecs import save as save_codec
 from conftest import Outcome, State
+from image_models import CASES as IMAGE_CASES
 from places import SUPPORT
 from proven_networks import NETWORKS, write_images, write_network
 from safetensors.torch import save_file
 from second_device import AVAILABLE, NAME, OPERATORS, READS, UPLOADS
-from test_diffusers import make as make_vqmodel
-from test_round_trips import CASES as IMAGE_CASES
-from test_tutorials import two_levels as of_two_levels
+from tutorial_networks import two_levels as of_two_levels
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="torch before 2.9 has no devices in Python")
 
@@ -250,16 +249,10 @@ def test_the_perceptual_loss_runs_there(files: dict[str, str], tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", {**IMAGE_CASES, "diffusers": None})
-def test_every_family_of_images_runs_there(
-    name: str, files: dict[str, str], image_tensor: torch.Tensor, tmp_path: Path
-) -> None:
-    if name == "diffusers":
-        make_vqmodel(image_tensor).save_pretrained(tmp_path / "vae")
-        source, network = tmp_path / "vae", ""
-    else:
-        case = IMAGE_CASES[name]
-        source, network = case.save(tmp_path), f"--network {tmp_path / case.network}" if case.network else ""
+@pytest.mark.parametrize("name", IMAGE_CASES)
+def test_every_family_of_images_runs_there(name: str, files: dict[str, str], tmp_path: Path) -> None:
+    case = IMAGE_CASES[name]
+    source, network = case.save(tmp_path), f"--network {tmp_path / case.network}" if case.network else ""
     assert_family_runs(source, f"{network} {files['data']}", tmp_path)
 
 

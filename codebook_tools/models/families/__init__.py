@@ -1,1 +1,1 @@
-"""How the checkpoints of each library are recognised and read: without torch."""
+"""How the checkpoints of each family are recognized and read; without torch."""

@@ -1,4 +1,4 @@
-"""Configs that do not say how many quantisers there are: the library derives it from bandwidths and codebook size."""
+"""Configs without a number of quantizers: the library derives it from bandwidths and codebook size."""
 
 from __future__ import annotations
 
@@ -16,10 +16,20 @@ _MARGIN = 1e-6  # kbit/s: the library rounds down
 
 
 def bandwidths(config: Config, size: int, default: Sequence[float]) -> Mapping[str, object]:
-    """target_bandwidths (kbit/s) with which `size` codes take as many quantisers as before, and each of the bandwidths
-    as many of them. Empty where the size stays. Raises CodebookError for a size of 1, which takes no bandwidth at all.
+    """The config's entry `target_bandwidths` with which another codebook size keeps the number of quantizers.
 
-    The library counts the quantisers by the last bandwidth, in whole bits a code, and those in use by log2(size).
+    The library counts the quantizers by the last bandwidth, in whole bits per code, and those in use by log2(size).
+
+    Args:
+        config: Of the original.
+        size: The new number of codes.
+        default: Bandwidths (kbit/s) of a config without that entry.
+
+    Returns:
+        The entry, in kbit/s; empty where the size stays.
+
+    Raises:
+        CodebookError: `size` is 1, whose codes have no bits, or the config's entries are no numbers.
     """
     old, rates = config.get(CONFIG_KEY, _DEFAULT_SIZE), config.get(_KEY, default)
     if type(old) is not int or old < 2 or not _numbers(rates):

@@ -1,4 +1,4 @@
-"""The tutorials' layouts, told from the names of their convolutions and the shapes of these."""
+"""Layouts of the tutorials, recognized by names and shapes of their convolutions."""
 
 from __future__ import annotations
 
@@ -10,28 +10,31 @@ from codebook_tools.checkpoints.weight_norm import OLDER, weight_shape
 
 
 def prefix_of(shapes: Shapes, codebook: str, sides: Mapping[str, int]) -> str | None:
-    """What stands before a layout's own key names ("", "module.", ...); None where this is another layout.
+    """What precedes a layout's own key names ("", "module.", ...); None for another layout.
 
-    codebook: a key that the layout has. sides: of the kernels of convolutions that it has, by name.
+    Args:
+        shapes: Of the file's tensors, by key.
+        codebook: A key of the layout.
+        sides: Of the kernels of its convolutions, by name.
     """
     key = next((key for key in shapes if key == codebook or key.endswith("." + codebook)), None)
     if key is None:
         return None
     prefix = key.removesuffix(codebook)
-    found = {name: weight_shape(shapes, prefix + name) for name in sides}
-    fits = all(shape is not None and shape[2:] == (sides[name],) * 2 for name, shape in found.items())
+    kernels = {name: weight_shape(shapes, prefix + name) for name in sides}
+    fits = all(shape is not None and shape[2:] == (sides[name],) * 2 for name, shape in kernels.items())
     return prefix if fits else None
 
 
 def kernels(shapes: Shapes, prefix: str) -> str:
-    """The sides of all kernels whose keys begin so, in the order of the layers: "443" for two of 4x4, one of 3x3."""
+    """The sides of all kernels under a prefix, in the order of the layers: "443" for two of 4x4, one of 3x3."""
     weights = [key for key, shape in shapes.items() if key.startswith(prefix) and len(shape) == 4]
     weights.sort(key=lambda key: [int(digits) for digits in re.findall(r"\d+", key)])
     return "".join(str(shapes[key][2]) for key in weights)
 
 
 def file_key(name: str, shapes: Shapes) -> str:
-    """The key under which the file holds what a network of these convolutions calls `name`."""
+    """The file's key of the tensor that a network of these convolutions calls `name`."""
     for newer, older in OLDER.items():
         if name.endswith(newer) and name not in shapes:
             return name.removesuffix(newer) + older

@@ -1,4 +1,4 @@
-"""How a layout is told from its names, and whether a network is all of what a file in that layout holds."""
+"""Recognition of a layout by its names, and whether a network has all layers of a file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Signature:
-    """Names that a layout's files have, and beginnings of names that they lack, behind one and the same prefix."""
+    """How a layout's files are recognized, behind any prefix.
+
+    Attributes:
+        has: Names of tensors in every file.
+        lacks: Beginnings of names that no file has.
+    """
 
     has: tuple[str, ...]
     lacks: tuple[str, ...] = ()
 
     def prefix(self, checkpoint: Checkpoint) -> str | None:
-        """The shortest prefix behind which the layout lies ("" for none, "first_stage_model."), None where none does.
+        """The shortest prefix of the layout's names ("", "first_stage_model."); None for another layout.
 
         The shortest, for a copy of a model (its moving average) has a longer one.
         """
@@ -37,7 +42,7 @@ class Signature:
 
 
 def count(shapes: Shapes, place: str) -> int:
-    """How many numbered modules there are right below `place`, "encoder.down" for one."""
+    """How many numbered modules are direct children of `place`, such as "encoder.down"."""
     below = (key.removeprefix(f"{place}.") for key in shapes if key.startswith(f"{place}."))
     return len({name.partition(".")[0] for name in below})
 
@@ -45,9 +50,19 @@ def count(shapes: Shapes, place: str) -> int:
 def check_whole(
     network: Module, shapes: Shapes, file_key: Callable[[str, Shapes], str], path: Path, library: str
 ) -> None:
-    """Raise CodebookError where encoder, decoder or what joins them to the codes are not the network's, layer by layer.
+    """Check that encoder, decoder and the layers between them and the codes are the network's.
 
-    What a network does not know is carried over as it is: a layer too many in the file would silently not be run.
+    Tensors that a network lacks are copied to the result: an extra layer in the file would silently not be run.
+
+    Args:
+        network: As built for the file.
+        shapes: Of the file's tensors, by key without prefix.
+        file_key: As in Family.
+        path: The file, for the message.
+        library: The network's, for the message.
+
+    Raises:
+        CodebookError: A layer is missing, extra, or of another shape.
     """
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     stored = {key: _squeezed(shape) for key, shape in shapes.items() if key.startswith(parts)}

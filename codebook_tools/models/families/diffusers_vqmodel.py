@@ -27,9 +27,9 @@ _LAYERS = (
 
 
 def prefix_of(checkpoint: Checkpoint) -> str | None:
-    """The empty prefix where tensors and config are a VQModel's, None where this is another layout.
+    """The empty prefix where tensors and config are a VQModel's, None for another layout.
 
-    A file without a config is recognised too, so that it is the config that is asked for.
+    A file without a config is recognized too, so that the user is asked for the config.
     """
     shapes = checkpoint.shapes
     fits = len(shapes.get(CODEBOOK, ())) == 2 and all(len(shapes.get(f"{name}.weight", ())) == 4 for name in _LAYERS)
@@ -41,7 +41,7 @@ def prefix_of(checkpoint: Checkpoint) -> str | None:
 
 
 def make(shapes: Shapes, checkpoint: Checkpoint) -> Module:
-    """A fresh network after the config. Raises CodebookError where there is none, or it does not fit the tensors."""
+    """A fresh network for the config. Raises CodebookError where there is no config, or the library refuses it."""
     if checkpoint.config is None:
         raise CodebookError(
             f"{checkpoint.path} is a diffusers VQModel without its config; put that beside it, as config.json"
@@ -56,14 +56,14 @@ _OLDER = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.
 
 
 def file_key(name: str, shapes: Shapes) -> str:
-    """The key under which the file holds what the network calls `name`."""
+    """The file's key of the tensor that the network calls `name`, by the library's names or its older ones."""
     key = name.removeprefix("model.")
     older = next((key.replace(new, old) for new, old in _OLDER.items() if new in key), key)
     return older if key not in shapes and older in shapes else key
 
 
 def caveats(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What a user should know of such a model."""
+    """A warning for MoVQ, whose pipelines may ignore the codebook."""
     if (checkpoint.config or {}).get("norm_type") != "spatial":
         return ()
     return (
@@ -73,7 +73,7 @@ def caveats(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def pretrained(folder: Path) -> tuple[Module, list[str], list[str]]:
-    """The network as diffusers loads it."""
+    """As in Family."""
     from codebook_tools.models.networks.diffusers_vqmodel import DiffusersVQModel
 
     return DiffusersVQModel.pretrained(folder)

@@ -1,7 +1,7 @@
 """The tokenizers of Janus and LlamaGen, run by the JanusVQVAE of transformers, which is built from the shapes.
 
-Both are one network: a JanusVQVAE renames LlamaGen's layers. Its own quantiser normalises codes at decode alone, the
-original one at lookup too, and on unit rows, which are what is written, the two agree.
+Both are one network: a JanusVQVAE renames LlamaGen's layers. Its quantizer normalizes codes only at decode, the
+original one at lookup too; on unit rows, which are what is written, the two agree.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LLAMAGEN_NAMES = {
 
 
 def file_key(name: str, shapes: Shapes) -> str:
-    """The key under which the file holds what the network calls `name`."""
+    """The file's key of the tensor that the network calls `name`."""
     key = name.removeprefix("model.")
     if key in shapes:
         return key
@@ -73,11 +73,11 @@ _AROUND = {
     "vq_config": "generation_embeddings and generation_head.vision_head",
     "gen_vision_config": "gen_embed and gen_head.vision_head",
 }
-"""Of a whole Janus, by an entry of its config: what of its language model has a row for each code."""
+"""Parts of a whole Janus's language model that have a row per code, by an entry of its config."""
 
 
 def whole(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What to warn of where the tokenizer is one part of a larger model."""
+    """A warning where the tokenizer is part of a whole Janus."""
     rows = next((rows for entry, rows in _AROUND.items() if entry in (checkpoint.config or {})), None)
     if rows is None:
         return ()
@@ -88,7 +88,7 @@ def whole(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def unlike_original(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What to warn of in a file of transformers': its quantiser takes rows as they stand."""
+    """`whole`, and a warning where rows are not of unit length: the quantizer of transformers does not normalize."""
     key = (_JANUS.prefix(checkpoint) or "") + CODEBOOK
     lengths = checkpoint.tensor(key).float().norm(dim=1)
     if bool((lengths - 1).abs().max() < _UNIT):
@@ -120,4 +120,4 @@ FAMILIES = {
     # The entry is that of the config which huggingface_hub's mixin writes for LlamaGen's own VQModel.
     "llamagen": replace(_JANUS_VQVAE, prefix=_LLAMAGEN.prefix, config_key="codebook_size"),
 }
-"""transformers' own files; DeepSeek's, in LlamaGen's names; LlamaGen's."""
+"""Files of transformers; of DeepSeek, in LlamaGen's names; of LlamaGen."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.checkpoints.tensors import Shapes
-from codebook_tools.models.families._transformers import CONFIG_KEY, built, file_key, prefix_of, pretrained
-from codebook_tools.models.family import Family
+from codebook_tools.models.families._transformers import codec
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -32,25 +29,10 @@ _FLAT = {
 """Files keep the names of before the library gave each half a module of its own, whoever writes them."""
 
 
-def make(shapes: Shapes, checkpoint: Checkpoint) -> Module:
-    """The library's own network after the config."""
+def _network() -> Callable[[Any], Module]:
     from codebook_tools.models.networks.mimi import Mimi
 
-    return built(shapes, checkpoint, "MimiModel", Mimi)
+    return Mimi
 
 
-def load(folder: Path) -> tuple[Module, list[str], list[str]]:
-    """The network as transformers loads it."""
-    from codebook_tools.models.networks.mimi import Mimi
-
-    return pretrained(folder, "MimiModel", Mimi)
-
-
-FAMILY = Family(
-    prefix=lambda checkpoint: prefix_of(checkpoint, "mimi", _AXES),
-    make=make,
-    file_key=lambda name, shapes: file_key(name, shapes, _FLAT),
-    config_key=CONFIG_KEY,
-    power_of_two=True,
-    pretrained=load,
-)
+FAMILY = codec("mimi", _AXES, _network, _FLAT, power_of_two=True)

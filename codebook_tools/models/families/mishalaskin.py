@@ -1,4 +1,4 @@
-"""The network of MishaLaskin/vqvae: the zalando tutorial's under other names, its first decoding layer transposed.
+"""The layout of MishaLaskin/vqvae: the zalando tutorial's under other names, its first decoding layer transposed.
 
 Its residual blocks begin with an in-place ReLU, too, so the skip path carries relu(x); each stack repeats one layer.
 """
@@ -29,17 +29,17 @@ _NAMES = {
     "_decoder._conv_trans_2.": "decoder.inverse_conv_stack.4.",
     "._block.": ".res_block.",
 }
-"""Parts of key names: zalando's, and what this tutorial has for them."""
+"""Parts of key names: zalando's, and this tutorial's."""
 
 
 def prefix_of(shapes: Shapes) -> str | None:
-    """What stands before the layout's own key names; None where this is another layout."""
+    """What precedes the layout's own key names; None for another layout."""
     sides = {_theirs(f"{name}.").removesuffix("."): side for name, side in zalando.KERNELS.items()}
     return _conv_layout.prefix_of(shapes, _theirs(zalando.CODEBOOK), sides)
 
 
 def make(shapes: Shapes, checkpoint: Checkpoint) -> Module:
-    """A fresh network after the shapes. Layers that the file leaves out as shared count."""
+    """A fresh network for the shapes, with the shared layers that the file has only once."""
     from codebook_tools.models.networks.zalando import ZalandoVQVAE
 
     # safetensors' save_model writes a shared tensor once, and its other names into the metadata.
@@ -54,7 +54,7 @@ def make(shapes: Shapes, checkpoint: Checkpoint) -> Module:
 
 
 def file_key(name: str, shapes: Shapes) -> str:
-    """The key under which the file holds what the network calls `name`."""
+    """The file's key of the tensor that the network calls `name`; a shared layer's for each repeat."""
     key = _theirs(name)
     return key if key in shapes else re.sub(r"\.stack\.\d+\.", ".stack.0.", key)
 

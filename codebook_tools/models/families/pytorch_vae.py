@@ -20,7 +20,7 @@ _ORDER = re.compile(r"(4+)3(31)*1\|3(31)*\1")  # kernels of encoder and decoder
 
 
 def prefix_of(shapes: Shapes) -> str | None:
-    """What stands before the layout's own key names ("", "model.", ...); None where this is another layout."""
+    """What precedes the layout's own key names ("", "model.", ...); None for another layout."""
     prefix = _conv_layout.prefix_of(shapes, CODEBOOK, {"encoder.0.0": 4, "decoder.0.0": 3})
     if prefix is None:
         return None
@@ -32,7 +32,7 @@ def prefix_of(shapes: Shapes) -> str | None:
 
 
 def make(shapes: Shapes, _: Checkpoint) -> Module:
-    """A fresh network after the shapes."""
+    """A fresh network for the shapes."""
     from codebook_tools.models.networks.pytorch_vae import PyTorchVQVAE
 
     return PyTorchVQVAE(shapes, shapes[CODEBOOK])

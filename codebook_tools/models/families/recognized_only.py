@@ -1,4 +1,4 @@
-"""Layouts that are recognised, and their networks not run: a surgery on them takes latents or counts from a file."""
+"""Layouts that are recognized, but whose networks are not run: a surgery takes latents or counts from a file."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The layout of the VQ-VAE-2 of rosinality/vq-vae-2-pytorch. A file does not say whether it is of before January 2021,
-when the network's residual blocks changed."""
+"""The layout of the VQ-VAE-2 of rosinality/vq-vae-2-pytorch.
+
+The network's residual blocks changed in January 2021, and a file does not say which ones it was trained with.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ _ORDER = re.compile(r"(4+)3(31)*\|43(31)*\|3(31)*4\|3(31)*\1")  # kernels of enc
 
 
 def prefix_of(shapes: Shapes) -> str | None:
-    """What stands before the layout's own key names ("", "module.", ...); None where this is another layout."""
+    """What precedes the layout's own key names ("", "module.", ...); None for another layout."""
     prefix = _conv_layout.prefix_of(shapes, TOP, _KERNELS)
     if prefix is None or len(shapes.get(prefix + BOTTOM, ())) != 2:
         return None
@@ -36,7 +38,12 @@ def prefix_of(shapes: Shapes) -> str | None:
 
 
 def make(shapes: Shapes, _: Checkpoint, rectified: bool) -> Module:
-    """A fresh network after the shapes. rectified: as in its residual blocks until January 2021."""
+    """A fresh network for the shapes.
+
+    Args:
+        shapes: Without the prefix.
+        rectified: Whether skip paths carry relu(x), as until January 2021.
+    """
     from codebook_tools.models.networks.rosinality import RosinalityVQVAE2
 
     return RosinalityVQVAE2(shapes, (TOP, BOTTOM), rectified)
@@ -57,4 +64,4 @@ FAMILY = Family(
     caveats=lambda _: (_CAVEAT,),
 )
 FAMILY_OF_2019 = Family(prefix=_prefix, make=partial(make, rectified=True), axis=1)
-"""For files trained before January 2021. None is recognised as such: it must be named."""
+"""For files trained before January 2021: not recognized, it must be named."""

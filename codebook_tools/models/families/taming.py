@@ -1,6 +1,6 @@
 """VQGANs of taming-transformers, latent diffusion's first stages and MoVQGAN, run by the VQModel of diffusers.
 
-It is the same network under other names, which the file keeps. Depth, channels and attention are told from the shapes.
+It is the same network under other names, which the file keeps. Shapes tell depth, channels and attention.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _NAMES = {
 
 
 def file_key(name: str, shapes: Shapes) -> str:
-    """The key under which the file holds what the network calls `name`."""
+    """The file's key of the tensor that the network calls `name`."""
     key = name.removeprefix("model.")
     for part, theirs in _NAMES.items():
         key = key.replace(f"{part}.", f"{theirs}.")

@@ -19,12 +19,12 @@ KERNELS = {"_encoder._conv_1": 4, "_encoder._conv_2": 4, "_encoder._conv_3": 3, 
 
 
 def prefix_of(shapes: Shapes) -> str | None:
-    """What stands before the layout's own key names ("", "module.", ...); None where this is another layout."""
+    """What precedes the layout's own key names ("", "module.", ...); None for another layout."""
     return _conv_layout.prefix_of(shapes, CODEBOOK, KERNELS)
 
 
 def make(shapes: Shapes, _: Checkpoint) -> Module:
-    """A fresh network after the shapes."""
+    """A fresh network for the shapes."""
     from codebook_tools.models.networks.zalando import ZalandoVQVAE
 
     return ZalandoVQVAE(shapes, shapes[CODEBOOK])

@@ -1,1 +1,1 @@
-"""Networks: encode, walk, decode. What becomes of a latent in between, their caller decides."""
+"""The networks of the families, with encode, walk and decode; the caller of walk quantizes."""

@@ -1,4 +1,4 @@
-"""Convolutions of the tutorials' networks, and what stands between them, made after the shapes of their weights."""
+"""Convolutions of the tutorials' networks, and the activations between them, built from the shapes of weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ from codebook_tools.errors import CodebookError
 def convolution(shapes: Shapes, name: str, transposed: bool = False) -> nn.Module:
     """A fresh convolution with the bias and the weight norm that the file has.
 
-    Stride and padding are no shapes: in all these tutorials an even kernel halves the sides, or, transposed, doubles
-    them, and an odd one keeps them. Raises CodebookError where the file has no such weight.
+    Shapes do not tell stride and padding: in all these tutorials an even kernel halves the sides, or, transposed,
+    doubles them, and an odd one keeps them.
+
+    Args:
+        shapes: Of the file's tensors, by key without prefix.
+        name: Of the layer.
+        transposed: Whether it is a transposed convolution.
+
+    Raises:
+        CodebookError: The file has no such weight.
     """
     shape = weight_shape(shapes, name)
     if shape is None:
@@ -34,16 +42,20 @@ def convolution(shapes: Shapes, name: str, transposed: bool = False) -> nn.Modul
 
 
 def decoding(shapes: Shapes, name: str) -> nn.Module:
-    """A convolution of a decoder in which those of even kernel are transposed."""
+    """A convolution of a decoder, transposed where its kernel is even."""
     return convolution(shapes, name, transposed=shapes[f"{name}.weight"][2] % 2 == 0)
 
 
 def sequence(
     shapes: Shapes, name: str, kinds: Mapping[str, Callable[[str], nn.Module]], between: Callable[[], nn.Module]
 ) -> nn.Sequential:
-    """The layers name.0, name.1, ... up to the last that has tensors; those that have none are activations.
+    """The layers name.0, name.1, ... up to the last that has tensors; those without tensors are activations.
 
-    kinds: what makes a layer of its name, by the ending of a key that only layers of the kind have.
+    Args:
+        shapes: Of the file's tensors, by key without prefix.
+        name: Of the sequence.
+        kinds: (name of a layer) -> the layer, by the ending of a key that only layers of that kind have.
+        between: Makes an activation.
     """
     last = max(int(key[len(name) + 1 :].partition(".")[0]) for key in shapes if key.startswith(f"{name}."))
     layers = []

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from codebook_tools.models.network import Quantise
+from codebook_tools.models.network import Quantize
 from codebook_tools.models.networks.residual import Encoded, fitted, residual
 
 
 class Dac(nn.Module):
-    """model: a DacModel. All of its stages are walked; the library's `n_quantizers` takes the first few of them."""
+    """A DacModel. All of its stages are walked; the library's `n_quantizers` takes only the first ones."""
 
     channels = 1
 
@@ -23,16 +23,16 @@ class Dac(nn.Module):
         self.hop = int(model.config.hop_length)
 
     def encode(self, waveforms: Tensor) -> Encoded:
-        """waveforms (n, 1, samples) in [-1, 1] -> their latents, in the large space."""
+        """waveforms (n, 1, samples) in [-1, 1] -> latents before the projections of the stages."""
         return Encoded(self.model.encoder(waveforms), waveforms.shape[-1])
 
-    def walk(self, encoded: Encoded, quantise: Quantise) -> Encoded:
-        """A stage quantises in the small space, between its projections; what it leaves is left in the large one."""
+    def walk(self, encoded: Encoded, quantize: Quantize) -> Encoded:
+        """A stage quantizes between its projections; residuals are taken outside of them."""
         layers = self.model.quantizer.quantizers
 
         def projected(stage: int, left: Tensor) -> Tensor:
-            quantised: Tensor = layers[stage].out_proj(quantise(stage, layers[stage].in_proj(left)))
-            return quantised
+            quantized: Tensor = layers[stage].out_proj(quantize(stage, layers[stage].in_proj(left)))
+            return quantized
 
         return encoded._replace(latents=residual(encoded.latents, range(len(layers)), projected))
 
@@ -41,7 +41,9 @@ class Dac(nn.Module):
         quantized, codes, *_ = self.model.quantizer(encoded.latents)
         return encoded._replace(latents=quantized), codes
 
-    def decode(self, quantised: Encoded) -> Tensor:
-        """-> waveforms (n, 1, samples). With an odd ratio, as at 24 kHz, the library's decoder makes some samples too
-        few (8 there): silence stands in for the last."""
-        return fitted(self.model.decoder(quantised.latents), quantised.samples)
+    def decode(self, quantized: Encoded) -> Tensor:
+        """quantized latents -> waveforms (n, 1, samples).
+
+        With an odd ratio, as at 24 kHz, the library's decoder makes some samples too few (8 there): the last are zeros.
+        """
+        return fitted(self.model.decoder(quantized.latents), quantized.samples)

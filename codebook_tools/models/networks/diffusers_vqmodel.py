@@ -12,9 +12,14 @@ from codebook_tools.errors import CodebookError
 
 
 class DiffusersVQModel(nn.Module):
-    """config: of a diffusers VQModel, found in `path`.
+    """A diffusers VQModel with fresh weights.
 
-    Raises CodebookError where the library is missing or makes none.
+    Args:
+        config: Of the VQModel.
+        path: Of the config, for messages.
+
+    Raises:
+        CodebookError: The library is missing, or refuses the config.
     """
 
     def __init__(self, config: Mapping[str, object], path: Path | None) -> None:
@@ -24,7 +29,7 @@ class DiffusersVQModel(nn.Module):
 
     @classmethod
     def pretrained(cls, folder: Path) -> tuple[DiffusersVQModel, list[str], list[str]]:
-        """As the library loads a directory, with the keys that it missed and those that it did not expect."""
+        """The network as the library loads a directory, the keys that it missed, and the unexpected ones."""
         from diffusers import VQModel
 
         model, info = VQModel.from_pretrained(folder, output_loading_info=True)
@@ -38,7 +43,7 @@ class DiffusersVQModel(nn.Module):
         self._spatial = config.get("norm_type") == "spatial"  # the codes modulate the decoder's norms, as in MoVQ
 
     def encode(self, images: Tensor) -> Tensor:
-        """images (n, channels, height, width) in the model's range -> latents (n, dim, *grid), not quantised."""
+        """images (n, channels, height, width) in the model's range -> latents (n, dim, *grid)."""
         latents: Tensor = self.model.encode(images).latents
         return latents
 
@@ -47,11 +52,11 @@ class DiffusersVQModel(nn.Module):
         quantized, _, (_, _, codes) = self.model.quantize(latents)
         return quantized, codes.reshape(len(latents), *latents.shape[2:])
 
-    def decode(self, quantised: Tensor) -> Tensor:
-        """quantised (n, dim, *grid) -> images (n, channels, height, width)."""
-        # By its parts: the library's own `decode` quantises again or, with lookup_from_codebook, takes indices.
-        modulation = quantised if self._spatial else None
-        images: Tensor = self.model.decoder(self.model.post_quant_conv(quantised), modulation)
+    def decode(self, quantized: Tensor) -> Tensor:
+        """quantized (n, dim, *grid) -> images (n, channels, height, width)."""
+        # By its parts: the library's own `decode` quantizes again or, with lookup_from_codebook, takes indices.
+        modulation = quantized if self._spatial else None
+        images: Tensor = self.model.decoder(self.model.post_quant_conv(quantized), modulation)
         return images
 
 

@@ -8,13 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from codebook_tools.models.network import Quantise
+from codebook_tools.models.network import Quantize
 from codebook_tools.models.networks.residual import fitted, residual
 
 
 class Chunks(NamedTuple):
-    """latents: (n, dim, positions) of all chunks, one after the other. lengths: positions of each.
-    loudness: (n, 1, 1) of each, which its waveforms were divided by. samples: how many the waveforms had."""
+    """Latents of overlapping chunks of waveforms.
+
+    Attributes:
+        latents: (n, dim, positions) of all chunks, concatenated.
+        lengths: Positions of each chunk.
+        loudness: (n, 1, 1) of each chunk, by which its waveforms were divided.
+        samples: Length of the waveforms.
+    """
 
     latents: Tensor
     lengths: tuple[int, ...]
@@ -23,8 +29,7 @@ class Chunks(NamedTuple):
 
 
 class Encodec(nn.Module):
-    """model: an EncodecModel. All of its stages are walked; the library uses fewer at a lower bandwidth, and its
-    default is the lowest."""
+    """An EncodecModel. All of its stages are walked; the library uses fewer at a lower bandwidth, its default."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -35,8 +40,10 @@ class Encodec(nn.Module):
         self.channels = int(model.config.audio_channels)
 
     def encode(self, waveforms: Tensor) -> Chunks:
-        """waveforms (n, channels, samples) in [-1, 1] -> the latents of overlapping chunks, as the library cuts them,
-        or of one where the config names no chunk length."""
+        """waveforms (n, channels, samples) in [-1, 1] -> latents of the library's chunks.
+
+        There is one chunk where the config has no chunk length.
+        """
         length, samples = self.model.config.chunk_length, waveforms.shape[-1]
         starts = self._starts(samples)
         chunks = [waveforms[..., start : start + length if length else None] for start in starts]
@@ -44,25 +51,26 @@ class Encodec(nn.Module):
         latents = [self.model.encoder(chunk / level) for chunk, level in zip(chunks, loudness, strict=True)]
         return Chunks(torch.cat(latents, -1), tuple(part.shape[-1] for part in latents), loudness, samples)
 
-    def walk(self, encoded: Chunks, quantise: Quantise) -> Chunks:
-        return encoded._replace(latents=residual(encoded.latents, range(len(self.codebooks)), quantise))
+    def walk(self, encoded: Chunks, quantize: Quantize) -> Chunks:
+        """Residual stages on the latents of all chunks."""
+        return encoded._replace(latents=residual(encoded.latents, range(len(self.codebooks)), quantize))
 
     def quantize(self, encoded: Chunks) -> tuple[Chunks, Tensor]:
         """The library's own quantizer, with all of its stages; codes (n, levels, positions)."""
         codes = self.model.quantizer.encode(encoded.latents)
         return encoded._replace(latents=self.model.quantizer.decode(codes)), codes.transpose(0, 1)
 
-    def decode(self, quantised: Chunks) -> Tensor:
-        """-> waveforms (n, channels, samples), chunks faded into each other."""
-        parts = quantised.latents.split_with_sizes(quantised.lengths, -1)
-        chunks = [self.model.decoder(part) * level for part, level in zip(parts, quantised.loudness, strict=True)]
+    def decode(self, quantized: Chunks) -> Tensor:
+        """quantized latents -> waveforms (n, channels, samples), with cross-faded chunks."""
+        parts = quantized.latents.split_with_sizes(quantized.lengths, -1)
+        chunks = [self.model.decoder(part) * level for part, level in zip(parts, quantized.loudness, strict=True)]
         if len(chunks) == 1:
-            return fitted(chunks[0], quantised.samples)
-        # Where the last chunk is short, the one before it reaches beyond it by up to a hop: the library fails there.
-        starts = self._starts(quantised.samples)
-        within = [chunk[..., : quantised.samples - start] for chunk, start in zip(chunks, starts, strict=True)]
+            return fitted(chunks[0], quantized.samples)
+        # Where the last chunk is short, the one before it exceeds it by up to a hop: the library fails there.
+        starts = self._starts(quantized.samples)
+        within = [chunk[..., : quantized.samples - start] for chunk, start in zip(chunks, starts, strict=True)]
         whole: Tensor = self.model._linear_overlap_add(within, starts.step)
-        return fitted(whole, quantised.samples)
+        return fitted(whole, quantized.samples)
 
     def _starts(self, samples: int) -> range:
         config = self.model.config

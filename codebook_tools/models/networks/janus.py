@@ -12,10 +12,16 @@ from codebook_tools.errors import CodebookError
 
 
 class JanusVQ(nn.Module):
-    """config: what a JanusVQVAEConfig takes, told from the shapes in `path`.
+    """A JanusVQVAE with fresh weights.
 
-    Its own `encode` gives indices and its own `decode` takes them, on a fixed grid, so neither is used.
-    Raises CodebookError where the library is missing or makes none.
+    Its own `encode` returns indices and its own `decode` takes them, on a fixed grid, so neither is used.
+
+    Args:
+        config: For a JanusVQVAEConfig.
+        path: Of the file whose shapes gave the config, for messages.
+
+    Raises:
+        CodebookError: The library is missing, or refuses the config.
     """
 
     def __init__(self, config: Mapping[str, object], path: Path) -> None:
@@ -23,19 +29,21 @@ class JanusVQ(nn.Module):
         self.model: Any = _build(config, path)
 
     def encode(self, images: Tensor) -> Tensor:
-        """images (n, channels, height, width) in [-1, 1] -> latents (n, dim, *grid), not normalised."""
+        """images (n, channels, height, width) in [-1, 1] -> latents (n, dim, *grid), not normalized."""
         latents: Tensor = self.model.quant_conv(self.model.encoder(images))
         return latents
 
     def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """The library's own quantizer: latents (n, dim, *grid) -> quantized alike, and codes (n, *grid). Its lookup
-        normalizes nothing: with rows of unit length it chooses as the original does."""
+        """The library's own quantizer: latents (n, dim, *grid) -> quantized, of the same shape, and codes (n, *grid).
+
+        Its lookup does not normalize: on rows of unit length it chooses as the original does.
+        """
         quantized, _, codes = self.model.quantize(latents)
         return quantized, codes.reshape(len(latents), *latents.shape[2:])
 
-    def decode(self, quantised: Tensor) -> Tensor:
-        """quantised (n, dim, *grid), of unit length -> images (n, channels, height, width)."""
-        images: Tensor = self.model.decoder(self.model.post_quant_conv(quantised))
+    def decode(self, quantized: Tensor) -> Tensor:
+        """quantized (n, dim, *grid), of unit length -> images (n, channels, height, width)."""
+        images: Tensor = self.model.decoder(self.model.post_quant_conv(quantized))
         return images
 
 

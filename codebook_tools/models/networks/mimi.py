@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from codebook_tools.models.network import Quantise
+from codebook_tools.models.network import Quantize
 from codebook_tools.models.networks.residual import Encoded, fitted, residual
 
 _SEMANTIC, _ACOUSTIC = "semantic_residual_vector_quantizer", "acoustic_residual_vector_quantizer"
 
 
 class Mimi(nn.Module):
-    """model: a MimiModel. All of its stages are walked; the library's `num_quantizers` takes the first few of them.
+    """A MimiModel. All of its stages are walked; the library's `num_quantizers` takes only the first ones.
 
-    The file holds sums of latents, embed_sum (K, dim), and counts, cluster_usage (K,); codes are their quotients.
+    The file has sums of latents, embed_sum (K, dim), and counts, cluster_usage (K,); codes are their quotients.
     """
 
     def __init__(self, model: Any) -> None:
@@ -29,19 +29,19 @@ class Mimi(nn.Module):
         self.channels = int(model.config.audio_channels)
 
     def encode(self, waveforms: Tensor) -> Encoded:
-        """waveforms (n, channels, samples) in [-1, 1] -> their latents, before any projection."""
+        """waveforms (n, channels, samples) in [-1, 1] -> latents before any projection."""
         half = self._half("encoder")
         hidden = getattr(half, "encoder_seanet", self.model.encoder)(waveforms).transpose(1, 2)
         hidden = half.encoder_transformer(hidden, use_cache=False)[0].transpose(1, 2)
         return Encoded(half.downsample(hidden), waveforms.shape[-1])
 
-    def walk(self, encoded: Encoded, quantise: Quantise) -> Encoded:
+    def walk(self, encoded: Encoded, quantize: Quantize) -> Encoded:
         """Semantic stages, then acoustic ones, each kind on its own projection of the same latents."""
         total, first = encoded.latents.new_zeros(()), 0
         for stack in (self._stack(_SEMANTIC), self._stack(_ACOUSTIC)):
             stages = range(first, first := first + len(stack.layers))
             into, out_of = stack.input_proj or nn.Identity(), stack.output_proj or nn.Identity()
-            total = total + out_of(residual(into(encoded.latents), stages, quantise))
+            total = total + out_of(residual(into(encoded.latents), stages, quantize))
         return encoded._replace(latents=total)
 
     def quantize(self, encoded: Encoded) -> tuple[Encoded, Tensor]:
@@ -49,12 +49,12 @@ class Mimi(nn.Module):
         codes = self.model.quantizer.encode(encoded.latents, self.model.config.num_quantizers).transpose(0, 1)
         return encoded._replace(latents=self.model.quantizer.decode(codes)), codes
 
-    def decode(self, quantised: Encoded) -> Tensor:
-        """-> waveforms (n, channels, samples)."""
+    def decode(self, quantized: Encoded) -> Tensor:
+        """quantized latents -> waveforms (n, channels, samples)."""
         half = self._half("decoder")
-        hidden = half.upsample(quantised.latents).transpose(1, 2)
+        hidden = half.upsample(quantized.latents).transpose(1, 2)
         hidden = half.decoder_transformer(hidden, use_cache=False)[0].transpose(1, 2)
-        return fitted(getattr(half, "decoder_seanet", self.model.decoder)(hidden), quantised.samples)
+        return fitted(getattr(half, "decoder_seanet", self.model.decoder)(hidden), quantized.samples)
 
     def _stack(self, name: str) -> Any:
         return getattr(self.model.quantizer, name)

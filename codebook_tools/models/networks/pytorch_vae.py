@@ -1,7 +1,7 @@
-"""The VQVAE of AntixK/PyTorch-VAE, made after the shapes: any number of halvings and of residual layers.
+"""The VQVAE of AntixK/PyTorch-VAE, built from the shapes: any number of halvings and of residual layers.
 
-Stride, padding and activations are no shapes: they are the published code's. A layer without tensors is a LeakyReLU of
-slope 0.01, so is what follows each convolution, and a tanh ends the decoder. Latents come out of a LeakyReLU.
+Stride, padding and activations, which shapes do not tell, are the published code's. A layer without tensors is a
+LeakyReLU of slope 0.01, which follows each convolution, too; a tanh ends the decoder. Latents come out of a LeakyReLU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from codebook_tools.models.networks._conv import convolution, decoding, sequence
 
 
 class ResidualLayer(nn.Module):
-    """x + block(x): nothing works in place on x."""
+    """x + block(x), without in-place operations on x."""
 
     def __init__(self, shapes: Shapes, name: str) -> None:
         super().__init__()
@@ -24,12 +24,13 @@ class ResidualLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(n, channels, height, width) -> the same shape."""
         changed: Tensor = self.resblock(x)
         return x + changed
 
 
 class PyTorchVQVAE(nn.Module):
-    """shapes: by key, of a checkpoint in this layout. codebook: (size, dim)."""
+    """The network for the shapes, by key, of a checkpoint in this layout; codebook: (size, dim)."""
 
     def __init__(self, shapes: Shapes, codebook: tuple[int, ...]) -> None:
         super().__init__()
@@ -47,9 +48,9 @@ class PyTorchVQVAE(nn.Module):
         latents: Tensor = self.encoder(images)
         return latents
 
-    def decode(self, quantised: Tensor) -> Tensor:
-        """quantised (n, dim, *grid) -> images (n, channels, height, width) in [-1, 1]."""
-        images: Tensor = self.decoder(quantised)
+    def decode(self, quantized: Tensor) -> Tensor:
+        """quantized (n, dim, *grid) -> images (n, channels, height, width) in [-1, 1]."""
+        images: Tensor = self.decoder(quantized)
         return images
 
 

@@ -1,4 +1,4 @@
-"""Residual quantisation of waveforms: what all codecs that stack their codebooks have in common."""
+"""Residual quantization of waveforms, as in all codecs with several codebooks."""
 
 from __future__ import annotations
 
@@ -8,25 +8,39 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional
 
-from codebook_tools.models.network import Quantise
+from codebook_tools.models.network import Quantize
 
 
 class Encoded(NamedTuple):
-    """latents: (n, dim, positions), quantised or not. samples: how many the waveforms had."""
+    """Encoded waveforms.
+
+    Attributes:
+        latents: (n, dim, positions), quantized or not.
+        samples: Length of the waveforms.
+    """
 
     latents: Tensor
     samples: int
 
 
-def residual(latents: Tensor, stages: Iterable[int], quantise: Quantise) -> Tensor:
-    """The sum, of the shape of `latents`, of what each stage makes of what the stages before it have left."""
+def residual(latents: Tensor, stages: Iterable[int], quantize: Quantize) -> Tensor:
+    """Quantize latents (n, dim, positions) in residual stages.
+
+    Args:
+        latents: Those of the first stage.
+        stages: Indices that `quantize` is called with, in order.
+        quantize: As in `Walking.walk`.
+
+    Returns:
+        The sum of the quantized residuals, of the shape of `latents`.
+    """
     left, total = latents, latents.new_zeros(())
     for stage in stages:
-        quantised = quantise(stage, left)
-        left, total = left - quantised, total + quantised
+        quantized = quantize(stage, left)
+        left, total = left - quantized, total + quantized
     return total
 
 
 def fitted(waveforms: Tensor, samples: int) -> Tensor:
-    """waveforms (n, channels, any) cut to `samples`, or with silence after them where they are shorter."""
+    """waveforms (n, channels, any) cut, or padded with zeros, to `samples`."""
     return functional.pad(waveforms, (0, samples - waveforms.shape[-1]))

@@ -8,16 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codebook_tools.models.network import Quantise
+from codebook_tools.models.network import Quantize
 from codebook_tools.models.networks.residual import Encoded, fitted, residual
 
 
 class Xcodec(nn.Module):
-    """model: an XcodecModel, its semantic model (HuBERT or WavLM) in it. All of its stages are walked; the library
-    uses fewer at a lower bandwidth, and its default is the highest.
+    """An XcodecModel with its semantic model (HuBERT or WavLM).
 
-    No gradient reaches the semantic model, which the library keeps as it is, nor `fc1` and `decoder_semantic`, which
-    serve a loss in training alone.
+    All of its stages are walked, as at the highest bandwidth, the library's default. No gradient reaches the semantic
+    model, which the library freezes, nor `fc1` and `decoder_semantic`, which only serve a loss in training.
     """
 
     channels = 1
@@ -30,7 +29,7 @@ class Xcodec(nn.Module):
         self.hop = int(model.config.hop_length)
 
     def encode(self, waveforms: Tensor) -> Encoded:
-        """waveforms (n, 1, samples) in [-1, 1] -> acoustic and semantic latents, mixed."""
+        """waveforms (n, 1, samples) in [-1, 1] -> acoustic and semantic latents, mixed by a linear layer."""
         semantic = self.model._extract_semantic_features(waveforms).transpose(1, 2)
         semantic = self.model.encoder_semantic(semantic)
         acoustic = self.model.acoustic_encoder(waveforms)
@@ -39,17 +38,18 @@ class Xcodec(nn.Module):
         latents = _linear(self.model.fc, torch.cat([acoustic, semantic], 1))
         return Encoded(latents, waveforms.shape[-1])
 
-    def walk(self, encoded: Encoded, quantise: Quantise) -> Encoded:
-        return encoded._replace(latents=residual(encoded.latents, range(len(self.codebooks)), quantise))
+    def walk(self, encoded: Encoded, quantize: Quantize) -> Encoded:
+        """Residual stages on the mixed latents."""
+        return encoded._replace(latents=residual(encoded.latents, range(len(self.codebooks)), quantize))
 
     def quantize(self, encoded: Encoded) -> tuple[Encoded, Tensor]:
         """The library's own quantizer, with all of its stages; codes (n, levels, positions)."""
         codes = self.model.quantizer.encode(encoded.latents)
         return encoded._replace(latents=self.model.quantizer.decode(codes)), codes.transpose(0, 1)
 
-    def decode(self, quantised: Encoded) -> Tensor:
-        """-> waveforms (n, 1, samples)."""
-        return fitted(self.model.acoustic_decoder(_linear(self.model.fc2, quantised.latents)), quantised.samples)
+    def decode(self, quantized: Encoded) -> Tensor:
+        """quantized latents -> waveforms (n, 1, samples)."""
+        return fitted(self.model.acoustic_decoder(_linear(self.model.fc2, quantized.latents)), quantized.samples)
 
 
 def _linear(layer: nn.Module, latents: Tensor) -> Tensor:

@@ -33,4 +33,4 @@ class Original:
 
 
 def _as_stored(stored: Checkpoint, book: Book) -> Tensor:
-    return effective_rows(stored, book.found) if book.read is None else book.read
+    return effective_rows(stored, book.stored) if book.read is None else book.read

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from codebook_tools.checkpoints.read import read_checkpoint
-from codebook_tools.models.evidence import alive, uninitialised, untrained
-from codebook_tools.models.initialization import as_initialised
+from codebook_tools.models.evidence import alive, uninitialized, untrained
+from codebook_tools.models.initialization import as_initialized
 from codebook_tools.models.registry import detected
 
 Run = Callable[..., Outcome]
@@ -37,17 +37,15 @@ def fitted(size: int, dim: int = 8) -> Tensor:
 def said(path: Path) -> list[str]:
     checkpoint = read_checkpoint(path)
     books = detected(checkpoint).codebooks
-    return [*uninitialised(checkpoint, books), *untrained(checkpoint, books)]
+    return [*uninitialized(checkpoint, books), *untrained(checkpoint, books)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("dead", [0.0, 1e-4])
+@pytest.mark.parametrize(("dtype", "dead"), [(torch.float32, 0.0), (torch.bfloat16, 1e-4), (torch.float64, 0.0)])
 def test_living_codes_are_counted_without_data(dtype: torch.dtype, dead: float, tmp_path: Path, codebook: Run) -> None:
     counts = torch.full((1024,), dead)
     counts[100:110] = torch.linspace(3, 900, 10)
     path = file_of(tmp_path, fitted(1024).to(dtype), cluster_size=counts.to(dtype))
-    found = codebook("inspect", path)
-    assert "10 of 1,024 alive by its own counts" in found.stdout
+    assert "10 of 1,024 alive by its own counts" in codebook("inspect", path).stdout
     (book,) = codebook("inspect", path, "--json").json["codebooks"]
     assert book["alive"] == 10
 
@@ -61,43 +59,38 @@ def test_counts_of_no_training_say_nothing(counts: Tensor, tmp_path: Path, codeb
 
 
 @pytest.mark.parametrize(
-    ("codes", "beside", "told"),
+    ("codes", "beside", "text"),
     [
         (torch.zeros(32, 8), {}, f"{KEY} is all zeros: no training has reached it"),
         (torch.ones(32, 8), {}, f"all 32 codes of {KEY} are the same"),
-        (
-            (torch.rand(64, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1) / 64,
-            {},
-            "as an initialisation draws",
-        ),
+        (DRAWN, {}, "as an initialisation draws"),
         (fitted(64), {"initted": torch.zeros(1)}, f"quantizer.initted is 0: {KEY} is not initialized"),
-        (fitted(64), {"initted": torch.tensor([False])}, "quantizer.initted is 0"),
     ],
 )
 def test_what_no_training_has_reached_is_said_wherever_codes_are_shown(
-    codes: Tensor, beside: dict[str, Tensor], told: str, tmp_path: Path, codebook: Run
+    codes: Tensor, beside: dict[str, Tensor], text: str, tmp_path: Path, codebook: Run
 ) -> None:
     path = file_of(tmp_path, codes, **beside)
-    assert [line for line in said(path) if told in line]
-    assert told in " ".join(codebook("inspect", path).stdout.split())
+    assert [line for line in said(path) if text in line]
+    assert text in " ".join(codebook("inspect", path).stdout.split())
     torch.manual_seed(1)
     save_file({"latents": torch.randn(200, 8)}, tmp_path / "z.safetensors")
     words = (path, "--latents", tmp_path / "z.safetensors", "--metric", "euclidean", "--json")
-    for command in ("measure",) if "draws" in told else ("measure", "prune"):
+    for command in ("measure",) if "draws" in text else ("measure", "prune"):
         output = ("-o", tmp_path / "out.safetensors") if command == "prune" else ()
         found = codebook(command, *words, *output)
         assert found.exit_code == 0, found.stderr
-        assert any(told in warning for warning in found.json["warnings"]), (command, found.json["warnings"])
+        assert any(text in warning for warning in found.json["warnings"]), (command, found.json["warnings"])
 
 
 @pytest.mark.parametrize(("size", "dim"), [(16, 4), (64, 16), (512, 64), (16384, 8)])
-def test_initialisations_are_told_from_codes_that_are_as_independent(size: int, dim: int) -> None:
+def test_initializations_are_told_from_codes_that_are_as_independent(size: int, dim: int) -> None:
     for seed in range(20 if size < 1000 else 2):
         random = torch.Generator().manual_seed(seed)
         normal = torch.randn(size, dim, generator=random)
-        assert as_initialised(normal.numpy()) and as_initialised(((torch.rand(size, dim) * 2 - 1) / size).numpy())
+        assert as_initialized(normal.numpy()) and as_initialized(((torch.rand(size, dim) * 2 - 1) / size).numpy())
         if size > 16:
-            assert not as_initialised((normal * 0.5).numpy()), "as codes of a late residual stage may be"
+            assert not as_initialized((normal * 0.5).numpy()), "as codes of a late residual stage may be"
 
 
 def test_nothing_is_said_of_a_trained_codebook(tmp_path: Path) -> None:

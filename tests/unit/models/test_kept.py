@@ -14,9 +14,11 @@ from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 
+Counted = tuple[Model, list[Tensor]]
+
 
 @pytest.fixture
-def counted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Model, list[Tensor]]:
+def counted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Counted:
     """A model, and what its encoder was asked for."""
     model, asked = load_model(read_checkpoint(tiny)), list[Tensor]()
     encode: Callable[[Tensor], Any] = model.network.encode
@@ -29,9 +31,7 @@ def counted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Model, list[Te
     return model, asked
 
 
-def test_the_same_batch_is_encoded_once_and_another_anew(
-    counted: tuple[Model, list[Tensor]], image_tensor: Tensor
-) -> None:
+def test_the_same_batch_is_encoded_once_and_another_anew(counted: Counted, image_tensor: Tensor) -> None:
     model, asked = counted
     with torch.no_grad():
         first = model.encode(image_tensor)
@@ -42,7 +42,7 @@ def test_the_same_batch_is_encoded_once_and_another_anew(
         assert not torch.equal(model.encode(image_tensor), first) and len(asked) == 3
 
 
-def test_other_weights_encode_anew(counted: tuple[Model, list[Tensor]], image_tensor: Tensor) -> None:
+def test_other_weights_encode_anew(counted: Counted, image_tensor: Tensor) -> None:
     model, asked = counted
     before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_other_weights_encode_anew(counted: tuple[Model, list[Tensor]], image_te
         assert not torch.equal(other.encode(image_tensor), first)
 
 
-def test_training_is_never_served_from_what_was_kept(counted: tuple[Model, list[Tensor]], image_tensor: Tensor) -> None:
+def test_training_is_never_served_from_what_was_kept(counted: Counted, image_tensor: Tensor) -> None:
     model, asked = counted
     with torch.no_grad():
         model.encode(image_tensor)
@@ -63,20 +63,20 @@ def test_training_is_never_served_from_what_was_kept(counted: tuple[Model, list[
     assert model.encode(image_tensor).requires_grad and model.encode(image_tensor).requires_grad and len(asked) == 3
 
 
-def test_beyond_the_limit_nothing_more_is_kept(counted: tuple[Model, list[Tensor]], image_tensor: Tensor) -> None:
+def test_beyond_the_limit_nothing_more_is_kept(counted: Counted, image_tensor: Tensor) -> None:
     model, asked = counted
     model.kept.limit = 1
     with torch.no_grad():
         assert torch.equal(model.encode(image_tensor), model.encode(image_tensor)) and len(asked) == 2
 
 
-def test_a_network_may_write_into_what_it_was_given(counted: tuple[Model, list[Tensor]], image_tensor: Tensor) -> None:
+def test_a_network_may_write_into_what_it_was_given(counted: Counted, image_tensor: Tensor) -> None:
     """As a residual walk does that subtracts in place."""
     model, asked = counted
     with torch.no_grad():
         first = model.encode(image_tensor).clone()
         for _ in range(3):
-            found = model.encode(image_tensor)
-            assert torch.equal(found, first)
-            found.zero_()
+            again = model.encode(image_tensor)
+            assert torch.equal(again, first)
+            again.zero_()
     assert len(asked) == 1

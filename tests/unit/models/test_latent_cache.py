@@ -17,12 +17,14 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.layout import partial_path
 from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.data.images import array_items
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.latent_cache import CachedLatents, cached
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 
 Read = list[tuple[list[str], Tensor]]
+DAMAGED = r"the latents in .*\.safetensors are damaged: delete that file"
 
 
 @pytest.fixture
@@ -134,111 +136,67 @@ def test_what_could_not_be_read_is_told_again(model: Model, asked: list[int], fo
 # --- what makes another file -----------------------------------------------------------------------------------------
 
 
-def rewrite(model: Model, folder: Path) -> None:
-    (folder / "000.png").write_bytes((folder / "002.png").read_bytes())
+Change = Callable[[Model, Path], object]
+CHANGES: dict[str, Change] = {
+    "other pixels": lambda _, folder: (folder / "000.png").write_bytes((folder / "002.png").read_bytes()),
+    "a later time": lambda _, folder: os.utime(folder / "000.png", ns=(0, 1)),
+    "another name": lambda _, folder: (folder / "000.png").rename(folder / "001.png"),
+    "an image less": lambda _, folder: (folder / "000.png").unlink(),
+    "a weight": lambda model, _: model.network._encoder._conv_1.weight[0, 0, 0, 0].add_(1e-6),
+    "input range": lambda model, _: setattr(model, "input_range", (0.0, 1.0)),
+    "bf16": lambda model, _: setattr(model, "bf16", True),
+    "compiled": lambda model, _: setattr(model, "compiled", True),
+}
 
 
-def touch(model: Model, folder: Path) -> None:
-    os.utime(folder / "000.png", ns=(0, 1))
-
-
-def rename(model: Model, folder: Path) -> None:
-    (folder / "000.png").rename(folder / "001.png")
-
-
-def remove(model: Model, folder: Path) -> None:
-    (folder / "000.png").unlink()
-
-
-def train(model: Model, folder: Path) -> None:
-    with torch.no_grad():
-        model.network._encoder._conv_1.weight[0, 0, 0, 0] += 1e-6
-
-
-def stretch(model: Model, folder: Path) -> None:
-    model.input_range = (0.0, 1.0)
-
-
-def halve(model: Model, folder: Path) -> None:
-    model.bf16 = True
-
-
-def compiling(model: Model, folder: Path) -> None:
-    model.compiled = True
-
-
-Change = Callable[[Model, Path], None]
-
-
-@pytest.mark.parametrize("change", [rewrite, touch, rename, remove, train, stretch, halve, compiling])
-def test_a_change_of_model_or_data_is_another_file(change: Change, model: Model, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_model_or_data_is_another_file(name: str, model: Model, folder: Path, tmp_path: Path) -> None:
     before = latents_of(model, folder, tmp_path / "cache").path
     assert latents_of(model, folder, tmp_path / "cache").path == before
-    change(model, folder)
+    CHANGES[name](model, folder)
     assert latents_of(model, folder, tmp_path / "cache").path != before
 
 
 @pytest.mark.parametrize("how", [{"batch": 16}, {"size": 8}, {"mixing": "mix"}])
 def test_other_options_are_another_file(how: dict[str, Any], model: Model, folder: Path, tmp_path: Path) -> None:
-    paths = {latents_of(model, folder, tmp_path / "cache", **its).path for its in (how, {})}
+    paths = {latents_of(model, folder, tmp_path / "cache", **options).path for options in (how, {})}
     assert len(paths) == 2
 
 
-def test_arrays_in_memory_count_by_their_bytes(model: Model, tmp_path: Path) -> None:
-    from codebook_tools.data.images import array_items
-
-    pixels = torch.zeros(4, 16, 16, 3, dtype=torch.uint8).numpy()
-    paths = []
-    for value in (0, 0, 1):
-        pixels[0, 0, 0, 0] = value
-        images = Images(array_items("x.npy", pixels), 3)
-        paths.append(cached(tmp_path, model.latents(images, 2), model, 0).path)  # type: ignore[union-attr]
-    assert paths[0] == paths[1] != paths[2]
-
-
-def test_float32_and_8_bits_of_the_same_length_are_told_apart(model: Model, tmp_path: Path) -> None:
+def test_arrays_in_memory_count_by_their_bytes_and_dtype(model: Model, tmp_path: Path) -> None:
     """Zeros of 16 x 16 floats are as many bytes as those of 32 x 32 pixels, of which the middle is taken."""
-    from codebook_tools.data.images import array_items
-
-    paths = set()
-    for dtype, side in ((torch.float32, 16), (torch.uint8, 32)):
-        rows = torch.zeros(4, side, side, 3, dtype=dtype).numpy()
+    pixels = torch.zeros(4, 32, 32, 3, dtype=torch.uint8).numpy()
+    floats = torch.zeros(4, 16, 16, 3).numpy()
+    other = pixels.copy()
+    other[0, 0, 0, 0] = 1
+    paths = []
+    for rows in (pixels, pixels.copy(), other, floats):
         images = Images(array_items("x.npy", rows), 3, size=16)
-        paths.add(cached(tmp_path, model.latents(images, 2), model, 0).path)  # type: ignore[union-attr]
-    assert len(paths) == 2
+        latents = cached(tmp_path, model.latents(images, 2), model, 0)
+        assert isinstance(latents, CachedLatents)
+        paths.append(latents.path)
+    assert paths[0] == paths[1] and len(set(paths)) == 3
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
-def cut(content: bytearray) -> bytearray:
-    return content[:-1]
-
-
-def cut_header(content: bytearray) -> bytearray:
-    return content[:100]
-
-
-def flip(at: int) -> Callable[[bytearray], bytearray]:
-    def flipped(content: bytearray) -> bytearray:
-        content[at] ^= 1
-        return content
-
-    return flipped
+def flip(at: int) -> Callable[[bytearray], bytes]:
+    return lambda content: content[:at] + bytes([content[at] ^ 1]) + content[at:][1:]
 
 
 @pytest.mark.parametrize(
     "damage",
-    [cut, cut_header, lambda _: bytearray(), *map(flip, (0, 20, 4096, 7000, -1, -40))],
+    [lambda c: c[:-1], lambda c: c[:100], lambda _: b"", *map(flip, (0, 20, 4096, 7000, -1, -40))],
     ids=["end", "header", "empty", "length", "json", "first latent", "later latent", "bad", "sums"],
 )
 def test_a_damaged_file_is_named_with_the_way_out(
-    damage: Callable[[bytearray], bytearray], model: Model, folder: Path, tmp_path: Path
+    damage: Callable[[bytearray], bytes], model: Model, folder: Path, tmp_path: Path
 ) -> None:
     latents = latents_of(model, folder, tmp_path / "cache")
     read(latents)
     latents.path.write_bytes(damage(bytearray(latents.path.read_bytes())))
-    with pytest.raises(CodebookError, match=r"the latents in .*\.safetensors are damaged: delete that file"):
+    with pytest.raises(CodebookError, match=DAMAGED):
         read(latents)
 
 
@@ -246,9 +204,7 @@ def test_a_damaged_file_is_named_with_the_way_out(
     ("name", "wrong"),
     [
         ("places", lambda places: places + 10**6),
-        ("places", lambda places: -places),
         ("places", lambda places: places[:-1]),
-        ("ends", lambda ends: ends + 1),
         ("ends", lambda ends: ends.flip(0)),
         ("sums", lambda sums: sums[:-1]),
         ("bad", lambda _: torch.tensor(list(b"[1]"))),
@@ -267,7 +223,7 @@ def test_a_file_that_another_program_sealed_is_named_too(
     held[name] = wrong(held[name]).contiguous()
     checksum = zlib.crc32(b"".join(held[one].numpy().tobytes() for one in ("places", "ends", "sums", "bad")))
     save_file(held, latents.path, {"check": str(checksum)})
-    with pytest.raises(CodebookError, match=r"the latents in .*\.safetensors are damaged: delete that file"):
+    with pytest.raises(CodebookError, match=DAMAGED):
         read(latents)
 
 
@@ -282,12 +238,8 @@ def test_a_folder_that_is_a_file_is_refused(model: Model, folder: Path) -> None:
 def test_a_refit_writes_the_same_bytes_with_a_cache_and_from_it(
     codebook: Callable[..., Outcome], tiny: Path, images_folder: Path, tmp_path: Path
 ) -> None:
-    outputs = []
-    for name, more in {
-        "plain": (),
-        "first": ("--latents-cache", tmp_path / "c"),
-        "second": ("--latents-cache", tmp_path / "c"),
-    }.items():
+    outputs, cache = [], ("--latents-cache", tmp_path / "c")
+    for name, more in {"plain": (), "first": cache, "second": cache}.items():
         out = tmp_path / name / "out.safetensors"
         out.parent.mkdir()
         done = codebook("refit", tiny, "--k", 8, "--data", images_folder, "--steps", 0, "-o", out, "--json", *more)
@@ -297,7 +249,3 @@ def test_a_refit_writes_the_same_bytes_with_a_cache_and_from_it(
     assert len(list((tmp_path / "c").iterdir())) == 1
     refused = codebook("refit", tiny, "--k", 8, "--latents", "x.npy", "--latents-cache", tmp_path / "c")
     assert_refused(refused, "--latents lie on disk already; leave out --latents-cache")
-
-
-def test_without_a_folder_latents_are_not_kept(model: Model, folder: Path) -> None:
-    assert not isinstance(latents_of(model, folder, None), CachedLatents)

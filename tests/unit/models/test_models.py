@@ -11,7 +11,7 @@ import torch
 from conftest import GREY, Grey, State
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tutorial import Tutorial
 
@@ -54,14 +54,6 @@ def test_the_zalando_network_computes_what_the_tutorial_computes(
     torch.testing.assert_close(shown.double(), (theirs.decode(latents) + 1) / 2, rtol=1e-5, atol=1e-6)
 
 
-def test_the_skip_path_of_a_residual_block_carries_the_rectified_input(
-    tiny: Path, variants: dict[str, State], image_tensor: Tensor
-) -> None:
-    latents = load(tiny).encode(image_tensor).double()
-    in_place, plain = (Tutorial(variants["plain"], flag).encode(image_tensor * 2 - 1) for flag in (True, False))
-    assert (plain - in_place).abs().max() > 1000 * (latents - in_place).abs().max()
-
-
 def test_the_encoder_leaves_its_input_as_it_was(tiny: Path, image_tensor: Tensor) -> None:
     model, given_images = load(tiny), image_tensor.clone()
     met = []
@@ -70,36 +62,18 @@ def test_the_encoder_leaves_its_input_as_it_was(tiny: Path, image_tensor: Tensor
     assert torch.equal(given_images, image_tensor) and torch.equal(latents, before)
 
 
-def test_a_fresh_network_has_the_tutorials_names_and_shapes_and_initial_codes() -> None:
-    network = zalando.make()
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    assert shapes == {
-        "_encoder._conv_1.weight": (64, 3, 4, 4), "_encoder._conv_1.bias": (64,),
-        "_encoder._conv_2.weight": (128, 64, 4, 4), "_encoder._conv_2.bias": (128,),
-        "_encoder._conv_3.weight": (128, 128, 3, 3), "_encoder._conv_3.bias": (128,),
-        "_encoder._residual_stack._layers.0._block.1.weight": (32, 128, 3, 3),
-        "_encoder._residual_stack._layers.0._block.3.weight": (128, 32, 1, 1),
-        "_encoder._residual_stack._layers.1._block.1.weight": (32, 128, 3, 3),
-        "_encoder._residual_stack._layers.1._block.3.weight": (128, 32, 1, 1),
-        "_pre_vq_conv.weight": (64, 128, 1, 1), "_pre_vq_conv.bias": (64,),
-        "_vq_vae._embedding.weight": (512, 64),
-        "_decoder._conv_1.weight": (128, 64, 3, 3), "_decoder._conv_1.bias": (128,),
-        "_decoder._residual_stack._layers.0._block.1.weight": (32, 128, 3, 3),
-        "_decoder._residual_stack._layers.0._block.3.weight": (128, 32, 1, 1),
-        "_decoder._residual_stack._layers.1._block.1.weight": (32, 128, 3, 3),
-        "_decoder._residual_stack._layers.1._block.3.weight": (128, 32, 1, 1),
-        "_decoder._conv_trans_1.weight": (128, 64, 4, 4), "_decoder._conv_trans_1.bias": (64,),
-        "_decoder._conv_trans_2.weight": (64, 3, 4, 4), "_decoder._conv_trans_2.bias": (3,),
-    }  # fmt: skip
-    codes = network.state_dict()[CODEBOOK]
-    assert 0.99 / 512 < codes.abs().max() <= 1 / 512
+def test_a_fresh_network_has_the_tutorials_sizes_and_initial_codes() -> None:
+    state = zalando.make().state_dict()
+    assert state[CODEBOOK].shape == (512, 64) and state["_encoder._conv_3.weight"].shape == (128, 128, 3, 3)
+    assert state["_decoder._residual_stack._layers.1._block.1.weight"].shape == (32, 128, 3, 3)
+    assert 0.99 / 512 < state[CODEBOOK].abs().max() <= 1 / 512
 
 
-def test_a_layout_is_recognised_by_its_shapes_whatever_stands_before_its_names(
+def test_a_layout_is_recognized_by_its_shapes_whatever_prefix_its_names_have(
     variants: dict[str, State], write_model: WriteModel
 ) -> None:
     shapes = {name: {key: tuple(t.shape) for key, t in state.items()} for name, state in variants.items()}
-    prefixes = {name: prefix_of(its) for name, its in shapes.items()}
+    prefixes = {name: prefix_of(shape) for name, shape in shapes.items()}
     assert prefixes == dict.fromkeys(variants, "") | {"module_prefix": "module."}
     assert prefix_of({CODEBOOK: (16, 4)}) is None
     assert family_of(read_checkpoint(write_model())) == "zalando"
@@ -109,7 +83,7 @@ def test_a_layout_is_recognised_by_its_shapes_whatever_stands_before_its_names(
 
 def test_the_network_knows_its_stride_and_channels(tiny: Path, write_model: WriteModel) -> None:
     model = load(tiny)
-    for side in (4, 6, 8, 10, 11, 14, 15, 16, 18, 28, 30, 33, 64, 130):
+    for side in (4, 6, 11, 16, 30, 33, 64):
         assert probe(model.encode, side, side) == (3, 4), side
     grey = {name: tensor.detach() for name, tensor in zalando.make(16, 1, 8, 4, 1, 4).state_dict().items()}
     model = load(write_model(state=grey))
@@ -119,20 +93,7 @@ def test_the_network_knows_its_stride_and_channels(tiny: Path, write_model: Writ
 # --- what flows through a model ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def line(grey: Callable[..., Grey]) -> Callable[..., Model]:
-    """line([0.0, 1.0]): the model whose latents are the pixels, at input range [0, 1]."""
-
-    def make(*arguments: object, **more: object) -> Model:
-        made = grey(*arguments, **more)
-        model = load_model(read_checkpoint(made.path), network=made.network)
-        model.input_range = (0.0, 1.0)
-        return model
-
-    return make
-
-
-@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5), (0.0, 255.0)])
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 255.0)])
 def test_images_are_mapped_into_the_input_range_and_back(line: Callable[..., Model], low: float, high: float) -> None:
     model, images = line([0.0, 1.0]), torch.tensor([0.0, 0.25, 1.0]).reshape(1, 1, 1, 3)
     model.input_range = low, high
@@ -173,12 +134,12 @@ def test_gradients_reach_the_codes_that_are_looked_up(line: Callable[..., Model]
 # --- installation --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 4, 16, 40])
+@pytest.mark.parametrize("size", [1, 40])
 def test_a_codebook_of_any_size_is_installed_bit_by_bit(tiny: Path, image_tensor: Tensor, size: int) -> None:
     model = load(tiny)
     meant = Codebook(torch.randn(size, 4, generator=torch.Generator().manual_seed(size)))
     model.install(meant)
-    assert torch.equal(model.books[0].vectors, meant.vectors) and model.books[0].found.size == 16
+    assert torch.equal(model.books[0].vectors, meant.vectors) and model.books[0].stored.size == 16
     latents = model.encode(image_tensor)
     distances = torch.cdist(latents.movedim(1, -1).flatten(0, -2).double(), meant.vectors.double())
     assert torch.equal(model.assign(latents).flatten(), distances.argmin(1))
@@ -197,7 +158,7 @@ def test_codes_that_the_stored_dtype_cannot_hold_are_refused(write_model: WriteM
         load(write_model("float16")).install(Codebook(torch.full((2, 4), 1e5)))
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("size", [1, 5])
 def test_what_the_network_itself_holds_of_a_codebook_is_never_looked_up(line: Callable[..., Model], size: int) -> None:
     model = line([0.0, 1.0])
     model.network.get_parameter("quantizer.codebook.weight").data.fill_(torch.nan)
@@ -207,7 +168,7 @@ def test_what_the_network_itself_holds_of_a_codebook_is_never_looked_up(line: Ca
     assert list(model.changed({0: torch.ones(size)}, {0: torch.tensor([0, -1])})) == ["quantizer.codebook.weight"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 5), others=st.lists(st.integers(1, 3), min_size=1, max_size=2), axis=st.integers(0, 2))
 def test_rows_can_be_laid_out_as_they_were_stored(rows: int, others: list[int], axis: int) -> None:
     axis = min(axis, len(others))
@@ -239,7 +200,6 @@ def new_values(found: FoundCodebook, stored: State, codes: Tensor = CODES, count
     [
         ("_ema_w", torch.ones(5, 3), SUMS),
         ("embed_avg", torch.ones(5, 3), SUMS),
-        ("embed_sum", torch.ones(5, 3), SUMS),
         ("k_sum", torch.ones(5, 3), SUMS),
         ("m_i_ts", torch.ones(5, 3), SUMS),
         ("_ema_cluster_size", torch.ones(5), [3, 1]),
@@ -259,20 +219,21 @@ def test_a_companion_is_what_its_name_says_for_the_new_codes(key: str, old: Tens
     assert value.tolist() == meant and value.dtype == old.dtype
 
 
-def test_a_companion_of_a_codebook_stored_column_by_column_is_laid_out_alike() -> None:
+def test_a_companion_lies_as_its_codebook_does_also_where_the_new_size_is_the_dimension() -> None:
     found = FoundCodebook("q.embed", 5, 3, 1, 1, "F32", "euclidean", ("q.embed_avg",), "high")
-    value = new_values(found, {"q.embed_avg": torch.ones(3, 5)}, CODES, COUNTS)["q.embed_avg"]
-    assert value.tolist() == torch.tensor(SUMS).T.tolist()
-
-
-def test_the_new_size_may_equal_the_dimension() -> None:
-    found = FoundCodebook("q.embed", 5, 2, 0, 1, "F32", "euclidean", ("q.embed_avg",), "high")
-    value = new_values(found, {"q.embed_avg": torch.ones(5, 2)}, CODES[:, :2], COUNTS)["q.embed_avg"]
+    assert new_values(found, {"q.embed_avg": torch.ones(3, 5)})["q.embed_avg"].tolist() == torch.tensor(SUMS).T.tolist()
+    square = FoundCodebook("q.embed", 5, 2, 0, 1, "F32", "euclidean", ("q.embed_avg",), "high")
+    value = new_values(square, {"q.embed_avg": torch.ones(5, 2)}, CODES[:, :2])["q.embed_avg"]
     assert value.tolist() == [[3, 6], [4, 5]]
 
 
-@pytest.mark.parametrize("name", ["initted", "inited", "is_initialized", "data_initialized", "_init", "initialised"])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.uint8])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(("initted", dtype) for dtype in (torch.bool, torch.float32, torch.uint8)),
+        *((name, torch.float32) for name in ("inited", "is_initialized", "data_initialized", "_init", "initialised")),
+    ],
+)
 def test_flags_beside_a_codebook_say_that_it_is_initialised(name: str, dtype: torch.dtype) -> None:
     found = FoundCodebook("q.embed", 5, 3, 0, 1, "F32", "euclidean", (), "high")
     stored = {
@@ -295,40 +256,28 @@ def test_companions_in_half_precision_hold_the_counts_of_any_data_set() -> None:
     torch.testing.assert_close(sizes[0] / sizes[1], torch.tensor(512.0), rtol=0, atol=0)  # the power of two next to 500
 
 
-def tutorial_ema_step(state: State, hits: Tensor, sums: Tensor, decay: float = 0.99, epsilon: float = 1e-5) -> Tensor:
-    """The codes after one training step of VectorQuantizerEMA, as the zalando tutorial writes it."""
-    size = state["_vq_vae._ema_cluster_size"] * decay + (1 - decay) * hits
-    n = size.sum()
-    size = (size + epsilon) / (n + len(size) * epsilon) * n
-    return (state["_vq_vae._ema_w"] * decay + (1 - decay) * sums) / size[:, None]
-
-
-@pytest.mark.parametrize(
-    "command", [["prune", "--keep", 13], ["refit", "--k", 6], ["finetune", "--steps", 4, "--batch-size", 8]]
-)
+@pytest.mark.parametrize("command", [["refit", "--k", 6, "--steps", 0], ["finetune", "--steps", 4, "--batch-size", 8]])
 def test_the_models_own_training_goes_on_from_the_written_codes(
     command: list[object], write_model: WriteModel, codebook: Callable[..., object], images_folder: Path, tmp_path: Path
 ) -> None:
+    """One step of VectorQuantizerEMA without data, as the zalando tutorial writes it."""
     output = tmp_path / "out.safetensors"
-    steps = [] if "--steps" in command else ["--steps", 0]
-    codebook(*command, *steps, write_model("ema"), "--data", images_folder, "-o", output)
+    codebook(*command, write_model("ema"), "--data", images_folder, "-o", output)
     state = load_file(output)
-    codes = state[CODEBOOK]
-    moved = tutorial_ema_step(state, torch.zeros(len(codes)), torch.zeros_like(codes))
-    torch.testing.assert_close(moved, codes, rtol=1e-3, atol=1e-5)
+    counts = state["_vq_vae._ema_cluster_size"] * 0.99
+    counts = (counts + 1e-5) / (counts.sum() + len(counts) * 1e-5) * counts.sum()
+    moved = state["_vq_vae._ema_w"] * 0.99 / counts[:, None]
+    torch.testing.assert_close(moved, state[CODEBOOK], rtol=1e-3, atol=1e-5)
 
 
 # --- from a file to a model ----------------------------------------------------------------------------------------
 
 
-def test_layers_with_the_same_bytes_become_one_and_constant_ones_do_not(write_model: WriteModel) -> None:
-    model = load(write_model("tied"))
-    layers = [model.network.get_submodule(f"_encoder._residual_stack._layers.{i}._block.1") for i in range(2)]
-    assert layers[0].weight is layers[1].weight
-    plain = load(write_model("plain"))
-    layers = [plain.network.get_submodule(f"_encoder._residual_stack._layers.{i}._block.1") for i in range(2)]
-    assert layers[0].weight is not layers[1].weight
-    assert set(model.network.state_dict()) == set(plain.network.state_dict())
+@pytest.mark.parametrize("variant", ["tied", "plain"])
+def test_layers_with_the_same_bytes_become_one_and_others_do_not(variant: str, write_model: WriteModel) -> None:
+    network = load(write_model(variant)).network
+    first, second = (network.get_submodule(f"_encoder._residual_stack._layers.{i}._block.1") for i in range(2))
+    assert (first.weight is second.weight) == (variant == "tied")
 
 
 def test_fresh_layers_that_are_alike_are_not_tied(grey: Callable[..., Grey]) -> None:
@@ -341,9 +290,12 @@ def test_fresh_layers_that_are_alike_are_not_tied(grey: Callable[..., Grey]) -> 
     assert first.weight is not second.weight and first.bias is not second.bias
 
 
-def test_tensors_that_the_network_does_not_know_are_listed_and_companions_are_not(write_model: WriteModel) -> None:
+def test_tensors_that_the_network_does_not_have_are_listed_and_companions_are_not(
+    write_model: WriteModel, variants: dict[str, State]
+) -> None:
     assert set(load(write_model("extra")).carried) == {"teacher.head.weight", "step"}
-    assert load(write_model("ema")).carried == ()
+    mask = torch.full((3, 3), -torch.inf)  # which a tensor that no network has may hold
+    assert load(write_model(state=variants["ema"] | {"attention.mask": mask})).carried == ("attention.mask",)
 
 
 def test_only_the_codebook_differs_in_a_file_wider_than_the_network_runs(write_model: WriteModel) -> None:
@@ -360,89 +312,53 @@ def test_weights_go_back_to_the_file_as_they_came(write_model: WriteModel, varia
     for variant in variants:
         model = load(write_model(variant))
         same = model.changed({0: torch.ones(16)}, {0: torch.arange(16)})
-        key = model.books[0].found.key
+        key = model.books[0].stored.key
         assert tensor_bytes(same[key]) == tensor_bytes(variants[variant][key])
-        assert set(same) == {key, *model.books[0].found.companions}
-
-
-def broken(variants: dict[str, State], **changes: Tensor | None) -> State:
-    state = dict(variants["plain"])
-    for key, tensor in changes.items():
-        state.pop(key, None)
-        if tensor is not None:
-            state[key] = tensor
-    return state
+        assert set(same) == {key, *model.books[0].stored.companions}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({CODEBOOK: None}, "has no codebook: "),
-        ({"_encoder._conv_3.bias": torch.zeros(9)}, r"shapes differ: _encoder\._conv_3\.bias is \(9,\) .*\(8,\)"),
         ({"_decoder._conv_1.bias": torch.full((8,), torch.nan)}, r"_decoder\._conv_1\.bias in .* nan at \[0\]"),
         ({CODEBOOK: torch.tensor([[1.0, 2.0, -torch.inf, 4.0]] * 16)}, r"_embedding\.weight in .* -inf at \[0, 2\]"),
-        ({"quantize_b.embedding.weight": torch.rand(16, 4)}, r"2 codebooks, .*--codebook-key, of _vq_vae.*quantize_b"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_worked_on_is_refused_with_its_tensor(
-    changes: dict[str, Tensor | None], message: str, write_model: WriteModel, variants: dict[str, State]
+    changes: State, message: str, write_model: WriteModel, variants: dict[str, State]
 ) -> None:
     with pytest.raises(CodebookError, match=message):
-        load(write_model(state=broken(variants, **changes)))
+        load(write_model(state=variants["plain"] | changes))
 
 
-def test_an_unknown_tensor_may_hold_infinities(write_model: WriteModel, variants: dict[str, State]) -> None:
-    mask = torch.full((3, 3), -torch.inf)
-    assert load(write_model(state=variants["plain"] | {"attention.mask": mask})).carried == ("attention.mask",)
-
-
-def test_one_of_several_codebooks_is_chosen_by_its_key(write_model: WriteModel, variants: dict[str, State]) -> None:
+def test_a_codebook_is_chosen_by_its_key_which_must_name_a_matrix_of_the_file(
+    write_model: WriteModel, variants: dict[str, State]
+) -> None:
     state = variants["plain"] | {"quantize_b.embedding.weight": torch.rand(12, 4)}
     checkpoint = read_checkpoint(write_model(state=state))
     assert choose_codebook(checkpoint, ["quantize_b.embedding.weight"]).size == 12
-    assert load_model(checkpoint, codebook_keys=[CODEBOOK]).books[0].found.size == 16
+    assert load_model(checkpoint, codebook_keys=[CODEBOOK]).books[0].stored.size == 16
     with pytest.raises(CodebookError, match=r"the network has no quantize_b"):
         load_model(checkpoint, codebook_keys=["quantize_b.embedding.weight"])
-
-
-def test_a_codebook_key_must_name_a_matrix_of_the_file(tiny: Path) -> None:
-    checkpoint = read_checkpoint(tiny)
     with pytest.raises(CodebookError, match=rf"no such tensor .* candidates: {re.escape(CODEBOOK)}"):
         choose_codebook(checkpoint, ["nowhere.weight"])
     with pytest.raises(CodebookError, match="is no matrix of codes"):
         choose_codebook(checkpoint, ["_encoder._conv_1.bias"])
 
 
-def unsure(tmp_path: Path) -> Path:
-    state = {
-        "encoder.weight": torch.tensor([1.0, 0.0]).reshape(2, 1, 1, 1),
-        "decoder.weight": torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1),
-        "emb.weight": torch.rand(16, 2),
-    }
-    save_file(state, tmp_path / "unsure.safetensors")
-    return tmp_path / "unsure.safetensors"
-
-
-def test_a_tensor_that_is_only_perhaps_a_codebook_must_be_named(tmp_path: Path) -> None:
-    checkpoint = read_checkpoint(unsure(tmp_path))
-    with pytest.raises(CodebookError, match=r"only perhaps a codebook.*--codebook-key emb\.weight"):
-        choose_codebook(checkpoint, ())
-    assert choose_codebook(checkpoint, ["emb.weight"]).size == 16
-
-
 @pytest.mark.parametrize(
-    ("family", "message"), [("vqgan", "no family 'vqgan'; there are zalando"), ("zalando", "layout")]
+    ("family", "message"),
+    [
+        ("vqgan", "no family 'vqgan'; there are zalando"),
+        ("zalando", "layout"),
+        (None, r"no network is known .*quantizer\.codebook\.weight, 2x2.*--network"),
+    ],
 )
 def test_a_family_that_is_unknown_or_does_not_fit_is_refused(
-    family: str, message: str, grey: Callable[..., Grey]
+    family: str | None, message: str, grey: Callable[..., Grey]
 ) -> None:
     with pytest.raises(CodebookError, match=message):
         load_model(read_checkpoint(grey([0.0, 1.0]).path), family=family)
-
-
-def test_a_layout_without_a_network_asks_for_one(grey: Callable[..., Grey]) -> None:
-    with pytest.raises(CodebookError, match=r"no network is known .*quantizer\.codebook\.weight, 2x2.*--network"):
-        load(grey([0.0, 1.0]).path)
 
 
 # --- the user's own network ----------------------------------------------------------------------------------------
@@ -450,13 +366,10 @@ def test_a_layout_without_a_network_asks_for_one(grey: Callable[..., Grey]) -> N
 NETWORKS = {
     "import sys; x = (": "cannot be imported: SyntaxError",
     "raise OSError('no weights here')": "cannot be imported: OSError: no weights here",
-    "def build(codebook_size): ...": "has no make",
     "def make(size): ...": r"failed: TypeError: .*codebook_size",
     "def make(codebook_size): return {}": "returned dict without encode and decode",
-    "import torch\ndef make(codebook_size): return torch.nn.Identity()": "returned Identity without encode and decode",
     f"{GREY}\n    pass\nclass Half(Grey):\n    decode = None\nmake = Half": "returned Half without decode",
     f"{GREY}\ndef make(codebook_size): return Grey(9)": r"shapes differ: .*codebook\.weight is \(2, 2\).*\(9, 2\)",
-    GREY.replace("self.encoder", "self.enc"): r"wants enc\.weight, which .* lacks; the file has, .* encoder\.weight",
 }
 
 
@@ -480,24 +393,20 @@ def test_a_network_must_be_given_as_file_and_function(spec: str, message: str, t
         make_network(spec.format(tmp_path), 2)
 
 
-def test_a_network_file_is_a_module_like_any_other(tmp_path: Path) -> None:
-    (tmp_path / "neighbour_of_network.py").write_text(GREY)
+def test_a_network_file_may_import_its_neighbors_and_define_dataclasses(tmp_path: Path) -> None:
+    (tmp_path / "neighbor_of_network.py").write_text(GREY)
     (tmp_path / "own.py").write_text(
         "from __future__ import annotations\n"
         "from dataclasses import dataclass\n"
-        "from neighbour_of_network import Grey\n"
-        "@dataclass\n"
-        "class Config:\n"
-        "    size: int\n"
-        "def make(codebook_size: int) -> Grey:\n"
-        "    return Grey(Config(codebook_size).size)\n"
+        "from neighbor_of_network import Grey\n"
+        "@dataclass\nclass Config:\n    size: int\n"
+        "def make(codebook_size: int) -> Grey:\n    return Grey(Config(codebook_size).size)\n"
     )
     assert type(make_network(f"{tmp_path / 'own.py'}:make", 7)).__name__ == "Grey"
 
 
 RETURNS = {
     "return None": "encode returns a NoneType",
-    "return self.encoder(images)[:, :1]": r"encode returns \(1, 1, 16, 16\); expected \(n, 2, ...\)",
     "return self.encoder(images).mean((2, 3))": r"encode returns \(1, 2\); expected \(n, 2, ...\)",
     "raise ValueError('odd')": "encodes neither RGB images .* nor grey ones .*ValueError: odd",
 }
@@ -511,13 +420,3 @@ def test_an_encoder_that_returns_something_else_is_refused_with_what_it_returned
     (tmp_path / "grey.py").write_text(GREY.replace("return self.encoder(images)", body))
     with pytest.raises(CodebookError, match=RETURNS[body]):
         probe(load_model(read_checkpoint(made.path), network=made.network).encode, 16, 16)
-
-
-def test_a_decoder_that_fails_is_the_users_to_mend(grey: Callable[..., Grey], tmp_path: Path) -> None:
-    made = grey([0.0, 1.0])
-    (tmp_path / "grey.py").write_text(
-        GREY.replace("return self.decoder(quantised)", "return self.decoder(quantised.mT.movedim(1, 0))")
-    )
-    model = load_model(read_checkpoint(made.path), network=made.network)
-    with pytest.raises(CodebookError, match=r"the network's decode fails on \(1, 2, 3, 4\): RuntimeError"):
-        model.pass_through(torch.zeros(1, 1, 3, 4))

@@ -171,7 +171,9 @@ def test_what_takes_sound_has_no_pictures_to_judge_and_can_be_distilled(tmp_path
             judges(model, recipe, sound)
     expected = model.pass_through(sound).media
     for stage in range(len(model.books)):
-        model.install(replace(model.books[stage].codebook, vectors=torch.zeros(2, model.books[stage].found.dim)), stage)
+        model.install(
+            replace(model.books[stage].codebook, vectors=torch.zeros(2, model.books[stage].stored.dim)), stage
+        )
     assert same(Original(model)(sound), expected) and not torch.equal(model.pass_through(sound).media, expected)
 
 

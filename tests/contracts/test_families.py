@@ -1,4 +1,4 @@
-"""Audio codecs of transformers go through every command, and what comes out is what the library loads and computes."""
+"""Models of every family go through surgeries, and their own code loads the result and computes what ours does."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import audio_codecs
 import numpy as np
 import pytest
 import soundfile
 import torch
-from audio_codecs import CASES, WEIGHTS, Case, K, by_library, save, waveforms
+from audio_codecs import WEIGHTS, K, by_library, waveforms
 from families import State
-from round_trips import OPERATIONS, Operation, assert_averages_follow, assert_same_indices, operated
+from image_models import CASES
+from round_trips import (
+    OPERATIONS,
+    Operation,
+    assert_averages_follow,
+    assert_only_these_differ,
+    assert_same_indices,
+    operated,
+)
 from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.read import read_checkpoint
@@ -29,13 +38,47 @@ from codebook_tools.workflows.compare import compare
 from codebook_tools.workflows.operate import measure_model, operate
 from codebook_tools.workflows.request import Request
 
+BY_COMMAND = {str(operation): operation for operation in OPERATIONS}
+FEW = ("prune", "refit, fine-tuned")
+"""A K that the data decide, and new codes in a trained network; the other commands write as these do."""
+
+
+def pairs(names: Any, whole: str) -> list[Any]:
+    """Each name with FEW operations, and `whole` with all."""
+    return [(name, command) for name in names for command in (BY_COMMAND if name == whole else FEW)]
+
+
+@pytest.mark.parametrize(("name", "command"), pairs(CASES, whole="VQModel"))
+def test_the_own_code_of_an_image_tokenizer_computes_what_is_reported(
+    name: str, command: str, images_folder: Path, image_tensor: torch.Tensor, tmp_path: Path
+) -> None:
+    case, operation = CASES[name], BY_COMMAND[command]
+    source = case.save(tmp_path)
+    network = str(tmp_path / case.network) if case.network else None
+    output = tmp_path / ("result" if source.is_dir() else "result.safetensors")
+    request = Request(source, (str(images_folder),), limit=30, network=network, input_range=(-1.0, 1.0), output=output)
+    done, result = operated(operation, request)
+    assert done.family == case.family
+    if not operation.recipe.steps:
+        assert_only_these_differ(result, source, case.owned)
+    model = load_model(read_checkpoint(result), network=network)
+    (size,) = {book.codebook.size for book in model.books}
+    assert size == operation.size or (operation.size is None and size <= 16)
+    with torch.no_grad():
+        ours = model.pass_through(image_tensor[:4])
+        decoded, indices = case.compute(result, image_tensor[:4] * 2 - 1)
+    assert_same_indices(ours.codes, indices, size)
+    assert torch.allclose(ours.media * 2 - 1, decoded.float(), atol=2e-5) and decoded.std() > 1e-3
+
+
+# --- audio codecs of transformers ------------------------------------------------------------------------------------
+
 LENGTH = 224
 """Samples of a clip: 28 latents."""
-
-CODECS = ("encodec", "encodec, chunks", "dac", "mimi", "xcodec")
 ALIVE = 6
 """Codes of a stage in use; the others are copies of the first, which win no latent."""
-
+CODECS = ("encodec", "encodec, chunks", "dac", "mimi", "xcodec")
+POWERS_ONLY = ("encodec", "dac", "mimi")
 Saved = Callable[[str], Path]
 
 
@@ -57,7 +100,7 @@ def collapsed(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
     def get(name: str) -> Path:
         if name not in made:
-            made[name] = save(CASES[name], tmp_path_factory.mktemp("codec") / "model")
+            made[name] = audio_codecs.save(audio_codecs.CASES[name], tmp_path_factory.mktemp("codec") / "model")
             state = load_file(made[name] / WEIGHTS)
             for key, tensor in state.items():
                 if ".codebook." in key and tensor.shape[0] == K:
@@ -79,22 +122,9 @@ def request_for(collapsed: Saved, clips: tuple[str, ...], tmp_path: Path) -> Cal
     return make
 
 
-def test_sound_beyond_full_scale_is_told_by_its_share_and_peak(
-    request_for: Callable[..., Request], tmp_path: Path
-) -> None:
-    """2 of 224 samples are 0.89 %."""
-    wave = np.full(LENGTH, 0.5)
-    wave[10], wave[20] = 1.5, -2.5
-    soundfile.write(tmp_path / "loud.wav", wave, 1600, subtype="FLOAT")
-    soundfile.write(tmp_path / "as-loud-as-can-be.wav", wave.clip(-1, 1), 1600, subtype="FLOAT")
-    files = (str(tmp_path / "loud.wav"), str(tmp_path / "as-loud-as-can-be.wav"))
-    (warning,) = measure_model(request_for("dac", data=(), test_data=files), Watch()).warnings
-    assert warning.startswith("1 clips go beyond ±1: 0.89% of their samples, up to 2.5 in loud.wav#0; nothing is clip")
-
-
-def assert_the_library_agrees(case: Case, result: Path, size: int) -> None:
+def assert_the_library_agrees(name: str, result: Path, size: int) -> Model:
     """It finds all that it wants in the file, and codes and waveforms are ours, at its highest bandwidth."""
-    model = load_model(read_checkpoint(result))
+    case, model = audio_codecs.CASES[name], load_model(read_checkpoint(result))
     assert [book.codebook.size for book in model.books] == [size] * case.quantisers
     assert json.loads((result / "config.json").read_text())["codebook_size"] == size
     sound = waveforms(model.network)
@@ -103,27 +133,10 @@ def assert_the_library_agrees(case: Case, result: Path, size: int) -> None:
     codes, values = by_library(case, result, sound)
     assert_same_indices(ours.codes, codes.unbind(1), size)
     assert torch.allclose(ours.media, values, atol=1e-5) and ours.media.std() > 1e-3
+    return model
 
 
-@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
-@pytest.mark.parametrize("name", CODECS)
-def test_what_is_written_the_library_loads_and_computes(
-    name: str, operation: Operation, request_for: Callable[..., Request]
-) -> None:
-    case, request = CASES[name], request_for(name)
-    done, result = operated(operation, request)
-    filled = 8 if case.family.power_of_two else ALIVE
-    size = operation.size or filled
-    assert_the_library_agrees(case, result, size)
-    images: Any = done.settings["images"]
-    assert_state_follows(load_file(result / WEIGHTS), load_model(read_checkpoint(result)), size)
-    if name in ("encodec", "xcodec"):  # whose clips are no chunks: one hit a latent, and one for codes without any
-        (*_, counts) = (tensor for key, tensor in load_file(result / WEIGHTS).items() if key.endswith("cluster_size"))
-        latents = (images["train"] + images["validation"]) * 28
-        assert 0 <= int(counts.sum()) - latents < size
-
-
-def assert_state_follows(state: State, model: Model, size: int) -> None:
+def assert_state_follows(state: State, model: Model) -> None:
     """What lies beside the codes is theirs: running averages, and in Mimi what they are themselves the quotient of."""
     for book in model.books:
         owner, _, leaf = book.key.rpartition(".")
@@ -135,13 +148,23 @@ def assert_state_follows(state: State, model: Model, size: int) -> None:
         elif leaf == "embed":
             assert_averages_follow(rows, state[f"{owner}.embed_avg"], state[f"{owner}.cluster_size"])
             assert bool(state[f"{owner}.inited"].all())
-        assert torch.equal(rows, book.vectors) and len(rows) == size
+        assert torch.equal(rows, book.vectors)
 
 
-# --- sizes that a config takes -------------------------------------------------------------------------------------
-
-POWERS_ONLY = ("encodec", "dac", "mimi")
-TWELVE = {"prune": Prune(keep=12), "refit": Refit(k=12), "quantize": Quantize(k=12), "grow": Grow(k=12)}
+@pytest.mark.parametrize(("name", "command"), pairs(CODECS, whole="encodec"))
+def test_the_library_of_a_codec_computes_what_is_reported(
+    name: str, command: str, request_for: Callable[..., Request]
+) -> None:
+    operation = BY_COMMAND[command]
+    done, result = operated(operation, request_for(name))
+    filled = 8 if audio_codecs.CASES[name].family.power_of_two else ALIVE
+    state = load_file(result / WEIGHTS)
+    assert_state_follows(state, assert_the_library_agrees(name, result, operation.size or filled))
+    if name in ("encodec", "xcodec"):  # whose clips are no chunks: one hit a latent, and one for codes without any
+        images: Any = done.settings["images"]
+        (*_, counts) = (tensor for key, tensor in state.items() if key.endswith("cluster_size"))
+        latents = (images["train"] + images["validation"]) * 28
+        assert 0 <= int(counts.sum()) - latents < (operation.size or filled)
 
 
 @pytest.fixture
@@ -155,43 +178,39 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Model, "encode", run)
 
 
+TWELVE = {"prune": Prune(keep=12), "refit": Refit(k=12), "quantize": Quantize(k=12), "grow": Grow(k=12)}
+
+
 @pytest.mark.usefixtures("idle")
-@pytest.mark.parametrize("command", TWELVE)
-@pytest.mark.parametrize("name", POWERS_ONLY)
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [*(("dac", command) for command in (*TWELVE, "compare")), ("encodec", "refit"), ("mimi", "refit")],
+)
 def test_a_size_that_the_config_does_not_take_is_refused_before_any_work(
     name: str, command: str, request_for: Callable[..., Request], tmp_path: Path
 ) -> None:
-    request = request_for(name)
+    request, steps = request_for(name), FineTune(steps=0)
+    run = {
+        "compare": lambda: compare(request, 12, ["refit"], steps, seeds=1, folder=tmp_path / "rows", watch=Watch())
+    }.get(command, lambda: operate(command, request, TWELVE[command], steps, Watch()))
     with pytest.raises(CodebookError, match=r"12 codes: .* takes powers of two only; the nearest are 8 and 16"):
-        operate(command, request, TWELVE[command], FineTune(steps=0), Watch())
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-@pytest.mark.usefixtures("idle")
-@pytest.mark.parametrize("name", POWERS_ONLY)
-def test_so_it_is_by_compare(name: str, request_for: Callable[..., Request], tmp_path: Path) -> None:
-    request = request_for(name)
-    with pytest.raises(CodebookError, match=r"12 codes: .* takes powers of two only; the nearest are 8 and 16"):
-        compare(request, 12, ["refit"], FineTune(steps=0), seeds=1, folder=tmp_path / "rows", watch=Watch())
+        run()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_config_that_takes_any_size_gets_it(request_for: Callable[..., Request]) -> None:
     _, result = operated(Operation("refit", Refit(k=12)), request_for("xcodec"))
-    assert_the_library_agrees(CASES["xcodec"], result, 12)
+    assert_the_library_agrees("xcodec", result, 12)
 
 
-@pytest.mark.parametrize("name", POWERS_ONLY)
-def test_pruning_fills_up_to_what_the_config_takes_and_says_so(name: str, request_for: Callable[..., Request]) -> None:
-    done, result = operated(Operation("prune", Prune()), request_for(name))
-    (said,) = (warning for warning in done.warnings if "dead codes fill them up" in warning)
-    assert "one size that the config takes, 8" in said and said.partition(", 8: ")[2].count(" of quantizer.") == 3
-    assert done.surgery is not None and done.before is not None
-    assert done.surgery.mse == done.before.mse
-    assert [use.size for use in done.surgery.codebooks] == [8] * CASES[name].quantisers
+def test_pruning_fills_up_to_what_the_config_takes_and_warns_of_it(request_for: Callable[..., Request]) -> None:
+    done, result = operated(Operation("prune", Prune()), request_for("encodec"))
+    (warning,) = (warning for warning in done.warnings if "dead codes fill them up" in warning)
+    assert "one size that the config takes, 8" in warning and warning.partition(", 8: ")[2].count(" of quantizer.") == 3
+    assert done.surgery is not None and done.before is not None and done.surgery.mse == done.before.mse
     assert [use.used for use in done.surgery.codebooks] == [use.used for use in done.before.codebooks]
-    rates = json.loads((result / "config.json").read_text()).get("target_bandwidths")
-    assert rates is None or rates == pytest.approx([1.2, 2.4], abs=1e-5)  # 4 bits a code have become 3
+    rates = json.loads((result / "config.json").read_text())["target_bandwidths"]
+    assert rates == pytest.approx([1.2, 2.4], abs=1e-5)  # 4 bits a code have become 3
 
 
 @pytest.mark.parametrize(("k", "size"), [(8, 16), (32, 32)])
@@ -201,7 +220,7 @@ def test_of_several_stages_one_may_be_chosen_and_all_stay_of_one_size(
     key = "quantizer.layers.1.codebook.embed"
     request = request_for("encodec", codebook_key=(key,))
     done, result = operated(Operation("refit", Refit(k=k)), request)
-    assert_the_library_agrees(CASES["encodec"], result, size)
+    assert_the_library_agrees("encodec", result, size)
     before, after = (load_file(path / WEIGHTS) for path in (request.source, result))
     for other in (name for name in before if name.endswith(".embed") and name != key):
         assert torch.equal(after[other][:K], before[other])
@@ -210,39 +229,29 @@ def test_of_several_stages_one_may_be_chosen_and_all_stay_of_one_size(
     assert any("dead codes fill them up" in warning for warning in done.warnings)
 
 
-AMISS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-    "a config of another K": (
-        lambda folder: (folder / "config.json").write_text(
-            (folder / "config.json").read_text().replace('"codebook_size": 16', '"codebook_size": 32')
-        ),
-        "codebook_size=32, but quantizer",
-    ),
-    "no power of two": (
-        lambda folder: (folder / "config.json").write_text(
-            (folder / "config.json").read_text().replace('"codebook_size": 16', '"codebook_size": 12')
-        ),
-        "codebook_size",
-    ),
-}  # fmt: skip
-
-
 @pytest.mark.usefixtures("idle")
-@pytest.mark.parametrize("kind", AMISS)
-@pytest.mark.parametrize("name", POWERS_ONLY)
+@pytest.mark.parametrize(
+    ("name", "size", "message"), [("mimi", 32, "codebook_size=32, but quantizer"), ("encodec", 12, "codebook_size")]
+)
 def test_a_config_that_is_not_the_weights_is_refused(
-    name: str, kind: str, request_for: Callable[..., Request], tmp_path: Path
+    name: str, size: int, message: str, request_for: Callable[..., Request], tmp_path: Path
 ) -> None:
     request = request_for(name)
-    change, message = AMISS[kind]
-    change(request.source)
+    config = request.source / "config.json"
+    config.write_text(config.read_text().replace('"codebook_size": 16', f'"codebook_size": {size}'))
     with pytest.raises(CodebookError, match=re.escape(message)) as caught:
         operate("prune", request, Prune(), FineTune(steps=0), Watch())
     assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.usefixtures("idle")
-def test_weights_alone_are_refused(collapsed: Saved, clips: tuple[str, ...], tmp_path: Path) -> None:
-    alone = Path(shutil.copy(collapsed("encodec") / WEIGHTS, tmp_path / "codec.safetensors"))
-    with pytest.raises(CodebookError, match="EncodecModel without its config"):
-        operate("prune", Request(alone, clips), Prune(), FineTune(steps=0), Watch())
+def test_sound_beyond_full_scale_is_warned_of_by_its_share_and_peak(
+    request_for: Callable[..., Request], tmp_path: Path
+) -> None:
+    """2 of 224 samples are 0.89 %."""
+    wave = np.full(LENGTH, 0.5)
+    wave[10], wave[20] = 1.5, -2.5
+    soundfile.write(tmp_path / "loud.wav", wave, 1600, subtype="FLOAT")
+    soundfile.write(tmp_path / "as-loud-as-can-be.wav", wave.clip(-1, 1), 1600, subtype="FLOAT")
+    files = (str(tmp_path / "loud.wav"), str(tmp_path / "as-loud-as-can-be.wav"))
+    (warning,) = measure_model(request_for("dac", data=(), test_data=files), Watch()).warnings
+    assert warning.startswith("1 clips go beyond ±1: 0.89% of their samples, up to 2.5 in loud.wav#0; nothing is clip")

@@ -1,23 +1,13 @@
-"""Tutorial networks told from shapes compute what the published code computes, written here once more, in float64."""
+"""Networks of tutorials once more, without the package: random state dicts, and what their published code computes."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 from conftest import State
-from families import claims, described, shapes_of
-from safetensors.torch import save_file, save_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-
-from codebook_tools.checkpoints.read import read_checkpoint
-from codebook_tools.models.families import mishalaskin, pytorch_vae, rosinality
-from codebook_tools.models.family import Family
-from codebook_tools.models.registry import family_of
 
 
 def drawn(shapes: dict[str, tuple[int, ...]]) -> State:
@@ -60,23 +50,6 @@ class Reference:
         """x (n, dim, *grid), codes (size, dim) -> the nearest codes, and their indices."""
         indices = (x.movedim(1, -1)[..., None, :] - codes.double()).square().sum(-1).argmin(-1)
         return codes.double()[indices].movedim(-1, 1), indices
-
-
-def loaded(family: Family, state: State, metadata: dict[str, str] | None = None) -> Any:
-    """The family's network with the weights of a state dict without prefix, in float64."""
-    shapes = shapes_of(state)
-    assert family.make is not None
-    network = family.make(shapes, described(shapes, metadata))
-    own = {name: state[family.file_key(name, shapes)] for name in network.state_dict()}
-    network.load_state_dict(own)
-    return network.double().eval()
-
-
-def images(side: int = 16) -> Tensor:
-    return torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
-
-
-# --- rosinality ----------------------------------------------------------------------------------------------------
 
 
 def two_levels(
@@ -138,57 +111,6 @@ class TwoLevels(Reference):
         return self.up(x, f"dec.blocks.{self.blocks + 4}"), [top_indices, bottom_indices]
 
 
-def walked(network: Any, reference: Reference, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Reconstruction and indices by our network, with nearest codes and a straight-through gradient."""
-    indices: list[Tensor] = []
-
-    def quantise(stage: int, latents: Tensor) -> Tensor:
-        assert stage == len(indices)
-        codes, found = reference.code(latents, reference.state[network.codebooks[stage]].T)
-        indices.append(found)
-        return latents + (codes - latents).detach()
-
-    return network.decode(network.walk(network.encode(pictures), quantise)), indices
-
-
-@pytest.mark.parametrize("blocks", [0, 1, 2])
-@pytest.mark.parametrize("in_place", [False, True])
-def test_both_ages_of_rosinalitys_code_are_computed_as_published(in_place: bool, blocks: int) -> None:
-    state = two_levels(blocks=blocks)
-    family = rosinality.FAMILY_OF_2019 if in_place else rosinality.FAMILY
-    reference = TwoLevels(state, in_place, blocks)
-    ours, indices = walked(loaded(family, state), reference, images())
-    theirs, expected = reference.forward(images())
-    assert all(torch.equal(mine, its) for mine, its in zip(indices, expected, strict=True))
-    assert [len(level.unique()) > 1 for level in expected] == [True, True]
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    beside = {key for key in state if key.endswith((".embed", ".cluster_size", ".embed_avg"))}
-    assert reference.used == set(state) - beside
-
-
-def test_the_two_ages_of_rosinalitys_code_are_not_the_same() -> None:
-    state = two_levels()
-    now, then = (TwoLevels(state, in_place).forward(images())[0] for in_place in (False, True))
-    assert (now - then).abs().max() > 1e-3
-
-
-def test_rosinalitys_walk_lets_gradients_through_both_levels() -> None:
-    state = two_levels()
-    network = loaded(rosinality.FAMILY, state)
-    out, _ = walked(network, TwoLevels(state, False), images())
-    out.square().sum().backward()
-    untouched = [name for name, tensor in network.named_parameters() if tensor.grad is None or not tensor.grad.any()]
-    assert untouched == list(network.codebooks)
-
-
-def test_rosinalitys_codebooks_lie_as_in_the_file() -> None:
-    network = loaded(rosinality.FAMILY, two_levels(dim=6, sizes=(7, 11)))
-    assert [tuple(network.state_dict()[key].shape) for key in network.codebooks] == [(6, 7), (6, 11)]
-
-
-# --- PyTorch-VAE ---------------------------------------------------------------------------------------------------
-
-
 def pytorch_vae_state(widths: tuple[int, ...] = (4, 8), residuals: int = 6, dim: int = 5) -> State:
     n, width = len(widths), widths[-1]
     rows = {f"encoder.{i}.0": (w, v, 4) for i, (w, v) in enumerate(zip((3, *widths), widths, strict=False))}
@@ -237,20 +159,6 @@ class Leaky(Reference):
         return x
 
 
-@pytest.mark.parametrize(("widths", "residuals"), [((4, 8), 6), ((8,), 1), ((4, 8, 12), 2)])
-def test_pytorch_vaes_network_is_computed_as_published(widths: tuple[int, ...], residuals: int) -> None:
-    state = pytorch_vae_state(widths, residuals)
-    network, reference = loaded(pytorch_vae.FAMILY, state), Leaky(state, len(widths), residuals)
-    latents = network.encode(images())
-    torch.testing.assert_close(latents, reference.encode(images()), rtol=0, atol=1e-12)
-    torch.testing.assert_close(network.decode(latents * 9), reference.decode(latents * 9), rtol=0, atol=1e-12)
-    biases = {key for key in reference.used if key.endswith("bias")}
-    assert reference.used - biases | (biases & set(state)) == set(state) - {pytorch_vae.CODEBOOK}
-
-
-# --- MishaLaskin ---------------------------------------------------------------------------------------------------
-
-
 def mishalaskin_state(hidden: int = 8, residual: int = 4, depth: int = 3, dim: int = 8) -> State:
     half = hidden // 2
     rows = {
@@ -285,76 +193,3 @@ class Shared(Reference):
     def decode(self, x: Tensor) -> Tensor:
         x = self.stack(self.up(x, "decoder.inverse_conv_stack.0", 1), "decoder.inverse_conv_stack.1.stack")
         return self.up(functional.relu(self.up(x, "decoder.inverse_conv_stack.2")), "decoder.inverse_conv_stack.4")
-
-
-def assert_as_published(network: Any, state: State) -> None:
-    reference = Shared(state)
-    latents = network.encode(images())
-    torch.testing.assert_close(latents, reference.encode(images()), rtol=0, atol=1e-12)
-    torch.testing.assert_close(network.decode(latents), reference.decode(latents), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(("depth", "dim"), [(1, 5), (2, 8), (3, 8)])
-def test_mishalaskins_network_is_computed_as_published(depth: int, dim: int) -> None:
-    state = mishalaskin_state(depth=depth, dim=dim)
-    network = loaded(mishalaskin.FAMILY, state)
-    assert_as_published(network, state)
-    shapes = shapes_of(state)
-    assert {mishalaskin.file_key(name, shapes) for name in network.state_dict()} == set(shapes)
-
-
-def test_mishalaskins_repeated_layers_count_though_the_file_holds_them_once(tmp_path: Path) -> None:
-    state = mishalaskin_state(depth=3)
-    holder = nn.Module()
-    for key, tensor in state.items():  # safetensors goes by shared storage
-        owner = holder
-        for part in key.split(".")[:-1]:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        owner.register_buffer(key.rpartition(".")[2], tensor)
-    save_model(holder, str(tmp_path / "model.safetensors"))
-    checkpoint = read_checkpoint(tmp_path / "model.safetensors")
-    assert len(checkpoint.shapes) == len(state) - 8
-    assert mishalaskin.FAMILY.prefix(checkpoint) == ""
-    assert_as_published(loaded(mishalaskin.FAMILY, checkpoint.tensors(), checkpoint.metadata), state)
-
-
-# --- recognition ---------------------------------------------------------------------------------------------------
-
-STATES = {"rosinality": two_levels, "pytorch-vae": pytorch_vae_state, "mishalaskin": mishalaskin_state}
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "model.vqvae."])
-@pytest.mark.parametrize("name", STATES)
-def test_a_family_knows_its_own_layout_and_no_other_does(name: str, prefix: str) -> None:
-    shapes = {prefix + key: shape for key, shape in shapes_of(STATES[name]()).items()}
-    others = {"epoch": (), "discriminator.blocks.0.weight": (8, 3, 4, 4)}
-    assert claims(described(shapes | others)) == {name: prefix}
-
-
-ODD = {
-    "a layer that is not published": ("rosinality", {"enc_b.blocks.6.attention.weight": (8, 8, 1, 1)}),
-    "one level more": ("rosinality", {"enc_t.blocks.0.weight": (4, 8, 3, 3)}),
-    "a top of stride 4": ("rosinality", {"enc_t.blocks.2.weight": (8, 4, 4, 4)}),
-    "no codebook below": ("rosinality", {"quantize_b.embed": None}),
-    "upsampled by interpolation": ("pytorch-vae", {"decoder.9.0.weight": None, "decoder.9.1.weight": (3, 4, 3, 3)}),
-    "another number of doublings": ("pytorch-vae", {"decoder.8.0.weight": (8, 4, 3, 3)}),
-    "a norm": ("pytorch-vae", {"encoder.0.1.weight": (4,)}),
-    "a larger kernel": ("mishalaskin", {"encoder.conv_stack.4.weight": (8, 8, 5, 5)}),
-}
-
-
-@pytest.mark.parametrize("odd", ODD)
-def test_a_network_that_is_only_nearly_so_is_not_claimed(odd: str) -> None:
-    name, changes = ODD[odd]
-    shapes: dict[str, Any] = {**shapes_of(STATES[name]()), **changes}
-    assert claims(described({key: shape for key, shape in shapes.items() if shape is not None})) == {}
-
-
-def test_networks_are_told_from_a_file_as_well(tmp_path: Path) -> None:
-    for name, make in STATES.items():
-        state = {f"model.{key}": tensor.clone() for key, tensor in make().items()}
-        save_file(state, tmp_path / "a.safetensors")
-        checkpoint = read_checkpoint(tmp_path / "a.safetensors")
-        assert claims(checkpoint) == {name: "model."} and family_of(checkpoint) == name
