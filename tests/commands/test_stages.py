@@ -320,10 +320,7 @@ def latents_of(model: Model) -> tuple[Tensor, ...]:
 
 def test_the_decoder_alone_moves_no_latent_of_any_codebook(residual: Callable[..., Path]) -> None:
     """`between` shapes what the second codebook meets: it is of the encoder, though only the decoder's side uses it."""
-    for train, trained in (
-        ("decoder", ["decoder.weight"]),
-        ("all", ["between", "decoder.weight", "encoder.weight"]),
-    ):
+    for train, trained in (("decoder", ["decoder.weight"]), ("all", ["between", "decoder.weight", "encoder.weight"])):
         model = opened(residual((0.0, 0.5), (0.04, 0.24)))
         before = latents_of(model)
         found = tune(model, [[1, 1], [1, 1]], steps=5, train=train, codebook_update="frozen", lr=0.01)
