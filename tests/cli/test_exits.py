@@ -177,7 +177,8 @@ class Cleared:
 
 def cleared():
     Cleared()
-    time.sleep(20)
+    for _ in range(400):  # a long sleep would not be interrupted, the signal being another thread's
+        time.sleep(0.05)
     print("it went on")
 
 def another_error():
@@ -212,7 +213,8 @@ class Cleared:
 
 def get_command(*_):
     Cleared()
-    time.sleep(20)
+    for _ in range(400):
+        time.sleep(0.05)
 
 app.Commands.get_command = get_command
 app.app(["inspect"])

@@ -33,8 +33,10 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD_MODELS)
-@pytest.mark.parametrize("command", ["inspect", "measure", "prune", "verify"])
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [*((kind, "inspect") for kind in BAD_MODELS), *(("truncated", name) for name in ("measure", "prune", "verify"))],
+)
 def test_a_file_that_is_no_checkpoint_is_refused(
     kind: str, command: str, codebook: Run, images_folder: Path, tmp_path: Path
 ) -> None:
@@ -128,32 +130,21 @@ def test_a_low_confidence_codebook_is_operated_on_only_when_it_is_named(codebook
 
 BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "k over the distinct latents": (["refit", "--k", 5000], "k=5000 asks for more codes than the 912 distinct latents"),
-    "k of none": (["refit", "--k", 0], "k=0 is below 1; use --k 1 or more"),
     "negative k": (["refit", "--k", -3], "k=-3 is below 1"),
-    "no iterations": (["refit", "--k", 4, "--iterations", 0], "iterations=0 is below 1"),
     "a threshold that removes all": (["prune", "--threshold", 10_000], "threshold=10000 removes every code"),
     "a threshold beyond counting": (["prune", "--threshold", 10**24], "is more than can be counted"),
-    "moving beyond counting": (["restart", "--threshold", 10**24], "is more than can be counted"),
     "a side of no image": (["measure", "--size", 10**5], "--size 100000 is longer than 16384 pixels"),
-    "a side beyond numbers": (["measure", "--size", 10**24], "is longer than 16384 pixels"),
     "workers beyond number": (["measure", "--workers", 10**12], "is not within 0 and 1024"),
-    "a negative threshold": (["prune", "--threshold", -1], "threshold=-1 is below 0"),
     "more kept than there are": (["prune", "--keep", 17], "keep=17 of 16 codes; use --keep 16 or less"),
-    "none kept": (["prune", "--keep", 0], "keep=0 is below 1"),
     "negative steps": (["finetune", "--steps", -1], "steps=-1 is below 0"),
     "no learning rate": (["finetune", "--lr", 0], "lr=0.0 is no learning rate"),
     "nothing to train": (["finetune", "--train", "none", "--codebook-update", "frozen"], "nothing to train"),
     "a run that diverges": (["finetune", "--lr", 1e30, "--steps", 5, "--batch-size", 8], "try a lower --lr"),
     "no batch": (["measure", "--batch-size", 0], "batch-size=0 is below 1"),
-    "no images": (["measure", "--limit", 0], "limit=0 is below 1"),
-    "no size": (["measure", "--size", -4], "size=-4 is below 1"),
     "smaller than the stride": (["measure", "--size", 3], "smaller than the model's stride of 4"),
     "a negative seed": (["refit", "--k", 4, "--seed", -1], "seed=-1 is not within 0 and"),
-    "a huge seed": (["measure", "--seed", 2**70], "is not within 0 and"),
     "no range": (["measure", "--input-range", "wide"], "--input-range wide: expected two numbers, such as 0,1"),
-    "half a range": (["measure", "--input-range", "1"], "expected two numbers"),
     "a range upside down": (["measure", "--input-range", "1,-1"], "the first number must be the smaller one"),
-    "a range of nan": (["measure", "--input-range", "nan,1"], "the first number must be the smaller one"),
     "too few images": (["measure", "--limit", 1], "split of 1 images is empty"),
     "another family": (["measure", "--family", "vqgan"], "no family 'vqgan'; there are zalando"),
     "no such key": (["measure", "--codebook-key", "none.such"], "no such tensor in "),
@@ -161,15 +152,10 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "no network file": (["measure", "--network", "gone.py:make"], "no such network file: gone.py"),
     "no function": (["measure", "--network", "gone.py"], "expected FILE.py:FUNCTION"),
     "neither k nor bits": (["quantize"], "either --k, to merge codes, or --bits"),
-    "k and bits": (["quantize", "--k", 4, "--bits", 4], "either --k, to merge codes, or --bits"),
-    "too few bits": (["quantize", "--bits", 1], "bits=1 is not within 2 and 8"),
     "too many bits": (["quantize", "--bits", 9], "bits=9 is not within 2 and 8"),
-    "merging into none": (["quantize", "--k", 0], "k=0 is below 1"),
     "merging into more": (["quantize", "--k", 17, "--method", "pnn"], "k=17 of 16 codes; use --k 16 or less"),
     "restart of all": (["restart", "--threshold", 10_000], "threshold=10000 moves every code"),
-    "a negative restart": (["restart", "--threshold", -1], "threshold=-1 is below 0"),
     "growing into less": (["grow", "--k", 4], "k=4 is less than the 10 codes in use; use --k 10 or more, or refit"),
-    "growing beyond the latents": (["grow", "--k", 5000], "k=5000 asks for more codes than"),
     "dot products": (["refit", "--k", 4, "--metric", "dot"], "no k-means for dot lookup"),
 }  # fmt: skip
 
