@@ -62,9 +62,9 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     (tmp_path / "model.safetensors").write_bytes(DEMO.read_bytes())
-    items = sample_images()[::8]
+    items = sample_images()[::38]
     _, pixels = Images(items, channels=3).load(items)
-    for folder, some in (("images", pixels[:200]), ("held-out", pixels[200:220])):
+    for folder, some in (("images", pixels[:70]), ("held-out", pixels[70:80])):
         (tmp_path / folder).mkdir()
         for i, image in enumerate(some):
             shown = (image * 255).round().byte().movedim(0, -1).numpy()
@@ -131,7 +131,7 @@ def test_the_tutorial_works_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.M
     assert len(lines) >= 9
     for line in lines:
         command = line.partition(" | ")[0]
-        few = "" if command.split()[1] in ("inspect", "verify") else " --limit 150"
+        few = "" if command.split()[1] in ("inspect", "verify") else " --limit 80"
         found = typed(command + few, codebook)
         assert found.exit_code in ((0, 3) if "diagnose" in line else (0,)), (line, found.stderr)
 
