@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Grey, Outcome, State, assert_refused, contents
+from conftest import Grey, Run, State, WriteModel, assert_refused, contents
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,8 +19,6 @@ from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.models.demo import DEMO
 from codebook_tools.models.families.zalando import CODEBOOK
 
-Run = Callable[..., Outcome]
-WriteModel = Callable[..., Path]
 RANGE = ("--input-range", "-1,1")
 RESULT = {
     "command", "version", "model", "family", "settings", "seed", "warnings", "stages", "kept", "trace", "outputs",

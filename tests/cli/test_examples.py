@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 import typer
 from codebook_cli.app import app
-from conftest import Outcome
+from conftest import Outcome, Run
 from PIL import Image
 from places import ROOT
 from sources_of_images import Images
@@ -22,7 +21,6 @@ from sources_of_images import Images
 from codebook_tools.data.images import sample_images
 from codebook_tools.models.demo import DEMO
 
-Run = Callable[..., Outcome]
 sys.path.append(str(ROOT / "benchmarks"))
 transcripts = import_module("transcripts")
 

@@ -14,11 +14,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import Outcome, assert_refused, contents
+from conftest import Run, assert_refused, contents
 
 from codebook_tools.workflows import operate, pipeline
 
-Run = Callable[..., Outcome]
 RANGE = ("--input-range", "-1,1")
 
 

@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GREY, KEY, Grey, Outcome, State, assert_refused, contents, save_map
+from conftest import GREY, KEY, Grey, Run, State, WriteModel, assert_refused, contents, save_map
 from safetensors.torch import save_file
 
 from codebook_tools.checkpoints import write
 from codebook_tools.models.demo import DEMO
 from codebook_tools.models.families.zalando import CODEBOOK
 
-Run = Callable[..., Outcome]
-WriteModel = Callable[..., Path]
 RANGE = ("--input-range", "-1,1")
 
 

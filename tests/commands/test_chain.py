@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Outcome, assert_refused, contents, same
+from conftest import Run, WriteModel, assert_refused, contents, same
 from safetensors.torch import load_file
 
 from codebook_tools.evaluation.measure import reconstruct
@@ -20,8 +20,6 @@ from codebook_tools.workflows.chain import run_chain
 from codebook_tools.workflows.recipe_file import read_recipe, steps_of, without_nothing
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.session import open_request
-
-Run = Callable[..., Outcome]
 
 STEPS: list[Any] = ["prune", {"refit": {"k": 6, "steps": 3}}, {"finetune": {"steps": 2, "lr": 0.001}}]
 
@@ -38,7 +36,7 @@ def recipe(tiny: Path, images_folder: Path, tmp_path: Path) -> Callable[..., Pat
 
 
 def test_a_chain_leaves_what_its_steps_leave_one_after_another(
-    recipe: Callable[..., Path], tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
+    recipe: WriteModel, tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
 ) -> None:
     found = codebook("run", recipe(output=str(tmp_path / "out.safetensors")), "--json")
     assert found.exit_code == 0, found.stderr
@@ -57,9 +55,7 @@ def test_a_chain_leaves_what_its_steps_leave_one_after_another(
     assert verified.exit_code == 0, verified.stdout
 
 
-def test_what_a_killed_run_left_is_named_with_what_to_do(
-    recipe: Callable[..., Path], codebook: Run, tmp_path: Path
-) -> None:
+def test_what_a_killed_run_left_is_named_with_what_to_do(recipe: WriteModel, codebook: Run, tmp_path: Path) -> None:
     """It lay in a hidden folder, another one after each kill."""
     (tmp_path / "out.safetensors.steps.codebook.partial").mkdir()
     command = ("run", recipe(["prune"], output=str(tmp_path / "out.safetensors")))
@@ -69,7 +65,7 @@ def test_what_a_killed_run_left_is_named_with_what_to_do(
 
 
 def test_the_index_map_is_the_composed_one(
-    recipe: Callable[..., Path], tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
+    recipe: WriteModel, tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
 ) -> None:
     surgeries = [{"prune": {"keep": 8}}, {"quantize": {"k": 5}}]
     assert codebook("run", recipe(surgeries), "-o", tmp_path / "out.safetensors").exit_code == 0
@@ -85,7 +81,7 @@ def test_the_index_map_is_the_composed_one(
 
 
 def test_the_recipe_that_is_written_repeats_the_run_to_the_byte(
-    recipe: Callable[..., Path], codebook: Run, tmp_path: Path
+    recipe: WriteModel, codebook: Run, tmp_path: Path
 ) -> None:
     output = tmp_path / "out.safetensors"
     found = codebook("run", recipe(), "-o", output, "--seed", 3, "--batch-size", 16, "--json")
@@ -102,18 +98,14 @@ def test_a_recipe_holds_what_is_set_and_0_is() -> None:
     assert without_nothing(options) == {"workers": 0, "seed": 0, "output": "a"}
 
 
-def test_what_is_typed_comes_before_what_the_recipe_says(
-    recipe: Callable[..., Path], codebook: Run, tmp_path: Path
-) -> None:
+def test_what_is_typed_comes_before_what_the_recipe_says(recipe: WriteModel, codebook: Run, tmp_path: Path) -> None:
     path = recipe(seed=1, **{"batch-size": 16}, output=str(tmp_path / "not.safetensors"))
     found = codebook("run", path, "--seed", 2, "-o", tmp_path / "out.safetensors", "--json")
     assert found.json["seed"] == 2 and not (tmp_path / "not.safetensors").exists()
     assert found.json["steps"][1]["settings"]["batch_size"] == 16
 
 
-def test_a_dry_run_says_the_sizes_and_writes_nothing(
-    recipe: Callable[..., Path], codebook: Run, tmp_path: Path
-) -> None:
+def test_a_dry_run_says_the_sizes_and_writes_nothing(recipe: WriteModel, codebook: Run, tmp_path: Path) -> None:
     path = recipe([{"prune": {"keep": 8}}, {"refit": {"k": 6, "steps": 2}}, "finetune"])
     before = contents(tmp_path)
     found = codebook("run", path, "--dry-run", "--json")
@@ -124,7 +116,7 @@ def test_a_dry_run_says_the_sizes_and_writes_nothing(
     assert contents(tmp_path) == before
 
 
-def test_the_page_of_a_chain_shows_every_step(recipe: Callable[..., Path], codebook: Run, tmp_path: Path) -> None:
+def test_the_page_of_a_chain_shows_every_step(recipe: WriteModel, codebook: Run, tmp_path: Path) -> None:
     found = codebook("run", recipe(), "-o", tmp_path / "out.safetensors", "--report", tmp_path / "page.html")
     assert found.exit_code == 0, found.stderr
     text = (tmp_path / "page.html").read_text()
@@ -136,7 +128,7 @@ def test_the_page_of_a_chain_shows_every_step(recipe: Callable[..., Path], codeb
 
 
 def test_the_images_on_the_page_of_a_chain_are_those_of_the_files(
-    recipe: Callable[..., Path], tiny: Path, images_folder: Path, tmp_path: Path
+    recipe: WriteModel, tiny: Path, images_folder: Path, tmp_path: Path
 ) -> None:
     """The last stage is the file that was written: its worst image is the worst that a measurement of it finds."""
     request = Request(tiny, (str(images_folder),), input_range=(-1.0, 1.0), output=tmp_path / "o.safetensors")
@@ -151,7 +143,7 @@ def test_the_images_on_the_page_of_a_chain_are_those_of_the_files(
         assert expected is None or its.errors["3, finetune"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_recipe_that_is_there_is_not_replaced(recipe: Callable[..., Path], codebook: Run, tmp_path: Path) -> None:
+def test_a_recipe_that_is_there_is_not_replaced(recipe: WriteModel, codebook: Run, tmp_path: Path) -> None:
     (tmp_path / "out.recipe.yaml").write_text("mine")
     found = codebook("run", recipe(["prune"]), "-o", tmp_path / "out.safetensors")
     assert found.exit_code == 0 and "out.recipe.yaml is there and stays as it is" in found.stderr
@@ -187,7 +179,7 @@ def test_a_recipe_that_makes_no_sense_is_refused_and_leaves_nothing(
     surgeries: list[Any],
     options: dict[str, object],
     message: str,
-    recipe: Callable[..., Path],
+    recipe: WriteModel,
     codebook: Run,
     tmp_path: Path,
 ) -> None:
@@ -233,7 +225,7 @@ def test_a_file_that_is_no_recipe_is_refused(text: str, message: str, codebook: 
     assert_refused(codebook("run", tmp_path / "none.yaml"), "No such file")
 
 
-def test_a_step_that_fails_leaves_nothing(recipe: Callable[..., Path], codebook: Run, tmp_path: Path) -> None:
+def test_a_step_that_fails_leaves_nothing(recipe: WriteModel, codebook: Run, tmp_path: Path) -> None:
     path = recipe(["prune", {"refit": {"k": 100_000}}])
     before = contents(tmp_path)
     assert codebook("run", path).exit_code == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Grey, Outcome, assert_refused
+from conftest import Grey, Run, assert_refused
 from sources_of_images import Images
 from torch import Tensor, nn
 
@@ -21,8 +21,6 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.code_cards import Codes, look_at_codes
 from codebook_tools.workflows.extreme_latents import lowest_of_each
 from codebook_tools.workflows.request import Request
-
-Run = Callable[..., Outcome]
 
 # A pixel is a latent: code 0 is black, 1 is grey, 2 is white, 3 is never chosen.
 FIRSTS = [0.0, 0.5, 1.0, 5.0]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, State
+from conftest import Run, State, WriteModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -194,7 +194,7 @@ def test_rows_of_other_settings_are_not_used_and_not_lost(ask: Ask, tmp_path: Pa
 
 
 def test_rows_of_another_model_or_version_are_not_used(
-    ask: Ask, write_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    ask: Ask, write_model: WriteModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes = [ask("top-k").rows[0].made_with, ask("top-k", model=write_model("extra", "other")).rows[0].made_with]
     monkeypatch.setattr("codebook_tools.workflows.comparison_rows.VERSION", "999")
@@ -302,8 +302,6 @@ def test_the_table_shows_step_0_and_the_end_with_their_spread() -> None:
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
-
-Run = Callable[..., Outcome]
 
 
 def test_the_command_gives_the_promised_json(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEAD, Outcome, State, assert_refused
+from conftest import DEAD, Run, State, WriteModel, assert_refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -15,8 +14,6 @@ from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.models.demo import DEMO
 from codebook_tools.models.families.zalando import CODEBOOK
 
-Run = Callable[..., Outcome]
-WriteModel = Callable[..., Path]
 RANGE = ("--input-range", "-1,1")
 
 

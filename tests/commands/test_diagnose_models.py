@@ -27,7 +27,7 @@ from collapsing import (
     train,
     write,
 )
-from conftest import Outcome
+from conftest import Run
 from torch import Tensor
 from torch.nn import functional
 
@@ -37,7 +37,6 @@ from codebook_tools.workflows.request import Request
 
 pytestmark = pytest.mark.slow
 
-Run = Callable[..., Outcome]
 SIZE = {"cosine": 8}
 AVERAGED = ("library", "cosine")
 KINDS = ("plain", "sounds", "two stages", "library", "cosine")

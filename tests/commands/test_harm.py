@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome, assert_refused
+from conftest import Run, assert_refused
 from proven_networks import write_images, write_network
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +18,6 @@ from codebook_tools.evaluation.quality_warnings import worse_warnings
 from codebook_tools.strategies import Condense, Grow, Quantize, Restart
 from codebook_tools.workflows.session import UNSEEN
 
-Run = Callable[..., Outcome]
 KEY = "vq.codebook.weight"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, assert_refused
+from conftest import Run, assert_refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from codebook_tools.workflows.session import open_request
 from codebook_tools.workflows.verify import verify_checkpoint
 
 NO_STEPS = FineTune(steps=0)
+Ask = Callable[..., Request]
 LIMIT = 40
 """Images of the bundled sample; each has 64 latents."""
 
@@ -78,9 +79,7 @@ def maps_of(result: Result) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("strategy", [Prune(keep=20), Refit(8, init="used")], ids=["keep", "refit"])
-def test_the_encoders_own_latents_do_what_the_images_do(
-    strategy: Strategy, asked: Callable[..., Request], tmp_path: Path
-) -> None:
+def test_the_encoders_own_latents_do_what_the_images_do(strategy: Strategy, asked: Ask, tmp_path: Path) -> None:
     seen = do(Request(limit=LIMIT, output=tmp_path / "seen.safetensors"), strategy)
     given = do(asked(), strategy)
     folder = Path(asked().latents[0]).parent
@@ -100,7 +99,7 @@ def test_the_encoders_own_latents_do_what_the_images_do(
 
 
 def test_figures_of_images_are_null_and_those_of_codes_are_worked_out_in_float64(
-    files: dict[str, str], asked: Callable[..., Request]
+    files: dict[str, str], asked: Ask
 ) -> None:
     result = do(asked(), Refit(8))
     assert result.before is not None and result.surgery is not None
@@ -137,7 +136,7 @@ def test_a_refit_finds_clusters_that_no_encoder_made(tmp_path: Path) -> None:
     assert new["other.weight"].tolist() == [1, 1, 1] and result.outputs["model"].endswith("m.refit-k3.safetensors")  # type: ignore[union-attr]
 
 
-def test_prune_restart_and_grow_keep_the_codes_in_use(files: dict[str, str], asked: Callable[..., Request]) -> None:
+def test_prune_restart_and_grow_keep_the_codes_in_use(files: dict[str, str], asked: Ask) -> None:
     old = load_file(DEMO)[CODEBOOK]
     rows = torch.from_numpy(np.load(files["calibration"])).double()
     counts = torch.bincount(torch.cdist(rows, old.double()).argmin(1), minlength=512)
@@ -152,9 +151,7 @@ def test_prune_restart_and_grow_keep_the_codes_in_use(files: dict[str, str], ask
         assert after.distortion == before.distortion if isinstance(strategy, Prune) else after.used > before.used
 
 
-def test_counts_of_latents_are_kept_for_later(
-    files: dict[str, str], asked: Callable[..., Request], tmp_path: Path
-) -> None:
+def test_counts_of_latents_are_kept_for_later(files: dict[str, str], asked: Ask, tmp_path: Path) -> None:
     stats = tmp_path / "stats.safetensors"
     found = measure_model(asked(), Watch(), stats)
     assert (
@@ -182,14 +179,14 @@ def test_a_tenth_of_the_latents_is_held_out_where_no_test_data_are_given(files: 
 # --- what is refused, and what is shown ----------------------------------------------------------------------------
 
 
-def test_fine_tuning_needs_images(asked: Callable[..., Request], tmp_path: Path) -> None:
+def test_fine_tuning_needs_images(asked: Ask, tmp_path: Path) -> None:
     with pytest.raises(CodebookError, match=r"12 steps of fine-tuning need images; give --data, or --steps 0"):
         do(asked(), Refit(8), FineTune(steps=12))
     assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize("more", [{"data": ("images",)}, {"stats": Path("stats.safetensors")}], ids=str)
-def test_latents_stand_alone(more: dict[str, Any], asked: Callable[..., Request]) -> None:
+def test_latents_stand_alone(more: dict[str, Any], asked: Ask) -> None:
     with pytest.raises(CodebookError, match="--latents stand in for images"):
         do(asked(**more), Refit(8))
 
@@ -209,7 +206,7 @@ def test_latents_are_of_one_codebook(tmp_path: Path) -> None:
 
 
 def test_the_commands_take_latents(
-    files: dict[str, str], codebook: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: dict[str, str], codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shown = codebook("measure", "--latents", files["all"])

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from browsers import browser  # noqa: F401  # a fixture
-from conftest import Grey, Outcome, assert_refused
+from conftest import Grey, Run, assert_refused
 
 from codebook_tools.report.html.map import map_plot, mapped_page
 from codebook_tools.report.html.page import html
@@ -22,8 +22,6 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows import latent_map
 from codebook_tools.workflows.latent_map import Map, look_at_map, principal
 from codebook_tools.workflows.request import Request
-
-Run = Callable[..., Outcome]
 
 
 @pytest.fixture

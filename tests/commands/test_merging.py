@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, State, assert_refused, contents
+from conftest import Run, State, WriteModel, assert_refused, contents
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +27,6 @@ from codebook_tools.workflows.operate import measure_model
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.session import open_request
 
-Run = Callable[..., Outcome]
 N = 4
 
 
@@ -342,7 +341,7 @@ def test_a_file_of_stats_stays_below_its_limit() -> None:
 def test_a_sample_that_is_all_latents_does_what_the_images_do(
     command: tuple[object, ...],
     variant: str,
-    write_model: Callable[..., Path],
+    write_model: WriteModel,
     codebook: Run,
     images_folder: Path,
     tmp_path: Path,
@@ -362,7 +361,7 @@ def test_a_sample_that_is_all_latents_does_what_the_images_do(
 
 
 def test_counts_that_stand_for_more_than_the_sample_count_in_full(
-    write_model: Callable[..., Path],
+    write_model: WriteModel,
     codebook: Run,
     images_folder: Path,
     tmp_path: Path,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEAD, State
+from conftest import DEAD, State, WriteModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sources_of_images import find_images
@@ -36,8 +36,8 @@ from codebook_tools.workflows.operate import Result, measure_model, operate
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.verify import verify_checkpoint
 
-WriteModel = Callable[..., Path]
 NO_STEPS = FineTune(steps=0)
+Ask = Callable[..., Request]
 FEW_STEPS = FineTune(steps=12, batch_size=16, lr=1e-3)
 RUINOUS = FineTune(steps=3, batch_size=16, lr=30.0)
 VARIANTS = (
@@ -47,8 +47,8 @@ VARIANTS = (
 
 
 @pytest.fixture
-def request_for(images_folder: Path) -> Callable[..., Request]:
-    """request_for(model): the tiny images, input range [-1, 1]."""
+def ask(images_folder: Path) -> Callable[..., Request]:
+    """ask(model): the tiny images, input range [-1, 1]."""
 
     def make(model: Path, **more: Any) -> Request:
         return Request(model=model, **{"data": (str(images_folder),), "input_range": (-1.0, 1.0)} | more)
@@ -106,9 +106,9 @@ def most_go_to(latents: Tensor, old: Tensor, new: Tensor, code: int) -> set[int]
 
 
 def test_pruning_dead_codes_keeps_the_others_and_changes_no_reconstruction(
-    tiny: Path, request_for: Callable[..., Request], variants: dict[str, State]
+    tiny: Path, ask: Ask, variants: dict[str, State]
 ) -> None:
-    result = do(request_for(tiny), Prune())
+    result = do(ask(tiny), Prune())
     index_map, nearest = maps_of(result)
     alive = [i for i in range(16) if i not in DEAD]
     assert index_map.dtype == nearest.dtype == torch.int64
@@ -125,9 +125,9 @@ def test_pruning_dead_codes_keeps_the_others_and_changes_no_reconstruction(
 
 
 def test_keeping_the_most_used_codes_sends_each_other_to_where_most_of_its_latents_go(
-    tiny: Path, request_for: Callable[..., Request], variants: dict[str, State], calibration_latents: Tensor
+    tiny: Path, ask: Ask, variants: dict[str, State], calibration_latents: Tensor
 ) -> None:
-    result = do(request_for(tiny), Prune(keep=4))
+    result = do(ask(tiny), Prune(keep=4))
     index_map, nearest = maps_of(result)
     old = variants["plain"][CODEBOOK]
     counts = torch.bincount(assigned(calibration_latents, old), minlength=16)
@@ -141,10 +141,8 @@ def test_keeping_the_most_used_codes_sends_each_other_to_where_most_of_its_laten
         assert int(nearest[code]) in expected
 
 
-def test_revived_codes_lose_their_identity_and_the_others_keep_it(
-    tiny: Path, request_for: Callable[..., Request]
-) -> None:
-    result = do(request_for(tiny), None, FEW_STEPS)
+def test_revived_codes_lose_their_identity_and_the_others_keep_it(tiny: Path, ask: Ask) -> None:
+    result = do(ask(tiny), None, FEW_STEPS)
     assert result.kept == "finetuned" and result.surgery is None
     index_map, nearest = maps_of(result)
     best = min((point for point in result.trace if point.step), key=lambda point: point.validation_mse)
@@ -153,10 +151,8 @@ def test_revived_codes_lose_their_identity_and_the_others_keep_it(
     assert all(index_map[code] == nearest[code] == code for code in range(16) if code not in gone)
 
 
-def test_a_surgery_that_is_fine_tuned_keeps_the_identities_that_pruning_kept(
-    tiny: Path, request_for: Callable[..., Request]
-) -> None:
-    result = do(request_for(tiny), Prune(), FEW_STEPS)
+def test_a_surgery_that_is_fine_tuned_keeps_the_identities_that_pruning_kept(tiny: Path, ask: Ask) -> None:
+    result = do(ask(tiny), Prune(), FEW_STEPS)
     index_map, _ = maps_of(result)
     assert result.kept == "finetuned"
     assert [int(new) for new in index_map if new >= 0] == list(range(10))
@@ -174,12 +170,12 @@ def test_a_code_without_identity_goes_with_most_of_its_latents_and_without_laten
 
 def test_after_fine_tuning_maps_and_counts_are_those_of_the_trained_encoder(
     write_model: WriteModel,
-    request_for: Callable[..., Request],
+    ask: Ask,
     variants: dict[str, State],
     calibration_pixels: Tensor,
     calibration_latents: Tensor,
 ) -> None:
-    result = do(request_for(write_model("ema")), Refit(6), replace(FEW_STEPS, lr=0.02))
+    result = do(ask(write_model("ema")), Refit(6), replace(FEW_STEPS, lr=0.02))
     assert result.kept == "finetuned"
     new = load_file(output_of(result))
     latents = Tutorial(new).encode(calibration_pixels * 2 - 1).movedim(1, -1).flatten(0, -2)
@@ -222,14 +218,14 @@ def test_the_file_holds_the_kept_stage_and_passes_every_check(
     recipe: FineTune,
     kept: str,
     write_model: WriteModel,
-    request_for: Callable[..., Request],
+    ask: Ask,
     variants: dict[str, State],
 ) -> None:
     model = write_model(variant)
-    result = do(request_for(model), strategy, recipe)
+    result = do(ask(model), strategy, recipe)
     assert result.kept == kept
 
-    again = measure_model(request_for(output_of(result)), Watch())
+    again = measure_model(ask(output_of(result)), Watch())
     assert again.before == expected_stage(result)
     assert verify_checkpoint(output_of(result), model).differences == ()
 
@@ -262,9 +258,9 @@ def test_the_file_holds_the_kept_stage_and_passes_every_check(
 
 @pytest.mark.parametrize("update", ["ema", "frozen"])
 def test_the_decoder_trains_without_a_byte_of_the_encoder(
-    update: Any, tiny: Path, request_for: Callable[..., Request], variants: dict[str, State]
+    update: Any, tiny: Path, ask: Ask, variants: dict[str, State]
 ) -> None:
-    result = do(request_for(tiny), None, replace(FEW_STEPS, train="decoder", codebook_update=update, lr=0.01))
+    result = do(ask(tiny), None, replace(FEW_STEPS, train="decoder", codebook_update=update, lr=0.01))
     assert result.kept == "finetuned"
     new, old = load_file(output_of(result)), variants["plain"]
     changed = {name for name in old if tensor_bytes(new[name]) != tensor_bytes(old[name])}
@@ -274,10 +270,8 @@ def test_the_decoder_trains_without_a_byte_of_the_encoder(
     assert any(name.startswith("_decoder") for name in changed)
 
 
-def test_training_no_network_moves_the_codebook_alone(
-    tiny: Path, request_for: Callable[..., Request], variants: dict[str, State]
-) -> None:
-    result = do(request_for(tiny), Refit(3, init="random", iterations=1), replace(FEW_STEPS, train="none"))
+def test_training_no_network_moves_the_codebook_alone(tiny: Path, ask: Ask, variants: dict[str, State]) -> None:
+    result = do(ask(tiny), Refit(3, init="random", iterations=1), replace(FEW_STEPS, train="none"))
     new, old = load_file(output_of(result)), variants["plain"]
     assert {name for name in old if tensor_bytes(new[name]) != tensor_bytes(old[name])} == {CODEBOOK}
     assert [point.step for point in result.trace] == list(range(13))
@@ -287,9 +281,9 @@ def test_training_no_network_moves_the_codebook_alone(
 
 
 def test_the_file_says_how_it_was_made_without_times_and_paths(
-    tiny: Path, request_for: Callable[..., Request], tmp_path: Path, images_folder: Path
+    tiny: Path, ask: Ask, tmp_path: Path, images_folder: Path
 ) -> None:
-    result = do(request_for(tiny, seed=5), Refit(6, seed=5), FEW_STEPS)
+    result = do(ask(tiny, seed=5), Refit(6, seed=5), FEW_STEPS)
     metadata = read_checkpoint(output_of(result)).metadata
     ours = {name.removeprefix("codebook_tools."): value for name, value in metadata.items() if "codebook" in name}
     assert metadata.keys() - {f"codebook_tools.{name}" for name in ours} == {"format", "note"}
@@ -307,18 +301,16 @@ def test_the_file_says_how_it_was_made_without_times_and_paths(
 
 
 def test_the_same_work_gives_the_same_bytes_wherever_the_images_lie(
-    tiny: Path, request_for: Callable[..., Request], images_tar: Path, tmp_path: Path
+    tiny: Path, ask: Ask, images_tar: Path, tmp_path: Path
 ) -> None:
     written = []
     for name, data in (("one", {}), ("two", {"data": (str(images_tar),)})):
-        do(request_for(tiny, output=tmp_path / f"{name}.safetensors", **data), Refit(6), FEW_STEPS)
+        do(ask(tiny, output=tmp_path / f"{name}.safetensors", **data), Refit(6), FEW_STEPS)
         written.append([(tmp_path / f"{name}{end}").read_bytes() for end in (".safetensors", ".index_map.safetensors")])
     assert written[0] == written[1]
 
 
-def test_test_images_choose_nothing(
-    tiny: Path, request_for: Callable[..., Request], held_out_folder: Path, tmp_path: Path
-) -> None:
+def test_test_images_choose_nothing(tiny: Path, ask: Ask, held_out_folder: Path, tmp_path: Path) -> None:
     files = sorted(held_out_folder.iterdir())
     written, measured = [], []
     for name, chosen in (("one", files[:6]), ("two", files[6:])):
@@ -326,7 +318,7 @@ def test_test_images_choose_nothing(
         folder.mkdir()
         for file in chosen:
             (folder / file.name).write_bytes(file.read_bytes())
-        asked = request_for(tiny, test_data=(str(folder),), input_range=None, output=folder / "out.safetensors")
+        asked = ask(tiny, test_data=(str(folder),), input_range=None, output=folder / "out.safetensors")
         result = do(asked, Refit(6), FEW_STEPS)
         written.append([(folder / f"out{end}").read_bytes() for end in (".safetensors", ".index_map.safetensors")])
         measured.append(expected_stage(result))
@@ -334,10 +326,10 @@ def test_test_images_choose_nothing(
 
 
 def test_a_sample_of_the_latents_stands_for_all_and_is_owned_up_to(
-    write_model: WriteModel, request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+    write_model: WriteModel, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(survey.__kwdefaults__ or {}, "limit", 300)
-    result = do(request_for(write_model("ema")), Refit(6))
+    result = do(ask(write_model("ema")), Refit(6))
     assert any("a sample of 300 of 912 latents" in warning for warning in result.warnings)
     sizes = load_file(output_of(result))["_vq_vae._ema_cluster_size"]
     assert sizes.sum().item() == pytest.approx(912)
@@ -359,21 +351,21 @@ def watched() -> tuple[Watch, list[str]]:
     ],
 )
 def test_an_existing_output_is_found_before_anything_is_encoded(
-    command: str, strategy: Strategy | None, name: str, tiny: Path, request_for: Callable[..., Request]
+    command: str, strategy: Strategy | None, name: str, tiny: Path, ask: Ask
 ) -> None:
     existing = tiny.with_name(name)
     existing.write_bytes(b"precious")
     watch, seen = watched()
     with pytest.raises(CodebookError, match=f"{name} exists"):
-        operate(command, request_for(tiny), strategy, NO_STEPS, watch)
+        operate(command, ask(tiny), strategy, NO_STEPS, watch)
     assert "encode" not in seen and existing.read_bytes() == b"precious"
 
 
 def test_fine_tuning_wants_training_and_validation_images(
-    tiny: Path, request_for: Callable[..., Request], held_out_folder: Path, images_folder: Path
+    tiny: Path, ask: Ask, held_out_folder: Path, images_folder: Path
 ) -> None:
     one = next(item for item in find_images([images_folder]) if not item.in_tenth(1))
-    asked = request_for(tiny, data=(str(images_folder / one.name),), test_data=(str(held_out_folder),))
+    asked = ask(tiny, data=(str(images_folder / one.name),), test_data=(str(held_out_folder),))
     with pytest.raises(CodebookError, match="1 calibration images leave the training or validation split empty"):
         do(asked, None, FEW_STEPS)
     assert do(asked, Prune()).kept == "surgery"  # without steps none are wanted
@@ -386,10 +378,10 @@ def test_a_plan_says_what_would_be_written_and_writes_nothing(
     variant: str,
     strategy: Strategy | None,
     write_model: WriteModel,
-    request_for: Callable[..., Request],
+    ask: Ask,
     tmp_path: Path,
 ) -> None:
-    asked = request_for(write_model(variant))
+    asked = ask(write_model(variant))
     command = type(strategy).__name__.lower() if strategy else "finetune"
     found = plan(command, asked, strategy, FEW_STEPS, Watch())
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.safetensors"]
@@ -408,8 +400,8 @@ def test_a_plan_says_what_would_be_written_and_writes_nothing(
     assert found.seconds["estimate"] > 0
 
 
-def test_a_plan_for_a_threshold_cannot_know_the_size(tiny: Path, request_for: Callable[..., Request]) -> None:
-    found = plan("prune", request_for(tiny), Prune(), NO_STEPS, Watch())
+def test_a_plan_for_a_threshold_cannot_know_the_size(tiny: Path, ask: Ask) -> None:
+    found = plan("prune", ask(tiny), Prune(), NO_STEPS, Watch())
     assert found.size == {"before": 16, "after": None}
     assert found.outputs == {"model": None, "index_map": None}
     assert found.bytes["after"] == found.bytes["before"] == tiny.stat().st_size
@@ -418,11 +410,9 @@ def test_a_plan_for_a_threshold_cannot_know_the_size(tiny: Path, request_for: Ca
 # --- figures of the result -----------------------------------------------------------------------------------------
 
 
-def test_a_model_that_is_operated_on_again_names_its_last_surgery(
-    tiny: Path, request_for: Callable[..., Request]
-) -> None:
-    first = output_of(do(request_for(tiny), Prune()))
-    second = do(request_for(first), Refit(4))
+def test_a_model_that_is_operated_on_again_names_its_last_surgery(tiny: Path, ask: Ask) -> None:
+    first = output_of(do(ask(tiny), Prune()))
+    second = do(ask(first), Refit(4))
     metadata = read_checkpoint(output_of(second)).metadata
     assert output_of(second).name == "tiny.prune-k10.refit-k4.safetensors"
     assert metadata["codebook_tools.command"] == "refit" and metadata["note"] == "by others"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome
+from conftest import Run
 from places import SHARED
 from safetensors.torch import load_file
 from sources_of_images import Images, find_images
@@ -33,7 +32,6 @@ FASHION, FASHION_TRAIN, FASHION_TEST, FASHION_NETWORK = (
 )
 WITH_NETWORK = ("--network", f"{FASHION_NETWORK}:make")
 
-Run = Callable[..., Outcome]
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the folder {SHARED} is absent")
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, assert_refused
+from conftest import Outcome, Run, assert_refused
 from torch import Tensor
 
 from codebook_tools.clustering.metric import COSINE_UNIT
@@ -24,7 +23,6 @@ from codebook_tools.strategies import Refit
 from codebook_tools.strategies.entropy_refit import EntropyRefit
 from codebook_tools.workflows.sweep import suggest
 
-Run = Callable[..., Outcome]
 RANGE = ("--input-range", "-1,1")
 
 
@@ -131,7 +129,7 @@ def test_what_it_cannot_do_is_refused(codebook: Codebook, price: float, message:
 
 
 @pytest.fixture
-def swept(tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path) -> Callable[..., Outcome]:
+def swept(tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path) -> Run:
     def run(*options: object) -> Outcome:
         folder = ("-o", tmp_path / "sweep")
         return codebook("sweep", tiny, "--data", images_folder, *RANGE, *folder, "--json", *options)
