@@ -175,30 +175,20 @@ def test_cuda_is_refused_where_there_is_none(
     assert_refused(codebook("measure", tiny, "--data", images_folder, "--device", "cuda"), "use --device cpu or auto")
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "no images", "a text", "a compressed tar", "shared"])
-def test_data_that_cannot_be_used_are_refused(
-    kind: str, tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path
-) -> None:
-    data, more, message = tmp_path / "data", [], "no images in "
-    if kind == "missing":
-        message = f"no such file or folder: {data}"
-    elif kind == "empty":
-        data.mkdir()
-    elif kind == "no images":
-        data.mkdir()
-        (data / "notes.txt").write_text("none here")
-    elif kind == "a text":
-        data = tmp_path / "data.txt"
-        data.touch()
-        message = "is no image source"
-    elif kind == "a compressed tar":
-        data = tmp_path / "data.tar"
-        data.write_bytes(b"\x1f\x8b\x08\x00" * 200)
-        message = "is not a readable, uncompressed tar"
-    else:
-        data, more, message = images_folder, ["--test-data", images_folder / "a"], "is also in --data"
+def test_data_that_cannot_be_used_are_refused(tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data.txt").touch()
+    (tmp_path / "data.tar").write_bytes(b"\x1f\x8b\x08\x00" * 200)
     before = contents(tmp_path)
-    assert_refused(codebook("prune", tiny, "--data", data, *more, *RANGE), message)
+    for name, message in {
+        "missing": "no such file or folder: ",
+        "empty": "no images in ",
+        "data.txt": "is no image source",
+        "data.tar": "is not a readable, uncompressed tar",
+    }.items():
+        assert_refused(codebook("prune", tiny, "--data", tmp_path / name, *RANGE), message)
+    shared = ("--data", images_folder, "--test-data", images_folder / "a")
+    assert_refused(codebook("prune", tiny, *shared, *RANGE), "is also in --data")
     assert contents(tmp_path) == before
 
 
@@ -230,7 +220,7 @@ def test_a_network_that_does_not_do_is_refused_with_the_reason(
     assert {name: data for name, data in contents(tmp_path).items() if "__pycache__" not in name} == before
 
 
-@pytest.mark.parametrize("kind", ["no folder", "a folder", "not writable", "too long"])
+@pytest.mark.parametrize("kind", ["no folder", "a folder", "not writable", "no safetensors"])
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     kind: str, tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +228,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
         "no folder": (tmp_path / "gone" / "out.safetensors", "no such folder: "),
         "a folder": (images_folder, "is a directory; name a file with --output"),
         "not writable": (tmp_path / "out.safetensors", f"cannot write in {tmp_path}"),
-        "too long": (tmp_path / f"{'x' * 300}.safetensors", f"cannot write in {tmp_path}"),
+        "no safetensors": (tmp_path / "out.pt", "does not end in .safetensors"),
     }[kind]
     if kind == "not writable":
 
@@ -253,19 +243,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["tiny.safetensors", "../folder/tiny.safetensors"])
-def test_the_model_itself_is_never_overwritten(tiny: Path, codebook: Run, images_folder: Path, name: str) -> None:
-    output = tiny.parent / name.replace("folder", tiny.parent.name).replace("tiny.safetensors", tiny.name)
+def test_the_model_itself_is_never_overwritten(tiny: Path, codebook: Run, images_folder: Path) -> None:
     before = tiny.read_bytes()
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE, "-o", output, "--force")
-    assert found.exit_code == 1
-    assert "is the model itself" in found.stderr
+    for output in (tiny, tiny.parent / ".." / tiny.parent.name / tiny.name):
+        refused = codebook("prune", tiny, "--data", images_folder, *RANGE, "-o", output, "--force")
+        assert_refused(refused, "is the model itself")
     assert tiny.read_bytes() == before
-
-
-def test_only_safetensors_are_written(tiny: Path, codebook: Run, images_folder: Path) -> None:
-    output = tiny.with_name("out.pt")
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE, "-o", output)
-    assert found.exit_code == 1
-    assert "does not end in .safetensors" in found.stderr
-    assert not output.exists()

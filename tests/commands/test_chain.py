@@ -21,7 +21,7 @@ from codebook_tools.workflows.recipe_file import read_recipe, steps_of, without_
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.session import open_request
 
-STEPS: list[Any] = ["prune", {"refit": {"k": 6, "steps": 3}}, {"finetune": {"steps": 2, "lr": 0.001}}]
+STEPS: list[Any] = ["prune", {"refit": {"k": 6, "steps": 2}}, {"finetune": {"steps": 1, "lr": 0.001}}]
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def test_a_chain_leaves_what_its_steps_leave_one_after_another(
     one, two, three = (tmp_path / f"{n}.safetensors" for n in (1, 2, 3))
     results = [
         codebook("prune", tiny, *data, "-o", one),
-        codebook("refit", one, "--k", 6, "--steps", 3, *data, "-o", two),
-        codebook("finetune", two, "--steps", 2, "--lr", 0.001, *data, "-o", three),
+        codebook("refit", one, "--k", 6, "--steps", 2, *data, "-o", two),
+        codebook("finetune", two, "--steps", 1, "--lr", 0.001, *data, "-o", three),
     ]
     assert [step["stages"] for step in found.json["steps"]] == [result.json["stages"] for result in results]
     ours, theirs = load_file(tmp_path / "out.safetensors"), load_file(three)
@@ -232,6 +232,7 @@ def test_a_step_that_fails_leaves_nothing(recipe: WriteModel, codebook: Run, tmp
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_chain_on_the_demo_sees_the_bundled_sample_throughout(tmp_path: Path, codebook: Run) -> None:
     (tmp_path / "recipe.yaml").write_text("limit: 120\nsurgeries: [{prune: {keep: 60}}, {quantize: {k: 32}}]\n")
     found = codebook("run", tmp_path / "recipe.yaml", "-o", tmp_path / "out.safetensors", "--json")

@@ -82,8 +82,7 @@ def test_by_the_map_codes_that_are_alike_stand_together(looked: Callable[..., Co
 
 
 def test_as_many_codes_are_shown_as_are_asked_for(looked: Callable[..., Codes]) -> None:
-    found = looked(top=1, most=2)
-    assert [(card.code, len(card.typical)) for card in found.cards] == [(0, 1), (1, 1)]
+    assert [(card.code, len(card.typical)) for card in looked(top=1, most=2).cards] == [(0, 1), (1, 1)]
 
 
 def test_an_example_has_its_tokens_and_what_they_decode_to(looked: Callable[..., Codes]) -> None:

@@ -27,7 +27,7 @@ from codebook_tools.workflows.comparison_rows import Comparison, Row, RowStore, 
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.request import Request
 
-RECIPE = FineTune(steps=12, batch_size=16)
+RECIPE = FineTune(steps=4, batch_size=16)
 Ask = Callable[..., Comparison]
 
 
@@ -111,9 +111,9 @@ def test_all_rows_train_on_the_same_batches(ask: Ask, monkeypatch: pytest.Monkey
             yield images, share
 
     monkeypatch.setattr(Batches, "__iter__", recorded)
-    recipe = replace(RECIPE, steps=30)  # with revival, which draws as well
+    recipe = replace(RECIPE, steps=12)  # with revival, which draws as well
     ask("untouched+same-recipe", "untouched+textbook", "restart", "refit+fresh-network", recipe=recipe)
-    assert len(drawn) == 4 and len(drawn[0]) == 30
+    assert len(drawn) == 4 and len(drawn[0]) == 12
     assert all(other == drawn[0] for other in drawn)
 
 

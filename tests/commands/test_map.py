@@ -102,6 +102,7 @@ def test_the_same_seed_gives_the_same_map_by_umap(tiny: Path, images_folder: Pat
 def test_the_command_writes_a_page_and_pictures_and_a_table(
     tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path, without_umap: None
 ) -> None:
+    assert_refused(codebook("map", tiny, "--k", 0), "k=0 is below 1")
     options = ("map", tiny, "--data", images_folder, "--input-range", "-1,1")
     found = codebook(*options, "--report", tmp_path / "here.html", "--json")
     assert found.exit_code == 0, found.stderr
@@ -113,10 +114,6 @@ def test_the_command_writes_a_page_and_pictures_and_a_table(
     assert table["kind"].count("code") == found.json["size"] and table["kind"].count("centroid") == found.json["k"]
     latents = [i for i, kind in enumerate(table["kind"]) if kind == "latent"]
     assert all(table[name][i] is not None for name in ("code", "image", "row", "column") for i in latents)
-
-
-def test_nonsense_is_refused(tiny: Path, codebook: Run) -> None:
-    assert_refused(codebook("map", tiny, "--k", 0), "k=0 is below 1")
 
 
 @pytest.mark.slow

@@ -92,11 +92,10 @@ def assert_all_ran(found: Mapping[str, Any], exit_codes: Sequence[int] = (0,)) -
 
 
 FEW = {
-    "measure": "measure {tiny} {data}",
-    "prune": "prune {tiny} {data} -o {out}/few-prune.safetensors",
-    "refit": "refit {tiny} --k 8 --steps 3 {data} -o {out}/few-refit.safetensors",
+    "measure": "measure {tiny} {data} --limit 24",
+    "refit": "refit {tiny} --k 8 --steps 3 {data} --limit 24 -o {out}/few-refit.safetensors",
 }
-TUNED = {"tuned": "finetune {tiny} --steps 20 {data} -o {out}/tuned.safetensors"}
+TUNED = {"tuned": "finetune {tiny} --steps 20 {data} --limit 24 -o {out}/tuned.safetensors"}
 
 
 @pytest.fixture(scope="module")
