@@ -256,25 +256,25 @@ def test_the_file_holds_the_kept_stage_and_passes_every_check(
         torch.testing.assert_close(sums / counts[:, None], new[key].float(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("update", ["ema", "frozen"])
-def test_the_decoder_trains_without_a_byte_of_the_encoder(
-    update: Any, tiny: Path, ask: Ask, variants: dict[str, State]
-) -> None:
-    result = do(ask(tiny), None, replace(FEW_STEPS, train="decoder", codebook_update=update, lr=0.01))
-    assert result.kept == "finetuned"
+@pytest.mark.parametrize(
+    ("strategy", "recipe", "beside_the_decoder"),
+    [
+        (None, {"train": "decoder", "codebook_update": "ema"}, {CODEBOOK}),
+        (None, {"train": "decoder", "codebook_update": "frozen"}, set()),
+        (Refit(3, init="random", iterations=1), {"train": "none"}, {CODEBOOK}),
+    ],
+    ids=["decoder", "frozen codes", "codes alone"],
+)
+def test_nothing_trains_but_what_is_asked_for(
+    strategy: Strategy | None, recipe: dict[str, Any], beside_the_decoder: set[str], tiny: Path, ask: Ask,
+    variants: dict[str, State],
+) -> None:  # fmt: skip
+    result = do(ask(tiny), strategy, replace(FEW_STEPS, lr=0.01, **recipe))
     new, old = load_file(output_of(result)), variants["plain"]
     changed = {name for name in old if tensor_bytes(new[name]) != tensor_bytes(old[name])}
-    assert {name for name in changed if not name.startswith("_decoder")} == (
-        {CODEBOOK} - {update == "frozen" and CODEBOOK}
-    )
-    assert any(name.startswith("_decoder") for name in changed)
-
-
-def test_training_no_network_moves_the_codebook_alone(tiny: Path, ask: Ask, variants: dict[str, State]) -> None:
-    result = do(ask(tiny), Refit(3, init="random", iterations=1), replace(FEW_STEPS, train="none"))
-    new, old = load_file(output_of(result)), variants["plain"]
-    assert {name for name in old if tensor_bytes(new[name]) != tensor_bytes(old[name])} == {CODEBOOK}
-    assert [point.step for point in result.trace] == list(range(13))
+    decoder = {name for name in changed if name.startswith("_decoder")}
+    assert result.kept == "finetuned" and changed - decoder == beside_the_decoder
+    assert bool(decoder) == (recipe["train"] == "decoder")
 
 
 # --- provenance and repetition -------------------------------------------------------------------------------------

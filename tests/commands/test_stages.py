@@ -169,10 +169,6 @@ def test_a_refit_of_the_second_sees_what_the_refitted_first_leaves(residual: Wri
         size = new[f"quantizers.{i}.cluster_size"]
         assert size.tolist() == [size.sum() / 2] * 2 and size.sum() > 500  # counted anew: not the ones of the file
         torch.testing.assert_close(new[f"quantizers.{i}.embed_avg"], new[KEYS[i]] * size[:, None])
-
-
-def test_nearest_goes_from_the_tokens_of_the_original_to_those_of_the_result(residual: Write, ask: Ask) -> None:
-    result = do(ask(residual()), Refit(2))
     assert maps(result, "index_map") == [[REMOVED] * 4] * 2
     low, high = (firsts(result, 0).index(x) for x in (0.1, 0.7))
     less, more = (firsts(result, 1).index(x) for x in (-0.1, 0.1))
