@@ -195,6 +195,9 @@ def test_what_does_not_go_together_is_refused(
     ("options", "message"),
     [
         (("--batch-size", 6), "is of batch size 6,"),
+        (("--seed", 3), "is of seed 3,"),
+        (("--precision", "bf16"), "is of precision bf16,"),
+        (("--metric", "cosine"), "is of metric cosine,"),
         (("--input-range", "0,1"), "is of input range [0.0, 1.0],"),
         (("--limit", 5), "is of images"),
         (("--shard", "2/9"), "is of shards 9,"),
