@@ -204,7 +204,9 @@ def expected_stage(result: Result) -> Measurement:
 @pytest.mark.parametrize(
     ("variant", "strategy", "recipe", "kept"),
     [
-        *((variant, Refit(4), FEW_STEPS, "finetuned") for variant in VARIANTS),  # as many codes as dimensions
+        *(
+            (variant, Refit(4), replace(FEW_STEPS, steps=4), "finetuned") for variant in VARIANTS
+        ),  # as many codes as dimensions
         ("extra", Prune(), NO_STEPS, "surgery"),
         ("float16", Refit(6), RUINOUS, "surgery"),
         ("tied", None, FEW_STEPS, "finetuned"),
