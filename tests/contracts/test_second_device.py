@@ -258,50 +258,46 @@ def test_the_perceptual_loss_runs_there(files: dict[str, str], tmp_path: Path) -
     assert (found["perceptual"][READS], found["perceptual"][UPLOADS]) == (1, 0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", {**IMAGE_CASES, "diffusers": None})
-def test_every_family_of_images_runs_there(
-    name: str, files: dict[str, str], image_tensor: torch.Tensor, tmp_path: Path
-) -> None:
-    if name == "diffusers":
-        make_vqmodel(image_tensor).save_pretrained(tmp_path / "vae")
-        source, network = tmp_path / "vae", ""
-    else:
-        case = IMAGE_CASES[name]
-        source, network = case.save(tmp_path), f"--network {tmp_path / case.network}" if case.network else ""
-    assert_family_runs(source, f"{network} {files['data']}", tmp_path)
+def commands_of(name: str, source: Path, options: str, folder: Path) -> dict[str, str]:
+    """A measurement and a Re-Fit of a model, by names with its own."""
+    output = folder / ("result" if source.is_dir() else "result.safetensors")
+    return {
+        f"{name}, measure": f"measure {source} {options}",
+        f"{name}, refit": f"refit {source} --k 8 --steps 3 {options} -o {output}",
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", AUDIO_CASES)
-def test_every_family_of_sounds_runs_there(name: str, tmp_path: Path) -> None:
-    source, random = save_codec(AUDIO_CASES[name], tmp_path / "model"), np.random.default_rng(0)
+def test_every_family_of_images_runs_there(files: dict[str, str], image_tensor: torch.Tensor, tmp_path: Path) -> None:
+    make_vqmodel(image_tensor).save_pretrained(tmp_path / "vae")
+    commands = commands_of("diffusers", tmp_path / "vae", files["data"], tmp_path)
+    for i, (name, case) in enumerate(IMAGE_CASES.items()):
+        (folder := tmp_path / str(i)).mkdir()
+        source = case.save(folder)
+        network = f"--network {folder / case.network}" if case.network else ""
+        commands |= commands_of(name, source, f"{network} {files['data']}", folder)
+    assert_all_ran(done(jobs_of(commands, {})))
+
+
+@pytest.mark.slow
+def test_every_family_of_sounds_runs_there(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
     (tmp_path / "clips").mkdir()
     for i in range(12):
         soundfile.write(tmp_path / "clips" / f"{i:02d}.wav", random.uniform(-0.5, 0.5, 224), 1600, subtype="FLOAT")
-    data = f"--data {tmp_path / 'clips'} --size 224 --batch-size 4 --device {NAME} --json --quiet"
-    assert_family_runs(source, data, tmp_path)
+    options = f"--data {tmp_path / 'clips'} --size 224 --batch-size 4 --device {NAME} --json --quiet"
+    commands = dict[str, str]()
+    for i, (name, case) in enumerate(AUDIO_CASES.items()):
+        commands |= commands_of(name, save_codec(case, tmp_path / str(i) / "model"), options, tmp_path / str(i))
+    assert_all_ran(done(jobs_of(commands, {})))
 
 
 @pytest.mark.slow
 def test_networks_of_the_users_own_run_there(tmp_path: Path) -> None:
     commands = dict[str, str]()
     for i, name in enumerate(sorted({*NETWORKS} - {"swapped", "headed", "fixed", "warped"})):  # refused
-        folder = tmp_path / str(i)
-        folder.mkdir()
+        (folder := tmp_path / str(i)).mkdir()
         (data, held_out), (model, network) = write_images(folder), write_network(folder, name, 16)
         options = f"--network {network} --data {data} --test-data {held_out} --device {NAME} --json --quiet"
-        commands |= {
-            f"{name}, measure": f"measure {model} {options}",
-            f"{name}, refit": f"refit {model} --k 8 --steps 3 --batch-size 16 {options} -o {folder}/refit.safetensors",
-        }
-    assert_all_ran(done(jobs_of(commands, {})))
-
-
-def assert_family_runs(source: Path, options: str, folder: Path) -> None:
-    output = folder / ("result" if source.is_dir() else "result.safetensors")
-    commands = {
-        "measure": f"measure {source} {options}",
-        "refit": f"refit {source} --k 8 --steps 3 {options} -o {output}",
-    }
+        commands |= commands_of(name, model, f"--batch-size 16 {options}", folder)
     assert_all_ran(done(jobs_of(commands, {})))
