@@ -230,7 +230,7 @@ def test_data_of_three_modes_are_no_fault_of_the_codes(surgery: Surgery, tmp_pat
 def test_a_learning_rate_of_ten_times_is_seen_in_the_trace(surgery: Surgery, tmp_path: Path) -> None:
     for rate, expected in ((1e-2, "learning-rate"), (1e-3, None)):
         request = replace(surgery.opened.request, output=tmp_path / f"{rate}.safetensors")
-        recipe = FineTune(steps=75, lr=rate, batch_size=32, codebook_update="gradient")
+        recipe = FineTune(steps=75, lr=rate, batch_size=16, codebook_update="gradient")
         done = operate("refit", request, Refit(k=K), recipe, Watch())
         (tmp_path / "trace.json").write_text(json.dumps(done.to_json(), default=str))
         found = diagnose(replace(request, model=request.output), Watch(), trace=tmp_path / "trace.json")
