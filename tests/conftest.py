@@ -162,8 +162,11 @@ class Outcome:
         return json.loads(self.stdout)
 
 
+Run = Callable[..., Outcome]
+
+
 @pytest.fixture
-def codebook() -> Callable[..., Outcome]:
+def codebook() -> Run:
     """codebook("measure", path, "--json"): the command, run in this process."""
     from codebook_cli.app import app
 

@@ -85,7 +85,7 @@ def jobs(shared: Path | None) -> dict[str, list[tuple[str, ...]]]:
 def run(words: tuple[str, ...]) -> str:
     """One command in a fork of this process, in the current folder: its exit code, stdout and stderr."""
     app = import_module("codebook_cli.app").app  # of the tree that PYTHONPATH names
-    import_module("codebook_cli.output").SECONDS_A_LINE = float("inf")  # a slow machine logs its progress
+    vars(import_module("codebook_cli.output"))["SECONDS_A_LINE"] = float("inf")  # a slow machine logs its progress
 
     json_too = words[-1:] != ("no --json",)
     with tempfile.TemporaryFile("w+") as said:

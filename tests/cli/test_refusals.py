@@ -10,31 +10,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GREY, KEY, Grey, Outcome, State, assert_refused, contents, save_map
+from conftest import GREY, KEY, Grey, Run, State, WriteModel, assert_refused, contents, save_map
 from safetensors.torch import save_file
 
 from codebook_tools.checkpoints import write
 from codebook_tools.models.demo import DEMO
 from codebook_tools.models.families.zalando import CODEBOOK
 
-Run = Callable[..., Outcome]
-WriteModel = Callable[..., Path]
 RANGE = ("--input-range", "-1,1")
 
 
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such file": (lambda path: None, "no such file: "),
     "a directory": (lambda path: path.mkdir(), "is a directory"),
-    "empty": (lambda path: path.touch(), "it is empty"),
-    "a pickle": (lambda path: torch.save({"w": torch.ones(3)}, path), "it is a PyTorch pickle"),
     "a web page": (lambda path: path.write_text("<html>\n<body>404\nNot found</body>"), "HTML"),
     "truncated": (lambda path: path.write_bytes(DEMO.read_bytes()[:-1000]), "truncated"),
-    "cut in its header": (lambda path: path.write_bytes(DEMO.read_bytes()[:1000]), "truncated"),
 }
 
 
-@pytest.mark.parametrize("kind", BAD_MODELS)
-@pytest.mark.parametrize("command", ["inspect", "measure", "prune", "verify"])
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [*((kind, "inspect") for kind in BAD_MODELS), *(("truncated", name) for name in ("measure", "prune", "verify"))],
+)
 def test_a_file_that_is_no_checkpoint_is_refused(
     kind: str, command: str, codebook: Run, images_folder: Path, tmp_path: Path
 ) -> None:
@@ -128,49 +125,15 @@ def test_a_low_confidence_codebook_is_operated_on_only_when_it_is_named(codebook
 
 BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "k over the distinct latents": (["refit", "--k", 5000], "k=5000 asks for more codes than the 912 distinct latents"),
-    "k of none": (["refit", "--k", 0], "k=0 is below 1; use --k 1 or more"),
-    "negative k": (["refit", "--k", -3], "k=-3 is below 1"),
-    "no iterations": (["refit", "--k", 4, "--iterations", 0], "iterations=0 is below 1"),
-    "a threshold that removes all": (["prune", "--threshold", 10_000], "threshold=10000 removes every code"),
     "a threshold beyond counting": (["prune", "--threshold", 10**24], "is more than can be counted"),
-    "moving beyond counting": (["restart", "--threshold", 10**24], "is more than can be counted"),
-    "a side of no image": (["measure", "--size", 10**5], "--size 100000 is longer than 16384 pixels"),
-    "a side beyond numbers": (["measure", "--size", 10**24], "is longer than 16384 pixels"),
-    "workers beyond number": (["measure", "--workers", 10**12], "is not within 0 and 1024"),
-    "a negative threshold": (["prune", "--threshold", -1], "threshold=-1 is below 0"),
-    "more kept than there are": (["prune", "--keep", 17], "keep=17 of 16 codes; use --keep 16 or less"),
-    "none kept": (["prune", "--keep", 0], "keep=0 is below 1"),
-    "negative steps": (["finetune", "--steps", -1], "steps=-1 is below 0"),
-    "no learning rate": (["finetune", "--lr", 0], "lr=0.0 is no learning rate"),
-    "nothing to train": (["finetune", "--train", "none", "--codebook-update", "frozen"], "nothing to train"),
-    "a run that diverges": (["finetune", "--lr", 1e30, "--steps", 5, "--batch-size", 8], "try a lower --lr"),
     "no batch": (["measure", "--batch-size", 0], "batch-size=0 is below 1"),
     "no images": (["measure", "--limit", 0], "limit=0 is below 1"),
-    "no size": (["measure", "--size", -4], "size=-4 is below 1"),
+    "a side of no image": (["measure", "--size", 10**5], "--size 100000 is longer than 16384 pixels"),
+    "workers beyond number": (["measure", "--workers", 10**12], "is not within 0 and 1024"),
     "smaller than the stride": (["measure", "--size", 3], "smaller than the model's stride of 4"),
     "a negative seed": (["refit", "--k", 4, "--seed", -1], "seed=-1 is not within 0 and"),
-    "a huge seed": (["measure", "--seed", 2**70], "is not within 0 and"),
     "no range": (["measure", "--input-range", "wide"], "--input-range wide: expected two numbers, such as 0,1"),
-    "half a range": (["measure", "--input-range", "1"], "expected two numbers"),
     "a range upside down": (["measure", "--input-range", "1,-1"], "the first number must be the smaller one"),
-    "a range of nan": (["measure", "--input-range", "nan,1"], "the first number must be the smaller one"),
-    "too few images": (["measure", "--limit", 1], "split of 1 images is empty"),
-    "another family": (["measure", "--family", "vqgan"], "no family 'vqgan'; there are zalando"),
-    "no such key": (["measure", "--codebook-key", "none.such"], "no such tensor in "),
-    "a key of no codebook": (["measure", "--codebook-key", "_encoder._conv_1.bias"], "is no matrix of codes"),
-    "no network file": (["measure", "--network", "gone.py:make"], "no such network file: gone.py"),
-    "no function": (["measure", "--network", "gone.py"], "expected FILE.py:FUNCTION"),
-    "neither k nor bits": (["quantize"], "either --k, to merge codes, or --bits"),
-    "k and bits": (["quantize", "--k", 4, "--bits", 4], "either --k, to merge codes, or --bits"),
-    "too few bits": (["quantize", "--bits", 1], "bits=1 is not within 2 and 8"),
-    "too many bits": (["quantize", "--bits", 9], "bits=9 is not within 2 and 8"),
-    "merging into none": (["quantize", "--k", 0], "k=0 is below 1"),
-    "merging into more": (["quantize", "--k", 17, "--method", "pnn"], "k=17 of 16 codes; use --k 16 or less"),
-    "restart of all": (["restart", "--threshold", 10_000], "threshold=10000 moves every code"),
-    "a negative restart": (["restart", "--threshold", -1], "threshold=-1 is below 0"),
-    "growing into less": (["grow", "--k", 4], "k=4 is less than the 10 codes in use; use --k 10 or more, or refit"),
-    "growing beyond the latents": (["grow", "--k", 5000], "k=5000 asks for more codes than"),
-    "dot products": (["refit", "--k", 4, "--metric", "dot"], "no k-means for dot lookup"),
 }  # fmt: skip
 
 
@@ -191,43 +154,26 @@ def test_cuda_is_refused_where_there_is_none(
     assert_refused(codebook("measure", tiny, "--data", images_folder, "--device", "cuda"), "use --device cpu or auto")
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "no images", "a text", "a compressed tar", "shared"])
-def test_data_that_cannot_be_used_are_refused(
-    kind: str, tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path
-) -> None:
-    data, more, message = tmp_path / "data", [], "no images in "
-    if kind == "missing":
-        message = f"no such file or folder: {data}"
-    elif kind == "empty":
-        data.mkdir()
-    elif kind == "no images":
-        data.mkdir()
-        (data / "notes.txt").write_text("none here")
-    elif kind == "a text":
-        data = tmp_path / "data.txt"
-        data.touch()
-        message = "is no image source"
-    elif kind == "a compressed tar":
-        data = tmp_path / "data.tar"
-        data.write_bytes(b"\x1f\x8b\x08\x00" * 200)
-        message = "is not a readable, uncompressed tar"
-    else:
-        data, more, message = images_folder, ["--test-data", images_folder / "a"], "is also in --data"
+def test_data_that_cannot_be_used_are_refused(tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data.txt").touch()
+    (tmp_path / "data.tar").write_bytes(b"\x1f\x8b\x08\x00" * 200)
     before = contents(tmp_path)
-    assert_refused(codebook("prune", tiny, "--data", data, *more, *RANGE), message)
+    for name, message in {
+        "missing": "no such file or folder: ",
+        "empty": "no images in ",
+        "data.txt": "is no image source",
+        "data.tar": "is not a readable, uncompressed tar",
+    }.items():
+        assert_refused(codebook("prune", tiny, "--data", tmp_path / name, *RANGE), message)
+    shared = ("--data", images_folder, "--test-data", images_folder / "a")
+    assert_refused(codebook("prune", tiny, *shared, *RANGE), "is also in --data")
     assert contents(tmp_path) == before
 
 
-LATENTS, SHOWN = "self.encoder(images)", "self.decoder(quantised)"
 NETWORKS = {
     "names that do not fit": (GREY.replace("self.encoder", "self.enc"), "the network wants enc.weight, which "),
-    "no function": ("def build(codebook_size): ...", "has no make"),
-    "no halves": ("import torch\ndef make(codebook_size): return torch.nn.Linear(1, 1)", "without encode and decode"),
-    "wrong latents": (GREY.replace(LATENTS, "images"), "encode returns (1, 3, 4, 4); expected (n, 2, ...)"),
-    "NaN latents": (GREY.replace(LATENTS, f"{LATENTS} * float('nan')"), "latents are not finite"),
-    "wrong images": (GREY.replace(SHOWN, f"{SHOWN}[..., 1:]"), "decode returns (1, 4, 3)"),
-    "an encoder that raises": (GREY.replace(LATENTS, "1 / 0"), "ZeroDivisionError: division by zero"),
-    "a decoder that raises": (GREY.replace(SHOWN, "1 / 0"), "the network's decode fails on "),
+    "NaN latents": (GREY.replace("(images)", "(images) * float('nan')"), "latents are not finite"),
     "a message of many lines": ("raise ValueError('one\\ntwo\\n\\nthree')", "ValueError: one two three"),
 }  # fmt: skip
 
@@ -246,7 +192,7 @@ def test_a_network_that_does_not_do_is_refused_with_the_reason(
     assert {name: data for name, data in contents(tmp_path).items() if "__pycache__" not in name} == before
 
 
-@pytest.mark.parametrize("kind", ["no folder", "a folder", "not writable", "too long"])
+@pytest.mark.parametrize("kind", ["no folder", "a folder", "not writable", "no safetensors"])
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     kind: str, tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,7 +200,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
         "no folder": (tmp_path / "gone" / "out.safetensors", "no such folder: "),
         "a folder": (images_folder, "is a directory; name a file with --output"),
         "not writable": (tmp_path / "out.safetensors", f"cannot write in {tmp_path}"),
-        "too long": (tmp_path / f"{'x' * 300}.safetensors", f"cannot write in {tmp_path}"),
+        "no safetensors": (tmp_path / "out.pt", "does not end in .safetensors"),
     }[kind]
     if kind == "not writable":
 
@@ -269,19 +215,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["tiny.safetensors", "../folder/tiny.safetensors"])
-def test_the_model_itself_is_never_overwritten(tiny: Path, codebook: Run, images_folder: Path, name: str) -> None:
-    output = tiny.parent / name.replace("folder", tiny.parent.name).replace("tiny.safetensors", tiny.name)
+def test_the_model_itself_is_never_overwritten(tiny: Path, codebook: Run, images_folder: Path) -> None:
     before = tiny.read_bytes()
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE, "-o", output, "--force")
-    assert found.exit_code == 1
-    assert "is the model itself" in found.stderr
+    for output in (tiny, tiny.parent / ".." / tiny.parent.name / tiny.name):
+        refused = codebook("prune", tiny, "--data", images_folder, *RANGE, "-o", output, "--force")
+        assert_refused(refused, "is the model itself")
     assert tiny.read_bytes() == before
-
-
-def test_only_safetensors_are_written(tiny: Path, codebook: Run, images_folder: Path) -> None:
-    output = tiny.with_name("out.pt")
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE, "-o", output)
-    assert found.exit_code == 1
-    assert "does not end in .safetensors" in found.stderr
-    assert not output.exists()

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import Outcome
-
-Run = Callable[..., Outcome]
+from conftest import Run
 
 
 @pytest.fixture

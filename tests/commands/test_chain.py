@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Outcome, assert_refused, contents, same
+from conftest import Run, WriteModel, assert_refused, contents, same
 from safetensors.torch import load_file
 
 from codebook_tools.evaluation.measure import reconstruct
@@ -21,9 +21,7 @@ from codebook_tools.workflows.recipe_file import read_recipe, steps_of, without_
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.session import open_request
 
-Run = Callable[..., Outcome]
-
-STEPS: list[Any] = ["prune", {"refit": {"k": 6, "steps": 3}}, {"finetune": {"steps": 2, "lr": 0.001}}]
+STEPS: list[Any] = ["prune", {"refit": {"k": 6, "steps": 2}}, {"finetune": {"steps": 1, "lr": 0.001}}]
 
 
 @pytest.fixture
@@ -38,7 +36,7 @@ def recipe(tiny: Path, images_folder: Path, tmp_path: Path) -> Callable[..., Pat
 
 
 def test_a_chain_leaves_what_its_steps_leave_one_after_another(
-    recipe: Callable[..., Path], tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
+    recipe: WriteModel, tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
 ) -> None:
     found = codebook("run", recipe(output=str(tmp_path / "out.safetensors")), "--json")
     assert found.exit_code == 0, found.stderr
@@ -46,8 +44,8 @@ def test_a_chain_leaves_what_its_steps_leave_one_after_another(
     one, two, three = (tmp_path / f"{n}.safetensors" for n in (1, 2, 3))
     results = [
         codebook("prune", tiny, *data, "-o", one),
-        codebook("refit", one, "--k", 6, "--steps", 3, *data, "-o", two),
-        codebook("finetune", two, "--steps", 2, "--lr", 0.001, *data, "-o", three),
+        codebook("refit", one, "--k", 6, "--steps", 2, *data, "-o", two),
+        codebook("finetune", two, "--steps", 1, "--lr", 0.001, *data, "-o", three),
     ]
     assert [step["stages"] for step in found.json["steps"]] == [result.json["stages"] for result in results]
     ours, theirs = load_file(tmp_path / "out.safetensors"), load_file(three)
@@ -57,9 +55,7 @@ def test_a_chain_leaves_what_its_steps_leave_one_after_another(
     assert verified.exit_code == 0, verified.stdout
 
 
-def test_what_a_killed_run_left_is_named_with_what_to_do(
-    recipe: Callable[..., Path], codebook: Run, tmp_path: Path
-) -> None:
+def test_what_a_killed_run_left_is_named_with_what_to_do(recipe: WriteModel, codebook: Run, tmp_path: Path) -> None:
     """It lay in a hidden folder, another one after each kill."""
     (tmp_path / "out.safetensors.steps.codebook.partial").mkdir()
     command = ("run", recipe(["prune"], output=str(tmp_path / "out.safetensors")))
@@ -69,7 +65,7 @@ def test_what_a_killed_run_left_is_named_with_what_to_do(
 
 
 def test_the_index_map_is_the_composed_one(
-    recipe: Callable[..., Path], tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
+    recipe: WriteModel, tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
 ) -> None:
     surgeries = [{"prune": {"keep": 8}}, {"quantize": {"k": 5}}]
     assert codebook("run", recipe(surgeries), "-o", tmp_path / "out.safetensors").exit_code == 0
@@ -85,7 +81,7 @@ def test_the_index_map_is_the_composed_one(
 
 
 def test_the_recipe_that_is_written_repeats_the_run_to_the_byte(
-    recipe: Callable[..., Path], codebook: Run, tmp_path: Path
+    recipe: WriteModel, codebook: Run, tmp_path: Path
 ) -> None:
     output = tmp_path / "out.safetensors"
     found = codebook("run", recipe(), "-o", output, "--seed", 3, "--batch-size", 16, "--json")
@@ -102,31 +98,14 @@ def test_a_recipe_holds_what_is_set_and_0_is() -> None:
     assert without_nothing(options) == {"workers": 0, "seed": 0, "output": "a"}
 
 
-def test_what_is_typed_comes_before_what_the_recipe_says(
-    recipe: Callable[..., Path], codebook: Run, tmp_path: Path
-) -> None:
+def test_what_is_typed_comes_before_what_the_recipe_says(recipe: WriteModel, codebook: Run, tmp_path: Path) -> None:
     path = recipe(seed=1, **{"batch-size": 16}, output=str(tmp_path / "not.safetensors"))
     found = codebook("run", path, "--seed", 2, "-o", tmp_path / "out.safetensors", "--json")
     assert found.json["seed"] == 2 and not (tmp_path / "not.safetensors").exists()
     assert found.json["steps"][1]["settings"]["batch_size"] == 16
 
 
-def test_surgeries_that_look_at_no_image_need_none(tiny: Path, codebook: Run, tmp_path: Path) -> None:
-    told = {"model": str(tiny), "surgeries": [{"quantize": {"k": 5}}, {"quantize": {"bits": 4}}]}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(told))
-    found = codebook(
-        "run", tmp_path / "recipe.yaml", "-o", tmp_path / "out.safetensors", "--report", tmp_path / "p.html"
-    )
-    assert found.exit_code == 0, found.stderr
-    codebook("quantize", tiny, "--k", 5, "-o", tmp_path / "1.safetensors")
-    codebook("quantize", tmp_path / "1.safetensors", "--bits", 4, "-o", tmp_path / "2.safetensors")
-    ours, theirs = (load_file(tmp_path / f"{name}.safetensors") for name in ("out", "2"))
-    assert all(same(ours[key], theirs[key]) for key in theirs)
-
-
-def test_a_dry_run_says_the_sizes_and_writes_nothing(
-    recipe: Callable[..., Path], codebook: Run, tmp_path: Path
-) -> None:
+def test_a_dry_run_says_the_sizes_and_writes_nothing(recipe: WriteModel, codebook: Run, tmp_path: Path) -> None:
     path = recipe([{"prune": {"keep": 8}}, {"refit": {"k": 6, "steps": 2}}, "finetune"])
     before = contents(tmp_path)
     found = codebook("run", path, "--dry-run", "--json")
@@ -137,7 +116,7 @@ def test_a_dry_run_says_the_sizes_and_writes_nothing(
     assert contents(tmp_path) == before
 
 
-def test_the_page_of_a_chain_shows_every_step(recipe: Callable[..., Path], codebook: Run, tmp_path: Path) -> None:
+def test_the_page_of_a_chain_shows_every_step(recipe: WriteModel, codebook: Run, tmp_path: Path) -> None:
     found = codebook("run", recipe(), "-o", tmp_path / "out.safetensors", "--report", tmp_path / "page.html")
     assert found.exit_code == 0, found.stderr
     text = (tmp_path / "page.html").read_text()
@@ -149,7 +128,7 @@ def test_the_page_of_a_chain_shows_every_step(recipe: Callable[..., Path], codeb
 
 
 def test_the_images_on_the_page_of_a_chain_are_those_of_the_files(
-    recipe: Callable[..., Path], tiny: Path, images_folder: Path, tmp_path: Path
+    recipe: WriteModel, tiny: Path, images_folder: Path, tmp_path: Path
 ) -> None:
     """The last stage is the file that was written: its worst image is the worst that a measurement of it finds."""
     request = Request(tiny, (str(images_folder),), input_range=(-1.0, 1.0), output=tmp_path / "o.safetensors")
@@ -164,7 +143,7 @@ def test_the_images_on_the_page_of_a_chain_are_those_of_the_files(
         assert expected is None or its.errors["3, finetune"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_recipe_that_is_there_is_not_replaced(recipe: Callable[..., Path], codebook: Run, tmp_path: Path) -> None:
+def test_a_recipe_that_is_there_is_not_replaced(recipe: WriteModel, codebook: Run, tmp_path: Path) -> None:
     (tmp_path / "out.recipe.yaml").write_text("mine")
     found = codebook("run", recipe(["prune"]), "-o", tmp_path / "out.safetensors")
     assert found.exit_code == 0 and "out.recipe.yaml is there and stays as it is" in found.stderr
@@ -180,28 +159,18 @@ def test_a_recipe_that_is_there_is_not_replaced(recipe: Callable[..., Path], cod
         ([{"refit": {}}], {}, "refit cannot be made of"),
         ([{"refit": {"k": 0}}], {}, "k=0 is below 1"),
         ([{"refit": {"k": 8.0}}], {}, "refit: k is 8.0; expected a whole number"),
-        ([{"refit": {"k": True}}], {}, "refit: k is True; expected a whole number"),
-        ([{"refit": {"k": 8, "steps": 1.5}}], {}, "refit: steps is 1.5; expected a whole number"),
         ([{"refit": {"k": 8, "steps": True}}], {}, "refit: steps is True; expected a whole number"),
-        ([{"refit": {"k": 8, "iterations": 2.5}}], {}, "refit: iterations is 2.5; expected a whole number"),
         ([{"refit": {"k": 8, "init": [1]}}], {}, "refit: init is [1]; expected one of kmeans++, afkmc2, used, random"),
         ([{"refit": {"k": 8, "exact": 1}}], {}, "refit: exact is 1; expected true or false"),
-        ([{"prune": {"keep": 5.5}}], {}, "prune: keep is 5.5; expected a whole number"),
         ([{"prune": {"threshold": float("nan")}}], {}, "prune: threshold is nan; expected a whole number"),
-        ([{"quantize": {"bits": 4.5}}], {}, "quantize: bits is 4.5; expected a whole number"),
-        ([{"finetune": {"train": 3}}], {}, "finetune: train is 3; expected one of all, decoder, none"),
         ([{"finetune": {"lr": "fast"}}], {}, "finetune: lr is 'fast'; expected a number"),
         ([{"finetune": {"lr": 10**400}}], {}, "finetune: lr is 10"),
         ([{"finetune": {"perceptual": 3}}], {}, "finetune: perceptual is 3; expected text"),
         ([{"refit": 6}], {}, "is no surgery; write `prune` or"),
-        ([["prune"]], {}, "is no surgery"),
         (["prune"], {"datas": "x"}, "a recipe has no datas; it has surgeries, "),
         (["prune"], {"limit": "many"}, "limit is 'many'; expected a whole number"),
-        (["prune"], {"batch-size": 2.5}, "batch-size is 2.5; expected a whole number"),
         (["prune"], {"device": "tpu"}, "--device tpu: this torch finds no such device"),
-        (["prune"], {"seed": True}, "seed is True; expected a whole number"),
         (["prune"], {"data": [["images"]]}, "data is ['images']; expected text"),
-        (["prune"], {"metric": 3}, "metric is 3; expected one of euclidean, "),
         (["prune"], {"channels": "all"}, "channels is 'all'; expected one of mix, first"),
         (["prune"], {"skip-bad": 1}, "skip-bad is 1; expected true or false"),
     ],
@@ -210,7 +179,7 @@ def test_a_recipe_that_makes_no_sense_is_refused_and_leaves_nothing(
     surgeries: list[Any],
     options: dict[str, object],
     message: str,
-    recipe: Callable[..., Path],
+    recipe: WriteModel,
     codebook: Run,
     tmp_path: Path,
 ) -> None:
@@ -238,12 +207,9 @@ def merge_bomb(levels: int) -> str:
         ("- prune\n", "has no list of surgeries"),
         ("surgeries: prune\n", "has no list of surgeries"),
         ("!!python/object/apply:os.system ['true']\n", "is no YAML"),
-        ("\x00", "is no YAML"),
         ("surgeries: [prune]\nseed: 1\nseed: 2\n", "seed is there twice"),
-        ("surgeries:\n- refit:\n    k: 64\n    k: 128\n", "k is there twice"),
         ("limit: &many 5\nsize: *many\nsurgeries: [prune]\n", "an anchor with an alias"),
         (f"limit: {bomb(9)}\nsurgeries: [prune]\n", "an anchor with an alias"),
-        (f"x: {{? {bomb(9)} : 1}}\nsurgeries: [prune]\n", "an anchor with an alias"),
         (merge_bomb(9) + "surgeries: [prune]\n", "an anchor with an alias"),
         ("surgeries: &all [*all]\n", "an anchor with an alias"),
         (
@@ -259,13 +225,14 @@ def test_a_file_that_is_no_recipe_is_refused(text: str, message: str, codebook: 
     assert_refused(codebook("run", tmp_path / "none.yaml"), "No such file")
 
 
-def test_a_step_that_fails_leaves_nothing(recipe: Callable[..., Path], codebook: Run, tmp_path: Path) -> None:
+def test_a_step_that_fails_leaves_nothing(recipe: WriteModel, codebook: Run, tmp_path: Path) -> None:
     path = recipe(["prune", {"refit": {"k": 100_000}}])
     before = contents(tmp_path)
     assert codebook("run", path).exit_code == 1
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_chain_on_the_demo_sees_the_bundled_sample_throughout(tmp_path: Path, codebook: Run) -> None:
     (tmp_path / "recipe.yaml").write_text("limit: 120\nsurgeries: [{prune: {keep: 60}}, {quantize: {k: 32}}]\n")
     found = codebook("run", tmp_path / "recipe.yaml", "-o", tmp_path / "out.safetensors", "--json")

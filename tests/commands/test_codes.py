@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Grey, Outcome, assert_refused
+from conftest import Grey, Run, assert_refused
 from sources_of_images import Images
 from torch import Tensor, nn
 
@@ -21,8 +21,6 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.code_cards import Codes, look_at_codes
 from codebook_tools.workflows.extreme_latents import lowest_of_each
 from codebook_tools.workflows.request import Request
-
-Run = Callable[..., Outcome]
 
 # A pixel is a latent: code 0 is black, 1 is grey, 2 is white, 3 is never chosen.
 FIRSTS = [0.0, 0.5, 1.0, 5.0]
@@ -84,8 +82,7 @@ def test_by_the_map_codes_that_are_alike_stand_together(looked: Callable[..., Co
 
 
 def test_as_many_codes_are_shown_as_are_asked_for(looked: Callable[..., Codes]) -> None:
-    found = looked(top=1, most=2)
-    assert [(card.code, len(card.typical)) for card in found.cards] == [(0, 1), (1, 1)]
+    assert [(card.code, len(card.typical)) for card in looked(top=1, most=2).cards] == [(0, 1), (1, 1)]
 
 
 def test_an_example_has_its_tokens_and_what_they_decode_to(looked: Callable[..., Codes]) -> None:

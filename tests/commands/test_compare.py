@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, State
+from conftest import Run, State, WriteModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from codebook_tools.workflows.comparison_rows import Comparison, Row, RowStore, 
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.request import Request
 
-RECIPE = FineTune(steps=12, batch_size=16)
+RECIPE = FineTune(steps=4, batch_size=16)
 Ask = Callable[..., Comparison]
 
 
@@ -85,6 +85,9 @@ def test_rows_have_three_stages_but_for_what_was_not_operated_on(whole: Comparis
 
 def test_all_rows_begin_with_the_same_model(whole: Comparison) -> None:
     assert len({repr(row.stages["before"]) for row in whole.rows}) == 1
+    for summary in whole.summaries:
+        for figures in summary.stages.values():
+            assert all(torch.isfinite(torch.tensor(figure.mean)) for figure in figures.values())
 
 
 def test_a_row_is_what_the_command_gives(whole: Comparison, tiny: Path, images_folder: Path, tmp_path: Path) -> None:
@@ -95,13 +98,6 @@ def test_a_row_is_what_the_command_gives(whole: Comparison, tiny: Path, images_f
     row = by_name(whole)["refit", 12]
     assert dict(row.stages) == result.stages and row.kept == result.kept
     assert Path(whole.model).stat().st_size - row.bytes == (16 - 12) * 4 * 4
-
-
-def test_a_fresh_network_is_drawn_by_seed_and_gets_the_same_codes(ask: Ask) -> None:
-    rows = ask("refit", "refit+fresh-network", seeds=2, seed=5).rows
-    stages = {(row.strategy, row.seed): row.stages["surgery"] for row in rows}
-    errors = {stage.error for stage in stages.values() if stage is not None}
-    assert len(stages) == 4 and len(errors) == 4
 
 
 def test_all_rows_train_on_the_same_batches(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,9 +111,9 @@ def test_all_rows_train_on_the_same_batches(ask: Ask, monkeypatch: pytest.Monkey
             yield images, share
 
     monkeypatch.setattr(Batches, "__iter__", recorded)
-    recipe = replace(RECIPE, steps=30)  # with revival, which draws as well
-    ask("untouched+same-recipe", "untouched+textbook", "prune", "restart", "refit+fresh-network", recipe=recipe)
-    assert len(drawn) == 5 and len(drawn[0]) == 30
+    recipe = replace(RECIPE, steps=12)  # with revival, which draws as well
+    ask("untouched+same-recipe", "untouched+textbook", "restart", "refit+fresh-network", recipe=recipe)
+    assert len(drawn) == 4 and len(drawn[0]) == 12
     assert all(other == drawn[0] for other in drawn)
 
 
@@ -168,19 +164,6 @@ def test_a_strategy_that_cannot_be_says_why_and_the_others_go_on(ask: Ask) -> No
     assert "| grow | 4 | not possible |" in table and "10 codes in use" in table
 
 
-def test_of_more_codes_than_there_are_only_what_can_grow_is_possible(ask: Ask) -> None:
-    rows = by_name(ask("quantize", "top-k", "grow", k=20))
-    assert [rows[name, 20].error is None for name in ("quantize", "top-k", "grow")] == [False, False, True]
-
-
-def test_the_model_is_never_written(ask: Ask, tiny: Path, tmp_path: Path) -> None:
-    before = tiny.read_bytes()
-    ask("refit", "prune")
-    assert tiny.read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {tiny.name, "rows"}
-    assert {path.name for path in (tmp_path / "rows").iterdir()} == {"rows.json", "table.md"}
-
-
 # --- resuming ------------------------------------------------------------------------------------------------------
 
 
@@ -199,33 +182,23 @@ def test_rows_that_are_there_are_not_run_again_and_warn_again(ask: Ask, monkeypa
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [
-        {"k": 7},
-        {"recipe": replace(RECIPE, steps=11)},
-        {"recipe": replace(RECIPE, lr=1e-4)},
-        {"recipe": replace(RECIPE, batch_size=15)},
-        {"limit": 50},
-        {"input_range": (0.0, 1.0)},
-        {"seed": 1},
-    ],
-    ids=str,
+    "changed", [{"k": 7}, {"recipe": replace(RECIPE, lr=1e-4)}, {"limit": 50}, {"seed": 1}], ids=str
 )
 def test_rows_of_other_settings_are_not_used_and_not_lost(ask: Ask, tmp_path: Path, changed: dict[str, Any]) -> None:
-    first = ask("refit")
-    second = ask("refit", **changed)
+    first = ask("top-k")
+    second = ask("top-k", **changed)
     assert second.rows[0].made_with != first.rows[0].made_with
     kept = json.loads((tmp_path / "rows" / "rows.json").read_text())["rows"]
     assert [row["made_with"] for row in kept] == [first.rows[0].made_with, second.rows[0].made_with]
-    assert ask("refit").rows == first.rows
+    assert ask("top-k").rows == first.rows
 
 
 def test_rows_of_another_model_or_version_are_not_used(
-    ask: Ask, write_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    ask: Ask, write_model: WriteModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hashes = [ask("refit").rows[0].made_with, ask("refit", model=write_model("extra", "other")).rows[0].made_with]
+    hashes = [ask("top-k").rows[0].made_with, ask("top-k", model=write_model("extra", "other")).rows[0].made_with]
     monkeypatch.setattr("codebook_tools.workflows.comparison_rows.VERSION", "999")
-    hashes.append(ask("refit").rows[0].made_with)
+    hashes.append(ask("top-k").rows[0].made_with)
     assert len(set(hashes)) == 3
 
 
@@ -255,13 +228,6 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     assert [replace(row, made_with="") for row in without_time(found.rows)] == [
         replace(row, made_with="") for row in without_time(straight.rows)
     ]
-
-
-def test_more_seeds_add_to_the_rows(ask: Ask) -> None:
-    first = ask("kmeans++-seeds")
-    both = ask("kmeans++-seeds", seeds=2)
-    assert both.rows[0] == first.rows[0] and [row.seed for row in both.rows] == [0, 1]
-    assert both.rows[0].stages["surgery"] != both.rows[1].stages["surgery"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": [{}]}', '{"rows": 5}', '{"rows": [{"stages": 3}]}'])
@@ -337,8 +303,6 @@ def test_the_table_shows_step_0_and_the_end_with_their_spread() -> None:
 
 # --- the command ---------------------------------------------------------------------------------------------------
 
-Run = Callable[..., Outcome]
-
 
 def test_the_command_gives_the_promised_json(
     tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -350,14 +314,7 @@ def test_the_command_gives_the_promised_json(
     promised = {"strategy", "k", "seed", "stages", "kept", "seconds", "bytes"}
     assert all(promised <= row.keys() for row in found.json["rows"])
     order = [(row["strategy"], row["k"], row["seed"]) for row in found.json["rows"]]
-    assert order == [
-        ("refit", 10, 0),
-        ("refit", 10, 1),
-        ("refit", 12, 0),
-        ("refit", 12, 1),
-        ("prune", 10, 0),
-        ("prune", 10, 1),
-    ]
+    assert order == [(name, k, seed) for name, k in (("refit", 10), ("refit", 12), ("prune", 10)) for seed in (0, 1)]
     assert all(row["stages"].keys() == {"before", "surgery", "finetuned"} for row in found.json["rows"])
     assert Path(found.json["outputs"]["rows"]) == Path("tiny.compare/rows.json")
     table = (tmp_path / "tiny.compare" / "table.md").read_text().splitlines()
@@ -373,9 +330,7 @@ def test_the_command_gives_the_promised_json(
         (("--k", 4, "--seeds", 0), "seeds=0 is below 1"),
         (("--k", 4, "--strategies", "prune,nonsense"), "no strategy 'nonsense'; there are condense"),
         (("--k", 4, "--output", "a-file"), "a-file is a file"),
-        (("--k", 4, "--output", "no/folder"), "no such folder: no"),
         (("--k", 4, "--limit", 2), "empty"),
-        (("--k", 4, "--lr", 0), "lr=0.0"),
     ],
     ids=str,
 )
@@ -388,9 +343,3 @@ def test_what_cannot_be_compared_is_one_line_and_leaves_nothing(
     found = codebook("compare", tiny, "--data", images_folder, "--input-range", "-1,1", "--steps", 2, *given)
     assert found.exit_code == 1 and message in found.stderr and found.stderr.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"a-file", tiny.name}
-
-
-def test_figures_are_finite_wherever_they_stand(whole: Comparison) -> None:
-    for summary in whole.summaries:
-        for figures in summary.stages.values():
-            assert all(torch.isfinite(torch.tensor(figure.mean)) for figure in figures.values())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, assert_refused
+from conftest import Outcome, Run, assert_refused
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -103,13 +103,13 @@ def test_the_draw_is_uniform_in_any_order_and_its_own_for_each_seed(rows: Tensor
 # --- as a command ----------------------------------------------------------------------------------------------------
 
 
-def refit(codebook: Callable[..., Outcome], model: Path, *arguments: object) -> Outcome:
+def refit(codebook: Run, model: Path, *arguments: object) -> Outcome:
     out = ("-o", model.parent / "out.safetensors", "--force", "--json")
     return codebook("refit", model, "--k", 6, "--steps", 0, "--exact", *out, *arguments)
 
 
 def test_images_without_a_cache_are_refused_where_the_sample_is_not_all(
-    codebook: Callable[..., Outcome], tiny: Path, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    codebook: Run, tiny: Path, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = ("--data", images_folder)
     monkeypatch.setattr(survey, "__kwdefaults__", {"limit": LIMIT})
@@ -123,7 +123,7 @@ def test_images_without_a_cache_are_refused_where_the_sample_is_not_all(
 
 
 def test_latents_from_files_are_gone_through_as_they_lie(
-    codebook: Callable[..., Outcome], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    codebook: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random = torch.Generator().manual_seed(0)
     np.save(tmp_path / "l.npy", torch.randn(2000, 4, generator=random).numpy())
@@ -139,7 +139,7 @@ def test_latents_from_files_are_gone_through_as_they_lie(
 
 
 def test_a_sample_in_a_file_is_not_all(
-    codebook: Callable[..., Outcome], tiny: Path, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    codebook: Run, tiny: Path, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stats = tmp_path / "stats.safetensors"
     monkeypatch.setattr(measure_shards, "SAMPLE", 200)

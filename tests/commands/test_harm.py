@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome, assert_refused
+from conftest import Run, assert_refused
 from proven_networks import write_images, write_network
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +18,6 @@ from codebook_tools.evaluation.quality_warnings import worse_warnings
 from codebook_tools.strategies import Condense, Grow, Quantize, Restart
 from codebook_tools.workflows.session import UNSEEN
 
-Run = Callable[..., Outcome]
 KEY = "vq.codebook.weight"
 
 
@@ -85,9 +83,7 @@ def test_a_used_code_stays_as_it_is(strategy: Strategy, dead: int, metric: Metri
     assert torch.equal(surgery.codebook.vectors[kept], rows[counts > 0])
 
 
-@pytest.mark.parametrize(
-    "command", [("quantize", "--k", 1), ("prune", "--keep", 1), ("refit", "--k", 1), ("condense", "--k", 1)]
-)
+@pytest.mark.parametrize("command", [("quantize", "--k", 1), ("prune", "--keep", 1), ("condense", "--k", 1)])
 def test_an_error_that_rose_is_said_with_by_how_much(
     command: tuple[object, ...], collapsed: tuple[object, ...], codebook: Run, tmp_path: Path
 ) -> None:
@@ -108,13 +104,8 @@ def test_a_larger_error_by_hand() -> None:
 
     assert worse_warnings(measured(0.5), measured(0.5001)) == []
     assert worse_warnings(measured(0.5), measured(0.75))[0].endswith("from 0.500000 to 0.750000 (+50.0%)")
-    assert worse_warnings(measured(0.5), measured(1.7))[0].endswith("(3.4 times)")
+    assert worse_warnings(measured(0.5), measured(1.0))[0].endswith("(2.0 times)")
     assert worse_warnings(measured(0.5), None) == []
-
-
-def test_nothing_is_said_of_an_error_that_stayed(collapsed: tuple[object, ...], codebook: Run, tmp_path: Path) -> None:
-    found = codebook("prune", *collapsed, "-o", tmp_path / "out.safetensors").json
-    assert not any("rose" in warning for warning in found["warnings"])
 
 
 # --- a user's model without data -----------------------------------------------------------------------------------
@@ -134,9 +125,7 @@ def test_a_model_of_the_users_own_is_not_trained_on_the_bundled_photographs(
     assert rows.exit_code == 0 and rows.stdout.startswith(UNSEEN)
 
 
-@pytest.mark.parametrize(
-    "command", [("finetune",), ("refit", "--k", 8, "--steps", 2), ("restart", "--steps", 2), ("finetune", "--dry-run")]
-)
+@pytest.mark.parametrize("command", [("refit", "--k", 8, "--steps", 2), ("finetune", "--dry-run")])
 def test_a_training_without_data_of_the_models_own_is_refused(
     command: tuple[object, ...], tiny: Path, codebook: Run, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from browsers import browser  # noqa: F401  # a fixture
-from conftest import Grey, Outcome, assert_refused
+from conftest import Grey, Run, assert_refused
 
 from codebook_tools.report.html.map import map_plot, mapped_page
 from codebook_tools.report.html.page import html
@@ -22,8 +22,6 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows import latent_map
 from codebook_tools.workflows.latent_map import Map, look_at_map, principal
 from codebook_tools.workflows.request import Request
-
-Run = Callable[..., Outcome]
 
 
 @pytest.fixture
@@ -104,6 +102,7 @@ def test_the_same_seed_gives_the_same_map_by_umap(tiny: Path, images_folder: Pat
 def test_the_command_writes_a_page_and_pictures_and_a_table(
     tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path, without_umap: None
 ) -> None:
+    assert_refused(codebook("map", tiny, "--k", 0), "k=0 is below 1")
     options = ("map", tiny, "--data", images_folder, "--input-range", "-1,1")
     found = codebook(*options, "--report", tmp_path / "here.html", "--json")
     assert found.exit_code == 0, found.stderr
@@ -115,10 +114,6 @@ def test_the_command_writes_a_page_and_pictures_and_a_table(
     assert table["kind"].count("code") == found.json["size"] and table["kind"].count("centroid") == found.json["k"]
     latents = [i for i, kind in enumerate(table["kind"]) if kind == "latent"]
     assert all(table[name][i] is not None for name in ("code", "image", "row", "column") for i in latents)
-
-
-def test_nonsense_is_refused(tiny: Path, codebook: Run) -> None:
-    assert_refused(codebook("map", tiny, "--k", 0), "k=0 is below 1")
 
 
 @pytest.mark.slow

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, assert_refused
+from conftest import Outcome, Run, assert_refused
 from torch import Tensor
 
 from codebook_tools.clustering.metric import COSINE_UNIT
@@ -24,7 +23,6 @@ from codebook_tools.strategies import Refit
 from codebook_tools.strategies.entropy_refit import EntropyRefit
 from codebook_tools.workflows.sweep import suggest
 
-Run = Callable[..., Outcome]
 RANGE = ("--input-range", "-1,1")
 
 
@@ -108,12 +106,6 @@ def test_the_higher_the_price_the_fewer_bits_and_below_the_curve_of_refit() -> N
         assert distortion < between
 
 
-def test_the_same_inputs_give_the_same_codes() -> None:
-    points = StoredLatents(torch.randn(500, 4, generator=torch.Generator().manual_seed(1)))
-    first, second = (EntropyRefit(8, 0.01)(OLD, points, COUNTS).codebook.vectors for _ in range(2))
-    assert torch.equal(first, second)
-
-
 @pytest.mark.parametrize(
     ("codebook", "price", "message"),
     [
@@ -131,7 +123,7 @@ def test_what_it_cannot_do_is_refused(codebook: Codebook, price: float, message:
 
 
 @pytest.fixture
-def swept(tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path) -> Callable[..., Outcome]:
+def swept(tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path) -> Run:
     def run(*options: object) -> Outcome:
         folder = ("-o", tmp_path / "sweep")
         return codebook("sweep", tiny, "--data", images_folder, *RANGE, *folder, "--json", *options)
@@ -140,15 +132,15 @@ def swept(tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path) -> Cal
 
 
 def test_a_sweep_has_every_surgery_that_can_be_done(swept: Run, tmp_path: Path) -> None:
-    found = swept("--k", "8,2,4", "--lambda", "0.05", "--report", tmp_path / "page.html")
+    found = swept("--k", "8,2", "--lambda", "0.05", "--report", tmp_path / "page.html")
     assert found.exit_code == 0, found.stderr
     points: list[dict[str, Any]] = found.json["points"]
-    assert [(p["strategy"], p["k"]) for p in points[:3]] == [("refit", 2), ("refit", 4), ("refit", 8)]
+    assert [(p["strategy"], p["k"]) for p in points[:2]] == [("refit", 2), ("refit", 8)]
     assert {p["strategy"] for p in points} == {"refit", "refit, 0.05 a bit", "prune", "quantize"}
     assert all(p["stages"]["before"] == points[0]["stages"]["before"] for p in points)
-    distortion = [p["stages"]["surgery"]["codebooks"][0]["distortion"] for p in points[:3]]
+    distortion = [p["stages"]["surgery"]["codebooks"][0]["distortion"] for p in points[:2]]
     assert distortion == sorted(distortion, reverse=True)
-    assert found.json["suggested_k"] in (2, 4, 8) and found.json["reason"]
+    assert found.json["suggested_k"] in (2, 8) and found.json["reason"]
     assert found.json["effective_dimension"] > 0
     (lossless,) = [p for p in points if p["strategy"] == "prune" and p["k"] > 2][-1:]
     assert lossless["stages"]["surgery"]["mse"] == lossless["stages"]["before"]["mse"]
@@ -156,7 +148,7 @@ def test_a_sweep_has_every_surgery_that_can_be_done(swept: Run, tmp_path: Path) 
     suffices = found.json["suggested_k"] < 8
     assert (f"{found.json['suggested_k']} codes suffice" in page) == suffices
     assert ("No K that was tried is known to suffice" in page) != suffices
-    assert "| refit | 4 |" in (tmp_path / "sweep" / "table.md").read_text()
+    assert "| refit | 8 |" in (tmp_path / "sweep" / "table.md").read_text()
 
 
 def test_points_that_are_there_are_not_measured_again(swept: Run, tmp_path: Path) -> None:
@@ -183,7 +175,6 @@ def test_a_size_that_cannot_be_done_is_a_warning(swept: Run) -> None:
     [
         (("--k", "0,4"), 1, "k=0 is below 1"),
         (("--k", "100000"), 1, "Re-Fit can be done to none of"),
-        (("--k", ""), 1, "no size to try"),
         (("--k", "4,many"), 2, "expected numbers with commas between them"),
         (("--k", "4", "--lambda", "-1"), 1, "a bit cannot cost -1.0 variances"),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import State
+from conftest import State, WriteModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -28,11 +28,12 @@ from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.verify import Difference, verify_checkpoint
 
-WriteModel = Callable[..., Path]
 SIZES, SUMS = "_vq_vae._ema_cluster_size", "_vq_vae._ema_w"
 UNTOUCHED = "_decoder._conv_1.weight"
 INDEX_MAP, NEAREST = f"{CODEBOOK}/index_map", f"{CODEBOOK}/nearest"
 PREFIX = "codebook_tools."
+Make = Callable[..., tuple[Path, Path]]
+SHORT = FineTune(steps=3, batch_size=16)
 
 
 @pytest.fixture
@@ -85,24 +86,15 @@ def found_in(model: Path, original: Path, **more: Any) -> tuple[Difference, ...]
 # --- what is sound -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", [Prune(), Prune(keep=3), Refit(4), Refit(20, init="random"), None])
-@pytest.mark.parametrize("recipe", [FineTune(steps=0), FineTune(steps=12, batch_size=16)], ids=["surgery", "finetuned"])
-def test_what_the_package_writes_is_sound(
-    strategy: Strategy | None, recipe: FineTune, done: Callable[..., tuple[Path, Path]]
-) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "recipe"), [(Prune(), FineTune(steps=0)), (Refit(20, init="random"), SHORT), (None, SHORT)], ids=str
+)
+def test_what_the_package_writes_is_sound(strategy: Strategy | None, recipe: FineTune, done: Make) -> None:
     found = verify_checkpoint(*done(strategy, recipe))
     assert found.ok and found.to_json() == {"ok": True, "differences": []}
 
 
-def test_a_forger_who_changes_nothing_is_not_found_out(done: Callable[..., tuple[Path, Path]]) -> None:
-    model, original = done()
-    forge(model, keep, lambda maps: None)
-    assert found_in(model, original) == ()
-
-
-def test_a_map_that_lies_elsewhere_is_read_where_it_is_said_to_lie(
-    done: Callable[..., tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_a_map_that_lies_elsewhere_is_read_where_it_is_said_to_lie(done: Make, tmp_path: Path) -> None:
     model, original = done()
     moved = index_map_path(model).rename(tmp_path / "elsewhere.safetensors")
     assert found_in(model, original, maps=[moved]) == ()
@@ -113,36 +105,30 @@ def test_a_map_that_lies_elsewhere_is_read_where_it_is_said_to_lie(
 # --- damage --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", [UNTOUCHED, CODEBOOK, SIZES, SUMS])
-@pytest.mark.parametrize("strategy", [Prune(), Refit(6)], ids=["prune", "refit"])
-def test_one_flipped_bit_of_the_checkpoint_is_found(
-    key: str, strategy: Strategy, done: Callable[..., tuple[Path, Path]]
-) -> None:
-    model, original = done(strategy)
-    content = bytearray(model.read_bytes())
-    content[read_checkpoint(model).entries[key].start + 1] ^= 1
-    model.write_bytes(content)
-    found = found_in(model, original)
-    assert (
-        Difference(
-            "__metadata__", "out.index_map.safetensors belongs to another checkpoint, or one of the two is damaged"
-        )
-        in found
-    )
-    assert (UNTOUCHED in {difference.key for difference in found}) == (key == UNTOUCHED)
-
-
-@pytest.mark.parametrize("key", [INDEX_MAP, NEAREST])
-def test_one_flipped_bit_of_the_map_is_found(key: str, done: Callable[..., tuple[Path, Path]]) -> None:
-    model, original = done(Refit(6))
-    path = index_map_path(model)
+def flipped(path: Path, key: str) -> None:
+    """One bit in the first number of a tensor."""
     content = bytearray(path.read_bytes())
-    content[read_checkpoint(path).entries[key].start] ^= 1
+    content[read_checkpoint(path).entries[key].start + 1] ^= 1
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize("key", [UNTOUCHED, SUMS])
+def test_one_flipped_bit_of_the_checkpoint_is_found(key: str, done: Make) -> None:
+    model, original = done(Refit(6))
+    flipped(model, key)
+    differences = found_in(model, original)
+    what = "out.index_map.safetensors belongs to another checkpoint, or one of the two is damaged"
+    assert Difference("__metadata__", what) in differences
+    assert (UNTOUCHED in {difference.key for difference in differences}) == (key == UNTOUCHED)
+
+
+def test_one_flipped_bit_of_the_map_is_found(done: Make) -> None:
+    model, original = done(Refit(6))
+    flipped(index_map_path(model), NEAREST)
     assert Difference("__metadata__", "out.index_map.safetensors is damaged") in found_in(model, original)
 
 
-def test_any_flipped_bit_of_any_written_file_is_found(done: Callable[..., tuple[Path, Path]]) -> None:
+def test_any_flipped_bit_of_any_written_file_is_found(done: Make) -> None:
     """In the header, too: the map's did not stand under any hash."""
     model, original = done(Refit(6))
     chance = random.Random(0)
@@ -161,9 +147,7 @@ def test_any_flipped_bit_of_any_written_file_is_found(done: Callable[..., tuple[
         path.write_bytes(content)
 
 
-def test_another_original_is_found(
-    done: Callable[..., tuple[Path, Path]], write_model: WriteModel, variants: dict[str, State]
-) -> None:
+def test_another_original_is_found(done: Make, write_model: WriteModel, variants: dict[str, State]) -> None:
     model, _ = done()
     other = write_model(name="other", state=variants["ema"] | {UNTOUCHED: variants["ema"][UNTOUCHED] + 1})
     found = found_in(model, other)
@@ -171,7 +155,7 @@ def test_another_original_is_found(
     assert UNTOUCHED in {difference.key for difference in found}
 
 
-def test_the_map_of_another_surgery_is_found(done: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+def test_the_map_of_another_surgery_is_found(done: Make, tmp_path: Path) -> None:
     model, _ = done(Prune(keep=5))
     other = index_map_path(model).rename(tmp_path / "other.safetensors")
     model, original = done(Prune())
@@ -209,7 +193,6 @@ FORGERIES: dict[str, tuple[Callable[[State, dict[str, str]], object], str, str]]
     "a missing layer": (removed(UNTOUCHED), UNTOUCHED, "missing"),
     "a missing codebook": (removed(CODEBOOK), CODEBOOK, "missing"),
     "missing sums": (removed(SUMS), SUMS, "missing"),
-    "missing sizes": (removed(SIZES), SIZES, "missing"),
     "a tensor more": (put("extra", lambda _: torch.ones(2)), "extra", "not in the original"),
     "another dtype": (put(UNTOUCHED, lambda t: t[UNTOUCHED].half()), UNTOUCHED, "dtype F16 instead of F32"),
     "another shape": (put(UNTOUCHED, lambda t: t[UNTOUCHED][:1].clone()), UNTOUCHED, "shape (1, 4, 3, 3) instead"),
@@ -219,26 +202,19 @@ FORGERIES: dict[str, tuple[Callable[[State, dict[str, str]], object], str, str]]
     "a codebook of another dimension": (
         put(CODEBOOK, lambda t: t[CODEBOOK][:, :3].clone()), CODEBOOK, "shape (10, 3), of which only axis 0 may differ",
     ),
-    "a codebook of another rank": (
-        put(CODEBOOK, lambda t: t[CODEBOOK].flatten()), CODEBOOK, "shape (40,), of which only axis 0 may differ",
-    ),
-    "metadata that were dropped": (lambda _, m: m.pop("note"), "__metadata__", "entry note was not kept"),
     "metadata that were changed": (lambda _, m: m.update(note="mine"), "__metadata__", "entry note was not kept"),
     "another source": (lambda _, m: m.update({PREFIX + "source_sha256": "0"}), "__metadata__", "is not the file that"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FORGERIES)
-def test_each_fault_of_a_checkpoint_is_found_though_its_hashes_fit(
-    fault: str, done: Callable[..., tuple[Path, Path]]
-) -> None:
+def test_each_fault_of_a_checkpoint_is_found_though_its_hashes_fit(fault: str, done: Make) -> None:
     change, key, what = FORGERIES[fault]
     model, original = done()
     forge(model, change)
-    found = [difference for difference in found_in(model, original) if difference.key == key]
-    assert any(what in difference.what for difference in found), found
-    others = {difference.key for difference in found_in(model, original)} - {key}
-    assert others == set()
+    differences = found_in(model, original)
+    assert any(what in difference.what for difference in differences), differences
+    assert {difference.key for difference in differences} == {key}
 
 
 def first(key: str, value: int) -> Callable[[State], object]:
@@ -247,20 +223,18 @@ def first(key: str, value: int) -> Callable[[State], object]:
 
 MAP_FAULTS: dict[str, tuple[Callable[[State], object], str, str]] = {
     "a code past the end": (first(INDEX_MAP, 10), INDEX_MAP, "an entry outside -1 to 9"),
-    "a code below removed": (first(INDEX_MAP, -2), INDEX_MAP, "an entry outside -1 to 9"),
     "nearest to nothing": (first(NEAREST, -1), NEAREST, "an entry outside 0 to 9"),
     "a wrong identity": (lambda m: [m[k].__setitem__(0, 3) for k in m], CODEBOOK, "the codes are not the original's"),
     "an identity lost": (first(INDEX_MAP, -1), CODEBOOK, "the codes are not the original's"),
     "identity and nearest at odds": (first(NEAREST, 3), NEAREST, "kept its identity is not its own nearest"),
     "too short": (lambda m: m.__setitem__(NEAREST, m[NEAREST][:9].clone()), NEAREST, "shape (9,) for 16 old codes"),
     "no nearest": (lambda m: m.pop(NEAREST), INDEX_MAP, "does not hold"),
-    "a stranger": (lambda m: m.__setitem__("x", torch.ones(1)), INDEX_MAP, "does not hold"),
     "another dtype": (lambda m: m.__setitem__(NEAREST, m[NEAREST].int()), INDEX_MAP, "int64, of each codebook"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", MAP_FAULTS)
-def test_each_fault_of_a_map_is_found_though_its_hashes_fit(fault: str, done: Callable[..., tuple[Path, Path]]) -> None:
+def test_each_fault_of_a_map_is_found_though_its_hashes_fit(fault: str, done: Make) -> None:
     maps, key, what = MAP_FAULTS[fault]
     model, original = done()
     forge(model, keep, maps)
@@ -268,17 +242,15 @@ def test_each_fault_of_a_map_is_found_though_its_hashes_fit(fault: str, done: Ca
     assert found.key == key and what in found.what
 
 
-def test_a_codebook_said_to_be_as_before_fine_tuning_must_be(done: Callable[..., tuple[Path, Path]]) -> None:
+def test_a_codebook_said_to_be_as_before_fine_tuning_must_be(done: Make) -> None:
     model, original = done(None, FineTune(steps=3, batch_size=16, lr=30.0))
     assert metadata_of(model)[PREFIX + "kept"] == "before"
     forge(model, another_code)
     assert {difference.key for difference in found_in(model, original)} == {CODEBOOK}
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
-def test_a_flag_that_says_not_initialised_is_found(
-    dtype: torch.dtype, done: Callable[..., tuple[Path, Path]], variants: dict[str, State]
-) -> None:
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_flag_that_says_not_initialised_is_found(dtype: torch.dtype, done: Make, variants: dict[str, State]) -> None:
     flag = "_vq_vae._embedding.initted"
     model, original = done(state=variants["plain"] | {flag: torch.zeros(1, dtype=dtype)})
     assert load_file(model)[flag].tolist() == [1] and found_in(model, original) == ()
@@ -286,7 +258,7 @@ def test_a_flag_that_says_not_initialised_is_found(
     assert found_in(model, original) == (Difference(flag, "says that the codebook is not initialised"),)
 
 
-def test_parameters_that_trained_may_differ_and_no_others(done: Callable[..., tuple[Path, Path]]) -> None:
+def test_parameters_that_trained_may_differ_and_no_others(done: Make) -> None:
     model, original = done(Prune(), FineTune(steps=3, batch_size=16, train="decoder"))
     assert UNTOUCHED in json.loads(metadata_of(model)[PREFIX + "trained_tensors"])
     assert found_in(model, original) == ()
@@ -296,33 +268,27 @@ def test_parameters_that_trained_may_differ_and_no_others(done: Callable[..., tu
     assert Difference(UNTOUCHED, "not finite") in found_in(model, original)
 
 
-@pytest.mark.parametrize("text", ["{", '"all"', "[1, 2]"])
-def test_a_list_of_trained_tensors_that_is_none_permits_nothing(
-    text: str, done: Callable[..., tuple[Path, Path]]
-) -> None:
+@pytest.mark.parametrize("text", ["{", "[1, 2]"])
+def test_a_list_of_trained_tensors_that_is_none_permits_nothing(text: str, done: Make) -> None:
     model, original = done(Prune(), FineTune(steps=3, batch_size=16, train="decoder"))
     forge(model, lambda _, metadata: metadata.update({PREFIX + "trained_tensors": text}))
     assert UNTOUCHED in {difference.key for difference in found_in(model, original)}
 
 
-def test_infinities_of_a_tensor_that_was_carried_over_are_no_fault(
-    done: Callable[..., tuple[Path, Path]], variants: dict[str, State]
-) -> None:
+def test_infinities_of_a_tensor_that_was_carried_over_are_no_fault(done: Make, variants: dict[str, State]) -> None:
     assert found_in(*done(state=variants["plain"] | {"mask": torch.full((3,), -torch.inf)})) == ()
 
 
 # --- what cannot be verified at all --------------------------------------------------------------------------------
 
 
-def test_a_file_that_the_package_did_not_write_cannot_be_verified(done: Callable[..., tuple[Path, Path]]) -> None:
+def test_a_file_that_the_package_did_not_write_cannot_be_verified(done: Make) -> None:
     model, original = done()
     with pytest.raises(CodebookError, match="says nothing of a surgery"):
         verify_checkpoint(original, original, [index_map_path(model)])
 
 
-def test_an_original_without_the_codebook_is_none(
-    done: Callable[..., tuple[Path, Path]], write_model: WriteModel
-) -> None:
+def test_an_original_without_the_codebook_is_none(done: Make, write_model: WriteModel) -> None:
     model, _ = done()
     other = write_model(name="other", state={"a.weight": torch.ones(3, 3)})
     with pytest.raises(CodebookError, match=r"has no _vq_vae\._embedding\.weight.*not the original"):

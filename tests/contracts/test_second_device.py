@@ -90,8 +90,25 @@ def assert_all_ran(found: Mapping[str, Any], exit_codes: Sequence[int] = (0,)) -
 # --- the device itself ----------------------------------------------------------------------------------------------
 
 
-def test_it_takes_no_tensors_of_other_devices_and_counts_what_it_waits_for() -> None:
-    found = done({name: [name] for name in ("mixtures", "waits", "same_codes", "largest")})
+FEW = {
+    "measure": "measure {tiny} {data} --limit 24",
+    "refit": "refit {tiny} --k 8 --steps 3 {data} --limit 24 -o {out}/few-refit.safetensors",
+}
+TUNED = {"tuned": "finetune {tiny} --steps 20 {data} --limit 24 -o {out}/tuned.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def found(files: dict[str, str]) -> dict[str, Any]:
+    """What came of the jobs of the quick tests, in one process."""
+    return done(
+        {name: [name] for name in ("mixtures", "waits", "same_codes", "largest")}
+        | jobs_of(FEW, files)
+        | jobs_of({"mixing": FEW["measure"]}, files, "command_that_mixes")
+        | jobs_of(TUNED, files, "waits_of_steps")
+    )
+
+
+def test_it_takes_no_tensors_of_other_devices_and_counts_what_it_waits_for(found: dict[str, Any]) -> None:
     allowed = [name for name, raised in found["mixtures"].items() if raised is None]
     assert allowed == ["a number of the CPU", "indices of the CPU", "copies"]
     waits = {name: tuple(both) for name, both in found["waits"].items()}
@@ -102,6 +119,7 @@ def test_it_takes_no_tensors_of_other_devices_and_counts_what_it_waits_for() -> 
     assert all(0 < nbytes < 256 << 20 for nbytes in found["largest"].values())
 
 
+@pytest.mark.slow
 def test_near_ties_are_decided_on_the_cpu_where_the_device_has_no_float64() -> None:
     ((name, found),) = done({"same_codes": ["same_codes"]}, "--no-float64").items()
     for lookup, (missed, _, missed_unawaited, _) in found.items():
@@ -110,16 +128,11 @@ def test_near_ties_are_decided_on_the_cpu_where_the_device_has_no_float64() -> N
 
 # --- commands -------------------------------------------------------------------------------------------------------
 
-FEW = {
-    "measure": "measure {tiny} {data}",
-    "prune": "prune {tiny} {data} -o {out}/few-prune.safetensors",
-    "refit": "refit {tiny} --k 8 --steps 3 {data} -o {out}/few-refit.safetensors",
-}
 
-
-def test_figures_are_those_of_the_cpu(files: dict[str, str], codebook: Run, tmp_path: Path) -> None:
-    found = done(jobs_of(FEW, files))
-    assert_all_ran(found)
+def test_figures_are_those_of_the_cpu(
+    found: dict[str, Any], files: dict[str, str], codebook: Run, tmp_path: Path
+) -> None:
+    assert_all_ran({name: found[name] for name in FEW})
     on_cpu = {**files, "out": str(tmp_path), "data": files["data"].replace(NAME, "cpu")}
     for name, (_, *words) in jobs_of(FEW, on_cpu).items():
         expected, theirs = codebook(*words).json, json.loads(found[name]["stdout"])
@@ -136,9 +149,9 @@ def _numbers(found: Any) -> list[float]:
     return [float(found)] if isinstance(found, int | float) else []
 
 
-def test_an_operator_that_mixes_devices_fails_a_command(files: dict[str, str]) -> None:
-    ((_, found),) = done(jobs_of({"measure": FEW["measure"]}, files, "command_that_mixes")).items()
-    assert found["exit_code"] != 0 and "two devices, twin:0 and cpu" in found["stderr"]
+def test_an_operator_that_mixes_devices_fails_a_command(found: dict[str, Any]) -> None:
+    mixing = found["mixing"]
+    assert mixing["exit_code"] != 0 and "two devices, twin:0 and cpu" in mixing["stderr"]
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------------------------
@@ -152,10 +165,8 @@ TUNINGS = {
 }
 
 
-def test_a_fine_tuning_with_revivals_waits_for_the_device_once_in_ten_steps(files: dict[str, str]) -> None:
-    tuned = {"tuned": "finetune {tiny} --steps 20 {data} -o {out}/tuned.safetensors"}
-    found = done(jobs_of(tuned, files, "waits_of_steps"))
-    assert_all_ran(found)
+def test_a_fine_tuning_with_revivals_waits_for_the_device_once_in_ten_steps(found: dict[str, Any]) -> None:
+    assert_all_ran({"tuned": found["tuned"]})
     assert (found["tuned"][READS], found["tuned"][UPLOADS]) == (2, 0)
     assert json.loads(found["tuned"]["stdout"])["trace"][-1]["revived"] > 0
 
@@ -187,7 +198,7 @@ GROUPS = {
         "measure, bf16": "measure {tiny} {data} --precision bf16 --deterministic --report {out}/measure.html",
         "measure, stats": "measure {tiny} {data} --stats {out}/stats.safetensors",
         "measure, a shard": "measure {tiny} {data} --shard 1/2 --stats {out}/shard-1.safetensors",
-        **_each("measure {tiny} {data} --metric VALUE", ("cosine", "cosine-unit", "dot")),
+        "measure, dot": "measure {tiny} {data} --metric dot",
         "diagnose": "diagnose {ema} {data} --report {out}/diagnose.html",
         "codes": "codes {tiny} {data} --report {out}/codes.html",
         "map": "map {tiny} {data} --method pca --report {out}/map.html",
@@ -195,12 +206,9 @@ GROUPS = {
     },
     "surgeries": {
         **_each(
-            "refit {tiny} --k 8 --init VALUE --steps 0 {data} -o {out}/VALUE.safetensors",
-            ("kmeans++", "afkmc2", "used", "random"),
+            "refit {tiny} --k 8 --init VALUE --steps 0 {data} -o {out}/VALUE.safetensors", ("afkmc2", "used", "random")
         ),
-        **_each(
-            "refit {tiny} --k 8 --metric VALUE --steps 0 {data} -o {out}/VALUE.safetensors", ("cosine", "cosine-unit")
-        ),
+        "refit, cosine": "refit {tiny} --k 8 --metric cosine --steps 0 {data} -o {out}/cosine.safetensors",
         "refit, cached": "refit {tiny} --k 8 --exact --latents-cache {out}/all --steps 0 {data} -o {out}/1.safetensors",
         "refit, of latents": "refit {tiny} --k 8 --exact --latents {latents} --device twin -o {out}/2.safetensors",
         **_each(
@@ -231,8 +239,9 @@ GROUPS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--no-float64",)], ids=["all", "no float64"])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    ("group", "options"), [*((group, ()) for group in GROUPS), ("surgeries", ("--no-float64",))], ids=str
+)
 def test_every_command_runs_there(group: str, options: tuple[str, ...], files: dict[str, str], tmp_path: Path) -> None:
     found = done(jobs_of(GROUPS[group], {**files, "out": str(tmp_path)}), *options)
     assert_all_ran(found, exit_codes=(0, 3))  # diagnose finds something
@@ -248,44 +257,46 @@ def test_the_perceptual_loss_runs_there(files: dict[str, str], tmp_path: Path) -
     assert (found["perceptual"][READS], found["perceptual"][UPLOADS]) == (1, 0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", IMAGE_CASES)
-def test_every_family_of_images_runs_there(name: str, files: dict[str, str], tmp_path: Path) -> None:
-    case = IMAGE_CASES[name]
-    source, network = case.save(tmp_path), f"--network {tmp_path / case.network}" if case.network else ""
-    assert_family_runs(source, f"{network} {files['data']}", tmp_path)
+def commands_of(name: str, source: Path, options: str, folder: Path) -> dict[str, str]:
+    """A measurement and a Re-Fit of a model, by names with its own."""
+    output = folder / ("result" if source.is_dir() else "result.safetensors")
+    return {
+        f"{name}, measure": f"measure {source} {options}",
+        f"{name}, refit": f"refit {source} --k 8 --steps 3 {options} -o {output}",
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", AUDIO_CASES)
-def test_every_family_of_sounds_runs_there(name: str, tmp_path: Path) -> None:
-    source, random = save_codec(AUDIO_CASES[name], tmp_path / "model"), np.random.default_rng(0)
+def test_every_family_of_images_runs_there(files: dict[str, str], image_tensor: torch.Tensor, tmp_path: Path) -> None:
+    make_vqmodel(image_tensor).save_pretrained(tmp_path / "vae")
+    commands = commands_of("diffusers", tmp_path / "vae", files["data"], tmp_path)
+    for i, (name, case) in enumerate(IMAGE_CASES.items()):
+        (folder := tmp_path / str(i)).mkdir()
+        source = case.save(folder)
+        network = f"--network {folder / case.network}" if case.network else ""
+        commands |= commands_of(name, source, f"{network} {files['data']}", folder)
+    assert_all_ran(done(jobs_of(commands, {})))
+
+
+@pytest.mark.slow
+def test_every_family_of_sounds_runs_there(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
     (tmp_path / "clips").mkdir()
     for i in range(12):
         soundfile.write(tmp_path / "clips" / f"{i:02d}.wav", random.uniform(-0.5, 0.5, 224), 1600, subtype="FLOAT")
-    data = f"--data {tmp_path / 'clips'} --size 224 --batch-size 4 --device {NAME} --json --quiet"
-    assert_family_runs(source, data, tmp_path)
+    options = f"--data {tmp_path / 'clips'} --size 224 --batch-size 4 --device {NAME} --json --quiet"
+    commands = dict[str, str]()
+    for i, (name, case) in enumerate(AUDIO_CASES.items()):
+        commands |= commands_of(name, save_codec(case, tmp_path / str(i) / "model"), options, tmp_path / str(i))
+    assert_all_ran(done(jobs_of(commands, {})))
 
 
 @pytest.mark.slow
 def test_networks_of_the_users_own_run_there(tmp_path: Path) -> None:
     commands = dict[str, str]()
     for i, name in enumerate(sorted({*NETWORKS} - {"swapped", "headed", "fixed", "warped"})):  # refused
-        folder = tmp_path / str(i)
-        folder.mkdir()
+        (folder := tmp_path / str(i)).mkdir()
         (data, held_out), (model, network) = write_images(folder), write_network(folder, name, 16)
         options = f"--network {network} --data {data} --test-data {held_out} --device {NAME} --json --quiet"
-        commands |= {
-            f"{name}, measure": f"measure {model} {options}",
-            f"{name}, refit": f"refit {model} --k 8 --steps 3 --batch-size 16 {options} -o {folder}/refit.safetensors",
-        }
-    assert_all_ran(done(jobs_of(commands, {})))
-
-
-def assert_family_runs(source: Path, options: str, folder: Path) -> None:
-    output = folder / ("result" if source.is_dir() else "result.safetensors")
-    commands = {
-        "measure": f"measure {source} {options}",
-        "refit": f"refit {source} --k 8 --steps 3 {options} -o {output}",
-    }
+        commands |= commands_of(name, model, f"--batch-size 16 {options}", folder)
     assert_all_ran(done(jobs_of(commands, {})))
