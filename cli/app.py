@@ -33,9 +33,9 @@ COMMANDS = (
 class Commands(TyperGroup):
     """Our commands, and one for each strategy that another distribution adds."""
 
-    def main(self, *given: Any, **more: Any) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         with interruptible():  # before a command has begun, too
-            return super().main(*given, **more)
+            return super().main(*args, **kwargs)
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *sorted(_added_strategies())]

@@ -21,11 +21,11 @@ _LEFT_ALONE = (
 )
 
 
-def show_result(found: Any, table: Callable[[Any], Any], as_json: bool) -> None:
+def show_result(result: Any, table: Callable[[Any], Any], as_json: bool) -> None:
     """The one output: JSON, or a table."""
     from .output import print_json, print_table
 
-    print_json(found.to_json()) if as_json else print_table(table(found))
+    print_json(result.to_json()) if as_json else print_table(table(result))
 
 
 @contextmanager

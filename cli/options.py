@@ -65,7 +65,7 @@ def parameter(one: Declared) -> inspect.Parameter:
     option = one.option
     names = option.names or ((f"--{one.name.replace('_', '-')}",) if one.kind is bool else ())
     kind = list[one.kind] | None if one.repeated else one.kind | None if one.default is None else one.kind  # type: ignore[name-defined]
-    shown = typer.Option(
+    annotation = typer.Option(
         *names,
         help=option.help,
         metavar=option.metavar,
@@ -75,7 +75,7 @@ def parameter(one: Declared) -> inspect.Parameter:
     )
     default = inspect.Parameter.empty if one.default is MISSING else None if one.repeated else one.default
     return inspect.Parameter(
-        one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown]
+        one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, annotation]
     )
 
 
@@ -105,12 +105,12 @@ LONG_RUN = [*RUN, *parameters(Request, "latents_cache")]
 def command(
     heading: str, example: str, *shared: Sequence[inspect.Parameter]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate command(given, own options...): the shared options join its own, and arrive in `given`, by name.
+    """Decorate command(options, own options...): the shared options arrive in the dict `options`, by name.
 
     Args:
-        heading: That it stands under in `codebook --help`.
-        example: A line that one may type, for its own `--help`.
-        shared: Groups of options.
+        heading: Of the panel in `codebook --help`.
+        example: A line to type, for the command's own `--help`.
+        shared: Groups of options that other commands have too.
     """
     return partial(_joined, heading, example, [parameter for group in shared for parameter in group])
 
@@ -122,7 +122,7 @@ def _joined(
     own = [
         one.replace(annotation=hints[one.name], kind=inspect.Parameter.KEYWORD_ONLY)
         for one in inspect.signature(function).parameters.values()
-        if one.name != "given"
+        if one.name != "options"
     ]
     return joined(function.__name__.rstrip("_"), function.__doc__ or "", heading, example, own, shared, function)
 
@@ -139,8 +139,8 @@ def joined(
     """A function with the options in its signature, that calls another: the shared ones in a dict, its own by name."""
 
     def run(**typed: Any) -> None:
-        given = {one.name: typed[one.name] for one in shared}
-        function(given, **{one.name: typed[one.name] for one in own})
+        options = {one.name: typed[one.name] for one in shared}
+        function(options, **{one.name: typed[one.name] for one in own})
 
     run.__name__, run.__doc__ = name, doc
     run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]

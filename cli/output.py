@@ -46,7 +46,7 @@ class ProgressShow(AbstractContextManager["ProgressShow"]):
     """
 
     def __init__(self, quiet: bool) -> None:
-        self.shown = ERRORS.is_terminal and not quiet
+        self.visible = ERRORS.is_terminal and not quiet
         self.quiet, self.said = quiet, time.perf_counter()
         self.progress = Progress(
             TextColumn("{task.description:<28}", markup=False),
@@ -61,18 +61,18 @@ class ProgressShow(AbstractContextManager["ProgressShow"]):
         self.tasks: dict[str, tuple[TaskID, float, int]] = {}  # with the time and count of the first report
 
     def __enter__(self) -> ProgressShow:
-        if self.shown:
+        if self.visible:
             self.progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.shown:
+        if self.visible:
             self.progress.stop()
 
     def __call__(self, what: str, done: int, total: int | None, figures: Mapping[str, float]) -> None:
-        if not self.shown:
+        if not self.visible:
             self._log(what, done, total, figures)
             return
         if what not in self.tasks or done < self.progress.tasks[self.tasks[what][0]].completed:
@@ -81,10 +81,10 @@ class ProgressShow(AbstractContextManager["ProgressShow"]):
             task = self.progress.add_task(what, total=total, figures="")
             self.tasks[what] = task, time.perf_counter(), done
         task, since, first = self.tasks[what]
-        shown = _shown(figures)
+        texts = _shown(figures)
         if figures and total and done > first:
-            shown.append(f"{(done - first) / (time.perf_counter() - since):.1f}/s")
-        self.progress.update(task, completed=done, figures=" ".join(shown))
+            texts.append(f"{(done - first) / (time.perf_counter() - since):.1f}/s")
+        self.progress.update(task, completed=done, figures=" ".join(texts))
 
     def _log(self, what: str, done: int, total: int | None, figures: Mapping[str, float]) -> None:
         if not self.quiet and time.perf_counter() - self.said > SECONDS_A_LINE:

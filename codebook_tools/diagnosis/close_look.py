@@ -46,19 +46,19 @@ def look(model: Model, media: Media, batch: int, bounds: tuple[float, float] | N
     """The model as it is on all of media. bounds: another input range than its own."""
     errors, values = 0.0, 0
     sums = squares = torch.zeros(1, dtype=torch.float64)
-    found = []
+    batches = []
     with model.in_range(bounds or model.input_range):
         for _, pixels in media.batches(batch):
             with torch.no_grad():
-                seen = model.pass_through(pixels)
-            found.append([latents.cpu() for latents in seen.latents])
-            errors += _squares(model, seen.media, pixels)
+                output = model.pass_through(pixels)
+            batches.append([latents.cpu() for latents in output.latents])
+            errors += _squares(model, output.media, pixels)
             values += pixels.numel()
             channels = pixels.cpu().double().movedim(1, 0).flatten(1)
             sums, squares = sums + channels.sum(1), squares + channels.square().sum(1)
     each = max(values, 1) / len(sums)
     flat = float((squares / each - (sums / each).square()).clamp(min=0).mean())
-    return Close(tuple(torch.cat(stage) for stage in zip(*found, strict=True)), errors / max(values, 1), flat)
+    return Close(tuple(torch.cat(stage) for stage in zip(*batches, strict=True)), errors / max(values, 1), flat)
 
 
 def range_errors(model: Model, media: Media, batch: int, seed: int) -> dict[tuple[float, float], float]:
@@ -84,7 +84,7 @@ def range_errors(model: Model, media: Media, batch: int, seed: int) -> dict[tupl
     return errors
 
 
-def told_range(errors: dict[tuple[float, float], float], otherwise: tuple[float, float]) -> tuple[float, float]:
+def recognized_range(errors: dict[tuple[float, float], float], otherwise: tuple[float, float]) -> tuple[float, float]:
     """The range that the network is surely of, by its errors; else the other one."""
     best, second, *_ = sorted(errors, key=lambda bounds: errors[bounds])
     return best if errors[best] <= _KNOWN and errors[second] > CLEARLY * errors[best] else otherwise
@@ -101,7 +101,7 @@ def shuffled_rows(rows: Tensor, seed: int) -> Tensor:
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:POINTS]]
 
 
-def _squares(model: Model, shown: Tensor, meant: Tensor) -> float:
+def _squares(model: Model, reconstructions: Tensor, originals: Tensor) -> float:
     """Sum of squared errors."""
-    shown = model.modality.clamped(shown)
-    return float((shown.cpu() - meant.cpu()).double().square().sum())
+    reconstructions = model.modality.clamped(reconstructions)
+    return float((reconstructions.cpu() - originals.cpu()).double().square().sum())

@@ -16,4 +16,4 @@ def explained_by(book: BookEvidence, name: RivalName, otherwise: Finding) -> Fin
     rival = book.explanation
     if rival is None or rival.name != name:
         return otherwise
-    return Finding("found", book.fit.misfit, 1.0, f"{book.fit.told}; of {rival.what}, {rival.fit.ratio:.2g} times")
+    return Finding("found", book.fit.misfit, 1.0, f"{book.fit.summary}; of {rival.what}, {rival.fit.ratio:.2g} times")

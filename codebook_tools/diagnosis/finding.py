@@ -63,8 +63,8 @@ def of_each_book(look: Callable[[BookEvidence], Finding]) -> Look:
     """The worst finding of all codebooks; of several it says which."""
 
     def looked(evidence: Evidence) -> Finding:
-        found = [look(book) for book in evidence.books]
-        return worst(found) if len(found) == 1 else worst(_named(evidence.books, found))
+        findings = [look(book) for book in evidence.books]
+        return worst(findings) if len(findings) == 1 else worst(_named(evidence.books, findings))
 
     return looked
 

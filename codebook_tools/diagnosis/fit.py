@@ -72,7 +72,7 @@ class Fit:
         return max(0.0, min(self.ratio / WORSE, self.excess / BEYOND))
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         of_variance = self.distortion / max(self.variance, 1e-30)
         return f"distortion is {self.ratio:.2g} times that of k-means, {of_variance:.2g} of the variance"
 

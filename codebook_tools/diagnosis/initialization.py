@@ -25,9 +25,9 @@ def born_dead(codes: Tensor, dead: Tensor) -> Tensor:
     alike = (lengths - typical).abs() <= 2 * typical / codes.shape[1] ** 0.5
     if int(alike.sum()) < LEAST or not drawn(rows[alike]):
         return torch.zeros_like(dead)
-    found = dead.clone()
-    found[dead] = alike
-    return found
+    born = dead.clone()
+    born[dead] = alike
+    return born
 
 
 def untrained(codes: Tensor, dead: Tensor) -> bool:

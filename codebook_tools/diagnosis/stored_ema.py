@@ -47,25 +47,25 @@ class Companions:
         return None if self.counts is None else alive_of(self.counts.numpy())
 
 
-def companions_of(checkpoint: Checkpoint, found: FoundCodebook, original: FoundCodebook | None = None) -> Companions:
+def companions_of(checkpoint: Checkpoint, book: FoundCodebook, original: FoundCodebook | None = None) -> Companions:
     """original: where the codebook lies in the original's file, which knows which tensors ought to follow."""
-    set_ = {key: bool(checkpoint.tensor(key).bool().all()) for key in flags(found.key, checkpoint.entries)}
+    set_ = {key: bool(checkpoint.tensor(key).bool().all()) for key in flags(book.key, checkpoint.entries)}
     expected = original.companions if original else ()
-    unlike = tuple(key for key in expected if key in checkpoint.entries and key not in found.companions)
+    unlike = tuple(key for key in expected if key in checkpoint.entries and key not in book.companions)
     try:
-        by_role = {one.role: one for one in followers(checkpoint, found)}
+        by_role = {one.role: one for one in followers(checkpoint, book)}
     except CodebookError as error:
         return Companions(flags=set_, unlike=unlike, unknown=str(error))
     counted, summed = by_role.get(Role.COUNTS) or by_role.get(Role.SHARES), by_role.get(Role.SUMS)
-    how = effective(found, checkpoint.shapes)
+    how = effective(book, checkpoint.shapes)
     counts = sums = None
-    if counted is not None and checkpoint.tensor(counted.key).numel() == found.size:
+    if counted is not None and checkpoint.tensor(counted.key).numel() == book.size:
         counts = checkpoint.tensor(counted.key).double().reshape(-1)
     elif how.kind == "ratio":  # the codebook's own tensor is the sums
         counts = checkpoint.tensor(how.beside[0]).double().reshape(-1)
-    if summed is not None and checkpoint.tensor(summed.key).numel() == found.size * found.dim and how.kind != "ratio":
-        sums = checkpoint.tensor(summed.key).double().movedim(summed.axis or 0, 0).reshape(found.size, -1)
-    rows = stored_rows(checkpoint.tensor(found.key), found).double()
+    if summed is not None and checkpoint.tensor(summed.key).numel() == book.size * book.dim and how.kind != "ratio":
+        sums = checkpoint.tensor(summed.key).double().movedim(summed.axis or 0, 0).reshape(book.size, -1)
+    rows = stored_rows(checkpoint.tensor(book.key), book).double()
     return of_state(rows, sums, counts, Companions(flags=set_, unlike=unlike))
 
 

@@ -81,17 +81,17 @@ class Trace:
 def read_trace(path: Path) -> Trace:
     """Raises CodebookError where the file is no result, or one of no training."""
     try:
-        told = parse_json(read_text(path))
+        content = parse_json(read_text(path))
     except OSError as error:
         raise CodebookError(f"--trace {path}: {error.strerror}") from error
     except ValueError as error:
         raise CodebookError(f"--trace {path} is no JSON: {error}") from error
-    points: Any = told.get("trace") if isinstance(told, dict) else told
+    points: Any = content.get("trace") if isinstance(content, dict) else content
     try:
         looks = tuple(Look(_count(p["step"]), float(p["validation_mse"]), _count(p["used"])) for p in points)
         if not looks or looks[0].step != 0:
             raise ValueError("no step 0")
-        result = told if isinstance(told, dict) else {}
+        result = content if isinstance(content, dict) else {}
         stages = [stage for stage in (result.get("stages") or {}).values() if stage]
         books, settings = (stages[-1]["codebooks"] if stages else []), result.get("settings") or {}
         images, lr = settings.get("images") or {}, settings.get("lr")

@@ -45,18 +45,18 @@ class Row:
         return {entry.name: plain(getattr(self, entry.name)) for entry in fields(self)}
 
     @staticmethod
-    def from_json(found: Mapping[str, Any]) -> Row:
+    def from_json(content: Mapping[str, Any]) -> Row:
         """The inverse of `to_json`. Raises KeyError or TypeError where it is no row."""
-        stages = {name: _measurement(found["stages"][name]) for name in STAGES}
-        warnings = tuple(map(str, found.get("warnings", ())))  # of an older version of this file: none
-        rest = {entry.name: found[entry.name] for entry in fields(Row) if entry.name != "warnings"}
+        stages = {name: _measurement(content["stages"][name]) for name in STAGES}
+        warnings = tuple(map(str, content.get("warnings", ())))  # of an older version of this file: none
+        rest = {entry.name: content[entry.name] for entry in fields(Row) if entry.name != "warnings"}
         return Row(**{**rest, "stages": stages, "warnings": warnings})
 
 
-def _measurement(found: Mapping[str, Any] | None) -> Measurement | None:
-    if found is None:
+def _measurement(content: Mapping[str, Any] | None) -> Measurement | None:
+    if content is None:
         return None
-    return Measurement(**{**found, "codebooks": tuple(CodebookUse(**use) for use in found["codebooks"])})
+    return Measurement(**{**content, "codebooks": tuple(CodebookUse(**use) for use in content["codebooks"])})
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ def _summary(strategy: str, k: int, rows: list[Row]) -> Summary:
     done = [row for row in rows if row.error is None]
     stages: dict[str, dict[str, Spread]] = {}
     for stage in STAGES:
-        found = [measured for row in done if (measured := row.stages[stage]) is not None]
+        measured = [measurement for row in done if (measurement := row.stages[stage]) is not None]
         figures = {
             name: [getattr(record, name) for record in records]
-            for kind, records in ((Measurement, found), (CodebookUse, [measured.codebooks[0] for measured in found]))
+            for kind, records in ((Measurement, measured), (CodebookUse, [each.codebooks[0] for each in measured]))
             for name, figure in figures_of(kind).items()
             if figure.mean
         }
@@ -148,9 +148,9 @@ def made_with(opened: Opened, more: Mapping[str, object]) -> str:
         "data": {"calibration": items_sha256(splits.calibration), "test": items_sha256(splits.test)},
         "opened": {name: value for name, value in opened.settings.items() if name not in ("data", "test_data")},
         "codebook": [
-            told
+            word
             for book in (opened.model.books[stage] for stage in opened.model.chosen)
-            for told in (book.key, *book.metric.words)
+            for word in (book.key, *book.metric.words)
         ],
         **more,
     }

@@ -89,12 +89,12 @@ class Diagnosis(ResultHeader):
     json_keys = ("healthy", "checks")
 
     @property
-    def found(self) -> tuple[Check, ...]:
+    def failed(self) -> tuple[Check, ...]:
         return tuple(check for check in self.checks if check.verdict == "found")
 
     @property
     def healthy(self) -> bool:
-        return not self.found
+        return not self.failed
 
 
 def diagnose(request: Request, watch: Watch, against: Path | None = None, trace: Path | None = None) -> Diagnosis:

@@ -22,7 +22,7 @@ _End = tuple[Tensor, Tensor, Tensor]
 """Code, score and place in the stream of latents, (n,) each."""
 
 
-class Seen(Accumulator):
+class ExtremeLatents(Accumulator):
     """Of each code, the latents nearest to it and farthest from it.
 
     Attributes:
@@ -90,14 +90,14 @@ def open_images(request: Request, watch: Watch) -> Opened:
     return opened
 
 
-def see(opened: Opened, stage: int, top: int, watch: Watch) -> Seen:
+def find_extremes(opened: Opened, stage: int, top: int, watch: Watch) -> ExtremeLatents:
     """One pass over the calibration data. top: places of each kind for a code."""
     model, codebook, images = opened.model, opened.model.books[stage].codebook, opened.calibration
     with watch.phase("encode"):
-        seen = Seen(codebook, top, latent_grid(model, images, stage))
+        extremes = ExtremeLatents(codebook, top, latent_grid(model, images, stage))
         latents = model.latents(images, opened.request.batch_size, stage)
-        run_pass(LatentSource(latents, codebook, "see the codes"), [seen], watch)
-    return seen
+        run_pass(LatentSource(latents, codebook, "see the codes"), [extremes], watch)
+    return extremes
 
 
 def lowest_of_each(codes: Tensor, scores: Tensor, most: int) -> Tensor:

@@ -19,7 +19,7 @@ from codebook_tools.workflows.session import Opened, open_request
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
+class GalleryImage:
     """A test image. rank: of its error among all, by the model that was kept. original, stages: (channels, height,
     width) in [0, 1], as it is and as each stage reconstructs it."""
 
@@ -31,33 +31,33 @@ class Shown:
     @property
     def errors(self) -> dict[str, float]:
         """Mean squared error, stage by stage."""
-        return {stage: float((shown - self.original).square().mean()) for stage, shown in self.stages.items()}
+        return {stage: float((image - self.original).square().mean()) for stage, image in self.stages.items()}
 
 
-def exhibit(
+def gallery_of_run(
     opened: Opened, books: tuple[Book, ...], operated: bool, tuned: FineTuned | None, watch: Watch
-) -> tuple[Shown, ...]:
+) -> tuple[GalleryImage, ...]:
     """The worst, the median and the best test image; none of what is no picture. The model is left as it is.
 
     books: before anything changed. operated: whether a surgery changed them. tuned: how the fine-tuning went."""
     with _as_it_was(opened.model):
-        return _exhibited(opened, _stages(opened.model, books, operated, tuned), watch)
+        return _gallery(opened, _stages(opened.model, books, operated, tuned), watch)
 
 
-def exhibit_files(stages: Mapping[str, Request], watch: Watch) -> tuple[Shown, ...]:
-    """As `exhibit`, of a file a stage; the last one's errors rank the images. Requests: of the same data."""
+def gallery_of_files(stages: Mapping[str, Request], watch: Watch) -> tuple[GalleryImage, ...]:
+    """As `gallery_of_run`, of a file a stage; the last one's errors rank the images. Requests: of the same data."""
     last = open_request([*stages.values()][-1], watch)
-    return _exhibited(last, ((name, open_request(request, watch).model) for name, request in stages.items()), watch)
+    return _gallery(last, ((name, open_request(request, watch).model) for name, request in stages.items()), watch)
 
 
-def _exhibited(opened: Opened, models: Iterator[tuple[str, Model]], watch: Watch) -> tuple[Shown, ...]:
+def _gallery(opened: Opened, models: Iterator[tuple[str, Model]], watch: Watch) -> tuple[GalleryImage, ...]:
     """opened: whose errors rank the images. models: by stage."""
     if not opened.model.modality.pictures:
         return ()
     chosen, originals = _chosen(opened, watch)
     stages = {stage: reconstruct(model, originals).media.cpu() for stage, model in models}
     return tuple(
-        Shown(str(item), rank, originals[i].cpu(), {stage: shown[i] for stage, shown in stages.items()})
+        GalleryImage(str(item), rank, originals[i].cpu(), {stage: images[i] for stage, images in stages.items()})
         for i, (rank, item) in enumerate(zip(RANKS, chosen, strict=True))
     )
 
@@ -74,13 +74,13 @@ def _chosen(opened: Opened, watch: Watch) -> tuple[list[Item], Tensor]:
 
 def _errors(opened: Opened, watch: Watch) -> tuple[list[Item], Tensor]:
     """All test images that can be read, and their squared errors."""
-    readable, found = list[Item](), list[Tensor]()
+    readable, errors = list[Item](), list[Tensor]()
     for items, pixels in opened.test.whole().batches(opened.request.batch_size):
-        shown = reconstruct(opened.model, pixels).media.cpu()
-        found.append((shown - pixels.cpu()).square().flatten(1).mean(1))
+        reconstructions = reconstruct(opened.model, pixels).media.cpu()
+        errors.append((reconstructions - pixels.cpu()).square().flatten(1).mean(1))
         readable += items
         watch.progress("choose what to show", len(readable), len(opened.test))
-    return readable, torch.cat(found)
+    return readable, torch.cat(errors)
 
 
 def _stages(

@@ -16,7 +16,7 @@ from codebook_tools.clustering.seeding import count_distinct
 from codebook_tools.codebook import Codebook
 from codebook_tools.data.dataset import Media
 from codebook_tools.diagnosis.alternatives import cut_rows, cut_wrongly, of_companions, of_original, of_range, scaled
-from codebook_tools.diagnosis.close_look import Close, few_of, look, range_errors, rows_of, told_range
+from codebook_tools.diagnosis.close_look import Close, few_of, look, range_errors, recognized_range, rows_of
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence, Pair, Rival
 from codebook_tools.diagnosis.fit import centroids, distortion, fit_of, left_of, variance_of
 from codebook_tools.diagnosis.stored_ema import Companions, companions_of
@@ -51,7 +51,7 @@ class _Looked:
 
 def gather(request: Request, against: Path | None, trace: Path | None, watch: Watch) -> tuple[Opened, Evidence]:
     """Open what is named and look at the data. Raises CodebookError for all that is amiss."""
-    told = read_trace(trace) if trace else None
+    training = read_trace(trace) if trace else None
     original = open_request(replace(request, model=against), watch) if against else None
     opened = open_request(_with_keys(request, original), watch)
     model, batch = opened.model, request.batch_size
@@ -63,7 +63,7 @@ def gather(request: Request, against: Path | None, trace: Path | None, watch: Wa
         if original:
             model.input_range = original.model.input_range
         elif ranges and request.input_range is None:
-            model.input_range = told_range(ranges, model.input_range)
+            model.input_range = recognized_range(ranges, model.input_range)
         few = few_of(model, opened.calibration, request.seed)
         beside = look(original.model, few, batch) if original else None
         looked = _Looked(opened, few, look(model, few, batch), original, beside)
@@ -85,7 +85,7 @@ def gather(request: Request, against: Path | None, trace: Path | None, watch: Wa
         ranges=ranges,
         input_range=model.input_range,
         command=model.checkpoint.metadata.get(PREFIX + "command", ""),
-        trace=told,
+        trace=training,
     )
 
 
@@ -102,8 +102,8 @@ def _book(looked: _Looked, stage: int, latents: Tensor, counts: Tensor, held_out
     model, original = looked.opened.model, looked.original
     book, codebook = model.books[stage], on_cpu(model.books[stage])
     paired = original is not None and stage < len(original.model.books)
-    found = original.model.books[stage].found if original and paired else None
-    companions = companions_of(model.checkpoint, book.found, found)
+    original_place = original.model.books[stage].found if original and paired else None
+    companions = companions_of(model.checkpoint, book.found, original_place)
     pair = _pair(looked, stage) if paired else None
     fit = fit_of(codebook, latents, looked.seed)
     points = codebook.metric.prepare(latents)
@@ -156,11 +156,12 @@ def curve_of(codebook: Codebook, points: Tensor, seed: int) -> Mapping[int, floa
     """Share of the variance of points (n, dim) that so many centroids leave, on points that they did not see. codebook:
     that is searched as those are."""
     like = prepared(codebook)
-    seen, judged = points[: len(points) // 2], points[len(points) // 2 :]
+    half = len(points) // 2
+    clustered, judged = points[:half], points[half:]
     variance = variance_of(judged)
     if variance == 0:
         return {}
-    return {k: distortion(centroids(like, seen, k, seed), judged)[0] / variance for k in _CURVE if k <= len(seen) // 8}
+    return {k: distortion(centroids(like, clustered, k, seed), judged)[0] / variance for k in _CURVE if k <= half // 8}
 
 
 def _distinct(points: Tensor, enough: int) -> int:

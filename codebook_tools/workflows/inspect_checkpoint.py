@@ -35,10 +35,10 @@ class Inspection:
             "family": self.family,
             "reason": self.detection.reason,
             "codebooks": [
-                {name: value for name, value in asdict(found).items() if name not in ("also", "form")}
-                | {"companions": list(found.companions)}
-                | ({"alive": self.alive[found.key]} if found.key in self.alive else {})
-                for found in self.detection.codebooks
+                {name: value for name, value in asdict(book).items() if name not in ("also", "form")}
+                | {"companions": list(book.companions)}
+                | ({"alive": self.alive[book.key]} if book.key in self.alive else {})
+                for book in self.detection.codebooks
             ],
             "elsewhere": [{"key": key, "shape": list(shape)} for key, shape in self.detection.elsewhere],
         }

@@ -68,11 +68,11 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -
         check_k(k)
     opened = open_images(request, watch)
     model, stage = opened.model, opened.model.chosen[0]
-    seen = calibrate(opened, watch)
-    counts, sample = seen.tokens[stage].counts, seen.first.sample
+    calibration = calibrate(opened, watch)
+    counts, sample = calibration.tokens[stage].counts, calibration.first.sample
     used = int((counts > 0).sum())
     codebook = model.books[stage].codebook
-    found = measure_stage(opened, encoder_latents(opened), watch)
+    measurement = measure_stage(opened, encoder_latents(opened), watch)
     with watch.phase("strategy"):
         refit = Refit(max(1, used) if k is None else k, seed=request.seed)
         own = replace(codebook, vectors=codebook.vectors.cpu())
@@ -80,7 +80,7 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -
     with watch.phase("encode"):
         rows, chosen, places, grid = _drawn(opened, stage)
     with watch.phase("load"):
-        shown = patches(
+        patch_images = patches(
             opened.calibration, places, grid, receptive_side(model, opened.calibration, stage), request.batch_size
         )
     watch.progress("project", 0, None)
@@ -94,14 +94,14 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -
         k=centroids.size,
         size=codebook.size,
         used=used,
-        coverage=found.codebooks[stage].coverage,
+        coverage=measurement.codebooks[stage].coverage,
         latents=planes[0],
         codes=planes[1],
         centroids=planes[2],
         counts=counts,
         chosen=chosen,
         places=tuple(places),
-        patches=shown,
+        patches=patch_images,
         seconds=watch.seconds,
     )
 

@@ -42,8 +42,8 @@ def sample_limit(dims: Sequence[int]) -> int:
 
 def parse_shard(text: str) -> tuple[int, int]:
     """ "3/8": the third of eight. Raises CodebookError where there is no such part."""
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)  # more are a slip: no scheduler begins a million jobs
-    i, n = map(int, found.groups()) if found else (0, 0)
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)  # more are a slip: no scheduler begins a million jobs
+    i, n = map(int, match.groups()) if match else (0, 0)
     if not 1 <= i <= n:
         raise CodebookError(
             f"--shard {text}: expected I/N, I from 1 to N, such as 3/8 for the third of eight, N below a million; in a "
@@ -184,8 +184,8 @@ def _check_alike(first_path: Path, first: Part, path: Path, part: Part) -> None:
 def _how_to_mend(few: Sequence[int], missing: int, of: Part, model: Path) -> str:
     """few: the first of the missing shards."""
     named = ", ".join(map(str, few)) + (f" and {missing - len(few)} more" if missing > len(few) else "")
-    given = {option: of.about.get(name) for name, option in _OPTIONS.items()}
-    options = " ".join(f"{option} {value}" for option, value in given.items() if value is not None)
+    settings = {option: of.about.get(name) for name, option in _OPTIONS.items()}
+    options = " ".join(f"{option} {value}" for option, value in settings.items() if value is not None)
     command = f"codebook measure {model} --shard {few[0]}/{of.shard[1]} --stats FILE {options}"
     shards = "shards" if missing > 1 else "shard"
     return f"{shards} {named} of {of.shard[1]} missing; run `{command}`, with --data and the rest as it was"

@@ -52,20 +52,20 @@ def _section(
     kept: str,
 ) -> str:
     codes = ", ".join(f"`{key}`: {size}" for key, size in sizes.items())
-    told = [f"`codebook {command}` of Codebook Tools {VERSION}. Codes: {codes}."]
+    paragraphs = [f"`codebook {command}` of Codebook Tools {VERSION}. Codes: {codes}."]
     images = settings.get("images")
     if isinstance(images, dict):
         counts = ", ".join(f"{count:,} {name}" for name, count in images.items())
-        told.append(f"Data: {counts}; figures are of those for testing, which no gradient and no choice saw.")
-    shown = {name: value for name, value in settings.items() if name in _TOLD and value is not None}
-    if shown:
-        told.append("Settings: " + ", ".join(f"{name} {value}" for name, value in sorted(shown.items())) + ".")
+        paragraphs.append(f"Data: {counts}; figures are of those for testing, which no gradient and no choice saw.")
+    reported = {name: value for name, value in settings.items() if name in _REPORTED and value is not None}
+    if reported:
+        paragraphs.append("Settings: " + ", ".join(f"{name} {value}" for name, value in sorted(reported.items())) + ".")
     if any(stages.values()):
-        told.append(in_markdown(stage_rows(stages, kept)))
-    return "\n\n".join(["## Codebook surgery", *told]).rstrip() + "\n"
+        paragraphs.append(in_markdown(stage_rows(stages, kept)))
+    return "\n\n".join(["## Codebook surgery", *paragraphs]).rstrip() + "\n"
 
 
-_TOLD = (
+_REPORTED = (
     "k",
     "keep",
     "threshold",

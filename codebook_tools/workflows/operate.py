@@ -32,7 +32,7 @@ from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.training.resume import Saving
 from codebook_tools.training.tensorboard import require_tensorboard
-from codebook_tools.workflows.gallery import Shown, exhibit
+from codebook_tools.workflows.gallery import GalleryImage, gallery_of_run
 from codebook_tools.workflows.measure_shards import check_shard, in_part, merge, part_of
 from codebook_tools.workflows.model_card import cards
 from codebook_tools.workflows.pipeline import (
@@ -100,17 +100,18 @@ def measure_model(
             distributed.by_first(lambda: write_part(stats, part, request.force))
         target.settings["stats"] = str(stats)
     before = None if shard and not sums.images else target.measurement(sums)
-    shown, proof = tuple[Shown, ...](), None
+    gallery, proof = tuple[GalleryImage, ...](), None
     if isinstance(target, Opened):
         with watch.phase("measure"):
-            shown = exhibit(target, target.model.books, False, None, watch) if request.exhibit and not shard else ()
+            if request.gallery and not shard:
+                gallery = gallery_of_run(target, target.model.books, False, None, watch)
         agreed = target.agreed
         proof = Proof("quantizer", agreed.agree, agreed.of, agreed.near_ties) if agreed else None
     return Result(
         **header("measure", target),
         before=before,
         bytes={"before": target.model.checkpoint.nbytes, "after": None},
-        shown=shown,
+        gallery=gallery,
         proof=proof,
         seconds=watch.seconds,
     )
@@ -128,7 +129,7 @@ class Run:
         surgeries: By index of the codebook; none where there was a fine-tuning alone.
         tokens: Of the calibration data by the kept state, of each codebook.
         maps: Of the index map file, by name.
-        shown: A few test images, for a page.
+        gallery: A few test images, for a page.
         dependents: What is left to warn of, after what is said of the output.
     """
 
@@ -140,7 +141,7 @@ class Run:
     old: Sequence[Codebook]
     tokens: Sequence[Tokens]
     maps: Mapping[str, Tensor]
-    shown: tuple[Shown, ...]
+    gallery: tuple[GalleryImage, ...]
     watch: Watch
     dependents: list[str]
 
@@ -205,7 +206,7 @@ class Run:
             kept=done.kept,
             trace=done.tuned.trace if done.tuned else (),
             outputs={"model": str(output), "index_map": str(map_path), "report": None},
-            shown=self.shown,
+            gallery=self.gallery,
             proof=proof,
             bytes={"before": checkpoint.nbytes, "after": nbytes, **({"packed": packed} if bits else {})},
             seconds=watch.seconds,
@@ -258,7 +259,7 @@ def operate_in_memory(
     known = {*model.keys.values()} - {*model.carried}
     dependents = dependents_warning(model.checkpoint, known, first.found.size, target.size)
     target.settings["metric"] = first.metric.name
-    shown = tuple[Shown, ...]()
+    gallery = tuple[GalleryImage, ...]()
     if isinstance(target, Opened):
         target.warnings += dependents
         dependents = []
@@ -273,7 +274,8 @@ def operate_in_memory(
         if done.tuned:
             target.settings["lr"] = done.tuned.lr
         with watch.phase("measure"):
-            shown = exhibit(target, books, bool(surgeries), done.tuned, watch) if request.exhibit else ()
+            if request.gallery:
+                gallery = gallery_of_run(target, books, bool(surgeries), done.tuned, watch)
         if before and done.kept == "finetuned" and done.finetuned:
             target.warnings += blur_warnings(before, done.finetuned)
             tokens = target.tokens(watch)
@@ -291,7 +293,7 @@ def operate_in_memory(
         nearest = nearest_map(index_map, old[stage], on_cpu(model.books[stage]), samples)
         for place in model.books[stage].found.places:
             maps |= {f"{place.key}/index_map": index_map, f"{place.key}/nearest": nearest}
-    run = Run(command, target, before, done, surgeries, old, tokens, maps, shown, watch, dependents)
+    run = Run(command, target, before, done, surgeries, old, tokens, maps, gallery, watch, dependents)
     if before:
         target.warnings += worse_warnings(before, run.stages[done.kept])
     return run

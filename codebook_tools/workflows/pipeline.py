@@ -95,7 +95,7 @@ def measure_stage(opened: Opened, latents: Latents, watch: Watch) -> Measurement
     return opened.measurement(opened.sums(latents, watch))
 
 
-def perform(target: Target, strategy: Strategy, seen: Calibration, watch: Watch) -> dict[int, Surgery]:
+def perform(target: Target, strategy: Strategy, calibration: Calibration, watch: Watch) -> dict[int, Surgery]:
     """Operate on the chosen books one after another, each on the latents that those before it leave, and install.
 
     Books of one size stay of one size, and sizes that the config would refuse are filled up with dead codes. Returns
@@ -104,17 +104,17 @@ def perform(target: Target, strategy: Strategy, seen: Calibration, watch: Watch)
     model = target.model
     strategy = on_device(strategy, device_of(target.request.device))
     before = [on_cpu(book) for book in model.books]
-    counts = {stage: tokens.counts for stage, tokens in enumerate(seen.tokens)}
+    counts = {stage: tokens.counts for stage, tokens in enumerate(calibration.tokens)}
     surgeries = dict[int, Surgery]()
     for stage in model.chosen:
-        found = seen.first if stage == model.chosen[0] else target.survey(stage, watch)
-        counts[stage] = found.counts
+        survey = calibration.first if stage == model.chosen[0] else target.survey(stage, watch)
+        counts[stage] = survey.counts
         several = isinstance(target, Opened) and len(model.books) > 1
         with watch.phase("strategy"), _named(model.books[stage].key, several):
-            whole = found.sampled and getattr(strategy, "exact", False)
-            latents = target.all_latents(stage, found) if whole else found.sample
+            whole = survey.sampled and getattr(strategy, "exact", False)
+            latents = target.all_latents(stage, survey) if whole else survey.sample
             # Strategies see the same everywhere, but machines that differ may round differently.
-            surgeries[stage] = distributed.of_first(strategy(before[stage], latents, found.counts))
+            surgeries[stage] = distributed.of_first(strategy(before[stage], latents, survey.counts))
         model.install(surgeries[stage].codebook, stage)
     asked = [book.codebook.size for book in model.books]
     sizes = common_sizes([book.size for book in before], asked, model.power_of_two)
@@ -138,7 +138,7 @@ def _named(key: str, several: bool) -> Iterator[None]:
 def run_stages(
     opened: Opened,
     surgeries: Mapping[int, Surgery],
-    seen: Calibration,
+    calibration: Calibration,
     latents: Latents,
     recipe: FineTune,
     *,
@@ -162,8 +162,8 @@ def run_stages(
         index_maps = {stage: torch.arange(model.books[stage].codebook.size) for stage in model.chosen}
     warnings = list[str]()
     if recipe.steps:
-        counts = [tokens.counts for tokens in current_tokens(opened, seen, bool(surgeries), watch)]
-        more, first = _more(opened, surgeries, recipe, seen, watch), index_maps
+        counts = [tokens.counts for tokens in current_tokens(opened, calibration, bool(surgeries), watch)]
+        more, first = _more(opened, surgeries, recipe, calibration, watch), index_maps
         if more:
             first = {stage: (surgeries[stage].first or surgeries[stage]).index_map for stage in index_maps}
         splits = opened.splits
@@ -198,7 +198,7 @@ def run_stages(
 
 
 def _more(
-    opened: Opened, surgeries: Mapping[int, Surgery], recipe: FineTune, seen: Calibration, watch: Watch
+    opened: Opened, surgeries: Mapping[int, Surgery], recipe: FineTune, calibration: Calibration, watch: Watch
 ) -> dict[int, More]:
     """The codes that a fine-tuning is to begin with where they are more, and how often each is used."""
     first = {stage: surgery.first for stage, surgery in surgeries.items() if surgery.first}
@@ -207,10 +207,10 @@ def _more(
     model, books = opened.model, opened.model.books
     for stage, surgery in first.items():
         model.install(surgery.codebook, stage)
-    counts = [tokens.counts for tokens in current_tokens(opened, seen, True, watch)]
-    found = {stage: More(model.books[stage].vectors, counts[stage]) for stage in first}
+    counts = [tokens.counts for tokens in current_tokens(opened, calibration, True, watch)]
+    larger = {stage: More(model.books[stage].vectors, counts[stage]) for stage in first}
     model.books = books
-    return found
+    return larger
 
 
 def _collapse(after: Measurement | None, finetuned: Measurement) -> list[str]:
@@ -222,14 +222,14 @@ def _collapse(after: Measurement | None, finetuned: Measurement) -> list[str]:
     return [f"fine-tuning lowered the error with {left} of {before} codes in use: --steps 0 keeps them, more steps may"]
 
 
-def current_tokens(opened: Opened, seen: Calibration, moved: bool, watch: Watch) -> tuple[Tokens, ...]:
+def current_tokens(opened: Opened, calibration: Calibration, moved: bool, watch: Watch) -> tuple[Tokens, ...]:
     """The tokens of the calibration data by the model as it is. moved: codes did since `seen`, networks did not: with
     one codebook the latents are the same, and need not be encoded once more."""
     if not moved:
-        return seen.tokens
+        return calibration.tokens
     if len(opened.model.books) > 1:
         return opened.tokens(watch)
-    codebook, first = on_cpu(opened.model.books[0]), seen.first
+    codebook, first = on_cpu(opened.model.books[0]), calibration.first
     rows, share = first.sample.vectors, len(first.sample) / first.total
     codes = nearest(rows, codebook)
     counts = torch.bincount(codes, minlength=codebook.size).double() / share

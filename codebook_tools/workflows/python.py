@@ -155,9 +155,9 @@ def wrap(
         as_stored=_names(as_stored),
         device=device,
     )
-    held = request.checkpoint
-    if missing := [key for key in request.codebook_key if key not in held.entries]:
-        near = [key for key, shape in held.shapes.items() if len(shape) == 2][:8]
+    checkpoint = request.checkpoint
+    if missing := [key for key in request.codebook_key if key not in checkpoint.entries]:
+        near = [key for key, shape in checkpoint.shapes.items() if len(shape) == 2][:8]
         raise CodebookError(f"{wrapped.name} has no tensor {missing[0]}; its matrices are {', '.join(near) or 'none'}")
     return Model(request)
 

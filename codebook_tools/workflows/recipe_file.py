@@ -37,8 +37,8 @@ class RecipeFile:
         import yaml
 
         surgeries = [{command: dict(settings)} if settings else command for command, settings in self.surgeries]
-        told = {name.replace("_", "-"): value for name, value in self.options.items()}
-        written: str = yaml.safe_dump({**told, SURGERIES: surgeries}, sort_keys=False, allow_unicode=True)
+        options = {name.replace("_", "-"): value for name, value in self.options.items()}
+        written: str = yaml.safe_dump({**options, SURGERIES: surgeries}, sort_keys=False, allow_unicode=True)
         return written
 
 
@@ -47,17 +47,17 @@ def read_recipe(path: Path) -> RecipeFile:
     import yaml
 
     try:
-        told = _parsed(read_text(path, _LONGEST))
+        content = _parsed(read_text(path, _LONGEST))
     except OSError as error:
         raise CodebookError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
         raise CodebookError(f"{path}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise CodebookError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(told, dict) or not isinstance(told.get(SURGERIES), list):
+    if not isinstance(content, dict) or not isinstance(content.get(SURGERIES), list):
         raise CodebookError(f"{path} has no list of {SURGERIES}, such as `{SURGERIES}: [prune, {{refit: {{k: 128}}}}]`")
-    options = {str(name).replace("-", "_"): value for name, value in told.items() if name != SURGERIES}
-    return RecipeFile(options, tuple(_surgery(path, entry) for entry in told[SURGERIES]))
+    options = {str(name).replace("-", "_"): value for name, value in content.items() if name != SURGERIES}
+    return RecipeFile(options, tuple(_surgery(path, entry) for entry in content[SURGERIES]))
 
 
 def _parsed(text: str) -> object:
@@ -77,7 +77,7 @@ def _parsed(text: str) -> object:
         if isinstance(node, yaml.SequenceNode):
             nodes += node.value
         if isinstance(node, yaml.MappingNode):
-            nodes += [its for pair in node.value for its in pair]
+            nodes += [child for pair in node.value for child in pair]
             _refuse_twice([key for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
     return loader.construct_document(root) if root else None
 

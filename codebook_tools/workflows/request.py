@@ -41,7 +41,7 @@ class Request:
         model: A file or directory; None for the bundled demo.
         typed: By a user, whose model is not to be trained on the bundled sample.
         sample: Whether the bundled sample is the data of the model, as it is of the demo.
-        exhibit: Whether a few test images are kept for a page, as each stage reconstructs them.
+        gallery: Whether a few test images are kept for a page, as each stage reconstructs them.
         wrapped: A module in memory, in place of a file.
     """
 
@@ -192,7 +192,7 @@ class Request:
             "Keep the latents of the calibration data there: the next run reads them.", metavar="DIR", panel="Running"
         ),
     ] = None
-    exhibit: bool = False
+    gallery: bool = False
     sample: bool = False
     typed: bool = False
     wrapped: Wrapped | None = None

@@ -19,7 +19,7 @@ from codebook_tools.models.proof import Proof
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.training.finetune import FineTune, FineTuned, TracePoint
-from codebook_tools.workflows.gallery import Shown
+from codebook_tools.workflows.gallery import GalleryImage
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.target import Target
 
@@ -94,7 +94,7 @@ class Result(ResultHeader):
         kept: The stage that the written file holds; None where none was written.
         trace: Of the fine-tuning.
         bytes: Of weights, and what a codebook that was rounded to few bits would pack to.
-        shown: For a page, not in the JSON.
+        gallery: For a page, not in the JSON.
         proof: How the figures were held against the model that loads the file.
     """
 
@@ -105,7 +105,7 @@ class Result(ResultHeader):
     trace: tuple[TracePoint, ...] = ()
     outputs: Mapping[str, str | None] = field(default_factory=lambda: dict.fromkeys(("model", "index_map", "report")))
     bytes: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(("before", "after")))
-    shown: tuple[Shown, ...] = ()
+    gallery: tuple[GalleryImage, ...] = ()
     proof: Proof | None = None
 
     json_keys = ("command", *SUBJECT, "kept", "trace", "outputs", "bytes", "seconds", "version", "proof", "stages")

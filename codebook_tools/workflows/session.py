@@ -66,9 +66,9 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
                 distributed.part(),
                 workers=workers,
                 pinned=runs_ahead,
-                mixing=request.channels or (None if given else MIX),  # the sample is in whatever channels are asked for
+                mixing=request.channels or (None if paths else MIX),  # the sample is in whatever channels are asked for
             )
-            for items, given in (
+            for items, paths in (
                 (splits.calibration, request.data),
                 (splits.test, request.test_data or request.data),
             )
@@ -93,7 +93,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         asks = model.family == CUSTOM
         more, opened.agreed = settle(model, opened.few if asks else [], request.metric)
     opened.warnings += uninitialised(checkpoint, opened.codebooks)
-    opened.warnings += [twin_warning(found.places, "") for found in opened.codebooks if found.also]
+    opened.warnings += [twin_warning(book.places, "") for book in opened.codebooks if book.also]
     opened.warnings += more
     opened.settings |= {
         "data": [str(one) for one in request.data] or ([SAMPLE] if splits.calibration else []),

@@ -32,12 +32,12 @@ def dimensional_collapse(evidence: Evidence, book: BookEvidence) -> Finding:
     codes = metrics.covariance_of(prepared(book.codebook).vectors[book.codes])
     variances = torch.linalg.eigvalsh(latents).flip(0).clamp(min=0)
     rest = float(variances[max(1, dim // EACH) :].sum() / variances.sum().clamp(min=1e-300))
-    told = (
+    summary = (
         f"{metrics.dimensions_that_hold(latents)} of {dim} dimensions hold 99% of the latents' variance; effective "
         f"dimension {metrics.participation_ratio(latents):.2g}, of their codes "
         f"{metrics.participation_ratio(codes):.2g}"
     )
     if rest >= REST or not bool(variances.any()):
-        return Finding("ok", rest, REST, told)
+        return Finding("ok", rest, REST, summary)
     suffers = dead_codes(book).verdict == "found" or evidence.mse > POOR * evidence.flat_mse
-    return Finding("found" if suffers else "suspicious", rest, REST, told)
+    return Finding("found" if suffers else "suspicious", rest, REST, summary)

@@ -33,9 +33,9 @@ _MOST = 0.5  # of the codes: as many must have that
 def no_lloyd(evidence: Evidence) -> Finding:
     """Found where most codes are latents, off the means of their cells; suspicious where the surgery that did it says
     so, and where codes lie off alone, for those may lag behind an encoder in training."""
-    found = of_each_book(_of_book)(evidence)
-    meant = found.verdict == "found" and evidence.command in KEEP
-    return replace(found, verdict="suspicious") if meant else found
+    finding = of_each_book(_of_book)(evidence)
+    meant = finding.verdict == "found" and evidence.command in KEEP
+    return replace(finding, verdict="suspicious") if meant else finding
 
 
 def _of_book(book: BookEvidence) -> Finding:
@@ -48,12 +48,12 @@ def _of_book(book: BookEvidence) -> Finding:
         return not_checked(f"{len(points)} latents are too few for the means of {codes.size} cells; give more --data")
     off = float((gaps > OFF * errors)[enough].float().mean())
     # Of all latents some are in the sample, and as many of the seeds.
-    seen = len(points) / int(book.counts.sum())
+    sampled = len(points) / int(book.counts.sum())
     are = (gaps > _OFF_AT_ALL * errors) & _are_latents(points, codes)
-    latents = min(1.0, float(are[enough].float().mean()) / seen)
-    told = f"{off:.0%} of the codes lie far off the mean of their latents, {latents:.0%} are latents themselves"
+    latents = min(1.0, float(are[enough].float().mean()) / sampled)
+    summary = f"{off:.0%} of the codes lie far off the mean of their latents, {latents:.0%} are latents themselves"
     verdict: Verdict = "found" if latents > SEEDS else "suspicious" if off > SEEDS else "ok"
-    return Finding(verdict, max(off, latents), SEEDS, told)
+    return Finding(verdict, max(off, latents), SEEDS, summary)
 
 
 def cells(points: Tensor, codes: Codebook) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,29 +16,29 @@ COLLAPSED = 0.5
 
 def not_installed(evidence: Evidence) -> Finding:
     """Of the codes as they lie in the file; else of the first point of a trace."""
-    found = of_each_book_in(_of_book)(evidence)
-    return worst([found, _of_trace(evidence)])
+    finding = of_each_book_in(_of_book)(evidence)
+    return worst([finding, _of_trace(evidence)])
 
 
 def _of_book(evidence: Evidence, book: BookEvidence) -> Finding:
     operated, size = evidence.operated(book), book.codebook.size
     born = int(born_dead(book.codebook.vectors, book.dead).sum())
-    told = f"{born} of {size} codes are as an initialisation drew them"
+    summary = f"{born} of {size} codes are as an initialisation drew them"
     rival = book.explanation
     if operated and book.fit and not book.fit.good and rival is None and drawn(book.codebook.vectors):
         times = (book.codebook.vectors.square().sum(1).mean() / book.latents.square().sum(1).mean()).sqrt()
-        told = f"{book.fit.told}; the codes look drawn at random, {float(times):.2g} times as long as the latents"
-        return Finding("found", book.fit.misfit, 1.0, told)
+        summary = f"{book.fit.summary}; the codes look drawn at random, {float(times):.2g} times as long as the latents"
+        return Finding("found", book.fit.misfit, 1.0, summary)
     if operated and not book.filling and book.counted and born > BORN * size:
-        return Finding("found", born / size, BORN, told)
+        return Finding("found", born / size, BORN, summary)
     if book.fit is None:
         return not_checked("codes searched by the dot product have no k-means to be held against")
     if rival and rival.name == "companions":
-        told = f"{book.fit.told}; {rival.what} have {rival.fit.ratio:.2g} times"
-        return Finding("found", book.fit.misfit, 1.0, told)
+        summary = f"{book.fit.summary}; {rival.what} have {rival.fit.ratio:.2g} times"
+        return Finding("found", book.fit.misfit, 1.0, summary)
     if not operated and born > BORN * size:
-        told = f"{told}, and nothing shows that a surgery was to replace them"
-    return Finding("ok", born / size, BORN, told)
+        summary = f"{summary}, and nothing shows that a surgery was to replace them"
+    return Finding("ok", born / size, BORN, summary)
 
 
 def _of_trace(evidence: Evidence) -> Finding:
@@ -46,9 +46,9 @@ def _of_trace(evidence: Evidence) -> Finding:
     if trace is None or not trace.operated:
         return not_checked("no trace of a surgery")
     size = trace.size or sum(book.codebook.size for book in evidence.books)
-    told = f"{trace.start} of {size} codes are in use before the first step of the training"
+    summary = f"{trace.start} of {size} codes are in use before the first step of the training"
     lost, most = 1 - trace.start / size, max(look.used for look in trace.looks)
     # A small validation split cannot show many codes in use: then it is held against what it shows later.
     few = trace.latents is not None and trace.latents < FEW_HITS * size
     low = trace.start < COLLAPSED * (most if few else size)
-    return Finding(judged(lost, 1 - COLLAPSED) if low else "ok", lost, 1 - COLLAPSED, told)
+    return Finding(judged(lost, 1 - COLLAPSED) if low else "ok", lost, 1 - COLLAPSED, summary)

@@ -15,16 +15,16 @@ def scale_mismatch(book: BookEvidence) -> Finding:
         return not_checked(NO_KMEANS)
     rival = book.explanation
     if rival and rival.name == "scale":
-        told = f"{book.fit.told}; of {rival.what}, {rival.fit.ratio:.2g} times"
-        return Finding("found", book.fit.misfit, 1.0, told)
+        summary = f"{book.fit.summary}; of {rival.what}, {rival.fit.ratio:.2g} times"
+        return Finding("found", book.fit.misfit, 1.0, summary)
     born = born_dead(book.codebook.vectors, book.dead)
     share, count = int(born.sum()) / book.codebook.size, int(born.sum())
     if count and book.counted and not book.filling:
         length = (book.codebook.vectors[born].square().sum(1).mean() / book.latents.square().sum(1).mean()).sqrt()
-        told = (
+        summary = (
             f"{count} of {book.codebook.size} codes are dead since birth, {float(length):.2g} times as long as latents"
         )
-        return Finding("found" if share > BORN else "suspicious", share, BORN, told)
+        return Finding("found" if share > BORN else "suspicious", share, BORN, summary)
     chosen = book.codebook.vectors[book.codes]
     times = float((chosen.square().sum(1).mean() / book.latents.square().sum(1).mean().clamp(min=1e-30)).sqrt())
     return Finding("ok", times, None, f"the codes that are chosen are {times:.2g} times as long as their latents")

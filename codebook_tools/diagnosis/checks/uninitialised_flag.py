@@ -12,5 +12,5 @@ def uninitialised_flag(book: BookEvidence) -> Finding:
     if not flags:
         return not_checked("no such flag beside the codebook")
     unset = [key for key, value in flags.items() if not value]
-    told = f"{', '.join(unset or flags)}: {'not set' if unset else 'set'}"
-    return Finding(judged(len(unset), 0), float(len(unset)), 0.0, told)
+    summary = f"{', '.join(unset or flags)}: {'not set' if unset else 'set'}"
+    return Finding(judged(len(unset), 0), float(len(unset)), 0.0, summary)

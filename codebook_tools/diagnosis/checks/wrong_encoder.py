@@ -17,15 +17,15 @@ def wrong_encoder(evidence: Evidence, book: BookEvidence) -> Finding:
         return not_checked(NO_KMEANS)
     noise = untrained(book.codebook.vectors, book.dead)
     if fit.good or noise or (rival and rival.name != "original"):
-        return Finding("ok", fit.misfit, 1.0, fit.told)
+        return Finding("ok", fit.misfit, 1.0, fit.summary)
     if rival and book.pair:
         kin = f"on the original's latents, which correlate with these by {correlation(book.pair):.2f}"
-        told = f"{fit.told}; {kin}, {rival.fit.ratio:.2g} times"
+        summary = f"{fit.summary}; {kin}, {rival.fit.ratio:.2g} times"
     else:
-        told = f"{fit.told}; the codes are no noise: they are of other latents"
+        summary = f"{fit.summary}; the codes are no noise: they are of other latents"
     # All stages have one encoder, and the first meets its latents as they are.
     foreign = strangers(book) and (book is evidence.books[0] or strangers(evidence.books[0]))
     verdict: Verdict = "found" if foreign else "ok" if rival else "suspicious"
     if verdict == "found" and not (evidence.operated(book) or book.pair):
-        verdict, told = "suspicious", f"{told}, or the encoder left them in its training"
-    return Finding(verdict, fit.misfit, 1.0, told)
+        verdict, summary = "suspicious", f"{summary}, or the encoder left them in its training"
+    return Finding(verdict, fit.misfit, 1.0, summary)

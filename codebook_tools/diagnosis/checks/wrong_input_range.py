@@ -14,11 +14,11 @@ def wrong_input_range(evidence: Evidence) -> Finding:
         return not_checked("sound is not mapped to a range")
     others = {bounds: left for bounds, left in evidence.ranges.items() if bounds != evidence.input_range}
     bounds, least = min(others.items(), key=lambda pair: pair[1])
-    told = (
+    summary = (
         f"without quantization the network leaves {own:.2g} of the variance of images in "
         f"{_written(evidence.input_range)}, {least:.2g} in {_written(bounds)}"
     )
-    otherwise = Finding("ok", own / max(least, 1e-30), 1.0, told)
+    otherwise = Finding("ok", own / max(least, 1e-30), 1.0, summary)
     return of_each_book(lambda book: explained_by(book, "range", otherwise))(evidence)
 
 
