@@ -34,7 +34,13 @@ from codebook_tools.workflows.result import Result, ResultHeader, check_request_
 
 @dataclass(frozen=True)
 class Step:
-    """command: as the command line has it. strategy: None fine-tunes the codebooks as they are."""
+    """One surgery of a chain.
+
+    Attributes:
+        command: As the command line has it.
+        strategy: None fine-tunes the codebooks as they are.
+        recipe: The fine-tuning after it; of 0 steps for none.
+    """
 
     command: str
     strategy: Strategy | None
@@ -43,9 +49,14 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Chain(ResultHeader):
-    """The result of `run`. steps: the result of each, on what the one before it left. settings:
-    those that hold for all. proof: of what the last step left, whose tensors are those that were written. shown: images
-    by the model as it was and after each step, where the request asks for them.
+    """The result of `run`. `settings` are those on which all steps agree.
+
+    Attributes:
+        steps: The result of each, on what the one before it left.
+        outputs: Paths of the model, its index map and the recipe.
+        bytes: Of the weights, "before" and "after".
+        gallery: Test images by the model before and after each step, where the request asks for them.
+        proof: Of what the last step left, whose tensors are those that were written.
     """
 
     steps: tuple[Result, ...]
@@ -62,17 +73,27 @@ class Chain(ResultHeader):
 
 @dataclass(frozen=True)
 class ChainPlan:
-    """What a chain would do, step by step."""
+    """What a chain would do, step by step.
+
+    Attributes:
+        plans: A dry run of each step.
+        warnings: Always none.
+    """
 
     plans: tuple[Plan, ...]
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
+        """The promised keys."""
         return {"command": "run", "dry_run": True, "steps": [each.to_json() for each in self.plans]}
 
 
 def plan_chain(request: Request, steps: Sequence[Step], watch: Watch) -> ChainPlan:
-    """As `planning.plan` of each step, by the sizes that those before it ask for; times are those on the original."""
+    """A dry run of each step, at the size that the steps before it ask for; times are those on the original.
+
+    Raises:
+        CodebookError: There is no step, or one cannot be done.
+    """
     _refuse_none(steps)
     plans, size = list[Plan](), None
     for step in steps:
@@ -85,10 +106,12 @@ def plan_chain(request: Request, steps: Sequence[Step], watch: Watch) -> ChainPl
 
 
 def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
-    """Do the steps one after another, and write what they leave in one piece, its index map beside it.
+    """Do the steps one after another, and write the last state as one surgery, its index map beside it.
 
-    Each step writes whole, into a folder beside the output that goes at the end, however that is. Raises CodebookError
-    as `operate` does.
+    Each step writes a checkpoint into a folder beside the output, which is removed at the end, on errors too.
+
+    Raises:
+        CodebookError: As `operate`; there is no output then.
     """
     _refuse_none(steps)
     distributed.require_one("run")
@@ -137,7 +160,7 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
 
 
 def _shared(settings: Sequence[Mapping[str, object]]) -> dict[str, object]:
-    """What no two steps disagree about."""
+    """Settings on which no two steps disagree."""
     whole = reduce(lambda all_, each: {**all_, **each}, settings, dict[str, object]())
     return {name: value for name, value in whole.items() if all(value == each.get(name, value) for each in settings)}
 

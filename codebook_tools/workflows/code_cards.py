@@ -32,10 +32,18 @@ _EXAMPLES = 6  # images with their tokens drawn over them
 
 @dataclass(frozen=True, eq=False)
 class Card:
-    """A code. share: of all tokens. error: mean squared distance of the latents that chose it, None of a dead one.
-    neighbours: the codes nearest to it. typical, unusual: (n, 3, side, side) in [0, 1], patches of the latents nearest
-    to it and farthest from it. decoded: (3, side, side), what the decoder makes of it alone; None where a position has
-    several codes."""
+    """What a page says of one code.
+
+    Attributes:
+        code: Its index.
+        count: Its tokens in the calibration data.
+        share: Of all tokens.
+        error: Mean squared distance of the latents that chose it; None of a dead code.
+        neighbours: The codes nearest to it, the nearest first.
+        typical: (n, 3, side, side) in [0, 1], patches of the latents nearest to it.
+        unusual: (n, 3, side, side) in [0, 1], patches of those of its latents that are farthest from it.
+        decoded: (3, side, side), what the decoder makes of it alone; None where a position has several codes.
+    """
 
     code: int
     count: int
@@ -47,12 +55,20 @@ class Card:
     decoded: Tensor | None
 
     def to_json(self) -> dict[str, Any]:
+        """The promised keys."""
         return {name: getattr(self, name) for name in ("code", "count", "share", "error", "neighbours")}
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A test image, (channels, height, width) in [0, 1]; its tokens, (rows, columns); what they decode to."""
+    """A test image and its tokens.
+
+    Attributes:
+        name: Of the file.
+        original: (channels, height, width) in [0, 1].
+        tokens: (rows, columns) int64.
+        decoded: (channels, height, width) in [0, 1], the reconstruction.
+    """
 
     name: str
     original: Tensor
@@ -62,8 +78,16 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Codes(ResultHeader):
-    """The result of `codes`. cards: of the codes that are shown, dead ones last; size: of the codebook. used: of it.
-    colours: (size, 3) in [0, 1], alike for codes that are. side: pixels of a patch; None for whole images."""
+    """The result of `codes`.
+
+    Attributes:
+        size: Codes of the codebook.
+        used: Codes with at least one token.
+        side: Pixels of a patch; None for whole images.
+        cards: In the order that was asked for, dead codes last.
+        examples: A few test images.
+        colors: (size, 3) in [0, 1], RGB, alike for codes that are alike.
+    """
 
     size: int
     used: int
@@ -75,14 +99,22 @@ class Codes(ResultHeader):
     json_keys = (*SUBJECT, "size", "used", "side", "seconds", "outputs", "command", "version")
 
     def to_json(self) -> dict[str, Any]:
+        """The promised keys."""
         return super().to_json() | {"codes": [card.to_json() for card in self.cards]}
 
 
 def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch) -> Codes:
-    """One pass over the calibration data, and then the patches that are shown.
+    """One pass over the calibration data, and the patches of the codes that it chose.
 
-    top: patches of each kind for a code. most: codes that are shown. sort: by falling share, by the place on the first
-    principal component ("map"), or by falling error; dead codes come last.
+    Args:
+        request: The model and its data.
+        top: Patches of each kind for a code.
+        most: Codes with a card.
+        sort: "share" (falling), "map" (by the first principal component) or "error" (falling); dead codes come last.
+        watch: Progress and seconds by phase.
+
+    Raises:
+        CodebookError: A number is below 1, `sort` is unknown, or the model takes no images.
     """
     distributed.require_one("codes")
     for name, value in (("top", top), ("most", most)):
@@ -110,7 +142,7 @@ def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch
 
 
 def _order(extremes: ExtremeLatents, places: Tensor, sort: str) -> list[int]:
-    """All codes, those that come first first. places: (size, 3) on principal components."""
+    """All codes in the order of their cards. places: (size, 3) on principal components."""
     keys = {"share": -extremes.counts.double(), "map": places[:, 0], "error": -extremes.error}
     falling = keys[sort].argsort(stable=True)
     alive = extremes.used[falling]
@@ -150,7 +182,11 @@ def _patches_of(
 
 
 def decode_each(model: Model, modality: Modality, codes: Sequence[int]) -> list[Tensor | None]:
-    """(3, side, side) in [0, 1] of each code: what the decoder makes of a few positions that all have it."""
+    """What the decoder makes of a few positions that all have one code.
+
+    Returns:
+        (3, side, side) in [0, 1] of each code.
+    """
     cells = modality.stride * _POSITIONS
     images = list[Tensor | None]()
     for some in torch.split(torch.tensor(codes), 64):

@@ -44,9 +44,13 @@ from codebook_tools.workflows.session import Opened, open_request
 
 @dataclass(frozen=True)
 class Entry:
-    """What makes a row: the strategy, None for the codebook as it is, and its settings beside k and seed.
+    """How a row is made.
 
-    recipe: what differs from the others' fine-tuning. fresh: with new weights in encoder and decoder.
+    Attributes:
+        strategy: Its name; None for the codebook as it is.
+        settings: Of the strategy, beside k and seed.
+        recipe: Fields of FineTune that differ from the other rows'.
+        fresh: Whether encoder and decoder get new weights.
     """
 
     strategy: str | None = None
@@ -86,7 +90,11 @@ MORE_ENTRIES = {
 
 
 def find_entry(name: str) -> Entry:
-    """The row of a name. Raises CodebookError, with the names there are, for others."""
+    """The row of a name.
+
+    Raises:
+        CodebookError: There is no such row; the message lists all.
+    """
     known = {**ENTRIES, **MORE_ENTRIES}
     if name in known:
         return known[name]
@@ -100,7 +108,7 @@ def find_entry(name: str) -> Entry:
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """A row to be done. k: the size asked for; None where the strategy has no k."""
+    """A row to run. k: the size asked for; None where the strategy has no k."""
 
     name: str
     entry: Entry
@@ -130,12 +138,27 @@ class _Task:
 def compare(
     request: Request, k: int, names: Sequence[str], recipe: FineTune, *, seeds: int, folder: Path, watch: Watch
 ) -> Comparison:
-    """Run the named rows (ENTRIES where there are none) with `seeds` seeds each, from request.seed on.
+    """Run the rows with `seeds` seeds each, from request.seed on.
 
-    Rows go to folder/rows.json one by one, and those found there, made with the same model, data, settings and version,
-    are not run again; folder/table.md is the table of all. Where `prune` is among the rows, `refit` is done at the size
-    that it leaves, too. The seed of a row is that of its strategy and its fine-tuning; data and splits are the same in
-    all. A row that cannot be done says why. Raises CodebookError where nothing can.
+    Rows go to folder/rows.json one by one, and those that are there, of the same model, data, settings and version,
+    are not run again; folder/table.md is the table of all. Where `prune` is among the rows, `refit` is also done at the
+    size that it leaves. The seed of a row is that of its strategy and its fine-tuning; data and splits are the same in
+    all.
+
+    Args:
+        request: The model and its data.
+        k: Number of codes, for the strategies that take one.
+        names: Of rows; empty for ENTRIES.
+        recipe: The fine-tuning of every row.
+        seeds: Runs of each row.
+        folder: For the rows and the table; made where it is missing.
+        watch: Progress and seconds by phase.
+
+    Returns:
+        All rows; one that could not be run says why in `error`.
+
+    Raises:
+        CodebookError: No row can be run.
     """
     distributed.require_one("compare")
     for name, value in (("k", k), ("seeds", seeds)):

@@ -82,7 +82,11 @@ how the codes were made, of how they were trained. Beside each look, what mends 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis(ResultHeader):
-    """The result of `diagnose`. checks: in the order of CHECKS."""
+    """The result of `diagnose`.
+
+    Attributes:
+        checks: In the order of CHECKS.
+    """
 
     checks: tuple[Check, ...]
 
@@ -90,17 +94,26 @@ class Diagnosis(ResultHeader):
 
     @property
     def failed(self) -> tuple[Check, ...]:
+        """The checks whose verdict is "found"."""
         return tuple(check for check in self.checks if check.verdict == "found")
 
     @property
     def healthy(self) -> bool:
+        """Whether no check failed."""
         return not self.failed
 
 
 def diagnose(request: Request, watch: Watch, against: Path | None = None, trace: Path | None = None) -> Diagnosis:
-    """Every check on a model. against: the original, before the surgery or the training. trace: the JSON of that.
+    """Run every check on a model.
 
-    Raises CodebookError where something cannot be opened.
+    Args:
+        request: The model and its data.
+        watch: Progress and seconds by phase.
+        against: The original, before the surgery or the training.
+        trace: The JSON of that surgery or training, with its history.
+
+    Raises:
+        CodebookError: A file cannot be opened, or the two models do not take the same data.
     """
     opened, evidence = gather(request, against, trace, watch)
     words = _words(request, against, evidence)
@@ -112,7 +125,7 @@ def diagnose(request: Request, watch: Watch, against: Path | None = None, trace:
 
 
 def _words(request: Request, against: Path | None, evidence: Evidence) -> dict[str, object]:
-    """What stands in the commands that mend."""
+    """What the fields in the repair commands stand for."""
     model, trace, data = str(request.model or ""), evidence.trace, _as_typed(request)
     first = evidence.books[0]
     return {
@@ -134,7 +147,7 @@ _NAMED |= {"seed", "batch_size", "codebook_key", "companion", "as_stored", "chan
 
 
 def _as_typed(request: Request) -> str:
-    """What a command needs to see the same data with the same network: all that was given and is no default."""
+    """The options that another command needs for the same data and network: all that differ from their defaults."""
     words = list[str]()
     for option in fields(Request):
         value = getattr(request, option.name)

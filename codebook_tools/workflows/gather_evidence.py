@@ -36,7 +36,7 @@ _ALIKE = 1e-3  # of the latents' spread: nearer together, and they are one
 
 @dataclass(frozen=True, eq=False)
 class _Looked:
-    """The model and, where there is one, the original, both with a close look at the same few items."""
+    """The model and, where there is one, the original, both with their outputs on the same few items."""
 
     opened: Opened
     few: Media
@@ -50,7 +50,20 @@ class _Looked:
 
 
 def gather(request: Request, against: Path | None, trace: Path | None, watch: Watch) -> tuple[Opened, Evidence]:
-    """Open what is named and look at the data. Raises CodebookError for all that is amiss."""
+    """Open the files, and gather all that the checks need.
+
+    Args:
+        request: The model and its data.
+        against: The original; None without one.
+        trace: The JSON of a training; None without one.
+        watch: Progress and seconds by phase.
+
+    Returns:
+        The opened model, and the evidence.
+
+    Raises:
+        CodebookError: A file cannot be opened, or the two models do not take the same data.
+    """
     training = read_trace(trace) if trace else None
     original = open_request(replace(request, model=against), watch) if against else None
     opened = open_request(_with_keys(request, original), watch)
@@ -90,7 +103,7 @@ def gather(request: Request, against: Path | None, trace: Path | None, watch: Wa
 
 
 def _with_keys(request: Request, original: Opened | None) -> Request:
-    """The original tells what is a codebook: a tensor that ought to follow it and does not looks like another one."""
+    """With the codebooks of the original: a tensor that should follow it and does not looks like another codebook."""
     if original is None or request.codebook_key:
         return request
     keys = tuple(original.model.books[stage].key for stage in original.model.chosen)
@@ -153,8 +166,16 @@ def _rivals(looked: _Looked, stage: int, latents: Tensor, companions: Companions
 
 
 def curve_of(codebook: Codebook, points: Tensor, seed: int) -> Mapping[int, float]:
-    """Share of the variance of points (n, dim) that so many centroids leave, on points that they did not see. codebook:
-    that is searched as those are."""
+    """Share of the variance that so many centroids leave, on points that they were not fitted to.
+
+    Args:
+        codebook: With the metric that the points are searched by.
+        points: (n, dim), prepared.
+        seed: Of the k-means.
+
+    Returns:
+        By number of centroids: 1, 2, 4 ... 64, of those for which there are points enough; empty where all are alike.
+    """
     like = prepared(codebook)
     half = len(points) // 2
     clustered, judged = points[:half], points[half:]
@@ -165,6 +186,7 @@ def curve_of(codebook: Codebook, points: Tensor, seed: int) -> Mapping[int, floa
 
 
 def _distinct(points: Tensor, enough: int) -> int:
+    """Points (n, dim) that differ by more than _ALIKE of their spread, counted up to `enough`."""
     apart = points - points.mean(0)
     spread = float(apart.square().mean().sqrt())
     return 1 if spread == 0 else count_distinct((apart / (spread * _ALIKE)).round(), enough)

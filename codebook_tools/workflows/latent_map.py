@@ -38,10 +38,21 @@ Projection = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Map(ResultHeader):
-    """The result of `map`. method: umap or pca. k: of the centroids. coverage: of the codes, on the test data.
+    """The result of `map`.
 
-    latents, codes, centroids: (n, 2), (size, 2), (k, 2) in the plane. counts: (size,), of each code on the calibration
-    data. chosen: (n,), the code of each latent; places: where it is from; patches: (n, 3, side, side), what it sees.
+    Attributes:
+        method: By which the plane was made.
+        k: Number of centroids.
+        size: Codes of the codebook.
+        used: Codes with at least one calibration latent.
+        coverage: Of the codes, on the test data; None where it is unknown.
+        latents: (n, 2), a sample of the calibration latents in the plane.
+        codes: (size, 2) in the plane.
+        centroids: (k, 2) in the plane, of a k-means of the calibration latents.
+        counts: (size,) int64, of each code on the calibration data.
+        chosen: (n,) int64, the code of each latent.
+        places: Item, row and column of each latent.
+        patches: (n, 3, side, side) in [0, 1], the receptive field of each latent.
     """
 
     method: Method
@@ -61,8 +72,17 @@ class Map(ResultHeader):
 
 
 def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -> Map:
-    """k: centroids; None for as many as there are codes in use. method: by which the plane is found; umap is pca where
-    umap-learn is not installed."""
+    """Project latents, codes and centroids into one plane.
+
+    Args:
+        request: The model and its data.
+        k: Number of centroids; None for as many as there are codes in use.
+        method: "umap" or "pca"; umap falls back on pca, with a warning, where umap-learn is not installed.
+        watch: Progress and seconds by phase.
+
+    Raises:
+        CodebookError: k is below 1, or the model takes no images.
+    """
     distributed.require_one("map")
     if k is not None:
         check_k(k)
@@ -107,7 +127,7 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -
 
 
 class _Points(Accumulator):
-    """Latents alike from each image, drawn by seed: they, their codes and where they are from."""
+    """As many latents of each image, drawn by seed, with their codes and places."""
 
     def __init__(self, each: int, columns: int, seed: int) -> None:
         self.latents, self.codes, self.places = list[Tensor](), list[Tensor](), list[Place]()
@@ -124,7 +144,7 @@ class _Points(Accumulator):
 
 
 def _drawn(opened: Opened, stage: int) -> tuple[Tensor, Tensor, list[Place], tuple[int, int]]:
-    """(n, dim) latents, alike from each of some images; their codes, where they are from, and the grid of all."""
+    """(n, dim) latents, as many of each of some images, with their codes, their places, and the grid of all."""
     model, request = opened.model, opened.request
     few = opened.calibration.subset(limited(opened.calibration.items, _IMAGES, request.seed))
     grid = latent_grid(model, few, stage)
@@ -138,7 +158,7 @@ _WITHOUT_UMAP = "umap-learn is not installed: this is a projection on principal 
 
 
 def _projection(rows: Tensor, method: Method, seed: int) -> tuple[Method, Projection]:
-    """What puts vectors into the plane: UMAP fitted on `rows`, or their principal components."""
+    """The method in use, and what puts vectors into the plane: UMAP fitted to `rows`, or principal components."""
     if method == "pca" or find_spec("umap") is None:
         return "pca", principal(rows)
     with warnings.catch_warnings():
@@ -156,7 +176,7 @@ def _projection(rows: Tensor, method: Method, seed: int) -> tuple[Method, Projec
 
 
 def principal(rows: Tensor) -> Projection:
-    """On the first two principal components of `rows`."""
+    """A projection on the first two principal components of `rows` (n, dim)."""
     mean = rows.double().mean(0)
     _, _, directions = torch.linalg.svd(rows.double() - mean, full_matrices=False)
     axes = torch.zeros(rows.shape[1], 2, dtype=torch.float64)

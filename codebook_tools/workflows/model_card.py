@@ -25,8 +25,22 @@ def cards(
     stages: Mapping[str, Measurement | None],
     kept: str,
 ) -> dict[str, bytes]:
-    """By its name, the original's card with a section on what was done; where none goes along, one that the Hub reads.
-    No times and no paths: the same work gives the same bytes. A file has none. sizes: codes by codebook key."""
+    """The original's card with a section on what was done; where it has none, one with the Hub's front matter.
+
+    It names no times and no paths, so that the same work gives the same bytes.
+
+    Args:
+        output: Of the checkpoint; a file has no card.
+        original: The checkpoint before the surgery.
+        command: As the command line has it.
+        settings: Of surgery and fine-tuning.
+        sizes: New codes by key of the codebook.
+        stages: Figures by phase.
+        kept: The phase that is written.
+
+    Returns:
+        Bytes by file name; empty without a card.
+    """
     if not is_directory_output(output):
         return {}
     go_along = split_others(original.folder, original.files)[0] if original.folder else []
@@ -36,7 +50,7 @@ def cards(
 
 
 def _head(original: Checkpoint) -> str:
-    """What the Hub reads, and a title."""
+    """The front matter that the Hub reads, and a title."""
     library = next((name for entry, name in _LIBRARIES.items() if entry in (original.config or {})), None)
     lines = [f"library_name: {library}"] if library else []
     return "\n".join(

@@ -32,8 +32,12 @@ Latents = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The calibration data as the model sees them before anything changes. first: of the first book that is operated
-    on. tokens: of every book."""
+    """The calibration data as the model encodes and assigns them before anything changes.
+
+    Attributes:
+        first: Counts and a sample of latents of the first codebook that is operated on.
+        tokens: Of every codebook.
+    """
 
     first: Survey
     tokens: tuple[Tokens, ...]
@@ -41,10 +45,15 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class Stages:
-    """surgery, finetuned: measured on the test data, None where there is no such stage.
+    """Figures and index maps of surgery and fine-tuning.
 
-    kept: the stage that the model is left in. index_maps: as Surgery's, without the codes that fine-tuning revived, by
-    index of each book that may have changed.
+    Attributes:
+        surgery: Figures on the test data after the surgery; None without one.
+        finetuned: Figures on the test data after fine-tuning; None without it.
+        kept: The phase that the model is left in.
+        index_maps: As Surgery's, without the codes that fine-tuning revived, by index of each codebook that may have
+            changed.
+        tuned: The fine-tuning; None without it.
     """
 
     surgery: Measurement | None
@@ -55,8 +64,11 @@ class Stages:
 
 
 def require_training_data(opened: Opened, recipe: FineTune) -> None:
-    """Raise CodebookError where there is to be fine-tuning, and nothing for its gradients, its losses or its choice of
-    state; or where it would move codes that cannot be written."""
+    """Check that a fine-tuning has what its gradients, its losses and its choice of a state need.
+
+    Raises:
+        CodebookError: A split is empty, a loss cannot judge these data, or codes would move that cannot be written.
+    """
     moving = recipe.steps and recipe.codebook_update != "frozen"
     read = next((book.key for book in opened.model.books if moving and book.read is not None), None)
     if read is not None:
@@ -74,7 +86,7 @@ def require_training_data(opened: Opened, recipe: FineTune) -> None:
 
 
 def calibrate(target: Target, watch: Watch) -> Calibration:
-    """See the calibration data with the codebooks as they are."""
+    """Encode and assign the calibration data with the codebooks as they are."""
     first = target.survey(target.model.chosen[0], watch)
     if len(target.model.books) == 1:
         return Calibration(first, (Tokens(first.counts, first.codes),))
@@ -82,24 +94,36 @@ def calibrate(target: Target, watch: Watch) -> Calibration:
 
 
 def on_cpu(book: Book) -> Codebook:
+    """The codebook with its vectors on the CPU."""
     return replace(book.codebook, vectors=book.codebook.vectors.cpu())
 
 
 def encoder_latents(target: Target) -> Latents:
-    """The calibration latents that the codes of the model as it is are held against, of each book."""
+    """The calibration latents that coverage of each codebook is measured against, (n, dim), by the encoder as it is."""
     return tuple(map(target.reference_latents, range(len(target.model.books))))
 
 
 def measure_stage(opened: Opened, latents: Latents, watch: Watch) -> Measurement:
-    """Measure the model as it is on the test data. latents: of its encoder, as `encoder_latents` gives them."""
+    """Measure the model as it is on the test data. latents: of `encoder_latents`."""
     return opened.measurement(opened.sums(latents, watch))
 
 
 def perform(target: Target, strategy: Strategy, calibration: Calibration, watch: Watch) -> dict[int, Surgery]:
-    """Operate on the chosen books one after another, each on the latents that those before it leave, and install.
+    """Operate on the chosen codebooks one after another, each on the residuals that those before it leave, and install.
 
-    Books of one size stay of one size, and sizes that the config would refuse are filled up with dead codes. Returns
-    the surgeries by index of the book.
+    Codebooks of one size stay of one size, and sizes that the config would refuse are filled up with dead codes.
+
+    Args:
+        target: The codebooks and their latents.
+        strategy: Called once for each chosen codebook.
+        calibration: The data before anything changed.
+        watch: Progress and seconds by phase.
+
+    Returns:
+        The surgeries by index of the codebook.
+
+    Raises:
+        CodebookError: The strategy refuses a codebook, which the message names where there are several.
     """
     model = target.model
     strategy = on_device(strategy, device_of(target.request.device))
@@ -128,7 +152,7 @@ def perform(target: Target, strategy: Strategy, calibration: Calibration, watch:
 
 @contextmanager
 def _named(key: str, several: bool) -> Iterator[None]:
-    """Of several codebooks, an error names the one that it is of."""
+    """With several codebooks, an error names the one that it is about."""
     try:
         yield
     except CodebookError as error:
@@ -149,8 +173,16 @@ def run_stages(
 ) -> Stages:
     """Measure what `perform` made, and fine-tune; the model is left in the better state by validation error.
 
-    surgeries: none, to fine-tune the codebooks as they are. seen: the calibration data, before the surgery. latents:
-    of the encoder as it is, by `encoder_latents`. seed, saving, log_dir: of the fine-tuning.
+    Args:
+        opened: The model, with the new codebooks installed.
+        surgeries: By index of the codebook; none to fine-tune the codebooks as they are.
+        calibration: The data before the surgery.
+        latents: Of `encoder_latents`, by the encoder as it is.
+        recipe: The fine-tuning; of 0 steps for none.
+        seed: Of the fine-tuning.
+        watch: Progress and seconds by phase.
+        saving: Where an interrupted fine-tuning is kept; None for nowhere.
+        log_dir: Of TensorBoard's files; None for none.
     """
     model = opened.model
     kept, after, finetuned, tuned = "before", None, None, None
@@ -200,7 +232,7 @@ def run_stages(
 def _more(
     opened: Opened, surgeries: Mapping[int, Surgery], recipe: FineTune, calibration: Calibration, watch: Watch
 ) -> dict[int, More]:
-    """The codes that a fine-tuning is to begin with where they are more, and how often each is used."""
+    """The larger codebooks that a fine-tuning is to begin with, by index, and the counts of their codes."""
     first = {stage: surgery.first for stage, surgery in surgeries.items() if surgery.first}
     if not first or recipe.codebook_update != "ema":
         return {}
@@ -214,7 +246,7 @@ def _more(
 
 
 def _collapse(after: Measurement | None, finetuned: Measurement) -> list[str]:
-    """What to warn of where fewer than half of the codes that a surgery had in use are left after the fine-tuning."""
+    """A warning where fewer than half of the codes in use after the surgery are left after the fine-tuning."""
     before = sum(use.used for use in after.codebooks) if after else 0
     left = sum(use.used for use in finetuned.codebooks)
     if 2 * left >= before:
@@ -223,8 +255,15 @@ def _collapse(after: Measurement | None, finetuned: Measurement) -> list[str]:
 
 
 def current_tokens(opened: Opened, calibration: Calibration, moved: bool, watch: Watch) -> tuple[Tokens, ...]:
-    """The tokens of the calibration data by the model as it is. moved: codes did since `seen`, networks did not: with
-    one codebook the latents are the same, and need not be encoded once more."""
+    """The tokens of the calibration data by the model as it is.
+
+    Args:
+        opened: The model and its data.
+        calibration: The data at an earlier state of the codes.
+        moved: Whether codes changed since then; networks did not. With one codebook the latents are the same, and are
+            not encoded once more.
+        watch: Progress and seconds by phase.
+    """
     if not moved:
         return calibration.tokens
     if len(opened.model.books) > 1:

@@ -26,8 +26,12 @@ _BY_THE_RUN = {"device", "watch"}  # fields of strategies that no recipe sets
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """options: what all surgeries share, by the name of the command line's option, with underscores. surgeries: each
-    command and its own settings, in order."""
+    """A recipe as it is read or written.
+
+    Attributes:
+        options: What all surgeries share, by the name of the command line's option, with underscores.
+        surgeries: Each command and its own settings, in order.
+    """
 
     options: Mapping[str, Any]
     surgeries: tuple[tuple[str, Mapping[str, Any]], ...]
@@ -43,7 +47,11 @@ class RecipeFile:
 
 
 def read_recipe(path: Path) -> RecipeFile:
-    """Raises CodebookError where it cannot be read, or is no recipe."""
+    """Read a recipe.
+
+    Raises:
+        CodebookError: It cannot be read, or is no recipe.
+    """
     import yaml
 
     try:
@@ -61,8 +69,7 @@ def read_recipe(path: Path) -> RecipeFile:
 
 
 def _parsed(text: str) -> object:
-    """As yaml.safe_load, which takes the last of keys that are there twice, and says nothing of it, and to which some
-    lines of aliases of aliases are gigabytes."""
+    """As yaml.safe_load, but without aliases, of which a few lines can be gigabytes, and without duplicate keys."""
     import yaml
 
     loader = yaml.SafeLoader(text)
@@ -104,8 +111,14 @@ def _surgery(path: Path, entry: object) -> tuple[str, Mapping[str, Any]]:
 
 
 def steps_of(recipe: RecipeFile, *, batch_size: int, seed: int) -> tuple[Step, ...]:
-    """The surgeries, made. A setting is of the strategy or of the fine-tuning after it, which has no steps unless they
-    are given; `finetune` alone has 1,000. Raises CodebookError for what is neither, or not of its type."""
+    """The surgeries as steps of a chain.
+
+    A setting is of the strategy or of the fine-tuning after it, which has no steps unless they are set; `finetune`
+    alone has 1,000.
+
+    Raises:
+        CodebookError: A setting is neither, or not of its type.
+    """
     return tuple(_step(command, settings, batch_size, seed) for command, settings in recipe.surgeries)
 
 
@@ -130,7 +143,7 @@ def _step(command: str, settings: Mapping[str, Any], batch_size: int, seed: int)
 
 
 def without_nothing(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as a recipe holds them: those that are set, of types that YAML has. 0 is set: no workers, say."""
+    """Options as a recipe stores them: those that are set, of types that YAML has. 0 is set: no workers, say."""
     nothing = (value is None or value is False or value in ((), []) for value in options.values())
     return {name: _plain(options[name]) for name, empty in zip(options, nothing, strict=True) if not empty}
 

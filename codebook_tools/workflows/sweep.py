@@ -37,8 +37,14 @@ PAYS = 0.025
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(ResultHeader):
-    """The result of `sweep`. points: surgeries, Re-Fit first, by falling price and rising K. effective_dimension: of
-    the latents, by the slope of Re-Fit's distortion over K; None of one K. suggested_k: one of those asked for."""
+    """The result of `sweep`.
+
+    Attributes:
+        points: Surgeries: Re-Fits by rising K, then one for each price, then prune and quantize.
+        effective_dimension: Of the latents, by the slope of Re-Fit's distortion over K; None of one K.
+        suggested_k: One of those asked for.
+        reason: Why, in a sentence.
+    """
 
     points: tuple[Row, ...]
     effective_dimension: float | None
@@ -59,16 +65,26 @@ class Sweep(ResultHeader):
         return f"{self.suggested_k} codes suffice: {self.reason}"
 
     def to_json(self) -> dict[str, Any]:
+        """The promised keys."""
         points = [{name: row.to_json()[name] for name in ("strategy", "k", "stages")} for row in self.points]
         return super().to_json() | {"points": points}
 
 
 def sweep(request: Request, sizes: Sequence[int], prices: Sequence[float], folder: Path, watch: Watch) -> Sweep:
-    """Re-Fit to each of `sizes`, each from the one before; prune and quantize, where they can; and an
-    entropy-constrained Re-Fit of the most codes for each price of a bit, in variances of the latents.
+    """Re-Fit to each size, from the codes of the size before; prune and quantize, where they can.
 
-    Rows go to folder/rows.json one by one, and those found there, made with the same model, data, settings and version,
-    are not measured again; folder/table.md is the table of all. Raises CodebookError where Re-Fit can be done to none.
+    Rows go to folder/rows.json one by one, and those that are there, of the same model, data, settings and version, are
+    not measured again; folder/table.md is the table of all.
+
+    Args:
+        request: The model and its data.
+        sizes: Numbers of codes to try.
+        prices: Of a bit, in variances of the latents: for each an entropy-constrained Re-Fit of the largest size.
+        folder: For the rows and the table; made where it is missing.
+        watch: Progress and seconds by phase.
+
+    Raises:
+        CodebookError: Re-Fit is possible at none of the sizes, or the folder cannot be written.
     """
     distributed.require_one("sweep")
     sizes = sorted(set(sizes))
@@ -100,9 +116,13 @@ def sweep(request: Request, sizes: Sequence[int], prices: Sequence[float], folde
 
 
 def suggest(curve: Mapping[int, Measurement]) -> tuple[int, str]:
-    """The smallest K of which no larger one lowers the error by `PAYS` for each doubling, and why.
+    """The smallest K of which no larger one lowers the error by `PAYS` for each doubling.
 
-    curve: Re-Fit by K, rising. Where nothing was reconstructed, it is the distortion.
+    Args:
+        curve: Figures of Re-Fit by K, rising. Where nothing was reconstructed, distortions count in place of errors.
+
+    Returns:
+        K, and why.
     """
     what = "error" if all(measured.mse is not None for measured in curve.values()) else "distortion"
     left = {k: measured.error if what == "error" else measured.codebooks[0].distortion for k, measured in curve.items()}
@@ -133,7 +153,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def markdown(result: Sweep) -> str:
-    """The table in Markdown, and under it what is suggested."""
+    """The table in Markdown, and the suggestion below it."""
     return f"{in_markdown(sweep_rows(result))}\n{result.headline}.\n"
 
 
@@ -151,7 +171,7 @@ def _swept(
     store: RowStore,
     watch: Watch,
 ) -> list[Row]:
-    """All rows that can be done. One that cannot is a warning."""
+    """All rows that can be made. One that cannot is a warning."""
     model, seed = opened.model, opened.request.seed
     books, latents = model.books, encoder_latents(opened)
     before, rows = measure_stage(opened, latents, watch), list[Row]()
@@ -181,7 +201,7 @@ def _swept(
 
 
 def _strategies(sizes: Sequence[int], prices: Sequence[float], seed: int, used: int) -> Iterator[tuple[str, Strategy]]:
-    """Re-Fits go on from the codes of the one before. used: of the codebook as it is."""
+    """Names and strategies in order; a Re-Fit starts from the codes of the one before. used: before any surgery."""
     for i, k in enumerate(sizes):
         yield "refit", Refit(k, init="used" if i else "kmeans++", seed=seed)
     for price in prices:
@@ -196,7 +216,7 @@ def _in_use(calibration: Calibration) -> int:
 
 
 def _as_it_is(opened: Opened, calibration: Calibration, watch: Watch) -> Calibration:
-    """The calibration data as the model sees them now that its codes have moved."""
+    """The calibration data with the codes that have moved since."""
     tokens = current_tokens(opened, calibration, True, watch)
     tokens_of_first = tokens[opened.model.chosen[0]]
     return Calibration(replace(calibration.first, counts=tokens_of_first.counts, codes=tokens_of_first.sample), tokens)

@@ -34,11 +34,19 @@ from codebook_tools.workflows.model_card import CARD
 def verify_checkpoint(
     model: Path, against: Path, maps: Sequence[Path] = (), prove: Callable[[], Proof] | None = None
 ) -> Verification:
-    """Check `model`, written by this package, against the original. maps: none for the one beside it.
+    """Check a checkpoint that this package wrote against the original.
 
-    A prior that was remapped is held against the original prior and the maps that it followed. prove: holds the file
-    against the network that loads it, and raises where that does not agree. Raises CodebookError where a file is
-    missing or unsound, or the checkpoint was not written by this package.
+    A prior that was remapped is compared with the original prior and the maps that it followed.
+
+    Args:
+        model: The checkpoint that was written.
+        against: The original.
+        maps: Index maps; empty for the one beside the checkpoint.
+        prove: Compares the file with the network that loads it, and raises CodebookError where they disagree; None to
+            look at the files alone.
+
+    Raises:
+        CodebookError: A file is missing or unsound, or the checkpoint was not written by this package.
     """
     written, original = read_checkpoint(model), read_checkpoint(against)
     proof = None
@@ -56,13 +64,13 @@ def verify_checkpoint(
 
 
 def verify_alone(model: Path, prove: Callable[[], Proof]) -> Verification:
-    """Hold any file against the network that loads it, without an original."""
+    """Compare any file with the network that loads it, without an original."""
     proof, differences = proved(prove)
     return Verification(str(model), "", "", differences, proof)
 
 
 def proved(prove: Callable[[], Proof]) -> tuple[Proof | None, tuple[Difference, ...]]:
-    """What the network that loads a file says of it, and what is wrong."""
+    """The proof, or None and why there is none."""
     try:
         return prove(), ()
     except CodebookError as error:
@@ -82,7 +90,7 @@ def _differences(written: Checkpoint, original: Checkpoint, maps: Checkpoint) ->
 
 
 def _books(written: Checkpoint, original: Checkpoint) -> Iterator[FoundCodebook]:
-    """Where the codebooks that the written file names lie in the original."""
+    """The codebooks that the written file names, as they are in the original."""
     keys = listed(written, "codebooks")
     if not keys:
         raise CodebookError(f"{written.path} says nothing of a surgery: it was not written by codebook-tools")
@@ -155,7 +163,7 @@ def _config(written: Checkpoint, original: Checkpoint, books: list[FoundCodebook
 
 
 def _beside(written: Checkpoint, original: Checkpoint) -> Iterator[Difference]:
-    """What goes along from directory to directory is the original's, but for the card, which people write on."""
+    """Files that go along from directory to directory are the original's, except the card, which people edit."""
     if written.folder is None or original.folder is None:
         return
     for path in split_others(original.folder, original.files)[0]:
@@ -244,7 +252,7 @@ def _book(written: Checkpoint, original: Checkpoint, maps: Checkpoint, book: Fou
 
 
 def _companions(written: Checkpoint, original: Checkpoint, book: FoundCodebook, size: int) -> Iterator[Difference]:
-    """What lies beside the codebook belongs to its codes; a tensor that is missing was told of already."""
+    """The tensors beside the codebook belong to its codes; a missing tensor was reported already."""
     try:
         companions = followers(replace(original, stated={**original.stated, **written.declared}), book)
     except CodebookError as error:
