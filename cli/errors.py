@@ -22,7 +22,7 @@ _LEFT_ALONE = (
 
 
 def show_result(result: Any, table: Callable[[Any], Any], as_json: bool) -> None:
-    """The one output: JSON, or a table."""
+    """Print the one output: JSON, or a table."""
     from .output import print_json, print_table
 
     print_json(result.to_json()) if as_json else print_table(table(result))
@@ -30,8 +30,11 @@ def show_result(result: Any, table: Callable[[Any], Any], as_json: bool) -> None
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Those that are closed are as if they led to /dev/null, so that no file takes their place; and who leaves this has
-    written all that it printed, or ends with a line that says why not."""
+    """Open closed streams to /dev/null, so that no file takes their place, and flush stdout at the end.
+
+    Raises:
+        SystemExit: stdout cannot be written; a line says why, unless its reader left.
+    """
     for handle, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_RDWR), handle)
@@ -56,8 +59,12 @@ def standard_streams() -> Iterator[None]:
 
 @contextmanager
 def on_stdout() -> Iterator[None]:
-    """What is printed within is written, to the last byte, when this is left. Raises CodebookError where it cannot be,
-    and BrokenPipeError where its reader left, as `head` does."""
+    """Flush stdout at the end.
+
+    Raises:
+        CodebookError: It cannot be written.
+        BrokenPipeError: Its reader left, as `head` does.
+    """
     try:
         try:
             yield
@@ -76,7 +83,7 @@ def on_stdout() -> Iterator[None]:
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Of several processes that torchrun started the first alone is heard; the others only say why they fail."""
+    """Silence all but the first of the processes that torchrun started; the others only say why they fail."""
     if _is_first():
         yield
         return
@@ -99,7 +106,7 @@ class _TerminatedError(BaseException):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """A Ctrl-C that comes while Python clears an object away, which ignores all that is raised there, comes again."""
+    """Repeat a Ctrl-C that comes while Python finalizes an object, where exceptions are ignored."""
     hook = sys.unraisablehook
 
     def ignored(what: sys.UnraisableHookArgs) -> None:
@@ -113,7 +120,7 @@ def interruptible() -> Iterator[None]:
 
 
 def _soon(number: int) -> None:
-    """Raise the signal once the clearing away is over."""
+    """Raise the signal again after the finalizer."""
     again = threading.Timer(_AGAIN, signal.raise_signal, [number])
     again.daemon = True  # where all is done by then, it is done
     again.start()
@@ -124,8 +131,9 @@ _AGAIN = 0.05  # seconds
 
 @contextmanager
 def _terminable() -> Iterator[list[int]]:
-    """SIGTERM ends what runs within as Ctrl-C does, so that half-written files and workers are cleared away; a second
-    one ends at once. Gives the signals that came, for code in C may make an error of its own of what is raised in it.
+    """End on SIGTERM as on Ctrl-C, so that half-written files and workers are cleared away; a second SIGTERM kills.
+
+    Yields the signals that arrived, for code in C may turn the exception into an error of its own.
     """
     came = list[int]()
     if threading.current_thread() is not threading.main_thread():
@@ -168,7 +176,7 @@ _LEFT = "what was written is whole, or not there; with --resume, where a command
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """What goes wrong becomes one line on stderr and an exit code."""
+    """Turn an error into one line on stderr and an exit code."""
     came = list[int]()
     try:
         with _terminable() as came:
@@ -221,7 +229,7 @@ def _check_folder() -> None:
 
 
 def _end_by(number: int) -> NoReturn:
-    """Exit as one does who was asked to by the signal `number`, SIGINT or SIGTERM."""
+    """Exit as after the signal `number`, SIGINT or SIGTERM."""
     from codebook_tools.runtime import distributed
 
     if number == signal.SIGINT:

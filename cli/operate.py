@@ -22,7 +22,14 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
 def operate_on(
     command: str, model: Path | None, strategy: Callable[[Watch], Strategy] | None, options: dict[str, Any]
 ) -> None:
-    """Do a surgery, or say what it would do, and show what came of it. strategy: None fine-tunes."""
+    """Do a surgery, or say what it would do, and show the result.
+
+    Args:
+        command: As it is typed.
+        model: A file or directory; None for the bundled demo.
+        strategy: Makes the strategy, which reports progress to a watch; None fine-tunes.
+        options: Of the command, by name.
+    """
     if options.get("stats") and not options["dry_run"]:
         _hash_ahead(model)
 
@@ -40,7 +47,7 @@ def operate_on(
 
 
 def _hash_ahead(model: Path | None) -> None:
-    """Counts are of one checkpoint, told by its SHA-256: a thread finds that out while torch is imported."""
+    """Hash the checkpoint in a thread while torch is imported: counts are identified by its SHA-256."""
     with reported():
         from codebook_tools.checkpoints.hashing import hash_ahead
         from codebook_tools.checkpoints.read import read_checkpoint

@@ -31,7 +31,7 @@ _COMPLETIONS: Mapping[str, Callable[[str], list[str]]] = {"device": devices, "fa
 
 @dataclass(frozen=True)
 class Shell:
-    """What the command line alone knows: how a command shows what it does."""
+    """Settings of the command line alone: how a command shows what it does."""
 
     dry_run: Annotated[
         bool, Option("Say what would be done and written, its size and time; write nothing.", panel="Output")
@@ -49,14 +49,20 @@ class Shell:
 
 
 def parameters(settings: type, *names: str, **changes: Any) -> list[inspect.Parameter]:
-    """The options of a settings class as parameters of a command: those named, else all. changes: of their Option."""
+    """Options of a settings class as parameters of a command.
+
+    Args:
+        settings: The class.
+        names: Of fields; all for none.
+        changes: Of their Option.
+    """
     options = declared(settings)
     return [parameter(replace(one, option=replace(one.option, **changes))) for one in
             (options[name] for name in names or options)]  # fmt: skip
 
 
 def panel(settings: type, heading: str) -> list[inspect.Parameter]:
-    """The options of a settings class that stand under one heading."""
+    """The options of a settings class under one heading."""
     return [parameter(one) for one in declared(settings).values() if one.option.panel == heading]
 
 
@@ -80,7 +86,7 @@ def parameter(one: Declared) -> inspect.Parameter:
 
 
 def _training(steps: int | None, **changes: Any) -> list[inspect.Parameter]:
-    """The options of a fine-tuning, with another default of its steps. changes: of their Option."""
+    """The options of a fine-tuning. steps: their default. changes: of the Option of steps."""
     first, *others = declared(FineTune).values()
     first = replace(first, default=steps, option=replace(first.option, **changes))
     return [parameter(one) for one in (first, *others)]
@@ -136,7 +142,17 @@ def joined(
     shared: Sequence[inspect.Parameter],
     function: Callable[..., None],
 ) -> Callable[..., None]:
-    """A function with the options in its signature, that calls another: the shared ones in a dict, its own by name."""
+    """A function with all options in its signature, which calls another: shared options in a dict, its own by name.
+
+    Args:
+        name: Of the command.
+        doc: Its help.
+        heading: Of the panel in `codebook --help`.
+        example: A line to type, for the command's own `--help`.
+        own: Options of this command alone.
+        shared: Options that other commands have too.
+        function: Called with the dict, and its own options by name.
+    """
 
     def run(**typed: Any) -> None:
         options = {one.name: typed[one.name] for one in shared}

@@ -21,17 +21,19 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) i
 
 
 class Screen(Console):
-    """Names of tensors and files come from strangers: what in them would steer the terminal is shown, not sent, and
-    brackets and colons are no markup."""
+    """A console that escapes control characters, which names from strangers may hold, and knows no markup."""
 
     def __init__(self, width: int | None = None, stderr: bool = False) -> None:
+        """width: in characters; None for that of the terminal."""
         super().__init__(width=width, stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As the base class, with control characters escaped."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else text.translate(_CONTROLS), style, control)
 
     def on_broken_pipe(self) -> None:
+        """Raise the error: the base class would end the process without a word, with exit code 1."""
         raise  # which the base class ends the process for, without a word and with exit code 1
 
 
@@ -39,10 +41,16 @@ ERRORS = Screen(stderr=True)
 
 
 class ProgressShow(AbstractContextManager["ProgressShow"]):
-    """Progress bars on stderr where that is a terminal; where it is piped a line now and then, that a log shows life;
-    nothing at all where quiet was asked for.
+    """Progress bars on a terminal; where stderr is piped a line now and then; nothing at all with quiet.
 
     Called as codebook_tools.runtime.progress.Show.
+
+    Attributes:
+        visible: Whether there are bars.
+        quiet: Whether nothing is printed.
+        said: Time of the last line.
+        progress: The bars.
+        tasks: By name, a bar with the time and count of its first report.
     """
 
     def __init__(self, quiet: bool) -> None:
@@ -101,18 +109,21 @@ def _shown(figures: Mapping[str, float]) -> list[str]:
 
 
 def print_json(value: Mapping[str, Any]) -> None:
+    """One object on stdout."""
     with on_stdout():
         json.dump(value, sys.stdout, indent=2, allow_nan=False, default=str)
         sys.stdout.write("\n")
 
 
 def print_table(table: RenderableType) -> None:
+    """A table on stdout, as wide as the terminal; on a pipe as wide as it needs."""
     with on_stdout():
         # A pipe has no width: there, long paths stay in one piece.
         Screen(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def print_warnings(warnings: list[str] | tuple[str, ...], quiet: bool) -> None:
+    """A line each on stderr, unless quiet."""
     from codebook_tools.errors import plain
 
     if not quiet:
@@ -121,4 +132,5 @@ def print_warnings(warnings: list[str] | tuple[str, ...], quiet: bool) -> None:
 
 
 def print_error(message: str) -> None:
+    """One line on stderr."""
     ERRORS.print(Text.assemble(("error: ", "bold red"), message))

@@ -28,13 +28,13 @@ _Number = TypeVar("_Number", int, float)
 
 
 def request_of(model: Path | None, options: Mapping[str, Any]) -> Request:
-    """What is to be worked on. options: of a command, by name; those that it lacks are left out."""
+    """The model, its data, and how to work on them. options: of a command, by name."""
     gallery = options["report"] is not None
     return Request(model=model, typed=True, gallery=gallery, **values(Request, options))
 
 
 def finetuning_of(request: Request, options: Mapping[str, Any]) -> FineTune:
-    """How it is to be fine-tuned; not at all where there are no data of the model's own, unless that is asked for."""
+    """How to fine-tune; without data of the model's own not at all, unless that is asked for."""
     settings = values(FineTune, options)
     if settings["steps"] is None:
         settings["steps"] = FineTune.steps if request.trainable else 0
@@ -42,7 +42,11 @@ def finetuning_of(request: Request, options: Mapping[str, Any]) -> FineTune:
 
 
 def numbers(text: str, kind: type[_Number]) -> list[_Number]:
-    """Of an option that takes several, between commas."""
+    """Several numbers with commas between them.
+
+    Raises:
+        typer.BadParameter: The text is something else.
+    """
     try:
         return [kind(number) for number in text.split(",") if number.strip()]
     except ValueError:
@@ -50,7 +54,7 @@ def numbers(text: str, kind: type[_Number]) -> list[_Number]:
 
 
 def named_after(model: Path | None, ending: str) -> Path:
-    """In the current folder."""
+    """The model's name with an ending, in the current folder."""
     from codebook_tools.models.demo import DEMO
 
     source = (model or DEMO).absolute()
@@ -58,7 +62,7 @@ def named_after(model: Path | None, ending: str) -> Path:
 
 
 def run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], options: dict[str, Any]) -> None:
-    """Do the work, with progress, and print what came of it; with others where torchrun started several processes."""
+    """Do the work, with progress, and print its result; with others where torchrun started several processes."""
     with reported():
         from codebook_tools.runtime.distributed import joined
 
@@ -67,7 +71,7 @@ def run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], options: dic
 
 
 def _with_report(result: Found, options: dict[str, Any], watch: Watch) -> Found:
-    """Write the page of what was found, which then names it."""
+    """Write the page of a result, which then names it."""
     from codebook_tools.report.html.pages import page_of, page_with_model, write_report
     from codebook_tools.runtime import distributed
     from codebook_tools.workflows.chain import Chain

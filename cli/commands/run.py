@@ -42,7 +42,14 @@ def run(
 
 
 def run_recipe(context: typer.Context, path: Path, model: Path | None, options: dict[str, Any]) -> None:
-    """Do what a recipe says, and write the recipe that repeats it beside the result. context: of the command."""
+    """Do what a recipe says, and write the recipe that repeats it beside the result.
+
+    Args:
+        context: Of the command, which knows which options were typed.
+        path: Of the recipe.
+        model: As typed; None for the recipe's.
+        options: Of the command, by name.
+    """
     typed = {name for name in (*options, "model") if _is_typed(context, name)}
     with reported():
         from codebook_tools.workflows.recipe_file import read_recipe
@@ -79,8 +86,11 @@ def _is_typed(context: typer.Context, name: str) -> bool:
 
 
 def merged(recipe: Mapping[str, Any], options: dict[str, Any], typed: Collection[str]) -> dict[str, Any]:
-    """What was typed, and what the recipe says where nothing was. Raises CodebookError for options there are not, and
-    for what is not of their type."""
+    """The options of the command, with those of the recipe where none was typed.
+
+    Raises:
+        CodebookError: The recipe has an option that the command lacks, or one that is not of its type.
+    """
     from codebook_tools.errors import CodebookError
 
     both = dict(options)

@@ -35,7 +35,7 @@ _MODEL = inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, default=None
 
 
 def surgeries() -> list[Callable[..., None]]:
-    """Of our strategies, but for the controls, which are rows of `compare` alone."""
+    """The commands of our strategies, without the controls, which are rows of `compare` alone."""
     return [_command(name, strategy) for name, strategy in STRATEGIES.items() if hasattr(strategy, "summary")]
 
 

@@ -23,8 +23,13 @@ _KNOWN = 0.5  # of the images' variance: a network that leaves more of it knows 
 
 @dataclass(frozen=True, eq=False)
 class Close:
-    """latents: (n, dim, *grid) of each book. mse: of the reconstructions, as `measure` has it; flat_mse: of items that
-    are their channels' means everywhere."""
+    """A model's outputs on a few items.
+
+    Attributes:
+        latents: (n, dim, *grid) of each codebook.
+        mse: Of the reconstructions, per value.
+        flat_mse: Of items that are their channels' means everywhere, per value.
+    """
 
     latents: tuple[Tensor, ...]
     mse: float
@@ -32,7 +37,11 @@ class Close:
 
 
 def few_of(model: Model, media: Media, seed: int) -> Media:
-    """So many items that every book meets POINTS latents, or _CLOSELY of them, drawn by seed."""
+    """Items drawn by seed, so many that every codebook gets POINTS latents, _CLOSELY at most.
+
+    Raises:
+        CodebookError: None of them can be read.
+    """
     drawn = media.subset(shuffled(media.items, seed)[:_CLOSELY]).whole()  # every process looks at all of them
     first = next((pixels for _, pixels in drawn.batches(1)), None)
     if first is None:
@@ -43,7 +52,14 @@ def few_of(model: Model, media: Media, seed: int) -> Media:
 
 
 def look(model: Model, media: Media, batch: int, bounds: tuple[float, float] | None = None) -> Close:
-    """The model as it is on all of media. bounds: another input range than its own."""
+    """Run the model as it is on all of media.
+
+    Args:
+        model: In any state.
+        media: The items.
+        batch: Items at a time.
+        bounds: The input range; None for the model's own.
+    """
     errors, values = 0.0, 0
     sums = squares = torch.zeros(1, dtype=torch.float64)
     batches = []
@@ -62,8 +78,11 @@ def look(model: Model, media: Media, batch: int, bounds: tuple[float, float] | N
 
 
 def range_errors(model: Model, media: Media, batch: int, seed: int) -> dict[tuple[float, float], float]:
-    """Reconstruction error of a few images by input range, when nothing is quantised: it is the network's alone, and no
-    codebook, however wrong, has a part in it. Over the images' variance. None where there is but one range."""
+    """Reconstruction error of a few images by input range, without quantization, over the images' variance.
+
+    The error is then the network's alone: no codebook, however wrong, contributes to it. Empty where there is only one
+    range.
+    """
     ranges = model.modality.input_ranges
     if len(ranges) == 1:
         return {}
@@ -85,7 +104,7 @@ def range_errors(model: Model, media: Media, batch: int, seed: int) -> dict[tupl
 
 
 def recognized_range(errors: dict[tuple[float, float], float], otherwise: tuple[float, float]) -> tuple[float, float]:
-    """The range that the network is surely of, by its errors; else the other one."""
+    """The range that is surely the network's, by its errors; else `otherwise`."""
     best, second, *_ = sorted(errors, key=lambda bounds: errors[bounds])
     return best if errors[best] <= _KNOWN and errors[second] > CLEARLY * errors[best] else otherwise
 

@@ -12,10 +12,17 @@ LEAST = 8
 
 
 def born_dead(codes: Tensor, dead: Tensor) -> Tensor:
-    """(size,) bool: those of the dead codes (size, dim) that were never trained. dead: (size,) bool.
+    """The dead codes that were never trained.
 
     Drawn ones are about as long as each other, the more so the more dimensions there are; those of another length have
     been in use once, and moved.
+
+    Args:
+        codes: (size, dim).
+        dead: (size,) bool.
+
+    Returns:
+        (size,) bool; none where fewer than LEAST are of one length.
     """
     rows = codes[dead]
     if len(rows) < LEAST:

@@ -22,11 +22,11 @@ _LEAST = 1e-5  # that libraries divide by
 
 @dataclass(frozen=True, eq=False)
 class Companions:
-    """What a file holds beside a codebook.
+    """The tensors of a file beside a codebook.
 
     Attributes:
         counts: (size,) float64, the running counts; None where there are none, or all are 0.
-        codes: (size, dim) float32, what running sums over running counts are; None without both.
+        codes: (size, dim) float32, running sums over running counts; None without both.
         moved: (size,) float64, the squared distance from each code to the one that a training step makes of the sums
             and counts, in whichever smoothing it is least; None without both.
         flags: Whether each is set, by key.
@@ -43,12 +43,18 @@ class Companions:
 
     @property
     def alive(self) -> int | None:
-        """How many codes have latents by the running counts; None without those."""
+        """Number of codes with latents by the running counts; None without those."""
         return None if self.counts is None else alive_of(self.counts.numpy())
 
 
 def companions_of(checkpoint: Checkpoint, book: FoundCodebook, original: FoundCodebook | None = None) -> Companions:
-    """original: where the codebook lies in the original's file, which knows which tensors ought to follow."""
+    """Read the tensors beside a codebook.
+
+    Args:
+        checkpoint: The file.
+        book: The codebook in it.
+        original: The codebook in the original's file, whose companions are expected here; None without one.
+    """
     set_ = {key: bool(checkpoint.tensor(key).bool().all()) for key in flags(book.key, checkpoint.entries)}
     expected = original.companions if original else ()
     unlike = tuple(key for key in expected if key in checkpoint.entries and key not in book.companions)
@@ -70,7 +76,7 @@ def companions_of(checkpoint: Checkpoint, book: FoundCodebook, original: FoundCo
 
 
 def of_state(rows: Tensor, sums: Tensor | None, counts: Tensor | None, others: Companions) -> Companions:
-    """Running sums (size, dim) and counts (size,) beside codes (size, dim). others: what is known without them."""
+    """With what running sums (size, dim) and counts (size,) say of codes (size, dim). others: known without them."""
     empty = counts is None or not float(counts.sum()) > 0
     codes = moved = None
     if sums is not None and counts is not None:

@@ -23,13 +23,13 @@ from codebook_tools.diagnosis.checks.wrong_encoder import wrong_encoder
 from codebook_tools.diagnosis.checks.wrong_input_range import wrong_input_range
 from codebook_tools.diagnosis.checks.wrong_layout import wrong_layout
 from codebook_tools.diagnosis.evidence import Evidence
-from codebook_tools.diagnosis.finding import Check, Look, of_each_book, of_each_book_in
+from codebook_tools.diagnosis.finding import Check, CheckFunction, of_each_book, of_each_book_in
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.gather_evidence import gather
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import ResultHeader, header
 
-CHECKS: dict[str, tuple[Look, str]] = {
+CHECKS: dict[str, tuple[CheckFunction, str]] = {
     "not-installed": (
         not_installed,
         "codebook refit {source} --k {k}{data}, then codebook verify RESULT --against {source}",

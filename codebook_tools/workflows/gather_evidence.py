@@ -17,7 +17,7 @@ from codebook_tools.codebook import Codebook
 from codebook_tools.data.dataset import Media
 from codebook_tools.diagnosis.alternatives import cut_rows, cut_wrongly, of_companions, of_original, of_range, scaled
 from codebook_tools.diagnosis.close_look import Close, few_of, look, range_errors, recognized_range, rows_of
-from codebook_tools.diagnosis.evidence import BookEvidence, Evidence, Pair, Rival
+from codebook_tools.diagnosis.evidence import Alternative, BookEvidence, Evidence, Pair
 from codebook_tools.diagnosis.fit import centroids, distortion, fit_of, left_of, variance_of
 from codebook_tools.diagnosis.stored_ema import Companions, companions_of
 from codebook_tools.diagnosis.training_trace import read_trace
@@ -129,7 +129,7 @@ def _book(looked: _Looked, stage: int, latents: Tensor, counts: Tensor, held_out
         latents=latents,
         codes=nearest(latents, codebook),
         fit=fit,
-        rivals=() if fit is None or fit.good else tuple(_rivals(looked, stage, latents, companions, pair)),
+        alternatives=() if fit is None or fit.good else tuple(_alternatives(looked, stage, latents, companions, pair)),
         curve=curve_of(codebook, points[:_CURVED], looked.seed),
         distinct=_distinct(points, codebook.size),
         left=left_of(codebook, latents),
@@ -151,7 +151,9 @@ def _pair(looked: _Looked, stage: int) -> Pair:
     return Pair(codebook, used, rows, rows_of(ours, looked.seed))
 
 
-def _rivals(looked: _Looked, stage: int, latents: Tensor, companions: Companions, pair: Pair | None) -> Iterator[Rival]:
+def _alternatives(
+    looked: _Looked, stage: int, latents: Tensor, companions: Companions, pair: Pair | None
+) -> Iterator[Alternative]:
     model, seed = looked.opened.model, looked.seed
     codebook, batch = on_cpu(model.books[stage]), looked.opened.request.batch_size
     yield from scaled(codebook, latents, seed)

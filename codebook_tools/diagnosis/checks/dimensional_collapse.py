@@ -23,8 +23,10 @@ _LEAST = 3  # dimensions, of which fewer have nothing to lose
 
 
 def dimensional_collapse(evidence: Evidence, book: BookEvidence) -> Finding:
-    """Found where nearly all of the latents' variance lies along a line, or in very few of many dimensions, and the
-    codes or the reconstructions suffer; suspicious where they do not, for data may be so simple."""
+    """Found where nearly all variance of the latents lies in very few dimensions, and codes or reconstructions suffer.
+
+    Suspicious where they do not suffer, for data may be so simple.
+    """
     dim = book.codebook.dim
     if dim < _LEAST:
         return not_checked(f"latents of {dim} dimension{'s' * (dim > 1)} have none to lose")

@@ -19,7 +19,7 @@ _ROWS = 1024
 
 
 def duplicate_codes(book: BookEvidence) -> Finding:
-    """Found where more than a tenth have a twin of a lower index; copies of code 0 that fill a size up are left out."""
+    """Found where over a tenth are copies of a code of a lower index; copies of code 0 that fill a size up are none."""
     codes = prepared(book.codebook).vectors
     twins = copies(codes)
     if book.filling:
@@ -30,7 +30,7 @@ def duplicate_codes(book: BookEvidence) -> Finding:
 
 
 def copies(codes: Tensor) -> Tensor:
-    """(size,) bool: whether a code (size, dim) before it is the same."""
+    """(size,) bool: whether a code (size, dim) of a lower index is the same."""
     rows = (codes - codes.mean(0)).double()  # whose products do not round away what tells codes apart
     limit = SAME * float(rows.square().sum(1).mean())
     duplicates = torch.zeros(len(rows), dtype=torch.bool)

@@ -9,8 +9,10 @@ from codebook_tools.diagnosis.lost_codes import LOST, lost_since, too_fast
 
 
 def encoder_drift(evidence: Evidence) -> Finding:
-    """Of the latents of the same items by both encoders; and of a trace whose codes fell out of use slowly, while the
-    error did not rise."""
+    """From the latents of the same items by both encoders, and from a trace.
+
+    In a trace, codes fell out of use slowly, while the error did not rise.
+    """
     return worst([of_each_book_in(_of_book)(evidence), _of_trace(evidence)])
 
 

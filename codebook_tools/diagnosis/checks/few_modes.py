@@ -19,8 +19,10 @@ _LEAST = 2  # points of a curve
 
 
 def few_modes(evidence: Evidence) -> Finding:
-    """Found where items, or latents, hardly differ but for a few kinds of them: where few differ at all, or where the
-    curve of distortion over centroids breaks off at few of them, for latents far below K."""
+    """Found where items, or latents, hardly differ but for a few kinds of them.
+
+    Few are distinct, or the curve of distortion over centroids breaks off at few of them; for latents far below K.
+    """
     return worst([of_each_book(_of_latents)(evidence), _of_items(evidence)])
 
 

@@ -9,7 +9,7 @@ from codebook_tools.diagnosis.lost_codes import LOST, lost_since, too_fast
 
 
 def learning_rate(evidence: Evidence) -> Finding:
-    """Of a trace; and of a model that has fewer codes in use, moved latents and a larger error than the original."""
+    """From a trace; and from a model with fewer codes in use, moved latents and a larger error than the original."""
     return worst([of_each_book_in(_of_book)(evidence), _of_trace(evidence)])
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from codebook_tools.diagnosis.checks.not_installed import BORN
 from codebook_tools.diagnosis.evidence import BookEvidence
-from codebook_tools.diagnosis.explained_by import NO_KMEANS
-from codebook_tools.diagnosis.finding import Finding, not_checked
+from codebook_tools.diagnosis.explained_by import explained_by
+from codebook_tools.diagnosis.finding import Finding
 from codebook_tools.diagnosis.initialization import born_dead
 
 
 def scale_mismatch(book: BookEvidence) -> Finding:
-    """Found where the same codes, longer or shorter, fit; and where many codes are dead since birth."""
-    if book.fit is None:
-        return not_checked(NO_KMEANS)
-    rival = book.explanation
-    if rival and rival.name == "scale":
-        summary = f"{book.fit.summary}; of {rival.what}, {rival.fit.ratio:.2g} times"
-        return Finding("found", book.fit.misfit, 1.0, summary)
+    """Found where the same codes, longer or shorter, fit; and where many codes are dead since their initialization."""
+    return explained_by(book, "scale", _length_of_dead(book))
+
+
+def _length_of_dead(book: BookEvidence) -> Finding:
     born = born_dead(book.codebook.vectors, book.dead)
     share, count = int(born.sum()) / book.codebook.size, int(born.sum())
     if count and book.counted and not book.filling:

@@ -11,7 +11,7 @@ APART = 2.0
 
 
 def counting(book: BookEvidence) -> Finding:
-    """Found where calibration and test data use the codes differently; suspicious where either is too small to say."""
+    """Found where calibration and test data use the codes differently; not checked where either is too small."""
     few = min(int(book.counts.sum()), int(book.held_out.sum()))
     enough = FEW_HITS * min(book.codebook.size, metrics.used(book.counts))
     if few < enough:

@@ -17,12 +17,12 @@ KEPT = 0.5
 
 
 def stale_ema(evidence: Evidence) -> Finding:
-    """Of the sums in the file; else of a trace whose first step emptied the codebook."""
+    """From the sums in the file, and from a trace whose first step emptied the codebook."""
     return worst([of_each_book(_of_book)(evidence), _of_trace(evidence)])
 
 
 def _of_book(book: BookEvidence) -> Finding:
-    state, rival = book.companions, book.explanation
+    state, alternative = book.companions, book.explanation
     if state.unlike:
         summary = (
             f"{state.unlike[0]} follows the codebook in the original, and does not have its {book.codebook.size} codes"
@@ -38,7 +38,7 @@ def _of_book(book: BookEvidence) -> Finding:
     stale = ~(state.moved[used] <= APART * spread)
     share, count = float(stale.double().mean()), int(stale.sum())
     summary = f"the running sums of {count} of the {int(used.sum())} codes in use stand for other codes"
-    if rival and rival.name == "companions":
+    if alternative and alternative.name == "companions":
         return Finding("ok", share, STALE, f"{summary}, and it is the sums that fit the latents")
     return Finding(judged(share, STALE, SOME), share, STALE, summary)
 

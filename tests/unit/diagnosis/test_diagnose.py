@@ -37,7 +37,7 @@ from codebook_tools.diagnosis.finding import Finding
 from codebook_tools.diagnosis.fit import Fit, fit_of, left_of
 from codebook_tools.diagnosis.initialization import born_dead
 from codebook_tools.diagnosis.stored_ema import Companions, of_state
-from codebook_tools.diagnosis.training_trace import Look, Trace, read_trace
+from codebook_tools.diagnosis.training_trace import Evaluation, Trace, read_trace
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.initialization import drawn, structure
 from codebook_tools.runtime.progress import Watch
@@ -67,13 +67,13 @@ def centroids(points: Tensor, k: int = 32) -> Tensor:
 
 
 def book_of(latents: Tensor, codes: Tensor, **more: Any) -> BookEvidence:
-    """The evidence of codes on latents, without rivals but for another length."""
+    """The evidence of codes on latents, without alternatives but for another length."""
     codebook = Codebook(codes)
     chosen = nearest(latents, codebook)
     counts = torch.bincount(chosen, minlength=len(codes))
     fit = fit_of(codebook, latents, 0)
     known: dict[str, Any] = {
-        "rivals": tuple(scaled(codebook, latents, 0)),
+        "alternatives": tuple(scaled(codebook, latents, 0)),
         "curve": curve_of(codebook, latents, 0),
         "distinct": len(codes),
         "left": left_of(codebook, latents),
@@ -163,8 +163,8 @@ def test_latents_cut_the_wrong_way_are_rows_of_memory() -> None:
     """Two images of two channels and two positions: a row holds a channel's positions, not a position's channels."""
     grids = torch.arange(8.0).reshape(2, 2, 2)
     points = torch.cat([grids] * 20)
-    (rival,) = cut_wrongly(Codebook(torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]])), points, 0)
-    assert rival.fit.distortion == 0
+    (alternative,) = cut_wrongly(Codebook(torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]])), points, 0)
+    assert alternative.fit.distortion == 0
 
 
 # --- noise, or not -------------------------------------------------------------------------------------------------
@@ -316,8 +316,8 @@ def test_movement_by_hand() -> None:
 
 def trace_of(*used: int, errors: tuple[float, ...] = (), steps: tuple[int, ...] = (0, 1, 10, 100, 1000)) -> Trace:
     errors = errors or (1.0,) * len(used)
-    looks = tuple(Look(*point) for point in zip(steps, errors, used, strict=False))
-    return Trace(looks, 128, 10_000, True, None)
+    history = tuple(Evaluation(*point) for point in zip(steps, errors, used, strict=False))
+    return Trace(history, 128, 10_000, True, None)
 
 
 TRACES = {
