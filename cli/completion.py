@@ -1,4 +1,4 @@
-"""What a shell may complete: names that are known without torch, for nobody waits for a key."""
+"""Shell completions: names that are known without torch, which takes seconds to import."""
 
 from __future__ import annotations
 

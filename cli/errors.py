@@ -1,4 +1,4 @@
-"""How a command ends: its one output, or one line of what went wrong, and the exit code."""
+"""How a command ends: its one output or one line of error, and the exit code."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 from typing import Any, NoReturn
 
 import typer
+
+from codebook_tools.errors import CodebookError
 
 _WRONG_USAGE = 2
 _LAST_WORDS = 10  # seconds that the first process needs at most
@@ -46,13 +48,9 @@ def standard_streams() -> Iterator[None]:
             yield
     except BrokenPipeError:
         raise SystemExit(0) from None
-    except Exception as error:
-        from codebook_tools.errors import CodebookError
-
+    except CodebookError as error:
         from .output import print_error
 
-        if not isinstance(error, CodebookError):
-            raise
         print_error(str(error))
         raise SystemExit(error.exit_code) from None
 
@@ -76,8 +74,6 @@ def on_stdout() -> Iterator[None]:
         )  # or Python tries again, and complains, at its end
         if isinstance(error, BrokenPipeError):
             raise
-        from codebook_tools.errors import CodebookError
-
         raise CodebookError(f"cannot write to standard output: {error.strerror or error}") from error
 
 
@@ -191,7 +187,6 @@ def reported() -> Iterator[None]:
     except Exception as error:
         if came:
             _end_by(came[-1])
-        from codebook_tools.errors import CodebookError
         from codebook_tools.runtime import distributed
 
         if isinstance(error, CodebookError):
@@ -223,8 +218,6 @@ def _check_folder() -> None:
     try:
         os.getcwd()
     except FileNotFoundError as error:
-        from codebook_tools.errors import CodebookError
-
         raise CodebookError("the current folder is no longer there; go to another with cd") from error
 
 

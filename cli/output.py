@@ -1,4 +1,4 @@
-"""What a person sees: progress and warnings on stderr, tables on stdout, or one JSON object there."""
+"""Output: progress and warnings on stderr, tables or one JSON object on stdout."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.text import Text
+
+from codebook_tools.errors import plain
 
 from .errors import on_stdout
 
@@ -124,8 +126,6 @@ def print_table(table: RenderableType) -> None:
 
 def print_warnings(warnings: list[str] | tuple[str, ...], quiet: bool) -> None:
     """A line each on stderr, unless quiet."""
-    from codebook_tools.errors import plain
-
     if not quiet:
         for warning in warnings:
             ERRORS.print(Text.assemble(("warning: ", "yellow"), plain(warning)))  # a line each

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.options import Declared, Option, declared
 from codebook_tools.workflows.request import Request
 
@@ -91,8 +92,6 @@ def merged(recipe: Mapping[str, Any], options: dict[str, Any], typed: Collection
     Raises:
         CodebookError: The recipe has an option that the command lacks, or one that is not of its type.
     """
-    from codebook_tools.errors import CodebookError
-
     both = dict(options)
     for name, value in recipe.items():
         if name not in options or name in _OF_THE_CALL:

@@ -1,4 +1,4 @@
-"""What else the codes of a book might be of, where they are not of its latents: each alternative is measured alike."""
+"""Alternative explanations of codes that do not fit their latents, each measured by the same fit."""
 
 from __future__ import annotations
 
@@ -53,7 +53,12 @@ def cut_rows(grids: Tensor, dim: int, seed: int) -> Tensor:
 def of_range(codebook: Codebook, grids: Tensor, bounds: tuple[float, float], seed: int) -> Iterator[Alternative]:
     """Latents (images, dim, *grid) of the same images, mapped to other bounds."""
     if fit := fit_of(codebook, rows_of(grids, seed), seed):
-        yield Alternative("range", fit, f"latents of images in [{bounds[0]:g}, {bounds[1]:g}]")
+        yield Alternative("range", fit, f"latents of images in {range_text(bounds)}")
+
+
+def range_text(bounds: tuple[float, float]) -> str:
+    """An input range in words."""
+    return f"[{bounds[0]:g}, {bounds[1]:g}]"
 
 
 def of_original(codebook: Codebook, rows: Tensor, seed: int) -> Iterator[Alternative]:

@@ -1,4 +1,4 @@
-"""A close look at a few items: the latents of every book as grids, what is reconstructed, and in which input range."""
+"""The outputs of a model on a few items: latents as grids, reconstruction errors, and the best input range."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a model before anything is judged: gathered once, and all that the checks look at."""
+"""What is known of a model: gathered once, and the only input of the checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a check says: a verdict, the number behind it, its limit, and what mends it."""
+"""The outcome of a check: a verdict, the number behind it, its limit, and the repair."""
 
 from __future__ import annotations
 

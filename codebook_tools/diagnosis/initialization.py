@@ -1,4 +1,4 @@
-"""Whether codes are what an initialisation drew: noise that is alike in all directions, around 0."""
+"""Whether codes are what an initialization drew: noise that is alike in all directions, around 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tensors beside a codebook say of it: running counts and sums, and whether flags are set."""
+"""The tensors beside a codebook: running counts and sums, and flags of initialization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Surgeries in a row, as one: what they leave is held against the model that the first began with."""
+"""Surgeries in a row, written as one surgery on the first model."""
 
 from __future__ import annotations
 

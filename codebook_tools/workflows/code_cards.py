@@ -1,4 +1,4 @@
-"""What each code stands for: the patches nearest to it and farthest from it, what it decodes to, its neighbours."""
+"""What each code stands for: the patches nearest to it and farthest from it, what it decodes to, its neighbors."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def _components(vectors: Tensor, used: Tensor) -> Tensor:
 
 
 def _colors(places: Tensor, used: Tensor) -> Tensor:
-    """(size, 3) in [0, 1]: by rank among the codes in use, so that colours are used alike; dead codes are grey."""
+    """(size, 3) in [0, 1]: by rank among the codes in use, so that colors are used alike; dead codes are gray."""
     colors = torch.full(places.shape, 0.5)
     own = places[used]
     colors[used] = 0.1 + 0.85 * own.argsort(0).argsort(0).float() / max(1, len(own) - 1)

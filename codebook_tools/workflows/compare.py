@@ -78,7 +78,7 @@ ENTRIES = {
     "kmeans++-seeds": Entry("kmeans++-seeds"),
     "refit+fresh-network": Entry("refit", fresh=True),
 }
-"""The rows that a comparison has unless it is told otherwise."""
+"""The rows that a comparison has by default."""
 
 MORE_ENTRIES = {
     **{f"restart+{method}": Entry("restart", {"method": method}) for method in ("random", "split", "nearest")},

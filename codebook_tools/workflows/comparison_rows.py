@@ -1,4 +1,4 @@
-"""Rows of a comparison: what they say, how they are kept on disk row by row, and what they say together."""
+"""Rows of a comparison: their content, their file, and their summaries over seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a codebook collapsed: every check, in the order in which a reader wants to hear of them."""
+"""Why a codebook collapsed: every check, causes before symptoms."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from codebook_tools.diagnosis.checks.not_installed import not_installed
 from codebook_tools.diagnosis.checks.scale_mismatch import scale_mismatch
 from codebook_tools.diagnosis.checks.split_mismatch import counting
 from codebook_tools.diagnosis.checks.stale_ema import stale_ema
-from codebook_tools.diagnosis.checks.uninitialised_flag import uninitialised_flag
+from codebook_tools.diagnosis.checks.uninitialized_flag import uninitialized_flag
 from codebook_tools.diagnosis.checks.wrong_encoder import wrong_encoder
 from codebook_tools.diagnosis.checks.wrong_input_range import wrong_input_range
 from codebook_tools.diagnosis.checks.wrong_layout import wrong_layout
@@ -35,7 +35,7 @@ CHECKS: dict[str, tuple[CheckFunction, str]] = {
         "codebook refit {source} --k {k}{data}, then codebook verify RESULT --against {source}",
     ),
     "uninitialised-flag": (
-        of_each_book(uninitialised_flag),
+        of_each_book(uninitialized_flag),
         "codebook prune {model}{data} sets it; or set that tensor to true before anybody trains",
     ),
     "stale-ema": (stale_ema, "codebook prune {model}{data} writes sums and counts that are of the codes"),

@@ -1,4 +1,4 @@
-"""What a page shows of a run beside its figures: a few test images, as the model of each stage reconstructs them."""
+"""A few test images for a page, with their reconstruction in each phase."""
 
 from __future__ import annotations
 

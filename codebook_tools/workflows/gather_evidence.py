@@ -1,4 +1,4 @@
-"""From the files that the user names to the evidence: one pass over the data, and a few items looked at closely."""
+"""From the files of a request to the evidence: one pass over the data, and the outputs on a few items."""
 
 from __future__ import annotations
 

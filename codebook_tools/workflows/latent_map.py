@@ -28,7 +28,7 @@ from codebook_tools.workflows.session import Opened
 POINTS = 3000
 """Latents that are drawn."""
 
-_IMAGES = 1000  # that they are of, at most: neighbours in an image are alike
+_IMAGES = 1000  # that they are of, at most: neighbors in an image are alike
 
 Method = Literal["umap", "pca"]
 

@@ -1,4 +1,4 @@
-"""The model card of a written directory: what was done, by what, on what data, and what came of it."""
+"""The model card of a written directory: what was done, by what, on what data, and the figures."""
 
 from __future__ import annotations
 

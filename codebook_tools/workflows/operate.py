@@ -96,7 +96,7 @@ def measure_model(
         target = open_request(request, watch, measuring=True)
     target.warnings += told_by_file(target.model.checkpoint, target.codebooks)
     with watch.phase("measure"):
-        latents = encoder_latents(target)  # those of the whole, so that all parts are held against the same
+        latents = encoder_latents(target)  # of all data, so that all parts have the same reference
     if isinstance(target, Opened) and shard is not None:
         target = in_part(target, shard)
         target.settings["shard"] = f"{shard[0]}/{shard[1]}"

@@ -1,4 +1,4 @@
-"""What a command ends in: its result, where that goes, and what the written file says of itself."""
+"""The result of a command, the path of its output, and the metadata of the written file."""
 
 from __future__ import annotations
 

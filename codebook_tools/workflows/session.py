@@ -1,4 +1,4 @@
-"""From what the user names to what can be worked on: a model on its device, and its images by split."""
+"""From a request to a model on its device, and its data by split."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _choose_input_range(request: Request, opened: Opened) -> None:
 def _better_range(opened: Opened) -> list[str]:
     """A warning where a few images come back much better in another range than the one that was typed."""
     model, media = opened.model, opened.calibration if len(opened.calibration) else opened.test
-    _, pixels = media.load(limited(media.items, _COMPARED, seed=0))  # neighbours in name are often alike
+    _, pixels = media.load(limited(media.items, _COMPARED, seed=0))  # neighbors in name are often alike
     if not len(pixels):
         return []
     own = model.input_range

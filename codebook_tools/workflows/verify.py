@@ -1,4 +1,4 @@
-"""A written checkpoint and its index map, held against the original: only what may differ differs."""
+"""A written checkpoint and its index map, compared with the original: only what may differ differs."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def _book(written: Checkpoint, original: Checkpoint, maps: Checkpoint, book: Fou
     """Sizes agree everywhere, companions follow their codes, and codes that kept their identity kept their numbers."""
     shape = _shape(written, book)
     if not shape:
-        return  # told of already
+        return  # reported already
     size = _size(written, original, book)
     before = original.entries[book.key].shape
     wanted = tuple(before[axis] - book.size + size if axis == book.axis else n for axis, n in enumerate(before))

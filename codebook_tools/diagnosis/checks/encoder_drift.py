@@ -22,8 +22,10 @@ def _of_book(evidence: Evidence, book: BookEvidence) -> Finding:
         return not_checked("no original to hold the latents against; give it with --against")
     mean, covariance = shift(pair)
     moved = max(mean, covariance)
-    summary = f"since the original the latents' mean moved by {mean:.2g} of their variance, their covariance by"
-    summary = f"{summary} {covariance:.2g}"
+    summary = (
+        f"since the original the latents' mean moved by {mean:.2g} of their variance, "
+        f"their covariance by {covariance:.2g}"
+    )
     if not trained_on(book) or too_fast(evidence):
         return Finding("ok", moved, MOVED, summary)
     if book.fit and book.explanation:

@@ -1,4 +1,4 @@
-"""The centroids were never installed: codes are still as an initialisation drew them, or not those that were meant."""
+"""The centroids were never installed: codes are as an initialization drew them, or are not the new ones."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _of_trace(evidence: Evidence) -> Finding:
     size = trace.size or sum(book.codebook.size for book in evidence.books)
     summary = f"{trace.start} of {size} codes are in use before the first step of the training"
     lost, most = 1 - trace.start / size, max(evaluation.used for evaluation in trace.history)
-    # A small validation split cannot show many codes in use: then it is held against what it shows later.
+    # A small validation split cannot use many codes: its first evaluation is then compared with its best one.
     few = trace.latents is not None and trace.latents < FEW_HITS * size
     low = trace.start < COLLAPSED * (most if few else size)
     return Finding(judged(lost, 1 - COLLAPSED) if low else "ok", lost, 1 - COLLAPSED, summary)
