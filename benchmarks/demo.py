@@ -39,7 +39,7 @@ SIDE = 320  # of the square that is shown, from the middle of the photograph
 
 
 def refit(output: Path, steps: int, watch: Watch) -> Result:
-    request = Request(output=output, force=True, exhibit=steps > 0)
+    request = Request(output=output, force=True, gallery=steps > 0)
     return operate("refit", request, Refit(K, watch=watch), FineTune(steps=steps), watch)
 
 

@@ -33,14 +33,17 @@ COMMANDS = (
 class Commands(TyperGroup):
     """Our commands, and one for each strategy that another distribution adds."""
 
-    def main(self, *given: Any, **more: Any) -> Any:
-        with interruptible():  # before a command has begun, too
-            return super().main(*given, **more)
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, and let Ctrl-C end it before a command has begun, too."""
+        with interruptible():
+            return super().main(*args, **kwargs)
 
     def list_commands(self, ctx: Any) -> list[str]:
+        """Names in the order of `--help`."""
         return [*super().list_commands(ctx), *sorted(_added_strategies())]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of a name, or None."""
         ours = super().get_command(ctx, cmd_name)
         return _added_command(cmd_name) if ours is None and cmd_name in _added_strategies() else ours
 

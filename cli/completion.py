@@ -1,4 +1,4 @@
-"""What a shell may complete: names that are known without torch, for nobody waits for a key."""
+"""Shell completions: names that are known without torch, which takes seconds to import."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ DEVICES = ("auto", "cpu", "cuda", "xpu", "mps")
 
 
 def devices(incomplete: str) -> list[str]:
+    """Completions of --device."""
     return [name for name in DEVICES if name.startswith(incomplete)]
 
 
 def families(incomplete: str) -> list[str]:
+    """Completions of --family."""
     from codebook_tools.models.registry import FAMILIES
 
     return [name for name in FAMILIES if name.startswith(incomplete)]
 
 
 def rows(incomplete: str) -> list[str]:
-    """The last of several, with commas between them."""
+    """Completions of the last of several rows with commas between them."""
     before, comma, last = incomplete.rpartition(",")
     named = {*before.split(",")}
     added = [point.name for point in entry_points(group="codebook_tools.strategies")]

@@ -1,4 +1,4 @@
-"""How a command ends: its one output, or one line of what went wrong, and the exit code."""
+"""How a command ends: its one output or one line of error, and the exit code."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import typer
 
+from codebook_tools.errors import CodebookError
+
 _WRONG_USAGE = 2
 _LAST_WORDS = 10  # seconds that the first process needs at most
 _LEFT_ALONE = (
@@ -21,17 +23,20 @@ _LEFT_ALONE = (
 )
 
 
-def show_result(found: Any, table: Callable[[Any], Any], as_json: bool) -> None:
-    """The one output: JSON, or a table."""
+def show_result(result: Any, table: Callable[[Any], Any], as_json: bool) -> None:
+    """Print the one output: JSON, or a table."""
     from .output import print_json, print_table
 
-    print_json(found.to_json()) if as_json else print_table(table(found))
+    print_json(result.to_json()) if as_json else print_table(table(result))
 
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Those that are closed are as if they led to /dev/null, so that no file takes their place; and who leaves this has
-    written all that it printed, or ends with a line that says why not."""
+    """Open closed streams to /dev/null, so that no file takes their place, and flush stdout at the end.
+
+    Raises:
+        SystemExit: stdout cannot be written; a line says why, unless its reader left.
+    """
     for handle, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_RDWR), handle)
@@ -43,21 +48,21 @@ def standard_streams() -> Iterator[None]:
             yield
     except BrokenPipeError:
         raise SystemExit(0) from None
-    except Exception as error:
-        from codebook_tools.errors import CodebookError
-
+    except CodebookError as error:
         from .output import print_error
 
-        if not isinstance(error, CodebookError):
-            raise
         print_error(str(error))
         raise SystemExit(error.exit_code) from None
 
 
 @contextmanager
 def on_stdout() -> Iterator[None]:
-    """What is printed within is written, to the last byte, when this is left. Raises CodebookError where it cannot be,
-    and BrokenPipeError where its reader left, as `head` does."""
+    """Flush stdout at the end.
+
+    Raises:
+        CodebookError: It cannot be written.
+        BrokenPipeError: Its reader left, as `head` does.
+    """
     try:
         try:
             yield
@@ -69,14 +74,12 @@ def on_stdout() -> Iterator[None]:
         )  # or Python tries again, and complains, at its end
         if isinstance(error, BrokenPipeError):
             raise
-        from codebook_tools.errors import CodebookError
-
         raise CodebookError(f"cannot write to standard output: {error.strerror or error}") from error
 
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Of several processes that torchrun started the first alone is heard; the others only say why they fail."""
+    """Silence all but the first of the processes that torchrun started; the others only say why they fail."""
     if _is_first():
         yield
         return
@@ -99,7 +102,7 @@ class _TerminatedError(BaseException):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """A Ctrl-C that comes while Python clears an object away, which ignores all that is raised there, comes again."""
+    """Repeat a Ctrl-C that comes while Python finalizes an object, where exceptions are ignored."""
     hook = sys.unraisablehook
 
     def ignored(what: sys.UnraisableHookArgs) -> None:
@@ -113,7 +116,7 @@ def interruptible() -> Iterator[None]:
 
 
 def _soon(number: int) -> None:
-    """Raise the signal once the clearing away is over."""
+    """Raise the signal again after the finalizer."""
     again = threading.Timer(_AGAIN, signal.raise_signal, [number])
     again.daemon = True  # where all is done by then, it is done
     again.start()
@@ -124,8 +127,9 @@ _AGAIN = 0.05  # seconds
 
 @contextmanager
 def _terminable() -> Iterator[list[int]]:
-    """SIGTERM ends what runs within as Ctrl-C does, so that half-written files and workers are cleared away; a second
-    one ends at once. Gives the signals that came, for code in C may make an error of its own of what is raised in it.
+    """End on SIGTERM as on Ctrl-C, so that half-written files and workers are cleared away; a second SIGTERM kills.
+
+    Yields the signals that arrived, for code in C may turn the exception into an error of its own.
     """
     came = list[int]()
     if threading.current_thread() is not threading.main_thread():
@@ -168,7 +172,7 @@ _LEFT = "what was written is whole, or not there; with --resume, where a command
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """What goes wrong becomes one line on stderr and an exit code."""
+    """Turn an error into one line on stderr and an exit code."""
     came = list[int]()
     try:
         with _terminable() as came:
@@ -183,7 +187,6 @@ def reported() -> Iterator[None]:
     except Exception as error:
         if came:
             _end_by(came[-1])
-        from codebook_tools.errors import CodebookError
         from codebook_tools.runtime import distributed
 
         if isinstance(error, CodebookError):
@@ -215,13 +218,11 @@ def _check_folder() -> None:
     try:
         os.getcwd()
     except FileNotFoundError as error:
-        from codebook_tools.errors import CodebookError
-
         raise CodebookError("the current folder is no longer there; go to another with cd") from error
 
 
 def _end_by(number: int) -> NoReturn:
-    """Exit as one does who was asked to by the signal `number`, SIGINT or SIGTERM."""
+    """Exit as after the signal `number`, SIGINT or SIGTERM."""
     from codebook_tools.runtime import distributed
 
     if number == signal.SIGINT:

@@ -20,27 +20,34 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
 
 
 def operate_on(
-    command: str, model: Path | None, strategy: Callable[[Watch], Strategy] | None, given: dict[str, Any]
+    command: str, model: Path | None, strategy: Callable[[Watch], Strategy] | None, options: dict[str, Any]
 ) -> None:
-    """Do a surgery, or say what it would do, and show what came of it. strategy: None fine-tunes."""
-    if given.get("stats") and not given["dry_run"]:
+    """Do a surgery, or say what it would do, and show the result.
+
+    Args:
+        command: As it is typed.
+        model: A file or directory; None for the bundled demo.
+        strategy: Makes the strategy, which reports progress to a watch; None fine-tunes.
+        options: Of the command, by name.
+    """
+    if options.get("stats") and not options["dry_run"]:
         _hash_ahead(model)
 
     def work(watch: Watch) -> Result | Plan:
         from codebook_tools.workflows.dry_run import plan
         from codebook_tools.workflows.operate import operate
 
-        chosen, request = strategy(watch) if strategy else None, request_of(model, given)
-        finetuning = finetuning_of(request, given)
-        if strategy is None and given["steps"] is None:  # there is nothing else to do
+        chosen, request = strategy(watch) if strategy else None, request_of(model, options)
+        finetuning = finetuning_of(request, options)
+        if strategy is None and options["steps"] is None:  # there is nothing else to do
             finetuning = replace(finetuning, steps=FineTune.steps)
-        return (plan if given["dry_run"] else operate)(command, request, chosen, finetuning, watch)
+        return (plan if options["dry_run"] else operate)(command, request, chosen, finetuning, watch)
 
-    run_and_show(work, given)
+    run_and_show(work, options)
 
 
 def _hash_ahead(model: Path | None) -> None:
-    """Counts are of one checkpoint, told by its SHA-256: a thread finds that out while torch is imported."""
+    """Hash the checkpoint in a thread while torch is imported: counts are identified by its SHA-256."""
     with reported():
         from codebook_tools.checkpoints.hashing import hash_ahead
         from codebook_tools.checkpoints.read import read_checkpoint

@@ -31,7 +31,7 @@ _COMPLETIONS: Mapping[str, Callable[[str], list[str]]] = {"device": devices, "fa
 
 @dataclass(frozen=True)
 class Shell:
-    """What the command line alone knows: how a command shows what it does."""
+    """Settings of the command line alone: how a command shows what it does."""
 
     dry_run: Annotated[
         bool, Option("Say what would be done and written, its size and time; write nothing.", panel="Output")
@@ -49,14 +49,20 @@ class Shell:
 
 
 def parameters(settings: type, *names: str, **changes: Any) -> list[inspect.Parameter]:
-    """The options of a settings class as parameters of a command: those named, else all. changes: of their Option."""
+    """Options of a settings class as parameters of a command.
+
+    Args:
+        settings: The class.
+        names: Of fields; all for none.
+        changes: Of their Option.
+    """
     options = declared(settings)
     return [parameter(replace(one, option=replace(one.option, **changes))) for one in
             (options[name] for name in names or options)]  # fmt: skip
 
 
 def panel(settings: type, heading: str) -> list[inspect.Parameter]:
-    """The options of a settings class that stand under one heading."""
+    """The options of a settings class under one heading."""
     return [parameter(one) for one in declared(settings).values() if one.option.panel == heading]
 
 
@@ -65,7 +71,7 @@ def parameter(one: Declared) -> inspect.Parameter:
     option = one.option
     names = option.names or ((f"--{one.name.replace('_', '-')}",) if one.kind is bool else ())
     kind = list[one.kind] | None if one.repeated else one.kind | None if one.default is None else one.kind  # type: ignore[name-defined]
-    shown = typer.Option(
+    annotation = typer.Option(
         *names,
         help=option.help,
         metavar=option.metavar,
@@ -75,12 +81,12 @@ def parameter(one: Declared) -> inspect.Parameter:
     )
     default = inspect.Parameter.empty if one.default is MISSING else None if one.repeated else one.default
     return inspect.Parameter(
-        one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown]
+        one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, annotation]
     )
 
 
 def _training(steps: int | None, **changes: Any) -> list[inspect.Parameter]:
-    """The options of a fine-tuning, with another default of its steps. changes: of their Option."""
+    """The options of a fine-tuning. steps: their default. changes: of the Option of steps."""
     first, *others = declared(FineTune).values()
     first = replace(first, default=steps, option=replace(first.option, **changes))
     return [parameter(one) for one in (first, *others)]
@@ -105,12 +111,12 @@ LONG_RUN = [*RUN, *parameters(Request, "latents_cache")]
 def command(
     heading: str, example: str, *shared: Sequence[inspect.Parameter]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate command(given, own options...): the shared options join its own, and arrive in `given`, by name.
+    """Decorate command(options, own options...): the shared options arrive in the dict `options`, by name.
 
     Args:
-        heading: That it stands under in `codebook --help`.
-        example: A line that one may type, for its own `--help`.
-        shared: Groups of options.
+        heading: Of the panel in `codebook --help`.
+        example: A line to type, for the command's own `--help`.
+        shared: Groups of options that other commands have too.
     """
     return partial(_joined, heading, example, [parameter for group in shared for parameter in group])
 
@@ -122,7 +128,7 @@ def _joined(
     own = [
         one.replace(annotation=hints[one.name], kind=inspect.Parameter.KEYWORD_ONLY)
         for one in inspect.signature(function).parameters.values()
-        if one.name != "given"
+        if one.name != "options"
     ]
     return joined(function.__name__.rstrip("_"), function.__doc__ or "", heading, example, own, shared, function)
 
@@ -136,11 +142,21 @@ def joined(
     shared: Sequence[inspect.Parameter],
     function: Callable[..., None],
 ) -> Callable[..., None]:
-    """A function with the options in its signature, that calls another: the shared ones in a dict, its own by name."""
+    """A function with all options in its signature, which calls another: shared options in a dict, its own by name.
+
+    Args:
+        name: Of the command.
+        doc: Its help.
+        heading: Of the panel in `codebook --help`.
+        example: A line to type, for the command's own `--help`.
+        own: Options of this command alone.
+        shared: Options that other commands have too.
+        function: Called with the dict, and its own options by name.
+    """
 
     def run(**typed: Any) -> None:
-        given = {one.name: typed[one.name] for one in shared}
-        function(given, **{one.name: typed[one.name] for one in own})
+        options = {one.name: typed[one.name] for one in shared}
+        function(options, **{one.name: typed[one.name] for one in own})
 
     run.__name__, run.__doc__ = name, doc
     run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]

@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from codebook_tools.models.wrapped import install as install
     from codebook_tools.training.recipe import FineTune as FineTune
     from codebook_tools.workflows.python import CodebookWarning as CodebookWarning
-    from codebook_tools.workflows.python import Model as Model
     from codebook_tools.workflows.python import Operation as Operation
     from codebook_tools.workflows.python import compare as compare
     from codebook_tools.workflows.python import diagnose as diagnose
     from codebook_tools.workflows.python import inspect as inspect
-    from codebook_tools.workflows.python import load as load
     from codebook_tools.workflows.python import measure as measure
     from codebook_tools.workflows.python import operate as operate
     from codebook_tools.workflows.python import remap as remap
     from codebook_tools.workflows.python import sweep as sweep
     from codebook_tools.workflows.python import verify as verify
-    from codebook_tools.workflows.python import wrap as wrap
+    from codebook_tools.workflows.python_model import Model as Model
+    from codebook_tools.workflows.python_model import load as load
+    from codebook_tools.workflows.python_model import wrap as wrap
 
 _HOMES = {
     "clustering.assignment": ("nearest",),
@@ -46,9 +46,10 @@ _HOMES = {
     "models.wrapped": ("install",),
     "training.recipe": ("FineTune",),
     "workflows.python": (
-        *("CodebookWarning", "Model", "Operation", "compare", "diagnose", "inspect", "load", "measure"),
-        *("operate", "remap", "sweep", "verify", "wrap"),
+        *("CodebookWarning", "Operation", "compare", "diagnose", "inspect", "measure"),
+        *("operate", "remap", "sweep", "verify"),
     ),
+    "workflows.python_model": ("Model", "load", "wrap"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -60,9 +61,9 @@ def __getattr__(name: str) -> object:
         return import_module("codebook_tools.strategies")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"codebook_tools.{_HOME[name]}"), name)
-    globals()[name] = found
-    return found
+    value = getattr(import_module(f"codebook_tools.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

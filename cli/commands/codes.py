@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
 
 @command("Look", "codebook codes model.safetensors --data images/ --sort error", DATA, MODEL, RUN)
 def codes(
-    given: dict[str, Any],
+    options: dict[str, Any],
     model: ModelArgument = None,
     top: Annotated[int, typer.Option("--top", metavar="N", help="Patches of each kind for a code.")] = 6,
     most: Annotated[int, typer.Option("--most", metavar="N", help="At most so many codes.")] = 512,
@@ -32,6 +32,6 @@ def codes(
     def work(watch: Watch) -> Codes:
         from codebook_tools.workflows.code_cards import look_at_codes
 
-        return look_at_codes(request_of(model, given), top, most, sort, watch)
+        return look_at_codes(request_of(model, options), top, most, sort, watch)
 
-    run_and_show(work, {**given, "report": given["report"] or named_after(model, ".codes.html")})
+    run_and_show(work, {**options, "report": options["report"] or named_after(model, ".codes.html")})

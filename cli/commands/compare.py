@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     *(TRAIN, DATA, MODEL, FOLDER, LONG_RUN),
 )
 def compare(
-    given: dict[str, Any],
+    options: dict[str, Any],
     k: Annotated[int, typer.Option("--k", "-k", metavar="K", help="Codes, for the strategies that take a number.")],
     model: ModelArgument = None,
     strategies: Annotated[
@@ -40,9 +40,9 @@ def compare(
     def work(watch: Watch) -> Comparison:
         from codebook_tools.workflows.compare import compare as run_compare
 
-        folder = given["output"] or named_after(model, ".compare")
+        folder = options["output"] or named_after(model, ".compare")
         names = [name.strip() for name in strategies.split(",")] if strategies else []
-        request = request_of(model, {**given, "output": None})
-        return run_compare(request, k, names, finetuning_of(request, given), seeds=seeds, folder=folder, watch=watch)
+        request = request_of(model, {**options, "output": None})
+        return run_compare(request, k, names, finetuning_of(request, options), seeds=seeds, folder=folder, watch=watch)
 
-    run_and_show(work, given)
+    run_and_show(work, options)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     *(DATA, MODEL, RUN),
 )
 def diagnose(
-    given: dict[str, Any],
+    options: dict[str, Any],
     model: ModelArgument = None,
     against: Annotated[
         Path | None, typer.Option(metavar="MODEL", help="The original, before the surgery or the training.")
@@ -36,6 +36,6 @@ def diagnose(
     def work(watch: Watch) -> Diagnosis:
         from codebook_tools.workflows.diagnose import diagnose as run_diagnose
 
-        return run_diagnose(request_of(model, given), watch, against, trace)
+        return run_diagnose(request_of(model, options), watch, against, trace)
 
-    run_and_show(work, given)
+    run_and_show(work, options)

@@ -13,6 +13,6 @@ from ..options import DATA, LONG_RUN, MODEL, TRAIN, WRITE, ModelArgument, comman
     "codebook finetune model.safetensors --data images/ --steps 2000",
     *(TRAIN, DATA, MODEL, WRITE, LONG_RUN),
 )
-def finetune(given: dict[str, Any], model: ModelArgument = None) -> None:
+def finetune(options: dict[str, Any], model: ModelArgument = None) -> None:
     """Train on with the original encoder and decoder; the codebook keeps its size, and dead codes are revived."""
-    operate_on("finetune", model, None, given)
+    operate_on("finetune", model, None, options)

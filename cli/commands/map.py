@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
 
 @command("Look", "codebook map model.safetensors --data images/", DATA, MODEL, LONG_RUN)
 def map_(
-    given: dict[str, Any],
+    options: dict[str, Any],
     model: ModelArgument = None,
     k: Annotated[
         int | None, typer.Option("--k", "-k", metavar="K", help="Centroids. Left out: as many as codes in use.")
@@ -35,7 +35,7 @@ def map_(
         from codebook_tools.workflows.latent_map import look_at_map
 
         check_beside(page)
-        return look_at_map(request_of(model, given), k, method, watch)
+        return look_at_map(request_of(model, options), k, method, watch)
 
-    page = given["report"] or named_after(model, ".map.html")
-    run_and_show(work, {**given, "report": page})
+    page = options["report"] or named_after(model, ".map.html")
+    run_and_show(work, {**options, "report": page})

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     *(LATENTS, REPLACE, DATA, MODEL, RUN),
 )
 def measure(
-    given: dict[str, Any],
+    options: dict[str, Any],
     model: ModelArgument = None,
     more: Annotated[
         list[Path] | None,
@@ -52,6 +52,6 @@ def measure(
         from codebook_tools.workflows.operate import measure_model
 
         part = parse_shard(shard) if shard else None
-        return measure_model(request_of(model, given), watch, stats, part, [*(merge or ()), *(more or ())])
+        return measure_model(request_of(model, options), watch, stats, part, [*(merge or ()), *(more or ())])
 
-    run_and_show(work, given)
+    run_and_show(work, options)

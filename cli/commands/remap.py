@@ -20,7 +20,7 @@ from ..options import JSON, QUIET, command, parameters
     *(parameters(RemapRequest), JSON, QUIET),
 )
 def remap(
-    given: dict[str, Any],
+    options: dict[str, Any],
     sources: Annotated[
         list[Path],
         typer.Argument(
@@ -40,6 +40,6 @@ def remap(
 
         from ..output import print_warnings
 
-        result = run_remap(RemapRequest(tuple(sources), tuple(maps), **values(RemapRequest, given)))
-        print_warnings(result.warnings, given["quiet"])
-        show_result(result, remap_table, given["json_"])
+        result = run_remap(RemapRequest(tuple(sources), tuple(maps), **values(RemapRequest, options)))
+        print_warnings(result.warnings, options["quiet"])
+        show_result(result, remap_table, options["json_"])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.options import Declared, Option, declared
 from codebook_tools.workflows.request import Request
 
@@ -32,45 +33,52 @@ _OF_THE_CALL = ("json_", "quiet", "verbose", "dry_run", "force", "report", "reci
 
 @command("Operate", "codebook run recipe.yaml --data images/", DATA, MODEL, RESULT, LONG_RUN)
 def run(
-    given: dict[str, Any],
+    options: dict[str, Any],
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file with a list of surgeries.")],
     model: ModelArgument = None,
 ) -> None:
     """Surgeries in a row, by a recipe, written as one. What is given here comes before what the recipe says."""
-    run_recipe(context, recipe, model, given)
+    run_recipe(context, recipe, model, options)
 
 
-def run_recipe(context: typer.Context, path: Path, model: Path | None, given: dict[str, Any]) -> None:
-    """Do what a recipe says, and write the recipe that repeats it beside the result. context: of the command."""
-    typed = {name for name in (*given, "model") if _is_typed(context, name)}
+def run_recipe(context: typer.Context, path: Path, model: Path | None, options: dict[str, Any]) -> None:
+    """Do what a recipe says, and write the recipe that repeats it beside the result.
+
+    Args:
+        context: Of the command, which knows which options were typed.
+        path: Of the recipe.
+        model: As typed; None for the recipe's.
+        options: Of the command, by name.
+    """
+    typed = {name for name in (*options, "model") if _is_typed(context, name)}
     with reported():
         from codebook_tools.workflows.recipe_file import read_recipe
 
         recipe = read_recipe(path)
-        options = merged(recipe.options, {**given, "model": model}, typed)
+        combined = merged(recipe.options, {**options, "model": model}, typed)
 
     def work(watch: Watch) -> Chain | ChainPlan:
         from codebook_tools.checkpoints.atomic import write_text
         from codebook_tools.workflows.chain import plan_chain, run_chain
         from codebook_tools.workflows.recipe_file import RecipeFile, steps_of, without_nothing
 
-        request = request_of(options["model"], options)
-        steps = steps_of(recipe, batch_size=options["batch_size"], seed=options["seed"])
-        if given["dry_run"]:
+        request = request_of(combined["model"], combined)
+        steps = steps_of(recipe, batch_size=combined["batch_size"], seed=combined["seed"])
+        if options["dry_run"]:
             return plan_chain(request, steps, watch)
         done = run_chain(request, steps, watch)
         output = Path(done.outputs["model"])
         again = output.with_name(f"{output.name.removesuffix('.safetensors')}.recipe.yaml")
         if again.exists() and again.samefile(path):
             return replace(done, warnings=(*done.warnings, f"{again} is the recipe that was read, and stays as it is"))
-        if again.exists() and not options["force"]:
+        if again.exists() and not combined["force"]:
             return replace(done, warnings=(*done.warnings, f"{again} is there and stays as it is; --force replaces it"))
-        settings = {name: value for name, value in options.items() if name not in _OF_THE_CALL}
+        settings = {name: value for name, value in combined.items() if name not in _OF_THE_CALL}
         write_text(again, RecipeFile(without_nothing({**settings, "output": output}), recipe.surgeries).text())
         return replace(done, outputs={**done.outputs, "recipe": str(again)})
 
-    run_and_show(work, options)
+    run_and_show(work, combined)
 
 
 def _is_typed(context: typer.Context, name: str) -> bool:
@@ -78,15 +86,16 @@ def _is_typed(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def merged(options: Mapping[str, Any], given: dict[str, Any], typed: Collection[str]) -> dict[str, Any]:
-    """What was typed, and what the recipe says where nothing was. Raises CodebookError for options there are not, and
-    for what is not of their type."""
-    from codebook_tools.errors import CodebookError
+def merged(recipe: Mapping[str, Any], options: dict[str, Any], typed: Collection[str]) -> dict[str, Any]:
+    """The options of the command, with those of the recipe where none was typed.
 
-    both = dict(given)
-    for name, value in options.items():
-        if name not in given or name in _OF_THE_CALL:
-            known = ", ".join(sorted(option.replace("_", "-") for option in given if option not in _OF_THE_CALL))
+    Raises:
+        CodebookError: The recipe has an option that the command lacks, or one that is not of its type.
+    """
+    both = dict(options)
+    for name, value in recipe.items():
+        if name not in options or name in _OF_THE_CALL:
+            known = ", ".join(sorted(option.replace("_", "-") for option in options if option not in _OF_THE_CALL))
             raise CodebookError(f"a recipe has no {name.replace('_', '-')}; it has surgeries, {known}")
         if name not in typed:
             both[name] = _as_option(_OPTIONS[name], value)

@@ -35,7 +35,7 @@ _MODEL = inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, default=None
 
 
 def surgeries() -> list[Callable[..., None]]:
-    """Of our strategies, but for the controls, which are rows of `compare` alone."""
+    """The commands of our strategies, without the controls, which are rows of `compare` alone."""
     return [_command(name, strategy) for name, strategy in STRATEGIES.items() if hasattr(strategy, "summary")]
 
 
@@ -45,13 +45,13 @@ def _command(name: str, strategy: Any) -> Callable[..., None]:
     shared = [*COUNTS, *LATENTS, *train, *DATA, *MODEL, *WRITE, *LONG_RUN]
     by_the_run = {field.name for field in fields(strategy)} & {"seed", "watch"}
 
-    def run(given: dict[str, Any], model: Any, **settings: Any) -> None:
+    def run(options: dict[str, Any], model: Any, **settings: Any) -> None:
         def make(watch: Watch) -> Strategy:
-            offered = {"seed": given["seed"], "watch": watch}
+            offered = {"seed": options["seed"], "watch": watch}
             made: Strategy = strategy(**settings, **{field: offered[field] for field in by_the_run})
             return made
 
-        operate_on(name, model, make, given)
+        operate_on(name, model, make, options)
 
     return joined(name, strategy.summary, "Operate", strategy.example, own, shared, run)
 
@@ -61,7 +61,7 @@ def added(name: str) -> Callable[..., None]:
 
     @command("", "", TRAIN_IF_ASKED, DATA, MODEL, WRITE, LONG_RUN)
     def run(
-        given: dict[str, Any],
+        options: dict[str, Any],
         model: ModelArgument = None,
         set_: Annotated[
             list[str] | None,
@@ -73,6 +73,6 @@ def added(name: str) -> Callable[..., None]:
 
             return make_strategy(name, set_ or [])
 
-        operate_on(name, model, strategy, given)
+        operate_on(name, model, strategy, options)
 
     return run

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     "Decide", "codebook sweep model.safetensors --k 16,32,64,128,256 --data images/", DATA, MODEL, FOLDER, LONG_RUN
 )
 def sweep(
-    given: dict[str, Any],
+    options: dict[str, Any],
     model: ModelArgument = None,
     k: Annotated[str, typer.Option("--k", "-k", metavar="K,K,K", help="The sizes to try.")] = "16,32,64,128,256,512",
     lambda_: Annotated[
@@ -36,7 +36,7 @@ def sweep(
     def work(watch: Watch) -> Sweep:
         from codebook_tools.workflows.sweep import sweep as run_sweep
 
-        folder = given["output"] or named_after(model, ".sweep")
-        return run_sweep(request_of(model, {**given, "output": None}), sizes, prices, folder, watch)
+        folder = options["output"] or named_after(model, ".sweep")
+        return run_sweep(request_of(model, {**options, "output": None}), sizes, prices, folder, watch)
 
-    run_and_show(work, given)
+    run_and_show(work, options)

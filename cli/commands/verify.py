@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     *(DATA, MODEL, RUN),
 )
 def verify(
-    given: dict[str, Any],
+    options: dict[str, Any],
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The checkpoint that was written.")],
     against: Annotated[
         Path | None,
@@ -51,15 +51,15 @@ def verify(
         from ..output import ProgressShow
 
         prove: Callable[[], Proof] | None = None
-        if given["network"] or given["family"] or given["data"]:
+        if options["network"] or options["family"] or options["data"]:
             from codebook_tools.workflows.session import prove_request
 
-            request = request_of(model, given)
-            prove = partial(prove_request, request, Watch(ProgressShow(given["quiet"])))
+            request = request_of(model, options)
+            prove = partial(prove_request, request, Watch(ProgressShow(options["quiet"])))
         if prove is not None and against is None and not map_:
-            found = verify_alone(model, prove)
+            verification = verify_alone(model, prove)
         else:
-            found = verify_checkpoint(model, against or DEMO, map_ or [], prove)
-        show_result(found, verification_table, given["json_"])
-        if not found.ok:
+            verification = verify_checkpoint(model, against or DEMO, map_ or [], prove)
+        show_result(verification, verification_table, options["json_"])
+        if not verification.ok:
             raise typer.Exit(3)

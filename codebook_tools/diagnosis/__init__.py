@@ -1,1 +1,1 @@
-"""Why a codebook collapsed: what is gathered of a model once, and one check a cause."""
+"""Why a codebook collapsed: evidence that is gathered once, and one check for each cause."""

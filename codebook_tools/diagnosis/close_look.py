@@ -1,4 +1,4 @@
-"""A close look at a few items: the latents of every book as grids, what is reconstructed, and in which input range."""
+"""The outputs of a model on a few items: latents as grids, reconstruction errors, and the best input range."""
 
 from __future__ import annotations
 
@@ -23,8 +23,13 @@ _KNOWN = 0.5  # of the images' variance: a network that leaves more of it knows 
 
 @dataclass(frozen=True, eq=False)
 class Close:
-    """latents: (n, dim, *grid) of each book. mse: of the reconstructions, as `measure` has it; flat_mse: of items that
-    are their channels' means everywhere."""
+    """A model's outputs on a few items.
+
+    Attributes:
+        latents: (n, dim, *grid) of each codebook.
+        mse: Of the reconstructions, per value.
+        flat_mse: Of items that are their channels' means everywhere, per value.
+    """
 
     latents: tuple[Tensor, ...]
     mse: float
@@ -32,7 +37,11 @@ class Close:
 
 
 def few_of(model: Model, media: Media, seed: int) -> Media:
-    """So many items that every book meets POINTS latents, or _CLOSELY of them, drawn by seed."""
+    """Items drawn by seed, so many that every codebook gets POINTS latents, _CLOSELY at most.
+
+    Raises:
+        CodebookError: None of them can be read.
+    """
     drawn = media.subset(shuffled(media.items, seed)[:_CLOSELY]).whole()  # every process looks at all of them
     first = next((pixels for _, pixels in drawn.batches(1)), None)
     if first is None:
@@ -43,27 +52,37 @@ def few_of(model: Model, media: Media, seed: int) -> Media:
 
 
 def look(model: Model, media: Media, batch: int, bounds: tuple[float, float] | None = None) -> Close:
-    """The model as it is on all of media. bounds: another input range than its own."""
+    """Run the model as it is on all of media.
+
+    Args:
+        model: In any state.
+        media: The items.
+        batch: Items at a time.
+        bounds: The input range; None for the model's own.
+    """
     errors, values = 0.0, 0
     sums = squares = torch.zeros(1, dtype=torch.float64)
-    found = []
+    batches = []
     with model.in_range(bounds or model.input_range):
         for _, pixels in media.batches(batch):
             with torch.no_grad():
-                seen = model.pass_through(pixels)
-            found.append([latents.cpu() for latents in seen.latents])
-            errors += _squares(model, seen.media, pixels)
+                output = model.pass_through(pixels)
+            batches.append([latents.cpu() for latents in output.latents])
+            errors += _squares(model, output.media, pixels)
             values += pixels.numel()
             channels = pixels.cpu().double().movedim(1, 0).flatten(1)
             sums, squares = sums + channels.sum(1), squares + channels.square().sum(1)
     each = max(values, 1) / len(sums)
     flat = float((squares / each - (sums / each).square()).clamp(min=0).mean())
-    return Close(tuple(torch.cat(stage) for stage in zip(*found, strict=True)), errors / max(values, 1), flat)
+    return Close(tuple(torch.cat(stage) for stage in zip(*batches, strict=True)), errors / max(values, 1), flat)
 
 
 def range_errors(model: Model, media: Media, batch: int, seed: int) -> dict[tuple[float, float], float]:
-    """Reconstruction error of a few images by input range, when nothing is quantised: it is the network's alone, and no
-    codebook, however wrong, has a part in it. Over the images' variance. None where there is but one range."""
+    """Reconstruction error of a few images by input range, without quantization, over the images' variance.
+
+    The error is then the network's alone: no codebook, however wrong, contributes to it. Empty where there is only one
+    range.
+    """
     ranges = model.modality.input_ranges
     if len(ranges) == 1:
         return {}
@@ -84,8 +103,8 @@ def range_errors(model: Model, media: Media, batch: int, seed: int) -> dict[tupl
     return errors
 
 
-def told_range(errors: dict[tuple[float, float], float], otherwise: tuple[float, float]) -> tuple[float, float]:
-    """The range that the network is surely of, by its errors; else the other one."""
+def recognized_range(errors: dict[tuple[float, float], float], otherwise: tuple[float, float]) -> tuple[float, float]:
+    """The range that is surely the network's, by its errors; else `otherwise`."""
     best, second, *_ = sorted(errors, key=lambda bounds: errors[bounds])
     return best if errors[best] <= _KNOWN and errors[second] > CLEARLY * errors[best] else otherwise
 
@@ -101,7 +120,7 @@ def shuffled_rows(rows: Tensor, seed: int) -> Tensor:
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:POINTS]]
 
 
-def _squares(model: Model, shown: Tensor, meant: Tensor) -> float:
+def _squares(model: Model, reconstructions: Tensor, originals: Tensor) -> float:
     """Sum of squared errors."""
-    shown = model.modality.clamped(shown)
-    return float((shown.cpu() - meant.cpu()).double().square().sum())
+    reconstructions = model.modality.clamped(reconstructions)
+    return float((reconstructions.cpu() - originals.cpu()).double().square().sum())

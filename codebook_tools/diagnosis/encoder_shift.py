@@ -15,8 +15,11 @@ MOVED = 0.25
 
 
 def correlation(pair: Pair) -> float:
-    """Of the latents of both encoders, over all dimensions: 1 for the same, 0 where they have nothing in common or are
-    of other shapes."""
+    """Correlation of the latents of both encoders, over all dimensions.
+
+    Returns:
+        1 for the same, 0 where they have nothing in common or are of other shapes.
+    """
     if pair.latents is None or pair.moved is None:
         return 0.0
     ours, theirs = (rows.double() - rows.double().mean(0) for rows in (pair.moved, pair.latents))
@@ -24,8 +27,12 @@ def correlation(pair: Pair) -> float:
 
 
 def shift(pair: Pair) -> tuple[float, float]:
-    """By how much the mean moved, squared and over the variance of the original's latents, and by how much the
-    covariance did, over its own size."""
+    """How far the latents moved between the encoders.
+
+    Returns:
+        The squared distance between their means, over the variance of the original's latents; and the norm of the
+        difference of their covariances, over that of the original's.
+    """
     assert pair.latents is not None and pair.moved is not None
     mean = (pair.moved.mean(0) - pair.latents.mean(0)).double().square().sum()
     before, after = covariance_of(pair.latents), covariance_of(pair.moved)
@@ -36,15 +43,15 @@ def shift(pair: Pair) -> tuple[float, float]:
 
 
 def strangers(book: BookEvidence) -> bool:
-    """Whether the codes never had to do with the latents: far off, and the encoder is not the original, moved."""
+    """Whether the codes are unrelated to the latents: far off, and the encoder is not the original, trained on."""
     if book.fit is None or book.fit.good or not book.fit.strange:
         return False
-    rival = book.explanation
+    alternative = book.explanation
     moved = book.pair is not None and correlation(book.pair) >= KIN
-    return rival is None or (rival.name == "original" and not moved)
+    return alternative is None or (alternative.name == "original" and not moved)
 
 
 def trained_on(book: BookEvidence) -> bool:
-    """Whether the model may be the original after a training: nothing but that explains where its latents are."""
-    rival = book.explanation
-    return not strangers(book) and (rival is None or rival.name == "original")
+    """Whether the model may be the original after a training: nothing else explains where its latents are."""
+    alternative = book.explanation
+    return not strangers(book) and (alternative is None or alternative.name == "original")

@@ -1,4 +1,4 @@
-"""What is known of a model before anything is judged: gathered once, and all that the checks look at."""
+"""What is known of a model: gathered once, and the only input of the checks."""
 
 from __future__ import annotations
 
@@ -22,23 +22,34 @@ STRANGE = 1.5
 DENIED = 0.5
 """Share of the codes that are alive by the running counts and have no latent: other data alone make less of it."""
 
-RivalName = Literal["scale", "layout", "range", "original", "companions"]
+AlternativeName = Literal["scale", "layout", "range", "original", "companions"]
 
 
 @dataclass(frozen=True)
-class Rival:
-    """Something else that the codes, or the latents, might be of. fit: of the codes there. what: it, in words."""
+class Alternative:
+    """An alternative explanation: something else that the codes, or the latents, may be of.
 
-    name: RivalName
+    Attributes:
+        name: Which one.
+        fit: Of the codes to it.
+        what: The alternative, in words.
+    """
+
+    name: AlternativeName
     fit: Fit
     what: str
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A book beside that of the original. codebook, used: its codes, and how many of them are in use on a few
-    calibration items. latents: (n, dim) of those items by the original's encoder, and `moved` by the model's, row by
-    row, where both have the same places; of other shapes, None."""
+    """A codebook beside that of the original.
+
+    Attributes:
+        codebook: The original's.
+        used: How many of its codes are in use on a few calibration items.
+        latents: (n, dim) of those items by the original's encoder; None where the shapes of the latents differ.
+        moved: (n, dim) of the same places by the model's encoder; None where the shapes of the latents differ.
+    """
 
     codebook: Codebook
     used: int
@@ -48,13 +59,24 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class BookEvidence:
-    """One codebook. counts, held_out: (size,) int64, over all calibration and all test data. latents: (n, dim) float32,
-    a sample of the calibration latents that meet it, in an order in which each head is a uniform sample; codes: (n,)
-    int64, their own. fit: on that sample; None where there is no k-means. rivals: looked for only where the fit is not
-    good. curve: share of the latents' variance that is left by so many centroids. distinct: latents of the sample that
-    differ, at most `size`. left: share of the sample's variance that the codes leave, left_when_cut: of that of latents
-    whose channels were not moved last. companions: what lies beside it in the file. filling: whether its size was made
-    up with dead codes on purpose. pair: of the original, where there is one.
+    """What is known of one codebook.
+
+    Attributes:
+        key: Of its tensor.
+        codebook: The codes, on the CPU.
+        counts: (size,) int64, over all calibration data.
+        held_out: (size,) int64, over all test data.
+        latents: (n, dim) float32, a sample of its calibration latents; each head of it is a uniform sample.
+        codes: (n,) int64, the codes of that sample.
+        fit: Of the codes to that sample; None where there is no k-means.
+        alternatives: Alternative explanations; only where the fit is not good.
+        curve: Share of the latents' variance that so many centroids leave, by their number.
+        distinct: Distinct latents of the sample, at most `size`.
+        left: Share of the sample's variance that the codes leave.
+        left_when_cut: The same for latents that were flattened without moving the channels last.
+        companions: The tensors beside it in the file.
+        filling: Whether its size was made up with dead codes on purpose.
+        pair: The original's codebook; None without an original.
     """
 
     key: str
@@ -64,7 +86,7 @@ class BookEvidence:
     latents: Tensor
     codes: Tensor
     fit: Fit | None
-    rivals: tuple[Rival, ...]
+    alternatives: tuple[Alternative, ...]
     curve: Mapping[int, float]
     distinct: int
     left: float
@@ -75,37 +97,45 @@ class BookEvidence:
 
     @property
     def dead(self) -> Tensor:
-        """(size,) bool: without a hit on the calibration data."""
+        """(size,) bool: codes without a calibration latent."""
         return self.counts == 0
 
     @property
     def denied(self) -> bool:
-        """Whether most of the codes that the running counts call alive are in use no more."""
+        """Whether most of the codes that are alive by the running counts are no longer in use."""
         alive, used = self.companions.alive, int((~self.dead).sum())
         return self.counted and alive is not None and used < (1 - DENIED) * alive
 
     @property
     def counted(self) -> bool:
-        """Whether there are latents enough for a code without any to mean something."""
+        """Whether there are latents enough for a count of 0 to mean something."""
         return int(self.counts.sum()) >= FEW_HITS * self.codebook.size
 
     @property
-    def explanation(self) -> Rival | None:
-        """Where the codes do not fit: of what fits far better, the best."""
+    def explanation(self) -> Alternative | None:
+        """Where the codes do not fit: the best of the alternatives that fit far better, if any."""
         if self.fit is None or self.fit.good:
             return None
-        rivals = [r for r in self.rivals if r.name != "layout" or self.fit.strange]  # rows cut wrongly are no latents
-        better = [r for r in rivals if r.fit.close and r.fit.excess < self.fit.excess / 2]
-        return min(better, key=lambda rival: rival.fit.ratio, default=None)
+        # Rows cut wrongly are no latents.
+        others = [other for other in self.alternatives if other.name != "layout" or self.fit.strange]
+        better = [other for other in others if other.fit.close and other.fit.excess < self.fit.excess / 2]
+        return min(better, key=lambda other: other.fit.ratio, default=None)
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """books: those that are asked about. curve: as a book's, of items, each told by all of its latents that meet the
-    first book. mse: of reconstructions on a few calibration items; original_mse: of the original's; flat_mse: of items
-    without any detail. ranges: that error over the images' variance, by input range, when nothing is quantised; empty
-    for sound. input_range: that the latents are of. command: of this package that wrote the file, "" where another did.
-    trace: of its training.
+    """What is known of a model.
+
+    Attributes:
+        books: The codebooks in question.
+        curve: As a codebook's, of items, each described by all its latents of the first codebook.
+        mse: Of reconstructions of a few calibration items.
+        original_mse: The original's on the same items; None without an original.
+        flat_mse: Of items without any detail.
+        ranges: Error over the images' variance by input range, without quantization; empty for audio.
+        input_range: That the latents are of.
+        command: Of this package that wrote the file, "" where another program did.
+        trace: Of its training; None where none was named.
     """
 
     books: tuple[BookEvidence, ...]
@@ -124,8 +154,10 @@ class Evidence:
         return self.mse > STRANGE * self.flat_mse
 
     def operated(self, book: BookEvidence) -> bool:
-        """Whether anything shows that a codebook was put into a model after its training: this package wrote the file,
-        the original has another size, the decoder does not know the codes, or the running counts deny how they are
-        used. A model that collapsed in its training shows none of that."""
+        """Whether anything indicates that a codebook was put into the model after its training.
+
+        This package wrote the file, the original has another size, the decoder does not know the codes, or the running
+        counts contradict how they are used. A model that collapsed in its training shows none of that.
+        """
         sized = book.pair is not None and book.pair.codebook.size != book.codebook.size
         return bool(self.command) or sized or self.strange or book.denied

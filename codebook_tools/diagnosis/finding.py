@@ -1,4 +1,4 @@
-"""What a check says: a verdict, the number behind it, its limit, and what mends it."""
+"""The outcome of a check: a verdict, the number behind it, its limit, and the repair."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ _WORSE = ("not-checked", "ok", "suspicious", "found")
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one codebook, or of all. value is held against limit; both are free of scale, and None where
-    nothing was measured. evidence: one line."""
+    """The outcome of a check for one codebook, or for all.
+
+    Attributes:
+        verdict: How sure it is.
+        value: That is compared with the limit, free of scale; None where nothing was measured.
+        limit: Of the value; None where there is none.
+        evidence: The numbers behind it, in one line.
+    """
 
     verdict: Verdict
     value: float | None
@@ -27,7 +33,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check(Finding):
-    """A finding under its name. fix: one line, the command that mends it."""
+    """A finding under its name.
+
+    Attributes:
+        name: Of the cause.
+        fix: The command that repairs it, in one line.
+    """
 
     name: str
     fix: str
@@ -40,17 +51,18 @@ class Check(Finding):
         }
 
 
-Look = Callable[[Evidence], Finding]
+CheckFunction = Callable[[Evidence], Finding]
 
 
 def judged(value: float, limit: float, doubtful: float | None = None) -> Verdict:
-    """Found above the limit, suspicious from `doubtful` on, else ok."""
+    """Found above the limit, suspicious above `doubtful`, else ok."""
     if value > limit:
         return "found"
     return "suspicious" if doubtful is not None and value > doubtful else "ok"
 
 
 def not_checked(why: str) -> Finding:
+    """A finding without a number. why: in one line."""
     return Finding("not-checked", None, None, why)
 
 
@@ -59,18 +71,18 @@ def worst(findings: Iterable[Finding]) -> Finding:
     return max(findings, key=lambda finding: _WORSE.index(finding.verdict))
 
 
-def of_each_book(look: Callable[[BookEvidence], Finding]) -> Look:
-    """The worst finding of all codebooks; of several it says which."""
+def of_each_book(look: Callable[[BookEvidence], Finding]) -> CheckFunction:
+    """A check of every codebook: the worst finding; of several codebooks it says which."""
 
     def looked(evidence: Evidence) -> Finding:
-        found = [look(book) for book in evidence.books]
-        return worst(found) if len(found) == 1 else worst(_named(evidence.books, found))
+        findings = [look(book) for book in evidence.books]
+        return worst(findings) if len(findings) == 1 else worst(_named(evidence.books, findings))
 
     return looked
 
 
-def of_each_book_in(look: Callable[[Evidence, BookEvidence], Finding]) -> Look:
-    """The same for a look that takes what is known of the whole model, too."""
+def of_each_book_in(look: Callable[[Evidence, BookEvidence], Finding]) -> CheckFunction:
+    """As `of_each_book`, for a check that also needs what is known of the whole model."""
     return lambda evidence: of_each_book(lambda book: look(evidence, book))(evidence)
 
 

@@ -32,9 +32,14 @@ _LATENTS_A_CENTROID = 8  # fewer, and k-means fits what is chance in them
 
 @dataclass(frozen=True)
 class Fit:
-    """Of codes on latents. distortion: of the codes. inertia: of a k-means of as many centroids as there are codes in
-    use (of fewer where latents are few), on latents that it did not see. variance: of the latents. All are means of
-    squared distances."""
+    """How well codes fit latents, in mean squared distances.
+
+    Attributes:
+        distortion: Of the codes.
+        inertia: Of a k-means of as many centroids as there are codes in use (fewer where latents are few), on latents
+            that it was not fitted to.
+        variance: Of the latents.
+    """
 
     distortion: float
     inertia: float
@@ -52,8 +57,11 @@ class Fit:
 
     @property
     def good(self) -> bool:
-        """Whether the codes may be of these latents. Either number alone errs: where k-means leaves next to nothing any
-        ratio is large, and where latents fill many dimensions every excess is."""
+        """Whether the codes may be of these latents.
+
+        Either number alone errs: where k-means leaves next to nothing any ratio is large, and where latents fill many
+        dimensions every excess is.
+        """
         return self.misfit <= 1
 
     @property
@@ -63,23 +71,27 @@ class Fit:
 
     @property
     def strange(self) -> bool:
-        """Whether the codes never had to do with these latents."""
+        """Whether the codes are unrelated to these latents."""
         return self.excess > STRANGE
 
     @property
     def misfit(self) -> float:
-        """In limits: the smaller of the two numbers, each over its own."""
+        """The smaller of ratio and excess, each over its own limit."""
         return max(0.0, min(self.ratio / WORSE, self.excess / BEYOND))
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
+        """The ratio and the share of the variance, in words."""
         of_variance = self.distortion / max(self.variance, 1e-30)
         return f"distortion is {self.ratio:.2g} times that of k-means, {of_variance:.2g} of the variance"
 
 
 def fit_of(codebook: Codebook, latents: Tensor, seed: int) -> Fit | None:
-    """How well the codes fit latents (n, dim), in an order in which each head is a uniform sample. None where codes are
-    searched by the dot product, which has no k-means."""
+    """How well the codes fit latents (n, dim), of which each head is a uniform sample.
+
+    Returns:
+        None where codes are searched by the dot product, which has no k-means, or latents are too few.
+    """
     if not codebook.metric.is_distance or len(latents) < 2 * _LATENTS_A_CENTROID:
         return None
     points, codes = codebook.metric.prepare(latents), prepared(codebook)
@@ -90,14 +102,14 @@ def fit_of(codebook: Codebook, latents: Tensor, seed: int) -> Fit | None:
 
 
 def centroids(like: Codebook, points: Tensor, k: int, seed: int) -> Codebook:
-    """At most k centroids of points (n, dim): fewer where these are few, or alike."""
+    """At most k centroids of prepared points (n, dim): fewer where there are few, or equal ones."""
     k = count_distinct(points, enough=max(1, min(k, len(points) // _LATENTS_A_CENTROID)))
     fitted = kmeans(points, k, iterations=_ITERATIONS, seed=seed, metric=like.metric, watch=Watch())
     return replace(like, vectors=fitted.centroids)
 
 
 def distortion(codes: Codebook, points: Tensor) -> tuple[float, int]:
-    """Mean squared distance of points (n, dim) to their codes, and how many codes that takes."""
+    """Mean squared distance of prepared points (n, dim) to their codes, and the number of codes in use."""
     chosen = nearest(points, codes)
     return float(squared_errors(points, codes, chosen).mean()), len(torch.unique(chosen))
 

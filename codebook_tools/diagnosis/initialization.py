@@ -1,4 +1,4 @@
-"""Whether codes are what an initialisation drew: noise that is alike in all directions, around 0."""
+"""Whether codes are what an initialization drew: noise that is alike in all directions, around 0."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ LEAST = 8
 
 
 def born_dead(codes: Tensor, dead: Tensor) -> Tensor:
-    """(size,) bool: those of the dead codes (size, dim) that were never trained. dead: (size,) bool.
+    """The dead codes that were never trained.
 
     Drawn ones are about as long as each other, the more so the more dimensions there are; those of another length have
     been in use once, and moved.
+
+    Args:
+        codes: (size, dim).
+        dead: (size,) bool.
+
+    Returns:
+        (size,) bool; none where fewer than LEAST are of one length.
     """
     rows = codes[dead]
     if len(rows) < LEAST:
@@ -25,9 +32,9 @@ def born_dead(codes: Tensor, dead: Tensor) -> Tensor:
     alike = (lengths - typical).abs() <= 2 * typical / codes.shape[1] ** 0.5
     if int(alike.sum()) < LEAST or not drawn(rows[alike]):
         return torch.zeros_like(dead)
-    found = dead.clone()
-    found[dead] = alike
-    return found
+    born = dead.clone()
+    born[dead] = alike
+    return born
 
 
 def untrained(codes: Tensor, dead: Tensor) -> bool:

@@ -11,8 +11,7 @@ LOST = 0.25
 
 
 def lost_since(book: BookEvidence) -> float:
-    """Share of the codes that are dead, though the surgery or the original had them in use; 0 where nobody can tell, or
-    where they never were."""
+    """Share of the codes that are dead, though the surgery or the original had them in use; 0 where that is unknown."""
     if book.pair is None or not book.counted or book.filling:
         return 0.0
     size = book.codebook.size
@@ -25,5 +24,5 @@ def _never(book: BookEvidence) -> int:
 
 
 def too_fast(evidence: Evidence) -> bool:
-    """Whether the model reconstructs worse than the original."""
+    """Whether the model reconstructs worse than the original, as after steps that were too long."""
     return evidence.original_mse is not None and evidence.mse > WORSENED * evidence.original_mse

@@ -1,4 +1,4 @@
-"""What the tensors beside a codebook say of it: running counts and sums, and whether flags are set."""
+"""The tensors beside a codebook: running counts and sums, and flags of initialization."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _LEAST = 1e-5  # that libraries divide by
 
 @dataclass(frozen=True, eq=False)
 class Companions:
-    """What a file holds beside a codebook.
+    """The tensors of a file beside a codebook.
 
     Attributes:
         counts: (size,) float64, the running counts; None where there are none, or all are 0.
-        codes: (size, dim) float32, what running sums over running counts are; None without both.
+        codes: (size, dim) float32, running sums over running counts; None without both.
         moved: (size,) float64, the squared distance from each code to the one that a training step makes of the sums
             and counts, in whichever smoothing it is least; None without both.
         flags: Whether each is set, by key.
@@ -43,34 +43,40 @@ class Companions:
 
     @property
     def alive(self) -> int | None:
-        """How many codes have latents by the running counts; None without those."""
+        """Number of codes with latents by the running counts; None without those."""
         return None if self.counts is None else alive_of(self.counts.numpy())
 
 
-def companions_of(checkpoint: Checkpoint, found: FoundCodebook, original: FoundCodebook | None = None) -> Companions:
-    """original: where the codebook lies in the original's file, which knows which tensors ought to follow."""
-    set_ = {key: bool(checkpoint.tensor(key).bool().all()) for key in flags(found.key, checkpoint.entries)}
+def companions_of(checkpoint: Checkpoint, book: FoundCodebook, original: FoundCodebook | None = None) -> Companions:
+    """Read the tensors beside a codebook.
+
+    Args:
+        checkpoint: The file.
+        book: The codebook in it.
+        original: The codebook in the original's file, whose companions are expected here; None without one.
+    """
+    set_ = {key: bool(checkpoint.tensor(key).bool().all()) for key in flags(book.key, checkpoint.entries)}
     expected = original.companions if original else ()
-    unlike = tuple(key for key in expected if key in checkpoint.entries and key not in found.companions)
+    unlike = tuple(key for key in expected if key in checkpoint.entries and key not in book.companions)
     try:
-        by_role = {one.role: one for one in followers(checkpoint, found)}
+        by_role = {one.role: one for one in followers(checkpoint, book)}
     except CodebookError as error:
         return Companions(flags=set_, unlike=unlike, unknown=str(error))
     counted, summed = by_role.get(Role.COUNTS) or by_role.get(Role.SHARES), by_role.get(Role.SUMS)
-    how = effective(found, checkpoint.shapes)
+    how = effective(book, checkpoint.shapes)
     counts = sums = None
-    if counted is not None and checkpoint.tensor(counted.key).numel() == found.size:
+    if counted is not None and checkpoint.tensor(counted.key).numel() == book.size:
         counts = checkpoint.tensor(counted.key).double().reshape(-1)
     elif how.kind == "ratio":  # the codebook's own tensor is the sums
         counts = checkpoint.tensor(how.beside[0]).double().reshape(-1)
-    if summed is not None and checkpoint.tensor(summed.key).numel() == found.size * found.dim and how.kind != "ratio":
-        sums = checkpoint.tensor(summed.key).double().movedim(summed.axis or 0, 0).reshape(found.size, -1)
-    rows = stored_rows(checkpoint.tensor(found.key), found).double()
+    if summed is not None and checkpoint.tensor(summed.key).numel() == book.size * book.dim and how.kind != "ratio":
+        sums = checkpoint.tensor(summed.key).double().movedim(summed.axis or 0, 0).reshape(book.size, -1)
+    rows = stored_rows(checkpoint.tensor(book.key), book).double()
     return of_state(rows, sums, counts, Companions(flags=set_, unlike=unlike))
 
 
 def of_state(rows: Tensor, sums: Tensor | None, counts: Tensor | None, others: Companions) -> Companions:
-    """Running sums (size, dim) and counts (size,) beside codes (size, dim). others: what is known without them."""
+    """With what running sums (size, dim) and counts (size,) say of codes (size, dim). others: known without them."""
     empty = counts is None or not float(counts.sum()) > 0
     codes = moved = None
     if sums is not None and counts is not None:

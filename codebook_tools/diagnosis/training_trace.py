@@ -17,8 +17,14 @@ WORSENED = 1.5
 
 
 @dataclass(frozen=True)
-class Look:
-    """One point of a trace: validation_mse and codes in use at a step."""
+class Evaluation:
+    """One evaluation step of a training.
+
+    Attributes:
+        step: Its number.
+        validation_mse: Per value.
+        used: Codes in use on the validation data.
+    """
 
     step: int
     validation_mse: float
@@ -27,11 +33,17 @@ class Look:
 
 @dataclass(frozen=True)
 class Trace:
-    """looks: by step, the first at 0. size: codes of all codebooks. latents: of the validation data, on which they were
-    counted. operated: whether a surgery came before the training. lr: its learning rate. None: the file does not say.
+    """The history of a training.
+
+    Attributes:
+        history: Evaluation steps in order, the first at step 0.
+        size: Codes of all codebooks; None where the file does not say.
+        latents: Of the validation data, of all codebooks; None where the file does not say.
+        operated: Whether a surgery came before the training.
+        lr: Its learning rate; None where the file does not say.
     """
 
-    looks: tuple[Look, ...]
+    history: tuple[Evaluation, ...]
     size: int | None
     latents: int | None
     operated: bool
@@ -40,17 +52,17 @@ class Trace:
     @property
     def start(self) -> int:
         """Codes in use before the first step."""
-        return self.looks[0].used
+        return self.history[0].used
 
     @property
-    def first(self) -> Look | None:
-        """After the first step."""
-        return self.looks[1] if len(self.looks) > 1 and self.looks[1].step == 1 else None
+    def first(self) -> Evaluation | None:
+        """The evaluation after the first step, if there was one."""
+        return self.history[1] if len(self.history) > 1 and self.history[1].step == 1 else None
 
     @property
-    def lowest(self) -> Look:
-        """Where the fewest codes are in use."""
-        return min(self.looks, key=lambda look: look.used)
+    def lowest(self) -> Evaluation:
+        """The evaluation with the fewest codes in use."""
+        return min(self.history, key=lambda each: each.used)
 
     @property
     def fall(self) -> float:
@@ -64,34 +76,38 @@ class Trace:
 
     @property
     def halfway(self) -> int:
-        """The step at which half of that was lost."""
+        """The step at which half of the lost codes were lost."""
         half = (self.start + self.lowest.used) / 2
-        return next(look.step for look in self.looks if look.used <= half)
+        return next(each.step for each in self.history if each.used <= half)
 
     @property
     def rise(self) -> float:
         """The highest validation error over the lowest before it."""
-        best, most = self.looks[0].validation_mse, 1.0
-        for look in self.looks:
-            most = max(most, look.validation_mse / max(best, 1e-30))
-            best = min(best, look.validation_mse)
+        best, most = self.history[0].validation_mse, 1.0
+        for each in self.history:
+            most = max(most, each.validation_mse / max(best, 1e-30))
+            best = min(best, each.validation_mse)
         return most
 
 
 def read_trace(path: Path) -> Trace:
-    """Raises CodebookError where the file is no result, or one of no training."""
+    """Read the history of a training from a result in JSON.
+
+    Raises:
+        CodebookError: The file is no result, or one of no training.
+    """
     try:
-        told = parse_json(read_text(path))
+        content = parse_json(read_text(path))
     except OSError as error:
         raise CodebookError(f"--trace {path}: {error.strerror}") from error
     except ValueError as error:
         raise CodebookError(f"--trace {path} is no JSON: {error}") from error
-    points: Any = told.get("trace") if isinstance(told, dict) else told
+    points: Any = content.get("trace") if isinstance(content, dict) else content
     try:
-        looks = tuple(Look(_count(p["step"]), float(p["validation_mse"]), _count(p["used"])) for p in points)
-        if not looks or looks[0].step != 0:
+        history = tuple(Evaluation(_count(p["step"]), float(p["validation_mse"]), _count(p["used"])) for p in points)
+        if not history or history[0].step != 0:
             raise ValueError("no step 0")
-        result = told if isinstance(told, dict) else {}
+        result = content if isinstance(content, dict) else {}
         stages = [stage for stage in (result.get("stages") or {}).values() if stage]
         books, settings = (stages[-1]["codebooks"] if stages else []), result.get("settings") or {}
         images, lr = settings.get("images") or {}, settings.get("lr")
@@ -103,7 +119,7 @@ def read_trace(path: Path) -> Trace:
             else None
         )
         operated = result.get("command") != "finetune"
-        return Trace(looks, size, latents, operated, None if lr is None else float(lr))
+        return Trace(history, size, latents, operated, None if lr is None else float(lr))
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError, ZeroDivisionError) as error:
         raise CodebookError(
             f"--trace {path} has no trace of a training ({error}); give what `codebook refit --json` wrote"

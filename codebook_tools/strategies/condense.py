@@ -41,6 +41,7 @@ class Condense:
         check_k(self.k)
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        """Merge the codes in use into k, or add latents up to k where fewer are in use."""
         in_use = int((counts > 0).sum())
         if in_use > self.k:
             surgery = Quantize(k=self.k, method="pnn")(codebook, latents, counts)

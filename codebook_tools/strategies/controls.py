@@ -28,6 +28,7 @@ class TopK:
         check_k(self.k)
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        """Keep the k most used codes."""
         if self.k > codebook.size:
             raise CodebookError(f"k={self.k} of {codebook.size} codes; use --k {codebook.size} or less")
         return Prune(keep=self.k)(codebook, latents, counts)
@@ -51,6 +52,7 @@ class RandomLatents:
         check_k(self.k)
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        """Draw k latents."""
         import torch
 
         from codebook_tools.clustering.seeding import seeds

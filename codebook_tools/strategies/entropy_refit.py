@@ -47,6 +47,7 @@ class EntropyRefit:
             raise CodebookError(f"a bit cannot cost {self.price} variances; try --lambda 0.01")
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        """Refit to at most k codes, with the cost of a bit in the assignment."""
         if not codebook.metric.is_euclidean:
             raise CodebookError("an entropy-constrained Re-Fit needs a Euclidean codebook; leave out --lambda")
         points = joined(latents)[: _POINTS_PER_CODE * self.k].to(self.device)

@@ -37,6 +37,7 @@ class Grow:
         check_k(self.k)
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        """Keep the codes in use, and add latents up to k."""
         in_use = int((counts > 0).sum())
         if not in_use:
             raise CodebookError("every code is dead: there is none to grow from; use refit")

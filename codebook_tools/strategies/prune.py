@@ -44,6 +44,7 @@ class Prune:
             raise CodebookError(f"keep={self.keep} is below 1; use --keep 1 or more")
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        """Keep the codes with enough counts, and their order."""
         import torch
 
         if self.keep is not None:

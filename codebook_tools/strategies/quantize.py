@@ -58,6 +58,7 @@ class Quantize:
             raise CodebookError(f"method={self.method} is neither kmeans nor pnn")
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        """Merge codes, or round their entries."""
         import torch
 
         from codebook_tools.clustering.assignment import nearest

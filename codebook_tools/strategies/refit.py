@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Refit:
-    """k centroids of the latents, by k-means until an iteration gains little, in the codebook's own metric. No old code
-    keeps its identity.
+    """k centroids of the latents, by k-means until an iteration gains little, in the codebook's own metric.
+
+    No old code keeps its identity.
 
     Source: Hu et al. 2021, "Global Context with Discrete Diffusion in VQ Modelling" (VQ-DDM, arXiv 2112.01799).
 
@@ -56,6 +57,7 @@ class Refit:
                 raise CodebookError(f"{name}={getattr(self, name)} is below 1; use {way_out}")
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        """Replace all codes by centroids of the latents."""
         import torch
 
         from codebook_tools.clustering.kmeans import kmeans

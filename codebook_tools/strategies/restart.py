@@ -49,6 +49,7 @@ class Restart:
         check_threshold(self.threshold)
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
+        """Move the codes with few counts."""
         import torch
 
         from codebook_tools.clustering.assignment import nearest

@@ -1,4 +1,4 @@
-"""Surgeries in a row, as one: what they leave is held against the model that the first began with."""
+"""Surgeries in a row, written as one surgery on the first model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.dry_run import Plan, plan
-from codebook_tools.workflows.gallery import Shown, exhibit_files
+from codebook_tools.workflows.gallery import GalleryImage, gallery_of_files
 from codebook_tools.workflows.model_card import CARD
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.request import Request
@@ -34,7 +34,13 @@ from codebook_tools.workflows.result import Result, ResultHeader, check_request_
 
 @dataclass(frozen=True)
 class Step:
-    """command: as the command line has it. strategy: None fine-tunes the codebooks as they are."""
+    """One surgery of a chain.
+
+    Attributes:
+        command: As the command line has it.
+        strategy: None fine-tunes the codebooks as they are.
+        recipe: The fine-tuning after it; of 0 steps for none.
+    """
 
     command: str
     strategy: Strategy | None
@@ -43,15 +49,20 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Chain(ResultHeader):
-    """The result of `run`. steps: the result of each, on what the one before it left. settings:
-    those that hold for all. proof: of what the last step left, whose tensors are those that were written. shown: images
-    by the model as it was and after each step, where the request asks for them.
+    """The result of `run`. `settings` are those on which all steps agree.
+
+    Attributes:
+        steps: The result of each, on what the one before it left.
+        outputs: Paths of the model, its index map and the recipe.
+        bytes: Of the weights, "before" and "after".
+        gallery: Test images by the model before and after each step, where the request asks for them.
+        proof: Of what the last step left, whose tensors are those that were written.
     """
 
     steps: tuple[Result, ...]
     outputs: Mapping[str, str]
     bytes: Mapping[str, int]
-    shown: tuple[Shown, ...]
+    gallery: tuple[GalleryImage, ...]
     proof: Proof | None
 
     json_keys = (
@@ -62,32 +73,45 @@ class Chain(ResultHeader):
 
 @dataclass(frozen=True)
 class ChainPlan:
-    """What a chain would do, step by step."""
+    """What a chain would do, step by step.
+
+    Attributes:
+        plans: A dry run of each step.
+        warnings: Always none.
+    """
 
     plans: tuple[Plan, ...]
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"command": "run", "dry_run": True, "steps": [its.to_json() for its in self.plans]}
+        """The promised keys."""
+        return {"command": "run", "dry_run": True, "steps": [each.to_json() for each in self.plans]}
 
 
 def plan_chain(request: Request, steps: Sequence[Step], watch: Watch) -> ChainPlan:
-    """As `planning.plan` of each step, by the sizes that those before it ask for; times are those on the original."""
+    """A dry run of each step, at the size that the steps before it ask for; times are those on the original.
+
+    Raises:
+        CodebookError: There is no step, or one cannot be done.
+    """
     _refuse_none(steps)
-    found, size = list[Plan](), None
+    plans, size = list[Plan](), None
     for step in steps:
-        its = plan(step.command, replace(request, output=None), step.strategy, step.recipe, watch)
-        before = its.size["before"] if size is None else size
-        size = its.size["after"] if step.strategy else before
-        found.append(replace(its, size={"before": before, "after": size}, outputs={"model": None, "index_map": None}))
-    return ChainPlan(tuple(found))
+        planned = plan(step.command, replace(request, output=None), step.strategy, step.recipe, watch)
+        before = planned.size["before"] if size is None else size
+        size = planned.size["after"] if step.strategy else before
+        sizes = {"before": before, "after": size}
+        plans.append(replace(planned, size=sizes, outputs={"model": None, "index_map": None}))
+    return ChainPlan(tuple(plans))
 
 
 def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
-    """Do the steps one after another, and write what they leave in one piece, its index map beside it.
+    """Do the steps one after another, and write the last state as one surgery, its index map beside it.
 
-    Each step writes whole, into a folder beside the output that goes at the end, however that is. Raises CodebookError
-    as `operate` does.
+    Each step writes a checkpoint into a folder beside the output, which is removed at the end, on errors too.
+
+    Raises:
+        CodebookError: As `operate`; there is no output then.
     """
     _refuse_none(steps)
     distributed.require_one("run")
@@ -99,7 +123,7 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
         model = request.model
         for i, step in enumerate(steps, 1):
             place = folder / f"{i}-{step.command}{output.suffix}"
-            asked = replace(request, model=model, output=place, force=False, resume=False, exhibit=False)
+            asked = replace(request, model=model, output=place, force=False, resume=False, gallery=False)
             results.append(operate(step.command, asked, step.strategy, step.recipe, watch))
             model = place
             written.append(place)
@@ -109,12 +133,12 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
         maps = _composed([read_index_maps([index_map_path(path)]) for path in written])
         output = check_request_output(request, "run", max(entry.size for entry in maps.values()))
         labels = [f"{i}, {step.command}" for i, step in enumerate(steps, 1)]
-        shown = tuple[Shown, ...]()
-        if request.exhibit and request.input_range:
+        gallery = tuple[GalleryImage, ...]()
+        if request.gallery and request.input_range:
             models = {"before": request.model, **dict(zip(labels, written, strict=True))}
             asked = replace(request, output=None)
             with watch.phase("measure"):
-                shown = exhibit_files({name: replace(asked, model=model) for name, model in models.items()}, watch)
+                gallery = gallery_of_files({name: replace(asked, model=model) for name, model in models.items()}, watch)
         with watch.phase("write"):
             index_map = _write(request, output, steps, written, maps)
     last = results[-1]
@@ -129,16 +153,16 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
         steps=tuple(replace(result, model=str(request.source), outputs={}) for result in results),
         outputs={"model": str(output), "index_map": str(index_map)},
         bytes={"before": request.checkpoint.nbytes, "after": read_checkpoint(output).nbytes},
-        shown=shown,
+        gallery=gallery,
         proof=last.proof,
         seconds=watch.seconds,
     )
 
 
 def _shared(settings: Sequence[Mapping[str, object]]) -> dict[str, object]:
-    """What no two steps disagree about."""
-    whole = reduce(lambda all_, its: {**all_, **its}, settings, dict[str, object]())
-    return {name: value for name, value in whole.items() if all(value == its.get(name, value) for its in settings)}
+    """Settings on which no two steps disagree."""
+    whole = reduce(lambda all_, each: {**all_, **each}, settings, dict[str, object]())
+    return {name: value for name, value in whole.items() if all(value == each.get(name, value) for each in settings)}
 
 
 def _refuse_none(steps: Sequence[Step]) -> None:
@@ -152,21 +176,21 @@ def _write(
     """What the last step left, as one surgery on the first model; returns the index map's path."""
     original, models = request.checkpoint, [read_checkpoint(path) for path in written]
     last = models[-1]
-    about = _provenance(original, steps, models, {key: its.size for key, its in maps.items()})
+    about = _provenance(original, steps, models, {key: entry.size for key, entry in maps.items()})
     tensors = dict[str, Tensor]()
-    for key, its in maps.items():
-        tensors |= {f"{key}/index_map": its.index_map, f"{key}/nearest": its.nearest}
+    for key, entry in maps.items():
+        tensors |= {f"{key}/index_map": entry.index_map, f"{key}/nearest": entry.nearest}
     changed = {key: last.tensor(key) for key in original.entries if not _same(original, last, key)}
     card = written[-1] / CARD
     others = {CARD: card.read_bytes()} if card.is_file() else {}
-    config = written_config(original, max(its.size for its in maps.values()))
+    config = written_config(original, max(entry.size for entry in maps.values()))
     return write_checkpoint(original, output, changed, about, tensors, config, others, force=request.force)
 
 
-def _composed(found: Sequence[Sequence[IndexMap]]) -> dict[str, IndexMap]:
+def _composed(steps: Sequence[Sequence[IndexMap]]) -> dict[str, IndexMap]:
     """By key, in the order of the stages. What a step left alone keeps its codes."""
-    keys = dict.fromkeys(its.key for maps in found for its in maps)
-    by_key = [{its.key: its for its in maps} for maps in found]
+    keys = dict.fromkeys(entry.key for maps in steps for entry in maps)
+    by_key = [{entry.key: entry for entry in maps} for maps in steps]
     return {key: reduce(IndexMap.then, (maps[key] for maps in by_key if key in maps)) for key in keys}
 
 

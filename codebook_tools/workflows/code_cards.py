@@ -1,9 +1,10 @@
-"""What each code stands for: the patches nearest to it and farthest from it, what it decodes to, its neighbours."""
+"""What each code stands for: the patches nearest to it and farthest from it, what it decodes to, its neighbors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,23 +19,31 @@ from codebook_tools.evaluation.receptive_field import Place, patches, receptive_
 from codebook_tools.models.model import Model
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.workflows.extreme_latents import Seen, open_images, see
+from codebook_tools.workflows.extreme_latents import ExtremeLatents, find_extremes, open_images
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import SUBJECT, ResultHeader, header
 from codebook_tools.workflows.session import Opened
 
 SORTS = ("share", "map", "error")
-NEIGHBOURS = 4
+NEIGHBORS = 4
 _POSITIONS = 4  # on a side of the image that a code is decoded to
 _EXAMPLES = 6  # images with their tokens drawn over them
 
 
 @dataclass(frozen=True, eq=False)
 class Card:
-    """A code. share: of all tokens. error: mean squared distance of the latents that chose it, None of a dead one.
-    neighbours: the codes nearest to it. typical, unusual: (n, 3, side, side) in [0, 1], patches of the latents nearest
-    to it and farthest from it. decoded: (3, side, side), what the decoder makes of it alone; None where a position has
-    several codes."""
+    """What a page says of one code.
+
+    Attributes:
+        code: Its index.
+        count: Its tokens in the calibration data.
+        share: Of all tokens.
+        error: Mean squared distance of the latents that chose it; None of a dead code.
+        neighbours: The codes nearest to it, the nearest first.
+        typical: (n, 3, side, side) in [0, 1], patches of the latents nearest to it.
+        unusual: (n, 3, side, side) in [0, 1], patches of those of its latents that are farthest from it.
+        decoded: (3, side, side), what the decoder makes of it alone; None where a position has several codes.
+    """
 
     code: int
     count: int
@@ -46,12 +55,20 @@ class Card:
     decoded: Tensor | None
 
     def to_json(self) -> dict[str, Any]:
+        """The promised keys."""
         return {name: getattr(self, name) for name in ("code", "count", "share", "error", "neighbours")}
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A test image, (channels, height, width) in [0, 1]; its tokens, (rows, columns); what they decode to."""
+    """A test image and its tokens.
+
+    Attributes:
+        name: Of the file.
+        original: (channels, height, width) in [0, 1].
+        tokens: (rows, columns) int64.
+        decoded: (channels, height, width) in [0, 1], the reconstruction.
+    """
 
     name: str
     original: Tensor
@@ -61,27 +78,43 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Codes(ResultHeader):
-    """The result of `codes`. cards: of the codes that are shown, dead ones last; size: of the codebook. used: of it.
-    colours: (size, 3) in [0, 1], alike for codes that are. side: pixels of a patch; None for whole images."""
+    """The result of `codes`.
+
+    Attributes:
+        size: Codes of the codebook.
+        used: Codes with at least one token.
+        side: Pixels of a patch; None for whole images.
+        cards: In the order that was asked for, dead codes last.
+        examples: A few test images.
+        colors: (size, 3) in [0, 1], RGB, alike for codes that are alike.
+    """
 
     size: int
     used: int
     side: int | None
     cards: tuple[Card, ...] = field(repr=False)
     examples: tuple[Example, ...] = field(repr=False)
-    colours: Tensor = field(repr=False, compare=False)
+    colors: Tensor = field(repr=False, compare=False)
 
     json_keys = (*SUBJECT, "size", "used", "side", "seconds", "outputs", "command", "version")
 
     def to_json(self) -> dict[str, Any]:
+        """The promised keys."""
         return super().to_json() | {"codes": [card.to_json() for card in self.cards]}
 
 
 def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch) -> Codes:
-    """One pass over the calibration data, and then the patches that are shown.
+    """One pass over the calibration data, and the patches of the codes that it chose.
 
-    top: patches of each kind for a code. most: codes that are shown. sort: by falling share, by the place on the first
-    principal component ("map"), or by falling error; dead codes come last.
+    Args:
+        request: The model and its data.
+        top: Patches of each kind for a code.
+        most: Codes with a card.
+        sort: "share" (falling), "map" (by the first principal component) or "error" (falling); dead codes come last.
+        watch: Progress and seconds by phase.
+
+    Raises:
+        CodebookError: A number is below 1, `sort` is unknown, or the model takes no images.
     """
     distributed.require_one("codes")
     for name, value in (("top", top), ("most", most)):
@@ -91,63 +124,71 @@ def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch
         raise CodebookError(f"sort={sort}: expected {', '.join(SORTS)}")
     opened = open_images(request, watch)
     model, stage = opened.model, opened.model.chosen[0]
-    seen = see(opened, stage, top, watch)
+    extremes = find_extremes(opened, stage, top, watch)
     codebook = model.books[stage].codebook
-    places = _components(codebook.vectors.cpu(), seen.used)
+    places = _components(codebook.vectors.cpu(), extremes.used)
     side = receptive_side(model, opened.calibration, stage)
     opened.settings |= {"top": top, "most": most, "sort": sort}
     return Codes(
         **header("codes", opened),
         size=codebook.size,
-        used=int(seen.used.sum()),
+        used=int(extremes.used.sum()),
         side=side,
-        cards=_cards(opened, stage, seen, _order(seen, places, sort)[:most], side),
+        cards=_cards(opened, stage, extremes, _order(extremes, places, sort)[:most], side),
         examples=_examples(opened, stage),
-        colours=_colours(places, seen.used),
+        colors=_colors(places, extremes.used),
         seconds=watch.seconds,
     )
 
 
-def _order(seen: Seen, places: Tensor, sort: str) -> list[int]:
-    """All codes, those that come first first. places: (size, 3) on principal components."""
-    keys = {"share": -seen.counts.double(), "map": places[:, 0], "error": -seen.error}
+def _order(extremes: ExtremeLatents, places: Tensor, sort: str) -> list[int]:
+    """All codes in the order of their cards. places: (size, 3) on principal components."""
+    keys = {"share": -extremes.counts.double(), "map": places[:, 0], "error": -extremes.error}
     falling = keys[sort].argsort(stable=True)
-    alive = seen.used[falling]
+    alive = extremes.used[falling]
     return torch.cat([falling[alive], falling[~alive]]).tolist()
 
 
-def _cards(opened: Opened, stage: int, seen: Seen, order: Sequence[int], side: int | None) -> tuple[Card, ...]:
-    model = opened.model
-    typical, unusual = (_patches_of(its, order, opened, seen, side) for its in (seen.nearest, seen.farthest))
+def _cards(
+    opened: Opened, stage: int, extremes: ExtremeLatents, order: Sequence[int], side: int | None
+) -> tuple[Card, ...]:
+    model, grid = opened.model, extremes.grid
+    typical, unusual = (
+        _patches_of(places, order, opened, grid, side) for places in (extremes.nearest, extremes.farthest)
+    )
     decoded = decode_each(model, opened.calibration.modality, order) if len(model.books) == 1 else [None] * len(order)
-    total = int(seen.counts.sum())
+    total = int(extremes.counts.sum())
     return tuple(
         Card(
             code,
-            count := int(seen.counts[code]),
+            count := int(extremes.counts[code]),
             count / total,
-            float(seen.error[code]) if count else None,
-            *(near, nearest, farthest, shown),
+            float(extremes.error[code]) if count else None,
+            *(near, nearest, farthest, image),
         )
-        for code, near, nearest, farthest, shown in zip(
-            order, _neighbours(model.books[stage].codebook, order), typical, unusual, decoded, strict=True
+        for code, near, nearest, farthest, image in zip(
+            order, _neighbors(model.books[stage].codebook, order), typical, unusual, decoded, strict=True
         )
     )
 
 
 def _patches_of(
-    ends: Mapping[int, Sequence[Place]], order: Sequence[int], opened: Opened, seen: Seen, side: int | None
+    places: Mapping[int, Sequence[Place]], order: Sequence[int], opened: Opened, grid: tuple[int, int], side: int | None
 ) -> list[Tensor]:
-    """(n, 3, side, side) of each code, none of a dead one."""
-    places = [place for code in order for place in ends.get(code, ())]
-    found = patches(opened.calibration, places, seen.grid, side, opened.request.batch_size)
-    return [*torch.split(found, [len(ends.get(code, ())) for code in order])]
+    """(n, 3, side, side) of each code, none of a dead one. places: of latents, by code. grid: of an image's latents."""
+    groups = [places.get(code, ()) for code in order]
+    images = patches(opened.calibration, [*chain(*groups)], grid, side, opened.request.batch_size)
+    return [*torch.split(images, [len(group) for group in groups])]
 
 
 def decode_each(model: Model, modality: Modality, codes: Sequence[int]) -> list[Tensor | None]:
-    """(3, side, side) in [0, 1] of each code: what the decoder makes of a few positions that all have it."""
+    """What the decoder makes of a few positions that all have one code.
+
+    Returns:
+        (3, side, side) in [0, 1] of each code.
+    """
     cells = modality.stride * _POSITIONS
-    found = list[Tensor | None]()
+    images = list[Tensor | None]()
     for some in torch.split(torch.tensor(codes), 64):
         blank = torch.zeros(len(some), modality.channels, cells, cells)
 
@@ -155,22 +196,22 @@ def decode_each(model: Model, modality: Modality, codes: Sequence[int]) -> list[
             return model.embed(some.to(latents.device)[:, None, None].expand(-1, *latents.shape[2:]), stage)
 
         with torch.no_grad():
-            shown = model.run(blank, alone).clamp(0, 1).cpu()
-        found += [image.expand(3, -1, -1) if modality.channels == 1 else image for image in shown]
-    return found
+            decoded = model.run(blank, alone).clamp(0, 1).cpu()
+        images += [image.expand(3, -1, -1) if modality.channels == 1 else image for image in decoded]
+    return images
 
 
-def _neighbours(codebook: Codebook, order: Sequence[int]) -> list[tuple[int, ...]]:
+def _neighbors(codebook: Codebook, order: Sequence[int]) -> list[tuple[int, ...]]:
     """The codes nearest to each, the nearest first."""
     vectors = codebook.vectors.cpu().double()
     chosen = torch.tensor(order)
-    most = min(NEIGHBOURS + 1, codebook.size)
-    found = torch.cat(
+    most = min(NEIGHBORS + 1, codebook.size)
+    indices = torch.cat(
         [torch.cdist(some, vectors).topk(most, largest=False).indices for some in torch.split(vectors[chosen], 1024)]
     )
     return [
-        tuple(other for other in others if other != code)[:NEIGHBOURS]
-        for code, others in zip(order, found.tolist(), strict=True)
+        tuple(other for other in others if other != code)[:NEIGHBORS]
+        for code, others in zip(order, indices.tolist(), strict=True)
     ]
 
 
@@ -179,24 +220,24 @@ def _components(vectors: Tensor, used: Tensor) -> Tensor:
     rows = vectors.double()
     own = rows[used] if bool(used.any()) else rows
     _, _, directions = torch.linalg.svd(own - own.mean(0), full_matrices=False)
-    found = torch.zeros(len(rows), 3, dtype=torch.float64)
-    found[:, : min(3, len(directions))] = (rows - own.mean(0)) @ directions[:3].T
-    return found
+    places = torch.zeros(len(rows), 3, dtype=torch.float64)
+    places[:, : min(3, len(directions))] = (rows - own.mean(0)) @ directions[:3].T
+    return places
 
 
-def _colours(places: Tensor, used: Tensor) -> Tensor:
-    """(size, 3) in [0, 1]: by rank among the codes in use, so that colours are used alike; dead codes are grey."""
-    found = torch.full(places.shape, 0.5)
+def _colors(places: Tensor, used: Tensor) -> Tensor:
+    """(size, 3) in [0, 1]: by rank among the codes in use, so that colors are used alike; dead codes are gray."""
+    colors = torch.full(places.shape, 0.5)
     own = places[used]
-    found[used] = 0.1 + 0.85 * own.argsort(0).argsort(0).float() / max(1, len(own) - 1)
-    return found
+    colors[used] = 0.1 + 0.85 * own.argsort(0).argsort(0).float() / max(1, len(own) - 1)
+    return colors
 
 
 def _examples(opened: Opened, stage: int) -> tuple[Example, ...]:
     items, pixels = opened.test.load(limited(opened.test.items, _EXAMPLES, opened.request.seed))
     if not items:
         return ()
-    seen = reconstruct(opened.model, pixels)
-    tokens = seen.codes[stage].cpu()
+    decoded = reconstruct(opened.model, pixels)
+    tokens = decoded.codes[stage].cpu()
     tokens = tokens if tokens.ndim == 3 else tokens.flatten(1)[:, None]
-    return tuple(Example(str(item), pixels[i], tokens[i], seen.media[i].cpu()) for i, item in enumerate(items))
+    return tuple(Example(str(item), pixels[i], tokens[i], decoded.media[i].cpu()) for i, item in enumerate(items))

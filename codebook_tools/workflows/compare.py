@@ -44,9 +44,13 @@ from codebook_tools.workflows.session import Opened, open_request
 
 @dataclass(frozen=True)
 class Entry:
-    """What makes a row: the strategy, None for the codebook as it is, and its settings beside k and seed.
+    """How a row is made.
 
-    recipe: what differs from the others' fine-tuning. fresh: with new weights in encoder and decoder.
+    Attributes:
+        strategy: Its name; None for the codebook as it is.
+        settings: Of the strategy, beside k and seed.
+        recipe: Fields of FineTune that differ from the other rows'.
+        fresh: Whether encoder and decoder get new weights.
     """
 
     strategy: str | None = None
@@ -74,7 +78,7 @@ ENTRIES = {
     "kmeans++-seeds": Entry("kmeans++-seeds"),
     "refit+fresh-network": Entry("refit", fresh=True),
 }
-"""The rows that a comparison has unless it is told otherwise."""
+"""The rows that a comparison has by default."""
 
 MORE_ENTRIES = {
     **{f"restart+{method}": Entry("restart", {"method": method}) for method in ("random", "split", "nearest")},
@@ -86,7 +90,11 @@ MORE_ENTRIES = {
 
 
 def find_entry(name: str) -> Entry:
-    """The row of a name. Raises CodebookError, with the names there are, for others."""
+    """The row of a name.
+
+    Raises:
+        CodebookError: There is no such row; the message lists all.
+    """
     known = {**ENTRIES, **MORE_ENTRIES}
     if name in known:
         return known[name]
@@ -100,7 +108,7 @@ def find_entry(name: str) -> Entry:
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """A row to be done. k: the size asked for; None where the strategy has no k."""
+    """A row to run. k: the size asked for; None where the strategy has no k."""
 
     name: str
     entry: Entry
@@ -130,12 +138,27 @@ class _Task:
 def compare(
     request: Request, k: int, names: Sequence[str], recipe: FineTune, *, seeds: int, folder: Path, watch: Watch
 ) -> Comparison:
-    """Run the named rows (ENTRIES where there are none) with `seeds` seeds each, from request.seed on.
+    """Run the rows with `seeds` seeds each, from request.seed on.
 
-    Rows go to folder/rows.json one by one, and those found there, made with the same model, data, settings and version,
-    are not run again; folder/table.md is the table of all. Where `prune` is among the rows, `refit` is done at the size
-    that it leaves, too. The seed of a row is that of its strategy and its fine-tuning; data and splits are the same in
-    all. A row that cannot be done says why. Raises CodebookError where nothing can.
+    Rows go to folder/rows.json one by one, and those that are there, of the same model, data, settings and version,
+    are not run again; folder/table.md is the table of all. Where `prune` is among the rows, `refit` is also done at the
+    size that it leaves. The seed of a row is that of its strategy and its fine-tuning; data and splits are the same in
+    all.
+
+    Args:
+        request: The model and its data.
+        k: Number of codes, for the strategies that take one.
+        names: Of rows; empty for ENTRIES.
+        recipe: The fine-tuning of every row.
+        seeds: Runs of each row.
+        folder: For the rows and the table; made where it is missing.
+        watch: Progress and seconds by phase.
+
+    Returns:
+        All rows; one that could not be run says why in `error`.
+
+    Raises:
+        CodebookError: No row can be run.
     """
     distributed.require_one("compare")
     for name, value in (("k", k), ("seeds", seeds)):
@@ -148,8 +171,8 @@ def compare(
     check_size(request.checkpoint, k)
     opened = open_request(request, watch)
     require_training_data(opened, recipe)
-    seen = calibrate(opened, watch)
-    tasks = list(_tasks(entries, k, _in_use(opened, seen), request.seed, seeds))
+    calibration = calibrate(opened, watch)
+    tasks = list(_tasks(entries, k, _in_use(opened, calibration), request.seed, seeds))
     hashes = {task: _made_with(opened, task, recipe) for task in tasks}
     before: tuple[Measurement, Latents] | None = None
     rows = []
@@ -159,8 +182,8 @@ def compare(
             if before is None:
                 latents = encoder_latents(opened)
                 before = measure_stage(opened, latents, watch), latents
-            told = watch.within(f"{i + 1} of {len(tasks)}, {task.name}")
-            row = _run(task, opened, seen, *before, recipe, hashes[task], told)
+            row_watch = watch.within(f"{i + 1} of {len(tasks)}, {task.name}")
+            row = _run(task, opened, calibration, *before, recipe, hashes[task], row_watch)
             if row.error is None:
                 store.add(row)
         rows.append(row)
@@ -172,19 +195,19 @@ def compare(
             warned.setdefault(warning, []).append(f"{row.strategy} of {row.k}, seed {row.seed}")
     table = folder / "table.md"
     opened.settings |= {"k": k, "seeds": seeds} | settings_of(recipe)
-    found = Comparison(
+    comparison = Comparison(
         **header("compare", opened, *(f"{warning} ({'; '.join(who)})" for warning, who in warned.items())),
         rows=tuple(rows),
         outputs={"rows": str(store.path), "table": str(table)},
         seconds=watch.seconds,
     )
-    write_text(table, markdown_table(found.summaries))
-    return found
+    write_text(table, markdown_table(comparison.summaries))
+    return comparison
 
 
-def _in_use(opened: Opened, seen: Calibration) -> int:
+def _in_use(opened: Opened, calibration: Calibration) -> int:
     """Codes that pruning leaves: the most of any book that is operated on, as many as the config takes."""
-    used = max(int((seen.tokens[stage].counts > 0).sum()) for stage in opened.model.chosen)
+    used = max(int((calibration.tokens[stage].counts > 0).sum()) for stage in opened.model.chosen)
     return power_of_two(used) if opened.model.power_of_two else used
 
 
@@ -208,33 +231,33 @@ def _settings_taken(make: Callable[..., Strategy]) -> set[str]:
 def _run(
     task: _Task,
     opened: Opened,
-    seen: Calibration,
+    calibration: Calibration,
     before: Measurement,
     latents: Latents,
     recipe: FineTune,
     made: str,
     watch: Watch,
 ) -> Row:
-    its = replace(opened, model=opened.model.copy(copy.deepcopy(opened.model.network)), warnings=[])
+    trial = replace(opened, model=opened.model.copy(copy.deepcopy(opened.model.network)), warnings=[])
     stages: dict[str, Measurement | None] = dict.fromkeys(STAGES)
     size, kept, error = task.k or opened.size, None, None
     try:
         strategy = task.strategy()
-        surgeries = perform(its, strategy, seen, watch) if strategy is not None else {}
-        size = its.size
+        surgeries = perform(trial, strategy, calibration, watch) if strategy is not None else {}
+        size = trial.size
         if surgeries and task.entry.fresh:
-            its.model = its.model.with_fresh_network(task.seed)
-            seen, latents = calibrate(its, watch), encoder_latents(its)
-        its_recipe = replace(recipe, **task.entry.recipe)
-        if its_recipe.steps or surgeries:
-            done = run_stages(its, surgeries, seen, latents, its_recipe, seed=task.seed, watch=watch)
+            trial.model = trial.model.with_fresh_network(task.seed)
+            calibration, latents = calibrate(trial, watch), encoder_latents(trial)
+        row_recipe = replace(recipe, **task.entry.recipe)
+        if row_recipe.steps or surgeries:
+            done = run_stages(trial, surgeries, calibration, latents, row_recipe, seed=task.seed, watch=watch)
             stages |= {"surgery": done.surgery, "finetuned": done.finetuned}
             kept = done.kept
         stages["before"] = before
     except CodebookError as problem:
         error = str(problem)
     seconds = watch.seconds["strategy"] + watch.seconds["finetune"]
-    nbytes, warnings = opened.bytes_at(size), tuple(its.warnings)
+    nbytes, warnings = opened.bytes_at(size), tuple(trial.warnings)
     return Row(task.name, size, task.seed, stages, kept or "before", seconds, nbytes, error, made, warnings)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a comparison: what they say, how they are kept on disk row by row, and what they say together."""
+"""Rows of a comparison: their content, their file, and their summaries over seeds."""
 
 from __future__ import annotations
 
@@ -24,10 +24,19 @@ from codebook_tools.workflows.target import Opened
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy or control with one seed. stages: as of a single run. seconds: of surgery and fine-tuning alone.
+    """One strategy or control with one seed.
 
-    bytes: of the file it would write, but for its metadata. error: why there are no stages, where it could not be done.
-    made_with: a hash of everything that the figures depend on. warnings: of this row alone.
+    Attributes:
+        strategy: Name of the row.
+        k: Codes after the surgery.
+        seed: Of the strategy and its fine-tuning.
+        stages: Figures on the test data by phase; None where there is no such phase.
+        kept: The phase with the lowest validation error.
+        seconds: Of surgery and fine-tuning alone.
+        bytes: Of the file that it would write, without metadata.
+        error: Why there are no figures, where it could not be run.
+        made_with: SHA-256 of everything that the figures depend on.
+        warnings: Of this row alone.
     """
 
     strategy: str
@@ -42,39 +51,61 @@ class Row:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
+        """The fields, of types that json can write."""
         return {entry.name: plain(getattr(self, entry.name)) for entry in fields(self)}
 
     @staticmethod
-    def from_json(found: Mapping[str, Any]) -> Row:
-        """The inverse of `to_json`. Raises KeyError or TypeError where it is no row."""
-        stages = {name: _measurement(found["stages"][name]) for name in STAGES}
-        warnings = tuple(map(str, found.get("warnings", ())))  # of an older version of this file: none
-        rest = {entry.name: found[entry.name] for entry in fields(Row) if entry.name != "warnings"}
+    def from_json(content: Mapping[str, Any]) -> Row:
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError: An entry is missing.
+            TypeError: The content is no row.
+        """
+        stages = {name: _measurement(content["stages"][name]) for name in STAGES}
+        warnings = tuple(map(str, content.get("warnings", ())))  # of an older version of this file: none
+        rest = {entry.name: content[entry.name] for entry in fields(Row) if entry.name != "warnings"}
         return Row(**{**rest, "stages": stages, "warnings": warnings})
 
 
-def _measurement(found: Mapping[str, Any] | None) -> Measurement | None:
-    if found is None:
+def _measurement(content: Mapping[str, Any] | None) -> Measurement | None:
+    if content is None:
         return None
-    return Measurement(**{**found, "codebooks": tuple(CodebookUse(**use) for use in found["codebooks"])})
+    return Measurement(**{**content, "codebooks": tuple(CodebookUse(**use) for use in content["codebooks"])})
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds; the latter is None of one seed."""
+    """Mean and spread over seeds.
+
+    Attributes:
+        mean: Over seeds.
+        spread: The sample standard deviation; None of one seed.
+    """
 
     mean: float
     spread: float | None
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
+        """Mean and spread of one figure, a value for each seed."""
         return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What the seeds of one strategy and size say together. stages: figures by stage; those that no row has are left
-    out. kept: how many rows kept which stage. error: of the first row that has one."""
+    """What the seeds of one strategy and size say together.
+
+    Attributes:
+        strategy: Name of the row.
+        k: Codes after the surgery.
+        seeds: How many there are.
+        stages: Figures by phase and name, without those that a row lacks.
+        kept: How many rows kept which phase.
+        seconds: Of surgery and fine-tuning.
+        bytes: Of the file that it would write.
+        error: Of the first row that has one.
+    """
 
     strategy: str
     k: int
@@ -88,7 +119,11 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(ResultHeader):
-    """The result of `compare`. rows: in the order of the strategies asked for, then by seed."""
+    """The result of `compare`.
+
+    Attributes:
+        rows: In the order of the strategies asked for, then by seed.
+    """
 
     rows: tuple[Row, ...]
 
@@ -96,12 +131,14 @@ class Comparison(ResultHeader):
 
     @property
     def summaries(self) -> list[Summary]:
+        """A summary for each strategy and size, in the order of the rows."""
         groups: dict[tuple[str, int], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((row.strategy, row.k), []).append(row)
         return [_summary(*key, rows) for key, rows in groups.items()]
 
     def to_json(self) -> dict[str, Any]:
+        """The promised keys."""
         return super().to_json() | {"summary": [asdict(summary) for summary in self.summaries]}
 
 
@@ -109,10 +146,10 @@ def _summary(strategy: str, k: int, rows: list[Row]) -> Summary:
     done = [row for row in rows if row.error is None]
     stages: dict[str, dict[str, Spread]] = {}
     for stage in STAGES:
-        found = [measured for row in done if (measured := row.stages[stage]) is not None]
+        measured = [measurement for row in done if (measurement := row.stages[stage]) is not None]
         figures = {
             name: [getattr(record, name) for record in records]
-            for kind, records in ((Measurement, found), (CodebookUse, [measured.codebooks[0] for measured in found]))
+            for kind, records in ((Measurement, measured), (CodebookUse, [each.codebooks[0] for each in measured]))
             for name, figure in figures_of(kind).items()
             if figure.mean
         }
@@ -127,7 +164,11 @@ def _summary(strategy: str, k: int, rows: list[Row]) -> Summary:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise CodebookError now, not after the first row, where rows cannot be kept there."""
+    """Check that rows can be kept in a folder, before the first one is run.
+
+    Raises:
+        CodebookError: It is a file, has no parent, or is not writable.
+    """
     if folder.exists() and not folder.is_dir():
         raise CodebookError(f"{folder} is a file; name a folder for the rows with --output")
     place = folder if folder.exists() else folder.parent
@@ -138,7 +179,7 @@ def check_folder(folder: Path) -> None:
 
 
 def made_with(opened: Opened, more: Mapping[str, object]) -> str:
-    """SHA-256 of all that the figures of a row depend on. more: than model and data."""
+    """SHA-256 of all that the figures of a row depend on. more: beside model and data."""
     request, splits = opened.request, opened.splits
     file = Path(request.network.rpartition(":")[0]) if isinstance(request.network, str) else None
     said = {
@@ -148,9 +189,9 @@ def made_with(opened: Opened, more: Mapping[str, object]) -> str:
         "data": {"calibration": items_sha256(splits.calibration), "test": items_sha256(splits.test)},
         "opened": {name: value for name, value in opened.settings.items() if name not in ("data", "test_data")},
         "codebook": [
-            told
+            word
             for book in (opened.model.books[stage] for stage in opened.model.chosen)
-            for told in (book.key, *book.metric.words)
+            for word in (book.key, *book.metric.words)
         ],
         **more,
     }
@@ -158,10 +199,18 @@ def made_with(opened: Opened, more: Mapping[str, object]) -> str:
 
 
 class RowStore:
-    """The rows of a folder's rows.json, of any settings: found again by what they were made with, never dropped."""
+    """The rows of a folder's rows.json, of any settings, identified by what they were made with; none is ever dropped.
+
+    Attributes:
+        path: Of rows.json.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Raises CodebookError where the file is none of ours."""
+        """Read the rows that are there.
+
+        Raises:
+            CodebookError: The file is not one of rows.
+        """
         self.path = folder / "rows.json"
         self._rows: list[Row] = []
         if self.path.exists():
@@ -174,7 +223,14 @@ class RowStore:
                 ) from error
 
     def find(self, strategy: str, k: int | None, seed: int, made_with: str) -> Row | None:
-        """The row of these; k: None for any."""
+        """The row with these, or None.
+
+        Args:
+            strategy: Name of the row.
+            k: Its size; None for any.
+            seed: Of the strategy and its fine-tuning.
+            made_with: SHA-256 of everything that the figures depend on.
+        """
         return next(
             (
                 row

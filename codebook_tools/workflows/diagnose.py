@@ -1,4 +1,4 @@
-"""Why a codebook collapsed: every check, in the order in which a reader wants to hear of them."""
+"""Why a codebook collapsed: every check, causes before symptoms."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from codebook_tools.diagnosis.checks.not_installed import not_installed
 from codebook_tools.diagnosis.checks.scale_mismatch import scale_mismatch
 from codebook_tools.diagnosis.checks.split_mismatch import counting
 from codebook_tools.diagnosis.checks.stale_ema import stale_ema
-from codebook_tools.diagnosis.checks.uninitialised_flag import uninitialised_flag
+from codebook_tools.diagnosis.checks.uninitialized_flag import uninitialized_flag
 from codebook_tools.diagnosis.checks.wrong_encoder import wrong_encoder
 from codebook_tools.diagnosis.checks.wrong_input_range import wrong_input_range
 from codebook_tools.diagnosis.checks.wrong_layout import wrong_layout
 from codebook_tools.diagnosis.evidence import Evidence
-from codebook_tools.diagnosis.finding import Check, Look, of_each_book, of_each_book_in
+from codebook_tools.diagnosis.finding import Check, CheckFunction, of_each_book, of_each_book_in
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.gather_evidence import gather
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import ResultHeader, header
 
-CHECKS: dict[str, tuple[Look, str]] = {
+CHECKS: dict[str, tuple[CheckFunction, str]] = {
     "not-installed": (
         not_installed,
         "codebook refit {source} --k {k}{data}, then codebook verify RESULT --against {source}",
     ),
     "uninitialised-flag": (
-        of_each_book(uninitialised_flag),
+        of_each_book(uninitialized_flag),
         "codebook prune {model}{data} sets it; or set that tensor to true before anybody trains",
     ),
     "stale-ema": (stale_ema, "codebook prune {model}{data} writes sums and counts that are of the codes"),
@@ -82,25 +82,38 @@ how the codes were made, of how they were trained. Beside each look, what mends 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis(ResultHeader):
-    """The result of `diagnose`. checks: in the order of CHECKS."""
+    """The result of `diagnose`.
+
+    Attributes:
+        checks: In the order of CHECKS.
+    """
 
     checks: tuple[Check, ...]
 
     json_keys = ("healthy", "checks")
 
     @property
-    def found(self) -> tuple[Check, ...]:
+    def failed(self) -> tuple[Check, ...]:
+        """The checks whose verdict is "found"."""
         return tuple(check for check in self.checks if check.verdict == "found")
 
     @property
     def healthy(self) -> bool:
-        return not self.found
+        """Whether no check failed."""
+        return not self.failed
 
 
 def diagnose(request: Request, watch: Watch, against: Path | None = None, trace: Path | None = None) -> Diagnosis:
-    """Every check on a model. against: the original, before the surgery or the training. trace: the JSON of that.
+    """Run every check on a model.
 
-    Raises CodebookError where something cannot be opened.
+    Args:
+        request: The model and its data.
+        watch: Progress and seconds by phase.
+        against: The original, before the surgery or the training.
+        trace: The JSON of that surgery or training, with its history.
+
+    Raises:
+        CodebookError: A file cannot be opened, or the two models do not take the same data.
     """
     opened, evidence = gather(request, against, trace, watch)
     words = _words(request, against, evidence)
@@ -112,7 +125,7 @@ def diagnose(request: Request, watch: Watch, against: Path | None = None, trace:
 
 
 def _words(request: Request, against: Path | None, evidence: Evidence) -> dict[str, object]:
-    """What stands in the commands that mend."""
+    """What the fields in the repair commands stand for."""
     model, trace, data = str(request.model or ""), evidence.trace, _as_typed(request)
     first = evidence.books[0]
     return {
@@ -134,7 +147,7 @@ _NAMED |= {"seed", "batch_size", "codebook_key", "companion", "as_stored", "chan
 
 
 def _as_typed(request: Request) -> str:
-    """What a command needs to see the same data with the same network: all that was given and is no default."""
+    """The options that another command needs for the same data and network: all that differ from their defaults."""
     words = list[str]()
     for option in fields(Request):
         value = getattr(request, option.name)

@@ -22,8 +22,13 @@ from codebook_tools.workflows.without_network import books_without_images, goes_
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(ResultHeader):
-    """What `operate` would do and write. size: codes before and after, None where only counting decides; bytes is then
-    the most it can be. seconds: an estimate."""
+    """What `operate` would do and write.
+
+    Attributes:
+        size: Codes "before" and "after"; None where only counting decides.
+        bytes: Of the weights, "before" and "after"; the most where the size is not known.
+        dry_run: Always true; in the JSON.
+    """
 
     size: Mapping[str, int | None]
     bytes: Mapping[str, int]
@@ -33,7 +38,21 @@ class Plan(ResultHeader):
 
 
 def plan(command: str, request: Request, strategy: Strategy | None, recipe: FineTune, watch: Watch) -> Plan:
-    """Look at what `operate` would look at first, time one batch, and write nothing."""
+    """Check what `operate` would check first, time one batch, and write nothing.
+
+    Args:
+        command: As the command line has it.
+        request: The model and its data.
+        strategy: None for a fine-tuning alone.
+        recipe: The fine-tuning; of 0 steps for none.
+        watch: Progress and seconds by phase.
+
+    Returns:
+        The plan; `seconds["estimate"]` is an extrapolation from one batch.
+
+    Raises:
+        CodebookError: As `operate` before its long work.
+    """
     request.require_trainable(recipe.steps)
     check_size(request.checkpoint, asked_size(strategy, 0))
     if strategy and goes_without_images(request, strategy):
@@ -69,7 +88,7 @@ def plan(command: str, request: Request, strategy: Strategy | None, recipe: Fine
 
 
 def _estimate(opened: Opened, recipe: FineTune) -> float:
-    """Seconds, by those of one batch."""
+    """Seconds of the whole run, extrapolated from one batch."""
     batch, model, splits = opened.request.batch_size, opened.model, opened.splits
     few = opened.calibration.items[:batch]
     timed = Watch()

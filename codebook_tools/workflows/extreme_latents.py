@@ -22,23 +22,25 @@ _End = tuple[Tensor, Tensor, Tensor]
 """Code, score and place in the stream of latents, (n,) each."""
 
 
-class Seen(Accumulator):
+class ExtremeLatents(Accumulator):
     """Of each code, the latents nearest to it and farthest from it.
 
     Attributes:
-        counts: (size,) int64, hits of each code.
+        counts: (size,) int64, latents assigned to each code.
         errors: (size,) float64, the sum of their squared distances.
         grid: Rows and columns of the latents of an image.
+        items: That were read, in order.
     """
 
     def __init__(self, codebook: Codebook, most: int, grid: tuple[int, int]) -> None:
-        """most: latents of each kind for a code."""
+        """Start without a latent. most: latents of each kind for a code."""
         self.codebook, self.most, self.grid, self.items = codebook, most, grid, list[Item]()
         self.counts = torch.zeros(codebook.size, dtype=torch.int64)
         self.errors = torch.zeros(codebook.size, dtype=torch.float64)
         self._ends = dict.fromkeys((1, -1), (torch.empty(0).long(), torch.empty(0).double(), torch.empty(0).long()))
 
     def add(self, batch: Batch) -> None:
+        """Assign the latents of a batch."""
         codes = batch.codes[0].cpu()
         errors = squared_errors(batch.latents[0], self.codebook, batch.codes[0]).cpu()
         self.counts += torch.bincount(codes, minlength=len(self.counts))
@@ -55,22 +57,22 @@ class Seen(Accumulator):
 
     @property
     def used(self) -> Tensor:
-        """(size,) bool."""
+        """(size,) bool: codes with at least one latent."""
         return self.counts > 0
 
     @property
     def error(self) -> Tensor:
-        """(size,): the mean squared distance of a code's latents, 0 of a dead one."""
+        """(size,) float64: the mean squared distance of a code's latents, 0 of a dead one."""
         return self.errors / self.counts.clamp(min=1)
 
     @property
     def nearest(self) -> dict[int, list[Place]]:
-        """Of each code that was hit, the places of its nearest latents, the nearest first."""
+        """The places of the nearest latents of each code in use, the nearest first."""
         return self._places(1)
 
     @property
     def farthest(self) -> dict[int, list[Place]]:
-        """The same of the farthest."""
+        """The places of the farthest latents of each code in use, the farthest first."""
         return self._places(-1)
 
     def _places(self, sign: int) -> dict[int, list[Place]]:
@@ -83,25 +85,38 @@ class Seen(Accumulator):
 
 
 def open_images(request: Request, watch: Watch) -> Opened:
-    """A model whose latents are shown by patches of images. Raises CodebookError where it takes none."""
+    """A model whose latents are shown by patches of images.
+
+    Raises:
+        CodebookError: It takes no images, or model or data cannot be opened.
+    """
     opened = open_request(request, watch)
     opened.warnings += untrained(opened.model.checkpoint, opened.codebooks)
     require_images(opened.model)
     return opened
 
 
-def see(opened: Opened, stage: int, top: int, watch: Watch) -> Seen:
+def find_extremes(opened: Opened, stage: int, top: int, watch: Watch) -> ExtremeLatents:
     """One pass over the calibration data. top: places of each kind for a code."""
     model, codebook, images = opened.model, opened.model.books[stage].codebook, opened.calibration
     with watch.phase("encode"):
-        seen = Seen(codebook, top, latent_grid(model, images, stage))
+        extremes = ExtremeLatents(codebook, top, latent_grid(model, images, stage))
         latents = model.latents(images, opened.request.batch_size, stage)
-        run_pass(LatentSource(latents, codebook, "see the codes"), [seen], watch)
-    return seen
+        run_pass(LatentSource(latents, codebook, "see the codes"), [extremes], watch)
+    return extremes
 
 
 def lowest_of_each(codes: Tensor, scores: Tensor, most: int) -> Tensor:
-    """Indices of the `most` lowest scores of each code, by code and rising score; the first among equals."""
+    """The `most` lowest scores of each code.
+
+    Args:
+        codes: (n,) int64.
+        scores: (n,) float64.
+        most: Scores of a code, at most.
+
+    Returns:
+        (m,) int64, their indices by code and rising score; the first among equals.
+    """
     order = scores.argsort(stable=True)
     order = order[codes[order].argsort(stable=True)]
     ordered = codes[order]

@@ -1,4 +1,4 @@
-"""What a page shows of a run beside its figures: a few test images, as the model of each stage reconstructs them."""
+"""A few test images for a page, with their reconstruction in each phase."""
 
 from __future__ import annotations
 
@@ -19,9 +19,15 @@ from codebook_tools.workflows.session import Opened, open_request
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
-    """A test image. rank: of its error among all, by the model that was kept. original, stages: (channels, height,
-    width) in [0, 1], as it is and as each stage reconstructs it."""
+class GalleryImage:
+    """A test image, and its reconstruction in each phase.
+
+    Attributes:
+        name: Of the file.
+        rank: Of its error among all test images, by the model that was kept: "worst", "median" or "best".
+        original: (channels, height, width) in [0, 1].
+        stages: (channels, height, width) in [0, 1], the reconstruction by phase.
+    """
 
     name: str
     rank: str
@@ -31,33 +37,44 @@ class Shown:
     @property
     def errors(self) -> dict[str, float]:
         """Mean squared error, stage by stage."""
-        return {stage: float((shown - self.original).square().mean()) for stage, shown in self.stages.items()}
+        return {stage: float((image - self.original).square().mean()) for stage, image in self.stages.items()}
 
 
-def exhibit(
+def gallery_of_run(
     opened: Opened, books: tuple[Book, ...], operated: bool, tuned: FineTuned | None, watch: Watch
-) -> tuple[Shown, ...]:
-    """The worst, the median and the best test image; none of what is no picture. The model is left as it is.
+) -> tuple[GalleryImage, ...]:
+    """The worst, the median and the best test image; none where data are no pictures. The model is left as it is.
 
-    books: before anything changed. operated: whether a surgery changed them. tuned: how the fine-tuning went."""
+    Args:
+        opened: The model in its kept state, and its data.
+        books: The codebooks before anything changed.
+        operated: Whether a surgery changed them.
+        tuned: The fine-tuning; None without one.
+        watch: Progress.
+    """
     with _as_it_was(opened.model):
-        return _exhibited(opened, _stages(opened.model, books, operated, tuned), watch)
+        return _gallery(opened, _stages(opened.model, books, operated, tuned), watch)
 
 
-def exhibit_files(stages: Mapping[str, Request], watch: Watch) -> tuple[Shown, ...]:
-    """As `exhibit`, of a file a stage; the last one's errors rank the images. Requests: of the same data."""
+def gallery_of_files(stages: Mapping[str, Request], watch: Watch) -> tuple[GalleryImage, ...]:
+    """As `gallery_of_run`, with a file for each phase; the errors of the last rank the images.
+
+    Args:
+        stages: By name of the phase; all of the same data.
+        watch: Progress.
+    """
     last = open_request([*stages.values()][-1], watch)
-    return _exhibited(last, ((name, open_request(request, watch).model) for name, request in stages.items()), watch)
+    return _gallery(last, ((name, open_request(request, watch).model) for name, request in stages.items()), watch)
 
 
-def _exhibited(opened: Opened, models: Iterator[tuple[str, Model]], watch: Watch) -> tuple[Shown, ...]:
-    """opened: whose errors rank the images. models: by stage."""
+def _gallery(opened: Opened, models: Iterator[tuple[str, Model]], watch: Watch) -> tuple[GalleryImage, ...]:
+    """opened: whose errors rank the images. models: by phase."""
     if not opened.model.modality.pictures:
         return ()
     chosen, originals = _chosen(opened, watch)
     stages = {stage: reconstruct(model, originals).media.cpu() for stage, model in models}
     return tuple(
-        Shown(str(item), rank, originals[i].cpu(), {stage: shown[i] for stage, shown in stages.items()})
+        GalleryImage(str(item), rank, originals[i].cpu(), {stage: images[i] for stage, images in stages.items()})
         for i, (rank, item) in enumerate(zip(RANKS, chosen, strict=True))
     )
 
@@ -74,19 +91,19 @@ def _chosen(opened: Opened, watch: Watch) -> tuple[list[Item], Tensor]:
 
 def _errors(opened: Opened, watch: Watch) -> tuple[list[Item], Tensor]:
     """All test images that can be read, and their squared errors."""
-    readable, found = list[Item](), list[Tensor]()
+    readable, errors = list[Item](), list[Tensor]()
     for items, pixels in opened.test.whole().batches(opened.request.batch_size):
-        shown = reconstruct(opened.model, pixels).media.cpu()
-        found.append((shown - pixels.cpu()).square().flatten(1).mean(1))
+        reconstructions = reconstruct(opened.model, pixels).media.cpu()
+        errors.append((reconstructions - pixels.cpu()).square().flatten(1).mean(1))
         readable += items
         watch.progress("choose what to show", len(readable), len(opened.test))
-    return readable, torch.cat(found)
+    return readable, torch.cat(errors)
 
 
 def _stages(
     model: Model, books: tuple[Book, ...], operated: bool, tuned: FineTuned | None
 ) -> Iterator[tuple[str, Model]]:
-    """The names of the stages there are, with the model in the state of each."""
+    """The model in the state of each phase there is, one after another."""
     after = model.books
     if tuned:
         model.network.load_state_dict(tuned.start.weights)
@@ -106,6 +123,7 @@ def _stages(
 
 @contextmanager
 def _as_it_was(model: Model) -> Iterator[None]:
+    """Restore weights and codebooks at the end."""
     weights = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     books = model.books
     try:

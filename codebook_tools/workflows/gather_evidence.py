@@ -1,4 +1,4 @@
-"""From the files that the user names to the evidence: one pass over the data, and a few items looked at closely."""
+"""From the files of a request to the evidence: one pass over the data, and the outputs on a few items."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from codebook_tools.clustering.seeding import count_distinct
 from codebook_tools.codebook import Codebook
 from codebook_tools.data.dataset import Media
 from codebook_tools.diagnosis.alternatives import cut_rows, cut_wrongly, of_companions, of_original, of_range, scaled
-from codebook_tools.diagnosis.close_look import Close, few_of, look, range_errors, rows_of, told_range
-from codebook_tools.diagnosis.evidence import BookEvidence, Evidence, Pair, Rival
+from codebook_tools.diagnosis.close_look import Close, few_of, look, range_errors, recognized_range, rows_of
+from codebook_tools.diagnosis.evidence import Alternative, BookEvidence, Evidence, Pair
 from codebook_tools.diagnosis.fit import centroids, distortion, fit_of, left_of, variance_of
 from codebook_tools.diagnosis.stored_ema import Companions, companions_of
 from codebook_tools.diagnosis.training_trace import read_trace
@@ -36,7 +36,7 @@ _ALIKE = 1e-3  # of the latents' spread: nearer together, and they are one
 
 @dataclass(frozen=True, eq=False)
 class _Looked:
-    """The model and, where there is one, the original, both with a close look at the same few items."""
+    """The model and, where there is one, the original, both with their outputs on the same few items."""
 
     opened: Opened
     few: Media
@@ -50,8 +50,21 @@ class _Looked:
 
 
 def gather(request: Request, against: Path | None, trace: Path | None, watch: Watch) -> tuple[Opened, Evidence]:
-    """Open what is named and look at the data. Raises CodebookError for all that is amiss."""
-    told = read_trace(trace) if trace else None
+    """Open the files, and gather all that the checks need.
+
+    Args:
+        request: The model and its data.
+        against: The original; None without one.
+        trace: The JSON of a training; None without one.
+        watch: Progress and seconds by phase.
+
+    Returns:
+        The opened model, and the evidence.
+
+    Raises:
+        CodebookError: A file cannot be opened, or the two models do not take the same data.
+    """
+    training = read_trace(trace) if trace else None
     original = open_request(replace(request, model=against), watch) if against else None
     opened = open_request(_with_keys(request, original), watch)
     model, batch = opened.model, request.batch_size
@@ -63,7 +76,7 @@ def gather(request: Request, against: Path | None, trace: Path | None, watch: Wa
         if original:
             model.input_range = original.model.input_range
         elif ranges and request.input_range is None:
-            model.input_range = told_range(ranges, model.input_range)
+            model.input_range = recognized_range(ranges, model.input_range)
         few = few_of(model, opened.calibration, request.seed)
         beside = look(original.model, few, batch) if original else None
         looked = _Looked(opened, few, look(model, few, batch), original, beside)
@@ -85,12 +98,12 @@ def gather(request: Request, against: Path | None, trace: Path | None, watch: Wa
         ranges=ranges,
         input_range=model.input_range,
         command=model.checkpoint.metadata.get(PREFIX + "command", ""),
-        trace=told,
+        trace=training,
     )
 
 
 def _with_keys(request: Request, original: Opened | None) -> Request:
-    """The original tells what is a codebook: a tensor that ought to follow it and does not looks like another one."""
+    """With the codebooks of the original: a tensor that should follow it and does not looks like another codebook."""
     if original is None or request.codebook_key:
         return request
     keys = tuple(original.model.books[stage].key for stage in original.model.chosen)
@@ -102,8 +115,8 @@ def _book(looked: _Looked, stage: int, latents: Tensor, counts: Tensor, held_out
     model, original = looked.opened.model, looked.original
     book, codebook = model.books[stage], on_cpu(model.books[stage])
     paired = original is not None and stage < len(original.model.books)
-    found = original.model.books[stage].stored if original and paired else None
-    companions = companions_of(model.checkpoint, book.stored, found)
+    original_place = original.model.books[stage].stored if original and paired else None
+    companions = companions_of(model.checkpoint, book.stored, original_place)
     pair = _pair(looked, stage) if paired else None
     fit = fit_of(codebook, latents, looked.seed)
     points = codebook.metric.prepare(latents)
@@ -116,7 +129,7 @@ def _book(looked: _Looked, stage: int, latents: Tensor, counts: Tensor, held_out
         latents=latents,
         codes=nearest(latents, codebook),
         fit=fit,
-        rivals=() if fit is None or fit.good else tuple(_rivals(looked, stage, latents, companions, pair)),
+        alternatives=() if fit is None or fit.good else tuple(_alternatives(looked, stage, latents, companions, pair)),
         curve=curve_of(codebook, points[:_CURVED], looked.seed),
         distinct=_distinct(points, codebook.size),
         left=left_of(codebook, latents),
@@ -138,7 +151,9 @@ def _pair(looked: _Looked, stage: int) -> Pair:
     return Pair(codebook, used, rows, rows_of(ours, looked.seed))
 
 
-def _rivals(looked: _Looked, stage: int, latents: Tensor, companions: Companions, pair: Pair | None) -> Iterator[Rival]:
+def _alternatives(
+    looked: _Looked, stage: int, latents: Tensor, companions: Companions, pair: Pair | None
+) -> Iterator[Alternative]:
     model, seed = looked.opened.model, looked.seed
     codebook, batch = on_cpu(model.books[stage]), looked.opened.request.batch_size
     yield from scaled(codebook, latents, seed)
@@ -153,17 +168,27 @@ def _rivals(looked: _Looked, stage: int, latents: Tensor, companions: Companions
 
 
 def curve_of(codebook: Codebook, points: Tensor, seed: int) -> Mapping[int, float]:
-    """Share of the variance of points (n, dim) that so many centroids leave, on points that they did not see. codebook:
-    that is searched as those are."""
+    """Share of the variance that so many centroids leave, on points that they were not fitted to.
+
+    Args:
+        codebook: With the metric that the points are searched by.
+        points: (n, dim), prepared.
+        seed: Of the k-means.
+
+    Returns:
+        By number of centroids: 1, 2, 4 ... 64, of those for which there are points enough; empty where all are alike.
+    """
     like = prepared(codebook)
-    seen, judged = points[: len(points) // 2], points[len(points) // 2 :]
+    half = len(points) // 2
+    clustered, judged = points[:half], points[half:]
     variance = variance_of(judged)
     if variance == 0:
         return {}
-    return {k: distortion(centroids(like, seen, k, seed), judged)[0] / variance for k in _CURVE if k <= len(seen) // 8}
+    return {k: distortion(centroids(like, clustered, k, seed), judged)[0] / variance for k in _CURVE if k <= half // 8}
 
 
 def _distinct(points: Tensor, enough: int) -> int:
+    """Points (n, dim) that differ by more than _ALIKE of their spread, counted up to `enough`."""
     apart = points - points.mean(0)
     spread = float(apart.square().mean().sqrt())
     return 1 if spread == 0 else count_distinct((apart / (spread * _ALIKE)).round(), enough)

@@ -16,10 +16,17 @@ from codebook_tools.models.twins import twin_groups, twin_warning
 
 @dataclass(frozen=True)
 class Inspection:
-    """family: that recognises the layout, None where the user must give a network. why_not: why the family's network
-    cannot be run, empty where it can. detection: codebooks and what hangs on them. warnings: of what was not read.
-    remarks: on codebooks that no training has reached. alive: codes with latents by the file's own running counts, by
-    key of the codebooks that have such."""
+    """The result of `inspect`.
+
+    Attributes:
+        model: Path of the checkpoint.
+        family: Of the layout; None where the user must give a network.
+        detection: Codebooks and what depends on them.
+        why_not: Why the family's network cannot be run; empty where it can.
+        warnings: Of what was not read, and of what other commands refuse.
+        remarks: On codebooks that no training has reached.
+        alive: Codes in use by the file's own running counts, by key of the codebooks that have some.
+    """
 
     model: str
     family: str | None
@@ -35,17 +42,21 @@ class Inspection:
             "family": self.family,
             "reason": self.detection.reason,
             "codebooks": [
-                {name: value for name, value in asdict(found).items() if name not in ("also", "form")}
-                | {"companions": list(found.companions)}
-                | ({"alive": self.alive[found.key]} if found.key in self.alive else {})
-                for found in self.detection.codebooks
+                {name: value for name, value in asdict(book).items() if name not in ("also", "form")}
+                | {"companions": list(book.companions)}
+                | ({"alive": self.alive[book.key]} if book.key in self.alive else {})
+                for book in self.detection.codebooks
             ],
             "elsewhere": [{"key": key, "shape": list(shape)} for key, shape in self.detection.elsewhere],
         }
 
 
 def inspect_checkpoint(path: Path) -> Inspection:
-    """Find the codebooks of a file or directory. Raises CodebookError where it holds no sound safetensors file."""
+    """Find the codebooks of a file or directory.
+
+    Raises:
+        CodebookError: The file is missing or unsound.
+    """
     checkpoint = read_checkpoint(path)
     detection = detected(checkpoint)
     family = family_of(checkpoint) if detection.codebooks else None
@@ -58,7 +69,7 @@ def inspect_checkpoint(path: Path) -> Inspection:
 
 
 def _amiss(checkpoint: Checkpoint, detection: Detection) -> Iterator[str]:
-    """What every other command would refuse, or say."""
+    """What every other command would refuse, or warn of."""
     yield from (twin_warning(places, ", equal bit by bit") for places in twin_groups(checkpoint, detection.codebooks))
     try:
         check_stated(checkpoint, detection.codebooks)

@@ -28,7 +28,7 @@ from codebook_tools.workflows.session import Opened
 POINTS = 3000
 """Latents that are drawn."""
 
-_IMAGES = 1000  # that they are of, at most: neighbours in an image are alike
+_IMAGES = 1000  # that they are of, at most: neighbors in an image are alike
 
 Method = Literal["umap", "pca"]
 
@@ -38,10 +38,21 @@ Projection = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Map(ResultHeader):
-    """The result of `map`. method: umap or pca. k: of the centroids. coverage: of the codes, on the test data.
+    """The result of `map`.
 
-    latents, codes, centroids: (n, 2), (size, 2), (k, 2) in the plane. counts: (size,), of each code on the calibration
-    data. chosen: (n,), the code of each latent; places: where it is from; patches: (n, 3, side, side), what it sees.
+    Attributes:
+        method: By which the plane was made.
+        k: Number of centroids.
+        size: Codes of the codebook.
+        used: Codes with at least one calibration latent.
+        coverage: Of the codes, on the test data; None where it is unknown.
+        latents: (n, 2), a sample of the calibration latents in the plane.
+        codes: (size, 2) in the plane.
+        centroids: (k, 2) in the plane, of a k-means of the calibration latents.
+        counts: (size,) int64, of each code on the calibration data.
+        chosen: (n,) int64, the code of each latent.
+        places: Item, row and column of each latent.
+        patches: (n, 3, side, side) in [0, 1], the receptive field of each latent.
     """
 
     method: Method
@@ -61,18 +72,27 @@ class Map(ResultHeader):
 
 
 def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -> Map:
-    """k: centroids; None for as many as there are codes in use. method: by which the plane is found; umap is pca where
-    umap-learn is not installed."""
+    """Project latents, codes and centroids into one plane.
+
+    Args:
+        request: The model and its data.
+        k: Number of centroids; None for as many as there are codes in use.
+        method: "umap" or "pca"; umap falls back on pca, with a warning, where umap-learn is not installed.
+        watch: Progress and seconds by phase.
+
+    Raises:
+        CodebookError: k is below 1, or the model takes no images.
+    """
     distributed.require_one("map")
     if k is not None:
         check_k(k)
     opened = open_images(request, watch)
     model, stage = opened.model, opened.model.chosen[0]
-    seen = calibrate(opened, watch)
-    counts, sample = seen.tokens[stage].counts, seen.first.sample
+    calibration = calibrate(opened, watch)
+    counts, sample = calibration.tokens[stage].counts, calibration.first.sample
     used = int((counts > 0).sum())
     codebook = model.books[stage].codebook
-    found = measure_stage(opened, encoder_latents(opened), watch)
+    measurement = measure_stage(opened, encoder_latents(opened), watch)
     with watch.phase("strategy"):
         refit = Refit(max(1, used) if k is None else k, seed=request.seed)
         own = replace(codebook, vectors=codebook.vectors.cpu())
@@ -80,7 +100,7 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -
     with watch.phase("encode"):
         rows, chosen, places, grid = _drawn(opened, stage)
     with watch.phase("load"):
-        shown = patches(
+        patch_images = patches(
             opened.calibration, places, grid, receptive_side(model, opened.calibration, stage), request.batch_size
         )
     watch.progress("project", 0, None)
@@ -94,20 +114,20 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -
         k=centroids.size,
         size=codebook.size,
         used=used,
-        coverage=found.codebooks[stage].coverage,
+        coverage=measurement.codebooks[stage].coverage,
         latents=planes[0],
         codes=planes[1],
         centroids=planes[2],
         counts=counts,
         chosen=chosen,
         places=tuple(places),
-        patches=shown,
+        patches=patch_images,
         seconds=watch.seconds,
     )
 
 
 class _Points(Accumulator):
-    """Latents alike from each image, drawn by seed: they, their codes and where they are from."""
+    """As many latents of each image, drawn by seed, with their codes and places."""
 
     def __init__(self, each: int, columns: int, seed: int) -> None:
         self.latents, self.codes, self.places = list[Tensor](), list[Tensor](), list[Place]()
@@ -124,7 +144,7 @@ class _Points(Accumulator):
 
 
 def _drawn(opened: Opened, stage: int) -> tuple[Tensor, Tensor, list[Place], tuple[int, int]]:
-    """(n, dim) latents, alike from each of some images; their codes, where they are from, and the grid of all."""
+    """(n, dim) latents, as many of each of some images, with their codes, their places, and the grid of all."""
     model, request = opened.model, opened.request
     few = opened.calibration.subset(limited(opened.calibration.items, _IMAGES, request.seed))
     grid = latent_grid(model, few, stage)
@@ -138,7 +158,7 @@ _WITHOUT_UMAP = "umap-learn is not installed: this is a projection on principal 
 
 
 def _projection(rows: Tensor, method: Method, seed: int) -> tuple[Method, Projection]:
-    """What puts vectors into the plane: UMAP fitted on `rows`, or their principal components."""
+    """The method in use, and what puts vectors into the plane: UMAP fitted to `rows`, or principal components."""
     if method == "pca" or find_spec("umap") is None:
         return "pca", principal(rows)
     with warnings.catch_warnings():
@@ -156,7 +176,7 @@ def _projection(rows: Tensor, method: Method, seed: int) -> tuple[Method, Projec
 
 
 def principal(rows: Tensor) -> Projection:
-    """On the first two principal components of `rows`."""
+    """A projection on the first two principal components of `rows` (n, dim)."""
     mean = rows.double().mean(0)
     _, _, directions = torch.linalg.svd(rows.double() - mean, full_matrices=False)
     axes = torch.zeros(rows.shape[1], 2, dtype=torch.float64)

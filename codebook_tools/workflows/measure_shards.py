@@ -36,14 +36,18 @@ _OPTIONS = {"seed": "--seed", "batch_size": "--batch-size", "limit": "--limit", 
 
 
 def sample_limit(dims: Sequence[int]) -> int:
-    """How many latents of each codebook are kept. dims: of all codebooks."""
+    """Latents of each codebook that are kept with its counts. dims: of all codebooks."""
     return min(SAMPLE, SAMPLE_BYTES // sum(4 * dim + 8 for dim in dims))
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """ "3/8": the third of eight. Raises CodebookError where there is no such part."""
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)  # more are a slip: no scheduler begins a million jobs
-    i, n = map(int, found.groups()) if found else (0, 0)
+    """Part I, from 1, of N, from "I/N".
+
+    Raises:
+        CodebookError: There is no such part.
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)  # more are a slip: no scheduler begins a million jobs
+    i, n = map(int, match.groups()) if match else (0, 0)
     if not 1 <= i <= n:
         raise CodebookError(
             f"--shard {text}: expected I/N, I from 1 to N, such as 3/8 for the third of eight, N below a million; in a "
@@ -53,7 +57,16 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def check_shard(request: Request, stats: Path | None, merging: Sequence[Path]) -> None:
-    """Raise CodebookError where a part of the data is asked for that cannot be seen by itself."""
+    """Check that a part of the data can be measured by itself.
+
+    Args:
+        request: The model and its data.
+        stats: Where the counts go.
+        merging: Files of parts that are to be added.
+
+    Raises:
+        CodebookError: Options exclude each other, or torchrun's processes share the data already.
+    """
     if merging:
         raise CodebookError("--shard measures a part and --merge adds parts; give one of the two")
     if stats is None:
@@ -65,7 +78,7 @@ def check_shard(request: Request, stats: Path | None, merging: Sequence[Path]) -
 
 
 def in_part(opened: Opened, shard: tuple[int, int]) -> Opened:
-    """The same, but passes over its data see one of the parts alone."""
+    """The same, with passes over one part of its data. shard: I, from 1, and N."""
     i, n = shard
     calibration, test = (replace(data, part=(i - 1, n)) for data in (opened.calibration, opened.test))
     return replace(opened, calibration=calibration, test=test)
@@ -74,7 +87,11 @@ def in_part(opened: Opened, shard: tuple[int, int]) -> Opened:
 def part_of(opened: Opened, measured: Sums, shard: tuple[int, int], watch: Watch) -> Part:
     """Count the codes of the calibration data, or of the test data where there are no others.
 
-    opened: in part, where it is one. measured: what a measurement of it added up.
+    Args:
+        opened: With passes over its part of the data.
+        measured: The sums of a measurement of it.
+        shard: I, from 1, and N.
+        watch: Progress and seconds by phase.
     """
     request, model = opened.request, opened.model
     split, data = ("calibration", opened.calibration) if len(opened.calibration) else ("test", opened.test)
@@ -107,10 +124,16 @@ def _digest(splits: Splits) -> str:
 
 
 def merge(request: Request, files: Sequence[Path], stats: Path | None, watch: Watch) -> Result:
-    """What one pass over all of the data would have measured, from files of its parts, in any order.
+    """The measurement of all data, from files of its parts, in any order.
 
-    request: whose model it is. stats: where to write what the pass would have written. Raises CodebookError where the
-    files are not all parts of one pass over that model, or not each of them once.
+    Args:
+        request: The model.
+        files: One for each part.
+        stats: Where to write the counts of all; None for nowhere.
+        watch: Progress and seconds by phase.
+
+    Raises:
+        CodebookError: The files are not all of one pass over that model, or a part is missing or there twice.
     """
     if request.data or request.test_data or request.latents:
         raise CodebookError("--merge adds what was measured before; leave out --data, --test-data and --latents")
@@ -138,7 +161,16 @@ def merge(request: Request, files: Sequence[Path], stats: Path | None, watch: Wa
 
 
 def merged(parts: Sequence[tuple[Path, Part]], checkpoint: str, model: Path) -> Part:
-    """The whole that they are the parts of. checkpoint: SHA-256 of `model`."""
+    """All parts as one.
+
+    Args:
+        parts: Path and content of each.
+        checkpoint: SHA-256 of the model.
+        model: Path of the model, for messages.
+
+    Raises:
+        CodebookError: The parts are not all of one pass over that model, or one is missing or there twice.
+    """
     for path, part in parts:
         if part.checkpoint != checkpoint:
             raise CodebookError(f"{path} was measured of another checkpoint than {model}; name its own as MODEL")
@@ -167,7 +199,7 @@ def merged(parts: Sequence[tuple[Path, Part]], checkpoint: str, model: Path) -> 
 
 
 def _check_alike(first_path: Path, first: Part, path: Path, part: Part) -> None:
-    """Raise CodebookError, with the first thing that differs, unless two parts are of one pass."""
+    """Raise CodebookError, with the first setting that differs, unless two parts are of one pass."""
     ours, theirs = (
         {"shards": of.shard[1], "split": of.split, "codebooks": [b.key for b in of.counted.books], **of.about}
         for of in (first, part)
@@ -184,8 +216,8 @@ def _check_alike(first_path: Path, first: Part, path: Path, part: Part) -> None:
 def _how_to_mend(few: Sequence[int], missing: int, of: Part, model: Path) -> str:
     """few: the first of the missing shards."""
     named = ", ".join(map(str, few)) + (f" and {missing - len(few)} more" if missing > len(few) else "")
-    given = {option: of.about.get(name) for name, option in _OPTIONS.items()}
-    options = " ".join(f"{option} {value}" for option, value in given.items() if value is not None)
+    settings = {option: of.about.get(name) for name, option in _OPTIONS.items()}
+    options = " ".join(f"{option} {value}" for option, value in settings.items() if value is not None)
     command = f"codebook measure {model} --shard {few[0]}/{of.shard[1]} --stats FILE {options}"
     shards = "shards" if missing > 1 else "shard"
     return f"{shards} {named} of {of.shard[1]} missing; run `{command}`, with --data and the rest as it was"

@@ -1,4 +1,4 @@
-"""The model card of a written directory: what was done, by what, on what data, and what came of it."""
+"""The model card of a written directory: what was done, by what, on what data, and the figures."""
 
 from __future__ import annotations
 
@@ -25,8 +25,22 @@ def cards(
     stages: Mapping[str, Measurement | None],
     kept: str,
 ) -> dict[str, bytes]:
-    """By its name, the original's card with a section on what was done; where none goes along, one that the Hub reads.
-    No times and no paths: the same work gives the same bytes. A file has none. sizes: codes by codebook key."""
+    """The original's card with a section on what was done; where it has none, one with the Hub's front matter.
+
+    It names no times and no paths, so that the same work gives the same bytes.
+
+    Args:
+        output: Of the checkpoint; a file has no card.
+        original: The checkpoint before the surgery.
+        command: As the command line has it.
+        settings: Of surgery and fine-tuning.
+        sizes: New codes by key of the codebook.
+        stages: Figures by phase.
+        kept: The phase that is written.
+
+    Returns:
+        Bytes by file name; empty without a card.
+    """
     if not is_directory_output(output):
         return {}
     go_along = split_others(original.folder, original.files)[0] if original.folder else []
@@ -36,7 +50,7 @@ def cards(
 
 
 def _head(original: Checkpoint) -> str:
-    """What the Hub reads, and a title."""
+    """The front matter that the Hub reads, and a title."""
     library = next((name for entry, name in _LIBRARIES.items() if entry in (original.config or {})), None)
     lines = [f"library_name: {library}"] if library else []
     return "\n".join(
@@ -52,20 +66,20 @@ def _section(
     kept: str,
 ) -> str:
     codes = ", ".join(f"`{key}`: {size}" for key, size in sizes.items())
-    told = [f"`codebook {command}` of Codebook Tools {VERSION}. Codes: {codes}."]
+    paragraphs = [f"`codebook {command}` of Codebook Tools {VERSION}. Codes: {codes}."]
     images = settings.get("images")
     if isinstance(images, dict):
         counts = ", ".join(f"{count:,} {name}" for name, count in images.items())
-        told.append(f"Data: {counts}; figures are of those for testing, which no gradient and no choice saw.")
-    shown = {name: value for name, value in settings.items() if name in _TOLD and value is not None}
-    if shown:
-        told.append("Settings: " + ", ".join(f"{name} {value}" for name, value in sorted(shown.items())) + ".")
+        paragraphs.append(f"Data: {counts}; figures are of those for testing, which no gradient and no choice saw.")
+    reported = {name: value for name, value in settings.items() if name in _REPORTED and value is not None}
+    if reported:
+        paragraphs.append("Settings: " + ", ".join(f"{name} {value}" for name, value in sorted(reported.items())) + ".")
     if any(stages.values()):
-        told.append(in_markdown(stage_rows(stages, kept)))
-    return "\n\n".join(["## Codebook surgery", *told]).rstrip() + "\n"
+        paragraphs.append(in_markdown(stage_rows(stages, kept)))
+    return "\n\n".join(["## Codebook surgery", *paragraphs]).rstrip() + "\n"
 
 
-_TOLD = (
+_REPORTED = (
     "k",
     "keep",
     "threshold",

@@ -32,7 +32,7 @@ from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.training.resume import SnapshotFile
 from codebook_tools.training.tensorboard import require_tensorboard
-from codebook_tools.workflows.gallery import Shown, exhibit
+from codebook_tools.workflows.gallery import GalleryImage, gallery_of_run
 from codebook_tools.workflows.measure_shards import check_shard, in_part, merge, part_of
 from codebook_tools.workflows.model_card import cards
 from codebook_tools.workflows.pipeline import (
@@ -69,9 +69,16 @@ def measure_model(
 ) -> Result:
     """Usage, perplexity, distortion and reconstruction error of a checkpoint on the test data.
 
-    stats: where to write the counts of the calibration data, or of the test data where there are no others, and what
-    the measurement adds up. shard: which part of the data is seen, from 1, of how many. merging: files of all parts, in
-    place of data.
+    Args:
+        request: The model and its data.
+        watch: Progress and seconds by phase.
+        stats: Where to write the counts of the calibration data, or of the test data where there are no others, and the
+            sums of the measurement; None for nowhere.
+        shard: I, from 1, and N, of the part of the data to measure; None for all.
+        merging: Files of all parts, in place of data.
+
+    Raises:
+        CodebookError: Model or data cannot be opened, or options exclude each other.
     """
     if shard is not None:
         check_shard(request, stats, merging)
@@ -89,7 +96,7 @@ def measure_model(
         target = open_request(request, watch, measuring=True)
     target.warnings += told_by_file(target.model.checkpoint, target.codebooks)
     with watch.phase("measure"):
-        latents = encoder_latents(target)  # those of the whole, so that all parts are held against the same
+        latents = encoder_latents(target)  # of all data, so that all parts have the same reference
     if isinstance(target, Opened) and shard is not None:
         target = in_part(target, shard)
         target.settings["shard"] = f"{shard[0]}/{shard[1]}"
@@ -100,17 +107,18 @@ def measure_model(
             distributed.by_first(lambda: write_part(stats, part, request.force))
         target.settings["stats"] = str(stats)
     before = None if shard and not sums.images else target.measurement(sums)
-    shown, proof = tuple[Shown, ...](), None
+    gallery, proof = tuple[GalleryImage, ...](), None
     if isinstance(target, Opened):
         with watch.phase("measure"):
-            shown = exhibit(target, target.model.books, False, None, watch) if request.exhibit and not shard else ()
+            if request.gallery and not shard:
+                gallery = gallery_of_run(target, target.model.books, False, None, watch)
         agreed = target.agreed
         proof = Proof("quantizer", agreed.agree, agreed.of, agreed.near_ties) if agreed else None
     return Result(
         **header("measure", target),
         before=before,
         bytes={"before": target.model.checkpoint.nbytes, "after": None},
-        shown=shown,
+        gallery=gallery,
         proof=proof,
         seconds=watch.seconds,
     )
@@ -121,15 +129,17 @@ class Run:
     """A surgery and its fine-tuning, done in memory and measured; `write` makes a file of it.
 
     Attributes:
-        command: What was asked for, by its name.
+        command: As the command line has it.
         opened: The codebooks, in the state that is kept, and their data.
-        before: Measured on the test data; None where nothing is known of it.
-        done: What came of surgery and fine-tuning.
+        before: Figures on the test data; None where nothing is known of it.
+        done: Figures and index maps of surgery and fine-tuning.
         surgeries: By index of the codebook; none where there was a fine-tuning alone.
+        old: Each codebook before anything changed, on the CPU.
         tokens: Of the calibration data by the kept state, of each codebook.
-        maps: Of the index map file, by name.
-        shown: A few test images, for a page.
-        dependents: What is left to warn of, after what is said of the output.
+        maps: Of the index map file: (old size,) int64 by name.
+        gallery: A few test images, for a page.
+        watch: Progress and seconds by phase.
+        dependents: Warnings that follow those of the output.
     """
 
     command: str
@@ -140,17 +150,18 @@ class Run:
     old: Sequence[Codebook]
     tokens: Sequence[Tokens]
     maps: Mapping[str, Tensor]
-    shown: tuple[Shown, ...]
+    gallery: tuple[GalleryImage, ...]
     watch: Watch
     dependents: list[str]
 
     @property
     def kept(self) -> str:
-        """The stage that is kept: `before`, `surgery` or `finetuned`."""
+        """The phase that is kept: "before", "surgery" or "finetuned"."""
         return self.done.kept
 
     @property
     def stages(self) -> dict[str, Measurement | None]:
+        """Figures on the test data by phase; None where there is no such phase."""
         return {"before": self.before, "surgery": self.done.surgery, "finetuned": self.done.finetuned}
 
     def changed(self) -> dict[str, Tensor]:
@@ -170,7 +181,8 @@ class Run:
     def write(self, output: Path) -> Result:
         """Write the kept state and its index map, read both back, and prove them through the model that loads them.
 
-        Raises CodebookError where that cannot be; there is no file then.
+        Raises:
+            CodebookError: The file cannot be written or does not hold what was meant; there is none then.
         """
         target, done, watch = self.opened, self.done, self.watch
         request, model = target.request, target.model
@@ -205,7 +217,7 @@ class Run:
             kept=done.kept,
             trace=done.tuned.trace if done.tuned else (),
             outputs={"model": str(output), "index_map": str(map_path), "report": None},
-            shown=self.shown,
+            gallery=self.gallery,
             proof=proof,
             bytes={"before": checkpoint.nbytes, "after": nbytes, **({"packed": packed} if bits else {})},
             seconds=watch.seconds,
@@ -219,11 +231,21 @@ class Run:
 
 
 def operate(command: str, request: Request, strategy: Strategy | None, recipe: FineTune, watch: Watch) -> Result:
-    """One surgery and its fine-tuning, measured at each stage, installed, written and read back.
+    """One surgery and its fine-tuning, measured in each phase, installed, written and read back.
 
-    strategy: None fine-tunes the codebooks as they are. A surgery's file holds the better of `surgery` and `finetuned`
-    by validation error, a fine-tuning's the better of `before` and `finetuned`. Raises CodebookError, before any long
-    work where that is possible, and leaves no file then.
+    The file of a surgery holds the better of `surgery` and `finetuned` by validation error, that of a fine-tuning alone
+    the better of `before` and `finetuned`.
+
+    Args:
+        command: As the command line has it.
+        request: The model, its data and the output.
+        strategy: None fine-tunes the codebooks as they are.
+        recipe: The fine-tuning; of 0 steps for none.
+        watch: Progress and seconds by phase.
+
+    Raises:
+        CodebookError: Something does not fit or cannot be done, before any long work where that is possible; there is
+            no file then.
     """
     check_request_output(request, command, asked_size(strategy, 0))
     run = operate_in_memory(command, request, strategy, recipe, watch, written=True)
@@ -237,7 +259,16 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: F
 def operate_in_memory(
     command: str, request: Request, strategy: Strategy | None, recipe: FineTune, watch: Watch, *, written: bool = False
 ) -> Run:
-    """As `operate`, up to where something would be written. written: whether it will be, where the request says."""
+    """As `operate`, up to where something would be written.
+
+    Args:
+        command: As the command line has it.
+        request: The model and its data.
+        strategy: None fine-tunes the codebooks as they are.
+        recipe: The fine-tuning; of 0 steps for none.
+        watch: Progress and seconds by phase.
+        written: Whether the result will be written to the request's output, which is then checked before any work.
+    """
     if written and strategy and goes_without_images(request, strategy):
         if recipe.steps:
             raise CodebookError(f"{recipe.steps} steps of fine-tuning need images; give --data, or --steps 0")
@@ -258,7 +289,7 @@ def operate_in_memory(
     known = {*model.keys.values()} - {*model.carried}
     dependents = dependents_warning(model.checkpoint, known, first.stored.size, target.size)
     target.settings["metric"] = first.metric.name
-    shown = tuple[Shown, ...]()
+    gallery = tuple[GalleryImage, ...]()
     if isinstance(target, Opened):
         target.warnings += dependents
         dependents = []
@@ -273,7 +304,8 @@ def operate_in_memory(
         if done.tuned:
             target.settings["lr"] = done.tuned.lr
         with watch.phase("measure"):
-            shown = exhibit(target, books, bool(surgeries), done.tuned, watch) if request.exhibit else ()
+            if request.gallery:
+                gallery = gallery_of_run(target, books, bool(surgeries), done.tuned, watch)
         if before and done.kept == "finetuned" and done.finetuned:
             target.warnings += blur_warnings(before, done.finetuned)
             tokens = target.tokens(watch)
@@ -291,7 +323,7 @@ def operate_in_memory(
         nearest = nearest_map(index_map, old[stage], on_cpu(model.books[stage]), samples)
         for place in model.books[stage].stored.places:
             maps |= {f"{place.key}/index_map": index_map, f"{place.key}/nearest": nearest}
-    run = Run(command, target, before, done, surgeries, old, tokens, maps, shown, watch, dependents)
+    run = Run(command, target, before, done, surgeries, old, tokens, maps, gallery, watch, dependents)
     if before:
         target.warnings += worse_warnings(before, run.stages[done.kept])
     return run
@@ -300,7 +332,7 @@ def operate_in_memory(
 def _opened(
     command: str, request: Request, strategy: Strategy | None, recipe: FineTune, watch: Watch, written: bool
 ) -> Opened:
-    """A network that runs, once all is there that a fine-tuning needs."""
+    """A network that runs, after all is checked that a fine-tuning needs."""
     require_tensorboard(request.log_dir)
     request.require_trainable(recipe.steps)
     opened = open_request(request, watch)

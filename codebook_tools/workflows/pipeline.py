@@ -32,8 +32,12 @@ Latents = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The calibration data as the model sees them before anything changes. first: of the first book that is operated
-    on. tokens: of every book."""
+    """The calibration data as the model encodes and assigns them before anything changes.
+
+    Attributes:
+        first: Counts and a sample of latents of the first codebook that is operated on.
+        tokens: Of every codebook.
+    """
 
     first: Survey
     tokens: tuple[Tokens, ...]
@@ -41,10 +45,15 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class Stages:
-    """surgery, finetuned: measured on the test data, None where there is no such stage.
+    """Figures and index maps of surgery and fine-tuning.
 
-    kept: the stage that the model is left in. index_maps: as Surgery's, without the codes that fine-tuning revived, by
-    index of each book that may have changed.
+    Attributes:
+        surgery: Figures on the test data after the surgery; None without one.
+        finetuned: Figures on the test data after fine-tuning; None without it.
+        kept: The phase that the model is left in.
+        index_maps: As Surgery's, without the codes that fine-tuning revived, by index of each codebook that may have
+            changed.
+        tuned: The fine-tuning; None without it.
     """
 
     surgery: Measurement | None
@@ -55,8 +64,11 @@ class Stages:
 
 
 def require_training_data(opened: Opened, recipe: FineTune) -> None:
-    """Raise CodebookError where there is to be fine-tuning, and nothing for its gradients, its losses or its choice of
-    state; or where it would move codes that cannot be written."""
+    """Check that a fine-tuning has what its gradients, its losses and its choice of a state need.
+
+    Raises:
+        CodebookError: A split is empty, a loss cannot judge these data, or codes would move that cannot be written.
+    """
     moving = recipe.steps and recipe.codebook_update != "frozen"
     read = next((book.key for book in opened.model.books if moving and book.read is not None), None)
     if read is not None:
@@ -74,7 +86,7 @@ def require_training_data(opened: Opened, recipe: FineTune) -> None:
 
 
 def calibrate(target: Target, watch: Watch) -> Calibration:
-    """See the calibration data with the codebooks as they are."""
+    """Encode and assign the calibration data with the codebooks as they are."""
     first = target.survey(target.model.chosen[0], watch)
     if len(target.model.books) == 1:
         return Calibration(first, (Tokens(first.counts, first.codes),))
@@ -82,39 +94,51 @@ def calibrate(target: Target, watch: Watch) -> Calibration:
 
 
 def on_cpu(book: Book) -> Codebook:
+    """The codebook with its vectors on the CPU."""
     return replace(book.codebook, vectors=book.codebook.vectors.cpu())
 
 
 def encoder_latents(target: Target) -> Latents:
-    """The calibration latents that the codes of the model as it is are held against, of each book."""
+    """The calibration latents that coverage of each codebook is measured against, (n, dim), by the encoder as it is."""
     return tuple(map(target.reference_latents, range(len(target.model.books))))
 
 
 def measure_stage(opened: Opened, latents: Latents, watch: Watch) -> Measurement:
-    """Measure the model as it is on the test data. latents: of its encoder, as `encoder_latents` gives them."""
+    """Measure the model as it is on the test data. latents: of `encoder_latents`."""
     return opened.measurement(opened.sums(latents, watch))
 
 
-def perform(target: Target, strategy: Strategy, seen: Calibration, watch: Watch) -> dict[int, Surgery]:
-    """Operate on the chosen books one after another, each on the latents that those before it leave, and install.
+def perform(target: Target, strategy: Strategy, calibration: Calibration, watch: Watch) -> dict[int, Surgery]:
+    """Operate on the chosen codebooks one after another, each on the residuals that those before it leave, and install.
 
-    Books of one size stay of one size, and sizes that the config would refuse are filled up with dead codes. Returns
-    the surgeries by index of the book.
+    Codebooks of one size stay of one size, and sizes that the config would refuse are filled up with dead codes.
+
+    Args:
+        target: The codebooks and their latents.
+        strategy: Called once for each chosen codebook.
+        calibration: The data before anything changed.
+        watch: Progress and seconds by phase.
+
+    Returns:
+        The surgeries by index of the codebook.
+
+    Raises:
+        CodebookError: The strategy refuses a codebook, which the message names where there are several.
     """
     model = target.model
     strategy = on_device(strategy, device_of(target.request.device))
     before = [on_cpu(book) for book in model.books]
-    counts = {stage: tokens.counts for stage, tokens in enumerate(seen.tokens)}
+    counts = {stage: tokens.counts for stage, tokens in enumerate(calibration.tokens)}
     surgeries = dict[int, Surgery]()
     for stage in model.chosen:
-        found = seen.first if stage == model.chosen[0] else target.survey(stage, watch)
-        counts[stage] = found.counts
+        survey = calibration.first if stage == model.chosen[0] else target.survey(stage, watch)
+        counts[stage] = survey.counts
         several = isinstance(target, Opened) and len(model.books) > 1
         with watch.phase("strategy"), _named(model.books[stage].key, several):
-            whole = found.sampled and getattr(strategy, "exact", False)
-            latents = target.all_latents(stage, found) if whole else found.sample
+            whole = survey.sampled and getattr(strategy, "exact", False)
+            latents = target.all_latents(stage, survey) if whole else survey.sample
             # Strategies see the same everywhere, but machines that differ may round differently.
-            surgeries[stage] = distributed.of_first(strategy(before[stage], latents, found.counts))
+            surgeries[stage] = distributed.of_first(strategy(before[stage], latents, survey.counts))
         model.install(surgeries[stage].codebook, stage)
     asked = [book.codebook.size for book in model.books]
     sizes = common_sizes([book.size for book in before], asked, model.power_of_two)
@@ -128,7 +152,7 @@ def perform(target: Target, strategy: Strategy, seen: Calibration, watch: Watch)
 
 @contextmanager
 def _named(key: str, several: bool) -> Iterator[None]:
-    """Of several codebooks, an error names the one that it is of."""
+    """With several codebooks, an error names the one that it is about."""
     try:
         yield
     except CodebookError as error:
@@ -138,7 +162,7 @@ def _named(key: str, several: bool) -> Iterator[None]:
 def run_stages(
     opened: Opened,
     surgeries: Mapping[int, Surgery],
-    seen: Calibration,
+    calibration: Calibration,
     latents: Latents,
     recipe: FineTune,
     *,
@@ -149,8 +173,16 @@ def run_stages(
 ) -> Stages:
     """Measure what `perform` made, and fine-tune; the model is left in the better state by validation error.
 
-    surgeries: none, to fine-tune the codebooks as they are. seen: the calibration data, before the surgery. latents:
-    of the encoder as it is, by `encoder_latents`. seed, saving, log_dir: of the fine-tuning.
+    Args:
+        opened: The model, with the new codebooks installed.
+        surgeries: By index of the codebook; none to fine-tune the codebooks as they are.
+        calibration: The data before the surgery.
+        latents: Of `encoder_latents`, by the encoder as it is.
+        recipe: The fine-tuning; of 0 steps for none.
+        seed: Of the fine-tuning.
+        watch: Progress and seconds by phase.
+        saving: Where an interrupted fine-tuning is kept; None for nowhere.
+        log_dir: Of TensorBoard's files; None for none.
     """
     model = opened.model
     kept, after, finetuned, tuned = "before", None, None, None
@@ -162,8 +194,8 @@ def run_stages(
         index_maps = {stage: torch.arange(model.books[stage].codebook.size) for stage in model.chosen}
     warnings = list[str]()
     if recipe.steps:
-        counts = [tokens.counts for tokens in current_tokens(opened, seen, bool(surgeries), watch)]
-        more, first = _more(opened, surgeries, recipe, seen, watch), index_maps
+        counts = [tokens.counts for tokens in current_tokens(opened, calibration, bool(surgeries), watch)]
+        more, first = _more(opened, surgeries, recipe, calibration, watch), index_maps
         if more:
             first = {stage: (surgeries[stage].first or surgeries[stage]).index_map for stage in index_maps}
         splits = opened.splits
@@ -198,23 +230,23 @@ def run_stages(
 
 
 def _more(
-    opened: Opened, surgeries: Mapping[int, Surgery], recipe: FineTune, seen: Calibration, watch: Watch
+    opened: Opened, surgeries: Mapping[int, Surgery], recipe: FineTune, calibration: Calibration, watch: Watch
 ) -> dict[int, ExtraCodes]:
-    """The codes that a fine-tuning is to begin with where they are more, and how often each is used."""
+    """The larger codebooks that a fine-tuning is to begin with, by index, and the counts of their codes."""
     first = {stage: surgery.first for stage, surgery in surgeries.items() if surgery.first}
     if not first or recipe.codebook_update != "ema":
         return {}
     model, books = opened.model, opened.model.books
     for stage, surgery in first.items():
         model.install(surgery.codebook, stage)
-    counts = [tokens.counts for tokens in current_tokens(opened, seen, True, watch)]
-    found = {stage: ExtraCodes(model.books[stage].vectors, counts[stage]) for stage in first}
+    counts = [tokens.counts for tokens in current_tokens(opened, calibration, True, watch)]
+    larger = {stage: ExtraCodes(model.books[stage].vectors, counts[stage]) for stage in first}
     model.books = books
-    return found
+    return larger
 
 
 def _collapse(after: Measurement | None, finetuned: Measurement) -> list[str]:
-    """What to warn of where fewer than half of the codes that a surgery had in use are left after the fine-tuning."""
+    """A warning where fewer than half of the codes in use after the surgery are left after the fine-tuning."""
     before = sum(use.used for use in after.codebooks) if after else 0
     left = sum(use.used for use in finetuned.codebooks)
     if 2 * left >= before:
@@ -222,14 +254,21 @@ def _collapse(after: Measurement | None, finetuned: Measurement) -> list[str]:
     return [f"fine-tuning lowered the error with {left} of {before} codes in use: --steps 0 keeps them, more steps may"]
 
 
-def current_tokens(opened: Opened, seen: Calibration, moved: bool, watch: Watch) -> tuple[Tokens, ...]:
-    """The tokens of the calibration data by the model as it is. moved: codes did since `seen`, networks did not: with
-    one codebook the latents are the same, and need not be encoded once more."""
+def current_tokens(opened: Opened, calibration: Calibration, moved: bool, watch: Watch) -> tuple[Tokens, ...]:
+    """The tokens of the calibration data by the model as it is.
+
+    Args:
+        opened: The model and its data.
+        calibration: The data at an earlier state of the codes.
+        moved: Whether codes changed since then; networks did not. With one codebook the latents are the same, and are
+            not encoded once more.
+        watch: Progress and seconds by phase.
+    """
     if not moved:
-        return seen.tokens
+        return calibration.tokens
     if len(opened.model.books) > 1:
         return opened.tokens(watch)
-    codebook, first = on_cpu(opened.model.books[0]), seen.first
+    codebook, first = on_cpu(opened.model.books[0]), calibration.first
     rows, share = first.sample.vectors, len(first.sample) / first.total
     codes = nearest(rows, codebook)
     counts = torch.bincount(codes, minlength=codebook.size).double() / share

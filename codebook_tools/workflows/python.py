@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from codebook_tools.checkpoints.tensors import InMemory
 from codebook_tools.codebook import Strategy
@@ -16,9 +16,8 @@ from codebook_tools.data.user_data import Data, PathLike, Values
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.figures import Measurement
 from codebook_tools.models.proof import Proof, prove
-from codebook_tools.models.user_network import NetworkMaker
 from codebook_tools.models.verification import Verification
-from codebook_tools.models.wrapped import Function, Wrapped
+from codebook_tools.models.wrapped import Wrapped
 from codebook_tools.remapping.remap import Remapped
 from codebook_tools.remapping.remap import remap as run_remap
 from codebook_tools.remapping.request import RemapRequest
@@ -32,6 +31,7 @@ from codebook_tools.workflows.diagnose import Diagnosis
 from codebook_tools.workflows.diagnose import diagnose as run_diagnosis
 from codebook_tools.workflows.inspect_checkpoint import Inspection, inspect_checkpoint
 from codebook_tools.workflows.operate import Run, measure_model, operate_in_memory
+from codebook_tools.workflows.python_model import Model
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import Result, check_request_output
 from codebook_tools.workflows.verify import verify_checkpoint
@@ -46,133 +46,16 @@ _Result = TypeVar("_Result", bound=_Warns)
 
 
 class CodebookWarning(UserWarning):
-    """What a command would print as a warning."""
-
-
-@dataclass(frozen=True, eq=False)
-class Model:
-    """A checkpoint, or a module in memory, that can be operated on. Made by `load` and `wrap`.
-
-    Attributes:
-        request: What a command needs to know of it.
-    """
-
-    request: Request
-
-    def __repr__(self) -> str:
-        return f"Model({str(self.request.source)!r})"
-
-
-def load(
-    path: PathLike,
-    *,
-    network: NetworkMaker | None = None,
-    family: str | None = None,
-    codebooks: Sequence[str] = (),
-    metric: str | None = None,
-    input_range: tuple[float, float] | None = None,
-    companions: Sequence[str] = (),
-    as_stored: Sequence[str] = (),
-    device: str = "auto",
-    precision: str = "fp32",
-    compiled: bool = False,
-) -> Model:
-    """A checkpoint: a .safetensors file, a directory of diffusers or transformers, an index of shards, or a .pt file.
-
-    Args:
-        path: Of it.
-        network: For a layout that is not known: "FILE.py:FUNCTION", or a function that, called with codebook_size=K,
-            returns a module with `encode` and `decode`.
-        family: Name of a known layout, where recognition is to be overruled.
-        codebooks: Keys of those to operate on; all where there are none.
-        metric: A name of `ct.METRICS`, such as "cosine": how codes are searched, for a network of yours.
-        input_range: Of the values that the network takes, such as (-1, 1); None for the best of three.
-        companions: "KEY=ROLE", what a tensor beside a codebook holds.
-        as_stored: Keys of tensors beside a codebook that do not change the codes.
-        device: "auto", "cpu", "cuda:1" ...
-        precision: "fp32" or "bf16", of the network.
-        compiled: Whether `torch.compile` makes encode and decode faster.
-
-    Raises:
-        CodebookError: There is no such file, or it is no checkpoint.
-    """
-    request = Request(
-        model=Path(path),
-        network=network,
-        family=family,
-        codebook_key=_names(codebooks),
-        metric=metric,
-        input_range=input_range,
-        companion=_names(companions),
-        as_stored=_names(as_stored),
-        device=device,
-        precision=precision,
-        compiled=compiled,
-    )
-    _ = request.checkpoint  # opened now
-    return Model(request)
-
-
-def wrap(
-    module: nn.Module,
-    codebooks: Sequence[str] = (),
-    *,
-    encode: Function | None = None,
-    decode: Function | None = None,
-    quantize: Function | None = None,
-    metric: str | None = None,
-    input_range: tuple[float, float] = (0.0, 1.0),
-    companions: Sequence[str] = (),
-    as_stored: Sequence[str] = (),
-    device: str | None = None,
-) -> Model:
-    """A module that lives in memory, such as in a training script. `operate` changes it in place.
-
-    Args:
-        module: Any module with `encode(media) -> latents (n, dim, *grid)` and `decode(quantized) -> media`.
-        codebooks: Names of the codebooks in its `state_dict()`; those that names and shapes tell where there are none.
-        encode: (module, media) -> latents, where the module has no such method.
-        decode: (module, quantized) -> media, likewise.
-        quantize: (module, latents) -> (quantized, codes int64), the module's own quantizer: it is held against ours.
-        metric: A name of `ct.METRICS`, such as "cosine": how the module searches its codes.
-        input_range: Of the values that the module takes; data are in [0, 1] and are scaled to it.
-        companions: "KEY=ROLE", what a tensor beside a codebook holds.
-        as_stored: Names of tensors beside a codebook that do not change the codes.
-        device: That work is done on; None for the module's own.
-
-    Raises:
-        CodebookError: It has no `encode` or `decode`, or no such codebook.
-    """
-    wrapped = Wrapped(module, encode, decode, quantize)
-    if device is None:
-        device = str(next((tensor.device for tensor in module.state_dict().values()), "cpu"))
-    request = Request(
-        wrapped=wrapped,
-        codebook_key=_names(codebooks),
-        metric=metric,
-        input_range=input_range,
-        companion=_names(companions),
-        as_stored=_names(as_stored),
-        device=device,
-    )
-    held = request.checkpoint
-    if missing := [key for key in request.codebook_key if key not in held.entries]:
-        near = [key for key, shape in held.shapes.items() if len(shape) == 2][:8]
-        raise CodebookError(f"{wrapped.name} has no tensor {missing[0]}; its matrices are {', '.join(near) or 'none'}")
-    return Model(request)
+    """What the command line would print as a warning."""
 
 
 @dataclass(eq=False)
 class Operation:
-    """A surgery and its fine-tuning, done and measured. Of a wrapped module it is installed; `save` writes a file.
+    """A surgery and its fine-tuning, done and measured. In a wrapped module it is installed; `save` writes a file.
 
     Attributes:
-        before: Figures on the test data before anything changed.
-        surgery: After the surgery; None without one.
-        finetuned: After fine-tuning; None without it.
-        kept: "before", "surgery" or "finetuned": the state with the lowest validation error.
-        index_maps: (old size,) int64 by name of the codebook: the new code of each old one, REMOVED where it is gone.
-        proof: How the figures were held against the module that has the new codes; None where that is done by `save`.
+        run: The run behind it, with model, data and trace.
+        proof: How the module with the new codes was compared with ours; None for a file, whose proof is made by `save`.
     """
 
     run: Run
@@ -180,23 +63,28 @@ class Operation:
 
     @property
     def before(self) -> Measurement:
+        """Figures on the test data before anything changed."""
         assert self.run.before is not None
         return self.run.before
 
     @property
     def surgery(self) -> Measurement | None:
+        """Figures on the test data after the surgery; None without one."""
         return self.run.done.surgery
 
     @property
     def finetuned(self) -> Measurement | None:
+        """Figures on the test data after fine-tuning; None without it."""
         return self.run.done.finetuned
 
     @property
     def kept(self) -> str:
+        """The state with the lowest validation error: "before", "surgery" or "finetuned"."""
         return self.run.kept
 
     @property
     def index_maps(self) -> dict[str, Tensor]:
+        """The new code of each old one by key of the codebook, (old size,) int64; REMOVED where it is gone."""
         ending = "/index_map"
         return {name.removesuffix(ending): of for name, of in self.run.maps.items() if name.endswith(ending)}
 
@@ -205,10 +93,13 @@ class Operation:
 
         Args:
             path: A .safetensors file, or a directory where the original has a config.
-            force: Replace what is there.
+            force: Whether to replace what is there.
+
+        Returns:
+            The result, as `codebook NAME --json` prints it, with the paths and the proof.
 
         Raises:
-            CodebookError: It cannot be written, would replace something, or the model that loads it disagrees.
+            CodebookError: The file cannot be written, would replace something, or the model that loads it disagrees.
         """
         opened = self.run.opened
         opened.request = replace(opened.request, output=Path(path), force=force)
@@ -220,6 +111,15 @@ def measure(
     model: Model, data: Data | Values | None = None, *, seed: int = 0, progress: Show | None = None
 ) -> Measurement:
     """Usage, perplexity, distortion and reconstruction error on the test data.
+
+    Args:
+        model: As `load` or `wrap` returned it.
+        data: Data, or what Data takes as `train`; None for the bundled sample.
+        seed: Of splits, samples and the reference k-means of coverage.
+        progress: Called with the phase, how many are done, of how many, and figures.
+
+    Returns:
+        The figures; errors are per value, on data in [0, 1].
 
     Raises:
         CodebookError: Model or data cannot be read, or do not fit each other.
@@ -242,15 +142,18 @@ def operate(
 
     A wrapped module is changed in place: its codebook becomes a new Parameter or buffer where its size differs, EMA
     state and attributes such as `num_embeddings` follow. Where this raises, the module is as it was. An optimizer that
-    holds the old Parameter is to be made anew; see also `install`.
+    refers to the old Parameter must be made anew; see also `install`.
 
     Args:
-        model: As `load` or `wrap` gave it.
-        data: Data, or what Data takes as `train`.
+        model: As `load` or `wrap` returned it.
+        data: Data, or what Data takes as `train`; None for the bundled sample, which trains the bundled demo alone.
         strategy: Such as `ct.strategies.Refit(k=128)`; None to fine-tune the codebooks as they are.
         finetune: None for no fine-tuning, as FineTune(steps=0).
-        seed: Of calibration and fine-tuning.
-        progress: Called with what is being done, how many are done, of how many, and figures.
+        seed: Of calibration and fine-tuning; the strategy has its own.
+        progress: Called with the phase, how many are done, of how many, and figures.
+
+    Returns:
+        The operation, with the figures of each phase.
 
     Raises:
         CodebookError: Something does not fit or cannot be done; its message is one line.
@@ -295,10 +198,21 @@ def compare(
     """Every strategy and the controls on one model, with the same data, batches and steps.
 
     Args:
-        output: A folder for the rows; those found there are not run again.
-        k: Codes that each leaves.
-        strategies: Rows by name; those that `codebook compare` has where there are none.
+        model: As `load` or `wrap` returned it.
+        data: Data, or what Data takes as `train`.
+        output: A folder for the rows; a row that is there already, of the same settings, is not run again.
+        k: Number of codes that each strategy leaves.
+        strategies: Rows by name; empty for those of `codebook compare`.
+        finetune: Of every row; None for FineTune().
         seeds: Runs of each row.
+        seed: Of the first run; the others follow it. Data and splits are those of `seed` in all.
+        progress: Called with the phase, how many are done, of how many, and figures.
+
+    Returns:
+        The rows, and their means and spreads over seeds.
+
+    Raises:
+        CodebookError: No row can be run; one that cannot says so in `error`.
     """
     request = _request(model, data, seed)
     names = strategies or [name for name, entry in comparisons.ENTRIES.items() if not (entry.fresh and request.wrapped)]
@@ -325,7 +239,23 @@ def sweep(
     seed: int = 0,
     progress: Show | None = None,
 ) -> sweeps.Sweep:
-    """Error, distortion and bits over the number of codes, and one that suffices; rows go to the folder output."""
+    """Error, distortion and bits over the number of codes, and a number that suffices.
+
+    Args:
+        model: As `load` or `wrap` returned it.
+        data: Data, or what Data takes as `train`.
+        sizes: Numbers of codes to try.
+        output: A folder for the rows; a row that is there already, of the same settings, is not measured again.
+        prices: Of a bit, in variances of the latents: for each an entropy-constrained Re-Fit of the largest size.
+        seed: Of splits, samples and k-means.
+        progress: Called with the phase, how many are done, of how many, and figures.
+
+    Returns:
+        The points, and the suggested number of codes.
+
+    Raises:
+        CodebookError: Re-Fit is possible at none of the sizes, or the folder cannot be written.
+    """
     return _warned(sweeps.sweep(_request(model, data, seed), sizes, prices, Path(output), Watch(progress)))
 
 
@@ -341,25 +271,63 @@ def diagnose(
     """Why a codebook collapsed: cause by cause, with the number that says so.
 
     Args:
+        model: As `load` or `wrap` returned it.
+        data: Data, or what Data takes as `train`; None for the bundled sample.
         against: The original, before the surgery or the training.
-        trace: The JSON of that surgery or training.
+        trace: The JSON of that surgery or training, with its history.
+        seed: Of splits, samples and k-means.
+        progress: Called with the phase, how many are done, of how many, and figures.
+
+    Returns:
+        A check for each cause, with a verdict and the command that repairs it.
+
+    Raises:
+        CodebookError: A file cannot be opened, or the two models do not take the same data.
     """
     paths = (None if path is None else Path(path) for path in (against, trace))
     return _warned(run_diagnosis(_request(model, data, seed), Watch(progress), *paths))
 
 
 def inspect(path: PathLike) -> Inspection:
-    """Which codebooks a checkpoint holds, and what depends on them. Reads its header, codebooks and counts."""
+    """Which codebooks a checkpoint holds, and what depends on them. Reads its header, codebooks and counts.
+
+    Raises:
+        CodebookError: The file is missing or unsound.
+    """
     return inspect_checkpoint(Path(path))
 
 
 def verify(path: PathLike, against: PathLike, maps: Sequence[PathLike] = ()) -> Verification:
-    """Check a checkpoint that this package wrote, and its index map, against the original."""
+    """Check a checkpoint that this package wrote, and its index map, against the original.
+
+    Args:
+        path: Of the checkpoint that was written; a surgery's, or a prior that `remap` wrote.
+        against: The original.
+        maps: Index maps; empty for the one beside the checkpoint.
+
+    Returns:
+        The differences, none where the checkpoint is what it says.
+
+    Raises:
+        CodebookError: A file is missing or unsound, or the checkpoint was not written by this package.
+    """
     return verify_checkpoint(Path(path), Path(against), [Path(one) for one in maps])
 
 
 def remap(sources: PathLike | Sequence[PathLike], maps: PathLike | Sequence[PathLike], **options: Any) -> Remapped:
-    """Rewrite stored tokens, or a prior's tables, by index maps. options: fields of RemapRequest."""
+    """Rewrite stored tokens, or a prior's tables, by index maps.
+
+    Args:
+        sources: Token files and priors.
+        maps: Index maps, in the order of the surgeries.
+        **options: Fields of RemapRequest, such as on_removed="nearest".
+
+    Returns:
+        What was written, and how many tokens changed.
+
+    Raises:
+        CodebookError: A file is missing or unsound, an option is out of range, or a token has no new code.
+    """
     return _warned(run_remap(RemapRequest(_paths(sources), _paths(maps), **options)))
 
 
@@ -382,10 +350,6 @@ def _warned(result: _Result) -> _Result:
     for text in result.warnings:
         warnings.warn(text, CodebookWarning, stacklevel=3)
     return result
-
-
-def _names(names: str | Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _paths(paths: PathLike | Sequence[PathLike]) -> tuple[Path, ...]:

@@ -26,8 +26,12 @@ _BY_THE_RUN = {"device", "watch"}  # fields of strategies that no recipe sets
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """options: what all surgeries share, by the name of the command line's option, with underscores. surgeries: each
-    command and its own settings, in order."""
+    """A recipe as it is read or written.
+
+    Attributes:
+        options: What all surgeries share, by the name of the command line's option, with underscores.
+        surgeries: Each command and its own settings, in order.
+    """
 
     options: Mapping[str, Any]
     surgeries: tuple[tuple[str, Mapping[str, Any]], ...]
@@ -37,32 +41,35 @@ class RecipeFile:
         import yaml
 
         surgeries = [{command: dict(settings)} if settings else command for command, settings in self.surgeries]
-        told = {name.replace("_", "-"): value for name, value in self.options.items()}
-        written: str = yaml.safe_dump({**told, SURGERIES: surgeries}, sort_keys=False, allow_unicode=True)
+        options = {name.replace("_", "-"): value for name, value in self.options.items()}
+        written: str = yaml.safe_dump({**options, SURGERIES: surgeries}, sort_keys=False, allow_unicode=True)
         return written
 
 
 def read_recipe(path: Path) -> RecipeFile:
-    """Raises CodebookError where it cannot be read, or is no recipe."""
+    """Read a recipe.
+
+    Raises:
+        CodebookError: It cannot be read, or is no recipe.
+    """
     import yaml
 
     try:
-        told = _parsed(read_text(path, _LONGEST))
+        content = _parsed(read_text(path, _LONGEST))
     except OSError as error:
         raise CodebookError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
         raise CodebookError(f"{path}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise CodebookError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(told, dict) or not isinstance(told.get(SURGERIES), list):
+    if not isinstance(content, dict) or not isinstance(content.get(SURGERIES), list):
         raise CodebookError(f"{path} has no list of {SURGERIES}, such as `{SURGERIES}: [prune, {{refit: {{k: 128}}}}]`")
-    options = {str(name).replace("-", "_"): value for name, value in told.items() if name != SURGERIES}
-    return RecipeFile(options, tuple(_surgery(path, entry) for entry in told[SURGERIES]))
+    options = {str(name).replace("-", "_"): value for name, value in content.items() if name != SURGERIES}
+    return RecipeFile(options, tuple(_surgery(path, entry) for entry in content[SURGERIES]))
 
 
 def _parsed(text: str) -> object:
-    """As yaml.safe_load, which takes the last of keys that are there twice, and says nothing of it, and to which some
-    lines of aliases of aliases are gigabytes."""
+    """As yaml.safe_load, but without aliases, of which a few lines can be gigabytes, and without duplicate keys."""
     import yaml
 
     loader = yaml.SafeLoader(text)
@@ -77,7 +84,7 @@ def _parsed(text: str) -> object:
         if isinstance(node, yaml.SequenceNode):
             nodes += node.value
         if isinstance(node, yaml.MappingNode):
-            nodes += [its for pair in node.value for its in pair]
+            nodes += [child for pair in node.value for child in pair]
             _refuse_twice([key for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
     return loader.construct_document(root) if root else None
 
@@ -104,8 +111,14 @@ def _surgery(path: Path, entry: object) -> tuple[str, Mapping[str, Any]]:
 
 
 def steps_of(recipe: RecipeFile, *, batch_size: int, seed: int) -> tuple[Step, ...]:
-    """The surgeries, made. A setting is of the strategy or of the fine-tuning after it, which has no steps unless they
-    are given; `finetune` alone has 1,000. Raises CodebookError for what is neither, or not of its type."""
+    """The surgeries as steps of a chain.
+
+    A setting is of the strategy or of the fine-tuning after it, which has no steps unless they are set; `finetune`
+    alone has 1,000.
+
+    Raises:
+        CodebookError: A setting is neither, or not of its type.
+    """
     return tuple(_step(command, settings, batch_size, seed) for command, settings in recipe.surgeries)
 
 
@@ -130,7 +143,7 @@ def _step(command: str, settings: Mapping[str, Any], batch_size: int, seed: int)
 
 
 def without_nothing(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as a recipe holds them: those that are set, of types that YAML has. 0 is set: no workers, say."""
+    """Options as a recipe stores them: those that are set, of types that YAML has. 0 is set: no workers, say."""
     nothing = (value is None or value is False or value in ((), []) for value in options.values())
     return {name: _plain(options[name]) for name, empty in zip(options, nothing, strict=True) if not empty}
 

@@ -25,7 +25,11 @@ _MOST_WORKERS = 1024
 
 
 def parse_range(text: str) -> tuple[float, float]:
-    """ "0,1": the lowest and the highest value of an image. Raises CodebookError for other texts."""
+    """The lowest and the highest value of an input, from "0,1".
+
+    Raises:
+        CodebookError: The text is not two numbers.
+    """
     try:
         low, high = (float(number) for number in text.split(","))
     except ValueError:
@@ -35,14 +39,17 @@ def parse_range(text: str) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Request:
-    """A model, its data, and how it is to be worked on. A field with an Option is typed under its name.
+    """A model, its data, and how to work on them. A field with an Option is typed under its name.
 
     Attributes:
         model: A file or directory; None for the bundled demo.
-        typed: By a user, whose model is not to be trained on the bundled sample.
-        sample: Whether the bundled sample is the data of the model, as it is of the demo.
-        exhibit: Whether a few test images are kept for a page, as each stage reconstructs them.
+        gallery: Whether a few test images are kept for a page, with their reconstruction in each phase.
+        sample: Whether the bundled sample is data of the model, as it is of the demo.
+        typed: Whether a user asks, whose model must not be trained on the bundled sample.
         wrapped: A module in memory, in place of a file.
+
+    Raises:
+        CodebookError: A number is out of range.
     """
 
     model: Path | None = None
@@ -192,7 +199,7 @@ class Request:
             "Keep the latents of the calibration data there: the next run reads them.", metavar="DIR", panel="Running"
         ),
     ] = None
-    exhibit: bool = False
+    gallery: bool = False
     sample: bool = False
     typed: bool = False
     wrapped: Wrapped | None = None
@@ -213,7 +220,11 @@ class Request:
 
     @property
     def stated(self) -> dict[str, str]:
-        """What is said of tensors beside a codebook, by key. Raises CodebookError where a role is none."""
+        """The stated roles of tensors beside a codebook, by key.
+
+        Raises:
+            CodebookError: A role is unknown.
+        """
         from codebook_tools.models.ema_state import GIVEN
 
         said = dict.fromkeys(self.as_stored, AS_STORED)
@@ -226,9 +237,10 @@ class Request:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The model's file, opened once, with what is said of its tensors.
+        """The model's file, opened once, with the stated roles of its tensors.
 
-        Raises CodebookError where it has no such tensor.
+        Raises:
+            CodebookError: It cannot be read, or lacks a tensor that a role is stated of.
         """
         checkpoint = self.wrapped.checkpoint() if self.wrapped else read_checkpoint(self.source)
         stated = self.stated
@@ -245,11 +257,15 @@ class Request:
 
     @property
     def trainable(self) -> bool:
-        """Whether there are data that the model may be trained on: its own, not a sample of others."""
+        """Whether there are data that the model may be trained on: its own, not the bundled sample."""
         return not (self.latents or self.stats) and bool(self.data or self.knows_sample)
 
     def require_trainable(self, steps: int) -> None:
-        """Raise CodebookError where a user's model would be trained on the bundled sample."""
+        """Check that a fine-tuning of so many steps has data of the model's own.
+
+        Raises:
+            CodebookError: A user's model would be trained on the bundled sample.
+        """
         if self.typed and steps and not (self.data or self.knows_sample or self.latents or self.stats):
             raise CodebookError(
                 f"{steps} steps of fine-tuning need data of the model's own: give some with --data; the bundled sample "
@@ -258,11 +274,12 @@ class Request:
 
     @property
     def source(self) -> Path:
+        """Path of the model; of a wrapped module, the name of its class."""
         return Path(self.wrapped.name) if self.wrapped else self.model or DEMO
 
     @property
     def read(self) -> tuple[Path, ...]:
-        """All that is named to be read."""
+        """All paths that are named to be read."""
         stats = () if self.stats is None else (self.stats,)
         return (
             self.source,

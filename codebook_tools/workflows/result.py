@@ -1,4 +1,4 @@
-"""What a command ends in: its result, where that goes, and what the written file says of itself."""
+"""The result of a command, the path of its output, and the metadata of the written file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from codebook_tools.models.proof import Proof
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.training.finetune import FineTune, FineTuned, TracePoint
-from codebook_tools.workflows.gallery import Shown
+from codebook_tools.workflows.gallery import GalleryImage
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.target import Target
 
@@ -30,10 +30,10 @@ class ResultHeader:
 
     Attributes:
         command: As the command line has it.
-        model: The path that was named.
+        model: Path of the model.
         family: Of the model's layout, or "custom".
-        settings: What was asked for, chosen and found out.
-        seed: Of all that was drawn.
+        settings: All that was asked for, chosen or detected.
+        seed: Of everything that was drawn.
         warnings: A line each.
         outputs: Paths of what was written, by what it is.
         seconds: By phase, and in total.
@@ -90,12 +90,14 @@ class Result(ResultHeader):
     """What was measured or done.
 
     Attributes:
-        before: Measured on the test data, as are `surgery` and `finetuned`; None where there is no such stage.
-        kept: The stage that the written file holds; None where none was written.
-        trace: Of the fine-tuning.
-        bytes: Of weights, and what a codebook that was rounded to few bits would pack to.
-        shown: For a page, not in the JSON.
-        proof: How the figures were held against the model that loads the file.
+        before: Figures on the test data; None where nothing is known of it.
+        surgery: Figures after the surgery; None without one.
+        finetuned: Figures after fine-tuning; None without it.
+        kept: The phase that the written file holds; None where none was written.
+        trace: History of the fine-tuning.
+        bytes: Of weights, "before" and "after"; "packed" is what a codebook rounded to few bits would pack to.
+        gallery: Test images for a page; not in the JSON.
+        proof: How the figures were compared with the model that loads the file.
     """
 
     before: Measurement | None
@@ -105,24 +107,34 @@ class Result(ResultHeader):
     trace: tuple[TracePoint, ...] = ()
     outputs: Mapping[str, str | None] = field(default_factory=lambda: dict.fromkeys(("model", "index_map", "report")))
     bytes: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(("before", "after")))
-    shown: tuple[Shown, ...] = ()
+    gallery: tuple[GalleryImage, ...] = ()
     proof: Proof | None = None
 
     json_keys = ("command", *SUBJECT, "kept", "trace", "outputs", "bytes", "seconds", "version", "proof", "stages")
 
     @property
     def stages(self) -> dict[str, Measurement | None]:
+        """Figures on the test data by phase; None where there is no such phase."""
         return {"before": self.before, "surgery": self.surgery, "finetuned": self.finetuned}
 
     @property
     def kept_stage(self) -> Measurement | None:
-        """Of what the written file holds; None where nothing was measured."""
+        """Figures of what the written file holds; None where nothing was measured."""
         return self.stages[self.kept or "before"]
 
 
 def check_request_output(request: Request, command: str, size: int | None) -> Path:
-    """Where the result goes. Raises CodebookError where that cannot be written, has no layout that is, or would replace
-    the model; and where the model's config refuses `size` codes (None or 0: not known yet). The first process looks."""
+    """The path of the output, once it is checked by the first process.
+
+    Args:
+        request: The model, its data and the output.
+        command: As the command line has it.
+        size: Codes that there will be; None or 0 where that is not known yet.
+
+    Raises:
+        CodebookError: It cannot be written, has no known layout, or would replace something; or the model's config
+            refuses so many codes.
+    """
     return distributed.by_first(lambda: _checked_output(request, command, size))
 
 
@@ -138,13 +150,13 @@ def _checked_output(request: Request, command: str, size: int | None) -> Path:
 
 
 def asked_size(strategy: Strategy | None, old: int) -> int | None:
-    """Codes that there will be, where that is known before anything is counted. old: without a strategy, as many."""
+    """Codes that there will be, where that is known before anything is counted; without a strategy, `old`."""
     asked: int | None = getattr(strategy, "k", None) or getattr(strategy, "keep", None)
     return asked if strategy else old
 
 
 def request_output(request: Request, command: str, size: int) -> Path:
-    """The one asked for, or one beside the model; the bundled demo's goes into the current folder."""
+    """The path asked for, or one beside the model; the bundled demo's is in the current folder."""
     if request.output is not None:
         return request.output
     folder = None if request.model else Path()
@@ -152,7 +164,7 @@ def request_output(request: Request, command: str, size: int) -> Path:
 
 
 def settings_of(thing: Strategy | FineTune | None) -> dict[str, object]:
-    """The printed fields of a dataclass."""
+    """The fields of a dataclass that its repr has; none of what is no dataclass."""
     if thing is None or not is_dataclass(thing):
         return {}
     return {entry.name: getattr(thing, entry.name) for entry in fields(thing) if entry.repr}
@@ -161,9 +173,15 @@ def settings_of(thing: Strategy | FineTune | None) -> dict[str, object]:
 def provenance_of(
     command: str, target: Target, sizes: Mapping[str, int], kept: str, tuned: FineTuned | None, stages: Iterable[int]
 ) -> dict[str, str]:
-    """What the written file says of a surgery on `target`.
+    """The metadata of the file that a surgery on `target` writes.
 
-    sizes: new codes by codebook key, in the order of the stages. stages: the codebooks that were operated on.
+    Args:
+        command: As the command line has it.
+        target: The codebooks, their file and the settings.
+        sizes: New codes by key of the codebook, in the order of the stages.
+        kept: The phase that is written.
+        tuned: The fine-tuning; None without one.
+        stages: Indices of the codebooks that were operated on.
     """
     checkpoint = target.model.checkpoint
     private = {"data", "test_data", "stats", "latents", "images", "device", "network"}
@@ -190,9 +208,16 @@ def provenance(
     tensors: Iterable[str],
     original: Checkpoint,
 ) -> dict[str, str]:
-    """What every written file says of itself: no times and no paths, so that the same work gives the same bytes.
+    """The metadata of every written file: no times and no paths, so that the same work gives the same bytes.
 
-    groups, tensors: what was trained.
+    Args:
+        command: As the command line has it.
+        settings: That json can write.
+        sizes: New codes by key of the codebook.
+        kept: The phase that is written.
+        groups: Names of the networks that were trained.
+        tensors: Keys of the tensors that were trained.
+        original: The checkpoint before the surgery.
     """
     return {
         "command": command,

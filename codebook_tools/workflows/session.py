@@ -1,4 +1,4 @@
-"""From what the user names to what can be worked on: a model on its device, and its images by split."""
+"""From a request to a model on its device, and its data by split."""
 
 from __future__ import annotations
 
@@ -33,10 +33,18 @@ UNSEEN = "no --data: the calibration data are two photographs that the model may
 
 
 def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> Opened:
-    """Read model and data, and find out channels, stride and input range. Raises CodebookError for all that is amiss.
+    """Read model and data, and find channels, stride and input range.
 
-    measuring: only the test split is needed, and explicit test data alone will do. Of several processes each sees its
-    part of both splits.
+    Args:
+        request: The model and its data.
+        watch: Progress and seconds by phase.
+        measuring: Whether the test split alone is needed, so that explicit test data are enough.
+
+    Returns:
+        Model and data; with several processes, each passes over its part of both splits.
+
+    Raises:
+        CodebookError: Something cannot be read, or does not fit.
     """
     with watch.phase("load"):
         checkpoint = request.checkpoint
@@ -66,9 +74,9 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
                 distributed.part(),
                 workers=workers,
                 pinned=runs_ahead,
-                mixing=request.channels or (None if given else MIX),  # the sample is in whatever channels are asked for
+                mixing=request.channels or (None if paths else MIX),  # the sample is in whatever channels are asked for
             )
-            for items, given in (
+            for items, paths in (
                 (splits.calibration, request.data),
                 (splits.test, request.test_data or request.data),
             )
@@ -93,7 +101,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         asks = model.family == CUSTOM
         more, opened.agreed = settle(model, opened.few if asks else [], request.metric)
     opened.warnings += uninitialized(checkpoint, opened.codebooks)
-    opened.warnings += [twin_warning(found.places, "") for found in opened.codebooks if found.also]
+    opened.warnings += [twin_warning(book.places, "") for book in opened.codebooks if book.also]
     opened.warnings += more
     opened.settings |= {
         "data": [str(one) for one in request.data] or ([SAMPLE] if splits.calibration else []),
@@ -109,7 +117,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
 
 
 def _helpful_workers() -> int:
-    """Its share of the cores for each process that torchrun started here, and no more than keep a GPU busy."""
+    """The share of the cores of each process that torchrun started here, and no more than keep a GPU busy."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
@@ -124,7 +132,7 @@ def _splits(request: Request, modality: Modality, measuring: bool) -> Splits:
 
 
 def _choose_input_range(request: Request, opened: Opened) -> None:
-    """The range given, or the one in which a few calibration items are reconstructed best, where there are several."""
+    """Take the range of the request, or the one in which a few calibration items are reconstructed best."""
     model = opened.model
     if len(model.modality.input_ranges) == 1:
         return
@@ -146,9 +154,9 @@ def _choose_input_range(request: Request, opened: Opened) -> None:
 
 
 def _better_range(opened: Opened) -> list[str]:
-    """What to warn of where a few images come back much better in another range than the one that was typed."""
+    """A warning where a few images come back much better in another range than the one that was typed."""
     model, media = opened.model, opened.calibration if len(opened.calibration) else opened.test
-    _, pixels = media.load(limited(media.items, _COMPARED, seed=0))  # neighbours in name are often alike
+    _, pixels = media.load(limited(media.items, _COMPARED, seed=0))  # neighbors in name are often alike
     if not len(pixels):
         return []
     own = model.input_range
@@ -171,9 +179,10 @@ def _shown(bounds: tuple[float, float]) -> str:
 
 
 def prove_request(request: Request, watch: Watch) -> Proof:
-    """Hold a file against the network that loads it, on the data that are asked for.
+    """Compare a file with the network that loads it, on the data of the request.
 
-    Raises CodebookError where the network cannot be made, or does not load the file, or disagrees with what is read.
+    Raises:
+        CodebookError: The network cannot be made, does not load the file, or disagrees with what is read.
     """
     opened = open_request(request, watch, measuring=True)
     with watch.phase("measure"):

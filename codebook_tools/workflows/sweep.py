@@ -37,8 +37,14 @@ PAYS = 0.025
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(ResultHeader):
-    """The result of `sweep`. points: surgeries, Re-Fit first, by falling price and rising K. effective_dimension: of
-    the latents, by the slope of Re-Fit's distortion over K; None of one K. suggested_k: one of those asked for."""
+    """The result of `sweep`.
+
+    Attributes:
+        points: Surgeries: Re-Fits by rising K, then one for each price, then prune and quantize.
+        effective_dimension: Of the latents, by the slope of Re-Fit's distortion over K; None of one K.
+        suggested_k: One of those asked for.
+        reason: Why, in a sentence.
+    """
 
     points: tuple[Row, ...]
     effective_dimension: float | None
@@ -59,16 +65,26 @@ class Sweep(ResultHeader):
         return f"{self.suggested_k} codes suffice: {self.reason}"
 
     def to_json(self) -> dict[str, Any]:
+        """The promised keys."""
         points = [{name: row.to_json()[name] for name in ("strategy", "k", "stages")} for row in self.points]
         return super().to_json() | {"points": points}
 
 
 def sweep(request: Request, sizes: Sequence[int], prices: Sequence[float], folder: Path, watch: Watch) -> Sweep:
-    """Re-Fit to each of `sizes`, each from the one before; prune and quantize, where they can; and an
-    entropy-constrained Re-Fit of the most codes for each price of a bit, in variances of the latents.
+    """Re-Fit to each size, from the codes of the size before; prune and quantize, where they can.
 
-    Rows go to folder/rows.json one by one, and those found there, made with the same model, data, settings and version,
-    are not measured again; folder/table.md is the table of all. Raises CodebookError where Re-Fit can be done to none.
+    Rows go to folder/rows.json one by one, and those that are there, of the same model, data, settings and version, are
+    not measured again; folder/table.md is the table of all.
+
+    Args:
+        request: The model and its data.
+        sizes: Numbers of codes to try.
+        prices: Of a bit, in variances of the latents: for each an entropy-constrained Re-Fit of the largest size.
+        folder: For the rows and the table; made where it is missing.
+        watch: Progress and seconds by phase.
+
+    Raises:
+        CodebookError: Re-Fit is possible at none of the sizes, or the folder cannot be written.
     """
     distributed.require_one("sweep")
     sizes = sorted(set(sizes))
@@ -76,17 +92,17 @@ def sweep(request: Request, sizes: Sequence[int], prices: Sequence[float], folde
         raise CodebookError("no size to try; name some, such as --k 16,32,64,128")
     check_folder(folder)
     store, opened = RowStore(folder), open_request(request, watch)
-    seen = calibrate(opened, watch)
-    opened.warnings += seen.first.remarks(exact=False)
-    points = _swept(opened, seen, sizes, prices, store, watch)
+    calibration = calibrate(opened, watch)
+    opened.warnings += calibration.first.remarks(exact=False)
+    points = _swept(opened, calibration, sizes, prices, store, watch)
     curve = {row.k: _surgery(row) for row in points if row.strategy == "refit"}
     if not curve:
         raise CodebookError(f"Re-Fit can be done to none of {sizes}: {opened.warnings[-1]}")
     suggested, reason = suggest(curve)
-    left = {k: found.codebooks[0].distortion for k, found in curve.items()}
+    left = {k: result.codebooks[0].distortion for k, result in curve.items()}
     table = folder / "table.md"
     opened.settings |= {"k": sizes, "lambda": [*prices]}
-    found = Sweep(
+    result = Sweep(
         **header("sweep", opened),
         points=tuple(points),
         effective_dimension=metrics.effective_dimension(left) if len(left) > 1 else None,
@@ -95,17 +111,21 @@ def sweep(request: Request, sizes: Sequence[int], prices: Sequence[float], folde
         outputs={"rows": str(store.path), "table": str(table)},
         seconds=watch.seconds,
     )
-    write_text(table, markdown(found))
-    return found
+    write_text(table, markdown(result))
+    return result
 
 
 def suggest(curve: Mapping[int, Measurement]) -> tuple[int, str]:
-    """The smallest K of which no larger one lowers the error by `PAYS` for each doubling, and why.
+    """The smallest K of which no larger one lowers the error by `PAYS` for each doubling.
 
-    curve: Re-Fit by K, rising. Where nothing was reconstructed, it is the distortion.
+    Args:
+        curve: Figures of Re-Fit by K, rising. Where nothing was reconstructed, distortions count in place of errors.
+
+    Returns:
+        K, and why.
     """
-    what = "error" if all(found.mse is not None for found in curve.values()) else "distortion"
-    left = {k: found.error if what == "error" else found.codebooks[0].distortion for k, found in curve.items()}
+    what = "error" if all(measured.mse is not None for measured in curve.values()) else "distortion"
+    left = {k: measured.error if what == "error" else measured.codebooks[0].distortion for k, measured in curve.items()}
     for (k, now), (more, then) in pairwise(left.items()):
         gain = 1 - (then / now) ** (1 / math.log2(more / k)) if now > 0 else 0.0
         if gain < PAYS:
@@ -117,52 +137,57 @@ def suggest(curve: Mapping[int, Measurement]) -> tuple[int, str]:
     return k, f"up to {k} codes, the most there are, each doubling lowers the {what} by {PAYS:.1%} or more"
 
 
-def sweep_rows(found: Sweep) -> list[tuple[str, ...]]:
+def sweep_rows(result: Sweep) -> list[tuple[str, ...]]:
     """The headings and the cells of a table, a line for each point."""
     head = ("strategy", "K", "used", "perplexity", "bits", "distortion", "mse", "coverage")
-    return [head, *(_cells(row) for row in found.points)]
+    return [head, *(_cells(row) for row in result.points)]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    found = _surgery(row)
-    use = found.codebooks[0]
-    mse = "–" if found.mse is None else f"{found.mse:.6f}"
+    measured = _surgery(row)
+    use = measured.codebooks[0]
+    mse = "–" if measured.mse is None else f"{measured.mse:.6f}"
     coverage = "–" if use.coverage is None else f"{use.coverage:.3f}"
     figures = (f"{use.perplexity:.1f}", f"{use.bits:.2f}", f"{use.distortion:.4g}", mse, coverage)
     return (row.strategy, str(row.k), str(use.used), *figures)
 
 
-def markdown(found: Sweep) -> str:
-    """The table in Markdown, and under it what is suggested."""
-    return f"{in_markdown(sweep_rows(found))}\n{found.headline}.\n"
+def markdown(result: Sweep) -> str:
+    """The table in Markdown, and the suggestion below it."""
+    return f"{in_markdown(sweep_rows(result))}\n{result.headline}.\n"
 
 
 def _surgery(row: Row) -> Measurement:
-    found = row.stages["surgery"]
-    assert found is not None
-    return found
+    measurement = row.stages["surgery"]
+    assert measurement is not None
+    return measurement
 
 
 def _swept(
-    opened: Opened, seen: Calibration, sizes: Sequence[int], prices: Sequence[float], store: RowStore, watch: Watch
+    opened: Opened,
+    calibration: Calibration,
+    sizes: Sequence[int],
+    prices: Sequence[float],
+    store: RowStore,
+    watch: Watch,
 ) -> list[Row]:
-    """All rows that can be done. One that cannot is a warning."""
+    """All rows that can be made. One that cannot is a warning."""
     model, seed = opened.model, opened.request.seed
     books, latents = model.books, encoder_latents(opened)
     before, rows = measure_stage(opened, latents, watch), list[Row]()
-    now, placed = seen, books  # by the last Re-Fit
-    for name, strategy in _strategies(sizes, prices, seed, _in_use(seen)):
-        goes_on = now is not seen and name.startswith("refit")
+    now, placed = calibration, books  # by the last Re-Fit
+    for name, strategy in _strategies(sizes, prices, seed, _in_use(calibration)):
+        goes_on = now is not calibration and name.startswith("refit")
         model.books = placed if goes_on else books
         hashed = made_with(opened, {"strategy": [name, settings_of(strategy)], "sizes": sizes, "seed": seed})
         since = watch.seconds["strategy"]
         try:
-            perform(opened, strategy, now if goes_on else seen, watch)
+            perform(opened, strategy, now if goes_on else calibration, watch)
         except CodebookError as error:
             opened.warnings.append(f"{name}: {error}")
             continue
         if name == "refit":
-            now, placed = _as_it_is(opened, seen, watch), model.books
+            now, placed = _as_it_is(opened, calibration, watch), model.books
         size = opened.size
         row = store.find(name, size, seed, hashed)
         if row is None:
@@ -176,7 +201,7 @@ def _swept(
 
 
 def _strategies(sizes: Sequence[int], prices: Sequence[float], seed: int, used: int) -> Iterator[tuple[str, Strategy]]:
-    """Re-Fits go on from the codes of the one before. used: of the codebook as it is."""
+    """Names and strategies in order; a Re-Fit starts from the codes of the one before. used: before any surgery."""
     for i, k in enumerate(sizes):
         yield "refit", Refit(k, init="used" if i else "kmeans++", seed=seed)
     for price in prices:
@@ -186,12 +211,12 @@ def _strategies(sizes: Sequence[int], prices: Sequence[float], seed: int, used: 
     yield from (("quantize", Quantize(k=k, seed=seed)) for k in fewer)
 
 
-def _in_use(seen: Calibration) -> int:
-    return int((seen.first.counts > 0).sum())
+def _in_use(calibration: Calibration) -> int:
+    return int((calibration.first.counts > 0).sum())
 
 
-def _as_it_is(opened: Opened, seen: Calibration, watch: Watch) -> Calibration:
-    """The calibration data as the model sees them now that its codes have moved."""
-    tokens = current_tokens(opened, seen, True, watch)
-    its = tokens[opened.model.chosen[0]]
-    return Calibration(replace(seen.first, counts=its.counts, codes=its.sample), tokens)
+def _as_it_is(opened: Opened, calibration: Calibration, watch: Watch) -> Calibration:
+    """The calibration data with the codes that have moved since."""
+    tokens = current_tokens(opened, calibration, True, watch)
+    tokens_of_first = tokens[opened.model.chosen[0]]
+    return Calibration(replace(calibration.first, counts=tokens_of_first.counts, codes=tokens_of_first.sample), tokens)

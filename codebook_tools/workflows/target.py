@@ -36,10 +36,10 @@ class Target(ABC):
     """Codebooks, and where their latents and counts come from.
 
     Attributes:
-        request: What was asked for.
-        model: The codebooks and the file that they lie in. Without a network it is one of no tensors.
+        request: The model and its data.
+        model: The codebooks and their file. Without a network it has no tensors.
         warnings: For the user, in the order in which they came up.
-        settings: What was chosen or found out, for the JSON.
+        settings: All that was asked for, chosen or detected, for the JSON.
     """
 
     request: Request
@@ -49,7 +49,7 @@ class Target(ABC):
 
     @property
     def codebooks(self) -> list[FoundCodebook]:
-        """Where each codebook lies in the file, and how large it is there."""
+        """Key, axis and size of each codebook in the file."""
         return [book.stored for book in self.model.books]
 
     @property
@@ -58,14 +58,14 @@ class Target(ABC):
         return max(self.model.books[stage].codebook.size for stage in self.model.chosen)
 
     def bytes_at(self, size: int) -> int:
-        """Of the model's file, were the codebooks that are operated on of that size; but for metadata."""
+        """Bytes of the model's file with the codebooks that are operated on at that size, without metadata."""
         checkpoint = self.model.checkpoint
         books = [self.codebooks[stage] for stage in self.model.chosen]
         return checkpoint.nbytes + sum(added_bytes(checkpoint, book, size) for book in books)
 
     @abstractmethod
     def survey(self, stage: int, watch: Watch) -> Survey:
-        """Counts, and a sample, of the calibration latents that meet the codebook `stage`."""
+        """Counts, and a sample, of the calibration latents that reach the codebook `stage`."""
 
     def tokens(self, watch: Watch) -> tuple[Tokens, ...]:
         """The tokens of the calibration data, of each codebook."""
@@ -74,7 +74,11 @@ class Target(ABC):
 
     @abstractmethod
     def all_latents(self, stage: int, survey: Survey) -> Latents:
-        """Those that were surveyed. Raises CodebookError where they cannot be read again."""
+        """All calibration latents that were surveyed.
+
+        Raises:
+            CodebookError: They cannot be read again.
+        """
 
     @abstractmethod
     def reference_latents(self, stage: int) -> Tensor | None:
@@ -82,18 +86,18 @@ class Target(ABC):
 
     @abstractmethod
     def sums(self, references: Sequence[Tensor | None], watch: Watch) -> Sums:
-        """What a measurement of the codebooks as they are adds up. references: `reference_latents` of each codebook."""
+        """The sums of a measurement of the codebooks as they are. references: `reference_latents` of each codebook."""
 
     @abstractmethod
     def measurement(self, sums: Sums) -> Measurement | None:
-        """What those sums say; None where nothing is known of the use of the codebooks."""
+        """The figures of those sums; None where nothing is known of the use of the codebooks."""
 
     def media(self) -> list[Tensor]:
         """Batches that a proof of the written file needs."""
         return []
 
     def of_data(self) -> list[str]:
-        """What the passes over data brought to light, as warnings."""
+        """Warnings of the passes over data."""
         return []
 
     def reference_distances(self, references: Sequence[Tensor | None]) -> list[float | None]:
@@ -110,9 +114,9 @@ class Opened(Target):
 
     Attributes:
         splits: The items of the data.
-        calibration: Of `splits`, those for training and validation.
-        test: Those that figures are of.
-        agreed: How far the network's own quantizer chose the codes that we do, where it was asked.
+        calibration: The items for training and validation.
+        test: The items that figures are of.
+        agreed: How far the network's own quantizer chose the same codes, where it was asked.
     """
 
     splits: Splits
@@ -138,7 +142,7 @@ class Opened(Target):
         return batches
 
     def latents(self, stage: int) -> EncodedLatents | CachedLatents:
-        """All calibration latents that meet the codebook `stage`."""
+        """All calibration latents that reach the codebook `stage`."""
         request, model = self.request, self.model
         return cached(request.latents_cache, model.latents(self.calibration, request.batch_size, stage), model, stage)
 
@@ -148,7 +152,7 @@ class Opened(Target):
             return survey(self.latents(stage), codebook, seed=self.request.seed, watch=watch)
 
     def tokens(self, watch: Watch) -> tuple[Tokens, ...]:
-        """Those that the model chooses as it is now."""
+        """The tokens that the model as it is chooses."""
         request = self.request
         with watch.phase("encode"):
             return tokenize(self.model, self.calibration, seed=request.seed, batch=request.batch_size, watch=watch)
@@ -184,7 +188,7 @@ class Opened(Target):
         return {name: reason for bad in parts for name, reason in bad.items()}
 
     def of_data(self) -> list[str]:
-        """Items left out, and sound beyond full scale."""
+        """Items left out, and audio beyond full scale."""
         many, warnings = self.model.modality.many, list[str]()
         if bad := self.unreadable():
             first = "; ".join(f"{name} ({bad[name]})" for name in sorted(bad)[:3])
@@ -195,8 +199,10 @@ class Opened(Target):
         return [*warnings, _beyond_warning(beyond, many)] if beyond else warnings
 
     def pass_once(self) -> None:
-        """Where calibration data are read once and test data twice, keep none of those and little of these: memory
-        must not grow with the data."""
+        """Limit what is cached of data, where calibration data are read once and test data twice.
+
+        Memory must not grow with the data.
+        """
         self.calibration.keep(0)
         self.test.keep(_LITTLE)
         self.model.kept.limit = _LITTLE

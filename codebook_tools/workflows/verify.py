@@ -1,4 +1,4 @@
-"""A written checkpoint and its index map, held against the original: only what may differ differs."""
+"""A written checkpoint and its index map, compared with the original: only what may differ differs."""
 
 from __future__ import annotations
 
@@ -34,11 +34,19 @@ from codebook_tools.workflows.model_card import CARD
 def verify_checkpoint(
     model: Path, against: Path, maps: Sequence[Path] = (), prove: Callable[[], Proof] | None = None
 ) -> Verification:
-    """Check `model`, written by this package, against the original. maps: none for the one beside it.
+    """Check a checkpoint that this package wrote against the original.
 
-    A prior that was remapped is held against the original prior and the maps that it followed. prove: holds the file
-    against the network that loads it, and raises where that does not agree. Raises CodebookError where a file is
-    missing or unsound, or the checkpoint was not written by this package.
+    A prior that was remapped is compared with the original prior and the maps that it followed.
+
+    Args:
+        model: The checkpoint that was written.
+        against: The original.
+        maps: Index maps; empty for the one beside the checkpoint.
+        prove: Compares the file with the network that loads it, and raises CodebookError where they disagree; None to
+            look at the files alone.
+
+    Raises:
+        CodebookError: A file is missing or unsound, or the checkpoint was not written by this package.
     """
     written, original = read_checkpoint(model), read_checkpoint(against)
     proof = None
@@ -56,13 +64,13 @@ def verify_checkpoint(
 
 
 def verify_alone(model: Path, prove: Callable[[], Proof]) -> Verification:
-    """Hold any file against the network that loads it, without an original."""
+    """Compare any file with the network that loads it, without an original."""
     proof, differences = proved(prove)
     return Verification(str(model), "", "", differences, proof)
 
 
 def proved(prove: Callable[[], Proof]) -> tuple[Proof | None, tuple[Difference, ...]]:
-    """What the network that loads a file says of it, and what is wrong."""
+    """The proof, or None and why there is none."""
     try:
         return prove(), ()
     except CodebookError as error:
@@ -77,12 +85,12 @@ def _differences(written: Checkpoint, original: Checkpoint, maps: Checkpoint) ->
     yield from _tensors(written, original, books)
     yield from _map_names(maps, books)
     yield from _twins(written, original, books)
-    for found in books:
-        yield from _book(written, original, maps, found)
+    for book in books:
+        yield from _book(written, original, maps, book)
 
 
 def _books(written: Checkpoint, original: Checkpoint) -> Iterator[FoundCodebook]:
-    """Where the codebooks that the written file names lie in the original."""
+    """The codebooks that the written file names, as they are in the original."""
     keys = listed(written, "codebooks")
     if not keys:
         raise CodebookError(f"{written.path} says nothing of a surgery: it was not written by codebook-tools")
@@ -155,25 +163,25 @@ def _config(written: Checkpoint, original: Checkpoint, books: list[FoundCodebook
 
 
 def _beside(written: Checkpoint, original: Checkpoint) -> Iterator[Difference]:
-    """What goes along from directory to directory is the original's, but for the card, which people write on."""
+    """Files that go along from directory to directory are the original's, except the card, which people edit."""
     if written.folder is None or original.folder is None:
         return
     for path in split_others(original.folder, original.files)[0]:
-        its = written.folder / path.name
-        if path.name != CARD and not (its.is_file() and its.read_bytes() == path.read_bytes()):
-            yield Difference(path.name, "changed" if its.is_file() else "missing")
+        other = written.folder / path.name
+        if path.name != CARD and not (other.is_file() and other.read_bytes() == path.read_bytes()):
+            yield Difference(path.name, "changed" if other.is_file() else "missing")
 
 
-def _shape(written: Checkpoint, found: FoundCodebook) -> tuple[int, ...]:
-    return written.entries[found.key].shape if found.key in written.entries else ()
+def _shape(written: Checkpoint, book: FoundCodebook) -> tuple[int, ...]:
+    return written.entries[book.key].shape if book.key in written.entries else ()
 
 
-def _size(written: Checkpoint, original: Checkpoint, found: FoundCodebook) -> int:
+def _size(written: Checkpoint, original: Checkpoint, book: FoundCodebook) -> int:
     """Codes in the written file: its rows without as much padding as the original has. Of another layout: -1."""
-    shape = _shape(written, found)
-    if len(shape) != len(original.entries[found.key].shape):
+    shape = _shape(written, book)
+    if len(shape) != len(original.entries[book.key].shape):
         return -1
-    return shape[found.axis] - effective(found, original.shapes).padding
+    return shape[book.axis] - effective(book, original.shapes).padding
 
 
 def _tensors(written: Checkpoint, original: Checkpoint, books: list[FoundCodebook]) -> Iterator[Difference]:
@@ -203,25 +211,25 @@ def _map_names(maps: Checkpoint, books: list[FoundCodebook]) -> Iterator[Differe
         )
 
 
-def _book(written: Checkpoint, original: Checkpoint, maps: Checkpoint, found: FoundCodebook) -> Iterator[Difference]:
+def _book(written: Checkpoint, original: Checkpoint, maps: Checkpoint, book: FoundCodebook) -> Iterator[Difference]:
     """Sizes agree everywhere, companions follow their codes, and codes that kept their identity kept their numbers."""
-    shape = _shape(written, found)
+    shape = _shape(written, book)
     if not shape:
-        return  # told of already
-    size = _size(written, original, found)
-    before = original.entries[found.key].shape
-    wanted = tuple(before[axis] - found.size + size if axis == found.axis else n for axis, n in enumerate(before))
+        return  # reported already
+    size = _size(written, original, book)
+    before = original.entries[book.key].shape
+    wanted = tuple(before[axis] - book.size + size if axis == book.axis else n for axis, n in enumerate(before))
     if shape != wanted:
-        yield Difference(found.key, f"shape {shape}, of which only axis {found.axis} may differ from the original's")
+        yield Difference(book.key, f"shape {shape}, of which only axis {book.axis} may differ from the original's")
         return
-    yield from _companions(written, original, found, size)
-    names = (f"{found.key}/index_map", f"{found.key}/nearest")
+    yield from _companions(written, original, book, size)
+    names = (f"{book.key}/index_map", f"{book.key}/nearest")
     if any(name not in maps.entries or maps.entries[name].dtype != "I64" for name in names):
         return
     index_map, nearest = (maps.tensor(name) for name in names)
     for name, tensor, least in ((names[0], index_map, REMOVED), (names[1], nearest, 0)):
-        if tuple(tensor.shape) != (found.size,):
-            yield Difference(name, f"shape {tuple(tensor.shape)} for {found.size} old codes")
+        if tuple(tensor.shape) != (book.size,):
+            yield Difference(name, f"shape {tuple(tensor.shape)} for {book.size} old codes")
             return
         if bool(((tensor < least) | (tensor >= size)).any()):
             yield Difference(name, f"an entry outside {least} to {size - 1}")
@@ -231,35 +239,33 @@ def _book(written: Checkpoint, original: Checkpoint, maps: Checkpoint, found: Fo
         yield Difference(names[1], "a code that kept its identity is not its own nearest")
     done = tuple(written.metadata.get(PREFIX + name) for name in ("command", "kept"))
     if done in {("prune", "surgery"), ("finetune", "before")}:
-        old, new = (
-            effective_rows(file, replace(found, size=n)) for file, n in ((original, found.size), (written, size))
-        )
+        old, new = (effective_rows(file, replace(book, size=n)) for file, n in ((original, book.size), (written, size)))
         moved, at = new[index_map[kept]], torch.zeros(size, dtype=torch.bool).index_fill_(0, index_map[kept], True)
         # Rows that are given out at unit length are stored so; what no old code became copies row 0, which one did.
-        same = any(torch.equal(moved, meant[kept]) for meant in (old, rounded(original, found, unit(old))))
-        if torch.equal(moved, old[kept]) and effective(found, original.shapes).kind == "rows":
+        same = any(torch.equal(moved, meant[kept]) for meant in (old, rounded(original, book, unit(old))))
+        if torch.equal(moved, old[kept]) and effective(book, original.shapes).kind == "rows":
             # To the last digit, of which float64 has more.
-            exact = exact_rows(written.tensor(found.key), replace(found, size=size))[index_map[kept]]
-            same = torch.equal(exact, exact_rows(original.tensor(found.key), found)[kept])
+            exact = exact_rows(written.tensor(book.key), replace(book, size=size))[index_map[kept]]
+            same = torch.equal(exact, exact_rows(original.tensor(book.key), book)[kept])
         if not same or not bool(at[0]) or not bool((new[~at] == new[:1]).all()):
-            yield Difference(found.key, "the codes are not the original's that the index map says were kept")
+            yield Difference(book.key, "the codes are not the original's that the index map says were kept")
 
 
-def _companions(written: Checkpoint, original: Checkpoint, found: FoundCodebook, size: int) -> Iterator[Difference]:
-    """What lies beside the codebook belongs to its codes; a tensor that is missing was told of already."""
+def _companions(written: Checkpoint, original: Checkpoint, book: FoundCodebook, size: int) -> Iterator[Difference]:
+    """The tensors beside the codebook belong to its codes; a missing tensor was reported already."""
     try:
-        companions = followers(replace(original, stated={**original.stated, **written.declared}), found)
+        companions = followers(replace(original, stated={**original.stated, **written.declared}), book)
     except CodebookError as error:
-        yield Difference(found.key, str(error))
+        yield Difference(book.key, str(error))
         return
     companions = tuple(one for one in companions if one.role is not Role.RECENT and one.key in written.entries)
     before = {one.key: original.tensor(one.key) for one in companions}
     after = {key: written.tensor(key) for key in before}
     weights = _weights(companions, after, size)
-    its = replace(found, size=size, form=None)
-    summed = effective(found, original.shapes).kind == "ratio"
-    codes = effective_rows(written, its) if summed else stored_rows(written.tensor(found.key), its)
-    meant = companion_values(found, companions, before, codes, torch.ones(size) if weights is None else weights)
+    resized = replace(book, size=size, form=None)
+    summed = effective(book, original.shapes).kind == "ratio"
+    codes = effective_rows(written, resized) if summed else stored_rows(written.tensor(book.key), resized)
+    meant = companion_values(book, companions, before, codes, torch.ones(size) if weights is None else weights)
     for one in companions:
         tensor, expected = after[one.key], meant[one.key]
         if tensor.shape != expected.shape:

@@ -41,7 +41,9 @@ from codebook_tools.workflows.target import Target
 def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
     """Whether the request is to be done on the codebooks alone.
 
-    Raises CodebookError where it would have to be, and the strategy needs more than it was given.
+    Raises:
+        CodebookError: It would have to be, and the strategy needs counts or latents that are missing; or options
+            exclude each other.
     """
     needs = getattr(strategy, "needs", "latents")
     if request.latents:
@@ -72,7 +74,7 @@ def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
 def books_without_images(
     request: Request, checkpoint: Checkpoint, strategy: Strategy | None = None
 ) -> list[FoundCodebook]:
-    """The codebooks that would be operated on: those named, else all; latents are one codebook's."""
+    """The codebooks that would be operated on: those named, else all; latents are of one codebook."""
     if request.latents or _takes_sample(request, strategy):
         return [with_twins(checkpoint, choose_codebook(checkpoint, request.codebook_key))]
     codebooks, taken = list[FoundCodebook](), set[str]()
@@ -84,7 +86,7 @@ def books_without_images(
 
 
 def _takes_sample(request: Request, strategy: Strategy | None) -> bool:
-    """Whether the latents that were kept with counts are looked at."""
+    """Whether the latents that were kept with counts are used."""
     return request.stats is not None and getattr(strategy, "needs", "latents") == "latents"
 
 
@@ -96,8 +98,8 @@ class FileTarget(Target):
         surveys: Of each codebook, counts and a sample of its calibration latents; counts alone, or zeros, where there
             is no more.
         calibration: Latents from files; None where there are none.
-        test: Those that figures are of.
-        stats: Of each codebook, what an earlier pass counted; none where there is no such pass.
+        test: Latents that figures are of; None where there are none.
+        stats: Of each codebook, the counts of an earlier pass; empty where there is none.
     """
 
     surveys: tuple[Survey, ...] = ()
@@ -109,7 +111,12 @@ class FileTarget(Target):
         return self.surveys[stage]
 
     def tokens_after(self, old: Sequence[Codebook], index_maps: Mapping[int, Tensor]) -> tuple[Tokens, ...]:
-        """By the codebooks as they are now: of the sample; without one, each old code's counts go with it."""
+        """Tokens by the codebooks as they are now: of the sample; without one, counts follow the index map.
+
+        Args:
+            old: Each codebook before the surgery.
+            index_maps: (old size,) int64 by index of the codebook.
+        """
         tokens = list[Tokens]()
         for stage, (known, book) in enumerate(zip(self.surveys, self.model.books, strict=True)):
             codes = nearest(known.sample.vectors, book.codebook)
@@ -135,7 +142,7 @@ class FileTarget(Target):
         return self.surveys[stage].sample.vectors[:POINTS]
 
     def sums(self, references: Sequence[Tensor | None], watch: Watch) -> Sums:
-        """Of the test latents; else what an earlier pass counted, by the codebooks as they were."""
+        """Of the test latents; without them, the counts of an earlier pass, by the codebooks as they were."""
         if self.test is None:
             images = self.stats[0].images if self.stats else 0
             return Sums(images, 0, Fraction(0), None, self._counted(self.stats))
@@ -164,9 +171,15 @@ class FileTarget(Target):
 
 
 def open_file(request: Request, watch: Watch, strategy: Strategy | None = None) -> FileTarget:
-    """The codebooks that are named, and all that is known of their latents. strategy: None to measure them.
+    """The codebooks that are named, and all that is known of their latents.
 
-    Raises CodebookError for all that is amiss.
+    Args:
+        request: The model, and latents or counts.
+        watch: Progress and seconds by phase.
+        strategy: None to measure them.
+
+    Raises:
+        CodebookError: Something cannot be read, or does not fit.
     """
     checkpoint = request.checkpoint
     with watch.phase("load"):
@@ -214,7 +227,7 @@ def _model(request: Request, checkpoint: Checkpoint, strategy: Strategy | None) 
 
 
 def _read_latents(target: FileTarget, watch: Watch) -> None:
-    """Open the files of latents and see those for calibration once."""
+    """Open the files of latents, and survey those for calibration."""
     request, codebook = target.request, target.model.books[0].codebook
     with watch.phase("load"):
         calibration = open_latents([Path(path) for path in request.latents], codebook.dim)
@@ -235,7 +248,7 @@ def _read_latents(target: FileTarget, watch: Watch) -> None:
 
 
 def _read_counts(target: FileTarget, strategy: Strategy | None) -> None:
-    """What an earlier pass counted, and the latents that were kept with it where the strategy looks at those."""
+    """The counts of an earlier pass, and the latents that were kept with them where the strategy uses those."""
     request, checkpoint, books = target.request, target.model.checkpoint, target.model.books
     path = request.stats
     target.settings["stats"] = str(path) if path else None

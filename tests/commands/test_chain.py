@@ -133,12 +133,12 @@ def test_the_images_on_the_page_of_a_chain_are_those_of_the_files(
     """The last stage is the file that was written: its worst image is the worst that a measurement of it finds."""
     request = Request(tiny, (str(images_folder),), input_range=(-1.0, 1.0), output=tmp_path / "o.safetensors")
     steps = steps_of(read_recipe(recipe()), batch_size=64, seed=0)
-    done = run_chain(replace(request, exhibit=True), steps, Watch())
+    done = run_chain(replace(request, gallery=True), steps, Watch())
     opened = open_request(replace(request, model=request.output, output=None), Watch())
     _, images = next(iter(opened.test.batches(1000)))
     shown = reconstruct(opened.model, images).media
     errors = (shown - images).square().flatten(1).mean(1)
-    for its, expected in zip(done.shown, (errors.max(), None, errors.min()), strict=True):
+    for its, expected in zip(done.gallery, (errors.max(), None, errors.min()), strict=True):
         assert list(its.stages) == ["before", "1, prune", "2, refit", "3, finetune"]
         assert expected is None or its.errors["3, finetune"] == pytest.approx(float(expected), rel=1e-5)
 

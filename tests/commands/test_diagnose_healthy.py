@@ -83,7 +83,7 @@ def assert_nothing_is_found(source: Path, operation: Operation, output: Path, **
     operate(operation.command, request, operation.strategy, operation.recipe, Watch())
     for against in (None, source):
         found = diagnose(Request(output, **more | operation.more), Watch(), against)
-        assert found.healthy, [(check.name, check.value, check.evidence) for check in found.found]
+        assert found.healthy, [(check.name, check.value, check.evidence) for check in found.failed]
 
 
 @pytest.mark.parametrize("name", DEMOS)

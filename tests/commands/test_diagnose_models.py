@@ -98,7 +98,7 @@ def test_little_data_make_no_healthy_model_ill(
 ) -> None:
     request = request_of(kind, *write(trained[kind], kind, tmp_path), data[kind])
     found = diagnose(replace(request, limit=limit), Watch())
-    assert not {check.name for check in found.found} - {"few-modes", "counting"}, told(found)
+    assert not {check.name for check in found.failed} - {"few-modes", "counting"}, told(found)
 
 
 @pytest.mark.parametrize(("kind", "scale"), [*((kind, 1.0) for kind in KINDS), ("plain", 0.3), ("library", 30.0)])
@@ -106,10 +106,10 @@ def test_a_collapse_of_a_training_is_no_surgery_that_went_wrong(
     kind: str, scale: float, collapses: dict[tuple[str, float], Any], data: dict[str, Data], tmp_path: Path
 ) -> None:
     found = diagnosed(collapses[kind, scale], kind, data[kind], tmp_path)
-    names = {check.name for check in found.found}
+    names = {check.name for check in found.failed}
     assert "dead-codes" in names and "scale-mismatch" in names, told(found)
     assert not names & {"not-installed", "wrong-encoder", "wrong-layout", "wrong-input-range", "stale-ema"}, told(found)
-    assert not any("ORIGINAL" in check.fix for check in found.found)
+    assert not any("ORIGINAL" in check.fix for check in found.failed)
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_a_mistake_is_named_first(
     with torch.no_grad():
         make(network, kind, data[kind].media)
     found = diagnosed(network, kind, data[kind], tmp_path)
-    assert found.found and found.found[0].name == cause, told(found)
+    assert found.failed and found.failed[0].name == cause, told(found)
 
 
 @pytest.mark.parametrize("kind", ["sounds", "library"])
@@ -181,13 +181,13 @@ def test_steps_that_were_too_long_are_told_by_the_original(
     network = deepcopy(trained[kind])
     train(network, data[kind].media, 60, 0.1)
     found = diagnosed(network, kind, data[kind], tmp_path, original=trained[kind])
-    assert found.found and found.found[0].name == "learning-rate", told(found)
+    assert found.failed and found.failed[0].name == "learning-rate", told(found)
 
 
 @pytest.mark.parametrize("kind", ["library"])
 def test_data_of_three_kinds_are_no_fault_of_the_codes(kind: str, data: dict[str, Data], tmp_path: Path) -> None:
     found = diagnosed(collapsed(kind, data["three"].media, scale=0.5), kind, data["three"], tmp_path)
-    assert found.found and found.found[0].name == "few-modes", told(found)
+    assert found.failed and found.failed[0].name == "few-modes", told(found)
 
 
 def test_each_check_has_a_sentence_and_a_number_of_its_own(

@@ -135,7 +135,7 @@ def changed(of: Surgery, name: str) -> State:
 
 
 def first(found: Diagnosis) -> str | None:
-    return found.found[0].name if found.found else None
+    return found.failed[0].name if found.failed else None
 
 
 def told(found: Diagnosis) -> str:
@@ -164,7 +164,7 @@ def test_the_surgery_itself_is_healthy(against: bool, surgery: Surgery) -> None:
 
 def test_what_was_swallowed_is_found_with_its_numbers(surgery: Surgery) -> None:
     found = surgery.diagnosed(changed(surgery, "codebook argument swallowed"))
-    (cause, *_) = found.found
+    (cause, *_) = found.failed
     assert cause.name == "not-installed" and cause.value is not None and cause.value > 5 and cause.limit == 1
     assert "drawn at random" in cause.evidence and "codebook refit" in cause.fix
 
@@ -205,8 +205,8 @@ def test_a_flag_that_says_uninitialised_is_named(images_folder: Path, tmp_path: 
     flag = next(key for key in state if key.endswith("layers.1._codebook.initted"))
     save_file(state | {flag: torch.zeros_like(state[flag])}, tmp_path / "faulty.safetensors")
     found = diagnose(replace(request, model=tmp_path / "faulty.safetensors"), Watch())
-    assert [check.name for check in found.found] == ["uninitialised-flag"], told(found)
-    assert flag in found.found[0].evidence
+    assert [check.name for check in found.failed] == ["uninitialised-flag"], told(found)
+    assert flag in found.failed[0].evidence
 
 
 @pytest.mark.slow
@@ -220,7 +220,7 @@ def test_data_of_three_modes_are_no_fault_of_the_codes(surgery: Surgery, tmp_pat
     for model in (request.output, surgery.folder / "refit.safetensors"):
         found = diagnose(replace(request, model=model), Watch())
         assert first(found) == "few-modes", told(found)
-        assert "prune" in found.found[0].fix
+        assert "prune" in found.failed[0].fix
 
 
 # --- steps that are too long ---------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_the_story_itself(surgery: Surgery) -> None:
     for against in (True, False):
         found = surgery.diagnosed(changes, against)
         assert first(found) == "not-installed", told(found)
-        assert not against or "as an initialisation drew them" in found.found[0].evidence
+        assert not against or "as an initialisation drew them" in found.failed[0].evidence
 
 
 def trained(of: Surgery, start: Tensor, rate: float, steps: int) -> tuple[State, Tensor]:

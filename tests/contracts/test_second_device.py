@@ -267,9 +267,8 @@ def commands_of(name: str, source: Path, options: str, folder: Path) -> dict[str
 
 
 @pytest.mark.slow
-def test_every_family_of_images_runs_there(files: dict[str, str], image_tensor: torch.Tensor, tmp_path: Path) -> None:
-    make_vqmodel(image_tensor).save_pretrained(tmp_path / "vae")
-    commands = commands_of("diffusers", tmp_path / "vae", files["data"], tmp_path)
+def test_every_family_of_images_runs_there(files: dict[str, str], tmp_path: Path) -> None:
+    commands = dict[str, str]()
     for i, (name, case) in enumerate(IMAGE_CASES.items()):
         (folder := tmp_path / str(i)).mkdir()
         source = case.save(folder)

@@ -16,10 +16,10 @@ def dead_codes(book: BookEvidence) -> Finding:
     latents, size, used = int(book.counts.sum()), book.codebook.size, metrics.used(book.counts)
     by_chance = metrics.used_by_chance(latents, size)
     share = max(0.0, 1 - used / by_chance) if by_chance else 0.0
-    told = (
+    summary = (
         f"{used} of {size} codes are in use by {latents:,} latents, which by chance would use {by_chance:.0f}; "
         f"perplexity {metrics.perplexity(book.counts):.1f}"
     )
     # Few latents use fewer codes than chance does, for codes are not alike often used.
     doubtful = SOME if book.counted and not book.filling else DEAD
-    return Finding(judged(share, DEAD, doubtful), share, DEAD, told)
+    return Finding(judged(share, DEAD, doubtful), share, DEAD, summary)

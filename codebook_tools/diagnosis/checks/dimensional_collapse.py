@@ -23,8 +23,10 @@ _LEAST = 3  # dimensions, of which fewer have nothing to lose
 
 
 def dimensional_collapse(evidence: Evidence, book: BookEvidence) -> Finding:
-    """Found where nearly all of the latents' variance lies along a line, or in very few of many dimensions, and the
-    codes or the reconstructions suffer; suspicious where they do not, for data may be so simple."""
+    """Found where nearly all variance of the latents lies in very few dimensions, and codes or reconstructions suffer.
+
+    Suspicious where they do not suffer, for data may be so simple.
+    """
     dim = book.codebook.dim
     if dim < _LEAST:
         return not_checked(f"latents of {dim} dimension{'s' * (dim > 1)} have none to lose")
@@ -32,12 +34,12 @@ def dimensional_collapse(evidence: Evidence, book: BookEvidence) -> Finding:
     codes = metrics.covariance_of(prepared(book.codebook).vectors[book.codes])
     variances = torch.linalg.eigvalsh(latents).flip(0).clamp(min=0)
     rest = float(variances[max(1, dim // EACH) :].sum() / variances.sum().clamp(min=1e-300))
-    told = (
+    summary = (
         f"{metrics.dimensions_that_hold(latents)} of {dim} dimensions hold 99% of the latents' variance; effective "
         f"dimension {metrics.participation_ratio(latents):.2g}, of their codes "
         f"{metrics.participation_ratio(codes):.2g}"
     )
     if rest >= REST or not bool(variances.any()):
-        return Finding("ok", rest, REST, told)
+        return Finding("ok", rest, REST, summary)
     suffers = dead_codes(book).verdict == "found" or evidence.mse > POOR * evidence.flat_mse
-    return Finding("found" if suffers else "suspicious", rest, REST, told)
+    return Finding("found" if suffers else "suspicious", rest, REST, summary)

@@ -19,23 +19,23 @@ _ROWS = 1024
 
 
 def duplicate_codes(book: BookEvidence) -> Finding:
-    """Found where more than a tenth have a twin of a lower index; copies of code 0 that fill a size up are left out."""
+    """Found where over a tenth are copies of a code of a lower index; copies of code 0 that fill a size up are none."""
     codes = prepared(book.codebook).vectors
     twins = copies(codes)
     if book.filling:
         twins &= (codes != codes[0]).any(1)
     share = float(twins.float().mean())
-    told = f"{int(twins.sum())} of {len(codes)} codes are copies of others"
-    return Finding(judged(share, MANY, SOME), share, MANY, told)
+    summary = f"{int(twins.sum())} of {len(codes)} codes are copies of others"
+    return Finding(judged(share, MANY, SOME), share, MANY, summary)
 
 
 def copies(codes: Tensor) -> Tensor:
-    """(size,) bool: whether a code (size, dim) before it is the same."""
+    """(size,) bool: whether a code (size, dim) of a lower index is the same."""
     rows = (codes - codes.mean(0)).double()  # whose products do not round away what tells codes apart
     limit = SAME * float(rows.square().sum(1).mean())
-    found = torch.zeros(len(rows), dtype=torch.bool)
+    duplicates = torch.zeros(len(rows), dtype=torch.bool)
     for start in range(0, len(rows), _ROWS):
         part = rows[start : start + _ROWS]
         near = torch.cdist(part, rows[: start + len(part)]).square() <= limit
-        found[start : start + len(part)] = near.tril(start - 1).any(1)
-    return found
+        duplicates[start : start + len(part)] = near.tril(start - 1).any(1)
+    return duplicates

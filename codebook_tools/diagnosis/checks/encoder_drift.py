@@ -9,8 +9,10 @@ from codebook_tools.diagnosis.lost_codes import LOST, lost_since, too_fast
 
 
 def encoder_drift(evidence: Evidence) -> Finding:
-    """Of the latents of the same items by both encoders; and of a trace whose codes fell out of use slowly, while the
-    error did not rise."""
+    """From the latents of the same items by both encoders, and from a trace.
+
+    In a trace, codes fell out of use slowly, while the error did not rise.
+    """
     return worst([of_each_book_in(_of_book)(evidence), _of_trace(evidence)])
 
 
@@ -20,24 +22,26 @@ def _of_book(evidence: Evidence, book: BookEvidence) -> Finding:
         return not_checked("no original to hold the latents against; give it with --against")
     mean, covariance = shift(pair)
     moved = max(mean, covariance)
-    told = f"since the original the latents' mean moved by {mean:.2g} of their variance, their covariance by"
-    told = f"{told} {covariance:.2g}"
+    summary = (
+        f"since the original the latents' mean moved by {mean:.2g} of their variance, "
+        f"their covariance by {covariance:.2g}"
+    )
     if not trained_on(book) or too_fast(evidence):
-        return Finding("ok", moved, MOVED, told)
+        return Finding("ok", moved, MOVED, summary)
     if book.fit and book.explanation:
-        return Finding("found", book.fit.misfit, 1.0, f"{told}; the codes fit them as they were")
+        return Finding("found", book.fit.misfit, 1.0, f"{summary}; the codes fit them as they were")
     lost = lost_since(book)
     if lost > LOST and moved > MOVED:
-        return Finding("found", moved, MOVED, f"{told}; {lost:.0%} of the codes fell out of use")
-    return Finding("ok", moved, MOVED, told)
+        return Finding("found", moved, MOVED, f"{summary}; {lost:.0%} of the codes fell out of use")
+    return Finding("ok", moved, MOVED, summary)
 
 
 def _of_trace(evidence: Evidence) -> Finding:
     trace = evidence.trace
     if trace is None:
         return not_checked("no trace of the training; give it with --trace")
-    told = f"codes in use fell from {trace.start} to {trace.lowest.used} by step {trace.lowest.step}"
+    summary = f"codes in use fell from {trace.start} to {trace.lowest.used} by step {trace.lowest.step}"
     if trace.fall <= LOST:
-        return Finding("ok", trace.fall, LOST, told)
+        return Finding("ok", trace.fall, LOST, summary)
     early = trace.first is not None and trace.first.used < trace.start * (1 - LOST)
-    return Finding(judged(trace.fall, LOST) if not (early or trace.abrupt) else "ok", trace.fall, LOST, told)
+    return Finding(judged(trace.fall, LOST) if not (early or trace.abrupt) else "ok", trace.fall, LOST, summary)

@@ -19,8 +19,10 @@ _LEAST = 2  # points of a curve
 
 
 def few_modes(evidence: Evidence) -> Finding:
-    """Found where items, or latents, hardly differ but for a few kinds of them: where few differ at all, or where the
-    curve of distortion over centroids breaks off at few of them, for latents far below K."""
+    """Found where items, or latents, hardly differ but for a few kinds of them.
+
+    Few are distinct, or the curve of distortion over centroids breaks off at few of them; for latents far below K.
+    """
     return worst([of_each_book(_of_latents)(evidence), _of_items(evidence)])
 
 
@@ -28,23 +30,23 @@ def _of_items(evidence: Evidence) -> Finding:
     if len(evidence.curve) < _LEAST:
         return not_checked("too few items to tell kinds of them; give more --data")
     modes, drop = _steepest(evidence.curve)
-    told = f"from {modes} to {2 * modes} kinds of items, what they leave falls {drop:.2g} times"
-    return Finding(judged(drop, DROP), drop, DROP, told)
+    summary = f"from {modes} to {2 * modes} kinds of items, what they leave falls {drop:.2g} times"
+    return Finding(judged(drop, DROP), drop, DROP, summary)
 
 
 def _of_latents(book: BookEvidence) -> Finding:
     size = book.codebook.size
     if book.distinct <= MOSTLY * size:
-        told = f"{book.distinct} distinct latents for {size} codes"
-        return Finding("found", float(book.distinct), MOSTLY * size, told)
+        summary = f"{book.distinct} distinct latents for {size} codes"
+        return Finding("found", float(book.distinct), MOSTLY * size, summary)
     curve = {k: left for k, left in book.curve.items() if k <= MOSTLY * size}
     if len(curve) < _LEAST:
         return not_checked(f"{size} codes are too few to leave some over")
     modes, drop = _steepest(curve)
-    told = f"from {modes} to {2 * modes} centroids the error falls {drop:.2g} times"
+    summary = f"from {modes} to {2 * modes} centroids the error falls {drop:.2g} times"
     dimension = effective_dimension(book.curve)
     return Finding(
-        judged(drop, DROP), drop, DROP, f"{told}; by the rate of that, latents of {dimension:.2g} dimensions"
+        judged(drop, DROP), drop, DROP, f"{summary}; by the rate of that, latents of {dimension:.2g} dimensions"
     )
 
 

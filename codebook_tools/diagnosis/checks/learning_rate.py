@@ -9,7 +9,7 @@ from codebook_tools.diagnosis.lost_codes import LOST, lost_since, too_fast
 
 
 def learning_rate(evidence: Evidence) -> Finding:
-    """Of a trace; and of a model that has fewer codes in use, moved latents and a larger error than the original."""
+    """From a trace; and from a model with fewer codes in use, moved latents and a larger error than the original."""
     return worst([of_each_book_in(_of_book)(evidence), _of_trace(evidence)])
 
 
@@ -17,16 +17,16 @@ def _of_book(evidence: Evidence, book: BookEvidence) -> Finding:
     if book.pair is None or book.pair.latents is None or evidence.original_mse is None:
         return not_checked("no original to hold the model against; give it with --against")
     lost, times = lost_since(book), evidence.mse / max(evidence.original_mse, 1e-30)
-    told = f"{lost:.0%} of the codes fell out of use, and the error is {times:.2g} times the original's"
+    summary = f"{lost:.0%} of the codes fell out of use, and the error is {times:.2g} times the original's"
     moved = max(shift(book.pair)) > MOVED and trained_on(book)
-    return Finding(judged(lost, LOST) if moved and too_fast(evidence) else "ok", lost, LOST, told)
+    return Finding(judged(lost, LOST) if moved and too_fast(evidence) else "ok", lost, LOST, summary)
 
 
 def _of_trace(evidence: Evidence) -> Finding:
     trace = evidence.trace
     if trace is None:
         return not_checked("no trace of the training; give it with --trace")
-    told = f"codes in use fell from {trace.start} to {trace.lowest.used}, half of that by step {trace.halfway}, and"
-    told = f"{told} the error rose {trace.rise:.2g} times" + (f", at a rate of {trace.lr:g}" if trace.lr else "")
+    summary = f"codes in use fell from {trace.start} to {trace.lowest.used}, half of that by step {trace.halfway}, and"
+    summary = f"{summary} the error rose {trace.rise:.2g} times" + (f", at a rate of {trace.lr:g}" if trace.lr else "")
     at_once = trace.first is not None and trace.first.used < trace.start / 2
-    return Finding(judged(trace.fall, LOST) if trace.abrupt and not at_once else "ok", trace.fall, LOST, told)
+    return Finding(judged(trace.fall, LOST) if trace.abrupt and not at_once else "ok", trace.fall, LOST, summary)

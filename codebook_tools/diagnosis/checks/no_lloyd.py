@@ -31,11 +31,14 @@ _MOST = 0.5  # of the codes: as many must have that
 
 
 def no_lloyd(evidence: Evidence) -> Finding:
-    """Found where most codes are latents, off the means of their cells; suspicious where the surgery that did it says
-    so, and where codes lie off alone, for those may lag behind an encoder in training."""
-    found = of_each_book(_of_book)(evidence)
-    meant = found.verdict == "found" and evidence.command in KEEP
-    return replace(found, verdict="suspicious") if meant else found
+    """Found where most codes are latents, off the means of their cells.
+
+    Suspicious where the surgery does so on purpose, and where codes only lie off: those may lag behind an encoder in
+    training.
+    """
+    finding = of_each_book(_of_book)(evidence)
+    meant = finding.verdict == "found" and evidence.command in KEEP
+    return replace(finding, verdict="suspicious") if meant else finding
 
 
 def _of_book(book: BookEvidence) -> Finding:
@@ -48,20 +51,27 @@ def _of_book(book: BookEvidence) -> Finding:
         return not_checked(f"{len(points)} latents are too few for the means of {codes.size} cells; give more --data")
     off = float((gaps > OFF * errors)[enough].float().mean())
     # Of all latents some are in the sample, and as many of the seeds.
-    seen = len(points) / int(book.counts.sum())
+    sampled = len(points) / int(book.counts.sum())
     are = (gaps > _OFF_AT_ALL * errors) & _are_latents(points, codes)
-    latents = min(1.0, float(are[enough].float().mean()) / seen)
-    told = f"{off:.0%} of the codes lie far off the mean of their latents, {latents:.0%} are latents themselves"
+    latents = min(1.0, float(are[enough].float().mean()) / sampled)
+    summary = f"{off:.0%} of the codes lie far off the mean of their latents, {latents:.0%} are latents themselves"
     verdict: Verdict = "found" if latents > SEEDS else "suspicious" if off > SEEDS else "ok"
-    return Finding(verdict, max(off, latents), SEEDS, told)
+    return Finding(verdict, max(off, latents), SEEDS, summary)
 
 
 def cells(points: Tensor, codes: Codebook) -> tuple[Tensor, Tensor, Tensor]:
-    """(size,) each: points (n, dim) in each code's cell, the squared distance of the code to their mean, less what is
-    chance in that, and their mean squared distance to the code.
+    """What the cells of codes say of them.
 
-    What all codes have in common of the way to their means is no seed's: an encoder in training moves away from all of
+    What all codes have in common of the way to their means is left out: an encoder in training moves away from all of
     them alike.
+
+    Args:
+        points: (n, dim), prepared.
+        codes: Prepared.
+
+    Returns:
+        (size,) each: points in the cell; the squared distance of the code to their mean, less what is chance in that;
+        and their mean squared distance to the code.
     """
     chosen = nearest(points, codes)
     hits = torch.bincount(chosen, minlength=codes.size)

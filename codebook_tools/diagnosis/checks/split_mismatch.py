@@ -11,13 +11,13 @@ APART = 2.0
 
 
 def counting(book: BookEvidence) -> Finding:
-    """Found where calibration and test data use the codes differently; suspicious where either is too small to say."""
+    """Found where calibration and test data use the codes differently; not checked where either is too small."""
     few = min(int(book.counts.sum()), int(book.held_out.sum()))
     enough = FEW_HITS * min(book.codebook.size, metrics.used(book.counts))
     if few < enough:
-        told = f"{few} latents in the smaller of calibration and test data say little of {book.codebook.size} codes"
-        return not_checked(told)
+        summary = f"{few} latents in the smaller of calibration and test data say little of {book.codebook.size} codes"
+        return not_checked(summary)
     ours, theirs = metrics.perplexity(book.counts), metrics.perplexity(book.held_out)
     times = max(ours, theirs) / max(min(ours, theirs), 1e-30)
-    told = f"perplexity {ours:.1f} on the calibration data, {theirs:.1f} on the test data"
-    return Finding(judged(times, APART, APART**0.5), times, APART, told)
+    summary = f"perplexity {ours:.1f} on the calibration data, {theirs:.1f} on the test data"
+    return Finding(judged(times, APART, APART**0.5), times, APART, summary)

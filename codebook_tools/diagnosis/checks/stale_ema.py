@@ -17,17 +17,17 @@ KEPT = 0.5
 
 
 def stale_ema(evidence: Evidence) -> Finding:
-    """Of the sums in the file; else of a trace whose first step emptied the codebook."""
+    """From the sums in the file, and from a trace whose first step emptied the codebook."""
     return worst([of_each_book(_of_book)(evidence), _of_trace(evidence)])
 
 
 def _of_book(book: BookEvidence) -> Finding:
-    state, rival = book.companions, book.explanation
+    state, alternative = book.companions, book.explanation
     if state.unlike:
-        told = (
+        summary = (
             f"{state.unlike[0]} follows the codebook in the original, and does not have its {book.codebook.size} codes"
         )
-        return Finding("found", None, None, told)
+        return Finding("found", None, None, summary)
     if state.unknown:
         return not_checked(state.unknown)
     used = ~book.dead
@@ -37,10 +37,10 @@ def _of_book(book: BookEvidence) -> Finding:
     spread = float((rows - rows.mean(0)).square().sum(1).mean()) or float(rows.square().sum(1).mean())
     stale = ~(state.moved[used] <= APART * spread)
     share, count = float(stale.double().mean()), int(stale.sum())
-    told = f"the running sums of {count} of the {int(used.sum())} codes in use stand for other codes"
-    if rival and rival.name == "companions":
-        return Finding("ok", share, STALE, f"{told}, and it is the sums that fit the latents")
-    return Finding(judged(share, STALE, SOME), share, STALE, told)
+    summary = f"the running sums of {count} of the {int(used.sum())} codes in use stand for other codes"
+    if alternative and alternative.name == "companions":
+        return Finding("ok", share, STALE, f"{summary}, and it is the sums that fit the latents")
+    return Finding(judged(share, STALE, SOME), share, STALE, summary)
 
 
 def _of_trace(evidence: Evidence) -> Finding:
@@ -48,5 +48,5 @@ def _of_trace(evidence: Evidence) -> Finding:
     if trace is None or trace.first is None:
         return not_checked("no trace with a step 1")
     lost = 1 - trace.first.used / max(trace.start, 1)
-    told = f"{trace.start} codes in use before the first step of the training, {trace.first.used} after it"
-    return Finding(judged(lost, 1 - KEPT), lost, 1 - KEPT, told)
+    summary = f"{trace.start} codes in use before the first step of the training, {trace.first.used} after it"
+    return Finding(judged(lost, 1 - KEPT), lost, 1 - KEPT, summary)

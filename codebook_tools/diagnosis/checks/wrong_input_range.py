@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codebook_tools.diagnosis.alternatives import range_text
 from codebook_tools.diagnosis.evidence import Evidence
 from codebook_tools.diagnosis.explained_by import explained_by
 from codebook_tools.diagnosis.finding import Finding, not_checked, of_each_book
@@ -14,13 +15,9 @@ def wrong_input_range(evidence: Evidence) -> Finding:
         return not_checked("sound is not mapped to a range")
     others = {bounds: left for bounds, left in evidence.ranges.items() if bounds != evidence.input_range}
     bounds, least = min(others.items(), key=lambda pair: pair[1])
-    told = (
+    summary = (
         f"without quantization the network leaves {own:.2g} of the variance of images in "
-        f"{_written(evidence.input_range)}, {least:.2g} in {_written(bounds)}"
+        f"{range_text(evidence.input_range)}, {least:.2g} in {range_text(bounds)}"
     )
-    otherwise = Finding("ok", own / max(least, 1e-30), 1.0, told)
+    otherwise = Finding("ok", own / max(least, 1e-30), 1.0, summary)
     return of_each_book(lambda book: explained_by(book, "range", otherwise))(evidence)
-
-
-def _written(bounds: tuple[float, float]) -> str:
-    return f"[{bounds[0]:g}, {bounds[1]:g}]"

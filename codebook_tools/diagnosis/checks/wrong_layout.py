@@ -8,7 +8,7 @@ from codebook_tools.diagnosis.finding import Finding
 
 
 def wrong_layout(book: BookEvidence) -> Finding:
-    """Found where the codes fit latents that are cut the wrong way, and not those that the model sees."""
+    """Found where the codes fit latents that are flattened the wrong way, and not those that the model has."""
     own, cut = book.left, book.left_when_cut
-    told = f"the codes leave {own:.2g} of the latents' variance, {cut:.2g} where the channels are not moved last"
-    return explained_by(book, "layout", Finding("ok", own / max(cut, 1e-30), 1.0, told))
+    summary = f"the codes leave {own:.2g} of the latents' variance, {cut:.2g} where the channels are not moved last"
+    return explained_by(book, "layout", Finding("ok", own / max(cut, 1e-30), 1.0, summary))

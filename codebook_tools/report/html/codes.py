@@ -29,7 +29,7 @@ def codes_parts(codes: Codes) -> Iterator[Part]:
     if codes.examples:
         yield Gallery(
             "Images and their tokens",
-            {example.name: _tokens(example, codes.colours) for example in codes.examples},
+            {example.name: _tokens(example, codes.colors) for example in codes.examples},
             "A token has the colour of its code; codes that are alike have colours that are.",
             ("", "the image", "its tokens", "decoded"),
         )

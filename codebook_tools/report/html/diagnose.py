@@ -9,7 +9,7 @@ from codebook_tools.workflows.diagnose import Diagnosis
 
 def diagnosed_page(diagnosis: Diagnosis, command: str) -> Page:
     """The page of `codebook diagnose`."""
-    names = ", ".join(check.name for check in diagnosis.found)
+    names = ", ".join(check.name for check in diagnosis.failed)
     rows = tuple(
         (check.name, check.verdict, _figure(check.value), _figure(check.limit), check.evidence)
         for check in diagnosis.checks

@@ -13,7 +13,7 @@ from codebook_tools.report.html.curves import draw_panels
 from codebook_tools.report.html.page import Gallery, Page, Part, Picture, Plot, Table
 from codebook_tools.report.html.result_page import result_page
 from codebook_tools.training.state import TracePoint
-from codebook_tools.workflows.gallery import Shown
+from codebook_tools.workflows.gallery import GalleryImage
 from codebook_tools.workflows.result import Result
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def _parts(result: Result) -> Iterator[Part]:
     notes = [f"On {images:,} test images."] if images else []
     note = " ".join([*notes, "* is what was kept."] if result.kept else notes)
     yield Table("Stage by stage", head, tuple(rows), note)
-    if result.shown:
-        yield gallery(result.shown)
+    if result.gallery:
+        yield gallery(result.gallery)
     if any(len(stage.codebooks) > 1 for stage in stages.values()):
         yield books_plot(stages)
     elif all(stage.counts for stage in stages.values()):
@@ -74,7 +74,7 @@ def _parts(result: Result) -> Iterator[Part]:
         yield trace_plot("The fine-tuning, step by step", result.trace)
 
 
-def gallery(images: Sequence[Shown]) -> Gallery:
+def gallery(images: Sequence[GalleryImage]) -> Gallery:
     """Test images, each with its reconstructions by phase, a row each."""
     rows = {}
     for image in images:

@@ -18,7 +18,7 @@ _WIDTH, _INDENT = 80, " " * 13
 
 def diagnosis_table(diagnosis: Diagnosis) -> RenderableType:
     """A headline, then every check with its evidence, and the fix where one is needed."""
-    names = ", ".join(check.name for check in diagnosis.found)
+    names = ", ".join(check.name for check in diagnosis.failed)
     headline = f"not healthy: {names}" if names else "healthy: nothing was found"
     return Group(Text(headline, style="bold"), "", *(line for check in diagnosis.checks for line in _lines(check)))
 

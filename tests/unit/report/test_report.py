@@ -20,7 +20,7 @@ from PIL import Image
 from codebook_tools.evaluation.figures import CodebookUse, Measurement
 from codebook_tools.report.html.operate import books_plot, headline, operated_page, usage_plot
 from codebook_tools.report.html.page import Gallery, Listing, Page, Picture, Plot, Table, html
-from codebook_tools.workflows.gallery import Shown
+from codebook_tools.workflows.gallery import GalleryImage
 from codebook_tools.workflows.result import Result
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ def test_the_figures_of_a_usage_plot_are_the_hits_in_falling_order() -> None:
 
 def test_the_page_of_a_surgery_has_its_stages_pictures_and_settings() -> None:
     original = torch.full((3, 8, 8), 0.5)
-    shown = Shown("a.png", "worst", original, {"before": original + 0.1, "surgery": original + 0.2})
-    one = result(surgery=measured(128, 128, 0.0056), shown=(shown,), warnings=("odd",))
+    shown = GalleryImage("a.png", "worst", original, {"before": original + 0.1, "surgery": original + 0.2})
+    one = result(surgery=measured(128, 128, 0.0056), gallery=(shown,), warnings=("odd",))
     text = html(operated_page(one, "codebook refit m.safetensors --k 128"))
     for words in ("after surgery *", "85 of 512 (16.6%)", "a.png, after surgery", "mse 0.04000", "odd", "--k 128"):
         assert words in text
@@ -199,8 +199,8 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_done(
 def test_a_browser_shows_a_page(browser: Any, tmp_path: Path, scheme: str, width: int, scripts: bool) -> None:  # noqa: F811
     original = torch.rand(3, 32, 32)
     stages = dict.fromkeys(("before", "surgery"), original * 0.9)
-    shown = tuple(Shown(f"{rank}.png", rank, original, stages) for rank in ("worst", "median", "best"))
-    one = result(surgery=measured(128, 128, 0.0056), shown=shown, settings={"a": "b" * 300})
+    shown = tuple(GalleryImage(f"{rank}.png", rank, original, stages) for rank in ("worst", "median", "best"))
+    one = result(surgery=measured(128, 128, 0.0056), gallery=shown, settings={"a": "b" * 300})
     path = tmp_path / "page.html"
     path.write_text(html(operated_page(one, "codebook refit")))
     view = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme, java_script_enabled=scripts)
