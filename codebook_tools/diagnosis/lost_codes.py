@@ -15,12 +15,9 @@ def lost_since(book: BookEvidence) -> float:
     if book.pair is None or not book.counted or book.filling:
         return 0.0
     size = book.codebook.size
-    had = book.pair.used if book.pair.codebook.size == size else size - _never(book)
+    never = int(born_dead(book.codebook.vectors, book.dead).sum())
+    had = book.pair.used if book.pair.codebook.size == size else size - never
     return max(0.0, 1 - (size - int(book.dead.sum())) / max(had, 1))
-
-
-def _never(book: BookEvidence) -> int:
-    return int(born_dead(book.codebook.vectors, book.dead).sum())
 
 
 def too_fast(evidence: Evidence) -> bool:

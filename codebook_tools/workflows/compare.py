@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
@@ -121,7 +121,7 @@ class _Task:
             return None
         make = find_strategy(self.entry.strategy)
         offered = {"seed": self.seed} | ({} if self.k is None else {"k": self.k})
-        own = {name: value for name, value in offered.items() if name in _settings_taken(make)}
+        own = {name: value for name, value in offered.items() if name in signature(make).parameters}
         try:
             return make(**own, **self.entry.settings)
         except TypeError as error:  # somebody else's strategy, with settings that have no default
@@ -221,11 +221,7 @@ def _tasks(entries: Mapping[str, Entry], k: int, used: int, seed: int, seeds: in
 
 
 def _takes_k(entry: Entry) -> bool:
-    return entry.strategy is not None and "k" in _settings_taken(find_strategy(entry.strategy))
-
-
-def _settings_taken(make: Callable[..., Strategy]) -> set[str]:
-    return set(signature(make).parameters)
+    return entry.strategy is not None and "k" in signature(find_strategy(entry.strategy)).parameters
 
 
 def _run(

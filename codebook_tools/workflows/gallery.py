@@ -84,20 +84,14 @@ RANKS = ("worst", "median", "best")
 
 def _chosen(opened: Opened, watch: Watch) -> tuple[list[Item], Tensor]:
     """An image of each rank, by the model as it is."""
-    items, errors = _errors(opened, watch)
-    order = errors.argsort(stable=True)
-    return opened.test.load([items[place] for place in (order[-1], order[len(order) // 2], order[0])])
-
-
-def _errors(opened: Opened, watch: Watch) -> tuple[list[Item], Tensor]:
-    """All test images that can be read, and their squared errors."""
     readable, errors = list[Item](), list[Tensor]()
     for items, pixels in opened.test.whole().batches(opened.request.batch_size):
         reconstructions = reconstruct(opened.model, pixels).media.cpu()
         errors.append((reconstructions - pixels.cpu()).square().flatten(1).mean(1))
         readable += items
         watch.progress("choose what to show", len(readable), len(opened.test))
-    return readable, torch.cat(errors)
+    order = torch.cat(errors).argsort(stable=True)
+    return opened.test.load([readable[place] for place in (order[-1], order[len(order) // 2], order[0])])
 
 
 def _stages(

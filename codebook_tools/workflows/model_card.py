@@ -79,17 +79,5 @@ def _section(
     return "\n\n".join(["## Codebook surgery", *paragraphs]).rstrip() + "\n"
 
 
-_REPORTED = (
-    "k",
-    "keep",
-    "threshold",
-    "method",
-    "bits",
-    "init",
-    "steps",
-    "train",
-    "codebook_update",
-    "batch_size",
-    "lr",
-    "loss",
-)
+_REPORTED = {"k", "keep", "threshold", "method", "bits", "init", "steps", "train", "codebook_update", "batch_size"}
+_REPORTED |= {"lr", "loss"}

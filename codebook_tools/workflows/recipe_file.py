@@ -85,18 +85,12 @@ def _parsed(text: str) -> object:
             nodes += node.value
         if isinstance(node, yaml.MappingNode):
             nodes += [child for pair in node.value for child in pair]
-            _refuse_twice([key for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            names = set[str]()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in names:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+                names.add(key.value)
     return loader.construct_document(root) if root else None
-
-
-def _refuse_twice(keys: Sequence[Any]) -> None:
-    import yaml
-
-    names = set[str]()
-    for key in keys:
-        if key.value in names:
-            raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
-        names.add(key.value)
 
 
 def _surgery(path: Path, entry: object) -> tuple[str, Mapping[str, Any]]:

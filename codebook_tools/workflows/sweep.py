@@ -176,7 +176,8 @@ def _swept(
     books, latents = model.books, encoder_latents(opened)
     before, rows = measure_stage(opened, latents, watch), list[Row]()
     now, placed = calibration, books  # by the last Re-Fit
-    for name, strategy in _strategies(sizes, prices, seed, _in_use(calibration)):
+    used = int((calibration.first.counts > 0).sum())
+    for name, strategy in _strategies(sizes, prices, seed, used):
         goes_on = now is not calibration and name.startswith("refit")
         model.books = placed if goes_on else books
         hashed = made_with(opened, {"strategy": [name, settings_of(strategy)], "sizes": sizes, "seed": seed})
@@ -209,10 +210,6 @@ def _strategies(sizes: Sequence[int], prices: Sequence[float], seed: int, used: 
     fewer = [k for k in sizes if k < used]
     yield from (("prune", Prune(keep=k)) for k in [*fewer, used])
     yield from (("quantize", Quantize(k=k, seed=seed)) for k in fewer)
-
-
-def _in_use(calibration: Calibration) -> int:
-    return int((calibration.first.counts > 0).sum())
 
 
 def _as_it_is(opened: Opened, calibration: Calibration, watch: Watch) -> Calibration:
