@@ -120,6 +120,7 @@ def ended(*arguments: object, **more: Any) -> tuple[int, bytes, bytes]:
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "word"),
     [
@@ -259,6 +260,7 @@ def test_a_standard_stream_that_is_closed_is_as_if_it_led_nowhere(command: list[
     assert (b"_vq_vae._embedding.weight" in out) == (1 not in handles)
 
 
+@pytest.mark.slow
 def test_what_is_written_while_all_standard_streams_are_closed_is_whole(
     tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
 ) -> None:

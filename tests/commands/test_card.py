@@ -36,6 +36,7 @@ def test_a_directory_gets_a_card_that_the_hub_reads(
     assert str(tmp_path) not in card and card == (tmp_path / "two" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_card_that_is_there_stays_and_says_what_was_done_each_time(
     folder: Path, codebook: Run, images_folder: Path, tmp_path: Path
 ) -> None:
@@ -74,6 +75,7 @@ def huge(card: Path) -> None:
         file.truncate(16 << 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [linked, huge])
 def test_a_card_that_does_not_go_along_is_not_read(
     make: Callable[[Path], None], folder: Path, codebook: Run, images_folder: Path, tmp_path: Path

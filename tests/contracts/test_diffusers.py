@@ -476,6 +476,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", ["rename", "fsync"])
 def test_a_failure_on_the_way_leaves_the_old_directory_as_it_was(
     failing: str, vae: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -495,6 +496,7 @@ def test_a_failure_on_the_way_leaves_the_old_directory_as_it_was(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_an_old_directory_that_cannot_be_deleted_is_named(
     vae: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def pairs(names: Any, whole: str) -> list[Any]:
     return [(name, command) for name in names for command in (BY_COMMAND if name == whole else FEW)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "command"), pairs(CASES, whole="VQModel"))
 def test_the_own_code_of_an_image_tokenizer_computes_what_is_reported(
     name: str, command: str, images_folder: Path, image_tensor: torch.Tensor, tmp_path: Path
@@ -151,6 +152,7 @@ def assert_state_follows(state: State, model: Model) -> None:
         assert torch.equal(rows, book.vectors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "command"), pairs(CODECS, whole="encodec"))
 def test_the_library_of_a_codec_computes_what_is_reported(
     name: str, command: str, request_for: Callable[..., Request]

@@ -108,6 +108,7 @@ def found(files: dict[str, str]) -> dict[str, Any]:
     )
 
 
+@pytest.mark.slow
 def test_it_takes_no_tensors_of_other_devices_and_counts_what_it_waits_for(found: dict[str, Any]) -> None:
     allowed = [name for name, raised in found["mixtures"].items() if raised is None]
     assert allowed == ["a number of the CPU", "indices of the CPU", "copies"]

@@ -32,6 +32,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", CHUNKS)
 def test_the_module_itself_says_what_was_reported(first: int, desk: Any) -> None:
     lines = [wirings.run_seed(seed, desk) for seed in range(first, first + CHUNK)]

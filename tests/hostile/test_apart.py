@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from codebook_tools.checkpoints.layout import partial_path
 from codebook_tools.models.demo import DEMO
 
+pytestmark = pytest.mark.hostile
+
 Run = Callable[..., Outcome]
 READ = "is read here, so it is never overwritten"
 

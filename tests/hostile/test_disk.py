@@ -18,6 +18,8 @@ from codebook_tools.checkpoints.write import check_writable
 from codebook_tools.models.demo import DEMO
 from codebook_tools.workflows import operate
 
+pytestmark = pytest.mark.hostile
+
 Run = Callable[..., Outcome]
 Mount = Callable[[str], Path]
 QUICK = ("--limit", "20", "--steps", "0", "--quiet")

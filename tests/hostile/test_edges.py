@@ -16,6 +16,8 @@ from torch import Tensor
 
 from codebook_tools.models.families.zalando import CODEBOOK
 
+pytestmark = pytest.mark.hostile
+
 Run = Callable[..., Outcome]
 WriteModel = Callable[..., Path]
 KEY = "quantize.embedding.weight"

@@ -26,6 +26,8 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.models.size_guard import bounded
 from codebook_tools.runtime.safe_io import read_text
 
+pytestmark = pytest.mark.hostile
+
 sys.path.append(str(TRUST))
 targets = import_module("targets")
 

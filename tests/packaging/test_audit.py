@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from places import ROOT
 
+pytestmark = pytest.mark.packaging
+
 CLEAN: dict[str, Any] = {"name": "a", "version": "1", "vulns": []}
 SKIPPED = {"name": "b", "skip_reason": "Dependency not found on PyPI and could not be audited: b (2)"}
 BROKEN = {"name": "c", "version": "3", "vulns": [{"id": "PYSEC-1", "fix_versions": ["4"]}]}

@@ -13,6 +13,8 @@ from places import BENCHMARKS
 from codebook_tools.errors import CodebookError
 from codebook_tools.report.html.curves import PANELS, draw_panels, draw_traces
 
+pytestmark = pytest.mark.packaging
+
 TRACE = [{"step": step, **dict.fromkeys(PANELS, 7.0 / (1 + step)), "loss": None} for step in (0, 1, 10, 100)]
 
 

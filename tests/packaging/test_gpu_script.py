@@ -15,6 +15,8 @@ from places import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 from tables import NOTHING, section
 
+pytestmark = pytest.mark.packaging
+
 PARTS = ("commands", "finetuning", "throughput", "clustering", "nearest")
 
 

@@ -10,6 +10,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from places import ROOT
 
+pytestmark = pytest.mark.packaging
+
 PERMISSIVE = {
     *("0BSD", "BSD", "BSD License", "BSD-2-Clause", "BSD-3-Clause", "3-Clause BSD License", "BSL-1.0"),
     *("Apache 2.0 License", "Apache Software License", "Apache-2.0", "Apache-2.0 WITH LLVM-exception"),

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from places import TRUST
 
+pytestmark = pytest.mark.packaging
+
 ELSEWHERE = "import record, runpy, sys; from pathlib import Path; record.RESULTS = Path(sys.argv.pop(1)); \
 del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 

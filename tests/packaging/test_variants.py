@@ -9,6 +9,8 @@ import pytest
 import torch
 from places import BENCHMARKS
 
+pytestmark = pytest.mark.packaging
+
 sys.path.append(str(BENCHMARKS))
 variants = import_module("variants")
 

@@ -157,6 +157,7 @@ def passes(model: str, folder: str) -> Values:
     return results
 
 
+@pytest.mark.slow
 def test_two_processes_find_and_train_what_one_does(tiny: Path, images_folder: Path, tmp_path: Path) -> None:
     folder = numbered(images_folder, tmp_path / "images")
     for i in (5, 6, 17):
