@@ -16,6 +16,7 @@ import pytest
 from places import ROOT
 
 pytestmark = [
+    pytest.mark.packaging,
     pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a release is built of a commit"),
 ]
