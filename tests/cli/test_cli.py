@@ -235,6 +235,7 @@ def test_every_command_helps_with_an_example(command: str, codebook: Run) -> Non
 # --- the bundled demo ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_demo_is_pruned_without_a_model_into_the_current_folder(
     codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

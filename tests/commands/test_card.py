@@ -21,6 +21,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "vae"
 
 
+@pytest.mark.slow
 def test_a_directory_gets_a_card_that_the_hub_reads(
     folder: Path, codebook: Run, images_folder: Path, tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ def recipe(tiny: Path, images_folder: Path, tmp_path: Path) -> Callable[..., Pat
     return write
 
 
+@pytest.mark.slow
 def test_a_chain_leaves_what_its_steps_leave_one_after_another(
     recipe: WriteModel, tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path
 ) -> None:

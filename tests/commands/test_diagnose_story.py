@@ -153,6 +153,7 @@ def test_the_right_cause_is_named_first(name: str, against: bool, surgery: Surge
     assert not found.healthy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "against", [pytest.param(False, marks=pytest.mark.slow), True], ids=["alone", "beside the original"]
 )

@@ -154,6 +154,7 @@ def test_a_result_with_other_codes_than_the_library_chooses_is_exit_code_3(
     assert [path.name for path in vae.parent.iterdir()] == ["vae"]
 
 
+@pytest.mark.slow
 def test_old_names_of_attention_layers_are_understood_and_kept(
     vae: Path, written: Callable[..., Path], image_tensor: Tensor
 ) -> None:
@@ -192,6 +193,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_writes_a_directory_that_is_measured_as_it_was_reported(
     command: str, vae: Path, run: Run, codebook: Run, held_out_folder: Path, tmp_path: Path
@@ -234,6 +236,7 @@ def test_it_is_compared_with_a_fresh_network_of_the_librarys_own(
     assert errors["refit+fresh-network", 6] != errors["refit", 6]
 
 
+@pytest.mark.slow
 def test_fine_tuning_lowers_the_error_and_trains_both_networks(vae: Path, run: Run) -> None:
     result = run("finetune", vae, "--steps", "40", "--json").json
     assert result["kept"] == "finetuned"
@@ -266,6 +269,7 @@ def single(saved: Save, tmp_path: Path) -> Callable[[str | None], Path]:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["config.json", "one.config.json"])
 def test_a_file_with_a_config_becomes_a_directory_that_diffusers_loads(
     config: str, single: Callable[[str], Path], written: Callable[..., Path], codebook: Run, tmp_path: Path
@@ -464,6 +468,7 @@ BAD_OUTPUTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD_OUTPUTS)
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     kind: str, vae: Path, codebook: Run, tmp_path: Path

@@ -95,6 +95,7 @@ def test_what_is_no_source_says_what_is_looked_for(kind: Kind, tmp_path: Path) -
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @with_workers
 @pytest.mark.parametrize("fitting", [0, 20, 40])
 @of_kind

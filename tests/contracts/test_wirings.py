@@ -44,6 +44,7 @@ def test_the_module_itself_says_what_was_reported(first: int, desk: Any) -> None
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed",
     [
@@ -58,6 +59,7 @@ def test_a_module_that_was_once_wrong(seed: int, desk: Any) -> None:
     assert line["verdict"] == "agrees", line
 
 
+@pytest.mark.slow
 def test_a_module_goes_through_the_command_line(desk: Any) -> None:
     seed = _first(lambda wiring: not wiring.unknown and not wiring.steps and not wiring.average and wiring.books == 1)
     assert wirings.run_seed(seed, desk, by_command=True)["verdict"] == "agrees"

@@ -353,6 +353,7 @@ def test_a_chain_says_how_its_result_was_proved(tmp_path: Path, codebook: Run) -
     assert result["proof"]["by"] == "quantizer" and result["proof"]["of"] >= 4096
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_quantizers_of_the_library_choose_the_codes_that_are_reported(
     name: str, run: Run, tmp_path: Path, images: Tensor

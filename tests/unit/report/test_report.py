@@ -149,6 +149,7 @@ def test_a_surgery_writes_its_page_and_nothing_else_changes(
         assert f"{name}, mse {done['stages'][stage]['mse']:.5f}" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -15,6 +15,7 @@ from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.models.load import load_model
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_what_the_plain_one_gives(
     tiny: Path, image_tensor: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

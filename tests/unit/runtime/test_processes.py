@@ -69,6 +69,7 @@ def collectives() -> Values:
     return results
 
 
+@pytest.mark.slow
 def test_what_two_processes_send_each_other() -> None:
     for me, results in enumerate(together(collectives)):
         assert results == {

@@ -49,6 +49,7 @@ def assert_frequencies(counts: Counter[Any], expected: dict[Any, float]) -> None
 # --- drawing by error ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("points", "codes", "n", "expected"),
     [

@@ -46,6 +46,7 @@ def everything(model: Model, found: FineTuned) -> list[Any]:
     return [plain, found.trace, found.trained, {name: t.tolist() for name, t in weights_of(model).items()}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -136,6 +137,7 @@ def broken_off(request: Request, strategy: Strategy | None = None) -> Path:
     return training_path(request.output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [None, Refit(k=8)], ids=["finetune", "refit"])
 def test_a_resumed_command_writes_the_bytes_of_an_unbroken_one(
     strategy: Strategy | None, request_for: Callable[..., Request]
