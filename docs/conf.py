@@ -11,6 +11,9 @@ html_title = project
 highlight_language = "none"
 myst_heading_anchors = 4
 autodoc_member_order = "bysource"
+napoleon_use_ivar = True  # a field is described once, though it has a docstring of its own
+# Shapes such as (n, dim, *grid) read like emphasis, and fields of several classes share a name.
+suppress_warnings = ["docutils", "ref.python"]
 autodoc_typehints = "description"
 nb_execution_mode = "cache"
 nb_execution_timeout = 600
