@@ -140,12 +140,15 @@ class Strategy(Protocol):
 
     It does not change its inputs and draws randomness from its own seed only: the same inputs give the same bytes.
 
-    A class may have more class attributes:
+    All attributes of the class are optional.
+
+    Attributes:
         needs: "counts" where it needs no latents, "codebook" where it needs no counts, either (then they may all be 0).
             It can be run on a model without its network.
         exact: True to get all latents; others get a sample of a million, in an order whose heads are samples.
-        summary, example: A sentence and a line for `--help`: the strategy is then a command. Its fields that have an
+        summary: A sentence for `--help`: the strategy is then a command, and its fields that have an
             `runtime.options.Option` are options.
+        example: A line to type, for `--help`.
         trains: True where fine-tuning follows by default.
     """
 
