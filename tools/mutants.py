@@ -185,11 +185,14 @@ def reach(tree: Path, mutants: list[Mutant], work: Path) -> dict[str, Any]:
         (tree / file).write_text(_probed(source, [(n, m) for n, m in enumerate(mutants) if m.file == file]))
     (work / "path" / "mutant_plugin.py").write_text(PLUGIN)
     options = ["-p", "mutant_plugin", "-n", "2", "-p", "no:cacheprovider"]
-    _pytest(tree, work, [*options, "tests"], None, {"MUTANT_REACH": str(notes)})
+    done = _pytest(tree, work, [*options, "tests"], None, {"MUTANT_REACH": str(notes)})
     for file, source in sources.items():
         (tree / file).write_text(source)
     (tree / "codebook_tools/_probe.py").unlink()
-    return _reached(notes)
+    tests = _reached(notes)
+    if not tests:
+        sys.exit(done.stdout + done.stderr)
+    return tests
 
 
 def _probed(source: str, mutants: list[tuple[int, Mutant]]) -> str:

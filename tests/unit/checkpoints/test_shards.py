@@ -157,9 +157,7 @@ def test_the_total_size_of_an_index_is_put_right(change: Callable[..., object], 
     assert json.loads((tmp_path / "out" / INDEX).read_text())["metadata"]["total_size"] == TOTAL - 24
 
 
-@pytest.mark.parametrize(
-    ("changed", "rewritten"), [({}, {A}), (COUNT, {A}), (CHANGED, {B}), (CHANGED | COUNT, {A, B})], ids=str
-)
+@pytest.mark.parametrize(("changed", "rewritten"), [({}, {A}), (COUNT, {A}), (CHANGED, {B}), (CHANGED | COUNT, {A, B})])
 def test_every_shard_that_changes_or_else_the_first_has_our_metadata(
     changed: State, rewritten: set[str], sharded: Path, tmp_path: Path
 ) -> None:
