@@ -4,14 +4,6 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-ROWS = (
-    *("untouched", "untouched+same-recipe", "untouched+textbook", "prune", "refit", "grow", "condense"),
-    *("quantize", "quantize+pnn", "restart", "top-k", "random", "kmeans++-seeds", "refit+fresh-network"),
-    *("restart+random", "restart+split", "restart+nearest", "refit+used", "refit+textbook", "refit+frozen-encoder"),
-)
-"""The library's rows of a comparison once more."""
-
-
 DEVICES = ("auto", "cpu", "cuda", "xpu", "mps")
 """What --device takes, without numbers, and what others add to torch."""
 
@@ -30,7 +22,10 @@ def families(incomplete: str) -> list[str]:
 
 def rows(incomplete: str) -> list[str]:
     """Completions of the last of several rows with commas between them."""
+    from codebook_tools.workflows.comparison_entries import ENTRIES, MORE_ENTRIES
+
     before, comma, last = incomplete.rpartition(",")
     named = {*before.split(",")}
     added = [point.name for point in entry_points(group="codebook_tools.strategies")]
-    return [f"{before}{comma}{row}" for row in (*ROWS, *added) if row.startswith(last) and row not in named]
+    names = (*ENTRIES, *MORE_ENTRIES, *added)
+    return [f"{before}{comma}{row}" for row in names if row.startswith(last) and row not in named]

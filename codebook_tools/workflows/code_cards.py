@@ -14,15 +14,16 @@ from codebook_tools.codebook import Codebook
 from codebook_tools.data.modality import Modality
 from codebook_tools.data.splits import limited
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.extreme_latents import ExtremeLatents
 from codebook_tools.evaluation.measure import reconstruct
-from codebook_tools.evaluation.receptive_field import Place, patches, receptive_side
+from codebook_tools.evaluation.one_pass import LatentSource, run_pass
+from codebook_tools.evaluation.receptive_field import Place, latent_grid, patches, receptive_side
 from codebook_tools.models.model import Model
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.workflows.extreme_latents import ExtremeLatents, find_extremes, open_images
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import SUBJECT, ResultHeader, header
-from codebook_tools.workflows.session import Opened
+from codebook_tools.workflows.session import Opened, open_images
 
 SORTS = ("share", "map", "error")
 NEIGHBORS = 4
@@ -124,8 +125,8 @@ def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch
         raise CodebookError(f"sort={sort}: expected {', '.join(SORTS)}")
     opened = open_images(request, watch)
     model, stage = opened.model, opened.model.chosen[0]
-    extremes = find_extremes(opened, stage, top, watch)
     codebook = model.books[stage].codebook
+    extremes = _extremes(opened, codebook, stage, top, watch)
     places = _components(codebook.vectors.cpu(), extremes.used)
     side = receptive_side(model, opened.calibration, stage)
     opened.settings |= {"top": top, "most": most, "sort": sort}
@@ -139,6 +140,16 @@ def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch
         colors=_colors(places, extremes.used),
         seconds=watch.seconds,
     )
+
+
+def _extremes(opened: Opened, codebook: Codebook, stage: int, top: int, watch: Watch) -> ExtremeLatents:
+    """One pass over the calibration data. top: places of each kind for a code."""
+    model, images = opened.model, opened.calibration
+    with watch.phase("encode"):
+        extremes = ExtremeLatents(codebook, top, latent_grid(model, images, stage))
+        latents = model.latents(images, opened.request.batch_size, stage)
+        run_pass(LatentSource(latents, codebook, "see the codes"), [extremes], watch)
+    return extremes
 
 
 def _order(extremes: ExtremeLatents, places: Tensor, sort: str) -> list[int]:

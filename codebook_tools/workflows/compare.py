@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
 from codebook_tools.checkpoints.atomic import write_text
 from codebook_tools.codebook import Strategy
@@ -19,6 +18,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import find_strategy
 from codebook_tools.strategies.padding import power_of_two
 from codebook_tools.training.finetune import FineTune
+from codebook_tools.workflows.comparison_entries import ENTRIES, Entry, find_entry
 from codebook_tools.workflows.comparison_rows import (
     Comparison,
     Row,
@@ -40,70 +40,6 @@ from codebook_tools.workflows.pipeline import (
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import header, settings_of
 from codebook_tools.workflows.session import Opened, open_request
-
-
-@dataclass(frozen=True)
-class Entry:
-    """How a row is made.
-
-    Attributes:
-        strategy: Its name; None for the codebook as it is.
-        settings: Of the strategy, beside k and seed.
-        recipe: Fields of FineTune that differ from the other rows'.
-        fresh: Whether encoder and decoder get new weights.
-    """
-
-    strategy: str | None = None
-    settings: Mapping[str, object] = field(default_factory=dict)
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    fresh: bool = False
-
-
-# As van den Oord et al. 2017 have it in equation 3: codes move by gradient, and nothing revives the dead.
-_TEXTBOOK = {"codebook_update": "gradient"}
-
-ENTRIES = {
-    "untouched": Entry(recipe={"steps": 0}),
-    "untouched+same-recipe": Entry(),
-    "untouched+textbook": Entry(recipe=_TEXTBOOK),
-    "prune": Entry("prune"),
-    "refit": Entry("refit"),
-    "grow": Entry("grow"),
-    "condense": Entry("condense"),
-    "quantize": Entry("quantize"),
-    "quantize+pnn": Entry("quantize", {"method": "pnn"}),
-    "restart": Entry("restart"),
-    "top-k": Entry("top-k"),
-    "random": Entry("random"),
-    "kmeans++-seeds": Entry("kmeans++-seeds"),
-    "refit+fresh-network": Entry("refit", fresh=True),
-}
-"""The rows that a comparison has by default."""
-
-MORE_ENTRIES = {
-    **{f"restart+{method}": Entry("restart", {"method": method}) for method in ("random", "split", "nearest")},
-    "refit+used": Entry("refit", {"init": "used"}),
-    "refit+textbook": Entry("refit", recipe=_TEXTBOOK),
-    "refit+frozen-encoder": Entry("refit", recipe={"train": "decoder"}),
-}
-"""Further rows, by name. Any strategy that is installed is a row by its own name, too."""
-
-
-def find_entry(name: str) -> Entry:
-    """The row of a name.
-
-    Raises:
-        CodebookError: There is no such row; the message lists all.
-    """
-    known = {**ENTRIES, **MORE_ENTRIES}
-    if name in known:
-        return known[name]
-    try:
-        find_strategy(name)
-    except CodebookError as error:
-        rows = [row for row in known if known[row].strategy != row]
-        raise CodebookError(f"{error}; and the rows {', '.join(rows)}") from error
-    return Entry(name)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,11 +19,10 @@ from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
 from codebook_tools.strategies._validation import check_k
-from codebook_tools.workflows.extreme_latents import open_images
 from codebook_tools.workflows.pipeline import calibrate, encoder_latents, measure_stage
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import SUBJECT, ResultHeader, header
-from codebook_tools.workflows.session import Opened
+from codebook_tools.workflows.session import Opened, open_images
 
 POINTS = 3000
 """Latents that are drawn."""

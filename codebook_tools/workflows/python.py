@@ -24,8 +24,9 @@ from codebook_tools.remapping.request import RemapRequest
 from codebook_tools.runtime.progress import Show, Watch
 from codebook_tools.strategies import STRATEGIES
 from codebook_tools.training.recipe import FineTune
-from codebook_tools.workflows import compare as comparisons
 from codebook_tools.workflows import sweep as sweeps
+from codebook_tools.workflows.compare import compare as run_compare
+from codebook_tools.workflows.comparison_entries import ENTRIES
 from codebook_tools.workflows.comparison_rows import Comparison
 from codebook_tools.workflows.diagnose import Diagnosis
 from codebook_tools.workflows.diagnose import diagnose as run_diagnosis
@@ -215,17 +216,9 @@ def compare(
         CodebookError: No row can be run; one that cannot says so in `error`.
     """
     request = _request(model, data, seed)
-    names = strategies or [name for name, entry in comparisons.ENTRIES.items() if not (entry.fresh and request.wrapped)]
+    names = strategies or [name for name, entry in ENTRIES.items() if not (entry.fresh and request.wrapped)]
     return _warned(
-        comparisons.compare(
-            request,
-            k,
-            names,
-            finetune or FineTune(),
-            seeds=seeds,
-            folder=Path(output),
-            watch=Watch(progress),
-        )
+        run_compare(request, k, names, finetune or FineTune(), seeds=seeds, folder=Path(output), watch=Watch(progress))
     )
 
 

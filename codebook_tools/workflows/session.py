@@ -13,7 +13,8 @@ from codebook_tools.data.modality import Modality
 from codebook_tools.data.splits import Splits, limited, split
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import find_input_range, range_errors
-from codebook_tools.models.evidence import uninitialized
+from codebook_tools.evaluation.receptive_field import require_images
+from codebook_tools.models.evidence import uninitialized, untrained
 from codebook_tools.models.load import load_model
 from codebook_tools.models.proof import Proof, prove_opened
 from codebook_tools.models.registry import CUSTOM
@@ -151,6 +152,18 @@ def _choose_input_range(request: Request, opened: Opened) -> None:
             f"input range {_shown(best)} was chosen (mse {errors[best]:.4g}), but {_shown(second)} is close "
             f"({errors[second]:.4g}); set --input-range to decide"
         )
+
+
+def open_images(request: Request, watch: Watch) -> Opened:
+    """A model whose latents are shown by patches of images.
+
+    Raises:
+        CodebookError: It takes no images, or model or data cannot be opened.
+    """
+    opened = open_request(request, watch)
+    opened.warnings += untrained(opened.model.checkpoint, opened.codebooks)
+    require_images(opened.model)
+    return opened
 
 
 def _better_range(opened: Opened) -> list[str]:

@@ -6,18 +6,13 @@ import subprocess
 import sys
 
 import pytest
-from codebook_cli.completion import ROWS, devices, families, rows
+from codebook_cli.completion import devices, families, rows
 
 from codebook_tools.models.registry import FAMILIES
-from codebook_tools.workflows.compare import ENTRIES, MORE_ENTRIES
-
-
-def test_the_rows_are_those_of_a_comparison() -> None:
-    assert (*ENTRIES, *MORE_ENTRIES) == ROWS
 
 
 @pytest.mark.parametrize(
-    ("typed", "found"),
+    ("typed", "offered"),
     [
         ("pru", ["prune"]),
         ("prune,ran", ["prune,random"]),
@@ -26,8 +21,8 @@ def test_the_rows_are_those_of_a_comparison() -> None:
         ("nothing", []),
     ],
 )
-def test_the_last_row_of_several_is_completed(typed: str, found: list[str]) -> None:
-    assert rows(typed) == found
+def test_the_last_row_of_several_is_completed(typed: str, offered: list[str]) -> None:
+    assert rows(typed) == offered
 
 
 def test_all_families_are_known_and_no_key_waits_for_torch() -> None:

@@ -13,13 +13,13 @@ from sources_of_images import Images
 from torch import Tensor, nn
 
 from codebook_tools.data.images import array_items
+from codebook_tools.evaluation.extreme_latents import lowest_of_each
 from codebook_tools.evaluation.receptive_field import Place, patches, receptive_side
 from codebook_tools.models.model import Model
 from codebook_tools.report.html.codes import codes_page
 from codebook_tools.report.html.page import html
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.code_cards import Codes, look_at_codes
-from codebook_tools.workflows.extreme_latents import lowest_of_each
 from codebook_tools.workflows.request import Request
 
 # A pixel is a latent: code 0 is black, 1 is grey, 2 is white, 3 is never chosen.

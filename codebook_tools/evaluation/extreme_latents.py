@@ -11,12 +11,8 @@ from torch import Tensor
 from codebook_tools.clustering.assignment import squared_errors
 from codebook_tools.codebook import Codebook
 from codebook_tools.data.items import Item
-from codebook_tools.evaluation.one_pass import Accumulator, Batch, LatentSource, run_pass
-from codebook_tools.evaluation.receptive_field import Place, latent_grid, require_images
-from codebook_tools.models.evidence import untrained
-from codebook_tools.runtime.progress import Watch
-from codebook_tools.workflows.request import Request
-from codebook_tools.workflows.session import Opened, open_request
+from codebook_tools.evaluation.one_pass import Accumulator, Batch
+from codebook_tools.evaluation.receptive_field import Place
 
 _End = tuple[Tensor, Tensor, Tensor]
 """Code, score and place in the stream of latents, (n,) each."""
@@ -82,28 +78,6 @@ class ExtremeLatents(Accumulator):
             item, position = divmod(at, rows * columns)
             places.setdefault(code, []).append(Place(self.items[item], *divmod(position, columns)))
         return places
-
-
-def open_images(request: Request, watch: Watch) -> Opened:
-    """A model whose latents are shown by patches of images.
-
-    Raises:
-        CodebookError: It takes no images, or model or data cannot be opened.
-    """
-    opened = open_request(request, watch)
-    opened.warnings += untrained(opened.model.checkpoint, opened.codebooks)
-    require_images(opened.model)
-    return opened
-
-
-def find_extremes(opened: Opened, stage: int, top: int, watch: Watch) -> ExtremeLatents:
-    """One pass over the calibration data. top: places of each kind for a code."""
-    model, codebook, images = opened.model, opened.model.books[stage].codebook, opened.calibration
-    with watch.phase("encode"):
-        extremes = ExtremeLatents(codebook, top, latent_grid(model, images, stage))
-        latents = model.latents(images, opened.request.batch_size, stage)
-        run_pass(LatentSource(latents, codebook, "see the codes"), [extremes], watch)
-    return extremes
 
 
 def lowest_of_each(codes: Tensor, scores: Tensor, most: int) -> Tensor:
