@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # names and shapes of a checkpoint are listed without torch, which takes seconds to import
     from torch import Tensor
@@ -15,6 +15,9 @@ REMOVED = -1
 
 METRIC_NAMES = ("euclidean", "cosine", "cosine-unit", "dot")
 """Of the metrics in clustering/metric.py."""
+
+Engine = Literal["auto", "native", "faiss", "sklearn"]
+"""A k-means of clustering/engines.py."""
 
 
 def as_stored(rows: Tensor) -> Tensor:
@@ -110,12 +113,14 @@ class Surgery:
         bits: Of an entry, where the rows were rounded to a grid; None for those of the stored dtype.
         first: A surgery with a larger codebook for a fine-tuning to start with, which merges its codes into as many as
             `codebook` has on the way.
+        engine: The k-means that ran, where one did.
     """
 
     codebook: Codebook
     index_map: Tensor
     bits: int | None = None
     first: Surgery | None = None
+    engine: Engine | None = None
 
     def __post_init__(self) -> None:
         import torch

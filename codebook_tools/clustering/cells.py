@@ -25,8 +25,8 @@ class Cells:
 
     Attributes:
         sums: (k, dim) float64, sum of the emitted points of each cell.
-        hits: (k,) float64, points of each cell.
-        squares: float64, sum of the squared lengths of all points.
+        hits: (k,) float64, points of each cell, or the sum of their weights.
+        squares: float64, sum of the squared lengths of all points, each times its weight.
     """
 
     sums: Tensor
@@ -34,23 +34,26 @@ class Cells:
     squares: Tensor
 
     @staticmethod
-    def of(points: Tensor, codebook: Codebook) -> Cells:
-        """The cells of points (n, dim) float32."""
+    def of(slab: tuple[Tensor, Tensor | None], codebook: Codebook) -> Cells:
+        """The cells of points (n, dim) float32, with their weights (n,) float64 or None."""
+        points, weights = slab
         codes = _nearest(points, codebook)
         emitted = codebook.metric.emit(points)
         device = wide_device(points.device)
         sums = torch.zeros(codebook.size, codebook.dim, dtype=torch.float64, device=device)
         codes, squares = codes.to(device), sums.new_zeros(())
         at_once = _WIDENED.get(points.device.type, _ELSEWHERE)
-        for rows, at in zip(torch.split(emitted, at_once), torch.split(codes, at_once), strict=True):
-            rows = wide(rows)
-            sums.index_add_(0, at, rows)
-            squares += torch.dot(rows.flatten(), rows.flatten())
-        return Cells(sums, torch.bincount(codes, minlength=codebook.size).double(), squares)
+        for start in range(0, len(points), at_once):
+            at = slice(start, start + at_once)
+            rows = wide(emitted[at])
+            weighted = rows if weights is None else rows * weights[at, None]
+            sums.index_add_(0, codes[at], weighted)
+            squares += torch.dot(rows.flatten(), weighted.flatten())
+        return Cells(sums, torch.bincount(codes, weights, minlength=codebook.size).double(), squares)
 
     @staticmethod
-    def over(slabs: Iterable[Tensor], codebook: Codebook) -> Cells:
-        """The cells of the points (n, dim) of all slabs, summed over processes."""
+    def over(slabs: Iterable[tuple[Tensor, Tensor | None]], codebook: Codebook) -> Cells:
+        """The cells of the points (n, dim) of all slabs, with their weights, summed over processes."""
         vectors = codebook.vectors
         sums = torch.zeros(vectors.shape, dtype=torch.float64, device=wide_device(vectors.device))
         hits, squares = sums.new_zeros(codebook.size), sums.new_zeros(1)
@@ -65,7 +68,9 @@ class Cells:
 
     def means(self, old: Codebook) -> Tensor:
         """(k, dim) float32, the emitted mean of each cell; the old code where a cell has none."""
-        means = old.metric.emit((self.sums / self.hits.clamp(min=1)[:, None]).float().to(old.vectors.device))
+        means = old.metric.emit(
+            (self.sums / self.hits.masked_fill(self.empty, 1)[:, None]).float().to(old.vectors.device)
+        )
         lost = (means == 0).all(1) if old.metric.has_unit_rows else self.empty  # directions may cancel out
         return torch.where(lost.to(means.device)[:, None], old.emitted, means)
 

@@ -31,6 +31,10 @@ _FEWER = 4  # times fewer moves after a round that gained less
 _LOOK_BACK = 3  # iterations over which progress is measured: the inertia of single ones may rise
 
 
+_Slab = tuple[Tensor, Tensor | None]
+"""Points (n, dim) and their weights (n,)."""
+
+
 @dataclass(frozen=True, eq=False)
 class Clustering:
     """The result of k-means.
@@ -59,6 +63,7 @@ def kmeans(
     seed: int = 0,
     metric: Metric = EUCLIDEAN,
     whole: Latents | None = None,
+    weights: Tensor | None = None,
     watch: Watch,
 ) -> Clustering:
     """Lloyd's k-means over all points (Lloyd 1982), in squared Euclidean distance or by cosine.
@@ -80,6 +85,7 @@ def kmeans(
             nearest direction they are.
         whole: What `points` are a sample of, to continue over. Then each process has its part of it, but the same
             `points` as all others.
+        weights: (n,) float64, of the points, above 0; None for 1. All points take part from the first iteration then.
         watch: Called with the progress.
 
     Returns:
@@ -91,14 +97,15 @@ def kmeans(
     assert k >= 1 and iterations >= 1 and metric.is_distance, (k, iterations, metric)
     prepared = metric.prepare(points)
     refuse_unfit(prepared, k)
-    start = init if isinstance(init, Tensor) else seeds(prepared, k, init, seed)
+    start = init if isinstance(init, Tensor) else seeds(prepared, k, init, seed, weights)
     assert start.shape == (k, points.shape[1])
     like, clustering = Codebook(start, metric), Clustering(start, torch.inf, 0, False)
-    for head in _heads(len(points), k):
+    for head in _heads(len(points), k) if weights is None else [len(points)]:
         if count_distinct(prepared[:head], enough=k) < k:  # repeats would only pull codes away from the points behind
             continue
-        slabs = partial(_own, torch.split(points[:head], _slab(head, points.device)))
-        level, at_first = _Level(slabs, points[:head], like, tolerance, seed, watch), clustering.iterations == 0
+        slabs = partial(_own, _split(points[:head], weights, _slab(head, points.device)))
+        level = _Level(slabs, points[:head], like, tolerance, seed, watch, weights)
+        at_first = clustering.iterations == 0
         clustering = level.lloyd(clustering.centroids, iterations)
         if at_first and not isinstance(init, Tensor) and metric.minimizes_error:
             clustering = level.split_and_merge(clustering, iterations)
@@ -120,14 +127,20 @@ def _slab(points: int, device: torch.device) -> int:
     return min(_SLAB.get(device.type, _ELSEWHERE), max(_LEAST, points // _SLABS))
 
 
-def _own(slabs: Iterable[Tensor]) -> Iterable[Tensor]:
+def _split(points: Tensor, weights: Tensor | None, at_once: int) -> list[_Slab]:
+    parts = torch.split(points, at_once)
+    of = [None] * len(parts) if weights is None else torch.split(weights, at_once)
+    return list(zip(parts, of, strict=True))
+
+
+def _own(slabs: Iterable[_Slab]) -> Iterable[_Slab]:
     """Of slabs that every process has, those that this one works on."""
     return islice(slabs, distributed.rank(), None, distributed.count())
 
 
-def _in_slabs(whole: Latents, device: torch.device) -> Iterable[Tensor]:
+def _in_slabs(whole: Latents, device: torch.device) -> Iterable[_Slab]:
     at_once = _SLAB.get(device.type, _ELSEWHERE)
-    return (slab.to(device) for batch in whole for slab in torch.split(batch, at_once))
+    return ((slab.to(device), None) for batch in whole for slab in torch.split(batch, at_once))
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,14 +154,16 @@ class _Level:
         tolerance: As of `kmeans`.
         seed: As of `kmeans`.
         watch: As of `kmeans`.
+        weights: As of `kmeans`.
     """
 
-    slabs: Callable[[], Iterable[Tensor]]
+    slabs: Callable[[], Iterable[_Slab]]
     points: Tensor
     like: Codebook
     tolerance: float
     seed: int
     watch: Watch
+    weights: Tensor | None = None
 
     def lloyd(self, start: Tensor, iterations: int, tolerance: float | None = None) -> Clustering:
         """Iterate from start (k, dim) until progress is below the tolerance.
@@ -171,8 +186,8 @@ class _Level:
             placed = len(empty) and self._move(means, empty, self.seed + done)
             if (placed > 0, inertia) < (not complete, best.inertia):
                 best, complete = Clustering(kept, inertia, done, False), not placed
-            count = int(cells.hits.sum())
-            self.watch.progress(f"k-means on {count:,} latents", done, None, inertia=inertia / count)
+            total = float(cells.hits.sum())
+            self.watch.progress(f"k-means on {total:,.0f} latents", done, None, inertia=inertia / total)
             gained = fell[0] - best.inertia
             if torch.equal(means, now) or (not placed and gained <= tolerance * _LOOK_BACK * best.inertia):
                 return replace(best, iterations=done, converged=True)
@@ -191,7 +206,8 @@ class _Level:
         """Move the means of empty cells to points drawn by squared error. Returns how many could be moved."""
         full = torch.ones(len(means), dtype=torch.bool, device=means.device)
         full[empty] = False
-        drawn = draw_by_error(self.points, replace(self.like, vectors=means[full]), len(empty), seed)
+        others = replace(self.like, vectors=means[full])
+        drawn = draw_by_error(self.points, others, len(empty), seed, self.weights)
         means[empty[: len(drawn)]] = self.like.metric.emit(drawn)
         return len(drawn)
 
@@ -200,7 +216,8 @@ class _Level:
         random = torch.Generator().manual_seed(self.seed % 2**63)
         at_once, left = len(best.centroids) // _AT_MOST_ONE_IN, iterations - best.iterations
         while at_once and left >= _ROUND:
-            start = split_and_merge(replace(self.like, vectors=best.centroids), self.points, at_once, random)
+            codes = replace(self.like, vectors=best.centroids)
+            start = split_and_merge(codes, self.points, at_once, random, self.weights)
             new = self.lloyd(start, _ROUND, tolerance=0)
             left -= _ROUND
             gain = best.inertia - new.inertia

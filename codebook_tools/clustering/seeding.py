@@ -21,7 +21,7 @@ _SHORT = 1e-5  # of the longest point: a residual below is float32 rounding
 _POINTS, _POINTS_PER_SEED = 4096, 8  # that seeds are drawn from: more take longer and are hardly better
 
 
-def seeds(points: Tensor, k: int, init: Init, seed: int) -> Tensor:
+def seeds(points: Tensor, k: int, init: Init, seed: int, weights: Tensor | None = None) -> Tensor:
     """Draw seeds for k-means from the points.
 
     Args:
@@ -30,6 +30,7 @@ def seeds(points: Tensor, k: int, init: Init, seed: int) -> Tensor:
         k: Number of seeds.
         init: How they are drawn.
         seed: Any integer.
+        weights: (n,) float64, of the points, for k-means++; all of them are then drawn from.
 
     Returns:
         (k, dim) of the points.
@@ -41,8 +42,12 @@ def seeds(points: Tensor, k: int, init: Init, seed: int) -> Tensor:
     head = points[: max(_POINTS, _POINTS_PER_SEED * k)]
     data = (head if count_distinct(head, enough=k) == k else points).cpu().contiguous()
     rng = np.random.default_rng(seed % 2**64)  # numpy takes no negative seed
-    draw = {"kmeans++": kmeans_plus_plus, "afkmc2": afkmc2, "random": _at_random}[init]
-    return torch.from_numpy(draw(data.numpy(), k, rng)).to(points.device)
+    if weights is not None and init == "kmeans++":
+        rows = kmeans_plus_plus(points.cpu().numpy(), k, rng, weights.cpu().numpy())
+    else:
+        draw = {"kmeans++": kmeans_plus_plus, "afkmc2": afkmc2, "random": _at_random}[init]
+        rows = draw(data.numpy(), k, rng)  # type: ignore[operator]  # their type is joined to that of a function
+    return torch.from_numpy(rows).to(points.device)
 
 
 def overflow(points: Tensor) -> bool:
@@ -78,8 +83,10 @@ def _at_random(data: NDArray[np.float32], k: int, rng: np.random.Generator) -> N
     return data[rng.choice(len(data), k, replace=False)]
 
 
-def kmeans_plus_plus(data: NDArray[np.float32], k: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """(k, dim) seeds of data (n, dim) by greedy k-means++.
+def kmeans_plus_plus(
+    data: NDArray[np.float32], k: int, rng: np.random.Generator, weights: NDArray[np.float64] | None = None
+) -> NDArray[np.float32]:
+    """(k, dim) seeds of data (n, dim), with weights (n,) or alike, by greedy k-means++.
 
     Each seed is drawn by squared distance to the seeds before it, in a few trials, of which the best counts.
     Source: Arthur and Vassilvitskii 2007, "k-means++: The Advantages of Careful Seeding".
@@ -87,14 +94,14 @@ def kmeans_plus_plus(data: NDArray[np.float32], k: int, rng: np.random.Generator
     trials = 2 + int(math.log(k))
     rows = data - data.mean(0)  # nearer to 0 the products below round less
     squares = (rows * rows).sum(1)
-    chosen = [int(rng.integers(len(rows)))]
+    chosen = [int(rng.integers(len(rows)) if weights is None else rng.choice(len(rows), p=weights / weights.sum()))]
     errors = _squared_distances(rows, rows[chosen[0]])
     while len(chosen) < k:
-        before, up_to = errors, errors.cumsum(dtype=np.float64)
+        before, up_to = errors, (errors if weights is None else errors * weights).cumsum(dtype=np.float64)
         drawn = np.searchsorted(up_to, rng.random(trials) * up_to[-1], side="right").clip(max=len(rows) - 1)
         left = squares[:, None] - 2 * (rows @ rows[drawn].T) + squares[drawn]
         np.minimum(left, errors[:, None], out=left)
-        best = int(left.sum(0).argmin())
+        best = int((left.sum(0) if weights is None else weights @ left).argmin())
         chosen.append(int(drawn[best]))
         errors = left[:, best].copy()
         # Where the expanded square cancels it is rounding; copies must have 0, or they might be drawn, too.
@@ -149,7 +156,7 @@ def with_direction(points: Tensor, codebook: Codebook) -> Tensor:
     return points if bool(long_enough.all()) else points[long_enough]
 
 
-def draw_by_error(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tensor:
+def draw_by_error(points: Tensor, codebook: Codebook, n: int, seed: int, weights: Tensor | None = None) -> Tensor:
     """Draw points one after the other by squared error to the codes and to the points drawn before.
 
     This is k-means++ seeding (Arthur and Vassilvitskii 2007) continued from existing codes.
@@ -160,10 +167,13 @@ def draw_by_error(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tens
         codebook: The existing codes.
         n: Number of points to draw.
         seed: Of the drawing.
+        weights: (m,) float64, that the errors are multiplied by; all points are then drawn from.
 
     Returns:
         (n, dim) of the points; fewer where no more of them differ from the codes.
     """
+    if weights is not None:
+        return _drawn(points, codebook, n, seed, weights)
     placeable = with_direction(points, codebook)
     if len(placeable) < len(points) and len(drawn := draw_by_error(placeable, codebook, n, seed)) == n:
         return drawn
@@ -172,8 +182,8 @@ def draw_by_error(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tens
     return drawn if len(drawn) == n or len(head) == len(points) else _drawn(points, codebook, n, seed)
 
 
-def _drawn(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tensor:
-    errors = squared_errors(points, codebook, nearest(points, codebook))
+def _drawn(points: Tensor, codebook: Codebook, n: int, seed: int, weights: Tensor | float = 1.0) -> Tensor:
+    errors = squared_errors(points, codebook, nearest(points, codebook)) * weights
     emitted = codebook.metric.emit(points)
     random = torch.Generator().manual_seed(seed)
     drawn: list[int] = []
@@ -184,5 +194,5 @@ def _drawn(points: Tensor, codebook: Codebook, n: int, seed: int) -> Tensor:
             break
         at = float(torch.rand((), generator=random, dtype=torch.float64)) * total
         drawn.append(min(int(torch.searchsorted(up_to, at, right=True)), len(points) - 1))
-        errors = torch.minimum(errors, wide((emitted - emitted[drawn[-1]]).square().sum(1)))
+        errors = torch.minimum(errors, wide((emitted - emitted[drawn[-1]]).square().sum(1)) * weights)
     return points[drawn]

@@ -13,7 +13,9 @@ _AT_ONCE = 1 << 22  # costs of merging that are computed at a time
 _APART = 0.3  # of the distance to the drawn point, between the two new codes and the old one
 
 
-def split_and_merge(codebook: Codebook, points: Tensor, count: int, random: torch.Generator) -> Tensor:
+def split_and_merge(
+    codebook: Codebook, points: Tensor, count: int, random: torch.Generator, weights: Tensor | None = None
+) -> Tensor:
     """Move codes of cells that are cheap to merge into cells of the largest error, which are split.
 
     Merging a cell into another costs n₁n₂/(n₁+n₂) times the squared distance of their codes (Equitz 1989). A cell is
@@ -26,6 +28,7 @@ def split_and_merge(codebook: Codebook, points: Tensor, count: int, random: torc
         points: (n, dim), what they cluster.
         count: Most codes to move.
         random: Generator on the CPU.
+        weights: (n,) float64, of the points; None for 1.
 
     Returns:
         (k, dim), the codes with at most `count` of them moved.
@@ -33,7 +36,8 @@ def split_and_merge(codebook: Codebook, points: Tensor, count: int, random: torc
     codes = nearest(points, codebook)
     errors = squared_errors(points, codebook, codes)
     codes = codes.to(errors.device)
-    hits = torch.bincount(codes, minlength=codebook.size).double()
+    errors = errors if weights is None else errors * weights
+    hits = torch.bincount(codes, weights, minlength=codebook.size).double()
     of_cells = errors.new_zeros(codebook.size).index_add_(0, codes, errors)
     pairs = _pairs(*_cheapest_merges(wide(codebook.vectors), hits), of_cells, count)
     moved, cut = (cells.to(points.device) for cells in pairs)

@@ -18,6 +18,7 @@ from codebook_tools.data.items import Item, Values
 from codebook_tools.data.modality import Modality
 from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.optional import require
 
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC")
 """What is decoded, whatever a file's suffix. libsndfile knows other formats, but seeking in MP3 and Vorbis misses the
@@ -194,13 +195,7 @@ def padded(clip: NDArray[np.floating[Any]], samples: int) -> NDArray[np.float32]
 @contextmanager
 def _opened(source: Source) -> Iterator[Any]:
     """Open a non-empty soundfile.SoundFile; ValueError says why it cannot be, CodebookError that soundfile lacks."""
-    try:
-        import soundfile
-    except (ImportError, OSError) as error:  # OSError: the package without libsndfile
-        reason = str(error).partition("\n")[0]
-        raise CodebookError(
-            f'sound is read by the soundfile library: {reason}; pip install "codebook-tools[audio]"'
-        ) from error
+    soundfile = require("sound", "audio", "soundfile")
     with source.open() as stream:
         if not source.nbytes:
             raise ValueError("the file is empty")

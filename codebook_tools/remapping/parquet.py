@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from codebook_tools.errors import CodebookError
 from codebook_tools.remapping.token_choice import choose
 from codebook_tools.remapping.token_ids import Ids, Translation
+from codebook_tools.runtime.optional import require
 
 _ROWS = 1024  # a batch: a row may be all tokens of an image
 
@@ -39,11 +40,7 @@ def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], a
     Raises:
         CodebookError: pyarrow is missing, the file is damaged, or it is not clear which columns hold tokens.
     """
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise CodebookError(f"{path}: reading parquet needs pyarrow; pip install codebook-tools[parquet]") from error
+    pa, parquet = require(str(path), "parquet", "pyarrow"), require(str(path), "parquet", "pyarrow.parquet")
     try:
         with parquet.ParquetFile(path) as table:
             schema, metadata = table.schema_arrow, table.metadata

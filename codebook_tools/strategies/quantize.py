@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from codebook_tools.codebook import Codebook, Latents, Surgery
+from codebook_tools.codebook import Codebook, Engine, Latents, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.options import Option
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies._validation import check_k
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
+
+_STARTS = 10  # of k-means: codes are few, and weights uneven
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,7 @@ class Quantize:
         method: "kmeans", weighted k-means over the codes, the best of ten starts; or "pnn", pairwise nearest neighbor
             merging (Equitz 1989).
         bits: Of an entry, 2 to 8, in place of k.
+        engine: Which k-means runs; see clustering/engines.py.
         seed: Of the k-means.
     """
 
@@ -45,6 +43,7 @@ class Quantize:
     k: Annotated[int | None, Option("Merge the codes into K.", metavar="K", names=("--k", "-k"))] = None
     method: Annotated[Literal["kmeans", "pnn"], Option("How codes are merged.")] = "kmeans"
     bits: Annotated[int | None, Option("Round entries to B bits, 2 to 8, instead.", metavar="B")] = None
+    engine: Annotated[Engine, Option("Which k-means runs; auto: that of scikit-learn.")] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,6 +61,7 @@ class Quantize:
         import torch
 
         from codebook_tools.clustering.assignment import nearest
+        from codebook_tools.clustering.engines import chosen
         from codebook_tools.clustering.pnn import merge_pairs
 
         if self.bits is not None:
@@ -73,25 +73,30 @@ class Quantize:
         if 0 < int((counts > 0).sum()) <= self.k:
             return _filled_up(codebook, counts > 0, self.k)
         weights = counts.double() if int(counts.sum()) else torch.ones(codebook.size, dtype=torch.float64)
-        merge = merge_pairs if self.method == "pnn" else self._merge_by_kmeans
-        used, emitted = weights > 0, codebook.emitted
-        rows, labels = merge(emitted[used].double().numpy(), weights[used].numpy(), self.k)
-        merged = replace(codebook, vectors=torch.from_numpy(rows).float())
+        used, emitted, engine = weights > 0, codebook.emitted, None
+        if self.method == "pnn":
+            merge = merge_pairs(emitted[used].double().numpy(), weights[used].numpy(), self.k)
+            rows, labels = (torch.from_numpy(part) for part in merge)
+        else:
+            rows, labels = self._merge_by_kmeans(emitted[used], weights[used], self.k)
+            engine = chosen(self.engine, weighted=True)
+        merged = replace(codebook, vectors=rows.float())
         index_map = nearest(emitted, merged)
-        index_map[used] = torch.from_numpy(labels)
-        return Surgery(merged, index_map)
+        index_map[used] = labels
+        return Surgery(merged, index_map, engine=engine)
 
-    def _merge_by_kmeans(
-        self, rows: NDArray[np.float64], weights: NDArray[np.float64], k: int
-    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        import numpy as np
-        from sklearn.cluster import KMeans
-        from sklearn.exceptions import ConvergenceWarning
+    def _merge_by_kmeans(self, rows: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Of fewer distinct codes than k, some of the merged ones are alike."""
+        from codebook_tools.clustering.assignment import nearest
+        from codebook_tools.clustering.engines import cluster
+        from codebook_tools.clustering.seeding import count_distinct
 
-        with _repeatable(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # of fewer distinct codes than k: then some are alike
-            fit = KMeans(k, n_init=10, random_state=self.seed % 2**32).fit(rows, sample_weight=weights)
-        return fit.cluster_centers_, fit.labels_.astype(np.int64)
+        distinct = count_distinct(rows, enough=k)
+        merged = cluster(
+            rows, distinct, engine=self.engine, starts=_STARTS, seed=self.seed, weights=weights, watch=Watch()
+        ).centroids
+        merged = merged[[*range(distinct), *[0] * (k - distinct)]]
+        return merged, nearest(rows, Codebook(merged))
 
 
 def _filled_up(codebook: Codebook, used: Tensor, k: int) -> Surgery:
@@ -109,26 +114,6 @@ def _filled_up(codebook: Codebook, used: Tensor, k: int) -> Surgery:
     index_map = nearest(emitted, filled)
     index_map[kept] = torch.arange(k)
     return Surgery(filled, index_map)
-
-
-@contextmanager
-def _repeatable() -> Iterator[None]:
-    """At most two threads, for the same bytes: scikit-learn adds the sums of its threads in the order they finish.
-
-    a + b is b + a, but the sum of three or more rounds differently from run to run.
-    """
-    openmp = _openmp()
-    with openmp.limit(limits=min([2, *(library["num_threads"] for library in openmp.info())])):
-        yield
-
-
-@cache
-def _openmp() -> Any:
-    """The OpenMP libraries of this process, which take milliseconds to find."""
-    import sklearn.cluster  # noqa: F401  # so that its own is there to be found
-    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
-
-    return ThreadpoolController().select(user_api="openmp")
 
 
 def round_rows(rows: Tensor, bits: int) -> Tensor:

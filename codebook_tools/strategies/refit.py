@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
+from codebook_tools.codebook import REMOVED, Codebook, Engine, Latents, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.options import Option
 from codebook_tools.runtime.progress import Watch
@@ -30,6 +30,7 @@ class Refit:
             error where fewer are in use.
         iterations: Most iterations of Lloyd.
         seed: Of the seeding.
+        engine: Which k-means runs; see clustering/engines.py.
         exact: Whether k-means runs over all latents, in one pass an iteration; seeds are drawn from a sample.
         device: That k-means runs on.
         watch: Called with the progress.
@@ -46,6 +47,7 @@ class Refit:
         Literal["kmeans++", "afkmc2", "used", "random"], Option("Where k-means starts; used: at the codes in use.")
     ] = "kmeans++"
     iterations: Annotated[int, Option("At most so many Lloyd iterations.", metavar="N")] = 300
+    engine: Annotated[Engine, Option("Which k-means runs; auto: the one of this package.")] = "auto"
     seed: int = 0
     exact: Annotated[bool, Option("k-means over all latents, not a million, of --latents or --latents-cache.")] = False
     device: str = field(default="cpu", repr=False, compare=False)
@@ -60,7 +62,7 @@ class Refit:
         """Replace all codes by centroids of the latents."""
         import torch
 
-        from codebook_tools.clustering.kmeans import kmeans
+        from codebook_tools.clustering.engines import chosen, cluster
         from codebook_tools.data.latents import StoredLatents, joined
         from codebook_tools.data.sampling import drawn_rows
 
@@ -72,9 +74,10 @@ class Refit:
         whole = latents if self.exact and not isinstance(latents, StoredLatents) else None
         points = (joined(latents) if whole is None else drawn_rows(whole, self.seed)).to(self.device)
         init: Init | Tensor = self._from_used(codebook, points, counts) if self.init == "used" else self.init
-        clustering = kmeans(
+        clustering = cluster(
             points,
             self.k,
+            engine=self.engine,
             init=init,
             iterations=self.iterations,
             seed=self.seed,
@@ -82,7 +85,9 @@ class Refit:
             whole=whole,
             watch=self.watch,
         )
-        return Surgery(replace(codebook, vectors=clustering.centroids.cpu()), torch.full((codebook.size,), REMOVED))
+        new = replace(codebook, vectors=clustering.centroids.cpu())
+        index_map = torch.full((codebook.size,), REMOVED)
+        return Surgery(new, index_map, engine=chosen(self.engine, weighted=False))
 
     def _from_used(self, codebook: Codebook, points: Tensor, counts: Tensor) -> Tensor:
         import torch

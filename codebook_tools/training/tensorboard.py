@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.runtime import distributed
+from codebook_tools.runtime.optional import require_installed
 from codebook_tools.training.state import TracePoint
 
 Scalars = Callable[[int, Mapping[str, float]], None]
@@ -19,8 +19,7 @@ def require_tensorboard(folder: Path | None) -> None:
     """Raise CodebookError where there is a folder, and TensorBoard is missing or the folder cannot be written."""
     if folder is None:
         return
-    if find_spec("tensorboard") is None:
-        raise CodebookError(f"--log-dir {folder} needs TensorBoard: pip install 'codebook-tools[tensorboard]'")
+    require_installed("--log-dir", "tensorboard", "tensorboard")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

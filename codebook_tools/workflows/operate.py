@@ -317,6 +317,9 @@ def operate_in_memory(
         after = target.measurement(target.sums(latents, watch)) if request.latents else None
         done = Stages(after, None, "surgery", index_maps, None)
         tokens = target.tokens_after(old, index_maps)
+    for surgery in surgeries.values():
+        if surgery.engine:
+            target.settings["engine"] = surgery.engine
     maps = dict[str, Tensor]()
     for stage, index_map in done.index_maps.items():
         samples = (calibration.tokens[stage].sample, tokens[stage].sample)

@@ -12,6 +12,7 @@ from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.tensors import Shapes
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.family import Family
+from codebook_tools.runtime.optional import require
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -99,15 +100,7 @@ def _build(checkpoint: Checkpoint, name: str) -> Any:
         raise CodebookError(
             f"{checkpoint.path} is a transformers {name} without its config; put that beside it, as config.json"
         )
-    try:
-        import transformers
-
-        described, model = getattr(transformers, name.replace("Model", "Config")), getattr(transformers, name)
-    except (ImportError, RuntimeError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CodebookError(
-            f"{name} is built by the transformers library: {reason}; pip install -U transformers"
-        ) from error
+    described, model = require(name, "transformers", "transformers", name.replace("Model", "Config"), name)
     try:
         return model(described.from_dict(dict(config)))
     except Exception as error:  # whatever the library makes of a config that is amiss

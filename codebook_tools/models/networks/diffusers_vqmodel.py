@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.optional import require
 
 
 class DiffusersVQModel(nn.Module):
@@ -61,13 +62,9 @@ class DiffusersVQModel(nn.Module):
 
 
 def _build(config: Mapping[str, object], path: Path | None) -> nn.Module:
+    (network,) = require("a VQModel", "diffusers", "diffusers", "VQModel")
     try:
-        from diffusers import VQModel
-    except (ImportError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CodebookError(f"a VQModel is built by the diffusers library: {reason}; pip install diffusers") from error
-    try:
-        model: nn.Module = VQModel.from_config(dict(config))
+        model: nn.Module = network.from_config(dict(config))
     except Exception as error:  # whatever the library makes of a config that is amiss
         reason = str(error).partition("\n")[0]
         raise CodebookError(f"diffusers makes no VQModel of {path}: {type(error).__name__}: {reason}") from error

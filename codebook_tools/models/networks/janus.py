@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.optional import require
 
 
 class JanusVQ(nn.Module):
@@ -48,15 +49,9 @@ class JanusVQ(nn.Module):
 
 
 def _build(config: Mapping[str, object], path: Path) -> nn.Module:
+    network, described = require("a JanusVQVAE", "transformers", "transformers", "JanusVQVAE", "JanusVQVAEConfig")
     try:
-        from transformers import JanusVQVAE, JanusVQVAEConfig
-    except (ImportError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CodebookError(
-            f"a JanusVQVAE is built by the transformers library: {reason}; pip install --upgrade transformers"
-        ) from error
-    try:
-        model: nn.Module = JanusVQVAE(JanusVQVAEConfig(**config))
+        model: nn.Module = network(described(**config))
     except Exception as error:  # whatever the library makes of shapes that are amiss
         reason = str(error).partition("\n")[0]
         raise CodebookError(f"transformers makes no JanusVQVAE of {path}: {type(error).__name__}: {reason}") from error

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.optional import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,11 +32,7 @@ def draw_traces(traces: Mapping[str, Trace], path: Path) -> None:
     Raises:
         CodebookError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CodebookError("curves are drawn by matplotlib: pip install 'codebook-tools[report]'") from error
-    figure = Figure(figsize=(14, 3.2), layout="constrained")
+    figure = require("a plot", "report", "matplotlib.figure").Figure(figsize=(14, 3.2), layout="constrained")
     draw_panels(traces, figure)
     figure.savefig(path)
 

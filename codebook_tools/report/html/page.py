@@ -8,13 +8,12 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.optional import require_installed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -228,9 +227,7 @@ def require_plots() -> None:
     Raises:
         CodebookError: jinja2 or matplotlib is missing.
     """
-    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise CodebookError(f"--report wants {' and '.join(missing)}: pip install 'codebook-tools[report]'")
+    require_installed("--report", "report", "jinja2", "matplotlib")
 
 
 def html(page: Page) -> str:

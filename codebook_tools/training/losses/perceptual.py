@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.runtime import distributed
+from codebook_tools.runtime.optional import require
 
 AUTO = "auto"
 SMALLEST = 16  # pixels of a side: VGG halves them four times
@@ -36,16 +37,11 @@ class Perceptual:
         """
         if side < SMALLEST:
             raise CodebookError(f"--perceptual: {side} pixels a side are too few; it takes {SMALLEST} or more")
-        try:
-            import torchvision  # noqa: F401
-
-            # The public class fetches weights whenever it is made, and takes none; those of LPIPS itself lie in it.
-            from torchmetrics.functional.image.lpips import _NoTrainLpips
-        except ImportError as error:
-            raise CodebookError(f"--perceptual needs {error.name}; pip install codebook-tools[perceptual]") from error
-
+        require("--perceptual", "perceptual", "torchvision")
+        # The public class fetches weights whenever it is made, and takes none; those of LPIPS itself lie in it.
+        lpips = require("--perceptual", "perceptual", "torchmetrics.functional.image.lpips")
         with torch.random.fork_rng():  # its initial weights must not advance the global generator
-            self.network = _NoTrainLpips(net="vgg", pnet_rand=True)
+            self.network = lpips._NoTrainLpips(net="vgg", pnet_rand=True)
         _load(self.network.net, distributed.by_first(lambda: _features(weights)), weights)
         self.network.to(device)
 

@@ -197,7 +197,7 @@ def test_a_count_weighs_as_much_as_so_many_copies_do_for_scikit_learn(seed: int)
         distortion(torch.from_numpy(rows), torch.from_numpy(counts), merged(rows, weights, 5, "kmeans", seed))
         for weights in (counts.tolist(), [1] * 40)
     ]
-    assert errors[0] == pytest.approx(copies.inertia_, rel=0.01)
+    assert errors[0] <= 1.01 * copies.inertia_
     assert errors[1] > 1.02 * copies.inertia_  # so that the one percent means something
 
 
