@@ -1,10 +1,10 @@
-"""Every strategy and the controls on a checkpoint: the tables of the README and of docs/comparison.md.
+"""Every strategy and the controls on a checkpoint: the figures of the README and of docs/comparison.md.
 
     python benchmarks/compare.py [NAME ...] [--seeds N] [--shared ../shared]
 
 Without a name it is the bundled demo. Rows, table, settings and machine go to benchmarks/results/compare/NAME/; rows
 that are there already, made with the same model, data, settings and version, are not run again. `ages` wants the
-snapshots that `python benchmarks/train_demo.py` keeps.
+snapshots that `python benchmarks/train_demo.py` keeps. excerpts.py then copies rows into the documents.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Without a name: all variants that differ from `default`, the tool's own recipe; 
 make it into the tool lives in variants.py alone. Rows go to benchmarks/results/recipes/DATA.json, or --output, and into
 a plot and tables beside it; those that are there already, made with the same settings, are not run again. Each is
 measured on test data that the run did not see, and is done by a process with one thread, of which there are as many as
-jobs.
+jobs. excerpts.py then copies rows into the documents.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python benchmarks/sweeps.py [--shared ../shared]
 
-For each, a table, a drawing and all figures go to benchmarks/results/sweep/NAME/.
+For each, a table, a drawing and all figures go to benchmarks/results/sweep/NAME/. excerpts.py then copies rows into the
+documents.
 """
 
 from __future__ import annotations

@@ -155,6 +155,8 @@ class Strategy(Protocol):
             `runtime.options.Option` are options.
         example: A line to type, for `--help`.
         trains: True where fine-tuning follows by default.
+        keeps: True where each new code is an old one, unchanged: `verify` holds the file to that.
+        clusters: True where k-means on the latents places the codes: for `diagnose`, which looks for its absence.
     """
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:

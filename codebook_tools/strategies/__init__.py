@@ -40,6 +40,7 @@ __all__ = [
     "Refit",
     "Restart",
     "TopK",
+    "declaration",
     "find_strategy",
     "make_strategy",
     "on_device",
@@ -75,6 +76,14 @@ def find_strategy(name: str) -> Callable[..., Strategy]:
             raise CodebookError(f"strategy {name}, installed as {added[name].value}, does not load: {error}") from error
         return strategy
     raise CodebookError(f"no strategy {name!r}; there are {', '.join(sorted({*STRATEGIES, *added}))}")
+
+
+def declaration(name: str | None, attribute: str) -> Any:
+    """An attribute of a strategy's class, such as `keeps`; None where it has none, or no strategy has that name."""
+    try:
+        return getattr(find_strategy(name or ""), attribute, None)
+    except CodebookError:
+        return None
 
 
 def on_device(strategy: Strategy, device: torch.device) -> Strategy:

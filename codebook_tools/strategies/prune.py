@@ -30,6 +30,7 @@ class Prune:
     )
     example: ClassVar = "codebook prune model.safetensors --threshold 0 --data images/"
     needs: ClassVar = "counts"
+    keeps: ClassVar = True
 
     threshold: Annotated[int, Option("Drop codes that count N or fewer.", metavar="N")] = 0
     keep: Annotated[int | None, Option("Keep the K most used codes instead.", metavar="K")] = None

@@ -41,6 +41,7 @@ class Refit:
     )
     example: ClassVar = "codebook refit model.safetensors --k 128 --data images/"
     trains: ClassVar = True
+    clusters: ClassVar = True
 
     k: Annotated[int, Option("Codes of the new codebook.", metavar="K", names=("--k", "-k"))]
     init: Annotated[

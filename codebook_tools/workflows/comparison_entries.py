@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from codebook_tools.errors import CodebookError
-from codebook_tools.strategies import find_strategy
+from codebook_tools.strategies import STRATEGIES, find_strategy
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,8 @@ ENTRIES = {
     "untouched": Entry(recipe={"steps": 0}),
     "untouched+same-recipe": Entry(),
     "untouched+textbook": Entry(recipe=_TEXTBOOK),
-    "prune": Entry("prune"),
-    "refit": Entry("refit"),
-    "grow": Entry("grow"),
-    "condense": Entry("condense"),
-    "quantize": Entry("quantize"),
+    **{name: Entry(name) for name in STRATEGIES},
     "quantize+pnn": Entry("quantize", {"method": "pnn"}),
-    "restart": Entry("restart"),
-    "top-k": Entry("top-k"),
-    "random": Entry("random"),
-    "kmeans++-seeds": Entry("kmeans++-seeds"),
     "refit+fresh-network": Entry("refit", fresh=True),
 }
 """The rows that a comparison has by default."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 
 from codebook_tools.checkpoints.layout import is_directory_output, split_others
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.evaluation.figures import Measurement, in_markdown, stage_rows
+from codebook_tools.runtime.options import declared
 from codebook_tools.runtime.version import VERSION
+from codebook_tools.strategies import declaration, find_strategy
 
 CARD = "README.md"
 
@@ -71,7 +74,7 @@ def _section(
     if isinstance(images, dict):
         counts = ", ".join(f"{count:,} {name}" for name, count in images.items())
         paragraphs.append(f"Data: {counts}; figures are of those for testing, which no gradient and no choice saw.")
-    reported = {name: value for name, value in settings.items() if name in _REPORTED and value is not None}
+    reported = {name: settings[name] for name in _reported(command) if settings.get(name) not in (None, False)}
     if reported:
         paragraphs.append("Settings: " + ", ".join(f"{name} {value}" for name, value in sorted(reported.items())) + ".")
     if any(stages.values()):
@@ -79,5 +82,10 @@ def _section(
     return "\n\n".join(["## Codebook surgery", *paragraphs]).rstrip() + "\n"
 
 
-_REPORTED = {"k", "keep", "threshold", "method", "bits", "init", "steps", "train", "codebook_update", "batch_size"}
-_REPORTED |= {"lr", "loss"}
+def _reported(command: str) -> set[str]:
+    """Settings that a card names: what the command's own options are, and the fine-tuning's main ones."""
+    own = find_strategy(command) if declaration(command, "summary") else None
+    return {*(declared(own) if is_dataclass(own) else ()), *_OF_TRAINING}
+
+
+_OF_TRAINING = ("steps", "train", "codebook_update", "batch_size", "lr", "loss")

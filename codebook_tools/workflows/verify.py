@@ -28,6 +28,7 @@ from codebook_tools.models.stored_codes import effective_rows, exact_rows, follo
 from codebook_tools.models.verification import Difference, Verification, listed, same_bytes
 from codebook_tools.remapping.verify_prior import prior_differences
 from codebook_tools.runtime.safe_io import parse_json
+from codebook_tools.strategies import declaration
 from codebook_tools.workflows.model_card import CARD
 
 
@@ -237,8 +238,8 @@ def _book(written: Checkpoint, original: Checkpoint, maps: Checkpoint, book: Fou
     kept = index_map != REMOVED
     if not torch.equal(index_map[kept], nearest[kept]):
         yield Difference(names[1], "a code that kept its identity is not its own nearest")
-    done = tuple(written.metadata.get(PREFIX + name) for name in ("command", "kept"))
-    if done in {("prune", "surgery"), ("finetune", "before")}:
+    command, phase = (written.metadata.get(PREFIX + name) for name in ("command", "kept"))
+    if (phase == "surgery" and declaration(command, "keeps")) or (command, phase) == ("finetune", "before"):
         old, new = (effective_rows(file, replace(book, size=n)) for file, n in ((original, book.size), (written, size)))
         moved, at = new[index_map[kept]], torch.zeros(size, dtype=torch.bool).index_fill_(0, index_map[kept], True)
         # Rows that are given out at unit length are stored so; what no old code became copies row 0, which one did.

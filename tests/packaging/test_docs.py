@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -18,22 +17,51 @@ from codebook_tools.workflows.comparison_rows import Comparison, Row, markdown_t
 DOCUMENTS = [*ROOT.glob("*.md"), *(path for path in (ROOT / "docs").glob("*.md") if path.name != "cli.md")]
 RESULTS = BENCHMARKS / "results"
 TABLES = sorted((RESULTS / "compare").glob("*/table.md"))
-sys.path += [str(TRUST), str(BENCHMARKS / "gpu")]
+sys.path += [str(BENCHMARKS), str(TRUST), str(BENCHMARKS / "gpu")]
+excerpts = import_module("excerpts")
 
 
-def quoted() -> Iterator[tuple[str, str, Path]]:
-    """A document, the mark in it, and the file of results that follows the mark."""
-    yield from (("comparison.md", f"table: {path.parent.name}", path) for path in TABLES)
-    yield from (("finetuning.md", f"recipes: {path.stem}", path) for path in (RESULTS / "recipes").glob("*.md"))
-    sweeps = (RESULTS / "sweep").glob("*/table.md")
-    yield from (("choosing-k.md", f"sweep: {path.parent.name}", path) for path in sweeps)
-    yield "trust.md", "trust", RESULTS / "trust.md"
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_the_tables_of_a_document_are_those_of_the_results(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert excerpts.filled(text) == text
 
 
-@pytest.mark.parametrize(("document", "mark", "path"), sorted(quoted()))
-def test_a_table_of_the_documents_is_that_of_the_results(document: str, mark: str, path: Path) -> None:
-    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
-    assert f"<!-- {mark} -->\n{path.read_text(encoding='utf-8')}<!-- end -->" in text
+def test_each_table_of_the_results_is_in_a_document_or_linked_from_one() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    tables = [path.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("*.md")]
+    assert [name for name in tables if f"results/{name}" not in text and f"excerpt: {name[:-3]} -->" not in text] == []
+
+
+def test_an_excerpt_takes_named_rows_and_columns() -> None:
+    selection = "compare/cifar10-2000, compare/cifar10-2000-sizes | K; strategy; used | prune;\n refit 32"
+    assert excerpts.excerpt(selection).splitlines() == [
+        "| K | strategy | used |",
+        "| ---: | --- | ---: |",
+        "| 86 | prune | 86.0 ± 0.0 |",
+        "| 32 | refit | 32.0 ± 0.0 |",
+    ]
+    before, after = (f"<!-- excerpt: trust -->\n{table}<!-- end -->" for table in ("", excerpts.excerpt("trust")))
+    assert excerpts.filled(before) == excerpts.filled(after) == after
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        "compare/demo | strategy; usage | prune",
+        "compare/demo | strategy | refit",
+        "compare/demo | strategy | pruned",
+        "compare/demo, recipes/demo | mse | prune",
+    ],
+)
+def test_an_excerpt_that_is_ambiguous_or_not_there_is_an_error(selection: str) -> None:
+    with pytest.raises(ValueError, match=r"usage|refit|pruned|columns"):
+        excerpts.excerpt(selection)
+
+
+def test_an_excerpt_without_an_end_is_an_error() -> None:
+    with pytest.raises(ValueError, match="end"):
+        excerpts.filled("<!-- excerpt: trust -->\n")
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.parent.name)

@@ -12,6 +12,7 @@ from codebook_tools.clustering.metric import prepared
 from codebook_tools.codebook import Codebook
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence
 from codebook_tools.diagnosis.finding import Finding, Verdict, not_checked, of_each_book
+from codebook_tools.strategies import declaration
 
 SEEDS = 0.7
 """Share of the codes that are seeds: of a codebook grown to twice its size it is 0.5, of a trained one 0.2, and of
@@ -20,9 +21,6 @@ centroids 0."""
 OFF = 0.1
 """Share of a cell's error that its code has by lying off the mean: where latents fill many dimensions, one drawn from
 the cell has twice that and more, and a code that lags behind an encoder in training less."""
-
-KEEP = ("prune", "quantize", "restart", "grow", "condense")
-"""Surgeries of this package that keep codes, or place them at latents, without k-means after it, on purpose."""
 
 _ON = 1e-8  # of the latents' variance: a code that lies nearer to a latent is that latent, but for rounding
 _OFF_AT_ALL = 0.01  # share of a cell's error: of a cell whose latents are all alike the code may be one of them
@@ -37,8 +35,8 @@ def no_lloyd(evidence: Evidence) -> Finding:
     training.
     """
     finding = of_each_book(_of_book)(evidence)
-    meant = finding.verdict == "found" and evidence.command in KEEP
-    return replace(finding, verdict="suspicious") if meant else finding
+    on_purpose = declaration(evidence.command, "summary") and not declaration(evidence.command, "clusters")
+    return replace(finding, verdict="suspicious") if on_purpose and finding.verdict == "found" else finding
 
 
 def _of_book(book: BookEvidence) -> Finding:
