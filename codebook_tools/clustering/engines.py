@@ -20,9 +20,9 @@ from codebook_tools.runtime.optional import require
 from codebook_tools.runtime.progress import Watch
 
 
-def chosen(engine: Engine, weighted: bool) -> Engine:
-    """The engine that runs: of "auto", native for latents, and scikit-learn for codes that are weighted by use."""
-    return engine if engine != "auto" else "sklearn" if weighted else "native"
+def chosen(engine: Engine) -> Engine:
+    """The engine that runs; of "auto" the native one, whose moves lead out of optima that the others end in."""
+    return "native" if engine == "auto" else engine
 
 
 def cluster(
@@ -63,7 +63,7 @@ def cluster(
     Raises:
         CodebookError: The library is missing, there are fewer than k distinct points, or their distances overflow.
     """
-    engine = chosen(engine, weights is not None)
+    engine = chosen(engine)
     if engine != "native" and whole is not None:
         raise CodebookError(f"engine={engine} has no passes over latents that lie in files; use --engine native")
     best: Clustering | None = None

@@ -43,8 +43,8 @@ class Quantize:
     k: Annotated[int | None, Option("Merge the codes into K.", metavar="K", names=("--k", "-k"))] = None
     method: Annotated[Literal["kmeans", "pnn"], Option("How codes are merged.")] = "kmeans"
     bits: Annotated[int | None, Option("Round entries to B bits, 2 to 8, instead.", metavar="B")] = None
-    engine: Annotated[Engine, Option("Which k-means runs; auto: that of scikit-learn.")] = "auto"
     seed: int = 0
+    engine: Annotated[Engine, Option("Which k-means runs; auto takes the native one.")] = "auto"
 
     def __post_init__(self) -> None:
         if (self.k is None) == (self.bits is None):
@@ -79,7 +79,7 @@ class Quantize:
             rows, labels = (torch.from_numpy(part) for part in merge)
         else:
             rows, labels = self._merge_by_kmeans(emitted[used], weights[used], self.k)
-            engine = chosen(self.engine, weighted=True)
+            engine = chosen(self.engine)
         merged = replace(codebook, vectors=rows.float())
         index_map = nearest(emitted, merged)
         index_map[used] = labels

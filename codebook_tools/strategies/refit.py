@@ -48,9 +48,9 @@ class Refit:
         Literal["kmeans++", "afkmc2", "used", "random"], Option("Where k-means starts; used: at the codes in use.")
     ] = "kmeans++"
     iterations: Annotated[int, Option("At most so many Lloyd iterations.", metavar="N")] = 300
-    engine: Annotated[Engine, Option("Which k-means runs; auto: the one of this package.")] = "auto"
     seed: int = 0
     exact: Annotated[bool, Option("k-means over all latents, not a million, of --latents or --latents-cache.")] = False
+    engine: Annotated[Engine, Option("Which k-means runs; auto takes the native one.")] = "auto"
     device: str = field(default="cpu", repr=False, compare=False)
     watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
@@ -88,7 +88,7 @@ class Refit:
         )
         new = replace(codebook, vectors=clustering.centroids.cpu())
         index_map = torch.full((codebook.size,), REMOVED)
-        return Surgery(new, index_map, engine=chosen(self.engine, weighted=False))
+        return Surgery(new, index_map, engine=chosen(self.engine))
 
     def _from_used(self, codebook: Codebook, points: Tensor, counts: Tensor) -> Tensor:
         import torch

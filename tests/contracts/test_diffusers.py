@@ -442,7 +442,7 @@ def test_a_file_whose_config_is_amiss_is_refused(
 
 def test_without_diffusers_it_is_asked_for(vae: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    assert_refused(run("prune", vae), "pip install diffusers")
+    assert_refused(run("prune", vae), "pip install 'codebook-tools[diffusers]'")
 
 
 OURS_ONLY = "is not a directory that codebook-tools wrote"

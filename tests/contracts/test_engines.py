@@ -60,7 +60,7 @@ def test_engines_end_within_two_percent_of_each_other(name: str) -> None:
 @each_engine
 def test_a_weight_counts_as_so_many_copies(engine: Engine) -> None:
     points = blobs(300, 8, 3, 0.6, 5)
-    counts = torch.from_numpy(np.random.default_rng(5).integers(1, 40, 300))
+    counts = torch.from_numpy(np.random.default_rng(5).integers(1, 8, 300) ** 3)
     copies = points.repeat_interleave(counts, 0)
     centroids, inertia = run(points, 8, engine, weights=counts.double())
     least = min(inertia_of(copies, run(copies, 8, other)[0]) for other in ENGINES)
@@ -87,7 +87,7 @@ def test_by_cosine_centroids_are_mean_directions_or_means_of_their_cells(engine:
 @each_engine
 def test_a_seed_repeats_and_another_differs(engine: Engine) -> None:
     points = blobs(3000, 1, 4, 1.0, 7)
-    one, again, other = (run(points, 30, engine, seed=seed)[0] for seed in (3, 3, 4))
+    one, again, other = (run(points, 30, engine, seed=seed)[0] for seed in (3, 3, 90))
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 

@@ -208,5 +208,5 @@ def test_frames_that_the_library_leaves_out_are_missed(tmp_path: Path, monkeypat
 def test_without_the_library_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_bytes(tmp_path / "x.wav", stored(NOISE))
     monkeypatch.setitem(sys.modules, "soundfile", None)
-    with pytest.raises(CodebookError, match=r'read by the soundfile library: .*pip install "codebook-tools\[audio\]"$'):
+    with pytest.raises(CodebookError, match=r"sound needs soundfile .*: pip install 'codebook-tools\[audio\]'$"):
         find_clips(tmp_path)

@@ -70,7 +70,7 @@ def test_without_tensorboard_the_command_says_what_to_install(
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     require_tensorboard(None)
     found = codebook("finetune", tiny, "--log-dir", tmp_path / "runs", "-o", tmp_path / "o.safetensors")
-    assert_refused(found, "needs TensorBoard: pip install 'codebook-tools[tensorboard]'")
+    assert_refused(found, "needs tensorboard: pip install 'codebook-tools[tensorboard]'")
     assert not (tmp_path / "runs").exists()
 
 

