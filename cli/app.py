@@ -12,6 +12,7 @@ from .commands.codes import codes
 from .commands.compare import compare
 from .commands.diagnose import diagnose
 from .commands.finetune import finetune
+from .commands.init import init
 from .commands.inspect import inspect
 from .commands.map import map_
 from .commands.measure import measure
@@ -20,10 +21,11 @@ from .commands.run import run
 from .commands.surgery import added, surgeries
 from .commands.sweep import sweep
 from .commands.verify import verify
+from .config import ConfiguredCommand
 from .errors import interruptible, one_voice, standard_streams
 
 COMMANDS = (
-    *(inspect, measure, diagnose, codes, map_),
+    *(inspect, init, measure, diagnose, codes, map_),
     *surgeries(),
     *(finetune, run, compare, sweep, verify, remap),
 )
@@ -78,6 +80,7 @@ def root(
 for _function in COMMANDS:
     app.command(
         _function.__name__,
+        cls=ConfiguredCommand,
         rich_help_panel=_function.heading,  # type: ignore[attr-defined]
         epilog=f"Example: {_function.example}",  # type: ignore[attr-defined]
     )(_function)
@@ -89,7 +92,9 @@ def _added_strategies() -> set[str]:
 
 def _added_command(name: str) -> Any:
     typed = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
-    typed.command(name, help=f"The strategy {name}, which another installed distribution adds.")(added(name))
+    typed.command(name, cls=ConfiguredCommand, help=f"The strategy {name}, which another installed distribution adds.")(
+        added(name)
+    )
     return typer.main.get_command(typed)
 
 

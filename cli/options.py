@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -21,11 +21,11 @@ ModelArgument = Annotated[
     Path | None,
     typer.Argument(
         metavar="MODEL",
-        help="A .safetensors, .pt, .pth or .ckpt file, or a directory as diffusers or transformers saves it; left out, "
-        "the bundled demo.",
+        help="A .safetensors, .pt or .ckpt file, or a directory of diffusers or transformers. Left out: the demo.",
         show_default=False,
     ),
 ]
+_WIDEST = 20  # characters of choices in the column beside an option; more would narrow that of its help
 _COMPLETIONS: Mapping[str, Callable[[str], list[str]]] = {"device": devices, "family": families}
 
 
@@ -36,6 +36,7 @@ class Shell:
     dry_run: Annotated[
         bool, Option("Say what would be done and written, its size and time; write nothing.", panel="Output")
     ] = False
+    no_config: Annotated[bool, Option("Do not read codebook.toml in the current folder.", panel="Running")] = False
     deterministic: Annotated[bool, Option("Only algorithms that repeat bit by bit, on a GPU too.", panel="Running")] = (
         False
     )
@@ -43,9 +44,11 @@ class Shell:
         Path | None,
         Option("Also write a page: figures, plots and pictures in one file.", metavar="FILE.html", panel="Output"),
     ] = None
-    json_: Annotated[bool, Option("One JSON object on stdout, nothing else there.", names=("--json",))] = False
-    quiet: Annotated[bool, Option("No progress and no warnings.")] = False
-    verbose: Annotated[bool, Option("Also settings, seconds by phase and the trace.")] = False
+    json_: Annotated[
+        bool, Option("One JSON object on stdout, nothing else there.", names=("--json",), panel="Output")
+    ] = False
+    quiet: Annotated[bool, Option("No progress and no warnings.", panel="Output")] = False
+    verbose: Annotated[bool, Option("Also settings, seconds by phase and the trace.", panel="Output")] = False
 
 
 def parameters(settings: type, *names: str, **changes: Any) -> list[inspect.Parameter]:
@@ -71,10 +74,16 @@ def parameter(one: Declared) -> inspect.Parameter:
     option = one.option
     names = option.names or ((f"--{one.name.replace('_', '-')}",) if one.kind is bool else ())
     kind = list[one.kind] | None if one.repeated else one.kind | None if one.default is None else one.kind  # type: ignore[name-defined]
+    text, metavar = option.help, option.metavar
+    if get_origin(one.kind) is Literal:
+        choices = get_args(one.kind)
+        metavar = "|".join(choices)
+        if len(metavar) > _WIDEST:
+            text, metavar = f"{text.removesuffix('.')} ({', '.join(choices)}).", "NAME"
     annotation = typer.Option(
         *names,
-        help=option.help,
-        metavar=option.metavar,
+        help=text,
+        metavar="" if one.kind is bool else metavar,
         rich_help_panel=option.panel,
         show_default=True,
         autocompletion=_COMPLETIONS.get(one.name),
@@ -92,7 +101,8 @@ def _training(steps: int | None, **changes: Any) -> list[inspect.Parameter]:
     return [parameter(one) for one in (first, *others)]
 
 
-DATA, MODEL = panel(Request, "Data"), panel(Request, "Model")
+DATA = [*parameters(Request, "data"), *(one for one in panel(Request, "Data") if one.name not in ("stats", "latents"))]
+MODEL = [*parameters(Request, "network"), *panel(Request, "Model")]
 TRAIN = _training(None)
 TRAIN_IF_ASKED = _training(0, help="Fine-tuning steps after the surgery, 0 for none.")
 LATENTS, COUNTS = parameters(Request, "latents"), parameters(Request, "stats")
@@ -101,11 +111,17 @@ WRITE = [*RESULT, *parameters(Request, "resume", "log_dir")]
 FOLDER = parameters(Request, "output", metavar="FOLDER", help="Left out: <name>.compare in the current folder.")
 RUN = [
     *parameters(Request, "batch_size", "workers", "device", "precision", "compiled", "seed"),
-    *parameters(Shell, "deterministic", "report", "json_", "quiet", "verbose"),
+    *parameters(Shell, "no_config", "deterministic", "report", "json_", "quiet", "verbose"),
 ]
 REPLACE = parameters(Request, "force", help="Replace that file if it exists.", panel=None)
-JSON, QUIET = parameters(Shell, "json_"), parameters(Shell, "quiet", help="No warnings.")
+JSON = parameters(Shell, "json_", panel=None)
+QUIET = parameters(Shell, "quiet", help="No warnings.", panel=None)
 LONG_RUN = [*RUN, *parameters(Request, "latents_cache")]
+
+
+META = ("config", "notes")
+"""What config.py leaves with the context of a command; options, too, by these names."""
+_CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 
 
 def command(
@@ -154,12 +170,16 @@ def joined(
         function: Called with the dict, and its own options by name.
     """
 
+    asks_context = any(one.annotation is typer.Context for one in own)
+    all_ = [*own, *shared, *([] if asks_context else [_CONTEXT])]
+
     def run(**typed: Any) -> None:
-        options = {one.name: typed[one.name] for one in shared}
+        context = typed["context"]
+        options = {one.name: typed[one.name] for one in shared} | {name: context.meta.get(name) for name in META}
         function(options, **{one.name: typed[one.name] for one in own})
 
     run.__name__, run.__doc__ = name, doc
-    run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in (*own, *shared)}
+    run.__signature__ = inspect.Signature(all_)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in all_}
     run.heading, run.example = heading, example  # type: ignore[attr-defined]
     return run

@@ -131,6 +131,11 @@ def print_warnings(warnings: list[str] | tuple[str, ...], quiet: bool) -> None:
             ERRORS.print(Text.assemble(("warning: ", "yellow"), plain(warning)))  # a line each
 
 
+def print_note(text: str) -> None:
+    """One line on stderr."""
+    ERRORS.print(Text(plain(text)))
+
+
 def print_error(message: str) -> None:
     """One line on stderr."""
     ERRORS.print(Text.assemble(("error: ", "bold red"), message))

@@ -29,8 +29,14 @@ _Number = TypeVar("_Number", int, float)
 
 def request_of(model: Path | None, options: Mapping[str, Any]) -> Request:
     """The model, its data, and how to work on them. options: of a command, by name."""
-    gallery = options["report"] is not None
-    return Request(model=model, typed=True, gallery=gallery, **values(Request, options))
+    return Request(
+        model=model,
+        typed=True,
+        gallery=options["report"] is not None,
+        config=options["config"] or {},
+        notes=options["notes"] or (),
+        **values(Request, options),
+    )
 
 
 def finetuning_of(request: Request, options: Mapping[str, Any]) -> FineTune:
@@ -59,6 +65,10 @@ def named_after(model: Path | None, ending: str) -> Path:
 
     source = (model or DEMO).absolute()
     return Path(f"{source.name if source.is_dir() else source.stem}{ending}")
+
+
+def _words(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], options: dict[str, Any]) -> None:
@@ -100,7 +110,7 @@ def _run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], options: di
     from codebook_tools.workflows.chain import ChainPlan
     from codebook_tools.workflows.dry_run import Plan
 
-    from .output import ProgressShow, print_table, print_warnings
+    from .output import ProgressShow, print_note, print_table, print_warnings
 
     if options["deterministic"]:
         import torch
@@ -116,6 +126,8 @@ def _run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], options: di
         if options["report"] and not isinstance(result, Plan | ChainPlan):
             result = _with_report(result, options, Watch(show))
     print_warnings(result.warnings, options["quiet"])
+    if options["config"] and not options["quiet"]:
+        print_note("from codebook.toml: " + ", ".join(f"{key} {_words(of)}" for key, of in options["config"].items()))
     show_result(result, table_of, options["json_"])
     if options["verbose"] and not isinstance(result, Plan | ChainPlan) and not options["json_"]:
         print_table(details_table(result))

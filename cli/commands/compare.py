@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
 @command(
     "Decide",
     "codebook compare model.safetensors --k 128 --data images/ --seeds 3",
-    *(TRAIN, DATA, MODEL, FOLDER, LONG_RUN),
+    *(DATA, MODEL, TRAIN, FOLDER, LONG_RUN),
 )
 def compare(
     options: dict[str, Any],

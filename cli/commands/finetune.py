@@ -11,7 +11,7 @@ from ..options import DATA, LONG_RUN, MODEL, TRAIN, WRITE, ModelArgument, comman
 @command(
     "Operate",
     "codebook finetune model.safetensors --data images/ --steps 2000",
-    *(TRAIN, DATA, MODEL, WRITE, LONG_RUN),
+    *(DATA, MODEL, TRAIN, WRITE, LONG_RUN),
 )
 def finetune(options: dict[str, Any], model: ModelArgument = None) -> None:
     """Train on with the original encoder and decoder; the codebook keeps its size, and dead codes are revived."""

@@ -42,7 +42,7 @@ def surgeries() -> list[Callable[..., None]]:
 def _command(name: str, strategy: Any) -> Callable[..., None]:
     train = TRAIN if getattr(strategy, "trains", False) else TRAIN_IF_ASKED
     own = [_MODEL, *parameters(strategy)]
-    shared = [*COUNTS, *LATENTS, *train, *DATA, *MODEL, *WRITE, *LONG_RUN]
+    shared = [*DATA, *COUNTS, *LATENTS, *MODEL, *train, *WRITE, *LONG_RUN]
     by_the_run = {field.name for field in fields(strategy)} & {"seed", "watch"}
 
     def run(options: dict[str, Any], model: Any, **settings: Any) -> None:
@@ -59,7 +59,7 @@ def _command(name: str, strategy: Any) -> Callable[..., None]:
 def added(name: str) -> Callable[..., None]:
     """The command of a strategy that another distribution adds; its class is loaded when the command runs."""
 
-    @command("", "", TRAIN_IF_ASKED, DATA, MODEL, WRITE, LONG_RUN)
+    @command("", "", DATA, MODEL, TRAIN_IF_ASKED, WRITE, LONG_RUN)
     def run(
         options: dict[str, Any],
         model: ModelArgument = None,

@@ -44,7 +44,7 @@ class Quantize:
     method: Annotated[Literal["kmeans", "pnn"], Option("How codes are merged.")] = "kmeans"
     bits: Annotated[int | None, Option("Round entries to B bits, 2 to 8, instead.", metavar="B")] = None
     seed: int = 0
-    engine: Annotated[Engine, Option("Which k-means runs; auto takes the native one.")] = "auto"
+    engine: Annotated[Engine, Option("Which k-means runs; auto takes the native one.", panel="k-means")] = "auto"
 
     def __post_init__(self) -> None:
         if (self.k is None) == (self.bits is None):

@@ -45,12 +45,15 @@ class Refit:
 
     k: Annotated[int, Option("Codes of the new codebook.", metavar="K", names=("--k", "-k"))]
     init: Annotated[
-        Literal["kmeans++", "afkmc2", "used", "random"], Option("Where k-means starts; used: at the codes in use.")
+        Literal["kmeans++", "afkmc2", "used", "random"],
+        Option("Where it starts; used: at the codes in use.", panel="k-means"),
     ] = "kmeans++"
-    iterations: Annotated[int, Option("At most so many Lloyd iterations.", metavar="N")] = 300
+    iterations: Annotated[int, Option("At most so many Lloyd iterations.", metavar="N", panel="k-means")] = 300
     seed: int = 0
-    exact: Annotated[bool, Option("k-means over all latents, not a million, of --latents or --latents-cache.")] = False
-    engine: Annotated[Engine, Option("Which k-means runs; auto takes the native one.")] = "auto"
+    exact: Annotated[
+        bool, Option("Over all latents, not a million, of --latents or --latents-cache.", panel="k-means")
+    ] = False
+    engine: Annotated[Engine, Option("Which k-means runs; auto takes the native one.", panel="k-means")] = "auto"
     device: str = field(default="cpu", repr=False, compare=False)
     watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 

@@ -45,9 +45,7 @@ class FineTune:
         CodebookError: A value is out of range, or two exclude each other.
     """
 
-    steps: Annotated[
-        int, _option("Fine-tuning steps, 0 for none. Left out: 1000; 0 without data of the model's own.", metavar="N")
-    ] = 1000
+    steps: Annotated[int, Option("Fine-tuning steps. Left out: 1000; 0 without --data.", metavar="N")] = 1000
     train: Annotated[Literal["all", "decoder", "none"], _option("Which networks train.")] = "all"
     codebook_update: Annotated[
         Literal["ema", "gradient", "frozen"], _option("How the codes move; ema also revives dead ones.")

@@ -17,6 +17,7 @@ from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.model_card import CARD
 from codebook_tools.models.output import written_config
 from codebook_tools.models.proof import Proof
 from codebook_tools.models.verification import listed, same_bytes
@@ -26,7 +27,6 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.dry_run import Plan, plan
 from codebook_tools.workflows.gallery import GalleryImage, gallery_of_files
-from codebook_tools.workflows.model_card import CARD
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import Result, ResultHeader, check_request_output, provenance

@@ -16,6 +16,7 @@ from codebook_tools.codebook import Codebook, Strategy, Surgery
 from codebook_tools.data.items import items_sha256
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.figures import Measurement
+from codebook_tools.evaluation.model_card import cards
 from codebook_tools.evaluation.quality_warnings import blur_warnings, worse_warnings
 from codebook_tools.evaluation.stats_file import write_part
 from codebook_tools.evaluation.usage import Tokens
@@ -34,7 +35,6 @@ from codebook_tools.training.resume import SnapshotFile
 from codebook_tools.training.tensorboard import require_tensorboard
 from codebook_tools.workflows.gallery import GalleryImage, gallery_of_run
 from codebook_tools.workflows.measure_shards import check_shard, in_part, merge, part_of
-from codebook_tools.workflows.model_card import cards
 from codebook_tools.workflows.pipeline import (
     Stages,
     calibrate,

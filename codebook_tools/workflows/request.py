@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,6 +48,8 @@ class Request:
         sample: Whether the bundled sample is data of the model, as it is of the demo.
         typed: Whether a user asks, whose model must not be trained on the bundled sample.
         wrapped: A module in memory, in place of a file.
+        config: What was read from codebook.toml, by key.
+        notes: Warnings that came up before the model was opened.
 
     Raises:
         CodebookError: A number is out of range.
@@ -56,10 +59,9 @@ class Request:
     data: Annotated[
         tuple[str | InMemory, ...],
         Option(
-            "Images to calibrate and train on: a folder, .tar shards ({0000..0009} too), .npy or .npz; for audio "
-            "codecs, folders or shards of .wav and .flac. Repeatable. Left out: the bundled sample.",
+            "Images, or sound for codecs: a folder, .tar shards, .npy or .npz. Repeatable. Left out: the bundled "
+            "sample.",
             metavar="PATH",
-            panel="Data",
         ),
     ] = ()
     test_data: Annotated[
@@ -67,13 +69,15 @@ class Request:
         Option("What is only reported on. Left out: a tenth of --data, or of --latents.", metavar="PATH", panel="Data"),
     ] = ()
     stats: Annotated[
-        Path | None, Option("What `measure --stats` wrote, in place of images.", metavar="FILE", names=("--stats",))
+        Path | None,
+        Option("What `measure --stats` wrote, in place of images.", metavar="FILE", names=("--stats",), panel="Data"),
     ] = None
     latents: Annotated[
         tuple[str, ...],
         Option(
             "Latents in place of images: .npy or .safetensors, (n, dim). Repeatable. No network is needed then.",
             metavar="FILE",
+            panel="Data",
         ),
     ] = ()
     limit: Annotated[
@@ -98,9 +102,8 @@ class Request:
     network: Annotated[
         NetworkMaker | None,
         Option(
-            "Your own network: FUNCTION(codebook_size=K) returns a module with encode and decode. Runs that file.",
+            "Your own model: FUNCTION(codebook_size=K) returns a module with encode and decode.",
             metavar="FILE.py:FUNCTION",
-            panel="Model",
         ),
     ] = None
     family: Annotated[
@@ -142,10 +145,9 @@ class Request:
     output: Annotated[
         Path | None,
         Option(
-            "Left out: beside MODEL, <name>.<command>-k<K>, of its kind.",
+            "Where to write. Left out: beside MODEL, <name>.<command>-k<K>.",
             metavar="PATH",
             names=("--output", "-o"),
-            panel="Output",
         ),
     ] = None
     force: Annotated[bool, Option("Replace the output if it exists.", panel="Output")] = False
@@ -203,6 +205,8 @@ class Request:
     sample: bool = False
     typed: bool = False
     wrapped: Wrapped | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         from codebook_tools.data.channels import MIXINGS

@@ -75,13 +75,14 @@ def plain(value: Any) -> Any:
 
 def header(command: str, target: Target, *more: str) -> dict[str, Any]:
     """The fields of a `ResultHeader` that follow from what was opened. more: warnings, after those of the data."""
+    request = target.request
     return {
         "command": command,
-        "model": str(target.request.source),
+        "model": str(request.source),
         "family": target.model.family,
-        "settings": target.settings,
-        "seed": target.request.seed,
-        "warnings": (*target.warnings, *target.of_data(), *more),
+        "settings": target.settings | ({"config": request.config} if request.config else {}),
+        "seed": request.seed,
+        "warnings": (*request.notes, *target.warnings, *target.of_data(), *more),
     }
 
 

@@ -19,6 +19,7 @@ from codebook_tools.checkpoints.write import map_metadata
 from codebook_tools.clustering.metric import unit
 from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.model_card import CARD
 from codebook_tools.models.choose import find_book, with_twins
 from codebook_tools.models.ema_state import Companion, Role, companion_values
 from codebook_tools.models.output import written_config
@@ -29,7 +30,6 @@ from codebook_tools.models.verification import Difference, Verification, listed,
 from codebook_tools.remapping.verify_prior import prior_differences
 from codebook_tools.runtime.safe_io import parse_json
 from codebook_tools.strategies import declaration
-from codebook_tools.workflows.model_card import CARD
 
 
 def verify_checkpoint(

@@ -73,6 +73,8 @@ def result_table(result: Result) -> RenderableType:
         lines.append(Text(f"counts written to {result.settings['stats']}"))
     if result.outputs["model"]:
         lines.append(Text(f"{'* kept, and ' if len(stages) > 1 else ''}written to {result.outputs['model']}"))
+    if config := result.outputs.get("config"):
+        lines.append(Text(f"of one batch; written to {config}, which other commands read in this folder"))
     if "packed" in result.bytes:
         packed = f"packed, the codebook would take {result.bytes['packed']:,} bytes; the file stores it as before"
         lines.append(Text(packed, style="dim"))

@@ -1,0 +1,52 @@
+"""`codebook init`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from codebook_tools.errors import CodebookError
+
+from ..config import NAME, as_toml, keys
+from ..options import DATA, MODEL, REPLACE, RUN, ModelArgument, command
+from ..run import request_of, run_and_show
+
+if TYPE_CHECKING:  # imported where it is used: --help must not import torch
+    from codebook_tools.runtime.progress import Watch
+    from codebook_tools.workflows.result import Result
+
+
+@command("Look", "codebook init model.safetensors --data images/ --network my_model.py:make", REPLACE, DATA, MODEL, RUN)
+def init(options: dict[str, Any], context: typer.Context, model: ModelArgument = None) -> None:
+    """Try one batch of data on MODEL, and write codebook.toml: options that need not be typed in this folder."""
+
+    def work(watch: Watch) -> Result:
+        from codebook_tools.checkpoints.atomic import write_text
+        from codebook_tools.workflows.operate import measure_model
+
+        path = Path(NAME)
+        if model is None:
+            raise CodebookError("init wants a MODEL: codebook.toml says how to open one of yours")
+        if path.exists() and not options["force"]:
+            raise CodebookError(f"{path} exists; use --force to replace it, which keeps what is not typed anew")
+        request = request_of(model, options)
+        tried = measure_model(
+            replace(request, limit=min(request.batch_size, request.limit or request.batch_size)), watch
+        )
+        chosen = {key: options[one.name] for key, one in keys().items() if _is_set(context, one.name)}
+        if bounds := tried.settings.get("input_range"):
+            chosen["input-range"] = bounds
+        write_text(path, as_toml(chosen))
+        settings = {**tried.settings, "config": chosen}
+        return replace(tried, command="init", settings=settings, outputs={**tried.outputs, "config": str(path)})
+
+    run_and_show(work, options)
+
+
+def _is_set(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed, or is in the file that is replaced."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
