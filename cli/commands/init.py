@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.workflows.result import Result
 
 
-@command("Look", "codebook init model.safetensors --data images/ --network my_model.py:make", REPLACE, DATA, MODEL, RUN)
+@command("Look", "codebook init model.safetensors --data images/", REPLACE, DATA, MODEL, RUN)
 def init(options: dict[str, Any], context: typer.Context, model: ModelArgument = None) -> None:
     """Try one batch of data on MODEL, and write codebook.toml: options that need not be typed in this folder."""
 

@@ -14,7 +14,7 @@ from codebook_tools.runtime.options import Declared, Option, declared
 from codebook_tools.workflows.request import Request
 
 from ..errors import reported
-from ..options import DATA, LONG_RUN, MODEL, RESULT, ModelArgument, Shell, command
+from ..options import DATA, LONG_RUN, META, MODEL, RESULT, ModelArgument, Shell, command
 from ..run import request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
@@ -28,7 +28,7 @@ _OPTIONS = {
 }
 """That a recipe may set, where the command has them."""
 
-_OF_THE_CALL = ("json_", "quiet", "verbose", "dry_run", "force", "report", "recipe")
+_OF_THE_CALL = (*META, "json_", "quiet", "verbose", "dry_run", "force", "report", "recipe", "no_config")
 
 
 @command("Operate", "codebook run recipe.yaml --data images/", DATA, MODEL, RESULT, LONG_RUN)
