@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CORE := $(VENV)/.core
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 # An older torch for the CPU alone is in PyTorch's own index only; where pip finds it, say OLDEST_TORCH=torch==2.6.0.
@@ -10,7 +11,8 @@ OLDEST_TORCH ?= --requirement requirements/torch.txt
 
 .PHONY: demo docs test test-slow test-all test-oldest lint format lock licences audit release soak clean
 
-demo: $(READY)
+# Without the developers' tools, unless they are there already.
+demo: $(if $(wildcard $(READY)),$(READY),$(CORE))
 	$(BIN)/python benchmarks/demo.py
 
 # Its notebook is run, and a link that leads nowhere is an error.
@@ -38,6 +40,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell *.md docs/*.md */README.md */*/README.md
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -50,6 +53,7 @@ LOCK = $(BIN)/uv --config-file requirements/uv.toml pip compile pyproject.toml -
 	--no-emit-package torch --no-emit-package pip
 lock: $(READY)
 	$(LOCK) --extra all --constraint requirements/torch.txt --output-file requirements/runtime.txt
+	$(LOCK) --extra report --constraint requirements/torch.txt --constraint requirements/runtime.txt --output-file requirements/core.txt
 	$(LOCK) --extra dev --constraint requirements/torch.txt --constraint requirements/runtime.txt --output-file requirements/tested.txt
 	$(LOCK) --extra dev --resolution lowest-direct --output-file requirements/oldest.txt
 
@@ -71,12 +75,16 @@ release: $(READY)
 # (folder, pins, torch): the pins are all that is needed, each with the hashes of its files; torch.txt says why it has none.
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check
 define environment
+	@echo "Installing torch and `grep -c == $(2)` other packages into $(1); this takes some minutes."
 	$(PYTHON) -m venv $(1)
 	$(PIP) --require-hashes --no-deps --requirement $(2)
 	$(PIP) $(3)
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 endef
+
+$(CORE): pyproject.toml requirements/core.txt requirements/torch.txt
+	$(call environment,$(VENV),requirements/core.txt,--requirement requirements/torch.txt)
 
 $(READY): pyproject.toml requirements/tested.txt requirements/torch.txt
 	$(call environment,$(VENV),requirements/tested.txt,--requirement requirements/torch.txt)

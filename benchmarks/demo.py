@@ -2,8 +2,8 @@
 
     make demo            (or: python benchmarks/demo.py [FIGURES.json])
 
-Writes demo.png beside the README, and the repaired checkpoint and a page of the run to build/demo/. The figures in the
-README are from benchmarks/results/demo.json, written by this script.
+Writes the photograph, the repaired checkpoint and a page of the run to build/demo/. With FIGURES.json, as for
+benchmarks/results/demo.json, which the README quotes, the photograph goes to demo.png beside the README.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ from codebook_tools.workflows.result import Result
 
 ROOT = Path(__file__).parents[1]
 K = 128
-SIDE = 320  # of the square that is shown, from the middle of the photograph
+SIDE = 132  # of the square that is drawn, from the middle of the photograph
+ENLARGED = 3
 
 
-def refit(output: Path, steps: int, watch: Watch) -> Result:
-    request = Request(output=output, force=True, gallery=steps > 0)
-    return operate("refit", request, Refit(K, watch=watch), FineTune(steps=steps), watch)
+def refit(output: Path, watch: Watch) -> Result:
+    request = Request(output=output, force=True, gallery=True)
+    return operate("refit", request, Refit(K, watch=watch), FineTune(), watch)
 
 
 def through(model_path: Path, photograph: torch.Tensor, input_range: tuple[float, float]) -> torch.Tensor:
@@ -53,13 +54,16 @@ def through(model_path: Path, photograph: torch.Tensor, input_range: tuple[float
 def draw(path: Path, pictures: list[tuple[str, torch.Tensor]]) -> None:
     """Pictures (1, 3, height, width) side by side, each under its caption."""
     font = ImageFont.load_default(18)
-    sheet = Image.new("RGB", (len(pictures) * (SIDE + 8) - 8, SIDE + 30), "white")
+    side = SIDE * ENLARGED
+    sheet = Image.new("RGB", (len(pictures) * (side + 8) - 8, side + 30), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (caption, picture) in enumerate(pictures):
         top, left = ((n - SIDE) // 2 for n in picture.shape[-2:])
         square = picture[0, :, top : top + SIDE, left : left + SIDE].permute(1, 2, 0).mul(255).round().byte()
-        sheet.paste(Image.fromarray(square.numpy()), (i * (SIDE + 8), 30))
-        pen.text((i * (SIDE + 8), 4), caption, "black", font)
+        sheet.paste(
+            Image.fromarray(square.numpy()).resize((side, side), Image.Resampling.NEAREST), (i * (side + 8), 30)
+        )
+        pen.text((i * (side + 8), 4), caption, "black", font)
     sheet.save(path, optimize=True)
 
 
@@ -67,10 +71,9 @@ def main() -> None:
     os.chdir(ROOT)
     folder = Path("build") / "demo"
     folder.mkdir(parents=True, exist_ok=True)
-    after_surgery, finetuned = folder / "demo.surgery-k128.safetensors", folder / "demo.refit-k128.safetensors"
+    finetuned = folder / "demo.refit-k128.safetensors"
     print(f"codebook refit --k {K}: k-means, install, 1,000 steps of fine-tuning; about a minute", file=sys.stderr)
-    refit(after_surgery, 0, Watch())
-    result = refit(finetuned, 1000, Watch())
+    result = refit(finetuned, Watch())
     Console(highlight=False).print(result_table(result))
 
     bounds = result.settings["input_range"]
@@ -80,13 +83,15 @@ def main() -> None:
     pictures = [("original", original)]
     for name, path, stage in (
         ("before", DEMO, result.before),
-        ("after surgery", after_surgery, result.surgery),
-        ("after fine-tuning", finetuned, result.finetuned),
+        ("after", finetuned, result.finetuned),
     ):
         assert stage is not None
         use = stage.codebooks[0]
-        pictures.append((f"{name}: {use.used} of {use.size} codes", through(path, original, (bounds[0], bounds[1]))))
-    draw(Path("demo.png"), pictures)
+        pictures.append(
+            (f"{name}: {use.used} of {use.size} codes in use", through(path, original, (bounds[0], bounds[1])))
+        )
+    picture = Path("demo.png") if len(sys.argv) > 1 else folder / "demo.png"
+    draw(picture, pictures)
     if len(sys.argv) > 1:
         figures: dict[str, Any] = {
             "command": "python benchmarks/demo.py",
@@ -99,7 +104,7 @@ def main() -> None:
     typed = f"codebook refit --k {K} --report {page}"
     request = Request(model=finetuned, input_range=(bounds[0], bounds[1]))
     write_report(result, page_with_model(result, typed, request, Watch()), page)
-    print(f"the photograph through the stages: demo.png; the page of the run: {page}", file=sys.stderr)
+    print(f"the photograph: {picture}; the page of the run: {page}", file=sys.stderr)
 
 
 if __name__ == "__main__":

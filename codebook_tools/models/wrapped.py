@@ -200,7 +200,8 @@ def install(
     elif counts.shape != (new_size,):
         raise CodebookError(f"counts have shape {tuple(counts.shape)}; expected ({new_size},)")
     changed = changed_codebook(checkpoint, book, codes, counts.cpu(), index_map)
-    sizes = {book.key: (old_size, new_size)}
+    changed = {name: changed[key] for key in changed for name in _names(target, key)}
+    sizes = dict.fromkeys(_names(target, book.key), (old_size, new_size))
     owner, last = _owner(target, book.key)
     before = getattr(owner, last)
     moments = _moments(optimizer, before, index_map, new_size, book.axis) if optimizer else {}
@@ -211,6 +212,13 @@ def install(
         before = new
     if optimizer is not None and moments:
         optimizer.state[before] = moments
+
+
+def _names(module: nn.Module, key: str) -> list[str]:
+    """All names of one tensor of a module: layers that share it have one each."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    tensor = getattr(*_owner(module, key))
+    return [name for name, other in named if other is tensor]
 
 
 def _carried(checkpoint: Checkpoint, book: FoundCodebook, index_map: Tensor, size: int) -> Tensor:

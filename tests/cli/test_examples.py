@@ -32,8 +32,19 @@ BEFORE = {
 }
 """What must have been done for an example to have its files."""
 
+MY_MODEL = """
+from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.models.demo import DEMO
+from codebook_tools.models.families.zalando import CODEBOOK
+from codebook_tools.models.networks.zalando import ZalandoVQVAE
+
+
+def make(codebook_size):
+    shapes = read_checkpoint(DEMO).shapes
+    return ZalandoVQVAE(shapes, (codebook_size, shapes[CODEBOOK][1]))
+"""
 TRAIN = ("refit", "grow", "condense", "restart", "finetune", "compare")
-NOT_AT_HAND = ("vqgan/", "my_model.py", "$", "--merge", "all.safetensors", "--map a.", "shards/", "prior/ --map")
+NOT_AT_HAND = ("vqgan/", "$", "--merge", "all.safetensors", "--map a.", "shards/", "prior/ --map")
 
 
 def examples() -> dict[str, str]:
@@ -74,6 +85,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "prior")
     monkeypatch.setattr(latent_map, "find_spec", lambda name: None)  # UMAP takes minutes, and has a test of its own
     recipe = "model: model.safetensors\ndata: images/\nsurgeries: [prune, {refit: {k: 64, steps: 2}}]\n"
+    (tmp_path / "my_model.py").write_text(MY_MODEL)
     (tmp_path / "recipe.yaml").write_text(recipe)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -153,8 +165,9 @@ def test_a_transcript_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_python_of_the_documents_works(desk: Path) -> None:
+@pytest.mark.parametrize("document", ["README.md", "docs/python.md"])
+def test_the_python_of_a_document_works(document: str, desk: Path) -> None:
     names: dict[str, object] = {}
-    for block in blocks("docs/python.md", "python"):
-        exec(compile(block.replace("steps=1000", "steps=2"), "docs/python.md", "exec"), names)
+    for block in blocks(document, "python"):
+        exec(compile(block.replace("steps=1000", "steps=2"), document, "exec"), names)
     assert (desk / "repaired.safetensors").exists()
