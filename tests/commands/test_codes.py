@@ -34,15 +34,9 @@ def looked(grey: Callable[..., Grey], tmp_path: Path) -> Callable[..., Codes]:
     np.save(tmp_path / "test.npy", IMAGES[:1] * 0.9)
 
     def look(top: int = 2, most: int = 8, sort: str = "share", batch: int = 2) -> Codes:
-        request = Request(
-            model=made.path,
-            network=made.network,
-            data=(str(tmp_path / "data.npy"),),
-            test_data=(str(tmp_path / "test.npy"),),
-            input_range=(0.0, 1.0),
-            batch_size=batch,
-        )
-        return look_at_codes(request, top, most, sort, Watch())
+        data, test_data = ((str(tmp_path / f"{name}.npy"),) for name in ("data", "test"))
+        asked = {"network": made.network, "input_range": (0.0, 1.0), "batch_size": batch}
+        return look_at_codes(Request(made.path, data, test_data, **asked), top, most, sort, Watch())
 
     return look
 
@@ -53,7 +47,7 @@ def middles(patches: Tensor) -> list[float]:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 64])
-def test_the_cards_are_those_worked_by_hand(looked: Callable[..., Codes], batch: int) -> None:
+def test_the_cards_the_example_and_the_page_are_those_worked_by_hand(looked: Callable[..., Codes], batch: int) -> None:
     found = looked(batch=batch)
     assert (found.size, found.used, found.side) == (4, 3, 1)
     black, grey, white, dead = (next(card for card in found.cards if card.code == code) for code in range(4))
@@ -68,67 +62,43 @@ def test_the_cards_are_those_worked_by_hand(looked: Callable[..., Codes], batch:
     assert (black.neighbours, dead.neighbours) == ((1, 2, 3), (2, 1, 0))
     assert grey.decoded is not None and grey.decoded.unique().tolist() == [0.5]
     assert dead.decoded is not None and dead.decoded.unique().tolist() == [1.0]  # clamped
-
-
-@pytest.mark.parametrize(("sort", "order"), [("share", [0, 1, 2, 3]), ("error", [2, 0, 1, 3])])
-def test_the_order_is_the_one_asked_for_and_dead_codes_come_last(
-    looked: Callable[..., Codes], sort: str, order: list[int]
-) -> None:
-    assert [card.code for card in looked(sort=sort).cards] == order
-
-
-def test_by_the_map_codes_that_are_alike_stand_together(looked: Callable[..., Codes]) -> None:
-    assert [card.code for card in looked(sort="map").cards] in ([0, 1, 2, 3], [2, 1, 0, 3])
-
-
-def test_as_many_codes_are_shown_as_are_asked_for(looked: Callable[..., Codes]) -> None:
-    assert [(card.code, len(card.typical)) for card in looked(top=1, most=2).cards] == [(0, 1), (1, 1)]
-
-
-def test_an_example_has_its_tokens_and_what_they_decode_to(looked: Callable[..., Codes]) -> None:
-    (example,) = looked().examples
+    (example,) = found.examples
     assert example.tokens.tolist() == [[0, 0], [0, 1]]
     assert example.decoded[0].tolist() == [[0.0, 0.0], [0.0, 0.5]]
-
-
-def test_the_page_shows_every_card(looked: Callable[..., Codes]) -> None:
-    text = html(codes_page(looked(), "codebook codes"))
+    text = html(codes_page(found, "codebook codes"))
     assert "3 of 4 codes are used, 75.0% of the codebook." in text
     # The example's; three of each code in use; what the dead one decodes to.
     assert text.count("<img ") == 3 + 3 * 3 + 1
     assert "3: dead; near 2, 1, 0" in text and "0: 41.67%, 5 tokens, error 0.0105; near 1, 2, 3" in text
 
 
+def test_codes_come_in_the_order_and_number_asked_for_and_dead_ones_last(looked: Callable[..., Codes]) -> None:
+    orders = {sort: [card.code for card in looked(sort=sort).cards] for sort in ("share", "error", "map")}
+    assert orders["share"] == [0, 1, 2, 3] and orders["error"] == [2, 0, 1, 3]
+    assert orders["map"] in ([0, 1, 2, 3], [2, 1, 0, 3]), "those that are alike stand together"
+    assert [(card.code, len(card.typical)) for card in looked(top=1, most=2).cards] == [(0, 1), (1, 1)]
+
+
 def test_the_lowest_of_each_code_are_those_of_a_search() -> None:
     random = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 20, (500,), generator=random)
     scores = torch.randint(0, 50, (500,), generator=random).double()
-    expected = [
-        i
-        for code in range(20)
-        for i in sorted((codes == code).nonzero()[:, 0].tolist(), key=lambda i: (float(scores[i]), i))[:7]
-    ]
+    order = sorted(range(500), key=lambda i: (int(codes[i]), float(scores[i]), i))
+    expected = [i for code in range(20) for i in [j for j in order if codes[j] == code][:7]]
     assert lowest_of_each(codes, scores, 7).tolist() == expected
     assert lowest_of_each(codes[:0], scores[:0], 7).tolist() == []
 
 
-# --- patches --------------------------------------------------------------------------------------------------------
-
-
-def with_encoder(line: Callable[..., Model], encoder: nn.Module) -> Model:
-    model = line([0.0, 1.0])
-    model.network.encoder = encoder
-    return model
-
-
+# --- patches
 @pytest.mark.parametrize(("kernel", "stride", "side"), [(1, 1, 1), (4, 4, 4), (5, 1, 5), (8, 4, 8)])
 def test_a_patch_is_as_large_as_what_a_latent_depends_on(
     line: Callable[..., Model], kernel: int, stride: int, side: int
 ) -> None:
-    convolution = nn.Conv2d(1, 2, kernel, stride, padding=(kernel - stride) // 2)
+    model, convolution = line([0.0, 1.0]), nn.Conv2d(1, 2, kernel, stride, padding=(kernel - stride) // 2)
     nn.init.constant_(convolution.weight, 0.1)
+    model.network.encoder = convolution
     images = Images(array_items("grey.npy", np.random.default_rng(0).random((3, 32, 32), dtype=np.float32)), channels=1)
-    assert abs((receptive_side(with_encoder(line, convolution), images) or 0) - side) <= 1
+    assert abs((receptive_side(model, images) or 0) - side) <= 1
 
 
 def test_patches_are_cut_around_their_places_and_images_go_on_beyond_their_edge() -> None:
@@ -144,13 +114,13 @@ def test_patches_are_cut_around_their_places_and_images_go_on_beyond_their_edge(
     torch.testing.assert_close(whole[0], torch.from_numpy(rows[0]))
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
-
-
+# --- the command
 def test_the_command_writes_a_page_and_says_what_is_in_it(
     tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("top", "most"):
+        assert_refused(codebook("codes", tiny, f"--{name}", 0), f"{name}=0 is below 1")
     options = ("codes", tiny, "--data", images_folder, "--input-range", "-1,1")
     found = codebook(*options, "--json")
     assert found.exit_code == 0, found.stderr
@@ -158,10 +128,3 @@ def test_the_command_writes_a_page_and_says_what_is_in_it(
     assert sum(code["share"] for code in found.json["codes"]) == pytest.approx(1.0)
     shown = codebook(*options, "--report", tmp_path / "other.html", "--top", 2)
     assert "to be seen in" in shown.stdout and (tmp_path / "other.html").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"), [(("--top", 0), "top=0 is below 1"), (("--most", 0), "most=0 is below 1")]
-)
-def test_nonsense_is_refused(options: tuple[object, ...], message: str, tiny: Path, codebook: Run) -> None:
-    assert_refused(codebook("codes", tiny, *options), message)

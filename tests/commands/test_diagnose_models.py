@@ -112,9 +112,7 @@ def test_a_collapse_of_a_training_is_no_surgery_that_went_wrong(
     assert not any("ORIGINAL" in check.fix for check in found.failed)
 
 
-# --- mistakes ------------------------------------------------------------------------------------------------------
-
-
+# --- mistakes
 def unit(rows: Tensor, kind: str) -> Tensor:
     return functional.normalize(rows, dim=1) if kind == "cosine" else rows
 
@@ -199,9 +197,7 @@ def test_each_check_has_a_sentence_and_a_number_of_its_own(
         assert len({*said}) == len(said)
 
 
-# --- what is suggested ---------------------------------------------------------------------------------------------
-
-
+# --- what is suggested
 @pytest.mark.parametrize(
     ("cause", "kind"),
     [

@@ -224,9 +224,7 @@ def test_data_of_three_modes_are_no_fault_of_the_codes(surgery: Surgery, tmp_pat
         assert "prune" in found.failed[0].fix
 
 
-# --- steps that are too long ---------------------------------------------------------------------------------------
-
-
+# --- steps that are too long
 @pytest.mark.slow
 def test_a_learning_rate_of_ten_times_is_seen_in_the_trace(surgery: Surgery, tmp_path: Path) -> None:
     for rate, expected in ((1e-2, "learning-rate"), (1e-3, None)):

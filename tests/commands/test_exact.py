@@ -100,9 +100,7 @@ def test_the_draw_is_uniform_in_any_order_and_its_own_for_each_seed(rows: Tensor
     assert abs(float(places.mean()) - 449.5) < 20  # 2000 draws: the mean's deviation is 5.8
 
 
-# --- as a command ----------------------------------------------------------------------------------------------------
-
-
+# --- as a command
 def refit(codebook: Run, model: Path, *arguments: object) -> Outcome:
     out = ("-o", model.parent / "out.safetensors", "--force", "--json")
     return codebook("refit", model, "--k", 6, "--steps", 0, "--exact", *out, *arguments)

@@ -108,9 +108,7 @@ def test_a_larger_error_by_hand() -> None:
     assert worse_warnings(measured(0.5), None) == []
 
 
-# --- a user's model without data -----------------------------------------------------------------------------------
-
-
+# --- a user's model without data
 def test_a_model_of_the_users_own_is_not_trained_on_the_bundled_photographs(
     tiny: Path, codebook: Run, tmp_path: Path
 ) -> None:

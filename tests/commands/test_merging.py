@@ -152,9 +152,7 @@ def test_unreadable_items_of_all_shards_are_counted_once(
     assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------
-
-
+# --- what is refused
 def test_missing_shards_are_named_with_the_command_that_makes_them(
     shards: list[Path], tiny: Path, codebook: Run, tmp_path: Path
 ) -> None:
@@ -319,9 +317,7 @@ def test_a_damaged_part_is_named(
     assert_refused(codebook("measure", tiny, "--merge", *shards), "shard-3.safetensors is damaged")
 
 
-# --- numbers of shards, and of latents -----------------------------------------------------------------------------
-
-
+# --- numbers of shards, and of latents
 def test_shards_are_numbered_from_one() -> None:
     assert [parse_shard(text) for text in ("1/1", "3/8", "8/8")] == [(1, 1), (3, 8), (8, 8)]
     for text in ("0/8", "9/8", "-1/8", "1/0", "a/b", "1/8/2", "", "1.0/8"):
@@ -335,9 +331,7 @@ def test_a_file_of_stats_stays_below_its_limit() -> None:
         assert 0.99 * (256 << 20) < sample_limit(dims) * sum(4 * dim + 8 for dim in dims) <= 256 << 20
 
 
-# --- surgeries on the sample ---------------------------------------------------------------------------------------
-
-
+# --- surgeries on the sample
 @pytest.mark.parametrize(
     ("command", "variant"), [(("refit", "--k", 6), "ema"), (("restart",), "plain"), (("grow", "--k", 12), "plain")]
 )

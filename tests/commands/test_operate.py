@@ -102,9 +102,7 @@ def most_go_to(latents: Tensor, old: Tensor, new: Tensor, code: int) -> set[int]
     return set((hits == hits.max()).nonzero()[:, 0].tolist())
 
 
-# --- what became of every code -------------------------------------------------------------------------------------
-
-
+# --- what became of every code
 def test_pruning_dead_codes_keeps_the_others_and_changes_no_reconstruction(
     tiny: Path, ask: Ask, variants: dict[str, State]
 ) -> None:
@@ -192,9 +190,7 @@ def test_after_fine_tuning_maps_and_counts_are_those_of_the_trained_encoder(
         assert hits[nearest[code]] >= hits.max() - 1
 
 
-# --- the file is what was measured ---------------------------------------------------------------------------------
-
-
+# --- the file is what was measured
 def expected_stage(result: Result) -> Measurement:
     stage = result.stages[str(result.kept)]
     assert stage is not None
@@ -279,9 +275,7 @@ def test_nothing_trains_but_what_is_asked_for(
     assert bool(decoder) == (recipe["train"] == "decoder")
 
 
-# --- provenance and repetition -------------------------------------------------------------------------------------
-
-
+# --- provenance and repetition
 def test_the_file_says_how_it_was_made_without_times_and_paths(
     tiny: Path, ask: Ask, tmp_path: Path, images_folder: Path
 ) -> None:
@@ -337,9 +331,7 @@ def test_a_sample_of_the_latents_stands_for_all_and_is_owned_up_to(
     assert sizes.sum().item() == pytest.approx(912)
 
 
-# --- before any long work ------------------------------------------------------------------------------------------
-
-
+# --- before any long work
 def watched() -> tuple[Watch, list[str]]:
     seen: list[str] = []
     return Watch(lambda what, done, total, figures: seen.append(what)), seen
@@ -409,9 +401,7 @@ def test_a_plan_for_a_threshold_cannot_know_the_size(tiny: Path, ask: Ask) -> No
     assert found.bytes["after"] == found.bytes["before"] == tiny.stat().st_size
 
 
-# --- figures of the result -----------------------------------------------------------------------------------------
-
-
+# --- figures of the result
 def test_a_model_that_is_operated_on_again_names_its_last_surgery(tiny: Path, ask: Ask) -> None:
     first = output_of(do(ask(tiny), Prune()))
     second = do(ask(first), Refit(4))

@@ -83,9 +83,7 @@ def is_as(module: nn.Module, state: dict[str, Tensor]) -> bool:
     return now.keys() == state.keys() and all(torch.equal(now[name], state[name]) for name in state)
 
 
-# --- the face -------------------------------------------------------------------------------------------------------
-
-
+# --- the face
 def test_importing_costs_no_torch_and_every_name_is_there() -> None:
     program = "import sys, codebook_tools as ct; print('torch' in sys.modules, 'numpy' in sys.modules, dir(ct))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -149,9 +147,7 @@ def test_warnings_are_pythons(write_model: WriteModel) -> None:
         ct.measure(ct.load(write_model()), ct.Data(limit=40))
 
 
-# --- a module in memory ---------------------------------------------------------------------------------------------
-
-
+# --- a module in memory
 def test_a_wrapped_module_is_changed_in_place(net: Net, images: Tensor) -> None:
     net.vq.embedding += 0.1  # what training did since: the state is that of the call, not of the wrapping
     model = ct.wrap(net, **WITH)
@@ -267,9 +263,7 @@ def test_a_model_is_not_trained_on_the_bundled_sample(net: Net, tiny: Path) -> N
             ct.operate(model, None, ct.strategies.Prune(), ct.FineTune(steps=2))
 
 
-# --- data in memory -------------------------------------------------------------------------------------------------
-
-
+# --- data in memory
 @pytest.mark.parametrize("kind", ["array", "uint8", "loader", "tuples", "dicts", "normalized"])
 def test_data_of_every_kind_are_the_same_data(kind: str, net: Net, images: Tensor) -> None:
     images = (images * 255).round() / 255
@@ -301,9 +295,7 @@ def test_a_module_of_waveforms_takes_waveforms(images: Tensor) -> None:
     assert codec.vq.embedding.shape == (4, 4) and run.before.images == 10  # two whole clips of a second in each
 
 
-# --- a surgery put into a module by itself --------------------------------------------------------------------------
-
-
+# --- a surgery put into a module by itself
 def surgery_of(old: int, kept: list[int], dim: int = 4, new: int = 0) -> ct.Surgery:
     index_map = torch.full((old,), ct.REMOVED)
     index_map[kept] = torch.arange(len(kept))
@@ -374,9 +366,7 @@ def test_a_surgery_that_does_not_fit_changes_nothing(
     assert is_as(embedding, before) and embedding.num_embeddings == 6
 
 
-# --- modules of libraries -------------------------------------------------------------------------------------------
-
-
+# --- modules of libraries
 @pytest.mark.parametrize(
     ("options", "stages"), [({}, 1), ({"use_cosine_sim": True}, 1), ({"num_quantizers": 2}, 2)], ids=str
 )

@@ -136,9 +136,7 @@ def counts(request: Request, path: Path) -> list[list[float]]:
     return [(of / of.sum()).tolist() for of in found]
 
 
-# --- surgeries -----------------------------------------------------------------------------------------------------
-
-
+# --- surgeries
 def test_each_codebook_is_measured_with_what_the_one_before_leaves(residual: Write, ask: Ask, tmp_path: Path) -> None:
     path = residual()
     found = measure_model(ask(path), Watch()).before
@@ -250,9 +248,7 @@ def test_a_key_that_the_network_does_not_walk_through_is_refused(residual: Write
     assert_refused(found, "quantizers.0.embed_avg")
 
 
-# --- fine-tuning ---------------------------------------------------------------------------------------------------
-
-
+# --- fine-tuning
 def opened(path: Path, **more: Any) -> Model:
     model = load_model(read_checkpoint(path), network=f"{path.parent / 'residual.py'}:make", **more)
     model.input_range = (0.0, 1.0)
@@ -342,9 +338,7 @@ def test_a_fine_tuning_is_written_and_the_second_meets_what_the_trained_first_le
     assert result.finetuned.codebooks[1].distortion == pytest.approx(float(distortion), rel=1e-3)
 
 
-# --- the command line ----------------------------------------------------------------------------------------------
-
-
+# --- the command line
 def test_the_commands_tell_of_both_codebooks(residual: Write, ask: Ask, codebook: Run, tmp_path: Path) -> None:
     asked = ask(residual())
     given = ("--network", asked.network, "--data", *asked.data, "--input-range", "0,1", "--json")

@@ -31,9 +31,7 @@ def measured(mse: float | None, distortion: float = 1.0) -> Measurement:
     return Measurement("test", 10, mse, None, None, (use,))
 
 
-# --- what is suggested ----------------------------------------------------------------------------------------------
-
-
+# --- what is suggested
 @pytest.mark.parametrize(
     ("curve", "k", "reason"),
     [
@@ -66,7 +64,7 @@ def test_the_effective_dimension_is_that_of_zadors_law() -> None:
     assert metrics.effective_dimension({8: 1.0, 16: 1.0}) == math.inf
 
 
-# --- Re-Fits that pay for bits --------------------------------------------------------------------------------------
+# --- Re-Fits that pay for bits
 
 OLD = Codebook(torch.zeros(4, 2))
 COUNTS = torch.zeros(4, dtype=torch.int64)
@@ -119,9 +117,7 @@ def test_what_it_cannot_do_is_refused(codebook: Codebook, price: float, message:
         EntropyRefit(2, price)(codebook, StoredLatents(torch.randn(20, 2)), COUNTS)
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
-
-
+# --- the command
 @pytest.fixture
 def swept(tiny: Path, images_folder: Path, codebook: Run, tmp_path: Path) -> Run:
     def run(*options: object) -> Outcome:
