@@ -47,7 +47,7 @@ def test_a_directory_gets_a_card_that_the_hub_reads(folder: Path, operate: Run, 
 
 
 @pytest.mark.slow
-def test_a_card_of_any_encoding_stays_byte_for_byte_and_says_what_was_done_each_time(
+def test_a_card_of_any_encoding_stays_and_says_what_was_done_each_time(
     folder: Path, operate: Run, tmp_path: Path
 ) -> None:
     (folder / "README.md").write_bytes(b"---\nlicense: mit\n---\n# Mod\xe8le\r\n")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import Run, State, WriteModel, assert_refused
 from safetensors.torch import save_file
+from surgeries import do
 from torch import Tensor
 
-from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
+from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.figures import CodebookUse, Measurement
 from codebook_tools.runtime.progress import Watch
@@ -25,7 +25,6 @@ from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows import compare as compare_module
 from codebook_tools.workflows.compare import ENTRIES, MORE_ENTRIES, compare
 from codebook_tools.workflows.comparison_rows import Comparison, Row, RowStore, Spread, markdown_table, table_rows
-from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.request import Request
 
 RECIPE = FineTune(steps=4, batch_size=16)
@@ -57,7 +56,7 @@ def whole(variants: dict[str, State], images_folder: Path, tmp_path_factory: pyt
     return compare(request, 12, (), RECIPE, seeds=1, folder=folder / "rows", watch=Watch())
 
 
-def test_every_strategy_and_every_control_has_a_row_of_its_stages(whole: Comparison) -> None:
+def test_every_strategy_and_every_control_has_its_row(whole: Comparison, tiny: Path, images_folder: Path) -> None:
     rows = by_name(whole)
     sizes = {"untouched": 16, "untouched+same-recipe": 16, "untouched+textbook": 16, "prune": 10, "restart": 16}
     assert rows.keys() == {(name, sizes.get(name, 12)) for name in ENTRIES} | {("refit", 10)}
@@ -72,19 +71,14 @@ def test_every_strategy_and_every_control_has_a_row_of_its_stages(whole: Compari
         assert row.kept in sizes_by_stage
     figures = [figure for summary in whole.summaries for stage in summary.stages.values() for figure in stage.values()]
     assert all(math.isfinite(figure.mean) for figure in figures)
+    refit = do(Request(tiny, (str(images_folder),), input_range=(-1.0, 1.0)), Refit(12), RECIPE)
+    assert (rows["refit", 12].stages, rows["refit", 12].kept) == (refit.stages, refit.kept)
+    assert tiny.stat().st_size - rows["refit", 12].bytes == (16 - 12) * 4 * 4
     store = RowStore(Path(whole.outputs["rows"]).parent)
     for row in whole.rows:
         assert store.find(row.strategy, row.k, row.seed, row.made_with) == row
         assert store.find(row.strategy, row.k + 1, row.seed, row.made_with) is None
         assert Row.from_json(json.loads(json.dumps(row.to_json()))) == row
-
-
-def test_a_row_is_what_the_command_gives(whole: Comparison, tiny: Path, images_folder: Path, tmp_path: Path) -> None:
-    request = Request(tiny, (str(images_folder),), input_range=(-1.0, 1.0), output=tmp_path / "one.safetensors")
-    result = operate("refit", request, Refit(12), RECIPE, Watch())
-    row = by_name(whole)["refit", 12]
-    assert dict(row.stages) == result.stages and row.kept == result.kept
-    assert Path(whole.model).stat().st_size - row.bytes == (16 - 12) * 4 * 4
 
 
 def test_all_rows_train_on_the_same_batches(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,52 +98,31 @@ def test_all_rows_train_on_the_same_batches(ask: Ask, monkeypatch: pytest.Monkey
     assert all(other == drawn[0] for other in drawn)
 
 
-def test_a_textbook_row_revives_nothing_and_a_frozen_encoder_stays(ask: Ask) -> None:
-    rows = by_name(ask("refit+textbook", "refit+frozen-encoder", "refit+used", "restart+split", k=6))
-    assert rows.keys() == {("refit+textbook", 6), ("refit+frozen-encoder", 6), ("refit+used", 6), ("restart+split", 16)}
-    assert all(row.error is None and row.strategy in MORE_ENTRIES for row in rows.values())
-
-
-@dataclass(frozen=True)
-class FirstK:
-    """A strategy that another distribution might add."""
-
-    k: int
-
-    def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
-        index_map = torch.full((codebook.size,), REMOVED)
-        index_map[: self.k] = torch.arange(self.k)
-        return Surgery(replace(codebook, vectors=codebook.vectors[: self.k].clone()), index_map)
-
-
-def test_a_strategy_that_plugs_in_is_a_row_and_one_that_cannot_be_says_why_while_the_others_go_on(
-    ask: Ask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def picky(seed: int, temper: str) -> FirstK:
+def test_strategies_that_plug_in_are_rows_and_failures_are_said(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    def picky(seed: int, temper: str) -> Strategy:
         raise AssertionError
 
-    monkeypatch.setitem(STRATEGIES, "first-k", FirstK)
+    monkeypatch.setitem(STRATEGIES, "of-others", STRATEGIES["top-k"])
     monkeypatch.setitem(STRATEGIES, "picky", picky)
-    found = ask("grow", "picky", "first-k", "top-k", "prune", k=4)
+    more = "refit+textbook", "refit+frozen-encoder", "refit+used", "restart+split"
+    assert {*more} <= {*MORE_ENTRIES}
+    found = ask("grow", "picky", "of-others", "top-k", "prune", *more, k=4)
     rows = by_name(found)
     assert "temper" in str(rows["picky", 16].error) and "10 codes in use" in str(rows["grow", 4].error)
     assert rows["grow", 4].stages == {"before": None, "surgery": None, "finetuned": None}
-    assert [rows[row].error for row in (("first-k", 4), ("top-k", 4), ("prune", 10))] == [None] * 3
-    assert ask("first-k", k=3).rows[0].made_with != rows["first-k", 4].made_with
+    sizes = {"of-others": 4, "top-k": 4, "prune": 10, **dict.fromkeys(more, 4), "restart+split": 16}
+    assert [rows[row].error for row in sizes.items()] == [None] * len(sizes)
+    assert ask("of-others", k=3).rows[0].made_with != rows["of-others", 4].made_with
     table = markdown_table(found.summaries)
     assert "| grow | 4 | not possible |" in table and "10 codes in use" in table
 
 
 # --- resuming
-def refuse(*_: object) -> None:
-    raise AssertionError("a row that was there already is run again")
-
-
 def test_rows_that_are_there_are_not_run_again_and_warn_again(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     hot = replace(RECIPE, lr=30.0)
     first, warned = ask("prune", "refit", seeds=2), ask("refit", recipe=hot).warnings
     assert any("refit of 12, seed 0" in warning for warning in warned)
-    monkeypatch.setattr(compare_module, "_run", refuse)
+    monkeypatch.setattr(compare_module, "_run", None)  # so that no row is run again
     assert ask("prune", "refit", seeds=2).rows == first.rows
     assert ask("refit", recipe=hot).warnings == warned
     assert ask("refit").rows == tuple(row for row in first.rows if row.seed == 0 and row.k == 12)
@@ -170,9 +143,7 @@ def test_rows_of_other_settings_or_of_another_model_or_version_are_not_used_and_
     assert [row["made_with"] for row in kept] == hashes
 
 
-def test_an_interrupted_comparison_goes_on_where_it_stopped(
-    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_comparison_goes_on(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, names = compare_module._run, ("untouched", "prune", "refit", "top-k")
     asked: list[str] = []
 
@@ -272,23 +243,18 @@ def test_the_command_gives_the_promised_json(
     assert printed.exit_code == 0 and "refit" in printed.stdout and "±" in printed.stdout
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (("--k", 0), "k=0 is below 1"),
-        (("--k", 4, "--seeds", 0), "seeds=0 is below 1"),
-        (("--k", 4, "--strategies", "prune,nonsense"), "no strategy 'nonsense'; there are condense"),
-        (("--k", 4, "--output", "a-file"), "a-file is a file"),
-        (("--k", 4, "--limit", 2), "empty"),
-    ],
-    ids=str,
-)
 def test_what_cannot_be_compared_is_one_line_and_leaves_nothing(
-    given: tuple[object, ...], message: str, tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a-file").touch()
-    found = codebook("compare", tiny, "--data", images_folder, "--input-range", "-1,1", "--steps", 2, *given)
-    assert_refused(found, message)
-    assert {path.name for path in tmp_path.iterdir()} == {"a-file", tiny.name}
+    for options, message in {
+        ("--k", 0): "k=0 is below 1",
+        ("--k", 4, "--seeds", 0): "seeds=0 is below 1",
+        ("--k", 4, "--strategies", "prune,nonsense"): "no strategy 'nonsense'; there are condense",
+        ("--k", 4, "--output", "a-file"): "a-file is a file",
+        ("--k", 4, "--limit", 2): "empty",
+    }.items():
+        found = codebook("compare", tiny, "--data", images_folder, "--input-range", "-1,1", "--steps", 2, *options)
+        assert_refused(found, message)
+        assert {path.name for path in tmp_path.iterdir()} == {"a-file", tiny.name}

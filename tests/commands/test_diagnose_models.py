@@ -42,23 +42,24 @@ KINDS = ("plain", "sounds", "two stages", "library", "cosine")
 COLLAPSES = [*((kind, 1.0) for kind in KINDS), ("plain", 0.3), ("library", 30.0)]
 """And how many times as far out as usual the codes began."""
 Networks = dict[str, Any]
+Sources = dict[str, Data]
 Collapses = dict[tuple[str, float], Any]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Data]:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     folder = tmp_path_factory.mktemp("data")
     return dict.fromkeys(KINDS, images_in(folder)) | {"sounds": sounds_in(folder)}
 
 
 @pytest.fixture(scope="module")
-def trained(data: dict[str, Data]) -> Networks:
+def trained(data: Sources) -> Networks:
     """Healthy networks by kind: do not change them."""
     return {kind: healthy(kind, data[kind].media, SIZE.get(kind, 32), seed=1) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
-def collapses(data: dict[str, Data]) -> Collapses:
+def collapses(data: Sources) -> Collapses:
     """Collapsed networks by kind and scale: do not change them."""
     return {(kind, scale): collapsed(kind, data[kind].media, scale=scale) for kind, scale in COLLAPSES}
 
@@ -68,9 +69,7 @@ def request_of(kind: str, path: Path, network: str, data: Data) -> Request:
     return Request(path, (str(data.path),), network=network, metric=None if kind in AVERAGED else "euclidean", **more)
 
 
-def diagnosed(
-    network: Any, kind: str, data: Data, folder: Path, original: Any = None, limit: int | None = None
-) -> Diagnosis:
+def diagnosed(network: Any, kind: str, data: Data, folder: Path, original: Any = None, limit: Any = None) -> Diagnosis:
     """What is found, where each check has a sentence and a number of its own."""
     against = write(original, kind, folder, "original")[0] if original is not None else None
     request = replace(request_of(kind, *write(network, kind, folder), data), limit=limit)
@@ -84,7 +83,7 @@ def diagnosed(
     ("kind", "limit"), [*((kind, None) for kind in KINDS), ("plain", 10), ("two stages", 3), ("library", 3)]
 )
 def test_nothing_is_found_in_a_healthy_model_and_little_data_make_none_ill(
-    kind: str, limit: int | None, trained: Networks, data: dict[str, Data], tmp_path: Path
+    kind: str, limit: int | None, trained: Networks, data: Sources, tmp_path: Path
 ) -> None:
     found = diagnosed(trained[kind], kind, data[kind], tmp_path, limit=limit)
     allowed = {"few-modes", "counting"} if limit else set()
@@ -93,7 +92,7 @@ def test_nothing_is_found_in_a_healthy_model_and_little_data_make_none_ill(
 
 @pytest.mark.parametrize(("kind", "scale"), COLLAPSES)
 def test_a_collapse_of_a_training_is_no_surgery_that_went_wrong(
-    kind: str, scale: float, collapses: Collapses, data: dict[str, Data], tmp_path: Path
+    kind: str, scale: float, collapses: Collapses, data: Sources, tmp_path: Path
 ) -> None:
     found = diagnosed(collapses[kind, scale], kind, data[kind], tmp_path)
     names = {check.name for check in found.failed}
@@ -159,17 +158,13 @@ def spoilt(network: Any, mistake: str, kind: str, media: Tensor) -> Any:
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, (_, _, kinds) in MISTAKES.items() for kind in kinds])
-def test_a_mistake_is_named_first(
-    name: str, kind: str, trained: Networks, data: dict[str, Data], tmp_path: Path
-) -> None:
+def test_a_mistake_is_named_first(name: str, kind: str, trained: Networks, data: Sources, tmp_path: Path) -> None:
     found = diagnosed(spoilt(trained[kind], name, kind, data[kind].media), kind, data[kind], tmp_path)
     assert found.failed and found.failed[0].name == MISTAKES[name][1], found.checks
 
 
 @pytest.mark.parametrize("kind", ["sounds", "library"])
-def test_steps_that_were_too_long_are_told_by_the_original(
-    kind: str, trained: Networks, data: dict[str, Data], tmp_path: Path
-) -> None:
+def test_long_steps_are_told_by_the_original(kind: str, trained: Networks, data: Sources, tmp_path: Path) -> None:
     network = deepcopy(trained[kind])
     train(network, data[kind].media, 60, 0.1)
     found = diagnosed(network, kind, data[kind], tmp_path, original=trained[kind])
@@ -188,7 +183,7 @@ def test_steps_that_were_too_long_are_told_by_the_original(
     ],
 )
 def test_no_suggested_command_makes_the_model_worse(
-    cause: str, kind: str, trained: Networks, collapses: Collapses, data: dict[str, Data],
+    cause: str, kind: str, trained: Networks, collapses: Collapses, data: Sources,
     tmp_path: Path, codebook: Run,
 ) -> None:  # fmt: skip
     network = collapses[kind, 1.0] if cause == "collapsed" else spoilt(trained[kind], cause, kind, data[kind].media)

@@ -14,6 +14,7 @@ import torch
 from collapsing import nearest
 from conftest import State
 from safetensors.torch import load_file, save_file
+from surgeries import do
 from torch import Tensor, nn
 
 from codebook_tools.clustering.kmeans import kmeans
@@ -25,7 +26,6 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.diagnose import Diagnosis, diagnose
-from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.session import Opened, open_request
 
@@ -68,7 +68,7 @@ def surgery(tmp_path_factory: pytest.TempPathFactory) -> Surgery:
     averages = {COUNTS: counts, SUMS: state[CODEBOOK] * counts[:, None]}
     save_file(state | averages, folder / "original.safetensors")
     request = Request(folder / "original.safetensors", limit=150, output=folder / "refit.safetensors")
-    operate("refit", request, Refit(k=K), FineTune(steps=0), Watch())
+    do(request, Refit(k=K))
     request = replace(request, output=None)
     return Surgery(request.source, open_request(request, Watch()), load_file(folder / "refit.safetensors"), folder)
 
@@ -181,7 +181,7 @@ def test_data_of_three_modes_are_no_fault_of_the_codes(surgery: Surgery, tmp_pat
     images = kinds[np.arange(240) % 3] + rng.normal(0, 4, (240, 32, 32, 3))
     np.save(tmp_path / "three.npy", images.clip(0, 255).astype(np.uint8))
     request = Request(surgery.original, (str(tmp_path / "three.npy"),), output=tmp_path / "refit.safetensors")
-    operate("refit", request, Refit(k=K), FineTune(steps=0), Watch())
+    do(request, Refit(k=K))
     for model in (request.output, surgery.folder / "refit.safetensors"):
         found = diagnose(replace(request, model=model), Watch())
         assert first(found) == "few-modes", found.checks
@@ -194,7 +194,7 @@ def test_a_learning_rate_of_ten_times_is_seen_in_the_trace(surgery: Surgery, tmp
     for rate, expected in ((1e-2, "learning-rate"), (1e-3, None)):
         request = replace(surgery.opened.request, output=tmp_path / f"{rate}.safetensors")
         recipe = FineTune(steps=75, lr=rate, batch_size=16, codebook_update="gradient")
-        done = operate("refit", request, Refit(k=K), recipe, Watch())
+        done = do(request, Refit(k=K), recipe)
         (tmp_path / "trace.json").write_text(json.dumps(done.to_json(), default=str))
         found = diagnose(replace(request, model=request.output), Watch(), trace=tmp_path / "trace.json")
         assert first(found) == expected, found.checks

@@ -46,7 +46,7 @@ def done(
     """One pass and its shards, each with a sample of 300 latents, in files of their own: whole.safetensors,
     shard-1.safetensors, ..."""
     folder = tmp_path_factory.mktemp("merging")
-    save_file(variants["plain"], folder / "tiny.safetensors", {"format": "pt", "note": "by others"})
+    save_file(variants["ema"], folder / "tiny.safetensors", {"format": "pt", "note": "by others"})
     asked = Request(folder / "tiny.safetensors", (str(images_folder),), (str(held_out_folder),), batch_size=7)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure_shards, "SAMPLE", SAMPLE)
@@ -68,11 +68,6 @@ def tiny(done: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def shards(tiny: Path) -> list[Path]:
     return [tiny.with_name(f"shard-{i}.safetensors") for i in range(1, N + 1)]
-
-
-@pytest.fixture
-def whole(tiny: Path) -> Path:
-    return tiny.with_name("whole.safetensors")
 
 
 @pytest.fixture
@@ -103,11 +98,9 @@ def test_shards_in_any_order_are_the_pass_to_the_last_byte(
     assert again.json["stages"] == one["stages"]
 
 
-def test_the_sample_is_what_a_survey_of_the_same_data_draws(
-    whole: Path, tiny: Path, images_folder: Path, held_out_folder: Path
-) -> None:
-    asked = Request(model=tiny, data=(str(images_folder),), test_data=(str(held_out_folder),), batch_size=11)
-    opened = open_request(asked, Watch())
+def test_the_sample_is_what_a_survey_draws(tiny: Path, images_folder: Path, held_out_folder: Path) -> None:
+    opened = open_request(Request(tiny, (str(images_folder),), (str(held_out_folder),), batch_size=11), Watch())
+    whole = tiny.with_name("whole.safetensors")
     stream, codes = opened.model.latents(opened.calibration, 11), opened.model.books[0].codebook
     vectors = survey(stream, codes, seed=0, limit=200, watch=Watch()).sample.vectors
     assert torch.allclose(tensor(whole, "sample")[:200], vectors, atol=1e-6)
@@ -146,25 +139,19 @@ def test_shards_that_hold_all_latents_are_the_pass_too_and_unreadable_items_are_
 
 
 # --- what is refused
-def test_missing_shards_are_named_with_the_command_that_makes_them(
-    shards: list[Path], tiny: Path, merge: Run, tmp_path: Path
-) -> None:
+def test_missing_shards_are_named_with_a_command(shards: list[Path], tiny: Path, merge: Run, tmp_path: Path) -> None:
     before = contents(tmp_path)
     found = merge(*shards[:2], "--stats", tmp_path / "out.safetensors")
     assert_refused(found, "shards 3, 4 of 4 missing")
     assert f"codebook measure {tiny} --shard 3/4 --stats FILE --seed 0 --batch-size 7`" in found.stderr
     assert contents(tmp_path) == before
     for path, number in zip(shards[:2], (1, 7), strict=True):
-        resealed(path, relabel(f"{number}/{10**24}"))
+        resealed(path, lambda _, m, n=number: m.update({"codebook_tools.shard": f"{n}/{10**24}"}))
     message = f"shards 2, 3, 4, 5, 6 and {10**24 - 7} more of {10**24} missing; run"
     assert_refused(merge(*shards[:2]), message)
-    resealed(shards[0], relabel("0/8"))
+    resealed(shards[0], lambda _, metadata: metadata.update({"codebook_tools.shard": "0/8"}))
     message = "shard-1.safetensors is damaged: it says that it is part 0 of 8; measure that part anew"
     assert_refused(merge(shards[0]), message)
-
-
-def relabel(shard: str) -> Change:
-    return lambda _, metadata: metadata.update({"codebook_tools.shard": shard})
 
 
 def test_what_does_not_go_together_is_refused(
@@ -172,8 +159,7 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     assert_refused(merge(*shards, shards[2]), "are both shard 3 of 4; give each once")
     assert_refused(codebook("measure", shards[0], "--merge", *shards[1:]), "is a part itself; MODEL comes first")
-    state = variants["plain"] | {CODEBOOK: variants["plain"][CODEBOOK] + 1}
-    other = write_model(name="other", state=state)
+    other = write_model(name="other", state=variants["ema"] | {CODEBOOK: variants["ema"][CODEBOOK] + 1})
     assert_refused(codebook("measure", other, "--merge", *shards), "another checkpoint than")
 
 
@@ -187,60 +173,49 @@ def test_what_does_not_go_together_is_refused(
         (("--input-range", "0,1"), "is of input range [0.0, 1.0],"),
         (("--limit", 5), "is of images"),
         (("--shard", "2/9"), "is of shards 9,"),
-        (("--data", "MOVED"), "of different data"),
+        ((), "of different data"),
     ],
     ids=str,
 )
 def test_shards_of_other_settings_or_data_are_refused_with_what_differs(
-    options: tuple[str, object], message: str, shards: list[Path], tiny: Path, codebook: Run, merge: Run,
-    data: tuple[object, ...], images_folder: Path, tmp_path: Path,
+    options: tuple[object, ...], message: str, shards: list[Path], codebook: Run, merge: Run, data: tuple[object, ...],
+    images_folder: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    moved = tmp_path / "moved"
-    shutil.copytree(images_folder, moved)
+    moved = shutil.copytree(images_folder, tmp_path / "moved")
     picture = min(moved.rglob("*.png"))  # in training data under either name
     picture.rename(picture.with_name("moved.png"))
-    name, value = options
-    given = {
-        "--shard": f"2/{N}",
-        **dict(zip(data[::2], data[1::2], strict=True)),
-        name: moved if value == "MOVED" else value,
-    }
-    listed = [part for pair in given.items() for part in pair]
-    made = codebook("measure", tiny, *listed, "--stats", shards[1], "--force")
+    given = (*data, "--shard", f"2/{N}", *options) if options else ("--data", moved, *data[2:], "--shard", f"2/{N}")
+    made = codebook("measure", tmp_path / "tiny.safetensors", *given, "--stats", shards[1], "--force")
     assert made.exit_code == 0, made.stderr
-    found = merge(*shards)
-    assert_refused(found, message)
-    assert "shard-2.safetensors" in found.stderr and "shard-1.safetensors" in found.stderr
+    refused = merge(*shards)
+    assert_refused(refused, message)
+    assert "shard-2.safetensors" in refused.stderr and "shard-1.safetensors" in refused.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--shard", "3/8"), "--shard without --stats"),
-        (("--shard", "9/8", "--stats", "x"), "--array=1-8"),
-        (("--shard", f"1/{'9' * 5000}", "--stats", "x"), "N below a million"),
-        (("--shard", "1/2", "--stats", "x", "--merge", "x"), "give one of the two"),
-        (("--shard", "1/2", "--stats", "x", "--latents", "l.npy"), "--latents are read in one pass"),
-        (("--merge", "x", "--data", "images"), "--merge adds what was measured before"),
-        (("--merge", "x"), "no such file: x"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_parted_or_merged_is_refused(
-    arguments: tuple[str, ...], message: str, tiny: Path, codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    before = contents(tmp_path)
-    assert_refused(codebook("measure", tiny, *arguments), message)
-    assert contents(tmp_path) == before
+def test_what_cannot_be_parted_or_merged_is_refused(tiny: Path, codebook: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny.parent)
+    before = contents(tiny.parent)
+    for arguments, message in {
+        ("--shard", "3/8"): "--shard without --stats",
+        ("--shard", "9/8", "--stats", "x"): "--array=1-8",
+        ("--shard", f"1/{'9' * 5000}", "--stats", "x"): "N below a million",
+        ("--shard", "1/2", "--stats", "x", "--merge", "x"): "give one of the two",
+        ("--shard", "1/2", "--stats", "x", "--latents", "l.npy"): "--latents are read in one pass",
+        ("--merge", "x", "--data", "images"): "--merge adds what was measured before",
+        ("--merge", "x"): "no such file: x",
+    }.items():
+        assert_refused(codebook("measure", tiny, *arguments), message)
+        assert contents(tiny.parent) == before
+    assert [parse_shard(text) for text in ("1/1", "3/8", "8/8")] == [(1, 1), (3, 8), (8, 8)]
+    for text in ("0/8", "9/8", "-1/8", "1/0", "a/b", "1/8/2", "", "1.0/8"):
+        with pytest.raises(CodebookError, match="expected I/N"):
+            parse_shard(text)
 
 
-def test_what_is_no_part_of_a_pass_is_refused(
-    shards: list[Path], tiny: Path, codebook: Run, merge: Run, tmp_path: Path
-) -> None:
-    latents = tmp_path / "latents.npy"
+def test_what_is_no_part_of_a_pass_is_refused(shards: list[Path], tiny: Path, codebook: Run, merge: Run) -> None:
+    latents = tiny.parent / "latents.npy"
     np.save(latents, np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32))
-    stats = tmp_path / "stats.safetensors"
+    stats = tiny.parent / "stats.safetensors"
     assert codebook("measure", tiny, "--latents", latents, "--stats", stats).exit_code == 0
     for file in (tiny, stats):
         assert_refused(merge(file), "is no part of a pass over images")
@@ -258,11 +233,9 @@ def flipped(path: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["counts", "sample"])
-def test_a_flipped_bit_in_counts_or_latents_is_found(
-    key: str, whole: Path, shards: list[Path], tiny: Path, codebook: Run, merge: Run
-) -> None:
+def test_a_flipped_bit_is_found(key: str, shards: list[Path], tiny: Path, codebook: Run, merge: Run) -> None:
     """One in the counts removed a code that is used, and verify found the result sound."""
-    for path in (whole, shards[2]):
+    for path in (whole := tiny.with_name("whole.safetensors"), shards[2]):
         flipped(path, f"{CODEBOOK}/{key}")
     assert_refused(merge(*shards), "shard-3.safetensors is damaged")
     assert_refused(codebook("refit", tiny, "--k", 4, "--stats", whole), f"{CODEBOOK}/{key} is not what was written")
@@ -276,37 +249,30 @@ def resealed(path: Path, change: Change) -> None:
     save_file(tensors, path, sealed(tensors, metadata))
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda tensors, _: tensors.pop(f"{CODEBOOK}/counts"),
-        lambda tensors, _: tensors.pop(f"{CODEBOOK}/sample"),
-        lambda tensors, _: tensors.update({f"{CODEBOOK}/sample": tensors[f"{CODEBOOK}/sample"][:, :2].clone()}),
-        lambda tensors, _: tensors.update({"measured/integers": tensors["measured/integers"][:-1].clone()}),
-        lambda _, metadata: metadata.update({"codebook_tools.about": "{"}),
-    ],
-    ids=["no counts", "no sample", "another dim", "short sums", "no settings"],
-)
-def test_a_damaged_part_is_named(damage: Change, shards: list[Path], merge: Run) -> None:
-    resealed(shards[2], damage)
+DAMAGES: dict[str, Change] = {
+    "no counts": lambda tensors, _: tensors.pop(f"{CODEBOOK}/counts"),
+    "no sample": lambda tensors, _: tensors.pop(f"{CODEBOOK}/sample"),
+    "another dim": lambda tensors, _: tensors.update(
+        {f"{CODEBOOK}/sample": tensors[f"{CODEBOOK}/sample"][:, :2].clone()}
+    ),
+    "short sums": lambda tensors, _: tensors.update({"measured/integers": tensors["measured/integers"][:-1].clone()}),
+    "no settings": lambda _, metadata: metadata.update({"codebook_tools.about": "{"}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_part_is_named(damage: str, shards: list[Path], merge: Run) -> None:
+    resealed(shards[2], DAMAGES[damage])
     assert_refused(merge(*shards), "shard-3.safetensors is damaged")
 
 
-# --- numbers of shards, and of latents
-def test_shards_are_numbered_from_one() -> None:
-    assert [parse_shard(text) for text in ("1/1", "3/8", "8/8")] == [(1, 1), (3, 8), (8, 8)]
-    for text in ("0/8", "9/8", "-1/8", "1/0", "a/b", "1/8/2", "", "1.0/8"):
-        with pytest.raises(CodebookError, match="expected I/N"):
-            parse_shard(text)
-
-
+# --- surgeries on the sample
 def test_a_file_of_stats_stays_below_its_limit() -> None:
     assert sample_limit([64]) == sample_limit([8] * 9) == 131_072
     for dims in ([1024], [128] * 32):
         assert 0.99 * (256 << 20) < sample_limit(dims) * sum(4 * dim + 8 for dim in dims) <= 256 << 20
 
 
-# --- surgeries on the sample
 @pytest.mark.parametrize("command", [("refit", "--k", 6), ("restart",), ("grow", "--k", 12)])
 def test_a_sample_that_is_all_latents_does_what_the_images_do(
     command: tuple[object, ...], write_model: WriteModel, codebook: Run, images_folder: Path, tmp_path: Path
@@ -324,27 +290,17 @@ def test_a_sample_that_is_all_latents_does_what_the_images_do(
     assert codebook("verify", paths[1], "--against", model).exit_code == 0
 
 
-def test_counts_that_stand_for_more_than_the_sample_count_in_full(
-    write_model: WriteModel, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measure_shards, "SAMPLE", 456)
-    model, stats, out = write_model("ema"), tmp_path / "stats.safetensors", tmp_path / "out.safetensors"
-    codebook("measure", model, "--data", images_folder, "--stats", stats)
-    assert codebook("refit", model, "--k", 6, "--stats", stats, "-o", out).exit_code == 0
-    sizes = load_file(out)["_vq_vae._ema_cluster_size"]
-    assert float(sizes.sum()) == pytest.approx(57 * 16) and len(sizes) == 6
-
-
-def test_counts_alone_do_not_read_the_sample_and_stats_without_one_are_no_latents(
-    whole: Path, tiny: Path, codebook: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read, chunks = list[str](), Stored.chunks
+def test_counts_alone_read_no_sample(tiny: Path, codebook: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And they count in full where they stand for more than the sample."""
+    read, chunks, whole = list[str](), Stored.chunks, tiny.with_name("whole.safetensors")
     monkeypatch.setattr(Stored, "chunks", lambda entry: read.append(entry.key) or chunks(entry))
     for command in (("prune",), ("quantize", "--k", 4)):
         assert codebook(*command, tiny, "--stats", whole, "--force").exit_code == 0
     assert f"{CODEBOOK}/counts" in read and not any("sample" in key for key in read)
-    assert codebook("refit", tiny, "--k", 4, "--stats", whole, "--force").exit_code == 0
-    assert any("sample" in key for key in read)
+    refit = codebook("refit", tiny, "--k", 4, "--stats", whole, "--json")
+    assert refit.exit_code == 0 and any("sample" in key for key in read), refit.stderr
+    sizes = load_file(refit.json["outputs"]["model"])["_vq_vae._ema_cluster_size"]
+    assert float(sizes.sum()) == pytest.approx(60 * 16) and len(sizes) == 4
     resealed(whole, lambda tensors, _: [tensors.pop(key) for key in list(tensors) if "sample" in key])
     for more in ((), ("--dry-run",)):
         refused = codebook("refit", tiny, "--k", 5, "--stats", whole, *more)

@@ -28,7 +28,7 @@ from codebook_tools.workflows import measure_shards
 from codebook_tools.workflows import operate as operate_module
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.request import Request
-from codebook_tools.workflows.session import Opened, open_request
+from codebook_tools.workflows.session import open_request
 
 LIMIT = 100
 
@@ -131,14 +131,12 @@ def test_images_without_a_cache_and_a_sample_in_a_file_are_refused_where_the_sam
     assert refit(*stats).exit_code == 0
 
 
-def test_latents_from_files_are_gone_through_as_they_lie(
-    codebook: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    np.save(tmp_path / "l.npy", torch.randn(2000, 4, generator=torch.Generator().manual_seed(0)).numpy())
+def test_latents_from_files_are_gone_through(codebook: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tiny.parent / "l.npy", torch.randn(2000, 4, generator=torch.Generator().manual_seed(0)).numpy())
     monkeypatch.setattr(survey, "__kwdefaults__", {"limit": LIMIT})
     distortions = []
     for more in (("--exact",), ()):
-        done = codebook("refit", tiny, "--k", 6, "--latents", tmp_path / "l.npy", "--force", "--json", *more)
+        done = codebook("refit", tiny, "--k", 6, "--latents", tiny.parent / "l.npy", "--force", "--json", *more)
         assert done.exit_code == 0, done
         distortions.append(done.json["stages"]["surgery"]["codebooks"][0]["distortion"])
         assert ("k-means and index maps see a sample of 100 of 1,799 latents" in done.json["warnings"]) != bool(more)
@@ -150,18 +148,11 @@ def test_latents_from_files_are_gone_through_as_they_lie(
 def test_calibration_data_are_kept_only_where_they_are_read_again(
     steps: int, tiny: Path, images_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = list[Opened]()
-
-    def recorded(request: Request, watch: Watch) -> Opened:
-        opened.append(open_request(request, watch))
-        return opened[0]
-
-    monkeypatch.setattr(operate_module, "open_request", recorded)
-    request = Request(model=tiny, data=(str(images_folder),), input_range=(-1.0, 1.0))
-    operate("refit", request, Refit(k=4), FineTune(steps=steps), Watch())
-    calibration, test = opened[0].calibration, opened[0].test
-    assert len(calibration._cache.values) == (len(calibration) if steps else 0)
-    assert len(test._cache.values) == len(test)
+    opened = open_request(Request(tiny, (str(images_folder),), input_range=(-1.0, 1.0)), Watch())
+    monkeypatch.setattr(operate_module, "open_request", lambda *_: opened)
+    operate("refit", opened.request, Refit(k=4), FineTune(steps=steps), Watch())
+    assert len(opened.calibration._cache.values) == (len(opened.calibration) if steps else 0)
+    assert len(opened.test._cache.values) == len(opened.test)
 
 
 PROGRAM = """

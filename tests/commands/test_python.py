@@ -95,9 +95,7 @@ def test_importing_costs_no_torch_and_every_name_is_there() -> None:
     assert for_type_checkers == set(ct.__all__)
 
 
-def test_a_file_is_operated_on_as_by_the_command_line(
-    codebook: Run, tiny: Path, images_folder: Path, tmp_path: Path
-) -> None:
+def test_a_file_is_operated_on_as_by_a_command(codebook: Run, tiny: Path, images_folder: Path, tmp_path: Path) -> None:
     words = ("--k", 6, "--steps", 4, "--data", images_folder, "-o", tmp_path / "command.safetensors")
     assert codebook("refit", tiny, *words).exit_code == 0
     run = ct.operate(ct.load(str(tiny)), str(images_folder), ct.strategies.Refit(k=6), ct.FineTune(steps=4))
@@ -133,15 +131,16 @@ def test_a_network_may_be_a_function(tiny: Path, images_folder: Path) -> None:
     assert {16, 5} <= {*sizes} and run.run.command == "refit"
 
 
-def test_warnings_are_pythons(tiny: Path) -> None:
+def test_warnings_are_pythons_and_no_model_is_trained_on_the_bundled_sample(net: Net, tiny: Path) -> None:
     with pytest.warns(ct.CodebookWarning, match="two photographs"):
         ct.measure(ct.load(tiny), ct.Data(limit=40))
+    for model in (ct.wrap(net, **WITH), ct.load(tiny)):
+        with pytest.raises(ct.CodebookError, match="data of the model's own"):
+            ct.operate(model, None, ct.strategies.Prune(), ct.FineTune(steps=2))
 
 
 # --- a module in memory
-def test_a_wrapped_module_is_changed_in_place_and_what_is_saved_is_its_state(
-    net: Net, images: Tensor, tmp_path: Path
-) -> None:
+def test_a_wrapped_module_is_changed_in_place_and_saved_as_it_is(net: Net, images: Tensor, tmp_path: Path) -> None:
     net.vq.embedding += 0.1  # what training did since: the state is that of the call, not of the wrapping
     model = ct.wrap(net, **WITH)
     net.vq.embedding -= 0.1
@@ -204,9 +203,7 @@ def test_without_functions_the_modules_own_methods_are_taken(images: Tensor) -> 
     ],
     ids=["weights", "failing", "latents", "other quantizer"],
 )
-def test_on_an_error_the_module_is_as_it_was(
-    net: Net, images: Tensor, spoil: Callable[[Net], object], message: str
-) -> None:
+def test_on_an_error_the_module_stays(net: Net, images: Tensor, spoil: Callable[[Net], object], message: str) -> None:
     spoil(net)
     before = state_of(net)
     with pytest.raises(ct.CodebookError, match=message):
@@ -235,27 +232,22 @@ def test_what_does_not_fit_is_told_at_once(make: Callable[[], object], message: 
         make()
 
 
-def test_a_model_is_not_trained_on_the_bundled_sample(net: Net, tiny: Path) -> None:
-    for model in (ct.wrap(net, **WITH), ct.load(tiny)):
-        with pytest.raises(ct.CodebookError, match="data of the model's own"):
-            ct.operate(model, None, ct.strategies.Prune(), ct.FineTune(steps=2))
-
-
 # --- data in memory
-@pytest.mark.parametrize("kind", ["array", "uint8", "loader", "tuples", "dicts", "normalized"])
-def test_data_of_every_kind_are_the_same_data(kind: str, net: Net, images: Tensor) -> None:
+def test_data_of_every_kind_are_the_same_data(net: Net, images: Tensor) -> None:
     images, labels = (images * 255).round() / 255, torch.arange(len(images))
     batches = [{"label": labels[:30], "x": images[:30]}, {"label": 0, "x": images[30:]}]
-    data: Any = {
-        "array": lambda: images.numpy(),
-        "uint8": lambda: (images * 255).round().to(torch.uint8),
-        "loader": lambda: DataLoader(images, batch_size=7),  # type: ignore[arg-type]
-        "tuples": lambda: ct.Data(DataLoader(TensorDataset(labels, images), batch_size=7), key=1),
-        "dicts": lambda: ct.Data(batches, key="x"),
-        "normalized": lambda: ct.Data(images * 2 - 1, values=(-1, 1)),
-    }[kind]()
     model = ct.wrap(net, **WITH)
-    assert ct.measure(model, data).mse == pytest.approx(ct.measure(model, images).mse, rel=1e-5)
+    mse = ct.measure(model, images).mse
+    kinds: dict[str, Any] = {
+        "array": images.numpy(),
+        "uint8": (images * 255).round().to(torch.uint8),
+        "loader": DataLoader(images, batch_size=7),  # type: ignore[arg-type]
+        "tuples": ct.Data(DataLoader(TensorDataset(labels, images), batch_size=7), key=1),
+        "dicts": ct.Data(batches, key="x"),
+        "normalized": ct.Data(images * 2 - 1, values=(-1, 1)),
+    }
+    for kind, data in kinds.items():
+        assert ct.measure(model, data).mse == pytest.approx(mse, rel=1e-5), kind
 
 
 def test_a_module_of_waveforms_takes_waveforms(images: Tensor) -> None:
@@ -293,10 +285,8 @@ def test_an_embedding_takes_a_surgery_and_the_optimizer_follows(make: Callable[.
     assert isinstance(embedding.weight, nn.Parameter) and embedding.weight.requires_grad
     assert optimizer.param_groups[0]["params"][-1] is embedding.weight and old not in optimizer.state
     for name, value in state.items():
-        moved = optimizer.state[embedding.weight][name]
-        kept = value[[1, 4, 5]] if value.shape == (6, 4) else value
-        assert torch.equal(moved[: len(kept)] if kept.ndim else moved, kept)
-        assert value.shape != (6, 4) or not moved[3].any()
+        moved = torch.cat([value[[1, 4, 5]], torch.zeros(1, 4)]) if value.shape == (6, 4) else value
+        assert torch.equal(optimizer.state[embedding.weight][name], moved)
     embedding(torch.tensor([3])).sum().backward()
     optimizer.step()
 
@@ -315,31 +305,24 @@ def test_a_quantizer_takes_a_surgery_with_its_ema_state_and_a_tensor_goes_by_the
     assert tied["one"].weight.shape == (2, 4)
 
 
-@pytest.mark.parametrize(
-    ("surgery", "options", "message"),
-    [
-        (surgery_of(5, [1]), {}, "of 5 codes, and weight has 6"),
-        (surgery_of(6, [1], dim=3), {}, "3 dimensions, weight has 4"),
-        (surgery_of(6, [1, 2]), {"counts": torch.ones(6)}, r"expected \(2,\)"),
-    ],
-)
-def test_a_surgery_that_does_not_fit_changes_nothing(
-    surgery: ct.Surgery, options: dict[str, Any], message: str
-) -> None:
+def test_a_surgery_that_does_not_fit_changes_nothing() -> None:
     embedding = nn.Embedding(6, 4)
     before = state_of(embedding)
-    with pytest.raises(ct.CodebookError, match=message):
-        ct.install(surgery, embedding, **options)
-    assert is_as(embedding, before) and embedding.num_embeddings == 6
+    for surgery, counts, message in (
+        (surgery_of(5, [1]), None, "of 5 codes, and weight has 6"),
+        (surgery_of(6, [1], dim=3), None, "3 dimensions, weight has 4"),
+        (surgery_of(6, [1, 2]), torch.ones(6), r"expected \(2,\)"),
+    ):
+        with pytest.raises(ct.CodebookError, match=message):
+            ct.install(surgery, embedding, counts=counts)
+        assert is_as(embedding, before) and embedding.num_embeddings == 6
 
 
 # --- modules of libraries
 @pytest.mark.parametrize(
     ("options", "stages"), [({}, 1), ({"use_cosine_sim": True}, 1), ({"num_quantizers": 2}, 2)], ids=str
 )
-def test_a_module_of_vector_quantize_pytorch_goes_on_training(
-    options: dict[str, Any], stages: int, images: Tensor
-) -> None:
+def test_a_library_module_goes_on_training(options: dict[str, Any], stages: int, images: Tensor) -> None:
     library: Any = pytest.importorskip("vector_quantize_pytorch")
     torch.manual_seed(0)
     kind = library.ResidualVQ if "num_quantizers" in options else library.VectorQuantize

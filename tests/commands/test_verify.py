@@ -128,15 +128,13 @@ def test_any_flipped_bit_of_any_written_file_is_found(done: Make) -> None:
         path.write_bytes(content)
 
 
-def test_another_original_or_map_is_found(
-    done: Make, write_model: WriteModel, variants: dict[str, State], tmp_path: Path
-) -> None:
+def test_another_original_or_map_is_found(done: Make, write_model: WriteModel, variants: dict[str, State]) -> None:
     model, original = done()
-    assert found_in(model, original, maps=[index_map_path(model).rename(tmp_path / "elsewhere.safetensors")]) == ()
+    assert found_in(model, original, maps=[index_map_path(model).rename(model.parent / "elsewhere.safetensors")]) == ()
     with pytest.raises(CodebookError, match=r"no such file: .*out\.index_map"):
         verify_checkpoint(model, original)
     model, original = done()
-    other_map = index_map_path(done(Prune(keep=5))[0]).rename(tmp_path / "map.safetensors")
+    other_map = index_map_path(done(Prune(keep=5))[0]).rename(model.parent / "map.safetensors")
     differences = found_in(model, original, maps=[other_map])
     assert {difference.key for difference in differences} == {"__metadata__", CODEBOOK}
     assert "map.safetensors belongs to another checkpoint" in differences[0].what

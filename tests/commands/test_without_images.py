@@ -22,7 +22,6 @@ from codebook_tools.models.demo import DEMO
 from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Grow, Prune, Refit, Restart
-from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.operate import measure_model
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.session import open_request
@@ -75,9 +74,7 @@ def test_the_encoders_own_latents_do_what_the_images_do(strategy: Strategy, aske
             assert getattr(mine, name) == pytest.approx(getattr(theirs, name), rel=near)
 
 
-def test_figures_of_images_are_null_and_those_of_codes_are_worked_out_in_float64(
-    files: dict[str, str], asked: Ask
-) -> None:
+def test_figures_of_images_are_null_and_those_of_codes_are_in_float64(files: dict[str, str], asked: Ask) -> None:
     result = do(asked(), Refit(8))
     assert result.before is not None and result.surgery is not None
     for stage in (result.before, result.surgery):
@@ -139,16 +136,6 @@ def test_a_tenth_of_the_latents_is_held_out_where_no_test_data_are_given(files: 
     assert few.settings["rows"] == {"calibration": 50, "test": 50}
 
 
-def test_what_latents_do_not_go_with_is_refused(asked: Ask, tmp_path: Path) -> None:
-    more: dict[str, Any]
-    for more in ({"data": ("images",)}, {"stats": Path("stats.safetensors")}):
-        with pytest.raises(CodebookError, match="--latents stand in for images"):
-            do(asked(**more), Refit(8))
-    with pytest.raises(CodebookError, match=r"12 steps of fine-tuning need images; give --data, or --steps 0"):
-        do(asked(), Refit(8), FineTune(steps=12))
-    assert not (tmp_path / "out.safetensors").exists()
-
-
 def test_latents_are_of_one_codebook(tmp_path: Path) -> None:
     top, bottom = keys = [f"quantize_{side}.embedding.weight" for side in "tb"]
     old = {key: torch.rand(16, 4) for key in keys}
@@ -166,12 +153,15 @@ def test_the_commands_take_latents(
     files: dict[str, str], codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for more in (("--data", "images"), ("--stats", "stats.safetensors")):
+        assert_refused(codebook("refit", "--k", 8, "--latents", files["all"], *more), "--latents stand in for images")
     measured = codebook("measure", "--latents", files["all"])
     assert measured.exit_code == 0 and "perplexity" in measured.stdout and "mse" not in measured.stdout, measured
     done = codebook("refit", "--k", 8, "--latents", files["calibration"], "--test-data", files["test"], "--json")
     assert done.exit_code == 0, done.stderr  # without images there are no steps, though nothing was said of them
     assert done.json["stages"]["surgery"]["images"] is None and done.json["stages"]["surgery"]["mse"] is None
-    assert_refused(codebook("refit", "--k", 9, "--latents", files["all"], "--steps", 5), "fine-tuning need images")
+    refused = codebook("refit", "--k", 9, "--latents", files["all"], "--steps", 12)
+    assert_refused(refused, "12 steps of fine-tuning need images; give --data, or --steps 0")
     planned = codebook("refit", "--k", 9, "--latents", files["all"], "--dry-run")
     assert planned.exit_code == 0 and "512 -> 9" in planned.stdout
     assert names(tmp_path) == {"demo.refit-k8.safetensors", "demo.refit-k8.index_map.safetensors"}
@@ -263,12 +253,12 @@ def test_stats_are_of_the_calibration_data_or_else_of_the_test_data_and_are_over
     assert stats.read_bytes() == before
 
 
-def test_counts_that_are_not_this_models_are_refused(
-    stats: Path, tiny: Path, codebook: Run, tmp_path: Path, variants: dict[str, State]
+def test_counts_of_another_model_are_refused(
+    stats: Path, tiny: Path, codebook: Run, variants: dict[str, State]
 ) -> None:
-    other = tmp_path / "other.safetensors"
+    other = tiny.parent / "other.safetensors"
     save_file(variants["plain"] | {CODEBOOK: variants["plain"][CODEBOOK] + 1}, other)
-    before = names(tmp_path)
+    before = names(tiny.parent)
     assert_refused(codebook("prune", other, "--stats", stats), "another checkpoint")
     assert_refused(codebook("prune", tiny, "--stats", tiny), "holds no counts")
     with safe_open(stats, "pt") as file:
@@ -276,7 +266,7 @@ def test_counts_that_are_not_this_models_are_refused(
     tensors = load_file(stats)
     save_file(tensors | {f"{CODEBOOK}/counts": tensors[f"{CODEBOOK}/counts"] - 1}, stats, metadata)
     assert_refused(codebook("quantize", tiny, "--k", 4, "--stats", stats), "damaged")
-    assert names(tmp_path) == before
+    assert names(tiny.parent) == before
 
 
 # --- the codes alone
