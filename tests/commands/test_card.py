@@ -77,7 +77,7 @@ def test_a_card_that_does_not_go_along_is_not_read_and_links_in_a_circle_stay(
     make(folder / "README.md")
     (folder / "loop").symlink_to("loop")
     said = operate("prune", folder, "--keep", 4, "-o", tmp_path / "out").stderr
-    assert "README.md does not go into the new one" in said and "loop does not go into the new one" in said
+    assert "README.md, loop does not go into the new one" in said
     card = (tmp_path / "out" / "README.md").read_bytes()
     assert card.startswith(b"---\nlibrary_name: diffusers") and b"Mine alone" not in card
     assert not (tmp_path / "out" / "loop").is_symlink()

@@ -6,8 +6,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -41,66 +42,61 @@ AVERAGED = ("library", "cosine")
 KINDS = ("plain", "sounds", "two stages", "library", "cosine")
 COLLAPSES = [*((kind, 1.0) for kind in KINDS), ("plain", 0.3), ("library", 30.0)]
 """And how many times as far out as usual the codes began."""
-Networks = dict[str, Any]
-Sources = dict[str, Data]
-Collapses = dict[tuple[str, float], Any]
+
+
+class Bench:
+    """Data, and networks that were trained on them: do not change those."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data: dict[str, Data] = dict.fromkeys(KINDS, images_in(folder)) | {"sounds": sounds_in(folder)}
+        self.healthy = cache(lambda kind: healthy(kind, self.data[kind].media, SIZE.get(kind, 32), seed=1))
+        self.collapsed = cache(lambda kind, scale: collapsed(kind, self.data[kind].media, scale=scale))
+
+    def spoilt(self, mistake: str, kind: str) -> Any:
+        network = deepcopy(self.healthy(kind))
+        torch.manual_seed(5)
+        with torch.no_grad():
+            MISTAKES[mistake][0](network, kind, self.data[kind].media)
+        return network
+
+    def diagnosed(self, network: Any, kind: str, original: Any = None, limit: int | None = None) -> Diagnosis:
+        """What is found, where each check has a sentence and a number of its own."""
+        folder = Path(mkdtemp(dir=self.folder))
+        against = write(original, kind, folder, "original")[0] if original is not None else None
+        path, spec = write(network, kind, folder)
+        more: dict[str, Any] = {"size": CLIP} if kind == "sounds" else {"input_range": (0.0, 1.0)}
+        more |= {} if kind in AVERAGED else {"metric": "euclidean"}
+        request = Request(path, (str(self.data[kind].path),), network=spec, limit=limit, **more)
+        found = diagnose(request, Watch(), against)
+        sentences = [check.evidence for check in found.checks if check.verdict != "not-checked"]
+        assert len({*sentences}) == len(sentences)
+        return found
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Sources:
-    folder = tmp_path_factory.mktemp("data")
-    return dict.fromkeys(KINDS, images_in(folder)) | {"sounds": sounds_in(folder)}
-
-
-@pytest.fixture(scope="module")
-def trained(data: Sources) -> Networks:
-    """Healthy networks by kind: do not change them."""
-    return {kind: healthy(kind, data[kind].media, SIZE.get(kind, 32), seed=1) for kind in KINDS}
-
-
-@pytest.fixture(scope="module")
-def collapses(data: Sources) -> Collapses:
-    """Collapsed networks by kind and scale: do not change them."""
-    return {(kind, scale): collapsed(kind, data[kind].media, scale=scale) for kind, scale in COLLAPSES}
-
-
-def request_of(kind: str, path: Path, network: str, data: Data) -> Request:
-    more: dict[str, Any] = {"size": CLIP} if kind == "sounds" else {"input_range": (0.0, 1.0)}
-    return Request(path, (str(data.path),), network=network, metric=None if kind in AVERAGED else "euclidean", **more)
-
-
-def diagnosed(network: Any, kind: str, data: Data, folder: Path, original: Any = None, limit: Any = None) -> Diagnosis:
-    """What is found, where each check has a sentence and a number of its own."""
-    against = write(original, kind, folder, "original")[0] if original is not None else None
-    request = replace(request_of(kind, *write(network, kind, folder), data), limit=limit)
-    found = diagnose(request, Watch(), against)
-    sentences = [check.evidence for check in found.checks if check.verdict != "not-checked"]
-    assert len({*sentences}) == len(sentences)
-    return found
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"))
 
 
 @pytest.mark.parametrize(
     ("kind", "limit"), [*((kind, None) for kind in KINDS), ("plain", 10), ("two stages", 3), ("library", 3)]
 )
-def test_nothing_is_found_in_a_healthy_model_and_little_data_make_none_ill(
-    kind: str, limit: int | None, trained: Networks, data: Sources, tmp_path: Path
+def test_a_healthy_model_is_called_healthy_and_little_data_make_none_ill(
+    kind: str, limit: int | None, bench: Bench
 ) -> None:
-    found = diagnosed(trained[kind], kind, data[kind], tmp_path, limit=limit)
+    found = bench.diagnosed(bench.healthy(kind), kind, limit=limit)
     allowed = {"few-modes", "counting"} if limit else set()
     assert {check.name for check in found.failed} <= allowed, found.checks
 
 
 @pytest.mark.parametrize(("kind", "scale"), COLLAPSES)
-def test_a_collapse_of_a_training_is_no_surgery_that_went_wrong(
-    kind: str, scale: float, collapses: Collapses, data: Sources, tmp_path: Path
-) -> None:
-    found = diagnosed(collapses[kind, scale], kind, data[kind], tmp_path)
+def test_a_collapse_of_a_training_is_no_surgery_that_went_wrong(kind: str, scale: float, bench: Bench) -> None:
+    found = bench.diagnosed(bench.collapsed(kind, scale), kind)
     names = {check.name for check in found.failed}
     assert names >= {"dead-codes", "scale-mismatch"}, found.checks
-    assert not names & {"not-installed", "wrong-encoder", "wrong-layout", "wrong-input-range", "stale-ema"}, (
-        found.checks
-    )
-    assert not any("ORIGINAL" in check.fix for check in found.failed)
+    wrong = {"not-installed", "wrong-encoder", "wrong-layout", "wrong-input-range", "stale-ema"}
+    assert not names & wrong and not any("ORIGINAL" in check.fix for check in found.failed), found.checks
 
 
 # --- mistakes
@@ -149,25 +145,17 @@ MISTAKES: dict[str, tuple[Callable[[Any, str, Tensor], None], str, tuple[str, ..
 }
 
 
-@torch.no_grad()
-def spoilt(network: Any, mistake: str, kind: str, media: Tensor) -> Any:
-    network = deepcopy(network)
-    torch.manual_seed(5)
-    MISTAKES[mistake][0](network, kind, media)
-    return network
-
-
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, (_, _, kinds) in MISTAKES.items() for kind in kinds])
-def test_a_mistake_is_named_first(name: str, kind: str, trained: Networks, data: Sources, tmp_path: Path) -> None:
-    found = diagnosed(spoilt(trained[kind], name, kind, data[kind].media), kind, data[kind], tmp_path)
+def test_a_mistake_is_named_first(name: str, kind: str, bench: Bench) -> None:
+    found = bench.diagnosed(bench.spoilt(name, kind), kind)
     assert found.failed and found.failed[0].name == MISTAKES[name][1], found.checks
 
 
 @pytest.mark.parametrize("kind", ["sounds", "library"])
-def test_long_steps_are_told_by_the_original(kind: str, trained: Networks, data: Sources, tmp_path: Path) -> None:
-    network = deepcopy(trained[kind])
-    train(network, data[kind].media, 60, 0.1)
-    found = diagnosed(network, kind, data[kind], tmp_path, original=trained[kind])
+def test_long_steps_are_told_by_the_original(kind: str, bench: Bench) -> None:
+    network = deepcopy(bench.healthy(kind))
+    train(network, bench.data[kind].media, 60, 0.1)
+    found = bench.diagnosed(network, kind, original=bench.healthy(kind))
     assert found.failed and found.failed[0].name == "learning-rate", found.checks
 
 
@@ -183,12 +171,11 @@ def test_long_steps_are_told_by_the_original(kind: str, trained: Networks, data:
     ],
 )
 def test_no_suggested_command_makes_the_model_worse(
-    cause: str, kind: str, trained: Networks, collapses: Collapses, data: Sources,
-    tmp_path: Path, codebook: Run,
-) -> None:  # fmt: skip
-    network = collapses[kind, 1.0] if cause == "collapsed" else spoilt(trained[kind], cause, kind, data[kind].media)
+    cause: str, kind: str, bench: Bench, tmp_path: Path, codebook: Run
+) -> None:
+    network = bench.collapsed(kind, 1.0) if cause == "collapsed" else bench.spoilt(cause, kind)
     path, spec = write(network, kind, tmp_path)
-    given = ["--data", data[kind].path, "--network", spec, "--limit", 150, "--seed", 3]
+    given = ["--data", bench.data[kind].path, "--network", spec, "--limit", 150, "--seed", 3]
     given += ["--size", CLIP] if kind == "sounds" else ["--input-range=0,1"]
     given += [] if kind in AVERAGED else ["--metric", "euclidean"]
     outcome = codebook("diagnose", path, *given, "--json")

@@ -14,7 +14,6 @@ from conftest import Run, State, WriteModel, assert_refused, contents
 from safetensors.torch import load_file, save_file
 from weight_files import metadata_of
 
-from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.sealed_file import SEAL, sealed
 from codebook_tools.checkpoints.tensors import Stored
@@ -271,23 +270,6 @@ def test_a_file_of_stats_stays_below_its_limit() -> None:
     assert sample_limit([64]) == sample_limit([8] * 9) == 131_072
     for dims in ([1024], [128] * 32):
         assert 0.99 * (256 << 20) < sample_limit(dims) * sum(4 * dim + 8 for dim in dims) <= 256 << 20
-
-
-@pytest.mark.parametrize("command", [("refit", "--k", 6), ("restart",), ("grow", "--k", 12)])
-def test_a_sample_that_is_all_latents_does_what_the_images_do(
-    command: tuple[object, ...], write_model: WriteModel, codebook: Run, images_folder: Path, tmp_path: Path
-) -> None:
-    model, stats = write_model("ema" if command[0] == "refit" else "plain"), tmp_path / "stats.safetensors"
-    assert codebook("measure", model, "--data", images_folder, "--stats", stats).exit_code == 0
-    paths = [tmp_path / "images.safetensors", tmp_path / "sample.safetensors"]
-    for path, of in zip(paths, (("--data", images_folder), ("--stats", stats)), strict=True):
-        done = codebook(*command, model, *of, "--steps", 0, "-o", path, "--json")
-        assert done.exit_code == 0, done.stderr
-    assert done.json["stages"]["surgery"] is None and done.json["stages"]["before"]["split"] == "calibration"
-    for by_images, by_sample in (map(load_file, paths), map(load_file, map(index_map_path, paths))):
-        assert by_images.keys() == by_sample.keys()
-        assert all(torch.equal(by_images[key], by_sample[key]) for key in by_images)
-    assert codebook("verify", paths[1], "--against", model).exit_code == 0
 
 
 def test_counts_alone_read_no_sample(tiny: Path, codebook: Run, monkeypatch: pytest.MonkeyPatch) -> None:
