@@ -94,8 +94,8 @@ def test_image_tokenizers_are_healthy_but_for_a_flag_that_is_not_set(name: str, 
     request = assert_nothing_is_found(source, Refit(k=8), TINY_STEPS, output, **more)
     state = load_file(output) if output.is_file() else {}
     for flag in [key for key in state if key.endswith("initted")][-1:]:
-        save_file(state | {flag: torch.zeros_like(state[flag])}, output)
-        found = diagnose(request, Watch())
+        save_file(state | {flag: torch.zeros_like(state[flag])}, tmp_path / "faulty.safetensors")
+        found = diagnose(replace(request, model=tmp_path / "faulty.safetensors"), Watch())
         assert [check.name for check in found.failed] == ["uninitialised-flag"], found.checks
         assert flag in found.failed[0].evidence
 
