@@ -76,16 +76,22 @@ def test_what_a_killed_run_left_is_named_and_a_recipe_stays(recipe: WriteModel, 
 def test_what_is_typed_comes_before_the_recipe_and_the_one_that_is_written_repeats_the_run_to_the_byte(
     recipe: WriteModel, codebook: Run, tmp_path: Path
 ) -> None:
-    path = recipe(seed=1, **{"batch-size": 16}, output=str(tmp_path / "not.safetensors"))
-    found = codebook("run", path, "--seed", 3, "-o", tmp_path / "out.safetensors", "--json")
+    path, page = recipe(seed=1, **{"batch-size": 16}, output=str(tmp_path / "not.safetensors")), tmp_path / "page.html"
+    found = codebook("run", path, "--seed", 3, "-o", tmp_path / "out.safetensors", "--report", page, "--json")
+    assert found.exit_code == 0, found.stderr
     assert found.json["seed"] == 3 and not (tmp_path / "not.safetensors").exists()
     assert found.json["steps"][1]["settings"]["batch_size"] == 16
-    again = Path(found.json["outputs"]["recipe"])
+    again, text = Path(found.json["outputs"]["recipe"]), page.read_text()
     entries = yaml.safe_load(again.read_text())
     assert (entries["seed"], entries["batch-size"], entries["surgeries"]) == (3, 16, STEPS)
     before = contents(tmp_path)
     assert codebook("run", again, "--force").exit_code == 0
     assert contents(tmp_path) == before
+    headings = ("<h1>codebook run: ", "1, prune", "2, refit", "3, finetune", "2, refit, step by step")
+    for part in (*headings, " latents, 6 codes and "):  # the last is the map of what was written
+        assert part in text
+    assert text.count("before, mse ") == text.count("3, finetune, mse ") == 3, "the worst, the median and the best"
+    assert re.search(r"now \d of 6, and the error", text)
 
 
 def test_a_recipe_holds_what_is_set_and_0_is() -> None:
@@ -102,17 +108,6 @@ def test_a_dry_run_says_the_sizes_and_writes_nothing(recipe: WriteModel, codeboo
     ]  # fmt: skip
     assert "1, prune" in codebook("run", path, "--dry-run").stdout
     assert contents(tmp_path) == before
-
-
-def test_the_page_of_a_chain_shows_every_step(recipe: WriteModel, codebook: Run, tmp_path: Path) -> None:
-    found = codebook("run", recipe(), "-o", tmp_path / "out.safetensors", "--report", tmp_path / "page.html")
-    assert found.exit_code == 0, found.stderr
-    text = (tmp_path / "page.html").read_text()
-    headings = ("<h1>codebook run: ", "1, prune", "2, refit", "3, finetune", "2, refit, step by step")
-    for part in (*headings, " latents, 6 codes and "):  # the last is the map of what was written
-        assert part in text
-    assert text.count("before, mse ") == text.count("3, finetune, mse ") == 3, "the worst, the median and the best"
-    assert re.search(r"now \d of 6, and the error", text)
 
 
 def test_the_images_on_the_page_are_those_of_the_files(recipe: WriteModel, tiny: Path, images_folder: Path) -> None:

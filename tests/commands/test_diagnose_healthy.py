@@ -12,7 +12,6 @@ import soundfile
 import torch
 from audio_codecs import CASES as CODECS
 from audio_codecs import save
-from conftest import _pictures
 from image_models import CASES
 from safetensors.torch import load_file, save_file
 from surgeries import NO_STEPS, do
@@ -30,15 +29,6 @@ pytestmark = pytest.mark.slow
 SHORT = FineTune(steps=40, batch_size=32, lr=3e-4)
 TINY_STEPS = FineTune(steps=3, batch_size=16)
 LENGTH = 224
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 images of 16x16."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for i, picture in enumerate(_pictures(0, 120)):
-        (folder / f"{i:03d}.png").write_bytes(picture)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +75,14 @@ def test_nothing_is_found_in_surgeries_of_the_demo(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_image_tokenizers_are_healthy_but_for_a_flag_that_is_not_set(name: str, pictures: Path, tmp_path: Path) -> None:
+def test_image_tokenizers_are_healthy_but_for_a_flag_that_is_not_set(
+    name: str, images_folder: Path, tmp_path: Path
+) -> None:
     case = CASES[name]
     source = case.save(tmp_path)
     network = str(tmp_path / case.network) if case.network else None
     output = tmp_path / ("result" if source.is_dir() else "result.safetensors")
-    more: dict[str, Any] = {"data": (str(pictures),), "network": network, "input_range": (-1.0, 1.0)}
+    more: dict[str, Any] = {"data": (str(images_folder),), "network": network, "input_range": (-1.0, 1.0)}
     request = assert_nothing_is_found(source, Refit(k=8), TINY_STEPS, output, **more)
     state = load_file(output) if output.is_file() else {}
     for flag in [key for key in state if key.endswith("initted")][-1:]:

@@ -187,12 +187,6 @@ class Own(Net):
         return self.decoder(quantized)
 
 
-def test_without_functions_the_modules_own_methods_are_taken(images: Tensor) -> None:
-    torch.manual_seed(0)
-    run = ct.operate(ct.wrap(Own()), images, ct.strategies.Prune())  # which tensor is the codebook, names tell
-    assert run.surgery and run.surgery.mse == run.before.mse
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -322,7 +316,9 @@ def test_a_surgery_that_does_not_fit_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("options", "stages"), [({}, 1), ({"use_cosine_sim": True}, 1), ({"num_quantizers": 2}, 2)], ids=str
 )
-def test_a_library_module_goes_on_training(options: dict[str, Any], stages: int, images: Tensor) -> None:
+def test_a_library_module_without_functions_goes_on_training(
+    options: dict[str, Any], stages: int, images: Tensor
+) -> None:
     library: Any = pytest.importorskip("vector_quantize_pytorch")
     torch.manual_seed(0)
     kind = library.ResidualVQ if "num_quantizers" in options else library.VectorQuantize

@@ -111,11 +111,9 @@ def test_each_codebook_is_measured_with_what_the_one_before_leaves(ask: Ask, tmp
     found = measure_model(asked, Watch()).before
     assert found is not None
     first, second = found.codebooks
-    assert (first.key, second.key) == KEYS and first.latents == second.latents
-    assert (first.used, second.used) == (2, 3)
-    assert first.distortion == pytest.approx((0 + 0.01 + 0.09 + 0.25) / 4, rel=1e-4)
-    assert second.distortion == pytest.approx(0.01 / 4, rel=1e-4)
-    assert found.mse == pytest.approx(0.01 / 4, rel=1e-4)
+    assert (first.key, second.key) == KEYS and first.latents == second.latents and (first.used, second.used) == (2, 3)
+    errors = (first.distortion, second.distortion, found.mse)
+    assert errors == pytest.approx(((0 + 0.01 + 0.09 + 0.25) / 4, 0.01 / 4, 0.01 / 4), rel=1e-4)
     stats = tmp_path / "stats.safetensors"
     assert counts(asked, stats) == [[0.25, 0.75, 0, 0], [0.5, 0.25, 0.25, 0]]
     images = 40 - found.images  # the other images are those that are counted
