@@ -6,7 +6,8 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +37,9 @@ from codebook_tools.models.registry import FAMILIES, family_of
 # --- what the networks compute ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Network:
-    """family: by name. make: a state dict, and an independent network of it with `encode` and `decode`."""
-
-    family: str
-    make: Callable[[], tuple[State, Any]]
-    channels: int = 3
-    dim: int = 4
-
-
-def twin(**more: Any) -> Network:
-    def make() -> tuple[State, Any]:
-        one = Twin(**more)
-        return one.state, one
-
-    return Network("taming", make, more.get("channels", (3, 3))[0], more.get("dim", 4))
+def taming(**more: Any) -> tuple[State, Any]:
+    one = Twin(**more)
+    return one.state, one
 
 
 def llamagen() -> tuple[State, Any]:
@@ -59,48 +47,43 @@ def llamagen() -> tuple[State, Any]:
     return in_llamagen_names(turned(one.state)), one
 
 
-def pytorch_vae(widths: tuple[int, ...], residuals: int) -> Network:
-    def make() -> tuple[State, Any]:
-        state = pytorch_vae_state(widths, residuals)
-        return state, Leaky(state, len(widths), residuals)
-
-    return Network("pytorch-vae", make, dim=5)
+def pytorch_vae(widths: tuple[int, ...], residuals: int) -> tuple[State, Any]:
+    state = pytorch_vae_state(widths, residuals)
+    return state, Leaky(state, len(widths), residuals)
 
 
-def mishalaskin(depth: int, dim: int) -> Network:
-    def make() -> tuple[State, Any]:
-        state = mishalaskin_state(depth=depth, dim=dim)
-        return state, Shared(state)
-
-    return Network("mishalaskin", make, dim=dim)
+def mishalaskin(depth: int, dim: int) -> tuple[State, Any]:
+    state = mishalaskin_state(depth=depth, dim=dim)
+    return state, Shared(state)
 
 
-# Of taming's as in published configs, with fewer channels: f4 without attention; f8 with it at the coarsest level;
-# without any, not even in the middle (vq-f4-noattn); MoVQ.
-NETWORKS = {
-    "f4": twin(widths=(32, 64, 128), depth=2, latent=3, dim=3),
-    "f8": twin(widths=(32, 64, 64), attended=(2,)),
-    "noattn": twin(widths=(32, 64), middle=False),
-    "attention halfway": twin(widths=(32, 64, 32), attended=(1,)),
-    "latent is not dim": twin(widths=(32, 64), latent=8, dim=5),
-    "grey to RGB": twin(widths=(32, 64), channels=(1, 3)),
-    "one level": twin(widths=(32,), attended=(0,)),
-    "movq": twin(widths=(32, 64), depth=2, attended=(1,), movq=True),
-    "LlamaGen": Network("llamagen", llamagen, dim=8),
-    "PyTorch-VAE": pytorch_vae((4, 8), 6),
-    "PyTorch-VAE, one halving": pytorch_vae((8,), 1),
-    "PyTorch-VAE, three": pytorch_vae((4, 8, 12), 2),
-    "MishaLaskin, one layer": mishalaskin(1, 5),
-    "MishaLaskin": mishalaskin(3, 8),
+# By family, what makes a state dict and an independent network of it, with `encode` and `decode`, and its dimension. Of
+# taming's as in published configs, with fewer channels: f4 without attention; f8 with it at the coarsest level; without
+# any, not even in the middle (vq-f4-noattn); MoVQ.
+NETWORKS: dict[str, tuple[str, Callable[[], tuple[State, Any]], int]] = {
+    "f4": ("taming", partial(taming, widths=(32, 64, 128), depth=2, latent=3, dim=3), 3),
+    "f8": ("taming", partial(taming, widths=(32, 64, 64), attended=(2,)), 4),
+    "noattn": ("taming", partial(taming, widths=(32, 64), middle=False), 4),
+    "attention halfway": ("taming", partial(taming, widths=(32, 64, 32), attended=(1,)), 4),
+    "latent is not dim": ("taming", partial(taming, widths=(32, 64), latent=8, dim=5), 5),
+    "grey to RGB": ("taming", partial(taming, widths=(32, 64), channels=(1, 3)), 4),
+    "one level": ("taming", partial(taming, widths=(32,), attended=(0,)), 4),
+    "movq": ("taming", partial(taming, widths=(32, 64), depth=2, attended=(1,), movq=True), 4),
+    "LlamaGen": ("llamagen", llamagen, 8),
+    "PyTorch-VAE": ("pytorch-vae", partial(pytorch_vae, (4, 8), 6), 5),
+    "PyTorch-VAE, one halving": ("pytorch-vae", partial(pytorch_vae, (8,), 1), 5),
+    "PyTorch-VAE, three": ("pytorch-vae", partial(pytorch_vae, (4, 8, 12), 2), 5),
+    "MishaLaskin, one layer": ("mishalaskin", partial(mishalaskin, 1, 5), 5),
+    "MishaLaskin": ("mishalaskin", partial(mishalaskin, 3, 8), 8),
 }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_computes_what_an_independent_one_does_and_lets_gradients_through(name: str, tmp_path: Path) -> None:
-    case = NETWORKS[name]
-    state, reference = case.make()
-    network = loaded(FAMILIES[case.family], write(state, tmp_path / "model.safetensors"))
-    images = pictures(case.channels)
+    family, make, dim = NETWORKS[name]
+    state, reference = make()
+    network = loaded(FAMILIES[family], write(state, tmp_path / "model.safetensors"))
+    images = pictures(1 if name == "grey to RGB" else 3)
     wide = images.double() if isinstance(reference, Reference) else images
     with torch.no_grad():
         latents = network.encode(images)
@@ -110,23 +93,10 @@ def test_a_network_computes_what_an_independent_one_does_and_lets_gradients_thro
         assert_close(network.decode(codes).double(), expected.double(), least=1e-3)
     network.decode(network.encode(images)).square().mean().backward()
     untouched = [key for key, parameter in network.named_parameters() if parameter.grad is None]
-    assert [tuple(network.state_dict()[key].shape)[1] for key in untouched] == [case.dim]
+    assert [tuple(network.state_dict()[key].shape)[1] for key in untouched] == [dim]
     if isinstance(reference, Reference):
         used = {key for key in reference.used if key in state}
         assert len(state) - len(used) == 1  # the codebook
-
-
-def walked(network: Any, reference: Reference, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Reconstruction and indices by our network, with nearest codes and a straight-through gradient."""
-    indices: list[Tensor] = []
-
-    def quantize(stage: int, latents: Tensor) -> Tensor:
-        assert stage == len(indices)
-        codes, chosen = reference.code(latents, reference.state[network.codebooks[stage]].T)
-        indices.append(chosen)
-        return latents + (codes - latents).detach()
-
-    return network.decode(network.walk(network.encode(images), quantize)), indices
 
 
 @pytest.mark.parametrize(("family", "blocks"), [("rosinality", 0), ("rosinality", 2), ("rosinality-2019", 2)])
@@ -135,7 +105,14 @@ def test_both_ages_of_rosinalitys_code_are_computed_as_published(family: str, bl
     network = loaded(FAMILIES[family], write(state, tmp_path / "model.safetensors")).double()
     now, then = (TwoLevels(state, in_place, blocks) for in_place in (False, True))
     reference = then if family == "rosinality-2019" else now
-    ours, indices = walked(network, reference, images)
+    indices: list[Tensor] = []
+
+    def quantize(stage: int, latents: Tensor) -> Tensor:
+        codes, chosen = reference.code(latents, reference.state[network.codebooks[stage]].T)
+        indices.append(chosen)
+        return latents + (codes - latents).detach()
+
+    ours = network.decode(network.walk(network.encode(images), quantize))
     theirs, expected = reference.forward(images)
     assert all(torch.equal(a, b) and len(b.unique()) > 1 for a, b in zip(indices, expected, strict=True))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
@@ -195,19 +172,17 @@ def test_codes_and_reconstructions_of_janus_are_those_of_the_library(library: tu
         assert_close(ours.decode(emitted), model(images).decoded_pixel_values)
 
 
-@pytest.mark.parametrize(("prefix", "family"), [("model.", "llamagen"), ("gen_vision_model.", "janus")])
-def test_llamagens_names_give_the_same_network(
-    prefix: str, family: str, library: tuple[Any, Path], tmp_path: Path
-) -> None:
-    state = in_llamagen_names(load_file(library[1] / "model.safetensors"), prefix)
-    path = write(state, tmp_path / "vq.safetensors")
-    checkpoint = described(shapes_of(state))
-    assert family_of(checkpoint) == family and set(claims(checkpoint).values()) == {prefix}
-    renamed, plain = loaded(FAMILIES[family], path), loaded(FAMILIES["janus-vqvae"], library[1])
-    with torch.no_grad():
-        latents = plain.encode(pictures())
-        assert torch.equal(renamed.encode(pictures()), latents)
-        assert torch.equal(renamed.decode(latents), plain.decode(latents))
+def test_llamagens_names_give_the_same_network(library: tuple[Any, Path], tmp_path: Path) -> None:
+    for prefix, family in (("model.", "llamagen"), ("gen_vision_model.", "janus")):
+        state = in_llamagen_names(load_file(library[1] / "model.safetensors"), prefix)
+        path = write(state, tmp_path / "vq.safetensors")
+        checkpoint = described(shapes_of(state))
+        assert family_of(checkpoint) == family and set(claims(checkpoint).values()) == {prefix}
+        renamed, plain = loaded(FAMILIES[family], path), loaded(FAMILIES["janus-vqvae"], library[1])
+        with torch.no_grad():
+            latents = plain.encode(pictures())
+            assert torch.equal(renamed.encode(pictures()), latents)
+            assert torch.equal(renamed.decode(latents), plain.decode(latents))
 
 
 def test_gradients_of_janus_are_right_though_the_library_multiplies_in_place(library: tuple[Any, Path]) -> None:
@@ -222,18 +197,15 @@ def test_gradients_of_janus_are_right_though_the_library_multiplies_in_place(lib
     assert float((above - below) / 2e-5) == pytest.approx(float(images.grad.norm()), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("config", "part"),
-    [
-        ({"num_embeddings": 16}, None),
+def test_a_whole_janus_is_warned_of(tmp_path: Path) -> None:
+    configs: list[tuple[dict[str, object], str]] = [
         ({"vq_config": {"num_embeddings": 16}}, "generation_head.vision_head"),
         ({"gen_vision_config": {"params": {}}}, "gen_head.vision_head"),
-    ],
-)
-def test_a_whole_janus_is_warned_of(config: dict[str, object], part: str | None, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    warnings = whole(replace(described({}), config_path=tmp_path / "config.json"))
-    assert (part is None and not warnings) or (part or "") in warnings[0]
+    ]
+    for config, part in [*configs, ({"num_embeddings": 16}, None)]:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        warnings = whole(replace(described({}), config_path=tmp_path / "config.json"))
+        assert part in warnings[0] if part else not warnings
 
 
 def test_rows_that_the_library_does_not_normalize_are_warned_of(library: tuple[Any, Path], tmp_path: Path) -> None:
