@@ -32,10 +32,8 @@ def run(tmp_path: Path, codebook: Run) -> Run:
 
     def go(command: str, name: str, *words: object) -> Outcome:
         model, network = write_network(tmp_path, name, 24)
-        data = ("--data", calibration, "--test-data", held_out)
-        return codebook(
-            command, model, "--network", network, *data, *RANGE, "-o", tmp_path / "out.safetensors", "--json", *words
-        )
+        data = ("--data", calibration, "--test-data", held_out, "-o", tmp_path / "out.safetensors", "--json")
+        return codebook(command, model, "--network", network, *RANGE, *data, *words)
 
     return go
 
@@ -119,19 +117,15 @@ def test_verify_finds_names_of_one_codebook_that_differ(run: Run, tmp_path: Path
     assert asked.exit_code == 3 and "one tensor in the network" in asked.json["differences"][0]["what"]
 
 
-@pytest.mark.parametrize(
-    ("rows", "flag", "count"), [(torch.randn, 1.0, 1), (torch.randn, 0.0, 0), (torch.zeros, 1.0, 0)]
-)
-def test_codebooks_that_are_equal_by_chance_are_no_twins(
-    rows: Callable[..., Tensor], flag: int, count: int, tmp_path: Path
-) -> None:
-    codes = rows(1, 16, 4)
-    state = {f"vq.layers.{i}._codebook.embed": codes.clone() for i in range(2)}
-    flags = {f"vq.layers.{i}._codebook.initted": torch.tensor([flag]) for i in range(2)}
-    save_file(state | flags, tmp_path / "model.safetensors")
-    checkpoint = read_checkpoint(tmp_path / "model.safetensors")
-    books = detected(checkpoint).codebooks
-    assert len(twins(checkpoint, books[0], books)) == count
+def test_codebooks_that_are_equal_by_chance_are_no_twins(tmp_path: Path) -> None:
+    for rows, flag, count in ((torch.randn, 1.0, 1), (torch.randn, 0.0, 0), (torch.zeros, 1.0, 0)):
+        codes = rows(1, 16, 4)  # type: ignore[operator]
+        state = {f"vq.layers.{i}._codebook.embed": codes.clone() for i in range(2)}
+        flags = {f"vq.layers.{i}._codebook.initted": torch.tensor([flag]) for i in range(2)}
+        save_file(state | flags, tmp_path / "model.safetensors")
+        checkpoint = read_checkpoint(tmp_path / "model.safetensors")
+        books = detected(checkpoint).codebooks
+        assert len(twins(checkpoint, books[0], books)) == count, (rows, flag)
 
 
 # --- EMA state by its numbers --------------------------------------------------------------------------------------
@@ -179,11 +173,8 @@ def test_a_tensor_of_unknown_role_is_refused_by_name_until_the_role_is_declared(
     words = write_codes(tmp_path, gizmo=torch.randn(16, 4), widget=torch.randn(16).abs() * 9)
     assert_refused(codebook(*words), "vq.gizmo")
     assert not (tmp_path / "out.safetensors").exists()
-    for role, message in (
-        ("gizmo=fine", "expected KEY=ROLE"),
-        ("gizmo", "expected KEY=ROLE"),
-        ("none=sums", "no such"),
-    ):
+    expected = "expected KEY=ROLE"
+    for role, message in (("gizmo=fine", expected), ("gizmo", expected), ("none=sums", "no such")):
         assert_refused(codebook(*words, "--companion", f"vq.{role}"), message)
     declared = (*words, "--companion", "vq.gizmo=sums")
     assert_refused(codebook(*declared), "--companion vq.widget=sums|counts|copy|flag|fresh")
@@ -193,60 +184,46 @@ def test_a_tensor_of_unknown_role_is_refused_by_name_until_the_role_is_declared(
     assert codebook("verify", tmp_path / "out.safetensors", "--against", tmp_path / "m.safetensors").exit_code == 0
 
 
-def test_sums_that_are_not_of_the_codes_are_called_stale_and_written_fresh(tmp_path: Path, codebook: Run) -> None:
-    words = write_codes(tmp_path, ema_cluster_size=torch.full((16,), 7.0), ema_w=torch.randn(16, 4))
-    assert any("vq.ema_w is stale" in warning for warning in succeeded(codebook(*words))["warnings"])
-    new = load_file(tmp_path / "out.safetensors")
-    torch.testing.assert_close(new["vq.ema_w"], new["vq.embedding"] * new["vq.ema_cluster_size"][:, None])
-
-
-def test_a_copy_of_the_codes_under_any_name_stays_one(tmp_path: Path, codebook: Run) -> None:
+def test_stale_sums_are_written_fresh_copies_stay_copies_and_heads_over_the_codes_are_named(
+    tmp_path: Path, codebook: Run
+) -> None:
     codes = torch.randn(16, 4)
-    succeeded(codebook(*write_codes(tmp_path, codes, mirror=codes.clone())))
-    new = load_file(tmp_path / "out.safetensors")
-    assert torch.equal(new["vq.mirror"], new["vq.embedding"])
-
-
-def test_a_head_over_the_codes_is_named_where_their_number_changes(tmp_path: Path, codebook: Run) -> None:
-    words = write_codes(tmp_path)
+    stale = {"ema_cluster_size": torch.full((16,), 7.0), "ema_w": torch.randn(16, 4)}
+    words = write_codes(tmp_path, codes, mirror=codes.clone(), **stale)
     state = load_file(tmp_path / "m.safetensors") | {"policy.head.weight": torch.randn(16, 30)}
     save_file(state, tmp_path / "m.safetensors")
-    warnings = succeeded(codebook(*words))["warnings"]
-    assert any("policy.head.weight may follow" in warning for warning in warnings)
+    warnings = " ".join(succeeded(codebook(*words))["warnings"])
+    assert "vq.ema_w is stale" in warnings and "policy.head.weight may follow" in warnings
+    new = load_file(tmp_path / "out.safetensors")
+    torch.testing.assert_close(new["vq.ema_w"], new["vq.embedding"] * new["vq.ema_cluster_size"][:, None])
+    assert torch.equal(new["vq.mirror"], new["vq.embedding"])
 
 
 # --- what stands beside a codebook ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "beside",
-    [{"blend.weight": torch.randn(4, 4)}, {"gains": torch.rand(4) + 2}, {"boost": torch.tensor(3.0)}],
-)
-def test_a_tensor_that_may_change_the_codes_stops_what_has_no_network(
-    beside: dict[str, Tensor], tmp_path: Path, codebook: Run
-) -> None:
-    words, (key,) = write_codes(tmp_path, **beside), beside
-    refused = codebook(*words)
-    assert_refused(refused, f"vq.{key} may change the codes of vq.embedding")
-    assert "--network" in refused.stderr and f"--as-stored vq.{key}" in refused.stderr
-    assert not (tmp_path / "out.safetensors").exists()
-    succeeded(codebook(*words, "--as-stored", f"vq.{key}"))
-    assert torch.equal(load_file(tmp_path / "out.safetensors")[f"vq.{key}"], beside[key])
+def test_each_tensor_that_may_change_the_codes_stops_what_has_no_network(tmp_path: Path, codebook: Run) -> None:
+    beside = {"blend.weight": torch.randn(4, 4), "boost": torch.tensor(3.0), "gains": torch.rand(4) + 2}
+    words = write_codes(tmp_path, **beside)
+    for number, key in enumerate(beside):
+        refused = codebook(*words)
+        remaining = ", ".join(f"vq.{name}" for name in [*beside][number:])
+        assert_refused(refused, f"error: {remaining} may change the codes of vq.embedding")
+        assert "--network" in refused.stderr and f"--as-stored vq.{key}" in refused.stderr
+        assert not (tmp_path / "out.safetensors").exists()
+        words = (*words, "--as-stored", f"vq.{key}")
+    succeeded(codebook(*words))
+    assert all(torch.equal(load_file(tmp_path / "out.safetensors")[f"vq.{key}"], beside[key]) for key in beside)
     # It is written into the result, so that what follows need not be told again.
     again = ("prune", tmp_path / "out.safetensors", *words[2:8], "--keep", 4, "-o", tmp_path / "again.safetensors")
     assert codebook(*again).exit_code == 0
 
 
-@pytest.mark.parametrize(
-    "beside",
-    [
-        {"identity.weight": torch.eye(4)}, {"scale": torch.ones(4)}, {"bias": torch.zeros(4)},
-        {"decay": torch.tensor(0.99)}, {"in_proj.weight": torch.randn(4, 4)},
-        {"wide.weight": torch.randn(4, 9), "wide.bias": torch.randn(4)},
-    ],
-)  # fmt: skip
-def test_what_leaves_codes_as_they_are_stops_nothing(beside: dict[str, Tensor], tmp_path: Path, codebook: Run) -> None:
-    assert codebook(*write_codes(tmp_path, **beside)).exit_code == 0
+def test_what_leaves_codes_as_they_are_stops_nothing(tmp_path: Path, codebook: Run) -> None:
+    beside = {"identity.weight": torch.eye(4), "scale": torch.ones(4), "bias": torch.zeros(4),
+              "decay": torch.tensor(0.99), "in_proj.weight": torch.randn(4, 4),
+              "wide.weight": torch.randn(4, 9), "wide.bias": torch.randn(4)}  # fmt: skip
+    succeeded(codebook(*write_codes(tmp_path, **beside)))
 
 
 def by_module(name: str, result: Path, size: int, images: Tensor) -> tuple[float, int]:
@@ -280,9 +257,7 @@ def test_codes_that_no_formula_gives_are_pruned_and_not_refitted(run: Run, tmp_p
     assert by_module("warped", tmp_path / "out.safetensors", use["size"], images) == (mse, use["used"])
 
 
-def test_unit_codes_of_an_unknown_search_are_written_so_that_both_searches_choose_the_same(
-    run: Run, tmp_path: Path, images: Tensor
-) -> None:
+def test_unit_codes_of_an_unknown_search_are_chosen_alike_by_both(run: Run, tmp_path: Path, images: Tensor) -> None:
     warnings = succeeded(run("refit", "round", "--k", 8, "--steps", 0))["warnings"]
     assert any("have unit length" in warning for warning in warnings)
     state, module = load_file(tmp_path / "out.safetensors"), NETWORKS["round"](8).requires_grad_(False)
@@ -293,21 +268,18 @@ def test_unit_codes_of_an_unknown_search_are_written_so_that_both_searches_choos
     assert torch.equal(torch.cdist(latents, codes).argmin(1), (latents @ codes.T).argmax(1))
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
+def test_a_network_that_does_not_fit_the_surgery_is_refused_before_any_work(run: Run, tmp_path: Path) -> None:
+    for name, message in (
         ("headed", "head.weight follows the number of codes, too"),
         ("fixed", "--network must be a function that makes as many codes as it is asked for"),
         ("swapped", "the network's quantize disagrees"),
-    ],
-)
-def test_a_network_that_does_not_fit_the_surgery_is_refused_before_any_work(
-    name: str, message: str, run: Run, tmp_path: Path
-) -> None:
-    assert_refused(run("refit", name, "--k", 8, "--steps", 0), message)
-    assert not (tmp_path / "out.safetensors").exists()
-    if name != "swapped":  # as many codes as before need no other network
-        assert run("restart", name, "--steps", 0).exit_code == 0
+    ):
+        assert_refused(run("refit", name, "--k", 8, "--steps", 0), message)
+        assert not (tmp_path / "out.safetensors").exists()
+        if name != "swapped":  # as many codes as before need no other network
+            assert run("restart", name, "--steps", 0).exit_code == 0
+            (tmp_path / "out.safetensors").unlink()
+            (tmp_path / "out.index_map.safetensors").unlink()
 
 
 # --- the module's own training -------------------------------------------------------------------------------------
