@@ -40,22 +40,22 @@ def test_a_tar_member_counts_under_its_normal_name_as_if_it_were_unpacked(tmp_pa
     assert torch.equal(read(items), as_tensor(picture(2), picture(1)))
 
 
-@pytest.mark.parametrize(
-    ("pattern", "files"),
-    [
-        ("s-{0000..0002}.tar", ["s-0000.tar", "s-0001.tar", "s-0002.tar"]),
-        ("s-{8..11}.tar", ["s-8.tar", "s-9.tar", "s-10.tar", "s-11.tar"]),
-        ("s-{11..8}.tar", ["s-8.tar", "s-9.tar", "s-10.tar", "s-11.tar"]),
-        ("s-{8..011}.tar", ["s-008.tar", "s-009.tar", "s-010.tar", "s-011.tar"]),
-        ("s-{0..10}.tar", [f"s-{n}.tar" for n in range(11)]),
-        ("{0..1}/s-{00..01}.tar", ["0/s-00.tar", "0/s-01.tar", "1/s-00.tar", "1/s-01.tar"]),
-    ],
-)
-def test_braces_stand_for_their_range(pattern: str, files: list[str], tmp_path: Path) -> None:
-    for i, file in enumerate(files):
+BRACES = {
+    "s-{0000..0002}.tar": ["s-0000.tar", "s-0001.tar", "s-0002.tar"],
+    "s-{8..11}.tar": ["s-8.tar", "s-9.tar", "s-10.tar", "s-11.tar"],
+    "s-{11..8}.tar": ["s-8.tar", "s-9.tar", "s-10.tar", "s-11.tar"],
+    "s-{8..011}.tar": ["s-008.tar", "s-009.tar", "s-010.tar", "s-011.tar"],
+    "s-{0..10}.tar": [f"s-{n}.tar" for n in range(11)],
+    "{0..1}/s-{00..01}.tar": ["0/s-00.tar", "0/s-01.tar", "1/s-00.tar", "1/s-01.tar"],
+}
+
+
+@pytest.mark.parametrize("pattern", BRACES)
+def test_braces_stand_for_their_range(pattern: str, tmp_path: Path) -> None:
+    for i, file in enumerate(BRACES[pattern]):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         tar_of(tmp_path / file, {f"{i}.png": png(picture(i))})
-    assert names(find_images([f"{tmp_path}/{pattern}"])) == sorted(f"{i}.png" for i in range(len(files)))
+    assert names(find_images([f"{tmp_path}/{pattern}"])) == sorted(f"{i}.png" for i in range(len(BRACES[pattern])))
 
 
 def test_a_range_of_more_paths_than_there_could_be_is_refused(tmp_path: Path) -> None:
@@ -69,9 +69,8 @@ def test_a_range_of_more_paths_than_there_could_be_is_refused(tmp_path: Path) ->
 NO_TAR = "is not a readable, uncompressed tar"
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
+def test_what_is_no_image_source_is_the_users_error(tmp_path: Path) -> None:
+    for name, content, message in (
         ("absent", None, "no such file or folder"),
         ("absent-{0..1}.tar", None, r"no such file or folder: .*absent-0\.tar"),
         ("x" * 300 + ".tar", None, "no such file or folder|File name too long"),
@@ -82,15 +81,11 @@ NO_TAR = "is not a readable, uncompressed tar"
         ("zipped.tar", gzip.compress(tar_bytes({"a.png": png(picture(0))})), NO_TAR),
         ("broken.npy", b"not an array", "is not a readable array file"),
         ("broken.npz", b"PK\x03\x04 but nothing after", "is not a readable array file"),
-    ],
-)
-def test_what_is_no_image_source_is_the_users_error(
-    name: str, content: bytes | None, message: str, tmp_path: Path
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(CodebookError, match=message):
-        find_images([tmp_path / name])
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(CodebookError, match=message):
+            find_images([tmp_path / name])
 
 
 def test_what_the_system_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,10 +118,8 @@ def test_names_that_several_paths_share_get_as_much_of_the_path_as_tells_them_ap
 def test_links_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:
     put(tmp_path / "elsewhere" / "x.png", picture(0))
     put(tmp_path / "d" / "sub" / "y.png", picture(1))
-    (tmp_path / "d" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "d" / "sub" / "up").symlink_to(tmp_path / "d")  # a circle
-    (tmp_path / "d" / "z.png").symlink_to(tmp_path / "elsewhere" / "x.png")
-    (tmp_path / "d" / "zz.png").symlink_to(tmp_path / "moved.png")
+    for name, target in {"linked": "elsewhere", "sub/up": "d", "z.png": "elsewhere/x.png", "zz.png": "moved"}.items():
+        (tmp_path / "d" / name).symlink_to(tmp_path / target)  # the second leads round in a circle
     os.mkfifo(tmp_path / "d" / "pipe.png")
     items = find_images([tmp_path / "d"])
     assert names(items) == ["linked/x.png", "sub/y.png", "z.png", "zz.png"]
@@ -139,9 +132,8 @@ def test_a_tar_of_links_holds_what_they_link_to(tmp_path: Path) -> None:
     folder = tmp_path / "d"
     put(folder / "a" / "x.png", picture(0))
     os.link(folder / "a" / "x.png", folder / "a" / "y.png")  # which tar stores once, as a link
-    (folder / "z.png").symlink_to("a/x.png")
-    (folder / "a" / "up.png").symlink_to("../z.png")
-    (folder / "gone.png").symlink_to("../moved.png")
+    for name, target in {"z.png": "a/x.png", "a/up.png": "../z.png", "gone.png": "../moved.png"}.items():
+        (folder / name).symlink_to(target)
     with tarfile.open(tmp_path / "s.tar", "w") as archive:
         archive.add(folder, ".")
         assert sum(member.isfile() for member in archive.getmembers()) == 1
@@ -174,27 +166,26 @@ def test_names_need_be_neither_utf_8_nor_on_one_line(tmp_path: Path) -> None:
     assert len(splits.calibration) + len(splits.test) == 42
 
 
+COMMANDS = {
+    "finetune": "--steps 1",
+    "refit": "--k 4 --steps 0 --latents-cache cache --report page.html",
+    "compare": "--k 12 --steps 1 --seeds 1 --strategies prune",
+    "measure": "--stats stats.safetensors --report page.html",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("finetune", "--steps", 1),
-        ("refit", "--k", 4, "--steps", 0, "--latents-cache", "cache", "--report", "page.html"),
-        ("compare", "--k", 12, "--steps", 1, "--seeds", 1, "--strategies", "prune"),
-        ("measure", "--stats", "stats.safetensors", "--report", "page.html"),
-    ],
-    ids=lambda command: command[0],
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_takes_names_that_are_no_utf_8(
-    command: tuple[object, ...], tiny: Path, images_folder: Path, tmp_path: Path
+    command: str, tiny: Path, images_folder: Path, tmp_path: Path
 ) -> None:
     odd = tmp_path / os.fsdecode(b"\xe9")
     shutil.copytree(images_folder, odd)
     shutil.copy(images_folder / "a" / "000.png", odd / "000\udce9.png")
     model = shutil.copy(tiny, tmp_path / "\udce9.safetensors")
-    arguments = [command[0], model, "--data", odd, "--input-range", "-1,1", *command[1:]]
+    arguments = [command, str(model), "--data", str(odd), "--input-range", "-1,1", *COMMANDS[command].split()]
     result = subprocess.run(  # with the streams of a terminal: those of typer's runner take UTF-8 alone
-        [sys.executable, "-m", "codebook_tools", *map(str, arguments)], cwd=tmp_path, capture_output=True, check=False
+        [sys.executable, "-m", "codebook_tools", *arguments], cwd=tmp_path, capture_output=True, check=False
     )
     assert result.returncode == 0, result
     page = tmp_path / "page.html"

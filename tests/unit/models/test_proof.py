@@ -119,7 +119,7 @@ def test_verify_finds_names_of_one_codebook_that_differ(run: Run, tmp_path: Path
 
 def test_codebooks_that_are_equal_by_chance_are_no_twins(tmp_path: Path) -> None:
     for rows, flag, count in ((torch.randn, 1.0, 1), (torch.randn, 0.0, 0), (torch.zeros, 1.0, 0)):
-        codes = rows(1, 16, 4)  # type: ignore[operator]
+        codes = rows(1, 16, 4)
         state = {f"vq.layers.{i}._codebook.embed": codes.clone() for i in range(2)}
         flags = {f"vq.layers.{i}._codebook.initted": torch.tensor([flag]) for i in range(2)}
         save_file(state | flags, tmp_path / "model.safetensors")
@@ -264,7 +264,7 @@ def test_unit_codes_of_an_unknown_search_are_chosen_alike_by_both(run: Run, tmp_
     codes = state["vq.codebook.weight"]
     torch.testing.assert_close(codes.norm(dim=1), torch.ones(8))
     module.load_state_dict(state)
-    latents = module.encode(images).movedim(1, -1).flatten(0, -2)  # type: ignore[operator]
+    latents = module.encode(images).movedim(1, -1).flatten(0, -2)
     assert torch.equal(torch.cdist(latents, codes).argmin(1), (latents @ codes.T).argmax(1))
 
 
