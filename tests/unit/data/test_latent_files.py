@@ -19,8 +19,10 @@ from codebook_tools.errors import CodebookError
 
 DIM = 3
 ROWS = torch.randn(200, DIM, generator=torch.Generator().manual_seed(0))
+DTYPES = {".npy": (torch.float16, torch.float32, torch.float64),
+          ".safetensors": (torch.bfloat16, torch.float32, torch.float64)}  # fmt: skip
 Write = Callable[..., Path]
-of_both_formats = pytest.mark.parametrize("ending", [".npy", ".safetensors"])
+of_both_formats = pytest.mark.parametrize("ending", DTYPES)
 
 
 @pytest.fixture
@@ -47,20 +49,26 @@ def rows_of(latents: FileLatents) -> Tensor:
     return torch.cat(list(latents))
 
 
+def assert_refused(message: str, *paths: Path) -> None:
+    with pytest.raises(CodebookError, match=message):
+        open_latents(paths, DIM)
+
+
 # --- what is read ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("ending", "dtype"),
-    [
-        *((".npy", dtype) for dtype in (torch.float16, torch.float32, torch.float64)),
-        *((".safetensors", dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)),
-    ],
-)
-def test_rows_of_any_floating_dtype_come_as_float32(dtype: torch.dtype, ending: str, write: Write) -> None:
-    latents = open_latents([write(f"a{ending}", ROWS.to(dtype))], DIM)
-    assert len(latents) == 200 and rows_of(latents).dtype == torch.float32
-    assert torch.equal(rows_of(latents), ROWS.to(dtype).float())
+@of_both_formats
+def test_rows_of_any_floating_dtype_come_as_float32_from_files_that_are_mapped(ending: str, write: Write) -> None:
+    for dtype in DTYPES[ending]:
+        latents = open_latents([write(f"a{ending}", ROWS.to(dtype))], DIM)
+        assert len(latents) == 200 and rows_of(latents).dtype == torch.float32
+        assert torch.equal(rows_of(latents), ROWS.to(dtype).float())
+    path = write(f"a{ending}")
+    latents, content = open_latents([path], DIM), path.read_bytes()
+    with path.open("r+b") as file:
+        file.seek(len(content) - 4)
+        file.write(np.float32(7).tobytes())
+    assert rows_of(latents)[-1, -1] == 7
+    latents.files[0].mapped()[0] = 5.0  # which is never written
+    assert path.read_bytes()[:-4] == content[:-4]
 
 
 def test_files_follow_one_another_and_rows_are_named_by_file_and_number(write: Write) -> None:
@@ -68,19 +76,6 @@ def test_files_follow_one_another_and_rows_are_named_by_file_and_number(write: W
     assert names(latents) == ["b.safetensors#0", "b.safetensors#1", "a.npy#0", "a.npy#1", "a.npy#2"]
     assert torch.equal(rows_of(latents), ROWS[:5])
     assert all(rows.shape == (len(hashes), 1, DIM) for hashes, rows in latents.by_item())
-
-
-@of_both_formats
-def test_files_are_mapped_not_read_and_never_written(ending: str, write: Write) -> None:
-    path = write(f"a{ending}")
-    latents = open_latents([path], DIM)
-    content = path.read_bytes()
-    with path.open("r+b") as file:
-        file.seek(len(content) - 4)
-        file.write(np.float32(7).tobytes())
-    assert rows_of(latents)[-1, -1] == 7
-    latents.files[0].mapped()[0] = 5.0
-    assert path.read_bytes()[:-4] == content[:-4]
 
 
 def test_many_rows_come_in_blocks_which_the_parts_of_a_pass_take_in_turn(
@@ -96,6 +91,7 @@ def test_many_rows_come_in_blocks_which_the_parts_of_a_pass_take_in_turn(
     assert [parts[i % 3][i // 3] for i in range(len(whole))] == whole and sum(map(len, parts)) == len(whole)
 
 
+# --- which row goes where --------------------------------------------------------------------------------------------
 def test_hashes_do_not_depend_on_which_rows_are_selected(write: Write) -> None:
     file = open_latents([write("a.npy")], DIM).files[0]
     word = int.from_bytes(hashlib.sha256(b"a.npy").digest()[24:], "big")
@@ -105,9 +101,6 @@ def test_hashes_do_not_depend_on_which_rows_are_selected(write: Write) -> None:
     few = file.where(lambda numbers: numbers % 3 == 1)
     assert [file.hashes(numbers).tolist() for numbers in few.blocks()] == [hashes[1::3]]
     assert torch.equal(few.rows(next(few.blocks())), ROWS[1::3])
-
-
-# --- which row goes where --------------------------------------------------------------------------------------------
 
 
 def is_tenth(name: str) -> bool:
@@ -125,6 +118,13 @@ def test_a_tenth_by_name_is_held_out_whatever_rows_there_are(write: Write) -> No
     assert few and names(test)[: len(few)] == few
 
 
+@of_both_formats
+def test_too_few_rows_for_both_splits_are_refused(ending: str, write: Write) -> None:
+    for count in (0, 1):
+        with pytest.raises(CodebookError, match=f"{count} latents leave the calibration or the test split empty"):
+            split_latents(open_latents([write(f"a{ending}", ROWS[:count])], DIM))
+
+
 def test_a_limit_draws_rows_by_seed_and_name_alone(write: Write) -> None:
     a, b = write("a.npy"), write("b.npy")
     latents = open_latents([a, b], DIM)
@@ -139,23 +139,15 @@ def test_a_limit_draws_rows_by_seed_and_name_alone(write: Write) -> None:
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
+@of_both_formats
+def test_what_is_no_matrix_of_the_codebooks_latents_is_refused(ending: str, write: Write) -> None:
+    for rows, message in (
         (torch.zeros(5, 4), r"a\.\w+ holds float32 \(5, 4\); latents of this codebook are \(n, 3\) of floats"),
         (torch.zeros(3), r"holds float32 \(3,\)"),
         (torch.zeros(2, 3, 3), r"holds float32 \(2, 3, 3\)"),
         (torch.zeros(5, 3, dtype=torch.int64), r"holds int64 \(5, 3\)"),
-    ],
-)
-@of_both_formats
-def test_what_is_no_matrix_of_the_codebooks_latents_is_refused(
-    rows: Tensor, message: str, ending: str, write: Write
-) -> None:
-    with pytest.raises(CodebookError, match=message):
-        open_latents([write(f"a{ending}", rows)], DIM)
+    ):
+        assert_refused(message, write(f"a{ending}", rows))
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
@@ -169,41 +161,19 @@ def test_the_first_selected_latent_that_is_not_finite_is_named(value: float, wri
             rows_of(selected)
 
 
-def test_files_of_one_name_and_of_several_tensors_are_refused(write: Write, tmp_path: Path) -> None:
-    with pytest.raises(CodebookError, match=r"a\.npy stands twice in --latents"):
-        open_latents([write("one/a.npy"), write("two/a.npy", ROWS + 1)], DIM)
+def test_files_of_one_name_of_several_tensors_of_objects_or_of_none_are_refused(write: Write, tmp_path: Path) -> None:
+    assert_refused(r"a\.npy stands twice in --latents", write("one/a.npy"), write("two/a.npy", ROWS + 1))
     save_file({"x": ROWS, "y": ROWS + 1}, tmp_path / "two.safetensors")
-    with pytest.raises(CodebookError, match="holds 2 tensors; give latents in a file of their own"):
-        open_latents([tmp_path / "two.safetensors"], DIM)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
+    assert_refused("holds 2 tensors; give latents in a file of their own", tmp_path / "two.safetensors")
+    np.save(tmp_path / "objects.npy", np.array([{}, []], dtype=object), allow_pickle=True)
+    assert_refused("cannot read latents", tmp_path / "objects.npy")
+    for name, content, message in (
         ("gone.npy", None, "cannot read latents from .*gone"),
         ("gone.safetensors", None, "no such file: .*gone"),
         ("text.npy", b"latents", "cannot read latents from .*text"),
         ("text.safetensors", b"latents", "not a sound safetensors file"),
         ("a.csv", b"1,2,3", r"is no file of latents; --latents takes \.npy and \.safetensors"),
-    ],
-)
-def test_a_file_that_holds_no_latents_is_refused(
-    name: str, content: bytes | None, message: str, tmp_path: Path
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(CodebookError, match=message):
-        open_latents([tmp_path / name], DIM)
-
-
-def test_pickled_arrays_are_never_loaded(tmp_path: Path) -> None:
-    np.save(tmp_path / "objects.npy", np.array([{}, []], dtype=object), allow_pickle=True)
-    with pytest.raises(CodebookError, match="cannot read latents"):
-        open_latents([tmp_path / "objects.npy"], DIM)
-
-
-@pytest.mark.parametrize("count", [0, 1])
-@of_both_formats
-def test_too_few_rows_for_both_splits_are_refused(count: int, ending: str, write: Write) -> None:
-    with pytest.raises(CodebookError, match=f"{count} latents leave the calibration or the test split empty"):
-        split_latents(open_latents([write(f"a{ending}", ROWS[:count])], DIM))
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        assert_refused(message, tmp_path / name)

@@ -51,9 +51,6 @@ CODES = Codebook(torch.tensor([[0.0, 1.0], [0.5, 0.0], [1.0, -1.0], [9.0, 9.0]])
 ITEMS = items_of(30)
 
 
-# --- streams ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("batch", [1, 7, 100])
 def test_streams_come_whole_in_order_and_again_even_two_at_once(batch: int) -> None:
     vectors = all_of(ITEMS)
@@ -65,8 +62,7 @@ def test_streams_come_whole_in_order_and_again_even_two_at_once(batch: int) -> N
     assert [item for items, _ in encoded(ITEMS, batch).by_item() for item in items] == ITEMS
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("batch", [1, 100])
+@pytest.mark.parametrize(("value", "batch"), [(torch.nan, 1), (torch.nan, 100), (torch.inf, 1), (-torch.inf, 100)])
 def test_latents_that_are_not_finite_are_named_by_the_first_item_that_has_them(value: float, batch: int) -> None:
     items = items_of(9)
     pixels = Images(items, 1).load(items)[1]
@@ -83,8 +79,6 @@ def test_latents_that_are_not_finite_are_named_by_the_first_item_that_has_them(v
 
 
 # --- counts and errors -----------------------------------------------------------------------------------------------
-
-
 def test_a_survey_by_hand() -> None:
     """Pixels 0, 51, 102 and 255 of 255 are x = 0, 0.2, 0.4 and 1: latents (0, 1), (0.2, 0.6), (0.4, 0.2), (1, -1)."""
     result = surveyed(array_items("x", np.array([[[0, 51]], [[102, 255]]], dtype=np.uint8)))
@@ -96,9 +90,11 @@ def test_a_survey_by_hand() -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
-def test_counts_and_error_equal_a_direct_computation(metric: Metric) -> None:
+def test_counts_and_error_equal_a_direct_computation_and_the_watch_sees_every_batch(metric: Metric) -> None:
     codebook = Codebook(torch.randn(12, 2, generator=torch.Generator().manual_seed(1)), metric)
-    result = survey(encoded(ITEMS, 7), codebook, seed=0, watch=Watch())
+    reports: list[tuple[str, int, int | None]] = []
+    watch = Watch(lambda what, done, total, figures: reports.append((what, done, total)))
+    result = survey(encoded(ITEMS, 7), codebook, seed=0, watch=watch)
     rows, codes = all_of(ITEMS).double(), codebook.vectors.double()
     unit_rows, unit_codes = (x / x.norm(dim=1, keepdim=True) for x in (rows, codes))
     if metric is EUCLIDEAN:
@@ -111,18 +107,10 @@ def test_counts_and_error_equal_a_direct_computation(metric: Metric) -> None:
     assert result.counts.tolist() == torch.bincount(chosen, minlength=12).tolist()
     assert int(result.counts.sum()) == result.total == 30 * 16
     assert result.error == pytest.approx(float((rows - codes[chosen]).square().sum()), rel=1e-5)
-
-
-def test_the_watch_is_told_how_far_the_pass_is() -> None:
-    reports: list[tuple[str, int, int | None]] = []
-    watch = Watch(lambda what, done, total, figures: reports.append((what, done, total)))
-    survey(encoded(items_of(10), 4), CODES, seed=0, watch=watch)
-    assert reports == [("encode", 4, 10), ("encode", 8, 10), ("encode", 10, 10)]
+    assert reports == [("encode", done, 30) for done in (7, 14, 21, 28, 30)]
 
 
 # --- the sample ------------------------------------------------------------------------------------------------------
-
-
 def mixed(x: int) -> int:
     """splitmix64's finalizer once more, in Python's own integers."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
@@ -141,16 +129,12 @@ def test_the_hash_is_splitmix64s_as_published() -> None:
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**64 - 1, 2**70 + 3])
 def test_keys_depend_on_seed_name_and_position_alone(seed: int) -> None:
     items = items_of(5)
-    expected = [
-        mixed((mixed(int.from_bytes(item.digest[24:], "big") ^ mixed(seed % 2**64)) + position) % 2**64)
-        for item in items
-        for position in range(7)
-    ]
+    firsts = [mixed(int.from_bytes(item.digest[24:], "big") ^ mixed(seed % 2**64)) for item in items]
+    expected = [mixed((first + position) % 2**64) for first in firsts for position in range(7)]
     assert sample_keys(items, 7, seed).tolist() == expected and len(set(expected)) == 35
 
 
-@pytest.mark.parametrize("limit", [100, 480, SAMPLE_LIMIT])
-@pytest.mark.parametrize("batch", [7, 64])
+@pytest.mark.parametrize(("batch", "limit"), [(7, 100), (64, 100), (7, 480), (64, SAMPLE_LIMIT)])
 def test_the_sample_is_the_latents_of_the_smallest_keys_in_any_order_of_reading(batch: int, limit: int) -> None:
     order = np.argsort(sample_keys(ITEMS, 16, 3))[:limit]
     shuffled = [ITEMS[i] for i in np.random.default_rng(0).permutation(30)]

@@ -51,35 +51,26 @@ def test_an_item_never_changes_sides_when_data_are_added_or_reordered(some: set[
 TEST, DATA = ([item for item in fakes(400) if item.in_tenth(0) == side] for side in (True, False))
 
 
-@pytest.mark.parametrize(
-    ("data", "test", "message"),
-    [
+def test_without_test_or_calibration_data_the_split_is_an_error() -> None:
+    cases: list[tuple[list[Item], list[Item] | None, str]] = [
         (DATA[:2], None, "the test split of 2 images is empty"),
         (DATA[:3], [], "the test split of 3 images is empty"),
         (TEST[:2], None, "the calibration split of 2 images is empty"),
         ([], None, "the test split"),
         ([replace(item, group="x") for item in TEST[:9]], None, "split of 9 images in 1 groups that stay together"),
-    ],
-)
-def test_without_test_or_calibration_data_the_split_is_an_error(
-    data: list[Item], test: list[Item] | None, message: str
-) -> None:
-    with pytest.raises(CodebookError, match=message):
-        split(data, test)
+    ]
+    for data, test, message in cases:
+        with pytest.raises(CodebookError, match=message):
+            split(data, test)
 
 
-@pytest.mark.parametrize("alike", [TEST, DATA], ids=["test", "data"])
-def test_a_tenth_of_few_items_is_one_of_them_whatever_their_names(alike: list[Item]) -> None:
-    for count in (3, 4, 7):
-        for start in range(0, 20, count):
-            few = alike[start : start + count]
+def test_a_tenth_of_few_items_is_one_of_them_whatever_their_names_and_groups_are_parted_whole() -> None:
+    for alike in (TEST, DATA):
+        for few in (alike[start : start + count] for count in (3, 4, 7) for start in range(0, 20, count)):
             splits = split(few)
             assert len(splits.test) == 1 and splits.train and splits.validation
             assert sorted(sides(splits)) == names(few)
             assert split(few[::-1]).test == splits.test
-
-
-def test_few_groups_are_parted_whole() -> None:
     splits = split([replace(item, group=f"recording {i % 3}") for i, item in enumerate(fakes(30))])
     groups = [{item.kin for item in part} for part in (splits.train, splits.validation, splits.test)]
     assert all(len(part) == 1 for part in groups) and len(set.union(*groups)) == 3
@@ -104,20 +95,16 @@ def test_a_test_item_that_is_in_the_data_byte_for_byte_is_refused_under_any_name
 
 
 def test_empty_files_in_both_parts_are_not_taken_for_one_image(tmp_path: Path) -> None:
-    for part in ("data", "test"):
-        for i, row in enumerate(picture(len(part), (20, 8, 8, 3)) // (1 + (part == "test"))):
+    for part, seed in (("data", 0), ("test", 1)):
+        for i, row in enumerate(picture(seed, (20, 8, 8, 3))):
             put(tmp_path / part / f"{part}{i}.png", row)
         (tmp_path / part / f"empty-{part}.png").write_bytes(b"")
     assert len(split(find_images([tmp_path / "data"]), find_images([tmp_path / "test"])).test) == 21
 
 
-# --- limited ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("limit", [None, 20, 10**9])
-def test_no_limit_or_a_wide_one_takes_all(limit: int | None) -> None:
+def test_no_limit_or_a_wide_one_takes_all_and_seeds_draw_unlike() -> None:
     items = fakes(20)
-    assert limited(items, limit, 0) == items
+    assert all(limited(items, limit, 0) == items for limit in (None, 20, 10**9))
     assert len({tuple(names(limited(items, 10, seed))) for seed in (0, 1, 2)}) == 3
 
 
