@@ -57,10 +57,14 @@ def test_several_entries_are_set_at_once_in_the_encoding_of_the_text() -> None:
     assert with_entries(text.encode(), {}) == text.encode()
 
 
-@pytest.mark.parametrize("text", ['{"a": 3}', '{"a": [1]}', '{"a": null}', '{"a": "text"}'])
-def test_a_key_that_leads_through_a_number_is_refused(text: str) -> None:
-    with pytest.raises(CodebookError, match=r"no place for k: .* is no object"):
-        with_entries(text.encode(), {"a.k": 8})
+def test_a_key_that_leads_through_a_number_and_a_file_without_an_object_are_refused(tmp_path: Path) -> None:
+    for text in ('{"a": 3}', '{"a": [1]}', '{"a": null}', '{"a": "text"}'):
+        with pytest.raises(CodebookError, match=r"no place for k: .* is no object"):
+            with_entries(text.encode(), {"a.k": 8})
+    for text, message in (("{", "is no JSON"), ("[]", "holds a JSON list"), ("[" * 99999, "is no JSON")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CodebookError, match=message):
+            parse_config(tmp_path / "config.json")
 
 
 JSON = st.recursive(
@@ -77,12 +81,3 @@ def test_any_entry_of_any_config_can_be_set(config: dict[str, object], value: ob
             text = json.dumps(config, indent=indent, ensure_ascii=False).encode("utf-8", "surrogatepass")
             edited = json.loads(with_entries(text, {key: value}))
             assert edited == {**config, key: value} and list(edited) == list(config)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"), [("{", "is no JSON"), ("[]", "holds a JSON list"), ("[" * 99999, "is no JSON")]
-)
-def test_a_file_without_an_object_is_refused(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(CodebookError, match=message):
-        parse_config(tmp_path / "config.json")

@@ -12,10 +12,7 @@ MIMI = "quantizer.semantic_residual_vector_quantizer.layers.0.codebook."
 ROWS = Effective("rows", (), 8, 0)
 CASES: dict[str, tuple[Shapes, Effective]] = {
     "rows as stored": ({"quantize.embedding.weight": (37, 8)}, ROWS),
-    "sums and a mean beside the codes": (
-        {"vq.embed": (37, 8), "vq.embed_sum": (37, 8), "vq.cluster_size": (37,)},
-        ROWS,
-    ),
+    "sums beside the codes": ({"vq.embed": (37, 8), "vq.embed_sum": (37, 8), "vq.cluster_size": (37,)}, ROWS),
     "Mimi": (
         {f"{MIMI}cluster_usage": (37,), f"{MIMI}embed_sum": (37, 8), f"{MIMI}initialized": (1,)},
         Effective("ratio", (f"{MIMI}cluster_usage",), 8, 0),
@@ -58,12 +55,10 @@ def test_what_a_model_makes_of_its_rows(name: str) -> None:
 
 
 def test_stages_do_not_share_their_projections() -> None:
-    projections = [f"rvq.layers.{i}.code_transform.weight" for i in range(11)]
-    shapes: Shapes = {f"rvq.layers.{i}.frozen_codebook": (37, 8) for i in range(11)} | dict.fromkeys(
-        projections, (8, 8)
-    )
+    keys = [f"rvq.layers.{i}.code_transform.weight" for i in range(11)]
+    shapes: Shapes = {f"rvq.layers.{i}.frozen_codebook": (37, 8) for i in range(11)} | dict.fromkeys(keys, (8, 8))
     books = find_codebooks(shapes).codebooks
-    assert [effective(book, shapes).beside for book in books] == [(key,) for key in projections]
+    assert [effective(book, shapes).beside for book in books] == [(key,) for key in keys]
 
 
 def test_few_of_the_written_layouts_have_other_codes_than_their_rows() -> None:
