@@ -56,8 +56,6 @@ def write(original: Path, output: Path, changed: State, **metadata: str) -> Path
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
-
-
 def test_without_a_config_shards_are_read_all_the_same(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (sharded / CONFIG).unlink()
     monkeypatch.chdir(sharded)
@@ -67,19 +65,13 @@ def test_without_a_config_shards_are_read_all_the_same(sharded: Path, monkeypatc
         assert read.entries.keys() == STATE.keys()
 
 
-def test_a_link_within_the_folder_is_no_way_out_of_it(sharded: Path) -> None:
-    (sharded / A).rename(sharded / "real.safetensors")
-    (sharded / A).symlink_to("real.safetensors")
-    assert read_checkpoint(sharded).shapes["count"] == ()
-
-
-def move_out(folder: Path) -> None:
+def replaced(target: object, folder: Path) -> None:
+    """A shard is elsewhere, and a link to `target` in its place, or a folder, or nothing."""
     (folder / A).rename(folder.parent / A)
-
-
-def link_out(folder: Path) -> None:
-    move_out(folder)
-    (folder / A).symlink_to(folder.parent / A)
+    if target == "folder":
+        (folder / A).mkdir()
+    elif target:
+        (folder / A).symlink_to(str(target))
 
 
 def place(folder: Path, name: object) -> None:
@@ -87,7 +79,7 @@ def place(folder: Path, name: object) -> None:
     edit_index(folder, lambda index: index["weight_map"].update(count=name))
 
 
-def put_index(folder: Path, text: str) -> None:
+def put_index(text: str, folder: Path) -> None:
     (folder / INDEX).write_text(text)
 
 
@@ -96,11 +88,11 @@ def save_again(folder: Path, name: str, **more: Tensor) -> None:
 
 
 UNSOUND: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a shard missing": (move_out, f"names {A}, which is missing"),
-    "a shard that is a folder": (lambda f: (move_out(f), (f / A).mkdir()), f"names {A}, which is missing"),
-    "a shard linked from outside": (link_out, f"{A} is a link to outside its folder"),
-    "a link in a circle": (lambda f: (move_out(f), (f / A).symlink_to(A)), f"names {A}, which is missing"),
-    "a shard above": (lambda f: (move_out(f), place(f, f"../{A}")), f"names '../{A}', outside its folder"),
+    "a shard missing": (partial(replaced, None), f"names {A}, which is missing"),
+    "a shard that is a folder": (partial(replaced, "folder"), f"names {A}, which is missing"),
+    "a shard linked from outside": (partial(replaced, f"../{A}"), f"{A} is a link to outside its folder"),
+    "a link in a circle": (partial(replaced, A), f"names {A}, which is missing"),
+    "a shard above": (lambda f: (replaced(None, f), place(f, f"../{A}")), f"names '../{A}', outside its folder"),
     "a number as a name": (lambda f: place(f, 1), "says that count is in 1, which is no name"),
     "the index as a shard": (lambda f: place(f, INDEX), f"{INDEX} is not a sound safetensors file"),
     "a key in another shard": (lambda f: place(f, B), f"count is in {B}, but it is in {A}"),
@@ -118,7 +110,7 @@ UNSOUND |= {f"a shard called {name!r}": (partial(place, name=name), "outside its
 INDICES = {"{": "is no JSON", "[]": "holds a JSON list"} | dict.fromkeys(
     ("{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'), "is no index of shards"
 )
-UNSOUND |= {f"index {text}": (partial(put_index, text=text), message) for text, message in INDICES.items()}
+UNSOUND |= {f"index {text}": (partial(put_index, text), message) for text, message in INDICES.items()}
 
 
 @pytest.mark.parametrize("kind", UNSOUND)
@@ -130,14 +122,15 @@ def test_shards_that_are_amiss_are_refused_in_one_line(kind: str, sharded: Path)
     assert "\n" not in str(error.value)
 
 
-def test_another_json_is_no_index(sharded: Path) -> None:
+def test_another_json_is_no_index_and_a_link_within_the_folder_no_way_out_of_it(sharded: Path) -> None:
     with pytest.raises(CodebookError, match=r"config.json is no index of shards"):
         read_checkpoint(sharded / CONFIG)
+    (sharded / A).rename(sharded / "real.safetensors")
+    (sharded / A).symlink_to("real.safetensors")
+    assert read_checkpoint(sharded).shapes["count"] == ()
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
-
-
 def test_only_the_shard_that_changes_is_written_anew(sharded: Path, tmp_path: Path) -> None:
     before, after = contents(sharded), contents(write(sharded, tmp_path / "out", CHANGED))
     assert after.keys() == before.keys()
@@ -146,15 +139,15 @@ def test_only_the_shard_that_changes_is_written_anew(sharded: Path, tmp_path: Pa
     assert load_file(tmp_path / "out" / B)[CODEBOOK].equal(NEW)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda index: index["metadata"].update(total_size=1.5e9), lambda index: index.pop("metadata")],
-    ids=["wrong", "missing"],
-)
-def test_the_total_size_of_an_index_is_put_right(change: Callable[..., object], sharded: Path, tmp_path: Path) -> None:
-    edit_index(sharded, change)
-    write(sharded, tmp_path / "out", CHANGED)
-    assert json.loads((tmp_path / "out" / INDEX).read_text())["metadata"]["total_size"] == TOTAL - 24
+def test_the_total_size_of_an_index_is_put_right(sharded: Path, tmp_path: Path) -> None:
+    changes = {
+        "wrong": lambda index: index["metadata"].update(total_size=1.5e9),
+        "missing": lambda i: i.pop("metadata"),
+    }
+    for name, change in changes.items():
+        edit_index(sharded, change)
+        write(sharded, tmp_path / name, CHANGED)
+        assert json.loads((tmp_path / name / INDEX).read_text())["metadata"]["total_size"] == TOTAL - 24
 
 
 @pytest.mark.parametrize(("changed", "rewritten"), [({}, {A}), (COUNT, {A}), (CHANGED, {B}), (CHANGED | COUNT, {A, B})])
