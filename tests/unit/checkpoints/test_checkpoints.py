@@ -92,9 +92,7 @@ def test_the_hash_of_maps_covers_every_number_and_name() -> None:
     assert maps_sha256(dict(reversed(maps.items()))) == maps_sha256(maps)
 
 
-def test_an_interruption_while_the_files_are_put_in_place_leaves_no_partial_file(
-    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_leaves_no_partial_file(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 

@@ -19,7 +19,6 @@ def answer(detection: Detection) -> Answer:
 
 
 # --- the surveyed layouts ------------------------------------------------------------------------------------------
-
 NEGATIVE = "not a codebook: "
 REASONS = {"Beit": "patch", "FSQ": "FSQ", "LFQ": "LFQ"} | dict.fromkeys(
     ("T5", "Llama", "Whisper", "Dia", "UVit2D", "LlamaGen GPT (keys)", "VAR transformer (keys)"), "language model"
@@ -49,8 +48,6 @@ def test_surveyed_layout(name: str) -> None:
 
 
 # --- layouts written down -------------------------------------------------------------------------------------------
-
-
 @each_with_codebooks
 def test_written_layout(case: StateDict) -> None:
     detection = find_codebooks(case.shapes)
@@ -96,7 +93,6 @@ def test_a_prefix_makes_no_codebook(case: StateDict, prefix: str) -> None:
 
 
 # --- what is said of a codebook beside its key and shape ------------------------------------------------------------
-
 LDM, Q = "quantize.embedding.weight", "quantizer."
 FACTS: dict[str, tuple[Shapes, dict[str, set[str]], set[str]]] = {
     "what has an axis of K and the same owner": (

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Outcome
+from conftest import Run
 
 from codebook_tools.checkpoints import hashing
 from codebook_tools.checkpoints.hashing import file_sha256, hash_ahead
@@ -22,7 +21,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return done
 
 
-def test_a_hash_is_that_of_the_bytes_and_begun_ahead_it_is_not_done_again(
+def test_a_hash_begun_ahead_is_not_done_again(
     tmp_path: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hashing, "CHUNK", 5)
@@ -48,8 +47,6 @@ def test_a_file_that_changed_or_went_away_since_is_read_anew(tmp_path: Path) -> 
         file_sha256(path)
 
 
-def test_a_surgery_without_a_network_hashes_its_model_once(
-    tiny: Path, codebook: Callable[..., Outcome], hashed: list[Path]
-) -> None:
+def test_a_surgery_without_a_network_hashes_its_model_once(tiny: Path, codebook: Run, hashed: list[Path]) -> None:
     assert codebook("quantize", tiny, "--k", 8).exit_code == 0
     assert hashed == [tiny]

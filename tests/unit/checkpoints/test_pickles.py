@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, State, same
+from conftest import Run, State, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -406,7 +406,7 @@ def test_the_attributes_of_a_parameter_are_not_taken_for_its_methods() -> None:
     assert read_checkpoint(save_pickle({"a": parameter}, MODEL)).tensor("a").tolist() == [1, 1]
 
 
-def test_a_warning_is_one_line_whatever_names_are_in_it(codebook: Callable[..., Outcome], tiny: Path) -> None:
+def test_a_warning_is_one_line_whatever_names_are_in_it(codebook: Run, tiny: Path) -> None:
     save_pickle({"state_dict": load_file(tiny), "a\nerror: \x1b[31mall is lost": 1}, MODEL)
     done = codebook("quantize", MODEL, "--k", 8)
     assert done.exit_code == 0 and r"; a\nerror: \x1b[31mall is lost is left behind" in done.stderr

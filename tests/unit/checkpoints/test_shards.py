@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome, State, assert_refused, contents
+from conftest import Run, State, assert_refused, contents
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from weight_files import (
@@ -169,9 +169,7 @@ def test_what_was_told_of_an_earlier_change_does_not_outlive_it(sharded: Path, t
     assert read_checkpoint(twice).tensor("count") == 8
 
 
-def test_a_shard_is_not_overwritten_by_what_is_made_of_it(
-    sharded: Path, codebook: Callable[..., Outcome], images_folder: Path
-) -> None:
+def test_a_shard_is_not_overwritten_by_what_is_made_of_it(sharded: Path, codebook: Run, images_folder: Path) -> None:
     before = contents(sharded)
     refused = codebook("prune", sharded, "--data", images_folder, "--output", sharded / A, "--force")
     assert_refused(refused, f"{sharded / A} is the model itself")
@@ -179,7 +177,6 @@ def test_a_shard_is_not_overwritten_by_what_is_made_of_it(
 
 
 # --- streaming -----------------------------------------------------------------------------------------------------
-
 WIDTHS = {  # of a number, in bits; torch has no name for the last two
     "F32": 32, "BF16": 16, "F8_E4M3": 8, "I64": 64, "BOOL": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6,
 }  # fmt: skip

@@ -176,9 +176,7 @@ COMMANDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_takes_names_that_are_no_utf_8(
-    command: str, tiny: Path, images_folder: Path, tmp_path: Path
-) -> None:
+def test_commands_take_names_that_are_no_utf_8(command: str, tiny: Path, images_folder: Path, tmp_path: Path) -> None:
     odd = tmp_path / os.fsdecode(b"\xe9")
     shutil.copytree(images_folder, odd)
     shutil.copy(images_folder / "a" / "000.png", odd / "000\udce9.png")

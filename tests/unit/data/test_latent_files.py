@@ -78,9 +78,7 @@ def test_files_follow_one_another_and_rows_are_named_by_file_and_number(write: W
     assert all(rows.shape == (len(hashes), 1, DIM) for hashes, rows in latents.by_item())
 
 
-def test_many_rows_come_in_blocks_which_the_parts_of_a_pass_take_in_turn(
-    write: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_come_in_blocks_which_parts_of_a_pass_take_in_turn(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("codebook_tools.data.latent_files._BATCH", 64)
     latents = open_latents([write("a.npy"), write("b.npy", ROWS[:90])], DIM)
     assert [len(rows) for rows, _ in latents.by_item()] == [64, 64, 64, 8, 64, 26]

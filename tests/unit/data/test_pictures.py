@@ -19,9 +19,11 @@ from torch import Tensor
 
 from codebook_tools.errors import CodebookError
 
+Decode = Callable[..., Tensor]
+
 
 @pytest.fixture
-def decoded(tmp_path: Path) -> Callable[..., Tensor]:
+def decoded(tmp_path: Path) -> Decode:
     """decoded(data, channels): the pixels of a stored picture, (channels, height, width) in [0, 255], whatever its
     suffix."""
 
@@ -100,7 +102,7 @@ STORED = IN_COLOR | IN_GRAY
 @pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=READ_BY_NEW_PILLOW if "multiplied" in k else ()) for k in STORED]
 )
-def test_pixels_are_those_stored_whatever_their_depth_and_alpha(kind: str, decoded: Callable[..., Tensor]) -> None:
+def test_pixels_are_those_stored_whatever_their_depth_and_alpha(kind: str, decoded: Decode) -> None:
     rgb, gray = (COLORS, [124, 18]) if kind in IN_COLOR else ([[200] * 3, [10] * 3], [200, 10])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -122,7 +124,7 @@ WITHOUT_LOSS = {
 """By kind, what is stored, and the red, green and blue of its pixels."""
 
 
-def test_what_converts_without_a_loss_needs_no_option(decoded: Callable[..., Tensor]) -> None:
+def test_what_converts_without_a_loss_needs_no_option(decoded: Decode) -> None:
     for kind, (data, rgb) in WITHOUT_LOSS.items():
         for mixing in (None, "mix", "first"):
             for channels in (3, 1) if rgb[0] == rgb[1] else (3,):
@@ -140,9 +142,7 @@ WITH_LOSS = {
 
 
 @pytest.mark.parametrize("kind", WITH_LOSS)
-def test_what_loses_color_or_alpha_is_refused_until_it_is_asked_for(
-    kind: str, decoded: Callable[..., Tensor], tmp_path: Path
-) -> None:
+def test_what_loses_color_or_alpha_is_refused_until_asked_for(kind: str, decoded: Decode, tmp_path: Path) -> None:
     stored, channels, first = WITH_LOSS[kind]
     assert decoded(STORED[kind], channels, "first")[:, 0].round().tolist() == first
     message = f"^image x.png has {stored} channels, and the network takes {channels}: give --channels mix.first "
@@ -174,13 +174,11 @@ JPEGS: tuple[dict[str, object], ...] = ({}, {"subsampling": 2}, {"keep_rgb": Tru
         (saved(Image.fromarray(np.array([[False, True]])), "PNG"), [255] * 3, 0),
     ],
 )
-def test_other_color_spaces_are_converted(
-    data: bytes, pixel: list[int], within: int, decoded: Callable[..., Tensor]
-) -> None:
+def test_other_color_spaces_are_converted(data: bytes, pixel: list[int], within: int, decoded: Decode) -> None:
     assert float((decoded(data)[:, -1, -1] - torch.tensor(pixel)).abs().max()) <= within
 
 
-def test_of_several_frames_or_pages_the_first_counts(decoded: Callable[..., Tensor]) -> None:
+def test_of_several_frames_or_pages_the_first_counts(decoded: Decode) -> None:
     frames = [flat("RGB", color) for color in ("red", "lime", "blue")]
     lossless, lzw = {"lossless": True}, {"compression": "tiff_lzw"}
     for kind, how in (("PNG", {}), ("WEBP", lossless), ("GIF", {}), ("TIFF", {}), ("TIFF", lzw)):
@@ -189,7 +187,7 @@ def test_of_several_frames_or_pages_the_first_counts(decoded: Callable[..., Tens
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_stands_upright_as_its_exif_says(orientation: int, decoded: Callable[..., Tensor]) -> None:
+def test_a_photograph_stands_upright_as_its_exif_says(orientation: int, decoded: Decode) -> None:
     upright = picture(1, (2, 3, 3)).repeat(8, axis=0).repeat(8, axis=1)  # JPEG keeps blocks of one color
     undone = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1]}
     # Of 5 to 8 the stored rows are columns of the photograph: row 0 its left side or (6, 7) right, column 0 its top or
@@ -205,14 +203,14 @@ def test_a_photograph_stands_upright_as_its_exif_says(orientation: int, decoded:
         assert float((pixels / 255 - as_tensor(upright)[0]).abs().max()) <= within, kind
 
 
-def test_damaged_exif_leaves_a_whole_picture_as_it_is(decoded: Callable[..., Tensor]) -> None:
+def test_damaged_exif_leaves_a_whole_picture_as_it_is(decoded: Decode) -> None:
     source = Image.fromarray(picture(3, (8, 9, 3)))
     for kind in ("PNG", "JPEG", "WEBP"):
         whole, odd = saved(source, kind), saved(source, kind, exif=b"Exif\0\0nothing of the kind")
         assert whole != odd and torch.equal(decoded(whole), decoded(odd))
 
 
-def test_pictures_without_a_fixed_range_are_unreadable_not_guessed(decoded: Callable[..., Tensor]) -> None:
+def test_pictures_without_a_fixed_range_are_unreadable_not_guessed(decoded: Decode) -> None:
     numbers = (("<f", 0.5, 32, 3), ("<I", 7, 32, 1), ("<i", -7, 32, 2), ("<h", -7, 16, 2))  # a float, integers
     for packing, value, bits, kind in numbers:
         with pytest.raises(CodebookError, match="no fixed range"):
@@ -229,9 +227,7 @@ def test_every_suffix_is_listed_and_what_is_in_a_file_counts(tmp_path: Path) -> 
             assert torch.equal(read(find_images([path.parent])), as_tensor(expected))
 
 
-def test_pictures_beyond_pillows_warning_are_read_in_silence_and_beyond_its_limit_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pillows_warning_is_silenced_and_its_limit_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     put(tmp_path / "a.png", picture(0, (8, 8, 3)))
     with warnings.catch_warnings():

@@ -128,7 +128,6 @@ def test_clips_join_up_as_if_the_file_had_been_resampled_whole(theirs: int, ours
 
 
 # --- damaged files ---------------------------------------------------------------------------------------------------
-
 NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, 3 * RATE).astype(np.float32)
 NOT_FINITE = NOISE.copy()
 NOT_FINITE[10] = np.nan
@@ -156,9 +155,7 @@ def test_a_wav_that_was_cut_off_is_as_long_as_what_is_left(tmp_path: Path) -> No
     assert len(find_clips(put_bytes(path, data))) == 3
 
 
-def test_a_file_that_is_shorter_than_it_was_listed_or_read_is_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_shorter_than_it_was_listed_or_read_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     items = find_clips(put_bytes(tmp_path / "x.wav", stored(NOISE)))
     for frames in (1, 2 * RATE - 10, 2 * RATE - 9, 2 * RATE):
         put_bytes(tmp_path / "x.wav", stored(NOISE[:frames]))

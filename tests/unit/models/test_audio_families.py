@@ -138,8 +138,6 @@ def test_bandwidths_by_hand_and_those_that_cannot_follow() -> None:
 
 
 # --- recognition, and what a user can mend -------------------------------------------------------------------------
-
-
 def test_a_file_is_one_familys_alone_with_its_config_or_without(saved: Saved, tmp_path: Path) -> None:
     for name in ("encodec", "dac", "mimi", "xcodec"):
         (tmp_path / name).mkdir()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome
+from conftest import Run
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,7 +15,6 @@ from codebook_tools.models.evidence import alive, uninitialized, untrained
 from codebook_tools.models.initialization import as_initialized
 from codebook_tools.models.registry import detected
 
-Run = Callable[..., Outcome]
 KEY = "quantizer.codebook.weight"
 DRAWN = (torch.rand(64, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1) / 64
 

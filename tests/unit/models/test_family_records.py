@@ -34,9 +34,8 @@ from codebook_tools.models.families.janus import whole
 from codebook_tools.models.load import load_model
 from codebook_tools.models.registry import FAMILIES, family_of
 
+
 # --- what the networks compute ---------------------------------------------------------------------------------------
-
-
 def taming(**more: Any) -> tuple[State, Any]:
     one = Twin(**more)
     return one.state, one
@@ -147,8 +146,6 @@ def test_mishalaskins_repeated_layers_count_though_the_file_holds_them_once(tmp_
 
 
 # --- Janus -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A JanusVQVAE, and the directory that the library saved it in."""
@@ -217,7 +214,6 @@ def test_rows_that_the_library_does_not_normalize_are_warned_of(library: tuple[A
 
 
 # --- recognition -----------------------------------------------------------------------------------------------------
-
 STATES: dict[str, Callable[[], State]] = {
     "rosinality": two_levels,
     "pytorch-vae": pytorch_vae_state,
@@ -322,8 +318,6 @@ def test_what_is_not_run_says_why_and_what_to_do(name: str) -> None:
 
 
 # --- what a library cannot build -------------------------------------------------------------------------------------
-
-
 def without(part: str, **more: Any) -> dict[str, tuple[int, ...]]:
     return {key: shape for key, shape in shapes_of(Twin(**more).state).items() if part not in key}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, assert_refused, contents
+from conftest import Run, assert_refused, contents
 from safetensors.torch import load_file, save_file
 from sources_of_images import Images, find_images
 from torch import Tensor
@@ -44,8 +44,6 @@ def asked(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 # --- in memory -------------------------------------------------------------------------------------------------------
-
-
 def test_the_same_batch_is_encoded_once_and_another_anew(model: Model, asked: list[int], image_tensor: Tensor) -> None:
     with torch.no_grad():
         first = model.encode(image_tensor)
@@ -87,8 +85,6 @@ def test_what_was_kept_is_neither_written_into_nor_used_in_training_nor_more_tha
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def folder(images_folder: Path, tmp_path: Path) -> Path:
     """A copy of some images, which a test may change."""
@@ -107,9 +103,7 @@ def read(latents: Any) -> list[tuple[list[str], Any]]:
     return [([item.name for item in items], rows.tolist()) for items, rows in latents.by_item()]
 
 
-def test_a_second_reading_asks_no_encoder_and_gives_the_same_bits(
-    model: Model, asked: list[int], folder: Path, tmp_path: Path
-) -> None:
+def test_latents_are_read_again_and_not_encoded(model: Model, asked: list[int], folder: Path, tmp_path: Path) -> None:
     plain = read(latents_of(model, folder, None))
     asked.clear()
     first = read(latents_of(model, folder, tmp_path / "cache"))
@@ -182,9 +176,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"batch": {"batch": 16}, "size": {"size": 8
 
 
 @pytest.mark.parametrize("name", [*CHANGES, *OPTIONS])
-def test_a_change_of_model_data_or_options_is_another_file(
-    name: str, model: Model, folder: Path, tmp_path: Path
-) -> None:
+def test_other_model_data_or_options_are_another_file(name: str, model: Model, folder: Path, tmp_path: Path) -> None:
     before = latents_of(model, folder, tmp_path / "cache").path
     assert latents_of(model, folder, tmp_path / "cache").path == before
     CHANGES.get(name, lambda *_: None)(model, folder)
@@ -245,7 +237,7 @@ def test_a_damaged_file_is_named_with_the_way_out(damage: str, model: Model, fol
 
 
 def test_a_refit_writes_the_same_bytes_with_a_cache_and_from_it(
-    codebook: Callable[..., Outcome], tiny: Path, images_folder: Path, tmp_path: Path
+    codebook: Run, tiny: Path, images_folder: Path, tmp_path: Path
 ) -> None:
     outputs, cache = [], ("--latents-cache", tmp_path / "c")
     words = ("refit", tiny, "--k", 8, "--data", images_folder, "--steps", 0, "--json")

@@ -184,8 +184,6 @@ def test_a_deep_copy_walks_its_own_quantizer() -> None:
 
 
 # --- what it leaves alone, and what it refuses ---------------------------------------------------------------------
-
-
 def test_a_network_without_such_a_quantizer_stays_as_it_is() -> None:
     made = Own(nn.Embedding(SIZE, DIM))
     give_walk(made)
@@ -249,8 +247,6 @@ def test_a_member_in_the_way_is_named() -> None:
 
 
 # --- what follows the codes in the file ----------------------------------------------------------------------------
-
-
 def pruned(made: Any, keep: Tensor, counts: Tensor) -> dict[str, Tensor]:
     """The state of the network with the codes `keep` of every stage, and their companions after our rules."""
     state = made.state_dict()

@@ -40,8 +40,6 @@ def load(path: Path) -> Model:
 
 
 # --- the zalando network -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_zalando_network_computes_what_the_tutorial_computes_and_leaves_its_input(
     variant: str, write_model: WriteModel, variants: dict[str, State], image_tensor: Tensor
@@ -63,7 +61,7 @@ def test_a_fresh_network_has_the_tutorials_sizes_and_initial_codes() -> None:
     assert 0.99 / 512 < state[CODEBOOK].abs().max() <= 1 / 512
 
 
-def test_a_layout_is_recognized_by_its_shapes_whatever_prefix_its_names_have(
+def test_a_layout_is_recognized_by_shapes_behind_any_prefix(
     variants: dict[str, State], write_model: WriteModel
 ) -> None:
     shapes = {name: {key: tuple(t.shape) for key, t in state.items()} for name, state in variants.items()}
@@ -84,8 +82,6 @@ def test_the_network_knows_its_stride_and_channels(tiny: Path, write_model: Writ
 
 
 # --- what flows through a model ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 255.0)])
 def test_images_are_mapped_into_the_input_range_and_back(line: Callable[..., Model], low: float, high: float) -> None:
     model, images = line([0.0, 1.0]), torch.tensor([0.0, 0.25, 1.0]).reshape(1, 1, 1, 3)
@@ -117,8 +113,6 @@ def test_unit_codes_are_emitted_at_length_one_in_training_too(grey: Callable[...
 
 
 # --- installation --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [1, 40])
 def test_a_codebook_of_any_size_is_installed_bit_by_bit(tiny: Path, image_tensor: Tensor, size: int) -> None:
     model, codes = load(tiny), torch.randn(size, 4, generator=torch.Generator().manual_seed(size))
@@ -170,7 +164,6 @@ def test_rows_can_be_laid_out_as_they_were_stored(rows: int, others: list[int], 
 
 
 # --- what follows a codebook ---------------------------------------------------------------------------------------
-
 CODES, COUNTS = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([3, 1])
 SUMS = [[3.0, 6.0, 9.0], [4.0, 5.0, 6.0]]
 FIVE_BY_3, FIVE = torch.ones(5, 3), torch.ones(5)
@@ -247,8 +240,6 @@ def test_the_models_own_training_goes_on_from_the_written_codes(
 
 
 # --- from a file to a model ----------------------------------------------------------------------------------------
-
-
 def test_layers_with_the_same_bytes_in_a_file_become_one_and_fresh_ones_that_are_alike_do_not(
     write_model: WriteModel, grey: Callable[..., Grey]
 ) -> None:
@@ -265,9 +256,7 @@ def test_layers_with_the_same_bytes_in_a_file_become_one_and_fresh_ones_that_are
     assert first.weight is not second.weight and first.bias is not second.bias
 
 
-def test_tensors_that_the_network_does_not_have_are_listed_and_companions_are_not(
-    write_model: WriteModel, variants: dict[str, State]
-) -> None:
+def test_tensors_of_no_network_are_listed_but_companions(write_model: WriteModel, variants: dict[str, State]) -> None:
     assert set(load(write_model("extra")).carried) == {"teacher.head.weight", "step"}
     mask = torch.full((3, 3), -torch.inf)  # which a tensor that no network has may hold
     assert load(write_model(state=variants["ema"] | {"attention.mask": mask})).carried == ("attention.mask",)
@@ -307,9 +296,7 @@ def test_what_cannot_be_worked_on_is_refused_with_its_tensor_or_family(
             load_model(read_checkpoint(grey([0.0, 1.0]).path), family=family)
 
 
-def test_a_codebook_is_chosen_by_its_key_which_must_name_a_matrix_of_the_file(
-    write_model: WriteModel, variants: dict[str, State]
-) -> None:
+def test_a_codebook_is_chosen_by_a_key_that_names_a_matrix(write_model: WriteModel, variants: dict[str, State]) -> None:
     state = variants["plain"] | {"quantize_b.embedding.weight": torch.rand(12, 4)}
     checkpoint = read_checkpoint(write_model(state=state))
     assert choose_codebook(checkpoint, ["quantize_b.embedding.weight"]).size == 12
@@ -323,8 +310,6 @@ def test_a_codebook_is_chosen_by_its_key_which_must_name_a_matrix_of_the_file(
 
 
 # --- the user's own network ----------------------------------------------------------------------------------------
-
-
 def encoding(body: str) -> str:
     """A network whose encoder does something else."""
     return GREY.replace("return self.encoder(images)", body)
@@ -344,9 +329,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("source", NETWORKS)
-def test_a_network_that_does_not_do_is_refused_with_the_reason(
-    source: str, grey: Callable[..., Grey], tmp_path: Path
-) -> None:
+def test_a_network_that_does_not_do_is_refused_with_why(source: str, grey: Callable[..., Grey], tmp_path: Path) -> None:
     path = grey([0.0, 1.0]).path
     (tmp_path / "own.py").write_text(source)
     with pytest.raises(CodebookError, match=NETWORKS[source]):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, assert_refused
+from conftest import Outcome, Run, assert_refused
 from proven_networks import LIBRARIES, NETWORKS, Tied, nearest, write_images, write_network
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,7 +19,6 @@ from codebook_tools.models import stored_codes
 from codebook_tools.models.registry import detected
 from codebook_tools.models.twins import twins
 
-Run = Callable[..., Outcome]
 RANGE = ("--input-range", "0,1")
 TRAINED = ("--steps", 3, "--batch-size", 16)
 
@@ -56,12 +54,8 @@ def kept_use(result: Any) -> tuple[float, Any]:
 
 
 # --- one tensor, several names -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("words", [("refit", "--k", 8, *TRAINED), ("prune",), ("grow", "--k", 20)])
-def test_stages_that_share_a_codebook_keep_sharing_it(
-    words: tuple[Any, ...], run: Run, tmp_path: Path, images: Tensor
-) -> None:
+def test_stages_keep_sharing_a_codebook(words: tuple[Any, ...], run: Run, tmp_path: Path, images: Tensor) -> None:
     result = succeeded(run(words[0], "tied", *words[1:]))
     mse, use = kept_use(result)
     state = load_file(tmp_path / "out.safetensors")
@@ -129,8 +123,6 @@ def test_codebooks_that_are_equal_by_chance_are_no_twins(tmp_path: Path) -> None
 
 
 # --- EMA state by its numbers --------------------------------------------------------------------------------------
-
-
 def write_codes(folder: Path, codes: Tensor | None = None, **beside: Tensor) -> tuple[object, ...]:
     """A refit to half as many codes, with other tensors in their module."""
     torch.manual_seed(2)
@@ -151,9 +143,7 @@ def write_codes(folder: Path, codes: Tensor | None = None, **beside: Tensor) -> 
         ("q7", "x_bar", "across"), ("q7", "x_bar", "half"),
     ],
 )  # fmt: skip
-def test_sums_and_counts_are_known_by_their_numbers(
-    counts: str, sums: str, kind: str, tmp_path: Path, codebook: Run
-) -> None:
+def test_sums_and_counts_are_known_by_numbers(counts: str, sums: str, kind: str, tmp_path: Path, codebook: Run) -> None:
     torch.manual_seed(1)
     dtype = torch.float16 if kind == "half" else torch.float32
     codes, n = torch.randn(64, 8).to(dtype).float(), (torch.rand(64) * 60).to(dtype).float()
@@ -184,9 +174,7 @@ def test_a_tensor_of_unknown_role_is_refused_by_name_until_the_role_is_declared(
     assert codebook("verify", tmp_path / "out.safetensors", "--against", tmp_path / "m.safetensors").exit_code == 0
 
 
-def test_stale_sums_are_written_fresh_copies_stay_copies_and_heads_over_the_codes_are_named(
-    tmp_path: Path, codebook: Run
-) -> None:
+def test_stale_sums_become_fresh_copies_stay_so_and_heads_over_codes_are_named(tmp_path: Path, codebook: Run) -> None:
     codes = torch.randn(16, 4)
     stale = {"ema_cluster_size": torch.full((16,), 7.0), "ema_w": torch.randn(16, 4)}
     words = write_codes(tmp_path, codes, mirror=codes.clone(), **stale)
@@ -200,8 +188,6 @@ def test_stale_sums_are_written_fresh_copies_stay_copies_and_heads_over_the_code
 
 
 # --- what stands beside a codebook ---------------------------------------------------------------------------------
-
-
 def test_each_tensor_that_may_change_the_codes_stops_what_has_no_network(tmp_path: Path, codebook: Run) -> None:
     beside = {"blend.weight": torch.randn(4, 4), "boost": torch.tensor(3.0), "gains": torch.rand(4) + 2}
     words = write_codes(tmp_path, **beside)
@@ -283,11 +269,7 @@ def test_a_network_that_does_not_fit_the_surgery_is_refused_before_any_work(run:
 
 
 # --- the module's own training -------------------------------------------------------------------------------------
-
-
-def test_the_state_that_is_written_survives_a_step_of_the_module_and_verify_tells(
-    run: Run, tmp_path: Path, codebook: Run
-) -> None:
+def test_written_state_survives_a_step_of_the_module_and_verify_tells(run: Run, tmp_path: Path, codebook: Run) -> None:
     succeeded(run("refit", "averaged", "--k", 8, "--steps", 0))
     state = load_file(tmp_path / "out.safetensors")
     torch.testing.assert_close(state["vq.moment"].T, state["vq.codebook.weight"] * state["vq.mass"][:, None])
@@ -300,9 +282,7 @@ def test_the_state_that_is_written_survives_a_step_of_the_module_and_verify_tell
     assert any_file["proof"]["of"] >= 4096
 
 
-def test_a_result_that_one_step_wipes_out_is_exit_code_3_and_not_left_behind(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_one_step_wipes_out_is_exit_code_3(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole: Any = stored_codes.companion_values
 
     def zeroed(*arguments: object) -> dict[str, Tensor]:
@@ -327,9 +307,7 @@ def test_a_chain_says_how_its_result_was_proved(tmp_path: Path, codebook: Run) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_quantizers_of_the_library_choose_the_codes_that_are_reported(
-    name: str, run: Run, tmp_path: Path, images: Tensor
-) -> None:
+def test_the_librarys_quantizers_choose_the_codes_reported(name: str, run: Run, tmp_path: Path, images: Tensor) -> None:
     result = succeeded(run("refit", f"library {name}", "--k", 8, *TRAINED))
     assert result["proof"]["by"] == "quantizer" and result["proof"]["agree"] > 0
     kept = result["stages"][result["kept"]]
