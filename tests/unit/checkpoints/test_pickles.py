@@ -196,8 +196,6 @@ def test_the_module_of_an_enum_is_not_imported(tmp_path: Path, monkeypatch: pyte
 
 
 class Loud:
-    """With an enum of its own."""
-
     Kind = enum.Enum("Kind", {"A": 1}, qualname="Loud.Kind")
 
     def __setstate__(self, state: object) -> None:

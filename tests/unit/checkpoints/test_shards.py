@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from operator import ne
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -131,40 +131,32 @@ def test_another_json_is_no_index_and_a_link_within_the_folder_no_way_out_of_it(
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
-def test_only_the_shard_that_changes_is_written_anew(sharded: Path, tmp_path: Path) -> None:
+def test_only_the_shard_that_changes_is_written_anew_and_the_total_put_right(sharded: Path, tmp_path: Path) -> None:
     before, after = contents(sharded), contents(write(sharded, tmp_path / "out", CHANGED))
     assert after.keys() == before.keys()
     assert [name for name in before if before[name] != after[name]] == [CONFIG, B, INDEX]
     assert after[INDEX] == before[INDEX].replace(b'"total_size": %d' % TOTAL, b'"total_size": %d' % (TOTAL - 24))
     assert load_file(tmp_path / "out" / B)[CODEBOOK].equal(NEW)
-
-
-def test_the_total_size_of_an_index_is_put_right(sharded: Path, tmp_path: Path) -> None:
-    changes = {
-        "wrong": lambda index: index["metadata"].update(total_size=1.5e9),
-        "missing": lambda i: i.pop("metadata"),
-    }
-    for name, change in changes.items():
-        edit_index(sharded, change)
+    for name in ("wrong", "missing"):
+        total = {"metadata": {"total_size": 1.5e9}} if name == "wrong" else {}
+        weights = json.loads((sharded / INDEX).read_text())["weight_map"]
+        (sharded / INDEX).write_text(json.dumps({"weight_map": weights} | total))
         write(sharded, tmp_path / name, CHANGED)
         assert json.loads((tmp_path / name / INDEX).read_text())["metadata"]["total_size"] == TOTAL - 24
 
 
-@pytest.mark.parametrize(("changed", "rewritten"), [({}, {A}), (COUNT, {A}), (CHANGED, {B}), (CHANGED | COUNT, {A, B})])
-def test_every_shard_that_changes_or_else_the_first_has_our_metadata(
-    changed: State, rewritten: set[str], sharded: Path, tmp_path: Path
+def test_shards_that_change_or_else_the_first_have_our_metadata_of_the_last_change(
+    sharded: Path, tmp_path: Path
 ) -> None:
-    output = write(sharded, tmp_path / "out", changed)
-    for name in (A, B):
-        ours = {"codebook_tools.kept": "surgery"} if name in rewritten else {}
-        assert metadata_of(output / name) == {"format": "pt", "shard": name, **ours}
-        assert (sha256(output / name) == sha256(sharded / name)) is (name not in rewritten)
-    assert read_checkpoint(output).metadata["codebook_tools.kept"] == "surgery"
-
-
-def test_what_was_told_of_an_earlier_change_does_not_outlive_it(sharded: Path, tmp_path: Path) -> None:
-    once = write(sharded, tmp_path / "once", COUNT, kept="first")
-    twice = write(once, tmp_path / "twice", CHANGED, kept="second")
+    cases: list[tuple[State, set[str]]] = [({}, {A}), (COUNT, {A}), (CHANGED, {B}), (CHANGED | COUNT, {A, B})]
+    for number, (changed, rewritten) in enumerate(cases):
+        output = write(sharded, tmp_path / str(number), changed)
+        for name in (A, B):
+            ours = {"codebook_tools.kept": "surgery"} if name in rewritten else {}
+            assert metadata_of(output / name) == {"format": "pt", "shard": name, **ours}
+            assert (sha256(output / name) == sha256(sharded / name)) is (name not in rewritten)
+        assert read_checkpoint(output).metadata["codebook_tools.kept"] == "surgery"
+    twice = write(write(sharded, tmp_path / "once", COUNT, kept="first"), tmp_path / "twice", CHANGED, kept="second")
     assert [metadata_of(twice / name)["codebook_tools.kept"] for name in (A, B)] == ["second"] * 2
     assert read_checkpoint(twice).tensor("count") == 8
 
@@ -202,6 +194,7 @@ def save_large(folder: Path, nbytes: int) -> Path:
 STREAM = """
 import json, sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 import safetensors, torch
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.write import write_checkpoint
@@ -219,23 +212,18 @@ print(json.dumps([*used, peak() - before]))
 """
 
 
-@pytest.fixture
-def roomy(tmp_path: Path) -> Iterator[Path]:
-    """A folder that does not outlive its test: pytest keeps tmp_path."""
-    yield tmp_path
-    shutil.rmtree(tmp_path)
-
-
 @pytest.mark.parametrize("nbytes", [12_000, pytest.param(72_000_000, marks=pytest.mark.slow)])
-def test_files_are_opened_and_written_unchanged_in_little_memory(nbytes: int, roomy: Path) -> None:
-    before = read_checkpoint(save_large(roomy / "model", nbytes))
-    save_pickle({"codebook": torch.ones(4, 3), "large": torch.zeros(20_000_000)}, roomy / "large.pt")  # 80 MB
-    done = subprocess.run([sys.executable, "-c", STREAM], cwd=roomy, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    pickle_opened, opened, written = json.loads(done.stdout)  # MB
-    assert pickle_opened < 40 and opened < 80 and written < 220
-    for output in ("out", "out.safetensors"):
-        after = read_checkpoint(roomy / output)
-        assert (after.dtypes, after.shapes) == (before.dtypes, before.shapes | {CODEBOOK: (8, 4)})
-        changed = {key for key in before.entries if any(map(ne, before.chunks(key), after.chunks(key)))}
-        assert changed == {CODEBOOK} and after.tensor(CODEBOOK).equal(torch.ones(8, 4))
+def test_files_are_opened_and_written_unchanged_in_little_memory(nbytes: int, tmp_path: Path) -> None:
+    with TemporaryDirectory(dir=tmp_path) as name:  # it does not outlive its test: pytest keeps tmp_path
+        folder = Path(name)
+        before = read_checkpoint(save_large(folder / "model", nbytes))
+        save_pickle({"codebook": torch.ones(4, 3), "large": torch.zeros(20_000_000)}, folder / "large.pt")  # 80 MB
+        done = subprocess.run([sys.executable, "-c", STREAM], cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        pickle_opened, opened, written = json.loads(done.stdout)  # MB
+        assert pickle_opened < 40 and opened < 80 and written < 220
+        for output in ("out", "out.safetensors"):
+            after = read_checkpoint(folder / output)
+            assert (after.dtypes, after.shapes) == (before.dtypes, before.shapes | {CODEBOOK: (8, 4)})
+            changed = {key for key in before.entries if any(map(ne, before.chunks(key), after.chunks(key)))}
+            assert changed == {CODEBOOK} and after.tensor(CODEBOOK).equal(torch.ones(8, 4))
