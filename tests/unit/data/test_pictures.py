@@ -99,9 +99,10 @@ READ_BY_NEW_PILLOW = pytest.mark.skipif(
 STORED = IN_COLOR | IN_GRAY
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=READ_BY_NEW_PILLOW if "multiplied" in k else ()) for k in STORED]
-)
+KINDS = [pytest.param(kind, marks=READ_BY_NEW_PILLOW if "multiplied" in kind else ()) for kind in STORED]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_pixels_are_those_stored_whatever_their_depth_and_alpha(kind: str, decoded: Decode) -> None:
     rgb, gray = (COLORS, [124, 18]) if kind in IN_COLOR else ([[200] * 3, [10] * 3], [200, 10])
     with warnings.catch_warnings():

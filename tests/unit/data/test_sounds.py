@@ -115,16 +115,15 @@ def test_other_channels_are_refused_until_their_mean_or_the_first_are_asked_for(
 
 
 # --- resampling ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("theirs", "ours"), [*((r, 24_000) for r in (8000, 11_025, 44_100, 192_000)), (44_100, 16_000), (8001, 8000)]
-)
-def test_clips_join_up_as_if_the_file_had_been_resampled_whole(theirs: int, ours: int, tmp_path: Path) -> None:
-    wave = sweep(theirs, 1.01)
-    clips = read(find_clips(put_bytes(tmp_path / "x.wav", stored(wave, theirs)), rate=ours, size=997))
-    divisor = np.gcd(theirs, ours)
-    whole = resample_poly(wave.astype(np.float64), ours // divisor, theirs // divisor)
-    assert len(clips) == len(wave) * ours // theirs // 997
-    assert np.abs(clips.flatten().numpy() - whole[: clips.numel()]).max() < 2e-6
+def test_clips_join_up_as_if_the_file_had_been_resampled_whole(tmp_path: Path) -> None:
+    rates = [*((rate, 24_000) for rate in (8000, 11_025, 44_100, 192_000)), (44_100, 16_000), (8001, 8000)]
+    for theirs, ours in rates:
+        wave = sweep(theirs, 1.01)
+        clips = read(find_clips(put_bytes(tmp_path / "x.wav", stored(wave, theirs)), rate=ours, size=997))
+        divisor = np.gcd(theirs, ours)
+        whole = resample_poly(wave.astype(np.float64), ours // divisor, theirs // divisor)
+        assert len(clips) == len(wave) * ours // theirs // 997
+        assert np.abs(clips.flatten().numpy() - whole[: clips.numel()]).max() < 2e-6, (theirs, ours)
 
 
 # --- damaged files ---------------------------------------------------------------------------------------------------
@@ -134,17 +133,14 @@ NOT_FINITE[10] = np.nan
 FLAC = stored(NOISE, RATE, "FLAC", "PCM_16")
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "readable"),
-    [("x.flac", FLAC[: len(FLAC) // 2], [0, 1]), ("x.wav", stored(NOT_FINITE), [1, 2, 3, 4, 5])],
-)
-def test_damage_costs_only_the_clips_that_it_is_in(name: str, data: bytes, readable: list[int], tmp_path: Path) -> None:
-    source = media(find_clips(put_bytes(tmp_path / name, data), size=RATE // 2), skip_bad=True)
-    items, waves = source.load(source.items)
-    assert names(items) == [f"{name}#{i}" for i in readable]
-    assert set(source.bad) == {f"{name}#{i}" for i in range(6)} - set(names(items))
-    expected = NOISE.reshape(6, 1, RATE // 2)[readable]
-    assert np.abs(waves.numpy() - expected).max() < 2**-15
+def test_damage_costs_only_the_clips_that_it_is_in(tmp_path: Path) -> None:
+    half = FLAC[: len(FLAC) // 2]
+    for name, data, readable in (("x.flac", half, [0, 1]), ("x.wav", stored(NOT_FINITE), [1, 2, 3, 4, 5])):
+        source = media(find_clips(put_bytes(tmp_path / name, data), size=RATE // 2), skip_bad=True)
+        items, waves = source.load(source.items)
+        assert names(items) == [f"{name}#{i}" for i in readable]
+        assert set(source.bad) == {f"{name}#{i}" for i in range(6)} - set(names(items))
+        assert np.abs(waves.numpy() - NOISE.reshape(6, 1, RATE // 2)[readable]).max() < 2**-15
 
 
 def test_a_wav_that_was_cut_off_is_as_long_as_what_is_left(tmp_path: Path) -> None:

@@ -61,18 +61,17 @@ def test_counts_of_no_training_say_nothing(counts: Tensor, tmp_path: Path, codeb
     assert alive(checkpoint, detected(checkpoint).codebooks[0]) is None
 
 
-@pytest.mark.parametrize(
-    ("codes", "beside", "text"),
-    [
-        (torch.zeros(32, 8), {}, f"{KEY} is all zeros: no training has reached it"),
-        (torch.ones(32, 8), {}, f"all 32 codes of {KEY} are the same"),
-        (DRAWN, {}, "as an initialisation draws"),
-        (fitted(64), {"initted": torch.zeros(1)}, f"quantizer.initted is 0: {KEY} is not initialized"),
-    ],
-)
-def test_what_no_training_has_reached_is_said_wherever_codes_are_shown(
-    codes: Tensor, beside: dict[str, Tensor], text: str, tmp_path: Path, codebook: Run
-) -> None:
+UNTRAINED: dict[str, tuple[Tensor, dict[str, Tensor]]] = {
+    f"{KEY} is all zeros: no training has reached it": (torch.zeros(32, 8), {}),
+    f"all 32 codes of {KEY} are the same": (torch.ones(32, 8), {}),
+    "as an initialisation draws": (DRAWN, {}),
+    f"quantizer.initted is 0: {KEY} is not initialized": (fitted(64), {"initted": torch.zeros(1)}),
+}
+
+
+@pytest.mark.parametrize("text", UNTRAINED)
+def test_what_no_training_has_reached_is_said_where_codes_are_shown(text: str, tmp_path: Path, codebook: Run) -> None:
+    codes, beside = UNTRAINED[text]
     path = file_of(tmp_path, codes, **beside)
     assert [line for line in messages(path) if text in line]
     assert text in " ".join(codebook("inspect", path).stdout.split())

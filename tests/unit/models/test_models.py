@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,35 +114,26 @@ def test_unit_codes_are_emitted_at_length_one_in_training_too(grey: Callable[...
 
 
 # --- installation --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("size", [1, 40])
-def test_a_codebook_of_any_size_is_installed_bit_by_bit(tiny: Path, image_tensor: Tensor, size: int) -> None:
-    model, codes = load(tiny), torch.randn(size, 4, generator=torch.Generator().manual_seed(size))
-    model.install(Codebook(codes))
-    assert torch.equal(model.books[0].vectors, codes) and model.books[0].stored.size == 16
-    latents = model.encode(image_tensor)
-    distances = torch.cdist(latents.movedim(1, -1).flatten(0, -2).double(), codes.double())
-    assert torch.equal(model.assign(latents).flatten(), distances.argmin(1))
-
-
-def test_codes_are_rounded_to_the_stored_dtype_which_must_hold_them(write_model: WriteModel) -> None:
-    codes = torch.rand(8, 4, generator=torch.Generator().manual_seed(0))
-    for dtype in (torch.bfloat16, torch.float16):
-        model = load(write_model(str(dtype).removeprefix("torch.")))
-        model.install(Codebook(codes))
-        assert torch.equal(model.books[0].vectors, codes.to(dtype).float())
-        assert not torch.equal(model.books[0].vectors, codes)
+def test_codes_of_any_number_are_rounded_to_the_stored_dtype_which_must_hold_them(write_model: WriteModel) -> None:
+    codes = torch.rand(40, 4, generator=torch.Generator().manual_seed(0))
+    for variant, dtype in (("plain", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        model = load(write_model(variant))
+        for size in (1, 40):
+            model.install(Codebook(codes[:size]))
+            assert torch.equal(model.books[0].vectors, codes[:size].to(dtype).float())
+            assert model.books[0].stored.size == 16
     with pytest.raises(CodebookError, match=r"do not fit torch\.float16"):
         model.install(Codebook(torch.full((2, 4), 1e5)))
 
 
-@pytest.mark.parametrize("size", [1, 5])
-def test_what_the_network_itself_holds_of_a_codebook_is_never_looked_up(line: Callable[..., Model], size: int) -> None:
-    model = line([0.0, 1.0])
+def test_what_the_network_itself_holds_of_a_codebook_is_never_looked_up(line: Callable[..., Model]) -> None:
+    model, images = line([0.0, 1.0]), torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2)
     model.network.get_parameter("quantizer.codebook.weight").data.fill_(torch.nan)
-    model.install(Codebook(torch.tensor([[0.25, 0.0]] * size)))
-    result = model.pass_through(torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2))
-    assert result.media.flatten().tolist() == [0.25, 0.25] and not result.codes[0].any()
-    assert list(model.changed({0: torch.ones(size)}, {0: torch.tensor([0, -1])})) == ["quantizer.codebook.weight"]
+    for size in (1, 5):
+        model.install(Codebook(torch.tensor([[0.25, 0.0]] * size)))
+        result = model.pass_through(images)
+        assert result.media.flatten().tolist() == [0.25, 0.25] and not result.codes[0].any()
+        assert list(model.changed({0: torch.ones(size)}, {0: torch.tensor([0, -1])})) == ["quantizer.codebook.weight"]
 
 
 def stored_as(
@@ -175,18 +167,16 @@ def new_values(found: FoundCodebook, stored: State, codes: Tensor = CODES, count
     return companion_values(found, companions_of(found, old, stored, {}), stored, codes, counts)
 
 
-@pytest.mark.parametrize(
-    ("key", "old", "expected"),
-    [
-        *((key, FIVE_BY_3, SUMS) for key in ("_ema_w", "embed_avg", "k_sum", "m_i_ts", "ema_embed_shadow")),
-        *((key, FIVE, [3, 1]) for key in ("_ema_cluster_size", "cluster_usage", "k_elem")),
-        ("cluster_size", torch.ones(1, 5), [[3, 1]]),
-        ("N_i_ts", torch.ones(5, dtype=torch.int64), [3, 1]),
-        ("embed_prob", FIVE, [0.75, 0.25]),
-        ("weight_shadow", FIVE_BY_3, CODES.tolist()),
-        ("vocab_hit", torch.ones(2, 5), [[3, 1], [3, 1]]),
-    ],
-)
+COMPANIONS: list[tuple[str, Tensor, list[Any]]] = [
+    *((key, FIVE_BY_3, SUMS) for key in ("_ema_w", "embed_avg", "k_sum", "m_i_ts", "ema_embed_shadow")),
+    *((key, FIVE, [3, 1]) for key in ("_ema_cluster_size", "cluster_usage", "k_elem")),
+    ("cluster_size", torch.ones(1, 5), [[3, 1]]), ("N_i_ts", torch.ones(5, dtype=torch.int64), [3, 1]),
+    ("embed_prob", FIVE, [0.75, 0.25]), ("weight_shadow", FIVE_BY_3, CODES.tolist()),
+    ("vocab_hit", torch.ones(2, 5), [[3, 1], [3, 1]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "old", "expected"), COMPANIONS)
 def test_a_companion_is_what_its_name_says_for_the_new_codes(key: str, old: Tensor, expected: list[float]) -> None:
     value = new_values(stored_as(5, 3, 0, (f"q.{key}",)), {f"q.{key}": old})[f"q.{key}"]
     assert value.tolist() == expected and value.dtype == old.dtype
@@ -201,19 +191,14 @@ def test_a_companion_lies_as_its_codebook_does_also_where_the_new_size_is_the_di
     assert value.tolist() == [[3, 6], [4, 5]]
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        *(("initted", dtype) for dtype in (torch.bool, torch.float32, torch.uint8)),
-        *((name, torch.float32) for name in ("inited", "is_initialized", "data_initialized", "_init", "initialised")),
-    ],
-)
-def test_flags_beside_a_codebook_say_that_it_is_initialised(name: str, dtype: torch.dtype) -> None:
+def test_flags_beside_a_codebook_say_that_it_is_initialised() -> None:
     others = {"other.initted": torch.zeros(1), "q.initial_value": torch.ones(1)}
-    stored = {f"q.{name}": torch.zeros(1, dtype=dtype)} | others
-    assert flags("q.embed", stored) == [f"q.{name}"]
-    value = new_values(stored_as(5, 3), stored)
-    assert list(value) == [f"q.{name}"] and torch.equal(value[f"q.{name}"], torch.ones(1, dtype=dtype))
+    names = ("initted", "inited", "is_initialized", "data_initialized", "_init", "initialised")
+    for name, dtype in (*((name, torch.float32) for name in names), ("initted", torch.bool), ("initted", torch.uint8)):
+        stored = {f"q.{name}": torch.zeros(1, dtype=dtype)} | others
+        assert flags("q.embed", stored) == [f"q.{name}"]
+        value = new_values(stored_as(5, 3), stored)
+        assert list(value) == [f"q.{name}"] and torch.equal(value[f"q.{name}"], torch.ones(1, dtype=dtype))
 
 
 def test_companions_in_half_precision_hold_the_counts_of_any_data_set() -> None:

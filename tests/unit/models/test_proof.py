@@ -55,7 +55,9 @@ def kept_use(result: Any) -> tuple[float, Any]:
 
 # --- one tensor, several names -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("words", [("refit", "--k", 8, *TRAINED), ("prune",), ("grow", "--k", 20)])
-def test_stages_keep_sharing_a_codebook(words: tuple[Any, ...], run: Run, tmp_path: Path, images: Tensor) -> None:
+def test_stages_keep_sharing_a_codebook_and_verify_finds_where_they_do_not(
+    words: tuple[Any, ...], run: Run, tmp_path: Path, images: Tensor, codebook: Run
+) -> None:
     result = succeeded(run(words[0], "tied", *words[1:]))
     mse, use = kept_use(result)
     state = load_file(tmp_path / "out.safetensors")
@@ -78,6 +80,15 @@ def test_stages_keep_sharing_a_codebook(words: tuple[Any, ...], run: Run, tmp_pa
     assert use["latents"] == sum(codes.numel() for codes in chosen)
     assert any("are one codebook" in warning for warning in result["warnings"])
 
+    state["stages.1.weight"] += 1
+    out, against = tmp_path / "out.safetensors", ("--against", tmp_path / "model.safetensors")
+    with safe_open(out, "pt") as file:
+        save_file(state, out, file.metadata())
+    network = ("--network", f"{tmp_path / 'network.py'}:make", "--data", tmp_path / "calibration.npy", *RANGE)
+    for words, message in ((against, "in the original they are equal"), (network, "one tensor in the network")):
+        refused = codebook("verify", out, *words, "--json")
+        assert refused.exit_code == 3 and any(message in one["what"] for one in refused.json["differences"]), message
+
 
 def test_the_codebook_of_a_shared_library_quantizer_is_written_under_every_name(tmp_path: Path, codebook: Run) -> None:
     state = {key: tensor.clone().contiguous() for key, tensor in LIBRARIES["shared"](24).state_dict().items()}
@@ -94,21 +105,6 @@ def test_the_codebook_of_a_shared_library_quantizer_is_written_under_every_name(
     sums, counts = (written[f"vq.layers.2._codebook.{leaf}"] for leaf in ("embed_avg", "cluster_size"))
     torch.testing.assert_close(sums, written[key] * counts[..., None])
     assert codebook("verify", out, "--against", model).exit_code == 0
-
-
-def test_verify_finds_names_of_one_codebook_that_differ(run: Run, tmp_path: Path, codebook: Run) -> None:
-    succeeded(run("refit", "tied", "--k", 8, "--steps", 0))
-    out = tmp_path / "out.safetensors"
-    state = load_file(out)
-    state["stages.1.weight"] += 1
-    with safe_open(out, "pt") as file:
-        save_file(state, out, file.metadata())
-    alone = codebook("verify", out, "--against", tmp_path / "model.safetensors", "--json")
-    differences = [difference["what"] for difference in alone.json["differences"]]
-    assert alone.exit_code == 3 and any("in the original they are equal" in what for what in differences)
-    network = ("--network", f"{tmp_path / 'network.py'}:make", "--data", tmp_path / "calibration.npy", *RANGE)
-    asked = codebook("verify", out, *network, "--json")
-    assert asked.exit_code == 3 and "one tensor in the network" in asked.json["differences"][0]["what"]
 
 
 def test_codebooks_that_are_equal_by_chance_are_no_twins(tmp_path: Path) -> None:
@@ -135,14 +131,13 @@ def write_codes(folder: Path, codes: Tensor | None = None, **beside: Tensor) -> 
     return ("refit", model, *words, "-o", folder / "out.safetensors", "--json")
 
 
-@pytest.mark.parametrize(
-    ("counts", "sums", "kind"),
-    [
-        ("N", "z_avg", "plain"), ("cluster_size", "cluster_sum", "smoothed"), ("_ema_cluster_size", "_ema_w", "across"),
-        ("code_count", "code_sum", "half"), ("q7", "x_bar", "plain"), ("q7", "x_bar", "smoothed"),
-        ("q7", "x_bar", "across"), ("q7", "x_bar", "half"),
-    ],
-)  # fmt: skip
+ROLES = [
+    ("N", "z_avg", "plain"), ("cluster_size", "cluster_sum", "smoothed"), ("_ema_cluster_size", "_ema_w", "across"),
+    ("code_count", "code_sum", "half"), *(("q7", "x_bar", kind) for kind in ("plain", "smoothed", "across", "half")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("counts", "sums", "kind"), ROLES)
 def test_sums_and_counts_are_known_by_numbers(counts: str, sums: str, kind: str, tmp_path: Path, codebook: Run) -> None:
     torch.manual_seed(1)
     dtype = torch.float16 if kind == "half" else torch.float32
