@@ -111,17 +111,6 @@ def test_a_checkpoint_can_replace_the_file_that_it_is_made_from(mixed: Path) -> 
 
 
 # --- whether a place can be written, asked beforehand --------------------------------------------------------------
-@pytest.mark.parametrize("name", ["out.safetensors", "out.index_map.safetensors"])
-def test_neither_checkpoint_nor_index_map_is_overwritten_without_force(tmp_path: Path, name: str) -> None:
-    check_writable(tmp_path / "out.safetensors", force=False)
-    assert contents(tmp_path) == {}  # asking leaves nothing
-    (tmp_path / name).write_bytes(b"precious")
-    with pytest.raises(CodebookError, match=rf"{name} exists; --force"):
-        check_writable(tmp_path / "out.safetensors", force=False)
-    check_writable(tmp_path / "out.safetensors", force=True)
-    assert contents(tmp_path) == {name: b"precious"}
-
-
 def test_a_place_that_cannot_be_written_is_refused_beforehand(tmp_path: Path) -> None:
     (tmp_path / "folder.safetensors").mkdir()
     for name, message in (

@@ -17,7 +17,6 @@ from codebook_tools.checkpoints.detect import find_codebooks
 from codebook_tools.clustering.metric import COSINE_UNIT
 from codebook_tools.codebook import EUCLIDEAN
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.ema_state import companion_values, companions_of
 from codebook_tools.models.networks.vector_quantize_pytorch import give_walk
 
 DIM, SIZE = 6, 16
@@ -220,29 +219,3 @@ def test_a_member_in_the_way_is_named() -> None:
     made.lookup = nn.Embedding(2, 2)
     with pytest.raises(CodebookError, match=r"`lookup` is in the way of its ResidualVQ, middle\.vq: rename it"):
         give_walk(made)
-
-
-# --- what follows the codes in the file ----------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["plain", "grouped"])
-def test_the_library_loads_a_pruned_codebook_and_trains_on_from_it(name: str) -> None:
-    made = network(name, kmeans_init=True)  # not initialised yet, for all that its file says
-    keep, counts = torch.tensor([1, 2, 5, 7, 8, 13, 15]), torch.arange(1.0, SIZE + 1)
-    state = made.state_dict()
-    for book in find_codebooks({key: tuple(tensor.shape) for key, tensor in state.items()}).codebooks:
-        companions = companions_of(book, state[book.key][0], state, {})
-        rows = state[book.key][:, keep]
-        state = state | {book.key: rows} | companion_values(book, companions, state, rows[0], counts[keep])
-    flags = [key for key in state if key.endswith("initted")]
-    assert len(flags) == len(made.codebooks) and all(bool(state[key]) for key in flags)
-    first = made.codebooks[0].removesuffix("embed")
-    assert torch.equal(state[first + "cluster_size"], counts[keep][None])
-    assert torch.equal(state[first + "embed_avg"], state[first + "embed"] * counts[keep][None, :, None])
-
-    fresh = network(name, kmeans_init=True, codebook_size=len(keep))
-    fresh.load_state_dict(state)
-    latents = torch.randn(4, DIM, 6, 6)
-    by_library(fresh.train(), latents)
-    for key in fresh.codebooks:  # a step of EMA moves codes, and no more
-        after, before = fresh.state_dict()[key], state[key]
-        assert 0.5 < float(after.norm() / before.norm()) < 1.5
-        assert functional.cosine_similarity(after, before, dim=-1).median() > 0.9

@@ -12,7 +12,6 @@ import torch
 from conftest import GREY, Grey, State
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
 from tutorial import Tutorial
 
@@ -209,19 +208,6 @@ def test_companions_in_half_precision_hold_the_counts_of_any_data_set() -> None:
     assert torch.isfinite(sums).all() and sizes[0] > 1000
     assert torch.equal(sums / sizes[:, None], CODES)
     assert sizes[0] / sizes[1] == 512  # the power of two next to 500
-
-
-@pytest.mark.parametrize("command", [["refit", "--k", 6, "--steps", 0], ["finetune", "--steps", 4, "--batch-size", 8]])
-def test_the_models_own_training_goes_on_from_the_written_codes(
-    command: list[object], write_model: WriteModel, codebook: Callable[..., object], images_folder: Path, tmp_path: Path
-) -> None:
-    """One step of VectorQuantizerEMA without data, as the zalando tutorial writes it."""
-    codebook(*command, write_model("ema"), "--data", images_folder, "-o", tmp_path / "out.safetensors")
-    state = load_file(tmp_path / "out.safetensors")
-    counts = state["_vq_vae._ema_cluster_size"] * 0.99
-    counts = (counts + 1e-5) / (counts.sum() + len(counts) * 1e-5) * counts.sum()
-    moved = state["_vq_vae._ema_w"] * 0.99 / counts[:, None]
-    torch.testing.assert_close(moved, state[CODEBOOK], rtol=1e-3, atol=1e-5)
 
 
 # --- from a file to a model ----------------------------------------------------------------------------------------
