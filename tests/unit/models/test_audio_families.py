@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,14 +40,7 @@ Saved = Callable[[str], Path]
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """saved("dac"): the directory of a case, made once: do not write into it."""
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = save(CASES[name], tmp_path_factory.mktemp("codec"))
-        return made[name]
-
-    return get
+    return cache(lambda name: save(CASES[name], tmp_path_factory.mktemp("codec")))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -93,14 +87,12 @@ def counted(config: Any, **entries: Any) -> list[int]:
     return [config.num_quantizers, *(min(number, config.num_quantizers) for number in used)]
 
 
-AT_48_KHZ = {"sampling_rate": 48_000, "target_bandwidths": [3.0, 6.0, 12.0, 24.0], "chunk_length_s": 1.0,
-             "overlap": 0.01}  # fmt: skip
-MUSICGEN = {"sampling_rate": 32_000, "target_bandwidths": [2.2], "codebook_size": 2048,
-            "upsampling_ratios": [8, 5, 4, 4]}  # fmt: skip
+AT_48_KHZ = {"sampling_rate": 48_000, "target_bandwidths": [3.0, 6.0, 12.0, 24.0], "chunk_length_s": 1.0}
+MUSICGEN = {"sampling_rate": 32_000, "target_bandwidths": [2.2], "codebook_size": 2048}
 PUBLISHED = {
     "encodec 24 kHz": (encodec.FAMILY, transformers.EncodecConfig(), [32, 2, 4, 8, 16, 32]),
-    "encodec 48 kHz": (encodec.FAMILY, transformers.EncodecConfig(**AT_48_KHZ), [16, 2, 4, 8, 16]),
-    "musicgen": (encodec.FAMILY, transformers.EncodecConfig(**MUSICGEN), [4, 4]),
+    "encodec 48 kHz": (encodec.FAMILY, transformers.EncodecConfig(**AT_48_KHZ, overlap=0.01), [16, 2, 4, 8, 16]),
+    "musicgen": (encodec.FAMILY, transformers.EncodecConfig(**MUSICGEN, upsampling_ratios=[8, 5, 4, 4]), [4, 4]),
     "xcodec": (xcodec.FAMILY, transformers.XcodecConfig(), [8, 1, 2, 3, 4, 8]),
 }
 

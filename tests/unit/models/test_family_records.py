@@ -156,11 +156,12 @@ def test_gradients_of_janus_are_right_though_the_library_multiplies_in_place(lib
 
 
 def test_a_whole_janus_is_warned_of(tmp_path: Path) -> None:
-    configs: list[tuple[dict[str, object], str]] = [
-        ({"vq_config": {"num_embeddings": 16}}, "generation_head.vision_head"),
-        ({"gen_vision_config": {"params": {}}}, "gen_head.vision_head"),
-    ]
-    for config, part in [*configs, ({"num_embeddings": 16}, None)]:
+    vq: dict[str, object] = {"num_embeddings": 16}
+    parts = {
+        "generation_head.vision_head": {"vq_config": vq},
+        "gen_head.vision_head": {"gen_vision_config": {"params": {}}},
+    }
+    for part, config in [*parts.items(), (None, vq)]:
         (tmp_path / "config.json").write_text(json.dumps(config))
         warnings = whole(replace(described({}), config_path=tmp_path / "config.json"))
         assert part in warnings[0] if part else not warnings

@@ -186,8 +186,7 @@ def test_what_is_no_such_quantizer_or_has_a_walk_of_its_own_or_beams_in_training
 plain, residual = quantizer(VectorQuantize), quantizer(ResidualVQ, num_quantizers=2)
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "heads": (
-        lambda: plain(heads=2, separate_codebook_per_head=True), "VectorQuantize with a codebook for each of its heads",
-    ),
+        lambda: plain(heads=2, separate_codebook_per_head=True), "VectorQuantize with a codebook for each of its he"),
     "affine": (lambda: plain(affine_param=True), "with affine_param"),
     "affine stages": (lambda: residual(affine_param=True), "ResidualVQ with affine_param"),
     "bridge": (lambda: plain(vq_bridge=nn.Linear(DIM, DIM)), "with a vq_bridge"),
@@ -196,13 +195,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "beams": (lambda: residual(beam_size=4), "with eval_beam_size > 1"),
     "sim": (
         lambda: quantizer(SimVQ)(codebook_transform=nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU())),
-        "SimVQ with a codebook_transform that is not one linear layer",
-    ),
+        "SimVQ with a codebook_transform that is not one linear layer"),
     "no codes": (lambda: FSQ(levels=[4, 4], dim=DIM), "is FSQ, and of its library only VectorQuantize, "),
     "two": (
         lambda: nn.ModuleList([residual(), residual()]),
-        r"holds 2 quantisers, middle\.vq\.0, middle\.vq\.1; give Own a `walk` and `codebooks` of its own",
-    ),
+        r"holds 2 quantisers, middle\.vq\.0, middle\.vq\.1; give Own a `walk` and `codebooks` of its own"),
 }  # fmt: skip
 
 

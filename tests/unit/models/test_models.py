@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GREY, Grey, State
+from conftest import GREY, Grey, State, WriteModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -31,7 +31,6 @@ from codebook_tools.models.networks import zalando
 from codebook_tools.models.stored_codes import stored_rows
 from codebook_tools.models.user_network import make_network
 
-WriteModel = Callable[..., Path]
 VARIANTS = ("plain", "ema", "weight_norm_older", "weight_norm_newer", "module_prefix", "tied", "extra")
 
 
@@ -183,9 +182,8 @@ def test_a_companion_is_what_its_name_says_for_the_new_codes(key: str, old: Tens
 
 def test_a_companion_lies_as_its_codebook_does_also_where_the_new_size_is_the_dimension() -> None:
     across, along = (stored_as(5, dim, axis, ("q.embed_avg",)) for dim, axis in ((3, 1), (2, 0)))
-    assert (
-        new_values(across, {"q.embed_avg": torch.ones(3, 5)})["q.embed_avg"].tolist() == torch.tensor(SUMS).T.tolist()
-    )
+    value = new_values(across, {"q.embed_avg": torch.ones(3, 5)})["q.embed_avg"]
+    assert torch.equal(value, torch.tensor(SUMS).T)
     value = new_values(along, {"q.embed_avg": torch.ones(5, 2)}, CODES[:, :2])["q.embed_avg"]
     assert value.tolist() == [[3, 6], [4, 5]]
 
@@ -258,11 +256,8 @@ def test_what_cannot_be_worked_on_is_refused_with_its_tensor_or_family(
         load(write_model(state=variants["plain"] | {"_decoder._conv_1.bias": torch.full((8,), torch.nan)}))
     with pytest.raises(CodebookError, match=r"_embedding\.weight in .* -inf at \[0, 2\]"):
         load(write_model(state=variants["plain"] | {CODEBOOK: odd}))
-    for family, message in (
-        ("vqgan", "no family 'vqgan'; there are zalando"),
-        ("zalando", "layout"),
-        (None, r"no network is known .*quantizer\.codebook\.weight, 2x2.*--network"),
-    ):
+    unknown, none = "no family 'vqgan'; there are zalando", r"no network is known .*codebook\.weight, 2x2.*--network"
+    for family, message in (("vqgan", unknown), ("zalando", "layout"), (None, none)):
         with pytest.raises(CodebookError, match=message):
             load_model(read_checkpoint(grey([0.0, 1.0]).path), family=family)
 
@@ -324,10 +319,7 @@ def test_a_network_is_a_file_and_a_function_and_may_import_its_neighbors_and_def
     (tmp_path / "own.py").write_text(OWN)
     assert type(make_network(f"{tmp_path / 'own.py'}:make", 7)).__name__ == "Grey"
     (tmp_path / "own.txt").touch()
-    for spec, message in (
-        ("{}/gone.py:make", "no such network file"),
-        ("{}/own.txt:make", "no Python"),
-        ("own.py", "FILE"),
-    ):
+    gone, no_python = f"{tmp_path}/gone.py:make", f"{tmp_path}/own.txt:make"
+    for spec, message in ((gone, "no such network file"), (no_python, "no Python"), ("own.py", "FILE")):
         with pytest.raises(CodebookError, match=message):
-            make_network(spec.format(tmp_path), 2)
+            make_network(spec, 2)
