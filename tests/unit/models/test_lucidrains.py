@@ -185,8 +185,8 @@ def test_what_is_no_such_quantizer_or_has_a_walk_of_its_own_or_beams_in_training
 
 plain, residual = quantizer(VectorQuantize), quantizer(ResidualVQ, num_quantizers=2)
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "heads": (
-        lambda: plain(heads=2, separate_codebook_per_head=True), "VectorQuantize with a codebook for each of its he"),
+    "heads": (lambda: plain(heads=2, separate_codebook_per_head=True),
+              "VectorQuantize with a codebook for each of its heads"),
     "affine": (lambda: plain(affine_param=True), "with affine_param"),
     "affine stages": (lambda: residual(affine_param=True), "ResidualVQ with affine_param"),
     "bridge": (lambda: plain(vq_bridge=nn.Linear(DIM, DIM)), "with a vq_bridge"),
