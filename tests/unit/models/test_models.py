@@ -159,10 +159,10 @@ SUMS = [[3.0, 6.0, 9.0], [4.0, 5.0, 6.0]]
 FIVE_BY_3, FIVE = torch.ones(5, 3), torch.ones(5)
 
 
-def new_values(found: FoundCodebook, stored: State, codes: Tensor = CODES, counts: Tensor = COUNTS) -> State:
+def new_values(book: FoundCodebook, stored: State, codes: Tensor = CODES, counts: Tensor = COUNTS) -> State:
     """What follows a codebook whose numbers say nothing of its companions."""
-    old = torch.arange(1.0, found.size * found.dim + 1).reshape(found.size, found.dim)
-    return companion_values(found, companions_of(found, old, stored, {}), stored, codes, counts)
+    old = torch.arange(1.0, book.size * book.dim + 1).reshape(book.size, book.dim)
+    return companion_values(book, companions_of(book, old, stored, {}), stored, codes, counts)
 
 
 COMPANIONS: list[tuple[str, Tensor, list[Any]]] = [
