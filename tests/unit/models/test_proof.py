@@ -249,18 +249,19 @@ def test_unit_codes_of_an_unknown_search_are_chosen_alike_by_both(run: Run, tmp_
     assert torch.equal(torch.cdist(latents, codes).argmin(1), (latents @ codes.T).argmax(1))
 
 
-def test_a_network_that_does_not_fit_the_surgery_is_refused_before_any_work(run: Run, tmp_path: Path) -> None:
-    for name, message in (
-        ("headed", "head.weight follows the number of codes, too"),
-        ("fixed", "--network must be a function that makes as many codes as it is asked for"),
-        ("swapped", "the network's quantize disagrees"),
-    ):
-        assert_refused(run("refit", name, "--k", 8, "--steps", 0), message)
-        assert not (tmp_path / "out.safetensors").exists()
-        if name != "swapped":  # as many codes as before need no other network
-            assert run("restart", name, "--steps", 0).exit_code == 0
-            (tmp_path / "out.safetensors").unlink()
-            (tmp_path / "out.index_map.safetensors").unlink()
+UNFIT = {
+    "headed": "head.weight follows the number of codes, too",
+    "fixed": "--network must be a function that makes as many codes as it is asked for",
+    "swapped": "the network's quantize disagrees",
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_network_that_does_not_fit_the_surgery_is_refused_before_work(name: str, run: Run, tmp_path: Path) -> None:
+    assert_refused(run("refit", name, "--k", 8, "--steps", 0), UNFIT[name])
+    assert not (tmp_path / "out.safetensors").exists()
+    if name != "swapped":  # as many codes as before need no other network
+        assert run("restart", name, "--steps", 0).exit_code == 0
 
 
 # --- the module's own training -------------------------------------------------------------------------------------
