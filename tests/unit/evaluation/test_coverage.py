@@ -16,7 +16,6 @@ from codebook_tools.codebook import Codebook
 from codebook_tools.evaluation import coverage
 from codebook_tools.evaluation.coverage import reference_distance, reference_latents
 from codebook_tools.models.load import load_model
-from codebook_tools.models.model import Model
 
 
 @pytest.mark.parametrize(
@@ -59,46 +58,31 @@ def test_good_codes_cover_about_95_percent_and_a_few_of_them_far_less() -> None:
     assert 0.93 < shares[0] < 0.97 and shares[1] < 0.5
 
 
-@pytest.fixture
-def model(tiny: Path) -> Model:
-    return load_model(read_checkpoint(tiny))
-
-
-@pytest.fixture
-def images(images_folder: Path) -> Images:
-    return Images(find_images([images_folder]), channels=3)
-
-
-def drawn(model: Model, images: Images, seed: int = 0, batch: int = 64) -> Tensor:
-    latents = reference_latents(model, images, seed=seed, batch=batch)
-    assert latents is not None
-    return latents
-
-
 def test_reference_latents_are_the_encoders_own_and_follow_from_names_and_seed_alone(
-    model: Model, images: Images, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, images_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    everything = torch.cat(list(model.latents(images, 64)))
-    assert sorted(map(tuple, drawn(model, images).tolist())) == sorted(map(tuple, everything.tolist()))
-    monkeypatch.setattr(coverage, "POINTS", 50)
-    few = drawn(model, images)
-    assert few.shape == (50, 4)
-    assert float((few[:, None] - everything).abs().amax(2).amin(1).max()) < 1e-5  # rounding depends on the batch
-    assert torch.equal(few, drawn(model, images.subset(images.items[::-1])))
-    assert torch.allclose(few, drawn(model, images, batch=7), atol=1e-6)
-    assert not torch.equal(few, drawn(model, images, seed=1))
-    assert reference_latents(model, images.subset([]), seed=0, batch=64) is None
+    model, images = load_model(read_checkpoint(tiny)), Images(find_images([images_folder]), channels=3)
+    encoded, encode = set[int](), model.encode
 
-
-def test_four_times_the_latents_are_encoded(model: Model, images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coverage, "POINTS", 20)
-    encoded: set[int] = set()
-    encode = model.encode
-
-    def counted(pixels: Tensor, stage: int = 0, **more: bool) -> Tensor:
+    def recorded(pixels: Tensor, stage: int = 0, **more: bool) -> Tensor:
         encoded.update(hash(image.numpy().tobytes()) for image in pixels)
         return encode(pixels, stage, **more)
 
-    monkeypatch.setattr(model, "encode", counted)
-    assert len(drawn(model, images, batch=1)) == 20
-    assert len(encoded) == 5  # of 16 latents each: 80
+    def drawn(images: Images = images, seed: int = 0, batch: int = 64) -> Tensor:
+        latents = reference_latents(model, images, seed=seed, batch=batch)
+        assert latents is not None
+        return latents
+
+    everything = torch.cat(list(model.latents(images, 64)))
+    assert sorted(map(tuple, drawn().tolist())) == sorted(map(tuple, everything.tolist()))
+    monkeypatch.setattr(coverage, "POINTS", 50)
+    few = drawn()
+    assert few.shape == (50, 4)
+    assert float((few[:, None] - everything).abs().amax(2).amin(1).max()) < 1e-5  # rounding depends on the batch
+    assert torch.equal(few, drawn(images.subset(images.items[::-1])))
+    assert torch.allclose(few, drawn(batch=7), atol=1e-6) and not torch.equal(few, drawn(seed=1))
+    assert reference_latents(model, images.subset([]), seed=0, batch=64) is None
+    monkeypatch.setattr(coverage, "POINTS", 20)
+    monkeypatch.setattr(model, "encode", recorded)
+    assert len(drawn(batch=1)) == 20
+    assert len(encoded) == 5  # of 16 latents each: four times as many

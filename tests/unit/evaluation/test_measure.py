@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from codebook_tools.workflows import operate as workflow
 from codebook_tools.workflows.request import Request
 
 GreyImages = Callable[..., Images]
+Figures = tuple[float | None, float | None]  # sharpness and SSIM
 Line = Callable[[list[float]], Model]
 
 # Nearest of the codes 0, 0.5 and 1: 0 0 0 1 and 2 2 1 0; squared errors 0 .04 .04 .01 and 0 .04 .01 0.
@@ -38,9 +40,7 @@ def measured(model: Model, images: Images, **settings: object) -> Measurement:
 
 
 @pytest.mark.parametrize("batch", [1, 64])
-def test_every_number_of_a_measurement_is_the_one_worked_by_hand(
-    line: Line, grey_images: GreyImages, batch: int
-) -> None:
+def test_every_number_of_a_measurement_by_hand(line: Line, grey_images: GreyImages, batch: int) -> None:
     model = line([0.0, 0.5, 1.0])
     before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     result = measured(model, grey_images(*BY_HAND), batch=batch)
@@ -56,9 +56,7 @@ def test_every_number_of_a_measurement_is_the_one_worked_by_hand(
 
 
 @pytest.mark.parametrize(("limit", "share"), [(0.0, 3 / 8), (0.02, 5 / 8), (0.05, 1.0)])
-def test_coverage_counts_the_latents_within_the_reference_distance(
-    limit: float, share: float, line: Line, grey_images: GreyImages
-) -> None:
+def test_coverage_counts_latents_within_the_reference(limit: float, share: float, line: Line, grey_images: Any) -> None:
     result = measured(line([0.0, 0.5, 1.0]), grey_images(*BY_HAND), references=[limit])
     assert result.codebooks[0].coverage == share
 
@@ -70,13 +68,8 @@ def test_codes_nearer_to_each_other_than_a_255th_are_told_apart(line: Line, grey
     assert (result.codebooks[0].used, result.mse) == (64, 0)
 
 
-def test_codes_without_hits_are_not_in_use_and_ten_hits_are_counted(line: Line, grey_images: GreyImages) -> None:
-    use = measured(line([0.0, 9.0, 1.0, -9.0]), grey_images([[0.0] * 10 + [1.0]])).codebooks[0]
-    assert (use.size, use.used, use.usage, use.used_10, use.top_share) == (4, 2, 0.5, 1, pytest.approx(10 / 11))
-
-
 def test_reconstructions_are_clamped_before_they_are_compared(line: Line, grey_images: GreyImages) -> None:
-    result = measured(line([1.5, -0.5]), grey_images([[1.0, 0.0], [1.0, 0.2]]))  # reconstructed as 1 and 0
+    result = measured(line([1.5, -0.5]), grey_images([[1.0, 0.0], [1.0, 0.2]]))
     assert result.mse == pytest.approx(0.04 / 4, rel=1e-6)
     assert result.codebooks[0].distortion == pytest.approx((3 * 0.25 + 0.49) / 4, rel=1e-6)
 
@@ -132,20 +125,10 @@ FADED = board(12, 0.2, 0.8), torch.full((12, 12), 0.6)
     ],
 )
 def test_sharpness_is_the_ratio_of_detail_over_all_images(
-    codes: list[float],
-    pictures: list[Tensor],
-    structure: bool,
-    sharpness: float | None,
-    line: Line,
-    grey_images: GreyImages,
+    codes: list[float], pictures: list[Tensor], structure: bool, sharpness: Any, line: Line, grey_images: GreyImages
 ) -> None:
     images = grey_images(*(picture.tolist() for picture in pictures))
-    result = measured(line(codes), images, batch=1, structure=structure)
-    assert result.sharpness == sharpness
-
-
-def with_figures(sharpness: float | None, ssim: float | None) -> Measurement:
-    return Measurement("test", 10, 0.01, 20.0, ssim, (), sharpness)
+    assert measured(line(codes), images, batch=1, structure=structure).sharpness == sharpness
 
 
 @pytest.mark.parametrize(
@@ -164,10 +147,9 @@ def with_figures(sharpness: float | None, ssim: float | None) -> Measurement:
         ((3.0, 0.5), (0.95, 0.5), []),
     ],
 )
-def test_a_fall_of_some_size_is_named_with_the_way_out(
-    before: tuple[float | None, float | None], after: tuple[float | None, float | None], expected: list[str]
-) -> None:
-    for words, warning in zip(expected, blur_warnings(with_figures(*before), with_figures(*after)), strict=True):
+def test_a_fall_of_some_size_is_named_with_the_way_out(before: Figures, after: Figures, expected: list[str]) -> None:
+    stages = (Measurement("test", 10, 0.01, 20.0, ssim, (), sharpness) for sharpness, ssim in (before, after))
+    for words, warning in zip(expected, blur_warnings(*stages), strict=True):
         assert words in warning and "--perceptual" in warning and "--distill 1" in warning
 
 
@@ -185,22 +167,15 @@ def test_the_result_of_a_fine_tuning_has_the_warnings(
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5)])
-def test_the_range_that_reconstructs_best_is_the_one_the_codes_were_made_for(
-    line: Line, grey_images: GreyImages, low: float, high: float
-) -> None:
-    model = line([low + (high - low) * i / 32 for i in range(33)])
-    errors = find_input_range(model, grey_images([[x / 255 for x in range(256)]]))
-    assert min(errors, key=errors.__getitem__) == (low, high)
-    assert model.input_range == (0.0, 1.0)
-
-
-def test_the_range_is_determined_with_few_of_the_images(
-    line: Line, grey_images: GreyImages, monkeypatch: pytest.MonkeyPatch
+def test_the_range_that_reconstructs_best_is_found_with_few_of_the_images(
+    line: Line, grey_images: GreyImages, low: float, high: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches, run = [], Model.run
     monkeypatch.setattr(Model, "run", lambda self, media, *more: batches.append(len(media)) or run(self, media, *more))
-    find_input_range(line([0.0, 1.0]), grey_images(*[[[i / 255]] for i in range(200)]))
-    assert sum(batches) == 3 * 64
+    model = line([low + (high - low) * i / 32 for i in range(33)])
+    errors = find_input_range(model, grey_images(*[[[x / 255 for x in range(256)]]] * 200))
+    assert min(errors, key=errors.__getitem__) == (low, high) and sum(batches) == 3 * 64
+    assert model.input_range == (0.0, 1.0)
 
 
 # --- networks that go astray -----------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from points import column, normal
 
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.clustering.kmeans import kmeans
-from codebook_tools.clustering.metric import COSINE, COSINE_UNIT, DOT, METRICS
-from codebook_tools.codebook import REMOVED, Codebook, Metric
+from codebook_tools.clustering.metric import COSINE, COSINE_UNIT, DOT
+from codebook_tools.codebook import EUCLIDEAN, REMOVED, Codebook, Metric
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.progress import Watch
@@ -47,16 +47,6 @@ def test_among_thousands_of_equally_used_codes_the_lower_indices_stay() -> None:
     assert pruned.codebook.vectors.flatten().tolist() == [*range(699), 4999]
 
 
-@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
-def test_pruning_dead_codes_changes_no_assignment(metric: Metric) -> None:
-    codebook, latents = Codebook(2 * normal(200, 3), metric), normal(500, 3, seed=1).round(decimals=1)
-    before = nearest(latents, codebook)
-    pruned = Prune()(codebook, StoredLatents(latents), torch.bincount(before, minlength=200))
-    after = nearest(latents, pruned.codebook)
-    assert pruned.codebook.size < 200 and torch.equal(pruned.index_map[before], after)
-    assert torch.equal(pruned.codebook.vectors[after], codebook.vectors[before])
-
-
 # --- refit ---------------------------------------------------------------------------------------------------------
 
 RECTANGLE = torch.tensor([[0.0, 0.0], [0.0, 2.0], [10.0, 0.0], [10.0, 2.0]])
@@ -87,26 +77,22 @@ def test_refit_of_four_points_by_hand(init: Any) -> None:
 def test_used_starts_lloyd_at_the_most_used_codes_in_order_of_use(
     codes: tuple[float, ...], points: tuple[float, ...], counts: list[int], expected: list[float]
 ) -> None:
-    refit = Refit(2, "used", iterations=1)(
-        Codebook(column(*codes)), StoredLatents(column(*points)), torch.tensor(counts)
-    )
+    latents = StoredLatents(column(*points))
+    refit = Refit(2, "used", iterations=1)(Codebook(column(*codes)), latents, torch.tensor(counts))
     assert refit.codebook.vectors.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_used_fills_up_with_other_points_where_fewer_codes_are_in_use() -> None:
-    old = Codebook(torch.tensor([[0.0, 0.0], [900.0, 900.0]]))
-    for seed in range(5):
-        refit = Refit(4, "used", seed=seed)(old, StoredLatents(RECTANGLE), torch.tensor([4, 0]))
-        assert sorted(refit.codebook.vectors.tolist()) == RECTANGLE.tolist()
-
-
-@pytest.mark.parametrize("init", ["kmeans++", "afkmc2", "random", "used"])
-def test_refit_is_kmeans_with_its_own_seed_and_iterations(init: Any) -> None:
-    points, old = normal(700, 4), Codebook(normal(30, 4, seed=1))
+@pytest.mark.parametrize(
+    ("init", "metric"),
+    [("kmeans++", EUCLIDEAN), ("afkmc2", COSINE), ("random", COSINE_UNIT), ("used", EUCLIDEAN), ("used", COSINE)],
+)
+def test_refit_is_kmeans_by_the_metric_with_its_own_seed_and_iterations(init: Any, metric: Metric) -> None:
+    points, old = normal(700, 4), Codebook(normal(30, 4, seed=1), metric)
     counts = torch.bincount(nearest(points, old), minlength=30)
     start = old.vectors[counts.argsort(descending=True, stable=True)[:9]] if init == "used" else init
     for seed, iterations in ((0, 2), (3, 300)):
-        expected = kmeans(points, 9, init=start, iterations=iterations, seed=seed, watch=Watch()).centroids
+        settings = {"iterations": iterations, "seed": seed, "metric": metric}
+        expected = kmeans(points, 9, init=start, watch=Watch(), **settings).centroids
         refit = Refit(9, init, iterations, seed)(old, StoredLatents(points, 100), counts)
         assert torch.equal(refit.codebook.vectors, expected)
 
@@ -116,28 +102,6 @@ def test_refit_reports_progress() -> None:
     watch = Watch(lambda what, done, total, figures: calls.append(what))
     Refit(2, watch=watch)(NUMBERED, StoredLatents(RECTANGLE), torch.tensor([1, 3, 0, 0, 0]))
     assert set(calls) == {"k-means on 4 latents"}
-
-
-@pytest.mark.parametrize("init", ["kmeans++", "used", "random"])
-def test_refit_leaves_no_code_unused_where_latents_repeat(init: Any) -> None:
-    """Flat regions of images give the same latent thousands of times."""
-    latents = normal(40, 3)[torch.randint(40, (3000,), generator=torch.Generator().manual_seed(0)) ** 2 // 40]
-    old = Codebook(0.01 * normal(64, 3, seed=1))
-    counts = torch.bincount(nearest(latents, old), minlength=64)
-    k = len(latents.unique(dim=0)) - 2
-    refit = Refit(k, init)(old, StoredLatents(latents), counts).codebook
-    assert len(nearest(latents, refit).unique()) == k
-
-
-@pytest.mark.parametrize(
-    ("metric", "first", "second"), [(COSINE, [3.0, 0.0], [0.0, 3.0]), (COSINE_UNIT, [1, 0], [0, 1])]
-)
-def test_refit_for_cosine_goes_by_directions(metric: Metric, first: list[float], second: list[float]) -> None:
-    """Two clusters of directions, of latents as far from each other within as between them: their means by hand."""
-    latents = torch.tensor([[1.0, 0.1], [1.0, -0.1], [7.0, 0.0], [0.1, 1.0], [-0.1, 1.0], [0.0, 7.0]])
-    refit = Refit(2)(Codebook(NUMBERED.vectors, metric), StoredLatents(latents), torch.ones(5, dtype=torch.int64))
-    rows = sorted(refit.codebook.vectors.tolist(), reverse=True)
-    torch.testing.assert_close(torch.tensor(rows), torch.tensor([first, second]).float())
 
 
 def test_refit_says_which_codebooks_it_has_no_kmeans_for() -> None:
