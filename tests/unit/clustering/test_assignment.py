@@ -59,17 +59,11 @@ def test_nearest_equals_brute_force_in_float64(metric: Metric, count: int) -> No
         assert torch.equal(codebook.vectors, before[0]) and torch.equal(latents, before[1])
 
 
-# --- the edges -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("metric", "dim", "scales", "offset"),
-    [
-        *((metric, 5, (1e-30, 3e-22, 1e-20, 1e-10, 1e10, 1e18, 1.2e19, 1e20, 1e30), 0) for metric in (EUCLIDEAN, DOT)),
-        # |x|² - 2xc + |c|² in float32 loses everything here: at 1e6 its terms are 1e12 and the distances below 10.
-        *((EUCLIDEAN, dim, (1,), offset) for dim in (1, 32) for offset in (1e2, 1e6)),
-    ],
-)
+@pytest.mark.parametrize(("metric", "dim", "scales", "offset"), [
+    *((metric, 5, (1e-30, 3e-22, 1e-20, 1e-10, 1e10, 1e18, 1.2e19, 1e20, 1e30), 0) for metric in (EUCLIDEAN, DOT)),
+    # |x|² - 2xc + |c|² in float32 loses everything here: at 1e6 its terms are 1e12 and the distances below 10.
+    *((EUCLIDEAN, dim, (1,), offset) for dim in (1, 32) for offset in (1e2, 1e6)),
+])  # fmt: skip
 def test_scales_and_offsets_whose_squares_float32_cannot_hold_are_searched_as_well(
     metric: Metric, dim: int, scales: tuple[float, ...], offset: float
 ) -> None:
@@ -119,9 +113,6 @@ def test_codes_that_nearly_coincide_are_decided_as_float64_decides(metric: Metri
     assert torch.equal(nearest(latents, codebook), by_brute_force(latents, codebook))
 
 
-# --- what must not matter ------------------------------------------------------------------------------------------
-
-
 @each_metric
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_dropping_unused_codes_changes_no_assignment(metric: Metric, offset: float) -> None:
@@ -137,7 +128,7 @@ def test_dropping_unused_codes_changes_no_assignment(metric: Metric, offset: flo
 
 @each_metric
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_the_answer_does_not_depend_on_tiles_batch_threads_or_products(
+def test_tiles_batch_threads_and_products_do_not_matter(
     metric: Metric, offset: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codebook, latents = Codebook(normal(37, 6, seed=1) + offset, metric), normal(500, 6, seed=2) + offset
@@ -157,9 +148,7 @@ def test_the_answer_does_not_depend_on_tiles_batch_threads_or_products(
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("high", 10), ("medium", 7)])
-def test_products_of_low_precision_are_settled_by_float64(
-    precision: str, bits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_low_precision_is_settled_by_float64(precision: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU rounds them where TF32 or bfloat16 is allowed: so many bits of each factor are left."""
     codebook, latents = Codebook(normal(200, 16, seed=1)), normal(30_000, 16, seed=2)
     expected = nearest(latents, codebook)
@@ -189,26 +178,17 @@ def test_a_precision_that_was_set_for_one_backend_counts() -> None:
     assert assignment._rounding() == torch.finfo(torch.float32).eps
 
 
-# --- metrics and errors --------------------------------------------------------------------------------------------
-
-
 def test_unit_rows_have_length_one_and_zeros_stay_zeros() -> None:
     rows = unit(torch.tensor([[3.0, -4.0], [0.0, 0.0], [1e6, 0.0]]))
     assert rows.flatten().tolist() == pytest.approx([0.6, -0.8, 0, 0, 1, 0])
 
 
-@pytest.mark.parametrize(
-    ("metric", "emitted", "error"),
-    [
-        (EUCLIDEAN, [3, 1], 10),  # (6, 0) to (3, 1): 9 + 1
-        (DOT, [3, 1], 10),
-        (COSINE, [3, 1], 10),
-        (COSINE_UNIT, [3 / 10**0.5, 1 / 10**0.5], 2 - 2 * 3 / 10**0.5),  # (1, 0) to (3, 1)/√10: 2 - 2 cos
-    ],
-)
-def test_squared_errors_run_from_the_latent_to_what_is_emitted(
-    metric: Metric, emitted: list[float], error: float
-) -> None:
+@pytest.mark.parametrize(("metric", "emitted", "error"), [
+    (EUCLIDEAN, [3, 1], 10),  # (6, 0) to (3, 1): 9 + 1
+    (DOT, [3, 1], 10), (COSINE, [3, 1], 10),
+    (COSINE_UNIT, [3 / 10**0.5, 1 / 10**0.5], 2 - 2 * 3 / 10**0.5),  # (1, 0) to (3, 1)/√10: 2 - 2 cos
+])  # fmt: skip
+def test_squared_errors_run_from_latents_to_what_is_emitted(metric: Metric, emitted: list[float], error: float) -> None:
     codebook = Codebook(torch.tensor([[100.0, 100.0], [3.0, 1.0]]), metric)
     assert codebook.emitted[1].tolist() == pytest.approx(emitted)
     errors = squared_errors(torch.tensor([[6.0, 0.0]]), codebook, torch.tensor([1]))

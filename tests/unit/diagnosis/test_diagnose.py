@@ -95,39 +95,33 @@ def test_causes_in_the_tensors_come_first_and_symptoms_last() -> None:
 OF_MODEL = {field.name for field in fields(Evidence)} - {"curve"}
 
 
-@pytest.mark.parametrize(
-    ("name", "more", "cause"),
-    [
-        ("sound", {}, None),
-        ("shrunk", {}, "scale-mismatch"),
-        ("dead since birth", {}, "scale-mismatch"),
-        ("dead since birth", {"command": "refit"}, "not-installed"),  # a surgery leaves none of them
-        ("dead since birth", {"command": "refit", "filling": True}, "dead-codes"),  # but where it fills up
-        ("noise", {"mse": 4.0}, "not-installed"),  # the decoder does not know these codes
-        ("noise", {}, "scale-mismatch"),  # it does: they were trained so, and collapsed
-        ("of other latents", {"mse": 4.0}, "wrong-encoder"),
-        *((init, {}, "no-lloyd") for init in ("kmeans++", "afkmc2", "random")),
-        ("random", {"command": "restart"}, None),  # that surgery says so itself
-        ("grown", {}, None),
-        ("modes", {}, "few-modes"),
-        ("line", {}, None),  # one dimension is no mode
-        ("sound", {"distinct": 16}, "few-modes"),
-        ("sound", {"companions": Companions(unlike=("vq.embed_avg",))}, "stale-ema"),
-        ("sound", {"companions": Companions(flags={"vq.initted": False})}, "uninitialised-flag"),
-        ("sound", {"companions": Companions(flags={"vq.initted": True})}, None),
-        ("sound", {"held_out": torch.tensor([100] * 8 + [0] * 24)}, "counting"),
-        ("sound", {"held_out": torch.tensor([2] * 8 + [0] * 24)}, None),  # too few to say
-        ("sound", {"trace": trace_of(128, 128, 127, 120, 118)}, None),
-        ("sound", {"trace": trace_of(13, 13, 12, 13, 13)}, "not-installed"),
-        ("sound", {"trace": trace_of(13, 13, 14, 15, 20, operated=False)}, None),  # nothing was to be installed
-        ("sound", {"trace": trace_of(30, 30, 31, 30, 32)}, "not-installed"),
-        ("sound", {"trace": trace_of(30, 30, 31, 30, 32, latents=500)}, None),  # so few cannot use more codes
-        ("sound", {"trace": trace_of(128, 20, 20, 22, 22)}, "stale-ema"),
-        ("sound", {"trace": trace_of(128, 128, 128, 125, 80)}, "encoder-drift"),
-        ("sound", {"trace": trace_of(128, 127, 110, 36, 40)}, "learning-rate"),
-        ("sound", {"trace": trace_of(128, 127, 126, 120, 40, errors=(1.0, 1.0, 0.9, 0.9, 3.0))}, "learning-rate"),
-    ],
-)
+@pytest.mark.parametrize(("name", "more", "cause"), [
+    ("sound", {}, None), ("shrunk", {}, "scale-mismatch"), ("dead since birth", {}, "scale-mismatch"),
+    ("dead since birth", {"command": "refit"}, "not-installed"),  # a surgery leaves none of them
+    ("dead since birth", {"command": "refit", "filling": True}, "dead-codes"),  # but where it fills up
+    ("noise", {"mse": 4.0}, "not-installed"),  # the decoder does not know these codes
+    ("noise", {}, "scale-mismatch"),  # it does: they were trained so, and collapsed
+    ("of other latents", {"mse": 4.0}, "wrong-encoder"),
+    *((init, {}, "no-lloyd") for init in ("kmeans++", "afkmc2", "random")),
+    ("random", {"command": "restart"}, None),  # that surgery says so itself
+    ("grown", {}, None), ("modes", {}, "few-modes"),
+    ("line", {}, None),  # one dimension is no mode
+    ("sound", {"distinct": 16}, "few-modes"),
+    ("sound", {"companions": Companions(unlike=("vq.embed_avg",))}, "stale-ema"),
+    ("sound", {"companions": Companions(flags={"vq.initted": False})}, "uninitialised-flag"),
+    ("sound", {"companions": Companions(flags={"vq.initted": True})}, None),
+    ("sound", {"held_out": torch.tensor([100] * 8 + [0] * 24)}, "counting"),
+    ("sound", {"held_out": torch.tensor([2] * 8 + [0] * 24)}, None),  # too few to say
+    ("sound", {"trace": trace_of(128, 128, 127, 120, 118)}, None),
+    ("sound", {"trace": trace_of(13, 13, 12, 13, 13)}, "not-installed"),
+    ("sound", {"trace": trace_of(13, 13, 14, 15, 20, operated=False)}, None),  # nothing was to be installed
+    ("sound", {"trace": trace_of(30, 30, 31, 30, 32)}, "not-installed"),
+    ("sound", {"trace": trace_of(30, 30, 31, 30, 32, latents=500)}, None),  # so few cannot use more codes
+    ("sound", {"trace": trace_of(128, 20, 20, 22, 22)}, "stale-ema"),
+    ("sound", {"trace": trace_of(128, 128, 128, 125, 80)}, "encoder-drift"),
+    ("sound", {"trace": trace_of(128, 127, 110, 36, 40)}, "learning-rate"),
+    ("sound", {"trace": trace_of(128, 127, 126, 120, 40, errors=(1.0, 1.0, 0.9, 0.9, 3.0))}, "learning-rate"),
+])  # fmt: skip
 def test_the_first_check_that_fails_is_the_cause(name: str, more: dict[str, Any], cause: str | None) -> None:
     evidence = replace(book(name), **{key: value for key, value in more.items() if key not in OF_MODEL})
     of_model = {key: value for key, value in more.items() if key in OF_MODEL}
@@ -238,7 +232,7 @@ def test_a_file_without_a_trace_is_refused(content: str | None, tmp_path: Path) 
         read_trace(path)
 
 
-def test_a_refit_is_healthy_and_the_command_says_what_it_promises(tiny: Path, codebook: Run, images_folder: Path) -> None:
+def test_a_refit_is_healthy_and_the_command_keeps_its_promise(tiny: Path, codebook: Run, images_folder: Path) -> None:
     data, result = ("--data", images_folder, "--input-range=-1,1"), tiny.with_name("result.safetensors")
     assert codebook("refit", tiny, "--k", 8, "--steps", 0, "-o", result, *data).exit_code == 0
     done = codebook("diagnose", result, "--against", tiny, *data, "--json")
@@ -250,6 +244,8 @@ def test_a_refit_is_healthy_and_the_command_says_what_it_promises(tiny: Path, co
     table = codebook("diagnose", tiny, *data, "--size", 16)
     assert table.exit_code == 3 and all(name in table.stdout for name in CHECKS)
     assert all(len(line) <= 80 for line in table.stdout.splitlines() if "->" not in line)
-    fixes = {each["name"]: each["fix"] for each in codebook("diagnose", tiny, *data, "--size", 16, "--json").json["checks"]}
+    fixes = {
+        each["name"]: each["fix"] for each in codebook("diagnose", tiny, *data, "--size", 16, "--json").json["checks"]
+    }
     assert f"codebook refit {tiny} --k " in fixes["no-lloyd"]
     assert f"codebook finetune {tiny} --data {images_folder} --size 16 " in fixes["scale-mismatch"]

@@ -14,19 +14,14 @@ from codebook_tools.evaluation import metrics
 # --- usage -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("counts", "used", "used_10", "usage", "perplexity", "top_share"),
-    [
-        ([8, 8, 8, 8], 4, 0, 1.0, 4.0, 0.25),
-        ([10, 0, 0, 0], 1, 1, 0.25, 1.0, 1.0),
-        ([0, 0], 0, 0, 0.0, 0.0, 0.0),
-        ([], 0, 0, 0.0, 0.0, 0.0),
-        ([20, 10, 10, 0], 3, 3, 0.75, 2**1.5, 0.5),  # shares 1/2, 1/4, 1/4: 0.5 * 1 + 2 * 0.25 * 2 bits
-        ([9, 3], 2, 0, 1.0, 4 / 3**0.75, 0.75),  # shares 3/4, 1/4: 2 - 0.75 * log2(3) bits
-        ([3] * 89 + [0] * 423, 89, 0, 89 / 512, 89.0, 1 / 89),
-        ([2**53, 1], 2, 1, 1.0, 1.0, 2**53 / (2**53 + 1)),  # float32 could not tell them, nor their sum, apart
-    ],
-)
+@pytest.mark.parametrize(("counts", "used", "used_10", "usage", "perplexity", "top_share"), [
+    ([8, 8, 8, 8], 4, 0, 1.0, 4.0, 0.25), ([10, 0, 0, 0], 1, 1, 0.25, 1.0, 1.0), ([0, 0], 0, 0, 0.0, 0.0, 0.0),
+    ([], 0, 0, 0.0, 0.0, 0.0),
+    ([20, 10, 10, 0], 3, 3, 0.75, 2**1.5, 0.5),  # shares 1/2, 1/4, 1/4: 0.5 * 1 + 2 * 0.25 * 2 bits
+    ([9, 3], 2, 0, 1.0, 4 / 3**0.75, 0.75),  # shares 3/4, 1/4: 2 - 0.75 * log2(3) bits
+    ([3] * 89 + [0] * 423, 89, 0, 89 / 512, 89.0, 1 / 89),
+    ([2**53, 1], 2, 1, 1.0, 1.0, 2**53 / (2**53 + 1)),  # float32 could not tell them, nor their sum, apart
+])  # fmt: skip
 def test_usage_by_hand(
     counts: list[int], used: int, used_10: int, usage: float, perplexity: float, top_share: float
 ) -> None:
@@ -43,19 +38,9 @@ def test_psnr_by_hand() -> None:
     assert math.isnan(metrics.psnr(math.nan))
 
 
-# --- ssim ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("noise", "shape"),
-    [
-        (0.3, (5, 1, 11, 11)),
-        (0.0, (2, 3, 32, 32)),
-        (0.3, (2, 3, 33, 64)),
-        (1e-4, (1, 2, 65, 31)),
-        (0.3, (1, 1, 200, 12)),
-    ],
-)
+@pytest.mark.parametrize(("noise", "shape"), [
+    (0.3, (5, 1, 11, 11)), (0.0, (2, 3, 32, 32)), (0.3, (2, 3, 33, 64)), (1e-4, (1, 2, 65, 31)), (0.3, (1, 1, 200, 12)),
+])  # fmt: skip
 def test_ssim_is_what_torchmetrics_computes_in_float64(noise: float, shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(shape[-1])
     images = torch.rand(shape, generator=generator)
@@ -78,9 +63,6 @@ def test_images_too_small_for_a_window_have_no_ssim_and_without_inner_pixels_no_
         None
     ] * 2
     assert [metrics.detail(torch.zeros(1, 1, *sides)) for sides in ((2, 9), (9, 2))] == [None] * 2
-
-
-# --- detail ----------------------------------------------------------------------------------------------------------
 
 
 def detail(images: torch.Tensor) -> list[float]:

@@ -29,8 +29,6 @@ Line = Callable[..., Model]
 KEY = "_vq_vae._embedding.weight"
 
 
-# --- the strategy --------------------------------------------------------------------------------------------------
-
 POINTS = normal(500, 2)
 CODES = torch.cat([POINTS[:20], torch.full((4, 2), 100.0)])
 
@@ -60,9 +58,6 @@ def test_it_begins_with_all_in_use_where_those_are_more_than_four_times_k_and_gr
     assert torch.equal(found.codebook.vectors[:20], CODES[:20]) and found.first.codebook.size == 96
     _, _, found = condensed(4, column(0, 1, 2, 3), column(0, 1, 2, 3))  # no more codes are to be had
     assert found.first is None and found.codebook.size == 4
-
-
-# --- merging on the way --------------------------------------------------------------------------------------------
 
 
 def on_the_line(*firsts: float) -> Tensor:
@@ -101,9 +96,7 @@ def test_dead_codes_leave_those_in_use_where_they_are(line: Line) -> None:
     assert ours.book.vectors[:, 0].tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
 
 
-def test_a_run_ends_with_as_many_codes_as_were_asked_for_and_keeps_no_state_from_before(
-    tiny: Path, images_folder: Path
-) -> None:
+def test_a_run_ends_with_the_codes_asked_for_and_keeps_no_state_from_before(tiny: Path, images_folder: Path) -> None:
     model, images = load_model(read_checkpoint(tiny)), Images(find_images([images_folder])[:48], 3, 4)
     few = model.books[0].vectors[:4].clone()
     model.books[0].vectors = few
@@ -125,9 +118,6 @@ def test_a_run_that_diverges_before_the_merge_leaves_what_the_surgery_made(tiny:
     found = tune(model, images, [1] * 16, steps=20, lr=1e20, batch_size=16, more={0: many})
     assert found.diverged and found.best.step == 0 and not found.gained
     assert torch.equal(model.books[0].vectors, before)
-
-
-# --- the command ---------------------------------------------------------------------------------------------------
 
 
 def test_the_command_writes_k_codes_and_what_became_of_old_ones(codebook: Run, tiny: Path, images_folder: Path) -> None:

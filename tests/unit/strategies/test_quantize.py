@@ -37,9 +37,6 @@ def mapped(surgery: Surgery) -> Any:
     return surgery.codebook.vectors[surgery.index_map].flatten().tolist()
 
 
-# --- pairwise merging ----------------------------------------------------------------------------------------------
-
-
 def merge_by_brute_force(rows: list[Any], weights: list[Any], k: int) -> tuple[list[Any], list[int]]:
     """Centers and labels; every pair is compared anew at each step. Fractions make it exact."""
     clusters = [(mass, list(row), [i]) for i, (row, mass) in enumerate(zip(rows, weights, strict=True))]
@@ -61,7 +58,7 @@ def merge_by_brute_force(rows: list[Any], weights: list[Any], k: int) -> tuple[l
 
 
 @pytest.mark.parametrize(("dim", "k"), [(1, 1), (2, 7), (5, 15), (2, 29), (5, 30)])
-def test_thirty_weighted_codes_are_merged_as_by_brute_force_in_exact_numbers(
+def test_weighted_codes_are_merged_as_by_brute_force_in_fractions(
     dim: int, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = np.random.default_rng(dim)
@@ -87,27 +84,21 @@ def test_ties_are_merged_as_by_brute_force(codes: list[tuple[int, int]], alike: 
     assert (centers.tolist(), labels.tolist()) == merge_by_brute_force(rows, weights, k)
 
 
-# --- merged codebooks ----------------------------------------------------------------------------------------------
-
-
 @each_method
-@pytest.mark.parametrize(
-    ("rows", "counts", "k", "expected"),
-    [
-        # (0, 0) and (0, 2), counted 1 and 3, meet at (0, 1.5); (10, 0) and (12, 0), counted 5 and 5, at (11, 0).
-        ([[10, 0], [0, 0], [12, 0], [0, 2]], [5, 1, 5, 3], 2, [11, 0, 0, 1.5, 11, 0, 0, 1.5]),
-        # Dead codes pull nothing: the three would outvote the others. 6 is nearer to 10, 4 to 1, 900 to 10.
-        ([[6], [0], [4], [2], [900], [10]], [0, 7, 0, 7, 0, 1], 2, [10, 1, 1, 1, 10, 10]),
-        # Without any counts all codes weigh alike: (0 + 1 + 5) / 3.
-        ([[0], [1], [5], [10], [11], [12]], [0] * 6, 2, [2, 2, 2, 11, 11, 11]),
-        # Fewer than k are in use: they stay, with the dead 23, nearer to them than 80 is; that goes to 23.
-        ([[0], [23], [20], [80]], [9, 0, 5, 0], 3, [0, 23, 20, 23]),
-        # As many codes as there are stay what they are.
-        ([[3], [0.1], [-1e-3], [7]], [1, 2, 3, 4], 4, [3, 0.1, -1e-3, 7]),
-        ([[3], [0.1], [-1e-3], [7]], [0, 3, 0, 1], 4, [3, 0.1, -1e-3, 7]),
-        ([[3], [0.1], [-1e-3], [7]], [0] * 4, 4, [3, 0.1, -1e-3, 7]),
-    ],
-)
+@pytest.mark.parametrize(("rows", "counts", "k", "expected"), [
+    # (0, 0) and (0, 2), counted 1 and 3, meet at (0, 1.5); (10, 0) and (12, 0), counted 5 and 5, at (11, 0).
+    ([[10, 0], [0, 0], [12, 0], [0, 2]], [5, 1, 5, 3], 2, [11, 0, 0, 1.5, 11, 0, 0, 1.5]),
+    # Dead codes pull nothing: the three would outvote the others. 6 is nearer to 10, 4 to 1, 900 to 10.
+    ([[6], [0], [4], [2], [900], [10]], [0, 7, 0, 7, 0, 1], 2, [10, 1, 1, 1, 10, 10]),
+    # Without any counts all codes weigh alike: (0 + 1 + 5) / 3.
+    ([[0], [1], [5], [10], [11], [12]], [0] * 6, 2, [2, 2, 2, 11, 11, 11]),
+    # Fewer than k are in use: they stay, with the dead 23, nearer to them than 80 is; that goes to 23.
+    ([[0], [23], [20], [80]], [9, 0, 5, 0], 3, [0, 23, 20, 23]),
+    # As many codes as there are stay what they are.
+    ([[3], [0.1], [-1e-3], [7]], [1, 2, 3, 4], 4, [3, 0.1, -1e-3, 7]),
+    ([[3], [0.1], [-1e-3], [7]], [0, 3, 0, 1], 4, [3, 0.1, -1e-3, 7]),
+    ([[3], [0.1], [-1e-3], [7]], [0] * 4, 4, [3, 0.1, -1e-3, 7]),
+])  # fmt: skip
 def test_codes_are_merged_by_hand(
     rows: list[list[float]], counts: list[int], k: int, expected: list[float], method: str
 ) -> None:
@@ -163,28 +154,21 @@ def test_a_count_weighs_as_much_as_so_many_copies_do_for_scikit_learn(of_rows: i
     assert errors[1] > 1.02 * copies.inertia_  # so that the one percent means something
 
 
-# --- entries rounded to a grid -------------------------------------------------------------------------------------
-
 BITS = tuple(range(2, 9))
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 ROWS = st.integers(1, 5).flatmap(lambda dim: st.lists(st.lists(FINITE, min_size=dim, max_size=dim), min_size=1))
 TINIEST, MOST = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
 
 
-@pytest.mark.parametrize(
-    ("row", "bits", "expected"),
-    [
-        ([1.0, 0.4, -0.6, 0.0], 2, [1, 0, -1, 0]),  # levels -1, 0, 1
-        ([3.0, 1.4, -0.6, 2.6, -1.6], 3, [3, 1, -1, 3, -2]),  # the seven whole numbers from -3 to 3
-        ([-3.0, 1.4, 0.4], 3, [-3, 1, 0]),  # the largest may be negative: no level is left over on either side
-        ([7.0, 0.5, 1.5, 2.5, -2.5], 4, [7, 0, 2, 2, -2]),  # halves go to the even level
-        ([0.75, 0.3, -0.6], 3, [0.75, 0.25, -0.5]),  # steps of 1/4
-        ([127.0, 63.4, -0.6], 8, [127, 63, -1]),
-        ([0.0, -0.0, 0.0], 5, [0, 0, 0]),
-        ([TINIEST, 0, -TINIEST], 3, [TINIEST, 0, -TINIEST]),
-        ([MOST, TINIEST, -MOST], 8, [MOST, 0, -MOST]),
-    ],
-)
+@pytest.mark.parametrize(("row", "bits", "expected"), [
+    ([1.0, 0.4, -0.6, 0.0], 2, [1, 0, -1, 0]),  # levels -1, 0, 1
+    ([3.0, 1.4, -0.6, 2.6, -1.6], 3, [3, 1, -1, 3, -2]),  # the seven whole numbers from -3 to 3
+    ([-3.0, 1.4, 0.4], 3, [-3, 1, 0]),  # the largest may be negative: no level is left over on either side
+    ([7.0, 0.5, 1.5, 2.5, -2.5], 4, [7, 0, 2, 2, -2]),  # halves go to the even level
+    ([0.75, 0.3, -0.6], 3, [0.75, 0.25, -0.5]),  # steps of 1/4
+    ([127.0, 63.4, -0.6], 8, [127, 63, -1]), ([0.0, -0.0, 0.0], 5, [0, 0, 0]),
+    ([TINIEST, 0, -TINIEST], 3, [TINIEST, 0, -TINIEST]), ([MOST, TINIEST, -MOST], 8, [MOST, 0, -MOST]),
+])  # fmt: skip
 def test_each_row_is_rounded_by_hand_with_a_step_of_its_own(row: list[float], bits: int, expected: list[float]) -> None:
     rows = torch.tensor([[100.0] * len(row), row])
     assert round_rows(rows, bits)[1].tolist() == expected

@@ -45,9 +45,6 @@ def assert_frequencies(counts: Counter[Any], expected: dict[Any, float]) -> None
         assert counts[key] / total == pytest.approx(frequency, abs=4 * (frequency * (1 - frequency) / total) ** 0.5)
 
 
-# --- drawing by error ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("points", "codes", "n", "expected"),
@@ -113,9 +110,6 @@ def test_of_very_many_points_a_head_is_drawn_from_unless_it_is_full_of_repeats()
         assert len(set(behind)) == len(behind) == min(n, 10) and set(behind) <= set(range(1, 11))
 
 
-# --- restart: who moves and who stays ------------------------------------------------------------------------------
-
-
 @each_method
 @pytest.mark.parametrize(("threshold", "moved"), [(0, [2]), (1, [1, 2]), (3, [1, 2, 4]), (4, [0, 1, 2, 4])])
 def test_codes_with_threshold_counts_or_fewer_are_moved(method: Method, threshold: int, moved: list[int]) -> None:
@@ -147,9 +141,6 @@ def test_what_is_drawn_comes_from_the_seed(method: Method) -> None:
     codes, points, counts = normal(8, 3), normal(90, 3, seed=1), [3, 0, 3, 0, 3, 3, 0, 0]
     ones = [restarted(codes, points, counts, method=method, seed=s).codebook.vectors for s in (0, 1, -1, 2**31)]
     assert all(not torch.equal(ones[i], ones[j]) for i in range(1, 4) for j in range(i))
-
-
-# --- restart: where codes move -------------------------------------------------------------------------------------
 
 
 def test_new_codes_are_latents_drawn_by_their_error_from_the_living_codes_alone() -> None:
@@ -215,9 +206,6 @@ def test_the_nearest_latent_is_that_of_brute_force(metric: Metric) -> None:
         lengths = wide.norm(dim=1) if metric in (COSINE, COSINE_UNIT) else 1
         best = (dead @ wide.T / lengths).argmax(1)
     assert torch.equal(moved, points[best])
-
-
-# --- grow ----------------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=12).filter(any), st.integers(0, 20), st.integers(0, 99))

@@ -27,26 +27,21 @@ def test_settings_are_json_or_else_text() -> None:
     assert make_strategy("refit", ["k=8", "device=3"]) == Refit(8, device="3"), "a field of text takes any"
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "message"),
-    [
-        ("prune", ["threshold"], "--set threshold: expected FIELD=VALUE"),
-        ("prune", ["no_such=1"], "strategy prune cannot be made from .*no_such"),
-        ("refit", [], "strategy refit cannot be made from .*'k'"),
-        ("prune", ["threshold=many"], "strategy prune: threshold is 'many'; expected a whole number"),
-        ("prune", ["keep=true"], "strategy prune: keep is True; expected a whole number"),
-        ("refit", ["k=" + "[" * 100_000], "strategy refit: k is '\\[+...\\[+'; expected a whole number"),
-        ("refit", ["k=8", "init=lucky"], "strategy refit: init is 'lucky'; expected one of kmeans"),
-        ("prune", ["threshold=-1"], "threshold=-1 is below 0"),
-        ("refitt", [], r"no strategy 'refitt'; there are .*prune.*, refit"),
-    ],
-)
+@pytest.mark.parametrize(("name", "settings", "message"), [
+    ("prune", ["threshold"], "--set threshold: expected FIELD=VALUE"),
+    ("prune", ["no_such=1"], "strategy prune cannot be made from .*no_such"),
+    ("refit", [], "strategy refit cannot be made from .*'k'"),
+    ("prune", ["threshold=many"], "strategy prune: threshold is 'many'; expected a whole number"),
+    ("prune", ["keep=true"], "strategy prune: keep is True; expected a whole number"),
+    ("refit", ["k=" + "[" * 100_000], "strategy refit: k is '\\[+...\\[+'; expected a whole number"),
+    ("refit", ["k=8", "init=lucky"], "strategy refit: init is 'lucky'; expected one of kmeans"),
+    ("prune", ["threshold=-1"], "threshold=-1 is below 0"),
+    ("refitt", [], r"no strategy 'refitt'; there are .*prune.*, refit"),
+])  # fmt: skip
 def test_settings_that_do_not_fit_are_the_users_error(name: str, settings: list[str], message: str) -> None:
     with pytest.raises(CodebookError, match=message):
         make_strategy(name, settings)
 
-
-# --- those that other distributions add ----------------------------------------------------------------------------
 
 EVERY_NTH = '''
 """A strategy as a third party would write it."""
