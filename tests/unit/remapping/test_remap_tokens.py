@@ -140,7 +140,7 @@ def test_several_files_at_once(codebook: Run, pruned: Path, tmp_path: Path) -> N
         np.save(path, np.array([0, 5]))
     several = ("remap", *paths, "--map", pruned, "--force")
     assert_refused(codebook(*several, "-o", tmp_path / "c.npy"), "is one place for 2 files")
-    assert_refused(codebook(*several, "-o", paths[0]), "is one place for 2 files")
+    assert_refused(codebook("remap", paths[0], *several[3:], "-o", paths[0]), "is the file that is read")
     lines = [line.rstrip() for line in codebook(*several).stdout.splitlines()]
     labels = ("ids", 4), ("changed", 2), ("of removed codes", 0), ("by their nearest code", 0)
     assert lines[:4] == [f"{label:<21}  {count}" for label, count in labels]

@@ -120,6 +120,7 @@ def test_a_run_that_diverges_before_the_merge_leaves_what_the_surgery_made(tiny:
     assert torch.equal(model.books[0].vectors, before)
 
 
+@pytest.mark.slow
 def test_the_command_writes_k_codes_and_what_became_of_old_ones(codebook: Run, tiny: Path, images_folder: Path) -> None:
     command = ("condense", tiny, "--k", 5, "--data", images_folder, "--input-range", "-1,1", "--json")
     for without_ema in (("--steps", 0), ("--steps", 5, "--codebook-update", "gradient")):

@@ -43,9 +43,7 @@ def test_settings_that_do_not_fit_are_the_users_error(name: str, settings: list[
         make_strategy(name, settings)
 
 
-EVERY_NTH = '''
-"""A strategy as a third party would write it."""
-
+EVERY_NTH = """
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,16 +53,14 @@ from codebook_tools.codebook import REMOVED, Surgery
 
 @dataclass(frozen=True)
 class EveryNth:
-    """Keeps every step-th code."""
-
     step: int = 2
 
     def __call__(self, codebook, latents, counts):
-        kept = torch.arange(0, codebook.size, self.step)
-        index_map = torch.full((codebook.size,), REMOVED)
-        index_map[kept] = torch.arange(len(kept))
-        return Surgery(replace(codebook, vectors=codebook.vectors[kept].clone()), index_map)
-'''
+        codes = torch.arange(codebook.size)
+        index_map = torch.where(codes % self.step == 0, codes // self.step, REMOVED)
+        return Surgery(replace(codebook, vectors=codebook.vectors[:: self.step].clone()), index_map)
+"""
+"""A strategy as a third party would write it: keeps every step-th code."""
 
 ENTRY_POINTS = """[codebook_tools.strategies]
 every-nth = every_nth_strategy:EveryNth

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -75,20 +75,18 @@ def test_the_learning_rate_is_by_the_network_and_not_by_its_codes(tuned: Tuned) 
     assert lr(train="none", codebook_update="gradient") == 1e-3 and lr(lr=0.25) == 0.25
 
 
-def test_a_gradient_step_moves_the_codes_in_use_towards_their_latents(tuned: Tuned) -> None:
-    recipe: dict[str, Any] = {"steps": 1, "train": "none", "codebook_update": "gradient", "lr": 0.01}
-    model, _ = tuned([0.0, 1.0, 9.0], [3, 1, 0], ROWS, **recipe)
-    # Adam's first step is the learning rate, whatever the size of the gradient.
-    expected = torch.tensor([[0.01, 0.0], [0.99, 0.0], [9.0, 0.0]])
-    torch.testing.assert_close(model.books[0].vectors, expected, rtol=0, atol=1e-6)
-
-
-def test_a_codebook_that_is_a_buffer_moves_like_any_other(rewritten: Line, grey_images: GreyImages) -> None:
-    buffer = 'self.quantizer.codebook = nn.Module(); self.quantizer.codebook.register_buffer("weight", zeros(2, 2))'
-    for update, expected in (("gradient", 0.01), ("ema", 0.05 * 0.2 / 0.75)):
-        model = rewritten({"self.quantizer.codebook = nn.Embedding(codebook_size, 2)": buffer})
-        tune(model, grey_images(ROWS), [3, 1], steps=1, train="none", codebook_update=update, lr=0.01)
-        assert model.books[0].vectors[0, 0].item() == pytest.approx(expected, rel=1e-5)
+def test_codes_in_use_move_towards_their_latents_be_they_a_parameter_or_a_buffer(
+    rewritten: Line, grey_images: GreyImages
+) -> None:
+    """Adam's first step is the learning rate, whatever the size of the gradient."""
+    embedding = "self.quantizer.codebook = nn.Embedding(codebook_size, 2)"
+    buffer = 'self.quantizer.codebook = nn.Module(); self.quantizer.codebook.register_buffer("weight", zeros(3, 2))'
+    average = [0.05 * 0.2 / 0.75, 0.95 + 0.05 * 0.8]
+    for source, (update, ends) in product((embedding, buffer), {"gradient": [0.01, 0.99], "ema": average}.items()):
+        model = rewritten({embedding: source}, {"quantizer.codebook.weight": torch.tensor([[0.0, 0], [1, 0], [9, 0]])})
+        tune(model, grey_images(ROWS), [3, 1, 0], steps=1, train="none", codebook_update=update, lr=0.01)
+        expected = torch.tensor([[first, 0.0] for first in (*ends, 9.0)])
+        torch.testing.assert_close(model.books[0].vectors, expected, rtol=0, atol=1e-6)
 
 
 # --- revival -------------------------------------------------------------------------------------------------------

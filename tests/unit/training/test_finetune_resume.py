@@ -159,14 +159,9 @@ def test_what_was_broken_off_is_neither_lost_nor_taken_up_unasked(request_for: R
     with pytest.raises(CodebookError, match=r"o\.training\.safetensors is of an interrupted run: --resume goes on"):
         do(request)
     assert left.exists()
-    whole = request_for("whole")
-    anew = do(replace(request, force=True)), do(whole)
-    assert anew[0].trace == anew[1].trace and not left.exists()
-
-
-def test_nothing_to_resume_is_said_and_no_reason_to_stop(request_for: RequestFor) -> None:
-    found = do(request_for("parts", resume=True))
-    assert any(w.startswith("--resume: there is no ") and w.endswith("began at step 0") for w in found.warnings)
+    anew, whole = do(replace(request, force=True)), do(request_for("whole", resume=True))
+    assert anew.trace == whole.trace and not left.exists()
+    assert any(w.startswith("--resume: there is no ") and w.endswith("began at step 0") for w in whole.warnings)
 
 
 def test_another_run_is_not_taken_up(request_for: RequestFor, monkeypatch: pytest.MonkeyPatch) -> None:
