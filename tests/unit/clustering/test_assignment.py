@@ -73,9 +73,6 @@ def test_scales_and_offsets_whose_squares_float32_cannot_hold_are_searched_as_we
         assert torch.equal(nearest(latents, codebook), by_brute_force(latents, codebook)), scale
 
 
-# --- ties ----------------------------------------------------------------------------------------------------------
-
-
 ROW = st.lists(st.integers(-4, 4), min_size=3, max_size=3)
 
 

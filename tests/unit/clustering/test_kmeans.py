@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from points import blobs, column, normal
 from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from codebook_tools.clustering.assignment import nearest, squared_errors
@@ -39,6 +38,11 @@ def run(points: Tensor, k: int, **settings: Any) -> Clustering:
     return kmeans(points, k, tolerance=1e-5, watch=Watch(), **settings)
 
 
+def by_scikit_learn(points: Tensor, k: int, iterations: int) -> Any:
+    """Lloyd from the first k points."""
+    return KMeans(k, init=points[:k].numpy(), n_init=1, max_iter=iterations, tol=0).fit(points.numpy())
+
+
 def used(points: Tensor, clustering: Clustering, metric: Metric = EUCLIDEAN) -> int:
     """How many centroids are nearest to a point."""
     return len(nearest(points, Codebook(clustering.centroids, metric)).unique())
@@ -52,7 +56,7 @@ def test_the_same_start_ends_as_low_as_scikit_learn_or_lower(count: int, k: int,
     """Few enough points that there is one head: then it is Lloyd from the given seeds, nothing else."""
     points = normal(count, dim, seed=k)
     before = points.clone()
-    reference = KMeans(k, init=points[:k].numpy(), n_init=1, max_iter=300, tol=0, algorithm="lloyd").fit(points.numpy())
+    reference = by_scikit_learn(points, k, 300)
     result = run(points, k, init=points[:k])
     assert result.centroids.dtype == torch.float32 and result.centroids.shape == (k, dim)
     # Momentum may carry it past a shallow optimum; it stops a little before scikit-learn's tol=0.
@@ -64,7 +68,7 @@ def test_the_same_start_ends_as_low_as_scikit_learn_or_lower(count: int, k: int,
 def test_momentum_needs_a_fraction_of_the_iterations() -> None:
     """Many cells in a smooth cloud: where Lloyd alone creeps."""
     points, k = normal(8000, 8), 100
-    alone = KMeans(k, init=points[:k].numpy(), n_init=1, max_iter=60, tol=0, algorithm="lloyd").fit(points.numpy())
+    alone = by_scikit_learn(points, k, 60)
     assert run(points, k, init=points[:k], iterations=30).inertia < alone.inertia_
 
 
@@ -77,14 +81,11 @@ def test_growing_heads_end_as_low_as_scikit_learn_on_all_points_at_once(init: In
     assert result.inertia == pytest.approx(inertia_of(points, result.centroids), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_the_most_iterations_are_kept_to_and_more_never_hurt() -> None:
     """The first is scikit-learn's."""
     points = normal(1100, 4)  # one head
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        reference = KMeans(9, init=points[:9].numpy(), n_init=1, max_iter=1, tol=0, algorithm="lloyd").fit(
-            points.numpy()
-        )
+    reference = by_scikit_learn(points, 9, 1)
     results = [run(points, 9, init=points[:9], iterations=n) for n in (1, 2, 5, 11, 300)]
     assert torch.allclose(results[0].centroids, torch.from_numpy(reference.cluster_centers_), atol=1e-5)
     assert not results[0].converged

@@ -241,11 +241,10 @@ def test_a_refit_is_healthy_and_the_command_keeps_its_promise(tiny: Path, codebo
     assert [each["name"] for each in checks] == [*CHECKS]
     assert {*checks[0]} == {"name", "verdict", "value", "limit", "evidence", "fix"}
     assert not any("\n" in each["evidence"] + each["fix"] for each in checks)
-    table = codebook("diagnose", tiny, *data, "--size", 16)
+    table = codebook("diagnose", tiny, *data)
     assert table.exit_code == 3 and all(name in table.stdout for name in CHECKS)
     assert all(len(line) <= 80 for line in table.stdout.splitlines() if "->" not in line)
-    fixes = {
-        each["name"]: each["fix"] for each in codebook("diagnose", tiny, *data, "--size", 16, "--json").json["checks"]
-    }
+    of_size = codebook("diagnose", tiny, *data, "--size", 16, "--json").json["checks"]
+    fixes = {each["name"]: each["fix"] for each in of_size}
     assert f"codebook refit {tiny} --k " in fixes["no-lloyd"]
     assert f"codebook finetune {tiny} --data {images_folder} --size 16 " in fixes["scale-mismatch"]

@@ -11,8 +11,6 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from codebook_tools.evaluation import metrics
 
-# --- usage -----------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(("counts", "used", "used_10", "usage", "perplexity", "top_share"), [
     ([8, 8, 8, 8], 4, 0, 1.0, 4.0, 0.25), ([10, 0, 0, 0], 1, 1, 0.25, 1.0, 1.0), ([0, 0], 0, 0, 0.0, 0.0, 0.0),

@@ -115,8 +115,6 @@ def test_of_several_codebooks_the_page_shows_how_many_codes_of_each_are_used() -
     assert text.count("<svg ") == 1 and "6 of 16 codes were used, 37.5% of the codebook; now 14 of 16" in text
 
 
-# From the command line
-
 OnImages = tuple[object, ...]
 
 

@@ -31,8 +31,6 @@ from codebook_tools.training.resume import SnapshotFile
 
 Values = dict[str, Any]
 
-# --- collectives ---------------------------------------------------------------------------------------------------
-
 
 def collectives() -> Values:
     """What each collective returns in one of two processes."""

@@ -17,8 +17,6 @@ from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
 from codebook_tools.strategies import STRATEGIES, Prune, Refit, find_strategy, make_strategy
 
-# --- by name -------------------------------------------------------------------------------------------------------
-
 
 def test_settings_are_json_or_else_text() -> None:
     assert [find_strategy(name) for name in STRATEGIES] == [*STRATEGIES.values()]
@@ -120,12 +118,12 @@ def test_an_added_strategy_runs_as_a_command_on_a_users_model(codebook: Run, tin
 
 
 def test_an_added_strategy_has_a_command_of_its_own_with_help(installed: Path, tmp_path: Path) -> None:
-    def shown(*arguments: str) -> str:
+    def printed(*arguments: str) -> str:
         environment = {**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "200"}
         command = [sys.executable, "-m", "codebook_tools", *arguments]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
 
-    options = shown("every-nth", "--help")
+    options = printed("every-nth", "--help")
     assert all(words in options for words in ("every-nth [OPTIONS] [MODEL]", "--set", "--steps"))
     (installed / "every_nth_strategy.py").write_text("raise ImportError")  # the list must not import any of them
-    assert "The strategy every-nth" in shown("--help")
+    assert "The strategy every-nth" in printed("--help")

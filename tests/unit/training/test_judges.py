@@ -244,9 +244,9 @@ def trained(codebook: Run, tiny: Path, data: Path, *options: object) -> Any:
 def test_the_command_trains_with_a_discriminator_and_the_original(
     codebook: Run, tiny: Path, images_folder: Path
 ) -> None:
-    found = trained(codebook, tiny, images_folder, "--loss", "l1", "--adversarial", "--distill", 0.5)
-    assert found["settings"]["adversarial"] is True and found["settings"]["distill"] == 0.5
-    assert all(point["validation_loss"] > 0 for point in found["trace"])
+    result = trained(codebook, tiny, images_folder, "--loss", "l1", "--adversarial", "--distill", 0.5)
+    assert result["settings"]["adversarial"] is True and result["settings"]["distill"] == 0.5
+    assert all(point["validation_loss"] > 0 for point in result["trace"])
 
 
 def test_the_command_trains_with_lpips_and_its_file_does_not_say_where_weights_lay(
@@ -254,8 +254,8 @@ def test_the_command_trains_with_lpips_and_its_file_does_not_say_where_weights_l
 ) -> None:
     mine = vgg.rename(vgg.with_name("vgg16-of-mine.pth"))
     plain = trained(codebook, tiny, images_folder)
-    found = trained(codebook, tiny, images_folder, "--perceptual", mine)
-    assert found["trace"][0]["validation_loss"] > 0 and plain["trace"][0]["validation_loss"] is None
-    assert found["trace"][0]["validation_mse"] == plain["trace"][0]["validation_mse"]
-    about = read_checkpoint(Path(found["outputs"]["model"])).metadata["codebook_tools.settings"]
+    result = trained(codebook, tiny, images_folder, "--perceptual", mine)
+    assert result["trace"][0]["validation_loss"] > 0 and plain["trace"][0]["validation_loss"] is None
+    assert result["trace"][0]["validation_mse"] == plain["trace"][0]["validation_mse"]
+    about = read_checkpoint(Path(result["outputs"]["model"])).metadata["codebook_tools.settings"]
     assert json.loads(about)["perceptual"] is True and "of-mine" not in about

@@ -219,9 +219,8 @@ def test_scale_does_not_matter_by_cosine_no_length_and_some_of_many_latents_coun
 
 def test_a_recipe_weighs_the_entropy(tuned: Callable[..., tuple[Model, Any]]) -> None:
     """Pixels of 0.2 and 0.8 are sure of their codes, and choose both alike."""
-    runs = (
-        tuned([0.2001, 0.8001], [1, 1], [[0.2, 0.8], [0.2, 0.8]], steps=1, entropy=weight)[1] for weight in (0, 0.5)
-    )
+    rows = [[0.2, 0.8], [0.2, 0.8]]
+    runs = (tuned([0.2001, 0.8001], [1, 1], rows, steps=1, entropy=weight)[1] for weight in (0.0, 0.5))
     plain, weighed = (run.trace[1].loss for run in runs)
     assert weighed == pytest.approx(plain - 0.5, abs=1e-3)
 
