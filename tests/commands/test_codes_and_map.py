@@ -20,6 +20,7 @@ from sources_of_images import Images
 from torch import Tensor, nn
 
 from codebook_tools.data.images import array_items
+from codebook_tools.evaluation.extreme_latents import lowest_of_each
 from codebook_tools.evaluation.receptive_field import Place, patches, receptive_side
 from codebook_tools.models.model import Model
 from codebook_tools.report.html.codes import codes_page
@@ -28,7 +29,6 @@ from codebook_tools.report.html.page import html
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows import latent_map
 from codebook_tools.workflows.code_cards import Codes, look_at_codes
-from codebook_tools.evaluation.extreme_latents import lowest_of_each
 from codebook_tools.workflows.latent_map import Map, look_at_map, principal
 from codebook_tools.workflows.request import Request
 
