@@ -3,12 +3,12 @@ mistake itself; and the commands that a diagnosis suggests."""
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -40,81 +40,66 @@ pytestmark = pytest.mark.slow
 SIZE = {"cosine": 8}
 AVERAGED = ("library", "cosine")
 KINDS = ("plain", "sounds", "two stages", "library", "cosine")
+COLLAPSES = [*((kind, 1.0) for kind in KINDS), ("plain", 0.3), ("library", 30.0)]
+"""And how many times as far out as usual the codes began."""
+
+
+class Bench:
+    """Data, and networks that were trained on them: do not change those."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data: dict[str, Data] = dict.fromkeys(KINDS, images_in(folder)) | {"sounds": sounds_in(folder)}
+        self.healthy = cache(lambda kind: healthy(kind, self.data[kind].media, SIZE.get(kind, 32), seed=1))
+        self.collapsed = cache(lambda kind, scale: collapsed(kind, self.data[kind].media, scale=scale))
+
+    def spoilt(self, mistake: str, kind: str) -> Any:
+        network = deepcopy(self.healthy(kind))
+        torch.manual_seed(5)
+        with torch.no_grad():
+            MISTAKES[mistake][0](network, kind, self.data[kind].media)
+        return network
+
+    def diagnosed(self, network: Any, kind: str, original: Any = None, limit: int | None = None) -> Diagnosis:
+        """What is found, where each check has a sentence and a number of its own."""
+        folder = Path(mkdtemp(dir=self.folder))
+        against = write(original, kind, folder, "original")[0] if original is not None else None
+        path, spec = write(network, kind, folder)
+        more: dict[str, Any] = {"size": CLIP} if kind == "sounds" else {"input_range": (0.0, 1.0)}
+        more |= {} if kind in AVERAGED else {"metric": "euclidean"}
+        request = Request(path, (str(self.data[kind].path),), network=spec, limit=limit, **more)
+        found = diagnose(request, Watch(), against)
+        sentences = [check.evidence for check in found.checks if check.verdict != "not-checked"]
+        assert len({*sentences}) == len(sentences)
+        return found
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Data]:
-    folder = tmp_path_factory.mktemp("data")
-    (three := folder / "three").mkdir()
-    images = images_in(folder)
-    return dict.fromkeys(KINDS, images) | {"sounds": sounds_in(folder), "three": images_in(three, kinds=3)}
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"))
 
 
-@pytest.fixture(scope="module")
-def trained(data: dict[str, Data]) -> dict[str, Any]:
-    """Healthy networks by kind: do not change them."""
-    return {kind: healthy(kind, data[kind].media, SIZE.get(kind, 32), seed=1) for kind in KINDS}
-
-
-@pytest.fixture(scope="module")
-def collapses(data: dict[str, Data]) -> dict[tuple[str, float], Any]:
-    """Collapsed networks by kind and by how many times as far out as usual their codes began: do not change them."""
-    scales = [*((kind, 1.0) for kind in KINDS), ("plain", 0.3), ("library", 30.0)]
-    return {(kind, scale): collapsed(kind, data[kind].media, scale=scale) for kind, scale in scales}
-
-
-def request_of(kind: str, path: Path, network: str, given: Data) -> Request:
-    sound = kind == "sounds"
-    return Request(
-        path,
-        (str(given.path),),
-        network=network,
-        metric=None if kind in AVERAGED else "euclidean",
-        size=CLIP if sound else None,
-        input_range=None if sound else (0.0, 1.0),
-    )
-
-
-def diagnosed(network: Any, kind: str, given: Data, folder: Path, original: Any = None) -> Diagnosis:
-    against = write(original, kind, folder, "original")[0] if original is not None else None
-    return diagnose(request_of(kind, *write(network, kind, folder), given), Watch(), against)
-
-
-def told(found: Diagnosis) -> str:
-    return "\n".join(f"{check.verdict} {check.name} {check.value} {check.evidence}" for check in found.checks)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_found_in_a_healthy_model(
-    kind: str, trained: dict[str, Any], data: dict[str, Data], tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "limit"), [*((kind, None) for kind in KINDS), ("plain", 10), ("two stages", 3), ("library", 3)]
+)
+def test_a_healthy_model_is_called_healthy_and_little_data_make_none_ill(
+    kind: str, limit: int | None, bench: Bench
 ) -> None:
-    found = diagnosed(trained[kind], kind, data[kind], tmp_path)
-    assert found.healthy, told(found)
+    found = bench.diagnosed(bench.healthy(kind), kind, limit=limit)
+    allowed = {"few-modes", "counting"} if limit else set()
+    assert {check.name for check in found.failed} <= allowed, found.checks
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("plain", 10), ("two stages", 3), ("library", 3)])
-def test_little_data_make_no_healthy_model_ill(
-    limit: int, kind: str, trained: dict[str, Any], data: dict[str, Data], tmp_path: Path
-) -> None:
-    request = request_of(kind, *write(trained[kind], kind, tmp_path), data[kind])
-    found = diagnose(replace(request, limit=limit), Watch())
-    assert not {check.name for check in found.failed} - {"few-modes", "counting"}, told(found)
-
-
-@pytest.mark.parametrize(("kind", "scale"), [*((kind, 1.0) for kind in KINDS), ("plain", 0.3), ("library", 30.0)])
-def test_a_collapse_of_a_training_is_no_surgery_that_went_wrong(
-    kind: str, scale: float, collapses: dict[tuple[str, float], Any], data: dict[str, Data], tmp_path: Path
-) -> None:
-    found = diagnosed(collapses[kind, scale], kind, data[kind], tmp_path)
+@pytest.mark.parametrize(("kind", "scale"), COLLAPSES)
+def test_a_collapse_of_a_training_is_no_surgery_that_went_wrong(kind: str, scale: float, bench: Bench) -> None:
+    found = bench.diagnosed(bench.collapsed(kind, scale), kind)
     names = {check.name for check in found.failed}
-    assert "dead-codes" in names and "scale-mismatch" in names, told(found)
-    assert not names & {"not-installed", "wrong-encoder", "wrong-layout", "wrong-input-range", "stale-ema"}, told(found)
-    assert not any("ORIGINAL" in check.fix for check in found.failed)
+    assert names >= {"dead-codes", "scale-mismatch"}, found.checks
+    wrong = {"not-installed", "wrong-encoder", "wrong-layout", "wrong-input-range", "stale-ema"}
+    assert not names & wrong and not any("ORIGINAL" in check.fix for check in found.failed), found.checks
 
 
-# --- mistakes ------------------------------------------------------------------------------------------------------
-
-
+# --- mistakes
 def unit(rows: Tensor, kind: str) -> Tensor:
     return functional.normalize(rows, dim=1) if kind == "cosine" else rows
 
@@ -128,8 +113,7 @@ def never_installed(network: Any, kind: str, media: Tensor) -> None:
 
 def channels_first(network: Any, kind: str, media: Tensor) -> None:
     """The latents were flattened as they lie."""
-    with torch.no_grad():
-        rows = network.encode(media).contiguous().reshape(-1, DIM)
+    rows = network.encode(media).contiguous().reshape(-1, DIM)
     for stage in range(len(network.keys)):
         install(network, stage, unit(centroids(rows, SIZE.get(kind, 32)), kind))
 
@@ -162,46 +146,20 @@ MISTAKES: dict[str, tuple[Callable[[Any, str, Tensor], None], str, tuple[str, ..
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, (_, _, kinds) in MISTAKES.items() for kind in kinds])
-def test_a_mistake_is_named_first(
-    name: str, kind: str, trained: dict[str, Any], data: dict[str, Data], tmp_path: Path
-) -> None:
-    make, cause, _ = MISTAKES[name]
-    network = deepcopy(trained[kind])
-    torch.manual_seed(5)
-    with torch.no_grad():
-        make(network, kind, data[kind].media)
-    found = diagnosed(network, kind, data[kind], tmp_path)
-    assert found.failed and found.failed[0].name == cause, told(found)
+def test_a_mistake_is_named_first(name: str, kind: str, bench: Bench) -> None:
+    found = bench.diagnosed(bench.spoilt(name, kind), kind)
+    assert found.failed and found.failed[0].name == MISTAKES[name][1], found.checks
 
 
 @pytest.mark.parametrize("kind", ["sounds", "library"])
-def test_steps_that_were_too_long_are_told_by_the_original(
-    kind: str, trained: dict[str, Any], data: dict[str, Data], tmp_path: Path
-) -> None:
-    network = deepcopy(trained[kind])
-    train(network, data[kind].media, 60, 0.1)
-    found = diagnosed(network, kind, data[kind], tmp_path, original=trained[kind])
-    assert found.failed and found.failed[0].name == "learning-rate", told(found)
+def test_long_steps_are_told_by_the_original(kind: str, bench: Bench) -> None:
+    network = deepcopy(bench.healthy(kind))
+    train(network, bench.data[kind].media, 60, 0.1)
+    found = bench.diagnosed(network, kind, original=bench.healthy(kind))
+    assert found.failed and found.failed[0].name == "learning-rate", found.checks
 
 
-@pytest.mark.parametrize("kind", ["library"])
-def test_data_of_three_kinds_are_no_fault_of_the_codes(kind: str, data: dict[str, Data], tmp_path: Path) -> None:
-    found = diagnosed(collapsed(kind, data["three"].media, scale=0.5), kind, data["three"], tmp_path)
-    assert found.failed and found.failed[0].name == "few-modes", told(found)
-
-
-def test_each_check_has_a_sentence_and_a_number_of_its_own(
-    trained: dict[str, Any], collapses: dict[tuple[str, float], Any], data: dict[str, Data], tmp_path: Path
-) -> None:
-    for network in (trained["library"], collapses["library", 30.0]):
-        checks = diagnosed(network, "library", data["library"], tmp_path).checks
-        said = [check.evidence for check in checks if check.verdict != "not-checked"]
-        assert len({*said}) == len(said)
-
-
-# --- what is suggested ---------------------------------------------------------------------------------------------
-
-
+# --- what is suggested
 @pytest.mark.parametrize(
     ("cause", "kind"),
     [
@@ -213,33 +171,23 @@ def test_each_check_has_a_sentence_and_a_number_of_its_own(
     ],
 )
 def test_no_suggested_command_makes_the_model_worse(
-    cause: str, kind: str, trained: dict[str, Any], collapses: dict[tuple[str, float], Any], data: dict[str, Data],
-    tmp_path: Path, codebook: Run,
-) -> None:  # fmt: skip
-    torch.manual_seed(5)
-    if cause == "collapsed":
-        network = collapses[kind, 1.0]
-    else:
-        network = deepcopy(trained[kind])
-        with torch.no_grad():
-            MISTAKES[cause][0](network, kind, data[kind].media)
+    cause: str, kind: str, bench: Bench, tmp_path: Path, codebook: Run
+) -> None:
+    network = bench.collapsed(kind, 1.0) if cause == "collapsed" else bench.spoilt(cause, kind)
     path, spec = write(network, kind, tmp_path)
-    sound = kind == "sounds"
-    given = ["--data", data[kind].path, "--network", spec, "--limit", 150, "--seed", 3]
-    given += ["--size", CLIP] if sound else ["--input-range=0,1"]
+    given = ["--data", bench.data[kind].path, "--network", spec, "--limit", 150, "--seed", 3]
+    given += ["--size", CLIP] if kind == "sounds" else ["--input-range=0,1"]
     given += [] if kind in AVERAGED else ["--metric", "euclidean"]
-    found = codebook("diagnose", path, *given, "--json")
-    assert found.exit_code == 3
-    commands = [
-        command
-        for check in found.json["checks"]
-        if check["verdict"] == "found"
-        for command in commands_of(check["fix"])
-    ]
+    outcome = codebook("diagnose", path, *given, "--json")
+    assert outcome.exit_code == 3
+    found = [check for check in outcome.json["checks"] if check["verdict"] == "found"]
+    if (cause, kind) == ("collapsed", "plain"):
+        (collapse,) = [check for check in found if check["name"] == "dimensional-collapse"]
+        assert "effective dimension" in collapse["evidence"]
+    commands = [command for check in found for command in commands_of(check["fix"])]
     assert commands
     for i, words in enumerate(dict.fromkeys(commands)):
-        for option in (one for one in given if str(one).startswith("--")):
-            assert str(option) in words
+        assert {str(option) for option in given if str(option).startswith("--")} <= {*words}
         short = ["--steps", "30"] if words[0] in ("refit", "finetune") else []
         done = codebook(*words, *short, "-o", tmp_path / f"{i}.safetensors", "--json")
         assert done.exit_code == 0, (words, done.stderr)
@@ -262,13 +210,3 @@ def commands_of(fix: str) -> list[tuple[str, ...]]:
         if words[0] in ("refit", "prune", "finetune", "quantize"):
             commands.append(tuple(words))
     return commands
-
-
-def test_a_collapsed_encoder_is_told_in_json(
-    collapses: dict[tuple[str, float], Any], data: dict[str, Data], tmp_path: Path, codebook: Run
-) -> None:
-    path, spec = write(collapses["plain", 1.0], "plain", tmp_path)
-    words = ("--network", spec, "--data", data["plain"].path, "--metric", "euclidean", "--json")
-    found = json.loads(codebook("diagnose", path, *words).stdout)
-    (collapse,) = [check for check in found["checks"] if check["name"] == "dimensional-collapse"]
-    assert collapse["verdict"] == "found" and "effective dimension" in collapse["evidence"]

@@ -10,6 +10,7 @@ from conftest import Run, assert_refused
 from proven_networks import write_images, write_network
 from safetensors.torch import load_file, save_file
 
+from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.clustering.metric import COSINE
 from codebook_tools.codebook import EUCLIDEAN, Codebook, Metric, Strategy
 from codebook_tools.data.latents import StoredLatents
@@ -19,39 +20,35 @@ from codebook_tools.strategies import Condense, Grow, Quantize, Restart
 from codebook_tools.workflows.session import UNSEEN
 
 KEY = "vq.codebook.weight"
+Words = tuple[object, ...]
 
 
 @pytest.fixture
-def collapsed(tmp_path: Path) -> tuple[object, ...]:
+def collapsed(tmp_path: Path) -> Words:
     """A model of 64 codes, of which 4 are in use, the others being thousands of times longer; and what to type for its
     data."""
     calibration, held_out = write_images(tmp_path)
     model, network = write_network(tmp_path, "round", 64)
-    state = load_file(model)
     torch.manual_seed(1)
     codes = torch.randn(64, 6) * 3000
     codes[[5, 20, 33, 60]] = torch.randn(4, 6) * 0.5
-    save_file(state | {KEY: codes}, model)
+    save_file(load_file(model) | {KEY: codes}, model)
     data = ("--network", network, "--data", calibration, "--test-data", held_out, "--input-range", "0,1")
     return (model, *data, "--metric", "euclidean", "--json")
 
 
 @pytest.mark.parametrize("method", ["kmeans", "pnn"])
-def test_quantizing_to_more_codes_than_are_in_use_merges_none_of_them(
-    method: str, collapsed: tuple[object, ...], codebook: Run, tmp_path: Path
-) -> None:
-    out = tmp_path / "out.safetensors"
+def test_quantizing_upwards_merges_no_code_in_use(method: str, collapsed: Words, codebook: Run, tmp_path: Path) -> None:
+    out, pruned = tmp_path / "out.safetensors", tmp_path / "pruned.safetensors"
     found = codebook("quantize", *collapsed, "--k", 32, "--method", method, "-o", out)
     assert found.exit_code == 0, found.stderr
     stages = found.json["stages"]
     assert stages["before"]["codebooks"][0]["used"] == stages["surgery"]["codebooks"][0]["used"] > 1
-    pruned = codebook("prune", *collapsed, "-o", tmp_path / "pruned.safetensors").json["stages"]
+    by_pruning = codebook("prune", *collapsed, "-o", pruned).json["stages"]
     # A test latent or two meet codes that no calibration latent does.
-    assert stages["surgery"]["mse"] == pytest.approx(pruned["surgery"]["mse"], rel=1e-4)
+    assert stages["surgery"]["mse"] == pytest.approx(by_pruning["surgery"]["mse"], rel=1e-4)
     old, new = (load_file(path)[KEY] for path in (collapsed[0], out))  # type: ignore[arg-type]
-    index_map, alive = (
-        load_file(tmp_path / f"{name}.index_map.safetensors")[f"{KEY}/index_map"] for name in ("out", "pruned")
-    )
+    index_map, alive = (load_file(index_map_path(path))[f"{KEY}/index_map"] for path in (out, pruned))
     used = alive >= 0
     assert 1 < int(used.sum()) <= 4 and torch.equal(new[index_map[used]], old[used])
 
@@ -84,59 +81,38 @@ def test_a_used_code_stays_as_it_is(strategy: Strategy, dead: int, metric: Metri
 
 
 @pytest.mark.parametrize("command", [("quantize", "--k", 1), ("prune", "--keep", 1), ("condense", "--k", 1)])
-def test_an_error_that_rose_is_said_with_by_how_much(
-    command: tuple[object, ...], collapsed: tuple[object, ...], codebook: Run, tmp_path: Path
-) -> None:
+def test_an_error_that_rose_is_said(command: Words, collapsed: Words, codebook: Run, tmp_path: Path) -> None:
     found = codebook(command[0], *collapsed, *command[1:], "--steps", 0, "-o", tmp_path / "out.safetensors").json
     before, after = (found["stages"][name]["mse"] for name in ("before", found["kept"]))
-    told = [warning for warning in found["warnings"] if "error on the test data rose" in warning]
-    assert bool(told) == (after > 1.0005 * before)
-    if told:
-        assert f"from {before:.6f} to {after:.6f}" in told[0]
-        assert told[0].endswith(
-            f"({after / before - 1:+.1%})" if after < 2 * before else f"({after / before:.1f} times)"
-        )
+    warnings = [warning for warning in found["warnings"] if "error on the test data rose" in warning]
+    assert bool(warnings) == (after > 1.0005 * before)
+    by_how_much = f"({after / before - 1:+.1%})" if after < 2 * before else f"({after / before:.1f} times)"
+    assert all(warning.endswith(f"from {before:.6f} to {after:.6f} {by_how_much}") for warning in warnings)
 
 
 def test_a_larger_error_by_hand() -> None:
-    def measured(mse: float) -> Measurement:
-        return Measurement("test", 1, mse, None, None, ())
-
-    assert worse_warnings(measured(0.5), measured(0.5001)) == []
-    assert worse_warnings(measured(0.5), measured(0.75))[0].endswith("from 0.500000 to 0.750000 (+50.0%)")
-    assert worse_warnings(measured(0.5), measured(1.0))[0].endswith("(2.0 times)")
-    assert worse_warnings(measured(0.5), None) == []
+    half, more, much, twice = (Measurement("test", 1, mse, None, None, ()) for mse in (0.5, 0.5001, 0.75, 1.0))
+    assert worse_warnings(half, more) == worse_warnings(half, None) == []
+    assert worse_warnings(half, much)[0].endswith("from 0.500000 to 0.750000 (+50.0%)")
+    assert worse_warnings(half, twice)[0].endswith("(2.0 times)")
 
 
-# --- a user's model without data -----------------------------------------------------------------------------------
-
-
-def test_a_model_of_the_users_own_is_not_trained_on_the_bundled_photographs(
-    tiny: Path, codebook: Run, tmp_path: Path
-) -> None:
-    words = ("refit", tiny, "--k", 8, "--limit", 40)
-    found = codebook(*words, "-o", tmp_path / "out.safetensors")
+# --- a user's model without data
+def test_only_the_demo_is_trained_on_the_bundled_photographs(tiny: Path, codebook: Run, tmp_path: Path) -> None:
+    out, limit = tmp_path / "out.safetensors", ("--k", 8, "--limit", 40)
+    for command in (("refit", "--k", 8, "--steps", 2), ("finetune", "--dry-run")):
+        assert_refused(codebook(command[0], tiny, *command[1:], "-o", out), "give some with --data")
+    assert not out.exists()
+    found = codebook("refit", tiny, *limit, "-o", out)
     assert found.exit_code == 0, found.stderr
     assert found.stdout.startswith(UNSEEN)
-    again = codebook(*words, "-o", tmp_path / "again.safetensors", "--json").json
+    again = codebook("refit", tiny, *limit, "-o", tmp_path / "again.safetensors", "--json").json
     assert again["stages"]["finetuned"] is None and again["settings"]["steps"] == 0
     assert UNSEEN in again["warnings"]
-    rows = codebook("compare", tiny, "--k", 8, "--limit", 40, "--strategies", "prune,refit", "-o", tmp_path / "c")
+    rows = codebook("compare", tiny, *limit, "--strategies", "prune,refit", "-o", tmp_path / "c")
     assert rows.exit_code == 0 and rows.stdout.startswith(UNSEEN)
-
-
-@pytest.mark.parametrize("command", [("refit", "--k", 8, "--steps", 2), ("finetune", "--dry-run")])
-def test_a_training_without_data_of_the_models_own_is_refused(
-    command: tuple[object, ...], tiny: Path, codebook: Run, tmp_path: Path
-) -> None:
-    found = codebook(command[0], tiny, *command[1:], "-o", tmp_path / "out.safetensors")
-    assert_refused(found, "give some with --data")
-    assert not (tmp_path / "out.safetensors").exists()
-
-
-def test_the_demo_is_trained_on_the_sample_that_is_its_own(codebook: Run, tmp_path: Path) -> None:
-    found = codebook("refit", "--k", 8, "--limit", 40, "--dry-run", "-o", tmp_path / "out.safetensors", "--json")
-    assert found.json["settings"]["steps"] == 1000 and UNSEEN not in found.json["warnings"]
+    demo = codebook("refit", *limit, "--dry-run", "-o", tmp_path / "demo.safetensors", "--json").json  # its own sample
+    assert demo["settings"]["steps"] == 1000 and UNSEEN not in demo["warnings"]
 
 
 @pytest.mark.parametrize("method", ["random", "nearest", "error"])

@@ -1,7 +1,9 @@
-"""Safetensors files: sound ones only, whole ones only, and asked beforehand whether one can be written."""
+"""Safetensors files and configs: sound and whole ones only, hashed once, and whether one can be written."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import struct
 from collections.abc import Callable
@@ -9,10 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import contents, same
+from conftest import Run, contents, same
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from weight_files import CODEBOOK, NEW, STATE, safetensors_bytes, save_pickle
 
+from codebook_tools.checkpoints import hashing
+from codebook_tools.checkpoints.config import entry_of, parse_config, with_entries
+from codebook_tools.checkpoints.hashing import file_sha256, hash_ahead
 from codebook_tools.checkpoints.read import read_checkpoint, torch_dtype
 from codebook_tools.checkpoints.write import check_writable, maps_sha256, write_checkpoint
 from codebook_tools.errors import CodebookError
@@ -46,11 +53,13 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(mixed: Path) -> None:
         list(read.chunks(last))
 
 
-@pytest.mark.parametrize("header", [b'{"__metadata__":null}', b"{}"])
-def test_a_file_without_metadata_or_tensors_has_empty_ones(tmp_path: Path, header: bytes) -> None:
-    (tmp_path / "empty.safetensors").write_bytes(safetensors_bytes(header.ljust(24)))
-    read = read_checkpoint(tmp_path / "empty.safetensors")
-    assert read.metadata == {} and read.entries == {}
+def test_a_file_without_metadata_or_tensors_has_empty_ones(tmp_path: Path) -> None:
+    for header in (b'{"__metadata__":null}', b"{}"):
+        (tmp_path / "empty.safetensors").write_bytes(safetensors_bytes(header.ljust(24)))
+        read = read_checkpoint(tmp_path / "empty.safetensors")
+        assert read.metadata == {} and read.entries == {}
+    with pytest.raises(CodebookError, match=r"dtype F4 .* F32"):
+        torch_dtype("F4")
 
 
 SOUND = safetensors_bytes(b'{"w":{"dtype":"F32","shape":[64],"data_offsets":[0,256]}}'.ljust(64), bytes(256))
@@ -82,11 +91,6 @@ def test_an_unsound_file_is_named_and_said_to_be_what_it_is(kind: str, tmp_path:
     assert str(path) in str(error.value)
 
 
-def test_dtypes_that_torch_lacks_are_named() -> None:
-    with pytest.raises(CodebookError, match=r"dtype F4 .* F32"):
-        torch_dtype("F4")
-
-
 def test_the_hash_of_maps_covers_every_number_and_name() -> None:
     maps = {"index_map": torch.tensor([0, -1, 1]), "nearest": torch.tensor([0, 2, 1])}
     moved = {"index_map": maps["nearest"], "nearest": maps["index_map"]}
@@ -95,9 +99,7 @@ def test_the_hash_of_maps_covers_every_number_and_name() -> None:
     assert maps_sha256(dict(reversed(maps.items()))) == maps_sha256(maps)
 
 
-def test_an_interruption_while_the_files_are_put_in_place_leaves_no_partial_file(
-    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_leaves_no_partial_file(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
@@ -109,32 +111,128 @@ def test_an_interruption_while_the_files_are_put_in_place_leaves_no_partial_file
 
 def test_a_checkpoint_can_replace_the_file_that_it_is_made_from(mixed: Path) -> None:
     write(mixed, mixed)
-    loaded = load_file(mixed)
-    assert all(same(loaded[key], tensor) for key, tensor in (STATE | {CODEBOOK: NEW}).items())
+    assert all(same(load_file(mixed)[key], tensor) for key, tensor in (STATE | {CODEBOOK: NEW}).items())
 
 
 # --- whether a place can be written, asked beforehand --------------------------------------------------------------
+def test_a_place_that_cannot_be_written_is_refused_beforehand(tmp_path: Path) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    for name, message in (
+        ("missing/out.safetensors", r"no such folder: .*missing"),
+        ("folder.safetensors", "is a directory"),
+        *(("x" * length + ".safetensors", "cannot write in") for length in (228, 238, 288)),  # no room for partial, map
+    ):
+        with pytest.raises(CodebookError, match=message):
+            check_writable(tmp_path / name, force=True)
+    assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("name", ["out.safetensors", "out.index_map.safetensors"])
-def test_neither_checkpoint_nor_index_map_is_overwritten_without_force(tmp_path: Path, name: str) -> None:
-    check_writable(tmp_path / "out.safetensors", force=False)
-    assert contents(tmp_path) == {}  # asking leaves nothing
-    (tmp_path / name).write_bytes(b"precious")
-    with pytest.raises(CodebookError, match=rf"{name} exists; --force"):
-        check_writable(tmp_path / "out.safetensors", force=False)
-    check_writable(tmp_path / "out.safetensors", force=True)
-    assert contents(tmp_path) == {name: b"precious"}
+# --- hashes of files that are begun ahead, and never of what is no longer there --------------------------------------
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are gone through, in order."""
+    done, digest = list[Path](), hashing._digest
+    monkeypatch.setattr(hashing, "_digest", lambda path: done.append(path) or digest(path))
+    return done
+
+
+def test_a_hash_begun_ahead_is_not_done_again(
+    tmp_path: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hashing, "CHUNK", 5)
+    for size in (0, 1, 10, 11):
+        path, expected = tmp_path / str(size), hashlib.sha256(bytes(range(size))).hexdigest()
+        path.write_bytes(bytes(range(size)))
+        assert file_sha256(path) == expected
+        hash_ahead([path])
+        assert file_sha256(path) == expected and hashed.count(path) == 2
+        assert file_sha256(path) == expected and hashed.count(path) == 3
+
+
+def test_a_file_that_changed_or_went_away_since_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    os.utime(path, ns=(0, 0))
+    hash_ahead([path])
+    path.write_bytes(b"behind")
+    assert file_sha256(path) == hashlib.sha256(b"behind").hexdigest()
+    hash_ahead([path])
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        file_sha256(path)
+
+
+def test_a_surgery_without_a_network_hashes_its_model_once(tiny: Path, codebook: Run, hashed: list[Path]) -> None:
+    assert codebook("quantize", tiny, "--k", 8).exit_code == 0
+    assert hashed == [tiny]
+
+
+# --- single entries of a config, read and set, and its text else left as it stands -----------------------------------
+def test_an_entry_has_a_dotted_key_and_is_none_where_it_is_missing() -> None:
+    config = {"k": 3, "vq_config": {"num_embeddings": 16, "deep": {"er": [1]}}, "none": None}
+    keys = ("k", "vq_config.num_embeddings", "vq_config.deep.er")
+    assert [entry_of(config, key) for key in keys] == [3, 16, [1]]
+    assert [entry_of(config, key) for key in ("x", "vq_config.x", "k.x", "none", "none.x", "")] == [None] * 6
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("missing/out.safetensors", r"no such folder: .*missing"), ("folder.safetensors", "is a directory")]
-    + [("x" * length + ".safetensors", "cannot write in") for length in (228, 238, 288)],
-    ids=["no folder", "a folder", "no room for the partial", "for the map", "for the file"],
+    ("text", "key", "value", "expected"),
+    [
+        ('{\n\t"a": NaN,\n\t"k" : 16\n}', "k", 8, '{\n\t"a": NaN,\n\t"k" : 8\n}'),
+        ('{"k": 8.0}', "k", 8, '{"k": 8}'),
+        ('{"k": true}', "k", 1, '{"k": 1}'),
+        ('{"k":16,"b":[1, 2]}', "k", 8, '{"k":8,"b":[1, 2]}'),
+        ('{"a": Infinity, "k": 1, "b": -Infinity}', "k", 8, '{"a": Infinity, "k": 8, "b": -Infinity}'),
+        ('{"a": {"k": 16}, "k": 16}', "k", 8, '{"a": {"k": 16}, "k": 8}'),
+        ('{"a": {"k": 16}, "k": 16}', "a.k", 8, '{"a": {"k": 8}, "k": 16}'),
+        ('{"b": "\\"k\\": 16, {[", "k": 16}', "k", 8, '{"b": "\\"k\\": 16, {[", "k": 8}'),
+        ('{"\\u006b": 16}', "k", 8, '{"\\u006b": 8}'),  # the same name, spelt otherwise
+        ('{"k": 1, "k": 2}', "k", 8, '{"k": 1, "k": 8}'),  # the last of a name is the one that counts
+        (' \r\n{ "k"\t:\r\n16 \r\n,"b" :{ } }\r\n', "k", 8, ' \r\n{ "k"\t:\r\n8 \r\n,"b" :{ } }\r\n'),
+        ('{"k": "16"}', "k", 8, '{"k": 8}'),
+        ('{"r": [\n  1.5,\n  3.0\n ], "k": 1}', "r", [1.2, 2.4], '{"r": [\n  1.2,\n  2.4\n ], "k": 1}'),
+        ('{"r": [1.5, [3, 4]]}', "r", [1.5, [3, 5]], '{"r": [1.5, [3, 5]]}'),
+        ('{"r": [1.5, 3.0]}', "r", [2.0], '{"r": [2.0]}'),
+        ('{"r": []}', "r", [2.0], '{"r": [2.0]}'),
+        ('{"a": 1}', "k", 8, '{\n  "a": 1,\n  "k": 8\n}\n'),
+        ('{"a": {"b": 1}}', "a.k", 8, '{\n  "a": {\n    "b": 1,\n    "k": 8\n  }\n}\n'),
+        ("{}", "a.k", 8, '{\n  "a": {\n    "k": 8\n  }\n}\n'),
+        ('\ufeff{"n": "Ünal", "k": 1}', "k", 8, '\ufeff{"n": "Ünal", "k": 8}'),
+    ],
 )
-def test_a_place_that_cannot_be_written_is_refused_beforehand(name: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(CodebookError, match=message):
-        check_writable(tmp_path / name, force=True)
-    assert contents(tmp_path) == {}
+def test_one_entry_is_set_and_the_rest_left_as_it_was(text: str, key: str, value: object, expected: str) -> None:
+    assert with_entries(text.encode(), {key: value}).decode() == expected
+    assert with_entries(expected.encode(), {key: value}).decode() == expected
+
+
+def test_several_entries_are_set_at_once_in_the_encoding_of_the_text() -> None:
+    text = '{"vq": {"k": 1, "r": [1, 2]}, "n": 3}'
+    changed = with_entries(text.encode("utf-16"), {"vq.k": 10, "n": 30, "vq.r": [1.25, 2.5]})
+    assert changed == '{"vq": {"k": 10, "r": [1.25, 2.5]}, "n": 30}'.encode("utf-16")
+    assert with_entries(text.encode(), {}) == text.encode()
+
+
+def test_a_key_that_leads_through_a_number_and_a_file_without_an_object_are_refused(tmp_path: Path) -> None:
+    for text in ('{"a": 3}', '{"a": [1]}', '{"a": null}', '{"a": "text"}'):
+        with pytest.raises(CodebookError, match=r"no place for k: .* is no object"):
+            with_entries(text.encode(), {"a.k": 8})
+    for text, message in (("{", "is no JSON"), ("[]", "holds a JSON list"), ("[" * 99999, "is no JSON")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CodebookError, match=message):
+            parse_config(tmp_path / "config.json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(config=st.dictionaries(st.text(max_size=3), JSON, max_size=4), value=JSON, indent=st.sampled_from([None, 0, 3]))
+def test_any_entry_of_any_config_can_be_set(config: dict[str, object], value: object, indent: int | None) -> None:
+    for key in config:
+        if "." not in key:
+            text = json.dumps(config, indent=indent, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            edited = json.loads(with_entries(text, {key: value}))
+            assert edited == {**config, key: value} and list(edited) == list(config)

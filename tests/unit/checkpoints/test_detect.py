@@ -19,7 +19,6 @@ def answer(detection: Detection) -> Answer:
 
 
 # --- the surveyed layouts ------------------------------------------------------------------------------------------
-
 NEGATIVE = "not a codebook: "
 REASONS = {"Beit": "patch", "FSQ": "FSQ", "LFQ": "LFQ"} | dict.fromkeys(
     ("T5", "Llama", "Whisper", "Dia", "UVit2D", "LlamaGen GPT (keys)", "VAR transformer (keys)"), "language model"
@@ -49,8 +48,6 @@ def test_surveyed_layout(name: str) -> None:
 
 
 # --- layouts written down -------------------------------------------------------------------------------------------
-
-
 @each_with_codebooks
 def test_written_layout(case: StateDict) -> None:
     detection = find_codebooks(case.shapes)
@@ -75,14 +72,13 @@ def test_written_negative(case: StateDict) -> None:
 
 
 @each_with_codebooks
-@pytest.mark.parametrize("prefix", ["module.", "first_stage_model.", "_orig_mod.", "net.vqvae."])
-def test_a_prefix_on_every_key_changes_nothing(case: StateDict, prefix: str) -> None:
+def test_a_prefix_on_every_key_changes_nothing(case: StateDict) -> None:
     plain = find_codebooks(case.shapes)
-    behind = find_codebooks({prefix + key: shape for key, shape in case.shapes.items()})
-    assert {key.removeprefix(prefix): value for key, value in answer(behind).items()} == answer(plain)
-    assert [c.companions for c in behind.codebooks] == [
-        tuple(prefix + key for key in c.companions) for c in plain.codebooks
-    ]
+    for prefix in ("module.", "first_stage_model.", "_orig_mod.", "net.vqvae."):
+        behind = find_codebooks({prefix + key: shape for key, shape in case.shapes.items()})
+        assert {key.removeprefix(prefix): value for key, value in answer(behind).items()} == answer(plain)
+        companions = [tuple(prefix + key for key in book.companions) for book in plain.codebooks]
+        assert [book.companions for book in behind.codebooks] == companions
 
 
 ALONE = ("nothing", "word vectors", "knowledge graph")
@@ -90,72 +86,58 @@ ALONE = ("nothing", "word vectors", "knowledge graph")
 
 # `vqvae.embeddings.weight` and no layer beside it would be a codebook, by every convention.
 @pytest.mark.parametrize("case", [c for c in NONE if c.name not in ALONE], ids=lambda c: c.name)
-@pytest.mark.parametrize("prefix", ["module.", "model.", "vqvae.", "vq_model."])
-def test_a_prefix_makes_no_codebook(case: StateDict, prefix: str) -> None:
-    assert answer(find_codebooks({prefix + key: shape for key, shape in case.shapes.items()})) == {}
+def test_a_prefix_makes_no_codebook(case: StateDict) -> None:
+    for prefix in ("module.", "model.", "vqvae.", "vq_model."):
+        assert answer(find_codebooks({prefix + key: shape for key, shape in case.shapes.items()})) == {}, prefix
 
 
 # --- what is said of a codebook beside its key and shape ------------------------------------------------------------
-
 LDM, Q = "quantize.embedding.weight", "quantizer."
 FACTS: dict[str, tuple[Shapes, dict[str, set[str]], set[str]]] = {
     "what has an axis of K and the same owner": (
         {**convs(width=96), "_vq_vae._embedding.weight": (512, 64), "_vq_vae._ema_w": (512, 64)}
         | {"_vq_vae._ema_cluster_size": (512,), "_vq_vae.hits": (3, 512), "_vq_vae.temperature": (1,)},
-        {"_vq_vae._embedding.weight": {"_vq_vae._ema_w", "_vq_vae._ema_cluster_size", "_vq_vae.hits"}}, set(),
-    ),
+        {"_vq_vae._embedding.weight": {"_vq_vae._ema_w", "_vq_vae._ema_cluster_size", "_vq_vae.hits"}}, set()),
     "numbered codebooks": (
         {f"{Q}codebooks.{i}": (256, 16) for i in (0, 1)}
         | {f"{Q}cluster_sizes.{i}": (256,) for i in (0, 1)} | {f"{Q}hits": (2, 256)},
-        {f"{Q}codebooks.{i}": {f"{Q}cluster_sizes.{i}", f"{Q}hits"} for i in (0, 1)}, set(),
-    ),
+        {f"{Q}codebooks.{i}": {f"{Q}cluster_sizes.{i}", f"{Q}hits"} for i in (0, 1)}, set()),
     "a padding row is no code": (
         {f"{Q}0.weight": (1025, 32), f"{Q}0.cluster_size_ema": (1024,), f"{Q}0.embed_ema": (1024, 32)},
-        {f"{Q}0.weight": {f"{Q}0.cluster_size_ema", f"{Q}0.embed_ema"}}, set(),
-    ),
+        {f"{Q}0.weight": {f"{Q}0.cluster_size_ema", f"{Q}0.embed_ema"}}, set()),
     "a window of recent indices longer than K": (
-        {**convs(latent=4), LDM: (16384, 4), "quantize.codebook_used": (65536,)}, {LDM: set()}, set(),
-    ),
+        {**convs(latent=4), LDM: (16384, 4), "quantize.codebook_used": (65536,)}, {LDM: set()}, set()),
     "a window of recent indices of length K": (
         {**convs(latent=4), LDM: (16384, 4), "quantize.codebook_used": (16384,)},
-        {LDM: {"quantize.codebook_used"}}, set(),
-    ),
+        {LDM: {"quantize.codebook_used"}}, set()),
     "shadows without dots": (
         {**convs(), LDM: (512, 64), f"pixel_{LDM}": (512, 64), "model_ema.decoderconv_inweight": (128, 64, 3, 3)}
         | {f"model_ema.{name}quantizeembeddingweight": (512, 64) for name in ("", "pixel_")},
-        {f"{name}{LDM}": {f"model_ema.{name}quantizeembeddingweight"} for name in ("pixel_", "")}, set(),
-    ),
+        {f"{name}{LDM}": {f"model_ema.{name}quantizeembeddingweight"} for name in ("pixel_", "")}, set()),
     "a shadow module with its statistics": (
         {**convs(latent=4), LDM: (16384, 4), f"ema_{LDM}": (16384, 4), "ema_encoder.conv_in.weight": (128, 3, 3, 3)}
         | {"quantize.cluster_size": (16384,), "ema_quantize.cluster_size": (16384,)},
-        {LDM: {"quantize.cluster_size", "ema_quantize.cluster_size", f"ema_{LDM}"}}, set(),
-    ),
+        {LDM: {"quantize.cluster_size", "ema_quantize.cluster_size", f"ema_{LDM}"}}, set()),
     "a shadow behind the prefix of its model": (
         {f"first.{LDM}": (256, 4), "first.model_ema.quantizeembeddingweight": (256, 4)},
-        {f"first.{LDM}": {"first.model_ema.quantizeembeddingweight"}}, set(),
-    ),
+        {f"first.{LDM}": {"first.model_ema.quantizeembeddingweight"}}, set()),
     "a projection whose width happens to be K": (
         {f"{Q}in_proj.weight": (8, 1024, 1), f"{Q}out_proj.weight": (1024, 8, 1), f"{Q}codebook.weight": (1024, 8)},
-        {f"{Q}codebook.weight": set()}, {f"{Q}in_proj.weight", f"{Q}out_proj.weight"},
-    ),
+        {f"{Q}codebook.weight": set()}, {f"{Q}in_proj.weight", f"{Q}out_proj.weight"}),
     "an encoder inside the quantizer": (
         {f"{Q}embedding.weight": (512, 64), f"{Q}cluster_size": (512,), f"{Q}encoder.fc.weight": (512, 64)},
-        {f"{Q}embedding.weight": {f"{Q}cluster_size"}}, {f"{Q}encoder.fc.weight"},
-    ),
+        {f"{Q}embedding.weight": {f"{Q}cluster_size"}}, {f"{Q}encoder.fc.weight"}),
     "a projection to logits": (
         {**convs(), LDM: (512, 64), "quantize.proj.weight": (512, 64, 1, 1), "quantize.proj.bias": (512,)},
-        {LDM: {"quantize.proj.weight", "quantize.proj.bias"}}, set(),
-    ),
+        {LDM: {"quantize.proj.weight", "quantize.proj.bias"}}, set()),
     "K to K + 4 of a prior": (
         {**convs(), LDM: (512, 64), "prior.tok.weight": (513, 96), "prior.head.weight": (512, 96)}
         | {"prior.mask.weight": (96, 514), "prior.other.weight": (517, 511), "prior.special.weight": (516, 96)},
-        {LDM: set()}, {"prior.head.weight", "prior.mask.weight", "prior.special.weight", "prior.tok.weight"},
-    ),
+        {LDM: set()}, {"prior.head.weight", "prior.mask.weight", "prior.special.weight", "prior.tok.weight"}),
     "a head over the codes of all codebooks, in natural order": (
         {f"rvq.{i}._codebook.embed": (1, 16, 8) for i in (10, 2, 1, 0, 11)}
         | {"head.weight": (80, 30), "tok.weight": (84, 30), "wide.weight": (85, 30)},
-        {f"rvq.{i}._codebook.embed": set() for i in (0, 1, 2, 10, 11)}, {"head.weight", "tok.weight"},
-    ),
+        {f"rvq.{i}._codebook.embed": set() for i in (0, 1, 2, 10, 11)}, {"head.weight", "tok.weight"}),
 }  # fmt: skip
 
 
@@ -169,27 +151,21 @@ def test_companions_belong_to_a_codebook_and_what_else_may_follow_k_is_listed(na
     assert detection.elsewhere == tuple((key, shapes[key]) for key in sorted(elsewhere))
 
 
-@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3"])
-def test_floats_are_codebooks_and_the_dtype_is_passed_on(dtype: str) -> None:
+def test_floats_are_codebooks_of_their_dtype_and_sure_where_they_lie_one_way() -> None:
     shapes: Shapes = {"quantizer.codebook": (512, 64), "quantizer.embedding.weight": (512, 64)}
-    (c,) = find_codebooks(shapes, {"quantizer.codebook": "I64", "quantizer.embedding.weight": dtype}).codebooks
-    assert (c.key, c.dtype) == ("quantizer.embedding.weight", dtype)
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [((512, 64), "I8"), ((512, 64), "BOOL"), ((512, 64), "C64"), ((0, 64), "F32"), ((512, 0), "F32")],
-)
-def test_a_codebook_that_is_no_rows_of_floats_is_named_as_what_it_is(shape: tuple[int, int], dtype: str) -> None:
-    key, conv = "_vq_vae._embedding.weight", "_encoder._conv_1.weight"
-    detection = find_codebooks({key: shape, conv: (64, 3, 3, 3)}, {key: dtype, conv: "F32"})
-    reason = f"{key} is {dtype} {[*shape]}, where a codebook is rows of floats"
-    assert detection.codebooks == () and detection.reason == reason
-
-
-def test_a_matrix_that_could_lie_either_way_is_of_low_confidence() -> None:
-    for shape, confidence in (((64, 512), "low"), ((512, 64), "high")):
+    for dtype in ("F64", "F32", "F16", "BF16", "F8_E4M3"):
+        (c,) = find_codebooks(shapes, {"quantizer.codebook": "I64", "quantizer.embedding.weight": dtype}).codebooks
+        assert (c.key, c.dtype) == ("quantizer.embedding.weight", dtype)
+    for shape, confidence in (((64, 512), "low"), ((512, 64), "high")):  # which could lie either way
         assert find_codebooks({"quantizer.codebook": shape}).codebooks[0].confidence == confidence
+
+
+def test_a_codebook_that_is_no_rows_of_floats_is_named_as_what_it_is() -> None:
+    key, conv, rows = "_vq_vae._embedding.weight", "_encoder._conv_1.weight", (512, 64)
+    for shape, dtype in ((rows, "I8"), (rows, "BOOL"), (rows, "C64"), ((0, 64), "F32"), ((512, 0), "F32")):
+        detection = find_codebooks({key: shape, conv: (64, 3, 3, 3)}, {key: dtype, conv: "F32"})
+        reason = f"{key} is {dtype} {[*shape]}, where a codebook is rows of floats"
+        assert detection.codebooks == () and detection.reason == reason
 
 
 @pytest.mark.parametrize("stages", [0, 32])

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from operator import ne
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from conftest import Outcome, State, assert_refused, contents
+from conftest import Run, State, assert_refused, contents
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from weight_files import (
@@ -56,8 +56,6 @@ def write(original: Path, output: Path, changed: State, **metadata: str) -> Path
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
-
-
 def test_without_a_config_shards_are_read_all_the_same(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (sharded / CONFIG).unlink()
     monkeypatch.chdir(sharded)
@@ -67,19 +65,13 @@ def test_without_a_config_shards_are_read_all_the_same(sharded: Path, monkeypatc
         assert read.entries.keys() == STATE.keys()
 
 
-def test_a_link_within_the_folder_is_no_way_out_of_it(sharded: Path) -> None:
-    (sharded / A).rename(sharded / "real.safetensors")
-    (sharded / A).symlink_to("real.safetensors")
-    assert read_checkpoint(sharded).shapes["count"] == ()
-
-
-def move_out(folder: Path) -> None:
+def replaced(target: object, folder: Path) -> None:
+    """A shard is elsewhere, and a link to `target` in its place, or a folder, or nothing."""
     (folder / A).rename(folder.parent / A)
-
-
-def link_out(folder: Path) -> None:
-    move_out(folder)
-    (folder / A).symlink_to(folder.parent / A)
+    if target == "folder":
+        (folder / A).mkdir()
+    elif target:
+        (folder / A).symlink_to(str(target))
 
 
 def place(folder: Path, name: object) -> None:
@@ -87,7 +79,7 @@ def place(folder: Path, name: object) -> None:
     edit_index(folder, lambda index: index["weight_map"].update(count=name))
 
 
-def put_index(folder: Path, text: str) -> None:
+def put_index(text: str, folder: Path) -> None:
     (folder / INDEX).write_text(text)
 
 
@@ -96,11 +88,11 @@ def save_again(folder: Path, name: str, **more: Tensor) -> None:
 
 
 UNSOUND: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a shard missing": (move_out, f"names {A}, which is missing"),
-    "a shard that is a folder": (lambda f: (move_out(f), (f / A).mkdir()), f"names {A}, which is missing"),
-    "a shard linked from outside": (link_out, f"{A} is a link to outside its folder"),
-    "a link in a circle": (lambda f: (move_out(f), (f / A).symlink_to(A)), f"names {A}, which is missing"),
-    "a shard above": (lambda f: (move_out(f), place(f, f"../{A}")), f"names '../{A}', outside its folder"),
+    "a shard missing": (partial(replaced, None), f"names {A}, which is missing"),
+    "a shard that is a folder": (partial(replaced, "folder"), f"names {A}, which is missing"),
+    "a shard linked from outside": (partial(replaced, f"../{A}"), f"{A} is a link to outside its folder"),
+    "a link in a circle": (partial(replaced, A), f"names {A}, which is missing"),
+    "a shard above": (lambda f: (replaced(None, f), place(f, f"../{A}")), f"names '../{A}', outside its folder"),
     "a number as a name": (lambda f: place(f, 1), "says that count is in 1, which is no name"),
     "the index as a shard": (lambda f: place(f, INDEX), f"{INDEX} is not a sound safetensors file"),
     "a key in another shard": (lambda f: place(f, B), f"count is in {B}, but it is in {A}"),
@@ -118,7 +110,7 @@ UNSOUND |= {f"a shard called {name!r}": (partial(place, name=name), "outside its
 INDICES = {"{": "is no JSON", "[]": "holds a JSON list"} | dict.fromkeys(
     ("{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'), "is no index of shards"
 )
-UNSOUND |= {f"index {text}": (partial(put_index, text=text), message) for text, message in INDICES.items()}
+UNSOUND |= {f"index {text}": (partial(put_index, text), message) for text, message in INDICES.items()}
 
 
 @pytest.mark.parametrize("kind", UNSOUND)
@@ -130,55 +122,46 @@ def test_shards_that_are_amiss_are_refused_in_one_line(kind: str, sharded: Path)
     assert "\n" not in str(error.value)
 
 
-def test_another_json_is_no_index(sharded: Path) -> None:
+def test_another_json_is_no_index_and_a_link_within_the_folder_no_way_out_of_it(sharded: Path) -> None:
     with pytest.raises(CodebookError, match=r"config.json is no index of shards"):
         read_checkpoint(sharded / CONFIG)
+    (sharded / A).rename(sharded / "real.safetensors")
+    (sharded / A).symlink_to("real.safetensors")
+    assert read_checkpoint(sharded).shapes["count"] == ()
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
-
-
-def test_only_the_shard_that_changes_is_written_anew(sharded: Path, tmp_path: Path) -> None:
+def test_only_the_shard_that_changes_is_written_anew_and_the_total_put_right(sharded: Path, tmp_path: Path) -> None:
     before, after = contents(sharded), contents(write(sharded, tmp_path / "out", CHANGED))
     assert after.keys() == before.keys()
     assert [name for name in before if before[name] != after[name]] == [CONFIG, B, INDEX]
     assert after[INDEX] == before[INDEX].replace(b'"total_size": %d' % TOTAL, b'"total_size": %d' % (TOTAL - 24))
     assert load_file(tmp_path / "out" / B)[CODEBOOK].equal(NEW)
+    for name in ("wrong", "missing"):
+        total = {"metadata": {"total_size": 1.5e9}} if name == "wrong" else {}
+        weights = json.loads((sharded / INDEX).read_text())["weight_map"]
+        (sharded / INDEX).write_text(json.dumps({"weight_map": weights} | total))
+        write(sharded, tmp_path / name, CHANGED)
+        assert json.loads((tmp_path / name / INDEX).read_text())["metadata"]["total_size"] == TOTAL - 24
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda index: index["metadata"].update(total_size=1.5e9), lambda index: index.pop("metadata")],
-    ids=["wrong", "missing"],
-)
-def test_the_total_size_of_an_index_is_put_right(change: Callable[..., object], sharded: Path, tmp_path: Path) -> None:
-    edit_index(sharded, change)
-    write(sharded, tmp_path / "out", CHANGED)
-    assert json.loads((tmp_path / "out" / INDEX).read_text())["metadata"]["total_size"] == TOTAL - 24
-
-
-@pytest.mark.parametrize(("changed", "rewritten"), [({}, {A}), (COUNT, {A}), (CHANGED, {B}), (CHANGED | COUNT, {A, B})])
-def test_every_shard_that_changes_or_else_the_first_has_our_metadata(
-    changed: State, rewritten: set[str], sharded: Path, tmp_path: Path
+def test_shards_that_change_or_else_the_first_have_our_metadata_of_the_last_change(
+    sharded: Path, tmp_path: Path
 ) -> None:
-    output = write(sharded, tmp_path / "out", changed)
-    for name in (A, B):
-        ours = {"codebook_tools.kept": "surgery"} if name in rewritten else {}
-        assert metadata_of(output / name) == {"format": "pt", "shard": name, **ours}
-        assert (sha256(output / name) == sha256(sharded / name)) is (name not in rewritten)
-    assert read_checkpoint(output).metadata["codebook_tools.kept"] == "surgery"
-
-
-def test_what_was_told_of_an_earlier_change_does_not_outlive_it(sharded: Path, tmp_path: Path) -> None:
-    once = write(sharded, tmp_path / "once", COUNT, kept="first")
-    twice = write(once, tmp_path / "twice", CHANGED, kept="second")
+    cases: list[tuple[State, set[str]]] = [({}, {A}), (COUNT, {A}), (CHANGED, {B}), (CHANGED | COUNT, {A, B})]
+    for number, (changed, rewritten) in enumerate(cases):
+        output = write(sharded, tmp_path / str(number), changed)
+        for name in (A, B):
+            ours = {"codebook_tools.kept": "surgery"} if name in rewritten else {}
+            assert metadata_of(output / name) == {"format": "pt", "shard": name, **ours}
+            assert (sha256(output / name) == sha256(sharded / name)) is (name not in rewritten)
+        assert read_checkpoint(output).metadata["codebook_tools.kept"] == "surgery"
+    twice = write(write(sharded, tmp_path / "once", COUNT, kept="first"), tmp_path / "twice", CHANGED, kept="second")
     assert [metadata_of(twice / name)["codebook_tools.kept"] for name in (A, B)] == ["second"] * 2
     assert read_checkpoint(twice).tensor("count") == 8
 
 
-def test_a_shard_is_not_overwritten_by_what_is_made_of_it(
-    sharded: Path, codebook: Callable[..., Outcome], images_folder: Path
-) -> None:
+def test_a_shard_is_not_overwritten_by_what_is_made_of_it(sharded: Path, codebook: Run, images_folder: Path) -> None:
     before = contents(sharded)
     refused = codebook("prune", sharded, "--data", images_folder, "--output", sharded / A, "--force")
     assert_refused(refused, f"{sharded / A} is the model itself")
@@ -186,7 +169,6 @@ def test_a_shard_is_not_overwritten_by_what_is_made_of_it(
 
 
 # --- streaming -----------------------------------------------------------------------------------------------------
-
 WIDTHS = {  # of a number, in bits; torch has no name for the last two
     "F32": 32, "BF16": 16, "F8_E4M3": 8, "I64": 64, "BOOL": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6,
 }  # fmt: skip
@@ -212,6 +194,7 @@ def save_large(folder: Path, nbytes: int) -> Path:
 STREAM = """
 import json, sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 import safetensors, torch
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.write import write_checkpoint
@@ -229,23 +212,18 @@ print(json.dumps([*used, peak() - before]))
 """
 
 
-@pytest.fixture
-def roomy(tmp_path: Path) -> Iterator[Path]:
-    """A folder that does not outlive its test: pytest keeps tmp_path."""
-    yield tmp_path
-    shutil.rmtree(tmp_path)
-
-
 @pytest.mark.parametrize("nbytes", [12_000, pytest.param(72_000_000, marks=pytest.mark.slow)])
-def test_files_are_opened_and_written_unchanged_in_little_memory(nbytes: int, roomy: Path) -> None:
-    before = read_checkpoint(save_large(roomy / "model", nbytes))
-    save_pickle({"codebook": torch.ones(4, 3), "large": torch.zeros(20_000_000)}, roomy / "large.pt")  # 80 MB
-    done = subprocess.run([sys.executable, "-c", STREAM], cwd=roomy, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    pickle_opened, opened, written = json.loads(done.stdout)  # MB
-    assert pickle_opened < 40 and opened < 80 and written < 220
-    for output in ("out", "out.safetensors"):
-        after = read_checkpoint(roomy / output)
-        assert (after.dtypes, after.shapes) == (before.dtypes, before.shapes | {CODEBOOK: (8, 4)})
-        changed = {key for key in before.entries if any(map(ne, before.chunks(key), after.chunks(key)))}
-        assert changed == {CODEBOOK} and after.tensor(CODEBOOK).equal(torch.ones(8, 4))
+def test_files_are_opened_and_written_unchanged_in_little_memory(nbytes: int, tmp_path: Path) -> None:
+    with TemporaryDirectory(dir=tmp_path) as name:  # it does not outlive its test: pytest keeps tmp_path
+        folder = Path(name)
+        before = read_checkpoint(save_large(folder / "model", nbytes))
+        save_pickle({"codebook": torch.ones(4, 3), "large": torch.zeros(20_000_000)}, folder / "large.pt")  # 80 MB
+        done = subprocess.run([sys.executable, "-c", STREAM], cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        pickle_opened, opened, written = json.loads(done.stdout)  # MB
+        assert pickle_opened < 40 and opened < 80 and written < 220
+        for output in ("out", "out.safetensors"):
+            after = read_checkpoint(folder / output)
+            assert (after.dtypes, after.shapes) == (before.dtypes, before.shapes | {CODEBOOK: (8, 4)})
+            changed = {key for key in before.entries if any(map(ne, before.chunks(key), after.chunks(key)))}
+            assert changed == {CODEBOOK} and after.tensor(CODEBOOK).equal(torch.ones(8, 4))

@@ -1,24 +1,25 @@
-"""k-means: against scikit-learn from the same start, by hand, and where points repeat, crowd or run out."""
+"""k-means: against scikit-learn, by hand, and where points repeat, crowd or run out; and its split-and-merge moves."""
 
 from __future__ import annotations
 
 import warnings
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from points import blobs, normal
+from points import blobs, column, normal
 from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.clustering.kmeans import Clustering, kmeans
 from codebook_tools.clustering.metric import COSINE, COSINE_UNIT, unit
 from codebook_tools.clustering.seeding import Init, afkmc2, count_distinct
+from codebook_tools.clustering.split_merge import split_and_merge
 from codebook_tools.codebook import EUCLIDEAN, Codebook, Metric
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.progress import Watch
@@ -32,40 +33,22 @@ def inertia_of(points: Tensor, centroids: Tensor) -> float:
     return float(torch.cdist(points.double(), centroids.double()).amin(1).square().sum())
 
 
-def run(
-    points: Tensor,
-    k: int,
-    *,
-    init: Init | Tensor = "kmeans++",
-    iterations: int = 300,
-    seed: int = 0,
-    metric: Metric = EUCLIDEAN,
-) -> Clustering:
+def run(points: Tensor, k: int, **settings: Any) -> Clustering:
     """To a tolerance that leaves no more than a ten-thousandth to gain."""
-    return kmeans(points, k, init=init, iterations=iterations, tolerance=1e-5, seed=seed, metric=metric, watch=Watch())
+    return kmeans(points, k, tolerance=1e-5, watch=Watch(), **settings)
+
+
+def by_scikit_learn(points: Tensor, k: int, iterations: int) -> Any:
+    """Lloyd from the first k points."""
+    return KMeans(k, init=points[:k].numpy(), n_init=1, max_iter=iterations, tol=0).fit(points.numpy())
 
 
 def used(points: Tensor, clustering: Clustering, metric: Metric = EUCLIDEAN) -> int:
-    """Centroids that are nearest to a point."""
+    """How many centroids are nearest to a point."""
     return len(nearest(points, Codebook(clustering.centroids, metric)).unique())
 
 
 # --- against others and by hand ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("start", "end", "inertia"),
-    [
-        ([[1.0, 1.0], [9.0, 1.0]], [[0.0, 1.0], [10.0, 1.0]], 4),
-        ([[5.0, 0.0], [5.0, 2.0]], [[5.0, 0.0], [5.0, 2.0]], 100),  # a worse fixed point: no restart hides that
-    ],
-)
-def test_four_points_by_hand(start: list[list[float]], end: list[list[float]], inertia: float) -> None:
-    points, seeds = torch.tensor([[0.0, 0.0], [0.0, 2.0], [10.0, 0.0], [10.0, 2.0]]), torch.tensor(start)
-    result = run(points, 2, init=seeds)
-    assert result.centroids.tolist() == end and result.converged
-    assert result.inertia == pytest.approx(inertia)
-    assert seeds.tolist() == start and result.centroids.data_ptr() != seeds.data_ptr()
 
 
 @pytest.mark.parametrize(("count", "k", "dim"), [(500, 1, 7), (400, 3, 2), (2000, 7, 1), (1500, 20, 16)])
@@ -73,7 +56,7 @@ def test_the_same_start_ends_as_low_as_scikit_learn_or_lower(count: int, k: int,
     """Few enough points that there is one head: then it is Lloyd from the given seeds, nothing else."""
     points = normal(count, dim, seed=k)
     before = points.clone()
-    reference = KMeans(k, init=points[:k].numpy(), n_init=1, max_iter=300, tol=0, algorithm="lloyd").fit(points.numpy())
+    reference = by_scikit_learn(points, k, 300)
     result = run(points, k, init=points[:k])
     assert result.centroids.dtype == torch.float32 and result.centroids.shape == (k, dim)
     # Momentum may carry it past a shallow optimum; it stops a little before scikit-learn's tol=0.
@@ -82,21 +65,10 @@ def test_the_same_start_ends_as_low_as_scikit_learn_or_lower(count: int, k: int,
     assert torch.equal(points, before)
 
 
-def test_one_iteration_gives_scikit_learns_centroids() -> None:
-    points = normal(600, 5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model = KMeans(9, init=points[:9].numpy(), n_init=1, max_iter=1, tol=0, algorithm="lloyd")
-        reference = model.fit(points.numpy())
-    result = run(points, 9, init=points[:9], iterations=1)
-    assert torch.allclose(result.centroids, torch.from_numpy(reference.cluster_centers_), atol=1e-5)
-    assert result.iterations == 1 and not result.converged
-
-
 def test_momentum_needs_a_fraction_of_the_iterations() -> None:
     """Many cells in a smooth cloud: where Lloyd alone creeps."""
     points, k = normal(8000, 8), 100
-    alone = KMeans(k, init=points[:k].numpy(), n_init=1, max_iter=60, tol=0, algorithm="lloyd").fit(points.numpy())
+    alone = by_scikit_learn(points, k, 60)
     assert run(points, k, init=points[:k], iterations=30).inertia < alone.inertia_
 
 
@@ -104,14 +76,19 @@ def test_momentum_needs_a_fraction_of_the_iterations() -> None:
 def test_growing_heads_end_as_low_as_scikit_learn_on_all_points_at_once(init: Init) -> None:
     points, k = normal(6000, 4), 5  # heads of 375, 1,500 and 6,000
     reference = min(KMeans(k, n_init=1, tol=0, random_state=s).fit(points.numpy()).inertia_ for s in range(5))
-    result = run(points, k, init=init)
-    assert result.inertia <= 1.01 * reference
+    result, first, other = run(points, k, init=init), *(run(points, k, init=init, iterations=1, seed=s) for s in (0, 1))
+    assert result.inertia <= 1.01 * reference and not torch.equal(first.centroids, other.centroids)
     assert result.inertia == pytest.approx(inertia_of(points, result.centroids), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_the_most_iterations_are_kept_to_and_more_never_hurt() -> None:
+    """The first is scikit-learn's."""
     points = normal(1100, 4)  # one head
+    reference = by_scikit_learn(points, 9, 1)
     results = [run(points, 9, init=points[:9], iterations=n) for n in (1, 2, 5, 11, 300)]
+    assert torch.allclose(results[0].centroids, torch.from_numpy(reference.cluster_centers_), atol=1e-5)
+    assert not results[0].converged
     assert all(result.iterations <= n for result, n in zip(results, (1, 2, 5, 11, 300), strict=True))
     assert all(later.inertia <= earlier.inertia * (1 + 1e-6) for earlier, later in pairwise(results))
     assert results[-1].converged and results[-1].iterations < 300
@@ -123,17 +100,6 @@ def test_the_watch_gets_iterations_and_inertia() -> None:
     result = kmeans(normal(6000, 3), 5, watch=watch)
     assert calls[0][0] == "k-means on 375 latents" and calls[-1][:2] == ("k-means on 6,000 latents", result.iterations)
     assert calls[-1][2]["inertia"] == pytest.approx(result.inertia / 6000, rel=1e-4)
-
-
-@each_init
-def test_the_same_seed_gives_the_same_bytes_and_others_differ(init: Init) -> None:
-    points = normal(3000, 6)
-    for seed in (0, -1, 2**63):
-        one, two = (run(points.clone(), 8, init=init, seed=seed) for _ in range(2))
-        assert one.centroids.numpy().tobytes() == two.centroids.numpy().tobytes()
-        assert (one.inertia, one.iterations, one.converged) == (two.inertia, two.iterations, two.converged)
-    first, other = (run(points, 8, init=init, iterations=1, seed=seed).centroids for seed in (0, 1))
-    assert not torch.equal(first, other)
 
 
 # --- seeding by Markov chains --------------------------------------------------------------------------------------
@@ -182,17 +148,12 @@ def test_more_codes_than_distinct_points_is_the_users_error_with_the_way_out(cou
     assert len(run(points, count).centroids) == count
 
 
-@pytest.mark.parametrize(
-    ("points", "start", "end"),
-    [
-        # scikit-learn moves both empty clusters to 50.0, which stands there ten times, and stops with one empty.
-        ([0.0] * 20 + [1.0] * 20 + [50.0] * 10 + [9.0], [0.0, -900.0, -901.0, -902.0], [0, 1, 9, 50]),
-        ([0.0, 1.0, 2.0, 50.0], [1.0, -900.0], [1, 50]),  # to the largest error
-    ],
-)
-def test_empty_clusters_move_to_distinct_points_of_large_errors(
-    points: list[float], start: list[float], end: list[float]
-) -> None:
+@pytest.mark.parametrize(("points", "start", "end"), [
+    # scikit-learn moves both empty clusters to 50.0, which stands there ten times, and stops with one empty.
+    ([0.0] * 20 + [1.0] * 20 + [50.0] * 10 + [9.0], [0.0, -900.0, -901.0, -902.0], [0, 1, 9, 50]),
+    ([0.0, 1.0, 2.0, 50.0], [1.0, -900.0], [1, 50]),  # to the largest error
+])  # fmt: skip
+def test_empty_clusters_move_to_distinct_points_of_large_errors(points: Any, start: Any, end: list[float]) -> None:
     result = run(torch.tensor(points)[:, None], len(start), init=torch.tensor(start)[:, None])
     assert sorted(result.centroids.flatten().tolist()) == pytest.approx(end, abs=1e-4)
 
@@ -271,7 +232,7 @@ def test_directions_are_those_of_faiss_from_the_same_start() -> None:
 
 
 @pytest.mark.parametrize("metric", [COSINE, COSINE_UNIT])
-def test_by_cosine_the_inertia_is_that_of_the_centroids_and_falls(metric: Metric) -> None:
+def test_by_cosine_the_inertia_is_that_of_the_centroids_and_falls_and_no_cluster_is_empty(metric: Metric) -> None:
     points = blobs(1100, 9, 5) * normal(1100, 1, seed=1).abs()
     ends = []
     for iterations in (1, 3, 300):
@@ -282,10 +243,6 @@ def test_by_cosine_the_inertia_is_that_of_the_centroids_and_falls(metric: Metric
         ends.append(result.inertia)
     assert result.inertia == pytest.approx(inertia, rel=1e-3)
     assert ends[0] >= ends[1] >= ends[2]
-
-
-@pytest.mark.parametrize("metric", [COSINE, COSINE_UNIT])
-def test_by_cosine_no_cluster_stays_empty_and_one_direction_is_one_code(metric: Metric) -> None:
     points = blobs(400, 4, 3)
     assert used(points, run(points, 12, metric=metric, init=points[:1].expand(12, -1).clone()), metric) == 12
     with pytest.raises(CodebookError, match="k=3 asks for more codes than the 2 distinct latents"):
@@ -296,3 +253,57 @@ def test_directions_that_cancel_out_keep_their_centroid_finite() -> None:
     points = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
     result = run(points, 1, metric=COSINE_UNIT, init=torch.tensor([[0.0, -1.0]]))
     assert torch.isfinite(result.centroids).all() and float(result.centroids.norm()) == pytest.approx(1)
+
+
+# --- split-and-merge moves out of a local optimum ------------------------------------------------------------------
+
+
+def moved(codes: Tensor, points: Tensor, count: int) -> Tensor:
+    return split_and_merge(Codebook(codes), points, count, torch.Generator().manual_seed(0))
+
+
+def islands(count: int, each: int) -> tuple[Tensor, Tensor]:
+    """Points around means that lie far apart, in random order, and those means."""
+    means = 20 * normal(count, 16, seed=1)
+    points = means.repeat_interleave(each, 0) + normal(count * each, 16, seed=2)
+    return points[torch.randperm(len(points), generator=torch.Generator().manual_seed(3))], means
+
+
+def test_by_hand_the_code_that_is_cheapest_to_merge_goes_into_the_cell_of_the_largest_error() -> None:
+    points, codes = column(0, 1, 10, 20, 40), column(0, 1, 15, 40)
+    # Merging 0 and 1 costs 1/2; the cell of 15 has an error of 50, that of 40 none.
+    result = moved(codes, points, 1)
+    assert torch.equal(result[[1, 3]], codes[[1, 3]])
+    assert sorted(result[[0, 2], 0].tolist()) == pytest.approx([13.5, 16.5])  # 0.3 of the way to 10, and beyond
+
+
+def test_a_dead_code_goes_first_and_no_partner_of_a_merge_goes_too() -> None:
+    codes = column(0, 0.5, 15, 44, 500)
+    result = moved(codes, column(0, 0.5, 10, 20, 40, 48), 2)
+    # 500 and 0 go into the cells of 15 and 44; 0.5 is what 0 would be merged into.
+    assert [code for code in range(5) if result[code] == codes[code]] == [1]
+    assert {int(result[code]) // 10 for code in (0, 2, 3, 4)} == {1, 4}
+
+
+def test_without_error_nothing_moves_and_unit_rows_stay_unit() -> None:
+    points, means = islands(8, 20)
+    assert torch.equal(moved(means, means, 3), means)
+    codebook = Codebook(unit(points[:8]), COSINE_UNIT)
+    rows = split_and_merge(codebook, points, 8, torch.Generator().manual_seed(0))  # more than can be moved
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(8))
+
+
+def test_kmeans_finds_every_island_where_seeds_and_lloyd_alone_miss_some() -> None:
+    points, means = islands(200, 40)
+    for seed in range(2):
+        centroids = kmeans(points, 200, init="random", seed=seed, watch=Watch()).centroids
+        assert len(nearest(means, Codebook(centroids)).unique()) == 200
+    alone = KMeans(200, init="random", n_init=1, random_state=0).fit(points.numpy()).cluster_centers_
+    assert len(nearest(means, Codebook(torch.from_numpy(alone))).unique()) < 190
+
+
+def test_given_seeds_get_no_moves() -> None:
+    points, means = islands(32, 30)
+    start = torch.cat([means[:30], means[:2] + 0.1])  # two islands without a code, two with two
+    centroids = kmeans(points, 32, init=start, watch=Watch()).centroids
+    assert len(nearest(means, Codebook(centroids)).unique()) < 32

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from codebook_tools.errors import CodebookError
 
+Decode = Callable[..., Tensor]
+
 
 @pytest.fixture
-def decoded(tmp_path: Path) -> Callable[..., Tensor]:
+def decoded(tmp_path: Path) -> Decode:
     """decoded(data, channels): the pixels of a stored picture, (channels, height, width) in [0, 255], whatever its
     suffix."""
 
@@ -97,10 +99,11 @@ READ_BY_NEW_PILLOW = pytest.mark.skipif(
 STORED = IN_COLOR | IN_GRAY
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=READ_BY_NEW_PILLOW if "multiplied" in k else ()) for k in STORED]
-)
-def test_pixels_are_those_stored_whatever_their_depth_and_alpha(kind: str, decoded: Callable[..., Tensor]) -> None:
+KINDS = [pytest.param(kind, marks=READ_BY_NEW_PILLOW if "multiplied" in kind else ()) for kind in STORED]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_are_those_stored_whatever_their_depth_and_alpha(kind: str, decoded: Decode) -> None:
     rgb, gray = (COLORS, [124, 18]) if kind in IN_COLOR else ([[200] * 3, [10] * 3], [200, 10])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -122,32 +125,25 @@ WITHOUT_LOSS = {
 """By kind, what is stored, and the red, green and blue of its pixels."""
 
 
-@pytest.mark.parametrize("kind", WITHOUT_LOSS)
-def test_what_converts_without_a_loss_needs_no_option(kind: str, decoded: Callable[..., Tensor]) -> None:
-    data, rgb = WITHOUT_LOSS[kind]
-    for mixing in (None, "mix", "first"):
-        for channels in (3, 1) if rgb[0] == rgb[1] else (3,):
-            assert decoded(data, channels, mixing)[:, 0].round().tolist() == rgb[:channels], (mixing, channels)
+def test_what_converts_without_a_loss_needs_no_option(decoded: Decode) -> None:
+    for kind, (data, rgb) in WITHOUT_LOSS.items():
+        for mixing in (None, "mix", "first"):
+            for channels in (3, 1) if rgb[0] == rgb[1] else (3,):
+                pixels = decoded(data, channels, mixing)[:, 0].round().tolist()
+                assert pixels == rgb[:channels], (kind, mixing, channels)
 
 
 WITH_LOSS = {
-    "RGB": (3, 1, GRAYS),
-    "palette": (3, 1, GRAYS),
-    "RGBA": (4, 3, IN_RGB),
-    "RGBA of 16 bits": (4, 1, GRAYS),
-    "RGB with one color transparent": (4, 3, IN_RGB),
-    "palette with alpha": (4, 3, IN_RGB),
-    "with alpha": (2, 1, GRAYS),
-    "with alpha of the same numbers": (2, 1, GRAYS),
+    "RGB": (3, 1, GRAYS), "palette": (3, 1, GRAYS), "RGBA": (4, 3, IN_RGB), "RGBA of 16 bits": (4, 1, GRAYS),
+    "RGB with one color transparent": (4, 3, IN_RGB), "palette with alpha": (4, 3, IN_RGB),
+    "with alpha": (2, 1, GRAYS), "with alpha of the same numbers": (2, 1, GRAYS),
     "16 bits, one transparent": (2, 3, GRAYS * 3),
-}
+}  # fmt: skip
 """Channels of the picture and of the network, and what --channels first makes of it."""
 
 
 @pytest.mark.parametrize("kind", WITH_LOSS)
-def test_what_loses_color_or_alpha_is_refused_until_it_is_asked_for(
-    kind: str, decoded: Callable[..., Tensor], tmp_path: Path
-) -> None:
+def test_what_loses_color_or_alpha_is_refused_until_asked_for(kind: str, decoded: Decode, tmp_path: Path) -> None:
     stored, channels, first = WITH_LOSS[kind]
     assert decoded(STORED[kind], channels, "first")[:, 0].round().tolist() == first
     message = f"^image x.png has {stored} channels, and the network takes {channels}: give --channels mix.first "
@@ -163,50 +159,36 @@ def flat(mode: str, color: object) -> Image.Image:
 
 
 RED_BLOCK, CMYK_BLOCK = flat("RGB", (200, 100, 50)), flat("CMYK", (0, 128, 255, 128))
-LAB = tiff_of(bytes([255, 0, 0, 127, 0, 0]), 2, 8, 8, 3)
+LAB, YCBCR = tiff_of(bytes([255, 0, 0, 127, 0, 0]), 2, 8, 8, 3), tiff_of(bytes([76, 85, 255]), 1, 8, 6, 3)
+JPEGS: tuple[dict[str, object], ...] = ({}, {"subsampling": 2}, {"keep_rgb": True}, {"progressive": True})
 
 
 @pytest.mark.parametrize(
     ("data", "pixel", "within"),
     [
-        *(
-            (saved(RED_BLOCK, "JPEG", quality=95, **how), [200, 100, 50], 3)
-            for how in ({}, {"subsampling": 2}, {"keep_rgb": True}, {"progressive": True})
-        ),
+        *((saved(RED_BLOCK, "JPEG", quality=95, **how), [200, 100, 50], 3) for how in JPEGS),
         # A key of 128 leaves 127 of 255: without cyan 127, with 128 of magenta 127 * 127 / 255 = 63, all yellow 0.
         (saved(CMYK_BLOCK, "TIFF"), [127, 63, 0], 0),
         (saved(CMYK_BLOCK, "JPEG", quality=100), [127, 63, 0], 3),  # inverted, as Adobe does
-        pytest.param(tiff_of(bytes([76, 85, 255]), 1, 8, 6, 3), [255, 0, 0], 2, marks=READ_BY_NEW_PILLOW),  # YCbCr
+        pytest.param(YCBCR, [255, 0, 0], 2, marks=READ_BY_NEW_PILLOW),
         pytest.param(LAB, [118] * 3, 2, marks=READ_BY_NEW_PILLOW),  # lightness 127 / 2.55 is 118 in sRGB
         (saved(Image.fromarray(np.array([[False, True]])), "PNG"), [255] * 3, 0),
     ],
 )
-def test_other_color_spaces_are_converted(
-    data: bytes, pixel: list[int], within: int, decoded: Callable[..., Tensor]
-) -> None:
+def test_other_color_spaces_are_converted(data: bytes, pixel: list[int], within: int, decoded: Decode) -> None:
     assert float((decoded(data)[:, -1, -1] - torch.tensor(pixel)).abs().max()) <= within
 
 
-@pytest.mark.parametrize(
-    ("kind", "how"),
-    [("PNG", {}), ("WEBP", {"lossless": True}), ("GIF", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})],
-)
-def test_of_several_frames_or_pages_the_first_counts(
-    kind: str, how: dict[str, object], decoded: Callable[..., Tensor]
-) -> None:
+def test_of_several_frames_or_pages_the_first_counts(decoded: Decode) -> None:
     frames = [flat("RGB", color) for color in ("red", "lime", "blue")]
-    pixels = decoded(saved(frames[0], kind, save_all=True, append_images=frames[1:], **how))
-    assert torch.equal(pixels, torch.tensor([255.0, 0, 0]).reshape(3, 1, 1).expand(3, 16, 16))
+    lossless, lzw = {"lossless": True}, {"compression": "tiff_lzw"}
+    for kind, how in (("PNG", {}), ("WEBP", lossless), ("GIF", {}), ("TIFF", {}), ("TIFF", lzw)):
+        pixels = decoded(saved(frames[0], kind, save_all=True, append_images=frames[1:], **how))
+        assert torch.equal(pixels, torch.tensor([255.0, 0, 0]).reshape(3, 1, 1).expand(3, 16, 16)), (kind, how)
 
 
-@pytest.mark.parametrize(
-    ("kind", "how"),
-    [("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("JPEG", {"quality": 95, "subsampling": 0})],
-)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_stands_upright_as_its_exif_says(
-    orientation: int, kind: str, how: dict[str, object], decoded: Callable[..., Tensor]
-) -> None:
+def test_a_photograph_stands_upright_as_its_exif_says(orientation: int, decoded: Decode) -> None:
     upright = picture(1, (2, 3, 3)).repeat(8, axis=0).repeat(8, axis=1)  # JPEG keeps blocks of one color
     undone = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1]}
     # Of 5 to 8 the stored rows are columns of the photograph: row 0 its left side or (6, 7) right, column 0 its top or
@@ -215,47 +197,38 @@ def test_a_photograph_stands_upright_as_its_exif_says(
     undone |= {number: turned.transpose(1, 0, 2) for number, turned in columns.items()}
     exif = Image.Exif()
     exif[0x0112] = orientation
-    pixels = decoded(saved(Image.fromarray(np.ascontiguousarray(undone[orientation])), kind, exif=exif, **how))
-    assert pixels.shape == (3, 16, 24)
-    assert float((pixels / 255 - as_tensor(upright)[0]).abs().max()) <= (4 / 255 if kind == "JPEG" else 0)
+    lossless, high = {"lossless": True}, {"quality": 95, "subsampling": 0}
+    for kind, how, within in (("PNG", {}, 0), ("WEBP", lossless, 0), ("TIFF", {}, 0), ("JPEG", high, 4 / 255)):
+        pixels = decoded(saved(Image.fromarray(np.ascontiguousarray(undone[orientation])), kind, exif=exif, **how))
+        assert pixels.shape == (3, 16, 24)
+        assert float((pixels / 255 - as_tensor(upright)[0]).abs().max()) <= within, kind
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_damaged_exif_leaves_a_whole_picture_as_it_is(kind: str, decoded: Callable[..., Tensor]) -> None:
+def test_damaged_exif_leaves_a_whole_picture_as_it_is(decoded: Decode) -> None:
     source = Image.fromarray(picture(3, (8, 9, 3)))
-    whole, odd = saved(source, kind), saved(source, kind, exif=b"Exif\0\0nothing of the kind")
-    assert whole != odd and torch.equal(decoded(whole), decoded(odd))
+    for kind in ("PNG", "JPEG", "WEBP"):
+        whole, odd = saved(source, kind), saved(source, kind, exif=b"Exif\0\0nothing of the kind")
+        assert whole != odd and torch.equal(decoded(whole), decoded(odd))
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        tiff_of(struct.pack("<f", 0.5), 1, 32, 1, format=3),
-        tiff_of(struct.pack("<I", 7), 1, 32, 1),
-        tiff_of(struct.pack("<i", -7), 1, 32, 1, format=2),
-        tiff_of(struct.pack("<h", -7), 1, 16, 1, format=2),
-    ],
-    ids=["floating point", "32 bits", "32 bits, signed", "16 bits, signed"],
-)
-def test_pictures_without_a_fixed_range_are_unreadable_not_guessed(data: bytes, decoded: Callable[..., Tensor]) -> None:
-    with pytest.raises(CodebookError, match="no fixed range"):
-        decoded(data, 1)
+def test_pictures_without_a_fixed_range_are_unreadable_not_guessed(decoded: Decode) -> None:
+    numbers = (("<f", 0.5, 32, 3), ("<I", 7, 32, 1), ("<i", -7, 32, 2), ("<h", -7, 16, 2))  # a float, integers
+    for packing, value, bits, kind in numbers:
+        with pytest.raises(CodebookError, match="no fixed range"):
+            decoded(tiff_of(struct.pack(packing, value), 1, bits, 1, format=kind), 1)
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "Jpeg", "webp", "BMP", "tif", "TIFF"])
-def test_every_suffix_is_listed_and_what_is_in_a_file_counts(suffix: str, tmp_path: Path) -> None:
+def test_every_suffix_is_listed_and_what_is_in_a_file_counts(tmp_path: Path) -> None:
     expected = picture(2, (1, 12, 3))
-    for kind in ("PNG", "BMP", "TIFF"):
-        (tmp_path / f"x.{suffix}").write_bytes(saved(Image.fromarray(expected), kind))
-        assert torch.equal(read(find_images([tmp_path])), as_tensor(expected))
+    for suffix in ("jpg", "Jpeg", "webp", "BMP", "tif", "TIFF"):
+        for kind in ("PNG", "BMP", "TIFF"):
+            path = tmp_path / suffix / f"x.{suffix}"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(saved(Image.fromarray(expected), kind))
+            assert torch.equal(read(find_images([path.parent])), as_tensor(expected))
 
 
-# --- unreadable pictures ---------------------------------------------------------------------------------------------
-
-
-def test_pictures_beyond_pillows_warning_are_read_in_silence_and_beyond_its_limit_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pillows_warning_is_silenced_and_its_limit_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     put(tmp_path / "a.png", picture(0, (8, 8, 3)))
     with warnings.catch_warnings():

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome
+from conftest import Run
+from points import normal
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -31,21 +32,15 @@ from codebook_tools.diagnosis.training_trace import Evaluation, Trace, read_trac
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.initialization import drawn, structure
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.workflows.diagnose import CHECKS, diagnose
+from codebook_tools.workflows.diagnose import CHECKS
 from codebook_tools.workflows.gather_evidence import curve_of
-from codebook_tools.workflows.request import Request
 
-Run = Callable[..., Outcome]
 NOTHING = Companions()
-
-
-def normal(n: int, dim: int, seed: int = 0) -> Tensor:
-    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
 
 
 def spread_out(n: int = 6000, dim: int = 8, seed: int = 0) -> Tensor:
     """(n, dim) latents with a mean, and a covariance that is not alike in all directions."""
-    return normal(n, dim, seed) * torch.linspace(2, 0.2, dim) + torch.linspace(1, -1, dim)
+    return normal(n, dim, seed=seed) * torch.linspace(2, 0.2, dim) + torch.linspace(1, -1, dim)
 
 
 def centroids(points: Tensor, k: int = 32) -> Tensor:
@@ -79,23 +74,15 @@ def book(name: str) -> BookEvidence:
         "noise": lambda: book_of(points, normal(32, 8) * 9),
         "of other latents": lambda: book_of(points, centroids(spread_out(seed=3).flip(1) * 2 + 4)),
         "grown": lambda: book_of(points, torch.cat([centroids(points, 16), seeds(points, 16, "random", 1)])),
-        "modes": lambda: book_of(normal(3, 8, 5)[torch.arange(6000) % 3] * 10 + normal(6000, 8, 2) * 0.3),
+        "modes": lambda: book_of(normal(3, 8, seed=5)[torch.arange(6000) % 3] * 10 + normal(6000, 8, seed=2) * 0.3),
         "line": lambda: book_of(torch.linspace(0, 1, 6000)[torch.randperm(6000)][:, None] * torch.ones(8)),
     }
     return makers[name]()
 
 
 def check(name: str, *books: BookEvidence, **more: Any) -> Finding:
-    known: dict[str, Any] = {
-        "curve": {1: 1.0, 2: 0.8, 4: 0.6},
-        "mse": 1.0,
-        "original_mse": None,
-        "flat_mse": 2.0,
-        "ranges": {},
-        "input_range": (0.0, 1.0),
-        "command": "",
-        "trace": None,
-    }
+    known: dict[str, Any] = {"curve": {1: 1.0, 2: 0.8, 4: 0.6}, "mse": 1.0, "original_mse": None, "flat_mse": 2.0}
+    known |= {"ranges": {}, "input_range": (0.0, 1.0), "command": "", "trace": None}
     return CHECKS[name][0](Evidence(books, **known | more))
 
 
@@ -108,39 +95,33 @@ def test_causes_in_the_tensors_come_first_and_symptoms_last() -> None:
 OF_MODEL = {field.name for field in fields(Evidence)} - {"curve"}
 
 
-@pytest.mark.parametrize(
-    ("name", "more", "cause"),
-    [
-        ("sound", {}, None),
-        ("shrunk", {}, "scale-mismatch"),
-        ("dead since birth", {}, "scale-mismatch"),
-        ("dead since birth", {"command": "refit"}, "not-installed"),  # a surgery leaves none of them
-        ("dead since birth", {"command": "refit", "filling": True}, "dead-codes"),  # but where it fills up
-        ("noise", {"mse": 4.0}, "not-installed"),  # the decoder does not know these codes
-        ("noise", {}, "scale-mismatch"),  # it does: they were trained so, and collapsed
-        ("of other latents", {"mse": 4.0}, "wrong-encoder"),
-        *((init, {}, "no-lloyd") for init in ("kmeans++", "afkmc2", "random")),
-        ("random", {"command": "restart"}, None),  # that surgery says so itself
-        ("grown", {}, None),
-        ("modes", {}, "few-modes"),
-        ("line", {}, None),  # one dimension is no mode
-        ("sound", {"distinct": 16}, "few-modes"),
-        ("sound", {"companions": Companions(unlike=("vq.embed_avg",))}, "stale-ema"),
-        ("sound", {"companions": Companions(flags={"vq.initted": False})}, "uninitialised-flag"),
-        ("sound", {"companions": Companions(flags={"vq.initted": True})}, None),
-        ("sound", {"held_out": torch.tensor([100] * 8 + [0] * 24)}, "counting"),
-        ("sound", {"held_out": torch.tensor([2] * 8 + [0] * 24)}, None),  # too few to say
-        ("sound", {"trace": trace_of(128, 128, 127, 120, 118)}, None),
-        ("sound", {"trace": trace_of(13, 13, 12, 13, 13)}, "not-installed"),
-        ("sound", {"trace": trace_of(13, 13, 14, 15, 20, operated=False)}, None),  # nothing was to be installed
-        ("sound", {"trace": trace_of(30, 30, 31, 30, 32)}, "not-installed"),
-        ("sound", {"trace": trace_of(30, 30, 31, 30, 32, latents=500)}, None),  # so few cannot use more codes
-        ("sound", {"trace": trace_of(128, 20, 20, 22, 22)}, "stale-ema"),
-        ("sound", {"trace": trace_of(128, 128, 128, 125, 80)}, "encoder-drift"),
-        ("sound", {"trace": trace_of(128, 127, 110, 36, 40)}, "learning-rate"),
-        ("sound", {"trace": trace_of(128, 127, 126, 120, 40, errors=(1.0, 1.0, 0.9, 0.9, 3.0))}, "learning-rate"),
-    ],
-)
+@pytest.mark.parametrize(("name", "more", "cause"), [
+    ("sound", {}, None), ("shrunk", {}, "scale-mismatch"), ("dead since birth", {}, "scale-mismatch"),
+    ("dead since birth", {"command": "refit"}, "not-installed"),  # a surgery leaves none of them
+    ("dead since birth", {"command": "refit", "filling": True}, "dead-codes"),  # but where it fills up
+    ("noise", {"mse": 4.0}, "not-installed"),  # the decoder does not know these codes
+    ("noise", {}, "scale-mismatch"),  # it does: they were trained so, and collapsed
+    ("of other latents", {"mse": 4.0}, "wrong-encoder"),
+    *((init, {}, "no-lloyd") for init in ("kmeans++", "afkmc2", "random")),
+    ("random", {"command": "restart"}, None),  # that surgery says so itself
+    ("grown", {}, None), ("modes", {}, "few-modes"),
+    ("line", {}, None),  # one dimension is no mode
+    ("sound", {"distinct": 16}, "few-modes"),
+    ("sound", {"companions": Companions(unlike=("vq.embed_avg",))}, "stale-ema"),
+    ("sound", {"companions": Companions(flags={"vq.initted": False})}, "uninitialised-flag"),
+    ("sound", {"companions": Companions(flags={"vq.initted": True})}, None),
+    ("sound", {"held_out": torch.tensor([100] * 8 + [0] * 24)}, "counting"),
+    ("sound", {"held_out": torch.tensor([2] * 8 + [0] * 24)}, None),  # too few to say
+    ("sound", {"trace": trace_of(128, 128, 127, 120, 118)}, None),
+    ("sound", {"trace": trace_of(13, 13, 12, 13, 13)}, "not-installed"),
+    ("sound", {"trace": trace_of(13, 13, 14, 15, 20, operated=False)}, None),  # nothing was to be installed
+    ("sound", {"trace": trace_of(30, 30, 31, 30, 32)}, "not-installed"),
+    ("sound", {"trace": trace_of(30, 30, 31, 30, 32, latents=500)}, None),  # so few cannot use more codes
+    ("sound", {"trace": trace_of(128, 20, 20, 22, 22)}, "stale-ema"),
+    ("sound", {"trace": trace_of(128, 128, 128, 125, 80)}, "encoder-drift"),
+    ("sound", {"trace": trace_of(128, 127, 110, 36, 40)}, "learning-rate"),
+    ("sound", {"trace": trace_of(128, 127, 126, 120, 40, errors=(1.0, 1.0, 0.9, 0.9, 3.0))}, "learning-rate"),
+])  # fmt: skip
 def test_the_first_check_that_fails_is_the_cause(name: str, more: dict[str, Any], cause: str | None) -> None:
     evidence = replace(book(name), **{key: value for key, value in more.items() if key not in OF_MODEL})
     of_model = {key: value for key, value in more.items() if key in OF_MODEL}
@@ -251,9 +232,7 @@ def test_a_file_without_a_trace_is_refused(content: str | None, tmp_path: Path) 
         read_trace(path)
 
 
-def test_a_refit_is_healthy_and_the_command_says_what_it_promises(
-    tiny: Path, codebook: Run, images_folder: Path
-) -> None:
+def test_a_refit_is_healthy_and_the_command_keeps_its_promise(tiny: Path, codebook: Run, images_folder: Path) -> None:
     data, result = ("--data", images_folder, "--input-range=-1,1"), tiny.with_name("result.safetensors")
     assert codebook("refit", tiny, "--k", 8, "--steps", 0, "-o", result, *data).exit_code == 0
     done = codebook("diagnose", result, "--against", tiny, *data, "--json")
@@ -265,10 +244,7 @@ def test_a_refit_is_healthy_and_the_command_says_what_it_promises(
     table = codebook("diagnose", tiny, *data)
     assert table.exit_code == 3 and all(name in table.stdout for name in CHECKS)
     assert all(len(line) <= 80 for line in table.stdout.splitlines() if "->" not in line)
-
-
-def test_what_repairs_it_can_be_typed_with_the_same_data(tiny: Path, images_folder: Path) -> None:
-    request = Request(tiny, (str(images_folder),), size=16, input_range=(-1.0, 1.0))
-    fixes = {each.name: each.fix for each in diagnose(request, Watch()).checks}
+    of_size = codebook("diagnose", tiny, *data, "--size", 16, "--json").json["checks"]
+    fixes = {each["name"]: each["fix"] for each in of_size}
     assert f"codebook refit {tiny} --k " in fixes["no-lloyd"]
     assert f"codebook finetune {tiny} --data {images_folder} --size 16 " in fixes["scale-mismatch"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome
+from conftest import Run
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,15 +15,16 @@ from codebook_tools.models.evidence import alive, uninitialized, untrained
 from codebook_tools.models.initialization import as_initialized
 from codebook_tools.models.registry import detected
 
-Run = Callable[..., Outcome]
 KEY = "quantizer.codebook.weight"
 DRAWN = (torch.rand(64, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1) / 64
 
 
 def file_of(folder: Path, codes: Tensor, **beside: Tensor) -> Path:
+    """A model of these codes; beside it lie 200 latents, in z.safetensors."""
     path = folder / "model.safetensors"
     named = {f"quantizer.{name}": tensor for name, tensor in beside.items()}
     save_file({KEY: codes.contiguous(), "encoder.conv.weight": torch.rand(8, 3, 3, 3), **named}, path)
+    save_file({"latents": fitted(200)}, folder / "z.safetensors")
     return path
 
 
@@ -34,7 +34,7 @@ def fitted(size: int, dim: int = 8) -> Tensor:
     return torch.randn(size, dim) * torch.linspace(2, 0.2, dim) + torch.linspace(1, -1, dim)
 
 
-def said(path: Path) -> list[str]:
+def messages(path: Path) -> list[str]:
     checkpoint = read_checkpoint(path)
     books = detected(checkpoint).codebooks
     return [*uninitialized(checkpoint, books), *untrained(checkpoint, books)]
@@ -44,10 +44,13 @@ def said(path: Path) -> list[str]:
 def test_living_codes_are_counted_without_data(dtype: torch.dtype, dead: float, tmp_path: Path, codebook: Run) -> None:
     counts = torch.full((1024,), dead)
     counts[100:110] = torch.linspace(3, 900, 10)
-    path = file_of(tmp_path, fitted(1024).to(dtype), cluster_size=counts.to(dtype))
+    path = file_of(tmp_path, fitted(1024).to(dtype), cluster_size=counts.to(dtype), initted=torch.ones(1))
+    assert messages(path) == []  # of a trained codebook
     assert "10 of 1,024 alive by its own counts" in codebook("inspect", path).stdout
     (book,) = codebook("inspect", path, "--json").json["codebooks"]
     assert book["alive"] == 10
+    measured = codebook("measure", path, "--latents", tmp_path / "z.safetensors", "--metric", "euclidean", "--json")
+    assert f"{KEY}: 10 of 1,024 alive by its own counts" in measured.json["warnings"]
 
 
 @pytest.mark.parametrize("counts", [torch.zeros(32), torch.ones(32), torch.full((32,), torch.nan)])
@@ -58,29 +61,26 @@ def test_counts_of_no_training_say_nothing(counts: Tensor, tmp_path: Path, codeb
     assert alive(checkpoint, detected(checkpoint).codebooks[0]) is None
 
 
-@pytest.mark.parametrize(
-    ("codes", "beside", "text"),
-    [
-        (torch.zeros(32, 8), {}, f"{KEY} is all zeros: no training has reached it"),
-        (torch.ones(32, 8), {}, f"all 32 codes of {KEY} are the same"),
-        (DRAWN, {}, "as an initialisation draws"),
-        (fitted(64), {"initted": torch.zeros(1)}, f"quantizer.initted is 0: {KEY} is not initialized"),
-    ],
-)
-def test_what_no_training_has_reached_is_said_wherever_codes_are_shown(
-    codes: Tensor, beside: dict[str, Tensor], text: str, tmp_path: Path, codebook: Run
-) -> None:
+UNTRAINED: dict[str, tuple[Tensor, dict[str, Tensor]]] = {
+    f"{KEY} is all zeros: no training has reached it": (torch.zeros(32, 8), {}),
+    f"all 32 codes of {KEY} are the same": (torch.ones(32, 8), {}),
+    "as an initialisation draws": (DRAWN, {}),
+    f"quantizer.initted is 0: {KEY} is not initialized": (fitted(64), {"initted": torch.zeros(1)}),
+}
+
+
+@pytest.mark.parametrize("text", UNTRAINED)
+def test_what_no_training_has_reached_is_said_where_codes_are_shown(text: str, tmp_path: Path, codebook: Run) -> None:
+    codes, beside = UNTRAINED[text]
     path = file_of(tmp_path, codes, **beside)
-    assert [line for line in said(path) if text in line]
+    assert [line for line in messages(path) if text in line]
     assert text in " ".join(codebook("inspect", path).stdout.split())
-    torch.manual_seed(1)
-    save_file({"latents": torch.randn(200, 8)}, tmp_path / "z.safetensors")
     words = (path, "--latents", tmp_path / "z.safetensors", "--metric", "euclidean", "--json")
     for command in ("measure",) if "draws" in text else ("measure", "prune"):
         output = ("-o", tmp_path / "out.safetensors") if command == "prune" else ()
-        found = codebook(command, *words, *output)
-        assert found.exit_code == 0, found.stderr
-        assert any(text in warning for warning in found.json["warnings"]), (command, found.json["warnings"])
+        outcome = codebook(command, *words, *output)
+        assert outcome.exit_code == 0, outcome.stderr
+        assert any(text in warning for warning in outcome.json["warnings"]), (command, outcome.json["warnings"])
 
 
 @pytest.mark.parametrize(("size", "dim"), [(16, 4), (64, 16), (512, 64), (16384, 8)])
@@ -93,27 +93,13 @@ def test_initializations_are_told_from_codes_that_are_as_independent(size: int, 
             assert not as_initialized((normal * 0.5).numpy()), "as codes of a late residual stage may be"
 
 
-def test_nothing_is_said_of_a_trained_codebook(tmp_path: Path) -> None:
-    assert said(file_of(tmp_path, fitted(64), initted=torch.ones(1), cluster_size=torch.rand(64) + 1)) == []
-
-
-def test_measure_says_what_the_counts_say(tmp_path: Path, codebook: Run) -> None:
-    counts = torch.zeros(64)
-    counts[:5] = 9.0
-    path = file_of(tmp_path, fitted(64), cluster_size=counts)
-    save_file({"latents": fitted(300)}, tmp_path / "z.safetensors")
-    found = codebook("measure", path, "--latents", tmp_path / "z.safetensors", "--metric", "euclidean", "--json")
-    assert f"{KEY}: 5 of 64 alive by its own counts" in found.json["warnings"]
-
-
 def test_a_table_of_one_row_is_no_codebook_that_one_can_be_sure_of(tmp_path: Path, codebook: Run) -> None:
-    save_file({KEY: torch.rand(1, 8), "encoder.conv.weight": torch.rand(8, 3, 3, 3)}, tmp_path / "lattice.safetensors")
-    found = codebook("inspect", tmp_path / "lattice.safetensors", "--json").json["codebooks"]
-    assert [book["confidence"] for book in found] == ["low"]
+    books = codebook("inspect", file_of(tmp_path, torch.rand(1, 8)), "--json").json["codebooks"]
+    assert [book["confidence"] for book in books] == ["low"]
 
 
 def test_dtypes_that_numpy_has_not_are_passed_over(tmp_path: Path, codebook: Run) -> None:
     small = fitted(64).to(torch.float8_e4m3fn)
     path = file_of(tmp_path, small, initted=torch.ones(1, dtype=torch.uint16), cluster_size=small[:, 0].clone())
-    assert said(path) == []
+    assert messages(path) == []
     assert codebook("inspect", path).exit_code == 0

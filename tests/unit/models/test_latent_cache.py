@@ -1,16 +1,18 @@
-"""Latents on disk: to the last bit what the encoder made of the same data, and of nothing else."""
+"""Latents kept in memory and on disk: to the last bit what the encoder made of the same data, and of nothing else."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, assert_refused, contents
+from conftest import Run, assert_refused, contents
 from safetensors.torch import load_file, save_file
 from sources_of_images import Images, find_images
 from torch import Tensor
@@ -22,9 +24,6 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.models.latent_cache import CachedLatents, cached
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
-
-Read = list[tuple[list[str], Tensor]]
-DAMAGED = r"the latents in .*\.safetensors are damaged: delete that file"
 
 
 @pytest.fixture
@@ -45,82 +44,110 @@ def asked(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+# --- in memory -------------------------------------------------------------------------------------------------------
+def test_the_same_batch_is_encoded_once_and_another_anew(model: Model, asked: list[int], image_tensor: Tensor) -> None:
+    with torch.no_grad():
+        first = model.encode(image_tensor)
+        assert torch.equal(model.encode(image_tensor.clone()), first) and len(asked) == 1
+        assert torch.equal(model.pass_through(image_tensor).latents[0], first) and len(asked) == 1
+        assert not torch.equal(model.encode(image_tensor.flip(0)), first) and len(asked) == 2
+        model.input_range = (0.0, 1.0)
+        assert not torch.equal(model.encode(image_tensor), first) and len(asked) == 3
+
+
+def test_other_weights_encode_anew(model: Model, asked: list[int], image_tensor: Tensor) -> None:
+    before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    with torch.no_grad():
+        first = model.encode(image_tensor)
+        model.network._encoder._conv_1.weight.mul_(1.5)
+        assert not torch.equal(model.encode(image_tensor), first)
+        model.network.load_state_dict(before)
+        assert torch.equal(model.encode(image_tensor), first) and len(asked) == 3
+        assert not torch.equal(model.with_fresh_network(seed=1).encode(image_tensor), first)
+
+
+def test_what_was_kept_is_neither_written_into_nor_used_in_training_nor_more_than_the_limit(
+    model: Model, asked: list[int], image_tensor: Tensor
+) -> None:
+    with torch.no_grad():
+        first = model.encode(image_tensor).clone()
+        for _ in range(3):
+            again = model.encode(image_tensor)
+            assert torch.equal(again, first)
+            again.zero_()  # as a residual walk does that subtracts in place
+    assert len(asked) == 1
+    model.network.requires_grad_(True)
+    assert model.encode(image_tensor).requires_grad and model.encode(image_tensor).requires_grad and len(asked) == 3
+    model.network.requires_grad_(False)
+    model.kept.limit = 1
+    other = image_tensor.flip(0)
+    with torch.no_grad():
+        assert torch.equal(model.encode(other), model.encode(other)) and len(asked) == 5
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def folder(images_folder: Path, tmp_path: Path) -> Path:
     """A copy of some images, which a test may change."""
-    for file in sorted((images_folder / "a").iterdir()):
-        put = tmp_path / "images" / file.name
-        put.parent.mkdir(exist_ok=True)
-        put.write_bytes(file.read_bytes())
-    return tmp_path / "images"
+    return Path(shutil.copytree(images_folder / "a", tmp_path / "images"))
 
 
 def latents_of(model: Model, folder: Path, cache: Path | None, batch: int = 8, **how: Any) -> Any:
-    images = Images(find_images([folder]), 3, **how)
-    return cached(cache, model.latents(images, batch), model, 0)
+    return cached(cache, model.latents(Images(find_images([folder]), 3, **how), batch), model, 0)
 
 
-def read(latents: Any) -> Read:
-    return [([item.name for item in items], rows) for items, rows in latents.by_item()]
+def read(latents: Any) -> list[tuple[list[str], Any]]:
+    """By batch, names and latents."""
+    return [([item.name for item in items], rows.tolist()) for items, rows in latents.by_item()]
 
 
-def equal(a: Read, b: Read) -> bool:
-    return [names for names, _ in a] == [names for names, _ in b] and all(
-        torch.equal(x, y) for (_, x), (_, y) in zip(a, b, strict=True)
-    )
-
-
-def test_a_second_reading_asks_no_encoder_and_gives_the_same_bits(
-    model: Model, asked: list[int], folder: Path, tmp_path: Path
-) -> None:
+def test_latents_are_read_again_and_not_encoded(model: Model, asked: list[int], folder: Path, tmp_path: Path) -> None:
     plain = read(latents_of(model, folder, None))
     asked.clear()
     first = read(latents_of(model, folder, tmp_path / "cache"))
-    assert sum(asked) == 30 and equal(first, plain)
+    assert sum(asked) == 30 and first == plain
     again = latents_of(model, folder, tmp_path / "cache")
-    assert equal(read(again), plain) and equal(read(again), plain) and sum(asked) == 30
-    assert torch.equal(torch.cat(list(again)), torch.cat([rows.flatten(0, 1) for _, rows in plain]))
+    assert read(again) == plain == read(again) and sum(asked) == 30
+    assert torch.equal(torch.cat(list(again)), torch.cat([torch.tensor(rows).flatten(0, 1) for _, rows in plain]))
     (file,) = (tmp_path / "cache").iterdir()
     assert tuple(read_checkpoint(file).tensor("latents").shape) == (30, 16, 4)  # and anyone can open it
 
 
-def test_a_reading_that_stops_early_leaves_nothing(model: Model, folder: Path, tmp_path: Path) -> None:
-    latents = latents_of(model, folder, tmp_path / "cache").by_item()
-    next(latents)
-    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".partial"]
-    latents.close()
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_what_a_killed_reading_left_is_in_nobodys_way(model: Model, folder: Path, tmp_path: Path) -> None:
-    """It lay there for good, gigabytes of it, under the number of a process that was no more."""
-    latents, plain = latents_of(model, folder, tmp_path / "cache"), read(latents_of(model, folder, None))
+def test_a_reading_that_ended_early_is_in_nobodys_way(model: Model, folder: Path, tmp_path: Path) -> None:
+    """What a killed one left lay there for good, gigabytes of it, under the number of a process that was no more."""
+    latents, cache = latents_of(model, folder, tmp_path / "cache"), tmp_path / "cache"
+    reading = latents.by_item()
+    next(reading)
+    assert [file.suffix for file in cache.iterdir()] == [".partial"]
+    reading.close()
+    assert list(cache.iterdir()) == []
+    plain = read(latents_of(model, folder, None))
     partial_path(latents.path).write_bytes(bytes(1_000_000))
-    assert equal(read(latents), plain) and equal(read(latents), plain)
-    assert list((tmp_path / "cache").iterdir()) == [latents.path]
+    assert read(latents) == plain == read(latents)
+    assert list(cache.iterdir()) == [latents.path]
 
 
 def test_of_two_readings_at_once_one_keeps_its_latents(model: Model, folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = latents_of(model, folder, cache).by_item()
-    begun = next(first)
+    assert len(next(first)[0]) == 8
     plain = read(latents_of(model, folder, None))
-    assert equal(read(latents_of(model, folder, cache)), plain)
+    assert read(latents_of(model, folder, cache)) == plain
     assert [file.suffix for file in cache.iterdir()] == [".partial"]
     list(first)
-    assert len(begun[0]) == 8 and equal(read(latents_of(model, folder, cache)), plain)
+    assert read(latents_of(model, folder, cache)) == plain
     assert [file.suffix for file in cache.iterdir()] == [".safetensors"]
 
 
 def test_parts_are_kept_apart(model: Model, asked: list[int], folder: Path, tmp_path: Path) -> None:
     whole = read(latents_of(model, folder, None))
     for _ in range(2):
-        parts = list[Read]()
+        parts = []
         for mine in range(2):
             latents = latents_of(model, folder, None)
             latents.images.part = (mine, 2)
             parts.append(read(cached(tmp_path / "cache", latents, model, 0)))
-        assert equal([parts[i % 2][i // 2] for i in range(len(whole))], whole)
+        assert [parts[i % 2][i // 2] for i in range(len(whole))] == whole
     assert sum(asked) == 60 and len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -133,11 +160,7 @@ def test_what_could_not_be_read_is_told_again(model: Model, asked: list[int], fo
     assert sum(asked) == 29
 
 
-# --- what makes another file -----------------------------------------------------------------------------------------
-
-
-Change = Callable[[Model, Path], object]
-CHANGES: dict[str, Change] = {
+CHANGES: dict[str, Callable[[Model, Path], object]] = {
     "other pixels": lambda _, folder: (folder / "000.png").write_bytes((folder / "002.png").read_bytes()),
     "a later time": lambda _, folder: os.utime(folder / "000.png", ns=(0, 1)),
     "another name": lambda _, folder: (folder / "000.png").rename(folder / "001.png"),
@@ -147,26 +170,20 @@ CHANGES: dict[str, Change] = {
     "bf16": lambda model, _: setattr(model, "bf16", True),
     "compiled": lambda model, _: setattr(model, "compiled", True),
 }
+OPTIONS: dict[str, dict[str, Any]] = {"batch": {"batch": 16}, "size": {"size": 8}, "channels": {"mixing": "mix"}}
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_change_of_model_or_data_is_another_file(name: str, model: Model, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*CHANGES, *OPTIONS])
+def test_other_model_data_or_options_are_another_file(name: str, model: Model, folder: Path, tmp_path: Path) -> None:
     before = latents_of(model, folder, tmp_path / "cache").path
     assert latents_of(model, folder, tmp_path / "cache").path == before
-    CHANGES[name](model, folder)
-    assert latents_of(model, folder, tmp_path / "cache").path != before
-
-
-@pytest.mark.parametrize("how", [{"batch": 16}, {"size": 8}, {"mixing": "mix"}])
-def test_other_options_are_another_file(how: dict[str, Any], model: Model, folder: Path, tmp_path: Path) -> None:
-    paths = {latents_of(model, folder, tmp_path / "cache", **options).path for options in (how, {})}
-    assert len(paths) == 2
+    CHANGES.get(name, lambda *_: None)(model, folder)
+    assert latents_of(model, folder, tmp_path / "cache", **OPTIONS.get(name, {})).path != before
 
 
 def test_arrays_in_memory_count_by_their_bytes_and_dtype(model: Model, tmp_path: Path) -> None:
     """Zeros of 16 x 16 floats are as many bytes as those of 32 x 32 pixels, of which the middle is taken."""
-    pixels = torch.zeros(4, 32, 32, 3, dtype=torch.uint8).numpy()
-    floats = torch.zeros(4, 16, 16, 3).numpy()
+    pixels, floats = torch.zeros(4, 32, 32, 3, dtype=torch.uint8).numpy(), torch.zeros(4, 16, 16, 3).numpy()
     other = pixels.copy()
     other[0, 0, 0, 0] = 1
     paths = []
@@ -178,74 +195,58 @@ def test_arrays_in_memory_count_by_their_bytes_and_dtype(model: Model, tmp_path:
     assert paths[0] == paths[1] and len(set(paths)) == 3
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
+def flipped(at: int, path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
 
 
-def flip(at: int) -> Callable[[bytearray], bytes]:
-    return lambda content: content[:at] + bytes([content[at] ^ 1]) + content[at:][1:]
+def resealed(name: str, wrong: Callable[[Tensor], Tensor], path: Path) -> None:
+    """Another program wrote a wrong tensor, and the right checksum of it."""
+    state = load_file(path)
+    state[name] = wrong(state[name]).contiguous()
+    checksum = zlib.crc32(b"".join(state[key].numpy().tobytes() for key in ("places", "ends", "sums", "bad")))
+    save_file(state, path, {"check": str(checksum)})
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [lambda c: c[:-1], lambda c: c[:100], lambda _: b"", *map(flip, (0, 20, 4096, 7000, -1, -40))],
-    ids=["end", "header", "empty", "length", "json", "first latent", "later latent", "bad", "sums"],
-)
-def test_a_damaged_file_is_named_with_the_way_out(
-    damage: Callable[[bytearray], bytes], model: Model, folder: Path, tmp_path: Path
-) -> None:
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "no end": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "a header alone": lambda path: os.truncate(path, 100),
+    "empty": lambda path: os.truncate(path, 0),
+    **{f"a bit at {at}": partial(flipped, at) for at in (0, 20, 4096, 7000, -1, -40)},
+    "places beyond": partial(resealed, "places", lambda places: places + 10**6),
+    "a place less": partial(resealed, "places", lambda places: places[:-1]),
+    "ends turned": partial(resealed, "ends", lambda ends: ends.flip(0)),
+    "a sum less": partial(resealed, "sums", lambda sums: sums[:-1]),
+    "another JSON": partial(resealed, "bad", lambda _: torch.tensor(list(b"[1]"))),
+    "no bytes": partial(resealed, "bad", lambda _: torch.tensor([-1, 300])),
+    "doubles": partial(resealed, "latents", lambda latents: latents.double()),
+    "a flat matrix": partial(resealed, "latents", lambda latents: latents.flatten(1)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named_with_the_way_out(damage: str, model: Model, folder: Path, tmp_path: Path) -> None:
     latents = latents_of(model, folder, tmp_path / "cache")
     read(latents)
-    latents.path.write_bytes(damage(bytearray(latents.path.read_bytes())))
-    with pytest.raises(CodebookError, match=DAMAGED):
+    DAMAGES[damage](latents.path)
+    with pytest.raises(CodebookError, match=r"the latents in .*\.safetensors are damaged: delete that file"):
         read(latents)
-
-
-@pytest.mark.parametrize(
-    ("name", "wrong"),
-    [
-        ("places", lambda places: places + 10**6),
-        ("places", lambda places: places[:-1]),
-        ("ends", lambda ends: ends.flip(0)),
-        ("sums", lambda sums: sums[:-1]),
-        ("bad", lambda _: torch.tensor(list(b"[1]"))),
-        ("bad", lambda _: torch.tensor([-1, 300])),
-        ("latents", lambda latents: latents.double()),
-        ("latents", lambda latents: latents.flatten(1)),
-    ],
-)
-def test_a_file_that_another_program_sealed_is_named_too(
-    name: str, wrong: Callable[[torch.Tensor], torch.Tensor], model: Model, folder: Path, tmp_path: Path
-) -> None:
-    """Its checksum is right: whoever wrote the file made it."""
-    latents = latents_of(model, folder, tmp_path / "cache")
-    read(latents)
-    held = load_file(latents.path)
-    held[name] = wrong(held[name]).contiguous()
-    checksum = zlib.crc32(b"".join(held[one].numpy().tobytes() for one in ("places", "ends", "sums", "bad")))
-    save_file(held, latents.path, {"check": str(checksum)})
-    with pytest.raises(CodebookError, match=DAMAGED):
-        read(latents)
-
-
-def test_a_folder_that_is_a_file_is_refused(model: Model, folder: Path) -> None:
-    with pytest.raises(CodebookError, match=r"cannot keep latents in .*000\.png: File exists"):
-        latents_of(model, folder, folder / "000.png")
-
-
-# --- as a whole ------------------------------------------------------------------------------------------------------
 
 
 def test_a_refit_writes_the_same_bytes_with_a_cache_and_from_it(
-    codebook: Callable[..., Outcome], tiny: Path, images_folder: Path, tmp_path: Path
+    codebook: Run, tiny: Path, images_folder: Path, tmp_path: Path
 ) -> None:
     outputs, cache = [], ("--latents-cache", tmp_path / "c")
+    words = ("refit", tiny, "--k", 8, "--data", images_folder, "--steps", 0, "--json")
     for name, more in {"plain": (), "first": cache, "second": cache}.items():
-        out = tmp_path / name / "out.safetensors"
-        out.parent.mkdir()
-        done = codebook("refit", tiny, "--k", 8, "--data", images_folder, "--steps", 0, "-o", out, "--json", *more)
+        (tmp_path / name).mkdir()
+        done = codebook(*words, "-o", tmp_path / name / "out.safetensors", *more)
         assert done.exit_code == 0, done
-        outputs.append((contents(out.parent), done.json["stages"]))
+        outputs.append((contents(tmp_path / name), done.json["stages"]))
     assert outputs[0] == outputs[1] == outputs[2]
     assert len(list((tmp_path / "c").iterdir())) == 1
-    refused = codebook("refit", tiny, "--k", 8, "--latents", "x.npy", "--latents-cache", tmp_path / "c")
+    refused = codebook("refit", tiny, "--k", 8, "--latents", "x.npy", *cache)
     assert_refused(refused, "--latents lie on disk already; leave out --latents-cache")
+    refused = codebook(*words, "--latents-cache", tiny)
+    assert_refused(refused, f"cannot keep latents in {tiny}: File exists")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from proven_networks import Coders
 from torch import Tensor, nn
 from torch.nn import functional
 from vector_quantize_pytorch import FSQ, GroupedResidualVQ, ResidualVQ, SimVQ, VectorQuantize
@@ -16,14 +17,13 @@ from codebook_tools.checkpoints.detect import find_codebooks
 from codebook_tools.clustering.metric import COSINE_UNIT
 from codebook_tools.codebook import EUCLIDEAN
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.ema_state import companion_values, companions_of
 from codebook_tools.models.networks.vector_quantize_pytorch import give_walk
 
 DIM, SIZE = 6, 16
 Make = Callable[..., nn.Module]
 
 
-class Own(nn.Module):
+class Own(Coders):
     """A user's network of stride 2, its quantizer two modules deep."""
 
     def __init__(self, quantizer: nn.Module) -> None:
@@ -31,14 +31,6 @@ class Own(nn.Module):
         self.encoder = nn.Conv2d(3, DIM, 2, 2)
         self.middle = nn.ModuleDict({"vq": quantizer})
         self.decoder = nn.ConvTranspose2d(DIM, 3, 2, 2)
-
-    def encode(self, images: Tensor) -> Tensor:
-        latents: Tensor = self.encoder(images)
-        return latents
-
-    def decode(self, quantized: Tensor) -> Tensor:
-        images: Tensor = self.decoder(quantized)
-        return images
 
 
 def quantizer(kind: Make, **more: Any) -> Make:
@@ -76,50 +68,41 @@ def network(name: str, **more: Any) -> Any:
     return made.eval()
 
 
-def codes_of(network: Any, stage: int) -> Tensor:
-    """(size, dim): the rows that are looked up."""
-    quantizer = network.middle["vq"]
-    if isinstance(quantizer, SimVQ):
-        return quantizer.codebook
-    rows: Tensor = network.state_dict()[network.codebooks[stage]]
-    return rows[0]
-
-
 class Nearest:
     """A quantize callback by brute force. indices: of each stage so far, (n, *grid)."""
 
     def __init__(self, network: Any) -> None:
-        self.network, self.indices = network, list[Tensor]()
+        self.unit, self.indices = network.lookup is COSINE_UNIT, list[Tensor]()
+        state, quantizer = network.state_dict(), network.middle["vq"]
+        sim = isinstance(quantizer, SimVQ)
+        self.codes = [quantizer.codebook if sim else state[key][0] for key in network.codebooks]
 
     def __call__(self, stage: int, latents: Tensor) -> Tensor:
         assert stage == len(self.indices)
-        rows, codes = latents.movedim(1, -1), codes_of(self.network, stage)
-        if self.network.lookup is COSINE_UNIT:
-            distances = -functional.normalize(rows, dim=-1) @ functional.normalize(codes, dim=-1).mT
+        rows, codes = latents.movedim(1, -1), self.codes[stage]
+        if self.unit:
+            codes = functional.normalize(codes, dim=-1)
+            distances = -functional.normalize(rows, dim=-1) @ codes.mT
         else:
             distances = (rows[..., None, :] - codes).square().sum(-1)
         self.indices.append(distances.argmin(-1))
-        quantized = codes[self.indices[-1]].movedim(-1, 1)
-        if self.network.lookup is COSINE_UNIT:
-            quantized = functional.normalize(quantized, dim=1)
-        return latents + (quantized - latents).detach()
+        return latents + (codes[self.indices[-1]].movedim(-1, 1) - latents).detach()
 
 
 def by_library(network: Any, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Its quantizer's own output (n, dim, h, w) and indices (n, h, w) by stage, whichever way it takes its latents."""
     quantizer = network.middle["vq"]
-    height, width = latents.shape[2:]
     as_image = getattr(quantizer, "accept_image_fmap", False) or getattr(quantizer, "channel_first", False)
-    last = getattr(quantizer, "channel_last", True)
-    given = latents if as_image else latents.flatten(2) if not last else latents.flatten(2).mT
+    across = not getattr(quantizer, "channel_last", True)
     with torch.no_grad():
-        out, indices, *_ = quantizer(given)
-    out = out if as_image else (out if not last else out.mT).unflatten(2, (height, width))
+        rows = latents.flatten(2) if across else latents.flatten(2).mT
+        out, indices, *_ = quantizer(latents if as_image else rows)
+    out = out if as_image else (out if across else out.mT).unflatten(2, latents.shape[2:])
     if isinstance(quantizer, GroupedResidualVQ):  # (groups, n, positions, stages)
         indices = indices.movedim(0, -2).flatten(-2)
     elif not isinstance(quantizer, ResidualVQ):
         indices = indices[..., None]
-    return out, list(indices.reshape(len(latents), height, width, -1).unbind(-1))
+    return out, list(indices.reshape(len(latents), *latents.shape[2:], -1).unbind(-1))
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -160,12 +143,10 @@ def test_a_residual_stage_hands_its_gradient_on() -> None:
 
 
 def test_codebooks_are_named_as_the_file_names_them() -> None:
-    stages = [f"middle.vq.layers.{i}._codebook.embed" for i in range(3)]
-    groups = [f"middle.vq.rvqs.{g}.layers.{i}._codebook.embed" for g in range(2) for i in range(2)]
     expected = {
         "plain": ["middle.vq._codebook.embed"],
-        "residual": stages,
-        "grouped": groups,
+        "residual": [f"middle.vq.layers.{i}._codebook.embed" for i in range(3)],
+        "grouped": [f"middle.vq.rvqs.{g}.layers.{i}._codebook.embed" for g in range(2) for i in range(2)],
         "sim": ["middle.vq.frozen_codebook"],
     }
     for name, keys in expected.items():
@@ -184,14 +165,6 @@ def test_a_deep_copy_walks_its_own_quantizer() -> None:
 
 
 # --- what it leaves alone, and what it refuses ---------------------------------------------------------------------
-
-
-def test_a_network_without_such_a_quantizer_stays_as_it_is() -> None:
-    made = Own(nn.Embedding(SIZE, DIM))
-    give_walk(made)
-    assert not hasattr(made, "walk") and not hasattr(made, "codebooks") and not hasattr(made, "lookup")
-
-
 class Walking(Own):
     codebooks = ("middle.vq._codebook.embed",)
 
@@ -199,18 +172,21 @@ class Walking(Own):
         return quantize(0, encoded * 2)
 
 
-def test_a_network_that_has_a_walk_of_its_own_keeps_it() -> None:
+def test_what_is_no_such_quantizer_or_has_a_walk_of_its_own_or_beams_in_training_only_is_left_alone() -> None:
+    made: Any = Own(nn.Embedding(SIZE, DIM))
+    give_walk(made)
+    assert not hasattr(made, "walk") and not hasattr(made, "codebooks") and not hasattr(made, "lookup")
     made = Walking(VectorQuantize(dim=DIM, codebook_size=SIZE, heads=2))
     give_walk(made)
     assert made.walk(torch.ones(1), lambda stage, latents: latents + stage) == 2
     assert not hasattr(made, "lookup")
+    give_walk(Own(residual(beam_size=4, eval_beam_size=1)))
 
 
 plain, residual = quantizer(VectorQuantize), quantizer(ResidualVQ, num_quantizers=2)
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "heads": (
-        lambda: plain(heads=2, separate_codebook_per_head=True), "VectorQuantize with a codebook for each of its heads",
-    ),
+    "heads": (lambda: plain(heads=2, separate_codebook_per_head=True),
+              "VectorQuantize with a codebook for each of its heads"),
     "affine": (lambda: plain(affine_param=True), "with affine_param"),
     "affine stages": (lambda: residual(affine_param=True), "ResidualVQ with affine_param"),
     "bridge": (lambda: plain(vq_bridge=nn.Linear(DIM, DIM)), "with a vq_bridge"),
@@ -219,13 +195,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "beams": (lambda: residual(beam_size=4), "with eval_beam_size > 1"),
     "sim": (
         lambda: quantizer(SimVQ)(codebook_transform=nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU())),
-        "SimVQ with a codebook_transform that is not one linear layer",
-    ),
+        "SimVQ with a codebook_transform that is not one linear layer"),
     "no codes": (lambda: FSQ(levels=[4, 4], dim=DIM), "is FSQ, and of its library only VectorQuantize, "),
     "two": (
         lambda: nn.ModuleList([residual(), residual()]),
-        r"holds 2 quantisers, middle\.vq\.0, middle\.vq\.1; give Own a `walk` and `codebooks` of its own",
-    ),
+        r"holds 2 quantisers, middle\.vq\.0, middle\.vq\.1; give Own a `walk` and `codebooks` of its own"),
 }  # fmt: skip
 
 
@@ -237,46 +211,8 @@ def test_what_cannot_be_walked_is_refused_in_one_line(name: str) -> None:
     assert "\n" not in str(refusal.value) and "middle.vq" in str(refusal.value)
 
 
-def test_beams_in_training_only_are_no_hindrance() -> None:
-    give_walk(Own(residual(beam_size=4, eval_beam_size=1)))
-
-
 def test_a_member_in_the_way_is_named() -> None:
     made: Any = Own(residual())
     made.lookup = nn.Embedding(2, 2)
     with pytest.raises(CodebookError, match=r"`lookup` is in the way of its ResidualVQ, middle\.vq: rename it"):
         give_walk(made)
-
-
-# --- what follows the codes in the file ----------------------------------------------------------------------------
-
-
-def pruned(made: Any, keep: Tensor, counts: Tensor) -> dict[str, Tensor]:
-    """The state of the network with the codes `keep` of every stage, and their companions after our rules."""
-    state = made.state_dict()
-    for book in find_codebooks({key: tuple(tensor.shape) for key, tensor in state.items()}).codebooks:
-        companions = companions_of(book, state[book.key][0], state, {})
-        rows = state[book.key][:, keep]
-        state = state | {book.key: rows} | companion_values(book, companions, state, rows[0], counts[keep])
-    return state
-
-
-@pytest.mark.parametrize("name", ["plain", "grouped"])
-def test_the_library_loads_a_pruned_codebook_and_trains_on_from_it(name: str) -> None:
-    made = network(name, kmeans_init=True)  # not initialised yet, for all that its file says
-    keep, counts = torch.tensor([1, 2, 5, 7, 8, 13, 15]), torch.arange(1.0, SIZE + 1)
-    state = pruned(made, keep, counts)
-    flags = [key for key in state if key.endswith("initted")]
-    assert len(flags) == len(made.codebooks) and all(bool(state[key]) for key in flags)
-    first = made.codebooks[0].removesuffix("embed")
-    assert torch.equal(state[first + "cluster_size"], counts[keep][None])
-    assert torch.equal(state[first + "embed_avg"], state[first + "embed"] * counts[keep][None, :, None])
-
-    fresh = network(name, kmeans_init=True, codebook_size=len(keep))
-    fresh.load_state_dict(state)
-    latents = torch.randn(4, DIM, 6, 6)
-    by_library(fresh.train(), latents)
-    for key in fresh.codebooks:  # a step of EMA moves codes, and no more
-        after, before = fresh.state_dict()[key], state[key]
-        assert 0.5 < float(after.norm() / before.norm()) < 1.5
-        assert functional.cosine_similarity(after, before, dim=-1).median() > 0.9

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, assert_refused
+from conftest import Outcome, Run, assert_refused
 from proven_networks import LIBRARIES, NETWORKS, Tied, nearest, write_images, write_network
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,7 +19,6 @@ from codebook_tools.models import stored_codes
 from codebook_tools.models.registry import detected
 from codebook_tools.models.twins import twins
 
-Run = Callable[..., Outcome]
 RANGE = ("--input-range", "0,1")
 TRAINED = ("--steps", 3, "--batch-size", 16)
 
@@ -32,10 +30,8 @@ def run(tmp_path: Path, codebook: Run) -> Run:
 
     def go(command: str, name: str, *words: object) -> Outcome:
         model, network = write_network(tmp_path, name, 24)
-        data = ("--data", calibration, "--test-data", held_out)
-        return codebook(
-            command, model, "--network", network, *data, *RANGE, "-o", tmp_path / "out.safetensors", "--json", *words
-        )
+        data = ("--data", calibration, "--test-data", held_out, "-o", tmp_path / "out.safetensors", "--json")
+        return codebook(command, model, "--network", network, *RANGE, *data, *words)
 
     return go
 
@@ -58,11 +54,9 @@ def kept_use(result: Any) -> tuple[float, Any]:
 
 
 # --- one tensor, several names -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("words", [("refit", "--k", 8, *TRAINED), ("prune",), ("grow", "--k", 20)])
-def test_stages_that_share_a_codebook_keep_sharing_it(
-    words: tuple[Any, ...], run: Run, tmp_path: Path, images: Tensor
+def test_stages_keep_sharing_a_codebook_and_verify_finds_where_they_do_not(
+    words: tuple[Any, ...], run: Run, tmp_path: Path, images: Tensor, codebook: Run
 ) -> None:
     result = succeeded(run(words[0], "tied", *words[1:]))
     mse, use = kept_use(result)
@@ -86,6 +80,15 @@ def test_stages_that_share_a_codebook_keep_sharing_it(
     assert use["latents"] == sum(codes.numel() for codes in chosen)
     assert any("are one codebook" in warning for warning in result["warnings"])
 
+    state["stages.1.weight"] += 1
+    out, against = tmp_path / "out.safetensors", ("--against", tmp_path / "model.safetensors")
+    with safe_open(out, "pt") as file:
+        save_file(state, out, file.metadata())
+    network = ("--network", f"{tmp_path / 'network.py'}:make", "--data", tmp_path / "calibration.npy", *RANGE)
+    for words, message in ((against, "in the original they are equal"), (network, "one tensor in the network")):
+        refused = codebook("verify", out, *words, "--json")
+        assert refused.exit_code == 3 and any(message in one["what"] for one in refused.json["differences"]), message
+
 
 def test_the_codebook_of_a_shared_library_quantizer_is_written_under_every_name(tmp_path: Path, codebook: Run) -> None:
     state = {key: tensor.clone().contiguous() for key, tensor in LIBRARIES["shared"](24).state_dict().items()}
@@ -104,39 +107,18 @@ def test_the_codebook_of_a_shared_library_quantizer_is_written_under_every_name(
     assert codebook("verify", out, "--against", model).exit_code == 0
 
 
-def test_verify_finds_names_of_one_codebook_that_differ(run: Run, tmp_path: Path, codebook: Run) -> None:
-    succeeded(run("refit", "tied", "--k", 8, "--steps", 0))
-    out = tmp_path / "out.safetensors"
-    state = load_file(out)
-    state["stages.1.weight"] += 1
-    with safe_open(out, "pt") as file:
-        save_file(state, out, file.metadata())
-    alone = codebook("verify", out, "--against", tmp_path / "model.safetensors", "--json")
-    differences = [difference["what"] for difference in alone.json["differences"]]
-    assert alone.exit_code == 3 and any("in the original they are equal" in what for what in differences)
-    network = ("--network", f"{tmp_path / 'network.py'}:make", "--data", tmp_path / "calibration.npy", *RANGE)
-    asked = codebook("verify", out, *network, "--json")
-    assert asked.exit_code == 3 and "one tensor in the network" in asked.json["differences"][0]["what"]
-
-
-@pytest.mark.parametrize(
-    ("rows", "flag", "count"), [(torch.randn, 1.0, 1), (torch.randn, 0.0, 0), (torch.zeros, 1.0, 0)]
-)
-def test_codebooks_that_are_equal_by_chance_are_no_twins(
-    rows: Callable[..., Tensor], flag: int, count: int, tmp_path: Path
-) -> None:
-    codes = rows(1, 16, 4)
-    state = {f"vq.layers.{i}._codebook.embed": codes.clone() for i in range(2)}
-    flags = {f"vq.layers.{i}._codebook.initted": torch.tensor([flag]) for i in range(2)}
-    save_file(state | flags, tmp_path / "model.safetensors")
-    checkpoint = read_checkpoint(tmp_path / "model.safetensors")
-    books = detected(checkpoint).codebooks
-    assert len(twins(checkpoint, books[0], books)) == count
+def test_codebooks_that_are_equal_by_chance_are_no_twins(tmp_path: Path) -> None:
+    for rows, flag, count in ((torch.randn, 1.0, 1), (torch.randn, 0.0, 0), (torch.zeros, 1.0, 0)):
+        codes = rows(1, 16, 4)
+        state = {f"vq.layers.{i}._codebook.embed": codes.clone() for i in range(2)}
+        flags = {f"vq.layers.{i}._codebook.initted": torch.tensor([flag]) for i in range(2)}
+        save_file(state | flags, tmp_path / "model.safetensors")
+        checkpoint = read_checkpoint(tmp_path / "model.safetensors")
+        books = detected(checkpoint).codebooks
+        assert len(twins(checkpoint, books[0], books)) == count, (rows, flag)
 
 
 # --- EMA state by its numbers --------------------------------------------------------------------------------------
-
-
 def write_codes(folder: Path, codes: Tensor | None = None, **beside: Tensor) -> tuple[object, ...]:
     """A refit to half as many codes, with other tensors in their module."""
     torch.manual_seed(2)
@@ -149,17 +131,14 @@ def write_codes(folder: Path, codes: Tensor | None = None, **beside: Tensor) -> 
     return ("refit", model, *words, "-o", folder / "out.safetensors", "--json")
 
 
-@pytest.mark.parametrize(
-    ("counts", "sums", "kind"),
-    [
-        ("N", "z_avg", "plain"), ("cluster_size", "cluster_sum", "smoothed"), ("_ema_cluster_size", "_ema_w", "across"),
-        ("code_count", "code_sum", "half"), ("q7", "x_bar", "plain"), ("q7", "x_bar", "smoothed"),
-        ("q7", "x_bar", "across"), ("q7", "x_bar", "half"),
-    ],
-)  # fmt: skip
-def test_sums_and_counts_are_known_by_their_numbers(
-    counts: str, sums: str, kind: str, tmp_path: Path, codebook: Run
-) -> None:
+ROLES = [
+    ("N", "z_avg", "plain"), ("cluster_size", "cluster_sum", "smoothed"), ("_ema_cluster_size", "_ema_w", "across"),
+    ("code_count", "code_sum", "half"), *(("q7", "x_bar", kind) for kind in ("plain", "smoothed", "across", "half")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("counts", "sums", "kind"), ROLES)
+def test_sums_and_counts_are_known_by_numbers(counts: str, sums: str, kind: str, tmp_path: Path, codebook: Run) -> None:
     torch.manual_seed(1)
     dtype = torch.float16 if kind == "half" else torch.float32
     codes, n = torch.randn(64, 8).to(dtype).float(), (torch.rand(64) * 60).to(dtype).float()
@@ -179,11 +158,8 @@ def test_a_tensor_of_unknown_role_is_refused_by_name_until_the_role_is_declared(
     words = write_codes(tmp_path, gizmo=torch.randn(16, 4), widget=torch.randn(16).abs() * 9)
     assert_refused(codebook(*words), "vq.gizmo")
     assert not (tmp_path / "out.safetensors").exists()
-    for role, message in (
-        ("gizmo=fine", "expected KEY=ROLE"),
-        ("gizmo", "expected KEY=ROLE"),
-        ("none=sums", "no such"),
-    ):
+    expected = "expected KEY=ROLE"
+    for role, message in (("gizmo=fine", expected), ("gizmo", expected), ("none=sums", "no such")):
         assert_refused(codebook(*words, "--companion", f"vq.{role}"), message)
     declared = (*words, "--companion", "vq.gizmo=sums")
     assert_refused(codebook(*declared), "--companion vq.widget=sums|counts|copy|flag|fresh")
@@ -193,60 +169,42 @@ def test_a_tensor_of_unknown_role_is_refused_by_name_until_the_role_is_declared(
     assert codebook("verify", tmp_path / "out.safetensors", "--against", tmp_path / "m.safetensors").exit_code == 0
 
 
-def test_sums_that_are_not_of_the_codes_are_called_stale_and_written_fresh(tmp_path: Path, codebook: Run) -> None:
-    words = write_codes(tmp_path, ema_cluster_size=torch.full((16,), 7.0), ema_w=torch.randn(16, 4))
-    assert any("vq.ema_w is stale" in warning for warning in succeeded(codebook(*words))["warnings"])
+def test_stale_sums_become_fresh_copies_stay_so_and_heads_over_codes_are_named(tmp_path: Path, codebook: Run) -> None:
+    codes = torch.randn(16, 4)
+    stale = {"ema_cluster_size": torch.full((16,), 7.0), "ema_w": torch.randn(16, 4)}
+    words = write_codes(tmp_path, codes, mirror=codes.clone(), **stale)
+    state = load_file(tmp_path / "m.safetensors") | {"policy.head.weight": torch.randn(16, 30)}
+    save_file(state, tmp_path / "m.safetensors")
+    warnings = " ".join(succeeded(codebook(*words))["warnings"])
+    assert "vq.ema_w is stale" in warnings and "policy.head.weight may follow" in warnings
     new = load_file(tmp_path / "out.safetensors")
     torch.testing.assert_close(new["vq.ema_w"], new["vq.embedding"] * new["vq.ema_cluster_size"][:, None])
-
-
-def test_a_copy_of_the_codes_under_any_name_stays_one(tmp_path: Path, codebook: Run) -> None:
-    codes = torch.randn(16, 4)
-    succeeded(codebook(*write_codes(tmp_path, codes, mirror=codes.clone())))
-    new = load_file(tmp_path / "out.safetensors")
     assert torch.equal(new["vq.mirror"], new["vq.embedding"])
 
 
-def test_a_head_over_the_codes_is_named_where_their_number_changes(tmp_path: Path, codebook: Run) -> None:
-    words = write_codes(tmp_path)
-    state = load_file(tmp_path / "m.safetensors") | {"policy.head.weight": torch.randn(16, 30)}
-    save_file(state, tmp_path / "m.safetensors")
-    warnings = succeeded(codebook(*words))["warnings"]
-    assert any("policy.head.weight may follow" in warning for warning in warnings)
-
-
 # --- what stands beside a codebook ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "beside",
-    [{"blend.weight": torch.randn(4, 4)}, {"gains": torch.rand(4) + 2}, {"boost": torch.tensor(3.0)}],
-)
-def test_a_tensor_that_may_change_the_codes_stops_what_has_no_network(
-    beside: dict[str, Tensor], tmp_path: Path, codebook: Run
-) -> None:
-    words, (key,) = write_codes(tmp_path, **beside), beside
-    refused = codebook(*words)
-    assert_refused(refused, f"vq.{key} may change the codes of vq.embedding")
-    assert "--network" in refused.stderr and f"--as-stored vq.{key}" in refused.stderr
-    assert not (tmp_path / "out.safetensors").exists()
-    succeeded(codebook(*words, "--as-stored", f"vq.{key}"))
-    assert torch.equal(load_file(tmp_path / "out.safetensors")[f"vq.{key}"], beside[key])
+def test_each_tensor_that_may_change_the_codes_stops_what_has_no_network(tmp_path: Path, codebook: Run) -> None:
+    beside = {"blend.weight": torch.randn(4, 4), "boost": torch.tensor(3.0), "gains": torch.rand(4) + 2}
+    words = write_codes(tmp_path, **beside)
+    for number, key in enumerate(beside):
+        refused = codebook(*words)
+        remaining = ", ".join(f"vq.{name}" for name in [*beside][number:])
+        assert_refused(refused, f"error: {remaining} may change the codes of vq.embedding")
+        assert "--network" in refused.stderr and f"--as-stored vq.{key}" in refused.stderr
+        assert not (tmp_path / "out.safetensors").exists()
+        words = (*words, "--as-stored", f"vq.{key}")
+    succeeded(codebook(*words))
+    assert all(torch.equal(load_file(tmp_path / "out.safetensors")[f"vq.{key}"], beside[key]) for key in beside)
     # It is written into the result, so that what follows need not be told again.
     again = ("prune", tmp_path / "out.safetensors", *words[2:8], "--keep", 4, "-o", tmp_path / "again.safetensors")
     assert codebook(*again).exit_code == 0
 
 
-@pytest.mark.parametrize(
-    "beside",
-    [
-        {"identity.weight": torch.eye(4)}, {"scale": torch.ones(4)}, {"bias": torch.zeros(4)},
-        {"decay": torch.tensor(0.99)}, {"in_proj.weight": torch.randn(4, 4)},
-        {"wide.weight": torch.randn(4, 9), "wide.bias": torch.randn(4)},
-    ],
-)  # fmt: skip
-def test_what_leaves_codes_as_they_are_stops_nothing(beside: dict[str, Tensor], tmp_path: Path, codebook: Run) -> None:
-    assert codebook(*write_codes(tmp_path, **beside)).exit_code == 0
+def test_what_leaves_codes_as_they_are_stops_nothing(tmp_path: Path, codebook: Run) -> None:
+    beside = {"identity.weight": torch.eye(4), "scale": torch.ones(4), "bias": torch.zeros(4),
+              "decay": torch.tensor(0.99), "in_proj.weight": torch.randn(4, 4),
+              "wide.weight": torch.randn(4, 9), "wide.bias": torch.randn(4)}  # fmt: skip
+    succeeded(codebook(*write_codes(tmp_path, **beside)))
 
 
 def by_module(name: str, result: Path, size: int, images: Tensor) -> tuple[float, int]:
@@ -280,42 +238,34 @@ def test_codes_that_no_formula_gives_are_pruned_and_not_refitted(run: Run, tmp_p
     assert by_module("warped", tmp_path / "out.safetensors", use["size"], images) == (mse, use["used"])
 
 
-def test_unit_codes_of_an_unknown_search_are_written_so_that_both_searches_choose_the_same(
-    run: Run, tmp_path: Path, images: Tensor
-) -> None:
+def test_unit_codes_of_an_unknown_search_are_chosen_alike_by_both(run: Run, tmp_path: Path, images: Tensor) -> None:
     warnings = succeeded(run("refit", "round", "--k", 8, "--steps", 0))["warnings"]
     assert any("have unit length" in warning for warning in warnings)
     state, module = load_file(tmp_path / "out.safetensors"), NETWORKS["round"](8).requires_grad_(False)
     codes = state["vq.codebook.weight"]
     torch.testing.assert_close(codes.norm(dim=1), torch.ones(8))
     module.load_state_dict(state)
-    latents = module.encode(images).movedim(1, -1).flatten(0, -2)  # type: ignore[operator]
+    latents = module.encode(images).movedim(1, -1).flatten(0, -2)
     assert torch.equal(torch.cdist(latents, codes).argmin(1), (latents @ codes.T).argmax(1))
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("headed", "head.weight follows the number of codes, too"),
-        ("fixed", "--network must be a function that makes as many codes as it is asked for"),
-        ("swapped", "the network's quantize disagrees"),
-    ],
-)
-def test_a_network_that_does_not_fit_the_surgery_is_refused_before_any_work(
-    name: str, message: str, run: Run, tmp_path: Path
-) -> None:
-    assert_refused(run("refit", name, "--k", 8, "--steps", 0), message)
+UNFIT = {
+    "headed": "head.weight follows the number of codes, too",
+    "fixed": "--network must be a function that makes as many codes as it is asked for",
+    "swapped": "the network's quantize disagrees",
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_network_that_does_not_fit_the_surgery_is_refused_before_work(name: str, run: Run, tmp_path: Path) -> None:
+    assert_refused(run("refit", name, "--k", 8, "--steps", 0), UNFIT[name])
     assert not (tmp_path / "out.safetensors").exists()
     if name != "swapped":  # as many codes as before need no other network
         assert run("restart", name, "--steps", 0).exit_code == 0
 
 
 # --- the module's own training -------------------------------------------------------------------------------------
-
-
-def test_the_state_that_is_written_survives_a_step_of_the_module_and_verify_tells(
-    run: Run, tmp_path: Path, codebook: Run
-) -> None:
+def test_written_state_survives_a_step_of_the_module_and_verify_tells(run: Run, tmp_path: Path, codebook: Run) -> None:
     succeeded(run("refit", "averaged", "--k", 8, "--steps", 0))
     state = load_file(tmp_path / "out.safetensors")
     torch.testing.assert_close(state["vq.moment"].T, state["vq.codebook.weight"] * state["vq.mass"][:, None])
@@ -328,9 +278,7 @@ def test_the_state_that_is_written_survives_a_step_of_the_module_and_verify_tell
     assert any_file["proof"]["of"] >= 4096
 
 
-def test_a_result_that_one_step_wipes_out_is_exit_code_3_and_not_left_behind(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_one_step_wipes_out_is_exit_code_3(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole: Any = stored_codes.companion_values
 
     def zeroed(*arguments: object) -> dict[str, Tensor]:
@@ -354,10 +302,8 @@ def test_a_chain_says_how_its_result_was_proved(tmp_path: Path, codebook: Run) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LIBRARIES)
-def test_quantizers_of_the_library_choose_the_codes_that_are_reported(
-    name: str, run: Run, tmp_path: Path, images: Tensor
-) -> None:
+@pytest.mark.parametrize("name", ["images", "heads", "shared"])  # others: tests/contracts/test_families.py
+def test_the_librarys_quantizers_choose_the_codes_reported(name: str, run: Run, tmp_path: Path, images: Tensor) -> None:
     result = succeeded(run("refit", f"library {name}", "--k", 8, *TRAINED))
     assert result["proof"]["by"] == "quantizer" and result["proof"]["agree"] > 0
     kept = result["stages"][result["kept"]]

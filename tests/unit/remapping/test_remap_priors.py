@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, WriteMap, assert_refused, contents, save_map
+from conftest import Outcome, Run, WriteMap, assert_refused, contents, save_map
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.checkpoints.read import file_sha256, read_checkpoint
-
-Run = Callable[..., Outcome]
 
 PRUNE = [0, -1, 1, 2, -1, 3], [0, 0, 1, 2, 3, 3]
 KEPT = [0, 2, 3, 5]
@@ -54,7 +51,7 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_after_an_exact_prune_every_kept_token_has_the_logits_it_had(
+def test_after_an_exact_prune_kept_tokens_have_their_logits(
     codebook: Run, with_model: WriteMap, tmp_path: Path, tied: bool
 ) -> None:
     """Ids: 0 a special one, 1 to 6 the codes, 7 and 8 special ones."""
@@ -78,33 +75,29 @@ def test_after_an_exact_prune_every_kept_token_has_the_logits_it_had(
     assert not (tmp_path / "prior.remapped.index_map.safetensors").exists()
 
 
-def config_after(codebook: Run, map_path: Path, config: str, **others: str) -> Path:
-    """The directory of a prior of state(6) with this config, after `remap`."""
-    prior = map_path.with_name("prior")
-    prior.mkdir()
-    save_file(state(6), prior / "model.safetensors")
-    for name, text in {"config": config, **others}.items():
-        (prior / f"{name}.json").write_text(text)
-    done = codebook("remap", prior, "--map", map_path)
-    assert done.exit_code == 0, done
-    return map_path.with_name("prior.remapped")
+PLAIN = (
+    {"n_embd": 6, "vocab_size": 6, "bos_token_id": 2, "eos_token_id": [0, 5], "codebook_size": 6},
+    {"n_embd": 6, "vocab_size": 4, "bos_token_id": 1, "eos_token_id": [0, 3], "codebook_size": 4},
+)
+"""A width that equals the number of codes stays."""
+JANUS = tuple(
+    {"text_config": {"vocab_size": 64, "eos_token_id": 2}, "vq_config": {"num_embeddings": size, "width": 6}}
+    for size in (6, 4)
+)
+"""A language model's ids stand at the level of its own vocabulary."""
 
 
-def test_in_a_config_only_what_depends_on_the_vocabulary_changes(codebook: Run, with_model: WriteMap) -> None:
-    """A width that equals the number of codes stays."""
-    text = '{"n_embd":  6, "vocab_size": 6,\n "bos_token_id": 2, "eos_token_id": [0, 5], "codebook_size": 6}'
-    expected = '{"n_embd":  6, "vocab_size": 4,\n "bos_token_id": 1, "eos_token_id": [0, 3], "codebook_size": 4}'
-    output = config_after(codebook, with_model("m", 4, PRUNE), text)
-    assert json.loads((output / "config.json").read_text()) == json.loads(expected)
-
-
-def test_ids_of_another_vocabulary_in_the_same_config_stay(codebook: Run, with_model: WriteMap) -> None:
-    """As in a whole Janus: a language model's ids stand at the level of its own vocabulary."""
-    levels = {"text_config": {"vocab_size": 64, "eos_token_id": 2}, "vq_config": {"num_embeddings": 6, "width": 6}}
-    text, generation = json.dumps(levels, indent=3), '{"eos_token_id": 2}'
-    output = config_after(codebook, with_model("m", 4, PRUNE), text, generation_config=generation)
-    assert (output / "config.json").read_text() == text.replace('"num_embeddings": 6', '"num_embeddings": 4')
-    assert (output / "generation_config.json").read_text() == generation
+@pytest.mark.parametrize(("before", "after", "generation"), [(*PLAIN, 1), (*JANUS, 2)])
+def test_in_a_config_only_what_depends_on_the_vocabulary_changes(
+    codebook: Run, with_model: WriteMap, tmp_path: Path, before: Any, after: Any, generation: int
+) -> None:
+    (tmp_path / "prior").mkdir()
+    save_file(state(6), tmp_path / "prior" / "model.safetensors")
+    for name, values in {"config": before, "generation_config": {"eos_token_id": 2}}.items():
+        (tmp_path / "prior" / f"{name}.json").write_text(json.dumps(values, indent=3))
+    assert codebook("remap", tmp_path / "prior", "--map", with_model("m", 4, PRUNE)).exit_code == 0
+    written = [(tmp_path / "prior.remapped" / f"{name}.json").read_text() for name in ("config", "generation_config")]
+    assert written == [json.dumps(values, indent=3) for values in (after, {"eos_token_id": generation})]
 
 
 def state(rows: int) -> dict[str, Tensor]:
@@ -158,9 +151,7 @@ def test_new_codes_inherit_from_those_nearest_to_them(codebook: Run, with_model:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_padding_is_never_drawn_and_rows_keep_their_bits(
-    codebook: Run, with_model: WriteMap, dtype: torch.dtype
-) -> None:
+def test_padding_is_never_drawn_and_rows_keep_bits(codebook: Run, with_model: WriteMap, dtype: torch.dtype) -> None:
     old = {key: tensor.to(dtype) for key, tensor in state(7).items()}
     map_path, options = with_model("m", 4, PRUNE), ("--pad-to-multiple", 8)
     new, _ = remapped(codebook, old, map_path, *options)
@@ -208,9 +199,8 @@ def test_musicgen_follows_the_maps_of_its_codebooks(codebook: Run, tmp_path: Pat
     new = MusicgenForCausalLM.from_pretrained(tmp_path / "prior.remapped").eval()
     assert (new.config.vocab_size, new.config.pad_token_id, new.config.bos_token_id) == (4, 4, 4)
     tokens = torch.tensor([[6, 0, 5, 3], [6, 6, 1, 4]])  # a row for each codebook; 6 starts
-    mapped = [
-        [[*kept, 6].index(token) for token in row.tolist()] for kept, row in zip(KEPT_OF_TWO, tokens, strict=True)
-    ]
+    rows = zip(KEPT_OF_TWO, tokens.tolist(), strict=True)
+    mapped = [[[*kept, 6].index(token) for token in row] for kept, row in rows]
     before, after = logits(old, tokens), logits(new, torch.tensor(mapped))
     for i, kept in enumerate(KEPT_OF_TWO):
         assert torch.allclose(after[i], before[i][:, kept], rtol=0, atol=1e-6)
@@ -225,34 +215,21 @@ NINE = torch.ones(9, 3)
 @pytest.mark.parametrize(
     ("tensors", "options", "message"),
     [
-        (
-            state(5),
-            (),
-            "has 5 rows, and the map's 6 codes from id 0 on need 6; is the map of another checkp",
-        ),
+        (state(5), (), "has 5 rows, and the map's 6 codes from id 0 on need 6; is the map of another checkp"),
         (state(6), ("--offset", 1), "has 6 rows, and the map's 6 codes from id 1 on need 7"),
         ({"x.weight": NINE}, (), "has no tensor named like an embedding of tokens"),
-        (
-            {"encoder.embed_tokens.weight": NINE, "decoder.embed_tokens.weight": NINE.clone()},
-            (),
-            "each of decoder.embed_tokens.weight, encoder.embed_tokens.weight could be meant; name it with --embed",
-        ),
+        ({"encoder.embed_tokens.weight": NINE, "decoder.embed_tokens.weight": NINE.clone()}, (),
+         "each of decoder.embed_tokens.weight, encoder.embed_tokens.weight could be meant; name it with --embed"),
         (state(6), ("--embedding-key", "wte.weight"), "has no tensor wte.weight"),
-        (
-            {"a": NINE, "wte.weight": NINE.char()},
-            ("--embedding-key", "wte.weight"),
-            "is I8 [9, 3]; expected rows",
-        ),
+        ({"a": NINE, "wte.weight": NINE.char()}, ("--embedding-key", "wte.weight"), "is I8 [9, 3]; expected rows"),
     ],
-)
-def test_what_is_refused(
-    codebook: Run, with_model: WriteMap, tmp_path: Path, tensors: dict[str, Tensor], options: Any, message: str
-) -> None:
-    map_path, path = with_model("m", 4, PRUNE), tmp_path / "prior.safetensors"
-    save_file(tensors, path)
-    before = contents(tmp_path)
+)  # fmt: skip
+def test_what_is_refused(codebook: Run, with_model: WriteMap, tensors: Any, options: Any, message: str) -> None:
+    map_path = with_model("m", 4, PRUNE)
+    save_file(tensors, path := map_path.with_name("prior.safetensors"))
+    before = contents(path.parent)
     assert_refused(codebook("remap", path, "--map", map_path, *options), message)
-    assert contents(tmp_path) == before
+    assert contents(path.parent) == before
 
 
 def test_keys_that_the_user_names(codebook: Run, with_model: WriteMap) -> None:
@@ -295,12 +272,8 @@ def test_a_prior_of_torch_save_becomes_safetensors(codebook: Run, with_model: Wr
 # Verification
 
 
-@dataclass(frozen=True)
-class Followed:
-    """A remapped prior: its directory, and the `verify` that compares it with the original."""
-
-    output: Path
-    verify: tuple[object, ...]
+Followed = tuple[Path, tuple[object, ...]]
+"""The directory of a remapped prior, and the `verify` that compares it with the original."""
 
 
 @pytest.fixture
@@ -314,7 +287,7 @@ def followed(codebook: Run, with_model: WriteMap, tmp_path: Path) -> Callable[..
             (tmp_path / "prior" / "model.safetensors").unlink()
         map_path, output = with_model("m", 4, PRUNE), tmp_path / "prior.remapped"
         assert codebook("remap", tmp_path / "prior", "--map", map_path, "--offset", 1).exit_code == 0
-        return Followed(output, ("verify", output, "--against", tmp_path / "prior", "--map", map_path))
+        return output, ("verify", output, "--against", tmp_path / "prior", "--map", map_path)
 
     return make
 
@@ -324,36 +297,30 @@ def differing(found: Outcome) -> list[str]:
     return sorted(difference["key"] for difference in found.json["differences"])
 
 
-def test_a_remapped_prior_is_verified_against_its_original_and_its_map(
+def test_a_remapped_prior_is_verified_against_its_original_and_its_map_number_by_number(
     codebook: Run, with_model: WriteMap, followed: Callable[..., Followed]
 ) -> None:
-    verify = followed().verify
+    output, verify = followed()
     assert codebook(*verify).exit_code == 0
     assert_refused(codebook(*verify[:-2]), "name the maps that it followed with --map")
     other = with_model("n", 4, ([0, -1, 1, 2, 3, -1], [0, 0, 1, 2, 3, 3]))
     assert differing(codebook(*verify[:-1], other, "--json")) == ["lm_head.weight", "model.embed_tokens.weight"]
-
-
-def test_one_number_of_a_remapped_prior_that_is_another_is_found(
-    codebook: Run, followed: Callable[..., Followed]
-) -> None:
-    prior = followed()
-    weights, config = prior.output / "model.safetensors", prior.output / "config.json"
-    whole, metadata = load_file(weights), read_checkpoint(prior.output).metadata
+    weights, config = output / "model.safetensors", output / "config.json"
+    whole, metadata = load_file(weights), read_checkpoint(output).metadata
     for key in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
         changed = whole[key].clone()
         changed.view(-1)[-1] += 1
         save_file({**whole, key: changed}, weights, metadata)
-        assert differing(codebook(*prior.verify, "--json")) == [key]
+        assert differing(codebook(*verify, "--json")) == [key]
     save_file(whole, weights, metadata)
     config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 8}))
-    assert differing(codebook(*prior.verify, "--json")) == ["config.json"]
+    assert differing(codebook(*verify, "--json")) == ["config.json"]
 
 
 def test_settings_that_no_command_can_have_had_are_refused(codebook: Run, followed: Callable[..., Followed]) -> None:
-    prior = followed()
-    weights = prior.output / "model.safetensors"
-    tensors, metadata = load_file(weights), read_checkpoint(prior.output).metadata
+    output, verify = followed()
+    weights = output / "model.safetensors"
+    tensors, metadata = load_file(weights), read_checkpoint(output).metadata
     settings = json.loads(metadata["codebook_tools.settings"])
     for name, values in {
         "offset": (None, "x", -600, True, 0.5),
@@ -365,7 +332,7 @@ def test_settings_that_no_command_can_have_had_are_refused(codebook: Run, follow
         for value in values:
             text = json.dumps({**settings, name: value})
             save_file(tensors, weights, {**metadata, "codebook_tools.settings": text})
-            assert_refused(codebook(*prior.verify), "does not say how it was remapped")
+            assert_refused(codebook(*verify), "does not say how it was remapped")
 
 
 OURS = ("codebooks", "command", "nearest_sha256", "settings", "source_sha256", "version", "about_sha256")
@@ -375,10 +342,10 @@ OURS = ("codebooks", "command", "nearest_sha256", "settings", "source_sha256", "
 def test_a_character_of_a_remapped_priors_metadata_that_is_another_is_found(
     shards: int, codebook: Run, followed: Callable[..., Followed]
 ) -> None:
-    prior = followed(shards)
-    assert codebook(*prior.verify).exit_code == 0
+    output, verify = followed(shards)
+    assert codebook(*verify).exit_code == 0
     checked = 0
-    for path in sorted(prior.output.glob("*.safetensors")):
+    for path in sorted(output.glob("*.safetensors")):
         whole = path.read_bytes()
         for name in (*(f"codebook_tools.{own}" for own in OURS), "format"):
             at = whole.find(f'"{name}":"'.encode())
@@ -387,14 +354,14 @@ def test_a_character_of_a_remapped_priors_metadata_that_is_another_is_found(
             at += len(name) + 4
             at += name == "codebook_tools.settings" and whole[at:].index(b"offset")
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-            found = codebook(*prior.verify)
+            found = codebook(*verify)
             assert found.exit_code in (1, 3), f"{name} in {path.name}: {found}"
             checked += 1
         path.write_bytes(whole)
     assert checked > len(OURS) * shards
     if shards > 1:
-        index = prior.output / "model.safetensors.index.json"
+        index = output / "model.safetensors.index.json"
         text = json.loads(index.read_text())
         text["metadata"]["total_size"] ^= 1
         index.write_text(json.dumps(text))
-        assert differing(codebook(*prior.verify, "--json")) == [index.name]
+        assert differing(codebook(*verify, "--json")) == [index.name]

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from conftest import KEY, Outcome, WriteMap, assert_refused, contents, save_map
+from conftest import KEY, Outcome, Run, WriteMap, assert_refused, contents, save_map
 from drawing import SPARSE, sparse_tar, tar_of
 from hypothesis import given
 from hypothesis import strategies as st
 from index_maps import index_maps
 from numpy.typing import ArrayLike
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints.layout import PREFIX
@@ -29,7 +31,6 @@ from codebook_tools.remapping.index_map import IndexMap, read_index_maps
 from codebook_tools.remapping.token_files import rewrite_tokens
 from codebook_tools.remapping.token_ids import OnRemoved, Translation
 
-Run = Callable[..., Outcome]
 Save = Callable[..., Path]
 
 
@@ -50,8 +51,8 @@ def tokens(tmp_path: Path) -> Save:
     """tokens([[0, 1]], np.int8): a .npy file."""
 
     def write(values: ArrayLike, dtype: Any = None) -> Path:
-        np.save(tmp_path / "tokens.npy", np.asarray(values, dtype))
-        return tmp_path / "tokens.npy"
+        np.save(path := tmp_path / "tokens.npy", np.asarray(values, dtype))
+        return path
 
     return write
 
@@ -69,9 +70,7 @@ def written(path: Path) -> Any:
 @pytest.mark.parametrize(
     ("dtype", "order"), [("u1", "C"), ("<i2", "F"), (">i2", "C"), ("u4", "F"), ("<i8", "C"), (">u8", "F")]
 )
-def test_an_array_keeps_its_dtype_order_and_shape(
-    remap: Run, pruned: Path, tokens: Save, dtype: str, order: Any
-) -> None:
+def test_an_array_keeps_dtype_order_and_shape(remap: Run, pruned: Path, tokens: Save, dtype: str, order: Any) -> None:
     path = tokens(np.asarray([[0, 2, 3], [5, 5, 0]], dtype=dtype, order=order))
     output = path.with_name("tokens.remapped.npy")
     assert remap(path, pruned, "--json").json == {
@@ -83,52 +82,41 @@ def test_an_array_keeps_its_dtype_order_and_shape(
     assert output.stat().st_size == path.stat().st_size
 
 
-@pytest.mark.parametrize(
-    ("values", "options", "message"),
-    [
-        ([[0, 2], [1, 4]], (), "at [1, 0]: token 1 is a code that was removed; --on-removed nearest"),
-        ([[0, 2], [1, 6]], (), "at [1, 1]: token 6 is not within 0 and 5"),
-        ([[0, -3], [1, 6]], (), "at [0, 1]: token -3 is not within 0 and 5"),
-        ([[0, 8], [9, 6]], ("--offset", 2), "at [0, 1]: token 8 is not within 0 and 7"),
-        ([[0, 1]], ("--on-removed", "mask=300"), "at [0, 1]: token 1 becomes 300, for which int8 has no room"),
-        ([[0, 1]], ("--on-removed", "drop"), "--on-removed drop: expected error, nearest, or mask=ID"),
-        ([[0, 1]], ("--on-removed", "mask=9999999999999999999"), "expected error, nearest, or mask=ID"),
-        ([[0, 1]], ("--offset", -1), "offset=-1 is not within 0 and 4294967296"),
-        ([[0, 1]], ("--special", 10**24), "is not within 0 and 4294967296"),
-        ([[0, 1]], ("--pad-to-multiple", 10**12), "pad-to-multiple=1000000000000 is not within 1 and 1048576"),
-        ([[0, 2]], ("--axis", 2), "has shape (1, 2) and no axis 2"),
-        ([[0, 2]], ("--axis", 1), "has 2 codebooks along axis 1 and the map 1"),
-        ([[0, 2]], ("--codebook-key", "other"), "has no map of other; it maps quantizer.codebook.weight"),
-        ([[0, 2]], ("-o", "x.tar"), "x.tar does not end in .npy"),
-        ([[0, 2]], ("-o", "nowhere/x.npy"), "no such folder: nowhere"),
-        (np.array([{}, []], dtype=object), (), "holds pickled objects, which are never opened"),
-        (np.zeros(3, np.float32), (), "holds float32; tokens are integers"),
-        (np.zeros(3, bool), (), "holds bool; tokens are integers"),
-    ],
-)
-def test_what_is_refused(
-    remap: Run, pruned: Path, tokens: Save, values: Any, options: tuple[object, ...], message: str
-) -> None:
+@pytest.mark.parametrize(("values", "options", "message"), [
+    ([[0, 2], [1, 4]], (), "at [1, 0]: token 1 is a code that was removed; --on-removed nearest"),
+    ([[0, 2], [1, 6]], (), "at [1, 1]: token 6 is not within 0 and 5"),
+    ([[0, -3], [1, 6]], (), "at [0, 1]: token -3 is not within 0 and 5"),
+    ([[0, 8], [9, 6]], ("--offset", 2), "at [0, 1]: token 8 is not within 0 and 7"),
+    ([[0, 1]], ("--on-removed", "mask=300"), "at [0, 1]: token 1 becomes 300, for which int8 has no room"),
+    ([[0, 1]], ("--on-removed", "drop"), "--on-removed drop: expected error, nearest, or mask=ID"),
+    ([[0, 1]], ("--on-removed", "mask=9999999999999999999"), "expected error, nearest, or mask=ID"),
+    ([[0, 1]], ("--offset", -1), "offset=-1 is not within 0 and 4294967296"),
+    ([[0, 1]], ("--special", 10**24), "is not within 0 and 4294967296"),
+    ([[0, 1]], ("--pad-to-multiple", 10**12), "pad-to-multiple=1000000000000 is not within 1 and 1048576"),
+    ([[0, 2]], ("--axis", 2), "has shape (1, 2) and no axis 2"),
+    ([[0, 2]], ("--axis", 1), "has 2 codebooks along axis 1 and the map 1"),
+    ([[0, 2]], ("--codebook-key", "other"), "has no map of other; it maps quantizer.codebook.weight"),
+    ([[0, 2]], ("-o", "x.tar"), "x.tar does not end in .npy"),
+    ([[0, 2]], ("-o", "nowhere/x.npy"), "no such folder: nowhere"),
+    (np.array([{}, []], dtype=object), (), "holds pickled objects, which are never opened"),
+    (np.zeros(3, np.float32), (), "holds float32; tokens are integers"),
+    (np.zeros(3, bool), (), "holds bool; tokens are integers"),
+])  # fmt: skip
+def test_what_is_refused(remap: Run, pruned: Path, tokens: Save, values: Any, options: Any, message: str) -> None:
     path = tokens(values, np.int8 if isinstance(values, list) else None)
     before = contents(path.parent)
     assert_refused(remap(path, pruned, *options), message)
     assert contents(path.parent) == before, "no output and no partial"
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("tokens.npy", b"PK\x03\x04 rather a zip", "is not a sound .npy file"),
-        ("tokens.npy", npy([0] * 100)[:-1], "is cut short: its header says 100 ids"),
-        ("tokens.npz", b"PK", "holds neither tokens (.npy, .parquet, .safetensors, .tar) nor a prior's weights"),
-        ("tokens.tar", b"\x1f\x8b no tar", "is not a readable, uncompressed tar"),
-        ("tokens.parquet", b"PAR1 cut off", "is not a sound parquet file"),
-        ("tokens.npy", None, "no such file"),
-    ],
-)
-def test_files_that_are_damaged_or_of_another_kind_are_refused(
-    remap: Run, pruned: Path, name: str, content: bytes | None, message: str
-) -> None:
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("tokens.npy", b"PK\x03\x04 rather a zip", "is not a sound .npy file"),
+    ("tokens.npy", npy([0] * 100)[:-1], "is cut short: its header says 100 ids"),
+    ("tokens.npz", b"PK", "holds neither tokens (.npy, .parquet, .safetensors, .tar) nor a prior's weights"),
+    ("tokens.tar", b"\x1f\x8b no tar", "is not a readable, uncompressed tar"),
+    ("tokens.parquet", b"PAR1 cut off", "is not a sound parquet file"), ("tokens.npy", None, "no such file"),
+])  # fmt: skip
+def test_damaged_and_other_files_are_refused(remap: Run, pruned: Path, name: str, content: Any, message: str) -> None:
     path = pruned.with_name(name)
     if content is not None:
         path.write_bytes(content)
@@ -146,23 +134,13 @@ def test_a_long_file_is_rewritten_in_chunks_that_meet(remap: Run, pruned: Path, 
     assert_refused(remap(tokens(values), pruned), "tokens.npy at [2, 345678]: token 77 is not within 0 and 5")
 
 
-def test_nothing_is_overwritten_unless_asked(codebook: Run, remap: Run, pruned: Path, tmp_path: Path) -> None:
-    path, output = tmp_path / "tokens.npy", tmp_path / "tokens.remapped.npy"
-    np.save(path, np.array([5]))
-    output.write_bytes(b"mine")
-    before = contents(tmp_path)
-    assert_refused(codebook("remap", path, "--map", pruned), "exists; --force replaces it")
-    assert_refused(remap(path, pruned, "-o", path), "is the file that is read")
-    assert contents(tmp_path) == before
-    assert remap(path, pruned).exit_code == 0 and np.load(output).tolist() == [3]
-
-
 def test_several_files_at_once(codebook: Run, pruned: Path, tmp_path: Path) -> None:
     paths = [tmp_path / f"{name}.npy" for name in "ab"]
     for path in paths:
         np.save(path, np.array([0, 5]))
     several = ("remap", *paths, "--map", pruned, "--force")
     assert_refused(codebook(*several, "-o", tmp_path / "c.npy"), "is one place for 2 files")
+    assert_refused(codebook("remap", paths[0], *several[3:], "-o", paths[0]), "is the file that is read")
     lines = [line.rstrip() for line in codebook(*several).stdout.splitlines()]
     labels = ("ids", 4), ("changed", 2), ("of removed codes", 0), ("by their nearest code", 0)
     assert lines[:4] == [f"{label:<21}  {count}" for label, count in labels]
@@ -170,6 +148,9 @@ def test_several_files_at_once(codebook: Run, pruned: Path, tmp_path: Path) -> N
     done = codebook(*several, "--json").json
     assert done["tokens"] == 4 and len(done["outputs"]) == 2
     assert all(np.load(output).tolist() == [0, 3] for output in done["outputs"].values())
+    before = contents(tmp_path)
+    assert_refused(codebook(*several[:-1]), "exists; --force replaces it")
+    assert contents(tmp_path) == before
     np.save(paths[1], np.array([0, 6]))
     assert_refused(codebook(*several), f"already written: {tmp_path / 'a.remapped.npy'}")
 
@@ -242,9 +223,6 @@ def test_tokens_that_a_tar_stores_sparse_are_refused_and_other_sparse_members_st
 
 
 def test_a_parquet_table_keeps_schema_nulls_and_compression(remap: Run, pruned: Path, tmp_path: Path) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
     path, output = tmp_path / "t.parquet", tmp_path / "t.remapped.parquet"
     # A null among lists of fixed size is written by every pyarrow, and read back by those from 26 on.
     absent = None if int(pa.__version__.partition(".")[0]) >= 26 else [2, 3]
@@ -261,12 +239,9 @@ def test_a_parquet_table_keeps_schema_nulls_and_compression(remap: Run, pruned: 
     old, new = parquet.read_table(path), parquet.read_table(output)
     assert new.schema.equals(old.schema, check_metadata=True)
     assert new.to_pydict() == {
-        "flat": [0, None, 3],
-        "lists": [[3, 0], None, []],
-        "nested": [[[3], [0, None]], [], None],
-        "fixed": [[1, 2], absent and [1, 2], [3, 3]],
-        "text": ["a", "b", None],
-    }
+        "flat": [0, None, 3], "lists": [[3, 0], None, []], "nested": [[[3], [0, None]], [], None],
+        "fixed": [[1, 2], absent and [1, 2], [3, 3]], "text": ["a", "b", None],
+    }  # fmt: skip
     stored = [parquet.ParquetFile(file).metadata for file in (path, output)]
     assert [metadata.num_row_groups for metadata in stored] == [2, 2]
     before, after = ([m.row_group(0).column(i).compression for i in range(m.num_columns)] for m in stored)
@@ -277,9 +252,6 @@ def test_a_parquet_table_keeps_schema_nulls_and_compression(remap: Run, pruned: 
 
 
 def test_a_name_of_two_columns_does_not_say_which_holds_tokens(remap: Run, pruned: Path, tmp_path: Path) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
     path = tmp_path / "t.parquet"
     parquet.write_table(pa.table([[5, 2], [3, 3]], ["t", "t"]), path)
     for keys in (), ("--key", "t"):
@@ -315,18 +287,14 @@ def test_an_axis_runs_over_the_codebooks(remap: Run, tokens: Save, tmp_path: Pat
 
 
 def test_levels_of_lists_are_axes(remap: Run, tmp_path: Path) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
     path, map_path = tmp_path / "t.parquet", save_map(tmp_path / "map.safetensors", STAGES)
     parquet.write_table(pa.table({"t": [[[0, 1], [0], [3]], None, [[2]]]}), path)
     assert remap(path, map_path, "--axis", 1).exit_code == 0
     new = parquet.read_table(tmp_path / "t.remapped.parquet").to_pydict()
     assert new == {"t": [[[0, 1], [2], [(3 + 10) % 4]], None, [[2]]]}
     assert_refused(remap(path, map_path, "--axis", 3), "nested 3 deep and has no axis 3")
-    assert_refused(
-        remap(path, map_path, "--axis", 2, "--codebook-key", "layers.2.embed"), "more codebooks along axis 2"
-    )
+    one = ("--codebook-key", "layers.2.embed")
+    assert_refused(remap(path, map_path, "--axis", 2, *one), "more codebooks along axis 2")
 
 
 # Maps
@@ -384,13 +352,8 @@ def test_composing_is_applying_one_after_the_other(data: st.DataObject) -> None:
         assert both.nearest[old] == b.nearest[nearest]
     assert both.size == b.size
     assert torch.equal(*(codes[both.index_map != REMOVED] for codes in (both.index_map, both.nearest)))
-
-
-@pytest.mark.parametrize("next_size", [2, 4])
-def test_maps_whose_sizes_do_not_meet_do_not_compose(next_size: int) -> None:
-    first, later = (IndexMap(KEY, torch.arange(n), torch.arange(n), n) for n in (3, next_size))
-    with pytest.raises(CodebookError, match=f"leads to 3 codes and the next starts from {next_size}"):
-        first.then(later)
+    with pytest.raises(CodebookError, match=f"leads to {a.size} codes and the next starts from {a.size + 1}"):
+        a.then(IndexMap(KEY, torch.arange(a.size + 1), torch.arange(a.size + 1), a.size + 1))
 
 
 def reference(token: int, one: IndexMap, on_removed: OnRemoved, offset: int, special: int) -> int | None:

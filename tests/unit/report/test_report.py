@@ -1,4 +1,4 @@
-"""Pages: what they show, that they need nothing else, and that a browser shows them."""
+"""Pages: what they show, that they need nothing else, and that a browser shows them; and usage in a terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import io
 import re
 from base64 import b64decode
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from browsers import browser  # noqa: F401  # a fixture
-from conftest import Outcome, assert_refused, contents
+from conftest import Run, assert_refused, contents
 from PIL import Image
+from rich.console import Console
 
 from codebook_tools.evaluation.figures import CodebookUse, Measurement
 from codebook_tools.report.html.operate import books_plot, headline, operated_page, usage_plot
 from codebook_tools.report.html.page import Gallery, Listing, Page, Picture, Plot, Table, html
+from codebook_tools.report.terminal.histogram import UsageLines, bars
 from codebook_tools.workflows.gallery import GalleryImage
 from codebook_tools.workflows.result import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Run = Callable[..., Outcome]
 
 
 def measured(used: int, size: int, mse: float | None) -> Measurement:
@@ -76,17 +75,13 @@ def test_what_a_plot_shows_can_be_had_as_csv_and_a_picture_as_it_was() -> None:
     assert Image.open(io.BytesIO(b64decode(gray.uri.partition(",")[2]))).size == (3, 2)
 
 
-@pytest.mark.parametrize(
-    ("fields", "after"),
-    [
-        ({"surgery": measured(128, 128, 0.0056)}, "; now 128 of 128, and the error fell by 44%."),
-        ({"surgery": measured(13, 128, 0.01005)}, "; now 13 of 128, and the error rose by 0.50%."),
-        ({"surgery": measured(85, 85, 0.01)}, "; now 85 of 85, and no reconstruction changed in error."),
-        ({"before": measured(85, 512, None), "surgery": measured(128, 128, None)}, "; now 128 of 128."),
-        ({"kept": "before"}, "; nothing lowered the error, and the model was left as it is."),
-        ({"kept": None}, "."),
-    ],
-)
+@pytest.mark.parametrize(("fields", "after"), [
+    ({"surgery": measured(128, 128, 0.0056)}, "; now 128 of 128, and the error fell by 44%."),
+    ({"surgery": measured(13, 128, 0.01005)}, "; now 13 of 128, and the error rose by 0.50%."),
+    ({"surgery": measured(85, 85, 0.01)}, "; now 85 of 85, and no reconstruction changed in error."),
+    ({"before": measured(85, 512, None), "surgery": measured(128, 128, None)}, "; now 128 of 128."),
+    ({"kept": "before"}, "; nothing lowered the error, and the model was left as it is."), ({"kept": None}, "."),
+])  # fmt: skip
 def test_the_headline_says_what_came_out(fields: dict[str, Any], after: str) -> None:
     one = result(**fields)
     sentence = headline("m", one.before, one.kept_stage if one.kept else None)
@@ -120,16 +115,16 @@ def test_of_several_codebooks_the_page_shows_how_many_codes_of_each_are_used() -
     assert text.count("<svg ") == 1 and "6 of 16 codes were used, 37.5% of the codebook; now 14 of 16" in text
 
 
-# From the command line
+OnImages = tuple[object, ...]
 
 
 @pytest.fixture
-def on_images(tiny: Path, images_folder: Path) -> tuple[object, ...]:
+def on_images(tiny: Path, images_folder: Path) -> OnImages:
     return (tiny, "--data", images_folder, "--input-range", "-1,1")
 
 
-def test_a_surgery_writes_its_page_and_nothing_else_changes(
-    on_images: tuple[object, ...], codebook: Run, tmp_path: Path, held_out_folder: Path
+def test_a_surgery_writes_its_page_and_changes_nothing_else(
+    on_images: OnImages, codebook: Run, tmp_path: Path, held_out_folder: Path
 ) -> None:
     """Of one test image, its error at each stage is the mse of that stage."""
     (tmp_path / "one").mkdir()
@@ -162,7 +157,7 @@ def test_a_surgery_writes_its_page_and_nothing_else_changes(
     ids=lambda command: command[0],
 )
 def test_every_command_that_measures_writes_a_page(
-    command: tuple[object, ...], on_images: tuple[object, ...], codebook: Run, tmp_path: Path, monkeypatch: Any
+    command: tuple[object, ...], on_images: OnImages, codebook: Run, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = codebook(command[0], *on_images, *command[1:], "--report", "page.html")
@@ -173,24 +168,17 @@ def test_every_command_that_measures_writes_a_page(
         assert text.count("reconstructed, mse ") == 3 and "what was kept" not in text
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("model.safetensors", "a page ends in .html; what is not one is never replaced"),
-        ("nowhere/page.html", "no such folder"),
-        ("folder.html", "a folder"),
-    ],
-)
+@pytest.mark.parametrize(("name", "message"), [
+    ("model.safetensors", "a page ends in .html; what is not one is never replaced"),
+    ("nowhere/page.html", "no such folder"), ("folder.html", "a folder"),
+])  # fmt: skip
 def test_a_page_that_cannot_be_written_is_refused_before_anything_is_done(
-    name: str, message: str, on_images: tuple[object, ...], codebook: Run, tmp_path: Path
+    name: str, message: str, on_images: OnImages, codebook: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "folder.html").mkdir()
     before = contents(tmp_path)
     assert_refused(codebook("refit", *on_images, "--k", 4, "--report", tmp_path / name), message)
     assert contents(tmp_path) == before
-
-
-# In a browser
 
 
 @pytest.mark.slow
@@ -219,3 +207,21 @@ def test_a_browser_shows_a_page(browser: Any, tmp_path: Path, scheme: str, width
         paper = view.evaluate("getComputedStyle(document.body).backgroundColor")
         assert paper == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 26)")
     view.close()
+
+
+@pytest.mark.parametrize(
+    ("counts", "width", "expected"),
+    [([0, 255, 0, 15], 4, "█▅"), ([3, 1, 0, 0], 2, "█"), ([1] * 10, 5, "█████"), ([0, 0], 2, ""), ([7], 5, "█")],
+)
+def test_the_most_used_stand_first_and_dead_ones_leave_nothing(counts: list[int], width: int, expected: str) -> None:
+    """log(1 + 15) is half of log(1 + 255): the fifth of eight heights."""
+    assert bars(torch.tensor(counts), width, "▁▂▃▄▅▆▇█") == expected
+
+
+@pytest.mark.parametrize(("encoding", "mark"), [("utf-8", "█"), ("ascii", "%")])
+def test_a_console_without_blocks_has_plain_letters(encoding: str, mark: str) -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=file, width=40)
+    console.print(UsageLines({"before": torch.tensor([5, 0]), "after surgery": torch.ones(200)}))
+    file.seek(0)
+    assert file.read().splitlines() == [f"before         {mark}", f"after surgery  {mark * 25}"]

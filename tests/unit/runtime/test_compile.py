@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, assert_refused
+from conftest import Run, assert_refused
 from torch import Tensor
 
 from codebook_tools.checkpoints.read import read_checkpoint
@@ -16,9 +16,7 @@ from codebook_tools.models.load import load_model
 
 
 @pytest.mark.slow
-def test_a_compiled_model_gives_what_the_plain_one_gives(
-    tiny: Path, image_tensor: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_model_gives_what_the_plain_one_gives(tiny: Path, image_tensor: Tensor, monkeypatch: Any) -> None:
     compiled, methods = partial(torch.compile, backend="eager"), list[str]()
     monkeypatch.setattr(torch, "compile", lambda method: methods.append(method.__name__) or compiled(method))
     model = load_model(read_checkpoint(tiny))
@@ -34,9 +32,7 @@ def test_a_compiled_model_gives_what_the_plain_one_gives(
     assert methods == ["encode", "decode", "encode", "decode"]  # of its own network
 
 
-def test_without_a_compiler_the_way_out_is_said_in_one_line(
-    codebook: Callable[..., Outcome], tiny: Path, images_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_compiler_one_line_says_so(codebook: Run, tiny: Path, images_folder: Path, monkeypatch: Any) -> None:
     from torch._inductor import config
 
     monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))

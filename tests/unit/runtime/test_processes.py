@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEAD, Outcome
+from conftest import DEAD, Outcome, Run
 from processes import alike, together, torchrun
 from runs import BrokenError, breaking_at
 from safetensors.torch import load_file
@@ -29,10 +29,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.finetune import FineTune, finetune
 from codebook_tools.training.resume import SnapshotFile
 
-Run = Callable[..., Outcome]
 Values = dict[str, Any]
-
-# --- collectives ---------------------------------------------------------------------------------------------------
 
 
 def collectives() -> Values:
@@ -106,8 +103,6 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         distributed.joined("auto").__enter__()
 
 
-# --- passes and fine-tuning ----------------------------------------------------------------------------------------
-
 TUNINGS: dict[str, Values] = {
     "even": {"batch_size": 8},
     "uneven": {"batch_size": 5, "codebook_update": "gradient", "loss": "l1"},
@@ -116,6 +111,8 @@ TUNINGS: dict[str, Values] = {
     "unreadable": {"batch_size": 6},
     "every option": {"batch_size": 4, "accumulate": 2, "clip": 0.5, "weight_ema": 0.9, "codebook_update": "gradient"},
     "broken off": {"batch_size": 8},
+    # Of 9 images the slices are 4 and 5: the discriminator and its weight go by all of them.
+    "judged": {"batch_size": 9, "adversarial": True, "distill": 0.5, "lr": 1e-4, "codebook_update": "frozen"},
 }
 
 
@@ -158,7 +155,17 @@ def passes(model: str, folder: str) -> Values:
     return results
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the two processes have it: sums that more threads share are rounded otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_find_and_train_what_one_does(tiny: Path, images_folder: Path, tmp_path: Path) -> None:
     folder = numbered(images_folder, tmp_path / "images")
     for i in (5, 6, 17):
@@ -181,20 +188,17 @@ def numbered(images_folder: Path, folder: Path) -> Path:
     return folder
 
 
-# --- the command line ----------------------------------------------------------------------------------------------
-
-
 def messages_of(done: Outcome) -> list[str]:
     """Our lines among those of torchrun."""
     return [line for line in done.stderr.splitlines() if line.startswith(("error:", "warning:"))]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "steps"), [("refit", 0), ("refit", 20), ("condense", 20)])
+@pytest.mark.parametrize(("command", "steps"), [("refit", 0), ("condense", 20)])
 def test_a_surgery_by_torchrun_is_that_of_one_process(codebook: Run, tmp_path: Path, command: str, steps: int) -> None:
-    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
-    for path in (one, two):
-        path.parent.mkdir()
+    one, two = tmp_path / "one" / "model.safetensors", tmp_path / "two" / "model.safetensors"
+    one.parent.mkdir()
+    two.parent.mkdir()
     arguments = (command, "--k", 32, "--limit", 300, "--batch-size", 32, "--steps", steps, "--json")
     alone, shared = codebook(*arguments, "-o", one), torchrun(*arguments, "-o", two)
     assert (alone.exit_code, shared.exit_code, messages_of(shared)) == (0, 0, messages_of(alone)), shared
@@ -209,7 +213,7 @@ def test_a_surgery_by_torchrun_is_that_of_one_process(codebook: Run, tmp_path: P
     assert len(shared.json["trace"]) == len(alone.json["trace"])
     if command == "refit":
         centroids = [load_file(path)["_vq_vae._embedding.weight"] for path in (one, two)]
-        torch.testing.assert_close(*centroids, rtol=1e-2 if steps else 1e-5, atol=1e-2 if steps else 1e-5)
+        torch.testing.assert_close(*centroids, rtol=1e-5, atol=1e-5)
     assert {file.name for file in two.parent.iterdir()} == {file.name for file in one.parent.iterdir()}
     assert codebook("verify", two).exit_code == 0
 
@@ -223,9 +227,7 @@ def test_an_error_of_all_is_reported_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_unreadable_image_in_the_second_process_part_ends_both(
-    tiny: Path, images_folder: Path, tmp_path: Path
-) -> None:
+def test_an_unreadable_image_of_the_second_process_ends_both(tiny: Path, images_folder: Path, tmp_path: Path) -> None:
     folder = numbered(images_folder, tmp_path / "images")
     calibration = split(find_images([folder])).calibration
     name = calibration[-1].name

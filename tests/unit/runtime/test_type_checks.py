@@ -14,22 +14,14 @@ from codebook_tools.runtime.type_checks import check_kinds, fits, kinds_of
 Color = StrEnum("Color", {"RED": "red"})
 
 
-@pytest.mark.parametrize(
-    ("kind", "does", "does_not"),
-    [
-        (int, [0, -3, 10**30], [True, 1.0, "1", None, [1]]),
-        (float, [0, 1.5, 10**30], [True, "1", None, 10**400]),
-        (bool, [True, False], [0, "true", None]),
-        (str, ["", "text"], [3, None, ["text"]]),
-        (int | None, [3, None], [3.5, False, "none"]),
-        (Literal["a", "b"], ["a"], ["c", 1, ["a"], None]),
-        (Literal[1, 2], [1], [True, 1.0, 3]),
-        (Color, ["red"], ["blue", "RED", 3, ["red"]]),
-        (Path, ["a/b"], [3, None, ["a"]]),
-        (list[str], [[], ["a"]], ["a", [[]], ["a", 3], None]),
-        (tuple[int, ...], [[1], "what neither YAML nor JSON has fits: its own class judges it"], []),
-    ],
-)
+@pytest.mark.parametrize(("kind", "does", "does_not"), [
+    (int, [0, -3, 10**30], [True, 1.0, "1", None, [1]]), (float, [0, 1.5, 10**30], [True, "1", None, 10**400]),
+    (bool, [True, False], [0, "true", None]), (str, ["", "text"], [3, None, ["text"]]),
+    (int | None, [3, None], [3.5, False, "none"]), (Literal["a", "b"], ["a"], ["c", 1, ["a"], None]),
+    (Literal[1, 2], [1], [True, 1.0, 3]), (Color, ["red"], ["blue", "RED", 3, ["red"]]),
+    (Path, ["a/b"], [3, None, ["a"]]), (list[str], [[], ["a"]], ["a", [[]], ["a", 3], None]),
+    (tuple[int, ...], [[1], "what neither YAML nor JSON has fits: its own class judges it"], []),
+])  # fmt: skip
 def test_a_value_fits_its_own_type_alone(kind: Any, does: list[object], does_not: list[object]) -> None:
     assert [fits(value, kind) for value in [*does, *does_not]] == [True] * len(does) + [False] * len(does_not)
 

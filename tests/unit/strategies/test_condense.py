@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome
+from conftest import Run
 from points import column, normal
 from runs import tune
 from safetensors.torch import load_file
@@ -25,11 +25,9 @@ from codebook_tools.models.model import Model
 from codebook_tools.strategies import Condense, Quantize
 from codebook_tools.training.codebook_ema import CodebookEMA, ExtraCodes
 
-Run = Callable[..., Outcome]
+Line = Callable[..., Model]
 KEY = "_vq_vae._embedding.weight"
 
-
-# --- the strategy --------------------------------------------------------------------------------------------------
 
 POINTS = normal(500, 2)
 CODES = torch.cat([POINTS[:20], torch.full((4, 2), 100.0)])
@@ -62,9 +60,6 @@ def test_it_begins_with_all_in_use_where_those_are_more_than_four_times_k_and_gr
     assert found.first is None and found.codebook.size == 4
 
 
-# --- merging on the way --------------------------------------------------------------------------------------------
-
-
 def on_the_line(*firsts: float) -> Tensor:
     return torch.tensor([[first, 0.0] for first in firsts])
 
@@ -74,7 +69,7 @@ def averaged(model: Model, codes: list[float], hits: list[int]) -> CodebookEMA:
     return CodebookEMA(model, 0, torch.tensor(hits), moves=True, random=torch.Generator())
 
 
-def test_pairs_are_merged_by_what_they_cost_into_their_mean(line: Callable[..., Model]) -> None:
+def test_pairs_are_merged_by_what_they_cost_into_their_mean(line: Line) -> None:
     """0 and 0.1 cost 0.4 * 0.1 / 0.5 * 0.01, 0.8 and 1 cost 0.125 * 0.04, and any others more."""
     ours = averaged(line([0.0, 1.0]), [0.0, 0.8, 0.1, 1.0], [8, 5, 2, 5])
     ours.revived[2] = True
@@ -86,7 +81,7 @@ def test_pairs_are_merged_by_what_they_cost_into_their_mean(line: Callable[..., 
     assert ours.revived.tolist() == [False, False]
 
 
-def test_rows_that_are_given_out_at_unit_length_are_merged_by_direction(line: Callable[..., Model]) -> None:
+def test_rows_that_are_given_out_at_unit_length_are_merged_by_direction(line: Line) -> None:
     """(0.2, 0) lies near (0.2, 0.1), and is (1, 0) when it is emitted."""
     ours = averaged(line([0.0, 1.0]), [1.0, 0.2, 0.2, 0.0], [1, 1, 1, 1])
     ours.book.vectors[2:] = torch.tensor([[0.2, 0.1], [0.0, 1.0]])
@@ -95,15 +90,13 @@ def test_rows_that_are_given_out_at_unit_length_are_merged_by_direction(line: Ca
     assert ours.merged is not None and ours.merged.tolist() == [0, 0, 1, 2]
 
 
-def test_dead_codes_leave_those_in_use_where_they_are(line: Callable[..., Model]) -> None:
+def test_dead_codes_leave_those_in_use_where_they_are(line: Line) -> None:
     ours = averaged(line([0.0, 1.0]), [0.0, 0.4, 1.0, 0.41, 7.0], [4, 0, 4, 0, 0])
     ours.merge(2)
     assert ours.book.vectors[:, 0].tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
 
 
-def test_a_run_ends_with_as_many_codes_as_were_asked_for_and_keeps_no_state_from_before(
-    tiny: Path, images_folder: Path
-) -> None:
+def test_a_run_ends_with_the_codes_asked_for_and_keeps_no_state_from_before(tiny: Path, images_folder: Path) -> None:
     model, images = load_model(read_checkpoint(tiny)), Images(find_images([images_folder])[:48], 3, 4)
     few = model.books[0].vectors[:4].clone()
     model.books[0].vectors = few
@@ -127,14 +120,14 @@ def test_a_run_that_diverges_before_the_merge_leaves_what_the_surgery_made(tiny:
     assert torch.equal(model.books[0].vectors, before)
 
 
-# --- the command ---------------------------------------------------------------------------------------------------
-
-
-def test_the_command_writes_k_codes_and_what_became_of_the_old_ones(
-    codebook: Run, tiny: Path, images_folder: Path
-) -> None:
-    asked = ("condense", tiny, "--k", 5, "--data", images_folder, "--input-range", "-1,1", "--json")
-    found = codebook(*asked, "--steps", 20, "--lr", "0.01").json
+@pytest.mark.slow
+def test_the_command_writes_k_codes_and_what_became_of_old_ones(codebook: Run, tiny: Path, images_folder: Path) -> None:
+    command = ("condense", tiny, "--k", 5, "--data", images_folder, "--input-range", "-1,1", "--json")
+    for without_ema in (("--steps", 0), ("--steps", 5, "--codebook-update", "gradient")):
+        merged = codebook(*command, *without_ema, "--force").json
+        assert all(point["used"] <= 5 for point in merged["trace"]), "merged at once"
+        assert merged["stages"]["surgery"]["codebooks"][0]["size"] == 5
+    found = codebook(*command, "--steps", 20, "--lr", "0.01", "--force").json
     assert found["kept"] == "finetuned" and found["settings"]["k"] == 5
     written, old = load_file(found["outputs"]["model"]), load_file(tiny)
     assert written[KEY].shape == (5, 4) and old[KEY].shape[0] == 16
@@ -142,15 +135,6 @@ def test_the_command_writes_k_codes_and_what_became_of_the_old_ones(
     assert len(index_map) == 16 and set(index_map.tolist()) <= set(range(-1, 5))
     assert found["trace"][0]["used"] <= 5 < max(point["used"] for point in found["trace"])
     assert codebook("verify", found["outputs"]["model"], "--against", tiny).exit_code == 0
-
-
-@pytest.mark.parametrize("more", [("--steps", 0), ("--steps", 5, "--codebook-update", "gradient")])
-def test_without_a_codebook_ema_it_is_merging_alone(
-    more: tuple[Any, ...], codebook: Run, tiny: Path, images_folder: Path
-) -> None:
-    found = codebook("condense", tiny, "--k", 5, "--data", images_folder, "--input-range", "-1,1", "--json", *more).json
-    assert all(point["used"] <= 5 for point in found["trace"])
-    assert found["stages"]["surgery"]["codebooks"][0]["size"] == 5
 
 
 def test_old_codes_are_followed_through_the_merge(tuned: Callable[..., tuple[Model, Any]]) -> None:

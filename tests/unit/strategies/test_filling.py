@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -57,12 +59,11 @@ def test_nothing_is_added_where_nothing_is_missing_and_metric_and_bits_stay() ->
     assert (padded.codebook.metric, padded.bits) == (COSINE_UNIT, 4)
 
 
-@given(
-    values=st.lists(st.integers(-50, 50), min_size=1, max_size=8),
-    points=st.lists(st.integers(-60, 60), min_size=1, max_size=20),
-    extra=st.integers(1, 9),
-    metric=st.sampled_from([*METRICS.values()]),
-)
+def numbers(most: int, max_size: int) -> st.SearchStrategy[list[int]]:
+    return st.lists(st.integers(-most, most), min_size=1, max_size=max_size)
+
+
+@given(numbers(50, 8), numbers(60, 20), st.integers(1, 9), st.sampled_from([*METRICS.values()]))
 def test_no_latent_goes_to_a_code_that_fills(values: list[int], points: list[int], extra: int, metric: Metric) -> None:
     def plane(numbers: list[int]) -> Tensor:
         return torch.tensor([[float(n), float(n * n % 7)] for n in numbers])
@@ -78,25 +79,13 @@ def test_no_latent_goes_to_a_code_that_fills(values: list[int], points: list[int
     assert torch.equal(padded.codebook.vectors[padded.index_map[kept]], old.vectors[kept])
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "powers", "expected"),
-    [
-        ([16], [10], False, [10]),
-        ([16], [10], True, [16]),
-        ([8, 8, 8], [3, 6, 5], False, [6, 6, 6]),
-        ([8, 8], [4, 4], True, [4, 4]),
-        ([8, 8], [9, 8], True, [16, 16]),
-        ([8, 4], [3, 2], False, [3, 2]),
-        ([8, 4], [3, 2], True, [4, 2]),
-    ],
-)
-def test_codebooks_of_one_size_stay_of_one_size(
-    before: list[int], after: list[int], powers: bool, expected: list[int]
-) -> None:
+@pytest.mark.parametrize(("before", "after", "powers", "expected"), [
+    ([16], [10], False, [10]), ([16], [10], True, [16]), ([8, 8, 8], [3, 6, 5], False, [6, 6, 6]),
+    ([8, 8], [4, 4], True, [4, 4]), ([8, 8], [9, 8], True, [16, 16]),
+    ([8, 4], [3, 2], False, [3, 2]), ([8, 4], [3, 2], True, [4, 2]),
+])  # fmt: skip
+def test_codebooks_of_one_size_stay_of_one_size(before: Any, after: Any, powers: bool, expected: list[int]) -> None:
     assert common_sizes(before, after, powers) == expected
-
-
-def test_powers_of_two() -> None:
     assert [power_of_two(size) for size in (1, 2, 3, 5, 511, 512, 513)] == [1, 2, 4, 8, 512, 512, 1024]
 
 

@@ -5,23 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Run
 from safetensors.torch import load_file
 
-from codebook_tools.codebook import REMOVED, Codebook
-from codebook_tools.data.latents import StoredLatents
+from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
 from codebook_tools.strategies import STRATEGIES, Prune, Refit, find_strategy, make_strategy
-
-NUMBERED = Codebook(torch.arange(5.0)[:, None] + torch.tensor([0.0, 0.5]))
-NO_LATENTS = StoredLatents(torch.zeros(0, 2))
-
-# --- by name -------------------------------------------------------------------------------------------------------
 
 
 def test_settings_are_json_or_else_text() -> None:
@@ -31,30 +25,23 @@ def test_settings_are_json_or_else_text() -> None:
     assert make_strategy("refit", ["k=8", "device=3"]) == Refit(8, device="3"), "a field of text takes any"
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "message"),
-    [
-        ("prune", ["threshold"], "--set threshold: expected FIELD=VALUE"),
-        ("prune", ["no_such=1"], "strategy prune cannot be made from .*no_such"),
-        ("refit", [], "strategy refit cannot be made from .*'k'"),
-        ("prune", ["threshold=many"], "strategy prune: threshold is 'many'; expected a whole number"),
-        ("prune", ["keep=true"], "strategy prune: keep is True; expected a whole number"),
-        ("refit", ["k=" + "[" * 100_000], "strategy refit: k is '\\[+...\\[+'; expected a whole number"),
-        ("refit", ["k=8", "init=lucky"], "strategy refit: init is 'lucky'; expected one of kmeans"),
-        ("prune", ["threshold=-1"], "threshold=-1 is below 0"),
-        ("refitt", [], r"no strategy 'refitt'; there are .*prune.*, refit"),
-    ],
-)
+@pytest.mark.parametrize(("name", "settings", "message"), [
+    ("prune", ["threshold"], "--set threshold: expected FIELD=VALUE"),
+    ("prune", ["no_such=1"], "strategy prune cannot be made from .*no_such"),
+    ("refit", [], "strategy refit cannot be made from .*'k'"),
+    ("prune", ["threshold=many"], "strategy prune: threshold is 'many'; expected a whole number"),
+    ("prune", ["keep=true"], "strategy prune: keep is True; expected a whole number"),
+    ("refit", ["k=" + "[" * 100_000], "strategy refit: k is '\\[+...\\[+'; expected a whole number"),
+    ("refit", ["k=8", "init=lucky"], "strategy refit: init is 'lucky'; expected one of kmeans"),
+    ("prune", ["threshold=-1"], "threshold=-1 is below 0"),
+    ("refitt", [], r"no strategy 'refitt'; there are .*prune.*, refit"),
+])  # fmt: skip
 def test_settings_that_do_not_fit_are_the_users_error(name: str, settings: list[str], message: str) -> None:
     with pytest.raises(CodebookError, match=message):
         make_strategy(name, settings)
 
 
-# --- those that other distributions add ----------------------------------------------------------------------------
-
-EVERY_NTH = '''
-"""A strategy as a third party would write it."""
-
+EVERY_NTH = """
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,16 +51,14 @@ from codebook_tools.codebook import REMOVED, Surgery
 
 @dataclass(frozen=True)
 class EveryNth:
-    """Keeps every step-th code."""
-
     step: int = 2
 
     def __call__(self, codebook, latents, counts):
-        kept = torch.arange(0, codebook.size, self.step)
-        index_map = torch.full((codebook.size,), REMOVED)
-        index_map[kept] = torch.arange(len(kept))
-        return Surgery(replace(codebook, vectors=codebook.vectors[kept].clone()), index_map)
-'''
+        codes = torch.arange(codebook.size)
+        index_map = torch.where(codes % self.step == 0, codes // self.step, REMOVED)
+        return Surgery(replace(codebook, vectors=codebook.vectors[:: self.step].clone()), index_map)
+"""
+"""A strategy as a third party would write it: keeps every step-th code."""
 
 ENTRY_POINTS = """[codebook_tools.strategies]
 every-nth = every_nth_strategy:EveryNth
@@ -96,37 +81,29 @@ def installed(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def importable(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same, on this process's path."""
+def importable(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is on this process's path."""
     monkeypatch.syspath_prepend(str(installed))
     monkeypatch.delitem(sys.modules, "every_nth_strategy", raising=False)
-    return installed
 
 
-def test_an_added_strategy_is_found_listed_and_made_by_its_entry_point(importable: Path) -> None:
+@pytest.mark.usefixtures("importable")
+def test_an_added_strategy_is_found_listed_and_made_by_its_entry_point() -> None:
     strategy: Any = make_strategy("every-nth", ["step=3"])
     assert type(strategy).__name__ == "EveryNth" and type(strategy) is find_strategy("every-nth")
-    assert find_strategy("prune") is Prune, "it cannot take the name of ours"
-    surgery = strategy(NUMBERED, NO_LATENTS, torch.ones(5, dtype=torch.int64))
-    assert surgery.codebook.vectors.tolist() == [[0.0, 0.5], [3.0, 3.5]]
-    assert surgery.index_map.tolist() == [0, REMOVED, REMOVED, 1, REMOVED]
+    assert strategy.step == 3 and find_strategy("prune") is Prune, "it cannot take the name of ours"
     listed = r"there are condense, every-nth, grow, .*no-module, not-there, prune,.* refit"
     with pytest.raises(CodebookError, match=listed):
         find_strategy("other")
     with pytest.raises(CodebookError, match=r"strategy every-nth cannot be made from .*stride"):
         make_strategy("every-nth", ["stride=3"])
+    for name in ("not-there", "no-module"):
+        with pytest.raises(CodebookError, match=f"strategy {name}, installed as .*, does not load"):
+            find_strategy(name)
 
 
-@pytest.mark.parametrize("name", ["not-there", "no-module"])
-def test_an_added_strategy_that_does_not_load_says_so_and_spoils_no_other(name: str, importable: Path) -> None:
-    with pytest.raises(CodebookError, match=f"strategy {name}, installed as .*, does not load"):
-        find_strategy(name)
-    assert find_strategy("every-nth").__name__ == "EveryNth"
-
-
-def test_an_added_strategy_runs_as_a_command_on_a_users_model(
-    importable: Path, codebook: Callable[..., Any], tiny: Path, images_folder: Path
-) -> None:
+@pytest.mark.usefixtures("importable")
+def test_an_added_strategy_runs_as_a_command_on_a_users_model(codebook: Run, tiny: Path, images_folder: Path) -> None:
     done = codebook("every-nth", tiny, "--set", "step=3", "--data", images_folder, "--json")
     assert done.exit_code == 0, done.stderr
     assert done.json["command"] == "every-nth" and done.json["settings"]["step"] == 3
@@ -140,23 +117,13 @@ def test_an_added_strategy_runs_as_a_command_on_a_users_model(
     assert codebook("verify", done.json["outputs"]["model"], "--against", tiny).exit_code == 0
 
 
-def in_a_new_process(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "codebook_tools", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def test_an_added_strategy_has_a_command_of_its_own_with_help(installed: Path, tmp_path: Path) -> None:
-    one = in_a_new_process(installed, tmp_path, "every-nth", "--help")
-    assert one.returncode == 0, one.stderr
-    assert "every-nth [OPTIONS] [MODEL]" in one.stdout and "--set" in one.stdout and "--steps" in one.stdout
+    def printed(*arguments: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "200"}
+        command = [sys.executable, "-m", "codebook_tools", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    options = printed("every-nth", "--help")
+    assert all(words in options for words in ("every-nth [OPTIONS] [MODEL]", "--set", "--steps"))
     (installed / "every_nth_strategy.py").write_text("raise ImportError")  # the list must not import any of them
-    listed = in_a_new_process(installed, tmp_path, "--help")
-    assert listed.returncode == 0, listed.stderr
-    assert "every-nth" in listed.stdout and "The strategy every-nth" in listed.stdout
+    assert "The strategy every-nth" in printed("--help")

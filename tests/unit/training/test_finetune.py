@@ -1,9 +1,9 @@
-"""The training loop, one promise at a time: numbers worked by hand, and who moves and who does not."""
+"""The training loop, one promise at a time: numbers worked by hand, who moves and who does not, and how fast."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from runs import ROWS, tune, weights_of
 from sources_of_images import Images, find_images
 
 from codebook_tools.checkpoints.read import read_checkpoint
-from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import measure
 from codebook_tools.models.families.zalando import CODEBOOK
@@ -23,10 +22,11 @@ from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.batches import Batches
 from codebook_tools.training.finetune import FineTune, FineTuned, finetune
-from codebook_tools.training.learning_rate import schedule
+from codebook_tools.training.learning_rate import relative_rates, schedule, usual_rate
 from codebook_tools.training.trainer import Trainer
 
 GreyImages = Callable[..., Images]
+Line = Callable[..., Model]
 Tuned = Callable[..., tuple[Model, FineTuned]]
 
 
@@ -36,7 +36,7 @@ def images(images_folder: Path) -> Images:
 
 
 @pytest.fixture
-def rewritten(grey: Callable[..., Grey]) -> Callable[..., Model]:
+def rewritten(grey: Callable[..., Grey]) -> Line:
     """rewritten({old: new}, more): a model of the network GREY with other source, at the codes 0 and 1."""
 
     def make(replaced: dict[str, str], more: dict[str, torch.Tensor] | None = None) -> Model:
@@ -55,20 +55,14 @@ def rewritten(grey: Callable[..., Grey]) -> Callable[..., Model]:
 # --- the codebook's own movement -----------------------------------------------------------------------------------
 
 
-def test_one_step_of_the_moving_average_is_the_one_worked_by_hand(tuned: Tuned) -> None:
-    model, _ = tuned([0.0, 1.0, 9.0], [2, 1, 1], ROWS, ROWS, steps=1, train="none")
+@pytest.mark.parametrize("scale", [1, 1_000_000])
+def test_one_step_of_the_moving_average_by_hand_at_any_scale_of_counts(tuned: Tuned, scale: int) -> None:
+    model, _ = tuned([0.0, 1.0, 9.0], [2 * scale, scale, scale], ROWS, ROWS, steps=1, train="none")
     # Shares 0.5 and 0.25 move by 5% to the batch's 0.75 and 0.25; so do the sums, 0 and 0.25, to 0.2 and 0.2.
     first = 0.05 * 0.2 / (0.95 * 0.5 + 0.05 * 0.75)
     second = (0.95 * 0.25 + 0.05 * 0.2) / (0.95 * 0.25 + 0.05 * 0.25)
     torch.testing.assert_close(model.books[0].vectors[:2], torch.tensor([[first, 0.0], [second, 0.0]]))
     assert model.books[0].vectors[2].tolist() == [9.0, 0.0]  # no latent chose it
-
-
-@pytest.mark.parametrize("scale", [1, 1_000_000])
-def test_two_steps_of_the_moving_average_go_on_from_the_first_at_any_scale_of_counts(tuned: Tuned, scale: int) -> None:
-    model, _ = tuned([0.0, 1.0], [3 * scale, scale], ROWS, steps=2, train="none")
-    total = 0.95 * 0.05 * 0.2 + 0.05 * 0.2
-    assert model.books[0].vectors[0, 0].item() == pytest.approx(total / 0.75, rel=1e-5)
 
 
 def test_the_learning_rate_is_by_the_network_and_not_by_its_codes(tuned: Tuned) -> None:
@@ -81,22 +75,18 @@ def test_the_learning_rate_is_by_the_network_and_not_by_its_codes(tuned: Tuned) 
     assert lr(train="none", codebook_update="gradient") == 1e-3 and lr(lr=0.25) == 0.25
 
 
-def test_a_gradient_step_moves_the_codes_in_use_towards_their_latents(tuned: Tuned) -> None:
-    recipe: dict[str, Any] = {"steps": 1, "train": "none", "codebook_update": "gradient", "lr": 0.01}
-    model, _ = tuned([0.0, 1.0, 9.0], [3, 1, 0], ROWS, **recipe)
-    # Adam's first step is the learning rate, whatever the size of the gradient.
-    expected = torch.tensor([[0.01, 0.0], [0.99, 0.0], [9.0, 0.0]])
-    torch.testing.assert_close(model.books[0].vectors, expected, rtol=0, atol=1e-6)
-
-
-def test_a_codebook_that_is_a_buffer_moves_like_any_other(
-    rewritten: Callable[..., Model], grey_images: GreyImages
+def test_codes_in_use_move_towards_their_latents_be_they_a_parameter_or_a_buffer(
+    rewritten: Line, grey_images: GreyImages
 ) -> None:
-    buffer = 'self.quantizer.codebook = nn.Module(); self.quantizer.codebook.register_buffer("weight", zeros(2, 2))'
-    for update, expected in (("gradient", 0.01), ("ema", 0.05 * 0.2 / 0.75)):
-        model = rewritten({"self.quantizer.codebook = nn.Embedding(codebook_size, 2)": buffer})
-        tune(model, grey_images(ROWS), [3, 1], steps=1, train="none", codebook_update=update, lr=0.01)
-        assert model.books[0].vectors[0, 0].item() == pytest.approx(expected, rel=1e-5)
+    """Adam's first step is the learning rate, whatever the size of the gradient."""
+    embedding = "self.quantizer.codebook = nn.Embedding(codebook_size, 2)"
+    buffer = 'self.quantizer.codebook = nn.Module(); self.quantizer.codebook.register_buffer("weight", zeros(3, 2))'
+    average = [0.05 * 0.2 / 0.75, 0.95 + 0.05 * 0.8]
+    for source, (update, ends) in product((embedding, buffer), {"gradient": [0.01, 0.99], "ema": average}.items()):
+        model = rewritten({embedding: source}, {"quantizer.codebook.weight": torch.tensor([[0.0, 0], [1, 0], [9, 0]])})
+        tune(model, grey_images(ROWS), [3, 1, 0], steps=1, train="none", codebook_update=update, lr=0.01)
+        expected = torch.tensor([[first, 0.0] for first in (*ends, 9.0)])
+        torch.testing.assert_close(model.books[0].vectors, expected, rtol=0, atol=1e-6)
 
 
 # --- revival -------------------------------------------------------------------------------------------------------
@@ -105,7 +95,7 @@ OUTLIER = [[0.0] * 8 + [1.0] * 7 + [0.4]]
 """Pixels that lie on the codes 0 and 1, but for one."""
 
 
-def test_a_dead_code_moves_to_a_latent_drawn_by_its_error(line: Callable[..., Model], grey_images: GreyImages) -> None:
+def test_a_dead_code_moves_to_a_latent_drawn_by_its_error(line: Line, grey_images: GreyImages) -> None:
     model = line([0.0, 1.0, 9.0])
     before = model.books[0].codebook.vectors
     found = tune(model, grey_images(OUTLIER), [8, 7, 0], steps=12, train="none")
@@ -115,15 +105,12 @@ def test_a_dead_code_moves_to_a_latent_drawn_by_its_error(line: Callable[..., Mo
     assert before.tolist() == [[0.0, 0.0], [1.0, 0.0], [9.0, 0.0]]  # whoever has these keeps them
 
 
-@pytest.mark.parametrize(
-    ("codes", "image", "recipe"),
-    [
-        ([0.0, 1.0, 9.0], OUTLIER, {"steps": 11, "train": "none"}),  # the tenth is after 90% of the run
-        ([0.0, 1.0, 9.0], OUTLIER, {"steps": 20, "codebook_update": "gradient"}),
-        ([0.0, 1.0, 9.0], OUTLIER, {"steps": 20, "codebook_update": "frozen"}),
-        ([0.0, 1.0, 7.0, 9.0], [[0.0, 0.0, 1.0, 1.0]], {"steps": 20, "train": "none"}),  # no latent has an error
-    ],
-)
+@pytest.mark.parametrize(("codes", "image", "recipe"), [
+    ([0.0, 1.0, 9.0], OUTLIER, {"steps": 11, "train": "none"}),  # the tenth is after 90% of the run
+    ([0.0, 1.0, 9.0], OUTLIER, {"steps": 20, "codebook_update": "gradient"}),
+    ([0.0, 1.0, 9.0], OUTLIER, {"steps": 20, "codebook_update": "frozen"}),
+    ([0.0, 1.0, 7.0, 9.0], [[0.0, 0.0, 1.0, 1.0]], {"steps": 20, "train": "none"}),  # no latent has an error
+])  # fmt: skip
 def test_a_dead_code_rests(codes: list[float], image: list[list[float]], recipe: dict[str, Any], tuned: Tuned) -> None:
     model, found = tuned(codes, [8, 7, 0, 0][: len(codes)], image, **recipe)
     assert found.trace[-1].revived == 0 and not found.best.revived[0].any()
@@ -133,45 +120,30 @@ def test_a_dead_code_rests(codes: list[float], image: list[list[float]], recipe:
 # --- the loss ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("loss", "update", "expected"),
-    [
+@pytest.mark.parametrize("scale", [1, 40])
+def test_the_loss_is_the_error_and_the_commitment_in_units_of_their_variances(
+    scale: float, line: Line, grey_images: GreyImages
+) -> None:
+    weights = torch.tensor([scale, 0.0]).reshape(2, 1, 1, 1), torch.tensor([1 / scale, 0.0]).reshape(1, 2, 1, 1)
+    for loss, update, expected in (
         ("mse", "ema", 0.07 / 0.06 * 2),
         ("mse", "gradient", 0.07 / 0.06 * 3),
         ("l1", "ema", 0.25 / 0.06**0.5 + 0.07 / 0.06),
-    ],
-)
-def test_the_loss_is_the_error_and_the_commitment_in_units_of_their_variances(
-    tuned: Tuned, line: Callable[..., Model], grey_images: GreyImages, loss: str, update: str, expected: float
-) -> None:
-    recipe: dict[str, Any] = {"steps": 1, "loss": loss, "codebook_update": update}
-    _, found = tuned([0.0, 1.0], [3, 1], ROWS, **recipe)
-    assert found.trace[0].loss is None and found.trace[1].loss == pytest.approx(expected, rel=1e-4)
-    scaled = {
-        "encoder.weight": torch.tensor([40.0, 0.0]).reshape(2, 1, 1, 1),
-        "decoder.weight": torch.tensor([0.025, 0.0]).reshape(1, 2, 1, 1),
-    }
-    scaled_loss = tune(line([0.0, 40.0], scaled), grey_images(ROWS), [3, 1], **recipe).trace[1].loss
-    assert scaled_loss == pytest.approx(expected, rel=1e-4)
+    ):
+        model = line([0.0, scale], dict(zip(("encoder.weight", "decoder.weight"), weights, strict=True)))
+        trace = tune(model, grey_images(ROWS), [3, 1], steps=1, loss=loss, codebook_update=update).trace
+        assert trace[0].loss is None and trace[1].loss == pytest.approx(expected, rel=1e-4)
 
 
 # --- who trains ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("train", "update", "moving"),
-    [
-        ("all", "ema", {"encoder", "decoder", "codebook"}),
-        ("all", "frozen", {"encoder", "decoder"}),
-        ("decoder", "gradient", {"decoder", "codebook"}),
-        ("decoder", "frozen", {"decoder"}),
-        ("none", "ema", {"codebook"}),
-        ("none", "gradient", {"codebook"}),
-    ],
-)
-def test_only_what_is_said_to_train_moves(
-    train: str, update: str, moving: set[str], tiny: Path, images: Images
-) -> None:
+@pytest.mark.parametrize(("train", "update", "moving"), [
+    ("all", "ema", {"encoder", "decoder", "codebook"}), ("all", "frozen", {"encoder", "decoder"}),
+    ("decoder", "gradient", {"decoder", "codebook"}), ("decoder", "frozen", {"decoder"}), ("none", "ema", {"codebook"}),
+    ("none", "gradient", {"codebook"}),
+])  # fmt: skip
+def test_only_what_is_to_train_moves(train: str, update: str, moving: set[str], tiny: Path, images: Images) -> None:
     model = load_model(read_checkpoint(tiny))
     before = weights_of(model)
     found = tune(model, images, [int(i not in DEAD) for i in range(16)], steps=2, train=train, codebook_update=update)
@@ -184,7 +156,8 @@ def test_only_what_is_said_to_train_moves(
     assert set(found.groups) == moving - {"codebook"}
 
 
-def test_gradients_pass_the_quantizer_straight_to_the_encoder(tuned: Tuned, light_commitment: None) -> None:
+@pytest.mark.usefixtures("light_commitment")
+def test_gradients_pass_the_quantizer_straight_to_the_encoder(tuned: Tuned) -> None:
     model, _ = tuned([0.0, 1.0], [3, 1], ROWS, steps=1, codebook_update="frozen", lr=0.01)
     # Reconstruction asks for a larger latent: the sum of (c - x) x is -0.2*0.2*2 - 0.4*0.4 + 0.2*0.8 = -0.08.
     # Commitment, a quarter as strong, asks for the opposite.
@@ -192,7 +165,7 @@ def test_gradients_pass_the_quantizer_straight_to_the_encoder(tuned: Tuned, ligh
     assert weight.tolist() == pytest.approx([1.01, 0.0], abs=1e-5)
 
 
-def test_a_layer_used_twice_trains_as_one_and_is_named_under_all_its_keys(
+def test_a_layer_used_twice_trains_as_one_and_is_named_by_all_keys(
     write_model: Callable[..., Path], images: Images
 ) -> None:
     model = load_model(read_checkpoint(write_model("tied")))
@@ -205,7 +178,7 @@ def test_a_layer_used_twice_trains_as_one_and_is_named_under_all_its_keys(
 
 @pytest.mark.parametrize(("train", "moves"), [("decoder", False), ("all", True)])
 def test_a_frozen_encoders_running_statistics_do_not_drift_and_a_trained_ones_are_named(
-    train: str, moves: bool, rewritten: Callable[..., Model], grey_images: GreyImages
+    train: str, moves: bool, rewritten: Line, grey_images: GreyImages
 ) -> None:
     layers = "self.norm = nn.BatchNorm2d(2, affine=False); self.scale = nn.BatchNorm2d(2); self.decoder = "
     fresh = {"running_mean": torch.zeros(2), "running_var": torch.ones(2), "num_batches_tracked": torch.tensor(0)}
@@ -222,7 +195,7 @@ def test_a_frozen_encoders_running_statistics_do_not_drift_and_a_trained_ones_ar
     ("train", "trained"), [("decoder", ["decoder.weight"]), ("all", ["decoder.weight", "encoder.weight", "gain"])]
 )
 def test_a_parameter_of_both_halves_stays_where_the_decoder_trains_alone(
-    train: str, trained: list[str], rewritten: Callable[..., Model], grey_images: GreyImages
+    train: str, trained: list[str], rewritten: Line, grey_images: GreyImages
 ) -> None:
     replaced = {"self.decoder = ": "self.gain = nn.Parameter(ones(1)); self.decoder = "}
     replaced |= {"self.encoder(images)": "self.encoder(images) * self.gain"}
@@ -232,9 +205,7 @@ def test_a_parameter_of_both_halves_stays_where_the_decoder_trains_alone(
     assert (model.network.state_dict()["gain"].item() == 1) == (train == "decoder")
 
 
-def test_a_network_that_cuts_its_gradients_cannot_be_trained(
-    rewritten: Callable[..., Model], grey_images: GreyImages
-) -> None:
+def test_a_network_that_cuts_its_gradients_cannot_be_trained(rewritten: Line, grey_images: GreyImages) -> None:
     model = rewritten({"(images)\n": "(images).detach()\n", "(quantised)\n": "(quantised).detach()\n"})
     with pytest.raises(CodebookError, match="no gradient reaches"):
         tune(model, grey_images(ROWS), [3, 1], steps=1)
@@ -252,7 +223,7 @@ def test_evaluations_begin_at_step_0_and_cover_the_first_steps(tuned: Tuned, ste
     assert [point.step for point in found.trace] == sorted(set(expected))
 
 
-def test_the_state_at_step_0_is_the_model_before_training(line: Callable[..., Model], grey_images: GreyImages) -> None:
+def test_the_state_at_step_0_is_the_model_before_training(line: Line, grey_images: GreyImages) -> None:
     model, images = line([0.0, 1.0]), grey_images(ROWS)
     before, weights = measure(model, images, watch=Watch()), weights_of(model)
     found = tune(model, images, [3, 1], steps=3)
@@ -262,9 +233,8 @@ def test_the_state_at_step_0_is_the_model_before_training(line: Callable[..., Mo
     assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(model).items())
 
 
-def test_the_best_state_after_a_step_is_restored_exactly(
-    line: Callable[..., Model], grey_images: GreyImages, light_commitment: None
-) -> None:
+@pytest.mark.usefixtures("light_commitment")
+def test_the_best_state_after_a_step_is_restored_exactly(line: Line, grey_images: GreyImages) -> None:
     model, images = line([0.1, 0.9]), grey_images(ROWS)
     found = tune(model, images, [3, 1], steps=12, lr=0.3)
     errors = {point.step: point.validation_mse for point in found.trace if point.step}
@@ -275,14 +245,13 @@ def test_the_best_state_after_a_step_is_restored_exactly(
     assert torch.equal(model.books[0].vectors, found.best.vectors[0])
 
 
-def test_validation_images_alone_choose_the_state_after_a_step_even_when_the_start_was_better(
-    tuned: Tuned, grey_images: GreyImages
-) -> None:
-    exact = grey_images([[0.0, 1.0]])  # nothing to gain
-    _, found = tuned([0.0, 1.0], [3, 1], ROWS, validation=exact, steps=12, train="none")
+def test_validation_alone_chooses_the_state_though_the_start_was_better(tuned: Tuned, grey_images: GreyImages) -> None:
+    recipe: dict[str, Any] = {"steps": 40, "train": "none", "patience": 3}
+    _, found = tuned([0.0, 1.0], [3, 1], ROWS, validation=grey_images([[0.0, 1.0]]), **recipe)  # nothing to gain
     errors = {point.step: point.validation_mse for point in found.trace if point.step}
-    assert found.start.validation_mse == 0 < found.best.validation_mse
+    assert [*errors] == [1, 4, 8, 10] and found.start.validation_mse == 0 < found.best.validation_mse
     assert found.best.step == min(errors, key=errors.__getitem__) == 1
+    assert found.stopped == "the fine-tuning was stopped at step 10: --patience 3 looks without a gain"
     assert tuned([0.0, 1.0], [3, 1], ROWS, steps=12, train="none")[1].best.step == 12
 
 
@@ -297,7 +266,7 @@ def test_no_gradient_sees_a_validation_image(tuned: Tuned, grey_images: GreyImag
 # --- divergence and repetition -------------------------------------------------------------------------------------
 
 
-def test_a_run_that_diverges_keeps_the_best_state_before(line: Callable[..., Model], grey_images: GreyImages) -> None:
+def test_a_run_that_diverges_keeps_the_best_state_before(line: Line, grey_images: GreyImages) -> None:
     model = line([0.0, 1.0])
     model.network.encoder.weight.data[1] = 1e-3  # type: ignore[union-attr, operator]
     found = tune(model, grey_images(ROWS), [3, 1], steps=60, lr=1e12)
@@ -329,12 +298,11 @@ def test_a_tensor_that_is_not_finite_is_named_with_the_step(tuned: Tuned, monkey
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tiny: Path, images: Images) -> None:
-    splits, counts, ended = split(images.items), torch.tensor([int(i not in DEAD) for i in range(16)]), []
+    counts, ended = torch.tensor([int(i not in DEAD) for i in range(16)]), []
     for seed in (0, 0, 1):
         torch.rand(seed + 3)  # whatever else was drawn before
         model = load_model(read_checkpoint(tiny))
-        finetune(model, images.subset(splits.train), images.subset(splits.validation),
-                 FineTune(steps=10, batch_size=4), [counts], seed=seed, watch=Watch())  # fmt: skip
+        finetune(model, images, images, FineTune(steps=10, batch_size=4), [counts], seed=seed, watch=Watch())
         ended.append(torch.cat([tensor.flatten() for tensor in weights_of(model).values()]))
     assert torch.equal(ended[0], ended[1]) and not torch.equal(ended[0], ended[2])
 
@@ -345,15 +313,36 @@ def test_every_image_is_seen_once_before_one_is_seen_again(images: Images) -> No
     assert len(set(pixels[:16])) == len(set(pixels[16:])) == 16 and pixels[:16] != pixels[16:]
 
 
-def test_unreadable_images_are_left_out_of_training_when_asked(tiny: Path, images_folder: Path, tmp_path: Path) -> None:
-    for i, file in enumerate(sorted(images_folder.rglob("*.png"))[:8]):
-        (tmp_path / f"{i}.png").write_bytes(file.read_bytes() if i else b"no picture")
-    images = Images(find_images([tmp_path]), 3, 4, skip_bad=True)
-    found = tune(load_model(read_checkpoint(tiny)), images, [1] * 16, steps=2, batch_size=4)
-    assert list(images.bad) == ["0.png"] and len(found.trace) == 3
-
-
 def test_the_learning_rate_warms_up_and_decays_to_a_twentieth() -> None:
     rates = [schedule(step, 1000) for step in range(1000)]
     assert [rates[step] for step in (0, 49, 99, 550)] == pytest.approx([0.01, 0.5, 1.0, 0.525])
     assert rates[-1] == pytest.approx(0.05, abs=1e-4) and all(a >= b for a, b in pairwise(rates[99:]))
+
+
+def of(size: float, *shape: int) -> torch.Tensor:
+    return torch.full(shape, size)
+
+
+@pytest.mark.parametrize(("tensors", "expected"), [
+    ([of(0.01, 4, 4), of(0.04, 8, 2, 3, 3), of(0.16, 2, 2)], [0.25, 1, 4]),  # in proportion to their size
+    ([of(0.05, 4, 4), of(0, 4, 4), of(0, 4), of(1, 4)], [1, 0.105, 0.105, 1]),  # fresh ones slowly, gains at most 1
+    ([of(1, 4), of(3, 4)], [1, 1]),  # gains alone
+])  # fmt: skip
+def test_tensors_learn_in_proportion_to_their_size(tensors: list[torch.Tensor], expected: list[float]) -> None:
+    assert relative_rates(tensors) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_layer_that_is_scaled_while_the_next_makes_up_for_it_learns_as_before() -> None:
+    plain = relative_rates([of(0.05, 4, 4), of(0.1, 4), of(0.03, 4, 4), of(0.02, 4)])
+    scaled = relative_rates([of(0.5, 4, 4), of(1.0, 4), of(0.003, 4, 4), of(0.02, 4)])
+    assert [scaled[0] / plain[0], scaled[2] / plain[2]] == pytest.approx([10, 0.1], rel=0.2)
+    assert scaled[3] == plain[3]
+
+
+def test_the_usual_rate_falls_with_depth_and_with_the_roots_of_width_and_of_fewer_images() -> None:
+    deep = [of(0.3, 8, 300), of(1.0, 8)] * 10
+    assert usual_rate(deep, 64) == pytest.approx(1.25 / 30 / 10)  # entries begin at 1 / sqrt(3 · 300)
+    assert usual_rate([of(0.3, 8, 300, 2, 2)] * 20, 64) == pytest.approx(1.25 / 60 / 20)
+    assert usual_rate(deep, 16) == pytest.approx(1.25 / 60 / 10)
+    assert usual_rate([of(0.3, 8, 12)], 64) == 0.005
+    assert usual_rate([of(1.0, 8)], 64) == 1e-3

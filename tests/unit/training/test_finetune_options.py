@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEAD, Outcome
+from conftest import DEAD, Run
 from runs import ROWS, tune, weights_of
 from sources_of_images import Images, find_images
 
@@ -21,7 +21,6 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.finetune import FineTune, FineTuned, TracePoint
 from codebook_tools.training.history import reason_to_stop
 
-Run = Callable[..., Outcome]
 GreyImages = Callable[..., Images]
 Tuned = Callable[..., tuple[Model, FineTuned]]
 COUNTS = [int(i not in DEAD) for i in range(16)]
@@ -49,16 +48,8 @@ def test_batches_to_a_step_are_one_of_their_size_together(update: str, tiny: Pat
         torch.testing.assert_close(ended[1][name], tensor, rtol=1e-2, atol=1e-3, msg=name)
 
 
-def test_the_moving_average_takes_in_every_batch_of_a_step(tuned: Tuned) -> None:
-    few = [[0.2, 0.2], [0.2, 0.2]], [[0.8, 0.8], [0.8, 0.8]]
-    model, _ = tuned([0.0, 1.0], [1, 1], *few, steps=1, train="none", batch_size=1, accumulate=2)
-    # Shares stay a half each. The sums move by 5 % from 0 to 0.5 * 0.2, and from 0.5 to 0.5 * 0.8.
-    assert model.books[0].vectors[:, 0].tolist() == pytest.approx([0.05 * 0.2, 0.95 + 0.05 * 0.8])
-
-
-def test_gradients_are_clipped_to_a_norm_of_all_together(
-    tuned: Tuned, light_commitment: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("light_commitment")
+def test_gradients_are_clipped_by_the_norm_of_all(tuned: Tuned, monkeypatch: pytest.MonkeyPatch) -> None:
     gradients: list[list[float]] = []
     step = torch.optim.Adam.step
 
@@ -79,10 +70,9 @@ def test_gradients_are_clipped_to_a_norm_of_all_together(
     assert spared == plain
 
 
+@pytest.mark.usefixtures("light_commitment")
 @pytest.mark.parametrize("update", ["frozen", "gradient"])
-def test_the_averaged_weights_are_validated_and_kept(
-    tuned: Tuned, grey_images: GreyImages, light_commitment: None, update: str
-) -> None:
+def test_the_averaged_weights_are_validated_and_kept(tuned: Tuned, grey_images: GreyImages, update: str) -> None:
     settings: dict[str, Any] = {"steps": 1, "codebook_update": update, "lr": 0.01}
     _, plain = tuned([0.0, 1.0], [3, 1], ROWS, **settings)
     model, found = tuned([0.0, 1.0], [3, 1], ROWS, weight_ema=0.75, **settings)
@@ -103,18 +93,11 @@ def test_averaged_weights_train_on_as_they_would(tuned: Tuned) -> None:
     assert runs[0].trace == runs[2].trace != runs[1].trace  # a decay of 0 is no average
 
 
-# --- early stops ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("errors", "stops"),
-    [
-        ([1.0, 5.0, 6.0], False),  # the start does not count: what is kept comes after it
-        ([1.0, 5.0, 6.0, 6.0], True),
-        ([1.0, 5.0, 6.0, 5.0], True),  # as good is not better
-        ([1.0, 5.0, 6.0, 4.0, 7.0], False),
-    ],
-)
+@pytest.mark.parametrize(("errors", "stops"), [
+    ([1.0, 5.0, 6.0], False),  # the start does not count: what is kept comes after it
+    ([1.0, 5.0, 6.0, 6.0], True), ([1.0, 5.0, 6.0, 5.0], True),  # as good is not better
+    ([1.0, 5.0, 6.0, 4.0, 7.0], False),
+])  # fmt: skip
 def test_patience_ends_after_so_many_evaluations_without_a_gain(errors: list[float], stops: bool) -> None:
     trace = [TracePoint(step, None, error, 4, 1.0, 1.0, 0) for step, error in enumerate(errors)]
     reason = reason_to_stop(FineTune(steps=9, patience=2), trace, 4, 0)
@@ -124,18 +107,12 @@ def test_patience_ends_after_so_many_evaluations_without_a_gain(errors: list[flo
     assert reason_to_stop(FineTune(steps=9), trace, 4, 0) is None
 
 
-@pytest.mark.parametrize(
-    ("used", "recipe", "levers"),
-    [
-        ([8, 4], {}, None),
-        ([2, 1], {}, None),
-        ([8, 8, 4, 4], {}, None),
-        ([8, 3], {}, "a lower --lr or --train decoder"),
-        ([2, 5, 4, 3], {"codebook_update": "gradient"}, "a lower --lr or --codebook-update ema or --train decoder"),
-        ([8, 3], {"codebook_update": "frozen", "train": "decoder"}, "a lower --lr or --codebook-update ema"),
-    ],
-)
-def test_the_guard_stops_where_usage_falls_below_its_share_and_names_the_levers_left(
+@pytest.mark.parametrize(("used", "recipe", "levers"), [
+    *((used, {}, None) for used in ([8, 4], [2, 1], [8, 8, 4, 4])), ([8, 3], {}, "a lower --lr or --train decoder"),
+    ([2, 5, 4, 3], {"codebook_update": "gradient"}, "a lower --lr or --codebook-update ema or --train decoder"),
+    ([8, 3], {"codebook_update": "frozen", "train": "decoder"}, "a lower --lr or --codebook-update ema"),
+])  # fmt: skip
+def test_the_guard_stops_below_a_share_and_names_the_levers(
     used: list[int], recipe: dict[str, Any], levers: str | None
 ) -> None:
     trace = [TracePoint(step, None, 1 - step / 10, codes, 1.0, 1.0, 0) for step, codes in enumerate(used)]
@@ -145,14 +122,8 @@ def test_the_guard_stops_where_usage_falls_below_its_share_and_names_the_levers_
     assert reason_to_stop(FineTune(), trace, 8, 0) is None
 
 
-def test_a_run_without_gain_stops_and_keeps_the_best(tuned: Tuned, grey_images: GreyImages) -> None:
-    exact = grey_images([[0.0, 1.0]])
-    _, found = tuned([0.0, 1.0], [3, 1], ROWS, validation=exact, steps=40, train="none", patience=3)
-    assert [point.step for point in found.trace] == [0, 1, 4, 8, 10] and found.best.step == 1
-    assert found.stopped == "the fine-tuning was stopped at step 10: --patience 3 looks without a gain"
-
-
-def test_a_run_that_loses_codes_stops_and_keeps_an_earlier_state(tuned: Tuned, light_commitment: None) -> None:
+@pytest.mark.usefixtures("light_commitment")
+def test_a_run_that_loses_codes_stops_and_keeps_an_earlier_state(tuned: Tuned) -> None:
     recipe: dict[str, Any] = {"steps": 20, "codebook_update": "frozen", "lr": 0.1}
     _, free = tuned([0.2, 1.0], [3, 1], LOSING, **recipe)
     lost = next(point for point in free.trace if point.used == 1)
@@ -162,16 +133,14 @@ def test_a_run_that_loses_codes_stops_and_keeps_an_earlier_state(tuned: Tuned, l
     assert found.stopped.startswith(f"at step {lost.step} only 1 of 2 codes were in use, fewer than --min-usage 0.9")
 
 
+@pytest.mark.usefixtures("light_commitment")
 def test_a_run_that_loses_them_at_once_has_gained_nothing_whatever_its_error(
-    tuned: Tuned, grey_images: GreyImages, light_commitment: None
+    tuned: Tuned, grey_images: GreyImages
 ) -> None:
     recipe: dict[str, Any] = {"steps": 20, "codebook_update": "frozen", "lr": 4.0, "min_usage": 0.9}
     _, found = tuned([0.2, 1.0], [3, 1], LOSING, validation=grey_images([[0.2, 0.2, 0.2, 0.61]]), **recipe)
     assert [point.used for point in found.trace] == [2, 1] and found.best.step == 1
     assert found.collapsed and not found.gained
-
-
-# --- precision, settings, the command ------------------------------------------------------------------------------
 
 
 def test_bf16_trains_weights_that_stay_float32_by_nearest_codes_in_float32(tiny: Path, images: Images) -> None:
@@ -195,23 +164,18 @@ def test_bf16_trains_weights_that_stay_float32_by_nearest_codes_in_float32(tiny:
     assert found.trace[-1].validation_mse < found.trace[0].validation_mse
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"steps": -1}, "steps=-1 is below 0"),
-        ({"batch_size": 0}, "batch_size=0 is below 1"),
-        ({"accumulate": 0}, "accumulate=0 is below 1"),
-        ({"patience": 0}, "patience=0 is below 1"),
-        *(({"lr": lr}, f"lr={lr} is no learning rate; try --lr 0.001") for lr in (0.0, float("nan"), float("inf"))),
-        *(({"clip": clip}, f"clip={clip} is no norm .*; try --clip 1") for clip in (0.0, float("nan"))),
-        *(({"weight_ema": decay}, "is not within 0 and 1; try --weight-ema 0.999") for decay in (1.0, -0.1)),
-        *(({"min_usage": share}, "is no share of the codes; try --min-usage 0.5") for share in (1.5, float("nan"))),
-        *(({"distill": weight}, "is no weight; try --distill 1") for weight in (-1.0, float("nan"))),
-        ({"entropy": -0.1}, "entropy=-0.1 is no weight; try --entropy 0.1"),
-        ({"adversarial": True, "train": "none"}, "adversarial with train=none"),
-        ({"train": "none", "codebook_update": "frozen"}, "nothing to train; use --steps 0"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"steps": -1}, "steps=-1 is below 0"), ({"batch_size": 0}, "batch_size=0 is below 1"),
+    ({"accumulate": 0}, "accumulate=0 is below 1"), ({"patience": 0}, "patience=0 is below 1"),
+    *(({"lr": lr}, f"lr={lr} is no learning rate; try --lr 0.001") for lr in (0.0, float("nan"), float("inf"))),
+    *(({"clip": clip}, f"clip={clip} is no norm .*; try --clip 1") for clip in (0.0, float("nan"))),
+    *(({"weight_ema": decay}, "is not within 0 and 1; try --weight-ema 0.999") for decay in (1.0, -0.1)),
+    *(({"min_usage": share}, "is no share of the codes; try --min-usage 0.5") for share in (1.5, float("nan"))),
+    *(({"distill": weight}, "is no weight; try --distill 1") for weight in (-1.0, float("nan"))),
+    ({"entropy": -0.1}, "entropy=-0.1 is no weight; try --entropy 0.1"),
+    ({"adversarial": True, "train": "none"}, "adversarial with train=none"),
+    ({"train": "none", "codebook_update": "frozen"}, "nothing to train; use --steps 0"),
+])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(CodebookError, match=message):
         FineTune(**settings)
@@ -235,9 +199,7 @@ def test_a_surgery_whose_fine_tuning_loses_its_codes_is_kept_as_it_is(
     assert [path.name for path in tmp_path.glob("o.*")] == ["o.safetensors", "o.index_map.safetensors"]
 
 
-def test_the_command_passes_them_on_and_says_why_it_stopped(
-    codebook: Run, tiny: Path, asked: tuple[object, ...]
-) -> None:
+def test_the_command_passes_them_on_and_says_why_it_ended(codebook: Run, tiny: Path, asked: tuple[object, ...]) -> None:
     options: dict[str, Any] = {"accumulate": 2, "clip": 1.5, "weight_ema": 0.5, "patience": 1, "min_usage": 0.05}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     found = codebook("finetune", tiny, "--lr", 1.0, *words, *asked)  # a rate without a gain after the first evaluation

@@ -1,8 +1,9 @@
-"""A fine-tuning that was broken off goes on from its last evaluation, and ends in the same bytes."""
+"""A fine-tuning that was broken off ends in the same bytes, and the same events for TensorBoard, as an unbroken one."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEAD, GREY, Grey, State, contents
+from conftest import DEAD, GREY, Grey, Run, State, assert_refused, contents
 from runs import ROWS, BrokenError, breaking_at, tune, weights_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -30,10 +31,12 @@ from codebook_tools.strategies import Prune, Refit
 from codebook_tools.training.codebook_ema import ExtraCodes
 from codebook_tools.training.finetune import FineTune, FineTuned
 from codebook_tools.training.resume import SnapshotFile
+from codebook_tools.training.tensorboard import require_tensorboard
 from codebook_tools.workflows.operate import Result, operate
 from codebook_tools.workflows.request import Request
 
 GreyImages = Callable[..., Images]
+RequestFor = Callable[..., Request]
 COUNTS = [int(i not in DEAD) for i in range(16)]
 BREAKS = {7: 6, 18: 16}
 """Steps at which a run of 25 is broken off, one in each of two goes, and the evaluations before them."""
@@ -58,7 +61,7 @@ def everything(model: Model, found: FineTuned) -> list[Any]:
     ],
     ids=lambda recipe: " ".join(f"{name}={value}" for name, value in recipe.items()) or "defaults",
 )
-def test_a_run_that_was_broken_off_twice_ends_in_the_bytes_of_an_unbroken_one(
+def test_a_run_broken_off_twice_ends_in_the_bytes_of_another(
     recipe: dict[str, Any], tiny: Path, images_folder: Path, tmp_path: Path
 ) -> None:
     items = split(find_images([images_folder]))
@@ -84,9 +87,7 @@ def test_a_run_that_was_broken_off_twice_ends_in_the_bytes_of_an_unbroken_one(
     assert everything(resumed, found) == whole
 
 
-def test_what_torch_itself_draws_goes_on_too(
-    grey: Callable[..., Grey], grey_images: GreyImages, tmp_path: Path
-) -> None:
+def test_what_torch_draws_itself_goes_on(grey: Callable[..., Grey], grey_images: GreyImages, tmp_path: Path) -> None:
     made = grey([0.0, 1.0])
     dropping = "return nn.functional.dropout(self.encoder(images), 0.3, self.training)"
     Path(made.network.removesuffix(":make")).write_text(GREY.replace("return self.encoder(images)", dropping))
@@ -105,13 +106,11 @@ def test_what_torch_itself_draws_goes_on_too(
     assert run(2, saving) == whole != run(2)
 
 
-# --- the command ---------------------------------------------------------------------------------------------------
-
 RECIPE = FineTune(steps=25, batch_size=16)
 
 
 @pytest.fixture
-def request_for(tiny: Path, images_folder: Path, tmp_path: Path) -> Callable[..., Request]:
+def request_for(tiny: Path, images_folder: Path, tmp_path: Path) -> RequestFor:
     """request_for(name): the tiny model and images; the output in a folder of that name."""
 
     def make(name: str, **more: Any) -> Request:
@@ -140,7 +139,7 @@ def broken_off(request: Request, strategy: Strategy | None = None) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [None, Refit(k=8)], ids=["finetune", "refit"])
 def test_a_resumed_command_writes_the_bytes_of_an_unbroken_one(
-    strategy: Strategy | None, request_for: Callable[..., Request]
+    strategy: Strategy | None, request_for: RequestFor
 ) -> None:
     whole, parts = request_for("whole"), request_for("parts")
     unbroken = do(whole, strategy)
@@ -154,23 +153,18 @@ def test_a_resumed_command_writes_the_bytes_of_an_unbroken_one(
     assert files[0] == files[1] and files[0].keys() == {"o.safetensors", "o.index_map.safetensors"}
 
 
-def test_what_was_broken_off_is_neither_lost_nor_taken_up_unasked(request_for: Callable[..., Request]) -> None:
+def test_what_was_broken_off_is_neither_lost_nor_taken_up_unasked(request_for: RequestFor) -> None:
     request = request_for("parts")
     left = broken_off(request)
     with pytest.raises(CodebookError, match=r"o\.training\.safetensors is of an interrupted run: --resume goes on"):
         do(request)
     assert left.exists()
-    whole = request_for("whole")
-    anew = do(replace(request, force=True)), do(whole)
-    assert anew[0].trace == anew[1].trace and not left.exists()
+    anew, whole = do(replace(request, force=True)), do(request_for("whole", resume=True))
+    assert anew.trace == whole.trace and not left.exists()
+    assert any(w.startswith("--resume: there is no ") and w.endswith("began at step 0") for w in whole.warnings)
 
 
-def test_nothing_to_resume_is_said_and_no_reason_to_stop(request_for: Callable[..., Request]) -> None:
-    found = do(request_for("parts", resume=True))
-    assert any(w.startswith("--resume: there is no ") and w.endswith("began at step 0") for w in found.warnings)
-
-
-def test_another_run_is_not_taken_up(request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_run_is_not_taken_up(request_for: RequestFor, monkeypatch: pytest.MonkeyPatch) -> None:
     request = request_for("parts")
     left, other = broken_off(request), request_for("other").output
     before = left.read_bytes()
@@ -200,57 +194,37 @@ def test_other_weights_under_the_same_settings_are_not_taken_up(tuned: Callable[
             tuned([0.0, second], [3, 1], ROWS, steps=12, saving=saving, watch=breaking_at(5))
 
 
-@pytest.mark.parametrize(
-    ("whole", "message"),
-    [(True, "is no unfinished fine-tuning; move it away"), (False, "x.safetensors is not a sound safetensors file")],
-)
-def test_a_file_that_is_no_snapshot_is_named(whole: bool, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    save_file({"a": torch.ones(1)}, path)
-    path.write_bytes(path.read_bytes() if whole else b"nothing of ours")
-    with pytest.raises(CodebookError, match=message):
-        SnapshotFile(path, {}, resume=True).read()
+def test_a_file_that_is_no_snapshot_is_named(tmp_path: Path) -> None:
+    snapshot = SnapshotFile(tmp_path / "x.safetensors", {}, resume=True)
+    save_file({"a": torch.ones(1)}, snapshot.path)
+    with pytest.raises(CodebookError, match="is no unfinished fine-tuning; move it away"):
+        snapshot.read()
+    snapshot.path.write_bytes(b"nothing of ours")
+    with pytest.raises(CodebookError, match=r"x\.safetensors is not a sound safetensors file"):
+        snapshot.read()
 
 
-def louder(tensors: State, about: dict[str, str]) -> None:
-    next(tensor for name, tensor in tensors.items() if name.startswith("training/network/")).mul_(1000)
+NETWORK = "training/network/"
+DAMAGES: list[tuple[Callable[[State, dict[str, str]], tuple[State, dict[str, str]]], bool, str]] = [
+    (lambda tensors, about: ({n: t * 1000 if n.startswith(NETWORK) else t for n, t in tensors.items()}, about), False,
+     "is not what was written; --force without --resume begins anew"),
+    (lambda tensors, about: (tensors, about | {"best": "7777"}), False, "its header is not what was written"),
+    (lambda tensors, about: ({n: t for n, t in tensors.items() if not n.startswith(NETWORK)}, about), True,
+     "does not fit this run"),
+    (lambda tensors, about: (tensors, about | {"trace": "[]"}), True, "is damaged"),
+]  # fmt: skip
+"""What became of tensors and header, whether they were sealed again, and what is said."""
 
 
-def from_another_step(tensors: State, about: dict[str, str]) -> None:
-    about["best"] = "7777"
-
-
-def without_weights(tensors: State, about: dict[str, str]) -> None:
-    for name in [name for name in tensors if name.startswith("training/network/")]:
-        del tensors[name]
-
-
-def without_trace(tensors: State, about: dict[str, str]) -> None:
-    about["trace"] = "[]"
-
-
-@pytest.mark.parametrize(
-    ("damage", "sealed_again", "message"),
-    [
-        (louder, False, "is not what was written; --force without --resume begins anew"),
-        (from_another_step, False, "its header is not what was written"),
-        (without_weights, True, "does not fit this run"),
-        (without_trace, True, "is damaged"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "sealed_again", "message"), DAMAGES)
 def test_an_unfinished_run_that_was_damaged_is_not_resumed(
-    damage: Callable[[State, dict[str, str]], None],
-    sealed_again: bool,
-    message: str,
-    tuned: Callable[..., Any],
-    tmp_path: Path,
+    damage: Any, sealed_again: bool, message: str, tuned: Callable[..., Any], tmp_path: Path
 ) -> None:
     saving = SnapshotFile(tmp_path / "x.training.safetensors", {}, resume=True)
     with pytest.raises(BrokenError):
         tuned([0.0, 1.0], [3, 1], ROWS, steps=12, saving=saving, watch=breaking_at(9))
     with safe_open(saving.path, "pt") as file:
-        tensors, about = load_file(saving.path), dict(file.metadata())
-    damage(tensors, about)
+        tensors, about = damage(load_file(saving.path), dict(file.metadata()))
     if sealed_again:
         about = sealed(tensors, {name: value for name, value in about.items() if name != SEAL})
     save_file(tensors, saving.path, about)
@@ -258,8 +232,66 @@ def test_an_unfinished_run_that_was_damaged_is_not_resumed(
         tuned([0.0, 1.0], [3, 1], ROWS, steps=12, saving=saving)
 
 
-def test_a_run_that_diverged_at_once_leaves_nothing(request_for: Callable[..., Request]) -> None:
+def test_a_run_that_diverged_at_once_leaves_nothing(request_for: RequestFor) -> None:
     request = request_for("parts")
     with pytest.raises(CodebookError, match="diverged at step"):
         do(request, recipe=replace(RECIPE, lr=1e30))
     assert request.output is not None and list(request.output.parent.iterdir()) == []
+
+
+def read_back(folder: Path) -> dict[str, dict[int, float]]:
+    """Figures by name and step, by TensorBoard's own reader. Each step is there once."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    figures = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    assert all(len(events.Scalars(name)) == len(steps) for name, steps in figures.items())
+    return figures
+
+
+@pytest.fixture
+def images(images_folder: Path) -> Images:
+    return Images(find_images([images_folder])[:16], 3, 4)
+
+
+def test_the_trace_and_every_loss_are_written_and_a_resumed_run_replaces_what_came_after_its_snapshot(
+    tiny: Path, images: Images, tmp_path: Path
+) -> None:
+    saving, whole, parts = SnapshotFile(tmp_path / "x.training.safetensors", {}), tmp_path / "whole", tmp_path / "parts"
+    recipe = {"steps": 12, "batch_size": 8, "codebook_update": "gradient"}
+    found = tune(load_model(read_checkpoint(tiny)), images, COUNTS, log_dir=whole, **recipe)
+    with pytest.raises(BrokenError):
+        tune(load_model(read_checkpoint(tiny)), images, COUNTS, log_dir=parts, saving=saving, watch=breaking_at(7),
+             **recipe)  # fmt: skip
+    resumed = replace(saving, resume=True)
+    tune(load_model(read_checkpoint(tiny)), images, COUNTS, log_dir=parts, saving=resumed, **recipe)
+    figures = read_back(whole)
+    assert read_back(parts) == figures
+    terms = {"loss/reconstruction", "loss/commitment", "loss/codebook"}
+    of_codes = ("distortion", "perplexity", "revived", "usage", "used")
+    evaluated = [*(f"codebook/{name}" for name in of_codes), "validation/mse", "validation/error"]
+    assert figures.keys() == terms | {*evaluated, "loss/sum"}
+    assert all([*figures[name]] == [*range(1, 13)] for name in terms)
+    for step, total in figures["loss/sum"].items():
+        assert total == pytest.approx(sum(figures[name][step] for name in terms), rel=1e-5)
+    for point in found.trace:
+        expected = [point.distortion, point.perplexity, point.revived, point.used / 16, point.used]
+        expected += [point.validation_mse, point.error]
+        assert [figures[name][point.step] for name in evaluated] == pytest.approx(expected, rel=1e-6)
+        assert point.loss is None or figures["loss/sum"][point.step] == pytest.approx(point.loss, rel=1e-6)
+
+
+def test_without_tensorboard_the_command_says_what_to_install(
+    codebook: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    require_tensorboard(None)
+    found = codebook("finetune", tiny, "--log-dir", tmp_path / "runs", "-o", tmp_path / "o.safetensors")
+    assert_refused(found, "needs tensorboard: pip install 'codebook-tools[tensorboard]'")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_encoded(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CodebookError, match="cannot write into --log-dir"):
+        require_tensorboard(tmp_path / "file")

@@ -1,8 +1,8 @@
-"""The terms of a fine-tuning's loss, their targets and what they choose; and a VQGAN trained with all of them."""
+"""The terms of a fine-tuning's loss, their targets and what they choose: entropy, and distance to the original."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,33 +11,33 @@ from typing import Any
 import pytest
 import torch
 from audio_codecs import CASES, save, waveforms
-from conftest import Outcome, assert_refused, same
-from processes import torchrun
+from conftest import Run, assert_refused, same
+from points import normal
 from runs import tune
-from safetensors.torch import save_file
 from sources_of_images import Images, find_images
 from torch import Tensor
 
 from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.clustering.metric import COSINE, DOT
+from codebook_tools.codebook import EUCLIDEAN
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.training.history import History
+from codebook_tools.training.losses import entropy
 from codebook_tools.training.losses.adversarial import SHARE
 from codebook_tools.training.losses.distillation import Original
+from codebook_tools.training.losses.entropy import indecision
 from codebook_tools.training.losses.objective import Objective, judges, objective_of, validation_loss
 from codebook_tools.training.losses.reconstruction import Quantized, Reconstruction, Scales
 from codebook_tools.training.parameters import set_trainable
 from codebook_tools.training.state import TracePoint, is_better
 from codebook_tools.training.trainer import Trainer
 
-Run = Callable[..., Outcome]
 WriteModel = Callable[..., Path]
 PLAIN = Reconstruction(Scales(pixels=0.25, latents=()), "l1", moves_codes=False, entropy=0.0)
 MEDIA = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-
-
 EMPTY = torch.zeros(1, 4, 1, 1)
 
 
@@ -51,11 +51,8 @@ def images(images_folder: Path) -> Images:
     return Images(find_images([images_folder]), 3, 4)
 
 
-# --- distill -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("variant", ["plain", "weight_norm_newer", "tied", "float16"])
-def test_the_target_is_what_the_untouched_model_reconstructs_to_the_last_bit(
+def test_the_target_is_the_bits_of_the_untouched_model(
     variant: str, write_model: WriteModel, image_tensor: Tensor
 ) -> None:
     model = load_model(read_checkpoint(write_model(variant)))
@@ -89,9 +86,6 @@ def test_a_large_weight_keeps_a_model_where_it_was(model: Model, images: Images)
         tune(tuned, images, [1] * 16, steps=10, batch_size=16, codebook_update="frozen", distill=weight)
         moved[weight] = float((tuned.pass_through(MEDIA).media - before).square().mean())
     assert 0 < moved[100] < moved[0] / 3
-
-
-# --- several terms -------------------------------------------------------------------------------------------------
 
 
 def objective(model: Model, images: Images, **recipe: Any) -> Any:
@@ -157,9 +151,6 @@ def test_validation_data_are_judged_by_all_terms_but_the_discriminators(model: M
     assert validation_loss(ours, model, images) == pytest.approx(expected, rel=1e-4)
 
 
-# --- refused -------------------------------------------------------------------------------------------------------
-
-
 def test_what_takes_sound_has_no_pictures_to_judge_and_can_be_distilled(tmp_path: Path) -> None:
     """Two codebooks and more, too: the target walks them as the original does."""
     pytest.importorskip("transformers")
@@ -170,78 +161,72 @@ def test_what_takes_sound_has_no_pictures_to_judge_and_can_be_distilled(tmp_path
         with pytest.raises(CodebookError, match="judge images; this model takes clips"):
             judges(model, recipe, sound)
     expected = model.pass_through(sound).media
-    for stage in range(len(model.books)):
-        model.install(
-            replace(model.books[stage].codebook, vectors=torch.zeros(2, model.books[stage].stored.dim)), stage
-        )
+    for stage, book in enumerate(model.books):
+        model.install(replace(book.codebook, vectors=torch.zeros(2, book.stored.dim)), stage)
     assert same(Original(model)(sound), expected) and not torch.equal(model.pass_through(sound).media, expected)
 
 
-def test_images_too_small_to_judge_are_refused_before_the_surgery(
-    codebook: Run, tiny: Path, images_folder: Path
-) -> None:
+def test_images_too_small_to_judge_are_refused_at_once(codebook: Run, tiny: Path, images_folder: Path) -> None:
     small = ("--data", images_folder, "--size", 4, "--input-range", "-1,1")
     found = codebook("refit", tiny, "--k", 4, *small, "--steps", 1, "--adversarial", "--quiet")
     assert_refused(found, "--adversarial: 4 pixels a side are too few")
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
+QUARTERS = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
+"""The entropy of (3/4, 1/4) in bits."""
+
+# 4 x = 0.3 log 3 (1 - x)^2: the other code is farther by log 3 times 0.3 of the distance, so a third as likely.
+B = 2 + 4 / (0.3 * math.log(3))
+THIRD = (B - math.sqrt(B * B - 4)) / 2
 
 
-def trained(codebook: Run, tiny: Path, data: Path, *options: object) -> Any:
-    found = codebook(
-        *("refit", tiny, "--k", 8, "--data", data, "--input-range", "-1,1", "--batch-size", 8, "--steps", 4),
-        *("--quiet", "--json", "--force", "-o", tiny.with_name("tuned.safetensors"), *options),
-    )
-    assert found.exit_code == 0, found.stderr
-    return found.json
+@pytest.mark.parametrize(("rows", "codes", "expected"), [
+    ([-0.9, 0.9], [-1, 1], -1),  # sure latents count by how evenly they choose
+    ([-0.9, -1.1, -0.9, 0.9], [-1, 1], -QUARTERS), ([0.9, 1.1], [-1, 1], 0),
+    ([0, 0], [-1, 1], 0),  # undecided latents do not count as spread
+    ([-THIRD, THIRD], [-1, 1], QUARTERS - 1),
+    ([-1, 1], [-1, 1], -1),  # latents on their codes
+    ([1, 1], [1, 1], 0),
+    ([1, 1, 1], [0], 0),  # one code leaves no choice
+])  # fmt: skip
+def test_the_entropy_by_hand(rows: list[float], codes: list[float], expected: float) -> None:
+    latents = torch.tensor(rows, dtype=torch.float32)[:, None].requires_grad_()
+    loss = indecision(latents, torch.tensor(codes, dtype=torch.float32)[:, None], EUCLIDEAN)
+    assert loss.item() == pytest.approx(expected, abs=1e-3)
+    if len(codes) > 1:
+        torch.autograd.backward(loss)
+        assert latents.grad is not None and latents.grad.isfinite().all()
 
 
-@pytest.fixture
-def vgg(tmp_path: Path) -> Path:
-    """The convolutions of torchvision's VGG16 in a file, of weights drawn here."""
-    features = pytest.importorskip("torchvision").models.vgg16().features
-    path = tmp_path / "vgg16-of-mine.safetensors"
-    save_file({f"features.{name}": tensor for name, tensor in features.state_dict().items()}, path)
-    return path
-
-
-def test_the_command_trains_with_a_discriminator_and_the_original_beside_it(
-    codebook: Run, tiny: Path, images_folder: Path
+def test_scale_does_not_matter_by_cosine_no_length_and_some_of_many_latents_count(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = trained(codebook, tiny, images_folder, "--loss", "l1", "--adversarial", "--distill", 0.5)
-    assert found["settings"]["adversarial"] is True and found["settings"]["distill"] == 0.5
-    assert all(point["validation_loss"] > 0 for point in found["trace"])
+    rows = normal(200, 3)
+    small, large = rows.clone().requires_grad_(True), (10 * rows).requires_grad_(True)
+    values = [indecision(x, scale * rows[:9] + scale, EUCLIDEAN) for x, scale in ((small, 1), (large, 10))]
+    torch.autograd.backward(values)
+    assert small.grad is not None and large.grad is not None
+    torch.testing.assert_close(values[0], values[1])
+    torch.testing.assert_close(small.grad, 10 * large.grad)
+    lengths = normal(200, 1, seed=1).abs() + 0.5
+    values = [indecision(x, rows[:9] * lengths[:9], COSINE) for x in (rows[9:], rows[9:] * lengths[9:])]
+    torch.testing.assert_close(values[0], values[1])
+    codes = rows[:4]
+    expected = indecision(rows[::3], codes, EUCLIDEAN)
+    monkeypatch.setattr(entropy, "_AT_MOST", 4 * 80)  # 200 rows are 800 distances
+    torch.testing.assert_close(indecision(rows, codes, EUCLIDEAN), expected)
 
 
-def test_the_command_trains_with_lpips_and_its_file_does_not_say_where_the_weights_lay(
-    codebook: Run, tiny: Path, vgg: Path, images_folder: Path
-) -> None:
-    plain = trained(codebook, tiny, images_folder)
-    found = trained(codebook, tiny, images_folder, "--perceptual", vgg)
-    assert found["trace"][0]["validation_loss"] > 0 and plain["trace"][0]["validation_loss"] is None
-    assert found["trace"][0]["validation_mse"] == plain["trace"][0]["validation_mse"]
-    about = read_checkpoint(Path(found["outputs"]["model"])).metadata["codebook_tools.settings"]
-    assert json.loads(about)["perceptual"] is True and "of-mine" not in about
+def test_a_recipe_weighs_the_entropy(tuned: Callable[..., tuple[Model, Any]]) -> None:
+    """Pixels of 0.2 and 0.8 are sure of their codes, and choose both alike."""
+    rows = [[0.2, 0.8], [0.2, 0.8]]
+    runs = (tuned([0.2001, 0.8001], [1, 1], rows, steps=1, entropy=weight)[1] for weight in (0.0, 0.5))
+    plain, weighed = (run.trace[1].loss for run in runs)
+    assert weighed == pytest.approx(plain - 0.5, abs=1e-3)
 
 
-# --- several processes ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_two_processes_do_together_what_one_does_alone(codebook: Run, tiny: Path, images_folder: Path) -> None:
-    """Of 9 images the slices are 4 and 5: the discriminator and its weight go by all of them."""
-    options = (
-        *("finetune", tiny, "--data", images_folder, "--input-range", "-1,1", "--batch-size", 9, "--steps", 8),
-        *("--adversarial", "--distill", 0.5, "--codebook-update", "frozen", "--lr", "1e-4", "--json", "--quiet"),
-    )
-    alone, shared = (
-        run(*options, "-o", tiny.with_name(name))
-        for run, name in ((codebook, "1.safetensors"), (torchrun, "2.safetensors"))
-    )
-    assert (alone.exit_code, shared.exit_code) == (0, 0), (alone.stderr, shared.stderr)
-    start, *later = zip(alone.json["trace"], shared.json["trace"], strict=True)
-    assert start[0]["validation_loss"] == pytest.approx(start[1]["validation_loss"], rel=1e-6)
-    for one, two in later:
-        assert two["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-3)
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+def test_inner_products_are_no_distances(line: Callable[..., Model], grey_images: Callable[..., Images]) -> None:
+    model, images = line([0.2, 0.8]), grey_images([[0.2, 0.8], [0.2, 0.8]])
+    model.books[0].metric = DOT
+    with pytest.raises(CodebookError, match="--entropy goes by distances"):
+        objective_of(model, images, FineTune(entropy=0.1), next(images.batches(1))[1], seed=0)

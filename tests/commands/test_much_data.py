@@ -1,7 +1,10 @@
-"""refit --exact: Lloyd over all latents, where k-means otherwise sees a sample of them."""
+"""Much data: refit --exact goes over all latents, of which k-means otherwise sees a sample; and memory does not grow
+where nothing trains."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +21,14 @@ from codebook_tools.data.latents import StoredLatents
 from codebook_tools.data.sampling import drawn_rows
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.usage import survey
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies.refit import Refit
+from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows import measure_shards
+from codebook_tools.workflows import operate as operate_module
+from codebook_tools.workflows.operate import operate
+from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.session import open_request
 
 LIMIT = 100
 
@@ -61,21 +70,18 @@ def centroids_of(latents: Stream | StoredLatents, iterations: int = 300, exact: 
 
 
 def test_exact_is_lloyd_over_all_rows_from_the_k_means_of_a_sample(rows: Tensor) -> None:
-    stream = Stream(rows)
-    sample = drawn_rows(stream, seed=0)
+    sample = drawn_rows(Stream(rows), seed=0)
     assert sample.shape == (LIMIT, 3)
     start = centroids_of(StoredLatents(sample))
-    by_hand, before = start, np.inf
-    wide = rows.double().numpy()
+    by_hand, before, wide = start, np.inf, rows.double().numpy()
     for _ in range(300):
         moved, error = step(wide, by_hand)
         if before - error <= 1e-4 * error:
             break
         by_hand, before = moved, error
-    found = centroids_of(Stream(rows))
+    exact_error = step(wide, centroids_of(Stream(rows)))[1]
     # Where exactly it stops is k-means' own: both are as good as a step more or less.
-    assert step(wide, found)[1] == pytest.approx(step(wide, by_hand)[1], rel=2e-3)
-    assert step(wide, found)[1] < step(wide, start)[1]
+    assert exact_error == pytest.approx(step(wide, by_hand)[1], rel=2e-3) and exact_error < step(wide, start)[1]
 
 
 def test_one_iteration_is_one_step_by_hand(rows: Tensor) -> None:
@@ -89,6 +95,8 @@ def test_batches_do_not_matter_and_not_exact_sees_what_it_is_given(rows: Tensor)
     stream = Stream(rows)
     centroids_of(stream, exact=False)
     assert stream.passes == 1
+    with pytest.raises(CodebookError, match="k=6 asks for more codes than the 2 distinct latents"):
+        centroids_of(Stream(rows[:2].repeat(200, 1)))
 
 
 def test_the_draw_is_uniform_in_any_order_and_its_own_for_each_seed(rows: Tensor) -> None:
@@ -100,55 +108,76 @@ def test_the_draw_is_uniform_in_any_order_and_its_own_for_each_seed(rows: Tensor
     assert abs(float(places.mean()) - 449.5) < 20  # 2000 draws: the mean's deviation is 5.8
 
 
-# --- as a command ----------------------------------------------------------------------------------------------------
-
-
-def refit(codebook: Run, model: Path, *arguments: object) -> Outcome:
-    out = ("-o", model.parent / "out.safetensors", "--force", "--json")
-    return codebook("refit", model, "--k", 6, "--steps", 0, "--exact", *out, *arguments)
-
-
-def test_images_without_a_cache_are_refused_where_the_sample_is_not_all(
+# --- as a command
+def test_images_without_a_cache_and_a_sample_in_a_file_are_refused_where_the_sample_is_not_all(
     codebook: Run, tiny: Path, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def refit(*words: object) -> Outcome:
+        return codebook("refit", tiny, "--k", 6, "--steps", 0, "--force", "--json", *words)
+
     data = ("--data", images_folder)
     monkeypatch.setattr(survey, "__kwdefaults__", {"limit": LIMIT})
-    refused = refit(codebook, tiny, *data)
-    assert_refused(refused, "--exact goes over 912 latents many times: keep them with --latents-cache DIR")
-    done = refit(codebook, tiny, *data, "--latents-cache", tmp_path / "cache")
+    message = "--exact goes over 912 latents many times: keep them with --latents-cache DIR"
+    assert_refused(refit("--exact", *data), message)
+    done = refit("--exact", *data, "--latents-cache", tmp_path / "cache")
     assert done.exit_code == 0, done
     assert "index maps see a sample of 100 of 912 latents" in done.json["warnings"]
     monkeypatch.setattr(survey, "__kwdefaults__", {"limit": 912})
-    assert refit(codebook, tiny, *data).exit_code == 0
-
-
-def test_latents_from_files_are_gone_through_as_they_lie(
-    codebook: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    random = torch.Generator().manual_seed(0)
-    np.save(tmp_path / "l.npy", torch.randn(2000, 4, generator=random).numpy())
-    monkeypatch.setattr(survey, "__kwdefaults__", {"limit": LIMIT})
-    found = {}
-    for name, more in {"exact": ("--exact",), "sample": ()}.items():
-        out = tmp_path / f"{name}.safetensors"
-        done = codebook("refit", tiny, "--k", 6, "--latents", tmp_path / "l.npy", "-o", out, "--json", *more)
-        assert done.exit_code == 0, done
-        found[name] = done.json["stages"]["surgery"]["codebooks"][0]["distortion"]
-        assert ("k-means and index maps see a sample of 100 of 1,799 latents" in done.json["warnings"]) != bool(more)
-    assert found["exact"] < found["sample"]
-
-
-def test_a_sample_in_a_file_is_not_all(
-    codebook: Run, tiny: Path, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stats = tmp_path / "stats.safetensors"
+    assert refit("--exact", *data).exit_code == 0
+    stats = ("--stats", tmp_path / "stats.safetensors")
     monkeypatch.setattr(measure_shards, "SAMPLE", 200)
-    assert codebook("measure", tiny, "--data", images_folder, "--stats", stats).exit_code == 0
-    found = codebook("refit", tiny, "--k", 6, "--stats", stats, "--exact")
-    assert_refused(found, "--exact goes over all 912 latents, and --stats holds a sample of 200")
-    assert codebook("refit", tiny, "--k", 6, "--stats", stats).exit_code == 0
+    assert codebook("measure", tiny, *data, *stats).exit_code == 0
+    assert_refused(refit("--exact", *stats), "--exact goes over all 912 latents, and --stats holds a sample of 200")
+    assert refit(*stats).exit_code == 0
 
 
-def test_too_few_latents_are_refused(rows: Tensor) -> None:
-    with pytest.raises(CodebookError, match="k=6 asks for more codes than the 2 distinct latents"):
-        centroids_of(Stream(rows[:2].repeat(200, 1)))
+def test_latents_from_files_are_gone_through(codebook: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tiny.parent / "l.npy", torch.randn(2000, 4, generator=torch.Generator().manual_seed(0)).numpy())
+    monkeypatch.setattr(survey, "__kwdefaults__", {"limit": LIMIT})
+    distortions = []
+    for more in (("--exact",), ()):
+        done = codebook("refit", tiny, "--k", 6, "--latents", tiny.parent / "l.npy", "--force", "--json", *more)
+        assert done.exit_code == 0, done
+        distortions.append(done.json["stages"]["surgery"]["codebooks"][0]["distortion"])
+        assert ("k-means and index maps see a sample of 100 of 1,799 latents" in done.json["warnings"]) != bool(more)
+    assert distortions[0] < distortions[1]
+
+
+# --- memory
+@pytest.mark.parametrize("steps", [0, 1])
+def test_calibration_data_are_kept_only_where_they_are_read_again(
+    steps: int, tiny: Path, images_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_request(Request(tiny, (str(images_folder),), input_range=(-1.0, 1.0)), Watch())
+    monkeypatch.setattr(operate_module, "open_request", lambda *_: opened)
+    operate("refit", opened.request, Refit(k=4), FineTune(steps=steps), Watch())
+    assert len(opened.calibration._cache.values) == (len(opened.calibration) if steps else 0)
+    assert len(opened.test._cache.values) == len(opened.test)
+
+
+PROGRAM = """
+import atexit, sys
+import codebook_tools.evaluation.usage
+codebook_tools.evaluation.usage.survey.__kwdefaults__["limit"] = 20_000
+sys.argv = ["codebook", "refit", sys.argv[1], "--k", "4", "--iterations", "2", "--steps", "0", "--force", *sys.argv[2:]]
+atexit.register(lambda: print(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0], file=sys.stderr))
+from codebook_cli.app import app
+app()
+"""
+
+
+def peak(model: Path, option: str, array: NDArray[np.generic]) -> int:
+    """The highest resident memory, in KiB, of a refit on a .npy of the array."""
+    file = model.parent / "data.npy"
+    np.save(file, array)
+    command = [sys.executable, "-c", PROGRAM, str(model), option, str(file)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stderr.split()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the highest resident memory")
+def test_ten_times_the_data_take_hardly_more_memory(tiny: Path) -> None:
+    data = np.random.default_rng(0).standard_normal((2_500_000, 4), dtype=np.float32)  # 250 MB of names
+    few, many = (peak(tiny, "--latents", data[: len(data) // part]) for part in (10, 1))
+    assert many - few < 150_000, (few, many)  # the allocator's holes
