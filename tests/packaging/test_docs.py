@@ -97,3 +97,15 @@ def test_every_family_has_a_row_whose_tests_are_there() -> None:
     rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| [`l]", line)]
     assert {*FAMILIES, CUSTOM} <= {name for cells in rows for name in re.findall(r"`([\w-]+)`", cells[0])}
     assert all(cells[-1].startswith(("the same", "[test_")) for cells in rows)
+
+
+def words(path: Path) -> int:
+    return sum(any(map(str.isalnum, word)) for word in path.read_text(encoding="utf-8").split())
+
+
+def test_the_documents_are_short() -> None:
+    """What people read before they use the tool; the reference of the command line is generated, and not in it."""
+    documents = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
+    assert words(ROOT / "README.md") <= 800
+    assert words(ROOT / "docs" / "architecture.md") <= 1200
+    assert sum(map(words, documents)) <= 14_000
