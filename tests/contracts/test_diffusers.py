@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,10 @@ from torch import Tensor
 from codebook_tools.checkpoints import atomic
 from codebook_tools.checkpoints.layout import index_map_path, partial_path
 from codebook_tools.checkpoints.read import read_checkpoint
-from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import reconstruct
 from codebook_tools.models.load import load_model
 from codebook_tools.models.output import written_config
 from codebook_tools.models.sizes import size_warning
-from codebook_tools.runtime.progress import Watch
-from codebook_tools.workflows.operate import measure_model
-from codebook_tools.workflows.request import Request
 
 Run = Callable[..., Outcome]
 Save = Callable[..., Path]
@@ -123,9 +118,7 @@ def test_any_family_can_be_made_anew(tiny: Path, saved: Save, grey: Callable[...
         assert not torch.equal(first[name], second[name]) and not torch.equal(first[name], loaded[name])
 
 
-def test_a_result_with_other_codes_than_the_library_loads_is_exit_code_3(
-    vae: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def loads_others(monkeypatch: pytest.MonkeyPatch) -> None:
     load = VQModel.from_pretrained
 
     def moved(folder: Path, **options: Any) -> object:
@@ -134,14 +127,9 @@ def test_a_result_with_other_codes_than_the_library_loads_is_exit_code_3(
         return model, info
 
     monkeypatch.setattr(VQModel, "from_pretrained", moved)
-    outcome = run("prune", vae)
-    assert outcome.exit_code == 3 and "is not the codebook that was meant" in outcome.stderr
-    assert [path.name for path in vae.parent.iterdir()] == ["vae"]
 
 
-def test_a_result_with_other_codes_than_the_library_chooses_is_exit_code_3(
-    vae: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def chooses_others(monkeypatch: pytest.MonkeyPatch) -> None:
     choose = VectorQuantizer.forward
 
     def shifted(self: VectorQuantizer, latents: Tensor) -> object:
@@ -149,8 +137,18 @@ def test_a_result_with_other_codes_than_the_library_chooses_is_exit_code_3(
         return quantized, loss, (perplexity, one_hot, codes.roll(1))
 
     monkeypatch.setattr(VectorQuantizer, "forward", shifted)
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [(loads_others, "is not the codebook that was meant"), (chooses_others, "chooses other codes of")],
+)
+def test_a_result_with_other_codes_than_the_librarys_is_exit_code_3(
+    patch: Callable[[pytest.MonkeyPatch], None], message: str, vae: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch(monkeypatch)
     outcome = run("prune", vae)
-    assert outcome.exit_code == 3 and "chooses other codes of" in outcome.stderr
+    assert outcome.exit_code == 3 and message in outcome.stderr
     assert [path.name for path in vae.parent.iterdir()] == ["vae"]
 
 
@@ -245,36 +243,36 @@ def test_fine_tuning_lowers_the_error_and_trains_both_networks(vae: Path, run: R
     assert {key.split(".")[0] for key in trained} == {"encoder", "quant_conv", "post_quant_conv", "decoder"}
 
 
-@pytest.mark.parametrize(("config", "warned"), [(MOVQ, True), ({}, False)])
-def test_the_spatial_norm_is_warned_of_and_no_other(
-    config: dict[str, Any], warned: bool, saved: Save, codebook: Run, held_out_folder: Path
-) -> None:
-    result = codebook("measure", saved(**config), "--test-data", held_out_folder, *RANGE, "--json").json
-    assert any("force_not_quantize" in warning for warning in result["warnings"]) is warned
+FAR = "--size 16 is far from 64"
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words", "warned"),
+    [
+        (MOVQ, (), "force_not_quantize", True),
+        ({}, (), "force_not_quantize", False),
+        ({"sample_size": 64}, ("--size", 16), FAR, True),
+        ({"sample_size": 64}, (), "is far from", False),
+    ],
+)
+def test_the_spatial_norm_and_a_size_far_from_the_configs_are_warned_of(
+    config: dict[str, Any], options: tuple[object, ...], words: str, warned: bool, saved: Save, codebook: Run,
+    held_out_folder: Path,
+) -> None:  # fmt: skip
+    result = codebook("measure", saved(**config), "--test-data", held_out_folder, *RANGE, *options, "--json").json
+    assert any(words in warning for warning in result["warnings"]) is warned
 
 
 # --- a single file, with its config beside it ----------------------------------------------------------------------
 
 
-@pytest.fixture
-def single(saved: Save, tmp_path: Path) -> Callable[[str | None], Path]:
-    """single("config.json"): the weights as tmp_path/one.safetensors, with their config under that name."""
-
-    def place(config: str | None) -> Path:
-        shutil.copy(saved() / WEIGHTS, tmp_path / "one.safetensors")
-        if config:
-            shutil.copy(saved() / "config.json", tmp_path / config)
-        return tmp_path / "one.safetensors"
-
-    return place
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["config.json", "one.config.json"])
 def test_a_file_with_a_config_becomes_a_directory_that_diffusers_loads(
-    config: str, single: Callable[[str], Path], written: Callable[..., Path], codebook: Run, tmp_path: Path
+    config: str, vae: Path, written: Callable[..., Path], codebook: Run, tmp_path: Path
 ) -> None:
-    path = single(config)
+    path = (vae / WEIGHTS).rename(tmp_path / "one.safetensors")
+    (vae / "config.json").rename(tmp_path / config)
     output = written("refit", path, "--k", "6", "--steps", "0")
     assert output == tmp_path / "one.refit-k6"
     assert {file.name for file in output.iterdir()} == {WEIGHTS, "config.json", "README.md"}
@@ -313,36 +311,28 @@ def test_a_config_that_lies_beside_a_file_of_another_family_is_not_looked_at(
 # --- the rest of the directory, and its config ---------------------------------------------------------------------
 
 
-def test_small_files_go_along_and_nothing_else(vae: Path, run: Run, tmp_path: Path) -> None:
-    (vae / "README.md").write_text("of mine")
-    (tmp_path / "secret").write_text("not yours")
-    (vae / "link").symlink_to(tmp_path / "secret")
-    (vae / "folder").mkdir()
-    (vae / "folder" / "file").touch()
-    (vae / "diffusion_pytorch_model.fp16.safetensors").write_bytes((vae / WEIGHTS).read_bytes())
-    result = run("prune", vae, "--json").json
-    output = Path(result["outputs"]["model"])
-    assert {path.name for path in output.iterdir()} == {WEIGHTS, "config.json", "README.md"}
-    assert (output / "README.md").read_text().startswith("of mine\n\n## Codebook surgery\n")
-    assert any("diffusion_pytorch_model.fp16.safetensors, folder, link" in warning for warning in result["warnings"])
-
-
-def test_a_model_whose_files_are_links_is_read(vae: Path, written: Callable[..., Path], tmp_path: Path) -> None:
-    (tmp_path / "snapshot").mkdir()  # as the hub's cache keeps them
-    for name in (WEIGHTS, "config.json"):
-        (tmp_path / "snapshot" / name).symlink_to(vae / name)
-    output = written("prune", tmp_path / "snapshot")
-    assert not any(path.is_symlink() for path in output.iterdir())
-    assert VQModel.from_pretrained(output).config.num_vq_embeddings == 10
-
-
-def test_the_config_stays_byte_for_byte_but_for_k(vae: Path, written: Callable[..., Path]) -> None:
+def test_what_lies_beside_the_weights_goes_along_as_it_is_but_for_k(vae: Path, run: Run, tmp_path: Path) -> None:
     odd = json.dumps(config_of(vae) | {"note": "Ünal", "num_vq_embeddings": 16}, indent=7, ensure_ascii=False)
     (vae / "config.json").write_text(odd, encoding="utf-8")
-    same, other = written("restart", vae, "--steps", 0), written("prune", vae)
-    assert (same / "config.json").read_bytes() == (vae / "config.json").read_bytes()
-    expected = odd.replace('"num_vq_embeddings": 16', '"num_vq_embeddings": 10')
-    assert (other / "config.json").read_text(encoding="utf-8") == expected
+    (snapshot := tmp_path / "snapshot").mkdir()
+    for name in (WEIGHTS, "config.json"):  # as the hub's cache keeps them
+        (snapshot / name).symlink_to(vae / name)
+    (snapshot / "README.md").write_text("of mine")
+    (tmp_path / "secret").write_text("not yours")
+    (snapshot / "link").symlink_to(tmp_path / "secret")
+    (snapshot / "folder").mkdir()
+    (snapshot / "folder" / "file").touch()
+    (snapshot / "diffusion_pytorch_model.fp16.safetensors").write_bytes((vae / WEIGHTS).read_bytes())
+    for command, size in (("restart --steps 0", 16), ("prune", 10)):
+        result = run(*command.split()[:1], snapshot, *command.split()[1:], "--json").json
+        output = Path(result["outputs"]["model"])
+        assert {path.name for path in output.iterdir()} == {WEIGHTS, "config.json", "README.md"}
+        assert not any(path.is_symlink() for path in output.iterdir())
+        assert (output / "README.md").read_text().startswith("of mine\n\n## Codebook surgery\n")
+        assert any("diffusion_pytorch_model.fp16.safetensors, folder, link" in text for text in result["warnings"])
+        expected = odd.replace('"num_vq_embeddings": 16', f'"num_vq_embeddings": {size}')
+        assert (output / "config.json").read_bytes() == expected.encode()
+        assert VQModel.from_pretrained(output).config.num_vq_embeddings == size
 
 
 @pytest.mark.parametrize(("k", "warned"), [(16, False), (8, True)])
@@ -360,26 +350,8 @@ def test_a_config_of_another_model_goes_along_with_a_warning(
     assert codebook("verify", output, "--against", model).exit_code == 0
 
 
-@pytest.mark.parametrize(
-    ("entries", "what"),
-    [
-        ({"num_vq_embeddings": 11}, "entry num_vq_embeddings: 11 where 10 belongs"),
-        ({"act_fn": "relu"}, "entry act_fn: 'relu' where 'silu' belongs"),
-        ({"mine": 1}, "entry mine: extra or missing"),
-    ],
-)
-def test_a_config_that_does_not_belong_to_the_result_is_found(
-    entries: dict[str, object], what: str, vae: Path, written: Callable[..., Path], codebook: Run
-) -> None:
-    output = written("prune", vae)
-    edit(output, **entries)
-    outcome = codebook("verify", output, "--against", vae, "--json")
-    assert outcome.exit_code == 3 and outcome.json["differences"] == [{"key": "config.json", "what": what}]
-
-
-@pytest.mark.parametrize("change", ["changed", "missing"])
-def test_what_goes_along_is_verified_too_but_for_the_card(
-    change: str, vae: Path, written: Callable[..., Path], codebook: Run, monkeypatch: pytest.MonkeyPatch
+def test_a_config_or_a_file_that_does_not_belong_to_the_result_is_found_whatever_its_card_says(
+    vae: Path, written: Callable[..., Path], codebook: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (vae / "preprocessor_config.json").write_text('{"mean": 0.5}')
     monkeypatch.chdir(vae)
@@ -387,10 +359,20 @@ def test_what_goes_along_is_verified_too_but_for_the_card(
     (output / "README.md").write_text((output / "README.md").read_text() + "More of it.")
     monkeypatch.chdir(output)
     assert codebook("verify", ".", "--against", vae).exit_code == 0
-    copy = output / "preprocessor_config.json"
-    copy.write_text('{"mean": 0.6}') if change == "changed" else copy.unlink()
-    outcome = codebook("verify", output, "--against", vae, "--json")
-    assert outcome.exit_code == 3 and outcome.json["differences"] == [{"key": copy.name, "what": change}]
+    copy, before = output / "preprocessor_config.json", (output / "config.json").read_bytes()
+    amiss: dict[str, Callable[[], object]] = {
+        "entry num_vq_embeddings: 11 where 10 belongs": lambda: edit(output, num_vq_embeddings=11),
+        "entry act_fn: 'relu' where 'silu' belongs": lambda: edit(output, act_fn="relu"),
+        "entry mine: extra or missing": lambda: edit(output, mine=1),
+        "changed": lambda: copy.write_text('{"mean": 0.6}'),
+        "missing": copy.unlink,
+    }
+    for what, change in amiss.items():
+        change()
+        outcome = codebook("verify", output, "--against", vae, "--json")
+        key = "config.json" if "entry" in what else copy.name
+        assert outcome.exit_code == 3 and outcome.json["differences"] == [{"key": key, "what": what}]
+        (output / "config.json").write_bytes(before)
 
 
 # --- what a user can mend ------------------------------------------------------------------------------------------
@@ -412,31 +394,20 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         "holds 2 .safetensors files",
     ),
     "shards": (lambda folder: (folder / f"{WEIGHTS}.index.json").write_text("{}"), "sharded weights"),
+    "a file alone": (lambda folder: (folder / "config.json").unlink(), "without its config"),
+    "a file beside no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is no JSON"),
+    "a file beside nothing": (lambda folder: (folder / "config.json").write_text("{}"), "no network is known"),
 }  # fmt: skip
-AT_ONCE = ("no config", "a list", "no weights", "two weights", "shards")
+AT_ONCE = ("no config", "a list", "no weights", "two weights", "shards", "a file beside no JSON")
 
 
 @pytest.mark.parametrize("kind", BAD_MODELS)
 def test_a_directory_that_is_amiss_is_refused(kind: str, vae: Path, run: Run, codebook: Run, tmp_path: Path) -> None:
     change, message = BAD_MODELS[kind]
     change(vae)
-    before = contents(tmp_path)
-    assert_refused(run("prune", vae), message)
-    assert (codebook("inspect", vae).exit_code == 1) == (kind in AT_ONCE)
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    ("config", "message"), [(None, "without its config"), ("{", "is no JSON"), ("{}", "no network is known")]
-)
-def test_a_file_whose_config_is_amiss_is_refused(
-    config: str | None, message: str, single: Callable[[None], Path], run: Run, tmp_path: Path
-) -> None:
-    path = single(None)
-    if config is not None:
-        (tmp_path / "config.json").write_text(config)
-    before = contents(tmp_path)
-    assert_refused(run("prune", path), message)
+    before, model = contents(tmp_path), vae / WEIGHTS if "a file" in kind else vae
+    assert_refused(run("prune", model), message)
+    assert (codebook("inspect", model).exit_code == 1) == (kind in AT_ONCE)
     assert contents(tmp_path) == before
 
 
@@ -453,8 +424,6 @@ BAD_OUTPUTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "the model's weights": (lambda folder: None, f"vae/{WEIGHTS}", "is the model itself"),
     "around the model": (lambda folder: None, ".", "holds the model"),
     "a path without a name": (lambda folder: None, "..", "has no name of its own"),
-    "a pickle": (lambda folder: None, "out.pt", "does not end in .safetensors"),
-    "no folder": (lambda folder: None, "gone/out", "no such folder"),
     "left over, not whole": (lambda folder: partial_path(folder / "out").mkdir(), "out", "codebook.partial is left of"),
     "left over, the old": (lambda folder: (folder / "out.old").mkdir(), "out", "rename it to out, or delete it"),
     "left over, both": (
@@ -517,17 +486,11 @@ def test_an_old_directory_that_cannot_be_deleted_is_named(
     assert_refused(run(*command), "had already written out; delete it")
 
 
-def test_a_directory_is_read_as_its_file_is(vae: Path) -> None:
-    folder, file = read_checkpoint(vae), read_checkpoint(vae / WEIGHTS)
-    assert (folder.path, folder.folder, file.folder) == (vae / WEIGHTS, vae, None)
-    assert folder.entries == file.entries and folder.config == file.config == config_of(vae)
-    (vae / WEIGHTS).rename(vae / "only.safetensors")
-    assert read_checkpoint(vae).path == vae / "only.safetensors"
-    shutil.copy(vae / "only.safetensors", vae / "model.safetensors")
+def test_of_several_weights_those_of_a_librarys_name_are_read(vae: Path) -> None:
+    shutil.copy(vae / WEIGHTS, vae / "a.safetensors")
+    assert read_checkpoint(vae).path == vae / WEIGHTS
+    (vae / WEIGHTS).rename(vae / "model.safetensors")
     assert read_checkpoint(vae).path == vae / "model.safetensors"
-    (vae / "config.json").unlink()
-    with pytest.raises(CodebookError, match=r"has no config\.json"):
-        read_checkpoint(vae)
 
 
 # --- the size of its images ----------------------------------------------------------------------------------------
@@ -540,10 +503,3 @@ def test_a_size_below_half_or_above_twice_the_configs_is_far_from_it(size: int, 
     assert warnings == ([expected] if far else [])
     assert config_of(saved())["sample_size"] == 32  # the library's default says nothing
     assert size_warning(read_checkpoint(saved()), "diffusers-vqmodel", 256) == []
-
-
-def test_a_typed_size_far_from_the_configs_is_warned_of(saved: Save, images_folder: Path) -> None:
-    request = Request(saved(sample_size=64), (str(images_folder),), size=16, input_range=(-1.0, 1.0))
-    assert any("--size 16 is far from 64" in warning for warning in measure_model(request, Watch()).warnings)
-    of_images = measure_model(replace(request, size=None), Watch())
-    assert not any("is far from" in warning for warning in of_images.warnings)
