@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import Run, assert_refused, contents
+from conftest import Run, contents
 
 from codebook_tools.workflows import operate, pipeline
 
@@ -54,50 +54,33 @@ def test_a_file_that_is_not_what_was_meant_is_exit_code_3_and_leaves_nothing(
     assert set(contents(tmp_path)) == {"tiny.safetensors"}
 
 
-def test_our_own_fault_is_exit_code_70_with_the_traceback_to_report(
-    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def faulty(*_: object, **__: object) -> None:
-        raise ZeroDivisionError("a fault of ours")
-
-    monkeypatch.setattr(operate, "write_checkpoint", faulty)
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE, "--json")
-    assert found.exit_code == 70 and found.stdout == ""
-    assert "Traceback" in found.stderr and "a fault of ours" in found.stderr and "please report it" in found.stderr
-    assert set(contents(tmp_path)) == {"tiny.safetensors"}
+LEFT = {"tiny.finetune-k16.training.safetensors"}
+"""For --resume."""
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_a_lack_of_memory_is_the_users_to_mend(
-    error: Exception, tiny: Path, codebook: Run, images_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def greedy(*_: object, **__: object) -> None:
+@pytest.mark.parametrize(
+    ("room", "where", "error", "code", "words", "left"),
+    [
+        (operate, "write_checkpoint", ZeroDivisionError("of ours"), 70, ("Traceback", "of ours", "report it"), LEFT),
+        (operate, "write_checkpoint", MemoryError(), 1, ("out of memory", "a smaller --batch-size or --size"), LEFT),
+        (operate, "write_checkpoint", RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1,
+         ("out of memory", "a smaller --batch-size or --size"), LEFT),
+        (operate, "write_checkpoint", KeyboardInterrupt(), 130, ("interrupted",), LEFT),
+        (pipeline, "finetune", KeyboardInterrupt(), 130, ("interrupted",), set()),
+    ],
+)  # fmt: skip
+def test_our_own_fault_is_exit_code_70_a_lack_of_memory_1_and_an_interruption_130(
+    room: ModuleType, where: str, error: BaseException, code: int, words: tuple[str, ...], left: set[str], tiny: Path,
+    codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def raising(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(operate, "write_checkpoint", greedy)
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE, "--json")
-    assert_refused(found, "out of memory")
-    assert "use a smaller --batch-size or --size" in found.stderr
-
-
-@pytest.mark.parametrize(("room", "where"), [(pipeline, "finetune"), (operate, "write_checkpoint")])
-def test_an_interruption_is_exit_code_130_wherever_it_comes(
-    room: ModuleType,
-    where: str,
-    tiny: Path,
-    codebook: Run,
-    images_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(room, where, interrupted)
-    found = codebook("finetune", tiny, "--steps", 1, "--data", images_folder, *RANGE)
-    assert found.exit_code == 130 and found.stdout == "" and found.stderr.count("\n") == 1
-    unfinished = set() if where == "finetune" else {"tiny.finetune-k16.training.safetensors"}  # for --resume
-    assert set(contents(tmp_path)) - {"tiny.safetensors"} == unfinished
+    monkeypatch.setattr(room, where, raising)
+    outcome = codebook("finetune", tiny, "--steps", 1, "--data", images_folder, *RANGE, "--json")
+    assert (outcome.exit_code, outcome.stdout) == (code, ""), outcome
+    assert all(word in outcome.stderr for word in words) and (code == 70 or outcome.stderr.count("\n") == 1)
+    assert set(contents(tmp_path)) - {"tiny.safetensors"} == left
 
 
 # --- in processes of their own ---------------------------------------------------------------------------------------
@@ -163,11 +146,9 @@ def test_a_signal_during_fine_tuning_ends_with_a_line_and_its_own_code_and_leave
     assert set(contents(tmp_path)) == {"tiny.safetensors"}
 
 
-def test_no_signal_is_lost_and_none_is_a_fault_of_ours() -> None:
-    """Python ignores what is raised while an object is cleared away, and a library makes an error of its own of it, as
-    numpy does where structured arrays are compared."""
-    program = """
+CLEARED = """
 import os, time, typer
+from codebook_cli import app
 from codebook_cli.errors import reported
 
 class Cleared:
@@ -175,12 +156,13 @@ class Cleared:
         os.kill(os.getpid(), number)
         time.sleep(0.001)
 
-def cleared():
+def cleared(*_):
     Cleared()
     for _ in range(400):  # a long sleep would not be interrupted, the signal being another thread's
         time.sleep(0.05)
     print("it went on")
-
+"""
+WITHIN = """
 def another_error():
     try:
         os.kill(os.getpid(), number)
@@ -196,42 +178,33 @@ for number in (2, 15):
         except typer.Exit as end:
             print(end.exit_code)
 """
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=heed_interrupts)
-    assert (done.stdout.split(), done.stderr.count("\n")) == (["130", "130", "143", "143"], 4), done
-
-
-def test_an_interruption_before_a_command_begins_is_not_lost_either() -> None:
-    program = """
-import os, signal, time
-from codebook_cli import app
-
-class Cleared:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.001)
-
-def get_command(*_):
-    Cleared()
-    for _ in range(400):
-        time.sleep(0.05)
-
-app.Commands.get_command = get_command
+BEFORE = """
+number, app.Commands.get_command = 2, cleared
 app.app(["inspect"])
 """
-    command = [sys.executable, "-c", program]
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "codes", "lines"),
+    [(WITHIN, 0, "130 130 143 143", 4), (BEFORE, 130, "", 0)],
+    ids=["within", "before"],
+)
+def test_no_signal_is_lost_and_none_is_a_fault_of_ours(program: str, code: int, codes: str, lines: int) -> None:
+    """Python ignores what is raised while an object is cleared away, and a library makes an error of its own of it, as
+    numpy does where structured arrays are compared."""
+    command = [sys.executable, "-c", CLEARED + program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=heed_interrupts)
-    assert done.returncode == 130 and "Traceback" not in done.stderr, done
+    assert (done.returncode, done.stdout.split(), done.stderr.count("\n")) == (code, codes.split(), lines), done
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("options", [["--json"], pytest.param([], marks=pytest.mark.slow)], ids=["json", "table"])
 def test_a_reader_that_leaves_early_is_no_error(options: list[str], tiny: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    with start("inspect", tiny, *options, stdout=writer, stderr=subprocess.PIPE) as process:
-        os.close(writer)
-        _, said = process.communicate(timeout=120)
-    assert (process.returncode, said) == (0, b"")
+    code, _, said = ended("inspect", tiny, *options, stdout=writer)
+    os.close(writer)
+    assert (code, said) == (0, b"")
 
 
 def closed(*handles: int) -> Callable[[], None]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Grey, Outcome, assert_refused, contents
+from conftest import Outcome, assert_refused, contents
 from diffusers import VQModel
 from diffusers.models.autoencoders.vq_model import VectorQuantizer
 from image_models import BOOK, DEAD, vqmodel
@@ -30,7 +30,6 @@ from codebook_tools.models.sizes import size_warning
 Run = Callable[..., Outcome]
 Save = Callable[..., Path]
 
-FEW_STEPS = ("--steps", "12", "--batch-size", "16")
 RANGE = ("--input-range=-1,1",)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MOVQ = {"norm_type": "spatial"}
@@ -107,17 +106,6 @@ def test_reconstructions_are_those_of_diffusers(config: dict[str, Any], image_te
     assert torch.allclose(by_us(path, image_tensor), by_diffusers(path, image_tensor), atol=1e-5)
 
 
-def test_any_family_can_be_made_anew(tiny: Path, saved: Save, grey: Callable[..., Grey]) -> None:
-    own = grey([0.0, 0.5, 1.0])
-    for path, network in ((tiny, None), (saved(), None), (own.path, own.network)):
-        model = load_model(read_checkpoint(path), network=network)
-        size, loaded = model.books[0].stored.size, model.network.state_dict()
-        first, second = (model.build(model.checkpoint, size).state_dict() for _ in range(2))
-        assert {name: t.shape for name, t in first.items()} == {name: t.shape for name, t in loaded.items()}
-        name = next(name for name, key in model.keys.items() if key == model.books[0].key)
-        assert not torch.equal(first[name], second[name]) and not torch.equal(first[name], loaded[name])
-
-
 def loads_others(monkeypatch: pytest.MonkeyPatch) -> None:
     load = VQModel.from_pretrained
 
@@ -153,8 +141,8 @@ def test_a_result_with_other_codes_than_the_librarys_is_exit_code_3(
 
 
 @pytest.mark.slow
-def test_old_names_of_attention_layers_are_understood_and_kept(
-    vae: Path, written: Callable[..., Path], image_tensor: Tensor
+def test_old_names_of_attention_layers_are_understood_trained_and_kept(
+    vae: Path, run: Run, image_tensor: Tensor
 ) -> None:
     before, state = by_us(vae, image_tensor), load_file(vae / WEIGHTS)
     for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
@@ -162,7 +150,11 @@ def test_old_names_of_attention_layers_are_understood_and_kept(
     assert any(".proj_attn." in key for key in state)
     save_file(state, vae / WEIGHTS, {"format": "pt"})
     assert torch.equal(by_us(vae, image_tensor), before)
-    output = written("finetune", vae, *FEW_STEPS)
+    result = run("finetune", vae, "--steps", "40", "--json").json
+    output, stages = Path(result["outputs"]["model"]), result["stages"]
+    assert result["kept"] == "finetuned" and stages["finetuned"]["mse"] < 0.9 * stages["before"]["mse"]
+    trained = json.loads(read_checkpoint(output).metadata["codebook_tools.trained_tensors"])
+    assert {key.split(".")[0] for key in trained} == {"encoder", "quant_conv", "post_quant_conv", "decoder"}
     assert load_file(output / WEIGHTS).keys() == state.keys()
     assert torch.allclose(by_us(output, image_tensor), by_diffusers(output, image_tensor), atol=1e-5)
 
@@ -187,7 +179,7 @@ COMMANDS = {
     "prune": ("prune",),
     "quantize to few bits": ("quantize", "--bits", "6"),
     "grow": ("grow", "--k", "12"),
-    "frozen": ("finetune", *FEW_STEPS, "--codebook-update", "frozen", "--train", "decoder"),
+    "frozen": ("finetune", "--steps", "12", "--batch-size", "16", "--codebook-update", "frozen", "--train", "decoder"),
 }
 
 
@@ -221,6 +213,7 @@ def test_a_command_writes_a_directory_that_is_measured_as_it_was_reported(
         assert [i for i, to in enumerate(codes) if to == -1] == list(DEAD)
 
 
+@pytest.mark.slow
 def test_it_is_compared_with_a_fresh_network_of_the_librarys_own(
     vae: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,15 +225,6 @@ def test_it_is_compared_with_a_fresh_network_of_the_librarys_own(
     assert Path(outcome.json["outputs"]["rows"]) == Path("vae.v1.compare/rows.json")
     errors = {(row["strategy"], row["k"]): row["stages"]["surgery"]["mse"] for row in outcome.json["rows"]}
     assert errors["refit+fresh-network", 6] != errors["refit", 6]
-
-
-@pytest.mark.slow
-def test_fine_tuning_lowers_the_error_and_trains_both_networks(vae: Path, run: Run) -> None:
-    result = run("finetune", vae, "--steps", "40", "--json").json
-    assert result["kept"] == "finetuned"
-    assert result["stages"]["finetuned"]["mse"] < 0.9 * result["stages"]["before"]["mse"]
-    trained = json.loads(read_checkpoint(Path(result["outputs"]["model"])).metadata["codebook_tools.trained_tensors"])
-    assert {key.split(".")[0] for key in trained} == {"encoder", "quant_conv", "post_quant_conv", "decoder"}
 
 
 FAR = "--size 16 is far from 64"
@@ -284,6 +268,7 @@ def test_a_file_with_a_config_becomes_a_directory_that_diffusers_loads(
         assert written_config(read_checkpoint(path), 16) == path.with_name("one.config.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_asked_for_a_file_its_config_is_written_beside_it_and_found_there_again(
     vae: Path, run: Run, written: Callable[..., Path], codebook: Run, tmp_path: Path
 ) -> None:
@@ -311,6 +296,7 @@ def test_a_config_that_lies_beside_a_file_of_another_family_is_not_looked_at(
 # --- the rest of the directory, and its config ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_lies_beside_the_weights_goes_along_as_it_is_but_for_k(vae: Path, run: Run, tmp_path: Path) -> None:
     odd = json.dumps(config_of(vae) | {"note": "Ünal", "num_vq_embeddings": 16}, indent=7, ensure_ascii=False)
     (vae / "config.json").write_text(odd, encoding="utf-8")
@@ -350,6 +336,7 @@ def test_a_config_of_another_model_goes_along_with_a_warning(
     assert codebook("verify", output, "--against", model).exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_config_or_a_file_that_does_not_belong_to_the_result_is_found_whatever_its_card_says(
     vae: Path, written: Callable[..., Path], codebook: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,40 +437,34 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("failing", ["rename", "fsync"])
-def test_a_failure_on_the_way_leaves_the_old_directory_as_it_was(
-    failing: str, vae: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = ("prune", vae, "-o", tmp_path / "out", "--force")
-    assert run(*command).exit_code == 0
-    before = contents(tmp_path)
-    real = getattr(os, failing)
+def failing(work: Callable[..., Any], message: str, where: str = "") -> Callable[..., Any]:
+    """Does the work but for paths that end in `where`."""
 
     def fail(*arguments: Any) -> Any:
-        if failing == "rename" and not str(arguments[0]).endswith(".partial"):
-            return real(*arguments)
-        raise OSError(28, "No space left on device")
+        if not str(arguments[0]).endswith(where):
+            return work(*arguments)
+        raise OSError(28, message)
 
-    monkeypatch.setattr(os, failing, fail)
-    assert_refused(run(*command), "No space left on device")
-    assert contents(tmp_path) == before
+    return fail
 
 
 @pytest.mark.slow
-def test_an_old_directory_that_cannot_be_deleted_is_named(
+def test_a_failure_on_the_way_leaves_the_old_directory_as_it_was_or_names_it(
     vae: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("prune", vae, "-o", tmp_path / "out", "--force")
     assert run(*command).exit_code == 0
-
-    def rmtree(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(atomic.shutil, "rmtree", rmtree)
-    assert_refused(run(*command), "out.old, which it replaced, cannot be deleted")
-    assert VQModel.from_pretrained(tmp_path / "out").config.num_vq_embeddings == 10
-    assert_refused(run(*command), "had already written out; delete it")
+    before = contents(tmp_path)
+    for work, where in ((os.fsync, ""), (os.rename, ".partial")):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, work.__name__, failing(work, "No space left on device", where))
+            assert_refused(run(*command), "No space left on device")
+        assert contents(tmp_path) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.shutil, "rmtree", failing(shutil.rmtree, "Permission denied"))
+        assert_refused(run(*command), "out.old, which it replaced, cannot be deleted")
+        assert VQModel.from_pretrained(tmp_path / "out").config.num_vq_embeddings == 10
+        assert_refused(run(*command), "had already written out; delete it")
 
 
 def test_of_several_weights_those_of_a_librarys_name_are_read(vae: Path) -> None:

@@ -153,8 +153,8 @@ def run(program: str, allowed: str, *arguments: str, **environment: str) -> str:
 
 
 COMMANDS = (
-    *("inspect", "measure", "refit", "prune", "quantize", "restart"),
-    *("grow", "finetune", "compare", "diagnose", "verify", "remap"),
+    *("inspect", "measure", "refit", "prune", "quantize", "restart", "grow", "condense", "finetune", "compare"),
+    *("diagnose", "verify", "remap"),
 )
 
 
@@ -170,6 +170,7 @@ for arguments in ([], ["--help"], *([name, "--help"] for name in sys.argv[2:])):
     printed = run(program, "", *COMMANDS)
     assert printed.splitlines()[-1] == "HEAVY []"
     assert printed.count("Usage:") == 2 + len(COMMANDS)
+    assert all(f"codebook {name} model" in printed for name in COMMANDS if name != "remap"), "each shows an example"
 
 
 @pytest.mark.parametrize(
