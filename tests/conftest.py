@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
@@ -16,8 +15,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, by torch and scikit-
 import numpy as np
 import pytest
 import torch
+from drawing import saved
 from hypothesis import settings
 from PIL import Image
+from points import DEAD as DEAD
+from points import with_dead_codes
 from safetensors.torch import save_file
 from sources_of_images import Images
 from torch import Tensor
@@ -39,19 +41,12 @@ settings.load_profile("tests")
 State = dict[str, Tensor]
 WriteModel = Callable[..., Path]
 
-DEAD = (1, 4, 5, 9, 12, 15)
-"""Codes of the tiny model that lie far from every latent."""
-
 
 def _pictures(seed: int, count: int, side: int = 16) -> list[bytes]:
     """PNGs of smooth colour gradients: 4x4 random colours, enlarged."""
     rng = np.random.default_rng(seed)
-    pictures = []
-    for coarse in rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8):
-        file = io.BytesIO()
-        Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(file, "PNG")
-        pictures.append(file.getvalue())
-    return pictures
+    coarse = map(Image.fromarray, rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8))
+    return [saved(picture.resize((side, side), Image.Resampling.BICUBIC), "PNG") for picture in coarse]
 
 
 @pytest.fixture(scope="session")
@@ -100,12 +95,7 @@ def variants(image_tensor: Tensor) -> dict[str, State]:
         network = make(codebook_size=16, hidden=8, residual=4, dim=4).eval()
     with torch.no_grad():
         latents = network.encode(image_tensor * 2 - 1).movedim(1, -1).flatten(0, -2)
-    alive = [i for i in range(16) if i not in DEAD]
-    chosen = [0]
-    while len(chosen) < len(alive):  # farthest-point seeds, so that each code in use has latents of its own
-        chosen.append(int(torch.cdist(latents, latents[chosen]).min(1).values.argmax()))
-    codes = torch.full((16, 4), 50.0) + torch.arange(16)[:, None]
-    codes[alive] = latents[chosen]
+    codes = with_dead_codes(latents)
     plain = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()} | {CODEBOOK: codes}
 
     weights = [name for name, tensor in plain.items() if tensor.ndim == 4]

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from sources_of_images import find_images
 from torch import Tensor
-from tutorial import Tutorial
+from tutorial_networks import Tutorial
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.write import index_map_path, tensor_bytes

@@ -15,7 +15,8 @@ import torch
 from conftest import Outcome, assert_refused, contents
 from diffusers import VQModel
 from diffusers.models.autoencoders.vq_model import VectorQuantizer
-from image_models import BOOK, DEAD, vqmodel
+from image_models import BOOK, vqmodel
+from points import DEAD
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

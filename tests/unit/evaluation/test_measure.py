@@ -11,7 +11,7 @@ import torch
 from conftest import State
 from sources_of_images import Images, find_images
 from torch import Tensor, nn
-from tutorial import Tutorial
+from tutorial_networks import Tutorial
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError, NotFiniteError
