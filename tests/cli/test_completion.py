@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
 from codebook_cli.completion import ROWS, devices, families, rows
 
 from codebook_tools.models.registry import FAMILIES
@@ -16,18 +15,9 @@ def test_the_rows_are_those_of_a_comparison() -> None:
     assert (*ENTRIES, *MORE_ENTRIES) == ROWS
 
 
-@pytest.mark.parametrize(
-    ("typed", "found"),
-    [
-        ("pru", ["prune"]),
-        ("prune,ran", ["prune,random"]),
-        ("prune,pru", []),
-        ("refit+t", ["refit+textbook"]),
-        ("nothing", []),
-    ],
-)
-def test_the_last_row_of_several_is_completed(typed: str, found: list[str]) -> None:
-    assert rows(typed) == found
+def test_the_last_row_of_several_is_completed() -> None:
+    assert (rows("pru"), rows("prune,ran"), rows("refit+t")) == (["prune"], ["prune,random"], ["refit+textbook"])
+    assert rows("prune,pru") == rows("nothing") == []
 
 
 def test_all_families_are_known_and_no_key_waits_for_torch() -> None:

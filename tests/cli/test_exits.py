@@ -106,10 +106,7 @@ def ended(*arguments: object, **more: Any) -> tuple[int, bytes, bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "word"),
-    [
-        pytest.param(signal.SIGINT, 130, b"interrupted", marks=pytest.mark.slow),
-        (signal.SIGTERM, 143, b"terminated"),
-    ],
+    [pytest.param(signal.SIGINT, 130, b"interrupted", marks=pytest.mark.slow), (signal.SIGTERM, 143, b"terminated")],
 )
 def test_a_signal_during_fine_tuning_ends_with_a_line_and_its_own_code_and_leaves_nothing(
     number: signal.Signals, code: int, word: bytes, tiny: Path, images_folder: Path, tmp_path: Path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -169,28 +168,18 @@ def test_the_library_of_a_codec_computes_what_is_reported(
         assert 0 <= int(counts.sum()) - latents < (operation.size or filled)
 
 
-@pytest.fixture
-def idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No model is run."""
-
-    def run(*_: object) -> None:
-        raise AssertionError("the model was run")
-
-    monkeypatch.setattr(Model, "run", run)
-    monkeypatch.setattr(Model, "encode", run)
-
-
 TWELVE = {"prune": Prune(keep=12), "refit": Refit(k=12), "quantize": Quantize(k=12), "grow": Grow(k=12)}
 
 
-@pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize(
     ("name", "command"),
     [*(("dac", command) for command in (*TWELVE, "compare")), ("encodec", "refit"), ("mimi", "refit")],
 )
 def test_a_size_that_the_config_does_not_take_is_refused_before_any_work(
-    name: str, command: str, request_for: Callable[..., Request], tmp_path: Path
+    name: str, command: str, request_for: Callable[..., Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for work in ("run", "encode"):
+        monkeypatch.setattr(Model, work, lambda *_: pytest.fail("the model was run"))
     request, steps = request_for(name), FineTune(steps=0)
     run = {
         "compare": lambda: compare(request, 12, ["refit"], steps, seeds=1, folder=tmp_path / "rows", watch=Watch())
@@ -229,21 +218,6 @@ def test_of_several_stages_one_may_be_chosen_and_all_stay_of_one_size(
         assert torch.equal(after[other][K:], before[other][:1].expand(size - K, -1))
     assert len(after[key].unique(dim=0)) == k
     assert any("dead codes fill them up" in warning for warning in done.warnings)
-
-
-@pytest.mark.usefixtures("idle")
-@pytest.mark.parametrize(
-    ("name", "size", "message"), [("mimi", 32, "codebook_size=32, but quantizer"), ("encodec", 12, "codebook_size")]
-)
-def test_a_config_that_is_not_the_weights_is_refused(
-    name: str, size: int, message: str, request_for: Callable[..., Request], tmp_path: Path
-) -> None:
-    request = request_for(name)
-    config = request.source / "config.json"
-    config.write_text(config.read_text().replace('"codebook_size": 16', f'"codebook_size": {size}'))
-    with pytest.raises(CodebookError, match=re.escape(message)) as caught:
-        operate("prune", request, Prune(), FineTune(steps=0), Watch())
-    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_sound_beyond_full_scale_is_warned_of_by_its_share_and_peak(

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from families import State
-from image_models import assert_loads_whole
 from library_models import OF_LIBRARIES
 from round_trips import (
     NO_STEPS,
     OPERATIONS,
     Operation,
     assert_averages_follow,
+    assert_loads_whole,
     assert_only_these_differ,
     assert_same_indices,
     operated,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from families import loaded
+from round_trips import assert_loads_whole
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -137,7 +138,7 @@ def by_library(case: Case, path: Path, sound: Tensor) -> tuple[Tensor, Tensor]:
     """The same, at the highest bandwidth, of the library's own forward, which must have found its every weight."""
     cls: Any = getattr(transformers, f"{case.name}Model")
     model, told = cls.from_pretrained(path, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert_loads_whole(told)
     rates = getattr(model.config, "target_bandwidths", None)
     with torch.no_grad():
         made = model.eval()(sound, **({"bandwidth": rates[-1]} if rates else {}))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from conftest import State
 from points import looked_up, with_dead_codes
-from round_trips import assert_averages_follow
+from round_trips import assert_averages_follow, assert_loads_whole
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -43,11 +43,6 @@ def write(state: State, path: Path) -> Path:
     contiguous = {key: tensor.clone().contiguous() for key, tensor in state.items()}
     save_file(contiguous, path, {"format": "pt", "note": "by others"})
     return path
-
-
-def assert_loads_whole(info: dict[str, Any]) -> None:
-    """The library misses nothing in the file, and ignores nothing of it."""
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
 
 
 # --- libraries -------------------------------------------------------------------------------------------------------
