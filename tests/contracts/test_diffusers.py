@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, assert_refused, contents
+from conftest import Run, assert_refused, contents
 from diffusers import VQModel
 from diffusers.models.autoencoders.vq_model import VectorQuantizer
 from image_models import BOOK, vqmodel
@@ -26,7 +26,6 @@ from codebook_tools.models.load import load_model
 from codebook_tools.models.output import written_config
 from codebook_tools.models.sizes import size_warning
 
-Run = Callable[..., Outcome]
 Save = Callable[..., Path]
 
 RANGE = ("--input-range=-1,1",)

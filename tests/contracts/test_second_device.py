@@ -17,7 +17,7 @@ import pytest
 import soundfile
 from audio_codecs import CASES as AUDIO_CASES
 from audio_codecs import save as save_codec
-from conftest import Outcome, State
+from conftest import Run, State
 from image_models import CASES as IMAGE_CASES
 from places import SUPPORT
 from proven_networks import NETWORKS, write_images, write_network
@@ -27,7 +27,6 @@ from tutorial_networks import two_levels as of_two_levels
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="torch before 2.9 has no devices in Python")
 
-Run = Callable[..., Outcome]
 Jobs = Mapping[str, Sequence[str]]
 """By name: which of the jobs of on_second_device.py, and its words."""
 

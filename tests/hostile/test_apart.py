@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from codebook_cli.app import app
-from conftest import Outcome, assert_refused, contents
+from conftest import Run, assert_refused, contents
 from typer.testing import CliRunner
 
 from codebook_tools.checkpoints.layout import partial_path
@@ -17,7 +16,6 @@ from codebook_tools.models.demo import DEMO
 
 pytestmark = pytest.mark.hostile
 
-Run = Callable[..., Outcome]
 READ = "is read here, so it is never overwritten"
 
 

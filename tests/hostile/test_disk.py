@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Outcome, assert_refused, contents
+from conftest import Run, assert_refused, contents
 
 from codebook_tools.checkpoints.write import check_writable
 from codebook_tools.models.demo import DEMO
@@ -20,7 +20,6 @@ from codebook_tools.workflows import operate
 
 pytestmark = pytest.mark.hostile
 
-Run = Callable[..., Outcome]
 Mount = Callable[[str], Path]
 QUICK = ("--limit", "20", "--steps", "0", "--quiet")
 
@@ -44,33 +43,27 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
         subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "prune --steps 0 --output DISK/o.safetensors",
-        "prune --steps 0 --output elsewhere.safetensors --report DISK/o.html",
-        "finetune --steps 12 --output DISK/o.safetensors",
-        "measure --stats DISK/o.stats",
-        "map --method pca --report DISK/o.html",
-    ],
+FULL = (
+    "prune --steps 0 --output DISK/o.safetensors",
+    "prune --steps 0 --output elsewhere.safetensors --report DISK/o.html",
+    "finetune --steps 12 --output DISK/o.safetensors",
+    "measure --stats DISK/o.stats",
+    "map --method pca --report DISK/o.html",
 )
-def test_a_full_disk_is_told_and_nothing_stays(
-    command: str, codebook: Run, mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+MESSAGES = {"size=64k": "No space left on device", "ro,size=1m": "Read-only file system"}
+
+
+@pytest.mark.parametrize(
+    ("disk", "command"), [*(("size=64k", command) for command in FULL), *(("ro,size=1m", FULL[i]) for i in (0, 3))]
+)
+def test_a_disk_that_is_full_or_read_only_is_told_and_nothing_stays(
+    disk: str, command: str, codebook: Run, mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    disk = mount("size=64k")
-    words = command.replace("DISK", str(disk)).split()
-    assert_refused(codebook(*words, "--limit", 20, "--quiet"), "No space left on device")
-    assert contents(disk) == {}
-
-
-def test_a_read_only_disk_is_told_before_any_work(codebook: Run, mount: Mount) -> None:
-    disk = mount("ro,size=1m")
-    for command in (
-        ("prune", "--steps", 0, "--output", disk / "o.safetensors"),
-        ("measure", "--stats", disk / "o.stats"),
-    ):
-        assert_refused(codebook(*command, "--limit", 20, "--quiet"), "Read-only file system")
+    place = mount(disk)
+    words = command.replace("DISK", str(place)).split()
+    assert_refused(codebook(*words, "--limit", 20, "--quiet"), MESSAGES[disk])
+    assert contents(place) == {}
 
 
 def test_an_input_that_changes_on_the_way_is_told(
