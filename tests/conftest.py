@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, by torch and scikit-
 import numpy as np
 import pytest
 import torch
-from drawing import saved
+from drawing import put_bytes, saved
 from hypothesis import settings
 from PIL import Image
 from points import DEAD as DEAD
@@ -54,9 +54,7 @@ def images_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 images of 16x16 in two subfolders; by name 4 are test and 6 validation."""
     folder = tmp_path_factory.mktemp("images")
     for i, picture in enumerate(_pictures(0, 60)):
-        path = folder / "ab"[i % 2] / f"{i:03d}.png"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(picture)
+        put_bytes(folder / "ab"[i % 2] / f"{i:03d}.png", picture)
     return folder
 
 
@@ -65,7 +63,7 @@ def held_out_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 other images of 16x16."""
     folder = tmp_path_factory.mktemp("held_out")
     for i, picture in enumerate(_pictures(1, 12)):
-        (folder / f"{i:03d}.png").write_bytes(picture)
+        put_bytes(folder / f"{i:03d}.png", picture)
     return folder
 
 
@@ -152,7 +150,7 @@ class Outcome:
         return json.loads(self.stdout)
 
 
-Run = Callable[..., Outcome]
+Run, Patch = Callable[..., Outcome], pytest.MonkeyPatch
 
 
 @pytest.fixture
@@ -161,10 +159,16 @@ def codebook() -> Run:
     from codebook_cli.app import app
 
     def run(*arguments: object) -> Outcome:
-        found = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        return Outcome(found.exit_code, found.stdout, found.stderr)
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return Outcome(done.exit_code, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def on_tiny(codebook: Run, tiny: Path, images_folder: Path) -> Run:
+    """on_tiny("prune", "--json"): a command on the tiny model and its images."""
+    return lambda name, *words: codebook(name, tiny, "--data", images_folder, "--input-range", "-1.0, 1", *words)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -219,8 +223,11 @@ class Grey:
     network: str
 
 
+MakeGrey = Callable[..., Grey]
+
+
 @pytest.fixture
-def grey(tmp_path: Path) -> Callable[..., Grey]:
+def grey(tmp_path: Path) -> MakeGrey:
     """grey([0.0, 0.5, 1.0]): codes (0, 0), (0.5, 0), (1, 0). dtype: of all tensors. more: other tensors."""
 
     def write(firsts: list[float], dtype: torch.dtype = torch.float32, more: State | None = None) -> Grey:
@@ -238,7 +245,7 @@ def grey(tmp_path: Path) -> Callable[..., Grey]:
 
 
 @pytest.fixture
-def line(grey: Callable[..., Grey]) -> Callable[..., Model]:
+def line(grey: MakeGrey) -> Callable[..., Model]:
     """line([0.0, 1.0]): the model whose latents are the pixels, at input range [0, 1]."""
 
     def make(firsts: list[float], more: State | None = None) -> Model:

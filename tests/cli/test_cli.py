@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Grey, Outcome, Run, State, WriteModel, assert_refused, contents
+from conftest import MakeGrey, Outcome, Patch, Run, State, WriteModel, assert_refused, contents
 from safetensors.torch import load_file
 
 from codebook_tools.checkpoints.read import Checkpoint
@@ -46,14 +46,9 @@ def assert_promised(result: dict[str, Any], stages: set[str]) -> None:
     assert isinstance(result["warnings"], list) and isinstance(result["settings"], dict)
 
 
-# --- one JSON object on stdout, nothing else there -----------------------------------------------------------------
-
-
-def test_measure_fills_before_alone_and_writes_nothing(
-    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path
-) -> None:
+def test_measure_fills_before_alone_and_writes_nothing(tiny: Path, codebook: Run, on_tiny: Run, tmp_path: Path) -> None:
     before = contents(tmp_path)
-    found = codebook("measure", tiny, "--data", images_folder, *RANGE, "--json")
+    found = on_tiny("measure", "--json")
     assert (found.exit_code, found.stderr) == (0, "")
     assert_promised(found.json, {"before"})
     assert found.json["kept"] is None and found.json["trace"] == []
@@ -76,11 +71,10 @@ def test_measure_fills_before_alone_and_writes_nothing(
     ],
 )
 def test_an_operation_gives_the_promised_json_and_writes_beside_the_model(
-    arguments: str, stages: set[str], kept: str, name: str, tiny: Path, codebook: Run, images_folder: Path,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    arguments: str, stages: set[str], kept: str, name: str, tiny: Path, codebook: Run, on_tiny: Run, tmp_path: Path
+) -> None:
     command, *options = arguments.split()
-    found = codebook(command, tiny, *options, "--data", images_folder, *RANGE, "--batch-size", 16, "--json")
+    found = on_tiny(command, *options, "--batch-size", 16, "--json")
     assert found.exit_code == 0
     assert_promised(found.json, stages)
     assert (found.json["command"], found.json["kept"]) == (command, kept)
@@ -104,13 +98,11 @@ def test_an_operation_gives_the_promised_json_and_writes_beside_the_model(
     assert table.exit_code == 3 and "__metadata__" in table.stdout and "damaged" in table.stdout
 
 
-def test_settings_say_what_was_asked_and_found_out(
-    tiny: Path, codebook: Run, images_folder: Path, held_out_folder: Path
-) -> None:
-    found = codebook(
-        "refit", tiny, "--k", 5, "--init", "used", "--iterations", 7, "--steps", 2, "--train", "decoder",
+def test_settings_say_what_was_asked_and_found_out(on_tiny: Run, images_folder: Path, held_out_folder: Path) -> None:
+    found = on_tiny(
+        "refit", "--k", 5, "--init", "used", "--iterations", 7, "--steps", 2, "--train", "decoder",
         "--codebook-update", "gradient", "--loss", "l1", "--lr", "0.002", "--batch-size", 9, "--seed", 3,
-        "--data", images_folder, "--test-data", held_out_folder, *RANGE, "--json",
+        "--test-data", held_out_folder, "--json",
     ).json  # fmt: skip
     assert found["seed"] == 3
     assert found["settings"] == {
@@ -125,9 +117,7 @@ def test_settings_say_what_was_asked_and_found_out(
     }  # fmt: skip
 
 
-def test_warnings_are_in_the_json_and_on_stderr_unless_quiet(
-    write_model: WriteModel, codebook: Run, images_folder: Path
-) -> None:
+def test_warnings_are_told_unless_quiet(write_model: WriteModel, codebook: Run, images_folder: Path) -> None:
     asked = ("measure", write_model("extra"), "--data", images_folder, *RANGE, "--json")
     found = codebook(*asked)
     (warning,) = found.json["warnings"]
@@ -136,9 +126,7 @@ def test_warnings_are_in_the_json_and_on_stderr_unless_quiet(
     assert quiet.stderr == "" and quiet.json["warnings"] == [warning]
 
 
-def test_inspect_gives_the_promised_json_without_making_a_tensor(
-    write_model: WriteModel, codebook: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inspect_gives_its_json_and_makes_no_tensor(write_model: WriteModel, codebook: Run, monkeypatch: Patch) -> None:
     model = write_model("ema")
     for name in ("tensor", "tensors"):
         monkeypatch.setattr(Checkpoint, name, None)
@@ -173,29 +161,21 @@ def test_inspect_lists_what_depends_on_k_elsewhere_and_says_why_there_is_no_code
     assert "no codebook: " in codebook("inspect", write_model(state=kl)).stdout
 
 
-def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
-    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path
-) -> None:
-    before = contents(tmp_path)
-    asked = ("refit", tiny, "--k", 6, "--data", images_folder, *RANGE, "--dry-run")
-    found = codebook(*asked, "--json")
+def test_a_dry_run_says_what_would_be_written_and_writes_nothing(tiny: Path, on_tiny: Run, tmp_path: Path) -> None:
+    before, asked = contents(tmp_path), ("refit", "--k", 6, "--dry-run")
+    found = on_tiny(*asked, "--json")
     assert found.exit_code == 0 and found.json["dry_run"] is True
     assert found.json["outputs"]["model"] == str(tmp_path / "tiny.refit-k6.safetensors")
-    assert found.json["size"] == {"before": 16, "after": 6}
+    assert found.json["size"] == {"before": 16, "after": 6} and found.json["seconds"]["estimate"] > 0
     assert found.json["bytes"]["after"] < found.json["bytes"]["before"] == tiny.stat().st_size
-    assert found.json["seconds"]["estimate"] > 0
-    table = codebook(*asked).stdout
+    table = on_tiny(*asked).stdout
     assert "16 -> 6" in table and "tiny.refit-k6.safetensors" in table and "Nothing was written." in table
     assert contents(tmp_path) == before
 
 
-# --- tables for people ---------------------------------------------------------------------------------------------
-
-
-def test_a_result_is_shown_as_a_table_with_its_figures(tiny: Path, codebook: Run, images_folder: Path) -> None:
-    asked = ("refit", tiny, "--k", 6, "--steps", 3, "--batch-size", 16, "--data", images_folder, *RANGE, "--force")
-    figures = codebook(*asked, "--json").json
-    shown = codebook(*asked, "--verbose").stdout
+def test_a_result_is_shown_as_a_table_with_its_figures(on_tiny: Run) -> None:
+    asked = ("refit", "--k", 6, "--steps", 3, "--batch-size", 16, "--force")
+    figures, shown = on_tiny(*asked, "--json").json, on_tiny(*asked, "--verbose").stdout
     assert max(map(len, shown.splitlines())) < 400  # a pipe has no width: nothing is cut, nor padded
     for stage in figures["stages"].values():
         use = stage["codebooks"][0]
@@ -205,13 +185,8 @@ def test_a_result_is_shown_as_a_table_with_its_figures(tiny: Path, codebook: Run
     assert "validation mse" in shown and "codebook_update" in shown and "encode" in shown
 
 
-# --- the bundled demo ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
-def test_the_demo_is_pruned_without_a_model_into_the_current_folder(
-    codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_demo_is_pruned_into_the_current_folder(codebook: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     found = codebook("prune", "--threshold", 0, "--limit", 100, "--json")
     assert found.exit_code == 0 and found.stderr == ""  # nothing to warn of: the sample is the demo's own
@@ -221,9 +196,6 @@ def test_the_demo_is_pruned_without_a_model_into_the_current_folder(
     assert codebook("verify", f"demo.prune-k{size}.safetensors").exit_code == 0
     assert codebook("inspect", "--json").json["codebooks"][0]["size"] == 512
     assert DEMO.stat().st_size <= 2_000_000
-
-
-# --- data ----------------------------------------------------------------------------------------------------------
 
 
 def test_test_data_are_measured_whole_and_a_limit_holds_for_each_side(
@@ -237,17 +209,22 @@ def test_test_data_are_measured_whole_and_a_limit_holds_for_each_side(
     found = codebook("measure", tiny, "--test-data", held_out_folder, *RANGE, "--json").json
     assert found["settings"]["images"] == {"train": 0, "validation": 0, "test": 12}
     assert found["settings"]["data"] == []
+    options = ("--k", 6, "--steps", 0, "--test-data", held_out_folder, "--limit", 60)
+    found = codebook("refit", tiny, *options, *RANGE, "--json").json  # calibrated on the sample
+    split = found["settings"]["images"]
+    assert (split["train"] + split["validation"], split["test"]) == (60, 12)
+    assert any("no --data" in warning for warning in found["warnings"])
 
 
-def test_running_options_are_taken_and_told(tiny: Path, codebook: Run, images_folder: Path) -> None:
-    asked = ("measure", tiny, "--batch-size", 16, "--data", images_folder, *RANGE, "--json")
+def test_running_options_are_taken_and_told(on_tiny: Run) -> None:
+    asked = ("measure", "--batch-size", 16, "--json")
     try:
-        found = codebook(*asked, "--precision", "bf16", "--device", "auto", "--deterministic")
+        found = on_tiny(*asked, "--precision", "bf16", "--device", "auto", "--deterministic")
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
     assert found.exit_code == 0 and found.json["settings"]["precision"] == "bf16"
-    exact = codebook(*asked).json["stages"]["before"]
+    exact = on_tiny(*asked).json["stages"]["before"]
     assert found.json["stages"]["before"]["mse"] == pytest.approx(exact["mse"], rel=0.05)
     assert found.json["stages"]["before"]["mse"] != exact["mse"]
 
@@ -256,7 +233,7 @@ MeasureGrey = Callable[..., Outcome]
 
 
 @pytest.fixture
-def measure_grey(grey: Callable[..., Grey], codebook: Run, tmp_path: Path) -> MeasureGrey:
+def measure_grey(grey: MakeGrey, codebook: Run, tmp_path: Path) -> MeasureGrey:
     """measure_grey(codes, data, *options, test=None): of a network of the user's own, on arrays of images."""
 
     def measure(codes: list[float], data: Any, *options: str, test: Any = None, command: str = "measure") -> Outcome:
@@ -283,9 +260,7 @@ def test_a_network_of_the_users_own_is_measured_and_operated_on(measure_grey: Me
     assert measure_grey(codes, images, command="prune").json["stages"]["surgery"]["codebooks"][0]["size"] == 16
 
 
-def test_colours_for_a_grey_network_are_refused_until_it_is_said_what_becomes_of_them(
-    measure_grey: MeasureGrey,
-) -> None:
+def test_colours_for_a_grey_network_are_refused_until_one_says_how(measure_grey: MeasureGrey) -> None:
     """Pixels of red 1.0 and of green and blue 0.2: a luma of 0.299 + 0.701 x 0.2 = 0.4392, and a first channel of 1."""
     colours = np.full((40, 4, 4, 3), 0.2, dtype=np.float32)
     colours[..., 0] = 1.0
@@ -323,20 +298,7 @@ def test_the_input_range_is_the_calibration_images_choice(measure_grey: MeasureG
     assert measure_grey(codes, grey, test=black).json["settings"]["input_range"] == [-1.0, 1.0]
 
 
-def test_an_operation_on_test_data_alone_is_calibrated_on_the_sample(
-    tiny: Path, codebook: Run, held_out_folder: Path
-) -> None:
-    given = ("--k", 6, "--steps", 0, "--test-data", held_out_folder, "--limit", 60)
-    found = codebook("refit", tiny, *given, *RANGE, "--json")
-    assert found.exit_code == 0
-    assert found.json["settings"]["images"]["test"] == 12
-    assert found.json["settings"]["images"]["train"] + found.json["settings"]["images"]["validation"] == 60
-    assert any("no --data" in warning for warning in found.json["warnings"])
-
-
-def test_a_log_shows_life_and_quiet_does_not(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_shows_life_and_quiet_does_not(monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
     from codebook_cli import output
 
     monkeypatch.setattr(output, "SECONDS_A_LINE", -1)

@@ -14,8 +14,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import Run, contents
+from conftest import Patch, Run, contents
 
+from codebook_tools.errors import VerificationError
 from codebook_tools.workflows import operate, pipeline
 
 RANGE = ("--input-range", "-1,1")
@@ -32,26 +33,11 @@ RANGE = ("--input-range", "-1,1")
         "no-such-command",
     ],
 )
-def test_wrong_usage_is_exit_code_2(
-    arguments: str, codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_usage_is_exit_code_2(arguments: str, codebook: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     found = codebook(*arguments.split())
     assert found.exit_code == 2 and found.stdout == "" and "Usage:" in found.stderr
     assert contents(tmp_path) == {}
-
-
-def test_a_file_that_is_not_what_was_meant_is_exit_code_3_and_leaves_nothing(
-    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fsync(handle: int) -> None:
-        os.lseek(handle, -1, os.SEEK_END)
-        os.write(handle, b"\x7f")
-
-    monkeypatch.setattr(os, "fsync", fsync)  # a disk that damages the last byte
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE)
-    assert found.exit_code == 3 and "is not what was written" in found.stderr
-    assert set(contents(tmp_path)) == {"tiny.safetensors"}
 
 
 LEFT = {"tiny.finetune-k16.training.safetensors"}
@@ -65,19 +51,20 @@ LEFT = {"tiny.finetune-k16.training.safetensors"}
         (operate, "write_checkpoint", MemoryError(), 1, ("out of memory", "a smaller --batch-size or --size"), LEFT),
         (operate, "write_checkpoint", RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1,
          ("out of memory", "a smaller --batch-size or --size"), LEFT),
+        (operate, "write_checkpoint", VerificationError("it is another"), 3, ("error: it is another",), LEFT),
         (operate, "write_checkpoint", KeyboardInterrupt(), 130, ("interrupted",), LEFT),
         (pipeline, "finetune", KeyboardInterrupt(), 130, ("interrupted",), set()),
     ],
 )  # fmt: skip
-def test_our_own_fault_is_exit_code_70_a_lack_of_memory_1_and_an_interruption_130(
-    room: ModuleType, where: str, error: BaseException, code: int, words: tuple[str, ...], left: set[str], tiny: Path,
-    codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_what_goes_wrong_has_an_exit_code_of_its_kind(
+    room: ModuleType, where: str, error: BaseException, code: int, words: tuple[str, ...], left: set[str],
+    on_tiny: Run, tmp_path: Path, monkeypatch: Patch,
 ) -> None:  # fmt: skip
     def raising(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(room, where, raising)
-    outcome = codebook("finetune", tiny, "--steps", 1, "--data", images_folder, *RANGE, "--json")
+    outcome = on_tiny("finetune", "--steps", 1, "--json")
     assert (outcome.exit_code, outcome.stdout) == (code, ""), outcome
     assert all(word in outcome.stderr for word in words) and (code == 70 or outcome.stderr.count("\n") == 1)
     assert set(contents(tmp_path)) - {"tiny.safetensors"} == left

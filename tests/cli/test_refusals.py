@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import GREY, KEY, Grey, Run, State, WriteModel, assert_refused, contents, save_map
+from conftest import GREY, KEY, MakeGrey, Patch, Run, State, WriteModel, assert_refused, contents, save_map
 from safetensors.torch import load_file, save_file
 
 from codebook_tools.checkpoints import write
 from codebook_tools.models.demo import DEMO
 from codebook_tools.models.families.zalando import CODEBOOK
 
-RANGE = ("--input-range", "-1,1")
 
-
-def test_a_file_that_is_no_checkpoint_is_refused_by_every_command(
-    codebook: Run, images_folder: Path, tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_checkpoint_is_refused(codebook: Run, images_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(DEMO.read_bytes()[:-1000])
     before = contents(tmp_path)
@@ -51,9 +46,7 @@ PIPED: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("what", PIPED)
-def test_a_pipe_is_refused_and_not_waited_for(
-    what: str, tiny: Path, codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pipe_is_not_waited_for(what: str, tiny: Path, codebook: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     piped = next(word for word in PIPED[what] if word.startswith("pipe"))
     np.save("tokens.npy", np.zeros(3, np.int16))
@@ -89,9 +82,7 @@ def test_a_checkpoint_that_cannot_be_worked_on_is_refused(
     assert codebook("inspect", model).exit_code == 0  # it always lists
 
 
-def test_a_low_confidence_codebook_is_operated_on_only_when_it_is_named(
-    grey: Callable[..., Grey], codebook: Run, tmp_path: Path
-) -> None:
+def test_what_may_be_a_codebook_is_worked_on_when_named(grey: MakeGrey, codebook: Run, tmp_path: Path) -> None:
     state = load_file(grey([i / 15 for i in range(16)]).path)
     state["emb.weight"] = state.pop(KEY)
     save_file(state, tmp_path / "low.safetensors")
@@ -118,13 +109,10 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_OPTIONS)
-def test_a_value_that_cannot_be_is_refused_with_its_limit(
-    kind: str, tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path
-) -> None:
-    (command, *options), message = BAD_OPTIONS[kind]
-    before = contents(tmp_path)
-    assert_refused(codebook(command, tiny, "--data", images_folder, *RANGE, *options, "--json"), message)
-    assert contents(tmp_path) == before
+def test_a_value_that_cannot_be_is_refused_with_its_limit(kind: str, on_tiny: Run, tmp_path: Path) -> None:
+    words, message = BAD_OPTIONS[kind]
+    assert_refused(on_tiny(*words, "--json"), message)
+    assert [*contents(tmp_path)] == ["tiny.safetensors"]
 
 
 NETWORKS = {
@@ -134,9 +122,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_a_network_that_does_not_do_is_refused_with_the_reason(
-    kind: str, grey: Callable[..., Grey], codebook: Run, tmp_path: Path
-) -> None:
+def test_a_network_that_does_not_do_is_refused(kind: str, grey: MakeGrey, codebook: Run, tmp_path: Path) -> None:
     source, message = NETWORKS[kind]
     made = grey([0.0, 0.5, 1.0])
     (tmp_path / "own.py").write_text(source)
@@ -152,7 +138,7 @@ def test_a_network_that_does_not_do_is_refused_with_the_reason(
     [("gone/out.safetensors", "no such folder: "), ("out.pt", "does not end in .safetensors"), ("out.safetensors", "")],
 )
 def test_an_output_that_cannot_be_written_is_refused_before_the_data_that_are_missing_too(
-    output: str, message: str, tiny: Path, codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    output: str, message: str, tiny: Path, codebook: Run, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     def refuse(**_: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
@@ -164,9 +150,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_data_that_are_mi
     assert contents(tmp_path) == before
 
 
-def test_the_model_itself_is_never_overwritten(tiny: Path, codebook: Run, images_folder: Path) -> None:
+def test_the_model_itself_is_never_overwritten(tiny: Path, on_tiny: Run) -> None:
     before = tiny.read_bytes()
     for output in (tiny, tiny.parent / ".." / tiny.parent.name / tiny.name):
-        refused = codebook("prune", tiny, "--data", images_folder, *RANGE, "-o", output, "--force")
-        assert_refused(refused, "is the model itself")
+        assert_refused(on_tiny("prune", "-o", output, "--force"), "is the model itself")
     assert tiny.read_bytes() == before

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, assert_refused, contents
+from conftest import Patch, Run, assert_refused, contents
 from diffusers import VQModel
 from diffusers.models.autoencoders.vq_model import VectorQuantizer
 from image_models import BOOK, vqmodel
@@ -87,16 +87,13 @@ def edit(folder: Path, **entries: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config_of(folder) | entries))
 
 
-# --- what the network computes -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("config", [{"lookup_from_codebook": True}, {"latent_channels": 6, "vq_embed_dim": 4}], ids=str)
 def test_reconstructions_are_those_of_diffusers(config: dict[str, Any], image_tensor: Tensor, saved: Save) -> None:
     path = saved(**config)
     assert torch.allclose(by_us(path, image_tensor), by_diffusers(path, image_tensor), atol=1e-5)
 
 
-def loads_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def loads_others(monkeypatch: Patch) -> None:
     load = VQModel.from_pretrained
 
     def moved(folder: Path, **options: Any) -> object:
@@ -107,7 +104,7 @@ def loads_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VQModel, "from_pretrained", moved)
 
 
-def chooses_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def chooses_others(monkeypatch: Patch) -> None:
     choose = VectorQuantizer.forward
 
     def shifted(self: VectorQuantizer, latents: Tensor) -> object:
@@ -122,7 +119,7 @@ def chooses_others(monkeypatch: pytest.MonkeyPatch) -> None:
     [(loads_others, "is not the codebook that was meant"), (chooses_others, "chooses other codes of")],
 )
 def test_a_result_with_other_codes_than_the_librarys_is_exit_code_3(
-    patch: Callable[[pytest.MonkeyPatch], None], message: str, vae: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    patch: Callable[[Patch], None], message: str, vae: Path, run: Run, monkeypatch: Patch
 ) -> None:
     patch(monkeypatch)
     outcome = run("prune", vae)
@@ -131,9 +128,7 @@ def test_a_result_with_other_codes_than_the_librarys_is_exit_code_3(
 
 
 @pytest.mark.slow
-def test_old_names_of_attention_layers_are_understood_trained_and_kept(
-    vae: Path, run: Run, image_tensor: Tensor
-) -> None:
+def test_old_names_of_attention_layers_are_known_trained_and_kept(vae: Path, run: Run, image_tensor: Tensor) -> None:
     before, state = by_us(vae, image_tensor), load_file(vae / WEIGHTS)
     for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
         state = {key.replace(f".{new}.", f".{old}."): tensor for key, tensor in state.items()}
@@ -149,12 +144,7 @@ def test_old_names_of_attention_layers_are_understood_trained_and_kept(
     assert torch.allclose(by_us(output, image_tensor), by_diffusers(output, image_tensor), atol=1e-5)
 
 
-# --- commands ------------------------------------------------------------------------------------------------------
-
-
-def test_inspect_names_the_family_and_does_not_import_diffusers(
-    vae: Path, codebook: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inspect_names_the_family_and_does_not_import_diffusers(vae: Path, codebook: Run, monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)  # an import would fail
     result = codebook("inspect", vae, "--json").json
     assert result["family"] == "diffusers-vqmodel"
@@ -202,9 +192,7 @@ def test_a_command_writes_a_directory_that_is_measured_as_it_was_reported(
 
 
 @pytest.mark.slow
-def test_it_is_compared_with_a_fresh_network_of_the_librarys_own(
-    vae: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_compared_with_a_fresh_network(vae: Path, run: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ("--strategies", "prune,refit,refit+fresh-network", "--k", 6, "--steps", 2, "--batch-size", 8, "--seed", 3)
     outcome = run("compare", vae.rename(vae.with_name("vae.v1")), *words, "--json")
@@ -232,9 +220,6 @@ def test_the_spatial_norm_and_a_size_far_from_the_configs_are_warned_of(
     assert any(words in warning for warning in result["warnings"]) is warned
 
 
-# --- a single file, with its config beside it ----------------------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["config.json", "one.config.json"])
 def test_a_file_with_a_config_becomes_a_directory_that_diffusers_loads(
@@ -254,7 +239,7 @@ def test_a_file_with_a_config_becomes_a_directory_that_diffusers_loads(
 
 
 @pytest.mark.slow
-def test_asked_for_a_file_its_config_is_written_beside_it_and_found_there_again(
+def test_a_config_is_written_beside_a_file_and_found_again(
     vae: Path, run: Run, written: Callable[..., Path], codebook: Run, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
@@ -269,7 +254,7 @@ def test_asked_for_a_file_its_config_is_written_beside_it_and_found_there_again(
     assert_refused(run(*again), "second.config.json exists; --force")
 
 
-def test_a_config_that_lies_beside_a_file_of_another_family_is_not_looked_at(
+def test_a_config_beside_another_familys_file_is_not_read(
     tiny: Path, written: Callable[..., Path], codebook: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text("{")
@@ -304,7 +289,7 @@ def test_what_lies_beside_the_weights_goes_along_as_it_is_but_for_k(vae: Path, r
 
 
 @pytest.mark.parametrize(("k", "warned"), [(16, False), (8, True)])
-def test_a_config_of_another_model_goes_along_with_a_warning(
+def test_another_models_config_goes_along_with_a_warning(
     k: int, warned: bool, tiny: Path, run: Run, codebook: Run, tmp_path: Path
 ) -> None:
     model, output = tmp_path / "own", tmp_path / f"own.refit-k{k}"
@@ -320,7 +305,7 @@ def test_a_config_of_another_model_goes_along_with_a_warning(
 
 @pytest.mark.slow
 def test_a_config_or_a_file_that_does_not_belong_to_the_result_is_found_whatever_its_card_says(
-    vae: Path, written: Callable[..., Path], codebook: Run, monkeypatch: pytest.MonkeyPatch
+    vae: Path, written: Callable[..., Path], codebook: Run, monkeypatch: Patch
 ) -> None:
     (vae / "preprocessor_config.json").write_text('{"mean": 0.5}')
     monkeypatch.chdir(vae)
@@ -343,8 +328,6 @@ def test_a_config_or_a_file_that_does_not_belong_to_the_result_is_found_whatever
         assert outcome.exit_code == 3 and outcome.json["differences"] == [{"key": key, "what": what}]
         (output / "config.json").write_bytes(before)
 
-
-# --- what a user can mend ------------------------------------------------------------------------------------------
 
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
@@ -378,7 +361,7 @@ def test_a_directory_that_is_amiss_is_refused(kind: str, vae: Path, run: Run, co
     assert contents(tmp_path) == before
 
 
-def test_without_diffusers_it_is_asked_for(vae: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_diffusers_it_is_asked_for(vae: Path, run: Run, monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert_refused(run("prune", vae), "pip install diffusers")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run, assert_refused, contents
+from conftest import Patch, Run, assert_refused, contents
 from diffusers import VQModel
 from image_models import save_vqmodel
 
@@ -49,9 +49,7 @@ BAD_OUTPUTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD_OUTPUTS)
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(
-    kind: str, vae: Path, codebook: Run, tmp_path: Path
-) -> None:
+def test_a_bad_place_is_refused_before_the_work(kind: str, vae: Path, codebook: Run, tmp_path: Path) -> None:
     change, words, message = BAD_OUTPUTS[kind]
     change(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -73,7 +71,7 @@ def failing(work: Callable[..., Any], message: str, where: str = "") -> Callable
 
 @pytest.mark.slow
 def test_a_failure_on_the_way_leaves_the_old_directory_as_it_was_or_names_it(
-    vae: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vae: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     data = ("--data", images_folder, "--input-range=-1,1")
     run = partial(codebook, "prune", vae, *data, "-o", tmp_path / "out", "--force")

@@ -79,7 +79,7 @@ ALIVE = 6
 """Codes of a stage in use; the others are copies of the first, which win no latent."""
 CODECS = ("encodec", "encodec, chunks", "dac", "mimi", "xcodec")
 POWERS_ONLY = ("encodec", "dac", "mimi")
-Saved = Callable[[str], Path]
+Saved, RequestFor = Callable[[str], Path], Callable[..., Request]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def collapsed(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 @pytest.fixture
-def request_for(collapsed: Saved, clips: tuple[str, ...], tmp_path: Path) -> Callable[..., Request]:
+def request_for(collapsed: Saved, clips: tuple[str, ...], tmp_path: Path) -> RequestFor:
     """request_for("dac"): a copy of the model, alone in tmp_path, and the clips."""
 
     def make(name: str, **more: Any) -> Request:
@@ -153,9 +153,7 @@ def assert_state_follows(state: State, model: Model) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "command"), pairs(CODECS, whole="encodec"))
-def test_the_library_of_a_codec_computes_what_is_reported(
-    name: str, command: str, request_for: Callable[..., Request]
-) -> None:
+def test_the_library_of_a_codec_computes_what_is_reported(name: str, command: str, request_for: RequestFor) -> None:
     operation = BY_COMMAND[command]
     done, result = operated(operation, request_for(name))
     filled = 8 if audio_codecs.CASES[name].family.power_of_two else ALIVE
@@ -176,7 +174,7 @@ TWELVE = {"prune": Prune(keep=12), "refit": Refit(k=12), "quantize": Quantize(k=
     [*(("dac", command) for command in (*TWELVE, "compare")), ("encodec", "refit"), ("mimi", "refit")],
 )
 def test_a_size_that_the_config_does_not_take_is_refused_before_any_work(
-    name: str, command: str, request_for: Callable[..., Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, command: str, request_for: RequestFor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for work in ("run", "encode"):
         monkeypatch.setattr(Model, work, lambda *_: pytest.fail("the model was run"))
@@ -189,12 +187,12 @@ def test_a_size_that_the_config_does_not_take_is_refused_before_any_work(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_config_that_takes_any_size_gets_it(request_for: Callable[..., Request]) -> None:
+def test_a_config_that_takes_any_size_gets_it(request_for: RequestFor) -> None:
     _, result = operated(Operation("refit", Refit(k=12)), request_for("xcodec"))
     assert_the_library_agrees("xcodec", result, 12)
 
 
-def test_pruning_fills_up_to_what_the_config_takes_and_warns_of_it(request_for: Callable[..., Request]) -> None:
+def test_pruning_fills_up_to_what_the_config_takes_and_warns_of_it(request_for: RequestFor) -> None:
     done, result = operated(Operation("prune", Prune()), request_for("encodec"))
     (warning,) = (warning for warning in done.warnings if "dead codes fill them up" in warning)
     assert "one size that the config takes, 8" in warning and warning.partition(", 8: ")[2].count(" of quantizer.") == 3
@@ -205,9 +203,7 @@ def test_pruning_fills_up_to_what_the_config_takes_and_warns_of_it(request_for: 
 
 
 @pytest.mark.parametrize(("k", "size"), [(8, 16), (32, 32)])
-def test_of_several_stages_one_may_be_chosen_and_all_stay_of_one_size(
-    k: int, size: int, request_for: Callable[..., Request]
-) -> None:
+def test_of_several_stages_one_may_be_chosen_and_all_keep_one_size(k: int, size: int, request_for: RequestFor) -> None:
     key = "quantizer.layers.1.codebook.embed"
     request = request_for("encodec", codebook_key=(key,))
     done, result = operated(Operation("refit", Refit(k=k)), request)
@@ -220,9 +216,7 @@ def test_of_several_stages_one_may_be_chosen_and_all_stay_of_one_size(
     assert any("dead codes fill them up" in warning for warning in done.warnings)
 
 
-def test_sound_beyond_full_scale_is_warned_of_by_its_share_and_peak(
-    request_for: Callable[..., Request], tmp_path: Path
-) -> None:
+def test_sound_beyond_full_scale_is_warned_of_by_its_share_and_peak(request_for: RequestFor, tmp_path: Path) -> None:
     """2 of 224 samples are 0.89 %."""
     wave = np.full(LENGTH, 0.5)
     wave[10], wave[20] = 1.5, -2.5

@@ -76,9 +76,6 @@ def assert_all_ran(found: Mapping[str, Any], exit_codes: Sequence[int] = (0,)) -
     assert all(of[OPERATORS] for of in found.values())
 
 
-# --- the device itself ----------------------------------------------------------------------------------------------
-
-
 FEW = {
     "measure": "measure {tiny} {data} --limit 24",
     "refit": "refit {tiny} --k 8 --steps 3 {data} --limit 24 -o {out}/few-refit.safetensors",
@@ -116,12 +113,7 @@ def test_near_ties_are_decided_on_the_cpu_where_the_device_has_no_float64() -> N
         assert (missed, missed_unawaited) == (0, 0), (name, lookup)
 
 
-# --- commands -------------------------------------------------------------------------------------------------------
-
-
-def test_figures_are_those_of_the_cpu(
-    found: dict[str, Any], files: dict[str, str], codebook: Run, tmp_path: Path
-) -> None:
+def test_figures_are_the_cpus(found: dict[str, Any], files: dict[str, str], codebook: Run, tmp_path: Path) -> None:
     assert_all_ran({name: found[name] for name in FEW})
     on_cpu = {**files, "out": str(tmp_path), "data": files["data"].replace(NAME, "cpu")}
     for name, (_, *words) in jobs_of(FEW, on_cpu).items():
@@ -143,8 +135,6 @@ def test_an_operator_that_mixes_devices_fails_a_command(found: dict[str, Any]) -
     mixing = found["mixing"]
     assert mixing["exit_code"] != 0 and "two devices, twin:0 and cpu" in mixing["stderr"]
 
-
-# --- fine-tuning ----------------------------------------------------------------------------------------------------
 
 STEPS = 40  # of which one in ten may be waited for
 TUNINGS = {
@@ -171,9 +161,6 @@ def test_every_fine_tuning_waits_for_the_device_once_in_ten_steps(files: dict[st
     found = done(jobs_of(commands, files, "waits_of_steps"))
     assert_all_ran(found)
     assert {(of[READS], of[UPLOADS]) for of in found.values()} == {(STEPS // 10, 0)}, found
-
-
-# --- everything -----------------------------------------------------------------------------------------------------
 
 
 def _each(words: str, values: Sequence[str]) -> dict[str, str]:

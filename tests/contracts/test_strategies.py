@@ -248,9 +248,7 @@ CODES = torch.tensor([[0.0, 0.5], [1.0, 1.5], [2.0, 2.5]])
           for k in (3, 300)),
     ],
 )  # fmt: skip
-def test_what_is_not_to_be_had_names_the_number_that_is(
-    name: str, settings: Settings, counts: list[int], message: str
-) -> None:
+def test_what_is_not_to_be_had_names_what_is(name: str, settings: Settings, counts: list[int], message: str) -> None:
     latents = StoredLatents(torch.stack([CODES[0], CODES[2]]).repeat(20, 1))
     with pytest.raises(CodebookError, match=message):
         STRATEGIES[name](**settings)(Codebook(CODES), latents, torch.tensor(counts))

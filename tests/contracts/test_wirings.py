@@ -107,9 +107,7 @@ def transformed_by(kind: str) -> Fits:
         *((transformed_by(kind), codes_for_rows, "error") for kind in ("project", "scale", "shift")),
     ],
 )
-def test_a_file_with_a_fault_is_reported(
-    fits: Fits, change: Callable[[Any, State], None], what: str, desk: Any, tmp_path: Path
-) -> None:
+def test_a_file_with_a_fault_is_reported(fits: Fits, change: Any, what: str, desk: Any, tmp_path: Path) -> None:
     wiring, state, reported = _drawn(fits, desk)
     change(wiring, state)
     kinds = _kinds(wiring, state, reported, desk, tmp_path)

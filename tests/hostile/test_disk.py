@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run, assert_refused, contents
+from conftest import Patch, Run, assert_refused, contents
 
 from codebook_tools.checkpoints.write import check_writable
 from codebook_tools.models.demo import DEMO
@@ -56,8 +56,8 @@ MESSAGES = {"size=64k": "No space left on device", "ro,size=1m": "Read-only file
 @pytest.mark.parametrize(
     ("disk", "command"), [*(("size=64k", command) for command in FULL), *(("ro,size=1m", FULL[i]) for i in (0, 3))]
 )
-def test_a_disk_that_is_full_or_read_only_is_told_and_nothing_stays(
-    disk: str, command: str, codebook: Run, mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_or_read_only_disk_is_told(
+    disk: str, command: str, codebook: Run, mount: Mount, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     place = mount(disk)
@@ -66,9 +66,7 @@ def test_a_disk_that_is_full_or_read_only_is_told_and_nothing_stays(
     assert contents(place) == {}
 
 
-def test_an_input_that_changes_on_the_way_is_told(
-    codebook: Run, tiny: Path, images_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_input_that_changes_is_told(codebook: Run, tiny: Path, images_folder: Path, monkeypatch: Patch) -> None:
     write = operate.write_checkpoint
     monkeypatch.setattr(operate, "write_checkpoint", lambda *args, **more: (tiny.touch(), write(*args, **more))[1])
     assert_refused(codebook("prune", tiny, "--data", images_folder, "--input-range=-1,1", *QUICK), "has changed since")
@@ -87,9 +85,7 @@ def test_what_another_process_is_writing_is_left_to_it(codebook: Run, tmp_path: 
     assert set(contents(tmp_path)) == {"o.safetensors", "o.index_map.safetensors"}
 
 
-def test_what_another_process_wrote_meanwhile_is_not_replaced_without_force(
-    codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_another_wrote_meanwhile_stays_without_force(codebook: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     output, write = tmp_path / "o.safetensors", operate.write_checkpoint
 
     def later(*args: Any, **more: Any) -> Path:
@@ -103,9 +99,7 @@ def test_what_another_process_wrote_meanwhile_is_not_replaced_without_force(
     assert len(contents(tmp_path)) == 2 and output.read_bytes() != b"another's"
 
 
-def test_a_kill_while_it_is_looked_whether_one_can_write_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_while_it_is_looked_whether_one_can_write_leaves_nothing(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(os, "unlink", lambda *args, **more: None)
     check_writable(tmp_path / "o.safetensors", force=False)
     assert not contents(tmp_path)

@@ -35,9 +35,7 @@ def printing(*dependencies: dict[str, Any]) -> str:
     ],
     ids=["clean", "vulnerable", "skipped", "empty", "unreached"],
 )
-def test_an_audit_reports_what_it_found_or_that_it_did_not_look(
-    pip_audit: str, code: int, output: str, tmp_path: Path
-) -> None:
+def test_an_audit_says_what_it_did_not_look_up(pip_audit: str, code: int, output: str, tmp_path: Path) -> None:
     (tmp_path / "pip_audit.py").write_text(pip_audit)
     command, environment = [sys.executable, ROOT / "tools" / "audit.py", "pins.txt"], {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)

@@ -32,17 +32,11 @@ def together(function: Callable[..., Any], *arguments: object) -> list[Any]:
         port = free.getsockname()[1]
     file = Path(function.__code__.co_filename)
     program = _PROGRAM.format(module=file.stem, function=function.__name__)
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, *map(str, arguments)],
-            env=_environment(
-                file.parent, WORLD_SIZE="2", RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        subprocess.Popen(command, env=_environment(file.parent, RANK=str(rank), **joined), **pipes) for rank in range(2)
     ]
     ended = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0], ended

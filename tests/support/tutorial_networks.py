@@ -51,10 +51,8 @@ class Reference:
         return functional.conv_transpose2d(x, self.weight(name), self[f"{name}.bias"], stride, 1)
 
 
-def two_levels(
-    hidden: int = 8, blocks: int = 2, residual: int = 4, dim: int = 6, sizes: tuple[int, int] = (7, 11)
-) -> State:
-    half = hidden // 2
+def two_levels(hidden: int = 8, blocks: int = 2, dim: int = 6, sizes: tuple[int, int] = (7, 11)) -> State:
+    half = residual = hidden // 2
     rows = {
         "enc_b.blocks.0": (3, half, 4), "enc_b.blocks.2": (half, hidden, 4), "enc_b.blocks.4": (hidden, hidden, 3),
         "enc_t.blocks.0": (hidden, half, 4), "enc_t.blocks.2": (half, hidden, 3), "quantize_conv_t": (hidden, dim, 1),
