@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 from codebook_cli.completion import ROWS, devices, families, rows
+from processes import ran
 
 from codebook_tools.models.registry import FAMILIES
 from codebook_tools.workflows.compare import ENTRIES, MORE_ENTRIES
@@ -25,4 +25,4 @@ def test_all_families_are_known_and_no_key_waits_for_torch() -> None:
     assert devices("") == ["auto", "cpu", "cuda", "xpu", "mps"] and devices("c") == ["cpu", "cuda"]
     looked = "from codebook_cli.completion import families, rows; families('z'), rows('p')"
     code = f"{looked}; import sys; assert 'torch' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert ran(sys.executable, "-c", code).exit_code == 0

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import Patch, Run, contents
+from processes import ran
 
 from codebook_tools.errors import VerificationError
 from codebook_tools.workflows import operate, pipeline
@@ -176,9 +177,8 @@ app.app(["inspect"])
 def test_no_signal_is_lost_and_none_is_a_fault_of_ours(program: str, code: int, codes: str, lines: int) -> None:
     """Python ignores what is raised while an object is cleared away, and a library makes an error of its own of it, as
     numpy does where structured arrays are compared."""
-    command = [sys.executable, "-c", CLEARED + program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=heed_interrupts)
-    assert (done.returncode, done.stdout.split(), done.stderr.count("\n")) == (code, codes.split(), lines), done
+    done = ran(sys.executable, "-c", CLEARED + program, preexec_fn=heed_interrupts)
+    assert (done.exit_code, done.stdout.split(), done.stderr.count("\n")) == (code, codes.split(), lines), done
     assert "Traceback" not in done.stderr
 
 
@@ -203,18 +203,20 @@ def test_standard_output_that_takes_no_more_is_told_in_one_line(command: str) ->
     assert (code, said) == (1, b"error: cannot write to standard output: No space left on device\n")
 
 
+def test_a_current_folder_that_was_deleted_is_told_in_one_line(tmp_path: Path) -> None:
+    (folder := tmp_path / "gone").mkdir()
+    message = b"error: the current folder is no longer there; go to another with cd\n"
+    assert ended("inspect", cwd=folder, preexec_fn=folder.rmdir) == (1, b"", message)
+
+
 @pytest.mark.parametrize(
-    ("command", "handles"),
-    [
-        (["inspect", "--json"], (1,)),
-        pytest.param(["inspect"], (0,), marks=pytest.mark.slow),
-        pytest.param(["inspect"], (2,), marks=pytest.mark.slow),
-    ],
+    ("command", "handle"),
+    [("inspect --json", 1), *(pytest.param("inspect", handle, marks=pytest.mark.slow) for handle in (0, 2))],
 )
-def test_a_standard_stream_that_is_closed_is_as_if_it_led_nowhere(command: list[str], handles: tuple[int, ...]) -> None:
-    code, out, said = ended(*command, preexec_fn=closed(*handles))
+def test_a_standard_stream_that_is_closed_is_as_if_it_led_nowhere(command: str, handle: int) -> None:
+    code, out, said = ended(*command.split(), preexec_fn=closed(handle))
     assert (code, said) == (0, b"")
-    assert (b"_vq_vae._embedding.weight" in out) == (1 not in handles)
+    assert (b"_vq_vae._embedding.weight" in out) == (handle != 1)
 
 
 @pytest.mark.slow
@@ -226,11 +228,3 @@ def test_what_is_written_while_all_standard_streams_are_closed_is_whole(
     with start(*command, preexec_fn=closed(0, 1, 2)) as process:
         assert process.wait(120) == 0
     assert codebook("verify", output, "--against", tiny).exit_code == 0
-
-
-def test_a_current_folder_that_was_deleted_is_told_in_one_line(tmp_path: Path) -> None:
-    folder = tmp_path / "gone"
-    folder.mkdir()
-    code, out, said = ended("inspect", cwd=folder, preexec_fn=folder.rmdir)
-    assert (code, out) == (1, b"")
-    assert said == b"error: the current folder is no longer there; go to another with cd\n"

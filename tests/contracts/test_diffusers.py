@@ -32,28 +32,22 @@ RANGE = ("--input-range=-1,1",)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(scope="session")
-def saved(image_tensor: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Save:
-    """saved(norm_type="spatial"): a directory that diffusers wrote, of 16 codes of which DEAD lie far from all latents.
-
-    It is made once for each config: do not write into it.
-    """
-    made: dict[str, Path] = {}
+@pytest.fixture
+def saved(image_tensor: Tensor, tmp_path: Path) -> Save:
+    """saved(norm_type="spatial"): a directory that diffusers wrote, of 16 codes of which DEAD lie far from all latents;
+    each takes the place of the one before."""
 
     def save(**config: Any) -> Path:
-        name = json.dumps(config)
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("diffusers") / "vae"
-            vqmodel(image_tensor, **config).save_pretrained(made[name], safe_serialization=True)
-        return made[name]
+        vqmodel(image_tensor, **config).save_pretrained(tmp_path / "vae", safe_serialization=True)
+        return tmp_path / "vae"
 
     return save
 
 
 @pytest.fixture
-def vae(saved: Save, tmp_path: Path) -> Path:
-    """A copy of the plain model, alone in tmp_path."""
-    return Path(shutil.copytree(saved(), tmp_path / "vae"))
+def vae(saved: Save) -> Path:
+    """The plain model, alone in tmp_path."""
+    return saved()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ ALIVE = 6
 """Codes of a stage in use; the others are copies of the first, which win no latent."""
 CODECS = ("encodec", "encodec, chunks", "dac", "mimi", "xcodec")
 POWERS_ONLY = ("encodec", "dac", "mimi")
-Saved, RequestFor = Callable[[str], Path], Callable[..., Request]
+RequestFor = Callable[..., Request]
 
 
 @pytest.fixture(scope="module")
@@ -93,30 +92,17 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return (str(folder),)
 
 
-@pytest.fixture(scope="module")
-def collapsed(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """collapsed("dac"): the directory of a case, of whose codes ALIVE are in use: do not write into it."""
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = audio_codecs.save(audio_codecs.CASES[name], tmp_path_factory.mktemp("codec") / "model")
-            state = load_file(made[name] / WEIGHTS)
-            for key, tensor in state.items():
-                if ".codebook." in key and tensor.shape[0] == K:
-                    state[key] = torch.cat([tensor[:ALIVE], tensor[:1].expand_as(tensor)])[:K].contiguous()
-            save_file(state, made[name] / WEIGHTS, {"format": "pt"})
-        return made[name]
-
-    return get
-
-
 @pytest.fixture
-def request_for(collapsed: Saved, clips: tuple[str, ...], tmp_path: Path) -> RequestFor:
-    """request_for("dac"): a copy of the model, alone in tmp_path, and the clips."""
+def request_for(clips: tuple[str, ...], tmp_path: Path) -> RequestFor:
+    """request_for("dac"): a model alone in tmp_path, of whose codes ALIVE are in use, and the clips."""
 
     def make(name: str, **more: Any) -> Request:
-        model = Path(shutil.copytree(collapsed(name), tmp_path / "model"))
+        model = audio_codecs.save(audio_codecs.CASES[name], tmp_path / "model")
+        state = load_file(model / WEIGHTS)
+        for key, tensor in state.items():
+            if ".codebook." in key and tensor.shape[0] == K:
+                state[key] = torch.cat([tensor[:ALIVE], tensor[:1].expand_as(tensor)])[:K].contiguous()
+        save_file(state, model / WEIGHTS, {"format": "pt"})
         return Request(model=model, **{"data": clips, "size": LENGTH, "batch_size": 16} | more)
 
     return make

@@ -6,7 +6,6 @@ The device stays in a process for good, so on_second_device.py runs in one of it
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from audio_codecs import save as save_codec
 from conftest import Run, State
 from image_models import CASES as IMAGE_CASES
 from places import SUPPORT
+from processes import alike, ran
 from proven_networks import NETWORKS, write_images, write_network
 from safetensors.torch import save_file
 from second_device import AVAILABLE, NAME, OPERATORS, READS, UPLOADS
@@ -33,15 +33,9 @@ Jobs = Mapping[str, Sequence[str]]
 
 def done(jobs: Jobs, *options: str) -> dict[str, Any]:
     """What came of each job, in a process of their own."""
-    found = subprocess.run(
-        [sys.executable, SUPPORT / "on_second_device.py", *options],
-        input=json.dumps([*jobs.values()]),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = found.stdout.splitlines()
-    assert found.returncode == 0 and len(lines) == len(jobs), found.stderr
+    outcome = ran(sys.executable, SUPPORT / "on_second_device.py", *options, input=json.dumps([*jobs.values()]))
+    lines = outcome.stdout.splitlines()
+    assert outcome.exit_code == 0 and len(lines) == len(jobs), outcome.stderr
     return dict(zip(jobs, map(json.loads, lines), strict=True))
 
 
@@ -119,16 +113,8 @@ def test_figures_are_the_cpus(found: dict[str, Any], files: dict[str, str], code
     for name, (_, *words) in jobs_of(FEW, on_cpu).items():
         expected, theirs = codebook(*words).json, json.loads(found[name]["stdout"])
         assert theirs["settings"]["device"] == NAME
-        for part in ("stages", "trace"):
-            assert _numbers(theirs.get(part)) == pytest.approx(_numbers(expected.get(part)), rel=1e-3), (name, part)
-        assert _numbers(theirs["stages"])
-
-
-def _numbers(found: Any) -> list[float]:
-    """All in a piece of JSON, in order."""
-    if isinstance(found, dict | list):
-        return [number for part in (found.values() if isinstance(found, dict) else found) for number in _numbers(part)]
-    return [float(found)] if isinstance(found, int | float) else []
+        assert theirs["stages"] and alike(theirs["stages"], expected["stages"], 1e-3), name
+        assert alike(theirs["trace"], expected["trace"], 1e-3), name
 
 
 def test_an_operator_that_mixes_devices_fails_a_command(found: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import Patch, Run, assert_refused, contents
+from processes import ran
 
 from codebook_tools.checkpoints.write import check_writable
 from codebook_tools.models.demo import DEMO
@@ -32,15 +33,14 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
     def make(options: str) -> Path:
         place = tmp_path / f"disk{len(mounted)}"
         place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        if shutil.which("mount") is None or ran("mount", "-t", "tmpfs", "-o", options, "tmpfs", place).exit_code:
             pytest.skip("no file system can be mounted here")
         mounted.append(place)
         return place
 
     yield make
     for place in mounted:
-        subprocess.run(["umount", str(place)], check=True)
+        assert ran("umount", place).exit_code == 0
 
 
 FULL = (
@@ -115,5 +115,4 @@ def test_of_two_commands_with_one_output_each_leaves_a_whole_one_or_none(tmp_pat
         assert process.returncode in (0, 1) and "Traceback" not in errors, errors
     assert any(process.returncode == 0 for process in both)
     assert {"o.safetensors", "o.index_map.safetensors"} == set(contents(tmp_path))
-    verified = [sys.executable, "-m", "codebook_tools", "verify", str(output), "--against", str(DEMO)]
-    assert subprocess.run(verified, capture_output=True, check=False).returncode == 0
+    assert ran(sys.executable, "-m", "codebook_tools", "verify", output, "--against", DEMO).exit_code == 0

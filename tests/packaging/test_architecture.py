@@ -6,7 +6,6 @@ import ast
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import Outcome
 from places import ROOT
+from processes import ran
 from safetensors.torch import save_file
 
 from codebook_tools.checkpoints.tensors import Stored
@@ -138,14 +138,9 @@ print("HEAVY", sorted((heavy - set(sys.argv[1].split(","))) & set(sys.modules)))
 def run(program: str, allowed: str, *arguments: str, **environment: str) -> str:
     """What a program prints in a process of its own; at the end the heavy packages that it imported beside those
     allowed, separated by commas."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{program}\n{HEAVY}", allowed, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stderr
+    program = f"import sys\n{program}\n{HEAVY}"
+    done = ran(sys.executable, "-c", program, allowed, *arguments, env={**os.environ, **environment})
+    assert done.exit_code == 0, done.stderr
     return done.stdout
 
 

@@ -25,6 +25,13 @@ def _environment(*folders: Path, **more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | more
 
 
+def ran(*command: object, **options: Any) -> Outcome:
+    """A program's exit code and what it prints."""
+    more: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
+    done = subprocess.run(list(map(str, command)), **more | options)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
 def together(function: Callable[..., Any], *arguments: object) -> list[Any]:
     """What a function of a test module returns in each of two joined processes. It takes text and returns JSON."""
     with socket.socket() as free:
@@ -53,9 +60,7 @@ def report(function: Callable[..., Any], *arguments: str) -> None:
 def torchrun(*arguments: object) -> Outcome:
     """The command in two processes, as users start it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "codebook_tools", *map(str, arguments)]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=300, check=False)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    return ran(*command, "-m", "codebook_tools", *arguments, env=_environment())
 
 
 def alike(a: Any, b: Any, relative: float) -> bool:
