@@ -312,6 +312,9 @@ def test_a_config_or_a_file_that_does_not_belong_to_the_result_is_found_whatever
         "entry num_vq_embeddings: 11 where 10 belongs": lambda: edit(output, num_vq_embeddings=11),
         "entry act_fn: 'relu' where 'silu' belongs": lambda: edit(output, act_fn="relu"),
         "entry mine: extra or missing": lambda: edit(output, mine=1),
+        "entry act_fn: extra or missing": lambda: (output / "config.json").write_text(
+            json.dumps({key: value for key, value in config_of(output).items() if key != "act_fn"})
+        ),
         "changed": lambda: copy.write_text('{"mean": 0.6}'),
         "missing": copy.unlink,
     }
