@@ -63,7 +63,7 @@ def files(folder: Path, codes: Tensor, latents: Tensor) -> tuple[Path, Path, Pat
     return model, points, output
 
 
-@pytest.mark.parametrize(("book", "surgery", "points"), cases())
+@pytest.mark.parametrize(("book", "surgery", "points"), [*cases()])
 def test_a_surgery_ends_sound_or_refused(book: str, surgery: str, points: str, codebook: Run, tmp_path: Path) -> None:
     model, latents, output = files(tmp_path, BOOKS[book], POINTS[points](BOOKS[book]))
     done = codebook(*surgery.split(), "--steps", 0, model, "--latents", latents, "--output", output, "--quiet")
