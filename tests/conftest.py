@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
@@ -16,8 +15,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, by torch and scikit-
 import numpy as np
 import pytest
 import torch
+from drawing import put_bytes, saved
 from hypothesis import settings
 from PIL import Image
+from points import DEAD as DEAD
+from points import with_dead_codes
 from safetensors.torch import save_file
 from sources_of_images import Images
 from torch import Tensor
@@ -39,19 +41,12 @@ settings.load_profile("tests")
 State = dict[str, Tensor]
 WriteModel = Callable[..., Path]
 
-DEAD = (1, 4, 5, 9, 12, 15)
-"""Codes of the tiny model that lie far from every latent."""
-
 
 def _pictures(seed: int, count: int, side: int = 16) -> list[bytes]:
     """PNGs of smooth colour gradients: 4x4 random colours, enlarged."""
     rng = np.random.default_rng(seed)
-    pictures = []
-    for coarse in rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8):
-        file = io.BytesIO()
-        Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(file, "PNG")
-        pictures.append(file.getvalue())
-    return pictures
+    coarse = map(Image.fromarray, rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8))
+    return [saved(picture.resize((side, side), Image.Resampling.BICUBIC), "PNG") for picture in coarse]
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +54,7 @@ def images_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 images of 16x16 in two subfolders; by name 4 are test and 6 validation."""
     folder = tmp_path_factory.mktemp("images")
     for i, picture in enumerate(_pictures(0, 60)):
-        path = folder / "ab"[i % 2] / f"{i:03d}.png"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(picture)
+        put_bytes(folder / "ab"[i % 2] / f"{i:03d}.png", picture)
     return folder
 
 
@@ -70,7 +63,7 @@ def held_out_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 other images of 16x16."""
     folder = tmp_path_factory.mktemp("held_out")
     for i, picture in enumerate(_pictures(1, 12)):
-        (folder / f"{i:03d}.png").write_bytes(picture)
+        put_bytes(folder / f"{i:03d}.png", picture)
     return folder
 
 
@@ -100,12 +93,7 @@ def variants(image_tensor: Tensor) -> dict[str, State]:
         network = make(codebook_size=16, hidden=8, residual=4, dim=4).eval()
     with torch.no_grad():
         latents = network.encode(image_tensor * 2 - 1).movedim(1, -1).flatten(0, -2)
-    alive = [i for i in range(16) if i not in DEAD]
-    chosen = [0]
-    while len(chosen) < len(alive):  # farthest-point seeds, so that each code in use has latents of its own
-        chosen.append(int(torch.cdist(latents, latents[chosen]).min(1).values.argmax()))
-    codes = torch.full((16, 4), 50.0) + torch.arange(16)[:, None]
-    codes[alive] = latents[chosen]
+    codes = with_dead_codes(latents)
     plain = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()} | {CODEBOOK: codes}
 
     weights = [name for name, tensor in plain.items() if tensor.ndim == 4]
@@ -162,7 +150,7 @@ class Outcome:
         return json.loads(self.stdout)
 
 
-Run = Callable[..., Outcome]
+Run, Patch = Callable[..., Outcome], pytest.MonkeyPatch
 
 
 @pytest.fixture
@@ -171,10 +159,16 @@ def codebook() -> Run:
     from codebook_cli.app import app
 
     def run(*arguments: object) -> Outcome:
-        found = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        return Outcome(found.exit_code, found.stdout, found.stderr)
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return Outcome(done.exit_code, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def on_tiny(codebook: Run, tiny: Path, images_folder: Path) -> Run:
+    """on_tiny("prune", "--json"): a command on the tiny model and its images."""
+    return lambda name, *words: codebook(name, tiny, "--data", images_folder, "--input-range", "-1.0, 1", *words)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -229,8 +223,11 @@ class Grey:
     network: str
 
 
+MakeGrey = Callable[..., Grey]
+
+
 @pytest.fixture
-def grey(tmp_path: Path) -> Callable[..., Grey]:
+def grey(tmp_path: Path) -> MakeGrey:
     """grey([0.0, 0.5, 1.0]): codes (0, 0), (0.5, 0), (1, 0). dtype: of all tensors. more: other tensors."""
 
     def write(firsts: list[float], dtype: torch.dtype = torch.float32, more: State | None = None) -> Grey:
@@ -248,7 +245,7 @@ def grey(tmp_path: Path) -> Callable[..., Grey]:
 
 
 @pytest.fixture
-def line(grey: Callable[..., Grey]) -> Callable[..., Model]:
+def line(grey: MakeGrey) -> Callable[..., Model]:
     """line([0.0, 1.0]): the model whose latents are the pixels, at input range [0, 1]."""
 
     def make(firsts: list[float], more: State | None = None) -> Model:

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Grey, Run, State, WriteModel, assert_refused, contents
+from conftest import MakeGrey, Outcome, Patch, Run, State, WriteModel, assert_refused, contents
 from safetensors.torch import load_file
 
 from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.models.demo import DEMO
 from codebook_tools.models.families.zalando import CODEBOOK
 
-RANGE = ("--input-range", "-1,1")
+RANGE = ("--input-range", "-1.0, 1")
 RESULT = {
     "command", "version", "model", "family", "settings", "seed", "warnings", "stages", "kept", "trace", "outputs",
     "bytes", "seconds", "proof",
@@ -27,10 +26,6 @@ USE = {
     "coverage", "effective_dimension", "effective_dimension_codes", "dimensions_99", "dimensions_99_codes",
 }  # fmt: skip
 POINT = {"step", "loss", "validation_mse", "used", "perplexity", "distortion", "revived", "validation_loss"}
-COMMANDS = [
-    "inspect", "measure", "refit", "prune", "quantize", "restart", "grow", "condense", "finetune", "compare",
-    "diagnose", "verify",
-]  # fmt: skip
 SECONDS = {"load", "encode", "strategy", "finetune", "measure", "write", "total"}
 
 
@@ -50,14 +45,9 @@ def assert_promised(result: dict[str, Any], stages: set[str]) -> None:
     assert isinstance(result["warnings"], list) and isinstance(result["settings"], dict)
 
 
-# --- one JSON object on stdout, nothing else there -----------------------------------------------------------------
-
-
-def test_measure_fills_before_alone_and_writes_nothing(
-    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path
-) -> None:
+def test_measure_fills_before_alone_and_writes_nothing(tiny: Path, codebook: Run, on_tiny: Run, tmp_path: Path) -> None:
     before = contents(tmp_path)
-    found = codebook("measure", tiny, "--data", images_folder, *RANGE, "--json")
+    found = on_tiny("measure", "--json")
     assert (found.exit_code, found.stderr) == (0, "")
     assert_promised(found.json, {"before"})
     assert found.json["kept"] is None and found.json["trace"] == []
@@ -72,25 +62,18 @@ def test_measure_fills_before_alone_and_writes_nothing(
 @pytest.mark.parametrize(
     ("arguments", "stages", "kept", "name"),
     [
-        (["prune"], {"before", "surgery"}, "surgery", "tiny.prune-k10"),
-        (["refit", "--k", "6", "--steps", "12"], {"before", "surgery", "finetuned"}, "finetuned", "tiny.refit-k6"),
-        (["refit", "--k=6", "--steps=3", "--lr=30"], {"before", "surgery", "finetuned"}, "surgery", "tiny.refit-k6"),
-        (["finetune", "--steps", "3", "--lr", "30"], {"before", "finetuned"}, "before", "tiny.finetune-k16"),
-        (["finetune", "--steps", "0"], {"before"}, "before", "tiny.finetune-k16"),
+        ("prune", {"before", "surgery"}, "surgery", "tiny.prune-k10"),
+        ("refit --k 6 --steps 12", {"before", "surgery", "finetuned"}, "finetuned", "tiny.refit-k6"),
+        ("refit --k=6 --steps=3 --lr=30", {"before", "surgery", "finetuned"}, "surgery", "tiny.refit-k6"),
+        ("finetune --steps 3 --lr 30", {"before", "finetuned"}, "before", "tiny.finetune-k16"),
+        ("finetune --steps 0", {"before"}, "before", "tiny.finetune-k16"),
     ],
-)  # fmt: skip
+)
 def test_an_operation_gives_the_promised_json_and_writes_beside_the_model(
-    arguments: list[str],
-    stages: set[str],
-    kept: str,
-    name: str,
-    tiny: Path,
-    codebook: Run,
-    images_folder: Path,
-    tmp_path: Path,
+    arguments: str, stages: set[str], kept: str, name: str, tiny: Path, codebook: Run, on_tiny: Run, tmp_path: Path
 ) -> None:
-    command, *options = arguments
-    found = codebook(command, tiny, *options, "--data", images_folder, *RANGE, "--batch-size", 16, "--json")
+    command, *options = arguments.split()
+    found = on_tiny(command, *options, "--batch-size", 16, "--json")
     assert found.exit_code == 0
     assert_promised(found.json, stages)
     assert (found.json["command"], found.json["kept"]) == (command, kept)
@@ -107,15 +90,18 @@ def test_an_operation_gives_the_promised_json_and_writes_beside_the_model(
     assert any("fine-tuning did not lower the validation error" in text for text in found.json["warnings"]) == worse
     verified = codebook("verify", model, "--against", tiny, "--json")
     assert (verified.exit_code, verified.json) == (0, {"ok": True, "differences": []})
+    model.write_bytes(model.read_bytes()[:-1] + bytes([model.read_bytes()[-1] ^ 1]))
+    verified, table = codebook("verify", model, "--against", tiny, "--json"), codebook("verify", model)
+    assert (verified.exit_code, verified.json.keys(), verified.json["ok"]) == (3, {"ok", "differences"}, False)
+    assert all(difference.keys() == {"key", "what"} for difference in verified.json["differences"])
+    assert table.exit_code == 3 and "__metadata__" in table.stdout and "damaged" in table.stdout
 
 
-def test_settings_say_what_was_asked_and_found_out(
-    tiny: Path, codebook: Run, images_folder: Path, held_out_folder: Path
-) -> None:
-    found = codebook(
-        "refit", tiny, "--k", 5, "--init", "used", "--iterations", 7, "--steps", 2, "--train", "decoder",
+def test_settings_say_what_was_asked_and_found_out(on_tiny: Run, images_folder: Path, held_out_folder: Path) -> None:
+    found = on_tiny(
+        "refit", "--k", 5, "--init", "used", "--iterations", 7, "--steps", 2, "--train", "decoder",
         "--codebook-update", "gradient", "--loss", "l1", "--lr", "0.002", "--batch-size", 9, "--seed", 3,
-        "--data", images_folder, "--test-data", held_out_folder, *RANGE, "--json",
+        "--test-data", held_out_folder, "--json",
     ).json  # fmt: skip
     assert found["seed"] == 3
     assert found["settings"] == {
@@ -131,9 +117,7 @@ def test_settings_say_what_was_asked_and_found_out(
     }  # fmt: skip
 
 
-def test_warnings_are_in_the_json_and_on_stderr_unless_quiet(
-    write_model: WriteModel, codebook: Run, images_folder: Path
-) -> None:
+def test_warnings_are_told_unless_quiet(write_model: WriteModel, codebook: Run, images_folder: Path) -> None:
     asked = ("measure", write_model("extra"), "--data", images_folder, *RANGE, "--json")
     found = codebook(*asked)
     (warning,) = found.json["warnings"]
@@ -142,9 +126,7 @@ def test_warnings_are_in_the_json_and_on_stderr_unless_quiet(
     assert quiet.stderr == "" and quiet.json["warnings"] == [warning]
 
 
-def test_inspect_gives_the_promised_json_without_making_a_tensor(
-    write_model: WriteModel, codebook: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inspect_gives_its_json_and_makes_no_tensor(write_model: WriteModel, codebook: Run, monkeypatch: Patch) -> None:
     model = write_model("ema")
     for name in ("tensor", "tensors"):
         monkeypatch.setattr(Checkpoint, name, None)
@@ -179,45 +161,21 @@ def test_inspect_lists_what_depends_on_k_elsewhere_and_says_why_there_is_no_code
     assert "no codebook: " in codebook("inspect", write_model(state=kl)).stdout
 
 
-def test_verify_gives_the_promised_json_and_exit_code_3(
-    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "out.safetensors"
-    codebook("prune", tiny, "--data", images_folder, "-o", output)
-    content = bytearray(output.read_bytes())
-    content[-1] ^= 1
-    output.write_bytes(content)
-    found = codebook("verify", output, "--against", tiny, "--json")
-    assert found.exit_code == 3
-    assert found.json.keys() == {"ok", "differences"} and found.json["ok"] is False
-    assert all(difference.keys() == {"key", "what"} for difference in found.json["differences"])
-    table = codebook("verify", output, "--against", tiny)
-    assert table.exit_code == 3 and "__metadata__" in table.stdout and "damaged" in table.stdout
-
-
-def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
-    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path
-) -> None:
-    before = contents(tmp_path)
-    asked = ("refit", tiny, "--k", 6, "--data", images_folder, *RANGE, "--dry-run")
-    found = codebook(*asked, "--json")
+def test_a_dry_run_says_what_would_be_written_and_writes_nothing(tiny: Path, on_tiny: Run, tmp_path: Path) -> None:
+    before, asked = contents(tmp_path), ("refit", "--k", 6, "--dry-run")
+    found = on_tiny(*asked, "--json")
     assert found.exit_code == 0 and found.json["dry_run"] is True
     assert found.json["outputs"]["model"] == str(tmp_path / "tiny.refit-k6.safetensors")
-    assert found.json["size"] == {"before": 16, "after": 6}
+    assert found.json["size"] == {"before": 16, "after": 6} and found.json["seconds"]["estimate"] > 0
     assert found.json["bytes"]["after"] < found.json["bytes"]["before"] == tiny.stat().st_size
-    assert found.json["seconds"]["estimate"] > 0
-    table = codebook(*asked).stdout
+    table = on_tiny(*asked).stdout
     assert "16 -> 6" in table and "tiny.refit-k6.safetensors" in table and "Nothing was written." in table
     assert contents(tmp_path) == before
 
 
-# --- tables for people ---------------------------------------------------------------------------------------------
-
-
-def test_a_result_is_shown_as_a_table_with_its_figures(tiny: Path, codebook: Run, images_folder: Path) -> None:
-    asked = ("refit", tiny, "--k", 6, "--steps", 3, "--batch-size", 16, "--data", images_folder, *RANGE, "--force")
-    figures = codebook(*asked, "--json").json
-    shown = codebook(*asked, "--verbose").stdout
+def test_a_result_is_shown_as_a_table_with_its_figures(on_tiny: Run) -> None:
+    asked = ("refit", "--k", 6, "--steps", 3, "--batch-size", 16, "--force")
+    figures, shown = on_tiny(*asked, "--json").json, on_tiny(*asked, "--verbose").stdout
     assert max(map(len, shown.splitlines())) < 400  # a pipe has no width: nothing is cut, nor padded
     for stage in figures["stages"].values():
         use = stage["codebooks"][0]
@@ -227,19 +185,8 @@ def test_a_result_is_shown_as_a_table_with_its_figures(tiny: Path, codebook: Run
     assert "validation mse" in shown and "codebook_update" in shown and "encode" in shown
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_helps_with_an_example(command: str, codebook: Run) -> None:
-    found = codebook(command, "--help")
-    assert found.exit_code == 0 and f"codebook {command} model" in found.stdout and found.stderr == ""
-
-
-# --- the bundled demo ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
-def test_the_demo_is_pruned_without_a_model_into_the_current_folder(
-    codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_demo_is_pruned_into_the_current_folder(codebook: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     found = codebook("prune", "--threshold", 0, "--limit", 100, "--json")
     assert found.exit_code == 0 and found.stderr == ""  # nothing to warn of: the sample is the demo's own
@@ -247,11 +194,6 @@ def test_the_demo_is_pruned_without_a_model_into_the_current_folder(
     assert size < 512 and found.json["settings"]["input_range"] == [-1.0, 1.0]
     assert set(contents(tmp_path)) == {f"demo.prune-k{size}.safetensors", f"demo.prune-k{size}.index_map.safetensors"}
     assert codebook("verify", f"demo.prune-k{size}.safetensors").exit_code == 0
-    assert codebook("inspect", "--json").json["codebooks"][0]["size"] == 512
-    assert DEMO.stat().st_size <= 2_000_000
-
-
-# --- data ----------------------------------------------------------------------------------------------------------
 
 
 def test_test_data_are_measured_whole_and_a_limit_holds_for_each_side(
@@ -265,133 +207,96 @@ def test_test_data_are_measured_whole_and_a_limit_holds_for_each_side(
     found = codebook("measure", tiny, "--test-data", held_out_folder, *RANGE, "--json").json
     assert found["settings"]["images"] == {"train": 0, "validation": 0, "test": 12}
     assert found["settings"]["data"] == []
+    options = ("--k", 6, "--steps", 0, "--test-data", held_out_folder, "--limit", 60)
+    found = codebook("refit", tiny, *options, *RANGE, "--json").json  # calibrated on the sample
+    split = found["settings"]["images"]
+    assert (split["train"] + split["validation"], split["test"]) == (60, 12)
+    assert any("no --data" in warning for warning in found["warnings"])
 
 
-def test_running_options_are_taken_and_told(tiny: Path, codebook: Run, images_folder: Path) -> None:
-    asked = ("measure", tiny, "--batch-size", 16, "--data", images_folder, *RANGE, "--json")
+def test_running_options_are_taken_and_told(on_tiny: Run) -> None:
+    asked = ("measure", "--batch-size", 16, "--json")
     try:
-        found = codebook(*asked, "--precision", "bf16", "--device", "auto", "--deterministic")
+        found = on_tiny(*asked, "--precision", "bf16", "--device", "auto", "--deterministic")
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
     assert found.exit_code == 0 and found.json["settings"]["precision"] == "bf16"
-    exact = codebook(*asked).json["stages"]["before"]
+    exact = on_tiny(*asked).json["stages"]["before"]
     assert found.json["stages"]["before"]["mse"] == pytest.approx(exact["mse"], rel=0.05)
     assert found.json["stages"]["before"]["mse"] != exact["mse"]
 
 
-def test_a_network_of_the_users_own_is_measured_and_operated_on(
-    grey: Callable[..., Grey], codebook: Run, tmp_path: Path
-) -> None:
-    made = grey([i / 15 for i in range(16)] + [9.0])
-    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (80, 4, 4), dtype=np.uint8))
-    asked = (made.path, "--network", made.network, "--data", tmp_path / "images.npy", "--json")
-    found = codebook("measure", *asked).json
+MeasureGrey = Callable[..., Outcome]
+
+
+@pytest.fixture
+def measure_grey(grey: MakeGrey, codebook: Run, tmp_path: Path) -> MeasureGrey:
+    """measure_grey(codes, data, *options, test=None): of a network of the user's own, on arrays of images."""
+
+    def measure(codes: list[float], data: Any, *options: str, test: Any = None, command: str = "measure") -> Outcome:
+        made, words = grey(codes), list[object]()
+        for name, images in (("data", data), ("test-data", test)):
+            if images is not None:
+                np.save(tmp_path / f"{name}.npy", images)
+                words += [f"--{name}", tmp_path / f"{name}.npy"]
+        return codebook(command, made.path, "--network", made.network, *words, *options, "--json")
+
+    return measure
+
+
+def drawn(levels: Any, count: int = 40) -> Any:
+    """(count, 4, 4) uint8."""
+    return np.random.default_rng(0).choice(np.array(levels, np.uint8), (count, 4, 4))
+
+
+def test_a_network_of_the_users_own_is_measured_and_operated_on(measure_grey: MeasureGrey) -> None:
+    codes, images = [i / 15 for i in range(16)] + [9.0], drawn(range(256), 80)
+    found = measure_grey(codes, images).json
     assert found["family"] == "custom" and found["settings"]["input_range"] == [0.0, 1.0]
     assert found["stages"]["before"]["mse"] == pytest.approx((1 / 15) ** 2 / 12, rel=0.1)
-    found = codebook("prune", *asked).json
-    assert found["stages"]["surgery"]["codebooks"][0]["size"] == 16
-    assert codebook("verify", found["outputs"]["model"], "--against", made.path).exit_code == 0
+    assert measure_grey(codes, images, command="prune").json["stages"]["surgery"]["codebooks"][0]["size"] == 16
 
 
-def test_colours_for_a_grey_network_are_refused_until_it_is_said_what_becomes_of_them(
-    grey: Callable[..., Grey], codebook: Run, tmp_path: Path
-) -> None:
+def test_colours_for_a_grey_network_are_refused_until_one_says_how(measure_grey: MeasureGrey) -> None:
     """Pixels of red 1.0 and of green and blue 0.2: a luma of 0.299 + 0.701 x 0.2 = 0.4392, and a first channel of 1."""
-    made = grey([0.0, 0.4392, 1.0])
     colours = np.full((40, 4, 4, 3), 0.2, dtype=np.float32)
     colours[..., 0] = 1.0
-    np.save(tmp_path / "x.npy", colours)
-    asked = ("measure", made.path, "--network", made.network, "--data", tmp_path / "x.npy", "--input-range", "0,1")
-    told = "has 3 channels, and the network takes 1: give --channels mix|first (the luma of colours, or the first"
-    assert_refused(codebook(*asked), told)
+    asked = ([0.0, 0.4392, 1.0], colours, "--input-range", "0,1")
+    message = "has 3 channels, and the network takes 1: give --channels mix|first (the luma of colours, or the first"
+    assert_refused(measure_grey(*asked), message)
     for mixing in ("mix", "first"):
-        found = codebook(*asked, "--channels", mixing, "--json").json
+        found = measure_grey(*asked, "--channels", mixing).json
         assert found["settings"]["channels"] == mixing
         assert found["stages"]["before"]["mse"] == pytest.approx(0, abs=1e-12)
         assert found["stages"]["before"]["codebooks"][0]["used"] == 1
 
 
-def test_the_bundled_sample_comes_in_the_networks_channels(grey: Callable[..., Grey], codebook: Run) -> None:
-    made = grey([0.0, 0.5, 1.0])
-    found = codebook("measure", made.path, "--network", made.network, "--limit", 40, "--input-range", "0,1", "--json")
+def test_the_bundled_sample_comes_in_the_networks_channels(measure_grey: MeasureGrey) -> None:
+    found = measure_grey([0.0, 0.5, 1.0], None, "--limit", "40", "--input-range", "0,1")
     assert found.exit_code == 0 and any("no --data" in warning for warning in found.json["warnings"])
 
 
-def test_an_input_range_is_two_numbers_of_any_sign(tiny: Path, codebook: Run, images_folder: Path) -> None:
-    measured = codebook("measure", tiny, "--data", images_folder, "--input-range", "-1.0, 1.0", "--json")
-    assert measured.exit_code == 0 and measured.json["settings"]["input_range"] == [-1.0, 1.0]
-
-
-def test_a_typed_input_range_that_another_beats_is_told_with_both_errors(
-    grey: Callable[..., Grey], codebook: Run, tmp_path: Path
-) -> None:
+def test_an_input_range_that_another_beats_or_comes_close_to_is_told(measure_grey: MeasureGrey) -> None:
     """In [0, 1] black, grey and white have codes of their own. In [-1, 1] black is -1, becomes 0 and comes back as 0.5;
     the other two come back: an error of 0.25 / 3, and 16 of 48 pixels are black."""
-    made = grey([0.0, 0.5, 1.0])
     rows = np.tile(np.array([0, 0.5, 1], dtype=np.float32), 16).reshape(1, 6, 8).repeat(40, axis=0)
-    np.save(tmp_path / "x.npy", rows)
-    asked = ("measure", made.path, "--network", made.network, "--data", tmp_path / "x.npy", "--json")
-    (warning,) = codebook(*asked, "--input-range=-1,1").json["warnings"]
+    (warning,) = measure_grey([0.0, 0.5, 1.0], rows, "--input-range=-1,1").json["warnings"]
     assert warning == (
         "--input-range -1,1: images come back with mse 0.08333 in it, and with 0 in [0, 1]; is it --input-range=0,1?"
     )
-    assert codebook(*asked, "--input-range=0,1").json["warnings"] == []
-
-
-def test_an_input_range_that_is_hardly_better_than_another_is_told(
-    grey: Callable[..., Grey], codebook: Run, tmp_path: Path
-) -> None:
-    made = grey([-1.0, -0.5, 0.0, 0.5, 1.0])
-    black_and_white = np.random.default_rng(0).integers(0, 2, (40, 4, 4), dtype=np.uint8) * 255
-    np.save(tmp_path / "images.npy", black_and_white)
-    found = codebook("measure", made.path, "--network", made.network, "--data", tmp_path / "images.npy", "--json").json
-    (warning,) = found["warnings"]
+    assert measure_grey([0.0, 0.5, 1.0], rows, "--input-range=0,1").json["warnings"] == []
+    (warning,) = measure_grey([-1.0, -0.5, 0.0, 0.5, 1.0], drawn((0, 255))).json["warnings"]
     assert "input range [-1, 1] was chosen" in warning and "[0, 1] is close" in warning and "--input-range" in warning
 
 
-def test_the_input_range_is_the_calibration_images_choice(
-    grey: Callable[..., Grey], codebook: Run, tmp_path: Path
-) -> None:
-    made = grey([0.0, 0.2, 1.0])
-    for name, levels in (("data", (0, 255)), ("test", (153, 255))):  # 0.6 is 0.2 in the range [-1, 1]
-        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).choice(np.array(levels, np.uint8), (40, 4, 4)))
-    ranges = {}
-    for chosen in (["data", "test"], ["test", "data"]):
-        data, test = (tmp_path / f"{name}.npy" for name in chosen)
-        asked = ("measure", made.path, "--network", made.network, "--data", data, "--test-data", test, "--json")
-        ranges[chosen[0]] = codebook(*asked).json["settings"]["input_range"]
-    assert ranges == {"data": [0.0, 1.0], "test": [-1.0, 1.0]}
+def test_the_input_range_is_the_calibration_images_choice(measure_grey: MeasureGrey) -> None:
+    codes, black, grey = [0.0, 0.2, 1.0], drawn((0, 255)), drawn((153, 255))  # 0.6 is 0.2 in the range [-1, 1]
+    assert measure_grey(codes, black, test=grey).json["settings"]["input_range"] == [0.0, 1.0]
+    assert measure_grey(codes, grey, test=black).json["settings"]["input_range"] == [-1.0, 1.0]
 
 
-def test_an_operation_on_test_data_alone_is_calibrated_on_the_sample(
-    tiny: Path, codebook: Run, held_out_folder: Path
-) -> None:
-    given = ("--k", 6, "--steps", 0, "--test-data", held_out_folder, "--limit", 60)
-    found = codebook("refit", tiny, *given, *RANGE, "--json")
-    assert found.exit_code == 0
-    assert found.json["settings"]["images"]["test"] == 12
-    assert found.json["settings"]["images"]["train"] + found.json["settings"]["images"]["validation"] == 60
-    assert any("no --data" in warning for warning in found.json["warnings"])
-
-
-# --- files ---------------------------------------------------------------------------------------------------------
-
-
-def test_nothing_is_overwritten_without_force(tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path) -> None:
-    asked = ("prune", tiny, "--data", images_folder, *RANGE)
-    assert codebook(*asked).exit_code == 0
-    before = contents(tmp_path)
-    again = codebook(*asked)
-    assert again.exit_code == 1 and "exists; --force replaces it" in again.stderr and contents(tmp_path) == before
-    (tmp_path / "tiny.prune-k10.safetensors").write_bytes(b"something else")
-    assert codebook(*asked, "--force").exit_code == 0
-    assert contents(tmp_path) == before
-
-
-def test_a_log_shows_life_and_quiet_does_not(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_shows_life_and_quiet_does_not(monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
     from codebook_cli import output
 
     monkeypatch.setattr(output, "SECONDS_A_LINE", -1)

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
-import pytest
 from codebook_cli.completion import devices, families, rows
+from processes import ran
 
 from codebook_tools.models.registry import FAMILIES
 
 
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [
-        ("pru", ["prune"]),
-        ("prune,ran", ["prune,random"]),
-        ("prune,pru", []),
-        ("refit+t", ["refit+textbook"]),
-        ("nothing", []),
-    ],
-)
-def test_the_last_row_of_several_is_completed(typed: str, offered: list[str]) -> None:
-    assert rows(typed) == offered
+def test_the_last_row_of_several_is_completed() -> None:
+    assert (rows("pru"), rows("prune,ran"), rows("refit+t")) == (["prune"], ["prune,random"], ["refit+textbook"])
+    assert rows("prune,pru") == rows("nothing") == []
 
 
 def test_all_families_are_known_and_no_key_waits_for_torch() -> None:
@@ -30,4 +20,4 @@ def test_all_families_are_known_and_no_key_waits_for_torch() -> None:
     assert devices("") == ["auto", "cpu", "cuda", "xpu", "mps"] and devices("c") == ["cpu", "cuda"]
     looked = "from codebook_cli.completion import families, rows; families('z'), rows('p')"
     code = f"{looked}; import sys; assert 'torch' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert ran(sys.executable, "-c", code).exit_code == 0

@@ -79,7 +79,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for i, image in enumerate(some):
             shown = (image * 255).round().byte().movedim(0, -1).numpy()
             Image.fromarray(shown).save(tmp_path / folder / f"{i:03d}.png")
-    np.save(tmp_path / "tokens.npy", np.zeros((2, 64), dtype=np.int64) + 3)
+    np.save(tmp_path / "tokens.npy", np.zeros((2, 64), dtype=np.int64))  # of a code that pruning keeps
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=512, n_embd=8, n_layer=1, n_head=2, n_positions=64)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "prior")
@@ -116,20 +116,8 @@ IN_README = [words_of(line) for line in lines_of("README.md")]
 def test_the_example_of_a_command_works(command: str, desk: Path, codebook: Run) -> None:
     if command in BEFORE:
         assert typed(BEFORE[command], codebook).exit_code == 0
-    if command == "remap":
-        tokens = np.load(desk / "tokens.npy")
-        used = int(np.flatnonzero(_kept(desk))[0])
-        np.save(desk / "tokens.npy", np.full_like(tokens, used))
     found = typed(examples()[command], codebook)
     assert found.exit_code in ((0, 3) if command == "diagnose" else (0,)), found.stderr
-
-
-def _kept(desk: Path) -> np.ndarray:  # type: ignore[type-arg]
-    """Which codes the pruning left."""
-    from safetensors.numpy import load_file
-
-    (index_map,) = (t for key, t in load_file(desk / "model.prune-k86.index_map.safetensors").items() if "map" in key)
-    return index_map >= 0
 
 
 @pytest.mark.slow

@@ -14,8 +14,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import Run, assert_refused, contents
+from conftest import Patch, Run, contents
+from processes import ran
 
+from codebook_tools.errors import VerificationError
 from codebook_tools.workflows import operate, pipeline
 
 RANGE = ("--input-range", "-1,1")
@@ -32,72 +34,41 @@ RANGE = ("--input-range", "-1,1")
         "no-such-command",
     ],
 )
-def test_wrong_usage_is_exit_code_2(
-    arguments: str, codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_usage_is_exit_code_2(arguments: str, codebook: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     found = codebook(*arguments.split())
     assert found.exit_code == 2 and found.stdout == "" and "Usage:" in found.stderr
     assert contents(tmp_path) == {}
 
 
-def test_a_file_that_is_not_what_was_meant_is_exit_code_3_and_leaves_nothing(
-    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fsync(handle: int) -> None:
-        os.lseek(handle, -1, os.SEEK_END)
-        os.write(handle, b"\x7f")
-
-    monkeypatch.setattr(os, "fsync", fsync)  # a disk that damages the last byte
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE)
-    assert found.exit_code == 3 and "is not what was written" in found.stderr
-    assert set(contents(tmp_path)) == {"tiny.safetensors"}
+LEFT = {"tiny.finetune-k16.training.safetensors"}
+"""For --resume."""
 
 
-def test_our_own_fault_is_exit_code_70_with_the_traceback_to_report(
-    tiny: Path, codebook: Run, images_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def faulty(*_: object, **__: object) -> None:
-        raise ZeroDivisionError("a fault of ours")
-
-    monkeypatch.setattr(operate, "write_checkpoint", faulty)
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE, "--json")
-    assert found.exit_code == 70 and found.stdout == ""
-    assert "Traceback" in found.stderr and "a fault of ours" in found.stderr and "please report it" in found.stderr
-    assert set(contents(tmp_path)) == {"tiny.safetensors"}
-
-
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_a_lack_of_memory_is_the_users_to_mend(
-    error: Exception, tiny: Path, codebook: Run, images_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def greedy(*_: object, **__: object) -> None:
+@pytest.mark.parametrize(
+    ("room", "where", "error", "code", "words", "left"),
+    [
+        (operate, "write_checkpoint", ZeroDivisionError("of ours"), 70, ("Traceback", "of ours", "report it"), LEFT),
+        (operate, "write_checkpoint", MemoryError(), 1, ("out of memory", "a smaller --batch-size or --size"), LEFT),
+        (operate, "write_checkpoint", RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1,
+         ("out of memory", "a smaller --batch-size or --size"), LEFT),
+        (operate, "write_checkpoint", VerificationError("it is another"), 3, ("error: it is another",), LEFT),
+        (operate, "write_checkpoint", KeyboardInterrupt(), 130, ("interrupted",), LEFT),
+        (pipeline, "finetune", KeyboardInterrupt(), 130, ("interrupted",), set()),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_has_an_exit_code_of_its_kind(
+    room: ModuleType, where: str, error: BaseException, code: int, words: tuple[str, ...], left: set[str],
+    on_tiny: Run, tmp_path: Path, monkeypatch: Patch,
+) -> None:  # fmt: skip
+    def raising(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(operate, "write_checkpoint", greedy)
-    found = codebook("prune", tiny, "--data", images_folder, *RANGE, "--json")
-    assert_refused(found, "out of memory")
-    assert "use a smaller --batch-size or --size" in found.stderr
-
-
-@pytest.mark.parametrize(("room", "where"), [(pipeline, "finetune"), (operate, "write_checkpoint")])
-def test_an_interruption_is_exit_code_130_wherever_it_comes(
-    room: ModuleType,
-    where: str,
-    tiny: Path,
-    codebook: Run,
-    images_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(room, where, interrupted)
-    found = codebook("finetune", tiny, "--steps", 1, "--data", images_folder, *RANGE)
-    assert found.exit_code == 130 and found.stdout == "" and found.stderr.count("\n") == 1
-    unfinished = set() if where == "finetune" else {"tiny.finetune-k16.training.safetensors"}  # for --resume
-    assert set(contents(tmp_path)) - {"tiny.safetensors"} == unfinished
+    monkeypatch.setattr(room, where, raising)
+    outcome = on_tiny("finetune", "--steps", 1, "--json")
+    assert (outcome.exit_code, outcome.stdout) == (code, ""), outcome
+    assert all(word in outcome.stderr for word in words) and (code == 70 or outcome.stderr.count("\n") == 1)
+    assert set(contents(tmp_path)) - {"tiny.safetensors"} == left
 
 
 # --- in processes of their own ---------------------------------------------------------------------------------------
@@ -123,10 +94,7 @@ def ended(*arguments: object, **more: Any) -> tuple[int, bytes, bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "word"),
-    [
-        pytest.param(signal.SIGINT, 130, b"interrupted", marks=pytest.mark.slow),
-        (signal.SIGTERM, 143, b"terminated"),
-    ],
+    [pytest.param(signal.SIGINT, 130, b"interrupted", marks=pytest.mark.slow), (signal.SIGTERM, 143, b"terminated")],
 )
 def test_a_signal_during_fine_tuning_ends_with_a_line_and_its_own_code_and_leaves_nothing(
     number: signal.Signals, code: int, word: bytes, tiny: Path, images_folder: Path, tmp_path: Path
@@ -163,11 +131,9 @@ def test_a_signal_during_fine_tuning_ends_with_a_line_and_its_own_code_and_leave
     assert set(contents(tmp_path)) == {"tiny.safetensors"}
 
 
-def test_no_signal_is_lost_and_none_is_a_fault_of_ours() -> None:
-    """Python ignores what is raised while an object is cleared away, and a library makes an error of its own of it, as
-    numpy does where structured arrays are compared."""
-    program = """
+CLEARED = """
 import os, time, typer
+from codebook_cli import app
 from codebook_cli.errors import reported
 
 class Cleared:
@@ -175,12 +141,13 @@ class Cleared:
         os.kill(os.getpid(), number)
         time.sleep(0.001)
 
-def cleared():
+def cleared(*_):
     Cleared()
     for _ in range(400):  # a long sleep would not be interrupted, the signal being another thread's
         time.sleep(0.05)
     print("it went on")
-
+"""
+WITHIN = """
 def another_error():
     try:
         os.kill(os.getpid(), number)
@@ -196,42 +163,32 @@ for number in (2, 15):
         except typer.Exit as end:
             print(end.exit_code)
 """
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=heed_interrupts)
-    assert (done.stdout.split(), done.stderr.count("\n")) == (["130", "130", "143", "143"], 4), done
-
-
-def test_an_interruption_before_a_command_begins_is_not_lost_either() -> None:
-    program = """
-import os, signal, time
-from codebook_cli import app
-
-class Cleared:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.001)
-
-def get_command(*_):
-    Cleared()
-    for _ in range(400):
-        time.sleep(0.05)
-
-app.Commands.get_command = get_command
+BEFORE = """
+number, app.Commands.get_command = 2, cleared
 app.app(["inspect"])
 """
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=heed_interrupts)
-    assert done.returncode == 130 and "Traceback" not in done.stderr, done
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "codes", "lines"),
+    [(WITHIN, 0, "130 130 143 143", 4), (BEFORE, 130, "", 0)],
+    ids=["within", "before"],
+)
+def test_no_signal_is_lost_and_none_is_a_fault_of_ours(program: str, code: int, codes: str, lines: int) -> None:
+    """Python ignores what is raised while an object is cleared away, and a library makes an error of its own of it, as
+    numpy does where structured arrays are compared."""
+    done = ran(sys.executable, "-c", CLEARED + program, preexec_fn=heed_interrupts)
+    assert (done.exit_code, done.stdout.split(), done.stderr.count("\n")) == (code, codes.split(), lines), done
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("options", [["--json"], pytest.param([], marks=pytest.mark.slow)], ids=["json", "table"])
 def test_a_reader_that_leaves_early_is_no_error(options: list[str], tiny: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    with start("inspect", tiny, *options, stdout=writer, stderr=subprocess.PIPE) as process:
-        os.close(writer)
-        _, said = process.communicate(timeout=120)
-    assert (process.returncode, said) == (0, b"")
+    code, _, said = ended("inspect", tiny, *options, stdout=writer)
+    os.close(writer)
+    assert (code, said) == (0, b"")
 
 
 def closed(*handles: int) -> Callable[[], None]:
@@ -246,18 +203,20 @@ def test_standard_output_that_takes_no_more_is_told_in_one_line(command: str) ->
     assert (code, said) == (1, b"error: cannot write to standard output: No space left on device\n")
 
 
+def test_a_current_folder_that_was_deleted_is_told_in_one_line(tmp_path: Path) -> None:
+    (folder := tmp_path / "gone").mkdir()
+    message = b"error: the current folder is no longer there; go to another with cd\n"
+    assert ended("inspect", cwd=folder, preexec_fn=folder.rmdir) == (1, b"", message)
+
+
 @pytest.mark.parametrize(
-    ("command", "handles"),
-    [
-        (["inspect", "--json"], (1,)),
-        pytest.param(["inspect"], (0,), marks=pytest.mark.slow),
-        pytest.param(["inspect"], (2,), marks=pytest.mark.slow),
-    ],
+    ("command", "handle"),
+    [("inspect --json", 1), *(pytest.param("inspect", handle, marks=pytest.mark.slow) for handle in (0, 2))],
 )
-def test_a_standard_stream_that_is_closed_is_as_if_it_led_nowhere(command: list[str], handles: tuple[int, ...]) -> None:
-    code, out, said = ended(*command, preexec_fn=closed(*handles))
+def test_a_standard_stream_that_is_closed_is_as_if_it_led_nowhere(command: str, handle: int) -> None:
+    code, out, said = ended(*command.split(), preexec_fn=closed(handle))
     assert (code, said) == (0, b"")
-    assert (b"_vq_vae._embedding.weight" in out) == (1 not in handles)
+    assert (b"_vq_vae._embedding.weight" in out) == (handle != 1)
 
 
 @pytest.mark.slow
@@ -269,11 +228,3 @@ def test_what_is_written_while_all_standard_streams_are_closed_is_whole(
     with start(*command, preexec_fn=closed(0, 1, 2)) as process:
         assert process.wait(120) == 0
     assert codebook("verify", output, "--against", tiny).exit_code == 0
-
-
-def test_a_current_folder_that_was_deleted_is_told_in_one_line(tmp_path: Path) -> None:
-    folder = tmp_path / "gone"
-    folder.mkdir()
-    code, out, said = ended("inspect", cwd=folder, preexec_fn=folder.rmdir)
-    assert (code, out) == (1, b"")
-    assert said == b"error: the current folder is no longer there; go to another with cd\n"

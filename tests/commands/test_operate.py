@@ -16,7 +16,7 @@ from conftest import DEAD, State, WriteModel
 from sources_of_images import find_images
 from surgeries import NO_STEPS, do, maps_of, output_of, written
 from torch import Tensor
-from tutorial import Tutorial
+from tutorial_networks import Tutorial
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.write import tensor_bytes

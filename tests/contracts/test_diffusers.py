@@ -3,67 +3,51 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Grey, Outcome, assert_refused, contents
+from conftest import Patch, Run, assert_refused, contents
 from diffusers import VQModel
 from diffusers.models.autoencoders.vq_model import VectorQuantizer
-from image_models import BOOK, DEAD, vqmodel
+from image_models import BOOK, vqmodel
+from points import DEAD
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from codebook_tools.checkpoints import atomic
-from codebook_tools.checkpoints.layout import index_map_path, partial_path
+from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.checkpoints.read import read_checkpoint
-from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import reconstruct
 from codebook_tools.models.load import load_model
 from codebook_tools.models.output import written_config
 from codebook_tools.models.sizes import size_warning
-from codebook_tools.runtime.progress import Watch
-from codebook_tools.workflows.operate import measure_model
-from codebook_tools.workflows.request import Request
 
-Run = Callable[..., Outcome]
 Save = Callable[..., Path]
 
-FEW_STEPS = ("--steps", "12", "--batch-size", "16")
 RANGE = ("--input-range=-1,1",)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-MOVQ = {"norm_type": "spatial"}
-AMUSED = {"lookup_from_codebook": True}
 
 
-@pytest.fixture(scope="session")
-def saved(image_tensor: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Save:
-    """saved(norm_type="spatial"): a directory that diffusers wrote, of 16 codes of which DEAD lie far from all latents.
-
-    It is made once for each config: do not write into it.
-    """
-    made: dict[str, Path] = {}
+@pytest.fixture
+def saved(image_tensor: Tensor, tmp_path: Path) -> Save:
+    """saved(norm_type="spatial"): a directory that diffusers wrote, of 16 codes of which DEAD lie far from all latents;
+    each takes the place of the one before."""
 
     def save(**config: Any) -> Path:
-        name = json.dumps(config)
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("diffusers") / "vae"
-            vqmodel(image_tensor, **config).save_pretrained(made[name], safe_serialization=True)
-        return made[name]
+        vqmodel(image_tensor, **config).save_pretrained(tmp_path / "vae", safe_serialization=True)
+        return tmp_path / "vae"
 
     return save
 
 
 @pytest.fixture
-def vae(saved: Save, tmp_path: Path) -> Path:
-    """A copy of the plain model, alone in tmp_path."""
-    return Path(shutil.copytree(saved(), tmp_path / "vae"))
+def vae(saved: Save) -> Path:
+    """The plain model, alone in tmp_path."""
+    return saved()
 
 
 @pytest.fixture
@@ -75,13 +59,7 @@ def run(codebook: Run, images_folder: Path) -> Run:
 @pytest.fixture
 def written(run: Run) -> Callable[..., Path]:
     """written("prune", model, ...): the output of a command that succeeds."""
-
-    def write(*words: object) -> Path:
-        outcome = run(*words, "--json")
-        assert outcome.exit_code == 0, outcome.stderr
-        return Path(outcome.json["outputs"]["model"])
-
-    return write
+    return lambda *words: Path(run(*words, "--json").json["outputs"]["model"])
 
 
 def by_diffusers(folder: Path, images: Tensor) -> Tensor:
@@ -103,29 +81,13 @@ def edit(folder: Path, **entries: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config_of(folder) | entries))
 
 
-# --- what the network computes -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("config", [AMUSED, {"latent_channels": 6, "vq_embed_dim": 4}], ids=str)
+@pytest.mark.parametrize("config", [{"lookup_from_codebook": True}, {"latent_channels": 6, "vq_embed_dim": 4}], ids=str)
 def test_reconstructions_are_those_of_diffusers(config: dict[str, Any], image_tensor: Tensor, saved: Save) -> None:
     path = saved(**config)
     assert torch.allclose(by_us(path, image_tensor), by_diffusers(path, image_tensor), atol=1e-5)
 
 
-def test_any_family_can_be_made_anew(tiny: Path, saved: Save, grey: Callable[..., Grey]) -> None:
-    own = grey([0.0, 0.5, 1.0])
-    for path, network in ((tiny, None), (saved(), None), (own.path, own.network)):
-        model = load_model(read_checkpoint(path), network=network)
-        size, loaded = model.books[0].stored.size, model.network.state_dict()
-        first, second = (model.build(model.checkpoint, size).state_dict() for _ in range(2))
-        assert {name: t.shape for name, t in first.items()} == {name: t.shape for name, t in loaded.items()}
-        name = next(name for name, key in model.keys.items() if key == model.books[0].key)
-        assert not torch.equal(first[name], second[name]) and not torch.equal(first[name], loaded[name])
-
-
-def test_a_result_with_other_codes_than_the_library_loads_is_exit_code_3(
-    vae: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def loads_others(monkeypatch: Patch) -> None:
     load = VQModel.from_pretrained
 
     def moved(folder: Path, **options: Any) -> object:
@@ -134,14 +96,9 @@ def test_a_result_with_other_codes_than_the_library_loads_is_exit_code_3(
         return model, info
 
     monkeypatch.setattr(VQModel, "from_pretrained", moved)
-    outcome = run("prune", vae)
-    assert outcome.exit_code == 3 and "is not the codebook that was meant" in outcome.stderr
-    assert [path.name for path in vae.parent.iterdir()] == ["vae"]
 
 
-def test_a_result_with_other_codes_than_the_library_chooses_is_exit_code_3(
-    vae: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def chooses_others(monkeypatch: Patch) -> None:
     choose = VectorQuantizer.forward
 
     def shifted(self: VectorQuantizer, latents: Tensor) -> object:
@@ -149,32 +106,39 @@ def test_a_result_with_other_codes_than_the_library_chooses_is_exit_code_3(
         return quantized, loss, (perplexity, one_hot, codes.roll(1))
 
     monkeypatch.setattr(VectorQuantizer, "forward", shifted)
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [(loads_others, "is not the codebook that was meant"), (chooses_others, "chooses other codes of")],
+)
+def test_a_result_with_other_codes_than_the_librarys_is_exit_code_3(
+    patch: Callable[[Patch], None], message: str, vae: Path, run: Run, monkeypatch: Patch
+) -> None:
+    patch(monkeypatch)
     outcome = run("prune", vae)
-    assert outcome.exit_code == 3 and "chooses other codes of" in outcome.stderr
+    assert outcome.exit_code == 3 and message in outcome.stderr
     assert [path.name for path in vae.parent.iterdir()] == ["vae"]
 
 
 @pytest.mark.slow
-def test_old_names_of_attention_layers_are_understood_and_kept(
-    vae: Path, written: Callable[..., Path], image_tensor: Tensor
-) -> None:
+def test_old_names_of_attention_layers_are_known_trained_and_kept(vae: Path, run: Run, image_tensor: Tensor) -> None:
     before, state = by_us(vae, image_tensor), load_file(vae / WEIGHTS)
     for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
         state = {key.replace(f".{new}.", f".{old}."): tensor for key, tensor in state.items()}
     assert any(".proj_attn." in key for key in state)
     save_file(state, vae / WEIGHTS, {"format": "pt"})
     assert torch.equal(by_us(vae, image_tensor), before)
-    output = written("finetune", vae, *FEW_STEPS)
+    result = run("finetune", vae, "--steps", "40", "--json").json
+    output, stages = Path(result["outputs"]["model"]), result["stages"]
+    assert result["kept"] == "finetuned" and stages["finetuned"]["mse"] < 0.9 * stages["before"]["mse"]
+    trained = json.loads(read_checkpoint(output).metadata["codebook_tools.trained_tensors"])
+    assert {key.split(".")[0] for key in trained} == {"encoder", "quant_conv", "post_quant_conv", "decoder"}
     assert load_file(output / WEIGHTS).keys() == state.keys()
     assert torch.allclose(by_us(output, image_tensor), by_diffusers(output, image_tensor), atol=1e-5)
 
 
-# --- commands ------------------------------------------------------------------------------------------------------
-
-
-def test_inspect_names_the_family_and_does_not_import_diffusers(
-    vae: Path, codebook: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inspect_names_the_family_and_does_not_import_diffusers(vae: Path, codebook: Run, monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)  # an import would fail
     result = codebook("inspect", vae, "--json").json
     assert result["family"] == "diffusers-vqmodel"
@@ -185,21 +149,19 @@ def test_inspect_names_the_family_and_does_not_import_diffusers(
     assert outcome.exit_code == 0 and "num_vq_embeddings=32, but quantize.embedding." in outcome.stdout
 
 
-COMMANDS = {
-    "prune": ("prune",),
-    "quantize to few bits": ("quantize", "--bits", "6"),
-    "grow": ("grow", "--k", "12"),
-    "frozen": ("finetune", *FEW_STEPS, "--codebook-update", "frozen", "--train", "decoder"),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("prune", "quantize --bits 6", "grow --k 12"),
+        "finetune --steps 12 --batch-size 16 --codebook-update frozen --train decoder",
+    ],
+)
 def test_a_command_writes_a_directory_that_is_measured_as_it_was_reported(
     command: str, vae: Path, run: Run, codebook: Run, held_out_folder: Path, tmp_path: Path
 ) -> None:
     before = contents(vae)
-    name, *options = COMMANDS[command]
+    name, *options = command.split()
     test_data = ("--test-data", held_out_folder, "--json")
     result = run(name, vae, *options, *test_data).json
     assert contents(vae) == before
@@ -223,9 +185,8 @@ def test_a_command_writes_a_directory_that_is_measured_as_it_was_reported(
         assert [i for i, to in enumerate(codes) if to == -1] == list(DEAD)
 
 
-def test_it_is_compared_with_a_fresh_network_of_the_librarys_own(
-    vae: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_it_is_compared_with_a_fresh_network(vae: Path, run: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ("--strategies", "prune,refit,refit+fresh-network", "--k", 6, "--steps", 2, "--batch-size", 8, "--seed", 3)
     outcome = run("compare", vae.rename(vae.with_name("vae.v1")), *words, "--json")
@@ -236,45 +197,30 @@ def test_it_is_compared_with_a_fresh_network_of_the_librarys_own(
     assert errors["refit+fresh-network", 6] != errors["refit", 6]
 
 
-@pytest.mark.slow
-def test_fine_tuning_lowers_the_error_and_trains_both_networks(vae: Path, run: Run) -> None:
-    result = run("finetune", vae, "--steps", "40", "--json").json
-    assert result["kept"] == "finetuned"
-    assert result["stages"]["finetuned"]["mse"] < 0.9 * result["stages"]["before"]["mse"]
-    trained = json.loads(read_checkpoint(Path(result["outputs"]["model"])).metadata["codebook_tools.trained_tensors"])
-    assert {key.split(".")[0] for key in trained} == {"encoder", "quant_conv", "post_quant_conv", "decoder"}
-
-
-@pytest.mark.parametrize(("config", "warned"), [(MOVQ, True), ({}, False)])
-def test_the_spatial_norm_is_warned_of_and_no_other(
-    config: dict[str, Any], warned: bool, saved: Save, codebook: Run, held_out_folder: Path
-) -> None:
-    result = codebook("measure", saved(**config), "--test-data", held_out_folder, *RANGE, "--json").json
-    assert any("force_not_quantize" in warning for warning in result["warnings"]) is warned
-
-
-# --- a single file, with its config beside it ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def single(saved: Save, tmp_path: Path) -> Callable[[str | None], Path]:
-    """single("config.json"): the weights as tmp_path/one.safetensors, with their config under that name."""
-
-    def place(config: str | None) -> Path:
-        shutil.copy(saved() / WEIGHTS, tmp_path / "one.safetensors")
-        if config:
-            shutil.copy(saved() / "config.json", tmp_path / config)
-        return tmp_path / "one.safetensors"
-
-    return place
+@pytest.mark.parametrize(
+    ("config", "options", "words", "warned"),
+    [
+        ({"norm_type": "spatial"}, (), "force_not_quantize", True),
+        ({}, (), "force_not_quantize", False),
+        ({"sample_size": 64}, ("--size", 16), "--size 16 is far from 64", True),
+        ({"sample_size": 64}, (), "is far from", False),
+    ],
+)
+def test_the_spatial_norm_and_a_size_far_from_the_configs_are_warned_of(
+    config: dict[str, Any], options: tuple[object, ...], words: str, warned: bool, saved: Save, codebook: Run,
+    held_out_folder: Path,
+) -> None:  # fmt: skip
+    result = codebook("measure", saved(**config), "--test-data", held_out_folder, *RANGE, *options, "--json").json
+    assert any(words in warning for warning in result["warnings"]) is warned
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["config.json", "one.config.json"])
 def test_a_file_with_a_config_becomes_a_directory_that_diffusers_loads(
-    config: str, single: Callable[[str], Path], written: Callable[..., Path], codebook: Run, tmp_path: Path
+    config: str, vae: Path, written: Callable[..., Path], codebook: Run, tmp_path: Path
 ) -> None:
-    path = single(config)
+    path = (vae / WEIGHTS).rename(tmp_path / "one.safetensors")
+    (vae / "config.json").rename(tmp_path / config)
     output = written("refit", path, "--k", "6", "--steps", "0")
     assert output == tmp_path / "one.refit-k6"
     assert {file.name for file in output.iterdir()} == {WEIGHTS, "config.json", "README.md"}
@@ -286,7 +232,8 @@ def test_a_file_with_a_config_becomes_a_directory_that_diffusers_loads(
         assert written_config(read_checkpoint(path), 16) == path.with_name("one.config.json").read_bytes()
 
 
-def test_asked_for_a_file_its_config_is_written_beside_it_and_found_there_again(
+@pytest.mark.slow
+def test_a_config_is_written_beside_a_file_and_found_again(
     vae: Path, run: Run, written: Callable[..., Path], codebook: Run, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
@@ -301,7 +248,7 @@ def test_asked_for_a_file_its_config_is_written_beside_it_and_found_there_again(
     assert_refused(run(*again), "second.config.json exists; --force")
 
 
-def test_a_config_that_lies_beside_a_file_of_another_family_is_not_looked_at(
+def test_a_config_beside_another_familys_file_is_not_read(
     tiny: Path, written: Callable[..., Path], codebook: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text("{")
@@ -310,43 +257,33 @@ def test_a_config_that_lies_beside_a_file_of_another_family_is_not_looked_at(
     assert codebook("verify", output, "--against", tiny).exit_code == 0
 
 
-# --- the rest of the directory, and its config ---------------------------------------------------------------------
-
-
-def test_small_files_go_along_and_nothing_else(vae: Path, run: Run, tmp_path: Path) -> None:
-    (vae / "README.md").write_text("of mine")
-    (tmp_path / "secret").write_text("not yours")
-    (vae / "link").symlink_to(tmp_path / "secret")
-    (vae / "folder").mkdir()
-    (vae / "folder" / "file").touch()
-    (vae / "diffusion_pytorch_model.fp16.safetensors").write_bytes((vae / WEIGHTS).read_bytes())
-    result = run("prune", vae, "--json").json
-    output = Path(result["outputs"]["model"])
-    assert {path.name for path in output.iterdir()} == {WEIGHTS, "config.json", "README.md"}
-    assert (output / "README.md").read_text().startswith("of mine\n\n## Codebook surgery\n")
-    assert any("diffusion_pytorch_model.fp16.safetensors, folder, link" in warning for warning in result["warnings"])
-
-
-def test_a_model_whose_files_are_links_is_read(vae: Path, written: Callable[..., Path], tmp_path: Path) -> None:
-    (tmp_path / "snapshot").mkdir()  # as the hub's cache keeps them
-    for name in (WEIGHTS, "config.json"):
-        (tmp_path / "snapshot" / name).symlink_to(vae / name)
-    output = written("prune", tmp_path / "snapshot")
-    assert not any(path.is_symlink() for path in output.iterdir())
-    assert VQModel.from_pretrained(output).config.num_vq_embeddings == 10
-
-
-def test_the_config_stays_byte_for_byte_but_for_k(vae: Path, written: Callable[..., Path]) -> None:
+@pytest.mark.slow
+def test_what_lies_beside_the_weights_goes_along_as_it_is_but_for_k(vae: Path, run: Run, tmp_path: Path) -> None:
     odd = json.dumps(config_of(vae) | {"note": "Ünal", "num_vq_embeddings": 16}, indent=7, ensure_ascii=False)
     (vae / "config.json").write_text(odd, encoding="utf-8")
-    same, other = written("restart", vae, "--steps", 0), written("prune", vae)
-    assert (same / "config.json").read_bytes() == (vae / "config.json").read_bytes()
-    expected = odd.replace('"num_vq_embeddings": 16', '"num_vq_embeddings": 10')
-    assert (other / "config.json").read_text(encoding="utf-8") == expected
+    (snapshot := tmp_path / "snapshot").mkdir()
+    for name in (WEIGHTS, "config.json"):  # as the hub's cache keeps them
+        (snapshot / name).symlink_to(vae / name)
+    (snapshot / "README.md").write_text("of mine")
+    (tmp_path / "secret").write_text("not yours")
+    (snapshot / "link").symlink_to(tmp_path / "secret")
+    (snapshot / "folder").mkdir()
+    (snapshot / "folder" / "file").touch()
+    (snapshot / "diffusion_pytorch_model.fp16.safetensors").write_bytes((vae / WEIGHTS).read_bytes())
+    for command, size in (("restart --steps 0", 16), ("prune", 10)):
+        result = run(*command.split()[:1], snapshot, *command.split()[1:], "--json").json
+        output = Path(result["outputs"]["model"])
+        assert {path.name for path in output.iterdir()} == {WEIGHTS, "config.json", "README.md"}
+        assert not any(path.is_symlink() for path in output.iterdir())
+        assert (output / "README.md").read_text().startswith("of mine\n\n## Codebook surgery\n")
+        assert any("diffusion_pytorch_model.fp16.safetensors, folder, link" in text for text in result["warnings"])
+        expected = odd.replace('"num_vq_embeddings": 16', f'"num_vq_embeddings": {size}')
+        assert (output / "config.json").read_bytes() == expected.encode()
+        assert VQModel.from_pretrained(output).config.num_vq_embeddings == size
 
 
 @pytest.mark.parametrize(("k", "warned"), [(16, False), (8, True)])
-def test_a_config_of_another_model_goes_along_with_a_warning(
+def test_another_models_config_goes_along_with_a_warning(
     k: int, warned: bool, tiny: Path, run: Run, codebook: Run, tmp_path: Path
 ) -> None:
     model, output = tmp_path / "own", tmp_path / f"own.refit-k{k}"
@@ -360,26 +297,9 @@ def test_a_config_of_another_model_goes_along_with_a_warning(
     assert codebook("verify", output, "--against", model).exit_code == 0
 
 
-@pytest.mark.parametrize(
-    ("entries", "what"),
-    [
-        ({"num_vq_embeddings": 11}, "entry num_vq_embeddings: 11 where 10 belongs"),
-        ({"act_fn": "relu"}, "entry act_fn: 'relu' where 'silu' belongs"),
-        ({"mine": 1}, "entry mine: extra or missing"),
-    ],
-)
-def test_a_config_that_does_not_belong_to_the_result_is_found(
-    entries: dict[str, object], what: str, vae: Path, written: Callable[..., Path], codebook: Run
-) -> None:
-    output = written("prune", vae)
-    edit(output, **entries)
-    outcome = codebook("verify", output, "--against", vae, "--json")
-    assert outcome.exit_code == 3 and outcome.json["differences"] == [{"key": "config.json", "what": what}]
-
-
-@pytest.mark.parametrize("change", ["changed", "missing"])
-def test_what_goes_along_is_verified_too_but_for_the_card(
-    change: str, vae: Path, written: Callable[..., Path], codebook: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_a_config_or_a_file_that_does_not_belong_to_the_result_is_found_whatever_its_card_says(
+    vae: Path, written: Callable[..., Path], codebook: Run, monkeypatch: Patch
 ) -> None:
     (vae / "preprocessor_config.json").write_text('{"mean": 0.5}')
     monkeypatch.chdir(vae)
@@ -387,18 +307,27 @@ def test_what_goes_along_is_verified_too_but_for_the_card(
     (output / "README.md").write_text((output / "README.md").read_text() + "More of it.")
     monkeypatch.chdir(output)
     assert codebook("verify", ".", "--against", vae).exit_code == 0
-    copy = output / "preprocessor_config.json"
-    copy.write_text('{"mean": 0.6}') if change == "changed" else copy.unlink()
-    outcome = codebook("verify", output, "--against", vae, "--json")
-    assert outcome.exit_code == 3 and outcome.json["differences"] == [{"key": copy.name, "what": change}]
-
-
-# --- what a user can mend ------------------------------------------------------------------------------------------
+    copy, before = output / "preprocessor_config.json", (output / "config.json").read_bytes()
+    amiss: dict[str, Callable[[], object]] = {
+        "entry num_vq_embeddings: 11 where 10 belongs": lambda: edit(output, num_vq_embeddings=11),
+        "entry act_fn: 'relu' where 'silu' belongs": lambda: edit(output, act_fn="relu"),
+        "entry mine: extra or missing": lambda: edit(output, mine=1),
+        "entry act_fn: extra or missing": lambda: (output / "config.json").write_text(
+            json.dumps({key: value for key, value in config_of(output).items() if key != "act_fn"})
+        ),
+        "changed": lambda: copy.write_text('{"mean": 0.6}'),
+        "missing": copy.unlink,
+    }
+    for what, change in amiss.items():
+        change()
+        outcome = codebook("verify", output, "--against", vae, "--json")
+        key = "config.json" if "entry" in what else copy.name
+        assert outcome.exit_code == 3 and outcome.json["differences"] == [{"key": key, "what": what}]
+        (output / "config.json").write_bytes(before)
 
 
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-    "a list": (lambda folder: (folder / "config.json").write_text("[16]"), "holds a JSON list"),
     "another K": (lambda folder: edit(folder, num_vq_embeddings=32), "num_vq_embeddings=32, but quantize.embedding."),
     "K as text": (lambda folder: edit(folder, num_vq_embeddings="16"), "num_vq_embeddings='16'"),
     "K as yes": (lambda folder: edit(folder, num_vq_embeddings=True), "num_vq_embeddings=True"),
@@ -412,138 +341,39 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         "holds 2 .safetensors files",
     ),
     "shards": (lambda folder: (folder / f"{WEIGHTS}.index.json").write_text("{}"), "sharded weights"),
+    "a file alone": (lambda folder: (folder / "config.json").unlink(), "without its config"),
+    "a file beside no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is no JSON"),
+    "a file beside nothing": (lambda folder: (folder / "config.json").write_text("{}"), "no network is known"),
 }  # fmt: skip
-AT_ONCE = ("no config", "a list", "no weights", "two weights", "shards")
+AT_ONCE = ("no config", "no weights", "two weights", "shards", "a file beside no JSON")
 
 
 @pytest.mark.parametrize("kind", BAD_MODELS)
 def test_a_directory_that_is_amiss_is_refused(kind: str, vae: Path, run: Run, codebook: Run, tmp_path: Path) -> None:
     change, message = BAD_MODELS[kind]
     change(vae)
-    before = contents(tmp_path)
-    assert_refused(run("prune", vae), message)
-    assert (codebook("inspect", vae).exit_code == 1) == (kind in AT_ONCE)
+    before, model = contents(tmp_path), vae / WEIGHTS if "a file" in kind else vae
+    assert_refused(run("prune", model), message)
+    assert (codebook("inspect", model).exit_code == 1) == (kind in AT_ONCE)
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ("config", "message"), [(None, "without its config"), ("{", "is no JSON"), ("{}", "no network is known")]
-)
-def test_a_file_whose_config_is_amiss_is_refused(
-    config: str | None, message: str, single: Callable[[None], Path], run: Run, tmp_path: Path
-) -> None:
-    path = single(None)
-    if config is not None:
-        (tmp_path / "config.json").write_text(config)
-    before = contents(tmp_path)
-    assert_refused(run("prune", path), message)
-    assert contents(tmp_path) == before
-
-
-def test_without_diffusers_it_is_asked_for(vae: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_diffusers_it_is_asked_for(vae: Path, run: Run, monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert_refused(run("prune", vae), "pip install 'codebook-tools[diffusers]'")
 
 
-OURS_ONLY = "is not a directory that codebook-tools wrote"
-BAD_OUTPUTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "it exists": (lambda folder: (folder / "out").mkdir(), "out", "out exists; --force replaces it"),
-    "its map exists": (lambda folder: (folder / "out.index_map.safetensors").touch(), "out", "exists; --force"),
-    "the model": (lambda folder: None, "vae", "is the model itself"),
-    "the model's weights": (lambda folder: None, f"vae/{WEIGHTS}", "is the model itself"),
-    "around the model": (lambda folder: None, ".", "holds the model"),
-    "a path without a name": (lambda folder: None, "..", "has no name of its own"),
-    "a pickle": (lambda folder: None, "out.pt", "does not end in .safetensors"),
-    "no folder": (lambda folder: None, "gone/out", "no such folder"),
-    "left over, not whole": (lambda folder: partial_path(folder / "out").mkdir(), "out", "codebook.partial is left of"),
-    "left over, the old": (lambda folder: (folder / "out.old").mkdir(), "out", "rename it to out, or delete it"),
-    "left over, both": (
-        lambda folder: ((folder / "out.old").mkdir(), (folder / "out").mkdir()), "out", "already written out; delete it"
-    ),
-    "forced, a home": (lambda folder: (folder / "out/letters").mkdir(parents=True), "out --force", OURS_ONLY),
-    "forced, a model": (lambda folder: shutil.copytree(folder / "vae", folder / "out"), "out --force", OURS_ONLY),
-    "forced, a link": (lambda folder: (folder / "out").symlink_to("vae"), "out --force", "is the model itself"),
-    "forced, a file": (lambda folder: (folder / "out").write_text("precious"), "out --force", OURS_ONLY),
-    "forced, empty": (lambda folder: (folder / "out").mkdir(), "out --force", OURS_ONLY),
-}  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", BAD_OUTPUTS)
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(
-    kind: str, vae: Path, codebook: Run, tmp_path: Path
-) -> None:
-    change, words, message = BAD_OUTPUTS[kind]
-    change(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    output, *force = words.split()
-    assert_refused(codebook("prune", vae, "--data", "nowhere", "-o", tmp_path / output, *force), message)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("failing", ["rename", "fsync"])
-def test_a_failure_on_the_way_leaves_the_old_directory_as_it_was(
-    failing: str, vae: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = ("prune", vae, "-o", tmp_path / "out", "--force")
-    assert run(*command).exit_code == 0
-    before = contents(tmp_path)
-    real = getattr(os, failing)
-
-    def fail(*arguments: Any) -> Any:
-        if failing == "rename" and not str(arguments[0]).endswith(".partial"):
-            return real(*arguments)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, failing, fail)
-    assert_refused(run(*command), "No space left on device")
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.slow
-def test_an_old_directory_that_cannot_be_deleted_is_named(
-    vae: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = ("prune", vae, "-o", tmp_path / "out", "--force")
-    assert run(*command).exit_code == 0
-
-    def rmtree(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(atomic.shutil, "rmtree", rmtree)
-    assert_refused(run(*command), "out.old, which it replaced, cannot be deleted")
-    assert VQModel.from_pretrained(tmp_path / "out").config.num_vq_embeddings == 10
-    assert_refused(run(*command), "had already written out; delete it")
-
-
-def test_a_directory_is_read_as_its_file_is(vae: Path) -> None:
-    folder, file = read_checkpoint(vae), read_checkpoint(vae / WEIGHTS)
-    assert (folder.path, folder.folder, file.folder) == (vae / WEIGHTS, vae, None)
-    assert folder.entries == file.entries and folder.config == file.config == config_of(vae)
-    (vae / WEIGHTS).rename(vae / "only.safetensors")
-    assert read_checkpoint(vae).path == vae / "only.safetensors"
-    shutil.copy(vae / "only.safetensors", vae / "model.safetensors")
+def test_of_several_weights_those_of_a_librarys_name_are_read(vae: Path) -> None:
+    shutil.copy(vae / WEIGHTS, vae / "a.safetensors")
+    assert read_checkpoint(vae).path == vae / WEIGHTS
+    (vae / WEIGHTS).rename(vae / "model.safetensors")
     assert read_checkpoint(vae).path == vae / "model.safetensors"
-    (vae / "config.json").unlink()
-    with pytest.raises(CodebookError, match=r"has no config\.json"):
-        read_checkpoint(vae)
 
 
-# --- the size of its images ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("size", "far"), [(31, True), (32, False), (128, False), (129, True)])
-def test_a_size_below_half_or_above_twice_the_configs_is_far_from_it(size: int, far: bool, saved: Save) -> None:
-    warnings = size_warning(read_checkpoint(saved(sample_size=64)), "diffusers-vqmodel", size)
-    expected = f"--size {size} is far from 64, which is sample_size in the model's config; --size 64 is its own"
-    assert warnings == ([expected] if far else [])
+def test_a_size_below_half_or_above_twice_the_configs_is_far_from_it(saved: Save) -> None:
+    for size, far in ((31, True), (32, False), (128, False), (129, True)):
+        warnings = size_warning(read_checkpoint(saved(sample_size=64)), "diffusers-vqmodel", size)
+        expected = f"--size {size} is far from 64, which is sample_size in the model's config; --size 64 is its own"
+        assert warnings == ([expected] if far else [])
     assert config_of(saved())["sample_size"] == 32  # the library's default says nothing
     assert size_warning(read_checkpoint(saved()), "diffusers-vqmodel", 256) == []
-
-
-def test_a_typed_size_far_from_the_configs_is_warned_of(saved: Save, images_folder: Path) -> None:
-    request = Request(saved(sample_size=64), (str(images_folder),), size=16, input_range=(-1.0, 1.0))
-    assert any("--size 16 is far from 64" in warning for warning in measure_model(request, Watch()).warnings)
-    of_images = measure_model(replace(request, size=None), Watch())
-    assert not any("is far from" in warning for warning in of_images.warnings)

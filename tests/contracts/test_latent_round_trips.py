@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from families import State
-from image_models import assert_loads_whole
 from library_models import OF_LIBRARIES
 from round_trips import (
     NO_STEPS,
     OPERATIONS,
     Operation,
     assert_averages_follow,
+    assert_loads_whole,
     assert_only_these_differ,
     assert_same_indices,
     operated,
@@ -136,9 +136,7 @@ BLIND = [(operation, True) for operation in OPERATIONS if operation.command == "
 
 @pytest.mark.parametrize(("operation", "blind"), [*((operation, False) for operation in SURGERIES), *BLIND], ids=str)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_codes_in_the_file_are_those_that_a_plain_file_would_hold(
-    name: str, operation: Operation, blind: bool, tmp_path: Path
-) -> None:
+def test_codes_of_the_file_are_a_plain_ones(name: str, operation: Operation, blind: bool, tmp_path: Path) -> None:
     """blind: on the codes alone, without latents."""
     layout = LAYOUTS[name]
     before = {key: tensor.clone() for key, tensor in layout.state.items()}
@@ -183,9 +181,7 @@ LIBRARIES: dict[str, tuple[str, tuple[Tensor, ...]]] = {
 
 @pytest.mark.parametrize("operation", SURGERIES, ids=str)
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_latents_from_the_library_give_a_codebook_that_it_loads(
-    name: str, operation: Operation, tmp_path: Path
-) -> None:
+def test_latents_of_the_library_give_a_codebook_that_it_loads(name: str, operation: Operation, tmp_path: Path) -> None:
     key, media = LIBRARIES[name]
     torch.manual_seed(0)
     model = OF_LIBRARIES[name]()
@@ -234,11 +230,6 @@ def test_a_config_is_about_one_of_two_codebooks_that_differ(tmp_path: Path) -> N
     assert json.loads((output / "config.json").read_text())["model"]["vq_model"]["codebook_size"] == 8
     written = load_file(output / "model.safetensors")
     assert (len(written[BOOK]), len(written["pixel_quantize.embedding.weight"])) == (8, 24)
+    other = replace(asked, codebook_key=("pixel_quantize.embedding.weight",), output=tmp_path / "other")
     with pytest.raises(CodebookError, match=r"codebook_size=16, but pixel_quantize\.embedding\.weight has 24"):
-        operate(
-            "quantize",
-            replace(asked, codebook_key=("pixel_quantize.embedding.weight",), output=tmp_path / "other"),
-            Quantize(8),
-            NO_STEPS,
-            Watch(),
-        )
+        operate("quantize", other, Quantize(8), NO_STEPS, Watch())

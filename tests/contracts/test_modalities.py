@@ -62,9 +62,6 @@ of_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 with_workers = pytest.mark.parametrize("workers", [0, 2], ids=["alone", "workers"])
 
 
-# --- one way of listing ----------------------------------------------------------------------------------------------
-
-
 @of_kind
 def test_a_tar_holds_the_items_of_its_folder_without_what_is_hidden(kind: Kind, tmp_path: Path) -> None:
     folder = kind.fill(tmp_path / "d", 30)
@@ -90,9 +87,6 @@ def test_what_is_no_source_says_what_is_looked_for(kind: Kind, tmp_path: Path) -
         kind.find(tmp_path / "d")
     with pytest.raises(CodebookError, match=rf"x\.mp3 is no {kind.modality.one} source: .* \.tar, .*\{kind.suffix}"):
         kind.find(tmp_path / "d" / "x.mp3")
-
-
-# --- batches ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -176,9 +170,6 @@ def test_a_damaged_file_is_named_with_its_reason_on_one_line(
         assert items[0] in source.load(items)[0]
     assert re.search(reason, source.bad[items[1].name]) and items[0].name not in source.bad
     assert capfd.readouterr() == ("", "")
-
-
-# --- a modality of one's own -----------------------------------------------------------------------------------------
 
 
 def stored_vectors(path: Path) -> list[Item]:

@@ -6,21 +6,20 @@ The device stays in a process for good, so on_second_device.py runs in one of it
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-import torch
 from audio_codecs import CASES as AUDIO_CASES
 from audio_codecs import save as save_codec
-from conftest import Outcome, State
+from conftest import Run, State
 from image_models import CASES as IMAGE_CASES
 from places import SUPPORT
+from processes import alike, ran
 from proven_networks import NETWORKS, write_images, write_network
 from safetensors.torch import save_file
 from second_device import AVAILABLE, NAME, OPERATORS, READS, UPLOADS
@@ -28,22 +27,15 @@ from tutorial_networks import two_levels as of_two_levels
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="torch before 2.9 has no devices in Python")
 
-Run = Callable[..., Outcome]
 Jobs = Mapping[str, Sequence[str]]
 """By name: which of the jobs of on_second_device.py, and its words."""
 
 
 def done(jobs: Jobs, *options: str) -> dict[str, Any]:
     """What came of each job, in a process of their own."""
-    found = subprocess.run(
-        [sys.executable, SUPPORT / "on_second_device.py", *options],
-        input=json.dumps([*jobs.values()]),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = found.stdout.splitlines()
-    assert found.returncode == 0 and len(lines) == len(jobs), found.stderr
+    outcome = ran(sys.executable, SUPPORT / "on_second_device.py", *options, input=json.dumps([*jobs.values()]))
+    lines = outcome.stdout.splitlines()
+    assert outcome.exit_code == 0 and len(lines) == len(jobs), outcome.stderr
     return dict(zip(jobs, map(json.loads, lines), strict=True))
 
 
@@ -55,25 +47,16 @@ def files(
     folder = tmp_path_factory.mktemp("there")
     save_file(variants["plain"], folder / "tiny.safetensors")
     save_file(variants["ema"], folder / "ema.safetensors")
+    save_file(of_two_levels(sizes=(16, 16)), folder / "two.safetensors")
     np.save(folder / "latents.npy", np.random.default_rng(0).normal(size=(3000, 4)).astype(np.float32))
     (folder / "recipe.yaml").write_text("surgeries: [prune, {refit: {k: 8, steps: 3}}, {quantize: {k: 6}}]\n")
     return {
-        **{name: str(folder / f"{name}.safetensors") for name in ("tiny", "ema")},
+        **{name: str(folder / f"{name}.safetensors") for name in ("tiny", "ema", "two")},
         "latents": str(folder / "latents.npy"),
         "recipe": str(folder / "recipe.yaml"),
         "out": str(folder),
         "data": f"--data {images_folder} --test-data {held_out_folder} --batch-size 16 --device {NAME} --json --quiet",
     }
-
-
-@pytest.fixture(scope="module")
-def two_levels(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model with two codebooks of 16 codes, of the layout that rosinality writes."""
-    path = tmp_path_factory.mktemp("two") / "two-levels.safetensors"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        save_file(of_two_levels(sizes=(16, 16)), path)
-    return str(path)
 
 
 def jobs_of(commands: Mapping[str, str], files: Mapping[str, str], job: str = "command") -> dict[str, list[str]]:
@@ -85,9 +68,6 @@ def assert_all_ran(found: Mapping[str, Any], exit_codes: Sequence[int] = (0,)) -
     failed = {name: of["stderr"][-2000:] for name, of in found.items() if of["exit_code"] not in exit_codes}
     assert not failed, "\n\n".join(f"{name}: {stderr}" for name, stderr in failed.items())
     assert all(of[OPERATORS] for of in found.values())
-
-
-# --- the device itself ----------------------------------------------------------------------------------------------
 
 
 FEW = {
@@ -127,35 +107,20 @@ def test_near_ties_are_decided_on_the_cpu_where_the_device_has_no_float64() -> N
         assert (missed, missed_unawaited) == (0, 0), (name, lookup)
 
 
-# --- commands -------------------------------------------------------------------------------------------------------
-
-
-def test_figures_are_those_of_the_cpu(
-    found: dict[str, Any], files: dict[str, str], codebook: Run, tmp_path: Path
-) -> None:
+def test_figures_are_the_cpus(found: dict[str, Any], files: dict[str, str], codebook: Run, tmp_path: Path) -> None:
     assert_all_ran({name: found[name] for name in FEW})
     on_cpu = {**files, "out": str(tmp_path), "data": files["data"].replace(NAME, "cpu")}
     for name, (_, *words) in jobs_of(FEW, on_cpu).items():
         expected, theirs = codebook(*words).json, json.loads(found[name]["stdout"])
         assert theirs["settings"]["device"] == NAME
-        for part in ("stages", "trace"):
-            assert _numbers(theirs.get(part)) == pytest.approx(_numbers(expected.get(part)), rel=1e-3), (name, part)
-        assert _numbers(theirs["stages"])
-
-
-def _numbers(found: Any) -> list[float]:
-    """All in a piece of JSON, in order."""
-    if isinstance(found, dict | list):
-        return [number for part in (found.values() if isinstance(found, dict) else found) for number in _numbers(part)]
-    return [float(found)] if isinstance(found, int | float) else []
+        assert theirs["stages"] and alike(theirs["stages"], expected["stages"], 1e-3), name
+        assert alike(theirs["trace"], expected["trace"], 1e-3), name
 
 
 def test_an_operator_that_mixes_devices_fails_a_command(found: dict[str, Any]) -> None:
     mixing = found["mixing"]
     assert mixing["exit_code"] != 0 and "two devices, twin:0 and cpu" in mixing["stderr"]
 
-
-# --- fine-tuning ----------------------------------------------------------------------------------------------------
 
 STEPS = 40  # of which one in ten may be waited for
 TUNINGS = {
@@ -173,20 +138,15 @@ def test_a_fine_tuning_with_revivals_waits_for_the_device_once_in_ten_steps(foun
 
 
 @pytest.mark.slow
-def test_every_fine_tuning_waits_for_the_device_once_in_ten_steps(files: dict[str, str], two_levels: str) -> None:
-    tuned = f"finetune {{model}} --steps {STEPS} {{data}} -o {{out}}/{{name}}.safetensors "
-    jobs = dict[str, list[str]]()
-    for of, model in {"one codebook": files["tiny"], "two codebooks": two_levels}.items():
-        for name, options in TUNINGS.items():
-            named = {**files, "model": model, "name": f"tuned {of} {name}".replace(" ", "-")}
-            jobs |= jobs_of({f"{of}, {name}": tuned + options}, named, "waits_of_steps")
-    found = done(jobs)
+def test_every_fine_tuning_waits_for_the_device_once_in_ten_steps(files: dict[str, str]) -> None:
+    commands = {
+        f"{model}, {name}": f"finetune {{{model}}} --steps {STEPS} {options} {{data}} -o {{out}}/{model}{i}.safetensors"
+        for model in ("tiny", "two")  # codebooks
+        for i, (name, options) in enumerate(TUNINGS.items())
+    }
+    found = done(jobs_of(commands, files, "waits_of_steps"))
     assert_all_ran(found)
-    for name, of in found.items():
-        assert (of[READS], of[UPLOADS]) == (STEPS // 10, 0), name
-
-
-# --- everything -----------------------------------------------------------------------------------------------------
+    assert {(of[READS], of[UPLOADS]) for of in found.values()} == {(STEPS // 10, 0)}, found
 
 
 def _each(words: str, values: Sequence[str]) -> dict[str, str]:
@@ -258,45 +218,43 @@ def test_the_perceptual_loss_runs_there(files: dict[str, str], tmp_path: Path) -
     assert (found["perceptual"][READS], found["perceptual"][UPLOADS]) == (1, 0)
 
 
-def commands_of(name: str, source: Path, options: str, folder: Path) -> dict[str, str]:
-    """A measurement and a Re-Fit of a model, by names with its own."""
-    output = folder / ("result" if source.is_dir() else "result.safetensors")
-    return {
-        f"{name}, measure": f"measure {source} {options}",
-        f"{name}, refit": f"refit {source} --k 8 --steps 3 {options} -o {output}",
-    }
+Models = Iterator[tuple[str, Path, str]]
+"""Name, source and options of each."""
 
 
-@pytest.mark.slow
-def test_every_family_of_images_runs_there(files: dict[str, str], tmp_path: Path) -> None:
-    commands = dict[str, str]()
-    for i, (name, case) in enumerate(IMAGE_CASES.items()):
-        (folder := tmp_path / str(i)).mkdir()
-        source = case.save(folder)
-        network = f"--network {folder / case.network}" if case.network else ""
-        commands |= commands_of(name, source, f"{network} {files['data']}", folder)
-    assert_all_ran(done(jobs_of(commands, {})))
+def of_images(folder: Path, files: Mapping[str, str]) -> Models:
+    for name, case in IMAGE_CASES.items():
+        (own := folder / name.replace(" ", "-")).mkdir()
+        source = case.save(own)
+        yield name, source, (f"--network {own / case.network} " if case.network else "") + files["data"]
 
 
-@pytest.mark.slow
-def test_every_family_of_sounds_runs_there(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    (tmp_path / "clips").mkdir()
+def of_sounds(folder: Path, files: Mapping[str, str]) -> Models:
+    (clips := folder / "clips").mkdir()
     for i in range(12):
-        soundfile.write(tmp_path / "clips" / f"{i:02d}.wav", random.uniform(-0.5, 0.5, 224), 1600, subtype="FLOAT")
-    options = f"--data {tmp_path / 'clips'} --size 224 --batch-size 4 --device {NAME} --json --quiet"
-    commands = dict[str, str]()
+        noise = np.random.default_rng(i).uniform(-0.5, 0.5, 224)
+        soundfile.write(clips / f"{i:02d}.wav", noise, 1600, subtype="FLOAT")
     for i, (name, case) in enumerate(AUDIO_CASES.items()):
-        commands |= commands_of(name, save_codec(case, tmp_path / str(i) / "model"), options, tmp_path / str(i))
-    assert_all_ran(done(jobs_of(commands, {})))
+        options = f"--data {clips} --size 224 --batch-size 4 --device {NAME} --json --quiet"
+        yield name, save_codec(case, folder / str(i) / "model"), options
+
+
+def of_the_users_own(folder: Path, files: Mapping[str, str]) -> Models:
+    for name in sorted({*NETWORKS} - {"swapped", "headed", "fixed", "warped"}):  # refused
+        (own := folder / name.replace(" ", "-")).mkdir()
+        (data, held_out), (model, network) = write_images(own), write_network(own, name, 16)
+        options = f"--data {data} --test-data {held_out} --device {NAME} --json --quiet"
+        yield name, model, f"--network {network} --batch-size 16 {options}"
 
 
 @pytest.mark.slow
-def test_networks_of_the_users_own_run_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("models", [of_images, of_sounds, of_the_users_own])
+def test_every_family_is_measured_and_refitted_there(
+    models: Callable[[Path, Mapping[str, str]], Models], files: dict[str, str], tmp_path: Path
+) -> None:
     commands = dict[str, str]()
-    for i, name in enumerate(sorted({*NETWORKS} - {"swapped", "headed", "fixed", "warped"})):  # refused
-        (folder := tmp_path / str(i)).mkdir()
-        (data, held_out), (model, network) = write_images(folder), write_network(folder, name, 16)
-        options = f"--network {network} --data {data} --test-data {held_out} --device {NAME} --json --quiet"
-        commands |= commands_of(name, model, f"--batch-size 16 {options}", folder)
+    for name, source, options in models(tmp_path, files):
+        output = source.parent / ("result" if source.is_dir() else "result.safetensors")
+        commands[f"{name}, measure"] = f"measure {source} {options}"
+        commands[f"{name}, refit"] = f"refit {source} --k 8 --steps 3 {options} -o {output}"
     assert_all_ran(done(jobs_of(commands, {})))

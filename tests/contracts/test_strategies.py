@@ -42,57 +42,33 @@ class Situation:
         return replace(self.codebook, vectors=self.codebook.vectors[self.counts > threshold])
 
 
-Size = Callable[[Situation], int | None]
-"""The size that settings ask for; None where they ask for what is not to be had."""
+def of_codes(situation: Situation, k: int) -> int | None:
+    return k if k <= situation.codebook.size else None
 
 
-def more_than(threshold: int) -> Size:
-    return lambda situation: situation.living(threshold).size or None
+def distinct(situation: Situation, k: int) -> int | None:
+    return k if k <= len(situation.latents.unique(dim=0)) else None
 
 
-def up_to_the_codes(k: int) -> Size:
-    return lambda situation: k if k <= situation.codebook.size else None
-
-
-def up_to_the_distinct_latents(k: int) -> Size:
-    return lambda situation: k if k <= len(situation.latents.unique(dim=0)) else None
-
-
-def up_to_the_centroids(k: int) -> Size:
+def centroids(situation: Situation, k: int) -> int | None:
     """By cosine, latents of one direction are one; there is no k-means for inner products."""
-
-    def size(situation: Situation) -> int | None:
-        metric = situation.codebook.metric
-        return k if metric.is_distance and k <= len(metric.prepare(situation.latents).unique(dim=0)) else None
-
-    return size
+    metric = situation.codebook.metric
+    return k if metric.is_distance and k <= len(metric.prepare(situation.latents).unique(dim=0)) else None
 
 
-def unmoved_or_drawn(method: str, threshold: int) -> Size:
+def restarted(situation: Situation, method: str, threshold: int) -> int | None:
     """The codebook's own size, where a code stays, and there are latents enough for the codes that move."""
-
-    def size(situation: Situation) -> int | None:
-        living = situation.living(threshold)
-        if not living.size:
-            return None
-        moving = situation.codebook.size - living.size
-        there = {"error": places_to_draw(situation, living), "random": len(situation.latents)}.get(method, moving)
-        return situation.codebook.size if moving <= there else None
-
-    return size
+    size, living = situation.codebook.size, situation.living(threshold)
+    if not living.size:
+        return None
+    moving = size - living.size
+    there = {"error": places_to_draw(situation, living), "random": len(situation.latents)}.get(method, moving)
+    return size if moving <= there else None
 
 
-def grown(k: int) -> Size:
-    def size(situation: Situation) -> int | None:
-        living = situation.living()
-        return k if living.size <= k <= living.size + places_to_draw(situation, living) else None
-
-    return size
-
-
-def condensed(k: int) -> Size:
-    """Merged where more codes are in use, else drawn."""
-    return lambda situation: k if situation.living().size > k else grown(k)(situation)
+def grown(situation: Situation, k: int) -> int | None:
+    living = situation.living()
+    return k if living.size <= k <= living.size + places_to_draw(situation, living) else None
 
 
 def places_to_draw(situation: Situation, living: Codebook) -> int:
@@ -103,37 +79,41 @@ def places_to_draw(situation: Situation, living: Codebook) -> int:
     return len((emitted[off] + 0).unique(dim=0))
 
 
-CASES: list[tuple[str, Settings, Size]] = [
-    ("prune", {}, more_than(0)),
-    ("prune", {"threshold": 2}, more_than(2)),
-    ("prune", {"keep": 4}, up_to_the_codes(4)),
-    *(
-        ("refit", {"k": k, "init": init, "seed": k}, up_to_the_centroids(k))
-        for k, init in ((1, "kmeans++"), (3, "afkmc2"), (3, "random"), (3, "used"), (7, "used"))
-    ),
-    *(
-        ("quantize", {"k": k, "method": method, "seed": k}, up_to_the_codes(k))
-        for k, method in ((1, "kmeans"), (3, "pnn"), (7, "kmeans"), (7, "pnn"))
-    ),
-    *(("quantize", {"bits": bits}, lambda situation: situation.codebook.size) for bits in (2, 8)),
-    *(
-        ("restart", {"method": method, "threshold": threshold, "seed": 3}, unmoved_or_drawn(method, threshold))
-        for method, threshold in (("error", 0), ("error", 2), ("random", 2), ("split", 0), ("nearest", 2))
-    ),
-    *(("grow", {"k": k, "seed": k}, grown(k)) for k in (9, 12)),
-    *(("condense", {"k": k, "seed": k}, condensed(k)) for k in (1, 4, 9)),
-    ("top-k", {"k": 4}, up_to_the_codes(4)),
-    *((name, {"k": 5, "seed": 5}, up_to_the_distinct_latents(5)) for name in ("random", "kmeans++-seeds")),
-]
+SIZES: dict[str, Callable[..., int | None]] = {
+    "prune": lambda s, keep=0, threshold=0: of_codes(s, keep) if keep else s.living(threshold).size or None,
+    "refit": lambda s, k, **_: centroids(s, k),
+    "quantize": lambda s, k=0, **_: of_codes(s, k) if k else s.codebook.size,
+    "restart": lambda s, seed, **settings: restarted(s, **settings),
+    "grow": lambda s, k, seed: grown(s, k),
+    "condense": lambda s, k, seed: k if s.living().size > k else grown(s, k),  # merged, else drawn
+    "top-k": of_codes,
+    **dict.fromkeys(("random", "kmeans++-seeds"), lambda s, k, seed: distinct(s, k)),
+}
+"""The size that settings ask for in a situation; None where they ask for what is not to be had."""
+
+CASES: list[tuple[str, Settings]] = [
+    *(("prune", settings) for settings in ({}, {"threshold": 2}, {"keep": 4})),
+    *(("refit", {"k": k, "init": init, "seed": k})
+      for k, init in ((1, "kmeans++"), (3, "afkmc2"), (3, "random"), (3, "used"), (7, "used"))),
+    *(("quantize", {"k": k, "method": method, "seed": k})
+      for k, method in ((1, "kmeans"), (3, "pnn"), (7, "kmeans"), (7, "pnn"))),
+    *(("quantize", {"bits": bits}) for bits in (2, 8)),
+    *(("restart", {"method": method, "threshold": threshold, "seed": 3})
+      for method, threshold in (("error", 0), ("error", 2), ("random", 2), ("split", 0), ("nearest", 2))),
+    *(("grow", {"k": k, "seed": k}) for k in (9, 12)),
+    *(("condense", {"k": k, "seed": k}) for k in (1, 4, 9)),
+    ("top-k", {"k": 4}),
+    *((name, {"k": 5, "seed": 5}) for name in ("random", "kmeans++-seeds")),
+]  # fmt: skip
 """Settings of each strategy of STRATEGIES, with which it must keep the contract."""
 
 each_case = pytest.mark.parametrize(
-    ("name", "settings", "size"), [pytest.param(*case, id=f"{case[0]} {case[1]}") for case in CASES]
+    ("name", "settings"), [pytest.param(*case, id=f"{case[0]} {case[1]}") for case in CASES]
 )
 
 
 def test_every_strategy_has_settings_to_be_tested_with() -> None:
-    assert {name for name, *_ in CASES} == set(STRATEGIES)
+    assert {name for name, _ in CASES} == set(SIZES) == set(STRATEGIES)
 
 
 @st.composite
@@ -170,14 +150,14 @@ def as_bytes(surgery: Surgery) -> tuple[bytes, bytes]:
 @examples(max_examples=30)
 @given(data=st.data())
 def test_a_surgery_has_the_size_asked_for_leaves_its_inputs_alone_and_is_repeatable(
-    name: str, settings: Settings, size: Size, data: st.DataObject
+    name: str, settings: Settings, data: st.DataObject
 ) -> None:
     situation = data.draw(situations())
     old, inputs = situation.codebook, (situation.codebook.vectors, situation.latents)
     before = [tensor.clone() for tensor in inputs]
     surgery = operated(name, settings, situation)
     batched = operated(name, settings, situation, batch=data.draw(st.integers(1, 7)))
-    expected = size(situation)
+    expected = SIZES[name](situation, **settings)
     assert (surgery is None) == (batched is None) == (expected is None)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(inputs, before, strict=True))
     if surgery is None or batched is None:
@@ -193,7 +173,7 @@ def test_a_surgery_has_the_size_asked_for_leaves_its_inputs_alone_and_is_repeata
 
 
 @each_case
-def test_no_random_number_is_drawn_from_a_global_generator(name: str, settings: Settings, size: Size) -> None:
+def test_no_random_number_is_drawn_from_a_global_generator(name: str, settings: Settings) -> None:
     generator = torch.Generator().manual_seed(0)
     situation = Situation(Codebook(torch.randn(9, 3, generator=generator)), torch.randn(400, 3, generator=generator))
     results = []
@@ -211,7 +191,7 @@ def test_no_random_number_is_drawn_from_a_global_generator(name: str, settings: 
 
 
 @each_case
-def test_a_strategy_is_a_frozen_dataclass_whose_settings_print(name: str, settings: Settings, size: Size) -> None:
+def test_a_strategy_is_a_frozen_dataclass_whose_settings_print(name: str, settings: Settings) -> None:
     strategy: Any = STRATEGIES[name](**settings)
     with pytest.raises(FrozenInstanceError):
         setattr(strategy, fields(strategy)[0].name, 5)
@@ -268,9 +248,7 @@ CODES = torch.tensor([[0.0, 0.5], [1.0, 1.5], [2.0, 2.5]])
           for k in (3, 300)),
     ],
 )  # fmt: skip
-def test_what_is_not_to_be_had_names_the_number_that_is(
-    name: str, settings: Settings, counts: list[int], message: str
-) -> None:
+def test_what_is_not_to_be_had_names_what_is(name: str, settings: Settings, counts: list[int], message: str) -> None:
     latents = StoredLatents(torch.stack([CODES[0], CODES[2]]).repeat(20, 1))
     with pytest.raises(CodebookError, match=message):
         STRATEGIES[name](**settings)(Codebook(CODES), latents, torch.tensor(counts))

@@ -4,7 +4,7 @@ check can fail."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 sys.path.append(str(TRUST))
 wirings, checks, draws = map(import_module, ("wirings", "wiring_checks", "wiring_draws"))
 
+State, Fits = dict[str, Tensor], Callable[[Any], bool]
 SEEDS, CHUNK, QUICK = 300, 15, 75
 CHUNKS = [pytest.param(first, marks=[pytest.mark.slow] * (first >= QUICK)) for first in range(0, SEEDS, CHUNK)]
 
@@ -79,28 +80,38 @@ def test_what_a_module_says_of_its_own_file_agrees(desk: Any, tmp_path: Path) ->
             assert _problems(wiring, state, _honest(wiring, state, desk.data), desk.data, tmp_path) == []
 
 
-def test_a_shared_codebook_that_differs_under_two_names_is_reported(desk: Any, tmp_path: Path) -> None:
-    wiring, state, reported = _drawn(lambda wiring: wiring.books == 1 and len(set(wiring.paths)) > 1, desk)
+def differ_by_name(wiring: Any, state: State) -> None:
     state[wiring.prefix + wiring.key(1)][..., :1] += 1
-    assert "sharing" in _kinds(wiring, state, reported, desk, tmp_path)
 
 
-def test_sums_of_nothing_are_reported(desk: Any, tmp_path: Path) -> None:
+def without_sums(wiring: Any, state: State) -> None:
     """They draw all codes to 0 in one step of training."""
-    wiring, state, reported = _drawn(lambda wiring: _trains(wiring) and not wiring.steps and not wiring.cosine, desk)
     state[f"{wiring.prefix}{wiring.paths[0]}.{wiring.average.sums}"].zero_()
-    assert _kinds(wiring, state, reported, desk, tmp_path) == ["training"]
 
 
-@pytest.mark.parametrize("kind", ["project", "scale", "shift"])
-def test_rows_that_are_not_the_codes_are_reported(kind: str, desk: Any, tmp_path: Path) -> None:
-    """A file whose rows are the effective codes, though the module still transforms them."""
-    wiring, state, reported = _drawn(
-        lambda wiring: [step.kind for step in wiring.steps] == [kind] and _simple(wiring), desk
-    )
+def codes_for_rows(wiring: Any, state: State) -> None:
+    """The effective codes, though the module still transforms them."""
     module, key = checks.loaded(wiring, state, wiring.size), wiring.prefix + wiring.key(0)
     state[key] = module.codes_of(module.rows(0), 0).detach().to(state[key].dtype).reshape(state[key].shape)
-    assert "error" in _kinds(wiring, state, reported, desk, tmp_path)
+
+
+def transformed_by(kind: str) -> Fits:
+    return lambda wiring: [step.kind for step in wiring.steps] == [kind] and _simple(wiring)
+
+
+@pytest.mark.parametrize(
+    ("fits", "change", "what"),
+    [
+        (lambda wiring: wiring.books == 1 and len(set(wiring.paths)) > 1, differ_by_name, "sharing"),
+        (lambda wiring: _trains(wiring) and not wiring.steps and not wiring.cosine, without_sums, "training"),
+        *((transformed_by(kind), codes_for_rows, "error") for kind in ("project", "scale", "shift")),
+    ],
+)
+def test_a_file_with_a_fault_is_reported(fits: Fits, change: Any, what: str, desk: Any, tmp_path: Path) -> None:
+    wiring, state, reported = _drawn(fits, desk)
+    change(wiring, state)
+    kinds = _kinds(wiring, state, reported, desk, tmp_path)
+    assert what in kinds and (what != "training" or kinds == ["training"])
 
 
 def test_wrong_figures_and_a_wrong_size_are_reported(desk: Any, tmp_path: Path) -> None:
@@ -126,18 +137,18 @@ def test_results_are_kept_for_the_next_run(tmp_path: Path) -> None:
     assert wirings.run_seeds(range(4), out, "a")[:3] == first
 
 
-def _first(fits: Any) -> int:
+def _first(fits: Fits) -> int:
     return next(seed for seed in range(5000) if fits(draws.wiring_of(seed)))
 
 
-def _drawn(fits: Any, desk: Any) -> tuple[Any, dict[str, Tensor], Any]:
+def _drawn(fits: Fits, desk: Any) -> tuple[Any, State, Any]:
     """A wiring, the state of its module, and what is true of that."""
     wiring = draws.wiring_of(_first(fits))
     state = draws.state_of(wiring, desk.data.calibration)
     return wiring, state, _honest(wiring, state, desk.data)
 
 
-def _kinds(wiring: Any, state: dict[str, Tensor], reported: Any, desk: Any, folder: Path) -> list[str]:
+def _kinds(wiring: Any, state: State, reported: Any, desk: Any, folder: Path) -> list[str]:
     return [problem.partition(":")[0] for problem in _problems(wiring, state, reported, desk.data, folder)]
 
 
@@ -152,7 +163,7 @@ def _trains(wiring: Any) -> bool:
     return consistent and not wiring.detached and len(wiring.groups) == 1
 
 
-def _honest(wiring: Any, state: dict[str, Tensor], data: Any) -> Any:
+def _honest(wiring: Any, state: State, data: Any) -> Any:
     """What is true of a file, by its own module."""
     with torch.no_grad():
         use = checks._use(checks.loaded(wiring, state, wiring.size), data.test, wiring.detached)
@@ -161,7 +172,7 @@ def _honest(wiring: Any, state: dict[str, Tensor], data: Any) -> Any:
     return checks.Reported(tuple(books), use.error)
 
 
-def _problems(wiring: Any, state: dict[str, Tensor], reported: Any, data: Any, folder: Path) -> list[str]:
+def _problems(wiring: Any, state: State, reported: Any, data: Any, folder: Path) -> list[str]:
     path = folder / "written.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
     problems: list[str] = checks.check_written(wiring, path, reported, data).problems

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from codebook_cli.app import app
-from conftest import Outcome, assert_refused, contents
+from conftest import Patch, Run, assert_refused, contents
 from typer.testing import CliRunner
 
 from codebook_tools.checkpoints.layout import partial_path
@@ -17,14 +16,13 @@ from codebook_tools.models.demo import DEMO
 
 pytestmark = pytest.mark.hostile
 
-Run = Callable[..., Outcome]
 READ = "is read here, so it is never overwritten"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, its counts, a pruned one with its map, and tokens."""
-    with pytest.MonkeyPatch.context() as patch:
+    with Patch.context() as patch:
         patch.chdir(folder := tmp_path_factory.mktemp("made"))
         shutil.copy(DEMO, "m.safetensors")
         for command in ("measure m.safetensors --limit 100 --stats", "prune m.safetensors -o p.safetensors --stats"):
@@ -35,7 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(made: Path, tmp_path: Path, monkeypatch: Patch) -> Path:
     monkeypatch.chdir(tmp_path)
     return Path(shutil.copytree(made, tmp_path, dirs_exist_ok=True))
 
@@ -57,9 +55,7 @@ TUNE, MAPPED = "--steps 1 --limit 50 -o o.safetensors", "--map p.index_map.safet
         *((f"finetune o.{kind}.safetensors {TUNE} --resume", READ) for kind in ("index_map", "training")),
     ],
 )
-def test_nothing_that_a_command_names_to_be_read_is_its_output(
-    typed: str, message: str, folder: Path, codebook: Run
-) -> None:
+def test_nothing_that_a_command_reads_is_its_output(typed: str, message: str, folder: Path, codebook: Run) -> None:
     if not Path(typed.split()[1]).exists():
         shutil.copy("m.safetensors", typed.split()[1])
     before = contents(folder)
@@ -92,9 +88,7 @@ def test_what_a_download_left_under_a_partial_name_is_not_ours(folder: Path, cod
         ("measure m.safetensors --limit 50 --stats o.safetensors", "o.safetensors"),
     ],
 )
-def test_nothing_is_written_through_a_link_where_the_output_is_built(
-    typed: str, output: str, folder: Path, codebook: Run
-) -> None:
+def test_nothing_is_written_through_a_link(typed: str, output: str, folder: Path, codebook: Run) -> None:
     partial_path(folder / output).symlink_to("m.safetensors")
     before = contents(folder)
     assert_refused(codebook(*typed.split()), f"{partial_path(Path(output))} is no file")

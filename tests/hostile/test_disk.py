@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Outcome, assert_refused, contents
+from conftest import Patch, Run, assert_refused, contents
+from processes import ran
 
 from codebook_tools.checkpoints.write import check_writable
 from codebook_tools.models.demo import DEMO
@@ -20,7 +21,6 @@ from codebook_tools.workflows import operate
 
 pytestmark = pytest.mark.hostile
 
-Run = Callable[..., Outcome]
 Mount = Callable[[str], Path]
 QUICK = ("--limit", "20", "--steps", "0", "--quiet")
 
@@ -33,49 +33,40 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
     def make(options: str) -> Path:
         place = tmp_path / f"disk{len(mounted)}"
         place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        if shutil.which("mount") is None or ran("mount", "-t", "tmpfs", "-o", options, "tmpfs", place).exit_code:
             pytest.skip("no file system can be mounted here")
         mounted.append(place)
         return place
 
     yield make
     for place in mounted:
-        subprocess.run(["umount", str(place)], check=True)
+        assert ran("umount", place).exit_code == 0
+
+
+FULL = (
+    "prune --steps 0 --output DISK/o.safetensors",
+    "prune --steps 0 --output elsewhere.safetensors --report DISK/o.html",
+    "finetune --steps 12 --output DISK/o.safetensors",
+    "measure --stats DISK/o.stats",
+    "map --method pca --report DISK/o.html",
+)
+MESSAGES = {"size=64k": "No space left on device", "ro,size=1m": "Read-only file system"}
 
 
 @pytest.mark.parametrize(
-    "command",
-    [
-        "prune --steps 0 --output DISK/o.safetensors",
-        "prune --steps 0 --output elsewhere.safetensors --report DISK/o.html",
-        "finetune --steps 12 --output DISK/o.safetensors",
-        "measure --stats DISK/o.stats",
-        "map --method pca --report DISK/o.html",
-    ],
+    ("disk", "command"), [*(("size=64k", command) for command in FULL), *(("ro,size=1m", FULL[i]) for i in (0, 3))]
 )
-def test_a_full_disk_is_told_and_nothing_stays(
-    command: str, codebook: Run, mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_or_read_only_disk_is_told(
+    disk: str, command: str, codebook: Run, mount: Mount, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    disk = mount("size=64k")
-    words = command.replace("DISK", str(disk)).split()
-    assert_refused(codebook(*words, "--limit", 20, "--quiet"), "No space left on device")
-    assert contents(disk) == {}
+    place = mount(disk)
+    words = command.replace("DISK", str(place)).split()
+    assert_refused(codebook(*words, "--limit", 20, "--quiet"), MESSAGES[disk])
+    assert contents(place) == {}
 
 
-def test_a_read_only_disk_is_told_before_any_work(codebook: Run, mount: Mount) -> None:
-    disk = mount("ro,size=1m")
-    for command in (
-        ("prune", "--steps", 0, "--output", disk / "o.safetensors"),
-        ("measure", "--stats", disk / "o.stats"),
-    ):
-        assert_refused(codebook(*command, "--limit", 20, "--quiet"), "Read-only file system")
-
-
-def test_an_input_that_changes_on_the_way_is_told(
-    codebook: Run, tiny: Path, images_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_input_that_changes_is_told(codebook: Run, tiny: Path, images_folder: Path, monkeypatch: Patch) -> None:
     write = operate.write_checkpoint
     monkeypatch.setattr(operate, "write_checkpoint", lambda *args, **more: (tiny.touch(), write(*args, **more))[1])
     assert_refused(codebook("prune", tiny, "--data", images_folder, "--input-range=-1,1", *QUICK), "has changed since")
@@ -94,9 +85,7 @@ def test_what_another_process_is_writing_is_left_to_it(codebook: Run, tmp_path: 
     assert set(contents(tmp_path)) == {"o.safetensors", "o.index_map.safetensors"}
 
 
-def test_what_another_process_wrote_meanwhile_is_not_replaced_without_force(
-    codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_another_wrote_meanwhile_stays_without_force(codebook: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     output, write = tmp_path / "o.safetensors", operate.write_checkpoint
 
     def later(*args: Any, **more: Any) -> Path:
@@ -110,9 +99,7 @@ def test_what_another_process_wrote_meanwhile_is_not_replaced_without_force(
     assert len(contents(tmp_path)) == 2 and output.read_bytes() != b"another's"
 
 
-def test_a_kill_while_it_is_looked_whether_one_can_write_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_while_it_is_looked_whether_one_can_write_leaves_nothing(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(os, "unlink", lambda *args, **more: None)
     check_writable(tmp_path / "o.safetensors", force=False)
     assert not contents(tmp_path)
@@ -128,5 +115,4 @@ def test_of_two_commands_with_one_output_each_leaves_a_whole_one_or_none(tmp_pat
         assert process.returncode in (0, 1) and "Traceback" not in errors, errors
     assert any(process.returncode == 0 for process in both)
     assert {"o.safetensors", "o.index_map.safetensors"} == set(contents(tmp_path))
-    verified = [sys.executable, "-m", "codebook_tools", "verify", str(output), "--against", str(DEMO)]
-    assert subprocess.run(verified, capture_output=True, check=False).returncode == 0
+    assert ran(sys.executable, "-m", "codebook_tools", "verify", output, "--against", DEMO).exit_code == 0

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, State, assert_refused
+from conftest import Run, State, WriteModel, assert_refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,8 +18,6 @@ from codebook_tools.models.families.zalando import CODEBOOK
 
 pytestmark = pytest.mark.hostile
 
-Run = Callable[..., Outcome]
-WriteModel = Callable[..., Path]
 KEY = "quantize.embedding.weight"
 CODES = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 
@@ -65,10 +63,8 @@ def files(folder: Path, codes: Tensor, latents: Tensor) -> tuple[Path, Path, Pat
     return model, points, output
 
 
-@pytest.mark.parametrize(("book", "surgery", "points"), cases())
-def test_a_surgery_at_the_edge_is_sound_or_refused(
-    book: str, surgery: str, points: str, codebook: Run, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("book", "surgery", "points"), [*cases()])
+def test_a_surgery_ends_sound_or_refused(book: str, surgery: str, points: str, codebook: Run, tmp_path: Path) -> None:
     model, latents, output = files(tmp_path, BOOKS[book], POINTS[points](BOOKS[book]))
     done = codebook(*surgery.split(), "--steps", 0, model, "--latents", latents, "--output", output, "--quiet")
     if done.exit_code:
@@ -81,19 +77,15 @@ def test_a_surgery_at_the_edge_is_sound_or_refused(
     assert verified.exit_code == 0, verified
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("command", ["refit --k 4", "prune", "quantize --bits 4", "measure"])
-def test_codes_that_are_not_finite_are_refused_by_the_tensors_name(
-    bad: float, command: str, codebook: Run, tmp_path: Path
+def test_codes_that_are_not_finite_and_a_codebook_without_any_are_refused_by_the_tensors_name(
+    command: str, codebook: Run, tmp_path: Path
 ) -> None:
-    codes = CODES.clone()
-    codes[3, 2] = bad
-    model, latents, _ = files(tmp_path, codes, CODES)
-    assert_refused(codebook(*command.split(), model, "--latents", latents), KEY)
-
-
-@pytest.mark.parametrize("command", ["prune", "refit --k 4", "measure"])
-def test_a_codebook_without_a_code_is_refused(command: str, codebook: Run, tmp_path: Path) -> None:
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        codes = CODES.clone()
+        codes[3, 2] = bad
+        model, latents, _ = files(tmp_path, codes, CODES)
+        assert_refused(codebook(*command.split(), model, "--latents", latents), KEY)
     for shape in ((0, 4), (16, 0)):
         model, latents, _ = files(tmp_path, torch.zeros(shape), CODES)
         assert_refused(codebook(*command.split(), model, "--latents", latents), "has no codebook")

@@ -6,7 +6,6 @@ import json
 import random
 import sys
 from base64 import b64decode
-from collections.abc import Callable
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, assert_refused
+from conftest import Run, assert_refused
 from PIL import Image
 from places import TRUST
 from torch import nn
@@ -31,7 +30,6 @@ pytestmark = pytest.mark.hostile
 sys.path.append(str(TRUST))
 targets = import_module("targets")
 
-Run = Callable[..., Outcome]
 
 SLOW = ("config", "recipe", "parquet of tokens")
 
@@ -166,15 +164,11 @@ def test_a_parquet_file_may_be_damaged_anywhere_in_its_footer(tmp_path: Path) ->
             tried_tokens(sound[:at] + bytes([other]) + sound[at + 1 :], tmp_path)
 
 
-def test_a_row_that_repeats_one_token_to_gigabytes_is_refused(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    count = (1 << 24) + 1
+def test_a_row_that_repeats_one_token_to_gigabytes_and_a_name_that_is_no_text_are_refused(tmp_path: Path) -> None:
+    """For the name, pyarrow raises a UnicodeDecodeError, which is none of its own errors."""
+    pa, count = pytest.importorskip("pyarrow"), (1 << 24) + 1
     row = pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), pa.array(np.zeros(count, np.int8)))
     message = tried_tokens(parquet_of(row), tmp_path)
     assert message and "indices.list.element repeats itself to 16,777,217 values" in message
-
-
-def test_a_column_whose_name_is_no_text_is_no_sound_parquet(tmp_path: Path) -> None:
-    """pyarrow raises a UnicodeDecodeError there, which is none of its own errors."""
     message = tried_tokens(parquet_of([1, 2]).replace(b"indices", b"\x95" * 7), tmp_path)
     assert message and "is not a sound parquet file" in message

@@ -6,7 +6,6 @@ import ast
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import Outcome
 from places import ROOT
+from processes import ran
 from safetensors.torch import save_file
 
 from codebook_tools.checkpoints.tensors import Stored
@@ -71,19 +71,16 @@ def test_a_module_imports_only_from_rooms_before_its_own() -> None:
     assert {name: names for name, names in upward.items() if names} == {}
 
 
-@pytest.mark.parametrize(
-    ("room", "source"),
-    [
+def test_the_walk_sees_an_upward_import() -> None:
+    for room, source in (
         ("evaluation", "from codebook_tools import workflows"),
         ("evaluation", "import codebook_tools.workflows.operate as o"),
         ("clustering", "def later():\n    from codebook_tools.models.model import Model"),
         ("report", "from codebook_cli.app import app"),
         ("runtime", "from codebook_tools.unheard_of import x"),
         ("runtime", "from codebook_tools import load"),
-    ],
-)
-def test_the_walk_sees_an_upward_import(room: str, source: str) -> None:
-    assert len(faults(room, ast.parse(source))) == 1
+    ):
+        assert len(faults(room, ast.parse(source))) == 1, source
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if (ROOT / LIBRARY / room).is_dir()])
@@ -141,50 +138,41 @@ print("HEAVY", sorted((heavy - set(sys.argv[1].split(","))) & set(sys.modules)))
 def run(program: str, allowed: str, *arguments: str, **environment: str) -> str:
     """What a program prints in a process of its own; at the end the heavy packages that it imported beside those
     allowed, separated by commas."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{program}\n{HEAVY}", allowed, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stderr
+    program = f"import sys\n{program}\n{HEAVY}"
+    done = ran(sys.executable, "-c", program, allowed, *arguments, env={**os.environ, **environment})
+    assert done.exit_code == 0, done.stderr
     return done.stdout
 
 
 COMMANDS = (
-    *("inspect", "measure", "refit", "prune", "quantize", "restart"),
-    *("grow", "finetune", "compare", "diagnose", "verify", "remap"),
+    *("inspect", "measure", "refit", "prune", "quantize", "restart", "grow", "condense", "finetune", "compare"),
+    *("diagnose", "verify", "remap"),
 )
 
 
-def test_help_imports_neither_torch_nor_any_heavy_package() -> None:
-    program = """
+CALLS = """
 from codebook_cli.app import app
-for arguments in ([], ["--help"], *([name, "--help"] for name in sys.argv[2:])):
+for arguments in {calls}:
     try:
-        app(arguments)
+        app(arguments, prog_name="codebook")
     except SystemExit as end:
-        assert end.code in (0, 2), (arguments, end.code)
+        assert end.code in (None, 0, 2), (arguments, end.code)
 """
-    printed = run(program, "", *COMMANDS)
+
+
+def test_help_imports_neither_torch_nor_any_heavy_package() -> None:
+    printed = run(CALLS.format(calls=[[], ["--help"], *([name, "--help"] for name in COMMANDS)]), "")
     assert printed.splitlines()[-1] == "HEAVY []"
     assert printed.count("Usage:") == 2 + len(COMMANDS)
+    assert all(f"codebook {name} model" in printed for name in COMMANDS if name != "remap"), "each shows an example"
 
 
 @pytest.mark.parametrize(
     ("words", "offered"), [("codebook re", ["refit", "restart", "remap"]), ("codebook refit --ite", ["--iterations"])]
 )
 def test_completion_imports_no_more_than_help_does(words: str, offered: list[str]) -> None:
-    program = """
-from codebook_cli.app import app
-try:
-    app([], prog_name="codebook")
-except SystemExit as end:
-    assert not end.code, end.code
-"""
     asked = {"_CODEBOOK_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-    assert run(program, "", **asked).splitlines() == [*offered, "HEAVY []"]
+    assert run(CALLS.format(calls=[[]]), "", **asked).splitlines() == [*offered, "HEAVY []"]
 
 
 def one_file(folder: Path) -> list[str]:
@@ -205,9 +193,7 @@ def sharded(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("model", "output"), [(one_file, []), (sharded, ["--json"]), (lambda folder: [], []), (one_file, ["--json"])]
 )
-def test_inspecting_a_header_imports_no_torch(
-    model: Callable[[Path], list[str]], output: list[str], tmp_path: Path
-) -> None:
+def test_a_header_is_shown_without_torch(model: Callable[[Path], list[str]], output: list[str], tmp_path: Path) -> None:
     program = """
 import runpy
 allowed = sys.argv.pop(1)

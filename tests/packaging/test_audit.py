@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from places import ROOT
+from processes import ran
 
 pytestmark = pytest.mark.packaging
 
@@ -35,11 +35,8 @@ def printing(*dependencies: dict[str, Any]) -> str:
     ],
     ids=["clean", "vulnerable", "skipped", "empty", "unreached"],
 )
-def test_an_audit_reports_what_it_found_or_that_it_did_not_look(
-    pip_audit: str, code: int, output: str, tmp_path: Path
-) -> None:
+def test_an_audit_says_what_it_did_not_look_up(pip_audit: str, code: int, output: str, tmp_path: Path) -> None:
     (tmp_path / "pip_audit.py").write_text(pip_audit)
-    command, environment = [sys.executable, ROOT / "tools" / "audit.py", "pins.txt"], {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert done.returncode == code
-    assert (done.stdout + done.stderr).startswith(output)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = ran(sys.executable, ROOT / "tools" / "audit.py", "pins.txt", env=environment)
+    assert done.exit_code == code and (done.stdout + done.stderr).startswith(output)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import sysconfig
 import tarfile
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from places import ROOT
+from processes import ran
 
 pytestmark = [
     pytest.mark.packaging,
@@ -22,25 +21,25 @@ pytestmark = [
 ]
 
 
-def call(command: Sequence[str | Path], **options: object) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)  # type: ignore[call-overload]
-    assert done.returncode == 0, done.stdout + done.stderr
-    return str(done.stdout)
+def call(*command: object, **options: object) -> str:
+    done = ran(*command, **options)
+    assert done.exit_code == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("release") / "dist"
-    call([sys.executable, ROOT / "tools" / "release.py", folder])
+    call(sys.executable, ROOT / "tools" / "release.py", folder)
     return folder
 
 
 def test_a_second_build_elsewhere_later_and_by_another_has_the_same_bytes(dist: Path, tmp_path: Path) -> None:
     clone, again, scratch = tmp_path / "a clone", tmp_path / "again", tmp_path / "scratch"
     scratch.mkdir()
-    call(["git", "clone", "--quiet", ROOT, clone], umask=0o077)
+    call("git", "clone", "--quiet", ROOT, clone, umask=0o077)
     others = {**os.environ, "TMPDIR": str(scratch), "TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONHASHSEED": "7"}
-    call([sys.executable, clone / "tools" / "release.py", again], umask=0o077, env=others, cwd=tmp_path)
+    call(sys.executable, clone / "tools" / "release.py", again, umask=0o077, env=others, cwd=tmp_path)
     built = {path.name: path.read_bytes() for path in dist.iterdir()}
     assert sorted(name.partition("-0")[0] for name in built) == ["codebook_tools"] * 3
     assert {path.name for path in again.iterdir()} == built.keys()
@@ -51,7 +50,7 @@ def test_a_second_build_elsewhere_later_and_by_another_has_the_same_bytes(dist: 
 def test_the_sdist_has_what_is_committed_and_nothing_that_a_build_leaves(dist: Path) -> None:
     with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
-    committed = set(call(["git", "ls-tree", "-r", "-z", "--name-only", "HEAD"], cwd=ROOT).split("\0")) - {""}
+    committed = set(call("git", "ls-tree", "-r", "-z", "--name-only", "HEAD", cwd=ROOT).split("\0")) - {""}
     assert committed - packed == {".gitignore"}
     assert {name for name in packed - committed if ".egg-info/" not in name} == {"PKG-INFO", "setup.cfg"}
 
@@ -63,7 +62,7 @@ def test_the_wheel_holds_both_packages_whole_and_no_module_called_cli(dist: Path
         points = next(archive.read(name).decode() for name in sizes if name.endswith("entry_points.txt"))
     packages = {"codebook_tools": "codebook_tools", "cli": "codebook_cli"}
     assert {name.partition("/")[0] for name in sizes if ".dist-info/" not in name} == set(packages.values())
-    committed = call(["git", "ls-tree", "-r", "--name-only", "HEAD", *packages], cwd=ROOT).splitlines()
+    committed = call("git", "ls-tree", "-r", "--name-only", "HEAD", *packages, cwd=ROOT).splitlines()
     modules = (file.partition("/") for file in committed if file.endswith((".py", "py.typed")))
     assert {f"{packages[folder]}/{name}" for folder, _, name in modules} <= sizes.keys()
     assert 100_000 < sizes["codebook_tools/models/demo.safetensors"] <= 2_000_000
@@ -86,17 +85,16 @@ def test_it_runs_from_a_clean_environment(dist: Path, tmp_path: Path, kind: str)
     """The dependencies alone are those of this environment, whose own codebook_tools is an editable one: a path in a
     .pth file does not bring the .pth files that lie there."""
     clean = tmp_path / "clean"
-    call([sys.executable, "-m", "venv", "--without-pip", clean])
+    call(sys.executable, "-m", "venv", "--without-pip", clean)
     python, packages = clean / "bin" / "python", Path(sysconfig.get_path("purelib", vars={"base": str(clean)}))
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     away = {"cwd": tmp_path, "env": {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}}
-    missing = subprocess.run([python, "-c", "import codebook_tools"], capture_output=True, **away)  # type: ignore[call-overload]
-    assert missing.returncode
+    assert ran(python, "-c", "import codebook_tools", **away).exit_code
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index"]
-    call([*install, "--no-build-isolation", "--ignore-installed", next(dist.glob(kind))], **away)
-    where = call([python, "-c", "import codebook_tools, codebook_cli; print(codebook_tools.__file__)"], **away)
+    call(*install, "--no-build-isolation", "--ignore-installed", next(dist.glob(kind)), **away)
+    where = call(python, "-c", "import codebook_tools, codebook_cli; print(codebook_tools.__file__)", **away)
     assert Path(where.strip()).is_relative_to(packages)
     codebook = clean / "bin" / "codebook"
-    assert "512" in call([codebook, "inspect"], **away)
-    call([codebook, "prune", "--steps", "0", "-o", "pruned.safetensors"], **away)
+    assert "512" in call(codebook, "inspect", **away)
+    call(codebook, "prune", "--steps", "0", "-o", "pruned.safetensors", **away)
     assert (tmp_path / "pruned.safetensors").stat().st_size > 100_000

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from places import TRUST
+from processes import ran
 
 pytestmark = pytest.mark.packaging
 
@@ -28,11 +28,11 @@ del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 def test_a_harness_runs_and_finds_nothing(name: str, options: tuple[str, ...], tmp_path: Path) -> None:
     results = tmp_path / "trust.json"
-    command = [sys.executable, "-c", ELSEWHERE, str(results), str(TRUST / f"{name}.py"), *options]
+    command = (sys.executable, "-c", ELSEWHERE, results, TRUST / f"{name}.py", *options)
     # What forks may not have used more than one thread before.
     environment = os.environ | {"PYTHONPATH": f"{TRUST}{os.pathsep}{TRUST.parents[1]}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
+    done = ran(*command, env=environment, cwd=tmp_path)
+    assert done.exit_code == 0, done.stderr
     counts = json.loads(results.read_text())[name]
     assert counts["command"]
     if name == "kills":

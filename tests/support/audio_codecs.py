@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import transformers
+from families import loaded
+from round_trips import assert_loads_whole
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -126,21 +128,17 @@ def save(case: Case, folder: Path) -> Path:
 
 def load(case: Case, checkpoint: Checkpoint) -> tuple[Any, list[Tensor]]:
     """Our module with the file's weights, and the effective codes of its stages."""
-    prefix = case.family.prefix(checkpoint)
-    assert prefix == "" and case.family.make is not None
-    state, shapes = checkpoint.tensors(), checkpoint.shapes
-    network: Any = case.family.make(shapes, checkpoint)
-    keys = {name: case.family.file_key(name, shapes) for name in network.state_dict()}
-    assert sorted(keys.values()) == sorted(shapes), "names and keys go together one by one"
-    network.load_state_dict({name: state[key] for name, key in keys.items()})
-    return network.eval(), [effective(state, key) for key in network.codebooks]
+    network, state = loaded(case.family, checkpoint), checkpoint.tensors()
+    keys = {case.family.file_key(name, checkpoint.shapes) for name in network.state_dict()}
+    assert keys == checkpoint.shapes.keys() and case.family.prefix(checkpoint) == ""
+    return network, [effective(state, key) for key in network.codebooks]
 
 
 def by_library(case: Case, path: Path, sound: Tensor) -> tuple[Tensor, Tensor]:
     """The same, at the highest bandwidth, of the library's own forward, which must have found its every weight."""
     cls: Any = getattr(transformers, f"{case.name}Model")
     model, told = cls.from_pretrained(path, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert_loads_whole(told)
     rates = getattr(model.config, "target_bandwidths", None)
     with torch.no_grad():
         made = model.eval()(sound, **({"bandwidth": rates[-1]} if rates else {}))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import soundfile
 import torch
-from safetensors.torch import save_file
+from proven_networks import Coders, Tied, write_own
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,32 +20,15 @@ DIM, SIDE, CLIP, RATE = 8, 16, 256, 1600
 State = dict[str, Tensor]
 
 
-class Images(nn.Module):
+class Images(Coders):
     """Patches of 4 by 4 grey pixels in [0, 1] to DIM latents, and back."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Conv2d(1, 24, 4, 4), nn.GELU(), nn.Conv2d(24, DIM, 1))
-        self.decoder = nn.Sequential(nn.Conv2d(DIM, 24, 1), nn.GELU(), nn.ConvTranspose2d(24, 1, 4, 4))
-
-    def encode(self, media: Tensor) -> Tensor:
-        latents: Tensor = self.encoder(media)
-        return latents
-
-    def decode(self, quantized: Tensor) -> Tensor:
-        media: Tensor = self.decoder(quantized)
-        return media
-
-
-class Sounds(Images):
-    """Eight samples of a waveform to DIM latents, and back."""
-
-    sampling_rate, hop, channels = RATE, 8, 1
+    layers: tuple[Any, Any, int] = (nn.Conv2d, nn.ConvTranspose2d, 4)
 
     def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.encoder = nn.Sequential(nn.Conv1d(1, 24, 8, 8), nn.GELU(), nn.Conv1d(24, DIM, 1))
-        self.decoder = nn.Sequential(nn.Conv1d(DIM, 24, 1), nn.GELU(), nn.ConvTranspose1d(24, 1, 8, 8))
+        conv, up, side = self.layers
+        encoder = nn.Sequential(conv(1, 24, side, side), nn.GELU(), conv(24, DIM, 1))
+        super().__init__(encoder, nn.Sequential(conv(DIM, 24, 1), nn.GELU(), up(24, 1, side, side)))
 
 
 def nearest(latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +36,11 @@ def nearest(latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     rows = latents.movedim(1, -1)
     chosen = torch.cdist(rows.flatten(0, -2), codes).argmin(1).reshape(rows.shape[:-1])
     return codes[chosen].movedim(-1, 1), chosen
+
+
+def pull(latents: Tensor, quantized: Tensor) -> Tensor:
+    """The loss that moves codes to latents, and latents to codes."""
+    return (quantized - latents.detach()).square().mean() + 0.25 * (latents - quantized.detach()).square().mean()
 
 
 class Plain(Images):
@@ -68,37 +56,31 @@ class Plain(Images):
     def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """latents -> the codes with a straight-through gradient, and the loss that moves them."""
         quantized, _ = nearest(latents, self.vq.codebook.weight)  # type: ignore[arg-type]
-        loss = (quantized - latents.detach()).square().mean() + 0.25 * (latents - quantized.detach()).square().mean()
-        return latents + (quantized - latents).detach(), loss
+        return latents + (quantized - latents).detach(), pull(latents, quantized)
 
 
-class PlainSounds(Sounds, Plain):
-    def __init__(self, size: int) -> None:
-        Sounds.__init__(self)
-        self.vq = nn.Module()
-        self.vq.codebook = nn.Embedding(size, DIM)
+class PlainSounds(Plain):
+    """Eight samples of a waveform to DIM latents, and back."""
+
+    layers = (nn.Conv1d, nn.ConvTranspose1d, 8)
+    sampling_rate, hop, channels = RATE, 8, 1
 
 
 class Two(Images):
     """Two residual stages."""
 
-    codebooks = keys = ("stages.0.weight", "stages.1.weight")
+    codebooks = keys = Tied.codebooks
+    walk = Tied.walk
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.stages = nn.ModuleList([nn.Embedding(size, DIM) for _ in range(2)])
 
-    def walk(self, latents: Tensor, quantise: Callable[[int, Tensor], Tensor]) -> Tensor:
-        first = quantise(0, latents)
-        return first + quantise(1, latents - first)
-
     def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         rest, loss, total = latents, latents.new_zeros(()), torch.zeros_like(latents)
         for stage in self.stages:
             quantized, _ = nearest(rest, stage.weight)  # type: ignore[arg-type]
-            loss = (
-                loss + (quantized - rest.detach()).square().mean() + 0.25 * (rest - quantized.detach()).square().mean()
-            )
+            loss = loss + pull(rest, quantized)
             rest, total = rest - quantized.detach(), total + quantized
         return latents + (total - latents).detach(), loss
 
@@ -123,12 +105,8 @@ class Cosine(Library):
 
 
 KINDS: dict[str, Callable[[int], Any]] = {
-    "plain": Plain,
-    "sounds": PlainSounds,
-    "two stages": Two,
-    "library": Library,
-    "cosine": Cosine,
-}
+    "plain": Plain, "sounds": PlainSounds, "two stages": Two, "library": Library, "cosine": Cosine
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -234,10 +212,4 @@ def collapsed(kind: str, media: Tensor, size: int = 128, seed: int = 0, scale: f
 
 def write(network: Any, kind: str, folder: Path, name: str = "model") -> tuple[Path, str]:
     """Its checkpoint, and what --network takes."""
-    state = {key: tensor.detach().clone().contiguous() for key, tensor in network.state_dict().items()}
-    save_file(state, folder / f"{name}.safetensors")
-    (folder / "network.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom collapsing import KINDS\n\n\n"
-        f"def make(codebook_size):\n    return KINDS[{kind!r}](codebook_size)\n"
-    )
-    return folder / f"{name}.safetensors", f"{folder / 'network.py'}:make"
+    return write_own(network, f"from collapsing import KINDS as MADE; NAME = {kind!r}", folder, name)

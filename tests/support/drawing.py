@@ -29,9 +29,7 @@ def picture(seed: int, shape: tuple[int, ...] = (8, 8, 3)) -> Pixels:
 
 
 def png(pixels: Pixels) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    return saved(Image.fromarray(pixels), "PNG")
 
 
 def saved(picture: Image.Image, kind: str, **how: object) -> bytes:
@@ -87,10 +85,8 @@ def sparse_tar(path: Path, member: Path, how: str, *others: Path) -> Path:
     with member.open("wb") as file:
         file.write(data.rstrip(b"\0"))
         file.truncate(len(data))
-    if (
-        shutil.which("tar") is None
-        or b"GNU tar" not in subprocess.run(["tar", "--version"], capture_output=True).stdout
-    ):
+    tar = shutil.which("tar")
+    if tar is None or b"GNU tar" not in subprocess.run([tar, "--version"], capture_output=True).stdout:
         pytest.skip("only GNU tar makes sparse members")
     names = [file.name for file in (member, *others)]
     subprocess.run(["tar", "-C", member.parent, "-S", *how.split(), "-cf", path, *names], check=True)
@@ -102,10 +98,14 @@ def sparse_tar(path: Path, member: Path, how: str, *others: Path) -> Path:
 SPARSE = ["--format=gnu", *(f"--format=posix --sparse-version={version}" for version in ("0.0", "0.1", "1.0"))]
 
 
-def put(path: Path, pixels: Pixels) -> Path:
+def put_bytes(path: Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(pixels))
+    path.write_bytes(data)
     return path
+
+
+def put(path: Path, pixels: Pixels) -> Path:
+    return put_bytes(path, png(pixels))
 
 
 def tar_bytes(members: dict[str, bytes]) -> bytes:

@@ -41,9 +41,9 @@ def inner_shapes(checkpoint: Checkpoint, prefix: str) -> Shapes:
     return {key.removeprefix(prefix): shape for key, shape in checkpoint.shapes.items() if key.startswith(prefix)}
 
 
-def loaded(family: Family, path: Path) -> Any:
+def loaded(family: Family, source: Path | Checkpoint) -> Any:
     """The family's network, every tensor of it from the file."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     prefix = family.prefix(checkpoint)
     assert prefix is not None and family.make is not None
     inner = inner_shapes(checkpoint, prefix)

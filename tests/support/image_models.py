@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from conftest import State
-from round_trips import assert_averages_follow
+from points import looked_up, with_dead_codes
+from round_trips import assert_averages_follow, assert_loads_whole
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -21,8 +22,6 @@ from vqgan_twin import Twin
 from codebook_tools.models.user_network import make_network
 
 BOOK = "quantize.embedding.weight"
-DEAD = (1, 4, 5, 9, 12, 15)
-"""Codes of a VQModel that lie far from every latent."""
 
 Computed = tuple[Tensor, list[Tensor]]
 """Images in the network's range, and indices (n, height, width) of every stage."""
@@ -46,17 +45,6 @@ def write(state: State, path: Path) -> Path:
     return path
 
 
-def looked_up(latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest codes, and their indices, by brute force."""
-    indices = (latents.movedim(1, -1)[..., None, :] - codes).square().sum(-1).argmin(-1)
-    return codes[indices].movedim(-1, 1), indices
-
-
-def assert_loads_whole(info: dict[str, Any]) -> None:
-    """The library misses nothing in the file, and ignores nothing of it."""
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
-
-
 # --- libraries -------------------------------------------------------------------------------------------------------
 
 
@@ -77,13 +65,7 @@ def vqmodel(images: Tensor, **config: Any) -> Any:
         ).eval()
     with torch.no_grad():
         latents = model.encode(images * 2 - 1).latents.movedim(1, -1).flatten(0, -2)
-        alive = [i for i in range(16) if i not in DEAD]
-        chosen = [0]
-        while len(chosen) < len(alive):  # farthest-point seeds, so that each code in use has latents of its own
-            chosen.append(int(torch.cdist(latents, latents[chosen]).min(1).values.argmax()))
-        codes = torch.full((16, 4), 50.0) + torch.arange(16)[:, None]
-        codes[alive] = latents[chosen]
-        model.quantize.embedding.weight.copy_(codes)
+        model.quantize.embedding.weight.copy_(with_dead_codes(latents))
     return model
 
 
@@ -297,7 +279,7 @@ def tutorial(family: str, key: str, make_state: Callable[[], State], twin: Calla
     def compute(result: Path, images: Tensor) -> Computed:
         state = load_file(result)
         reference = twin(state)
-        codes, indices = reference.code(reference.encode(images.double()), state[key])
+        codes, indices = reference.code(reference.encode(images.double()), state[key].double())
         return reference.decode(codes), [indices]
 
     return Case(family, save, compute, (key,))

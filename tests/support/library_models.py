@@ -34,9 +34,8 @@ def glm_image() -> Any:
 
 def paella() -> Any:
     folder = "diffusers.pipelines.deprecated.wuerstchen"
-    library = pytest.importorskip(
-        f"{folder}.modeling_paella_vq_model", reason="elsewhere in the oldest supported version"
-    )
+    module, reason = f"{folder}.modeling_paella_vq_model", "elsewhere in the oldest supported version"
+    library = pytest.importorskip(module, reason=reason)
     return library.PaellaVQModel(levels=1, bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16)
 
 

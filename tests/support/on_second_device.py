@@ -12,10 +12,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import second_device
 import torch
-from second_device import NAME, OPERATORS, counts
+from second_device import NAME, OPERATORS, READS, UPLOADS, counts
 from typer.testing import CliRunner
 
 from codebook_tools.clustering.assignment import nearest
@@ -39,17 +40,14 @@ def command(*words: str) -> dict[str, Any]:
 def command_that_mixes(*words: str) -> dict[str, Any]:
     """As `command`, with a fault in the library: the decoder gets codes that were left on the CPU."""
     embed = Model.embed
-    Model.embed = lambda self, codes, stage=0: embed(self, codes, stage).cpu()  # type: ignore[method-assign]
-    try:
+    with patch.object(Model, "embed", lambda self, codes, stage=0: embed(self, codes, stage).cpu()):
         return command(*words)
-    finally:
-        Model.embed = embed  # type: ignore[method-assign]
 
 
 def waits_of_steps(*words: str) -> dict[str, Any]:
     """A command line with a fine-tuning: also what the host waited for in its steps, looks at validation data left out;
     of them there are two, at both ends."""
-    within, evaluation_steps, train, look = Counter[str](), finetune.evaluation_steps, finetune._train, History.evaluate
+    within = Counter[str]()
 
     def counted(work: Callable[..., Any], sign: int) -> Callable[..., Any]:
         def run(*given: Any) -> Any:
@@ -57,17 +55,17 @@ def waits_of_steps(*words: str) -> dict[str, Any]:
             try:
                 return work(*given)
             finally:
-                for name in (second_device.READS, second_device.UPLOADS):
+                for name in (READS, UPLOADS):
                     within[name] += sign * (counts[name] - before[name])
 
         return run
 
-    finetune.evaluation_steps = lambda steps: {0, steps}
-    finetune._train, History.evaluate = counted(train, 1), counted(look, -1)  # type: ignore[method-assign]
-    try:
+    with (
+        patch.object(finetune, "evaluation_steps", lambda steps: {0, steps}),
+        patch.object(finetune, "_train", counted(finetune._train, 1)),
+        patch.object(History, "evaluate", counted(History.evaluate, -1)),
+    ):
         return {**command(*words), **within}
-    finally:
-        finetune.evaluation_steps, finetune._train, History.evaluate = evaluation_steps, train, look  # type: ignore[method-assign]
 
 
 def mixtures() -> dict[str, str | None]:
@@ -105,12 +103,13 @@ def waits() -> dict[str, list[int]]:
         "upload without waiting": lambda: torch.ones(6).to(NAME, non_blocking=True),
         "arithmetic": lambda: (values * 2 + 1).topk(2).values.sum(),
     }
-    found = {}
-    for name, work in tried.items():
-        before = counts.copy()
-        work()
-        found[name] = [counts[kind] - before[kind] for kind in (second_device.READS, second_device.UPLOADS)]
-    return found
+    return {name: [_counted(work, kind) for kind in (READS, UPLOADS)] for name, work in tried.items()}
+
+
+def _counted(work: Callable[[], object], kind: str) -> int:
+    before = counts[kind]
+    work()
+    return counts[kind] - before
 
 
 def same_codes() -> dict[str, list[int]]:
@@ -126,9 +125,9 @@ def same_codes() -> dict[str, list[int]]:
         there, expected = Codebook(vectors.to(NAME), metric), nearest(latents, codebook)
         found[metric.name] = []
         for wait in (True, False):
-            before = counts[second_device.READS]
+            before = counts[READS]
             codes = nearest(latents.to(NAME), there, wait=wait)
-            read = counts[second_device.READS] - before
+            read = counts[READS] - before
             found[metric.name] += [int((codes.cpu() != expected).sum()), read]
     return found
 

@@ -25,6 +25,13 @@ def _environment(*folders: Path, **more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | more
 
 
+def ran(*command: object, **options: Any) -> Outcome:
+    """A program's exit code and what it prints."""
+    more: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
+    done = subprocess.run(list(map(str, command)), **more | options)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
 def together(function: Callable[..., Any], *arguments: object) -> list[Any]:
     """What a function of a test module returns in each of two joined processes. It takes text and returns JSON."""
     with socket.socket() as free:
@@ -32,17 +39,11 @@ def together(function: Callable[..., Any], *arguments: object) -> list[Any]:
         port = free.getsockname()[1]
     file = Path(function.__code__.co_filename)
     program = _PROGRAM.format(module=file.stem, function=function.__name__)
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, *map(str, arguments)],
-            env=_environment(
-                file.parent, WORLD_SIZE="2", RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        subprocess.Popen(command, env=_environment(file.parent, RANK=str(rank), **joined), **pipes) for rank in range(2)
     ]
     ended = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0], ended
@@ -59,9 +60,7 @@ def report(function: Callable[..., Any], *arguments: str) -> None:
 def torchrun(*arguments: object) -> Outcome:
     """The command in two processes, as users start it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "codebook_tools", *map(str, arguments)]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=300, check=False)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    return ran(*command, "-m", "codebook_tools", *arguments, env=_environment())
 
 
 def alike(a: Any, b: Any, relative: float) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from points import looked_up as nearest
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,19 +20,16 @@ DIM = 6
 class Coders(nn.Module):
     """Patches of 4 by 4 grey pixels to DIM latents, and back."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoder: nn.Module | None = None, decoder: nn.Module | None = None) -> None:
         super().__init__()
-        self.encoder = nn.Conv2d(1, DIM, 4, 4)
-        self.decoder = nn.ConvTranspose2d(DIM, 1, 4, 4)
+        self.encoder = encoder or nn.Conv2d(1, DIM, 4, 4)
+        self.decoder = decoder or nn.ConvTranspose2d(DIM, 1, 4, 4)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """images (n, 1, height, width) -> latents (n, DIM, height / 4, width / 4)."""
-        latents: Tensor = self.encoder(images)
-        return latents
+    def encode(self, media: Tensor) -> Tensor:
+        return self.encoder(media)  # type: ignore[no-any-return]
 
     def decode(self, quantized: Tensor) -> Tensor:
-        images: Tensor = self.decoder(quantized)
-        return images
+        return self.decoder(quantized)  # type: ignore[no-any-return]
 
 
 class Tied(Coders):
@@ -49,20 +47,20 @@ class Tied(Coders):
         return first + quantise(1, latents - first)
 
 
-def nearest(latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """By brute force: latents (n, dim, *grid) -> their codes' vectors, alike, and codes (n, *grid)."""
-    rows = latents.movedim(1, -1)
-    chosen = (rows[..., None, :].double() - codes.double()).square().sum(-1).argmin(-1)
-    return codes[chosen].movedim(-1, 1), chosen
-
-
-class Projected(Coders):
-    """Codes are its rows times a matrix, as in SimVQ, under a name that nobody knows, and shifted."""
+class Round(Coders):
+    """Codes of unit length, and nothing that says how they are searched."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.vq = nn.Module()
         self.vq.codebook = nn.Embedding(size, DIM)
+
+
+class Projected(Round):
+    """Codes are its rows times a matrix, as in SimVQ, under a name that nobody knows, and shifted."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
         self.vq.blend = nn.Parameter(torch.randn(DIM, DIM))
         self.vq.lift = nn.Parameter(torch.randn(DIM))
 
@@ -81,15 +79,13 @@ class Warped(Projected):
         return torch.tanh(super().codes())
 
 
-class Averaged(Coders):
+class Averaged(Round):
     """Codes that an average moves, in tensors of any names. Its sums lie across its codes."""
 
     counts, sums = "mass", "moment"
 
     def __init__(self, size: int) -> None:
-        super().__init__()
-        self.vq = nn.Module()
-        self.vq.codebook = nn.Embedding(size, DIM)
+        super().__init__(size)
         self.vq.register_buffer(self.counts, torch.zeros(size))
         self.vq.register_buffer(self.sums, torch.zeros(DIM, size))
 
@@ -115,15 +111,6 @@ class Swapped(Averaged):
         rows = latents.movedim(1, -1)
         chosen = (rows[..., None, :] - codes).square().sum(-1).argmax(-1)
         return codes[chosen].movedim(-1, 1), chosen
-
-
-class Round(Coders):
-    """Codes of unit length, and nothing that says how they are searched."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.vq = nn.Module()
-        self.vq.codebook = nn.Embedding(size, DIM)
 
 
 class Headed(Round):
@@ -164,17 +151,9 @@ LIBRARIES: dict[str, Callable[[int], nn.Module]] = {
     "grouped": _library(GroupedResidualVQ, groups=2, num_quantizers=2),
     "sim": _library(SimVQ),
 }
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {
-    "tied": Tied,
-    "projected": Projected,
-    "warped": Warped,
-    "averaged": Averaged,
-    "swapped": Swapped,
-    "round": Round,
-    "headed": Headed,
-    "fixed": Fixed,
-    **{f"library {name}": make for name, make in LIBRARIES.items()},
-}
+OWN = (Tied, Projected, Warped, Averaged, Swapped, Round, Headed, Fixed)
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {network.__name__.lower(): network for network in OWN}
+NETWORKS |= {f"library {name}": make for name, make in LIBRARIES.items()}
 
 
 def made(name: str, size: int) -> nn.Module:
@@ -190,23 +169,26 @@ def made(name: str, size: int) -> nn.Module:
             if not unit:
                 tensor.reshape(-1, tensor.shape[-1])[size // 2 :] *= 40
     state = network.state_dict()
-    for counts, sums in (("vq.mass", "vq.moment"),):
-        if counts in state:
-            state[counts].copy_(torch.rand(size) * 50 + 2)
-            state[sums].copy_((state["vq.codebook.weight"] * state[counts][:, None]).T)
+    if (counts := state.get("vq.mass")) is not None:
+        counts.copy_(torch.rand(size) * 50 + 2)
+        state["vq.moment"].copy_((state["vq.codebook.weight"] * counts[:, None]).T)
     return network
 
 
 def write_network(folder: Path, name: str, size: int) -> tuple[Path, str]:
     """Its checkpoint, and what --network takes."""
-    state = {key: tensor.clone().contiguous() for key, tensor in made(name, size).state_dict().items()}
-    model, file = folder / "model.safetensors", folder / "network.py"
-    save_file(state, model)
-    file.write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom proven_networks import NETWORKS\n\n\n"
-        f"def make(codebook_size):\n    return NETWORKS[{name!r}](codebook_size)\n"
+    return write_own(made(name, size), f"from proven_networks import NETWORKS as MADE; NAME = {name!r}", folder)
+
+
+def write_own(network: nn.Module, names: str, folder: Path, name: str = "model") -> tuple[Path, str]:
+    """As `write_network`. names: a line that defines MADE and NAME, which make one of any size."""
+    state = {key: tensor.detach().clone().contiguous() for key, tensor in network.state_dict().items()}
+    save_file(state, folder / f"{name}.safetensors")
+    (folder / "network.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{names}\n\n\n"
+        f"def make(codebook_size):\n    return MADE[NAME](codebook_size)\n"
     )
-    return model, f"{file}:make"
+    return folder / f"{name}.safetensors", f"{folder / 'network.py'}:make"
 
 
 def write_images(folder: Path) -> tuple[Path, Path]:

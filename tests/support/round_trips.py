@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from families import State
@@ -87,3 +88,8 @@ def assert_same_indices(ours: Iterable[Tensor], theirs: Iterable[Tensor], size: 
     """Stage by stage, and within the codebook."""
     for mine, its in zip(ours, theirs, strict=True):
         assert torch.equal(mine, its) and int(its.max()) < size and len(its.unique()) > 1
+
+
+def assert_loads_whole(info: dict[str, Any]) -> None:
+    """The library misses nothing in the file, and ignores nothing of it."""
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from drawing import put_bytes as put_bytes
 from numpy.typing import NDArray
 
 from codebook_tools.data.audio import Waveforms
@@ -31,12 +32,6 @@ def stored(wave: NDArray[np.generic], rate: int = RATE, kind: str = "WAV", subty
     file = io.BytesIO()
     soundfile.write(file, wave, rate, format=kind, subtype=subtype)
     return file.getvalue()
-
-
-def put_bytes(path: Path, data: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return path
 
 
 def find_clips(*paths: Path, rate: int = RATE, hop: int = 1, size: int | None = None) -> list[Item]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from codebook_tools.data import images
 from codebook_tools.data.dataset import Media
@@ -15,17 +16,11 @@ class Images(Media):
     """Media of images: (n, channels, height, width) float32 in [0, 1]."""
 
     def __init__(
-        self,
-        items: list[Item],
-        channels: int,
-        stride: int = 1,
-        size: int | None = None,
-        skip_bad: bool = False,
-        mixing: str | None = None,
-        watch: Watch | None = None,
-    ) -> None:
+        self, items: list[Item], channels: int, stride: int = 1, size: int | None = None, *, skip_bad: bool = False,
+        watch: Watch | None = None, **more: Any,
+    ) -> None:  # fmt: skip
         modality = images.Images(size=size, channels=channels, stride=stride)
-        super().__init__(items, modality, skip_bad, watch or Watch(), mixing=mixing)
+        super().__init__(items, modality, skip_bad, watch or Watch(), **more)
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Item]:

@@ -6,6 +6,7 @@ import math
 
 import torch
 from conftest import State
+from points import looked_up
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,6 +30,8 @@ def layers(rows: dict[str, tuple[int, int, int]], transposed: tuple[str, ...] = 
 class Reference:
     """Convolutions as functions of a state dict. used: the keys that it looked at."""
 
+    code = staticmethod(looked_up)
+
     def __init__(self, state: State) -> None:
         self.state, self.used = {key: tensor.double() for key, tensor in state.items()}, set[str]()
 
@@ -36,26 +39,20 @@ class Reference:
         self.used.add(key)
         return self.state.get(key)
 
-    def conv(self, x: Tensor, name: str, stride: int, padding: int) -> Tensor:
+    def weight(self, name: str) -> Tensor:
         weight = self[f"{name}.weight"]
         assert weight is not None
-        return functional.conv2d(x, weight, self[f"{name}.bias"], stride, padding)
+        return weight
+
+    def conv(self, x: Tensor, name: str, stride: int = 1, padding: int = 0) -> Tensor:
+        return functional.conv2d(x, self.weight(name), self[f"{name}.bias"], stride, padding)
 
     def up(self, x: Tensor, name: str, stride: int = 2) -> Tensor:
-        weight = self[f"{name}.weight"]
-        assert weight is not None
-        return functional.conv_transpose2d(x, weight, self[f"{name}.bias"], stride, 1)
-
-    def code(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """x (n, dim, *grid), codes (size, dim) -> the nearest codes, and their indices."""
-        indices = (x.movedim(1, -1)[..., None, :] - codes.double()).square().sum(-1).argmin(-1)
-        return codes.double()[indices].movedim(-1, 1), indices
+        return functional.conv_transpose2d(x, self.weight(name), self[f"{name}.bias"], stride, 1)
 
 
-def two_levels(
-    hidden: int = 8, blocks: int = 2, residual: int = 4, dim: int = 6, sizes: tuple[int, int] = (7, 11)
-) -> State:
-    half = hidden // 2
+def two_levels(hidden: int = 8, blocks: int = 2, dim: int = 6, sizes: tuple[int, int] = (7, 11)) -> State:
+    half = residual = hidden // 2
     rows = {
         "enc_b.blocks.0": (3, half, 4), "enc_b.blocks.2": (half, hidden, 4), "enc_b.blocks.4": (hidden, hidden, 3),
         "enc_t.blocks.0": (hidden, half, 4), "enc_t.blocks.2": (half, hidden, 3), "quantize_conv_t": (hidden, dim, 1),
@@ -102,10 +99,10 @@ class TwoLevels(Reference):
         below = self.residuals(self.conv(x, "enc_b.blocks.4", 1, 1), "enc_b", 5)
         x = functional.relu(self.conv(below, "enc_t.blocks.0", 2, 1))
         above = self.residuals(self.conv(x, "enc_t.blocks.2", 1, 1), "enc_t", 3)
-        top, top_indices = self.code(self.conv(above, "quantize_conv_t", 1, 0), self.state["quantize_t.embed"].T)
+        top, top_indices = self.code(self.conv(above, "quantize_conv_t"), self.state["quantize_t.embed"].T)
         x = self.residuals(self.conv(top, "dec_t.blocks.0", 1, 1), "dec_t", 1)
         x = torch.cat([self.up(x, f"dec_t.blocks.{self.blocks + 2}"), below], 1)
-        bottom, bottom_indices = self.code(self.conv(x, "quantize_conv_b", 1, 0), self.state["quantize_b.embed"].T)
+        bottom, bottom_indices = self.code(self.conv(x, "quantize_conv_b"), self.state["quantize_b.embed"].T)
         x = self.conv(torch.cat([self.up(top, "upsample_t"), bottom], 1), "dec.blocks.0", 1, 1)
         x = functional.relu(self.up(self.residuals(x, "dec", 1), f"dec.blocks.{self.blocks + 2}"))
         return self.up(x, f"dec.blocks.{self.blocks + 4}"), [top_indices, bottom_indices]
@@ -193,3 +190,40 @@ class Shared(Reference):
     def decode(self, x: Tensor) -> Tensor:
         x = self.stack(self.up(x, "decoder.inverse_conv_stack.0", 1), "decoder.inverse_conv_stack.1.stack")
         return self.up(functional.relu(self.up(x, "decoder.inverse_conv_stack.2")), "decoder.inverse_conv_stack.4")
+
+
+class Tutorial(Reference):
+    """The zalando tutorial's forward pass; its ReLU works in place, as its blocks do.
+
+    in_place: False for the reading that its code suggests at first sight, in which a skip carries x and not relu(x).
+    """
+
+    def __init__(self, state: State, in_place: bool = True) -> None:
+        super().__init__({key.removeprefix("module."): tensor for key, tensor in state.items()})
+        self.in_place = in_place
+
+    def weight(self, name: str) -> Tensor:
+        for length, direction in (
+            (f"{name}.weight_g", f"{name}.weight_v"),
+            (f"{name}.parametrizations.weight.original0", f"{name}.parametrizations.weight.original1"),
+        ):
+            if (v := self[direction]) is not None:
+                return self.state[length] * v / v.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+        return super().weight(name)
+
+    def residuals(self, x: Tensor, name: str) -> Tensor:
+        for i in range(2):
+            h = functional.relu(x, inplace=self.in_place)
+            h = functional.relu(self.conv(h, f"{name}._layers.{i}._block.1", padding=1))
+            x = x + self.conv(h, f"{name}._layers.{i}._block.3")
+        return functional.relu(x)
+
+    def encode(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.conv(x.double(), "_encoder._conv_1", 2, 1))
+        x = functional.relu(self.conv(x, "_encoder._conv_2", 2, 1))
+        x = self.residuals(self.conv(x, "_encoder._conv_3", 1, 1), "_encoder._residual_stack")
+        return self.conv(x, "_pre_vq_conv")
+
+    def decode(self, x: Tensor) -> Tensor:
+        x = self.residuals(self.conv(x.double(), "_decoder._conv_1", 1, 1), "_decoder._residual_stack")
+        return self.up(functional.relu(self.up(x, "_decoder._conv_trans_1")), "_decoder._conv_trans_2")

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources_of_images import Images, find_images
 from torch import Tensor, nn
-from tutorial import Tutorial
+from tutorial_networks import Tutorial
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.clustering.assignment import nearest, squared_errors

@@ -13,7 +13,7 @@ from conftest import GREY, Grey, State, WriteModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from tutorial import Tutorial
+from tutorial_networks import Tutorial
 
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.read import read_checkpoint
