@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ from typer.core import TyperCommand
 
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.runtime.options import Declared, declared
-from codebook_tools.runtime.safe_io import read_text
 from codebook_tools.training.recipe import FineTune
 from codebook_tools.workflows.request import Request
 
@@ -83,6 +80,11 @@ def _defaults(path: Path, typed: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
+    import tomllib  # these take longer to import than --help may
+    from difflib import get_close_matches
+
+    from codebook_tools.runtime.safe_io import read_text
+
     try:
         content = tomllib.loads(read_text(path))
     except (tomllib.TOMLDecodeError, ValueError) as error:

@@ -50,7 +50,7 @@ def _note(kind, *values):
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item):
     os.environ["MUTANT_CONTEXT"] = item.nodeid
-    _note("uses", item.nodeid, list(item.fixturenames), item.get_closest_marker("slow") is not None)
+    _note("uses", item.nodeid, list(item.fixturenames), any(item.get_closest_marker(name) for name in ("slow", "hostile", "packaging")))
     yield
 @pytest.hookimpl(hookwrapper=True)
 def pytest_fixture_setup(fixturedef, request):
@@ -91,6 +91,7 @@ def main() -> None:
     )
     parser.add_argument("--shared", type=Path, help="the checkpoints and data that some tests read")
     parser.add_argument("--work", type=Path, default=Path("build/mutants"), help="a folder for copies of the code")
+    parser.add_argument("--fast", action="store_true", help="only the tests of `make test`")
     parser.add_argument("--minutes", type=float, default=10, help="the most that the tests of one mutant may take")
     arguments = parser.parse_args()
     tree = _copy(arguments.work.absolute(), arguments.code, arguments.tests, arguments.shared)
@@ -98,7 +99,7 @@ def main() -> None:
     if not results["mutants"]:
         drawn = _again(arguments.mutants, tree) if arguments.mutants else draw(tree, arguments.count, arguments.seed)
         results["mutants"] = [asdict(mutant) for mutant in drawn]
-        results["tests"] = reach(tree, drawn, arguments.work.absolute())
+        results["tests"] = reach(tree, drawn, arguments.work.absolute(), fast=arguments.fast)
         _save(arguments.results, results)
     for number, entry in enumerate(results["mutants"]):
         if "killed" not in entry:
@@ -175,7 +176,7 @@ def sites(source: str, file: str) -> Iterator[Mutant]:
     yield from walk(ast.parse(source), "")
 
 
-def reach(tree: Path, mutants: list[Mutant], work: Path) -> dict[str, Any]:
+def reach(tree: Path, mutants: list[Mutant], work: Path, *, fast: bool) -> dict[str, Any]:
     """Run all tests once with a probe before each mutant: those that pass, with duration and mutants reached."""
     notes = work / "reach"
     notes.mkdir(parents=True)
@@ -185,6 +186,7 @@ def reach(tree: Path, mutants: list[Mutant], work: Path) -> dict[str, Any]:
         (tree / file).write_text(_probed(source, [(n, m) for n, m in enumerate(mutants) if m.file == file]))
     (work / "path" / "mutant_plugin.py").write_text(PLUGIN)
     options = ["-p", "mutant_plugin", "-n", "2", "-p", "no:cacheprovider"]
+    options += ["-m", "not (slow or hostile or packaging)"] if fast else []
     done = _pytest(tree, work, [*options, "tests"], None, {"MUTANT_REACH": str(notes)})
     for file, source in sources.items():
         (tree / file).write_text(source)

@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from codebook_tools.checkpoints.read import AS_STORED, Checkpoint, read_checkpoint
 from codebook_tools.codebook import METRIC_NAMES
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.demo import DEMO
 from codebook_tools.runtime.options import Option
 
 if TYPE_CHECKING:
+    from codebook_tools.checkpoints.read import Checkpoint
     from codebook_tools.data.items import InMemory
     from codebook_tools.models.user_network import NetworkMaker
     from codebook_tools.models.wrapped import Wrapped
@@ -229,6 +229,7 @@ class Request:
         Raises:
             CodebookError: A role is unknown.
         """
+        from codebook_tools.checkpoints.read import AS_STORED
         from codebook_tools.models.ema_state import GIVEN
 
         said = dict.fromkeys(self.as_stored, AS_STORED)
@@ -246,6 +247,8 @@ class Request:
         Raises:
             CodebookError: It cannot be read, or lacks a tensor that a role is stated of.
         """
+        from codebook_tools.checkpoints.read import AS_STORED, read_checkpoint
+
         checkpoint = self.wrapped.checkpoint() if self.wrapped else read_checkpoint(self.source)
         stated = self.stated
         missing = next((key for key in stated if key not in checkpoint.entries), None)
