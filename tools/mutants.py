@@ -50,7 +50,8 @@ def _note(kind, *values):
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item):
     os.environ["MUTANT_CONTEXT"] = item.nodeid
-    _note("uses", item.nodeid, list(item.fixturenames), any(item.get_closest_marker(name) for name in ("slow", "hostile", "packaging")))
+    rest = any(item.get_closest_marker(name) for name in ("slow", "hostile", "packaging"))
+    _note("uses", item.nodeid, list(item.fixturenames), rest)
     yield
 @pytest.hookimpl(hookwrapper=True)
 def pytest_fixture_setup(fixturedef, request):
