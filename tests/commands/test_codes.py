@@ -96,7 +96,8 @@ def test_the_page_shows_every_card(looked: Callable[..., Codes]) -> None:
     assert "3 of 4 codes are used, 75.0% of the codebook." in text
     # The example's; three of each code in use; what the dead one decodes to.
     assert text.count("<img ") == 3 + 3 * 3 + 1
-    assert "3: dead; near 2, 1, 0" in text and "0: 41.67%, 5 tokens, error 0.0105; near 1, 2, 3" in text
+    assert "code 0: 41.67% of tokens (5), distortion 0.0105, closest codes 1, 2, 3" in text
+    assert 'alt="what dead code 3 decodes to"' in text
 
 
 def test_the_lowest_of_each_code_are_those_of_a_search() -> None:
