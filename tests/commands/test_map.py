@@ -117,15 +117,18 @@ def test_the_command_writes_a_page_and_pictures_and_a_table(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("width", "touch"), [(1000, False), (390, True)])
 def test_a_browser_shows_the_patch_under_the_pointer(
     browser: Any,  # noqa: F811
     looked: Callable[..., Map],
     tmp_path: Path,
+    width: int,
+    touch: bool,
 ) -> None:
     found = looked()
     path = tmp_path / "map.html"
     path.write_text(html(mapped_page(found, "codebook map")))
-    view = browser.new_page(viewport={"width": 1000, "height": 900})
+    view = browser.new_page(viewport={"width": width, "height": 900}, has_touch=touch)
     said = list[str]()
     view.on("console", lambda message: said.append(message.text))
     view.on("pageerror", lambda error: said.append(str(error)))
@@ -135,7 +138,7 @@ def test_a_browser_shows_the_patch_under_the_pointer(
     hover = map_plot(found).hover
     assert hover is not None
     x, y = hover.places[0].tolist()
-    view.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+    (view.touchscreen.tap if touch else view.mouse.move)(box["x"] + x * box["width"], box["y"] + y * box["height"])
     assert view.locator(".tip").is_visible() and said == []
     shown = view.locator(".tip span").inner_text()
     assert shown in {label for label, place in zip(hover.labels, hover.places, strict=True) if abs(place[0] - x) < 1e-3}

@@ -25,5 +25,7 @@
   };
   plot.addEventListener("pointermove", show);
   plot.addEventListener("pointerdown", show); // a finger that taps does not move
-  plot.addEventListener("pointerleave", () => { tip.hidden = true; });
+  plot.addEventListener("pointerleave", (event) => {
+    tip.hidden ||= event.pointerType === "mouse"; // a finger leaves when it is lifted
+  });
 }
