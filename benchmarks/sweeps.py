@@ -16,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from compare import RUNS
@@ -39,8 +40,11 @@ def run(name: str, shared: str) -> Sweep:
         found = sweep(asked.request(shared), SIZES[name], PRICES, Path(rows), Watch())
     (folder / "table.md").write_text(markdown(found))
     plot = curves_plot(found)
-    figure = Figure(figsize=plot.size, layout="constrained")
-    plot.draw(figure)
+    width, height = plot.size
+    figure = Figure(figsize=(2 * width, height * len(plot.panels) / 2), layout="constrained")
+    places: Any = figure.subfigures(len(plot.panels) // 2, 2)
+    for place, draw in zip(places.flat, plot.panels, strict=True):
+        draw(place)
     figure.savefig(folder / "curves.png", dpi=110)
     about = replace(found, model=str(asked.model).format(shared=shared)).to_json() | {
         "command": f"python benchmarks/sweeps.py {name}",

@@ -87,7 +87,7 @@ def _with_report(result: Found, options: dict[str, Any], watch: Watch) -> Found:
     from codebook_tools.workflows.chain import Chain
     from codebook_tools.workflows.result import Result
 
-    typed = shlex.join(["codebook", *sys.argv[1:]])
+    typed = shlex.join(["codebook", *(word for word in sys.argv[1:] if word != "--quiet")])
     if (
         isinstance(result, Result | Chain)
         and result.gallery

@@ -20,7 +20,7 @@ def chained_page(chain: Chain, command: str, more: Sequence[Part] = ()) -> Page:
 
 def _parts(chain: Chain) -> Iterator[Part]:
     head, *rows = rows_of(stages_of(chain))
-    yield Table("Step by step", head, tuple(rows), "On test images that no step trained on.")
+    yield Table("Step by step", head, tuple(rows), "On test data, which no step trained on.")
     if chain.gallery:
         yield gallery(chain.gallery)
     counts = {name: stage.counts[0] for name, stage in stages_of(chain).items() if stage and stage.counts}

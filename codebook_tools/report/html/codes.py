@@ -30,38 +30,44 @@ def codes_parts(codes: Codes) -> Iterator[Part]:
         yield Gallery(
             "Images and their tokens",
             {example.name: _tokens(example, codes.colors) for example in codes.examples},
-            "A token has the colour of its code; codes that are alike have colours that are.",
-            ("", "the image", "its tokens", "decoded"),
+            "A token has the color of its code; codes that are close to each other have similar colors.",
         )
     if len(codes.cards) == codes.size:
         counts = torch.zeros(codes.size, dtype=torch.int64)
         for card in codes.cards:
             counts[card.code] = card.count
         yield usage_plot("How often codes are used", {"calibration data": counts})
+    used, dead = ([card for card in codes.cards if bool(card.count) is alive] for alive in (True, False))
     patch = "the whole image" if codes.side is None else f"{codes.side} × {codes.side} pixels"
     yield Gallery(
-        f"{len(codes.cards):,} of {codes.size:,} codes",
-        {_name(card): list(_pictures(card)) for card in codes.cards},
+        f"{len(used):,} of {codes.used:,} codes in use",
+        {_name(card): list(_pictures(card)) for card in used},
         "Of each code: what it decodes to, the patches of the latents nearest to it, and of those farthest. A patch is "
         f"{patch}, what a latent mostly depends on.",
-        ("", *(("decoded",) if codes.cards[0].decoded is not None else ()), "most typical", "least typical"),
         _HEIGHT,
     )
+    decoded = [
+        Picture(card.decoded, f"what dead code {card.code} decodes to", str(card.code), small=True)
+        for card in dead
+        if card.decoded is not None
+    ]
+    if decoded:
+        yield Gallery("Dead codes", {"what each decodes to": decoded}, height=_HEIGHT)
 
 
 def _name(card: Card) -> str:
     near = ", ".join(map(str, card.neighbours))
-    if not card.count:
-        return f"{card.code}: dead; near {near}"
-    return f"{card.code}: {card.share:.2%}, {card.count:,} tokens, error {card.error:.3g}; near {near}"
+    usage = f"{card.share:.2%} of tokens ({card.count:,})"
+    return f"code {card.code}: {usage}, distortion {card.error:.3g}, closest codes {near}"
 
 
 def _pictures(card: Card) -> Iterator[Picture]:
     if card.decoded is not None:
-        yield Picture(card.decoded, f"what code {card.code} decodes to", small=True)
-    for kind, patches in (("typical", card.typical), ("unusual", card.unusual)):
+        yield Picture(card.decoded, f"what code {card.code} decodes to", "decoded", small=True)
+    for kind, patches in (("nearest", card.typical), ("farthest", card.unusual)):
         if len(patches):
-            yield Picture(_strip(patches), f"{len(patches)} {kind} patches of code {card.code}", small=True)
+            description = f"{len(patches)} patches of the latents {kind} to code {card.code}"
+            yield Picture(_strip(patches), description, f"{kind} latents", small=True)
 
 
 def _strip(patches: Tensor) -> Tensor:
@@ -78,9 +84,13 @@ def _tokens(example: Example, colors: Tensor) -> list[Picture]:
     blended = original * (1 - _OPACITY) + over * _OPACITY
     many = len(set(example.tokens.flatten().tolist()))
     return [
-        Picture(original, f"{example.name}, the image"),
-        Picture(blended, f"{example.name}, its tokens in colours", f"{many} codes at {example.tokens.numel()} places"),
-        Picture(decoded, f"{example.name}, decoded from its tokens"),
+        Picture(original, f"{example.name}, the image", "the image"),
+        Picture(
+            blended,
+            f"{example.name}, its tokens in colors",
+            f"its tokens: {many} codes at {example.tokens.numel()} positions",
+        ),
+        Picture(decoded, f"{example.name}, decoded from its tokens", "decoded from its tokens"),
     ]
 
 

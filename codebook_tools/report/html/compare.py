@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from codebook_tools.report.html.page import Page, Part, Plot, Table
+from codebook_tools.report.html.axes import plain_log_ticks
+from codebook_tools.report.html.page import PANEL, Page, Part, Plot, Table
 from codebook_tools.report.html.result_page import result_page
 from codebook_tools.workflows.comparison_rows import Comparison, Summary, notes, table_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_NOTE = (
+    "On test data. Kept is the state with the lowest validation error, with the number of seeds. Seconds are those of "
+    "surgery and fine-tuning, bytes those of the file that would be written."
+)
 
 
 def compared_page(comparison: Comparison, command: str) -> Page:
@@ -34,15 +41,15 @@ def _headline(summaries: list[Summary]) -> str:
     best = min(errors, key=lambda name: errors[name][0])
     mean, spread = errors[best]
     within = sum(other <= mean + spread for other, _ in errors.values()) - 1
-    tied = f"; {within} more are within its spread" if within else ""
+    tied = f"; {within} more within its spread" if within else ""
     return f"Of {len(summaries)} strategies and controls {best} ends with the lowest error, {mean:.6f}{tied}."
 
 
 def _parts(summaries: list[Summary]) -> Iterator[Part]:
     head, *rows = (tuple(line) for line in table_rows(summaries))
     several = any(summary.seeds > 1 for summary in summaries)
-    note = "Mean ± sample standard deviation over the seeds." if several else ""
-    yield Table("Every strategy and the controls", head, tuple(rows), note)
+    spread = " Figures are mean ± sample standard deviation over the seeds." if several else ""
+    yield Table("Every strategy and the controls", head, tuple(rows), f"{_NOTE}{spread}")
     errors = {f"{row.strategy}, {row.k}": error for row in summaries if (error := _last_error(row))}
     if len(errors) > 1:
         yield _errors_plot(errors)
@@ -56,12 +63,15 @@ def _errors_plot(errors: dict[str, tuple[float, float]]) -> Plot:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.errorbar(means, range(len(names)), xerr=spreads, fmt="o")
-        axes.set(yticks=range(len(names)), yticklabels=names, xlabel="squared error on test images", xscale="log")
+        axes.set(yticks=range(len(names)), yticklabels=names, xlabel="mse on test data", xscale="log")
+        axes.margins(y=0.5 / len(names))
+        axes.grid(axis="y", linewidth=0.4)
+        plain_log_ticks(axes.xaxis)
 
     return Plot(
-        "The error at the last stage of each",
+        "Error in the last state of each strategy and K",
         f"Squared error of {len(names)} rows with their spread; the lowest is {names[-1]}, {means[-1]:.6f}.",
-        draw,
+        (draw,),
         {"row": names, "mse": means, "spread": spreads},
-        (7.5, 0.8 + 0.28 * len(names)),
+        (PANEL[0], 0.8 + 0.28 * len(names)),
     )

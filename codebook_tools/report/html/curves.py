@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from codebook_tools.report.html.axes import plain_counts
 from codebook_tools.runtime.optional import require
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PANELS = {
@@ -39,11 +41,17 @@ def draw_traces(traces: Mapping[str, Trace], path: Path) -> None:
 
 def draw_panels(traces: Mapping[str, Trace], figure: Figure) -> None:
     """Draw traces, by name, onto an empty figure, one panel for each of PANELS. Steps are on a symmetric log axis."""
-    for axes, (key, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for name, trace in traces.items():
-            axes.plot([point["step"] for point in trace], [point[key] for point in trace], ".-", label=name)
-        axes.set(title=title, xlabel="step")
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set_xlim(left=0)
+    for axes, key in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        draw_panel(traces, key, axes)
     if len(traces) > 1:
         figure.axes[0].legend()
+
+
+def draw_panel(traces: Mapping[str, Trace], key: str, axes: Axes) -> None:
+    """Draw one of PANELS, traces by name."""
+    for name, trace in traces.items():
+        axes.plot([point["step"] for point in trace], [point[key] for point in trace], ".-", label=name)
+    axes.set(title=PANELS[key], xlabel="step")
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(left=0)
+    plain_counts(axes.xaxis)

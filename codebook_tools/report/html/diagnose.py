@@ -17,9 +17,8 @@ def diagnosed_page(diagnosis: Diagnosis, command: str) -> Page:
     worse = frozenset(i for i, check in enumerate(diagnosis.checks) if check.verdict in ("found", "suspicious"))
     fixes = {check.name: check.fix for i, check in enumerate(diagnosis.checks) if i in worse}
     head = ("check", "verdict", "measured", "limit", "evidence")
-    parts: list[Part] = [Table("Every check, causes before symptoms", head, rows, marked=worse)]
-    if fixes:
-        parts.append(Listing("What mends it", fixes, folded=False))
+    parts: list[Part] = [Listing("What mends it", fixes, folded=False)] if fixes else []
+    parts.append(Table("Every check, causes before symptoms", head, rows, marked=worse))
     headline = f"Not healthy: {names}." if names else "Healthy: no check found anything."
     return result_page(diagnosis, headline, parts, command)
 

@@ -17,8 +17,11 @@ from codebook_tools.workflows.latent_map import Map
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SIZE = (9.0, 7.0)
+_SIZE = (9.0, 7.0)  # inches, of the files
+_ON_PAGE = (5.0, 4.4)
+_AXES = 0.11, 0.11, 0.87, 0.87  # left, bottom, width and height, as shares of the figure's
 _MARGIN = 0.03  # of the plane, on each side
+_TIP = " A pointer or a finger on a latent brings up its patch of the image, and its code."
 _LATENTS, _CENTROIDS, _CODES = "#4477cc", "#339966", "#cc4455"
 
 
@@ -39,15 +42,16 @@ def map_plot(result: Map) -> Plot:
     kinds, points = _points(result)
     dead = result.size - result.used
     low, high = _bounds(result)
-    from_left = (result.latents - low) / (high - low)
+    corner, side = torch.tensor(_AXES).reshape(2, 2)
+    from_left = corner + side * (result.latents - low) / (high - low)
     places = torch.stack([from_left[:, 0], 1 - from_left[:, 1]], 1)
     return Plot(
         f"{name} of {len(result.latents):,} latents, {result.size:,} codes and {result.k:,} centroids",
         f"Latents in blue, centroids of a k-means in green, codes in red, {dead} dead ones hollow.",
-        lambda figure: draw_map(result, figure),
+        [lambda figure: draw_map(result, figure)],
         {"kind": kinds, "x": points[:, 0].tolist(), "y": points[:, 1].tolist()},
-        _SIZE,
-        "Latents blue, centroids green, codes red, dead ones hollow. One projection, fitted on the latents, shows all.",
+        _ON_PAGE,
+        f"One projection, fitted on the latents, has all points.{_TIP if len(result.patches) else ''}",
         Hover(places, result.patches, labels),
     )
 
@@ -67,23 +71,26 @@ def _bounds(result: Map) -> tuple[Tensor, Tensor]:
 
 
 def draw_map(result: Map, figure: Figure) -> None:
-    """Draw the map over the whole figure, so that places in the plane are places in the picture."""
+    """Draw the map in the rectangle _AXES of an empty figure, so that the places of points are known."""
     figure.set_layout_engine("none")
-    axes = figure.add_axes((0, 0, 1, 1))
+    axes = figure.add_axes(_AXES)
     (left, bottom), (right, top) = (corner.tolist() for corner in _bounds(result))
-    axes.set(xlim=(left, right), ylim=(bottom, top))
-    axes.axis("off")
+    name = {"umap": "UMAP", "pca": "principal component"}[result.method]
+    axes.set(xlim=(left, right), ylim=(bottom, top), xlabel=f"{name} 1", ylabel=f"{name} 2")
     dead = result.counts == 0
 
     def dots(label: str, points: Tensor, **style: Any) -> None:
         axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), label=f"{len(points):,} {label}", **style)
 
-    dots("latents", result.latents, s=3, color=_LATENTS, alpha=0.4, linewidths=0)
-    dots("centroids", result.centroids, s=22, color=_CENTROIDS, marker="s", linewidths=0)
-    dots("codes in use", result.codes[~dead], s=22, color=_CODES, linewidths=0)
+    scale = figure.get_figwidth() / _SIZE[0]
+    dots("latents", result.latents, s=3 * scale, color=_LATENTS, alpha=0.4, linewidths=0)
+    dots("centroids", result.centroids, s=22 * scale, color=_CENTROIDS, marker="s", linewidths=0)
+    dots("codes in use", result.codes[~dead], s=22 * scale, color=_CODES, linewidths=0)
     if bool(dead.any()):
-        dots("dead codes", result.codes[dead], s=18, facecolors="none", edgecolors=_CODES, linewidths=0.8)
-    axes.legend(loc="best")
+        dots("dead codes", result.codes[dead], s=18 * scale, facecolors="none", edgecolors=_CODES, linewidths=0.8)
+    legend = axes.legend(loc="best")
+    for handle in filter(None, legend.legend_handles):
+        handle.set(sizes=[22 * scale], alpha=1)  # one dot of the latents is too small to see
 
 
 def check_beside(page: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from codebook_tools.evaluation.figures import STAGES, Measurement, codes_used, stage_rows
-from codebook_tools.report.html.curves import draw_panels
+from codebook_tools.report.html.axes import plain_counts
+from codebook_tools.report.html.curves import PANELS, draw_panel
 from codebook_tools.report.html.page import Gallery, Page, Part, Picture, Plot, Table
 from codebook_tools.report.html.result_page import result_page
 from codebook_tools.training.state import TracePoint
@@ -56,14 +58,15 @@ def _change(before: Measurement, kept: Measurement) -> str:
 
 
 def _parts(result: Result) -> Iterator[Part]:
-    stages = {STAGES[name]: stage for name, stage in result.stages.items() if stage}
+    stages = {STAGES[name] if result.kept else "test data": stage for name, stage in result.stages.items() if stage}
     if not stages:
         return
     head, *rows = stage_rows(result.stages, result.kept)
-    images = result.before.images if result.before else None
-    notes = [f"On {images:,} test images."] if images else []
-    note = " ".join([*notes, "* is what was kept."] if result.kept else notes)
-    yield Table("Stage by stage", head, tuple(rows), note)
+    items = result.before.images if result.before else None
+    notes = [f"On {items:,} test items."] if items else []
+    note = " ".join([*notes, "* marks the state that the file holds."] if result.kept else notes)
+    title = "Before, after surgery and after fine-tuning" if len(stages) > 2 else "Before and after"
+    yield Table(title if result.kept else "Figures", head, tuple(rows), note)
     if result.gallery:
         yield gallery(result.gallery)
     if any(len(stage.codebooks) > 1 for stage in stages.values()):
@@ -78,13 +81,12 @@ def gallery(images: Sequence[GalleryImage]) -> Gallery:
     """Test images, each with its reconstructions by phase, a row each."""
     rows = {}
     for image in images:
-        rows[image.rank] = [Picture(image.original, f"{image.name}, the original", "the original")]
+        row = [Picture(image.original, f"{image.name}, the original", "the original")]
         for phase, picture in image.stages.items():
             name = STAGES.get(phase, phase) if len(image.stages) > 1 else "reconstructed"
-            caption = f"{name}, mse {image.errors[phase]:.5f}"
-            rows[image.rank].append(Picture(picture, f"{image.name}, {name}", caption))
-    names = ", ".join(f"{image.rank}: {image.name}" for image in images)
-    return Gallery("The worst, the median and the best image", rows, f"By the error of the last one shown. {names}.")
+            row.append(Picture(picture, f"{image.name}, {name}", f"{name}, mse {image.errors[phase]:.5f}"))
+        rows[f"{image.rank}: {image.name}"] = row
+    return Gallery("The worst, the median and the best image", rows, "By the error of the last picture in each row.")
 
 
 def usage_plot(title: str, counts: Mapping[str, torch.Tensor]) -> Plot:
@@ -99,16 +101,19 @@ def usage_plot(title: str, counts: Mapping[str, torch.Tensor]) -> Plot:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for name, hits in falling.items():
-            axes.step(range(1, len(hits) + 1), hits, where="mid", label=name)
+        for i, (name, hits) in enumerate(falling.items()):
+            width = 1.2 + 1.3 * (len(falling) - 1 - i)  # what a later line covers stays visible beside it
+            axes.step(range(1, len(hits) + 1), hits, where="mid", label=name, linewidth=width)
         axes.set_yscale("symlog", linthresh=1)
-        axes.set(xlabel="codes, the most used first", ylabel="hits", ylim=(0, None), xlim=(0.5, longest + 0.5))
+        axes.set(xlabel="codes, the most used first", ylabel="assignments", ylim=(0, None), xlim=(0.5, longest + 0.5))
+        plain_counts(axes.yaxis)
         axes.legend()
 
     used = ", ".join(f"{name}: {sum(hit > 0 for hit in hits)} of {len(hits)}" for name, hits in falling.items())
     columns: dict[str, Sequence[object]] = {"rank": range(1, longest + 1)}
     columns |= {name: [*hits, *[""] * (longest - len(hits))] for name, hits in falling.items()}
-    return Plot(title, f"Hits of each code in falling order, on a log axis. Codes in use {used}.", draw, columns)
+    description = f"Assignments of each code in falling order, on a log axis. Codes in use {used}."
+    return Plot(title, description, (draw,), columns)
 
 
 def books_plot(stages: Mapping[str, Measurement]) -> Plot:
@@ -121,11 +126,12 @@ def books_plot(stages: Mapping[str, Measurement]) -> Plot:
         for name, share in shares.items():
             axes.plot(range(1, len(share) + 1), share, ".-", label=name)
         axes.set(xlabel="codebook", ylabel="share of codes in use", ylim=(0, 1.05))
+        axes.locator_params(axis="x", integer=True)
         axes.legend()
 
     lowest = ", ".join(f"{name}: {min(share):.1%} to {max(share):.1%}" for name, share in shares.items())
     description = f"The share of codes in use in each of {len(keys)} codebooks; {lowest}."
-    return Plot("Codes in use, codebook by codebook", description, draw, {"codebook": keys, **shares})
+    return Plot("Codes in use, codebook by codebook", description, (draw,), {"codebook": keys, **shares})
 
 
 def trace_plot(title: str, trace: Sequence[TracePoint]) -> Plot:
@@ -136,11 +142,14 @@ def trace_plot(title: str, trace: Sequence[TracePoint]) -> Plot:
         f"Codes in use, perplexity, distortion and validation error over {last.step} steps: "
         f"used {first.used} to {last.used}, validation error {first.validation_mse:.6f} to {last.validation_mse:.6f}."
     )
+
+    def draw(key: str, figure: Figure) -> None:
+        draw_panel({"": points}, key, figure.subplots())
+
     return Plot(
         title,
         description,
-        lambda figure: draw_panels({"": points}, figure),
+        [partial(draw, key) for key in PANELS],
         {name: [point[name] for point in points] for name in points[0]},
-        (11, 2.6),
-        "Step 0 is right after the surgery: what is wrong there was installed wrongly, the rest collapsed later.",
+        note="Step 0 is right after the surgery: what is wrong there was installed wrongly, the rest collapsed later.",
     )

@@ -6,13 +6,16 @@ import base64
 import csv
 import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from codebook_tools.report.html.terms import explanations
 from codebook_tools.runtime.optional import require_installed
 
 if TYPE_CHECKING:
@@ -20,6 +23,13 @@ if TYPE_CHECKING:
 
 INK = "#0a0b0c"
 """Color of lines and text in a plot; the page replaces it by its text color, in light and dark."""
+
+PANEL = (5.0, 2.8)
+"""Width and height of a plot in inches: its text is as large on a phone, which is 5 inches of 72 pixels wide."""
+
+_NUMBER = re.compile(r"(?:[\d\s.,%()±/*+e–-]|of|to)*")
+_PROSE = 40  # characters, above which a cell is a sentence
+_FEW_COLUMNS = 5  # that a phone shows beside each other
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
@@ -53,6 +63,27 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     marked: frozenset[int] = frozenset()
+
+    @property
+    def numeric(self) -> frozenset[int]:
+        """Indices of the columns with numbers in most cells, which are aligned at the right."""
+        columns = zip(*self.rows, strict=True)
+        return frozenset(i for i, cells in enumerate(columns) if i and 2 * sum(map(_is_number, cells)) > len(cells))
+
+    @property
+    def has_prose(self) -> bool:
+        """Whether it has sentences: a phone then shows each row as a block."""
+        return any(len(cell) > _PROSE for row in self.rows for cell in row)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether a phone scrolls it."""
+        return len(self.head) > _FEW_COLUMNS and not self.has_prose
+
+    @property
+    def text(self) -> str:
+        """All that it says."""
+        return _joined(self.title, self.head, *self.rows, self.note)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +126,9 @@ class Plot:
     Attributes:
         title: Its heading.
         description: What it shows, for readers who cannot see it.
-        draw: Draws it onto an empty figure.
+        panels: Each draws a part of it onto an empty figure; a wide screen has two beside each other.
         columns: All values that are drawn, by name, for a CSV file.
-        size: Width and height in inches.
+        size: Width and height of a panel in inches.
         note: Below the plot.
         hover: Pictures at its points; None for none.
     """
@@ -105,25 +136,21 @@ class Plot:
     kind: ClassVar[str] = "plot"
     title: str
     description: str
-    draw: Callable[[Figure], None]
+    panels: Sequence[Callable[[Figure], None]]
     columns: Mapping[str, Sequence[object]]
-    size: tuple[float, float] = (7.5, 2.8)
+    size: tuple[float, float] = PANEL
     note: str = ""
     hover: Hover | None = None
 
-    @property
-    def svg(self) -> str:
-        """The drawn plot."""
-        import matplotlib
-        from matplotlib.figure import Figure
+    @cached_property
+    def svgs(self) -> list[str]:
+        """The drawn panels."""
+        return [_svg(panel, self.size) for panel in self.panels]
 
-        with matplotlib.rc_context(STYLE):
-            figure = Figure(figsize=self.size, layout="constrained")
-            self.draw(figure)
-            into = io.StringIO()
-            figure.savefig(into, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-        text = into.getvalue()
-        return text[text.index("<svg") :].replace(INK, "currentColor")
+    @property
+    def text(self) -> str:
+        """All that it says, in the plot, too."""
+        return _joined(self.title, *(re.findall(r">([^<>]+)</text>", svg) for svg in self.svgs), self.note)
 
     @property
     def csv(self) -> str:
@@ -152,6 +179,11 @@ class Picture:
     small: bool = False
 
     @property
+    def aspect(self) -> float:
+        """Width over height."""
+        return self.pixels.shape[-1] / self.pixels.shape[-2]
+
+    @property
     def uri(self) -> str:
         """The picture as PNG, or WebP where it is small, in a data URI."""
         from PIL import Image
@@ -171,7 +203,6 @@ class Gallery:
         title: Its heading.
         rows: Pictures by name of the row.
         note: Below the pictures.
-        head: Headings of the columns.
         height: Of a picture in rem; None for pictures of one width.
     """
 
@@ -179,8 +210,13 @@ class Gallery:
     title: str
     rows: Mapping[str, Sequence[Picture]]
     note: str = ""
-    head: tuple[str, ...] = ()
     height: float | None = None
+
+    @property
+    def text(self) -> str:
+        """All that it says."""
+        captions = (picture.caption for pictures in self.rows.values() for picture in pictures)
+        return _joined(self.title, [*self.rows], [*captions], self.note)
 
 
 @dataclass(frozen=True)
@@ -197,6 +233,11 @@ class Listing:
     title: str
     values: Mapping[str, str]
     folded: bool = True
+
+    @property
+    def text(self) -> str:
+        """All that it says unless it is folded."""
+        return "" if self.folded else _joined(self.title, [*self.values], [*self.values.values()])
 
 
 Part = Table | Plot | Gallery | Listing
@@ -220,6 +261,15 @@ class Page:
     command: str
     warnings: Sequence[str] = ()
 
+    @property
+    def explanations(self) -> list[dict[str, str]]:
+        """A line for each term: those of the headline, and of each part those that no text before it has.
+
+        What the warnings say is explained below the first part, so that the result is not far from the headline.
+        """
+        texts = [part.text for part in self.parts]
+        return explanations([self.headline, _joined(self.warnings, *texts[:1]), *texts[1:]])
+
 
 def require_plots() -> None:
     """Check before any work that pages can be drawn.
@@ -242,7 +292,29 @@ def html(page: Page) -> str:
         lstrip_blocks=True,
     )
     templates.filters["data_uri"] = _data_uri
-    return templates.get_template("page.html").render(page=page)
+    return templates.get_template("page.html").render(page=page, explanations=page.explanations)
+
+
+def _svg(draw: Callable[[Figure], None], size: tuple[float, float]) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        into = io.StringIO()
+        figure.savefig(into, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = into.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def _is_number(cell: str) -> bool:
+    return _NUMBER.fullmatch(cell) is not None
+
+
+def _joined(*texts: str | Sequence[str]) -> str:
+    """Texts and sequences of texts, a line each."""
+    return "\n".join(text if isinstance(text, str) else "\n".join(text) for text in texts)
 
 
 def _data_uri(content: str | bytes, kind: str) -> str:

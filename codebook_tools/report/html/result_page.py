@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from codebook_tools.models.demo import DEMO
 from codebook_tools.report.html.page import Listing, Page, Part
 from codebook_tools.workflows.diagnose import Diagnosis
 from codebook_tools.workflows.result import ResultHeader
@@ -24,8 +25,9 @@ def result_page(
         command: What the user typed.
         notes: Shown after the warnings of the result.
     """
+    model = "the bundled demo" if result.model == str(DEMO) else result.model
     return Page(
-        title=f"codebook {result.command}: {result.model}",
+        title=f"codebook {result.command}: {model}",
         headline=headline,
         parts=[*parts, *_provenance(result)],
         command=command,

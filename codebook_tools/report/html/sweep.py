@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from codebook_tools.evaluation.figures import Measurement
+from codebook_tools.report.html.axes import plain_log_ticks
 from codebook_tools.report.html.page import INK, Page, Part, Plot, Table
 from codebook_tools.report.html.result_page import result_page
 from codebook_tools.workflows.sweep import Sweep, sweep_rows
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -25,11 +28,12 @@ def _parts(sweep: Sweep) -> Iterator[Part]:
     dimension = sweep.effective_dimension
     effective = "" if dimension is None else f" The effective dimension of the latents is {dimension:.1f}."
     yield curves_plot(sweep)
-    yield Table("Every point", head, tuple(rows), f"On test data, without fine-tuning.{effective}", frozenset(marked))
+    note = f"On test data, without fine-tuning. The marked row has the suggested K.{effective}"
+    yield Table("Every strategy and K", head, tuple(rows), note, frozenset(marked))
 
 
 def curves_plot(sweep: Sweep) -> Plot:
-    """Distortion and error over K, and over bits; Re-Fits with a price for bits are in the latter alone."""
+    """Distortion and mse over K, and over bits; Re-Fits with a price for bits are in the latter alone."""
     points = [(row.strategy, row.k, measured) for row in sweep.points if (measured := row.stages["surgery"])]
     before = sweep.points[0].stages["before"]
     sizes = sorted({row.k for row in sweep.points if row.strategy == "refit"})
@@ -40,39 +44,37 @@ def curves_plot(sweep: Sweep) -> Plot:
 
     figures: dict[str, Callable[[Measurement], float]] = {"distortion": lambda stage: stage.codebooks[0].distortion}
     if with_error:
-        figures["error"] = lambda stage: stage.error
+        figures["mse"] = lambda stage: stage.error
 
-    def draw(figure: Figure) -> None:
-        panels = figure.subplots(len(figures), 2, squeeze=False)
-        for row, (label, value) in zip(panels, figures.items(), strict=True):
-            over_k, over_bits = row
-            for name in ("refit", "prune", "quantize"):
-                of_strategy = [(k, measured) for strategy, k, measured in points if strategy == name]
-                if not of_strategy:
-                    continue
-                values = [value(measured) for _, measured in of_strategy]
-                over_k.loglog([k for k, _ in of_strategy], values, ".-", label=name)
-                over_bits.semilogy([bits(measured) for _, measured in of_strategy], values, ".-")
-            paid = [measured for strategy, _, measured in points if strategy.startswith("refit,")]
-            if paid:
-                over_bits.semilogy([*map(bits, paid)], [*map(value, paid)], "x", label="refit that pays for bits")
-            if before:
-                over_bits.plot(bits(before), value(before), "*", color=INK, label="as it was")
-            over_k.axvline(sweep.suggested_k, linewidth=0.7, linestyle=":")
-            over_k.set_xticks(sizes, [str(k) for k in sizes])
-            over_k.set(ylabel=label)
-            for axes in row:
-                axes.minorticks_off()
-        over_k.set_xlabel("codes")
-        over_bits.set_xlabel("bits a token")
-        over_k.legend()
-        if over_bits.get_legend_handles_labels()[0]:
-            over_bits.legend()
+    def draw(label: str, over: str, figure: Figure) -> None:
+        axes, value = figure.subplots(), figures[label]
+        for name in ("refit", "prune", "quantize"):
+            of_strategy = [(k, measured) for strategy, k, measured in points if strategy == name]
+            along = [k if over == "K" else bits(measured) for k, measured in of_strategy]
+            if of_strategy:
+                axes.semilogy(along, [value(measured) for _, measured in of_strategy], ".-", label=name)
+        if over == "K":
+            axes.set_xscale("log")
+            axes.set_xticks(sizes, [str(k) for k in sizes])
+            axes.minorticks_off()
+            axes.axvline(sweep.suggested_k, color=INK, linewidth=0.7, linestyle=":", label="suggested K")
+        else:
+            draw_more(axes, value)
+        axes.set(xlabel=over, ylabel=label)
+        plain_log_ticks(axes.yaxis)
+        axes.legend()
+
+    def draw_more(axes: Axes, value: Callable[[Measurement], float]) -> None:
+        paid = [measured for strategy, _, measured in points if strategy.startswith("refit,")]
+        if paid:
+            axes.semilogy([*map(bits, paid)], [*map(value, paid)], "x", label="refit with a price on bits")
+        if before:
+            axes.plot(bits(before), value(before), "*", color=INK, label="before")
 
     return Plot(
-        "Distortion and error over K",
+        "Distortion and mse over K, and over bits" if with_error else "Distortion over K, and over bits",
         f"{' and '.join(figures).capitalize()} over K and over bits, on test data. {sweep.headline}.",
-        draw,
+        [partial(draw, label, over) for label in figures for over in ("K", "bits per token")],
         {
             "strategy": [name for name, *_ in points],
             "k": [k for _, k, _ in points],
@@ -81,5 +83,4 @@ def curves_plot(sweep: Sweep) -> Plot:
             "distortion": [measured.codebooks[0].distortion for *_, measured in points],
             "mse": [measured.mse for *_, measured in points],
         },
-        (9, 3 * len(figures)),
     )

@@ -6,7 +6,7 @@
   const { places, labels, columns } = JSON.parse(figure.querySelector('script[type="application/json"]').textContent);
   const rows = Math.ceil(places.length / columns);
   tile.style.backgroundSize = `${columns * 100}% ${rows * 100}%`;
-  plot.addEventListener("pointermove", (event) => {
+  const show = (event) => {
     const box = plot.getBoundingClientRect();
     let nearest = -1;
     let least = 12 ** 2; // pixels
@@ -22,6 +22,10 @@
     label.textContent = labels[nearest];
     tip.style.left = `${Math.min(event.clientX + 16, innerWidth - tip.offsetWidth)}px`;
     tip.style.top = `${Math.min(event.clientY + 16, innerHeight - tip.offsetHeight)}px`;
+  };
+  plot.addEventListener("pointermove", show);
+  plot.addEventListener("pointerdown", show); // a finger that taps does not move
+  plot.addEventListener("pointerleave", (event) => {
+    tip.hidden ||= event.pointerType === "mouse"; // a finger leaves when it is lifted
   });
-  plot.addEventListener("pointerleave", () => { tip.hidden = true; });
 }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
+import sys
 from base64 import b64decode
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from browsers import browser  # noqa: F401  # a fixture
+from browsers import WIDTHS, beyond_the_page, browser  # noqa: F401  # a fixture
 from conftest import Run, assert_refused, contents
 from PIL import Image
 from rich.console import Console
 
 from codebook_tools.evaluation.figures import CodebookUse, Measurement
+from codebook_tools.report.html.axes import plain_log_ticks
 from codebook_tools.report.html.operate import books_plot, headline, operated_page, usage_plot
 from codebook_tools.report.html.page import Gallery, Listing, Page, Picture, Plot, Table, html
 from codebook_tools.report.terminal.histogram import UsageLines, bars
@@ -46,7 +49,7 @@ def page() -> Page:
     picture = Picture(torch.tensor([[[0.0, 1.0]], [[0.5, 0.0]], [[0.0, 0.0]]]), 'an image called "a<b>"', "0.01")
     parts = [
         Table("Figures", ("", "before"), (("used", "85"), ("mse", "0.01")), "a note", frozenset({1})),
-        Plot("Curve", "it rises", line, {"x": [1, 2], 'a "name", quoted': [3, 4]}),
+        Plot("Curve", "it rises", [line], {"x": [1, 2], 'a "name", quoted': [3, 4]}),
         Gallery("Pictures", {"worst": [picture]}),
         Listing("Settings", {"k": "128"}),
     ]
@@ -115,6 +118,32 @@ def test_of_several_codebooks_the_page_shows_how_many_codes_of_each_are_used() -
     assert text.count("<svg ") == 1 and "6 of 16 codes were used, 37.5% of the codebook; now 14 of 16" in text
 
 
+def test_columns_of_numbers_are_aligned_at_the_right_and_sentences_at_the_left() -> None:
+    head = ("check", "verdict", "measured", "evidence")
+    long = "442 of 512 codes are as an initialization drew them"
+    table = Table("Checks", head, (("dead", "ok", "0.2", long), ("few", "not-checked", "–", "2 of 4 codes")))
+    assert table.numeric == {2} and table.has_prose and not table.is_wide
+    kept = Table(
+        "Rows", ("", *"abcde"), (("refit", "0.1 ± 0.02", "85 of 512 (16.6%)", "1e-05", "1 to 3", "surgery 1/1"),)
+    )
+    assert kept.numeric == {1, 2, 3, 4} and kept.is_wide and not kept.has_prose
+
+
+def test_a_log_axis_has_ticks_also_within_a_decade() -> None:
+    from matplotlib.figure import Figure
+
+    for low, high in ((0.031, 0.047), (0.4, 3.4), (1e-5, 1e-1)):
+        axes = Figure().subplots()
+        axes.semilogy([0, 1], [low, high])
+        plain_log_ticks(axes.yaxis)
+        bottom, top = axes.get_ylim()
+        ticks = [tick for tick in axes.get_yticks() if bottom <= tick <= top]
+        labels = axes.yaxis.get_major_formatter().format_ticks(ticks)
+        assert len(ticks) >= 2 and [float(label) for label in labels] == pytest.approx(ticks)
+
+
+# From the command line
+
 OnImages = tuple[object, ...]
 
 
@@ -137,7 +166,7 @@ def test_a_surgery_writes_its_page_and_changes_nothing_else(
     assert done["stages"] == plain["stages"] and done.keys() == plain.keys()
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
     text = (tmp_path / "page.html").read_text()
-    assert len(text) < 5_000_000 and text.count("<img ") > 3 * 4 and text.count("<svg ") == 4
+    assert len(text) < 5_000_000 and text.count("<img ") > 3 * 4 and text.count("<svg ") == 1 + 4 + 1 + 1
     for words in ("Principal components of", "Images and their tokens", "4 of 4 codes"):
         assert words in text
     for stage, name in (("before", "before"), ("surgery", "after surgery"), ("finetuned", "after fine-tuning")):
@@ -150,22 +179,50 @@ def test_a_surgery_writes_its_page_and_changes_nothing_else(
     [
         ("measure",),
         ("prune", "--threshold", 0, "-o", "out.safetensors"),
+        ("refit", "--k", 4, "--steps", 2, "-o", "out.safetensors"),
         ("finetune", "--steps", 2, "-o", "out.safetensors"),
         ("diagnose",),
-        ("compare", "--k", 4, "--steps", 2, "--strategies", "prune,refit", "--seeds", 2, "-o", "out"),
+        ("codes",),
+        ("map",),
+        ("sweep", "--k", "2,4", "-o", "out"),
+        ("compare", "--k", 4, "--steps", 2, "--seeds", 2, "-o", "out"),
+        ("run", "recipe.yaml"),
     ],
     ids=lambda command: command[0],
 )
-def test_every_command_that_measures_writes_a_page(
-    command: tuple[object, ...], on_images: OnImages, codebook: Run, tmp_path: Path, monkeypatch: Any
+def test_the_page_of_each_command_fits_a_screen_and_a_phone(
+    command: tuple[object, ...],
+    on_images: tuple[object, ...],
+    codebook: Run,
+    tmp_path: Path,
+    monkeypatch: Any,
+    browser: Any,  # noqa: F811
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if command[0] == "run":
+        model, _, data, *_ = on_images
+        recipe = {"model": str(model), "data": str(data), "surgeries": ["prune", {"refit": {"k": 4, "steps": 2}}]}
+        Path("recipe.yaml").write_text(json.dumps({**recipe, "input-range": "-1,1"}))
+        on_images = ()
     done = codebook(command[0], *on_images, *command[1:], "--report", "page.html")
     assert done.exit_code in (0, 3), done.stderr
     text = (tmp_path / "page.html").read_text()
-    assert f"<h1>codebook {command[0]}: " in text
+    assert f"<h1>codebook {command[0]}: " in text and len(text) < 5_000_000
+    assert "<dt>code</dt> <dd>a row of the codebook, or its index</dd>" in text
     if command[0] == "measure":
-        assert text.count("reconstructed, mse ") == 3 and "what was kept" not in text
+        assert text.count("reconstructed, mse ") == 3 and "the state that the file holds" not in text
+    assert beyond_the_page(browser, tmp_path / "page.html") == {width: [] for width in WIDTHS}
+
+
+def test_the_command_to_repeat_has_no_quiet(
+    on_images: tuple[object, ...], codebook: Run, tmp_path: Path, monkeypatch: Any
+) -> None:
+    path = tmp_path / "page.html"
+    command = ("measure", *on_images, "--quiet", "--report", path)
+    monkeypatch.setattr(sys, "argv", ["codebook", *map(str, command)])
+    assert codebook(*command).exit_code == 0
+    (repeated,) = re.findall("<pre>(.*?)</pre>", path.read_text())
+    assert repeated == " ".join(["codebook", *(str(word) for word in command if word != "--quiet")])
 
 
 @pytest.mark.parametrize(("name", "message"), [
