@@ -19,6 +19,7 @@ from codebook_tools.data.dataset import Media
 from codebook_tools.data.image_decoding import decode_picture, decode_row, luma, square
 from codebook_tools.data.items import Item, Values
 from codebook_tools.data.modality import Modality
+from codebook_tools.data.parquet_images import parquet_images
 from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError
 
@@ -34,7 +35,7 @@ def _stored_items(path: Path) -> list[Item]:
 
 @dataclass(frozen=True, kw_only=True)
 class Images(Modality):
-    """Picture files in folders and tars, one item each; .npy and .npz files, one item per row.
+    """Picture files in folders and tars, one item each; .npy, .npz and .parquet files, one item per row.
 
     In memory an image is (channels, height, width) in [0, 1].
 
@@ -50,7 +51,7 @@ class Images(Modality):
     one = "image"
     many = "images"
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-    archives = dict.fromkeys((".npy", ".npz"), _stored_items)
+    archives = dict.fromkeys((".npy", ".npz"), _stored_items) | {".parquet": parquet_images}
     mixes = "the luma of colours, or the first of them; alpha goes"
     remedy = "give --size N, and the centre square of each is resized to so many pixels"
     input_ranges = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))  # a checkpoint does not say which one

@@ -72,9 +72,11 @@ def _parted(items: list[Item], part: int, least: int) -> tuple[list[Item], list[
 
 
 def _refuse_shared(data: list[Item], test: list[Item]) -> None:
-    """Raise CodebookError for test items that are also in the data; only sources of one length are read."""
+    """Raise CodebookError for test items that are also in the data; only sources of one length are read, if known."""
     known_as, tested_as = ({item.source: item.name for item in reversed(items)} for items in (data, test))
     sizes = {source.nbytes for source in known_as} & {source.nbytes for source in tested_as} - {0}
+    if not all(source.exact for source in [*known_as, *tested_as]):
+        sizes = {source.nbytes for source in [*known_as, *tested_as]} - {0}
     known = {_content(source): name for source, name in known_as.items() if source.nbytes in sizes}
     for source, name in tested_as.items():
         if source.nbytes in sizes and (content := _content(source)) is not None and content in known:
@@ -88,7 +90,7 @@ def _content(source: Source) -> bytes | None:
     """SHA-256 of the bytes; None where they cannot be read, which decoding will report."""
     try:
         return hashlib.sha256(source.read()).digest()
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 
