@@ -30,7 +30,7 @@ class Splits:
         return sorted([*self.train, *self.validation], key=lambda item: item.name)
 
 
-def split(data: list[Item], test: list[Item] | None = None, *, many: str = "images") -> Splits:
+def split(data: list[Item], test: list[Item] | None = None, *, many: str = "images", has_more: bool = False) -> Splits:
     """Split items into train, validation and test.
 
     Test and validation are a tenth each, chosen by SHA-256 of the name of an item, or of its group, so that an item
@@ -41,6 +41,7 @@ def split(data: list[Item], test: list[Item] | None = None, *, many: str = "imag
         data: All items, or the calibration items where `test` is given.
         test: Explicit test items.
         many: What items are called in messages.
+        has_more: Whether there are more items, which --limit left out.
 
     Raises:
         CodebookError: The test or the calibration split is empty, or an explicit test item is stored in the same bytes
@@ -55,9 +56,10 @@ def split(data: list[Item], test: list[Item] | None = None, *, many: str = "imag
         if not items:
             count, groups = len(data) + len(test), len({item.kin for item in [*data, *test]})
             of = f"{count} {many}" if groups == count else f"{count} {many} in {groups} groups that stay together"
+            more = "raise --limit" if has_more else f"give more {many} with --data"
             raise CodebookError(
                 f"the {name} split of {of} is empty: a tenth is drawn by name; "
-                f"give more {many} with --data, or the test {many} with --test-data"
+                f"{more}, or give the test {many} with --test-data"
             )
     return Splits(train, validation, test)
 

@@ -21,6 +21,7 @@ from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.model_card import CARD
 from codebook_tools.models.choose import find_book, with_twins
+from codebook_tools.models.demo import DEMO
 from codebook_tools.models.ema_state import Companion, Role, companion_values
 from codebook_tools.models.output import written_config
 from codebook_tools.models.proof import Proof
@@ -62,6 +63,27 @@ def verify_checkpoint(
             proof, more = proved(prove)
             differences += more
     return Verification(str(model), str(against), ", ".join(map(str, paths)), differences, proof)
+
+
+def original_of(model: Path) -> Path:
+    """The original of a checkpoint where none is named: the bundled demo, if the checkpoint says so.
+
+    Raises:
+        CodebookError: The file cannot be read, or its original is another file, which must be named.
+    """
+    metadata = read_checkpoint(model).metadata
+    source, command = (metadata.get(PREFIX + name) for name in ("source_sha256", "command"))
+    if source is None:
+        raise CodebookError(
+            f"{model} says nothing of a surgery: it was not written by codebook-tools; --network FILE.py:FUNCTION, or "
+            "--data for a family that is known, checks it against the network that loads it"
+        )
+    if source != read_checkpoint(DEMO).sha256:
+        raise CodebookError(
+            f"--against is missing: give the original of {model}, the file that its {command} started from (SHA-256 "
+            f"{source[:12]}...)"
+        )
+    return DEMO
 
 
 def verify_alone(model: Path, prove: Callable[[], Proof]) -> Verification:
