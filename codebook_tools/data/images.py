@@ -74,6 +74,10 @@ class Images(Modality):
         """The modality with the channels and the stride that `probe` finds at the size of the first image."""
         height, width = self._first_size(items, skip_bad) if self.size is None else (self.size, self.size)
         channels, stride = probe(encode, height, width)
+        if self.size is not None and self.size < stride:
+            raise CodebookError(
+                f"--size {self.size} is smaller than the model's stride of {stride}; give a multiple of that"
+            )
         return replace(self, channels=channels, stride=stride)
 
     def _first_size(self, items: list[Item], skip_bad: bool) -> tuple[int, int]:

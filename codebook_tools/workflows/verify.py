@@ -58,7 +58,8 @@ def verify_checkpoint(
         paths = list(maps) or [index_map_path(written.folder or model)]
         if len(paths) > 1:
             raise CodebookError(f"--map: {len(paths)} maps; a checkpoint that a surgery wrote has one")
-        differences = tuple(_differences(written, original, read_checkpoint(paths[0])))
+        books = list(_books(written, original))
+        differences = tuple(_differences(written, original, _map_of(paths[0]), books))
         if prove is not None:
             proof, more = proved(prove)
             differences += more
@@ -100,8 +101,16 @@ def proved(prove: Callable[[], Proof]) -> tuple[Proof | None, tuple[Difference, 
         return None, (Difference("__network__", str(error)),)
 
 
-def _differences(written: Checkpoint, original: Checkpoint, maps: Checkpoint) -> Iterator[Difference]:
-    books = list(_books(written, original))
+def _map_of(path: Path) -> Checkpoint:
+    """The index map. Raises CodebookError where it is not there, or unsound."""
+    if not path.exists():
+        raise CodebookError(f"no such file: {path}; the index map lies beside the checkpoint, else give it with --map")
+    return read_checkpoint(path)
+
+
+def _differences(
+    written: Checkpoint, original: Checkpoint, maps: Checkpoint, books: list[FoundCodebook]
+) -> Iterator[Difference]:
     yield from _files(written, original, maps)
     yield from _config(written, original, books)
     yield from _beside(written, original)

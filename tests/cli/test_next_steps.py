@@ -125,3 +125,26 @@ def test_more_data_are_not_asked_for_where_a_limit_leaves_them_out(
     assert_refused(
         refused, "is empty: a tenth is drawn by name; raise --limit, or give the test images with --test-data"
     )
+
+
+def test_fetching_again_is_not_advised_for_a_file_of_arrays(codebook: Run, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", a=np.zeros(3))
+    refused = codebook("inspect", tmp_path / "x.npz")
+    assert_refused(refused, "x.npz is an archive of arrays of numpy, and no checkpoint; give the file of the weights")
+
+
+def test_skipping_images_is_not_advised_where_the_size_is_at_fault(
+    codebook: Run, tiny: Path, images_folder: Path
+) -> None:
+    refused = codebook("measure", tiny, "--data", images_folder, "--size", 3, *RANGE)
+    assert_refused(refused, "--size 3 is smaller than the model's stride of 4; give a multiple")
+
+
+def test_a_missing_index_map_and_a_file_of_no_surgery_are_told_apart(
+    codebook: Run, tiny: Path, images_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.safetensors"
+    assert codebook("prune", tiny, "--data", images_folder, *RANGE, "-o", out).exit_code == 0
+    assert_refused(codebook("verify", tiny, "--against", out), "says nothing of a surgery")
+    (tmp_path / "out.index_map.safetensors").unlink()
+    assert_refused(codebook("verify", out, "--against", tiny), "the index map lies beside the checkpoint, else give it")
