@@ -52,8 +52,8 @@ class Images(Modality):
     many = "images"
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
     archives = dict.fromkeys((".npy", ".npz"), _stored_items) | {".parquet": parquet_images}
-    mixes = "the luma of colours, or the first of them; alpha goes"
-    remedy = "give --size N, and the centre square of each is resized to so many pixels"
+    mixes = "the luma of colors, or the first of them; alpha goes"
+    remedy = "give --size N, and the center square of each is resized to so many pixels"
     input_ranges = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))  # a checkpoint does not say which one
     bounds = (0, 1)
     figures = frozenset({"psnr", "ssim", "sharpness"})
@@ -159,7 +159,7 @@ def probe(encode: Callable[[Tensor], Tensor], height: int, width: int) -> tuple[
                 problems.setdefault(channels, error)  # that of the given size
                 continue
             return channels, _stride(encode, channels, sides[-1], grid[-1]) if len(grid) == 2 else 1
-    raise CodebookError(f"the network encodes neither RGB images ({problems[3]}) nor grey ones ({problems[1]})")
+    raise CodebookError(f"the network encodes neither RGB images ({problems[3]}) nor gray ones ({problems[1]})")
 
 
 def _stride(encode: Callable[[Tensor], Tensor], channels: int, side: int, positions: int) -> int:

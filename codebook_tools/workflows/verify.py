@@ -304,7 +304,7 @@ def _companions(written: Checkpoint, original: Checkpoint, book: FoundCodebook, 
             yield Difference(one.key, f"shape {tuple(tensor.shape)} does not follow {size} codes")
         elif one.role is Role.FLAG:
             if not torch.equal(tensor, expected):
-                yield Difference(one.key, "says that the codebook is not initialised")
+                yield Difference(one.key, "says that the codebook is not initialized")
         elif one.role is Role.SUMS and weights is None:
             continue
         elif not torch.allclose(expected.double(), tensor.double(), rtol=1e-2, atol=1e-6):

@@ -175,7 +175,7 @@ def test_inspect_lists_what_depends_on_k_elsewhere_and_says_why_there_is_no_code
     kl = {"encoder.conv.weight": torch.ones(4, 3, 3, 3), "decoder.conv.weight": torch.ones(3, 4, 3, 3)}
     found = codebook("inspect", write_model(state=kl), "--json")
     assert found.exit_code == 0 and found.json["family"] is None and found.json["codebooks"] == []
-    assert "no quantiser between them" in found.json["reason"]
+    assert "no quantizer between them" in found.json["reason"]
     assert "no codebook: " in codebook("inspect", write_model(state=kl)).stdout
 
 
@@ -303,7 +303,7 @@ def test_colours_for_a_grey_network_are_refused_until_it_is_said_what_becomes_of
     colours[..., 0] = 1.0
     np.save(tmp_path / "x.npy", colours)
     asked = ("measure", made.path, "--network", made.network, "--data", tmp_path / "x.npy", "--input-range", "0,1")
-    told = "has 3 channels, and the network takes 1: give --channels mix|first (the luma of colours, or the first"
+    told = "has 3 channels, and the network takes 1: give --channels mix|first (the luma of colors, or the first"
     assert_refused(codebook(*asked), told)
     for mixing in ("mix", "first"):
         found = codebook(*asked, "--channels", mixing, "--json").json

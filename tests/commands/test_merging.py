@@ -396,5 +396,5 @@ def test_stats_without_a_sample_are_no_latents(whole: Path, tiny: Path, codebook
     resealed(whole, lambda tensors, _: [tensors.pop(key) for key in list(tensors) if "sample" in key])
     for more in ((), ("--dry-run",)):
         refused = codebook("refit", tiny, "--k", 4, "--stats", whole, *more)
-        assert_refused(refused, "--stats holds counts, and this looks at latents")
+        assert_refused(refused, "--stats holds counts, and this command needs latents")
     assert codebook("prune", tiny, "--stats", whole).exit_code == 0

@@ -255,7 +255,7 @@ def test_a_flag_that_says_not_initialised_is_found(dtype: torch.dtype, done: Mak
     model, original = done(state=variants["plain"] | {flag: torch.zeros(1, dtype=dtype)})
     assert load_file(model)[flag].tolist() == [1] and found_in(model, original) == ()
     forge(model, put(flag, lambda t: torch.zeros_like(t[flag])))
-    assert found_in(model, original) == (Difference(flag, "says that the codebook is not initialised"),)
+    assert found_in(model, original) == (Difference(flag, "says that the codebook is not initialized"),)
 
 
 def test_parameters_that_trained_may_differ_and_no_others(done: Make) -> None:

@@ -101,7 +101,7 @@ def result_table(result: Result) -> RenderableType:
 def proof_line(proof: Proof | None) -> str:
     """How the figures were proven on the model that loads the file, in words."""
     if proof is None:
-        return "nothing was held against a network"
+        return "nothing was compared with a network"
     if proof.by == "file":
         return "the file alone was read back: no network was given that could load it"
     revived = f"; one step of its training moved {proof.revived} codes" if proof.revived else ""

@@ -63,7 +63,7 @@ def test_counts_of_no_training_say_nothing(counts: Tensor, tmp_path: Path, codeb
     [
         (torch.zeros(32, 8), {}, f"{KEY} is all zeros: no training has reached it"),
         (torch.ones(32, 8), {}, f"all 32 codes of {KEY} are the same"),
-        (DRAWN, {}, "as an initialisation draws"),
+        (DRAWN, {}, "as an initialization draws"),
         (fitted(64), {"initted": torch.zeros(1)}, f"quantizer.initted is 0: {KEY} is not initialized"),
     ],
 )

@@ -408,7 +408,7 @@ def test_a_network_file_may_import_its_neighbors_and_define_dataclasses(tmp_path
 RETURNS = {
     "return None": "encode returns a NoneType",
     "return self.encoder(images).mean((2, 3))": r"encode returns \(1, 2\); expected \(n, 2, ...\)",
-    "raise ValueError('odd')": "encodes neither RGB images .* nor grey ones .*ValueError: odd",
+    "raise ValueError('odd')": "encodes neither RGB images .* nor gray ones .*ValueError: odd",
 }
 
 

@@ -119,7 +119,9 @@ def test_patience_ends_after_so_many_evaluations_without_a_gain(errors: list[flo
     trace = [TracePoint(step, None, error, 4, 1.0, 1.0, 0) for step, error in enumerate(errors)]
     reason = reason_to_stop(FineTune(steps=9, patience=2), trace, 4, 0)
     assert (reason is not None) == stops
-    assert reason is None or reason.endswith(f"stopped at step {len(errors) - 1}: --patience 2 looks without a gain")
+    assert reason is None or reason.endswith(
+        f"stopped at step {len(errors) - 1}: --patience 2 evaluation steps without a gain"
+    )
     assert reason_to_stop(FineTune(steps=len(errors) - 1, patience=2), trace, 4, 0) is None  # it has ended anyway
     assert reason_to_stop(FineTune(steps=9), trace, 4, 0) is None
 
@@ -149,7 +151,7 @@ def test_a_run_without_gain_stops_and_keeps_the_best(tuned: Tuned, grey_images: 
     exact = grey_images([[0.0, 1.0]])
     _, found = tuned([0.0, 1.0], [3, 1], ROWS, validation=exact, steps=40, train="none", patience=3)
     assert [point.step for point in found.trace] == [0, 1, 4, 8, 10] and found.best.step == 1
-    assert found.stopped == "the fine-tuning was stopped at step 10: --patience 3 looks without a gain"
+    assert found.stopped == "the fine-tuning was stopped at step 10: --patience 3 evaluation steps without a gain"
 
 
 def test_a_run_that_loses_codes_stops_and_keeps_an_earlier_state(tuned: Tuned, light_commitment: None) -> None:
@@ -244,4 +246,4 @@ def test_the_command_passes_them_on_and_says_why_it_stopped(
     assert found.exit_code == 0, found.stderr
     assert {name: found.json["settings"][name] for name in options} == options
     assert found.json["trace"][-1]["step"] < 30
-    assert any("--patience 1 looks without a gain" in warning for warning in found.json["warnings"])
+    assert any("--patience 1 evaluation steps without a gain" in warning for warning in found.json["warnings"])
