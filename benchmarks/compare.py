@@ -3,8 +3,9 @@
     python benchmarks/compare.py [NAME ...] [--seeds N] [--shared ../shared]
 
 Without a name it is the bundled demo. Rows, table, settings and machine go to benchmarks/results/compare/NAME/; rows
-that are there already, made with the same model, data, settings and version, are not run again. `ages` wants the
-snapshots that `python benchmarks/train_demo.py` keeps. excerpts.py then copies rows into the documents.
+that are there already, made with the same model, data, settings and version, are not run again: they are printed with
+their day, which stands under "made" in summary.json. `demo-age-...` want the snapshots that `python
+benchmarks/train_demo.py` keeps. excerpts.py then copies rows into the documents.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import torch
@@ -25,7 +28,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.compare import compare
 from codebook_tools.workflows.comparison_entries import ENTRIES
-from codebook_tools.workflows.comparison_rows import Comparison, markdown_table
+from codebook_tools.workflows.comparison_rows import Comparison, Row, RowStore, markdown_table
 from codebook_tools.workflows.request import Request
 
 ROOT = Path(__file__).parents[1]
@@ -96,20 +99,43 @@ def run(name: str, shared: str, seeds: int) -> Comparison:
     asked, folder = RUNS[name], RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     request, recipe, found = asked.request(shared), FineTune(steps=asked.steps), []
+    before = days(folder)
     for k, names in asked.parts.items():
         _said.clear()
         found.append(compare(request, k, names, recipe, seeds=seeds, folder=folder, watch=Watch(_say)))
     whole = replace(found[0], rows=tuple(row for part in found for row in part.rows))
     (folder / "table.md").write_text(markdown_table(whole.summaries))
+    made = {label(row): before.get(label(row), datetime.now(UTC).date().isoformat()) for row in whole.rows}
+    old = [f"{key} of {day}" for key, day in made.items() if key in before]
+    if old:
+        print(f"{len(old)} of {len(made)} rows are old ones, not run again: {'; '.join(old)}", file=sys.stderr)
     about = whole.to_json()
     del about["rows"], about["seconds"]
     about |= {
         "model": str(asked.model or DEMO.relative_to(ROOT)).format(shared=shared),
         "command": f"python benchmarks/compare.py {name} --seeds {seeds}",
+        "made": made,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
     (folder / "summary.json").write_text(json.dumps(about, indent=1) + "\n")
     return whole
+
+
+def label(row: Row) -> str:
+    """What identifies a row, and what it was made with."""
+    return f"{row.strategy}, K {row.k}, seed {row.seed} ({row.made_with[:8]})"
+
+
+def days(folder: Path) -> dict[str, str]:
+    """The day of each row of a folder, by label: of the summary, else that on which git has the rows, or their file."""
+    rows, summary = folder / "rows.json", folder / "summary.json"
+    if not rows.exists():
+        return {}
+    said = json.loads(summary.read_text()).get("made", {}) if summary.exists() else {}
+    log = ["git", "log", "-1", "--format=%as", "--", str(rows)]
+    committed = subprocess.run(log, capture_output=True, text=True, check=False).stdout.strip()
+    day = committed or date.fromtimestamp(rows.stat().st_mtime).isoformat()
+    return {label(row): said.get(label(row), day) for row in RowStore(folder).rows}
 
 
 _said: set[str] = set()

@@ -24,7 +24,7 @@ def codes(
         Literal["share", "map", "error"], typer.Option(help="Which codes come first; map: by what they look like.")
     ] = "share",
 ) -> None:
-    """What each code stands for: its patches, what it decodes to, its neighbours; and images with their tokens.
+    """What each code stands for: its patches, what it decodes to, its neighbors; and images with their tokens.
 
     The page goes to --report; left out: <name>.codes.html in the current folder.
     """

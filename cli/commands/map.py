@@ -22,7 +22,7 @@ def map_(
         int | None, typer.Option("--k", "-k", metavar="K", help="Centroids. Left out: as many as codes in use.")
     ] = None,
     method: Annotated[
-        Literal["umap", "pca"], typer.Option(help="umap keeps neighbours together, pca distances.")
+        Literal["umap", "pca"], typer.Option(help="umap keeps neighbors together, pca distances.")
     ] = "umap",
 ) -> None:
     """Latents, codes and k-means centroids in one plane: a page to move over, a PNG, an SVG and a parquet.

@@ -27,7 +27,10 @@ def verify(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The checkpoint that was written.")],
     against: Annotated[
         Path | None,
-        typer.Option(metavar="MODEL", help="The original. Left out: the bundled demo, and with --network none."),
+        typer.Option(
+            metavar="MODEL",
+            help="The original that the surgery started from. Left out: the demo, of its results; with --network none.",
+        ),
     ] = None,
     map_: Annotated[
         list[Path] | None,
@@ -43,10 +46,9 @@ def verify(
     With --network, --family or --data also against the network that loads it; any file can be checked so.
     """
     with reported():
-        from codebook_tools.models.demo import DEMO
         from codebook_tools.report.terminal.tables import verification_table
         from codebook_tools.runtime.progress import Watch
-        from codebook_tools.workflows.verify import verify_alone, verify_checkpoint
+        from codebook_tools.workflows.verify import original_of, verify_alone, verify_checkpoint
 
         from ..output import ProgressShow
 
@@ -59,7 +61,7 @@ def verify(
         if prove is not None and against is None and not map_:
             verification = verify_alone(model, prove)
         else:
-            verification = verify_checkpoint(model, against or DEMO, map_ or [], prove)
+            verification = verify_checkpoint(model, against or original_of(model), map_ or [], prove)
         show_result(verification, verification_table, options["json_"])
         if not verification.ok:
             raise typer.Exit(3)

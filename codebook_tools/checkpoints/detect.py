@@ -113,13 +113,13 @@ _SPECIAL = 4  # most tokens of a vocabulary beside the codes: padding, mask, beg
 VOCABULARY = "its embeddings are the vocabulary of a language model, or of a prior over tokens"
 NO_CODEBOOK = (
     (_re(r"absmax|quant_map|qweight|qzeros|weight_quantizer"), "its weights are stored in fewer bits: not as vectors"),
-    (_re(r"[bf]sq|lfq|\b_?(\w+_)?(v?quanti[sz]e[rd]?s?|r?vq)\."), "its quantiser stores no codes, as in FSQ, LFQ, BSQ"),
+    (_re(r"[bf]sq|lfq|\b_?(\w+_)?(v?quanti[sz]e[rd]?s?|r?vq)\."), "its quantizer stores no codes, as in FSQ, LFQ, BSQ"),
     (_re(r"fc_mu|to_mu|log_?var|fc_var|quant_conv"), "a KL autoencoder: its latents are continuous"),
     (_re(r"tok(en)?s?_emb|embed_tok|word_emb|wte|lm_head|codebooks?_(head|emb)|logit"), VOCABULARY),
     (_re(r"label|class_emb|cls_emb|y_emb"), "it embeds class labels, and no codes"),
-    (_re(r"patch|pos(ition)?_emb"), "a transformer over patches, without a quantiser"),
+    (_re(r"patch|pos(ition)?_emb"), "a transformer over patches, without a quantizer"),
     (_re(r"(^|(?<!\.bias)\n)([^\n]*[._])?emb(ed(ding)?)?s?(\.\d+)?\.weight(\n|$)"), VOCABULARY),
-    (_re(r"\A(?=.*enc(oder)?s?[._]).*dec(oder)?s?[._]"), "an encoder and a decoder with no quantiser between them"),
+    (_re(r"\A(?=.*enc(oder)?s?[._]).*dec(oder)?s?[._]"), "an encoder and a decoder with no quantizer between them"),
     (_re(r""), "no matrix in it is named or placed like a codebook"),
 )
 

@@ -127,6 +127,10 @@ def _why_not(path: Path, error: str) -> CodebookError:
     if "TorchScript" in error:
         program = "is a TorchScript program, which is not run; save torch.jit.load(...).state_dict() instead"
         return CodebookError(f"{path} {program}")
+    names = _members(path)
+    if names and not any(name.endswith("data.pkl") for name in names):
+        what = "arrays of numpy" if all(name.endswith(".npy") for name in names) else "files that torch did not write"
+        return CodebookError(f"{path} is an archive of {what}, and no checkpoint; give the file of the weights")
     reason = " ".join(error.rpartition("WeightsUnpickler error: ")[2].split())
     return CodebookError(f"{path} is no sound PyTorch file ({reason[:100] or 'it ends too early'}); fetch it again")
 
@@ -181,3 +185,12 @@ def _plain(path: Path, key: str, value: Tensor) -> Tensor:
             f"{key} in {path} repeats {stored:,} bytes to {nbytes:,}, as expand() does; save what it repeats"
         )
     return value.resolve_conj().resolve_neg()
+
+
+def _members(path: Path) -> list[str]:
+    """Names of the files in a zip archive; empty for any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return []

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codebook_tools.data.items import Item, Values
-from codebook_tools.data.sources import Source
+from codebook_tools.data.sources import Source, file_and_entry
 from codebook_tools.errors import CodebookError, one_line
 
 Decode = Callable[[NDArray[Any]], Values]
@@ -25,25 +25,33 @@ def stored_arrays(path: Path, many: str) -> list[NDArray[Any]]:
     """Read the array of a .npy or .npz file.
 
     Args:
-        path: The file.
+        path: The file; FILE.npz:KEY where a file holds several arrays.
         many: What its rows are called in messages.
 
     Returns:
         The array of a .npy file, memory-mapped; that of a .npz file; nothing for a .npz file without any.
 
     Raises:
-        CodebookError: The file cannot be read, or holds several arrays or something else.
+        CodebookError: The file cannot be read, holds something else, or several arrays of which none is named.
     """
+    file, key = file_and_entry(path)
     try:
-        _refuse_bomb(path)
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        arrays = [loaded] if isinstance(loaded, np.ndarray) else [loaded[name] for name in loaded]
+        _refuse_bomb(file)
+        loaded = np.load(file, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return [loaded]
+        with loaded:
+            keys = loaded.files
+            wanted = [name for name in keys if key in (None, name)]
+            arrays = [loaded[name] for name in wanted] if len(wanted) == 1 else []
     except Exception as error:  # numpy and zipfile raise whatever they like on a damaged file
-        raise CodebookError(f"{path} is not a readable array file: {one_line(error)}") from error
+        raise CodebookError(f"{file} is not a readable array file: {one_line(error)}") from error
+    if len(wanted) > 1:
+        raise CodebookError(f"{file} holds {len(keys)} arrays: {', '.join(keys)}; say which: {file}:{keys[0]}")
+    if key is not None and not wanted:
+        raise CodebookError(f"{file} holds no array {key}; its arrays: {', '.join(keys) or 'none'}")
     if not all(isinstance(array, np.ndarray) for array in arrays):
-        raise CodebookError(f"{path} holds what is no array; give a .npz with one array of {many}, or a .npy")
-    if len(arrays) > 1:
-        raise CodebookError(f"{path} holds {len(arrays)} arrays; give a .npz with one array of {many}, or a .npy")
+        raise CodebookError(f"{file} holds what is no array; give a .npz with an array of {many}, or a .npy")
     return arrays
 
 

@@ -19,6 +19,7 @@ from codebook_tools.data.dataset import Media
 from codebook_tools.data.image_decoding import decode_picture, decode_row, luma, square
 from codebook_tools.data.items import Item, Values
 from codebook_tools.data.modality import Modality
+from codebook_tools.data.parquet_images import parquet_images
 from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError
 
@@ -34,7 +35,7 @@ def _stored_items(path: Path) -> list[Item]:
 
 @dataclass(frozen=True, kw_only=True)
 class Images(Modality):
-    """Picture files in folders and tars, one item each; .npy and .npz files, one item per row.
+    """Picture files in folders and tars, one item each; .npy, .npz and .parquet files, one item per row.
 
     In memory an image is (channels, height, width) in [0, 1].
 
@@ -50,9 +51,9 @@ class Images(Modality):
     one = "image"
     many = "images"
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-    archives = dict.fromkeys((".npy", ".npz"), _stored_items)
-    mixes = "the luma of colours, or the first of them; alpha goes"
-    remedy = "give --size N, and the centre square of each is resized to so many pixels"
+    archives = dict.fromkeys((".npy", ".npz"), _stored_items) | {".parquet": parquet_images}
+    mixes = "the luma of colors, or the first of them; alpha goes"
+    remedy = "give --size N, and the center square of each is resized to so many pixels"
     input_ranges = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))  # a checkpoint does not say which one
     bounds = (0, 1)
     figures = frozenset({"psnr", "ssim", "sharpness"})
@@ -73,6 +74,10 @@ class Images(Modality):
         """The modality with the channels and the stride that `probe` finds at the size of the first image."""
         height, width = self._first_size(items, skip_bad) if self.size is None else (self.size, self.size)
         channels, stride = probe(encode, height, width)
+        if self.size is not None and self.size < stride:
+            raise CodebookError(
+                f"--size {self.size} is smaller than the model's stride of {stride}; give a multiple of that"
+            )
         return replace(self, channels=channels, stride=stride)
 
     def _first_size(self, items: list[Item], skip_bad: bool) -> tuple[int, int]:
@@ -154,7 +159,7 @@ def probe(encode: Callable[[Tensor], Tensor], height: int, width: int) -> tuple[
                 problems.setdefault(channels, error)  # that of the given size
                 continue
             return channels, _stride(encode, channels, sides[-1], grid[-1]) if len(grid) == 2 else 1
-    raise CodebookError(f"the network encodes neither RGB images ({problems[3]}) nor grey ones ({problems[1]})")
+    raise CodebookError(f"the network encodes neither RGB images ({problems[3]}) nor gray ones ({problems[1]})")
 
 
 def _stride(encode: Callable[[Tensor], Tensor], channels: int, side: int, positions: int) -> int:

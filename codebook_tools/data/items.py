@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from codebook_tools.data.sources import Source, find_sources
+from codebook_tools.data.sources import Source, file_and_entry, find_sources
 from codebook_tools.errors import CodebookError, plain
 
 if TYPE_CHECKING:
@@ -97,7 +99,8 @@ def find_items(paths: Sequence[str | Path | InMemory], modality: Modality) -> li
     their groups, and so their splits, stay the same.
 
     Args:
-        paths: Folders of any depth, .tar shards, files, items in memory. A {0000..0009} in a path is a range.
+        paths: Folders of any depth, .tar shards, files, items in memory. A {0000..0009} in a path is a range, and *
+            and ? stand for the files that match. FILE.npz:KEY and FILE.parquet:COLUMN name an entry of a file.
         modality: The kind of data.
 
     Raises:
@@ -107,19 +110,18 @@ def find_items(paths: Sequence[str | Path | InMemory], modality: Modality) -> li
         (path, _items(path, modality))
         for pattern in paths
         if not isinstance(pattern, InMemory)
-        for path in _braces(str(pattern))
+        for path in _paths(str(pattern))
     ]
     groups += [(Path(data.name), modality.rows(data.name, data.values)) for data in paths if isinstance(data, InMemory)]
     for path, items in groups:
         if not items:
-            raise CodebookError(
-                f"no {modality.many} in {path}: expected files ending in {', '.join(modality.suffixes)}"
-            )
+            endings = (*modality.suffixes, _TABLE) if _TABLE in modality.archives else modality.suffixes
+            raise CodebookError(f"no {modality.many} in {path}: expected files ending in {', '.join(endings)}")
     shared = Counter(kin for _, items in groups for kin in {item.kin for item in items})
-    fronts = Counter(path.name for path, _ in groups)
+    fronts = Counter(_label(path) for path, _ in groups)
     named: dict[str, Item] = {}
     for path, items in groups:
-        front = path.name if fronts[path.name] == 1 else path.as_posix()
+        front = _label(path) if fronts[_label(path)] == 1 else path.as_posix()
         for item in items:
             if shared[item.kin] > 1:
                 item = replace(item, name=f"{front}/{item.name}", group=item.kin)
@@ -127,6 +129,25 @@ def find_items(paths: Sequence[str | Path | InMemory], modality: Modality) -> li
                 raise CodebookError(f"{item.name} stands twice in the data; give each path once")
             named[item.name] = item
     return [named[name] for name in sorted(named)]
+
+
+def _label(path: Path) -> str:
+    """The name of a path, with the entry that it names."""
+    file, entry = file_and_entry(path)
+    return file.name if entry is None else f"{file.name}:{entry}"
+
+
+def _paths(pattern: str) -> Iterator[Path]:
+    """The paths that a pattern with ranges, * and ? stands for."""
+    for path in _braces(pattern):
+        file, entry = file_and_entry(path)
+        if not any(mark in str(file) for mark in "*?") or os.path.lexists(file):
+            yield path
+            continue
+        matches = sorted(glob.glob(str(file), recursive=True))
+        if not matches:
+            raise CodebookError(f"no file matches {file}")
+        yield from (Path(match if entry is None else f"{match}:{entry}") for match in matches)
 
 
 _RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
@@ -152,13 +173,32 @@ def _numbers(*ends: str) -> list[str]:
 
 
 def _items(path: Path, modality: Modality) -> list[Item]:
-    sources = find_sources(path, modality.suffixes)
+    file, entry = file_and_entry(path)
+    sources = find_sources(file, modality.suffixes)
+    if file.is_dir() and not (sources and entry is None):
+        return _in_tables(file, entry, modality)
     if sources is not None:
         return [item for source in sources for item in modality.items(source)]
-    archive = modality.archives.get(path.suffix.lower())
+    archive = modality.archives.get(file.suffix.lower())
     if archive is None:
         endings = ", ".join((".tar", *modality.archives, *modality.suffixes))
         raise CodebookError(
             f"{path} is no {modality.one} source: give a folder of {modality.many}, or a file ending in {endings}"
         )
     return archive(path)
+
+
+_TABLE = ".parquet"  # which data sets are stored in by the folder, too
+
+
+def _in_tables(folder: Path, entry: str | None, modality: Modality) -> list[Item]:
+    """The items of the tables in a folder, named by their path within it."""
+    read, items = modality.archives.get(_TABLE), list[Item]()
+    if read is None:
+        return items
+    for table in find_sources(folder, (_TABLE,)) or ():
+        path = folder / table.name
+        within = table.name.removesuffix(path.name)
+        named = read(path if entry is None else Path(f"{path}:{entry}"))
+        items += [replace(item, name=within + item.name) for item in named]
+    return items

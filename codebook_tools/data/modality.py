@@ -30,7 +30,8 @@ class Modality(ABC):
         one: Noun for an item, in messages.
         many: Noun for several items.
         suffixes: Suffixes of files that hold items.
-        archives: Reader of a file by suffix, for files that count only where the user names them, not within folders.
+        archives: Reader of a file by suffix, for files that count only where the user names them, not within folders;
+            .parquet files also in a folder without files that count.
         mixes: What `in_channels` does to surplus channels, in words.
         remedy: How items of unlike shapes get one shape, in words.
         full: Absolute value at full scale, which values may exceed; None where they cannot.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import posixpath
+import re
 import stat
 import tarfile
 from collections.abc import Callable, Iterator
@@ -29,17 +30,28 @@ class Source:
         nbytes: Length, known without reading.
         open: Opens the bytes as a seekable stream.
         file: Path of the file that holds them; None where they are in memory.
+        exact: Whether `nbytes` is the length; else it is the mean of several sources.
     """
 
     name: str
     nbytes: int
     open: Callable[[], BinaryIO] = field(repr=False)
     file: str | None = None
+    exact: bool = True
 
     def read(self) -> bytes:
         """All of the bytes."""
         with self.open() as stream:
             return stream.read()
+
+
+def file_and_entry(path: Path) -> tuple[Path, str | None]:
+    """Split FILE.npz:KEY or FILE.parquet:COLUMN into file and entry; the entry of any other path is None."""
+    parts = None if os.path.lexists(path) else _ENTRY.fullmatch(str(path))  # a name of a file may have a colon
+    return (Path(parts[1]), parts[2]) if parts else (path, None)
+
+
+_ENTRY = re.compile(r"(.+?\.(?:npz|parquet)):(.+)", re.IGNORECASE | re.DOTALL)
 
 
 def find_sources(path: Path, suffixes: tuple[str, ...]) -> list[Source] | None:

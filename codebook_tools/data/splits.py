@@ -30,7 +30,7 @@ class Splits:
         return sorted([*self.train, *self.validation], key=lambda item: item.name)
 
 
-def split(data: list[Item], test: list[Item] | None = None, *, many: str = "images") -> Splits:
+def split(data: list[Item], test: list[Item] | None = None, *, many: str = "images", has_more: bool = False) -> Splits:
     """Split items into train, validation and test.
 
     Test and validation are a tenth each, chosen by SHA-256 of the name of an item, or of its group, so that an item
@@ -41,6 +41,7 @@ def split(data: list[Item], test: list[Item] | None = None, *, many: str = "imag
         data: All items, or the calibration items where `test` is given.
         test: Explicit test items.
         many: What items are called in messages.
+        has_more: Whether there are more items, which --limit left out.
 
     Raises:
         CodebookError: The test or the calibration split is empty, or an explicit test item is stored in the same bytes
@@ -55,9 +56,10 @@ def split(data: list[Item], test: list[Item] | None = None, *, many: str = "imag
         if not items:
             count, groups = len(data) + len(test), len({item.kin for item in [*data, *test]})
             of = f"{count} {many}" if groups == count else f"{count} {many} in {groups} groups that stay together"
+            more = "raise --limit" if has_more else f"give more {many} with --data"
             raise CodebookError(
                 f"the {name} split of {of} is empty: a tenth is drawn by name; "
-                f"give more {many} with --data, or the test {many} with --test-data"
+                f"{more}, or give the test {many} with --test-data"
             )
     return Splits(train, validation, test)
 
@@ -72,9 +74,11 @@ def _parted(items: list[Item], part: int, least: int) -> tuple[list[Item], list[
 
 
 def _refuse_shared(data: list[Item], test: list[Item]) -> None:
-    """Raise CodebookError for test items that are also in the data; only sources of one length are read."""
+    """Raise CodebookError for test items that are also in the data; only sources of one length are read, if known."""
     known_as, tested_as = ({item.source: item.name for item in reversed(items)} for items in (data, test))
     sizes = {source.nbytes for source in known_as} & {source.nbytes for source in tested_as} - {0}
+    if not all(source.exact for source in [*known_as, *tested_as]):
+        sizes = {source.nbytes for source in [*known_as, *tested_as]} - {0}
     known = {_content(source): name for source, name in known_as.items() if source.nbytes in sizes}
     for source, name in tested_as.items():
         if source.nbytes in sizes and (content := _content(source)) is not None and content in known:
@@ -88,7 +92,7 @@ def _content(source: Source) -> bytes | None:
     """SHA-256 of the bytes; None where they cannot be read, which decoding will report."""
     try:
         return hashlib.sha256(source.read()).digest()
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 

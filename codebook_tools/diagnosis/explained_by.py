@@ -5,7 +5,7 @@ from __future__ import annotations
 from codebook_tools.diagnosis.evidence import AlternativeName, BookEvidence
 from codebook_tools.diagnosis.finding import Finding, not_checked
 
-NO_KMEANS = "codes searched by the dot product have no k-means to be held against"
+NO_KMEANS = "codes searched by the dot product have no k-means to be compared with"
 
 
 def explained_by(book: BookEvidence, name: AlternativeName, otherwise: Finding) -> Finding:

@@ -35,7 +35,7 @@ class Place:
 def require_images(model: Model) -> None:
     """Raise CodebookError where the model takes no images, and so there are no patches."""
     if not model.modality.pictures:
-        raise CodebookError(f"{model.modality.many} have no patches to show; this looks at images")
+        raise CodebookError(f"{model.modality.many} have no patches to show; this command takes images")
 
 
 def latent_grid(model: Model, images: Media, stage: int = 0) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from codebook_tools.checkpoints.detect import Detection, FoundCodebook
 from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.errors import CodebookError, few_of
+from codebook_tools.errors import CodebookError
 from codebook_tools.models.ema_state import follow_by_numbers
 from codebook_tools.models.registry import detected
 from codebook_tools.models.stored_codes import stored_rows
@@ -31,11 +31,11 @@ def choose_codebooks(checkpoint: Checkpoint, keys: Sequence[str]) -> list[FoundC
         return [operable(checkpoint, named(checkpoint, detection, key)) for key in keys]
     if not detection.codebooks:
         raise CodebookError(f"{checkpoint.path} has no codebook: {detection.reason}")
-    for book in detection.codebooks:
-        if book.confidence == "low":
-            raise CodebookError(
-                f"{book.key} is only perhaps a codebook; if it is, say so with --codebook-key {book.key}"
-            )
+    unsure = [book.key for book in detection.codebooks if book.confidence == "low"]
+    if unsure:
+        keys = " ".join(f"--codebook-key {book.key}" for book in detection.codebooks)
+        way_out = "if it is, say so with" if len(detection.codebooks) == 1 else "give those that are one:"
+        raise CodebookError(f"{', '.join(unsure)} is only perhaps a codebook; {way_out} {keys}")
     books = [operable(checkpoint, book) for book in detection.codebooks]
     following = {key for book in books for key in book.companions}
     return [book for book in books if book.key not in following]
@@ -48,7 +48,7 @@ def choose_codebook(checkpoint: Checkpoint, keys: Sequence[str]) -> FoundCodeboo
         names = [book.key for book in books]
         raise CodebookError(
             f"{checkpoint.path} has {len(names)} codebooks, and this takes one: choose with --codebook-key, "
-            f"of {few_of(names)}"
+            f"of {', '.join(names)}"
         )
     return books[0]
 
@@ -190,3 +190,32 @@ def layouts(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> dict[str,
         for place in book.places
         if (place.axis, place.size) != (by_name[place.key].axis, by_name[place.key].size)
     }
+
+
+def declared_book(checkpoint: Checkpoint, key: str) -> FoundCodebook:
+    """The codebook that a network declares. Raises CodebookError where the file has no such tensor."""
+    if key not in checkpoint.entries:
+        candidates = ", ".join(book.key for book in detected(checkpoint).codebooks) or "none"
+        raise CodebookError(
+            f"the network declares the codebook {key}, and {checkpoint.path} has no such tensor; the candidates: "
+            f"{candidates}"
+        )
+    return find_book(checkpoint, key)
+
+
+def lone_row(checkpoint: Checkpoint) -> FoundCodebook | None:
+    """The only candidate, where its one row alone makes it unsure."""
+    candidates = detected(checkpoint).codebooks
+    return candidates[0] if len(candidates) == 1 and candidates[0].size == 1 else None
+
+
+def laid_out_alike(book: FoundCodebook, first: FoundCodebook, checkpoint: Checkpoint) -> FoundCodebook:
+    """A stage's codebook, laid out as that of another stage whose tensor has the same shape."""
+    if book.key == first.key:
+        return first
+    if checkpoint.shapes[book.key] != checkpoint.shapes[first.key] or (book.axis, book.size) == (
+        first.axis,
+        first.size,
+    ):
+        return book
+    return along(checkpoint, book, first.axis, checkpoint.shapes[first.key][first.axis] - first.size)

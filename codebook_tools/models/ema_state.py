@@ -98,7 +98,15 @@ def companions_of(
         CodebookError: Neither numbers nor name say what a companion is.
     """
     by_numbers = _by_numbers(book, codes, stored)
-    companions = [_companion(key, book, stored[key], by_numbers, declared) for key in book.companions]
+    known = {key: _companion(key, book, stored[key], by_numbers, declared) for key in book.companions}
+    if unknown := [key for key, one in known.items() if one is None]:
+        described = ", ".join(f"{key} {list(stored[key].shape)}" for key in unknown)
+        options = " ".join(f"--companion {key}={'|'.join(GIVEN)}" for key in unknown)
+        raise CodebookError(
+            f"{described} has numbers for each code of {book.key}, and neither they nor its name say what they are; "
+            f"say so with {options}"
+        )
+    companions = [one for one in known.values() if one is not None]
     companions += [Companion(key, Role.FLAG) for key in flags(book.key, stored) if key not in book.companions]
     companions += [Companion(key, Role.RECENT) for key in recent(book.key, stored) if key not in book.companions]
     return tuple(companions)
@@ -140,8 +148,8 @@ def _by_numbers(book: FoundCodebook, codes: Tensor, stored: Mapping[str, Tensor]
 
 def _companion(
     key: str, book: FoundCodebook, tensor: Tensor, by_numbers: Mapping[str, Companion], declared: Mapping[str, str]
-) -> Companion:
-    """A companion with the role that the user declared, else that of its numbers, else that of its name."""
+) -> Companion | None:
+    """A companion with the role that the user declared, else of its numbers, else of its name; None without any."""
     axis, named = _axis(tensor, book), _named(key)
     holds_rows = any(True for _ in _rows_along_each_axis(tensor, book))
     if key in declared:
@@ -158,10 +166,7 @@ def _companion(
     fits = {Role.COPY: holds_rows, Role.COUNTS: per_code, Role.SHARES: per_code, Role.FLAG: per_code}
     if named is not None and fits.get(named, False):
         return Companion(key, named, axis)
-    raise CodebookError(
-        f"{key} {list(tensor.shape)} has numbers for each code of {book.key}, and neither they nor its name say what "
-        f"they are; say so with --companion {key}={'|'.join(GIVEN)}"
-    )
+    return None
 
 
 def _named(key: str) -> Role | None:

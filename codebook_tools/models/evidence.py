@@ -49,7 +49,7 @@ def untrained(checkpoint: Checkpoint, books: Iterable[FoundCodebook]) -> Iterato
         sure = book.confidence == "high" and book.size >= _LEAST and _is_read(checkpoint, book.key)
         plain = effective(book, checkpoint.shapes).kind == "rows"
         if sure and plain and as_initialized(_rows(checkpoint, book)[:_MOST]):
-            yield f"the codes of {book.key} look as an initialisation draws them: untrained, or fixed on purpose"
+            yield f"the codes of {book.key} look as an initialization draws them: untrained, or fixed on purpose"
 
 
 def alive(checkpoint: Checkpoint, book: FoundCodebook) -> int | None:

@@ -18,9 +18,18 @@ from codebook_tools.clustering.metric import METRICS
 from codebook_tools.codebook import Metric
 from codebook_tools.data.registry import modality_of
 from codebook_tools.errors import CodebookError, few_of
-from codebook_tools.models.choose import along, choose_codebook, choose_codebooks, find_book, named, operable
+from codebook_tools.models.choose import (
+    along,
+    choose_codebook,
+    choose_codebooks,
+    declared_book,
+    laid_out_alike,
+    lone_row,
+    operable,
+)
 from codebook_tools.models.family import Family
-from codebook_tools.models.model import Book, Model, walks
+from codebook_tools.models.model import Book, Model
+from codebook_tools.models.network import declared_codebooks, walks
 from codebook_tools.models.registry import (
     CUSTOM,
     FAMILIES,
@@ -68,6 +77,9 @@ def load_model(
         name, build = CUSTOM, partial(_make_custom, network)
         module, first = _made_to_fit(network, checkpoint, first)
         prefix = _common_prefix(module.state_dict(), checkpoint)
+        own = [prefix + key for key in declared_codebooks(module)]
+        if own and not codebook_keys and first.key not in own:  # names and shapes say another
+            module, first = _made_to_fit(network, checkpoint, declared_book(checkpoint, own[0]))
         inner: Shapes = {}
     else:
         name, record = _known_family(checkpoint, family, codebook_keys)
@@ -179,19 +191,13 @@ def _first_of(spec: NetworkMaker, checkpoint: Checkpoint, keys: Sequence[str]) -
         module: Any = make_network(spec, _ANY_SIZE)
         if keys:
             raise
-        if not walks(module) or not module.codebooks:
-            lone = _lone_row(checkpoint)
+        names = declared_codebooks(module)
+        if not names:
+            lone = lone_row(checkpoint)
             if lone is None or _shape_in(module, lone.key) is None:
                 raise
             return operable(checkpoint, lone)
-        key = _common_prefix(module.state_dict(), checkpoint) + module.codebooks[0]
-        return operable(checkpoint, named(checkpoint, detected(checkpoint), key))
-
-
-def _lone_row(checkpoint: Checkpoint) -> FoundCodebook | None:
-    """The only candidate, where its one row alone makes it unsure."""
-    candidates = detected(checkpoint).codebooks
-    return candidates[0] if len(candidates) == 1 and candidates[0].size == 1 else None
+        return declared_book(checkpoint, _common_prefix(module.state_dict(), checkpoint) + names[0])
 
 
 _ANY_SIZE = 4  # of a network that is only asked for the names of its codebooks
@@ -290,7 +296,8 @@ def _known_family(checkpoint: Checkpoint, asked: str | None, codebook_keys: Sequ
         described = f" and {checkpoint.config_path.name}" if checkpoint.config_path else ""
         raise CodebookError(
             f"no network is known for the layout of {checkpoint.path}{described} (codebook {book.key}, "
-            f"{book.size}x{book.dim}); give yours with --network FILE.py:FUNCTION, or latents with --latents"
+            f"{book.size}x{book.dim}); give yours with --network FILE.py:FUNCTION; surgeries also "
+            "take latents, with --latents"
         )
     return name, FAMILIES[name]
 
@@ -311,31 +318,25 @@ def _books_of(
     network: Any, prefix: str, checkpoint: Checkpoint, asked: Sequence[str], first: FoundCodebook | None
 ) -> list[FoundCodebook]:
     """The codebook of every stage of the network, in order. Raises CodebookError where one asked for is not there."""
+    own = [prefix + key for key in declared_codebooks(network)]
     if not walks(network):
-        if first is not None and not asked and _lone_row(checkpoint):
+        if len(own) > 1 and not asked:
+            raise CodebookError(
+                f"the network declares {len(own)} codebooks, {', '.join(own)}, and has no walk(encoded, quantize) that "
+                "passes through them: add it, or choose the one that encode leads to with --codebook-key"
+            )
+        if first is not None and not asked and (own or lone_row(checkpoint)):
             return [first]
         chosen = choose_codebook(checkpoint, asked)
         return [first if first is not None and first.key == chosen.key else chosen]
-    books = [operable(checkpoint, find_book(checkpoint, prefix + key)) for key in network.codebooks]
+    books = [operable(checkpoint, declared_book(checkpoint, prefix + key)) for key in network.codebooks]
     if first is not None:
-        books = [_laid_out_alike(book, first, checkpoint) for book in books]
+        books = [laid_out_alike(book, first, checkpoint) for book in books]
     keys = [book.key for book in books]
     unknown = [key for key in asked if key not in keys]
     if unknown:
         raise CodebookError(f"--codebook-key {unknown[0]}: the network's codebooks are {', '.join(keys)}")
     return books
-
-
-def _laid_out_alike(book: FoundCodebook, first: FoundCodebook, checkpoint: Checkpoint) -> FoundCodebook:
-    """A stage's codebook, laid out as that of another stage whose tensor has the same shape."""
-    if book.key == first.key:
-        return first
-    if checkpoint.shapes[book.key] != checkpoint.shapes[first.key] or (book.axis, book.size) == (
-        first.axis,
-        first.size,
-    ):
-        return book
-    return along(checkpoint, book, first.axis, checkpoint.shapes[first.key][first.axis] - first.size)
 
 
 def _load_weights(network: nn.Module, keys: Mapping[str, str], checkpoint: Checkpoint) -> None:

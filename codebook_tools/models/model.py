@@ -20,7 +20,7 @@ from codebook_tools.data.modality import AS_IT_IS, Modality
 from codebook_tools.data.registry import modality_of
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.encoder_cache import Kept
-from codebook_tools.models.network import Quantize
+from codebook_tools.models.network import Quantize, walks
 from codebook_tools.models.stored_codes import changed_codebook, codes_of_rows, owned_keys, rounded, rows_of_codes
 from codebook_tools.runtime.devices import sent
 
@@ -358,11 +358,6 @@ def of_stages(tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0]
     grid_from = 2 if tensors[0].is_floating_point() else 1  # latents have an axis of dimensions, codes have none
     return torch.cat([tensor.flatten(grid_from) for tensor in tensors], -1)
-
-
-def walks(network: object) -> bool:
-    """Whether a network has the two members of `Walking`."""
-    return hasattr(network, "walk") and hasattr(network, "codebooks")
 
 
 @contextmanager

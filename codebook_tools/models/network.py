@@ -51,3 +51,15 @@ class Quantizing(Network, Protocol):
         Codes are (n, *grid) of one codebook, (n, levels, *grid) of several. In training mode it also updates the codes
         as training does, such as by a step of their moving average.
         """
+
+
+def walks(network: object) -> bool:
+    """Whether a network has the two members of `Walking`."""
+    return hasattr(network, "walk") and hasattr(network, "codebooks")
+
+
+def declared_codebooks(network: object) -> tuple[str, ...]:
+    """The names of a network's own codebooks where it says them in `codebooks`, which may also be a layer's name."""
+    names = getattr(network, "codebooks", ())
+    own = isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if own else ()

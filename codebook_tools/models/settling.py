@@ -17,7 +17,8 @@ from codebook_tools.codebook import Metric
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.agreement import Agreement, agreement, encoded_batches, has_quantizer
 from codebook_tools.models.load import guesses, own_metric
-from codebook_tools.models.model import Book, Model, walks
+from codebook_tools.models.model import Book, Model
+from codebook_tools.models.network import walks
 from codebook_tools.models.registry import CUSTOM, are_unit, unit_warning
 from codebook_tools.models.stored_codes import codes_of_rows, owned_keys, stored_rows
 from codebook_tools.models.transforms import alike, forms, refuse_unknown, transforms_beside

@@ -12,7 +12,7 @@ from codebook_tools.checkpoints.detect import CODER, FoundCodebook
 from codebook_tools.checkpoints.effective import Effective, effective
 from codebook_tools.checkpoints.forms import StepKind
 from codebook_tools.checkpoints.read import AS_STORED, Checkpoint
-from codebook_tools.errors import CodebookError, few_of
+from codebook_tools.errors import CodebookError
 
 # Acts on latents before the search, or on nothing: it does not change the vector of a code.
 _BEFORE = re.compile(
@@ -73,9 +73,10 @@ def refuse_unknown(book: FoundCodebook, keys: Sequence[str], with_network: bool)
         if with_network
         else "--network FILE.py:FUNCTION, whose module has quantize(latents) -> (quantized, codes)"
     )
+    stated = " ".join(f"--as-stored {key}" for key in keys)
     raise CodebookError(
-        f"{few_of(keys)} may change the codes of {book.key} on their way out, and nothing says how: give {network}; "
-        f"or, if codes come out as stored, --as-stored {keys[0]}"
+        f"{', '.join(keys)} may change the codes of {book.key} on their way out, and nothing says how: give {network}; "
+        f"or, if codes come out as stored, {stated}"
     )
 
 

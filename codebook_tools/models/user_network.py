@@ -41,7 +41,7 @@ def make_network(spec: NetworkMaker, codebook_size: int) -> nn.Module:
     if not isinstance(network, nn.Module) or missing:
         raise CodebookError(
             f"{caller} returned {type(network).__name__} without {' and '.join(missing) or 'being a torch module'}: "
-            "it must be a module with encode(images) -> latents and decode(quantised) -> images"
+            "it must be a module with encode(images) -> latents and decode(quantized) -> images"
         )
     give_walk(network)
     return network

@@ -126,5 +126,6 @@ def reason_to_stop(recipe: FineTune, trace: Sequence[TracePoint], codes: int, me
     errors = [point.error for point in trace if point.step >= max(1, recipe.settled_from, merges_at)]
     since = len(errors) - 1 - errors.index(min(errors)) if errors else 0
     if recipe.patience is not None and since >= recipe.patience and last.step < recipe.steps:
-        return f"the fine-tuning was stopped at step {last.step}: --patience {recipe.patience} looks without a gain"
+        patience = f"--patience {recipe.patience} evaluation steps without a gain"
+        return f"the fine-tuning was stopped at step {last.step}: {patience}"
     return None

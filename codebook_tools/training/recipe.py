@@ -78,7 +78,10 @@ class FineTune:
     ] = None
     patience: Annotated[
         int | None,
-        _option("Stop after N looks at validation data, a tenth of the steps apart, without gain.", metavar="N"),
+        _option(
+            "Stop after N evaluation steps without gain on validation data; they are a tenth of --steps apart.",
+            metavar="N",
+        ),
     ] = None
     min_usage: Annotated[
         float, _option("Stop where codes in use become fewer than SHARE of all. 0: never.", metavar="SHARE")

@@ -203,6 +203,7 @@ class RowStore:
 
     Attributes:
         path: Of rows.json.
+        rows: What it holds.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -212,10 +213,10 @@ class RowStore:
             CodebookError: The file is not one of rows.
         """
         self.path = folder / "rows.json"
-        self._rows: list[Row] = []
+        self.rows: list[Row] = []
         if self.path.exists():
             try:
-                self._rows = [Row.from_json(row) for row in parse_json(read_text(self.path))["rows"]]
+                self.rows = [Row.from_json(row) for row in parse_json(read_text(self.path))["rows"]]
             except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
                 raise CodebookError(
                     f"{self.path} is not a comparison's rows ({type(error).__name__}: {error}); "
@@ -234,7 +235,7 @@ class RowStore:
         return next(
             (
                 row
-                for row in self._rows
+                for row in self.rows
                 if (row.strategy, row.seed, row.made_with) == (strategy, seed, made_with) and k in (None, row.k)
             ),
             None,
@@ -242,8 +243,8 @@ class RowStore:
 
     def add(self, row: Row) -> None:
         """Keep a row, on disk too: the file is replaced whole."""
-        self._rows.append(row)
-        write_text(self.path, json.dumps({"rows": [row.to_json() for row in self._rows]}, indent=1) + "\n")
+        self.rows.append(row)
+        write_text(self.path, json.dumps({"rows": [row.to_json() for row in self.rows]}, indent=1) + "\n")
 
 
 def table_rows(summaries: Iterable[Summary]) -> list[list[str]]:

@@ -59,8 +59,8 @@ class Request:
     data: Annotated[
         tuple[str | InMemory, ...],
         Option(
-            "Images, or sound for codecs: a folder, .tar shards, .npy or .npz. Repeatable. Left out: the bundled "
-            "sample.",
+            "Images, or sound for codecs: a folder, .tar shards, .npy, .npz or .parquet (of several arrays or columns "
+            "FILE:NAME). Repeatable. Left out: the bundled sample.",
             metavar="PATH",
         ),
     ] = ()

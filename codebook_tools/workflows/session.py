@@ -129,7 +129,8 @@ def _splits(request: Request, modality: Modality, measuring: bool) -> Splits:
     if measuring and test and not request.data:
         return Splits([], [], test)
     data = find_items(request.data, modality) if request.data else modality.sample()
-    return split(limited(data, request.limit, request.seed), test, many=modality.many)
+    few = limited(data, request.limit, request.seed)
+    return split(few, test, many=modality.many, has_more=len(few) < len(data))
 
 
 def _choose_input_range(request: Request, opened: Opened) -> None:

@@ -21,6 +21,7 @@ from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.model_card import CARD
 from codebook_tools.models.choose import find_book, with_twins
+from codebook_tools.models.demo import DEMO
 from codebook_tools.models.ema_state import Companion, Role, companion_values
 from codebook_tools.models.output import written_config
 from codebook_tools.models.proof import Proof
@@ -57,11 +58,33 @@ def verify_checkpoint(
         paths = list(maps) or [index_map_path(written.folder or model)]
         if len(paths) > 1:
             raise CodebookError(f"--map: {len(paths)} maps; a checkpoint that a surgery wrote has one")
-        differences = tuple(_differences(written, original, read_checkpoint(paths[0])))
+        books = list(_books(written, original))
+        differences = tuple(_differences(written, original, _map_of(paths[0]), books))
         if prove is not None:
             proof, more = proved(prove)
             differences += more
     return Verification(str(model), str(against), ", ".join(map(str, paths)), differences, proof)
+
+
+def original_of(model: Path) -> Path:
+    """The original of a checkpoint where none is named: the bundled demo, if the checkpoint says so.
+
+    Raises:
+        CodebookError: The file cannot be read, or its original is another file, which must be named.
+    """
+    metadata = read_checkpoint(model).metadata
+    source, command = (metadata.get(PREFIX + name) for name in ("source_sha256", "command"))
+    if source is None:
+        raise CodebookError(
+            f"{model} says nothing of a surgery: it was not written by codebook-tools; --network FILE.py:FUNCTION, or "
+            "--data for a family that is known, checks it against the network that loads it"
+        )
+    if source != read_checkpoint(DEMO).sha256:
+        raise CodebookError(
+            f"--against is missing: give the original of {model}, the file that its {command} started from (SHA-256 "
+            f"{source[:12]}...)"
+        )
+    return DEMO
 
 
 def verify_alone(model: Path, prove: Callable[[], Proof]) -> Verification:
@@ -78,8 +101,16 @@ def proved(prove: Callable[[], Proof]) -> tuple[Proof | None, tuple[Difference, 
         return None, (Difference("__network__", str(error)),)
 
 
-def _differences(written: Checkpoint, original: Checkpoint, maps: Checkpoint) -> Iterator[Difference]:
-    books = list(_books(written, original))
+def _map_of(path: Path) -> Checkpoint:
+    """The index map. Raises CodebookError where it is not there, or unsound."""
+    if not path.exists():
+        raise CodebookError(f"no such file: {path}; the index map lies beside the checkpoint, else give it with --map")
+    return read_checkpoint(path)
+
+
+def _differences(
+    written: Checkpoint, original: Checkpoint, maps: Checkpoint, books: list[FoundCodebook]
+) -> Iterator[Difference]:
     yield from _files(written, original, maps)
     yield from _config(written, original, books)
     yield from _beside(written, original)
@@ -273,7 +304,7 @@ def _companions(written: Checkpoint, original: Checkpoint, book: FoundCodebook, 
             yield Difference(one.key, f"shape {tuple(tensor.shape)} does not follow {size} codes")
         elif one.role is Role.FLAG:
             if not torch.equal(tensor, expected):
-                yield Difference(one.key, "says that the codebook is not initialised")
+                yield Difference(one.key, "says that the codebook is not initialized")
         elif one.role is Role.SUMS and weights is None:
             continue
         elif not torch.allclose(expected.double(), tensor.double(), rtol=1e-2, atol=1e-6):

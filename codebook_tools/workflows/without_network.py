@@ -54,7 +54,7 @@ def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
         return True
     if request.stats is not None:
         if needs == "latents" and not holds_sample(request.stats):
-            raise CodebookError("--stats holds counts, and this looks at latents; give images with --data")
+            raise CodebookError("--stats holds counts, and this command needs latents; give images with --data")
         if request.data or request.test_data:
             raise CodebookError(
                 "--stats stands in for images; leave out --data and --test-data, and measure what is written"

@@ -157,7 +157,7 @@ def test_inspect_lists_what_depends_on_k_elsewhere_and_says_why_there_is_no_code
     kl = {"encoder.conv.weight": torch.ones(4, 3, 3, 3), "decoder.conv.weight": torch.ones(3, 4, 3, 3)}
     found = codebook("inspect", write_model(state=kl), "--json")
     assert found.exit_code == 0 and found.json["family"] is None and found.json["codebooks"] == []
-    assert "no quantiser between them" in found.json["reason"]
+    assert "no quantizer between them" in found.json["reason"]
     assert "no codebook: " in codebook("inspect", write_model(state=kl)).stdout
 
 
@@ -263,7 +263,7 @@ def test_colours_for_a_grey_network_are_refused_until_one_says_how(measure_grey:
     colours = np.full((40, 4, 4, 3), 0.2, dtype=np.float32)
     colours[..., 0] = 1.0
     asked = ([0.0, 0.4392, 1.0], colours, "--input-range", "0,1")
-    message = "has 3 channels, and the network takes 1: give --channels mix|first (the luma of colours, or the first"
+    message = "has 3 channels, and the network takes 1: give --channels mix|first (the luma of colors, or the first"
     assert_refused(measure_grey(*asked), message)
     for mixing in ("mix", "first"):
         found = measure_grey(*asked, "--channels", mixing).json

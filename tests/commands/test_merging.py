@@ -286,5 +286,5 @@ def test_counts_alone_read_no_sample(tiny: Path, codebook: Run, monkeypatch: pyt
     resealed(whole, lambda tensors, _: [tensors.pop(key) for key in list(tensors) if "sample" in key])
     for more in ((), ("--dry-run",)):
         refused = codebook("refit", tiny, "--k", 5, "--stats", whole, *more)
-        assert_refused(refused, "--stats holds counts, and this looks at latents")
+        assert_refused(refused, "--stats holds counts, and this command needs latents")
     assert codebook("prune", tiny, "--stats", whole, "--force").exit_code == 0

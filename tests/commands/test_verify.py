@@ -217,7 +217,7 @@ def test_a_flag_that_says_not_initialised_is_found(dtype: torch.dtype, done: Mak
     model, original = done(**{flag: torch.zeros(1, dtype=dtype)})
     assert load_file(model)[flag].tolist() == [1] and found_in(model, original) == ()
     forge(model, edited(flag, torch.zeros_like))
-    assert found_in(model, original) == (Difference(flag, "says that the codebook is not initialised"),)
+    assert found_in(model, original) == (Difference(flag, "says that the codebook is not initialized"),)
 
 
 def test_infinities_that_were_carried_over_are_no_fault(done: Make) -> None:

@@ -20,7 +20,8 @@ def _length_of_dead(book: BookEvidence) -> Finding:
     if count and book.counted and not book.filling:
         length = (book.codebook.vectors[born].square().sum(1).mean() / book.latents.square().sum(1).mean()).sqrt()
         summary = (
-            f"{count} of {book.codebook.size} codes are dead since birth, {float(length):.2g} times as long as latents"
+            f"{count} of {book.codebook.size} codes are dead and lie where an initialization drew them, "
+            f"{float(length):.2g} times as long as latents"
         )
         return Finding("found" if share > BORN else "suspicious", share, BORN, summary)
     chosen = book.codebook.vectors[book.codes]

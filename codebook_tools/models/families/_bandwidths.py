@@ -35,7 +35,7 @@ def bandwidths(config: Config, size: int, default: Sequence[float]) -> Mapping[s
     if type(old) is not int or old < 2 or not _numbers(rates):
         raise CodebookError(f"{CONFIG_KEY}={old!r} and {_KEY}={rates!r} are no config of the model; restore it")
     if size < 2:
-        raise CodebookError(f"K={size}: its codes have no bits, by which the library counts quantisers; use 2 or more")
+        raise CodebookError(f"K={size}: its codes have no bits, by which the library counts quantizers; use 2 or more")
     if size == old:
         return {}
     *lower, last = rates

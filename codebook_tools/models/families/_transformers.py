@@ -49,7 +49,7 @@ def _built(shapes: Shapes, checkpoint: Checkpoint, name: str, wrap: Callable[[An
         )
     if set(stored_keys) != set(network.codebooks):
         raise CodebookError(
-            f"{checkpoint.config_path} makes {len(network.codebooks)} quantisers, but the file has the codebooks of "
+            f"{checkpoint.config_path} makes {len(network.codebooks)} quantizers, but the file has the codebooks of "
             f"{len(stored_keys)}: they are of two models; mend one"
         )
     return cast("Module", network)

@@ -164,7 +164,7 @@ def give_walk(network: nn.Module) -> None:
         return
     way_out = f"; give {type(network).__name__} a `walk` and `codebooks` of its own"
     if len(quantizers) > 1:
-        raise CodebookError(f"the network holds {len(quantizers)} quantisers, {', '.join(quantizers)}{way_out}")
+        raise CodebookError(f"the network holds {len(quantizers)} quantizers, {', '.join(quantizers)}{way_out}")
     ((name, quantizer),) = quantizers.items()
     kind = _kind(quantizer)
     if kind not in KINDS:

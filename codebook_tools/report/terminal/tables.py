@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from codebook_tools.evaluation.figures import STAGES, Measurement, rows_of, stage_rows
 from codebook_tools.models.demo import DEMO
@@ -15,6 +14,7 @@ from codebook_tools.models.proof import Proof
 from codebook_tools.models.verification import Verification
 from codebook_tools.remapping.remap import Remapped
 from codebook_tools.report.terminal.diagnosis import diagnosis_table
+from codebook_tools.report.terminal.fitted import FittedTable, Prose
 from codebook_tools.report.terminal.histogram import UsageLines
 from codebook_tools.workflows.chain import Chain, ChainPlan
 from codebook_tools.workflows.code_cards import Codes
@@ -28,6 +28,21 @@ from codebook_tools.workflows.sweep import Sweep, sweep_rows
 
 _FEW_CODES = 10  # that are listed
 _FEW_ITEMS = 10  # below which a warning is due
+
+_COMPARISON_COLUMNS = (
+    *(
+        "mse fine-tuned",
+        "mse at step 0",
+        "used",
+        "perplexity",
+        "used at step 0",
+        "coverage",
+        "kept",
+        "seconds",
+        "bytes",
+    ),
+)
+_SWEEP_COLUMNS = ("mse", "distortion", "used", "coverage", "perplexity", "bits")
 
 Found = Result | Chain | Comparison | Sweep | Codes | Map | Diagnosis
 """The result of a command that measures."""
@@ -53,11 +68,11 @@ def result_table(result: Result) -> RenderableType:
     """The phases side by side, the usage of codes, and what was written."""
     stages = {name: stage for name, stage in result.stages.items() if stage is not None}
     table = _table(stage_rows(result.stages, result.kept))
-    lines: list[RenderableType] = [Text(UNSEEN)] if UNSEEN in result.warnings else []
+    lines: list[RenderableType] = [Prose(UNSEEN)] if UNSEEN in result.warnings else []
     lines += [table] if stages else []
     if stages:
         first = next(iter(stages.values()))
-        lines.append(Text(_about(first, result.settings), style="dim"))
+        lines.append(Prose(_about(first, result.settings), style="dim"))
         if len(first.codebooks) > 1:
             lines += ["", _books_table(stages), ""]
         elif first.counts:
@@ -65,28 +80,28 @@ def result_table(result: Result) -> RenderableType:
             lines.append(UsageLines({names[name]: stage.counts[0] for name, stage in stages.items() if stage.counts}))
     if "shard" in result.settings:
         lines.append(
-            Text(f"of shard {result.settings['shard']} alone; `codebook measure --merge` adds all", style="dim")
+            Prose(f"of shard {result.settings['shard']} alone; `codebook measure --merge` adds all", style="dim")
         )
     if "codes" in result.settings:
-        lines.append(Text(f"codes {result.settings['codes']}"))
+        lines.append(Prose(f"codes {result.settings['codes']}"))
     if result.command == "measure" and "stats" in result.settings:
-        lines.append(Text(f"counts written to {result.settings['stats']}"))
+        lines.append(Prose(f"counts written to {result.settings['stats']}"))
     if result.outputs["model"]:
-        lines.append(Text(f"{'* kept, and ' if len(stages) > 1 else ''}written to {result.outputs['model']}"))
+        lines.append(Prose(f"{'* kept, and ' if len(stages) > 1 else ''}written to {result.outputs['model']}"))
     if config := result.outputs.get("config"):
-        lines.append(Text(f"of one batch; written to {config}, which other commands read in this folder"))
+        lines.append(Prose(f"of one batch; written to {config}, which other commands read in this folder"))
     if "packed" in result.bytes:
         packed = f"packed, the codebook would take {result.bytes['packed']:,} bytes; the file stores it as before"
-        lines.append(Text(packed, style="dim"))
+        lines.append(Prose(packed, style="dim"))
     if result.proof is not None:
-        lines.append(Text(proof_line(result.proof), style="dim"))
+        lines.append(Prose(proof_line(result.proof), style="dim"))
     return Group(*lines)
 
 
 def proof_line(proof: Proof | None) -> str:
     """How the figures were proven on the model that loads the file, in words."""
     if proof is None:
-        return "nothing was held against a network"
+        return "nothing was compared with a network"
     if proof.by == "file":
         return "the file alone was read back: no network was given that could load it"
     revived = f"; one step of its training moved {proof.revived} codes" if proof.revived else ""
@@ -108,13 +123,13 @@ def _about(first: Measurement, settings: Mapping[str, object]) -> str:
     return f"measured on {first.images:,} {first.split} items{bounds}{rough}"
 
 
-def _books_table(stages: Mapping[str, Measurement]) -> Table:
+def _books_table(stages: Mapping[str, Measurement]) -> FittedTable:
     """Codes used and perplexity of each of several codebooks, phase by phase."""
-    table = _table([("codebook", *(STAGES[name] for name in stages))], numbers=False)
+    lines = [("codebook", *(STAGES[name] for name in stages))]
     for uses in zip(*(stage.codebooks for stage in stages.values()), strict=True):
         cells = [f"{use.used} of {use.size}, perplexity {use.perplexity:.1f}" for use in uses]
-        table.add_row(uses[0].key, *cells)
-    return table
+        lines.append((uses[0].key, *cells))
+    return _table(lines, numbers=False)
 
 
 def details_table(result: Found) -> RenderableType:
@@ -123,14 +138,14 @@ def details_table(result: Found) -> RenderableType:
     seconds = [("phase", "seconds"), *((name, f"{value:.1f}") for name, value in result.seconds.items())]
     parts: list[RenderableType] = ["", _table(settings, numbers=False), "", _table(seconds, numbers=False)]
     if isinstance(result, Result) and result.trace:
-        trace = Table(box=None, pad_edge=False, header_style="bold")
-        for heading in ("step", "loss", "validation mse", "used", "perplexity", "distortion", "revived"):
-            trace.add_column(heading, justify="right")
+        trace: list[tuple[str, ...]] = [
+            ("step", "loss", "validation mse", "used", "perplexity", "distortion", "revived")
+        ]
         for p in result.trace:
             loss = "-" if p.loss is None else f"{p.loss:.4f}"
             spread = (f"{p.perplexity:.2f}", f"{p.distortion:.4g}", str(p.revived))
-            trace.add_row(str(p.step), loss, f"{p.validation_mse:.6f}", str(p.used), *spread)
-        parts += ["", trace]
+            trace.append((str(p.step), loss, f"{p.validation_mse:.6f}", str(p.used), *spread))
+        parts += ["", _table(trace)]
     return Group(*parts)
 
 
@@ -157,8 +172,8 @@ def plan_table(plan: Plan) -> RenderableType:
 def chain_table(chain: Chain) -> RenderableType:
     """The model before and after each step, side by side, and what was written."""
     parts: list[RenderableType] = [_table(rows_of(stages_of(chain)))]
-    parts += [Text(f"written to {path}") for path in chain.outputs.values()]
-    parts += [Text(proof_line(chain.proof), style="dim")] if chain.proof else []
+    parts += [Prose(f"written to {path}") for path in chain.outputs.values()]
+    parts += [Prose(proof_line(chain.proof), style="dim")] if chain.proof else []
     return Group(*parts)
 
 
@@ -175,26 +190,34 @@ def chain_plan_table(chain: ChainPlan) -> RenderableType:
         after = plan.size["after"] or "as the counts decide"
         before = plan.size["before"] or "as before"
         lines.append((f"{i}, {plan.command}", f"{before} -> {after}", f"{plan.seconds['estimate']:.0f} s"))
-    return Group(_table(lines), Text("Nothing was written."))
+    return Group(_table(lines), Prose("Nothing was written."))
 
 
 def comparison_table(comparison: Comparison) -> RenderableType:
     """A line for each strategy and size."""
-    table = _table(table_rows(comparison.summaries))
+    lines = table_rows(comparison.summaries)
+    step_0, finetuned = (lines[0].index(heading) for heading in ("mse at step 0", "mse fine-tuned"))
+    for line, summary in zip(lines[1:], comparison.summaries, strict=True):
+        if summary.error is not None:
+            line[finetuned] = line[step_0]  # says so, whichever of the two is left out
+    elsewhere = f"{comparison.outputs['table']} has all columns"
+    table = FittedTable(lines, fixed=2, importance=_COMPARISON_COLUMNS, elsewhere=elsewhere)
     about = f"rows: {comparison.outputs['rows']}, table: {comparison.outputs['table']}"
     if any(summary.seeds > 1 for summary in comparison.summaries):
         about += "; figures are mean ± standard deviation over the seeds"
-    first = [Text(UNSEEN)] if UNSEEN in comparison.warnings else []
-    return Group(*first, table, *(Text(note) for note in notes(comparison.summaries)), Text(about, style="dim"))
+    first = [Prose(UNSEEN)] if UNSEEN in comparison.warnings else []
+    return Group(*first, table, *(Prose(note) for note in notes(comparison.summaries)), Prose(about, style="dim"))
 
 
 def sweep_table(sweep: Sweep) -> RenderableType:
     """A line for each point, and the suggested K."""
     dimension = sweep.effective_dimension
     effective = "" if dimension is None else f"the latents' effective dimension is {dimension:.1f}; "
-    about = Text(f"{effective}rows: {sweep.outputs['rows']}, table: {sweep.outputs['table']}", style="dim")
-    suggested = Text(f"suggested: {sweep.suggested_k} codes", style="bold")
-    return Group(_table(sweep_rows(sweep)), suggested, Text(sweep.headline), about)
+    about = Prose(f"{effective}rows: {sweep.outputs['rows']}, table: {sweep.outputs['table']}", style="dim")
+    suggested = Prose(f"suggested: {sweep.suggested_k} codes", style="bold")
+    lines, elsewhere = sweep_rows(sweep), f"{sweep.outputs['table']} has all columns"
+    table = FittedTable(lines, fixed=2, importance=_SWEEP_COLUMNS, elsewhere=elsewhere)
+    return Group(table, suggested, Prose(sweep.headline), about)
 
 
 def codes_table(codes: Codes) -> RenderableType:
@@ -205,38 +228,32 @@ def codes_table(codes: Codes) -> RenderableType:
         near = ", ".join(map(str, card.neighbours))
         lines.append((str(card.code), f"{card.count:,}", f"{card.share:.2%}", error, near))
     page = f"to be seen in {codes.outputs['report']}"
-    return Group(_table(lines), Text(_usage(codes)), Text(page))
+    return Group(_table(lines), Prose(_usage(codes)), Prose(page))
 
 
 def map_table(plane: Map) -> RenderableType:
     """The usage and coverage of the codes, and the files that show the map."""
     covered = "" if plane.coverage is None else f"; they cover {plane.coverage:.1%} of the test latents"
-    return Group(Text(_usage(plane) + covered), *(Text(f"written to {path}") for path in plane.outputs.values()))
+    return Group(Prose(_usage(plane) + covered), *(Prose(f"written to {path}") for path in plane.outputs.values()))
 
 
 def _usage(result: Codes | Map) -> str:
     return f"{result.used} of {result.size} codes used ({result.used / result.size:.1%})"
 
 
-def _table(lines: Iterable[Sequence[str]], numbers: bool = True) -> Table:
+def _table(lines: Iterable[Sequence[str]], numbers: bool = True) -> FittedTable:
     """The first line has the headings. numbers: whether all columns but the first are aligned at the right."""
-    headings, *rows = lines
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i and numbers else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return FittedTable(list(lines), numbers)
 
 
 def verification_table(verification: Verification) -> RenderableType:
     """Whether a file is sound, or what differs and must not."""
     if verification.ok and not verification.against:
-        return Text(f"{verification.model} is sound: {proof_line(verification.proof)}")
+        return Prose(f"{verification.model} is sound: {proof_line(verification.proof)}")
     if verification.ok:
         original = "the bundled demo" if verification.against == str(DEMO) else verification.against
         sound = f"{verification.model} is sound: only what may differ from {original} differs"
-        return Text(f"{sound}; {proof_line(verification.proof)}" if verification.proof else sound)
+        return Prose(f"{sound}; {proof_line(verification.proof)}" if verification.proof else sound)
     rows = ((difference.key, difference.what) for difference in verification.differences)
     return _table([("tensor", "what is wrong"), *rows], numbers=False)
 
@@ -253,4 +270,4 @@ def remap_table(remapped: Remapped) -> RenderableType:
         ("by their nearest code", remapped.nearest),
     ):
         table.add_row(label, f"{count:,}")
-    return Group(table, *(Text(f"written to {output}") for output in remapped.outputs.values()))
+    return Group(table, *(Prose(f"written to {output}") for output in remapped.outputs.values()))

@@ -158,9 +158,9 @@ AMISS: dict[str, tuple[str, dict[str, Any], str]] = {
     "another K": ("dac", {"codebook_size": 32}, "says codebook_size=32, but quantizer.quantizers.0.codebook"),
     "no power of two": ("encodec", {"codebook_size": 12}, "makes no EncodecModel of .*must be a power of 2"),
     "K as text": ("mimi", {"codebook_size": "16"}, "transformers makes no MimiModel of"),
-    "more quantisers": ("encodec", {"target_bandwidths": [4.0]}, "makes 5 quantisers, but the file has the .* of 4"),
-    "fewer quantisers": ("xcodec", {"target_bandwidths": [0.8]}, "makes 1 quantisers, but the file has the .* of 3"),
-    "fewer stages": ("mimi", {"num_quantizers": 3}, "makes 3 quantisers, but the file has the codebooks of 4"),
+    "more quantisers": ("encodec", {"target_bandwidths": [4.0]}, "makes 5 quantizers, but the file has the .* of 4"),
+    "fewer quantisers": ("xcodec", {"target_bandwidths": [0.8]}, "makes 1 quantizers, but the file has the .* of 3"),
+    "fewer stages": ("mimi", {"num_quantizers": 3}, "makes 3 quantizers, but the file has the codebooks of 4"),
 }
 
 

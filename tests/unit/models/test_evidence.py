@@ -64,7 +64,7 @@ def test_counts_of_no_training_say_nothing(counts: Tensor, tmp_path: Path, codeb
 UNTRAINED: dict[str, tuple[Tensor, dict[str, Tensor]]] = {
     f"{KEY} is all zeros: no training has reached it": (torch.zeros(32, 8), {}),
     f"all 32 codes of {KEY} are the same": (torch.ones(32, 8), {}),
-    "as an initialisation draws": (DRAWN, {}),
+    "as an initialization draws": (DRAWN, {}),
     f"quantizer.initted is 0: {KEY} is not initialized": (fitted(64), {"initted": torch.zeros(1)}),
 }
 

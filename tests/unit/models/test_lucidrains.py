@@ -199,7 +199,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no codes": (lambda: FSQ(levels=[4, 4], dim=DIM), "is FSQ, and of its library only VectorQuantize, "),
     "two": (
         lambda: nn.ModuleList([residual(), residual()]),
-        r"holds 2 quantisers, middle\.vq\.0, middle\.vq\.1; give Own a `walk` and `codebooks` of its own"),
+        r"holds 2 quantizers, middle\.vq\.0, middle\.vq\.1; give Own a `walk` and `codebooks` of its own"),
 }  # fmt: skip
 
 

@@ -290,7 +290,7 @@ NETWORKS = {
     f"{GREY}\ndef make(codebook_size): return Grey(9)": r"shapes differ: .*codebook\.weight is \(2, 2\).*\(9, 2\)",
     encoding("return None"): "encode returns a NoneType",
     encoding("return self.encoder(images).mean((2, 3))"): r"encode returns \(1, 2\); expected \(n, 2, ...\)",
-    encoding("raise ValueError('odd')"): "encodes neither RGB images .* nor grey ones .*ValueError: odd",
+    encoding("raise ValueError('odd')"): "encodes neither RGB images .* nor gray ones .*ValueError: odd",
 }
 
 

@@ -102,7 +102,9 @@ def test_patience_ends_after_so_many_evaluations_without_a_gain(errors: list[flo
     trace = [TracePoint(step, None, error, 4, 1.0, 1.0, 0) for step, error in enumerate(errors)]
     reason = reason_to_stop(FineTune(steps=9, patience=2), trace, 4, 0)
     assert (reason is not None) == stops
-    assert reason is None or reason.endswith(f"stopped at step {len(errors) - 1}: --patience 2 looks without a gain")
+    assert reason is None or reason.endswith(
+        f"stopped at step {len(errors) - 1}: --patience 2 evaluation steps without a gain"
+    )
     assert reason_to_stop(FineTune(steps=len(errors) - 1, patience=2), trace, 4, 0) is None  # it has ended anyway
     assert reason_to_stop(FineTune(steps=9), trace, 4, 0) is None
 
@@ -206,4 +208,4 @@ def test_the_command_passes_them_on_and_says_why_it_ended(codebook: Run, tiny: P
     assert found.exit_code == 0, found.stderr
     assert {name: found.json["settings"][name] for name in options} == options
     assert found.json["trace"][-1]["step"] < 30
-    assert any("--patience 1 looks without a gain" in warning for warning in found.json["warnings"])
+    assert any("--patience 1 evaluation steps without a gain" in warning for warning in found.json["warnings"])
