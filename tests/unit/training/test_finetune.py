@@ -251,7 +251,7 @@ def test_validation_alone_chooses_the_state_though_the_start_was_better(tuned: T
     errors = {point.step: point.validation_mse for point in found.trace if point.step}
     assert [*errors] == [1, 4, 8, 10] and found.start.validation_mse == 0 < found.best.validation_mse
     assert found.best.step == min(errors, key=errors.__getitem__) == 1
-    assert found.stopped == "the fine-tuning was stopped at step 10: --patience 3 looks without a gain"
+    assert found.stopped == "the fine-tuning was stopped at step 10: --patience 3 evaluation steps without a gain"
     assert tuned([0.0, 1.0], [3, 1], ROWS, steps=12, train="none")[1].best.step == 12
 
 
