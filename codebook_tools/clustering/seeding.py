@@ -65,7 +65,8 @@ def refuse_unfit(points: Tensor, k: int) -> None:
     if distinct < k:
         raise CodebookError(
             f"k={k} asks for more codes than the {distinct} distinct latents; "
-            f"use --k {distinct} or less, or give more data"
+            f"use --k {distinct} or less, or give more data; where encode returns latents that are quantized already, "
+            "return those before the quantizer"
         )
 
 

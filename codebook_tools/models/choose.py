@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from codebook_tools.checkpoints.detect import Detection, FoundCodebook
+from codebook_tools.checkpoints.matrices import FEW, FLOATS, listed, matrices
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.ema_state import follow_by_numbers
@@ -30,7 +31,7 @@ def choose_codebooks(checkpoint: Checkpoint, keys: Sequence[str]) -> list[FoundC
     if keys:
         return [operable(checkpoint, named(checkpoint, detection, key)) for key in keys]
     if not detection.codebooks:
-        raise CodebookError(f"{checkpoint.path} has no codebook: {detection.reason}")
+        raise CodebookError(f"{checkpoint.path} has no codebook: {detection.reason}{listed(matrices(checkpoint))}")
     unsure = [book.key for book in detection.codebooks if book.confidence == "low"]
     if unsure:
         keys = " ".join(f"--codebook-key {book.key}" for book in detection.codebooks)
@@ -104,12 +105,12 @@ def named(checkpoint: Checkpoint, detection: Detection, key: str) -> FoundCodebo
         if book.key == key:
             return book
     entry = checkpoint.entries.get(key)
-    candidates = ", ".join(book.key for book in detection.codebooks) or "none"
+    candidates = ", ".join([book.key for book in detection.codebooks] or matrices(checkpoint)[:FEW]) or "none"
     if entry is None:
         raise CodebookError(f"--codebook-key {key}: no such tensor in {checkpoint.path}; the candidates: {candidates}")
     stacked = len(entry.shape) == 3 and entry.shape[0] == 1
     shape = entry.shape[1:] if stacked else entry.shape
-    if len(shape) != 2 or not min(shape) or entry.dtype not in ("F64", "F32", "F16", "BF16"):
+    if len(shape) != 2 or not min(shape) or entry.dtype not in FLOATS:
         raise CodebookError(
             f"--codebook-key {key}: {entry.dtype} {entry.shape} is no matrix of codes; the candidates: {candidates}"
         )

@@ -80,6 +80,10 @@ CHECKS: dict[str, tuple[CheckFunction, str]] = {
 how the codes were made, of how they were trained. Beside each look, what mends it."""
 
 
+SYMPTOMS = ("dead-codes", "duplicate-codes")
+"""Checks of what a collapse looks like, and not of why."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis(ResultHeader):
     """The result of `diagnose`.
@@ -96,6 +100,14 @@ class Diagnosis(ResultHeader):
     def failed(self) -> tuple[Check, ...]:
         """The checks whose verdict is "found"."""
         return tuple(check for check in self.checks if check.verdict == "found")
+
+    @property
+    def headline(self) -> str:
+        """What was found, and whether a cause is among it."""
+        names = ", ".join(check.name for check in self.failed)
+        only_symptoms = all(check.name in SYMPTOMS for check in self.failed)
+        unknown = "; no cause was found, these are symptoms" if only_symptoms else ""
+        return f"not healthy: {names}{unknown}" if names else "healthy: nothing was found"
 
     @property
     def healthy(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from codebook_tools.checkpoints.detect import Detection
+from codebook_tools.checkpoints.matrices import matrices
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.evidence import alive, uninitialized, untrained
@@ -25,6 +26,7 @@ class Inspection:
         why_not: Why the family's network cannot be run; empty where it can.
         warnings: Of what was not read, and of what other commands refuse.
         remarks: On codebooks that no training has reached.
+        matrices: Keys of what a codebook may be, where none was recognized.
         alive: Codes in use by the file's own running counts, by key of the codebooks that have some.
     """
 
@@ -35,6 +37,7 @@ class Inspection:
     warnings: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     alive: Mapping[str, int] = field(default_factory=dict)
+    matrices: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """The promised keys."""
@@ -65,7 +68,8 @@ def inspect_checkpoint(path: Path) -> Inspection:
     remarks = (*uninitialized(checkpoint, detection.codebooks), *untrained(checkpoint, detection.codebooks))
     living = {book.key: alive(checkpoint, book) for book in detection.codebooks}
     counted = {key: count for key, count in living.items() if count is not None}
-    return Inspection(str(path), family, detection, why_not, warnings, remarks, counted)
+    others = () if detection.codebooks else (*matrices(checkpoint),)
+    return Inspection(str(path), family, detection, why_not, warnings, remarks, counted, others)
 
 
 def _amiss(checkpoint: Checkpoint, detection: Detection) -> Iterator[str]:

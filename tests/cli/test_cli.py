@@ -91,7 +91,10 @@ def test_an_operation_gives_the_promised_json_and_writes_beside_the_model(
     verified = codebook("verify", model, "--against", tiny, "--json")
     assert (verified.exit_code, verified.json) == (0, {"ok": True, "differences": []})
     model.write_bytes(model.read_bytes()[:-1] + bytes([model.read_bytes()[-1] ^ 1]))
-    verified, table = codebook("verify", model, "--against", tiny, "--json"), codebook("verify", model)
+    verified, table = (
+        codebook("verify", model, "--against", tiny, "--json"),
+        codebook("verify", model, "--against", tiny),
+    )
     assert (verified.exit_code, verified.json.keys(), verified.json["ok"]) == (3, {"ok", "differences"}, False)
     assert all(difference.keys() == {"key", "what"} for difference in verified.json["differences"])
     assert table.exit_code == 3 and "__metadata__" in table.stdout and "damaged" in table.stdout
@@ -158,7 +161,7 @@ def test_inspect_lists_what_depends_on_k_elsewhere_and_says_why_there_is_no_code
     found = codebook("inspect", write_model(state=kl), "--json")
     assert found.exit_code == 0 and found.json["family"] is None and found.json["codebooks"] == []
     assert "no quantizer between them" in found.json["reason"]
-    assert "no codebook: " in codebook("inspect", write_model(state=kl)).stdout
+    assert "no codebook was recognized: " in codebook("inspect", write_model(state=kl)).stdout
 
 
 def test_a_dry_run_says_what_would_be_written_and_writes_nothing(tiny: Path, on_tiny: Run, tmp_path: Path) -> None:

@@ -148,3 +148,17 @@ def test_a_missing_index_map_and_a_file_of_no_surgery_are_told_apart(
     assert_refused(codebook("verify", tiny, "--against", out), "says nothing of a surgery")
     (tmp_path / "out.index_map.safetensors").unlink()
     assert_refused(codebook("verify", out, "--against", tiny), "the index map lies beside the checkpoint, else give it")
+
+
+def test_a_codebook_of_any_name_can_be_named_from_what_inspect_lists(tmp_path: Path, codebook: Run) -> None:
+    state = {
+        "analysis.0.weight": torch.rand(8, 3, 4, 4), "head.weight": torch.rand(9, 8), "head.bias": torch.rand(9),
+        "words.weight": torch.rand(24, 8), "synthesis.0.weight": torch.rand(3, 8, 4, 4),
+    }  # fmt: skip
+    path = tmp_path / "mine.safetensors"
+    save_file(state, path)
+    assert "--codebook-key; matrices without a bias: words.weight" in " ".join(codebook("inspect", path).stdout.split())
+    assert_refused(codebook("quantize", path, "--k", 8), "matrices without a bias: words.weight")
+    assert_refused(
+        codebook("quantize", path, "--k", 8, "--codebook-key", "word.weight"), "the candidates: words.weight"
+    )

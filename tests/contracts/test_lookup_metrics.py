@@ -126,7 +126,7 @@ def test_a_centroid_step_lowers_the_error_of_its_cells_and_moves_no_code_without
     codes = torch.cat([points[:9], idle if name == "euclidean" else points[:1]])  # of equal codes the last gets none
     for step in range(6):
         codebook = Codebook(codes, METRICS[name])
-        cells, sums = nearest(points, codebook), Cells.over(points.split(300), codebook)
+        cells, sums = nearest(points, codebook), Cells.over([(part, None) for part in points.split(300)], codebook)
         codes = sums.means(codebook)
         before, after = (error_of(name, points, rows, cells) for rows in (codebook.vectors, codes))
         assert after <= before * (1 + 1e-6) and (step or after < 0.99 * before)

@@ -40,7 +40,7 @@ def codes_parts(codes: Codes) -> Iterator[Part]:
     used, dead = ([card for card in codes.cards if bool(card.count) is alive] for alive in (True, False))
     patch = "the whole image" if codes.side is None else f"{codes.side} × {codes.side} pixels"
     yield Gallery(
-        f"{len(used):,} of {codes.used:,} codes in use",
+        f"{len(used):,} of the {codes.used:,} codes in use are drawn here",
         {_name(card): list(_pictures(card)) for card in used},
         "Of each code: what it decodes to, the patches of the latents nearest to it, and of those farthest. A patch is "
         f"{patch}, what a latent mostly depends on.",

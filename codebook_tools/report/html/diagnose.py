@@ -9,7 +9,6 @@ from codebook_tools.workflows.diagnose import Diagnosis
 
 def diagnosed_page(diagnosis: Diagnosis, command: str) -> Page:
     """The page of `codebook diagnose`."""
-    names = ", ".join(check.name for check in diagnosis.failed)
     rows = tuple(
         (check.name, check.verdict, _figure(check.value), _figure(check.limit), check.evidence)
         for check in diagnosis.checks
@@ -19,8 +18,8 @@ def diagnosed_page(diagnosis: Diagnosis, command: str) -> Page:
     head = ("check", "verdict", "measured", "limit", "evidence")
     parts: list[Part] = [Listing("What mends it", fixes, folded=False)] if fixes else []
     parts.append(Table("Every check, causes before symptoms", head, rows, marked=worse))
-    headline = f"Not healthy: {names}." if names else "Healthy: no check found anything."
-    return result_page(diagnosis, headline, parts, command)
+    headline = diagnosis.headline
+    return result_page(diagnosis, f"{headline[0].upper()}{headline[1:]}.", parts, command)
 
 
 def _figure(number: float | None) -> str:

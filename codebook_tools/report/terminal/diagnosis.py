@@ -20,9 +20,7 @@ _WIDTH, _INDENT = 80, " " * 13
 
 def diagnosis_table(diagnosis: Diagnosis) -> RenderableType:
     """A headline, then every check with its evidence, and the fix where one is needed."""
-    names = ", ".join(check.name for check in diagnosis.failed)
-    headline = f"not healthy: {names}" if names else "healthy: nothing was found"
-    return Group(Prose(headline, style="bold"), "", *map(_CheckLines, diagnosis.checks))
+    return Group(Prose(diagnosis.headline, style="bold"), "", *map(_CheckLines, diagnosis.checks))
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Group, RenderableType
 
+from codebook_tools.checkpoints.matrices import listed
 from codebook_tools.models.evidence import alive_line
 from codebook_tools.report.terminal.fitted import FittedTable, Prose
 from codebook_tools.workflows.inspect_checkpoint import Inspection
@@ -15,7 +16,7 @@ def inspection_table(inspection: Inspection) -> RenderableType:
     """The codebooks of a checkpoint, its family, and tensors that may follow K."""
     detection = inspection.detection
     if not detection.codebooks:
-        return Prose(f"no codebook: {detection.reason}")
+        return Prose(f"no codebook was recognized: {detection.reason}{listed(inspection.matrices)}")
     lines = [("codebook", "codes", "dim", "dtype", "search", "sure")]
     for book in detection.codebooks:
         sure = {"high": "yes", "low": "no: name it with --codebook-key"}[book.confidence]
