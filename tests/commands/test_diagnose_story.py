@@ -208,7 +208,7 @@ def test_the_story_itself(surgery: Surgery) -> None:
     for against in (True, False):
         found = surgery.diagnosed(changes, against)
         assert first(found) == "not-installed", found.checks
-        assert not against or "as an initialization drew them" in found.failed[0].evidence
+        assert not against or "as an initialization draws them" in found.failed[0].evidence
 
 
 def trained(of: Surgery, start: Tensor, rate: float, steps: int) -> tuple[State, Tensor]:

@@ -24,7 +24,7 @@ def not_installed(evidence: Evidence) -> Finding:
 def _of_book(evidence: Evidence, book: BookEvidence) -> Finding:
     operated, size = evidence.operated(book), book.codebook.size
     born = int(born_dead(book.codebook.vectors, book.dead).sum())
-    summary = f"{born} of {size} codes are as an initialization drew them"
+    summary = f"{born} of {size} codes lie around zero as an initialization draws them"
     alternative = book.explanation
     if operated and book.fit and not book.fit.good and alternative is None and drawn(book.codebook.vectors):
         times = (book.codebook.vectors.square().sum(1).mean() / book.latents.square().sum(1).mean()).sqrt()

@@ -86,7 +86,7 @@ def gallery(images: Sequence[GalleryImage]) -> Gallery:
             name = STAGES.get(phase, phase) if len(image.stages) > 1 else "reconstructed"
             row.append(Picture(picture, f"{image.name}, {name}", f"{name}, mse {image.errors[phase]:.5f}"))
         rows[f"{image.rank}: {image.name}"] = row
-    return Gallery("The worst, the median and the best image", rows, "By the error of the last picture in each row.")
+    return Gallery("The worst, the median and the best image", rows, "Ordered by the error after the last phase.")
 
 
 def usage_plot(title: str, counts: Mapping[str, torch.Tensor]) -> Plot:
@@ -151,5 +151,5 @@ def trace_plot(title: str, trace: Sequence[TracePoint]) -> Plot:
         description,
         [partial(draw, key) for key in PANELS],
         {name: [point[name] for point in points] for name in points[0]},
-        note="Step 0 is right after the surgery: what is wrong there was installed wrongly, the rest collapsed later.",
+        note="Step 0 is right after the surgery, before any training.",
     )
