@@ -36,7 +36,7 @@ from weight_files import (
 )
 
 from codebook_tools.checkpoints.layout import CONFIG
-from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.read import joined_sha256, read_checkpoint
 from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.errors import CodebookError
 
@@ -196,7 +196,7 @@ import json, sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 import safetensors, torch
-from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.read import joined_sha256, read_checkpoint
 from codebook_tools.checkpoints.write import write_checkpoint
 status = Path("/proc/self/status")  # getrusage would count what the process that started this one took
 peak = lambda: int(status.read_text().partition("VmHWM:")[2].split()[0]) // 1024
@@ -227,3 +227,10 @@ def test_files_are_opened_and_written_unchanged_in_little_memory(nbytes: int, tm
             assert (after.dtypes, after.shapes) == (before.dtypes, before.shapes | {CODEBOOK: (8, 4)})
             changed = {key for key in before.entries if any(map(ne, before.chunks(key), after.chunks(key)))}
             assert changed == {CODEBOOK} and after.tensor(CODEBOOK).equal(torch.ones(8, 4))
+
+
+def test_the_hash_of_shards_is_that_of_their_sums() -> None:
+    sums = {"a.safetensors": "1" * 64, "b.safetensors": "2" * 64}
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+    assert joined_sha256(sums) == hashlib.sha256(lines.encode()).hexdigest()
+    assert joined_sha256({"a.safetensors": "1" * 64}) == "1" * 64

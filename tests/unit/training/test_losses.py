@@ -230,3 +230,16 @@ def test_inner_products_are_no_distances(line: Callable[..., Model], grey_images
     model.books[0].metric = DOT
     with pytest.raises(CodebookError, match="--entropy goes by distances"):
         objective_of(model, images, FineTune(entropy=0.1), next(images.batches(1))[1], seed=0)
+
+
+def test_terms_of_the_codebooks_are_means_over_stages_in_units_of_the_latents_variance() -> None:
+    outputs = [
+        Quantized(torch.full((2, 4, 1, 1), value), torch.zeros(2, 1, 1).long(), torch.zeros(2, 4, 1, 1), None)  # type: ignore[arg-type]
+        for value in (1.0, 3.0)
+    ]
+    losses = Reconstruction(Scales(pixels=1.0, latents=(2.0, 6.0)), "mse", moves_codes=True, entropy=0.0)
+    terms = losses(MEDIA, MEDIA, outputs)
+    # 1² / 2 and 3² / 6, of which the mean is 1.
+    assert {name: float(term) for name, term in terms.items()} == {
+        "reconstruction": 0.0, "codebook": 1.0, "commitment": 1.0,
+    }  # fmt: skip
