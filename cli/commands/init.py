@@ -25,6 +25,7 @@ def init(options: dict[str, Any], context: typer.Context, model: ModelArgument =
 
     def work(watch: Watch) -> Result:
         from codebook_tools.checkpoints.atomic import write_text
+        from codebook_tools.models.registry import CUSTOM
         from codebook_tools.workflows.operate import measure_model
 
         path = Path(NAME)
@@ -39,6 +40,8 @@ def init(options: dict[str, Any], context: typer.Context, model: ModelArgument =
         chosen = {key: options[one.name] for key, one in keys().items() if _is_set(context, one.name)}
         if bounds := tried.settings.get("input_range"):
             chosen["input-range"] = bounds
+        if tried.family == CUSTOM and tried.proof is None:  # it was assumed, with a warning, which once is enough
+            chosen.setdefault("metric", tried.settings["metric"])
         write_text(path, as_toml(chosen))
         settings = {**tried.settings, "config": chosen}
         return replace(tried, command="init", settings=settings, outputs={**tried.outputs, "config": str(path)})

@@ -251,4 +251,4 @@ def _why_not(text: str, unfit: list[str]) -> str:
     if unfit:
         return f"{unfit[0]}, where a codebook is rows of floats"
     why = next(reason for pattern, reason in NO_CODEBOOK if pattern.search(text))
-    return f"{why}; if a tensor is one after all, name it with --codebook-key"
+    return f"{why}; if a tensor is one after all, name it to the other commands by --codebook-key"

@@ -15,7 +15,7 @@ TERMS = {
     "coverage": "share of latents within a reference distance of their code: the 95th percentile of distances in a "
     "k-means of the same size",
     "effective dimension": "number of directions in which the latents vary (participation ratio of their covariance)",
-    "mse": "mean squared error of reconstructions, per value; of images in [0, 1]",
+    "mse": "mean squared error of reconstructions, per value; images are in [0, 1], and reconstructions clamped to it",
     "PSNR": "peak signal-to-noise ratio, −10 · log10(mse) for images; higher is better",
     "SSIM": "structural similarity of image and reconstruction; 1 where they are equal",
     "sharpness": "fine detail of the reconstructions, relative to that of the images",

@@ -95,6 +95,7 @@ def measure_model(
     else:
         target = open_request(request, watch, measuring=True)
     target.warnings += told_by_file(target.model.checkpoint, target.codebooks)
+    target.settings["metric"] = target.model.books[target.model.chosen[0]].metric.name
     with watch.phase("measure"):
         latents = encoder_latents(target)  # of all data, so that all parts have the same reference
     if isinstance(target, Opened) and shard is not None:

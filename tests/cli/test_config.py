@@ -108,8 +108,15 @@ def test_init_tries_a_batch_and_writes_what_the_next_command_needs(folder: Path,
     assert made.exit_code == 0 and made.json["outputs"]["config"] == "codebook.toml", made.stderr
     written = tomllib.loads(Path("codebook.toml").read_text())
     assert written.pop("input-range") == made.json["settings"]["input_range"]
-    assert written == {"data": ["calibration.npy"], "network": "network.py:make", "batch-size": 20}
-    measured = codebook("measure", "model.safetensors", "--json").json["settings"]
+    assert written == {
+        "data": ["calibration.npy"],
+        "network": "network.py:make",
+        "batch-size": 20,
+        "metric": "euclidean",
+    }
+    again = codebook("measure", "model.safetensors", "--json")
+    assert not any("nothing says how" in text for text in again.json["warnings"])
+    measured = again.json["settings"]
     assert measured["network"] == "network.py:make" and measured["config"]["batch-size"] == "20"
     assert_refused(codebook("init", "model.safetensors", *words), "codebook.toml exists; use --force")
     again = codebook("init", "model.safetensors", "--data", "held_out.npy", "--force", "--json")
