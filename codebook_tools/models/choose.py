@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.detect import Detection, FoundCodebook
 from codebook_tools.checkpoints.matrices import FEW, FLOATS, listed, matrices
@@ -15,6 +16,9 @@ from codebook_tools.models.ema_state import follow_by_numbers
 from codebook_tools.models.registry import detected
 from codebook_tools.models.stored_codes import stored_rows
 from codebook_tools.models.twins import twins
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def choose_codebooks(checkpoint: Checkpoint, keys: Sequence[str]) -> list[FoundCodebook]:
@@ -202,6 +206,25 @@ def declared_book(checkpoint: Checkpoint, key: str) -> FoundCodebook:
             f"{candidates}"
         )
     return find_book(checkpoint, key)
+
+
+def grown_book(
+    checkpoint: Checkpoint, small: Mapping[str, Tensor], large: Mapping[str, Tensor], prefix: str
+) -> FoundCodebook | None:
+    """The only matrix of a network that grows with codebook_size, where no name in the file says codebook.
+
+    Args:
+        checkpoint: The file.
+        small: State of the network for some size.
+        large: State of the network for one code more.
+        prefix: Of the network's names in the file.
+    """
+    grown = [
+        name for name, one in small.items() if one.ndim == 2 and name in large and large[name].shape != one.shape
+    ]  # fmt: skip
+    if len(grown) != 1 or prefix + grown[0] not in checkpoint.entries or detected(checkpoint).codebooks:
+        return None
+    return find_book(checkpoint, prefix + grown[0])
 
 
 def lone_row(checkpoint: Checkpoint) -> FoundCodebook | None:

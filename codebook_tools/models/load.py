@@ -23,6 +23,7 @@ from codebook_tools.models.choose import (
     choose_codebook,
     choose_codebooks,
     declared_book,
+    grown_book,
     laid_out_alike,
     lone_row,
     operable,
@@ -193,14 +194,16 @@ def _first_of(spec: NetworkMaker, checkpoint: Checkpoint, keys: Sequence[str]) -
             raise
         names = declared_codebooks(module)
         if not names:
-            lone = lone_row(checkpoint)
-            if lone is None or _shape_in(module, lone.key) is None:
+            prefix = _common_prefix(module.state_dict(), checkpoint)
+            larger = make_network(spec, _ANY_SIZE + 1).state_dict()
+            one = lone_row(checkpoint) or grown_book(checkpoint, module.state_dict(), larger, prefix)
+            if one is None or _shape_in(module, one.key) is None:
                 raise
-            return operable(checkpoint, lone)
+            return operable(checkpoint, one)
         return declared_book(checkpoint, _common_prefix(module.state_dict(), checkpoint) + names[0])
 
 
-_ANY_SIZE = 4  # of a network that is only asked for the names of its codebooks
+_ANY_SIZE = 4  # of a network that is only asked which tensors are its codebooks
 
 
 def _make_custom(spec: NetworkMaker, checkpoint: Checkpoint, size: int) -> nn.Module:
@@ -325,7 +328,7 @@ def _books_of(
                 f"the network declares {len(own)} codebooks, {', '.join(own)}, and has no walk(encoded, quantize) that "
                 "passes through them: add it, or choose the one that encode leads to with --codebook-key"
             )
-        if first is not None and not asked and (own or lone_row(checkpoint)):
+        if first is not None and not asked and (own or lone_row(checkpoint) or not detected(checkpoint).codebooks):
             return [first]
         chosen = choose_codebook(checkpoint, asked)
         return [first if first is not None and first.key == chosen.key else chosen]

@@ -162,3 +162,44 @@ def test_a_codebook_of_any_name_can_be_named_from_what_inspect_lists(tmp_path: P
     assert_refused(
         codebook("quantize", path, "--k", 8, "--codebook-key", "word.weight"), "the candidates: words.weight"
     )
+
+
+OWN = """
+import torch
+from torch import nn
+
+
+class Glyphs(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.eyes, self.hands = nn.Conv2d(1, 6, 4, 4), nn.ConvTranspose2d(6, 1, 4, 4)
+        self.dictionary = nn.Parameter(torch.randn(size, 6))
+        EXTRA
+
+    def encode(self, images):
+        return self.eyes(images)
+
+    def decode(self, latents):
+        return self.hands(latents)
+
+
+def make(codebook_size):
+    return Glyphs(codebook_size)
+"""
+
+
+def test_the_only_matrix_that_grows_with_codebook_size_is_the_codebook(tmp_path: Path, codebook: Run) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (80, 16, 16), dtype=np.uint8))
+    for extra, sure in (("pass", True), ("self.classes = nn.Linear(6, size)", False)):
+        names = dict[str, object]()
+        exec(OWN.replace("EXTRA", extra), names)
+        module = names["make"](32)  # type: ignore[operator]
+        path = tmp_path / f"{len(extra)}.safetensors"
+        save_file(module.state_dict(), path)
+        (tmp_path / "own.py").write_text(OWN.replace("EXTRA", extra))
+        words = (path, "--network", f"{tmp_path / 'own.py'}:make", "--data", tmp_path / "x.npy")
+        done = codebook("refit", *words, "--k", 8, "--steps", 0, "--input-range", "0,1", "--json")
+        if sure:
+            assert done.exit_code == 0 and "dictionary" in done.json["stages"]["surgery"]["codebooks"][0]["key"], done
+        else:
+            assert_refused(done, "has no codebook: ")
