@@ -56,8 +56,8 @@ def examples() -> dict[str, str]:
 
 def blocks(document: str, language: str = "") -> list[str]:
     text = (ROOT / document).read_text(encoding="utf-8")
-    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", text, re.S | re.M)
-    return found
+    fenced: list[tuple[str, str]] = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)
+    return [content for name, content in fenced if name == language]
 
 
 def lines_of(document: str) -> list[str]:
