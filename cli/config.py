@@ -52,13 +52,16 @@ class ConfiguredCommand(TyperCommand):
             ctx.meta["notes"] = (*_others(Path(model)),)
         ctx.default_map = defaults
         rest = super().parse_args(ctx, args)
-        ctx.meta["config"] = {name.replace("_", "-"): defaults[name] for name in defaults if _is_default(ctx, name)}
+        ctx.meta["config"] = {
+            name.replace("_", "-"): defaults[name] for name in defaults if source_of(ctx, name) == "DEFAULT_MAP"
+        }
         return rest
 
 
-def _is_default(ctx: Any, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "DEFAULT_MAP"
+def source_of(context: Any, name: str) -> str:
+    """Where a command has the value of an option from: "COMMANDLINE", "DEFAULT_MAP" (the file), "DEFAULT" …"""
+    source = context.get_parameter_source(name)
+    return "" if source is None else str(source.name)
 
 
 def _others(model: Path) -> Iterator[str]:

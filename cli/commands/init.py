@@ -10,7 +10,7 @@ import typer
 
 from codebook_tools.errors import CodebookError
 
-from ..config import NAME, as_toml, keys
+from ..config import NAME, as_toml, keys, source_of
 from ..options import DATA, MODEL, REPLACE, RUN, ModelArgument, command
 from ..run import request_of, run_and_show
 
@@ -26,8 +26,10 @@ def init(options: dict[str, Any], context: typer.Context, model: ModelArgument =
     def work(watch: Watch) -> Result:
         from codebook_tools.checkpoints.atomic import write_text
         from codebook_tools.models.registry import CUSTOM
+        from codebook_tools.runtime import distributed
         from codebook_tools.workflows.operate import measure_model
 
+        distributed.require_one("init")
         path = Path(NAME)
         if model is None:
             raise CodebookError("init wants a MODEL: codebook.toml says how to open one of yours")
@@ -37,7 +39,7 @@ def init(options: dict[str, Any], context: typer.Context, model: ModelArgument =
         tried = measure_model(
             replace(request, limit=min(request.batch_size, request.limit or request.batch_size)), watch
         )
-        chosen = {key: options[one.name] for key, one in keys().items() if _is_set(context, one.name)}
+        chosen = {key: options[one.name] for key, one in keys().items() if source_of(context, one.name) in _SET}
         if bounds := tried.settings.get("input_range"):
             chosen["input-range"] = bounds
         if tried.family == CUSTOM and tried.proof is None:  # it was assumed, with a warning, which once is enough
@@ -49,7 +51,5 @@ def init(options: dict[str, Any], context: typer.Context, model: ModelArgument =
     run_and_show(work, options)
 
 
-def _is_set(context: typer.Context, name: str) -> bool:
-    """Whether an option was typed, or is in the file that is replaced."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
+_SET = ("COMMANDLINE", "DEFAULT_MAP")
+"""Sources of an option that was typed, or is in the file that is replaced."""

@@ -13,6 +13,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.options import Declared, Option, declared
 from codebook_tools.workflows.request import Request
 
+from ..config import source_of
 from ..errors import reported
 from ..options import DATA, LONG_RUN, META, MODEL, RESULT, ModelArgument, Shell, command
 from ..run import request_of, run_and_show
@@ -51,7 +52,7 @@ def run_recipe(context: typer.Context, path: Path, model: Path | None, options: 
         model: As typed; None for the recipe's.
         options: Of the command, by name.
     """
-    typed = {name for name in (*options, "model") if _is_typed(context, name)}
+    typed = {name for name in (*options, "model") if source_of(context, name) == "COMMANDLINE"}
     with reported():
         from codebook_tools.workflows.recipe_file import read_recipe
 
@@ -79,11 +80,6 @@ def run_recipe(context: typer.Context, path: Path, model: Path | None, options: 
         return replace(done, outputs={**done.outputs, "recipe": str(again)})
 
     run_and_show(work, combined)
-
-
-def _is_typed(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def merged(recipe: Mapping[str, Any], options: dict[str, Any], typed: Collection[str]) -> dict[str, Any]:

@@ -87,8 +87,11 @@ def _by_library(
     prepared = metric.prepare(points)
     refuse_unfit(prepared, k)
     start = metric.prepare(init) if isinstance(init, Tensor) else seeds(prepared, k, init, seed, weights)
-    run = _faiss if engine == "faiss" else _sklearn
-    vectors, done = run(prepared.cpu(), start.cpu(), iterations, seed, weights, metric.by_direction)
+    rows, first = prepared.cpu(), start.cpu()
+    if engine == "faiss":
+        vectors, done = _faiss(rows, first, iterations, seed, weights, metric.by_direction), iterations
+    else:
+        vectors, done = _sklearn(rows, first, iterations, seed, weights)
     codebook = Codebook(vectors.to(points.device), metric)
     if metric.by_direction:
         codebook = Codebook(Cells.over([(points, weights)], codebook).means(codebook), metric)
@@ -98,7 +101,8 @@ def _by_library(
 
 def _faiss(
     points: Tensor, start: Tensor, iterations: int, seed: int, weights: Tensor | None, spherical: bool
-) -> tuple[Tensor, int]:
+) -> Tensor:
+    """(k, dim), from seeds (k, dim). spherical: whether centroids are normalized after each iteration."""
     faiss = require("--engine faiss", "all", "faiss")
     run = faiss.Kmeans(
         points.shape[1], len(start), niter=iterations, seed=seed % 2**31, spherical=spherical,
@@ -106,12 +110,11 @@ def _faiss(
     )  # fmt: skip
     rows = points.contiguous().numpy()
     run.train(rows, None if weights is None else weights.float().numpy(), init_centroids=start.contiguous().numpy())
-    return torch.from_numpy(run.centroids.copy()), iterations
+    return torch.from_numpy(run.centroids.copy())
 
 
-def _sklearn(
-    points: Tensor, start: Tensor, iterations: int, seed: int, weights: Tensor | None, spherical: bool
-) -> tuple[Tensor, int]:
+def _sklearn(points: Tensor, start: Tensor, iterations: int, seed: int, weights: Tensor | None) -> tuple[Tensor, int]:
+    """(k, dim), from seeds (k, dim), and the number of iterations."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,16 +43,16 @@ class Batch:
     media: tuple[Tensor, Tensor] | None = None
 
 
-class Accumulator:
+class Accumulator(ABC):
     """Adds up batches of a pass, which may come in any order and in any process."""
 
+    @abstractmethod
     def add(self, batch: Batch) -> None:
         """Add one batch."""
-        raise NotImplementedError
 
     def merge(self) -> None:
-        """Take in what the other processes added; undefined for an accumulator that only one process can use."""
-        raise NotImplementedError
+        """Take in what the other processes added. Left out where the command runs in one process alone."""
+        raise AssertionError(f"{type(self).__name__} adds up in one process alone")
 
 
 def run_pass(source: MediaSource | LatentSource, accumulators: Sequence[Accumulator], watch: Watch) -> None:

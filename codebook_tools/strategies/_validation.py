@@ -1,8 +1,14 @@
-"""Checks that several strategies share."""
+"""Checks and options that several strategies share."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from codebook_tools.codebook import Engine
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.options import Option
+
+EngineOption = Annotated[Engine, Option("Which k-means runs; auto takes the native one.", panel="k-means")]
 
 
 def check_k(k: int) -> None:

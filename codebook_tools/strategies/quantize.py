@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from codebook_tools.codebook import Codebook, Engine, Latents, Surgery
+from codebook_tools.codebook import Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.options import Option
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.strategies._validation import check_k
+from codebook_tools.strategies._validation import EngineOption, check_k
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ class Quantize:
     method: Annotated[Literal["kmeans", "pnn"], Option("How codes are merged.")] = "kmeans"
     bits: Annotated[int | None, Option("Round entries to B bits, 2 to 8, instead.", metavar="B")] = None
     seed: int = 0
-    engine: Annotated[Engine, Option("Which k-means runs; auto takes the native one.", panel="k-means")] = "auto"
+    engine: EngineOption = "auto"
 
     def __post_init__(self) -> None:
         if (self.k is None) == (self.bits is None):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from codebook_tools.codebook import REMOVED, Codebook, Engine, Latents, Surgery
+from codebook_tools.codebook import REMOVED, Codebook, Latents, Surgery
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.options import Option
 from codebook_tools.runtime.progress import Watch
+from codebook_tools.strategies._validation import EngineOption
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +54,7 @@ class Refit:
     exact: Annotated[
         bool, Option("Over all latents, not a million, of --latents or --latents-cache.", panel="k-means")
     ] = False
-    engine: Annotated[Engine, Option("Which k-means runs; auto takes the native one.", panel="k-means")] = "auto"
+    engine: EngineOption = "auto"
     device: str = field(default="cpu", repr=False, compare=False)
     watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
