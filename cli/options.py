@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from codebook_tools.codebook import Engine
 from codebook_tools.runtime.options import Declared, Option, declared
 from codebook_tools.training.recipe import FineTune
 from codebook_tools.workflows.request import Request
@@ -24,6 +25,10 @@ ModelArgument = Annotated[
         help="A .safetensors, .pt or .ckpt file, or a directory of diffusers or transformers. Left out: the demo.",
         show_default=False,
     ),
+]
+EngineOption = Annotated[
+    Engine,
+    typer.Option(metavar="NAME", help="Which k-means runs (auto, native, faiss, sklearn).", rich_help_panel="k-means"),
 ]
 _WIDEST = 20  # characters of choices in the column beside an option; more would narrow that of its help
 _COMPLETIONS: Mapping[str, Callable[[str], list[str]]] = {"device": devices, "family": families}

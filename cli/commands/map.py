@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..options import DATA, LONG_RUN, MODEL, ModelArgument, command
+from ..options import DATA, LONG_RUN, MODEL, EngineOption, ModelArgument, command
 from ..run import named_after, request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
@@ -24,6 +24,7 @@ def map_(
     method: Annotated[
         Literal["umap", "pca"], typer.Option(help="umap keeps neighbors together, pca distances.")
     ] = "umap",
+    engine: EngineOption = "auto",
 ) -> None:
     """Latents, codes and k-means centroids in one plane: a page to move over, a PNG, an SVG and a parquet.
 
@@ -35,7 +36,7 @@ def map_(
         from codebook_tools.workflows.latent_map import look_at_map
 
         check_beside(page)
-        return look_at_map(request_of(model, options), k, method, watch)
+        return look_at_map(request_of(model, options), k, method, watch, engine)
 
     page = options["report"] or named_after(model, ".map.html")
     run_and_show(work, {**options, "report": page})

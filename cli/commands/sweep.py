@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..options import DATA, FOLDER, LONG_RUN, MODEL, ModelArgument, command
+from ..options import DATA, FOLDER, LONG_RUN, MODEL, EngineOption, ModelArgument, command
 from ..run import named_after, numbers, request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
@@ -29,6 +29,7 @@ def sweep(
             help="Also Re-Fits that pay so much for a bit, in variances of the latents; 0.001,0.01 say.",
         ),
     ] = "",
+    engine: EngineOption = "auto",
 ) -> None:
     """How many codes? Error, distortion and bits over K, right after each surgery, and a K that suffices."""
     sizes, prices = numbers(k, int), numbers(lambda_, float)
@@ -37,6 +38,6 @@ def sweep(
         from codebook_tools.workflows.sweep import sweep as run_sweep
 
         folder = options["output"] or named_after(model, ".sweep")
-        return run_sweep(request_of(model, {**options, "output": None}), sizes, prices, folder, watch)
+        return run_sweep(request_of(model, {**options, "output": None}), sizes, prices, folder, watch, engine)
 
     run_and_show(work, options)

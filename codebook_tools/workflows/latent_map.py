@@ -11,6 +11,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from codebook_tools.codebook import Engine
 from codebook_tools.data.items import Item
 from codebook_tools.data.splits import limited
 from codebook_tools.evaluation.one_pass import Accumulator, Batch, LatentSource, run_pass
@@ -70,7 +71,7 @@ class Map(ResultHeader):
     json_keys = (*SUBJECT, "method", "k", "size", "used", "coverage", "seconds", "outputs", "command", "version")
 
 
-def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -> Map:
+def look_at_map(request: Request, k: int | None, method: Method, watch: Watch, engine: Engine = "auto") -> Map:
     """Project latents, codes and centroids into one plane.
 
     Args:
@@ -78,6 +79,7 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -
         k: Number of centroids; None for as many as there are codes in use.
         method: "umap" or "pca"; umap falls back on pca, with a warning, where umap-learn is not installed.
         watch: Progress and seconds by phase.
+        engine: Of the k-means; see clustering/engines.py.
 
     Raises:
         CodebookError: k is below 1, or the model takes no images.
@@ -93,7 +95,7 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch) -
     codebook = model.books[stage].codebook
     measurement = measure_stage(opened, encoder_latents(opened), watch)
     with watch.phase("strategy"):
-        refit = Refit(max(1, used) if k is None else k, seed=request.seed)
+        refit = Refit(max(1, used) if k is None else k, seed=request.seed, engine=engine)
         own = replace(codebook, vectors=codebook.vectors.cpu())
         centroids = refit(own, sample, counts).codebook
     with watch.phase("encode"):

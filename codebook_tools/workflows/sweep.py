@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from codebook_tools.checkpoints.atomic import write_text
-from codebook_tools.codebook import Strategy
+from codebook_tools.clustering.engines import chosen
+from codebook_tools.codebook import Engine, Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation import metrics
 from codebook_tools.evaluation.figures import STAGES, Measurement, in_markdown
@@ -70,7 +71,14 @@ class Sweep(ResultHeader):
         return super().to_json() | {"points": points}
 
 
-def sweep(request: Request, sizes: Sequence[int], prices: Sequence[float], folder: Path, watch: Watch) -> Sweep:
+def sweep(
+    request: Request,
+    sizes: Sequence[int],
+    prices: Sequence[float],
+    folder: Path,
+    watch: Watch,
+    engine: Engine = "auto",
+) -> Sweep:
     """Re-Fit to each size, from the codes of the size before; prune and quantize, where they can.
 
     Rows go to folder/rows.json one by one, and those that are there, of the same model, data, settings and version, are
@@ -82,6 +90,7 @@ def sweep(request: Request, sizes: Sequence[int], prices: Sequence[float], folde
         prices: Of a bit, in variances of the latents: for each an entropy-constrained Re-Fit of the largest size.
         folder: For the rows and the table; made where it is missing.
         watch: Progress and seconds by phase.
+        engine: Of all k-means; see clustering/engines.py.
 
     Raises:
         CodebookError: Re-Fit is possible at none of the sizes, or the folder cannot be written.
@@ -94,14 +103,14 @@ def sweep(request: Request, sizes: Sequence[int], prices: Sequence[float], folde
     store, opened = RowStore(folder), open_request(request, watch)
     calibration = calibrate(opened, watch)
     opened.warnings += calibration.first.remarks(exact=False)
-    points = _swept(opened, calibration, sizes, prices, store, watch)
+    points = _swept(opened, calibration, sizes, prices, engine, store, watch)
     curve = {row.k: _surgery(row) for row in points if row.strategy == "refit"}
     if not curve:
         raise CodebookError(f"Re-Fit can be done to none of {sizes}: {opened.warnings[-1]}")
     suggested, reason = suggest(curve)
     left = {k: result.codebooks[0].distortion for k, result in curve.items()}
     table = folder / "table.md"
-    opened.settings |= {"k": sizes, "lambda": [*prices]}
+    opened.settings |= {"k": sizes, "lambda": [*prices], "engine": chosen(engine)}
     result = Sweep(
         **header("sweep", opened),
         points=tuple(points),
@@ -168,6 +177,7 @@ def _swept(
     calibration: Calibration,
     sizes: Sequence[int],
     prices: Sequence[float],
+    engine: Engine,
     store: RowStore,
     watch: Watch,
 ) -> list[Row]:
@@ -177,7 +187,7 @@ def _swept(
     before, rows = measure_stage(opened, latents, watch), list[Row]()
     now, placed = calibration, books  # by the last Re-Fit
     used = int((calibration.first.counts > 0).sum())
-    for name, strategy in _strategies(sizes, prices, seed, used):
+    for name, strategy in _strategies(sizes, prices, seed, used, engine):
         goes_on = now is not calibration and name.startswith("refit")
         model.books = placed if goes_on else books
         hashed = made_with(opened, {"strategy": [name, settings_of(strategy)], "sizes": sizes, "seed": seed})
@@ -201,15 +211,17 @@ def _swept(
     return rows
 
 
-def _strategies(sizes: Sequence[int], prices: Sequence[float], seed: int, used: int) -> Iterator[tuple[str, Strategy]]:
+def _strategies(
+    sizes: Sequence[int], prices: Sequence[float], seed: int, used: int, engine: Engine
+) -> Iterator[tuple[str, Strategy]]:
     """Names and strategies in order; a Re-Fit starts from the codes of the one before. used: before any surgery."""
     for i, k in enumerate(sizes):
-        yield "refit", Refit(k, init="used" if i else "kmeans++", seed=seed)
+        yield "refit", Refit(k, init="used" if i else "kmeans++", seed=seed, engine=engine)
     for price in prices:
         yield f"refit, {price:g} a bit", EntropyRefit(sizes[-1], price, seed=seed)
     fewer = [k for k in sizes if k < used]
     yield from (("prune", Prune(keep=k)) for k in [*fewer, used])
-    yield from (("quantize", Quantize(k=k, seed=seed)) for k in fewer)
+    yield from (("quantize", Quantize(k=k, seed=seed, engine=engine)) for k in fewer)
 
 
 def _as_it_is(opened: Opened, calibration: Calibration, watch: Watch) -> Calibration:

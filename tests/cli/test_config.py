@@ -129,3 +129,13 @@ def test_names_with_any_character_come_back() -> None:
     options = {"data": ['a "b"\\c\n\x7f', "naïve/画像"], "steps": 3, "lr": 1e-5, "skip-bad": True}
     assert tomllib.loads(as_toml(options)) == options
     assert {"data", "network", "test-data", "compile", "lr", "codebook-update"} <= keys().keys()
+
+
+def test_a_sweep_runs_the_engine_that_is_asked_for_and_names_it(folder: Path, codebook: Run) -> None:
+    write(folder)
+    done = codebook("sweep", "model.safetensors", "--k", "4,8", "--engine", "sklearn", "-o", "swept", "--json")
+    assert done.exit_code == 0 and done.json["settings"]["engine"] == "sklearn", done.stderr
+    default = codebook("sweep", "model.safetensors", "--k", "4,8", "-o", "native", "--json")
+    assert default.json["settings"]["engine"] == "native"
+    figures = [[point["stages"]["surgery"]["mse"] for point in run.json["points"]] for run in (done, default)]
+    assert figures[0] != figures[1]
