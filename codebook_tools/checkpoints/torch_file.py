@@ -49,7 +49,7 @@ def read_pickle(path: Path) -> Weights:
             decide, or a tensor that safetensors cannot hold.
         OSError: It cannot be read.
     """
-    prefix, state, left_behind = _unwrapped(path, _load(path))
+    prefix, state, left_behind = _unwrapped(path, load_object(path))
     entries = dict[str, Entry]()
     for key, value in state.items():
         if isinstance(key, str) and isinstance(value, Tensor):
@@ -63,8 +63,13 @@ class _RefusedError(CodebookError):
     """The file asks for a class or function that is not allowed."""
 
 
-def _load(path: Path) -> object:
-    """The saved object, with stand-ins for harmless objects."""
+def load_object(path: Path) -> object:
+    """The saved object, with stand-ins for harmless objects; tensors are mapped into memory where the file allows it.
+
+    Raises:
+        CodebookError: The file is damaged, or asks for code.
+        OSError: It cannot be read.
+    """
     try:
         return _attempt(path)
     except _RefusedError as refused:  # the class may be an enum of the file's own config

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from codebook_tools.checkpoints.tensors import Stored, torch_dtype
 from codebook_tools.data.items import Item, Values
 from codebook_tools.data.sources import Source, file_and_entry
 from codebook_tools.errors import CodebookError, one_line
+from codebook_tools.runtime.safe_io import check_regular
 
 Decode = Callable[[NDArray[Any]], Values]
 """Converts a stored row to the values of an item; raises ValueError with the reason where it cannot."""
@@ -64,6 +68,26 @@ def _refuse_bomb(path: Path) -> None:
         whole = sum(member.file_size for member in archive.infolist())
     if whole > max(1 << 30, 200 * packed):
         raise ValueError(f"{packed:,} bytes that unpack to {whole:,} look like a decompression bomb")
+
+
+# Mapped copy-on-write, although nothing is written, because torch warns of read-only arrays.
+def map_npy(path: Path) -> Tensor:
+    """Map the array of a .npy file into memory. Raises CodebookError where it holds none of plain numbers."""
+    try:
+        check_regular(path)
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+        if array.dtype.kind not in "fiub":
+            raise ValueError(f"its dtype is {array.dtype}; expected floats or integers")
+        native = array if array.dtype.isnative else np.array(array, array.dtype.newbyteorder("="))
+        return torch.from_numpy(native)
+    except Exception as error:  # numpy raises whatever it likes on a damaged header
+        raise CodebookError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def map_entry(entry: Stored) -> Tensor:
+    """Map a tensor of a safetensors file into memory."""
+    mapped = np.memmap(entry.file, np.uint8, "c", entry.start, (entry.nbytes,))
+    return torch.from_numpy(mapped).view(torch_dtype(entry.dtype)).reshape(entry.shape)
 
 
 def row_items(name: str, array: NDArray[Any], decode: Decode) -> list[Item]:

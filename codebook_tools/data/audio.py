@@ -54,6 +54,7 @@ class Waveforms(Modality):
         CodebookError: `size` is below the hop or above LONGEST_CLIP.
     """
 
+    name = "audio"
     one = "clip"
     many = "clips"
     suffixes = (".wav", ".flac")

@@ -10,14 +10,16 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from codebook_tools.data.channels import MIXINGS
-from codebook_tools.data.items import Item, Values
+from codebook_tools.data.items import Item, RaggedItem, Values
 from codebook_tools.data.modality import Modality
+from codebook_tools.data.rows import Rows, all_finite, rows_of_items
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.runtime.progress import Watch
 
@@ -78,7 +80,7 @@ class Media:
         beyond: Values beyond full scale, by name of the item.
     """
 
-    items: list[Item]
+    items: Sequence[Item]
     modality: Modality
     skip_bad: bool = False
     watch: Watch = field(default_factory=Watch, repr=False)
@@ -94,7 +96,7 @@ class Media:
     def __len__(self) -> int:
         return len(self.items)
 
-    def subset(self, items: list[Item]) -> Self:
+    def subset(self, items: Sequence[Item]) -> Self:
         """A copy restricted to `items`, which shares the cache and the records of bad items."""
         subset = copy(self)
         subset.items = items
@@ -113,7 +115,7 @@ class Media:
             self._cache.values.clear()
             self._cache.nbytes = 0
 
-    def batches(self, size: int) -> Iterator[tuple[list[Item], Tensor]]:
+    def batches(self, size: int) -> Iterator[tuple[Sequence[Item], Tensor]]:
         """The batches of this part, in order.
 
         Args:
@@ -121,20 +123,53 @@ class Media:
 
         Returns:
             Items and values as `load` returns them; batches without a readable item are left out. The batches of all
-            parts together are those of the whole.
+            parts together are those of the whole. Items of unlike length are in batches of one length, near each
+            other.
         """
         index, parts = self.part
-        starts = range(index * size, len(self.items), parts * size)
-        batches = self.stream(range(start, min(start + size, len(self.items))) for start in starts)
+        if isinstance(self.items, Rows):
+            batches: Iterator[tuple[Sequence[Item], Tensor]] = (
+                self.load(rows) for rows in islice(self.items.batches(size), index, None, parts)
+            )
+        else:
+            lots = self.alike(range(len(self.items)), size, window=_WINDOW)
+            batches = self.stream(islice(lots, index, None, parts))
         return ((items, values) for items, values in batches if items)
 
-    def stream(self, places: Iterable[Sequence[int]]) -> Iterator[tuple[list[Item], Tensor]]:
+    @property
+    def ragged(self) -> bool:
+        """Whether items differ in length."""
+        return not isinstance(self.items, Rows) and len({_length_of(item) for item in self.items}) > 1
+
+    def alike(self, places: Sequence[int], size: int, window: int | None = None) -> Iterator[Sequence[int]]:
+        """Divide positions of items into batches, each of items of one length.
+
+        Args:
+            places: Positions in `items`.
+            size: Of a batch at most; shorter ones hold what is left.
+            window: So many batches at a time are arranged by length; None for all.
+        """
+        if not self.ragged:
+            yield from (places[start : start + size] for start in range(0, len(places), size))
+            return
+        step = len(places) if window is None else window * size
+        for start in range(0, len(places), step):
+            by_length = dict[int, list[int]]()
+            for place in places[start : start + step]:
+                lot = by_length.setdefault(_length_of(self.items[place]), [])
+                lot.append(place)
+                if len(lot) == size:
+                    yield list(lot)
+                    lot.clear()
+            yield from (lot for lot in by_length.values() if lot)
+
+    def stream(self, places: Iterable[Sequence[int]]) -> Iterator[tuple[Sequence[Item], Tensor]]:
         """Load batches of items by their positions in `items`, which the workers decode some batches ahead."""
-        ahead = self.workers and any(not self._known(item) for item in self.items)
+        ahead = self.workers and not isinstance(self.items, Rows) and any(not self._known(item) for item in self.items)
         for items, decoded in self._ahead(places) if ahead else ((self._at(batch), {}) for batch in places):
             yield self._batch(items, decoded)
 
-    def load(self, items: Sequence[Item]) -> tuple[list[Item], Tensor]:
+    def load(self, items: Sequence[Item]) -> tuple[Sequence[Item], Tensor]:
         """Load a batch.
 
         Args:
@@ -142,7 +177,7 @@ class Media:
 
         Returns:
             The readable items, and their values (n, channels, ...) float32: images in [0, 1], waveforms with 1 at full
-            scale. Without any readable item an empty list and an empty tensor.
+            scale; arrays as the network takes them. Without any readable item an empty list and an empty tensor.
 
         Raises:
             CodebookError: An item cannot be read and skip_bad is off, none of the source can be read, an item has other
@@ -153,14 +188,26 @@ class Media:
     def _at(self, places: Sequence[int]) -> list[Item]:
         return [self.items[place] for place in places]
 
-    def _batch(self, items: Sequence[Item], decoded: dict[Item, Decoded]) -> tuple[list[Item], Tensor]:
+    def _batch(self, items: Sequence[Item], decoded: dict[Item, Decoded]) -> tuple[Sequence[Item], Tensor]:
         """As `load`. decoded: what workers have made of some of the items."""
         with self.watch.phase("load"):
+            if (stored := rows_of_items(items)) is not None:
+                items, rows = self._finite(items, self.modality.batched(stored))
+                return items, rows.pin_memory() if self.pinned and len(items) else rows
             loaded = [(item, values) for item in items if (values := self._values(item, decoded)) is not None]
             if not loaded:
                 return [], torch.empty(0)
-            stacked = _stacked([values for _, values in loaded])
+            stacked = self.modality.stacked([values for _, values in loaded])
             return [item for item, _ in loaded], stacked.pin_memory() if self.pinned else stacked
+
+    def _finite(self, items: Sequence[Item], values: Tensor) -> tuple[Sequence[Item], Tensor]:
+        """Rows without those that hold a value which is not finite."""
+        if not values.is_floating_point() or all_finite(values):
+            return items, values
+        finite = torch.isfinite(values).flatten(1).all(1)
+        for at in (~finite).nonzero()[:, 0].tolist():
+            self._leave_out(items[at], ValueError("a value is not finite"))
+        return [items[at] for at in finite.nonzero()[:, 0].tolist()], values[finite]
 
     def _ahead(self, places: Iterable[Sequence[int]]) -> Iterator[tuple[list[Item], dict[Item, Decoded]]]:
         """Batches of items, and what the workers made of those that were neither cached nor known as bad."""
@@ -210,7 +257,14 @@ class Media:
             return None
         values = torch.tensor(result)
         first, shape = self._first = self._first or (item, tuple(values.shape))
-        if tuple(values.shape) != shape:
+        of_length = 1 if isinstance(item, RaggedItem) else 0  # axes whose lengths may differ
+        if not values.numel() or (
+            values.is_floating_point() and isinstance(item, RaggedItem) and not all_finite(values)
+        ):
+            why = "a value is not finite" if values.numel() else "it holds no value"
+            self._leave_out(item, ValueError(why))
+            return None
+        if tuple(values.shape)[of_length:] != shape[of_length:] or values.ndim != len(shape):
             this, other = map(self.modality.written, (values.shape, shape))
             raise CodebookError(
                 f"{self.modality.many} of unlike sizes: {item} is {this}, {first} is {other}; {self.modality.remedy}"
@@ -247,12 +301,12 @@ class Media:
             raise CodebookError(f"none of the {len(self)} {many} can be read, the last one {item}: {reason}") from error
 
 
-def _stacked(values: Sequence[Tensor]) -> Tensor:
-    """One float32 tensor of values of one shape: uint8 in units of 1/255, or float32."""
-    if all(one.dtype == torch.uint8 for one in values):
-        return torch.stack([*values]).float().div_(255)
-    return torch.stack([one.float().div_(255) if one.dtype == torch.uint8 else one for one in values])
+def _length_of(item: Item) -> int:
+    """The length of an item that may differ in length; 0 of others."""
+    return item.length if isinstance(item, RaggedItem) else 0
 
+
+_WINDOW = 64  # batches: items of unlike length are near their place in the order of names
 
 _CONTEXT = "fork" if "fork" in torch.multiprocessing.get_all_start_methods() else None
 """How workers start: a fork has the items at once, where other methods would pickle every one."""

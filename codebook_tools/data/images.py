@@ -48,6 +48,7 @@ class Images(Modality):
         CodebookError: `size` is above LONGEST_SIDE.
     """
 
+    name = "images"
     one = "image"
     many = "images"
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -70,7 +71,7 @@ class Images(Modality):
         """True: images are the default."""
         return True
 
-    def probed(self, items: list[Item], encode: Callable[[Tensor], Tensor], skip_bad: bool) -> Self:
+    def probed(self, items: Sequence[Item], encode: Callable[[Tensor], Tensor], skip_bad: bool) -> Self:
         """The modality with the channels and the stride that `probe` finds at the size of the first image."""
         height, width = self._first_size(items, skip_bad) if self.size is None else (self.size, self.size)
         channels, stride = probe(encode, height, width)
@@ -80,7 +81,7 @@ class Images(Modality):
             )
         return replace(self, channels=channels, stride=stride)
 
-    def _first_size(self, items: list[Item], skip_bad: bool) -> tuple[int, int]:
+    def _first_size(self, items: Sequence[Item], skip_bad: bool) -> tuple[int, int]:
         """Height and width of the first readable image, before it is cropped to the stride."""
         for item in items:
             _, pixels = Media(items, Images(), skip_bad, mixing=FIRST).load([item])

@@ -66,6 +66,17 @@ class Item:
         return int.from_bytes(name_sha256(self.kin)[8 * part : 8 * part + 8], "big")
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class RaggedItem(Item):
+    """An item whose first axis may be of another length than that of others.
+
+    Attributes:
+        length: Of that axis.
+    """
+
+    length: int = field(default=0)
+
+
 def items_sha256(items: Iterable[Item]) -> str:
     """Hexadecimal SHA-256 of names and lengths in order; the location of the data has no influence."""
     return name_sha256("\n".join(f"{item.name} {item.source.nbytes}" for item in items)).hex()
@@ -92,11 +103,12 @@ class InMemory:
         return f"{self.name} {self.values.dtype} {'x'.join(map(str, self.values.shape))}"
 
 
-def find_items(paths: Sequence[str | Path | InMemory], modality: Modality) -> list[Item]:
+def find_items(paths: Sequence[str | Path | InMemory], modality: Modality) -> Sequence[Item]:
     """List every item under the paths, in order of name, without reading any.
 
-    Names that several paths share are prefixed by the name of the path, or by all of the path where that is shared too;
-    their groups, and so their splits, stay the same.
+    Rows of an array, and clips of a file, are in the order of their numbers. Names that several paths share are
+    prefixed by the name of the path, or by all of the path where that is shared too; their groups, and so their splits,
+    stay the same.
 
     Args:
         paths: Folders of any depth, .tar shards, files, items in memory. A {0000..0009} in a path is a range, and *
@@ -110,25 +122,52 @@ def find_items(paths: Sequence[str | Path | InMemory], modality: Modality) -> li
         (path, _items(path, modality))
         for pattern in paths
         if not isinstance(pattern, InMemory)
-        for path in _paths(str(pattern))
+        for named in _paths(str(pattern))
+        for path in _files_in(named, modality)
     ]
     groups += [(Path(data.name), modality.rows(data.name, data.values)) for data in paths if isinstance(data, InMemory)]
     for path, items in groups:
         if not items:
             endings = (*modality.suffixes, _TABLE) if _TABLE in modality.archives else modality.suffixes
             raise CodebookError(f"no {modality.many} in {path}: expected files ending in {', '.join(endings)}")
-    shared = Counter(kin for _, items in groups for kin in {item.kin for item in items})
-    fronts = Counter(_label(path) for path, _ in groups)
+    return modality.joined([(_label(path), path.as_posix(), items) for path, items in groups])
+
+
+def _files_in(path: Path, modality: Modality) -> list[Path]:
+    """The path; of a folder, where items come from archives alone, those in it."""
+    file, entry = file_and_entry(path)
+    if modality.suffixes or not file.is_dir():
+        return [path]
+    files = [file / source.name for source in find_sources(file, tuple(modality.archives)) or ()]
+    if not files:
+        raise CodebookError(f"no {modality.many} in {path}: expected files ending in {', '.join(modality.archives)}")
+    return [one if entry is None else Path(f"{one}:{entry}") for one in files]
+
+
+def joined_by_name(groups: Sequence[tuple[str, str, Sequence[Item]]]) -> list[Item]:
+    """The items of several paths in order of name, under unique names; see `Modality.joined`."""
+    shared = Counter(kin for _, _, items in groups for kin in {item.kin for item in items})
+    fronts = Counter(label for label, _, _ in groups)
     named: dict[str, Item] = {}
-    for path, items in groups:
-        front = _label(path) if fronts[_label(path)] == 1 else path.as_posix()
+    for label, path, items in groups:
+        front = label if fronts[label] == 1 else path
         for item in items:
             if shared[item.kin] > 1:
                 item = replace(item, name=f"{front}/{item.name}", group=item.kin)
             if item.name in named:
                 raise CodebookError(f"{item.name} stands twice in the data; give each path once")
             named[item.name] = item
-    return [named[name] for name in sorted(named)]
+    return in_order(named.values())
+
+
+def in_order(items: Iterable[Item]) -> list[Item]:
+    """The items in order of name; rows of one array, and clips of one file, in the order of their numbers."""
+    return sorted(items, key=_by_number)
+
+
+def _by_number(item: Item) -> tuple[str, int, str]:
+    front, _, number = item.name.rpartition("#")
+    return (front, int(number), "") if number.isascii() and number.isdigit() else (item.name, -1, item.name)
 
 
 def _label(path: Path) -> str:
@@ -172,7 +211,7 @@ def _numbers(*ends: str) -> list[str]:
     return [f"{n:0{width}d}" for n in range(low, high + 1)]
 
 
-def _items(path: Path, modality: Modality) -> list[Item]:
+def _items(path: Path, modality: Modality) -> Sequence[Item]:
     file, entry = file_and_entry(path)
     sources = find_sources(file, modality.suffixes)
     if file.is_dir() and not (sources and entry is None):

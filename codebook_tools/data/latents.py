@@ -12,6 +12,7 @@ from torch import Tensor
 from codebook_tools.codebook import Latents
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.items import Item
+from codebook_tools.data.rows import all_finite
 from codebook_tools.data.sampling import Hashed, Named
 from codebook_tools.errors import CodebookError
 
@@ -76,7 +77,7 @@ class EncodedLatents:
         """That of the images."""
         return self.images.part
 
-    def by_item(self) -> Iterator[tuple[list[Item], Tensor]]:
+    def by_item(self) -> Iterator[tuple[Sequence[Item], Tensor]]:
         """Batches of items and their latents, (n, positions, dim) float32.
 
         Raises:
@@ -88,12 +89,6 @@ class EncodedLatents:
                 finite = torch.isfinite(latents).flatten(1).all(1)
                 raise CodebookError(f"the encoder's latents of {items[int(finite.int().argmin())].name} are not finite")
             yield items, latents
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether all of at least one value are finite; in one pass and without a mask, as every batch is checked."""
-    low, high = torch.aminmax(values)  # NaN if any value is
-    return bool(low.isfinite() & high.isfinite())
 
 
 def joined(latents: Latents) -> Tensor:

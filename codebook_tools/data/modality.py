@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from codebook_tools.data.items import Item, Values
+from codebook_tools.data.items import Item, Values, joined_by_name
 from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError
 
@@ -27,6 +27,7 @@ class Modality(ABC):
     plain numbers that go to the network unchanged.
 
     Attributes:
+        name: As --modality has it.
         one: Noun for an item, in messages.
         many: Noun for several items.
         suffixes: Suffixes of files that hold items.
@@ -38,7 +39,7 @@ class Modality(ABC):
         input_ranges: Ranges that networks are trained on, where data are in [0, 1]; of several, the one with the lowest
             reconstruction error is used.
         bounds: Lowest and highest value of an item, to which reconstructions are clamped; None for no clamping.
-        figures: Which of psnr (with peak 1), ssim and sharpness are computed for reconstructions.
+        figures: Which of psnr (with peak 1), ssim, sharpness and nmse are computed for reconstructions.
         pictures: Whether an item is (1 or 3, height, width) in `bounds`, so that reports can show it, patches can be
             cut from it, and LPIPS and a discriminator accept it.
         size: Side length of an item as the user set it; None for the default.
@@ -46,10 +47,11 @@ class Modality(ABC):
         stride: Divides the sides of an item.
     """
 
+    name: ClassVar[str]
     one: ClassVar[str]
     many: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
-    archives: ClassVar[Mapping[str, Callable[[Path], list[Item]]]] = {}
+    archives: ClassVar[Mapping[str, Callable[[Path], Sequence[Item]]]] = {}
     mixes: ClassVar[str] = ""
     remedy: ClassVar[str] = "give items of one shape"
     full: ClassVar[float | None] = None
@@ -80,7 +82,7 @@ class Modality(ABC):
         """
         return cls(size=size)
 
-    def probed(self, items: list[Item], encode: Callable[[Tensor], Tensor], skip_bad: bool) -> Self:
+    def probed(self, items: Sequence[Item], encode: Callable[[Tensor], Tensor], skip_bad: bool) -> Self:
         """The modality with properties of the network's input that only a trial encoding reveals.
 
         Args:
@@ -98,7 +100,7 @@ class Modality(ABC):
         """The items of a file with one of `suffixes`. An unreadable file is one item whose decoding fails."""
 
     @abstractmethod
-    def rows(self, name: str, array: Values) -> list[Item]:
+    def rows(self, name: str, array: Values) -> Sequence[Item]:
         """The items of an array in memory.
 
         Args:
@@ -108,6 +110,18 @@ class Modality(ABC):
         Raises:
             CodebookError: The array holds another kind of data.
         """
+
+    def joined(self, groups: Sequence[tuple[str, str, Sequence[Item]]]) -> Sequence[Item]:
+        """The items of several paths in order of name, under unique names.
+
+        Args:
+            groups: Of each path its last part, all of it, and its items. Names that several paths share are prefixed by
+                the one, or by the other where that is shared too.
+
+        Raises:
+            CodebookError: An item stands twice in the data.
+        """
+        return joined_by_name(groups)
 
     @classmethod
     def sample(cls) -> list[Item]:
@@ -136,6 +150,19 @@ class Modality(ABC):
             ValueError: They cannot be brought into such a shape.
         """
         return values
+
+    def stacked(self, values: Sequence[Tensor]) -> Tensor:
+        """Values of items of one shape as one tensor (n, ...), for the network; float32, uint8 in units of 1/255."""
+        import torch
+
+        if len({one.dtype for one in values}) > 1:
+            return torch.stack([self.batched(one) for one in values])
+        return self.batched(torch.stack([*values]))
+
+    def batched(self, stored: Tensor) -> Tensor:
+        """Stored values, (n, ...) or of one item, in the dtype that the network takes."""
+        values = stored.float()
+        return values if stored.is_floating_point() else values.div_(255)
 
     @classmethod
     def clamped(cls, media: Tensor) -> Tensor:

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from codebook_tools.data.columns import Column, read_table
 from codebook_tools.data.image_decoding import decode_picture
 from codebook_tools.data.items import Item, Values
 from codebook_tools.data.sources import Source, file_and_entry
-from codebook_tools.errors import CodebookError, one_line
-from codebook_tools.runtime.optional import require
-
-RECENT_BYTES = 256 << 20
-"""Bytes of row groups that are kept: in order of name, rows alternate between a few groups (1, 10, 100, 1000, ...)."""
-
-_LARGE, _VALUES_A_BYTE = 1 << 30, 200
-"""A row group may be longer than _LARGE bytes, and the file times _VALUES_A_BYTE, only by repeating itself."""
+from codebook_tools.errors import CodebookError
 
 _EXPECTED = "encoded images (bytes, or a struct with a field bytes)"
 
@@ -37,29 +30,23 @@ def parquet_images(path: Path) -> list[Item]:
         CodebookError: pyarrow is missing, the file is damaged or empty, or it is not clear which column holds images.
     """
     file, column = file_and_entry(path)
-    parquet = require(str(file), "parquet", "pyarrow.parquet")
-    try:
-        with parquet.ParquetFile(file) as table:
-            schema, metadata = table.schema_arrow, table.metadata
-            types = [(field.name, field.type) for field in schema]
-            groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-            rows = [(group.num_rows, group.total_byte_size) for group in groups]
-    except Exception as error:  # pyarrow raises whatever it likes on a damaged file
-        raise CodebookError(f"{file} is not a readable parquet file: {one_line(error)}") from error
-    candidates = [name for name, type_ in types if _holds_pictures(type_)]
-    chosen = _chosen(file, column, candidates, types)
-    count, nbytes = sum(n for n, _ in rows), file.stat().st_size
-    if not count:
+    table = read_table(file)
+    candidates = [name for name, type_ in table.types if _holds_pictures(type_)]
+    chosen = _chosen(file, column, candidates, table.types)
+    if not table.length:
         raise CodebookError(f"{file} has no rows, which images are")
-    if count > nbytes or min(n for n, _ in rows) < 0:
-        raise CodebookError(f"{file} is damaged: it claims {count:,} rows in {nbytes:,} bytes")
     front = f"{file.name}:{chosen}" if len(candidates) > 1 else file.name
-    stored, items = _Column(str(file), chosen), list[Item]()
-    for group, (n, size) in enumerate(rows):
+    stored, items = Column(str(file), chosen), list[Item]()
+    for group, (n, size) in enumerate(table.groups):
         for row in range(n):
             name, cell = f"{front}#{len(items)}", _Cell(stored, group, row)
             items.append(Item(name, Source(name, max(1, size // n), cell.open, str(file), exact=False), cell))
     return items
+
+
+def has_pictures(file: Path) -> bool:
+    """Whether a parquet file has a column that may hold pictures. Raises CodebookError where it cannot be read."""
+    return any(_holds_pictures(of) for _, of in read_table(file).types)
 
 
 def _holds_pictures(stored: Any) -> bool:
@@ -91,64 +78,27 @@ def _chosen(file: Path, column: str | None, candidates: Sequence[str], types: Se
     return name
 
 
-@dataclass(frozen=True, eq=False)
-class _Column:
-    """A column of a parquet file; the row groups read last are kept, those of all files together."""
+@dataclass(frozen=True, eq=False, slots=True)
+class _Cell:
+    """A row: calling it decodes the picture, `open` gives its bytes."""
 
-    file: str
-    name: str
+    column: Column
+    group: int
+    row: int
 
-    def stored(self, group: int, row: int) -> bytes:
-        """The encoded picture of a row. Raises ValueError with the reason where there is none."""
-        key = (self, group)
-        if key not in _RECENT:
-            _RECENT[key] = self._read(group)
-            while len(_RECENT) > 1 and sum(block.nbytes for block in _RECENT.values()) > RECENT_BYTES:
-                _RECENT.popitem(last=False)
-        _RECENT.move_to_end(key)
-        value = _RECENT[key][row].as_py()
+    def __call__(self) -> Values:
+        return decode_picture(self._stored())
+
+    def open(self) -> BinaryIO:
+        """The encoded picture as a stream."""
+        return io.BytesIO(self._stored())
+
+    def _stored(self) -> bytes:
+        """The encoded picture. Raises ValueError with the reason where there is none."""
+        value = self.column.cell(self.group, self.row).as_py()
         data = value["bytes"] if isinstance(value, dict) else value
         if data is None:
             path = value.get("path") if isinstance(value, dict) else None
             raise ValueError(f"its row holds no bytes, only the path {path}" if path else "its row is empty")
         assert isinstance(data, bytes)
         return data
-
-    def _read(self, group: int) -> Any:
-        """The column in a row group, a chunked array. Without threads: workers are forks, in which those are gone."""
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        most = max(_LARGE, _VALUES_A_BYTE * Path(self.file).stat().st_size)
-        chunks, nbytes = list[Any](), 0
-        try:
-            with parquet.ParquetFile(self.file) as table:
-                for batch in table.iter_batches(64, [group], [self.name], use_threads=False):
-                    chunks.append(batch.column(batch.schema.names.index(self.name)))
-                    nbytes += chunks[-1].nbytes
-                    if nbytes > most:
-                        raise ValueError(f"row group {group} repeats itself to more than {most:,} bytes")
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno:  # of the file, not of what is in it
-                raise
-            raise ValueError(f"row group {group} is damaged: {one_line(error)}") from error
-        return pa.chunked_array(chunks)
-
-
-_RECENT = OrderedDict[tuple[_Column, int], Any]()
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Cell:
-    """A row: calling it decodes the picture, `open` gives its bytes."""
-
-    column: _Column
-    group: int
-    row: int
-
-    def __call__(self) -> Values:
-        return decode_picture(self.column.stored(self.group, self.row))
-
-    def open(self) -> BinaryIO:
-        """The encoded picture as a stream."""
-        return io.BytesIO(self.column.stored(self.group, self.row))

@@ -46,13 +46,14 @@ def sample_keys(items: Sequence[Named] | Hashed, positions: int, seed: int) -> N
     """Hashes of seed, item name and position, by which latents are ordered.
 
     Args:
-        items: Items, or their hashes (n,).
+        items: Items, their hashes (n,), or a sequence of items with these as `hashes`.
         positions: Latents per item.
         seed: Any integer, taken modulo 2**64.
 
     Returns:
         (n * positions,) uint64, item by item.
     """
+    items = getattr(items, "hashes", items)
     if not isinstance(items, np.ndarray):
         items = np.array([int.from_bytes(item.digest[24:], "big") for item in items], dtype=np.uint64)
     salted = mixed(items ^ mixed(np.array([seed % 2**64], dtype=np.uint64)))

@@ -46,12 +46,12 @@ class Source:
 
 
 def file_and_entry(path: Path) -> tuple[Path, str | None]:
-    """Split FILE.npz:KEY or FILE.parquet:COLUMN into file and entry; the entry of any other path is None."""
+    """Split FILE.npz:KEY, FILE.parquet:COLUMN and the like into file and entry; that of any other path is None."""
     parts = None if os.path.lexists(path) else _ENTRY.fullmatch(str(path))  # a name of a file may have a colon
     return (Path(parts[1]), parts[2]) if parts else (path, None)
 
 
-_ENTRY = re.compile(r"(.+?\.(?:npz|parquet)):(.+)", re.IGNORECASE | re.DOTALL)
+_ENTRY = re.compile(r"(.+?\.(?:npz|parquet|arrow|feather|safetensors|pt|pth)):(.+)", re.IGNORECASE | re.DOTALL)
 
 
 def find_sources(path: Path, suffixes: tuple[str, ...]) -> list[Source] | None:

@@ -23,9 +23,9 @@ class Data:
     """What a model is calibrated, trained and measured on.
 
     Attributes:
-        train: Paths (folders, .tar, .npy, .npz, .parquet, single files); or a float or uint8 array or tensor, images
-            (n, channels, height, width) or waveforms (n, channels, samples); or a DataLoader of tensors, tuples or
-            dicts, which is read once and kept in memory.
+        train: Paths (folders, .tar, .npy, .npz, .parquet, single files); or an array or tensor, images
+            (n, channels, height, width), waveforms (n, channels, samples) or arrays (n, ...) for a network of yours; or
+            a DataLoader of tensors, tuples or dicts, which is read once and kept in memory.
         test: As `train`; None for a tenth of `train`, drawn by name.
         key: Index or key of the images in a batch that is a tuple or a dict; None for the first entry.
         values: Lowest and highest value of floating-point images in memory, if not 0 and 1: (-1, 1) after the usual
@@ -33,6 +33,7 @@ class Data:
         limit: Items of `train` and of `test` at most, drawn by `seed` of the call.
         size: Side in pixels that images are cut and resized to; samples of a clip.
         channels: "mix" or "first", for items with other channels than the network.
+        group: A file with one key a row of `train`, .npy or text: rows of one key stay in one split.
         skip_bad: Leave out unreadable items.
         batch_size: Items per batch when data are encoded.
         workers: Processes that decode files ahead; None for a number that suits the machine.
@@ -48,6 +49,7 @@ class Data:
     limit: int | None = None
     size: int | None = None
     channels: str | None = None
+    group: PathLike | None = None
     skip_bad: bool = False
     batch_size: int = 64
     workers: int | None = None

@@ -42,7 +42,7 @@ def few_of(model: Model, media: Media, seed: int) -> Media:
     Raises:
         CodebookError: None of them can be read.
     """
-    drawn = media.subset(shuffled(media.items, seed)[:_CLOSELY]).whole()  # every process looks at all of them
+    drawn = media.subset(shuffled(media.items, seed, _CLOSELY)).whole()  # every process looks at all of them
     first = next((pixels for _, pixels in drawn.batches(1)), None)
     if first is None:
         raise CodebookError(f"none of {len(drawn)} {model.modality.many} can be read")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Self
@@ -23,12 +23,16 @@ from codebook_tools.runtime.devices import wide
 LIMBS = 3
 """float64 numbers that represent a sum: each is nearest to the rest that those before it leave."""
 
-_STRUCTURE: Mapping[str, Callable[[Tensor, Tensor], Tensor | None]] = {
-    "similarity": metrics.ssim,
-    "detail": lambda images, reconstructions: metrics.detail(images),
-    "reconstructed_detail": lambda images, reconstructions: metrics.detail(reconstructions),
+_SCORES: Mapping[str, tuple[str, Callable[[Tensor, Tensor], Tensor | None]]] = {
+    "similarity": ("ssim", metrics.ssim),
+    "detail": ("sharpness", lambda media, reconstructions: metrics.detail(media)),
+    "reconstructed_detail": ("sharpness", lambda media, reconstructions: metrics.detail(reconstructions)),
+    "total": ("nmse", lambda media, reconstructions: wide(media)),
+    "squares": ("nmse", lambda media, reconstructions: wide(media).square()),
 }
-"""Optional fields of Sums: the score of each image, computed from images and reconstructions; None where undefined."""
+"""Optional fields of Sums: the figure that needs it, and what is added up of media and reconstructions.
+
+None where it is undefined for them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +77,8 @@ class Sums:
         books: Sums of each codebook, in the order of the model.
         detail: Sum of metrics.detail of the images; None as similarity.
         reconstructed_detail: Sum of metrics.detail of the reconstructions; None as similarity.
+        total: Sum of the values of the items; None where it is not computed.
+        squares: Sum of their squares; None as total.
     """
 
     images: int
@@ -82,14 +88,16 @@ class Sums:
     books: tuple[BookSums, ...]
     detail: Fraction | None = None
     reconstructed_detail: Fraction | None = None
+    total: Fraction | None = None
+    squares: Fraction | None = None
 
     def __add__(self, other: Self) -> Self:
         books = tuple(one + more for one, more in zip(self.books, other.books, strict=True))
-        return replace(self, books=books, **_added(self, other, ("images", "values", "error", *_STRUCTURE)))
+        return replace(self, books=books, **_added(self, other, ("images", "values", "error", *_SCORES)))
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """All numbers as two flat tensors, int64 and float64. Adding the tensors of one model adds the sums."""
-        optional = [getattr(self, name) for name in _STRUCTURE]
+        optional = [getattr(self, name) for name in _SCORES]
         flags = [flag for book in self.books for flag in (book.near or 0, book.near is None, book.moments is None)]
         integers = torch.tensor([self.images, self.values, *(total is None for total in optional), *flags])
         fractions = [self.error, *(total or Fraction(0) for total in optional), *(book.error for book in self.books)]
@@ -108,27 +116,27 @@ class Sums:
             ValueError: The tensors have other lengths than those of this model.
         """
         sizes = [len(book.counts) for book in self.books]
-        lengths = [2 + len(_STRUCTURE), 3 * len(sizes), *sizes]
+        lengths = [2 + len(_SCORES), 3 * len(sizes), *sizes]
         if len(integers) != sum(lengths):
             raise ValueError(f"{len(integers)} numbers in place of {sum(lengths)}, as older versions wrote")
         first, flags, *counts = torch.split(integers, lengths)
         images, values, *lacking = first.tolist()
         near, no_near, no_moments = flags.reshape(-1, 3).T.tolist()
         shapes = [(0,) if no else (2, book.dim + 1, book.dim) for book, no in zip(self.books, no_moments, strict=True)]
-        fractions = 1 + len(_STRUCTURE) + len(sizes)
+        fractions = 1 + len(_SCORES) + len(sizes)
         parts = torch.split(floats, [*[LIMBS] * fractions, *map(math.prod, shapes)])
         error, *totals = map(from_limbs, parts[:fractions])
         books = [
             replace(
                 book,
                 counts=counts[i],
-                error=totals[len(_STRUCTURE) + i],
+                error=totals[len(_SCORES) + i],
                 near=None if no_near[i] else near[i],
                 moments=None if no_moments[i] else parts[fractions + i].reshape(shapes[i]),
             )
             for i, book in enumerate(self.books)
         ]
-        optional = {name: None if no else of for name, of, no in zip(_STRUCTURE, totals, lacking, strict=False)}
+        optional = {name: None if no else of for name, of, no in zip(_SCORES, totals, lacking, strict=False)}
         return replace(self, images=images, values=values, error=error, books=tuple(books), **optional)
 
 
@@ -145,14 +153,15 @@ class Totals(Accumulator):
         sums: Of all batches so far.
     """
 
-    def __init__(self, books: Books, *, measured: bool = False, structure: bool = False) -> None:
+    def __init__(self, books: Books, *, measured: bool = False, figures: Collection[str] = ()) -> None:
         """
         Args:
             books: Key and codebook of each, and the squared distance up to which a latent counts as covered.
             measured: Whether moments and errors of reconstructions are added up.
-            structure: Whether similarity and detail of images are added up.
+            figures: Those of a modality for which more is added up: ssim, sharpness, nmse.
         """
-        self._books, self._measured, self._structure = books, measured, structure
+        self._books, self._measured = books, measured
+        self._scores = {name: score for name, (figure, score) in _SCORES.items() if figure in figures}
         latents = [torch.empty(0, codebook.dim) for _, codebook, _ in books]
         self.sums = self._of(Batch([], latents, [torch.empty(0, dtype=torch.int64)] * len(books)))
 
@@ -161,18 +170,19 @@ class Totals(Accumulator):
         self.sums += self._of(batch)
 
     def _of(self, batch: Batch) -> Sums:
-        values, error, optional = 0, Fraction(0), dict.fromkeys(_STRUCTURE, Fraction(0) if self._structure else None)
+        values, error = 0, Fraction(0)
+        optional: dict[str, Fraction | None] = dict.fromkeys(self._scores, Fraction(0))
         if self._measured and batch.media:
             media, reconstructed = batch.media
             media = media.to(reconstructed.device)
             values, error = media.numel(), exact(float(wide(reconstructed - media).square().sum()))
-            if self._structure:
-                optional = {name: _total(score(media, reconstructed)) for name, score in _STRUCTURE.items()}
+            optional = {name: _total(score(media, reconstructed)) for name, score in self._scores.items()}
         of_books = tuple(
             book_sums(*book, latents, codes, moments=self._measured)
             for book, latents, codes in zip(self._books, batch.latents, batch.codes, strict=True)
         )
-        return Sums(images=len(batch.items), values=values, error=error, books=of_books, **optional)
+        all_of = dict.fromkeys(_SCORES) | optional
+        return Sums(images=len(batch.items), values=values, error=error, books=of_books, **all_of)
 
     def merge(self) -> None:
         """All-reduce the sums."""

@@ -40,7 +40,7 @@ def reference_latents(model: Model, calibration: Media, *, seed: int, batch: int
     Returns:
         (n, dim) float32, n at most POINTS; None without any image.
     """
-    drawn = calibration.subset(shuffled(calibration.items, seed))
+    drawn = calibration.subset(shuffled(calibration.items, seed, _IMAGES_FOR * POINTS))
     # The whole data in every process: each must know how many latents an image has.
     first = next(model.latents(drawn.whole(), batch, stage).by_item(), None)
     if first is None:

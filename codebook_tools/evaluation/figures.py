@@ -128,6 +128,13 @@ def _sharpness(sums: Sums) -> float | None:
     return float(reconstructed / sums.detail) if sums.detail and reconstructed is not None else None
 
 
+def _nmse(sums: Sums) -> float | None:
+    if sums.total is None or sums.squares is None or not sums.values:
+        return None
+    variance = sums.squares / sums.values - (sums.total / sums.values) ** 2
+    return float(sums.error / sums.values / variance) if variance > 0 else None
+
+
 @dataclass(frozen=True)
 class Measurement:
     """All figures of a model in one state, on one split.
@@ -135,13 +142,14 @@ class Measurement:
     Attributes:
         split: Name of the split.
         images: Number of images, or of clips; None where there were only latents.
-        mse: Mean squared error per value, of images in [0, 1] and reconstructions clamped to it, or of waveforms; None
-            where nothing was reconstructed.
+        mse: Mean squared error per value, of images in [0, 1] and reconstructions clamped to it, of waveforms, or of
+            arrays in their own units; None where nothing was reconstructed.
         psnr: Peak signal-to-noise ratio in dB; None without any error.
         ssim: Mean structural similarity; None for waveforms, and for images smaller than its window.
         codebooks: Figures of each codebook.
         sharpness: metrics.detail of the reconstructions over that of the images, 1 where they are as sharp; None for
             waveforms, and for images without detail.
+        nmse: mse of arrays over the variance of all their values; None for images and waveforms.
         counts: (size,) int64 of each codebook, assignments per code; empty where the measurement was read from JSON.
     """
 
@@ -152,6 +160,7 @@ class Measurement:
     ssim: Annotated[float | None, Figure(_ssim, "SSIM", ".4f", mean=True)]
     codebooks: tuple[CodebookUse, ...]
     sharpness: Annotated[float | None, Figure(_sharpness, "sharpness", ".1%", mean=True)] = None
+    nmse: Annotated[float | None, Figure(_nmse, "nmse", ".4f", mean=True)] = None
     counts: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def reconstruct(model: Model, media: Tensor) -> Pass:
 
     Args:
         model: In evaluation mode.
-        media: (n, channels, ...): images in [0, 1], or waveforms.
+        media: (n, ...): images in [0, 1], waveforms, or arrays.
 
     Returns:
         The pass, with reconstructions clamped to the bounds of the modality.
@@ -70,7 +70,7 @@ def measure(
         images: Images or clips.
         split: Name of the split.
         batch: Items per batch.
-        structure: Whether SSIM and sharpness are computed; on small images they take longer than the rest.
+        structure: Whether figures beside the error are computed; on small images SSIM takes longer than the rest.
         references: Squared distance of each codebook up to which a latent counts as covered.
         watch: Is told the progress.
 
@@ -86,7 +86,7 @@ def totals_of(model: Model, references: Sequence[float | None] | None = None, st
     """The accumulator of a measurement; see `measure` for the arguments."""
     references = references or [None] * len(model.books)
     books = [(book.key, book.codebook, reference) for book, reference in zip(model.books, references, strict=True)]
-    return Totals(books, measured=True, structure=structure and "ssim" in model.modality.figures)
+    return Totals(books, measured=True, figures=model.modality.figures if structure else ())
 
 
 def reconstructions(model: Model, images: Media, batch: int, split: str = "test") -> MediaSource:

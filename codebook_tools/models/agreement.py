@@ -238,30 +238,36 @@ def encoded_batches(model: Model, media: Sequence[Tensor]) -> list[Any]:
         for batch in media:
             encoded = model.encode_media(batch)
             batches.append(encoded)
-            count += _positions(encoded)
+            count += _positions(encoded, model.books[model.route[0]].vectors.shape[1])
             if count >= LEAST:
                 break
-    if not batches or not isinstance(batches[0], Tensor) or batches[0].ndim < 3:
+    if not batches or not isinstance(batches[0], Tensor):
         return batches
-    first = model.books[model.route[0]].vectors
-    if batches[0].shape[1] != first.shape[1]:
+    first, stage = model.books[model.route[0]].vectors, model.route[0]
+    try:
+        axis = model.axis_of(batches[0], stage)
+    except CodebookError:  # the walk projects it first
         return batches
     drawn, between = 0, list[Any]()
     random = torch.Generator().manual_seed(0)
     while drawn < LEAST:
-        for latents in batches:
+        for batch in batches:
+            latents = batch.movedim(axis, 1)
             share = torch.rand(len(latents), 1, *latents.shape[2:], generator=random).to(latents.device)
             at = torch.randint(len(first), (len(latents), *latents.shape[2:]), generator=random).to(first.device)
-            between.append(share * latents + (1 - share) * first[at].movedim(-1, 1).to(latents.dtype))
+            mixed = share * latents + (1 - share) * first[at].movedim(-1, 1).to(latents.dtype)
+            between.append(mixed.movedim(1, axis))
             drawn += at.numel()
             if drawn >= LEAST:
                 break
     return batches + between
 
 
-def _positions(encoded: object) -> int:
+def _positions(encoded: object, dim: int) -> int:
     tensor = next(_tensors(encoded), None)
-    return 0 if tensor is None else tensor.numel() // max(1, tensor.shape[1] if tensor.ndim > 1 else 1)
+    if tensor is None:
+        return 0
+    return tensor.numel() // max(1, dim if dim in tensor.shape[1:] or tensor.ndim < 2 else tensor.shape[1])
 
 
 def in_training(network: nn.Module) -> bool:

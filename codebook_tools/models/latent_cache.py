@@ -63,7 +63,7 @@ class CachedLatents:
         for _, latents in self.by_item():
             yield latents.flatten(0, 1)
 
-    def by_item(self) -> Iterator[tuple[list[Item], Tensor]]:
+    def by_item(self) -> Iterator[tuple[Sequence[Item], Tensor]]:
         """As EncodedLatents.by_item. Raises CodebookError where the file is damaged or cannot be written."""
         if self.path.exists():
             yield from self._read()
@@ -78,7 +78,7 @@ class CachedLatents:
                 raise self._unwritable(error) from error
             yield from self._written(partial)
 
-    def _written(self, partial: Path) -> Iterator[tuple[list[Item], Tensor]]:
+    def _written(self, partial: Path) -> Iterator[tuple[Sequence[Item], Tensor]]:
         place_of = {item: place for place, item in enumerate(self.encoded.images.items)}
         places, ends, sums, shape = list[int](), list[int](), list[int](), tuple[int, ...]()
         try:
@@ -109,7 +109,7 @@ class CachedLatents:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _read(self) -> Iterator[tuple[list[Item], Tensor]]:
+    def _read(self) -> Iterator[tuple[Sequence[Item], Tensor]]:
         images = self.encoded.images
         stored, (places, ends, sums, bad) = self._opened()
         images.bad |= bad

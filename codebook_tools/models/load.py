@@ -122,6 +122,7 @@ def load_model(
         target,
         bf16,
         power_of_two=entry is not None and entry.power_of_two,
+        modality=modality_of(module),
         input_range=modality_of(module).input_ranges[0],
         carried=tuple(key for key in checkpoint.shapes if key not in owned.union(keys.values())),
         caveats=record.caveats(checkpoint) if record else (),

@@ -15,12 +15,12 @@ from codebook_tools.checkpoints.read import Checkpoint, torch_dtype
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import EUCLIDEAN, Codebook, Metric
 from codebook_tools.data.dataset import Media
+from codebook_tools.data.images import Images
 from codebook_tools.data.latents import EncodedLatents
 from codebook_tools.data.modality import AS_IT_IS, Modality
-from codebook_tools.data.registry import modality_of
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.encoder_cache import Kept
-from codebook_tools.models.network import Quantize, walks
+from codebook_tools.models.network import Quantize, axis_of, explained, walks
 from codebook_tools.models.stored_codes import changed_codebook, codes_of_rows, owned_keys, rounded, rows_of_codes
 from codebook_tools.runtime.devices import sent
 
@@ -93,6 +93,9 @@ class Model:
         carried: File keys that the network does not have.
         caveats: What to warn of.
         compiled: Whether encode and decode run through torch.compile.
+        modality: The kind of data that the network takes.
+        latent_axis: The axis of latents that holds the dimensions of a code; None for the second, or else the only one
+            of that length.
         kept: The cache of encoded batches.
     """
 
@@ -111,13 +114,10 @@ class Model:
     carried: tuple[str, ...] = ()
     caveats: tuple[str, ...] = ()
     compiled: bool = False
+    modality: type[Modality] = Images
+    latent_axis: int | None = None
     kept: Kept = field(default_factory=Kept, init=False, repr=False)
     _programs: dict[str, Callable[[object], object]] = field(default_factory=dict, init=False, repr=False)
-
-    @property
-    def modality(self) -> type[Modality]:
-        """The kind of data that the network takes."""
-        return modality_of(self.network)
 
     # What flows through it
 
@@ -134,8 +134,8 @@ class Model:
         """Run media through encoder, `quantize` at every stage, and decoder.
 
         Args:
-            media: Images (n, channels, height, width) in [0, 1], or waveforms (n, channels, samples) in [-1, 1], on any
-                device.
+            media: Images (n, channels, height, width) in [0, 1], waveforms (n, channels, samples) in [-1, 1], or arrays
+                (n, ...), on any device.
             quantize: (index of the book, float32 latents (n, dim, *grid)) -> what the decoder gets, of the same shape.
 
         Returns:
@@ -149,7 +149,7 @@ class Model:
             decoded = self._call("decode", self._walk(self._encoded(media), quantize))
         if not isinstance(decoded, Tensor):
             raise CodebookError(f"the network's decode returns a {type(decoded).__name__}; expected a tensor")
-        return (decoded.float() - low) / (high - low)
+        return decoded.float() if (low, high) == AS_IT_IS else (decoded.float() - low) / (high - low)
 
     def pass_through(self, media: Tensor, *, wait: bool = True) -> Pass:
         """Run media through the model, each latent replaced by its nearest code.
@@ -200,7 +200,8 @@ class Model:
 
         def encode(pixels: Tensor) -> Tensor:
             with torch.no_grad():
-                return self.encode(pixels, stage, keep=several).movedim(1, -1).flatten(1, -2)
+                rows = self.encode(pixels, stage, keep=several).movedim(1, -1)
+                return rows.reshape(len(rows), -1, rows.shape[-1])
 
         return EncodedLatents(images, encode, batch)
 
@@ -236,31 +237,42 @@ class Model:
         """What `encode` returned -> what `decode` takes. quantize: as for `run`."""
         return self._walk(encoded, quantize)
 
+    def in_own_range(self, media: Tensor) -> Tensor:
+        """Media on the model's device, mapped to its input range; as they are where that is [0, 1]."""
+        low, high = self.input_range
+        own = sent(media, self.device)
+        return own if (low, high) == AS_IT_IS else own * (high - low) + low
+
     def _encoded(self, media: Tensor, keep: bool = True) -> object:
         """What the network's `encode` returns; without gradients it is cached."""
-        low, high = self.input_range
 
         def encode() -> object:
-            return self._call("encode", sent(media, self.device) * (high - low) + low)
+            return self._call("encode", self.in_own_range(media))
 
         if torch.is_grad_enabled() or not keep:
             return encode()
-        return self.kept.encoded(self.network, media, (low, high), encode)
+        return self.kept.encoded(self.network, media, self.input_range, encode)
 
     def _walk(self, encoded: object, quantize: Quantize) -> object:
         def checked(quantizer_stage: int, latents: object) -> Tensor:
             stage = self.route[quantizer_stage]
+            axis = self.axis_of(latents, stage)
+            assert isinstance(latents, Tensor)
             # Nearest codes are decided in float32, whatever the network computes in: bf16 gets one in ten wrong.
             with torch.autocast(self.device.type, enabled=False):
-                return quantize(stage, _checked(latents, self.books[stage].vectors.shape[1]).float())
+                return quantize(stage, latents.movedim(axis, 1).float()).movedim(1, axis)
 
         if not walks(self.network):
             return checked(0, encoded)
-        with _told("walk", encoded):
+        with explained("walk", encoded):
             return self.network.walk(encoded, checked)
 
+    def axis_of(self, latents: object, stage: int = 0) -> int:
+        """The axis of what meets a stage's quantizer that holds the dimensions of a code. Raises CodebookError."""
+        return axis_of(latents, self.books[stage].vectors.shape[1], self.latent_axis)
+
     def _call(self, method: str, argument: object) -> object:
-        with _told(method, argument, self.compiled):
+        with explained(method, argument, self.compiled):
             return self._program(method)(argument)
 
     def _program(self, method: str) -> Callable[[object], object]:
@@ -356,36 +368,5 @@ def of_stages(tensors: Sequence[Tensor]) -> Tensor:
     """
     if len(tensors) == 1:
         return tensors[0]
-    grid_from = 2 if tensors[0].is_floating_point() else 1  # latents have an axis of dimensions, codes have none
-    return torch.cat([tensor.flatten(grid_from) for tensor in tensors], -1)
-
-
-@contextmanager
-def _told(method: str, argument: object, compiled: bool = False) -> Iterator[None]:
-    """Turn what a network, or torch.compile, raises into a CodebookError that names the method and its argument."""
-    try:
-        yield
-    except CodebookError:
-        raise
-    except Exception as error:
-        size = tuple(argument.shape) if isinstance(argument, Tensor) else type(argument).__name__
-        if compiled:
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-            raise CodebookError(
-                f"the network's {method} cannot be compiled for {size}: {type(error).__name__}: {reason}; "
-                "leave out --compile"
-            ) from error
-        raise CodebookError(f"the network's {method} fails on {size}: {type(error).__name__}: {error}") from error
-
-
-def _checked(latents: object, dim: int) -> Tensor:
-    if not isinstance(latents, Tensor):
-        raise CodebookError(
-            f"the network's encode returns a {type(latents).__name__}; expected a tensor (n, {dim}, ...)"
-        )
-    if latents.ndim < 3 or latents.shape[1] != dim:
-        shape = tuple(latents.shape)
-        raise CodebookError(
-            f"the network's encode returns {shape}; expected (n, {dim}, ...), for codes of {dim} dimensions"
-        )
-    return latents
+    kept = 2 if tensors[0].is_floating_point() else 1  # latents have an axis of dimensions, codes have none
+    return torch.cat([tensor.reshape(*tensor.shape[:kept], -1) for tensor in tensors], -1)

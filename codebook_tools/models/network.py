@@ -1,14 +1,19 @@
-"""The protocols of a network: a family's module, or the user's own."""
+"""The protocols of a network, a family's module or the user's own, and what is understood of its output."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from codebook_tools.errors import CodebookError
+
 Quantize = Callable[[int, Tensor], Tensor]
-"""quantize(stage, latents (n, dim, *grid)) -> what the decoder gets in their place, of the same shape.
+"""quantize(stage, latents) -> what the decoder gets in their place, of the same shape.
+
+Latents are (n, dim, *grid), (n, dim), or of a user's network (n, t, dim).
 
 The caller of `walk` decides what that is: the nearest codes, or those with a straight-through gradient.
 """
@@ -18,8 +23,15 @@ class Network(Protocol):
     """A family's module, or the user's own, in the order encode, walk, decode."""
 
     def encode(self, media: Tensor, /) -> Any:
-        """Images (n, channels, height, width) in the model's range, or waveforms (n, channels, samples) in [-1, 1] ->
-        latents (n, dim, *grid), or, of a `Walking` network, anything that its `walk` takes."""
+        """From media to latents.
+
+        Args:
+            media: Images (n, channels, height, width) in the model's range, waveforms (n, channels, samples) in
+                [-1, 1], or arrays (n, ...).
+
+        Returns:
+            (n, dim, *grid), (n, t, dim) or (n, dim); or, of a `Walking` network, anything that its `walk` takes.
+        """
 
     def decode(self, quantized: Any, /) -> Tensor:
         """What `walk` returned -> media of the shape that `encode` took."""
@@ -63,3 +75,54 @@ def declared_codebooks(network: object) -> tuple[str, ...]:
     names = getattr(network, "codebooks", ())
     own = isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)
     return tuple(names) if own else ()
+
+
+def axis_of(latents: object, dim: int, axis: int | None) -> int:
+    """The axis of latents that holds the dimensions of a code.
+
+    Args:
+        latents: What a network gives to its quantizer, (n, dim, *grid), (n, t, dim) or (n, dim).
+        dim: Length of the axis.
+        axis: The axis that the user says; None for the second, or else the only one of that length.
+
+    Raises:
+        CodebookError: There is none, several fit, or the latents are no tensor.
+    """
+    if not isinstance(latents, Tensor):
+        raise CodebookError(
+            f"the network's encode returns a {type(latents).__name__}; expected a tensor (n, {dim}, ...)"
+        )
+    fitting = axes_of_length(latents, dim)
+    if axis is not None and axis % latents.ndim in fitting:
+        return axis % latents.ndim
+    if axis is None and (1 in fitting or len(fitting) == 1):
+        return fitting[0]
+    expected = f"(n, {dim}, ...)" if axis is None else f"--latent-axis {axis} to have length {dim}"
+    which = f"; axes {', '.join(map(str, fitting))} fit, say which with --latent-axis" if fitting else ""
+    shape = tuple(latents.shape)
+    raise CodebookError(
+        f"the network's encode returns {shape}; expected {expected}, for codes of {dim} dimensions{which}"
+    )
+
+
+def axes_of_length(latents: Tensor, dim: int) -> list[int]:
+    """The axes of latents, after the first, that have a length."""
+    return [axis for axis in range(1, latents.ndim) if latents.shape[axis] == dim]
+
+
+@contextmanager
+def explained(method: str, argument: object, compiled: bool = False) -> Iterator[None]:
+    """Turn what a network, or torch.compile, raises into a CodebookError that names the method and its argument."""
+    try:
+        yield
+    except CodebookError:
+        raise
+    except Exception as error:
+        size = tuple(argument.shape) if isinstance(argument, Tensor) else type(argument).__name__
+        if compiled:
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            raise CodebookError(
+                f"the network's {method} cannot be compiled for {size}: {type(error).__name__}: {reason}; "
+                "leave out --compile"
+            ) from error
+        raise CodebookError(f"the network's {method} fails on {size}: {type(error).__name__}: {error}") from error

@@ -226,8 +226,7 @@ def _train_a_step(fresh: Model, media: Sequence[Tensor]) -> int:
             ran = _attempt(moved.quantize, encoded)
         else:
             moved.train()
-            low, high = fresh.input_range
-            ran = _attempt(moved, media[0].to(fresh.device) * (high - low) + low)
+            ran = _attempt(moved, fresh.in_own_range(media[0]))
     if not ran:
         return 0
     revived = 0

@@ -169,7 +169,8 @@ def _read(model: Model, encoded: Sequence[Any]) -> Book:
                 quantized = network.quantize(latents)[0]
             except Exception as error:  # the user's code
                 raise CodebookError(f"the network's quantize fails: {type(error).__name__}: {error}") from error
-            codes.append(quantized.flatten(2)[0, :, 0].float())
+            first = quantized.movedim(model.axis_of(quantized), 1)[:1]
+            codes.append(first.reshape(*first.shape[:2], -1)[0, :, 0].float())
     vectors = torch.stack(codes).contiguous()
     if vectors.shape != book.vectors.shape or not bool(vectors.isfinite().all()):
         return book

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -14,6 +14,8 @@ from codebook_tools.runtime import distributed
 
 class Batches:
     """Endless batches: each epoch visits every item once, in a new seeded order; a short last batch is dropped.
+
+    Items of unlike length are in batches of one length, of which the short ones are kept, with less weight.
 
     Of several processes each gets its own slice of every batch.
 
@@ -27,7 +29,7 @@ class Batches:
 
     def __init__(self, images: Media, size: int, seed: int, stand_in: Tensor) -> None:
         self.images, self.size, self.seed, self.stand_in = images, min(size, len(images)), seed, stand_in
-        self.drawn = 0
+        self.drawn, self._ragged = 0, images.ragged
 
     def __iter__(self) -> Iterator[tuple[Tensor, float]]:
         """This process's slice of each batch, and the fraction of the batch's readable items that are in it."""
@@ -37,9 +39,9 @@ class Batches:
             if readable:
                 yield pixels if items else self.stand_in, len(items) / readable
 
-    def _indices(self) -> Iterator[list[int]]:
+    def _indices(self) -> Iterator[Sequence[int]]:
         random, own = torch.Generator().manual_seed(self.seed), distributed.own_slice(self.size)
         while True:
             order = torch.randperm(len(self.images), generator=random).tolist()
-            starts = range(0, len(order) - self.size + 1, self.size)
-            yield from (order[start : start + self.size][own] for start in starts)
+            batches = self.images.alike(order, self.size)
+            yield from (batch[own] for batch in batches if len(batch) == self.size or self._ragged)

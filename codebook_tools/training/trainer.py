@@ -85,9 +85,10 @@ class Trainer:
         Raises:
             CodebookError: Nothing can be trained.
         """
-        first, pixels = train.load(train.items[: recipe.batch_size])
-        if not first:
+        first = next(train.whole().batches(recipe.batch_size), None)
+        if first is None:
             raise CodebookError(f"none of the first training {model.modality.many} can be read")
+        pixels = first[1]
         self.model, self.recipe, self.groups = model, recipe, GROUPS[recipe.train]
         self.names = trained_names(model, pixels[:1], self.groups)
         if recipe.train != "none" and not self.names:
@@ -153,7 +154,7 @@ class Trainer:
         for stages, book in zip(parts, self.model.books, strict=True):
             latents, codes, quantized = (of_stages(tensors) for tensors in zip(*stages, strict=True))
             outputs.append(Quantized(latents, codes, quantized, book))
-        terms = self.objective(reconstruction, media, outputs)
+        terms = self.objective(reconstruction, media.to(reconstruction.dtype), outputs)
         weight = fraction / self.recipe.accumulate
         if self.optimizer is not None:
             # Processes average their gradients: each weighs as much of the batch as it has.

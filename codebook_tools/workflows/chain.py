@@ -127,14 +127,15 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
             results.append(operate(step.command, asked, step.strategy, step.recipe, watch))
             model = place
             written.append(place)
-            if bounds := results[-1].settings.get("input_range"):  # it looked at images, and those after it do so alike
-                low, high = cast(list[float], bounds)
-                request = replace(request, input_range=(low, high))
+            settings = results[-1].settings
+            if kind := settings.get("modality"):  # it looked at data, and those after it do so alike
+                low, high = cast(list[float], settings["input_range"])
+                request = replace(request, modality=str(kind), input_range=(low, high) if kind == "images" else None)
         maps = _composed([read_index_maps([index_map_path(path)]) for path in written])
         output = check_request_output(request, "run", max(entry.size for entry in maps.values()))
         labels = [f"{i}, {step.command}" for i, step in enumerate(steps, 1)]
         gallery = tuple[GalleryImage, ...]()
-        if request.gallery and request.input_range:
+        if request.gallery and request.modality != "auto":
             models = {"before": request.model, **dict(zip(labels, written, strict=True))}
             asked = replace(request, output=None)
             with watch.phase("measure"):

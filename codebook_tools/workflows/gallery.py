@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -82,7 +82,7 @@ def _gallery(opened: Opened, models: Iterator[tuple[str, Model]], watch: Watch) 
 RANKS = ("worst", "median", "best")
 
 
-def _chosen(opened: Opened, watch: Watch) -> tuple[list[Item], Tensor]:
+def _chosen(opened: Opened, watch: Watch) -> tuple[Sequence[Item], Tensor]:
     """An image of each rank, by the model as it is."""
     readable, errors = list[Item](), list[Tensor]()
     for items, pixels in opened.test.whole().batches(opened.request.batch_size):

@@ -37,6 +37,8 @@ def load(
     codebooks: Sequence[str] = (),
     metric: str | None = None,
     input_range: tuple[float, float] | None = None,
+    modality: str = "auto",
+    latent_axis: int | None = None,
     companions: Sequence[str] = (),
     as_stored: Sequence[str] = (),
     device: str = "auto",
@@ -53,6 +55,8 @@ def load(
         codebooks: Keys of the codebooks to operate on; empty for all.
         metric: A name of `ct.METRICS`, such as "cosine": how a network of yours searches its codes.
         input_range: Lowest and highest value of the network's input, such as (-1, 1); None for the best of three.
+        modality: "images", "audio" or "arrays"; "auto" tries a network of yours on the first rows of arrays.
+        latent_axis: The axis of latents that holds the dimensions of a code, where two fit.
         companions: "KEY=ROLE", what a tensor beside a codebook holds: sums, counts, copy, flag or fresh.
         as_stored: Keys of tensors beside a codebook that do not change the codes.
         device: "auto", "cpu", "cuda:1" ...
@@ -72,6 +76,8 @@ def load(
         codebook_key=_names(codebooks),
         metric=metric,
         input_range=input_range,
+        modality=modality,
+        latent_axis=latent_axis,
         companion=_names(companions),
         as_stored=_names(as_stored),
         device=device,
@@ -90,7 +96,9 @@ def wrap(
     decode: Function | None = None,
     quantize: Function | None = None,
     metric: str | None = None,
-    input_range: tuple[float, float] = (0.0, 1.0),
+    input_range: tuple[float, float] | None = None,
+    modality: str = "auto",
+    latent_axis: int | None = None,
     companions: Sequence[str] = (),
     as_stored: Sequence[str] = (),
     device: str | None = None,
@@ -104,7 +112,10 @@ def wrap(
         decode: (module, quantized) -> media, where the module has no such method.
         quantize: (module, latents) -> (quantized, codes int64), the module's own quantizer: ours must agree with it.
         metric: A name of `ct.METRICS`, such as "cosine": how the module searches its codes.
-        input_range: Lowest and highest value of the module's input; data are in [0, 1] and are scaled to it.
+        input_range: Lowest and highest value of the module's input, to which images, in [0, 1], are mapped; None for
+            (0, 1).
+        modality: "images", "audio" or "arrays"; "auto" tries the module on the first rows.
+        latent_axis: The axis of latents that holds the dimensions of a code, where two fit.
         companions: "KEY=ROLE", what a tensor beside a codebook holds: sums, counts, copy, flag or fresh.
         as_stored: Names of tensors beside a codebook that do not change the codes.
         device: That the work is done on; None for the module's own.
@@ -123,6 +134,8 @@ def wrap(
         codebook_key=_names(codebooks),
         metric=metric,
         input_range=input_range,
+        modality=modality,
+        latent_axis=latent_axis,
         companion=_names(companions),
         as_stored=_names(as_stored),
         device=device,

@@ -25,6 +25,10 @@ _MOST_WORKERS = 1024
 """Processes that decode; each is a copy of this one, and no machine has more cores."""
 
 
+MODALITY_NAMES = ("auto", "images", "audio", "arrays")
+"""Choices of --modality."""
+
+
 def parse_range(text: str) -> tuple[float, float]:
     """The lowest and the highest value of an input, from "0,1".
 
@@ -59,8 +63,8 @@ class Request:
     data: Annotated[
         tuple[str | InMemory, ...],
         Option(
-            "Images, or sound for codecs: a folder, .tar shards, .npy, .npz or .parquet (of several arrays or columns "
-            "FILE:NAME). Repeatable. Left out: the bundled sample.",
+            "Images, sound for codecs, or arrays: a folder, .tar shards, .npy, .npz, .pt, .safetensors or .parquet (of "
+            "several arrays or columns FILE:NAME). Repeatable. Left out: the bundled sample.",
             metavar="PATH",
         ),
     ] = ()
@@ -96,6 +100,24 @@ class Request:
             "What becomes of channels that the network has not: luma or mean, or the first. Left out: refused.",
             choices=("mix", "first"),
             panel="Data",
+        ),
+    ] = None
+    modality: Annotated[
+        str,
+        Option(
+            "What the data are. auto tries a network of yours: arrays go to it as they are.",
+            choices=MODALITY_NAMES,
+            panel="Data",
+        ),
+    ] = "auto"
+    latent_axis: Annotated[
+        int | None,
+        Option("Axis of latents that holds the dimensions of a code, where two fit.", metavar="N", panel="Data"),
+    ] = None
+    group: Annotated[
+        Path | None,
+        Option(
+            "One key a row of --data, .npy or text: rows of one key stay in one split.", metavar="FILE", panel="Data"
         ),
     ] = None
     skip_bad: Annotated[bool, Option("Go on past what cannot be read, and count it.", panel="Data")] = False
@@ -215,6 +237,10 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CodebookError(f"{name.replace('_', '-')}={value} is below 1")
+        if self.modality not in MODALITY_NAMES:
+            raise CodebookError(f"modality={self.modality}: expected one of {', '.join(MODALITY_NAMES)}")
+        if self.latent_axis == 0:
+            raise CodebookError("latent-axis=0 is the axis of the items; expected 1 or more, or -1 for the last")
         if self.workers is not None and not 0 <= self.workers <= _MOST_WORKERS:
             raise CodebookError(f"workers={self.workers} is not within 0 and {_MOST_WORKERS}")
         if self.channels not in (None, *MIXINGS):

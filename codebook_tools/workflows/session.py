@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from functools import partial
 
+from codebook_tools.data.arrays import Arrays, first_items
 from codebook_tools.data.channels import MIX
 from codebook_tools.data.dataset import Media
+from codebook_tools.data.groups import grouped, read_groups
 from codebook_tools.data.images import SAMPLE
 from codebook_tools.data.items import find_items
-from codebook_tools.data.modality import Modality
+from codebook_tools.data.modality import AS_IT_IS, Modality
 from codebook_tools.data.splits import Splits, limited, split
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.choose_modality import choose_latent_axis, choose_modality
 from codebook_tools.evaluation.measure import find_input_range, range_errors
 from codebook_tools.evaluation.receptive_field import require_images
 from codebook_tools.models.evidence import uninitialized, untrained
@@ -60,9 +63,20 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         )
         if request.wrapped:
             model.build = partial(request.wrapped.built, [book.stored for book in model.books], checkpoint)
+        model.modality, of_modality = choose_modality(
+            model,
+            request.data or request.test_data,
+            request.modality,
+            of_images=request.size is not None or request.input_range is not None,
+        )
+        model.latent_axis = request.latent_axis
+        model.input_range = model.modality.input_ranges[0]
         modality = model.modality.of(model.network, request.size)
         splits = _splits(request, modality, measuring)
-        modality = modality.probed(splits.calibration or splits.test, model.encode, request.skip_bad)
+        items = splits.calibration or splits.test
+        modality = modality.probed(items, model.encode, request.skip_bad)
+        if isinstance(modality, Arrays):
+            model.latent_axis = choose_latent_axis(model, first_items(items, modality, request.skip_bad)[1])
         model.compiled = request.compiled
         runs_ahead = model.device.type in RUN_AHEAD
         workers = (_helpful_workers() if runs_ahead else 0) if request.workers is None else request.workers
@@ -88,7 +102,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         splits=splits,
         calibration=calibration,
         test=test,
-        warnings=[*model.caveats, *checkpoint.warnings],
+        warnings=[*model.caveats, *checkpoint.warnings, *of_modality],
     )
     if model.carried:
         few = ", ".join(model.carried[:3]) + (", ..." if len(model.carried) > 3 else "")
@@ -107,6 +121,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
     opened.settings |= {
         "data": [str(one) for one in request.data] or ([SAMPLE] if splits.calibration else []),
         "test_data": [str(one) for one in request.test_data],
+        "modality": model.modality.name,
         "images": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         **{name: getattr(request, name) for name in ("limit", "size", "channels", "skip_bad")},
         "network": name_of(request.network) if request.network else None,
@@ -129,6 +144,8 @@ def _splits(request: Request, modality: Modality, measuring: bool) -> Splits:
     if measuring and test and not request.data:
         return Splits([], [], test)
     data = find_items(request.data, modality) if request.data else modality.sample()
+    if request.group is not None:
+        data = grouped(data, read_groups(request.group))
     few = limited(data, request.limit, request.seed)
     return split(few, test, many=modality.many, has_more=len(few) < len(data))
 
@@ -137,9 +154,12 @@ def _choose_input_range(request: Request, opened: Opened) -> None:
     """Take the range of the request, or the one in which a few calibration items are reconstructed best."""
     model = opened.model
     if len(model.modality.input_ranges) == 1:
+        if request.input_range is not None and model.modality is Arrays:
+            raise CodebookError("--input-range is of images; arrays go to the network as they are")
         return
-    if request.input_range is not None:
-        low, high = request.input_range
+    typed = request.input_range or (AS_IT_IS if request.wrapped else None)
+    if typed is not None:
+        low, high = typed
         if not low < high:
             raise CodebookError(f"--input-range {low},{high}: the first number must be the smaller one")
         model.input_range = low, high
@@ -170,7 +190,8 @@ def open_images(request: Request, watch: Watch) -> Opened:
 def _better_range(opened: Opened) -> list[str]:
     """A warning where a few images come back much better in another range than the one that was typed."""
     model, media = opened.model, opened.calibration if len(opened.calibration) else opened.test
-    _, pixels = media.load(limited(media.items, _COMPARED, seed=0))  # neighbors in name are often alike
+    few = media.subset(limited(media.items, _COMPARED, seed=0))  # neighbors in name are often alike
+    _, pixels = few.load(few.items)
     if not len(pixels):
         return []
     own = model.input_range

@@ -129,11 +129,7 @@ class Opened(Target):
         """Batches of data with as many latents as an agreement is judged on, or all that there are."""
         media = self.calibration if len(self.calibration) else self.test
         batches, positions = list[Tensor](), 0
-        size = self.request.batch_size
-        for start in range(0, len(media.items), size):
-            items, batch = media.load(media.items[start : start + size])
-            if not items:
-                continue
+        for _, batch in media.whole().batches(self.request.batch_size):
             batches.append(batch)
             with torch.no_grad():
                 positions += self.model.encode(batch, keep=False)[:, 0].numel()

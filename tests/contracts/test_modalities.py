@@ -180,6 +180,7 @@ def stored_vectors(path: Path) -> list[Item]:
 class Vectors(Modality):
     """Rows of .npy files, (length,)."""
 
+    name = "vectors"
     one = "vector"
     many = "vectors"
     suffixes = ()

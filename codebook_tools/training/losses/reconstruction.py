@@ -93,11 +93,10 @@ def scales_of(model: Model, images: Media) -> Scales:
     pixels, latents = list[Tensor](), [list[Tensor]() for _ in model.books]
     with torch.no_grad():
         for _, batch in few.batches(64):
-            pixels.append(batch)
+            pixels.append(batch.float().movedim(1, -1).flatten(0, -2))
             for rows, grid in zip(latents, model.pass_through(batch).latents, strict=True):
                 rows.append(grid.movedim(1, -1).flatten(0, -2).cpu())
-    of_pixels = _variance(torch.cat(pixels).movedim(1, -1).flatten(0, -2))
-    return Scales(of_pixels, tuple(_variance(torch.cat(rows)) for rows in latents))
+    return Scales(_variance(torch.cat(pixels)), tuple(_variance(torch.cat(rows)) for rows in latents))
 
 
 def _variance(rows: Tensor) -> float:

@@ -217,7 +217,7 @@ def test_files_follow_one_another_and_rows_are_named_by_file_and_number(write: W
 
 
 def test_rows_come_in_blocks_which_parts_of_a_pass_take_in_turn(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("codebook_tools.data.latent_files._BATCH", 64)
+    monkeypatch.setattr("codebook_tools.data.rows.BLOCK", 64)
     latents = open_latents([write("a.npy"), write("b.npy", ROWS[:90])], DIM)
     assert [len(rows) for rows, _ in latents.by_item()] == [64, 64, 64, 8, 64, 26]
     assert torch.equal(rows_of(latents), torch.cat([ROWS, ROWS[:90]]))
@@ -302,11 +302,11 @@ def test_files_of_one_name_of_several_tensors_of_objects_or_of_none_are_refused(
     save_file({"x": ROWS, "y": ROWS + 1}, tmp_path / "two.safetensors")
     assert_refused("holds 2 tensors; give latents in a file of their own", tmp_path / "two.safetensors")
     np.save(tmp_path / "objects.npy", np.array([{}, []], dtype=object), allow_pickle=True)
-    assert_refused("cannot read latents", tmp_path / "objects.npy")
+    assert_refused("cannot read", tmp_path / "objects.npy")
     for name, content, message in (
-        ("gone.npy", None, "cannot read latents from .*gone"),
+        ("gone.npy", None, "cannot read .*gone"),
         ("gone.safetensors", None, "no such file: .*gone"),
-        ("text.npy", b"latents", "cannot read latents from .*text"),
+        ("text.npy", b"latents", "cannot read .*text"),
         ("text.safetensors", b"latents", "not a sound safetensors file"),
         ("a.csv", b"1,2,3", r"is no file of latents; --latents takes \.npy and \.safetensors"),
     ):

@@ -14,7 +14,7 @@ from drawing import as_tensor, names, picture, png, put, read
 from pyarrow import parquet
 from sources_of_images import find_images
 
-from codebook_tools.data import parquet_images
+from codebook_tools.data import columns
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.images import Images
 from codebook_tools.data.splits import split
@@ -118,8 +118,8 @@ def test_a_table_without_rows_and_one_that_repeats_itself_are_refused(
         find_images([table(tmp_path / "x.parquet", image=pa.array([], pa.binary()))])
     with pytest.raises(CodebookError, match=r"claims 100,000 rows in [\d,]+ bytes"):
         find_images([table(tmp_path / "x.parquet", 100_000, image=[b"a"] * 100_000)])
-    monkeypatch.setattr(parquet_images, "_LARGE", 100)
-    monkeypatch.setattr(parquet_images, "_VALUES_A_BYTE", 1)
+    monkeypatch.setattr(columns, "_LARGE", 100)
+    monkeypatch.setattr(columns, "_VALUES_A_BYTE", 1)
     items = find_images([table(tmp_path / "y.parquet", 1000, image=[BYTES[0]] * 1000)])
     with pytest.raises(CodebookError, match="row group 0 repeats itself to more than"):
         read(items[:1])
@@ -129,18 +129,18 @@ def test_row_groups_are_read_when_they_are_needed_and_few_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
-    inner = parquet_images._Column._read
-    monkeypatch.setattr(parquet_images._Column, "_read", lambda self, group: rows.append(group) or inner(self, group))
+    inner = columns.Column.read
+    monkeypatch.setattr(columns.Column, "read", lambda self, group: rows.append(group) or inner(self, group))
     items = find_images([table(tmp_path / "x.parquet", 100, image=BYTES * 60)])
     assert rows == []
     read(items)  # in order of name: 0, 1, 10, 100, 1000, ...
     assert sorted(rows) == list(range(15))
     rows.clear()
-    monkeypatch.setattr(parquet_images, "RECENT_BYTES", 1)
+    monkeypatch.setattr(columns, "RECENT_BYTES", 1)
     items = rows_in_order(find_images([table(tmp_path / "y.parquet", 100, image=BYTES * 60)]))
     for row in (0, 1, 150, 151, 0):
         read([items[row]])
-    assert rows == [0, 1, 0] and len(parquet_images._RECENT) == 1
+    assert rows == [0, 1, 0] and len(columns._RECENT) == 1
 
 
 def test_a_test_row_that_is_in_the_data_is_refused_whatever_stores_it(tmp_path: Path) -> None:
