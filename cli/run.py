@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -95,8 +95,7 @@ def _with_report(result: Found, options: dict[str, Any], watch: Watch) -> Found:
         and distributed.count() == 1
     ):
         request = request_of(Path(result.outputs["model"] or ""), options)
-        low, high = cast(list[float], result.settings["input_range"])
-        page = page_with_model(result, typed, replace(request, output=None, input_range=(low, high)), watch)
+        page = page_with_model(result, typed, replace(request.alike(result.settings), output=None), watch)
     else:
         page = page_of(result, typed)
     written = distributed.by_first(lambda: write_report(result, page, options["report"]))

@@ -42,6 +42,8 @@ def init(options: dict[str, Any], context: typer.Context, model: ModelArgument =
         chosen = {key: options[one.name] for key, one in keys().items() if source_of(context, one.name) in _SET}
         if bounds := tried.settings.get("input_range"):
             chosen["input-range"] = bounds
+        if tried.family == CUSTOM and tried.settings["modality"] == "arrays":
+            chosen.setdefault("modality", "arrays")
         if tried.family == CUSTOM and tried.proof is None:  # it was assumed, with a warning, which once is enough
             chosen.setdefault("metric", tried.settings["metric"])
         write_text(path, as_toml(chosen))

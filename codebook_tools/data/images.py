@@ -127,6 +127,11 @@ class Images(Modality):
         return np.ascontiguousarray(values[:, top : top + height, left : left + width])
 
     @classmethod
+    def picture(cls, values: Tensor, like: Tensor | None = None, bounds: tuple[float, float] | None = None) -> Tensor:
+        """The image itself."""
+        return values
+
+    @classmethod
     def written(cls, shape: Sequence[int]) -> str:
         """WIDTHxHEIGHT of (channels, height, width)."""
         return f"{shape[2]}x{shape[1]}"

@@ -40,8 +40,8 @@ class Modality(ABC):
             reconstruction error is used.
         bounds: Lowest and highest value of an item, to which reconstructions are clamped; None for no clamping.
         figures: Which of psnr (with peak 1), ssim, sharpness and nmse are computed for reconstructions.
-        pictures: Whether an item is (1 or 3, height, width) in `bounds`, so that reports can show it, patches can be
-            cut from it, and LPIPS and a discriminator accept it.
+        pictures: Whether an item is (1 or 3, height, width) in `bounds`, so that LPIPS and a discriminator accept it,
+            and patches are cut from it; pages show other items as `picture` draws them.
         size: Side length of an item as the user set it; None for the default.
         channels: Channels that the network takes.
         stride: Divides the sides of an item.
@@ -163,6 +163,22 @@ class Modality(ABC):
         """Stored values, (n, ...) or of one item, in the dtype that the network takes."""
         values = stored.float()
         return values if stored.is_floating_point() else values.div_(255)
+
+    @classmethod
+    def picture(cls, values: Tensor, like: Tensor | None = None, bounds: tuple[float, float] | None = None) -> Tensor:
+        """A picture of an item for pages.
+
+        Args:
+            values: The item, or a part of it.
+            like: What it is a reconstruction of, which sets the scale; None for none.
+            bounds: Lowest and highest value that is drawn; None for those of the item.
+
+        Returns:
+            (3 or 1, height, width) in [0, 1].
+        """
+        from codebook_tools.data.array_pictures import draw
+
+        return draw(values, like, bounds)
 
     @classmethod
     def clamped(cls, media: Tensor) -> Tensor:

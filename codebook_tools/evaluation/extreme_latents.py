@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -24,13 +25,14 @@ class ExtremeLatents(Accumulator):
     Attributes:
         counts: (size,) int64, latents assigned to each code.
         errors: (size,) float64, the sum of their squared distances.
-        grid: Rows and columns of the latents of an image.
+        grid: Lengths of the axes of the grid of an item's latents.
         items: That were read, in order.
     """
 
-    def __init__(self, codebook: Codebook, most: int, grid: tuple[int, int]) -> None:
+    def __init__(self, codebook: Codebook, most: int, grid: tuple[int, ...]) -> None:
         """Start without a latent. most: latents of each kind for a code."""
         self.codebook, self.most, self.grid, self.items = codebook, most, grid, list[Item]()
+        self._starts = [0]  # where the latents of each item start in the stream, and where those of the next will
         self.counts = torch.zeros(codebook.size, dtype=torch.int64)
         self.errors = torch.zeros(codebook.size, dtype=torch.float64)
         self._ends = dict.fromkeys((1, -1), (torch.empty(0).long(), torch.empty(0).double(), torch.empty(0).long()))
@@ -41,10 +43,13 @@ class ExtremeLatents(Accumulator):
         errors = squared_errors(batch.latents[0], self.codebook, batch.codes[0]).cpu()
         self.counts += torch.bincount(codes, minlength=len(self.counts))
         self.errors.index_add_(0, codes, errors)
-        at = torch.arange(len(codes)) + len(self.items) * math.prod(self.grid)
+        at = torch.arange(len(codes)) + self._starts[-1]
         for sign, kept in self._ends.items():
             self._ends[sign] = self._lowest(kept, (codes, sign * errors, at))
-        self.items += cast("list[Item]", batch.items)
+        items = cast("Sequence[Item]", batch.items)
+        each = len(codes) // len(items)
+        self._starts += [self._starts[-1] + each * (i + 1) for i in range(len(items))]
+        self.items += items
 
     def _lowest(self, kept: _End, more: _End) -> _End:
         codes, scores, at = map(torch.cat, zip(kept, more, strict=True))
@@ -72,11 +77,14 @@ class ExtremeLatents(Accumulator):
         return self._places(-1)
 
     def _places(self, sign: int) -> dict[int, list[Place]]:
-        places, (rows, columns) = dict[int, list[Place]](), self.grid
+        places = dict[int, list[Place]]()
+        columns = self.grid[1] if len(self.grid) == 2 else None
         codes, _, positions = self._ends[sign]
         for code, at in zip(codes.tolist(), positions.tolist(), strict=True):
-            item, position = divmod(at, rows * columns)
-            places.setdefault(code, []).append(Place(self.items[item], *divmod(position, columns)))
+            item = bisect_right(self._starts, at) - 1
+            start, end = self._starts[item : item + 2]
+            row, column = divmod(at - start, columns or end - start)
+            places.setdefault(code, []).append(Place(self.items[item], row, column, end - start))
         return places
 
 

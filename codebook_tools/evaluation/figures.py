@@ -149,8 +149,8 @@ class Measurement:
         codebooks: Figures of each codebook.
         sharpness: metrics.detail of the reconstructions over that of the images, 1 where they are as sharp; None for
             waveforms, and for images without detail.
-        nmse: mse of arrays over the variance of all their values; None for images and waveforms.
         counts: (size,) int64 of each codebook, assignments per code; empty where the measurement was read from JSON.
+        nmse: mse of arrays over the variance of all their values; None for images and waveforms.
     """
 
     split: str
@@ -160,13 +160,15 @@ class Measurement:
     ssim: Annotated[float | None, Figure(_ssim, "SSIM", ".4f", mean=True)]
     codebooks: tuple[CodebookUse, ...]
     sharpness: Annotated[float | None, Figure(_sharpness, "sharpness", ".1%", mean=True)] = None
-    nmse: Annotated[float | None, Figure(_nmse, "nmse", ".4f", mean=True)] = None
     counts: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
+    nmse: Annotated[float | None, Figure(_nmse, "nmse", ".4f", mean=True)] = None
 
     def to_json(self) -> dict[str, Any]:
-        """All fields but the counts, which are long."""
+        """All fields but the counts, which are long, and what other data have."""
         record = asdict(replace(self, counts=()))
         del record["counts"]
+        if self.nmse is None:
+            del record["nmse"]
         return record
 
     @property

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from codebook_tools.data.array_pictures import span
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.items import Item
 from codebook_tools.errors import CodebookError
@@ -25,36 +27,37 @@ _LARGEST = 64  # pixels of a patch in a report
 
 @dataclass(frozen=True)
 class Place:
-    """Position of a latent: its image, and its row and column in the grid of latents."""
+    """Position of a latent: its item, and its row and column in the grid of latents.
+
+    Attributes:
+        item: The image, clip or array.
+        row: Of the grid; 0 where it has not two axes.
+        column: Of the grid; the position in all of it where it has not two axes.
+        positions: Latents of the item.
+    """
 
     item: Item
     row: int
     column: int
+    positions: int = 0
 
 
-def require_images(model: Model) -> None:
-    """Raise CodebookError where the model takes no images, and so there are no patches."""
-    if not model.modality.pictures:
-        raise CodebookError(f"{model.modality.many} have no patches to show; this command takes images")
-
-
-def latent_grid(model: Model, images: Media, stage: int = 0) -> tuple[int, int]:
-    """Rows and columns of the grid of latents of an image; one row where the grid has not two axes.
+def latent_grid(model: Model, images: Media, stage: int = 0) -> tuple[int, ...]:
+    """Lengths of the axes of the grid of an item's latents; none for one latent an item.
 
     Args:
-        model: Encodes the first readable image.
-        images: The images.
+        model: Encodes the first readable item.
+        images: The data.
         stage: Index of the codebook.
 
     Raises:
-        CodebookError: No image can be read.
+        CodebookError: No item can be read.
     """
     pixels = next((pixels for _, pixels in images.batches(1)), None)
     if pixels is None:
-        raise CodebookError("none of the calibration images can be read")
+        raise CodebookError(f"none of the calibration {model.modality.many} can be read")
     with torch.no_grad():
-        grid = model.encode(pixels, stage, keep=False).shape[2:]
-    return (grid[0], grid[1]) if len(grid) == 2 else (1, grid.numel())
+        return tuple(model.encode(pixels, stage, keep=False).shape[2:])
 
 
 def receptive_side(model: Model, images: Media, stage: int = 0) -> int | None:
@@ -66,8 +69,10 @@ def receptive_side(model: Model, images: Media, stage: int = 0) -> int | None:
         stage: Index of the codebook.
 
     Returns:
-        Pixels, at least the stride; None where latents have no grid of two axes.
+        Pixels, at least the stride; None for no images, and where latents have no grid of two axes.
     """
+    if not model.modality.pictures:
+        return None
     _, pixels = images.load(images.items[:_IMAGES])
     media = pixels.to(model.device).requires_grad_(True)
     with torch.enable_grad():
@@ -91,18 +96,18 @@ def receptive_side(model: Model, images: Media, stage: int = 0) -> int | None:
     return min(max(round(2 * half), stride), high, wide)
 
 
-def patches(images: Media, places: Sequence[Place], grid: tuple[int, int], side: int | None, batch: int) -> Tensor:
-    """Cut the patch around each place; each image is read once.
+def patches(images: Media, places: Sequence[Place], grid: tuple[int, ...], side: int | None, batch: int) -> Tensor:
+    """Cut the patch around each place, or draw the part of an array around it; each item is read once.
 
     Args:
         images: All of the images of the places.
         places: n positions of latents.
-        grid: Rows and columns of latents.
+        grid: Lengths of the axes of the grid of latents.
         side: Of a patch in pixels, beyond the edge of an image its border is repeated; None for whole images.
         batch: Images per batch.
 
     Returns:
-        (n, 3, size, size) in [0, 1], reduced to at most 64 pixels.
+        (n, 3, size, size) in [0, 1], reduced to at most 64 pixels; of arrays (n, 3, height, width).
     """
     of_item = dict[Item, list[int]]()
     for i, place in enumerate(places):
@@ -111,11 +116,24 @@ def patches(images: Media, places: Sequence[Place], grid: tuple[int, int], side:
     for items, pixels in images.subset([*of_item]).batches(batch):
         for item, image in zip(items, pixels, strict=True):
             for i in of_item[item]:
-                cut[i] = _cut(image, places[i], grid, side)
+                pictures = images.modality.pictures
+                cut[i] = _cut(image, places[i], grid, side) if pictures else _drawn(images, image, places[i], grid)
     return torch.stack([cut[i] for i in range(len(places))]) if places else torch.empty(0, 3, 1, 1)
 
 
-def _cut(image: Tensor, place: Place, grid: tuple[int, int], side: int | None) -> Tensor:
+def _drawn(media: Media, item: Tensor, place: Place, grid: tuple[int, ...]) -> Tensor:
+    """(3, height, width): the part of an item around a place, small."""
+    if len(grid) != 2:
+        own = (place.positions,) if len(grid) == 1 else grid
+        position = tuple(int(at) for at in np.unravel_index(place.column, own)) if own else ()
+    else:
+        own, position = grid, (place.row, place.column)
+    bounds = float(item.min()), float(item.max())  # so that all parts of an item have one scale
+    picture = media.modality.picture(span(item, position, own), bounds=bounds)
+    return functional.interpolate(picture[None], (_LARGEST, 2 * _LARGEST), mode="area")[0]
+
+
+def _cut(image: Tensor, place: Place, grid: tuple[int, ...], side: int | None) -> Tensor:
     high, wide = image.shape[1:]
     if side is not None:
         half = side // 2

@@ -16,6 +16,7 @@ TERMS = {
     "k-means of the same size",
     "effective dimension": "number of directions in which the latents vary (participation ratio of their covariance)",
     "mse": "mean squared error of reconstructions, per value; images are in [0, 1], and reconstructions clamped to it",
+    "nmse": "mse over the variance of the data: 0 without error, 1 for the error of their mean",
     "PSNR": "peak signal-to-noise ratio, −10 · log10(mse) for images; higher is better",
     "SSIM": "structural similarity of image and reconstruction; 1 where they are equal",
     "sharpness": "fine detail of the reconstructions, relative to that of the images",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -127,10 +127,7 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
             results.append(operate(step.command, asked, step.strategy, step.recipe, watch))
             model = place
             written.append(place)
-            settings = results[-1].settings
-            if kind := settings.get("modality"):  # it looked at data, and those after it do so alike
-                low, high = cast(list[float], settings["input_range"])
-                request = replace(request, modality=str(kind), input_range=(low, high) if kind == "images" else None)
+            request = request.alike(results[-1].settings)
         maps = _composed([read_index_maps([index_map_path(path)]) for path in written])
         output = check_request_output(request, "run", max(entry.size for entry in maps.values()))
         labels = [f"{i}, {step.command}" for i, step in enumerate(steps, 1)]

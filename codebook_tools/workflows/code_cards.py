@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -23,7 +23,7 @@ from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import SUBJECT, ResultHeader, header
-from codebook_tools.workflows.session import Opened, open_images
+from codebook_tools.workflows.session import Opened, open_shown
 
 SORTS = ("share", "map", "error")
 NEIGHBORS = 4
@@ -41,9 +41,10 @@ class Card:
         share: Of all tokens.
         error: Mean squared distance of the latents that chose it; None of a dead code.
         neighbours: The codes nearest to it, the nearest first.
-        typical: (n, 3, side, side) in [0, 1], patches of the latents nearest to it.
-        unusual: (n, 3, side, side) in [0, 1], patches of those of its latents that are farthest from it.
-        decoded: (3, side, side), what the decoder makes of it alone; None where a position has several codes.
+        typical: (n, 3, height, width) in [0, 1], patches of the latents nearest to it.
+        unusual: (n, 3, height, width) in [0, 1], patches of those of its latents that are farthest from it.
+        items: Names of the items of the nearest latents, where an item has one latent.
+        decoded: (3, height, width), what the decoder makes of it alone; None where a position has several codes.
     """
 
     code: int
@@ -54,19 +55,22 @@ class Card:
     typical: Tensor
     unusual: Tensor
     decoded: Tensor | None
+    items: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The promised keys."""
-        return {name: getattr(self, name) for name in ("code", "count", "share", "error", "neighbours")}
+        return {name: getattr(self, name) for name in ("code", "count", "share", "error", "neighbours")} | (
+            {"items": [*self.items]} if self.items else {}
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A test image and its tokens.
+    """A test item and its tokens.
 
     Attributes:
         name: Of the file.
-        original: (channels, height, width) in [0, 1].
+        original: (channels, height, width) in [0, 1], the image, or the picture of the item.
         tokens: (rows, columns) int64.
         decoded: (channels, height, width) in [0, 1], the reconstruction.
     """
@@ -115,7 +119,7 @@ def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch
         watch: Progress and seconds by phase.
 
     Raises:
-        CodebookError: A number is below 1, `sort` is unknown, or the model takes no images.
+        CodebookError: A number is below 1, `sort` is unknown, or model or data cannot be opened.
     """
     distributed.require_one("codes")
     for name, value in (("top", top), ("most", most)):
@@ -123,7 +127,7 @@ def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch
             raise CodebookError(f"{name}={value} is below 1")
     if sort not in SORTS:
         raise CodebookError(f"sort={sort}: expected {', '.join(SORTS)}")
-    opened = open_images(request, watch)
+    opened = open_shown(request, watch)
     model, stage = opened.model, opened.model.chosen[0]
     codebook = model.books[stage].codebook
     extremes = _extremes(opened, codebook, stage, top, watch)
@@ -167,7 +171,7 @@ def _cards(
     typical, unusual = (
         _patches_of(places, order, opened, grid, side) for places in (extremes.nearest, extremes.farthest)
     )
-    decoded = decode_each(model, opened.calibration.modality, order) if len(model.books) == 1 else [None] * len(order)
+    decoded = _decoded(opened, order) if len(model.route) == 1 else [None] * len(order)
     total = int(extremes.counts.sum())
     return tuple(
         Card(
@@ -176,6 +180,7 @@ def _cards(
             count / total,
             float(extremes.error[code]) if count else None,
             *(near, nearest, farthest, image),
+            () if grid else tuple(str(place.item) for place in extremes.nearest.get(code, ())),
         )
         for code, near, nearest, farthest, image in zip(
             order, _neighbors(model.books[stage].codebook, order), typical, unusual, decoded, strict=True
@@ -184,12 +189,32 @@ def _cards(
 
 
 def _patches_of(
-    places: Mapping[int, Sequence[Place]], order: Sequence[int], opened: Opened, grid: tuple[int, int], side: int | None
+    places: Mapping[int, Sequence[Place]], order: Sequence[int], opened: Opened, grid: tuple[int, ...], side: int | None
 ) -> list[Tensor]:
     """(n, 3, side, side) of each code, none of a dead one. places: of latents, by code. grid: of an image's latents."""
     groups = [places.get(code, ()) for code in order]
     images = patches(opened.calibration, [*chain(*groups)], grid, side, opened.request.batch_size)
     return [*torch.split(images, [len(group) for group in groups])]
+
+
+def _decoded(opened: Opened, order: Sequence[int]) -> list[Tensor | None]:
+    """What each code decodes to, as pictures."""
+    model, modality = opened.model, opened.calibration.modality
+    if modality.pictures:
+        return decode_each(model, modality, order)
+    batch = next((media for _, media in opened.calibration.batches(1)), None)
+    return [None] * len(order) if batch is None else [*map(modality.picture, _decode_alone(model, batch, order))]
+
+
+def _decode_alone(model: Model, blank: Tensor, codes: Sequence[int]) -> Iterator[Tensor]:
+    """What the decoder makes of an item of the shape of `blank`, (1, ...), whose positions all have one code."""
+    for code in codes:
+
+        def alone(stage: int, latents: Tensor, code: int = code) -> Tensor:
+            return model.embed(torch.full_like(latents[:, 0], code, dtype=torch.int64), stage)
+
+        with torch.no_grad():
+            yield model.run(blank, alone)[0].cpu()
 
 
 def decode_each(model: Model, modality: Modality, codes: Sequence[int]) -> list[Tensor | None]:
@@ -245,10 +270,18 @@ def _colors(places: Tensor, used: Tensor) -> Tensor:
 
 
 def _examples(opened: Opened, stage: int) -> tuple[Example, ...]:
-    items, pixels = opened.test.load(limited(opened.test.items, _EXAMPLES, opened.request.seed))
-    if not items:
-        return ()
-    decoded = reconstruct(opened.model, pixels)
-    tokens = decoded.codes[stage].cpu()
-    tokens = tokens if tokens.ndim == 3 else tokens.flatten(1)[:, None]
-    return tuple(Example(str(item), pixels[i], tokens[i], decoded.media[i].cpu()) for i, item in enumerate(items))
+    modality, examples = opened.test.modality, list[Example]()
+    few = opened.test.subset(limited(opened.test.items, _EXAMPLES, opened.request.seed))
+    for items, media in few.batches(_EXAMPLES):
+        decoded = reconstruct(opened.model, media)
+        for item, own, codes, made in zip(items, media, decoded.codes[stage].cpu(), decoded.media.cpu(), strict=True):
+            pictures = modality.picture(own), modality.picture(made, own)
+            examples.append(Example(str(item), pictures[0], _laid_out(codes), pictures[1]))
+    return tuple(examples)
+
+
+def _laid_out(tokens: Tensor) -> Tensor:
+    """(rows, columns): tokens (*grid) as `Modality.picture` lays out what they are of."""
+    if tokens.ndim == 3:  # frames side by side
+        return torch.cat([*tokens], 1)
+    return tokens if tokens.ndim == 2 else tokens.reshape(1, -1)

@@ -1,8 +1,8 @@
-"""A few test images for a page, with their reconstruction in each phase."""
+"""A few test items for a page, with their reconstruction in each phase."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -25,14 +25,24 @@ class GalleryImage:
     Attributes:
         name: Of the file.
         rank: Of its error among all test images, by the model that was kept: "worst", "median" or "best".
-        original: (channels, height, width) in [0, 1].
-        stages: (channels, height, width) in [0, 1], the reconstruction by phase.
+        original: The item, an image (channels, height, width) in [0, 1].
+        stages: The reconstruction by phase, of that shape.
+        picture: Draws an item, and a reconstruction like an item; None for images.
     """
 
     name: str
     rank: str
     original: Tensor
     stages: Mapping[str, Tensor]
+    picture: Callable[..., Tensor] | None = None
+
+    @property
+    def pictures(self) -> dict[str, Tensor]:
+        """(channels, height, width) in [0, 1]: the item, under "original", and its reconstructions by phase."""
+        if self.picture is None:
+            return {"original": self.original, **self.stages}
+        made = {phase: self.picture(values, self.original) for phase, values in self.stages.items()}
+        return {"original": self.picture(self.original), **made}
 
     @property
     def errors(self) -> dict[str, float]:
@@ -43,7 +53,7 @@ class GalleryImage:
 def gallery_of_run(
     opened: Opened, books: tuple[Book, ...], operated: bool, tuned: FineTuned | None, watch: Watch
 ) -> tuple[GalleryImage, ...]:
-    """The worst, the median and the best test image; none where data are no pictures. The model is left as it is.
+    """The worst, the median and the best test item. The model is left as it is.
 
     Args:
         opened: The model in its kept state, and its data.
@@ -69,29 +79,30 @@ def gallery_of_files(stages: Mapping[str, Request], watch: Watch) -> tuple[Galle
 
 def _gallery(opened: Opened, models: Iterator[tuple[str, Model]], watch: Watch) -> tuple[GalleryImage, ...]:
     """opened: whose errors rank the images. models: by phase."""
-    if not opened.model.modality.pictures:
-        return ()
     chosen, originals = _chosen(opened, watch)
-    stages = {stage: reconstruct(model, originals).media.cpu() for stage, model in models}
+    stages = {stage: [reconstruct(model, one[None]).media[0].cpu() for one in originals] for stage, model in models}
+    picture = opened.test.modality.picture
     return tuple(
-        GalleryImage(str(item), rank, originals[i].cpu(), {stage: images[i] for stage, images in stages.items()})
-        for i, (rank, item) in enumerate(zip(RANKS, chosen, strict=True))
+        GalleryImage(str(item), rank, originals[i].cpu(), {stage: made[i] for stage, made in stages.items()}, picture)
+        for i, (rank, item) in enumerate(zip(RANKS, chosen, strict=False))
     )
 
 
 RANKS = ("worst", "median", "best")
 
 
-def _chosen(opened: Opened, watch: Watch) -> tuple[Sequence[Item], Tensor]:
+def _chosen(opened: Opened, watch: Watch) -> tuple[Sequence[Item], list[Tensor]]:
     """An image of each rank, by the model as it is."""
     readable, errors = list[Item](), list[Tensor]()
-    for items, pixels in opened.test.whole().batches(opened.request.batch_size):
+    media = opened.test.whole()
+    for items, pixels in media.batches(opened.request.batch_size):
         reconstructions = reconstruct(opened.model, pixels).media.cpu()
         errors.append((reconstructions - pixels.cpu()).square().flatten(1).mean(1))
         readable += items
         watch.progress("choose what to show", len(readable), len(opened.test))
     order = torch.cat(errors).argsort(stable=True)
-    return opened.test.load([readable[place] for place in (order[-1], order[len(order) // 2], order[0])])
+    chosen = [readable[place] for place in dict.fromkeys((int(order[-1]), int(order[len(order) // 2]), int(order[0])))]
+    return chosen, [media.load([item])[1][0] for item in chosen]
 
 
 def _stages(

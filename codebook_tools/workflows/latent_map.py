@@ -23,7 +23,7 @@ from codebook_tools.strategies._validation import check_k
 from codebook_tools.workflows.pipeline import calibrate, encoder_latents, measure_stage
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import SUBJECT, ResultHeader, header
-from codebook_tools.workflows.session import Opened, open_images
+from codebook_tools.workflows.session import Opened, open_shown
 
 POINTS = 3000
 """Latents that are drawn."""
@@ -52,7 +52,7 @@ class Map(ResultHeader):
         counts: (size,) int64, of each code on the calibration data.
         chosen: (n,) int64, the code of each latent.
         places: Item, row and column of each latent.
-        patches: (n, 3, side, side) in [0, 1], the receptive field of each latent.
+        patches: (n, 3, height, width) in [0, 1], the receptive field of each latent; of arrays, the part around it.
     """
 
     method: Method
@@ -82,12 +82,12 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch, e
         engine: Of the k-means; see clustering/engines.py.
 
     Raises:
-        CodebookError: k is below 1, or the model takes no images.
+        CodebookError: k is below 1, or model or data cannot be opened.
     """
     distributed.require_one("map")
     if k is not None:
         check_k(k)
-    opened = open_images(request, watch)
+    opened = open_shown(request, watch)
     model, stage = opened.model, opened.model.chosen[0]
     calibration = calibrate(opened, watch)
     counts, sample = calibration.tokens[stage].counts, calibration.first.sample
@@ -130,7 +130,7 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch, e
 class _Points(Accumulator):
     """As many latents of each image, drawn by seed, with their codes and places."""
 
-    def __init__(self, each: int, columns: int, seed: int) -> None:
+    def __init__(self, each: int, columns: int | None, seed: int) -> None:
         self.latents, self.codes, self.places = list[Tensor](), list[Tensor](), list[Place]()
         self._each, self._columns, self._random = each, columns, torch.Generator().manual_seed(seed)
 
@@ -141,15 +141,18 @@ class _Points(Accumulator):
             at = torch.randperm(len(rows), generator=self._random)[: self._each].sort().values
             self.latents.append(rows[at])
             self.codes.append(chosen[at])
-            self.places += [Place(item, *divmod(position, self._columns)) for position in at.tolist()]
+            columns = self._columns or len(rows)
+            for position in at.tolist():
+                row, column = divmod(position, columns)
+                self.places.append(Place(item, row, column, len(rows)))
 
 
-def _drawn(opened: Opened, stage: int) -> tuple[Tensor, Tensor, list[Place], tuple[int, int]]:
+def _drawn(opened: Opened, stage: int) -> tuple[Tensor, Tensor, list[Place], tuple[int, ...]]:
     """(n, dim) latents, as many of each of some images, with their codes, their places, and the grid of all."""
     model, request = opened.model, opened.request
     few = opened.calibration.subset(limited(opened.calibration.items, _IMAGES, request.seed))
     grid = latent_grid(model, few, stage)
-    points = _Points(-(-POINTS // len(few)), grid[1], request.seed)
+    points = _Points(-(-POINTS // len(few)), grid[1] if len(grid) == 2 else None, request.seed)
     latents = model.latents(few, request.batch_size, stage)
     run_pass(LatentSource(latents, model.books[stage].codebook), [points], Watch())
     return torch.cat(points.latents)[:POINTS], torch.cat(points.codes)[:POINTS], points.places[:POINTS], grid

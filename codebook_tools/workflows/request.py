@@ -283,6 +283,17 @@ class Request:
             raise CodebookError(f"{option} {missing}: no such tensor in {checkpoint.path}")
         return replace(checkpoint, stated=stated)
 
+    def alike(self, settings: Mapping[str, Any]) -> Request:
+        """The request with what an earlier run chose, by its settings: the kind of data, and the input range."""
+        if "modality" not in settings:
+            return self
+        bounds = settings["input_range"]
+        return replace(
+            self,
+            modality=settings["modality"] if settings["modality"] in MODALITY_NAMES else self.modality,
+            input_range=None if bounds is None else (bounds[0], bounds[1]),
+        )
+
     @property
     def knows_sample(self) -> bool:
         """Whether the bundled sample need not be asked for."""

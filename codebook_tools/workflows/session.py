@@ -16,7 +16,6 @@ from codebook_tools.data.splits import Splits, limited, split
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.choose_modality import choose_latent_axis, choose_modality
 from codebook_tools.evaluation.measure import find_input_range, range_errors
-from codebook_tools.evaluation.receptive_field import require_images
 from codebook_tools.models.evidence import uninitialized, untrained
 from codebook_tools.models.load import load_model
 from codebook_tools.models.proof import Proof, prove_opened
@@ -125,7 +124,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         "images": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         **{name: getattr(request, name) for name in ("limit", "size", "channels", "skip_bad")},
         "network": name_of(request.network) if request.network else None,
-        "input_range": list(model.input_range),
+        "input_range": None if model.modality is Arrays else list(model.input_range),
         "device": str(model.device),
         "precision": request.precision,
     }
@@ -175,15 +174,10 @@ def _choose_input_range(request: Request, opened: Opened) -> None:
         )
 
 
-def open_images(request: Request, watch: Watch) -> Opened:
-    """A model whose latents are shown by patches of images.
-
-    Raises:
-        CodebookError: It takes no images, or model or data cannot be opened.
-    """
+def open_shown(request: Request, watch: Watch) -> Opened:
+    """A model whose latents are shown by parts of the data. Raises CodebookError where it cannot be opened."""
     opened = open_request(request, watch)
     opened.warnings += untrained(opened.model.checkpoint, opened.codebooks)
-    require_images(opened.model)
     return opened
 
 

@@ -1,4 +1,4 @@
-"""The page of the codes: typical patches of each, and images with their tokens drawn over them."""
+"""The page of the codes: typical patches of each, and items with their tokens drawn over them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ def codes_page(codes: Codes, command: str) -> Page:
 
 
 def codes_parts(codes: Codes) -> Iterator[Part]:
-    """Images with their tokens, the usage of codes where all of them are shown, and the codes."""
+    """Items with their tokens, the usage of codes where all of them are shown, and the codes."""
     if codes.examples:
         yield Gallery(
-            "Images and their tokens",
+            "Items and their tokens",
             {example.name: _tokens(example, codes.colors) for example in codes.examples},
             "A token has the color of its code; codes that are close to each other have similar colors.",
+            _HEIGHT
+            if any(example.original.shape[2] > 2 * example.original.shape[1] for example in codes.examples)
+            else None,
         )
     if len(codes.cards) == codes.size:
         counts = torch.zeros(codes.size, dtype=torch.int64)
@@ -38,7 +41,11 @@ def codes_parts(codes: Codes) -> Iterator[Part]:
             counts[card.code] = card.count
         yield usage_plot("How often codes are used", {"calibration data": counts})
     used, dead = ([card for card in codes.cards if bool(card.count) is alive] for alive in (True, False))
-    patch = "the whole image" if codes.side is None else f"{codes.side} × {codes.side} pixels"
+    patch = (
+        "the whole item, or of arrays the part around the latent"
+        if codes.side is None
+        else f"{codes.side} × {codes.side} pixels"
+    )
     yield Gallery(
         f"{len(used):,} of the {codes.used:,} codes in use are drawn here",
         {_name(card): list(_pictures(card)) for card in used},
@@ -67,13 +74,15 @@ def _pictures(card: Card) -> Iterator[Picture]:
     for kind, patches in (("nearest", card.typical), ("farthest", card.unusual)):
         if len(patches):
             description = f"{len(patches)} patches of the latents {kind} to code {card.code}"
-            yield Picture(_strip(patches), description, f"{kind} latents", small=True)
+            named = f": {', '.join(card.items)}" if kind == "nearest" and card.items else ""
+            yield Picture(_strip(patches), description, f"{kind} latents{named}", small=True)
 
 
 def _strip(patches: Tensor) -> Tensor:
-    """Patches (n, 3, side, side) side by side with white gaps, (3, side, width)."""
-    spaced = functional.pad(patches, (0, 2), value=1.0)
-    return torch.cat([*spaced], dim=2)[:, :, :-2]
+    """Patches (n, 3, height, width) side by side with white gaps, (3, height, width)."""
+    gap = 2 if patches.shape[2] == patches.shape[3] else 12  # lines need more air than squares
+    spaced = functional.pad(patches, (0, gap), value=1.0)
+    return torch.cat([*spaced], dim=2)[:, :, :-gap]
 
 
 def _tokens(example: Example, colors: Tensor) -> list[Picture]:
@@ -84,11 +93,13 @@ def _tokens(example: Example, colors: Tensor) -> list[Picture]:
     blended = original * (1 - _OPACITY) + over * _OPACITY
     many = len(set(example.tokens.flatten().tolist()))
     return [
-        Picture(original, f"{example.name}, the image", "the image"),
+        Picture(original, f"{example.name}, the original", "the original"),
         Picture(
             blended,
             f"{example.name}, its tokens in colors",
-            f"its tokens: {many} codes at {example.tokens.numel()} positions",
+            f"its tokens: {many} codes at {example.tokens.numel()} positions"
+            if example.tokens.numel() > 1
+            else f"its token: code {int(example.tokens)}",
         ),
         Picture(decoded, f"{example.name}, decoded from its tokens", "decoded from its tokens"),
     ]

@@ -81,12 +81,18 @@ def gallery(images: Sequence[GalleryImage]) -> Gallery:
     """Test images, each with its reconstructions by phase, a row each."""
     rows = {}
     for image in images:
-        row = [Picture(image.original, f"{image.name}, the original", "the original")]
-        for phase, picture in image.stages.items():
+        pictures = image.pictures
+        row = [Picture(pictures.pop("original"), f"{image.name}, the original", "the original")]
+        for phase, picture in pictures.items():
             name = STAGES.get(phase, phase) if len(image.stages) > 1 else "reconstructed"
             row.append(Picture(picture, f"{image.name}, {name}", f"{name}, mse {image.errors[phase]:.5f}"))
         rows[f"{image.rank}: {image.name}"] = row
-    return Gallery("The worst, the median and the best image", rows, "Ordered by the error after the last phase.")
+    wide = any(picture.aspect > _WIDE for row in rows.values() for picture in row)
+    title, note = "The worst, the median and the best test item", "Ordered by the error after the last phase."
+    return Gallery(title, rows, note, _HEIGHT if wide else None)
+
+
+_WIDE, _HEIGHT = 2, 3.4  # width over height of a picture, from which it has that height in rem
 
 
 def usage_plot(title: str, counts: Mapping[str, torch.Tensor]) -> Plot:

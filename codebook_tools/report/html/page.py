@@ -29,6 +29,7 @@ PANEL = (5.0, 2.8)
 
 _NUMBER = re.compile(r"(?:[\d\s.,%()±/*+e–-]|of|to)*")
 _PROSE = 40  # characters, above which a cell is a sentence
+_SMOOTH_FROM = 64  # pixels of height
 _FEW_COLUMNS = 5  # that a phone shows beside each other
 
 STYLE: dict[Any, Any] = {
@@ -182,6 +183,11 @@ class Picture:
     def aspect(self) -> float:
         """Width over height."""
         return self.pixels.shape[-1] / self.pixels.shape[-2]
+
+    @property
+    def smooth(self) -> bool:
+        """Whether a browser may smooth it; the pixels of a small one stay squares."""
+        return self.pixels.shape[-2] >= _SMOOTH_FROM
 
     @property
     def uri(self) -> str:

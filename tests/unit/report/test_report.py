@@ -167,7 +167,7 @@ def test_a_surgery_writes_its_page_and_changes_nothing_else(
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
     text = (tmp_path / "page.html").read_text()
     assert len(text) < 5_000_000 and text.count("<img ") > 3 * 4 and text.count("<svg ") == 1 + 4 + 1 + 1
-    for words in ("Principal components of", "Images and their tokens", "4 of the 4 codes in use are drawn here"):
+    for words in ("Principal components of", "Items and their tokens", "4 of the 4 codes in use are drawn here"):
         assert words in text
     for stage, name in (("before", "before"), ("surgery", "after surgery"), ("finetuned", "after fine-tuning")):
         assert f"{name}, mse {done['stages'][stage]['mse']:.5f}" in text
