@@ -135,7 +135,7 @@ class Arrays(Modality):
         return getattr(network, "modality", None) == "arrays"
 
     @classmethod
-    def of(cls, network: Any, size: object) -> Self:
+    def of(cls, network: Any, size: object, crop: str = "center") -> Self:
         """The modality. Raises CodebookError for a `size`: arrays are not resized."""
         if size is not None:
             raise CodebookError("--size is of images and sound; arrays go to the network as they are")

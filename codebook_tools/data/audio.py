@@ -62,6 +62,7 @@ class Waveforms(Modality):
     full = 1
     figures = frozenset({"psnr"})
 
+    size: int | None = None
     rate: int
 
     def __post_init__(self) -> None:
@@ -79,8 +80,10 @@ class Waveforms(Modality):
         return hasattr(network, "sampling_rate")
 
     @classmethod
-    def of(cls, network: Any, size: int | None) -> Self:
+    def of(cls, network: Any, size: int | tuple[int, int] | None, crop: str = "center") -> Self:
         """The modality with the network's sampling rate, channels and hop."""
+        if isinstance(size, tuple):
+            raise CodebookError(f"--size {size[0]},{size[1]}: height and width are of images; a clip has samples")
         return cls(rate=network.sampling_rate, size=size, channels=network.channels, stride=network.hop)
 
     @property

@@ -166,21 +166,25 @@ def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
-def square(pixels: NDArray[Any], side: int) -> NDArray[Any]:
-    """Resize the central square with an antialiasing bicubic filter.
+def resized(pixels: NDArray[Any], sides: tuple[int, int], whole: bool = False) -> NDArray[Any]:
+    """Resize an image, or its center of the wanted shape, with an antialiasing bicubic filter.
 
     Args:
         pixels: (channels, height, width), uint8 or float32.
-        side: In pixels.
+        sides: Height and width of the result in pixels.
+        whole: Whether all of the image is resized, whatever its shape.
 
     Returns:
-        (channels, side, side) of the same dtype, clipped to [0, 255] or [0, 1] where the filter overshoots.
+        (channels, *sides) of the same dtype, clipped to [0, 255] or [0, 1] where the filter overshoots.
     """
+    height, width = sides
+
+    def fitted(picture: Image.Image) -> Image.Image:
+        if whole:
+            return picture.resize((width, height), Image.Resampling.BICUBIC)
+        return ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+
     if pixels.dtype == np.uint8:
-        return _channels_first(_center(_picture(pixels), side))
-    planes = [np.asarray(_center(Image.fromarray(np.ascontiguousarray(plane)), side)) for plane in pixels]
+        return _channels_first(fitted(_picture(pixels)))
+    planes = [np.asarray(fitted(Image.fromarray(np.ascontiguousarray(plane)))) for plane in pixels]
     return np.stack(planes).clip(0, 1)
-
-
-def _center(picture: Image.Image, side: int) -> Image.Image:
-    return ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)

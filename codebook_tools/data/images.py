@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from codebook_tools.data.array_files import row_items, stored_arrays
 from codebook_tools.data.channels import FIRST, in_channels
 from codebook_tools.data.dataset import Media
-from codebook_tools.data.image_decoding import decode_picture, decode_row, luma, square
+from codebook_tools.data.image_decoding import decode_picture, decode_row, luma, resized
 from codebook_tools.data.items import Item, Values
 from codebook_tools.data.modality import Modality
 from codebook_tools.data.parquet_images import parquet_images
@@ -40,9 +40,11 @@ class Images(Modality):
     In memory an image is (channels, height, width) in [0, 1].
 
     Attributes:
-        size: Side of the square that the center of every image is cut and resized to; None: all must have one size.
+        size: Side of a square, or height and width, that every image is cut and resized to; None: all must have one
+            size.
         channels: 1 or 3.
         stride: Height and width are cropped about the center to multiples of it.
+        whole: Whether images are resized as a whole, where otherwise their center is cut out.
 
     Raises:
         CodebookError: `size` is above LONGEST_SIDE.
@@ -54,17 +56,28 @@ class Images(Modality):
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
     archives = dict.fromkeys((".npy", ".npz"), _stored_items) | {".parquet": parquet_images}
     mixes = "the luma of colors, or the first of them; alpha goes"
-    remedy = "give --size N, and the center square of each is resized to so many pixels"
+    remedy = "give --size N, or H,W, and the center of each is resized to so many pixels"
     input_ranges = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))  # a checkpoint does not say which one
     bounds = (0, 1)
     figures = frozenset({"psnr", "ssim", "sharpness"})
     pictures = True
 
     channels: int = 3
+    whole: bool = False
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size > LONGEST_SIDE:
-            raise CodebookError(f"--size {self.size} is longer than {LONGEST_SIDE} pixels")
+        if self.sides is not None and max(self.sides) > LONGEST_SIDE:
+            raise CodebookError(f"--size {max(self.sides)} is longer than {LONGEST_SIDE} pixels")
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Height and width that images are resized to; None for their own."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @classmethod
+    def of(cls, network: Any, size: int | tuple[int, int] | None, crop: str = "center") -> Self:
+        """The modality with what the user set."""
+        return cls(size=size, whole=crop == "none")
 
     @classmethod
     def accepts(cls, network: object) -> bool:
@@ -73,11 +86,11 @@ class Images(Modality):
 
     def probed(self, items: Sequence[Item], encode: Callable[[Tensor], Tensor], skip_bad: bool) -> Self:
         """The modality with the channels and the stride that `probe` finds at the size of the first image."""
-        height, width = self._first_size(items, skip_bad) if self.size is None else (self.size, self.size)
+        height, width = self._first_size(items, skip_bad) if self.sides is None else self.sides
         channels, stride = probe(encode, height, width)
-        if self.size is not None and self.size < stride:
+        if self.sides is not None and min(self.sides) < stride:
             raise CodebookError(
-                f"--size {self.size} is smaller than the model's stride of {stride}; give a multiple of that"
+                f"--size {min(self.sides)} is smaller than the model's stride of {stride}; give a multiple of that"
             )
         return replace(self, channels=channels, stride=stride)
 
@@ -110,7 +123,7 @@ class Images(Modality):
         return in_channels(colors, self.channels, how, luma)
 
     def fitted(self, values: Values) -> Values:
-        """Resize to `size` if that is set, and crop about the center to multiples of `stride`.
+        """Resize to `size` if that is set, and crop about the center to multiples of `stride`, or resize to those.
 
         Args:
             values: (channels, height, width), uint8 or float32.
@@ -118,9 +131,11 @@ class Images(Modality):
         Raises:
             ValueError: A side is smaller than the stride.
         """
-        if self.size is not None and values.shape[1:] != (self.size, self.size):
-            values = square(values, self.size)
+        if self.sides is not None and values.shape[1:] != self.sides:
+            values = resized(values, self.sides, self.whole)
         height, width = (side - side % self.stride for side in values.shape[1:])
+        if self.whole and min(height, width) and (height, width) != values.shape[1:]:
+            values = resized(values, (height, width), whole=True)
         if not height or not width:
             raise ValueError(f"{self.written(values.shape)} is smaller than the model's stride of {self.stride}")
         top, left = (values.shape[1] - height) // 2, (values.shape[2] - width) // 2

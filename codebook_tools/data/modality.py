@@ -60,7 +60,7 @@ class Modality(ABC):
     figures: ClassVar[frozenset[str]] = frozenset()
     pictures: ClassVar[bool] = False
 
-    size: int | None = None
+    size: int | tuple[int, int] | None = None
     channels: int = 1
     stride: int = 1
 
@@ -70,16 +70,19 @@ class Modality(ABC):
         """Whether a network takes data of this kind; the first of MODALITIES that accepts it is used."""
 
     @classmethod
-    def of(cls, network: Any, size: int | None) -> Self:
+    def of(cls, network: Any, size: int | tuple[int, int] | None, crop: str = "center") -> Self:
         """The modality with what attributes of the network say of its input.
 
         Args:
             network: One that `accepts` is true of.
-            size: Side length of an item as the user set it.
+            size: Side length of an item, or height and width, as the user set it.
+            crop: "center" or "none", what of an image is kept.
 
         Raises:
-            CodebookError: The network cannot take that size.
+            CodebookError: The network cannot take that size, or items have no such sides.
         """
+        if isinstance(size, tuple):
+            raise CodebookError(f"--size {size[0]},{size[1]}: height and width are of images; these are {cls.many}")
         return cls(size=size)
 
     def probed(self, items: Sequence[Item], encode: Callable[[Tensor], Tensor], skip_bad: bool) -> Self:

@@ -31,7 +31,8 @@ class Data:
         values: Lowest and highest value of floating-point images in memory, if not 0 and 1: (-1, 1) after the usual
             `Normalize(0.5, 0.5)`.
         limit: Items of `train` and of `test` at most, drawn by `seed` of the call.
-        size: Side in pixels that images are cut and resized to; samples of a clip.
+        size: Side in pixels, or height and width, that images are cut and resized to; samples of a clip.
+        crop: "center" to cut images to that shape, "none" to resize all of them.
         channels: "mix" or "first", for items with other channels than the network.
         group: A file with one key a row of `train`, .npy or text: rows of one key stay in one split.
         skip_bad: Leave out unreadable items.
@@ -47,7 +48,8 @@ class Data:
     key: str | int | None = None
     values: tuple[float, float] = (0.0, 1.0)
     limit: int | None = None
-    size: int | None = None
+    size: int | tuple[int, int] | None = None
+    crop: str = "center"
     channels: str | None = None
     group: PathLike | None = None
     skip_bad: bool = False

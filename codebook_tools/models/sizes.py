@@ -11,13 +11,15 @@ _UNSAID = ("sample_size", 32)  # what diffusers writes where nobody said a size:
 _FAR = 2  # times larger or smaller: networks that see twice the side of their training still reconstruct
 
 
-def size_warning(checkpoint: Checkpoint, family: str, size: int) -> list[str]:
+def size_warning(checkpoint: Checkpoint, family: str, size: int | tuple[int, int]) -> list[str]:
     """A warning where images of `size` pixels a side are far from the size in the config; else none."""
     named = _named(checkpoint, family)
-    if named is None or named[1] <= _FAR * size <= _FAR * _FAR * named[1]:
+    sides = size if isinstance(size, tuple) else (size,)
+    typed = ",".join(map(str, sides))
+    if named is None or all(named[1] <= _FAR * side <= _FAR * _FAR * named[1] for side in sides):
         return []
     entry, side = named
-    return [f"--size {size} is far from {side}, which is {entry} in the model's config; --size {side} is its own"]
+    return [f"--size {typed} is far from {side}, which is {entry} in the model's config; --size {side} is its own"]
 
 
 def _named(checkpoint: Checkpoint, family: str) -> tuple[str, int] | None:

@@ -155,7 +155,8 @@ def _words(request: Request, against: Path | None, evidence: Evidence) -> dict[s
 
 
 _NAMED = {"data", "test_data", "network", "family", "metric", "size", "limit", "device", "precision", "workers"}
-_NAMED |= {"seed", "batch_size", "codebook_key", "companion", "as_stored", "channels"}
+_NAMED |= {"seed", "batch_size", "codebook_key", "companion", "as_stored", "channels", "crop"}
+_NAMED |= {"modality", "latent_axis", "group"}
 
 
 def _as_typed(request: Request) -> str:
@@ -166,6 +167,8 @@ def _as_typed(request: Request) -> str:
         if option.name not in _NAMED or value == option.default:
             continue
         name = option.name.replace("_", "-")
+        if option.name == "size" and isinstance(value, tuple):
+            value = ",".join(map(str, value))
         words += [f" --{name} {shlex.quote(str(one))}" for one in (value if isinstance(value, tuple) else (value,))]
     if request.input_range is not None:
         words.append(" --input-range={:g},{:g}".format(*request.input_range))

@@ -334,7 +334,10 @@ def _request(model: Model, data: Data | Values | None, seed: int) -> Request:
         data=train,
         test_data=test,
         group=None if of.group is None else Path(of.group),
-        **{name: getattr(of, name) for name in ("limit", "size", "channels", "skip_bad", "batch_size", "workers")},
+        **{
+            name: getattr(of, name)
+            for name in ("limit", "size", "crop", "channels", "skip_bad", "batch_size", "workers")
+        },
         seed=seed,
         typed=True,  # the bundled sample is never trained on
     )

@@ -42,6 +42,21 @@ def parse_range(text: str) -> tuple[float, float]:
     return low, high
 
 
+def parse_size(text: str) -> int | tuple[int, int]:
+    """The side of an image, or its height and width, from "64" or "48,64".
+
+    Raises:
+        CodebookError: The text is neither.
+    """
+    try:
+        sides = [int(side) for side in text.split(",")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise CodebookError(f"--size {text}: expected a number of pixels, such as 64, or height,width, such as 48,64")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
 @dataclass(frozen=True)
 class Request:
     """A model, its data, and how to work on them. A field with an Option is typed under its name.
@@ -89,11 +104,22 @@ class Request:
         Option("At most N items of each of --data and --test-data, drawn by seed.", metavar="N", panel="Data"),
     ] = None
     size: Annotated[
-        int | None,
+        int | tuple[int, int] | None,
         Option(
-            "Side of the square that images are cropped and resized to; of sound, samples.", metavar="N", panel="Data"
+            "Images are cropped and resized to N x N pixels, or to height,width; of sound, samples.",
+            metavar="N|H,W",
+            panel="Data",
+            parse=parse_size,
         ),
     ] = None
+    crop: Annotated[
+        str,
+        Option(
+            "What of an image is kept: its center, in the shape that the network gets, or all of it, resized.",
+            choices=("center", "none"),
+            panel="Data",
+        ),
+    ] = "center"
     channels: Annotated[
         str | None,
         Option(
@@ -235,8 +261,10 @@ class Request:
 
         for name in ("limit", "size", "batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
                 raise CodebookError(f"{name.replace('_', '-')}={value} is below 1")
+        if self.crop not in ("center", "none"):
+            raise CodebookError(f"crop={self.crop}: expected center or none")
         if self.modality not in MODALITY_NAMES:
             raise CodebookError(f"modality={self.modality}: expected one of {', '.join(MODALITY_NAMES)}")
         if self.latent_axis == 0:

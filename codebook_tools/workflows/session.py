@@ -66,11 +66,11 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
             model,
             request.data or request.test_data,
             request.modality,
-            of_images=request.size is not None or request.input_range is not None,
+            of_images=request.size is not None or request.input_range is not None or request.crop == "none",
         )
         model.latent_axis = request.latent_axis
         model.input_range = model.modality.input_ranges[0]
-        modality = model.modality.of(model.network, request.size)
+        modality = model.modality.of(model.network, request.size, request.crop)
         splits = _splits(request, modality, measuring)
         items = splits.calibration or splits.test
         modality = modality.probed(items, model.encode, request.skip_bad)
@@ -122,7 +122,8 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         "test_data": [str(one) for one in request.test_data],
         "modality": model.modality.name,
         "images": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
-        **{name: getattr(request, name) for name in ("limit", "size", "channels", "skip_bad")},
+        **{name: getattr(request, name) for name in ("limit", "crop", "channels", "skip_bad")},
+        "size": list(request.size) if isinstance(request.size, tuple) else request.size,
         "network": name_of(request.network) if request.network else None,
         "input_range": None if model.modality is Arrays else list(model.input_range),
         "device": str(model.device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from sources_of_images import find_images
 
-from codebook_tools.data.images import array_items, sample_images, sample_photographs
+from codebook_tools.data.audio import Waveforms
+from codebook_tools.data.images import Images, array_items, sample_images, sample_photographs
 from codebook_tools.data.items import Item
 from codebook_tools.data.splits import limited, split
 from codebook_tools.errors import CodebookError
@@ -185,3 +187,36 @@ def test_no_pixel_of_the_sample_is_in_two_splits() -> None:
                 covered[part][("china", "flower").index(photograph), top : top + 32, left : left + 32] = True
             assert covered[part].any()
         assert not any((one & other).any() for one, other in combinations(covered.values(), 2))
+
+
+@pytest.mark.parametrize("size", [(16, 40), (24, 24), 24])
+@pytest.mark.parametrize("crop", ["center", "none"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_pictures_are_cut_or_resized_to_height_and_width(size: int | tuple[int, int], crop: str, dtype: type) -> None:
+    """As Pillow resizes all of the picture, or the largest part of the wanted shape about its center."""
+    pixels = picture(0, (60, 90, 3))
+    height, width = (size, size) if isinstance(size, int) else size
+    kept = 60 * width / height, 60.0
+    if kept[0] > 90:
+        kept = 90.0, 90 * height / width
+    left, top = (90 - kept[0]) / 2, (60 - kept[1]) / 2
+    box = (left, top, left + kept[0], top + kept[1]) if crop == "center" else None
+    expected = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box=box)
+    values = pixels.transpose(2, 0, 1) if dtype is np.uint8 else (pixels.transpose(2, 0, 1) / 255).astype(np.float32)
+    made = Images.of(None, size, crop).fitted(values)
+    wanted = np.asarray(expected).transpose(2, 0, 1)
+    if dtype is np.uint8:
+        assert np.array_equal(made, wanted)
+    else:
+        assert np.abs(made * 255 - wanted).max() < 2  # Pillow rounds 8 bits between its two passes
+
+
+def test_a_whole_picture_is_resized_to_multiples_of_the_stride() -> None:
+    values = picture(0, (35, 50, 3)).transpose(2, 0, 1)
+    assert replace(Images.of(None, None, "none"), stride=8).fitted(values).shape == (3, 32, 48)
+    center = replace(Images.of(None, None), stride=8).fitted(values)
+    assert np.array_equal(center, values[:, 1:33, 1:49])
+    with pytest.raises(CodebookError, match="--size 70000 is longer"):
+        Images.of(None, (16, 70000))
+    with pytest.raises(CodebookError, match="a clip has samples"):
+        Waveforms.of(None, (16, 16))
