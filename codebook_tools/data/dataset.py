@@ -26,6 +26,9 @@ from codebook_tools.runtime.progress import Watch
 CACHE_BYTES = 2 << 30
 """Bytes of decoded values that are cached at most."""
 
+VALUES_AT_ONCE = 1 << 18
+"""Values in a batch of small items: fewer would spend more time on each batch than on what is in it."""
+
 Decoded = Values | Exception
 """The values of an item, or the reason why it cannot be read."""
 
@@ -135,6 +138,12 @@ class Media:
             lots = self.alike(range(len(self.items)), size, window=_WINDOW)
             batches = self.stream(islice(lots, index, None, parts))
         return ((items, values) for items, values in batches if items)
+
+    def at_once(self, least: int) -> int:
+        """Items in a batch of a pass: `least`, or of small rows of arrays as many as have VALUES_AT_ONCE values."""
+        if not isinstance(self.items, Rows) or not len(self.items):
+            return least
+        return max(least, VALUES_AT_ONCE // self.items.files[0].mapped()[0].numel())
 
     @property
     def ragged(self) -> bool:

@@ -27,8 +27,8 @@ _SCORES: Mapping[str, tuple[str, Callable[[Tensor, Tensor], Tensor | None]]] = {
     "similarity": ("ssim", metrics.ssim),
     "detail": ("sharpness", lambda media, reconstructions: metrics.detail(media)),
     "reconstructed_detail": ("sharpness", lambda media, reconstructions: metrics.detail(reconstructions)),
-    "total": ("nmse", lambda media, reconstructions: wide(media)),
-    "squares": ("nmse", lambda media, reconstructions: wide(media).square()),
+    "total": ("nmse", lambda media, reconstructions: total_of(media)),
+    "squares": ("nmse", lambda media, reconstructions: total_of(media.square())),
 }
 """Optional fields of Sums: the figure that needs it, and what is added up of media and reconstructions.
 
@@ -279,6 +279,11 @@ def _moments(rows: Tensor, codebook: Codebook, counts: Tensor) -> Tensor:
     of_rows = torch.cat([rows.sum(0, keepdim=True), rows.T @ rows]).cpu()
     weighted = codes * counts[:, None]
     return torch.stack([of_rows, torch.cat([weighted.sum(0, keepdim=True), weighted.T @ codes])])
+
+
+def total_of(values: Tensor) -> Tensor:
+    """The sum of values of any shape, () float64, without a copy of them where the device has float64."""
+    return wide(values).sum() if values.device.type == "mps" else values.sum(dtype=torch.float64)
 
 
 def _total(scores: Tensor | None) -> Fraction | None:

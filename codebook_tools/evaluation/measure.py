@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools.data.dataset import Media
+from codebook_tools.data.rows import all_finite
 from codebook_tools.data.splits import limited
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.evaluation.accumulators import Totals
@@ -42,13 +43,13 @@ def reconstruct(model: Model, media: Tensor) -> Pass:
     """
     with torch.no_grad():
         result = model.pass_through(media)
-    if not all(bool(torch.isfinite(latents).all()) for latents in result.latents):
+    if not all(map(all_finite, result.latents)):
         raise NotFiniteError("the encoder's latents are not finite")
     reconstructed = model.modality.clamped(result.media)
     if reconstructed.shape != media.shape:
         shape, many = tuple(reconstructed.shape[1:]), model.modality.many
         raise CodebookError(f"decode returns {shape} for {many} of {tuple(media.shape[1:])}")
-    if not bool(torch.isfinite(reconstructed).all()):
+    if not all_finite(reconstructed):
         raise NotFiniteError("the decoder's reconstructions are not finite")
     return replace(result, media=reconstructed)
 

@@ -97,7 +97,7 @@ def part_of(opened: Opened, measured: Sums, shard: tuple[int, int], watch: Watch
     split, data = ("calibration", opened.calibration) if len(opened.calibration) else ("test", opened.test)
     limit = sample_limit([book.codebook.dim for book in model.books])
     with watch.phase("encode"):
-        total, samples = tally(model, data, seed=request.seed, limit=limit, batch=request.batch_size, watch=watch)
+        total, samples = tally(model, data, seed=request.seed, limit=limit, batch=opened.batch, watch=watch)
     first = model.books[0]
     about = {
         "family": model.family,

@@ -14,6 +14,7 @@ from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.codebook import Codebook, Strategy, Surgery
 from codebook_tools.data.items import items_sha256
+from codebook_tools.data.rows import Rows
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.figures import Measurement
 from codebook_tools.evaluation.model_card import cards
@@ -94,6 +95,8 @@ def measure_model(
         target: Opened | FileTarget = open_file(request, watch)
     else:
         target = open_request(request, watch, measuring=True)
+        if isinstance(target.test.items, Rows):
+            target.pass_once()
     target.warnings += told_by_file(target.model.checkpoint, target.codebooks)
     target.settings["metric"] = target.model.books[target.model.chosen[0]].metric.name
     with watch.phase("measure"):

@@ -14,6 +14,7 @@ from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.codebook import Latents
 from codebook_tools.data.dataset import Beyond, Media
 from codebook_tools.data.latents import EncodedLatents
+from codebook_tools.data.rows import Rows
 from codebook_tools.data.splits import Splits
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.accumulators import Sums
@@ -124,12 +125,17 @@ class Opened(Target):
     test: Media
     agreed: Agreement | None = None
 
+    @property
+    def batch(self) -> int:
+        """Items in a batch of a pass."""
+        return (self.calibration if len(self.calibration) else self.test).at_once(self.request.batch_size)
+
     @cached_property
     def few(self) -> list[Tensor]:
         """Batches of data with as many latents as an agreement is judged on, or all that there are."""
         media = self.calibration if len(self.calibration) else self.test
         batches, positions = list[Tensor](), 0
-        for _, batch in media.whole().batches(self.request.batch_size):
+        for _, batch in media.whole().batches(self.batch):
             batches.append(batch)
             with torch.no_grad():
                 positions += self.model.encode(batch, keep=False)[:, 0].numel()
@@ -140,7 +146,7 @@ class Opened(Target):
     def latents(self, stage: int) -> EncodedLatents | CachedLatents:
         """All calibration latents that reach the codebook `stage`."""
         request, model = self.request, self.model
-        return cached(request.latents_cache, model.latents(self.calibration, request.batch_size, stage), model, stage)
+        return cached(request.latents_cache, model.latents(self.calibration, self.batch, stage), model, stage)
 
     def survey(self, stage: int, watch: Watch) -> Survey:
         with watch.phase("encode"):
@@ -151,7 +157,7 @@ class Opened(Target):
         """The tokens that the model as it is chooses."""
         request = self.request
         with watch.phase("encode"):
-            return tokenize(self.model, self.calibration, seed=request.seed, batch=request.batch_size, watch=watch)
+            return tokenize(self.model, self.calibration, seed=request.seed, batch=self.batch, watch=watch)
 
     def all_latents(self, stage: int, survey: Survey) -> Latents:
         if self.request.latents_cache is None:
@@ -163,12 +169,12 @@ class Opened(Target):
 
     def reference_latents(self, stage: int) -> Tensor | None:
         request = self.request
-        return reference_latents(self.model, self.calibration, seed=request.seed, batch=request.batch_size, stage=stage)
+        return reference_latents(self.model, self.calibration, seed=request.seed, batch=self.batch, stage=stage)
 
     def sums(self, references: Sequence[Tensor | None], watch: Watch) -> Sums:
         with watch.phase("measure"):
             totals = totals_of(self.model, self.reference_distances(references))
-            run_pass(reconstructions(self.model, self.test, self.request.batch_size), [totals], watch)
+            run_pass(reconstructions(self.model, self.test, self.batch), [totals], watch)
             return totals.sums
 
     def measurement(self, sums: Sums) -> Measurement:
@@ -201,7 +207,7 @@ class Opened(Target):
         """
         self.calibration.keep(0)
         self.test.keep(_LITTLE)
-        self.model.kept.limit = _LITTLE
+        self.model.kept.limit = 0 if isinstance(self.test.items, Rows) else _LITTLE  # rows are small: encoded anew
 
 
 _LITTLE = 32 << 20

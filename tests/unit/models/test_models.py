@@ -289,7 +289,7 @@ NETWORKS = {
     f"{GREY}\n    pass\nclass Half(Grey):\n    decode = None\nmake = Half": "returned Half without decode",
     f"{GREY}\ndef make(codebook_size): return Grey(9)": r"shapes differ: .*codebook\.weight is \(2, 2\).*\(9, 2\)",
     encoding("return None"): "encode returns a NoneType",
-    encoding("return self.encoder(images).mean((2, 3))"): r"encode returns \(1, 2\); expected \(n, 2, ...\)",
+    encoding("return self.encoder(images).mean((1, 2, 3))"): r"encode returns \(1,\); expected \(n, 2, ...\)",
     encoding("raise ValueError('odd')"): "encodes neither RGB images .* nor gray ones .*ValueError: odd",
 }
 
