@@ -62,6 +62,7 @@ from codebook_tools.workflows.without_network import (
     open_file,
     open_latents_of,
     open_target,
+    refuse_steps,
 )
 
 
@@ -265,8 +266,7 @@ def operate_in_memory(
         written: Whether the result will be written to the request's output, which is then checked before any work.
     """
     if written and strategy and goes_without_images(request, strategy):
-        if recipe.steps:
-            raise CodebookError(f"{recipe.steps} steps of fine-tuning need images; give --data, or --steps 0")
+        refuse_steps(recipe.steps)
         open_ = open_latents_of if request.latents else open_file
         target: Target = open_(request, watch, strategy)
     else:

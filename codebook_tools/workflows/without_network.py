@@ -28,7 +28,7 @@ from codebook_tools.models.evidence import uninitialized
 from codebook_tools.models.from_latents import from_latents, refuse_entry
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Book, Model
-from codebook_tools.models.proof import Proof, prove_file
+from codebook_tools.models.proof import Proof, prove_file, prove_opened
 from codebook_tools.models.registry import CUSTOM, FAMILIES, check_stated, family_of, metric_of, size_entry
 from codebook_tools.models.remarks import stale_state
 from codebook_tools.models.settling import settle
@@ -70,6 +70,12 @@ def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
     if request.test_data:
         raise CodebookError("--test-data alone: give --data, too, or leave it out and measure what is written")
     return True
+
+
+def refuse_steps(steps: int) -> None:
+    """Raise CodebookError where a fine-tuning of so many steps is asked for, without data."""
+    if steps:
+        raise CodebookError(f"{steps} steps of fine-tuning need images; give --data, or --steps 0")
 
 
 def books_without_images(
@@ -151,7 +157,7 @@ class FileTarget(Target):
     def measurement(self, sums: Sums) -> Measurement | None:
         if not sums.books:
             return None
-        return Measurement(self.stats[0].split, sums.images, None, None, None, tuple(map(use_of, sums.books)))
+        return Measurement(self.stats[0].split, sums.images or None, None, None, None, tuple(map(use_of, sums.books)))
 
     def prove(self, written: Checkpoint, media: Sequence[Tensor]) -> Proof:
         return prove_file(written, written_books(self.model))
@@ -339,3 +345,17 @@ def _read_counts(target: FileTarget, strategy: Strategy | None) -> None:
         Survey(of.counts, 0, StoredLatents(torch.empty(0, book.codebook.dim)), torch.empty(0).long(), of.error)
         for book, of in zip(books, known, strict=True)
     )
+
+
+def prove_request(request: Request, watch: Watch) -> Proof:
+    """Compare a file with the network that loads it, on the data or the latents of the request.
+
+    Raises:
+        CodebookError: The network cannot be made, does not load the file, or disagrees with what is read.
+    """
+    opened = open_target(request, watch, measuring=True)
+    if isinstance(opened, LatentsTarget) and not opened.with_network:
+        raise CodebookError("no network loads the file: give --network, or leave out --codebook-key")
+    with watch.phase("measure"):
+        stale_state(opened.model.checkpoint, opened.codebooks)
+        return prove_opened(opened.model, opened.agreed, opened.few if isinstance(opened, Opened) else opened.media())
