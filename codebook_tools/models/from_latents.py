@@ -125,8 +125,9 @@ def from_latents(model: Model, rows: Tensor, name: str) -> LatentsModel:
         _refuse_mixing(entering, rows, name)
         return entering
     raise CodebookError(
-        f"{name} holds latents (n, {dim}), which do not enter the network: {reason}; give what its encode returns, or "
-        "name one codebook with --codebook-key and give the latents that this one meets"
+        f"{name} holds latents (n, {dim}), which do not enter the network: {reason}; give what its encode returns "
+        "(where that is more than latents, the network needs from_latents), or name one codebook with --codebook-key "
+        "and give what that meets"
     )
 
 

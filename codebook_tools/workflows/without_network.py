@@ -26,7 +26,7 @@ from codebook_tools.models.agreement import LEAST
 from codebook_tools.models.choose import along_latents, choose_codebook, choose_codebooks, with_twins
 from codebook_tools.models.evidence import uninitialized
 from codebook_tools.models.from_latents import from_latents, refuse_entry
-from codebook_tools.models.load import load_model
+from codebook_tools.models.load import load_model, own_metric
 from codebook_tools.models.model import Book, Model
 from codebook_tools.models.proof import Proof, prove_file, prove_opened
 from codebook_tools.models.registry import CUSTOM, FAMILIES, check_stated, family_of, metric_of, size_entry
@@ -231,15 +231,21 @@ def open_latents_of(request: Request, watch: Watch, strategy: Strategy | None = 
     checkpoint, paths = request.checkpoint, [Path(path) for path in request.latents]
     with watch.phase("load"):
         dim = latents_dim(paths[0])
-        loaded = _around(request, checkpoint, dim)
-        if loaded is None:
-            place = along_latents(checkpoint, choose_codebook(checkpoint, request.codebook_key), dim)
-            loaded = _alone(request, checkpoint, [with_twins(checkpoint, place)])
-            dim = loaded.books[0].codebook.dim
-        calibration, test = _rows(request, paths, dim or 0)
+        around = _around(request, checkpoint, dim)
+        loaded = around or _of_one(request, checkpoint, dim)
+        calibration, test = _rows(request, paths, dim if around and dim else loaded.books[0].codebook.dim)
         rows = torch.cat(list(limited_latents(calibration, LEAST, request.seed)))
-        model = from_latents(loaded, rows, paths[0].name)
-        warnings, agreed = settle(model, [rows], request.metric) if model.family == CUSTOM else ([], None)
+        known = request
+        try:
+            model = from_latents(loaded, rows, paths[0].name)
+        except CodebookError:
+            if len(loaded.books) > 1 or loaded.books[0].codebook.dim != dim:
+                raise
+            # They are those behind the network's projection, which one codebook meets.
+            named = own_metric(loaded.network)
+            known = replace(request, metric=request.metric or (named.name if named else None))
+            model = from_latents(_of_one(known, checkpoint, dim), rows, paths[0].name)
+        warnings, agreed = settle(model, [rows], known.metric) if model.family == CUSTOM else ([], None)
         model.family = request.family or model.family
     target = LatentsTarget(
         request=request,
@@ -292,6 +298,12 @@ def _around(request: Request, checkpoint: Checkpoint, dim: int | None) -> Model 
             raise
         raise CodebookError(f"{error}; latents of one codebook need no network: name it with --codebook-key") from error
     return model
+
+
+def _of_one(request: Request, checkpoint: Checkpoint, dim: int | None) -> Model:
+    """The codebook that latents of `dim` dimensions meet, without a network."""
+    place = along_latents(checkpoint, choose_codebook(checkpoint, request.codebook_key), dim)
+    return _alone(request, checkpoint, [with_twins(checkpoint, place)])
 
 
 def _alone(request: Request, checkpoint: Checkpoint, codebooks: Sequence[FoundCodebook]) -> Model:
