@@ -134,7 +134,7 @@ def compare(
         for warning in row.warnings:
             warned.setdefault(warning, []).append(f"{row.strategy} of {row.k}, seed {row.seed}")
     table = folder / "table.md"
-    opened.settings |= {"k": k, "seeds": seeds} | settings_of(recipe)
+    opened.settings |= {"k": k, "seeds": seeds} | (settings_of(recipe) if isinstance(opened, Opened) else {})
     comparison = Comparison(
         **header("compare", opened, *(f"{warning} ({'; '.join(who)})" for warning, who in warned.items())),
         rows=tuple(rows),

@@ -14,10 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_NOTE = (
-    "On test data. Kept is the state with the lowest validation error, with the number of seeds. Seconds are those of "
-    "surgery and fine-tuning, bytes those of the file that would be written."
-)
+_NOTE = "On test data. Seconds are those of surgery and fine-tuning, bytes those of the file that would be written."
+_KEPT = " Kept is the state with the lowest validation error, with the number of seeds."
 
 
 def compared_page(comparison: Comparison, command: str) -> Page:
@@ -51,8 +49,9 @@ def _headline(summaries: list[Summary]) -> str:
 def _parts(summaries: list[Summary]) -> Iterator[Part]:
     head, *rows = (tuple(line) for line in table_rows(summaries))
     several = any(summary.seeds > 1 for summary in summaries)
+    kept = _KEPT if reconstructed(summaries) else ""
     spread = " Figures are mean ± sample standard deviation over the seeds." if several else ""
-    yield Table("Every strategy and the controls", head, tuple(rows), f"{_NOTE}{spread}")
+    yield Table("Every strategy and the controls", head, tuple(rows), f"{_NOTE}{kept}{spread}")
     figure, _ = _error_of(summaries)
     errors = {f"{row.strategy}, {row.k}": error for row in summaries if (error := _last_error(row, figure))}
     if len(errors) > 1:
