@@ -28,6 +28,7 @@ from codebook_tools.models.evidence import uninitialized
 from codebook_tools.models.from_latents import from_latents, refuse_entry
 from codebook_tools.models.load import load_model, own_metric
 from codebook_tools.models.model import Book, Model
+from codebook_tools.models.network import walks
 from codebook_tools.models.proof import Proof, prove_file, prove_opened
 from codebook_tools.models.registry import CUSTOM, FAMILIES, check_stated, family_of, metric_of, size_entry
 from codebook_tools.models.remarks import stale_state
@@ -233,7 +234,8 @@ def open_latents_of(request: Request, watch: Watch, strategy: Strategy | None = 
         dim = latents_dim(paths[0])
         around = _around(request, checkpoint, dim)
         loaded = around or _of_one(request, checkpoint, dim)
-        calibration, test = _rows(request, paths, dim if around and dim else loaded.books[0].codebook.dim)
+        walked = dim if around and walks(around.network) else None
+        calibration, test = _rows(request, paths, walked or loaded.books[0].codebook.dim)
         rows = torch.cat(list(limited_latents(calibration, LEAST, request.seed)))
         known = request
         try:
@@ -297,6 +299,8 @@ def _around(request: Request, checkpoint: Checkpoint, dim: int | None) -> Model 
         if "--codebook-key" in str(error):
             raise
         raise CodebookError(f"{error}; latents of one codebook need no network: name it with --codebook-key") from error
+    if request.network is None and len(model.books) == 1 and getattr(model.network, "latent_dim", None) != dim:
+        return None
     return model
 
 
