@@ -40,6 +40,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.request import Request
 
 Split = Literal["calibration", "test"]
+"""What strategies see, and what figures are of."""
 
 
 @dataclass(eq=False, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -209,17 +210,17 @@ class Several(Mixing):
         super().__init__(size, 1)
 
     def encode(self, media: Tensor) -> Any:
-        return {"latents": self.encoder(media)}
+        return SimpleNamespace(latents=self.encoder(media))
 
     def walk(self, encoded: Any, quantise: Any) -> Any:
-        return super().walk(encoded["latents"], quantise)
+        return super().walk(encoded.latents, quantise)
 
 
 class Entered(Several):
     """It says how latents enter."""
 
     def from_latents(self, latents: Tensor) -> Any:
-        return {"latents": latents}
+        return SimpleNamespace(latents=latents)
 
 
 MADE: dict[str, Any] = {"mixing": Mixing, "several": Several, "entered": Entered}
