@@ -26,13 +26,13 @@ from codebook_tools.evaluation.accumulators import Draw, Sums
 from codebook_tools.evaluation.coverage import POINTS, reference_distance, reference_latents
 from codebook_tools.evaluation.figures import Measurement, measurement_of, use_of
 from codebook_tools.evaluation.measure import reconstructions, totals_of
-from codebook_tools.evaluation.one_pass import LatentSource, MediaSource, WalkSource, run_pass
+from codebook_tools.evaluation.one_pass import MediaSource, WalkSource, run_pass
 from codebook_tools.evaluation.stats_file import Part
 from codebook_tools.evaluation.usage import Survey, Tokens, survey, tally, tokenize
 from codebook_tools.models.agreement import LEAST, Agreement, has_quantizer, in_training
 from codebook_tools.models.from_latents import LatentsModel, WalkedLatents
 from codebook_tools.models.latent_cache import CachedLatents, cached
-from codebook_tools.models.model import Model
+from codebook_tools.models.model import Book, Model
 from codebook_tools.models.proof import Proof, prove, prove_file
 from codebook_tools.models.stored_codes import added_bytes
 from codebook_tools.runtime import distributed
@@ -274,6 +274,7 @@ class LatentsTarget(Streamed):
     model: LatentsModel
     calibration: FileLatents
     test: FileLatents
+    _references: tuple[Sequence[Book], Sequence[Tensor]] = field(default=((), ()), init=False, repr=False)
 
     @property
     def with_network(self) -> bool:
@@ -303,9 +304,13 @@ class LatentsTarget(Streamed):
         return self.latents(stage)
 
     def reference_latents(self, stage: int) -> Tensor:
-        draw = Draw(self.model.books[stage].codebook, ("latents",), self.request.seed, POINTS)
-        run_pass(LatentSource(WalkedLatents(self._reference, self.model, stage)), [draw], Watch())
-        return draw.sampler.columns()[0]
+        books = self.model.books
+        if self._references[0] is not books:  # of all stages in one pass, for each walks through those before it
+            seed = self.request.seed
+            draws = [Draw(book.codebook, ("latents",), seed, POINTS, i) for i, book in enumerate(books)]
+            run_pass(WalkSource(self._reference, self.model, "encode"), draws, Watch())
+            self._references = books, [draw.sampler.columns()[0] for draw in draws]
+        return self._references[1][stage]
 
     def sums(self, references: Sequence[Tensor | None], watch: Watch) -> Sums:
         with watch.phase("measure"):
