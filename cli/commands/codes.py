@@ -23,6 +23,7 @@ def codes(
     sort: Annotated[
         Literal["share", "map", "error"], typer.Option(help="Which codes come first; map: by what they look like.")
     ] = "share",
+    latents: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """What each code stands for: its patches, what it decodes to, its neighbors; and images with their tokens.
 
@@ -32,6 +33,6 @@ def codes(
     def work(watch: Watch) -> Codes:
         from codebook_tools.workflows.code_cards import look_at_codes
 
-        return look_at_codes(request_of(model, options), top, most, sort, watch)
+        return look_at_codes(request_of(model, {**options, "latents": latents}), top, most, sort, watch)
 
     run_and_show(work, {**options, "report": options["report"] or named_after(model, ".codes.html")})

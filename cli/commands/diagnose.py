@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..options import DATA, MODEL, RUN, ModelArgument, command
+from ..options import DATA, LATENTS, MODEL, RUN, ModelArgument, command
 from ..run import request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
 @command(
     "Look",
     "codebook diagnose model.refit-k128.safetensors --against model.safetensors --data images/",
-    *(DATA, MODEL, RUN),
+    *(DATA, LATENTS, MODEL, RUN),
 )
 def diagnose(
     options: dict[str, Any],

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..options import DATA, LONG_RUN, MODEL, EngineOption, ModelArgument, command
+from ..options import DATA, LATENTS, LONG_RUN, MODEL, EngineOption, ModelArgument, command
 from ..run import named_after, request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     from codebook_tools.workflows.latent_map import Map
 
 
-@command("Look", "codebook map model.safetensors --data images/", DATA, MODEL, LONG_RUN)
+@command("Look", "codebook map model.safetensors --data images/", DATA, LATENTS, MODEL, LONG_RUN)
 def map_(
     options: dict[str, Any],
     model: ModelArgument = None,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..options import DATA, FOLDER, LONG_RUN, MODEL, EngineOption, ModelArgument, command
+from ..options import DATA, FOLDER, LATENTS, LONG_RUN, MODEL, EngineOption, ModelArgument, command
 from ..run import named_after, numbers, request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
@@ -15,7 +15,13 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
 
 
 @command(
-    "Decide", "codebook sweep model.safetensors --k 16,32,64,128,256 --data images/", DATA, MODEL, FOLDER, LONG_RUN
+    "Decide",
+    "codebook sweep model.safetensors --k 16,32,64,128,256 --data images/",
+    DATA,
+    LATENTS,
+    MODEL,
+    FOLDER,
+    LONG_RUN,
 )
 def sweep(
     options: dict[str, Any],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import reported, show_result
-from ..options import DATA, MODEL, RUN, command
+from ..options import DATA, LATENTS, MODEL, RUN, command
 from ..run import request_of
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @command(
     "Check and carry over",
     "codebook verify model.refit-k128.safetensors --against model.safetensors",
-    *(DATA, MODEL, RUN),
+    *(DATA, LATENTS, MODEL, RUN),
 )
 def verify(
     options: dict[str, Any],
@@ -43,7 +43,7 @@ def verify(
 ) -> None:
     """Check a written checkpoint and its index map against the original. Exit code 3 where something is wrong.
 
-    With --network, --family or --data also against the network that loads it; any file can be checked so.
+    With --network, --family, --data or --latents also against the network that loads it; any file can be checked so.
     """
     with reported():
         from codebook_tools.report.terminal.tables import verification_table
@@ -53,8 +53,8 @@ def verify(
         from ..output import ProgressShow
 
         prove: Callable[[], Proof] | None = None
-        if options["network"] or options["family"] or options["data"]:
-            from codebook_tools.workflows.session import prove_request
+        if options["network"] or options["family"] or options["data"] or options["latents"]:
+            from codebook_tools.workflows.without_network import prove_request
 
             request = request_of(model, options)
             prove = partial(prove_request, request, Watch(ProgressShow(options["quiet"])))

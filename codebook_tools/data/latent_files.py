@@ -69,6 +69,16 @@ class FileLatents:
         for file, numbers in islice(blocks, index, None, parts):
             yield file.hashes(numbers), file.rows(numbers)[:, None]
 
+    def batches(self, size: int) -> Iterator[tuple[NDArray[np.uint64], Tensor]]:
+        """Hashes of rows, (n,), and the rows, (n, dim) float32, by at most `size`.
+
+        Raises:
+            CodebookError: Names the first row that is not finite.
+        """
+        for hashes, latents in self.by_item():
+            for start in range(0, len(hashes), size):
+                yield hashes[start : start + size], latents[start : start + size, 0]
+
     def __iter__(self) -> Iterator[Tensor]:
         for _, latents in self.by_item():
             yield latents[:, 0]

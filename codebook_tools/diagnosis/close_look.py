@@ -11,6 +11,7 @@ from codebook_tools.data.dataset import Media
 from codebook_tools.data.splits import shuffled
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.coverage import POINTS
+from codebook_tools.models.from_latents import LatentsModel
 from codebook_tools.models.model import Model
 
 CLEARLY = 1.1
@@ -27,13 +28,13 @@ class Close:
 
     Attributes:
         latents: (n, dim, *grid) of each codebook.
-        mse: Of the reconstructions, per value.
-        flat_mse: Of items that are their channels' means everywhere, per value.
+        mse: Of the reconstructions, per value; None where nothing was reconstructed.
+        flat_mse: Of items that are their channels' means everywhere, per value; None without items.
     """
 
     latents: tuple[Tensor, ...]
-    mse: float
-    flat_mse: float
+    mse: float | None = None
+    flat_mse: float | None = None
 
 
 def few_of(model: Model, media: Media, seed: int) -> Media:
@@ -75,6 +76,12 @@ def look(model: Model, media: Media, batch: int, bounds: tuple[float, float] | N
     each = max(values, 1) / len(sums)
     flat = float((squares / each - (sums / each).square()).clamp(min=0).mean())
     return Close(tuple(torch.cat(stage) for stage in zip(*batches, strict=True)), errors / max(values, 1), flat)
+
+
+def look_at_rows(model: LatentsModel, rows: Tensor) -> Close:
+    """Let rows of files (n, dim) walk through the model as it is."""
+    with torch.no_grad():
+        return Close(tuple(latents.cpu() for latents in model.pass_through(rows).latents))
 
 
 def range_errors(model: Model, media: Media, batch: int, seed: int) -> dict[tuple[float, float], float]:

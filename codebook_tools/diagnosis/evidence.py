@@ -73,7 +73,7 @@ class BookEvidence:
         curve: Share of the latents' variance that so many centroids leave, by their number.
         distinct: Distinct latents of the sample, at most `size`.
         left: Share of the sample's variance that the codes leave.
-        left_when_cut: The same for latents that were flattened without moving the channels last.
+        left_when_cut: The same for latents that were flattened without moving the channels last; None for rows.
         companions: The tensors beside it in the file.
         filling: Whether its size was made up with dead codes on purpose.
         pair: The original's codebook; None without an original.
@@ -90,7 +90,7 @@ class BookEvidence:
     curve: Mapping[int, float]
     distinct: int
     left: float
-    left_when_cut: float
+    left_when_cut: float | None
     companions: Companions
     filling: bool
     pair: Pair | None
@@ -128,30 +128,36 @@ class Evidence:
 
     Attributes:
         books: The codebooks in question.
-        curve: As a codebook's, of items, each described by all its latents of the first codebook.
-        mse: Of reconstructions of a few calibration items.
-        original_mse: The original's on the same items; None without an original.
-        flat_mse: Of items without any detail.
+        curve: As a codebook's, of items, each described by all its latents of the first codebook; empty without items.
+        mse: Of reconstructions of a few calibration items; None for latents from files.
+        original_mse: The original's on the same items; None without an original, or without items.
+        flat_mse: Of items without any detail; None without items.
         ranges: Error over the images' variance by input range, without quantization; empty for audio.
         input_range: That the latents are of.
         command: Of this package that wrote the file, "" where another program did.
         trace: Of its training; None where none was named.
+        unseen: Why nothing is known of encoder and decoder; empty where they were looked at.
     """
 
     books: tuple[BookEvidence, ...]
     curve: Mapping[int, float]
-    mse: float
+    mse: float | None
     original_mse: float | None
-    flat_mse: float
+    flat_mse: float | None
     ranges: Mapping[tuple[float, float], float]
     input_range: tuple[float, float]
     command: str
     trace: Trace | None
+    unseen: str = ""
 
     @property
     def strange(self) -> bool:
         """Whether the decoder cannot have been trained with these codes: it does far worse than no detail at all."""
-        return self.mse > STRANGE * self.flat_mse
+        return self.worse_than_flat(STRANGE)
+
+    def worse_than_flat(self, times: float) -> bool:
+        """Whether the error is so many times that of items without detail; not where nothing was reconstructed."""
+        return self.mse is not None and self.flat_mse is not None and self.mse > times * self.flat_mse
 
     def operated(self, book: BookEvidence) -> bool:
         """Whether anything indicates that a codebook was put into the model after its training.

@@ -22,4 +22,6 @@ def lost_since(book: BookEvidence) -> float:
 
 def too_fast(evidence: Evidence) -> bool:
     """Whether the model reconstructs worse than the original, as after steps that were too long."""
-    return evidence.original_mse is not None and evidence.mse > WORSENED * evidence.original_mse
+    if evidence.mse is None or evidence.original_mse is None:
+        return False
+    return evidence.mse > WORSENED * evidence.original_mse

@@ -188,6 +188,14 @@ COLUMNS = (
 )
 """Columns of the table of a comparison: heading, figure, stage and format."""
 
+COLUMNS_OF_LATENTS = (
+    ("distortion", "distortion", "surgery", ".4g"),
+    ("used", "used", "surgery", ".1f"),
+    ("perplexity", "perplexity", "surgery", ".1f"),
+    ("coverage", "coverage", "surgery", ".3f"),
+)
+"""Those where nothing was reconstructed, for there were only latents."""
+
 
 @cache
 def figures_of(record: type[CodebookUse] | type[Measurement]) -> dict[str, Figure]:

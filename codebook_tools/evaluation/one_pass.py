@@ -13,9 +13,11 @@ from torch import Tensor
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook
 from codebook_tools.data.dataset import Media
+from codebook_tools.data.latent_files import FileLatents
 from codebook_tools.data.latents import ItemLatents, rows_of
 from codebook_tools.data.sampling import Hashed, Named
 from codebook_tools.errors import NotFiniteError
+from codebook_tools.models.from_latents import AT_ONCE, LatentsModel
 from codebook_tools.models.model import Pass
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
@@ -55,7 +57,9 @@ class Accumulator(ABC):
         raise AssertionError(f"{type(self).__name__} adds up in one process alone")
 
 
-def run_pass(source: MediaSource | LatentSource, accumulators: Sequence[Accumulator], watch: Watch) -> None:
+def run_pass(
+    source: MediaSource | WalkSource | LatentSource, accumulators: Sequence[Accumulator], watch: Watch
+) -> None:
     """Pass over the data once. Where processes read parts of it, the accumulators of each end with the whole.
 
     Args:
@@ -98,6 +102,28 @@ class MediaSource:
                 result = self.through(media)
             codes = [codes.flatten() for codes in result.codes]
             yield Batch(items, [*map(rows_of, result.latents)], codes, (media, result.media))
+
+
+@dataclass(frozen=True, eq=False)
+class WalkSource:
+    """Rows of files that walk through all stages of a model, of which nothing is decoded.
+
+    Attributes:
+        data: The files.
+        model: Which rows enter.
+        task: Label of the progress.
+    """
+
+    data: FileLatents
+    model: LatentsModel
+    task: str
+
+    def batches(self, watch: Watch) -> Iterator[Batch]:
+        """Batches with latents and codes."""
+        for hashes, rows in _reported(self.data.batches(AT_ONCE), self.data, self.task, watch):
+            with torch.no_grad():
+                result = self.model.pass_through(rows)
+            yield Batch(hashes, [*map(rows_of, result.latents)], [codes.flatten() for codes in result.codes])
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from codebook_tools.codebook import Codebook
-from codebook_tools.data.dataset import Media
 from codebook_tools.data.latents import ItemLatents, StoredLatents
 from codebook_tools.data.sampling import SAMPLE_LIMIT, Sample
 from codebook_tools.evaluation.accumulators import Draw, Sums, Totals, Usage
-from codebook_tools.evaluation.one_pass import LatentSource, MediaSource, run_pass
+from codebook_tools.evaluation.one_pass import LatentSource, MediaSource, WalkSource, run_pass
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
 
@@ -80,14 +79,13 @@ def survey(latents: ItemLatents, codebook: Codebook, *, seed: int, limit: int = 
     return Survey(usage.counts, int(usage.counts.sum()), StoredLatents(rows), codes, float(usage.error))
 
 
-def tokenize(model: Model, images: Media, *, seed: int, batch: int, watch: Watch) -> tuple[Tokens, ...]:
+def tokenize(model: Model, source: MediaSource | WalkSource, *, seed: int, watch: Watch) -> tuple[Tokens, ...]:
     """The tokens of each of the model's codebooks, over the parts of all processes.
 
     Args:
-        model: Encodes the images.
-        images: Images or clips.
+        model: Whose codebooks they are.
+        source: Passes data through that model.
         seed: Of the samples.
-        batch: Items per batch.
         watch: Is told the progress.
 
     Raises:
@@ -96,24 +94,23 @@ def tokenize(model: Model, images: Media, *, seed: int, batch: int, watch: Watch
     books = [(book.codebook, stage) for stage, book in enumerate(model.books)]
     usages = [Usage(book, stage) for book, stage in books]
     draws = [Draw(book, ("codes",), seed, SAMPLE_LIMIT, stage) for book, stage in books]
-    run_pass(MediaSource(images, model.pass_through, batch, "tokens"), [*usages, *draws], watch)
+    run_pass(source, [*usages, *draws], watch)
     return tuple(Tokens(usage.counts, *draw.sampler.columns()) for usage, draw in zip(usages, draws, strict=True))
 
 
 def tally(
-    model: Model, images: Media, *, seed: int, limit: int, batch: int, watch: Watch
+    model: Model, source: MediaSource | WalkSource, *, seed: int, limit: int, watch: Watch
 ) -> tuple[Sums, tuple[Sample, ...]]:
     """Sums without reconstructions, and a sample of the latents of each codebook, over the parts of all processes.
 
     Args:
-        model: Encodes the images.
-        images: Images or clips.
+        model: Whose codebooks they are.
+        source: Passes data through that model.
         seed: Of the samples.
         limit: Latents in a sample at most.
-        batch: Items per batch.
         watch: Is told the progress.
     """
     totals = Totals([(book.key, book.codebook, None) for book in model.books])
     draws = [Draw(book.codebook, ("latents",), seed, limit, stage) for stage, book in enumerate(model.books)]
-    run_pass(MediaSource(images, model.pass_through, batch, "tokens"), [totals, *draws], watch)
+    run_pass(source, [totals, *draws], watch)
     return totals.sums, tuple(draw.sampler.sample() for draw in draws)

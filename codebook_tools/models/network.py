@@ -65,6 +65,21 @@ class Quantizing(Network, Protocol):
         """
 
 
+class Entered(Walking, Protocol):
+    """A `Walking` network whose `encode` returns more than latents, and which files of latents can enter.
+
+    A network whose `encode` returns latents needs nothing for that.
+
+    Attributes:
+        latent_dim: Dimensions of the latents that `encode` makes.
+    """
+
+    latent_dim: int
+
+    def from_latents(self, latents: Tensor, /) -> Any:
+        """latents (n, dim, *grid) as `encode` makes them -> what it returns for them."""
+
+
 def walks(network: object) -> bool:
     """Whether a network has the two members of `Walking`."""
     return hasattr(network, "walk") and hasattr(network, "codebooks")

@@ -122,6 +122,10 @@ def look_at_codes(request: Request, top: int, most: int, sort: str, watch: Watch
         CodebookError: A number is below 1, `sort` is unknown, or model or data cannot be opened.
     """
     distributed.require_one("codes")
+    if request.latents:
+        raise CodebookError(
+            "codes shows patches of images, which latents have not: give --data; map and measure take --latents"
+        )
     for name, value in (("top", top), ("most", most)):
         if value < 1:
             raise CodebookError(f"{name}={value} is below 1")

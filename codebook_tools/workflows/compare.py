@@ -39,7 +39,8 @@ from codebook_tools.workflows.pipeline import (
 )
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import header, settings_of
-from codebook_tools.workflows.session import Opened, open_request
+from codebook_tools.workflows.target import Opened, Streamed
+from codebook_tools.workflows.without_network import open_target, refuse_steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +106,11 @@ def compare(
     request.require_trainable(recipe.steps)
     store = RowStore(folder)
     check_size(request.checkpoint, k)
-    opened = open_request(request, watch)
-    require_training_data(opened, recipe)
+    if request.latents:
+        refuse_steps(recipe.steps)
+    opened = open_target(request, watch)
+    if isinstance(opened, Opened):
+        require_training_data(opened, recipe)
     calibration = calibrate(opened, watch)
     tasks = list(_tasks(entries, k, _in_use(opened, calibration), request.seed, seeds))
     hashes = {task: _made_with(opened, task, recipe) for task in tasks}
@@ -130,7 +134,7 @@ def compare(
         for warning in row.warnings:
             warned.setdefault(warning, []).append(f"{row.strategy} of {row.k}, seed {row.seed}")
     table = folder / "table.md"
-    opened.settings |= {"k": k, "seeds": seeds} | settings_of(recipe)
+    opened.settings |= {"k": k, "seeds": seeds} | (settings_of(recipe) if isinstance(opened, Opened) else {})
     comparison = Comparison(
         **header("compare", opened, *(f"{warning} ({'; '.join(who)})" for warning, who in warned.items())),
         rows=tuple(rows),
@@ -141,7 +145,7 @@ def compare(
     return comparison
 
 
-def _in_use(opened: Opened, calibration: Calibration) -> int:
+def _in_use(opened: Streamed, calibration: Calibration) -> int:
     """Codes that pruning leaves: the most of any book that is operated on, as many as the config takes."""
     used = max(int((calibration.tokens[stage].counts > 0).sum()) for stage in opened.model.chosen)
     return power_of_two(used) if opened.model.power_of_two else used
@@ -162,7 +166,7 @@ def _takes_k(entry: Entry) -> bool:
 
 def _run(
     task: _Task,
-    opened: Opened,
+    opened: Streamed,
     calibration: Calibration,
     before: Measurement,
     latents: Latents,
@@ -178,6 +182,8 @@ def _run(
         surgeries = perform(trial, strategy, calibration, watch) if strategy is not None else {}
         size = trial.size
         if surgeries and task.entry.fresh:
+            if not isinstance(opened, Opened):
+                raise CodebookError("a fresh network has other latents than those of files: give --data")
             trial.model = trial.model.with_fresh_network(task.seed)
             calibration, latents = calibrate(trial, watch), encoder_latents(trial)
         row_recipe = replace(recipe, **task.entry.recipe)
@@ -193,7 +199,7 @@ def _run(
     return Row(task.name, size, task.seed, stages, kept or "before", seconds, nbytes, error, made, warnings)
 
 
-def _made_with(opened: Opened, task: _Task, recipe: FineTune) -> str:
+def _made_with(opened: Streamed, task: _Task, recipe: FineTune) -> str:
     """SHA-256 of all that the figures of a row depend on."""
     return made_with(
         opened,

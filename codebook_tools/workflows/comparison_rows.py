@@ -12,14 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from codebook_tools.checkpoints.atomic import write_text
-from codebook_tools.data.items import items_sha256
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.figures import COLUMNS, STAGES, CodebookUse, Measurement, figures_of, in_markdown
+from codebook_tools.evaluation.figures import (
+    COLUMNS,
+    COLUMNS_OF_LATENTS,
+    STAGES,
+    CodebookUse,
+    Measurement,
+    figures_of,
+    in_markdown,
+)
 from codebook_tools.models.user_network import name_of
 from codebook_tools.runtime.safe_io import parse_json, read_text
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.workflows.result import SUBJECT, ResultHeader, plain
-from codebook_tools.workflows.target import Opened
+from codebook_tools.workflows.target import Streamed
 
 
 @dataclass(frozen=True)
@@ -178,16 +185,16 @@ def check_folder(folder: Path) -> None:
         raise CodebookError(f"cannot write in {place}; choose another folder with --output")
 
 
-def made_with(opened: Opened, more: Mapping[str, object]) -> str:
+def made_with(opened: Streamed, more: Mapping[str, object]) -> str:
     """SHA-256 of all that the figures of a row depend on. more: beside model and data."""
-    request, splits = opened.request, opened.splits
+    request = opened.request
     file = Path(request.network.rpartition(":")[0]) if isinstance(request.network, str) else None
     said = {
         "version": VERSION,
         "model": opened.model.checkpoint.sha256,
         "network": hashlib.sha256(file.read_bytes()).hexdigest() if file else name_of(request.network or "") or None,
-        "data": {"calibration": items_sha256(splits.calibration), "test": items_sha256(splits.test)},
-        "opened": {name: value for name, value in opened.settings.items() if name not in ("data", "test_data")},
+        "data": opened.data_sha256(),
+        "opened": {name: value for name, value in opened.settings.items() if name not in _BY_CONTENT},
         "codebook": [
             word
             for book in (opened.model.books[stage] for stage in opened.model.chosen)
@@ -196,6 +203,9 @@ def made_with(opened: Opened, more: Mapping[str, object]) -> str:
         **more,
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+_BY_CONTENT = ("data", "test_data", "latents")  # settings that are paths, in place of which hashes count
 
 
 class RowStore:
@@ -247,15 +257,22 @@ class RowStore:
         write_text(self.path, json.dumps({"rows": [row.to_json() for row in self.rows]}, indent=1) + "\n")
 
 
-def table_rows(summaries: Iterable[Summary]) -> list[list[str]]:
+def reconstructed(summaries: Iterable[Summary]) -> bool:
+    """Whether there are errors of reconstructions, or nothing that says that there are none."""
+    stages = [figures for summary in summaries for figures in summary.stages.values() if figures]
+    return not stages or any("mse" in figures for figures in stages)
+
+
+def table_rows(summaries: Sequence[Summary]) -> list[list[str]]:
     """The headings and the cells of a table, one line a strategy and size: figures with their spread over seeds."""
-    lines = [["strategy", "K", *(heading for heading, *_ in COLUMNS), "kept", "seconds", "bytes"]]
+    columns = COLUMNS if reconstructed(summaries) else COLUMNS_OF_LATENTS
+    lines = [["strategy", "K", *(heading for heading, *_ in columns), "kept", "seconds", "bytes"]]
     for summary in summaries:
         cells = [summary.strategy, str(summary.k)]
         if summary.error is not None:
             lines.append([*cells, "not possible", *[""] * (len(lines[0]) - 3)])
             continue
-        for _, figure, stage, form in COLUMNS:
+        for _, figure, stage, form in columns:
             # What was not operated on stands at step 0 as it was before.
             at = "before" if stage == "surgery" and not summary.stages["surgery"] else stage
             cells.append(_shown(summary.stages[at].get(figure), form))

@@ -42,7 +42,7 @@ CHECKS: dict[str, tuple[CheckFunction, str]] = {
     "few-modes": (few_modes, "shrink, do not repair: codebook prune {model}{data}"),
     "dimensional-collapse": (
         of_each_book_in(dimensional_collapse),
-        "no surgery on codes alone repairs it: train the encoder on, codebook finetune {model}{data}",
+        "no surgery on codes alone repairs it: train the encoder on, codebook finetune {model}{training}",
     ),
     "wrong-layout": (
         of_each_book(wrong_layout),
@@ -55,7 +55,7 @@ CHECKS: dict[str, tuple[CheckFunction, str]] = {
     ),
     "scale-mismatch": (
         of_each_book(scale_mismatch),
-        "codebook finetune {model}{data} revives dead codes; codebook refit {model} --k {k}{data} replaces all",
+        "codebook finetune {model}{training} revives dead codes; codebook refit {model} --k {k}{data} replaces all",
     ),
     "encoder-drift": (
         encoder_drift,
@@ -69,7 +69,7 @@ CHECKS: dict[str, tuple[CheckFunction, str]] = {
     "counting": (of_each_book(counting), "codebook measure {model} --data ALL --test-data TEST, of the same kind"),
     "dead-codes": (
         of_each_book(dead_codes),
-        "codebook finetune {model}{data} revives them{drop}",
+        "codebook finetune {model}{training} revives them{drop}",
     ),
     "duplicate-codes": (
         of_each_book(duplicate_codes),
@@ -147,7 +147,8 @@ def _words(request: Request, against: Path | None, evidence: Evidence) -> dict[s
         "k": first.codebook.size,
         "distinct": first.codebook.size - int(copies(prepared(first.codebook).vectors).sum()),
         "data": data,
-        "data_in_range": _as_typed(replace(request, input_range=evidence.input_range)),
+        "training": " --data DATA" if request.latents else data,
+        "data_in_range": _as_typed(replace(request, input_range=evidence.input_range)) if evidence.ranges else data,
         "slower": f" --lr {trace.lr / 10:g}" if trace and trace.lr else "",
         # Of few latents, codes without one may have some among others.
         "drop": f"; codebook prune {shlex.quote(model) if model else ''}{data} drops them" if first.counted else "",
@@ -155,7 +156,7 @@ def _words(request: Request, against: Path | None, evidence: Evidence) -> dict[s
 
 
 _NAMED = {"data", "test_data", "network", "family", "metric", "size", "limit", "device", "precision", "workers"}
-_NAMED |= {"seed", "batch_size", "codebook_key", "companion", "as_stored", "channels", "crop"}
+_NAMED |= {"latents", "seed", "batch_size", "codebook_key", "companion", "as_stored", "channels", "crop"}
 _NAMED |= {"modality", "latent_axis", "group"}
 
 

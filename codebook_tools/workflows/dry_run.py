@@ -17,7 +17,12 @@ from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import SUBJECT, ResultHeader, asked_size, check_request_output, settings_of
 from codebook_tools.workflows.session import open_request
 from codebook_tools.workflows.target import Opened
-from codebook_tools.workflows.without_network import books_without_images, goes_without_images
+from codebook_tools.workflows.without_network import (
+    books_without_images,
+    goes_without_images,
+    open_latents_of,
+    refuse_steps,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +60,16 @@ def plan(command: str, request: Request, strategy: Strategy | None, recipe: Fine
     """
     request.require_trainable(recipe.steps)
     check_size(request.checkpoint, asked_size(strategy, 0))
-    if strategy and goes_without_images(request, strategy):
+    settings: dict[str, object]
+    if request.latents:
+        refuse_steps(recipe.steps)
+        target = open_latents_of(request, watch, strategy)
+        family, warnings, seconds = target.model.family, target.warnings, 1.0
+        settings = {"images": {}} | target.settings | settings_of(strategy)
+        books = [target.codebooks[stage] for stage in target.model.chosen]
+    elif strategy and goes_without_images(request, strategy):
         family = request.family or family_of(request.checkpoint) or CUSTOM
-        settings: dict[str, object] = {"stats": str(request.stats) if request.stats else None, "images": {}}
+        settings = {"stats": str(request.stats) if request.stats else None, "images": {}}
         settings |= settings_of(strategy)
         warnings, seconds = list[str](), 1.0
         books = books_without_images(request, request.checkpoint, strategy)

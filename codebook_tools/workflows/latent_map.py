@@ -14,8 +14,10 @@ from torch import Tensor
 from codebook_tools.codebook import Engine
 from codebook_tools.data.items import Item
 from codebook_tools.data.splits import limited
+from codebook_tools.evaluation.accumulators import Draw
 from codebook_tools.evaluation.one_pass import Accumulator, Batch, LatentSource, run_pass
 from codebook_tools.evaluation.receptive_field import Place, latent_grid, patches, receptive_side
+from codebook_tools.models.from_latents import WalkedLatents
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Refit
@@ -24,6 +26,8 @@ from codebook_tools.workflows.pipeline import calibrate, encoder_latents, measur
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import SUBJECT, ResultHeader, header
 from codebook_tools.workflows.session import Opened, open_shown
+from codebook_tools.workflows.target import LatentsTarget
+from codebook_tools.workflows.without_network import open_latents_of
 
 POINTS = 3000
 """Latents that are drawn."""
@@ -51,8 +55,9 @@ class Map(ResultHeader):
         centroids: (k, 2) in the plane, of a k-means of the calibration latents.
         counts: (size,) int64, of each code on the calibration data.
         chosen: (n,) int64, the code of each latent.
-        places: Item, row and column of each latent.
-        patches: (n, 3, height, width) in [0, 1], the receptive field of each latent; of arrays, the part around it.
+        places: Item, row and column of each latent; empty for latents from files.
+        patches: (n, 3, height, width) in [0, 1], the receptive field of each latent, or the part of an array around it;
+            (0,) for latents from files.
     """
 
     method: Method
@@ -75,7 +80,7 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch, e
     """Project latents, codes and centroids into one plane.
 
     Args:
-        request: The model and its data.
+        request: The model, and data or latents.
         k: Number of centroids; None for as many as there are codes in use.
         method: "umap" or "pca"; umap falls back on pca, with a warning, where umap-learn is not installed.
         watch: Progress and seconds by phase.
@@ -87,7 +92,7 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch, e
     distributed.require_one("map")
     if k is not None:
         check_k(k)
-    opened = open_shown(request, watch)
+    opened = open_latents_of(request, watch) if request.latents else open_shown(request, watch)
     model, stage = opened.model, opened.model.chosen[0]
     calibration = calibrate(opened, watch)
     counts, sample = calibration.tokens[stage].counts, calibration.first.sample
@@ -99,11 +104,11 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch, e
         own = replace(codebook, vectors=codebook.vectors.cpu())
         centroids = refit(own, sample, counts).codebook
     with watch.phase("encode"):
-        rows, chosen, places, grid = _drawn(opened, stage)
-    with watch.phase("load"):
-        patch_images = patches(
-            opened.calibration, places, grid, receptive_side(model, opened.calibration, stage), request.batch_size
-        )
+        if isinstance(opened, LatentsTarget):
+            rows, chosen = _drawn_rows(opened, stage)
+            places, patch_images = list[Place](), torch.empty(0)
+        else:
+            rows, chosen, places, patch_images = _drawn(opened, stage)
     watch.progress("project", 0, None)
     with watch.phase("strategy"):
         points = own.metric.prepare(rows)
@@ -147,15 +152,27 @@ class _Points(Accumulator):
                 self.places.append(Place(item, row, column, len(rows)))
 
 
-def _drawn(opened: Opened, stage: int) -> tuple[Tensor, Tensor, list[Place], tuple[int, ...]]:
-    """(n, dim) latents, as many of each of some images, with their codes, their places, and the grid of all."""
+def _drawn_rows(opened: LatentsTarget, stage: int) -> tuple[Tensor, Tensor]:
+    """(n, dim) latents that meet a codebook, of rows of files, and their codes."""
+    draw = Draw(opened.model.books[stage].codebook, ("latents", "codes"), opened.request.seed, POINTS)
+    latents = WalkedLatents(opened.drawn(POINTS), opened.model, stage)
+    run_pass(LatentSource(latents, opened.model.books[stage].codebook), [draw], Watch())
+    rows, codes = draw.sampler.columns()
+    return rows, codes
+
+
+def _drawn(opened: Opened, stage: int) -> tuple[Tensor, Tensor, list[Place], Tensor]:
+    """(n, dim) latents, as many of each of some images, with their codes, their places, and their patches."""
     model, request = opened.model, opened.request
     few = opened.calibration.subset(limited(opened.calibration.items, _IMAGES, request.seed))
     grid = latent_grid(model, few, stage)
     points = _Points(-(-POINTS // len(few)), grid[1] if len(grid) == 2 else None, request.seed)
     latents = model.latents(few, request.batch_size, stage)
     run_pass(LatentSource(latents, model.books[stage].codebook), [points], Watch())
-    return torch.cat(points.latents)[:POINTS], torch.cat(points.codes)[:POINTS], points.places[:POINTS], grid
+    places = points.places[:POINTS]
+    side = receptive_side(model, opened.calibration, stage)
+    images = patches(opened.calibration, places, grid, side, request.batch_size)
+    return torch.cat(points.latents)[:POINTS], torch.cat(points.codes)[:POINTS], places, images
 
 
 _WITHOUT_UMAP = "umap-learn is not installed: this is a projection on principal components; pip install umap-learn"

@@ -25,6 +25,7 @@ from codebook_tools.runtime.version import VERSION
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import Result
 from codebook_tools.workflows.session import Opened
+from codebook_tools.workflows.target import Split
 
 SAMPLE = 131_072
 """Latents of a codebook that are kept with its counts, at most."""
@@ -94,10 +95,11 @@ def part_of(opened: Opened, measured: Sums, shard: tuple[int, int], watch: Watch
         watch: Progress and seconds by phase.
     """
     request, model = opened.request, opened.model
-    split, data = ("calibration", opened.calibration) if len(opened.calibration) else ("test", opened.test)
+    split: Split = "calibration" if len(opened.calibration) else "test"
     limit = sample_limit([book.codebook.dim for book in model.books])
     with watch.phase("encode"):
-        total, samples = tally(model, data, seed=request.seed, limit=limit, batch=opened.batch, watch=watch)
+        source = opened.source(split, "tokens")
+        total, samples = tally(model, source, seed=request.seed, limit=limit, watch=watch)
     first = model.books[0]
     about = {
         "family": model.family,

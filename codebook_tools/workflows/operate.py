@@ -10,7 +10,6 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.atomic import check_apart, check_free
 from codebook_tools.checkpoints.layout import training_path
-from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.codebook import Codebook, Strategy, Surgery
 from codebook_tools.data.items import items_sha256
@@ -24,7 +23,7 @@ from codebook_tools.evaluation.usage import Tokens
 from codebook_tools.models.evidence import told_by_file
 from codebook_tools.models.load import check_size_follows
 from codebook_tools.models.output import remarks, written_config
-from codebook_tools.models.proof import Proof, prove, prove_file, read_partial
+from codebook_tools.models.proof import Proof, read_partial
 from codebook_tools.models.remarks import dependents_warning, stale_state
 from codebook_tools.remapping.nearest_map import nearest_map
 from codebook_tools.runtime import distributed
@@ -57,8 +56,15 @@ from codebook_tools.workflows.result import (
     settings_of,
 )
 from codebook_tools.workflows.session import open_request
-from codebook_tools.workflows.target import Opened
-from codebook_tools.workflows.without_network import FileTarget, goes_without_images, open_file
+from codebook_tools.workflows.target import Opened, Streamed, Target
+from codebook_tools.workflows.without_network import (
+    FileTarget,
+    goes_without_images,
+    open_file,
+    open_latents_of,
+    open_target,
+    refuse_steps,
+)
 
 
 def measure_model(
@@ -90,13 +96,9 @@ def measure_model(
             raise CodebookError(f"--stats {stats}: there is no folder {stats.parent}; make it first")
     if merging:
         return merge(request, merging, stats, watch)
-    if request.latents:
-        goes_without_images(request, None)
-        target: Opened | FileTarget = open_file(request, watch)
-    else:
-        target = open_request(request, watch, measuring=True)
-        if isinstance(target.test.items, Rows):
-            target.pass_once()
+    target = open_target(request, watch, measuring=True)
+    if isinstance(target, Opened) and isinstance(target.test.items, Rows):
+        target.pass_once()
     target.warnings += told_by_file(target.model.checkpoint, target.codebooks)
     target.settings["metric"] = target.model.books[target.model.chosen[0]].metric.name
     with watch.phase("measure"):
@@ -106,18 +108,17 @@ def measure_model(
         target.settings["shard"] = f"{shard[0]}/{shard[1]}"
     sums = target.sums(latents, watch)
     if stats is not None:
-        part = part_of(target, sums, shard or (1, 1), watch) if isinstance(target, Opened) else target.part()
+        part = part_of(target, sums, shard or (1, 1), watch) if isinstance(target, Opened) else target.part(watch)
         with watch.phase("write"):
             distributed.by_first(lambda: write_part(stats, part, request.force))
         target.settings["stats"] = str(stats)
     before = None if shard and not sums.images else target.measurement(sums)
-    gallery, proof = tuple[GalleryImage, ...](), None
-    if isinstance(target, Opened):
+    gallery = tuple[GalleryImage, ...]()
+    if isinstance(target, Opened) and request.gallery and not shard:
         with watch.phase("measure"):
-            if request.gallery and not shard:
-                gallery = gallery_of_run(target, target.model.books, False, None, watch)
-        agreed = target.agreed
-        proof = Proof("quantizer", agreed.agree, agreed.of, agreed.near_ties) if agreed else None
+            gallery = gallery_of_run(target, target.model.books, False, None, watch)
+    agreed = target.agreed
+    proof = Proof("quantizer", agreed.agree, agreed.of, agreed.near_ties) if agreed else None
     return Result(
         **header("measure", target),
         before=before,
@@ -147,7 +148,7 @@ class Run:
     """
 
     command: str
-    opened: Opened | FileTarget
+    opened: Target
     before: Measurement | None
     done: Stages
     surgeries: Mapping[int, Surgery]
@@ -208,7 +209,7 @@ class Run:
 
             def check() -> None:
                 written = read_partial(output)
-                proven.append((written.nbytes, self._proof(written, media)))
+                proven.append((written.nbytes, target.prove(written, media)))
 
             map_path, nbytes, proof = distributed.by_first(write)
         bits = next(iter(self.surgeries.values())).bits if self.surgeries and done.kept == "surgery" else None
@@ -226,12 +227,6 @@ class Run:
             bytes={"before": checkpoint.nbytes, "after": nbytes, **({"packed": packed} if bits else {})},
             seconds=watch.seconds,
         )
-
-    def _proof(self, written: Checkpoint, media: Sequence[Tensor]) -> Proof:
-        model = self.opened.model
-        if isinstance(self.opened, Opened):
-            return prove(model, written, media)
-        return prove_file(written, [(book.stored.resized(len(book.vectors)), book.codebook) for book in model.books])
 
 
 def operate(command: str, request: Request, strategy: Strategy | None, recipe: FineTune, watch: Watch) -> Result:
@@ -274,9 +269,9 @@ def operate_in_memory(
         written: Whether the result will be written to the request's output, which is then checked before any work.
     """
     if written and strategy and goes_without_images(request, strategy):
-        if recipe.steps:
-            raise CodebookError(f"{recipe.steps} steps of fine-tuning need images; give --data, or --steps 0")
-        target: Opened | FileTarget = open_file(request, watch, strategy)
+        refuse_steps(recipe.steps)
+        open_ = open_latents_of if request.latents else open_file
+        target: Target = open_(request, watch, strategy)
     else:
         target = _opened(command, request, strategy, recipe, watch, written)
     model = target.model
@@ -293,7 +288,7 @@ def operate_in_memory(
     known = {*model.keys.values()} - {*model.carried}
     dependents = dependents_warning(model.checkpoint, known, first.stored.size, target.size)
     target.settings["metric"] = first.metric.name
-    gallery = tuple[GalleryImage, ...]()
+    gallery, saving = tuple[GalleryImage, ...](), None
     if isinstance(target, Opened):
         target.warnings += dependents
         dependents = []
@@ -301,14 +296,17 @@ def operate_in_memory(
         saving = SnapshotFile(training_path(output), _made_with(command, target), request.resume) if output else None
         if saving and recipe.steps and request.resume and not saving.path.exists():
             target.warnings.append(f"--resume: there is no {saving.path}; the fine-tuning began at step 0")
+    else:
+        target.settings |= {"codes": f"{old[0].size} -> {target.size}", **settings_of(strategy)}
+    if isinstance(target, Streamed):
         done = run_stages(
             target, surgeries, calibration, latents, recipe,
             seed=request.seed, watch=watch, saving=saving, log_dir=request.log_dir,
         )  # fmt: skip
         if done.tuned:
             target.settings["lr"] = done.tuned.lr
-        with watch.phase("measure"):
-            if request.gallery:
+        if request.gallery and isinstance(target, Opened):
+            with watch.phase("measure"):
                 gallery = gallery_of_run(target, books, bool(surgeries), done.tuned, watch)
         if before and done.kept == "finetuned" and done.finetuned:
             target.warnings += blur_warnings(before, done.finetuned)
@@ -316,10 +314,9 @@ def operate_in_memory(
         else:
             tokens = current_tokens(target, calibration, done.kept == "surgery", watch)
     else:
-        target.settings |= {"codes": f"{old[0].size} -> {target.size}", **settings_of(strategy)}
+        assert isinstance(target, FileTarget)
         index_maps = {stage: surgery.index_map for stage, surgery in surgeries.items()}
-        after = target.measurement(target.sums(latents, watch)) if request.latents else None
-        done = Stages(after, None, "surgery", index_maps, None)
+        done = Stages(None, None, "surgery", index_maps, None)
         tokens = target.tokens_after(old, index_maps)
     for surgery in surgeries.values():
         if surgery.engine:

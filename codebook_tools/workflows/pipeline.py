@@ -25,7 +25,7 @@ from codebook_tools.training.codebook_ema import ExtraCodes
 from codebook_tools.training.finetune import FineTune, FineTuned, finetune
 from codebook_tools.training.losses.objective import judges
 from codebook_tools.training.resume import SnapshotFile
-from codebook_tools.workflows.target import Opened, Target
+from codebook_tools.workflows.target import Opened, Streamed, Target
 
 Latents = tuple[Tensor | None, ...]
 
@@ -103,7 +103,7 @@ def encoder_latents(target: Target) -> Latents:
     return tuple(map(target.reference_latents, range(len(target.model.books))))
 
 
-def measure_stage(opened: Opened, latents: Latents, watch: Watch) -> Measurement:
+def measure_stage(opened: Streamed, latents: Latents, watch: Watch) -> Measurement:
     """Measure the model as it is on the test data. latents: of `encoder_latents`."""
     return opened.measurement(opened.sums(latents, watch))
 
@@ -133,7 +133,7 @@ def perform(target: Target, strategy: Strategy, calibration: Calibration, watch:
     for stage in model.chosen:
         survey = calibration.first if stage == model.chosen[0] else target.survey(stage, watch)
         counts[stage] = survey.counts
-        several = isinstance(target, Opened) and len(model.books) > 1
+        several = isinstance(target, Streamed) and len(model.books) > 1
         with watch.phase("strategy"), _named(model.books[stage].key, several):
             whole = survey.sampled and getattr(strategy, "exact", False)
             latents = target.all_latents(stage, survey) if whole else survey.sample
@@ -160,7 +160,7 @@ def _named(key: str, several: bool) -> Iterator[None]:
 
 
 def run_stages(
-    opened: Opened,
+    opened: Streamed,
     surgeries: Mapping[int, Surgery],
     calibration: Calibration,
     latents: Latents,
@@ -194,6 +194,7 @@ def run_stages(
         index_maps = {stage: torch.arange(model.books[stage].codebook.size) for stage in model.chosen}
     warnings = list[str]()
     if recipe.steps:
+        assert isinstance(opened, Opened), "latents from files are fine-tuned on"
         counts = [tokens.counts for tokens in current_tokens(opened, calibration, bool(surgeries), watch)]
         more, first = _more(opened, surgeries, recipe, calibration, watch), index_maps
         if more:
@@ -254,7 +255,7 @@ def _collapse(after: Measurement | None, finetuned: Measurement) -> list[str]:
     return [f"fine-tuning lowered the error with {left} of {before} codes in use: --steps 0 keeps them, more steps may"]
 
 
-def current_tokens(opened: Opened, calibration: Calibration, moved: bool, watch: Watch) -> tuple[Tokens, ...]:
+def current_tokens(opened: Streamed, calibration: Calibration, moved: bool, watch: Watch) -> tuple[Tokens, ...]:
     """The tokens of the calibration data by the model as it is.
 
     Args:

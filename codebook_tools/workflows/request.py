@@ -94,7 +94,8 @@ class Request:
     latents: Annotated[
         tuple[str, ...],
         Option(
-            "Latents in place of images: .npy or .safetensors, (n, dim). Repeatable. No network is needed then.",
+            "What the encoder makes, in place of images: .npy or .safetensors, (n, dim). Repeatable. With one "
+            "--codebook-key: what that codebook meets.",
             metavar="FILE",
             panel="Data",
         ),

@@ -18,9 +18,7 @@ from codebook_tools.evaluation.choose_modality import choose_latent_axis, choose
 from codebook_tools.evaluation.measure import find_input_range, range_errors
 from codebook_tools.models.evidence import uninitialized, untrained
 from codebook_tools.models.load import load_model
-from codebook_tools.models.proof import Proof, prove_opened
 from codebook_tools.models.registry import CUSTOM
-from codebook_tools.models.remarks import stale_state
 from codebook_tools.models.settling import settle
 from codebook_tools.models.sizes import size_warning
 from codebook_tools.models.twins import twin_warning
@@ -206,15 +204,3 @@ _MUCH_WORSE = 5  # times: a range that fits no image, and not merely less
 
 def _shown(bounds: tuple[float, float]) -> str:
     return f"[{bounds[0]:g}, {bounds[1]:g}]"
-
-
-def prove_request(request: Request, watch: Watch) -> Proof:
-    """Compare a file with the network that loads it, on the data of the request.
-
-    Raises:
-        CodebookError: The network cannot be made, does not load the file, or disagrees with what is read.
-    """
-    opened = open_request(request, watch, measuring=True)
-    with watch.phase("measure"):
-        stale_state(opened.model.checkpoint, opened.codebooks)
-        return prove_opened(opened.model, opened.agreed, opened.few)

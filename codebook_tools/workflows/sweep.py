@@ -30,7 +30,8 @@ from codebook_tools.workflows.pipeline import (
 )
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import SUBJECT, ResultHeader, header, settings_of
-from codebook_tools.workflows.session import Opened, open_request
+from codebook_tools.workflows.target import Streamed
+from codebook_tools.workflows.without_network import open_target
 
 PAYS = 0.025
 """Share of the error that twice the codes must take away."""
@@ -100,7 +101,7 @@ def sweep(
     if not sizes:
         raise CodebookError("no size to try; name some, such as --k 16,32,64,128")
     check_folder(folder)
-    store, opened = RowStore(folder), open_request(request, watch)
+    store, opened = RowStore(folder), open_target(request, watch)
     calibration = calibrate(opened, watch)
     opened.warnings += calibration.first.remarks(exact=False)
     points = _swept(opened, calibration, sizes, prices, engine, store, watch)
@@ -149,7 +150,10 @@ def suggest(curve: Mapping[int, Measurement]) -> tuple[int, str]:
 def sweep_rows(result: Sweep) -> list[tuple[str, ...]]:
     """The headings and the cells of a table, a line for each point."""
     head = ("strategy", "K", "used", "perplexity", "bits", "distortion", "mse", "coverage")
-    return [head, *(_cells(row) for row in result.points)]
+    lines = [head, *(_cells(row) for row in result.points)]
+    if any(_surgery(row).mse is not None for row in result.points):
+        return lines
+    return [tuple(cell for heading, cell in zip(head, line, strict=True) if heading != "mse") for line in lines]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -173,7 +177,7 @@ def _surgery(row: Row) -> Measurement:
 
 
 def _swept(
-    opened: Opened,
+    opened: Streamed,
     calibration: Calibration,
     sizes: Sequence[int],
     prices: Sequence[float],
@@ -224,7 +228,7 @@ def _strategies(
     yield from (("quantize", Quantize(k=k, seed=seed, engine=engine)) for k in fewer)
 
 
-def _as_it_is(opened: Opened, calibration: Calibration, watch: Watch) -> Calibration:
+def _as_it_is(opened: Streamed, calibration: Calibration, watch: Watch) -> Calibration:
     """The calibration data with the codes that have moved since."""
     tokens = current_tokens(opened, calibration, True, watch)
     tokens_of_first = tokens[opened.model.chosen[0]]

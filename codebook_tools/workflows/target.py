@@ -1,35 +1,47 @@
-"""What is operated on and measured: codebooks in a network that runs, or in a file without one."""
+"""What is operated on and measured: codebooks with data, with latents from files, or with counts alone."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from codebook_tools.checkpoints.detect import FoundCodebook
-from codebook_tools.codebook import Latents
+from codebook_tools.checkpoints.hashing import file_sha256
+from codebook_tools.checkpoints.read import Checkpoint
+from codebook_tools.codebook import Codebook, Latents
 from codebook_tools.data.dataset import Beyond, Media
-from codebook_tools.data.latents import EncodedLatents
+from codebook_tools.data.items import items_sha256
+from codebook_tools.data.latent_files import FileLatents, limited_latents
+from codebook_tools.data.latents import EncodedLatents, ItemLatents
 from codebook_tools.data.rows import Rows
 from codebook_tools.data.splits import Splits
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.accumulators import Sums
-from codebook_tools.evaluation.coverage import reference_distance, reference_latents
-from codebook_tools.evaluation.figures import Measurement, measurement_of
+from codebook_tools.evaluation.accumulators import Draw, Sums
+from codebook_tools.evaluation.coverage import POINTS, reference_distance, reference_latents
+from codebook_tools.evaluation.figures import Measurement, measurement_of, use_of
 from codebook_tools.evaluation.measure import reconstructions, totals_of
-from codebook_tools.evaluation.one_pass import run_pass
-from codebook_tools.evaluation.usage import Survey, Tokens, survey, tokenize
+from codebook_tools.evaluation.one_pass import MediaSource, WalkSource, run_pass
+from codebook_tools.evaluation.stats_file import Part
+from codebook_tools.evaluation.usage import Survey, Tokens, survey, tally, tokenize
 from codebook_tools.models.agreement import LEAST, Agreement, has_quantizer, in_training
+from codebook_tools.models.from_latents import LatentsModel, WalkedLatents
 from codebook_tools.models.latent_cache import CachedLatents, cached
-from codebook_tools.models.model import Model
+from codebook_tools.models.model import Book, Model
+from codebook_tools.models.proof import Proof, prove, prove_file
 from codebook_tools.models.stored_codes import added_bytes
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.request import Request
+
+Split = Literal["calibration", "test"]
+"""What strategies see, and what figures are of."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -68,10 +80,9 @@ class Target(ABC):
     def survey(self, stage: int, watch: Watch) -> Survey:
         """Counts, and a sample, of the calibration latents that reach the codebook `stage`."""
 
+    @abstractmethod
     def tokens(self, watch: Watch) -> tuple[Tokens, ...]:
         """The tokens of the calibration data, of each codebook."""
-        surveys = (self.survey(stage, watch) for stage in range(len(self.model.books)))
-        return tuple(Tokens(each.counts, each.codes) for each in surveys)
 
     @abstractmethod
     def all_latents(self, stage: int, survey: Survey) -> Latents:
@@ -97,6 +108,14 @@ class Target(ABC):
         """Batches that a proof of the written file needs."""
         return []
 
+    @abstractmethod
+    def prove(self, written: Checkpoint, media: Sequence[Tensor]) -> Proof:
+        """Compare a written file with the codebooks as they are. media: of `media`.
+
+        Raises:
+            VerificationError: The file holds something else.
+        """
+
     def of_data(self) -> list[str]:
         """Warnings of the passes over data."""
         return []
@@ -110,20 +129,54 @@ class Target(ABC):
 
 
 @dataclass(eq=False, kw_only=True)
-class Opened(Target):
+class Streamed(Target):
+    """Codebooks whose latents can be read again, so that each state of the codebooks is measured.
+
+    Attributes:
+        agreed: How far the network's own quantizer chose the same codes, where it was asked.
+    """
+
+    agreed: Agreement | None = None
+
+    @abstractmethod
+    def latents(self, stage: int) -> ItemLatents:
+        """All calibration latents that reach the codebook `stage`."""
+
+    @abstractmethod
+    def source(self, split: Split, task: str) -> MediaSource | WalkSource:
+        """A split of the data, to be passed through all codebooks. task: label of the progress."""
+
+    @abstractmethod
+    def data_sha256(self) -> dict[str, str]:
+        """By split, what tells these data from others."""
+
+    @abstractmethod
+    def measurement(self, sums: Sums) -> Measurement: ...
+
+    def survey(self, stage: int, watch: Watch) -> Survey:
+        with watch.phase("encode"):
+            codebook = self.model.books[stage].codebook
+            return survey(self.latents(stage), codebook, seed=self.request.seed, watch=watch)
+
+    def tokens(self, watch: Watch) -> tuple[Tokens, ...]:
+        """The tokens that the model as it is chooses."""
+        with watch.phase("encode"):
+            return tokenize(self.model, self.source("calibration", "tokens"), seed=self.request.seed, watch=watch)
+
+
+@dataclass(eq=False, kw_only=True)
+class Opened(Streamed):
     """Codebooks in a network that runs.
 
     Attributes:
         splits: The items of the data.
         calibration: The items for training and validation.
         test: The items that figures are of.
-        agreed: How far the network's own quantizer chose the same codes, where it was asked.
     """
 
     splits: Splits
     calibration: Media
     test: Media
-    agreed: Agreement | None = None
 
     @property
     def batch(self) -> int:
@@ -148,16 +201,13 @@ class Opened(Target):
         request, model = self.request, self.model
         return cached(request.latents_cache, model.latents(self.calibration, self.batch, stage), model, stage)
 
-    def survey(self, stage: int, watch: Watch) -> Survey:
-        with watch.phase("encode"):
-            codebook = self.model.books[stage].codebook
-            return survey(self.latents(stage), codebook, seed=self.request.seed, watch=watch)
+    def source(self, split: Split, task: str) -> MediaSource:
+        media = self.calibration if split == "calibration" else self.test
+        return MediaSource(media, self.model.pass_through, self.batch, task)
 
-    def tokens(self, watch: Watch) -> tuple[Tokens, ...]:
-        """The tokens that the model as it is chooses."""
-        request = self.request
-        with watch.phase("encode"):
-            return tokenize(self.model, self.calibration, seed=request.seed, batch=self.batch, watch=watch)
+    def data_sha256(self) -> dict[str, str]:
+        splits = self.splits
+        return {"calibration": items_sha256(splits.calibration), "test": items_sha256(splits.test)}
 
     def all_latents(self, stage: int, survey: Survey) -> Latents:
         if self.request.latents_cache is None:
@@ -184,6 +234,9 @@ class Opened(Target):
         network = self.model.network
         return self.few if has_quantizer(network) or in_training(network) else []
 
+    def prove(self, written: Checkpoint, media: Sequence[Tensor]) -> Proof:
+        return prove(self.model, written, media)
+
     def unreadable(self) -> dict[str, str]:
         """Names of the items that some process could not read, and why."""
         parts = distributed.each(self.calibration.bad | self.test.bad)
@@ -208,6 +261,89 @@ class Opened(Target):
         self.calibration.keep(0)
         self.test.keep(_LITTLE)
         self.model.kept.limit = 0 if isinstance(self.test.items, Rows) else _LITTLE  # rows are small: encoded anew
+
+
+@dataclass(eq=False, kw_only=True)
+class LatentsTarget(Streamed):
+    """Codebooks, and files of the latents that meet the first one.
+
+    Attributes:
+        model: Which rows of the files enter; one codebook without a network, or all with theirs.
+        calibration: Rows that strategies see.
+        test: Rows that figures are of.
+    """
+
+    model: LatentsModel
+    calibration: FileLatents
+    test: FileLatents
+    _references: tuple[Sequence[Book], Sequence[Tensor]] = field(default=((), ()), init=False, repr=False)
+
+    @property
+    def with_network(self) -> bool:
+        """Whether there is a network around the codebooks."""
+        return bool(self.model.network.state_dict())
+
+    def latents(self, stage: int) -> WalkedLatents:
+        return WalkedLatents(self.calibration, self.model, stage)
+
+    def source(self, split: Split, task: str) -> WalkSource:
+        return WalkSource(self.calibration if split == "calibration" else self.test, self.model, task)
+
+    def data_sha256(self) -> dict[str, str]:
+        request = self.request
+        files = {"calibration": request.latents, "test": tuple(map(str, request.test_data))}
+        return {split: " ".join(file_sha256(Path(path)) for path in paths) for split, paths in files.items()}
+
+    def drawn(self, count: int) -> FileLatents:
+        """At most so many rows for calibration, by seed; the same in every process."""
+        return limited_latents(replace(self.calibration, part=(0, 1)), count, self.request.seed)
+
+    @cached_property
+    def _reference(self) -> FileLatents:
+        return self.drawn(POINTS)
+
+    def all_latents(self, stage: int, survey: Survey) -> Latents:
+        return self.latents(stage)
+
+    def reference_latents(self, stage: int) -> Tensor:
+        books = self.model.books
+        if self._references[0] is not books:  # of all stages in one pass, for each walks through those before it
+            seed = self.request.seed
+            draws = [Draw(book.codebook, ("latents",), seed, POINTS, i) for i, book in enumerate(books)]
+            run_pass(WalkSource(self._reference, self.model, "encode"), draws, Watch())
+            self._references = books, [draw.sampler.columns()[0] for draw in draws]
+        return self._references[1][stage]
+
+    def sums(self, references: Sequence[Tensor | None], watch: Watch) -> Sums:
+        with watch.phase("measure"):
+            totals = totals_of(self.model, self.reference_distances(references), structure=False)
+            run_pass(self.source("test", "measure on test"), [totals], watch)
+            return replace(totals.sums, images=0)
+
+    def measurement(self, sums: Sums) -> Measurement:
+        return Measurement("test", None, None, None, None, tuple(map(use_of, sums.books)))
+
+    def part(self, watch: Watch) -> Part:
+        """The counts, as `measure --stats` keeps them."""
+        sums, _ = tally(self.model, self.source("calibration", "encode"), seed=self.request.seed, limit=1, watch=watch)
+        return Part(self.model.checkpoint.sha256, "calibration", {}, (1, 1), replace(sums, images=0), {})
+
+    def rows(self, count: int) -> Tensor:
+        """(n, dim) float32: at most so many rows for calibration."""
+        return torch.cat(list(self.drawn(count)))
+
+    def media(self) -> list[Tensor]:
+        return [self.rows(LEAST)] if has_quantizer(self.model.network) else []
+
+    def prove(self, written: Checkpoint, media: Sequence[Tensor]) -> Proof:
+        if self.with_network:
+            return prove(self.model, written, media)
+        return prove_file(written, written_books(self.model))
+
+
+def written_books(model: Model) -> list[tuple[FoundCodebook, Codebook]]:
+    """Each codebook as it is, with its place in the file that holds it."""
+    return [(book.stored.resized(len(book.vectors)), book.codebook) for book in model.books]
 
 
 _LITTLE = 32 << 20

@@ -41,5 +41,5 @@ def dimensional_collapse(evidence: Evidence, book: BookEvidence) -> Finding:
     )
     if rest >= REST or not bool(variances.any()):
         return Finding("ok", rest, REST, summary)
-    suffers = dead_codes(book).verdict == "found" or evidence.mse > POOR * evidence.flat_mse
+    suffers = dead_codes(book).verdict == "found" or evidence.worse_than_flat(POOR)
     return Finding("found" if suffers else "suspicious", rest, REST, summary)

@@ -19,7 +19,7 @@ def encoder_drift(evidence: Evidence) -> Finding:
 def _of_book(evidence: Evidence, book: BookEvidence) -> Finding:
     pair = book.pair
     if pair is None or pair.latents is None:
-        return not_checked("no original to compare the latents with; give it with --against")
+        return not_checked(evidence.unseen or "no original to compare the latents with; give it with --against")
     mean, covariance = shift(pair)
     moved = max(mean, covariance)
     summary = (

@@ -28,7 +28,7 @@ def few_modes(evidence: Evidence) -> Finding:
 
 def _of_items(evidence: Evidence) -> Finding:
     if len(evidence.curve) < _LEAST:
-        return not_checked("too few items to tell kinds of them; give more --data")
+        return not_checked(evidence.unseen or "too few items to tell kinds of them; give more --data")
     modes, drop = _steepest(evidence.curve)
     summary = f"from {modes} to {2 * modes} kinds of items, what they leave falls {drop:.2g} times"
     return Finding(judged(drop, DROP), drop, DROP, summary)

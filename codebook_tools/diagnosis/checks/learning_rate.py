@@ -14,8 +14,8 @@ def learning_rate(evidence: Evidence) -> Finding:
 
 
 def _of_book(evidence: Evidence, book: BookEvidence) -> Finding:
-    if book.pair is None or book.pair.latents is None or evidence.original_mse is None:
-        return not_checked("no original to compare the model with; give it with --against")
+    if book.pair is None or book.pair.latents is None or evidence.original_mse is None or evidence.mse is None:
+        return not_checked(evidence.unseen or "no original to compare the model with; give it with --against")
     lost, times = lost_since(book), evidence.mse / max(evidence.original_mse, 1e-30)
     summary = f"{lost:.0%} of the codes fell out of use, and the error is {times:.2g} times the original's"
     moved = max(shift(book.pair)) > MOVED and trained_on(book)

@@ -21,10 +21,15 @@ class Dac(nn.Module):
         self.codebooks = tuple(f"quantizer.quantizers.{i}.codebook.weight" for i in range(model.config.n_codebooks))
         self.sampling_rate = int(model.config.sampling_rate)
         self.hop = int(model.config.hop_length)
+        self.latent_dim = int(model.config.hidden_size)
 
     def encode(self, waveforms: Tensor) -> Encoded:
         """waveforms (n, 1, samples) in [-1, 1] -> latents before the projections of the stages."""
         return Encoded(self.model.encoder(waveforms), waveforms.shape[-1])
+
+    def from_latents(self, latents: Tensor) -> Encoded:
+        """latents (n, dim, positions) as `encode` makes them -> what it returns for them."""
+        return Encoded(latents, 0)
 
     def walk(self, encoded: Encoded, quantize: Quantize) -> Encoded:
         """A stage quantizes between its projections; residuals are taken outside of them."""

@@ -38,6 +38,7 @@ class Encodec(nn.Module):
         self.sampling_rate = int(model.config.sampling_rate)
         self.hop = math.prod(model.config.upsampling_ratios)
         self.channels = int(model.config.audio_channels)
+        self.latent_dim = int(model.config.hidden_size)
 
     def encode(self, waveforms: Tensor) -> Chunks:
         """waveforms (n, channels, samples) in [-1, 1] -> latents of the library's chunks.
@@ -50,6 +51,10 @@ class Encodec(nn.Module):
         loudness = tuple(self._loudness(chunk) for chunk in chunks)
         latents = [self.model.encoder(chunk / level) for chunk, level in zip(chunks, loudness, strict=True)]
         return Chunks(torch.cat(latents, -1), tuple(part.shape[-1] for part in latents), loudness, samples)
+
+    def from_latents(self, latents: Tensor) -> Chunks:
+        """latents (n, dim, positions) as `encode` makes them -> what it returns for them, as one chunk."""
+        return Chunks(latents, (latents.shape[-1],), (latents.new_ones(len(latents), 1, 1),), 0)
 
     def walk(self, encoded: Chunks, quantize: Quantize) -> Chunks:
         """Residual stages on the latents of all chunks."""

@@ -27,6 +27,7 @@ class Mimi(nn.Module):
         self.sampling_rate = int(model.config.sampling_rate)
         self.hop = math.prod(model.config.upsampling_ratios) * int(self._half("encoder").downsample.conv.stride[0])
         self.channels = int(model.config.audio_channels)
+        self.latent_dim = int(model.config.hidden_size)
 
     def encode(self, waveforms: Tensor) -> Encoded:
         """waveforms (n, channels, samples) in [-1, 1] -> latents before any projection."""
@@ -34,6 +35,10 @@ class Mimi(nn.Module):
         hidden = getattr(half, "encoder_seanet", self.model.encoder)(waveforms).transpose(1, 2)
         hidden = half.encoder_transformer(hidden, use_cache=False)[0].transpose(1, 2)
         return Encoded(half.downsample(hidden), waveforms.shape[-1])
+
+    def from_latents(self, latents: Tensor) -> Encoded:
+        """latents (n, dim, positions) as `encode` makes them -> what it returns for them."""
+        return Encoded(latents, 0)
 
     def walk(self, encoded: Encoded, quantize: Quantize) -> Encoded:
         """Semantic stages, then acoustic ones, each kind on its own projection of the same latents."""

@@ -27,6 +27,7 @@ class Xcodec(nn.Module):
         self.codebooks = tuple(f"quantizer.quantizers.{i}.codebook.embed" for i in range(model.config.num_quantizers))
         self.sampling_rate = int(model.config.sample_rate)
         self.hop = int(model.config.hop_length)
+        self.latent_dim = int(model.config.hidden_size)
 
     def encode(self, waveforms: Tensor) -> Encoded:
         """waveforms (n, 1, samples) in [-1, 1] -> acoustic and semantic latents, mixed by a linear layer."""
@@ -37,6 +38,10 @@ class Xcodec(nn.Module):
             acoustic = self.model.acoustic_encoder(functional.pad(waveforms, (self.hop // 2, self.hop // 2)))
         latents = _linear(self.model.fc, torch.cat([acoustic, semantic], 1))
         return Encoded(latents, waveforms.shape[-1])
+
+    def from_latents(self, latents: Tensor) -> Encoded:
+        """latents (n, dim, positions) as `encode` makes them -> what it returns for them."""
+        return Encoded(latents, 0)
 
     def walk(self, encoded: Encoded, quantize: Quantize) -> Encoded:
         """Residual stages on the mixed latents."""

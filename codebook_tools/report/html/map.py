@@ -37,7 +37,7 @@ def map_plot(result: Map) -> Plot:
     name = {"umap": "UMAP", "pca": "Principal components"}[result.method]
     labels = [
         f"code {code}; {place.item}, row {place.row}, column {place.column}"
-        for code, place in zip(result.chosen.tolist(), result.places, strict=True)
+        for code, place in zip(result.chosen.tolist(), result.places, strict=False)
     ]
     kinds, points = _points(result)
     dead = result.size - result.used
@@ -52,7 +52,7 @@ def map_plot(result: Map) -> Plot:
         {"kind": kinds, "x": points[:, 0].tolist(), "y": points[:, 1].tolist()},
         _ON_PAGE,
         f"One projection, fitted on the latents, has all points.{_TIP if len(result.patches) else ''}",
-        Hover(places, result.patches, labels),
+        Hover(places, result.patches, labels) if len(result.patches) else None,
     )
 
 
@@ -142,8 +142,8 @@ def _table(result: Map) -> object:
         import pyarrow
     except ImportError:
         return None
-    nothing = [None] * (result.k + result.size)
     kinds, points = _points(result)
+    nothing = [None] * (len(kinds) - len(result.places))
     return pyarrow.table(
         {
             "kind": kinds,

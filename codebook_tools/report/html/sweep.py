@@ -81,6 +81,6 @@ def curves_plot(sweep: Sweep) -> Plot:
             "bits": [bits(measured) for *_, measured in points],
             "perplexity": [measured.codebooks[0].perplexity for *_, measured in points],
             "distortion": [measured.codebooks[0].distortion for *_, measured in points],
-            "mse": [measured.mse for *_, measured in points],
+            **({"mse": [measured.mse for *_, measured in points]} if with_error else {}),
         },
     )

@@ -33,6 +33,7 @@ _COMPARISON_COLUMNS = (
     *(
         "mse fine-tuned",
         "mse at step 0",
+        "distortion",
         "used",
         "perplexity",
         "used at step 0",
@@ -196,10 +197,11 @@ def chain_plan_table(chain: ChainPlan) -> RenderableType:
 def comparison_table(comparison: Comparison) -> RenderableType:
     """A line for each strategy and size."""
     lines = table_rows(comparison.summaries)
-    step_0, finetuned = (lines[0].index(heading) for heading in ("mse at step 0", "mse fine-tuned"))
-    for line, summary in zip(lines[1:], comparison.summaries, strict=True):
-        if summary.error is not None:
-            line[finetuned] = line[step_0]  # says so, whichever of the two is left out
+    if "mse fine-tuned" in lines[0]:
+        step_0, finetuned = (lines[0].index(heading) for heading in ("mse at step 0", "mse fine-tuned"))
+        for line, summary in zip(lines[1:], comparison.summaries, strict=True):
+            if summary.error is not None:
+                line[finetuned] = line[step_0]  # says so, whichever of the two is left out
     elsewhere = f"{comparison.outputs['table']} has all columns"
     table = FittedTable(lines, fixed=2, importance=_COMPARISON_COLUMNS, elsewhere=elsewhere)
     about = f"rows: {comparison.outputs['rows']}, table: {comparison.outputs['table']}"

@@ -13,7 +13,7 @@ from rich.color import ColorSystem
 from rich.console import Console
 
 from codebook_tools.diagnosis.finding import Check
-from codebook_tools.evaluation.figures import COLUMNS
+from codebook_tools.evaluation.figures import COLUMNS, COLUMNS_OF_LATENTS
 from codebook_tools.report.terminal.diagnosis import _CheckLines
 from codebook_tools.report.terminal.fitted import FittedTable, Prose
 from codebook_tools.report.terminal.tables import comparison_table
@@ -111,4 +111,6 @@ def test_sentences_and_the_evidence_of_a_check_are_wrapped_between_words(width: 
 def test_the_columns_of_a_comparison_all_have_an_importance() -> None:
     from codebook_tools.report.terminal.tables import _COMPARISON_COLUMNS
 
-    assert {heading for heading, *_ in COLUMNS} | {"kept", "seconds", "bytes"} == set(_COMPARISON_COLUMNS)
+    assert {heading for heading, *_ in (*COLUMNS, *COLUMNS_OF_LATENTS)} | {"kept", "seconds", "bytes"} == set(
+        _COMPARISON_COLUMNS
+    )

@@ -22,6 +22,7 @@ from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.evaluation.measure import measure
+from codebook_tools.evaluation.one_pass import MediaSource
 from codebook_tools.evaluation.usage import survey, tokenize
 from codebook_tools.models.load import load_model
 from codebook_tools.runtime import distributed
@@ -123,7 +124,7 @@ def passes(model: str, folder: str) -> Values:
     images.part = distributed.part()
     codes, few = running.books[0].codebook, images.subset(items[:3])  # of which the second process has none
     usage = survey(running.latents(images, 4), codes, seed=0, limit=300, watch=Watch())
-    (tokens,) = tokenize(running, images, seed=0, batch=4, watch=Watch())
+    (tokens,) = tokenize(running, MediaSource(images, running.pass_through, 4, "tokens"), seed=0, watch=Watch())
     results: Values = {
         "bad": sorted({name for bad in distributed.each(list(images.bad)) for name in bad}),
         "survey": [usage.counts.tolist(), usage.total, usage.error, usage.codes.tolist()],
