@@ -89,7 +89,7 @@ def _torch_rows(file: Path, key: str | None, name: str) -> Sequence[Item]:
 
 def _in_memory(name: str, values: Values, file: Path | None = None) -> RaggedItem:
     source = Source(name, values.nbytes, partial(_opened, values), None if file is None else str(file))
-    return RaggedItem(name, source, partial(_plain, values), None, len(values))
+    return RaggedItem(name, source, partial(_plain, values), None, values.shape)
 
 
 def _same(tensor: Tensor) -> Tensor:

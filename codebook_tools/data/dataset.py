@@ -148,7 +148,7 @@ class Media:
     @property
     def ragged(self) -> bool:
         """Whether items differ in length."""
-        return not isinstance(self.items, Rows) and len({_length_of(item) for item in self.items}) > 1
+        return not isinstance(self.items, Rows) and len({_shape_of(item) for item in self.items}) > 1
 
     def alike(self, places: Sequence[int], size: int, window: int | None = None) -> Iterator[Sequence[int]]:
         """Divide positions of items into batches, each of items of one length.
@@ -163,9 +163,9 @@ class Media:
             return
         step = len(places) if window is None else window * size
         for start in range(0, len(places), step):
-            by_length = dict[int, list[int]]()
+            by_length = dict[tuple[int, ...], list[int]]()
             for place in places[start : start + step]:
-                lot = by_length.setdefault(_length_of(self.items[place]), [])
+                lot = by_length.setdefault(_shape_of(self.items[place]), [])
                 lot.append(place)
                 if len(lot) == size:
                     yield list(lot)
@@ -265,15 +265,13 @@ class Media:
             self._leave_out(item, result)
             return None
         values = torch.tensor(result)
-        first, shape = self._first = self._first or (item, tuple(values.shape))
-        of_length = 1 if isinstance(item, RaggedItem) else 0  # axes whose lengths may differ
-        if not values.numel() or (
-            values.is_floating_point() and isinstance(item, RaggedItem) and not all_finite(values)
-        ):
+        ragged = isinstance(item, RaggedItem)
+        if ragged and not (values.numel() and (not values.is_floating_point() or all_finite(values))):
             why = "a value is not finite" if values.numel() else "it holds no value"
             self._leave_out(item, ValueError(why))
             return None
-        if tuple(values.shape)[of_length:] != shape[of_length:] or values.ndim != len(shape):
+        first, shape = self._first = self._first or (item, tuple(values.shape))
+        if tuple(values.shape) != shape and not (ragged and values.ndim == len(shape)):
             this, other = map(self.modality.written, (values.shape, shape))
             raise CodebookError(
                 f"{self.modality.many} of unlike sizes: {item} is {this}, {first} is {other}; {self.modality.remedy}"
@@ -310,9 +308,9 @@ class Media:
             raise CodebookError(f"none of the {len(self)} {many} can be read, the last one {item}: {reason}") from error
 
 
-def _length_of(item: Item) -> int:
-    """The length of an item that may differ in length; 0 of others."""
-    return item.length if isinstance(item, RaggedItem) else 0
+def _shape_of(item: Item) -> tuple[int, ...]:
+    """The shape of an item that may differ in length; empty for others."""
+    return item.shape if isinstance(item, RaggedItem) else ()
 
 
 _WINDOW = 64  # batches: items of unlike length are near their place in the order of names

@@ -210,7 +210,8 @@ def array_items(name: str, array: NDArray[np.generic]) -> list[Item]:
     """
     if array.ndim not in (3, 4) or (array.ndim == 4 and not {1, 3} & {array.shape[1], array.shape[3]}):
         raise CodebookError(
-            f"{name} has shape {array.shape}: expected (n, h, w), (n, h, w, 1 or 3) or (n, 1 or 3, h, w)"
+            f"{name} has shape {array.shape}: expected images (n, h, w), (n, h, w, 1 or 3) or (n, 1 or 3, h, w); with "
+            "a network of yours, --modality arrays hands rows of any shape to it as they are"
         )
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise CodebookError(f"{name} has dtype {array.dtype}: expected uint8, or floating point in [0, 1]")

@@ -68,13 +68,13 @@ class Item:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RaggedItem(Item):
-    """An item whose first axis may be of another length than that of others.
+    """An item that may be of another length than others.
 
     Attributes:
-        length: Of that axis.
+        shape: Of its values.
     """
 
-    length: int = field(default=0)
+    shape: tuple[int, ...] = field(default=())
 
 
 def items_sha256(items: Iterable[Item]) -> str:

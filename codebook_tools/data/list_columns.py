@@ -38,23 +38,29 @@ def list_items(path: Path) -> list[Item]:
     front = f"{file.name}:{chosen}" if len(candidates) > 1 else file.name
     stored, items = Column(str(file), chosen), list[Item]()
     for group, (n, size) in enumerate(table.groups):
-        for row, length in enumerate(_lengths(file, stored, group)):
+        for row, shape in enumerate(_shapes(file, stored, group)):
             name, cell = f"{front}#{len(items)}", _ListCell(stored, group, row)
             source = Source(name, max(1, size // n), cell.open, str(file), exact=False)
-            items.append(RaggedItem(name, source, cell, None, length))
+            items.append(RaggedItem(name, source, cell, None, shape))
     return items
 
 
-def _lengths(file: Path, column: Column, group: int) -> list[int]:
-    """The length of each list of a row group, 0 of a missing one."""
+def _shapes(file: Path, column: Column, group: int) -> list[tuple[int, ...]]:
+    """The shape of each row of a row group, by the first list within each list."""
     try:
-        cells = column.read(group)
+        cells = column.read(group).combine_chunks()
     except ValueError as error:
         raise CodebookError(f"{file} is damaged: {error}") from error
     from pyarrow import compute
 
-    lengths: list[int] = compute.list_value_length(cells).fill_null(0).to_pylist()
-    return lengths
+    axes, first = list[NDArray[np.int64]](), np.arange(len(cells))
+    while _is_list(cells.type):
+        lengths = compute.list_value_length(cells).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        known = first < len(lengths)
+        axes.append(np.where(known, np.append(lengths, 0)[np.minimum(first, len(lengths))], 0))
+        first, cells = starts[np.minimum(first, len(lengths))], cells.flatten()
+    return [tuple(map(int, shape)) for shape in zip(*axes, strict=True)]
 
 
 def _is_list(of: Any) -> bool:

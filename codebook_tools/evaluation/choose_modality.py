@@ -63,13 +63,13 @@ def choose_modality(
     if min(map(np.nanmin, stored)) < 0 or max(map(np.nanmax, stored)) > 1:
         return Arrays, []
     as_images = _encodes_pictures(model, picture[1:])
-    as_arrays = passes(model, first_items(items, Arrays(), skip_bad=True)[1])
-    if as_images and as_arrays:
+    few = first_items(items, Arrays(), skip_bad=True)[1]
+    if as_images and passes(model, few):
         return Images, [
             "the data are read as images in [0, 1], mapped to the network's input range; where they are no images, "
             "--modality arrays hands them over as they are"
         ]
-    return (Arrays if as_arrays else Images), []
+    return (Images if as_images or not encodes(model, few) else Arrays), []
 
 
 def _alone(path: str | InMemory) -> str | InMemory:
@@ -105,6 +105,15 @@ def _encodes_pictures(model: Model, sides: tuple[int, int]) -> bool:
     except CodebookError:
         return False
     return True
+
+
+def encodes(model: Model, media: Tensor) -> bool:
+    """Whether a batch as it is gives latents of as many items."""
+    try:
+        with torch.no_grad():
+            return len(model.encode(media, keep=False)) == len(media)
+    except CodebookError:
+        return False
 
 
 def passes(model: Model, media: Tensor) -> bool:

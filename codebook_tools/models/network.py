@@ -108,7 +108,7 @@ def axis_of(latents: object, dim: int, axis: int | None) -> int:
             f"the network's encode returns a {type(latents).__name__}; expected a tensor (n, {dim}, ...)"
         )
     fitting = axes_of_length(latents, dim)
-    if axis is not None and axis % latents.ndim in fitting:
+    if axis is not None and -latents.ndim < axis < latents.ndim and axis % latents.ndim in fitting:
         return axis % latents.ndim
     if axis is None and (1 in fitting or len(fitting) == 1):
         return fitting[0]

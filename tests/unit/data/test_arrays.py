@@ -188,6 +188,17 @@ def test_rows_of_unlike_length_are_batched_by_length(ragged: Path) -> None:
     assert sorted(halves[0] + halves[1]) == sorted(found)
 
 
+def test_the_shape_of_a_row_is_that_of_its_lists_whichever_axis_differs(tmp_path: Path) -> None:
+    rows = [torch.randn(2, 3, length) for length in (4, 6, 4, 5)]
+    parquet.write_table(pa.table({"x": [row.tolist() for row in rows]}), tmp_path / "r.parquet", row_group_size=3)
+    torch.save(rows, tmp_path / "r.pt")
+    for name in ("r.parquet", "r.pt"):
+        items = find_items([tmp_path / name], Arrays())
+        batches = list(Media(items, Arrays()).batches(3))
+        assert [tuple(values.shape) for _, values in batches] == [(2, 2, 3, 4), (1, 2, 3, 6), (1, 2, 3, 5)]
+        assert torch.equal(batches[0][1], torch.stack([rows[0], rows[2]]))
+
+
 def test_a_row_of_lists_must_be_whole(tmp_path: Path) -> None:
     rows = [[[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0]], None, [[None, 1.0]], [[float("nan"), 1.0]], []]
     parquet.write_table(pa.table({"x": rows}), tmp_path / "r.parquet")
