@@ -118,10 +118,16 @@ RUN = [
     *parameters(Request, "batch_size", "workers", "device", "precision", "compiled", "seed"),
     *parameters(Shell, "no_config", "deterministic", "report", "json_", "quiet", "verbose"),
 ]
+PASS = [one for one in RUN if one.name != "report"]
 REPLACE = parameters(Request, "force", help="Replace that file if it exists.", panel=None)
 JSON = parameters(Shell, "json_", panel=None)
 QUIET = parameters(Shell, "quiet", help="No warnings.", panel=None)
 LONG_RUN = [*RUN, *parameters(Request, "latents_cache")]
+
+
+def OUTPUT(text: str, *names: str) -> list[inspect.Parameter]:  # noqa: N802 (a group of options, as those above)
+    """--output with a help of its own, and --force."""
+    return [*parameters(Request, "output", help=text), *parameters(Request, "force")]
 
 
 META = ("config", "notes")

@@ -57,7 +57,7 @@ from codebook_tools.remapping.token_ids import Translation
 from codebook_tools.training.resume import SnapshotFile
 from codebook_tools.workflows.comparison_rows import RowStore
 from codebook_tools.workflows.inspect_checkpoint import inspect_checkpoint
-from codebook_tools.workflows.recipe_file import read_recipe, steps_of
+from codebook_tools.training.recipe_file import read_recipe, steps_of
 
 __all__ = ["TARGETS", "VQMODEL", "Target", "tried"]
 

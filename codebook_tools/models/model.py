@@ -144,9 +144,15 @@ class Model:
         Raises:
             CodebookError: The network fails, or returns something else than expected.
         """
+        with self.autocast():
+            encoded = self._encoded(media)
+        return self.decode_walked(encoded, quantize)
+
+    def decode_walked(self, encoded: object, quantize: Quantize) -> Tensor:
+        """What `encode_media` returned, through `quantize` at every stage and the decoder; as `run` otherwise."""
         low, high = self.input_range
         with self.autocast():
-            decoded = self._call("decode", self._walk(self._encoded(media), quantize))
+            decoded = self._call("decode", self._walk(encoded, quantize))
         if not isinstance(decoded, Tensor):
             raise CodebookError(f"the network's decode returns a {type(decoded).__name__}; expected a tensor")
         return (decoded.float() - low) / (high - low)

@@ -51,7 +51,7 @@ def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], a
             # Damaged column metadata raises here; the accessors that _check_repeats reads would abort the process.
             table.scan_contents(batch_size=_ROWS)
             _check_repeats(path, metadata)
-            sink = _Sink()
+            sink = Sink()
             with parquet.ParquetWriter(pa.PythonFile(sink, "w"), schema, compression=_compression(metadata)) as writer:
                 group = max((metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), default=1)
                 row = 0
@@ -137,7 +137,7 @@ class _Column:
         return self.translation(ids, stages, lambda i: f"{self.name} at [{', '.join(str(p[i]) for p in places)}]")
 
 
-class _Sink(io.RawIOBase):
+class Sink(io.RawIOBase):
     """Collects the bytes that a ParquetWriter writes, until `drained` takes them."""
 
     def __init__(self) -> None:

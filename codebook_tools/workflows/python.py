@@ -26,7 +26,7 @@ from codebook_tools.strategies import STRATEGIES
 from codebook_tools.training.recipe import FineTune
 from codebook_tools.workflows import sweep as sweeps
 from codebook_tools.workflows.compare import compare as run_compare
-from codebook_tools.workflows.comparison_entries import ENTRIES
+from codebook_tools.strategies.comparison_entries import ENTRIES
 from codebook_tools.workflows.comparison_rows import Comparison
 from codebook_tools.workflows.diagnose import Diagnosis
 from codebook_tools.workflows.diagnose import diagnose as run_diagnosis

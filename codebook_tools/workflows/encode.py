@@ -1,0 +1,166 @@
+"""Tokens of all data by a model, written as a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from codebook_tools.checkpoints.atomic import check_apart
+from codebook_tools.data.dataset import Media
+from codebook_tools.data.items import Item
+from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.tokens import tokens_of
+from codebook_tools.remapping.token_writers import (
+    FORMATS,
+    TokenWriter,
+    check_token_output,
+    items_path,
+    writing_tokens,
+)
+from codebook_tools.runtime import distributed
+from codebook_tools.runtime.progress import Watch
+from codebook_tools.workflows.request import Request
+from codebook_tools.workflows.result import SUBJECT, ResultHeader, header
+from codebook_tools.workflows.session import open_request
+from codebook_tools.workflows.target import Opened
+
+
+@dataclass(frozen=True)
+class LevelUse:
+    """How many codes of a codebook the tokens of one level name.
+
+    Attributes:
+        key: Of the codebook.
+        size: Its codes.
+        used: Those that a token names.
+    """
+
+    key: str
+    size: int
+    used: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding(ResultHeader):
+    """The result of `encode`.
+
+    Attributes:
+        items: Written.
+        tokens: Of all items and levels.
+        shape: (items, *grid) of one level, (items, levels, *grid) of several; None where their grids differ.
+        grids: Positions of each level, by axis.
+        levels: Quantizer stages of the model, in its order.
+        usage: Of each level.
+    """
+
+    items: int
+    tokens: int
+    shape: tuple[int, ...] | None
+    grids: tuple[tuple[int, ...], ...]
+    levels: int
+    usage: tuple[LevelUse, ...]
+
+    json_keys = (
+        *("command", *SUBJECT, "items", "tokens", "shape", "grids", "levels", "usage"),
+        *("outputs", "seconds", "version"),
+    )
+
+
+def encode(request: Request, output: Path, watch: Watch, shard: tuple[int, int] | None = None) -> Encoding:
+    """Write the tokens of all data, in order of name.
+
+    Args:
+        request: The model and its data.
+        output: Ends in .npy, .safetensors, .parquet or .jsonl.
+        watch: Progress and seconds by phase.
+        shard: I, from 1, and N: write the I-th of N runs of items, which together are the whole in order; None for all.
+
+    Raises:
+        CodebookError: Model or data cannot be opened, or the output cannot hold the tokens. Nothing is written then.
+    """
+    distributed.require_one("encode")
+    if request.latents:
+        raise CodebookError("tokens are made of data; leave out --latents")
+    check_token_output(output, request.force)
+    check_apart([output, items_path(output)], request.read)
+    opened = open_request(request, watch, whole=True)
+    opened.calibration.keep(0)
+    opened.model.kept.limit = 0
+    media = in_run(opened.calibration, request.batch_size, shard)
+    opened.settings["shard"] = f"{shard[0]}/{shard[1]}" if shard else None
+    used = [torch.zeros(opened.model.books[book].codebook.size, dtype=torch.bool) for book in opened.model.route]
+    with writing_tokens(output, len(media), _about(opened, media), force=request.force) as writer:
+        for items, codes in _tokens(opened, media, watch):
+            for flags, level in zip(used, codes, strict=True):
+                flags[level.flatten()] = True
+            with watch.phase("write"):
+                writer.add([str(item) for item in items], [level.numpy() for level in codes])
+    return _result(opened, output, writer, used, watch)
+
+
+def in_run(media: Media, batch: int, shard: tuple[int, int] | None) -> Media:
+    """The items of a shard: a run of whole batches, so that each batch is one of the whole, or of items where there are
+    fewer batches than shards.
+
+    Raises:
+        CodebookError: There are fewer items than shards.
+    """
+    if shard is None:
+        return media
+    (i, n), total = shard, len(media)
+    if total < n:
+        raise CodebookError(f"--shard {i}/{n}: {total} {media.modality.many} make {total} shards at most")
+    units = -(-total // batch)
+    unit = batch if units >= n else 1
+    units = units if units >= n else total
+    return media.subset(media.items[(i - 1) * units // n * unit : i * units // n * unit])
+
+
+def _tokens(opened: Opened, media: Media, watch: Watch) -> Iterator[tuple[list[Item], list[Tensor]]]:
+    """Batches of items and their codes, (n, *grid) int64 on the CPU of each level."""
+    done = 0
+    with closing(media.batches(opened.request.batch_size)) as batches:
+        for items, values in batches:
+            with watch.phase("encode"):
+                codes = [level.cpu() for level in tokens_of(opened.model, values)]
+            yield items, codes
+            done += len(items)
+            watch.progress("tokens", done, len(media))
+
+
+def _about(opened: Opened, media: Media) -> dict[str, str]:
+    """What decoding asks for: kept by formats that have metadata."""
+    return {
+        "model_sha256": opened.model.checkpoint.sha256,
+        "input_range": json.dumps(list(opened.model.input_range)),
+    }
+
+
+def _result(opened: Opened, output: Path, writer: TokenWriter, used: list[Tensor], watch: Watch) -> Encoding:
+    model, grids = opened.model, writer.grids
+    assert grids is not None
+    levels = (len(grids),) if len(grids) > 1 else ()
+    usage = [
+        LevelUse(model.books[book].key, len(flags), int(flags.sum()))
+        for book, flags in zip(model.route, used, strict=True)
+    ]
+    outputs = {"tokens": str(output)}
+    if FORMATS[output.suffix].beside:
+        outputs["items"] = str(items_path(output))
+    return Encoding(
+        **header("encode", opened),
+        items=writer.items,
+        tokens=writer.items * sum(torch.Size(grid).numel() for grid in grids),
+        shape=(writer.items, *levels, *grids[0]) if len(set(grids)) == 1 else None,
+        grids=grids,
+        levels=len(grids),
+        usage=tuple(usage),
+        outputs=outputs,
+        seconds=watch.seconds,
+    )
