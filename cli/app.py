@@ -11,6 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from .commands.codes import codes
 from .commands.compare import compare
+from .commands.decode import decode
 from .commands.diagnose import diagnose
 from .commands.encode import encode
 from .commands.finetune import finetune
@@ -29,7 +30,7 @@ from .errors import interruptible, one_voice, standard_streams
 COMMANDS = (
     *(inspect_, init, measure, diagnose, codes, map_),
     *surgeries(),
-    *(finetune, run, compare, sweep, verify, encode, remap),
+    *(finetune, run, compare, sweep, verify, encode, decode, remap),
 )
 """In the order of `codebook --help`."""
 

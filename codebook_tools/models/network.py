@@ -30,6 +30,7 @@ class Walking(Network, Protocol):
 
     Attributes:
         codebooks: File keys, without the family's prefix, in the order of the stages.
+        not_in_tokens: A sentence on what `decode` uses beside the codes; None, or no attribute, where there is nothing.
     """
 
     codebooks: tuple[str, ...]

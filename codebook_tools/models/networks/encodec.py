@@ -12,6 +12,11 @@ from codebook_tools.models.network import Quantize
 from codebook_tools.models.networks.residual import fitted, residual
 
 
+_LOUDNESS = (
+    "tokens do not hold loudness, which this model divides each chunk of sound by: decoded sound has a loudness of 1"
+)
+
+
 class Chunks(NamedTuple):
     """Latents of overlapping chunks of waveforms.
 
@@ -38,6 +43,7 @@ class Encodec(nn.Module):
         self.sampling_rate = int(model.config.sampling_rate)
         self.hop = math.prod(model.config.upsampling_ratios)
         self.channels = int(model.config.audio_channels)
+        self.not_in_tokens = _LOUDNESS if model.config.normalize else None
 
     def encode(self, waveforms: Tensor) -> Chunks:
         """waveforms (n, channels, samples) in [-1, 1] -> latents of the library's chunks.

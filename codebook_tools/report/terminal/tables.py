@@ -16,11 +16,12 @@ from codebook_tools.remapping.remap import Remapped
 from codebook_tools.report.terminal.diagnosis import diagnosis_table
 from codebook_tools.report.terminal.fitted import FittedTable, Prose
 from codebook_tools.report.terminal.histogram import UsageLines
-from codebook_tools.report.terminal.tokens import encoding_table
+from codebook_tools.report.terminal.tokens import decoding_table, encoding_table
 from codebook_tools.workflows.chain import Chain, ChainPlan
 from codebook_tools.workflows.code_cards import Codes
 from codebook_tools.workflows.comparison_rows import Comparison, notes, table_rows
 from codebook_tools.workflows.diagnose import Diagnosis
+from codebook_tools.workflows.decode import Decoding
 from codebook_tools.workflows.dry_run import Plan
 from codebook_tools.workflows.encode import Encoding
 from codebook_tools.workflows.latent_map import Map
@@ -46,7 +47,7 @@ _COMPARISON_COLUMNS = (
 )
 _SWEEP_COLUMNS = ("mse", "distortion", "used", "coverage", "perplexity", "bits")
 
-Found = Result | Chain | Comparison | Sweep | Codes | Map | Diagnosis | Encoding
+Found = Result | Chain | Comparison | Sweep | Codes | Map | Diagnosis | Encoding | Decoding
 """The result of a command that measures."""
 
 
@@ -61,6 +62,7 @@ def table_of(result: Found | Plan | ChainPlan) -> RenderableType:
         Map: map_table,
         Diagnosis: diagnosis_table,
         Encoding: encoding_table,
+        Decoding: decoding_table,
         Plan: plan_table,
         ChainPlan: chain_plan_table,
     }

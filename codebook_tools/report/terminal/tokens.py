@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from codebook_tools.report.terminal.fitted import Prose
+from codebook_tools.workflows.decode import Decoding
 from codebook_tools.workflows.encode import Encoding, LevelUse
 
 
@@ -30,3 +31,9 @@ def _used(usage: tuple[LevelUse, ...]) -> str:
     used, size = (sum(getattr(level, name) for level in usage) for name in ("used", "size"))
     each = ": " + ", ".join(str(level.used) for level in usage) if len(usage) > 1 else ""
     return f"{used:,} of {size:,} ({used / size:.1%}){each}"
+
+
+def decoding_table(decoding: Decoding) -> RenderableType:
+    """How many items of what shape, and where they are."""
+    shape = "x".join(map(str, decoding.shape))
+    return Prose(f"{decoding.items:,} items of {shape} written to {decoding.outputs['folder']}")
