@@ -54,10 +54,10 @@ from codebook_tools.models.load import load_model
 from codebook_tools.remapping.index_map import read_index_maps
 from codebook_tools.remapping.token_files import rewrite_tokens
 from codebook_tools.remapping.token_ids import Translation
+from codebook_tools.training.recipe_file import read_recipe, steps_of
 from codebook_tools.training.resume import SnapshotFile
 from codebook_tools.workflows.comparison_rows import RowStore
 from codebook_tools.workflows.inspect_checkpoint import inspect_checkpoint
-from codebook_tools.training.recipe_file import read_recipe, steps_of
 
 __all__ = ["TARGETS", "VQMODEL", "Target", "tried"]
 

@@ -61,8 +61,8 @@ def run_recipe(context: typer.Context, path: Path, model: Path | None, options: 
 
     def work(watch: Watch) -> Chain | ChainPlan:
         from codebook_tools.checkpoints.atomic import write_text
-        from codebook_tools.workflows.chain import plan_chain, run_chain
         from codebook_tools.training.recipe_file import RecipeFile, steps_of, without_nothing
+        from codebook_tools.workflows.chain import plan_chain, run_chain
 
         request = request_of(combined["model"], combined)
         steps = steps_of(recipe, batch_size=combined["batch_size"], seed=combined["seed"])

@@ -134,11 +134,13 @@ class Waveforms(Modality):
         return in_channels(values, self.channels, how, lambda waves: waves.mean(axis=0, keepdims=True))
 
     def shape_of(self, grid: Sequence[int], encode: Callable[[Tensor], Tensor]) -> tuple[int, ...] | None:
-        """Channels and samples, a multiple of the hop, for a grid of positions: more samples make no fewer positions."""
+        """Channels and samples, a multiple of the hop, for a grid of positions: of more samples there are no fewer."""
         import torch
 
         if len(grid) != 1:
-            raise CodebookError(f"tokens of {'x'.join(map(str, grid))} are not this model's: a clip has one axis of them")
+            raise CodebookError(
+                f"tokens of {'x'.join(map(str, grid))} are not this model's: a clip has one axis of them"
+            )
 
         def positions(hops: int) -> int:
             try:

@@ -133,6 +133,8 @@ class Images(Modality):
         """
         side = self.size or 64
         channels, stride = probe(encode, side, side)
+        if stride > 1 and len(grid) != 2:  # a stride is known of grids of rows and columns alone
+            raise CodebookError(f"tokens of {'x'.join(map(str, grid))} are not this model's: it makes rows and columns")
         if self.size is None and len(grid) != 2:
             return None
         height, width = (self.size, self.size) if self.size else (grid[0] * stride, grid[1] * stride)

@@ -89,7 +89,7 @@ class TokenDecoder:
             (n, channels, ...) float32 on the CPU: images in [0, 1], waveforms with 1 at full scale.
 
         Raises:
-            CodebookError: The tokens have other grids than the model makes, or it cannot be known which media those are.
+            CodebookError: The tokens have other grids than the model makes, or do not tell the shape of an item.
             NotFiniteError: What is decoded is not finite.
         """
         model, rest = self.model, list(codes)

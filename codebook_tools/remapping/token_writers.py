@@ -159,7 +159,9 @@ class _Parquet(TokenFormat):
 
     def _write(self, rows: Sequence[tuple[str, Any]]) -> None:
         columns = [[row[i] for row in rows] for i in range(2)]
-        self._writer.write_table(self._pa.Table.from_pydict(dict(zip((ITEM, CODES), columns, strict=True)), self._schema))
+        self._writer.write_table(
+            self._pa.Table.from_pydict(dict(zip((ITEM, CODES), columns, strict=True)), self._schema)
+        )
 
 
 FORMATS: Mapping[str, type[Any]] = {

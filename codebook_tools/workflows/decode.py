@@ -101,7 +101,9 @@ def _decoder(request: Request, model: Model, file: TokenFile) -> tuple[TokenDeco
         warnings.append(lost)
     source = file.about.get("model_sha256")
     if source is not None and source != model.checkpoint.sha256:
-        warnings.append(f"{file.path} was made by another checkpoint than {request.source}, unless it was remapped since")
+        warnings.append(
+            f"{file.path} was made by another checkpoint than {request.source}, unless it was remapped since"
+        )
     return TokenDecoder(model, modality, shape), warnings
 
 

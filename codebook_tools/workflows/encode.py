@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +94,7 @@ def encode(request: Request, output: Path, watch: Watch, shard: tuple[int, int] 
     media = in_run(opened.calibration, request.batch_size, shard)
     opened.settings["shard"] = f"{shard[0]}/{shard[1]}" if shard else None
     used = [torch.zeros(opened.model.books[book].codebook.size, dtype=torch.bool) for book in opened.model.route]
-    with writing_tokens(output, len(media), _about(opened, media), force=request.force) as writer:
+    with writing_tokens(output, len(media), _about(opened), force=request.force) as writer:
         for items, codes in _tokens(opened, media, watch):
             for flags, level in zip(used, codes, strict=True):
                 flags[level.flatten()] = True
@@ -125,16 +124,15 @@ def in_run(media: Media, batch: int, shard: tuple[int, int] | None) -> Media:
 def _tokens(opened: Opened, media: Media, watch: Watch) -> Iterator[tuple[list[Item], list[Tensor]]]:
     """Batches of items and their codes, (n, *grid) int64 on the CPU of each level."""
     done = 0
-    with closing(media.batches(opened.request.batch_size)) as batches:
-        for items, values in batches:
-            with watch.phase("encode"):
-                codes = [level.cpu() for level in tokens_of(opened.model, values)]
-            yield items, codes
-            done += len(items)
-            watch.progress("tokens", done, len(media))
+    for items, values in media.batches(opened.request.batch_size):
+        with watch.phase("encode"):
+            codes = [level.cpu() for level in tokens_of(opened.model, values)]
+        yield items, codes
+        done += len(items)
+        watch.progress("tokens", done, len(media))
 
 
-def _about(opened: Opened, media: Media) -> dict[str, str]:
+def _about(opened: Opened) -> dict[str, str]:
     """What decoding asks for: kept by formats that have metadata."""
     return {
         "model_sha256": opened.model.checkpoint.sha256,

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from codebook_tools.models.network import Quantize
 from codebook_tools.models.networks.residual import fitted, residual
 
-
 _LOUDNESS = (
     "tokens do not hold loudness, which this model divides each chunk of sound by: decoded sound has a loudness of 1"
 )

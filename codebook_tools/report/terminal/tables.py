@@ -20,8 +20,8 @@ from codebook_tools.report.terminal.tokens import decoding_table, encoding_table
 from codebook_tools.workflows.chain import Chain, ChainPlan
 from codebook_tools.workflows.code_cards import Codes
 from codebook_tools.workflows.comparison_rows import Comparison, notes, table_rows
-from codebook_tools.workflows.diagnose import Diagnosis
 from codebook_tools.workflows.decode import Decoding
+from codebook_tools.workflows.diagnose import Diagnosis
 from codebook_tools.workflows.dry_run import Plan
 from codebook_tools.workflows.encode import Encoding
 from codebook_tools.workflows.latent_map import Map
