@@ -21,7 +21,7 @@ _LIKE = "Data like those that were encoded: they show the shape of an item, wher
 
 @command(
     "Check and carry over",
-    "codebook decode tokens.npy model.safetensors -o decoded",
+    "codebook decode codes.npy model.safetensors -o decoded",
     parameters(Request, "output", help="A new folder. Left out: <name>.decoded beside TOKENS.", metavar="FOLDER"),
     parameters(Request, "data", help=_LIKE, panel="Data"),
     [one for one in DATA if one.name in ("size", "channels", "skip_bad")],

@@ -18,7 +18,7 @@ _TEXT = "A .npy, .safetensors, .parquet or .jsonl file. Left out: <name>.tokens.
 
 @command(
     "Check and carry over",
-    "codebook encode model.safetensors --data images/ -o tokens.npy",
+    "codebook encode model.safetensors --data images/ -o codes.npy",
     *(OUTPUT(_TEXT), [one for one in DATA if one.name != "test_data"], MODEL, PASS),
 )
 def encode(

@@ -146,8 +146,12 @@ def _sizes(stored: Checkpoint) -> dict[str, int]:
 
 def _model_beside(path: Path) -> Checkpoint | None:
     """The directory or file whose index map would have this name, if there is one."""
+    model = model_path(path)
+    return None if model is None else read_checkpoint(model)
+
+
+def model_path(path: Path) -> Path | None:
+    """Of the directory or file whose index map would have the name of `path`; None where there is none."""
     name = path.name.removesuffix(SUFFIX).removesuffix(".index_map")
-    for model in (path.with_name(name), path.with_name(name + SUFFIX)):
-        if model.exists() and index_map_path(model) == path:
-            return read_checkpoint(model)
-    return None
+    models = (path.with_name(name), path.with_name(name + SUFFIX))
+    return next((model for model in models if model.exists() and index_map_path(model) == path), None)

@@ -65,6 +65,20 @@ def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], a
         yield sink.drained()
 
 
+def nested_length(path: Path, keys: Sequence[str]) -> int | None:
+    """Entries of the outermost list of tokens in the first row; None where there is no list. keys: as rewrite_parquet.
+
+    Raises:
+        CodebookError: As `rewrite_parquet`.
+    """
+    with open_table(path) as table:
+        chosen = choose(path, "column", keys, {field.name: holds_integers(field.type) for field in table.schema_arrow})
+        for batch in table.iter_batches(1, columns=sorted(chosen)):
+            first = batch.column(0)[0].as_py()
+            return len(first) if isinstance(first, list) else None
+    return None
+
+
 @contextmanager
 def open_table(path: Path) -> Iterator[Any]:
     """Open a pyarrow.parquet.ParquetFile that is sound.

@@ -13,11 +13,14 @@ from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.write import write_file
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.output import check_output
-from codebook_tools.remapping.index_map import IndexMap, read_index_maps
+from codebook_tools.remapping.index_map import IndexMap, model_path, read_index_maps
 from codebook_tools.remapping.priors import remap_prior
 from codebook_tools.remapping.request import PRIOR_SUFFIXES, RemapRequest
-from codebook_tools.remapping.token_files import TOKEN_SUFFIXES, rewrite_tokens
+from codebook_tools.remapping.token_files import LEVEL_AXIS, TOKEN_SUFFIXES, has_levels, rewrite_tokens
 from codebook_tools.remapping.token_ids import Counts, Translation
+
+MANY = 0.1
+"""Share of tokens of removed codes beyond which tokens are better made anew: a map knows no latents."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Remapped:
         nearest: Of the removed, those that became the nearest code.
         outputs: Path of the output by that of the source.
         warnings: A line each.
+        next_step: What is better done; None where there is nothing.
     """
 
     tokens: int
@@ -39,6 +43,7 @@ class Remapped:
     nearest: int
     outputs: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    next_step: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """All fields, by name."""
@@ -56,18 +61,23 @@ def remap(request: RemapRequest) -> Remapped:
     _check_apart(request)
     priors = {source: _open(source, request) for source in request.sources}
     outputs = {str(source): str(request.output_of(source)) for source in request.sources}
-    counts, warnings, done = Counts(), list[str](), list[str]()
+    counts, of_tokens, warnings, done = Counts(), Counts(), list[str](), list[str]()
     for source, prior in priors.items():
         try:
             if prior is None:
-                counts += _remap_tokens(source, maps, request)
+                of_tokens += _remap_tokens(source, maps, request)
             else:
                 rows, remarks = remap_prior(prior, request.output_of(source), maps, request)
                 counts, warnings = counts + rows, [*warnings, *remarks]
         except CodebookError as error:
             raise (CodebookError(f"{error}; already written: {', '.join(done)}") if done else error) from error
         done.append(outputs[str(source)])
-    return Remapped(**asdict(counts), outputs=outputs, warnings=tuple(warnings))
+    return Remapped(
+        **asdict(counts + of_tokens),
+        outputs=outputs,
+        warnings=tuple(warnings),
+        next_step=_next_step(of_tokens, request),
+    )
 
 
 def _check_apart(request: RemapRequest) -> None:
@@ -113,12 +123,26 @@ def _check_token_output(source: Path, output: Path, force: bool) -> None:
 
 
 def _remap_tokens(source: Path, maps: tuple[IndexMap, ...], request: RemapRequest) -> Counts:
-    if request.axis is None and len(maps) > 1:
-        raise CodebookError(
-            f"{source}: the map has {len(maps)} codebooks; --axis N says which axis of the tokens runs over them, or "
-            f"--codebook-key whose tokens these all are: {', '.join(one.key for one in maps)}"
-        )
+    axis = request.axis
+    if axis is None and len(maps) > 1:
+        if not has_levels(source, request.key, len(maps)):
+            raise CodebookError(
+                f"{source}: the map has {len(maps)} codebooks; --axis N says which axis of the tokens runs over them, "
+                f"or --codebook-key whose tokens these all are: {', '.join(one.key for one in maps)}"
+            )
+        axis = LEVEL_AXIS
     translation = Translation(maps, request.on_removed, request.offset, request.special)
-    chunks = rewrite_tokens(source, translation, request.key, request.axis)
+    chunks = rewrite_tokens(source, translation, request.key, axis)
     write_file(request.output_of(source), chunks, force=request.force)
     return translation.counts
+
+
+def _next_step(counts: Counts, request: RemapRequest) -> str | None:
+    """Where many of the tokens are approximations, the command that makes them anew. counts: of token files."""
+    if counts.removed <= MANY * counts.tokens:
+        return None
+    model = model_path(request.maps[-1])
+    became = "nearest codes" if request.on_removed == "nearest" else "masks"
+    command = f"codebook encode {'MODEL' if model is None else model} --data DATA -o tokens.npy"
+    share = f"{counts.removed / counts.tokens:.0%}"
+    return f"{share} of the tokens were of codes that are gone, and are {became} now: `{command}` makes them anew"

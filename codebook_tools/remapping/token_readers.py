@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.safetensors_file import read_safetensors
 from codebook_tools.errors import CodebookError, one_line
-from codebook_tools.remapping.parquet import open_table
+from codebook_tools.remapping.json_lines import CODES, ITEM, json_records
+from codebook_tools.remapping.parquet import holds_integers, open_table
 from codebook_tools.remapping.token_choice import choose
 from codebook_tools.remapping.token_files import BLOCKS
-from codebook_tools.remapping.token_writers import CODES, FORMATS, ITEM, items_path
-from codebook_tools.runtime.safe_io import check_regular, parse_json
-
-_LONGEST_LINE = 64 << 20  # bytes: tokens of one item
+from codebook_tools.remapping.token_writers import FORMATS, items_path
+from codebook_tools.runtime.safe_io import check_regular
 
 Batch = tuple[list[str], list[NDArray[np.int64]]]
 """Names of n items, and their tokens, (n, *grid) of each level."""
@@ -149,8 +148,6 @@ def _ours(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with open_table(path) as table:
-        from codebook_tools.remapping.parquet import holds_integers
-
         schema = table.schema_arrow
         (codes,) = choose(path, "column", (), {field.name: holds_integers(field.type) for field in schema})
         names = [ITEM] if ITEM in schema.names else []
@@ -159,30 +156,6 @@ def _table_rows(path: Path) -> Iterator[tuple[str, Any]]:
             rows = batch.column(codes).to_pylist()
             items = batch.column(ITEM).to_pylist() if names else [str(i) for i in islice(numbers, len(rows))]
             yield from zip(map(str, items), rows, strict=True)
-
-
-def json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number from 1 and object of each line that is not empty.
-
-    Raises:
-        CodebookError: A line is no object with tokens under `codes`.
-    """
-    with path.open("rb") as file:
-        for number in count(1):
-            line = file.readline(_LONGEST_LINE + 1)
-            if not line:
-                return
-            if len(line) > _LONGEST_LINE:
-                raise CodebookError(f"{path}: line {number} is longer than {_LONGEST_LINE:,} bytes")
-            if not line.strip():
-                continue
-            try:
-                record = parse_json(line)
-            except ValueError as error:
-                raise CodebookError(f"{path}: line {number} is no JSON: {one_line(error)}") from error
-            if not isinstance(record, dict) or CODES not in record:
-                raise CodebookError(f'{path}: line {number} is no {{"{ITEM}": name, "{CODES}": [...]}}')
-            yield number, record
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import os
 from abc import ABC, abstractmethod
@@ -21,11 +20,9 @@ from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.safetensors_file import header_of
 from codebook_tools.checkpoints.tensors import Stored
 from codebook_tools.errors import CodebookError, VerificationError
+from codebook_tools.remapping.json_lines import CODES, ITEM, json_line
 from codebook_tools.remapping.parquet import Sink
 from codebook_tools.runtime.optional import require
-
-CODES, ITEM = "codes", "item"
-"""The tensor, column or key of the tokens, and that of an item's name."""
 
 _ROWS = 1024  # of a row group in parquet
 _CHUNK = 1 << 20  # bytes
@@ -126,7 +123,7 @@ class _JsonLines(TokenFormat):
     def body(self, names: Sequence[str], levels: Levels) -> bytes:
         rows = zip(*(level.tolist() for level in levels), strict=True)
         records = ({ITEM: name, CODES: row[0] if self._one else row} for name, row in zip(names, rows, strict=True))
-        return "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records).encode()
+        return "".join(map(json_line, records)).encode()
 
 
 class _Parquet(TokenFormat):

@@ -275,4 +275,5 @@ def remap_table(remapped: Remapped) -> RenderableType:
         ("by their nearest code", remapped.nearest),
     ):
         table.add_row(label, f"{count:,}")
-    return Group(table, *(Prose(f"written to {output}") for output in remapped.outputs.values()))
+    lines = [Prose(f"written to {output}") for output in remapped.outputs.values()]
+    return Group(table, *lines, *([Prose(remapped.next_step)] if remapped.next_step else []))
