@@ -30,6 +30,10 @@ EngineOption = Annotated[
     Engine,
     typer.Option(metavar="NAME", help="Which k-means runs (auto, native, faiss, sklearn).", rich_help_panel="k-means"),
 ]
+BeamOption = Annotated[
+    int,
+    typer.Option(metavar="N", help="Choose codes of residual levels jointly, keeping N partial sums of each latent."),
+]
 _WIDEST = 20  # characters of choices in the column beside an option; more would narrow that of its help
 _COMPLETIONS: Mapping[str, Callable[[str], list[str]]] = {"device": devices, "family": families}
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..options import DATA, MODEL, OUTPUT, PASS, ModelArgument, command
+from ..options import DATA, MODEL, OUTPUT, PASS, BeamOption, ModelArgument, command
 from ..run import named_after, request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
@@ -28,6 +28,7 @@ def encode(
         str | None,
         typer.Option(metavar="I/N", help="Write part I, from 1, of N alone: parts in order are the whole."),
     ] = None,
+    beam: BeamOption = 1,
 ) -> None:
     """Write the tokens of all data, in order of name. They are not split: all of --data is encoded."""
 
@@ -37,6 +38,6 @@ def encode(
 
         output = options["output"] or named_after(model, ".tokens.npy")
         request = request_of(model, {**options, "output": None})
-        return run_encode(request, output, watch, parse_shard(shard) if shard else None)
+        return run_encode(request, output, watch, parse_shard(shard) if shard else None, beam)
 
     run_and_show(work, {**options, "report": None})

@@ -20,7 +20,7 @@ from codebook_tools.data.modality import AS_IT_IS, Modality
 from codebook_tools.data.registry import modality_of
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.encoder_cache import Kept
-from codebook_tools.models.network import Quantize, walks
+from codebook_tools.models.network import Quantize, Search, walks
 from codebook_tools.models.stored_codes import changed_codebook, codes_of_rows, owned_keys, rounded, rows_of_codes
 from codebook_tools.runtime.devices import sent
 
@@ -238,9 +238,15 @@ class Model:
         """What the network's `encode` returns, as `walk` and its own quantizer take it."""
         return self._encoded(media, keep=False)
 
-    def walk(self, encoded: object, quantize: Quantize) -> object:
-        """What `encode` returned -> what `decode` takes. quantize: as for `run`."""
-        return self._walk(encoded, quantize)
+    def walk(self, encoded: object, quantize: Quantize, search: Search | None = None) -> object:
+        """What `encode` returned -> what `decode` takes.
+
+        Args:
+            encoded: As `encode_media` returned it.
+            quantize: As for `run`.
+            search: Of residual stages, where the network `searches`; None for the greedy one.
+        """
+        return self._walk(encoded, quantize, search)
 
     def _encoded(self, media: Tensor, keep: bool = True) -> object:
         """What the network's `encode` returns; without gradients it is cached."""
@@ -253,7 +259,7 @@ class Model:
             return encode()
         return self.kept.encoded(self.network, media, (low, high), encode)
 
-    def _walk(self, encoded: object, quantize: Quantize) -> object:
+    def _walk(self, encoded: object, quantize: Quantize, search: Search | None = None) -> object:
         def checked(quantizer_stage: int, latents: object) -> Tensor:
             stage = self.route[quantizer_stage]
             # Nearest codes are decided in float32, whatever the network computes in: bf16 gets one in ten wrong.
@@ -263,7 +269,7 @@ class Model:
         if not walks(self.network):
             return checked(0, encoded)
         with _told("walk", encoded):
-            return self.network.walk(encoded, checked)
+            return self.network.walk(encoded, checked, *(() if search is None else (search,)))
 
     def _call(self, method: str, argument: object) -> object:
         with _told(method, argument, self.compiled):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -11,6 +12,14 @@ Quantize = Callable[[int, Tensor], Tensor]
 """quantize(stage, latents (n, dim, *grid)) -> what the decoder gets in their place, of the same shape.
 
 The caller of `walk` decides what that is: the nearest codes, or those with a straight-through gradient.
+"""
+
+
+Search = Callable[[Tensor, Iterable[int], Quantize], Tensor]
+"""search(latents (n, dim, *grid), stages, quantize) -> the sum of what residual stages quantize, of the same shape.
+
+Each stage quantizes what those before it leave. The greedy search takes the nearest code at each; others may call
+`quantize` with more items than n, and get back any multiple of them.
 """
 
 
@@ -52,6 +61,11 @@ class Quantizing(Network, Protocol):
         Codes are (n, *grid) of one codebook, (n, levels, *grid) of several. In training mode it also updates the codes
         as training does, such as by a step of their moving average.
         """
+
+
+def searches(network: Any) -> bool:
+    """Whether the `walk` of a network takes a Search for its residual stages, as its third argument."""
+    return walks(network) and "search" in signature(network.walk).parameters
 
 
 def walks(network: object) -> bool:

@@ -14,6 +14,7 @@ from codebook_tools.checkpoints.atomic import check_apart
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.items import Item
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.beam import beam_tokens, check_beam
 from codebook_tools.evaluation.tokens import tokens_of
 from codebook_tools.remapping.token_writers import (
     FORMATS,
@@ -71,7 +72,9 @@ class Encoding(ResultHeader):
     )
 
 
-def encode(request: Request, output: Path, watch: Watch, shard: tuple[int, int] | None = None) -> Encoding:
+def encode(
+    request: Request, output: Path, watch: Watch, shard: tuple[int, int] | None = None, beam: int = 1
+) -> Encoding:
     """Write the tokens of all data, in order of name.
 
     Args:
@@ -79,6 +82,7 @@ def encode(request: Request, output: Path, watch: Watch, shard: tuple[int, int] 
         output: Ends in .npy, .safetensors, .parquet or .jsonl.
         watch: Progress and seconds by phase.
         shard: I, from 1, and N: write the I-th of N runs of items, which together are the whole in order; None for all.
+        beam: Partial sums of residual levels that are kept of each latent; 1 for the nearest code at each level.
 
     Raises:
         CodebookError: Model or data cannot be opened, or the output cannot hold the tokens. Nothing is written then.
@@ -89,13 +93,15 @@ def encode(request: Request, output: Path, watch: Watch, shard: tuple[int, int] 
     check_token_output(output, request.force)
     check_apart([output, items_path(output)], request.read)
     opened = open_request(request, watch, whole=True)
+    check_beam(opened.model, beam)
+    batch = max(1, request.batch_size // beam)  # each item takes so many places in a batch of latents
     opened.calibration.keep(0)
     opened.model.kept.limit = 0
-    media = in_run(opened.calibration, request.batch_size, shard)
-    opened.settings["shard"] = f"{shard[0]}/{shard[1]}" if shard else None
+    media = in_run(opened.calibration, batch, shard)
+    opened.settings |= {"shard": f"{shard[0]}/{shard[1]}" if shard else None, "beam": beam}
     used = [torch.zeros(opened.model.books[book].codebook.size, dtype=torch.bool) for book in opened.model.route]
     with writing_tokens(output, len(media), _about(opened), force=request.force) as writer:
-        for items, codes in _tokens(opened, media, watch):
+        for items, codes in _tokens(opened, media, beam, batch, watch):
             for flags, level in zip(used, codes, strict=True):
                 flags[level.flatten()] = True
             with watch.phase("write"):
@@ -121,12 +127,15 @@ def in_run(media: Media, batch: int, shard: tuple[int, int] | None) -> Media:
     return media.subset(media.items[(i - 1) * units // n * unit : i * units // n * unit])
 
 
-def _tokens(opened: Opened, media: Media, watch: Watch) -> Iterator[tuple[list[Item], list[Tensor]]]:
+def _tokens(
+    opened: Opened, media: Media, beam: int, batch: int, watch: Watch
+) -> Iterator[tuple[list[Item], list[Tensor]]]:
     """Batches of items and their codes, (n, *grid) int64 on the CPU of each level."""
-    done = 0
-    for items, values in media.batches(opened.request.batch_size):
+    model, done = opened.model, 0
+    for items, values in media.batches(batch):
         with watch.phase("encode"):
-            codes = [level.cpu() for level in tokens_of(opened.model, values)]
+            codes = tokens_of(model, values) if beam == 1 else beam_tokens(model, values, beam).codes
+            codes = [level.cpu() for level in codes]
         yield items, codes
         done += len(items)
         watch.progress("tokens", done, len(media))

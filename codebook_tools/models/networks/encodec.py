@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from codebook_tools.models.network import Quantize
+from codebook_tools.models.network import Quantize, Search
 from codebook_tools.models.networks.residual import fitted, residual
 
 _LOUDNESS = (
@@ -56,9 +56,9 @@ class Encodec(nn.Module):
         latents = [self.model.encoder(chunk / level) for chunk, level in zip(chunks, loudness, strict=True)]
         return Chunks(torch.cat(latents, -1), tuple(part.shape[-1] for part in latents), loudness, samples)
 
-    def walk(self, encoded: Chunks, quantize: Quantize) -> Chunks:
+    def walk(self, encoded: Chunks, quantize: Quantize, search: Search = residual) -> Chunks:
         """Residual stages on the latents of all chunks."""
-        return encoded._replace(latents=residual(encoded.latents, range(len(self.codebooks)), quantize))
+        return encoded._replace(latents=search(encoded.latents, range(len(self.codebooks)), quantize))
 
     def quantize(self, encoded: Chunks) -> tuple[Chunks, Tensor]:
         """The library's own quantizer, with all of its stages; codes (n, levels, positions)."""

@@ -16,7 +16,7 @@ from codebook_tools.remapping.remap import Remapped
 from codebook_tools.report.terminal.diagnosis import diagnosis_table
 from codebook_tools.report.terminal.fitted import FittedTable, Prose
 from codebook_tools.report.terminal.histogram import UsageLines
-from codebook_tools.report.terminal.tokens import decoding_table, encoding_table
+from codebook_tools.report.terminal.tokens import beam_line, decoding_table, encoding_table
 from codebook_tools.workflows.chain import Chain, ChainPlan
 from codebook_tools.workflows.code_cards import Codes
 from codebook_tools.workflows.comparison_rows import Comparison, notes, table_rows
@@ -83,6 +83,8 @@ def result_table(result: Result) -> RenderableType:
         elif first.counts:
             names = STAGES if len(stages) > 1 else dict.fromkeys(stages, "usage")
             lines.append(UsageLines({names[name]: stage.counts[0] for name, stage in stages.items() if stage.counts}))
+    if result.beam:
+        lines.append(beam_line(result.beam))
     if "shard" in result.settings:
         lines.append(
             Prose(f"of shard {result.settings['shard']} alone; `codebook measure --merge` adds all", style="dim")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from codebook_tools.evaluation.beam import BeamGain
 from codebook_tools.report.terminal.fitted import Prose
 from codebook_tools.workflows.decode import Decoding
 from codebook_tools.workflows.encode import Encoding, LevelUse
@@ -37,3 +38,12 @@ def decoding_table(decoding: Decoding) -> RenderableType:
     """How many items of what shape, and where they are."""
     shape = "x".join(map(str, decoding.shape))
     return Prose(f"{decoding.items:,} items of {shape} written to {decoding.outputs['folder']}")
+
+
+def beam_line(gain: BeamGain) -> RenderableType:
+    """What a beam search gains, and how to write its tokens."""
+    (low, lower), (error, less) = ((of["greedy"], of["beam"]) for of in (gain.distortion, gain.mse))
+    return Prose(
+        f"a beam of {gain.width}: distortion of all levels {low:.4g} -> {lower:.4g}, mse {error:.6f} -> {less:.6f}; "
+        f"`codebook encode --beam {gain.width}` writes its tokens"
+    )
