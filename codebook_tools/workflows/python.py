@@ -25,15 +25,13 @@ from codebook_tools.runtime.progress import Show, Watch
 from codebook_tools.strategies import STRATEGIES
 from codebook_tools.strategies.comparison_entries import ENTRIES
 from codebook_tools.training.recipe import FineTune
+from codebook_tools.workflows import decode as decoding
+from codebook_tools.workflows import encode as encoding
 from codebook_tools.workflows import sweep as sweeps
 from codebook_tools.workflows.compare import compare as run_compare
 from codebook_tools.workflows.comparison_rows import Comparison
-from codebook_tools.workflows.decode import Decoding
-from codebook_tools.workflows.decode import decode as run_decode
 from codebook_tools.workflows.diagnose import Diagnosis
 from codebook_tools.workflows.diagnose import diagnose as run_diagnosis
-from codebook_tools.workflows.encode import Encoding
-from codebook_tools.workflows.encode import encode as run_encode
 from codebook_tools.workflows.inspect_checkpoint import Inspection, inspect_checkpoint
 from codebook_tools.workflows.operate import Run, measure_model, operate_in_memory
 from codebook_tools.workflows.python_model import Model
@@ -312,14 +310,21 @@ def verify(path: PathLike, against: PathLike, maps: Sequence[PathLike] = ()) -> 
 
 
 def encode(
-    model: Model, data: Data | Values | None, output: PathLike, *, force: bool = False, progress: Show | None = None
-) -> Encoding:
+    model: Model,
+    data: Data | Values | None,
+    output: PathLike,
+    *,
+    beam: int = 1,
+    force: bool = False,
+    progress: Show | None = None,
+) -> encoding.Encoding:
     """Write the tokens of all data, in order of name.
 
     Args:
         model: As `load` or `wrap` returned it.
         data: Data, or what Data takes as `train`; None for the bundled sample.
         output: A .npy, .safetensors, .parquet or .jsonl file.
+        beam: Above 1: codes of residual levels are chosen jointly, with so many partial sums of each latent.
         force: Whether to replace the output.
         progress: Called with the phase, how many are done, of how many, and figures.
 
@@ -329,12 +334,13 @@ def encode(
     Raises:
         CodebookError: Model or data cannot be read, or the output cannot hold the tokens.
     """
-    return _warned(run_encode(replace(_request(model, data, 0), force=force), Path(output), Watch(progress)))
+    request = replace(_request(model, data, 0), force=force)
+    return _warned(encoding.encode(request, Path(output), Watch(progress), beam=beam))
 
 
 def decode(
     tokens: PathLike, model: Model, output: PathLike, *, data: Data | Values | None = None, progress: Show | None = None
-) -> Decoding:
+) -> decoding.Decoding:
     """Turn tokens back into media, in a new folder.
 
     Args:
@@ -350,7 +356,7 @@ def decode(
     Raises:
         CodebookError: The tokens are none of this model, or the folder exists or cannot be written.
     """
-    return _warned(run_decode(_request(model, data, 0), Path(tokens), Path(output), Watch(progress)))
+    return _warned(decoding.decode(_request(model, data, 0), Path(tokens), Path(output), Watch(progress)))
 
 
 def remap(sources: PathLike | Sequence[PathLike], maps: PathLike | Sequence[PathLike], **options: Any) -> Remapped:
