@@ -21,7 +21,7 @@ import torch
 from machine import machine
 from torch import Tensor, nn
 from torch.nn import functional
-from vector_quantize_pytorch import ResidualVQ
+from vector_quantize_pytorch import ResidualVQ  # type: ignore[import-untyped]
 
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.images import Images, sample_images
@@ -98,6 +98,8 @@ def main() -> None:
             model=path, network=partial(make, asked.levels), sample=True, input_range=(0.0, 1.0), metric="euclidean"
         )
         results = [measure_model(request, Watch(), beam=width) for width in map(int, asked.widths.split(","))]
+    before = results[0].before
+    assert before is not None
     gains: list[Any] = [result.to_json()["beam"] for result in results]
     greedy = {name: gains[0][name]["greedy"] for name in ("distortion", "mse")}
     rows = [("1, greedy", greedy), *((str(gain["width"]), {n: gain[n]["beam"] for n in greedy}) for gain in gains)]
@@ -113,7 +115,7 @@ def main() -> None:
         "k": asked.k,
         "steps": asked.steps,
         "training seconds": round(seconds, 1),
-        "perplexity": [round(book.perplexity, 2) for book in results[0].stages["before"].codebooks],
+        "perplexity": [round(book.perplexity, 2) for book in before.codebooks],
         "beams": gains,
     }
     (RESULTS / "beam.json").write_text(json.dumps(record, indent=2) + "\n")

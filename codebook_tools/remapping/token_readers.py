@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -113,7 +114,7 @@ def open_tokens(path: Path) -> TokenFile:
     except OSError as error:
         raise CodebookError(f"cannot read {path}: {one_line(error)}") from error
     if not opened.items:
-        raise CodebookError(f"{path} holds no item")
+        raise CodebookError(f"{path} holds no token")
     return opened
 
 
@@ -123,6 +124,8 @@ def _open_array(path: Path) -> TokenFile:
     if not shape:
         raise CodebookError(f"{path} holds one number; tokens have an axis of items")
     metadata = read_safetensors(path).metadata if path.suffix == ".safetensors" else {}
+    if not math.prod(shape):
+        raise CodebookError(f"{path} holds no token: its shape is {shape}")
     names = items_path(path)
     if names.is_file():
         with names.open("rb") as file:

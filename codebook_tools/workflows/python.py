@@ -324,7 +324,7 @@ def encode(
         model: As `load` or `wrap` returned it.
         data: Data, or what Data takes as `train`; None for the bundled sample.
         output: A .npy, .safetensors, .parquet or .jsonl file.
-        beam: Above 1: codes of residual levels are chosen jointly, with so many partial sums of each latent.
+        beam: Partial sums of each latent that a joint search over residual levels keeps; 1 for no such search.
         force: Whether to replace the output.
         progress: Called with the phase, how many are done, of how many, and figures.
 
@@ -349,9 +349,6 @@ def decode(
         output: The folder.
         data: Data like those that were encoded, where the tokens do not tell the shape of an item.
         progress: Called with the phase, how many are done, of how many, and figures.
-
-    Returns:
-        How many items of what shape, and the folder.
 
     Raises:
         CodebookError: The tokens are none of this model, or the folder exists or cannot be written.

@@ -20,6 +20,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation import tokens as evaluation_tokens
 from codebook_tools.evaluation.tokens import tokens_of
 from codebook_tools.remapping.token_readers import integers, open_tokens
+from codebook_tools.remapping.token_writers import writing_tokens
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.session import open_network
 
@@ -180,7 +181,8 @@ def test_tokens_that_are_not_the_models_are_refused(encoded: Path, codebook: Run
         "levels": (np.stack([array, array], 1), "are not this model's"),
         "flat": (array.reshape(60, 16), "are not this model's: it makes rows and columns"),
         "real": (array.astype(np.float32), "tokens are integers"),
-        "none": (array[:0], "holds no item"),
+        "none": (array[:0], "holds no token"),
+        "no grid": (array[:, :0], "holds no token: its shape is (60, 0, 4)"),
     }
     before = set(tmp_path.iterdir())
     for name, (values, message) in cases.items():
@@ -244,3 +246,45 @@ def test_the_encoder_runs_once_for_a_size_of_batch(
     asked = ("decode", encoded / "tokens.npy", tiny, *RANGE, "--batch-size", "25", "-o", tmp_path / "back")
     assert codebook(*asked).exit_code == 0
     assert [n for n in encodings if n > 1] == [25, 10]
+
+
+def test_a_modality_without_files_of_its_own_gets_one_array(
+    encoded: Path,
+    codebook: Run,
+    tiny: Path,
+    image_tensor: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("codebook_tools.data.images.Images.ending", None)
+    asked = ("decode", encoded / "tokens.npy", tiny, *RANGE, "--batch-size", "25", "-o", tmp_path / "back")
+    assert codebook(*asked).exit_code == 0
+    model = open_network(Request(tiny))
+    model.input_range = (-1, 1)
+    with torch.no_grad():
+        expected = model.pass_through(image_tensor).media.clamp(0, 1)
+    assert np.allclose(np.load(tmp_path / "back" / "decoded.npy"), expected.numpy(), atol=1e-6)
+    names = (tmp_path / "back" / "decoded.npy.items.txt").read_bytes()
+    assert names == (encoded / "tokens.npy.items.txt").read_bytes() and len(contents(tmp_path / "back")) == 2
+
+
+def test_a_failed_decoding_leaves_nothing(encoded: Path, codebook: Run, tiny: Path, tmp_path: Path) -> None:
+    """The last of three batches holds a token that is no code."""
+    array = np.load(encoded / "tokens.npy")
+    array[-1] = 10_000
+    np.save(encoded / "tokens.npy", array)
+    asked = ("decode", encoded / "tokens.npy", tiny, *RANGE, "--batch-size", "20", "-o", tmp_path / "back")
+    assert_refused(codebook(*asked), "token 10000 of item b/059.png is not within 0 and")
+    assert not list(tmp_path.glob("back*"))
+
+
+def test_rows_of_parquet_do_not_depend_on_batches(tmp_path: Path) -> None:
+    codes = np.random.default_rng(0).integers(0, 9, (2500, 3))
+    for batch in (7, 2500):
+        with writing_tokens(tmp_path / f"{batch}.parquet", 2500, {"a": "b"}, force=False) as writer:
+            for start in range(0, 2500, batch):
+                some = codes[start : start + batch]
+                writer.add([str(start + i) for i in range(len(some))], [some])
+    assert (tmp_path / "7.parquet").read_bytes() == (tmp_path / "2500.parquet").read_bytes()
+    assert parquet.ParquetFile(tmp_path / "7.parquet").num_row_groups == 3
+    assert open_tokens(tmp_path / "7.parquet").about == {"a": "b"}
