@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from codebook_tools.checkpoints.atomic import check_apart, check_free
 from codebook_tools.checkpoints.layout import SUFFIX
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.write import write_file
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.models.output import check_output
 from codebook_tools.remapping.index_map import IndexMap, model_path, read_index_maps
 from codebook_tools.remapping.priors import remap_prior
 from codebook_tools.remapping.request import PRIOR_SUFFIXES, RemapRequest
 from codebook_tools.remapping.token_files import LEVEL_AXIS, TOKEN_SUFFIXES, has_levels, rewrite_tokens
 from codebook_tools.remapping.token_ids import Counts, Translation
+from codebook_tools.remapping.token_writers import items_path
 
 MANY = 0.1
 """Share of tokens of removed codes beyond which tokens are better made anew: a map knows no latents."""
@@ -119,7 +121,8 @@ def _check_token_output(source: Path, output: Path, force: bool) -> None:
         raise CodebookError(f"no such folder: {output.parent}; make it first, or write elsewhere with --output")
     if output.is_dir():
         raise CodebookError(f"{output} is a directory; name a file with --output")
-    check_free(output, force)
+    for target in (output, *([items_path(output)] if items_path(source).is_file() else [])):
+        check_free(target, force)
 
 
 def _remap_tokens(source: Path, maps: tuple[IndexMap, ...], request: RemapRequest) -> Counts:
@@ -133,8 +136,19 @@ def _remap_tokens(source: Path, maps: tuple[IndexMap, ...], request: RemapReques
         axis = LEVEL_AXIS
     translation = Translation(maps, request.on_removed, request.offset, request.special)
     chunks = rewrite_tokens(source, translation, request.key, axis)
-    write_file(request.output_of(source), chunks, force=request.force)
+    output = request.output_of(source)
+    write_file(output, chunks, force=request.force)
+    if items_path(source).is_file():
+        _copy(items_path(source), items_path(output), request.force)
     return translation.counts
+
+
+def _copy(source: Path, target: Path, force: bool) -> None:
+    try:
+        with source.open("rb") as file:
+            write_file(target, iter(partial(file.read, 1 << 20), b""), force=force)
+    except OSError as error:
+        raise CodebookError(f"cannot read {source}: {one_line(error)}") from error
 
 
 def _next_step(counts: Counts, request: RemapRequest) -> str | None:

@@ -47,6 +47,8 @@ def test_each_level_follows_its_own_map(ending: str, grid: tuple[int, ...], code
     done = codebook(*asked, "--on-removed", "nearest", "--json").json
     expected = np.stack([TABLES[level][codes[:, level]] for level in range(3)], 1)
     assert np.array_equal(read(tmp_path / f"t.remapped{ending}", 3), expected)
+    names = [name for some, _ in open_tokens(tmp_path / f"t.remapped{ending}").batches(3, 2) for name in some]
+    assert names == [f"item {i}" for i in range(7)]
     assert done["tokens"] == codes.size and done["removed"] == int((codes[:, 2] == 1).sum()) == done["nearest"]
     assert done["changed"] == int((expected != codes).sum())
 
