@@ -98,7 +98,9 @@ def test_tokens_of_images_are_those_of_the_own_library(
         assert np.abs(pixels - expected[i].numpy()).max() <= 0.5 / 255 + 1e-5
 
 
-@pytest.mark.parametrize("name", ["encodec", "encodec, chunks", "dac", "mimi"])
+@pytest.mark.parametrize(
+    "name", ["encodec", "dac", *(pytest.param(name, marks=pytest.mark.slow) for name in ("encodec, chunks", "mimi"))]
+)
 def test_tokens_of_sound_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     case = audio_codecs.CASES[name]
     source = audio_codecs.save(case, tmp_path / "model")
