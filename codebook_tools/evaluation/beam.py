@@ -60,7 +60,8 @@ def check_beam(model: Model, width: int) -> None:
         )
     if not searches(model.network):
         raise CodebookError(
-            f"--beam {width}: the {len(model.route)} levels of {path} are not residual; leave out --beam"
+            f"--beam {width}: the {len(model.route)} levels of {path} are not residual, or its network's walk takes no "
+            "`search`; leave out --beam"
         )
 
 
@@ -112,7 +113,7 @@ class _Beam:
             emitted = quantize(stage, left.flatten(0, 1))
             count, one = self._candidates.shape[1], left.shape[2:]
             rest = (left[:, :, None] - emitted.reshape(n, left.shape[1], count, *one)).flatten(1, 2)
-            kept = self._kept(rest.square().sum(2))
+            kept = self._kept(rest.float().square().sum(2))  # of bf16 a sum would be too rough
             left = rest.gather(1, kept.unsqueeze(2).expand(-1, -1, *rest.shape[2:]))
             codes = self._candidates.reshape(n, -1, *one[1:])
             paths = [*(path.gather(1, kept // count) for path in paths), codes.gather(1, kept)]

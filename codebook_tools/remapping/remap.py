@@ -14,7 +14,7 @@ from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.write import write_file
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.models.output import check_output
-from codebook_tools.remapping.index_map import IndexMap, model_path, read_index_maps
+from codebook_tools.remapping.index_map import IndexMap, codebook_sizes, model_path, read_index_maps
 from codebook_tools.remapping.priors import remap_prior
 from codebook_tools.remapping.request import PRIOR_SUFFIXES, RemapRequest
 from codebook_tools.remapping.token_files import LEVEL_AXIS, TOKEN_SUFFIXES, has_levels, rewrite_tokens
@@ -134,6 +134,8 @@ def _remap_tokens(source: Path, maps: tuple[IndexMap, ...], request: RemapReques
                 f"or --codebook-key whose tokens these all are: {', '.join(one.key for one in maps)}"
             )
         axis = LEVEL_AXIS
+    if axis is None and not request.codebook_key:
+        _check_alone(source, request)
     translation = Translation(maps, request.on_removed, request.offset, request.special)
     chunks = rewrite_tokens(source, translation, request.key, axis)
     output = request.output_of(source)
@@ -141,6 +143,16 @@ def _remap_tokens(source: Path, maps: tuple[IndexMap, ...], request: RemapReques
     if items_path(source).is_file():
         _copy(items_path(source), items_path(output), request.force)
     return translation.counts
+
+
+def _check_alone(source: Path, request: RemapRequest) -> None:
+    """Raise CodebookError for tokens of several levels where the map is of one, and would be applied to all."""
+    books = codebook_sizes(request.maps[-1])
+    if len(books) > 1 and has_levels(source, request.key, len(books)):
+        raise CodebookError(
+            f"{source} has {len(books)} levels, and the map one codebook of {len(books)}: name those of all levels, in "
+            f"order, with --codebook-key, of {', '.join(books)}; or make the tokens anew with `codebook encode`"
+        )
 
 
 def _copy(source: Path, target: Path, force: bool) -> None:

@@ -8,8 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Run, WriteMap, assert_refused, save_map
+from safetensors.torch import save_file
 
+from codebook_tools.checkpoints.layout import index_map_path
+from codebook_tools.checkpoints.read import file_sha256
 from codebook_tools.remapping.token_readers import open_tokens
 from codebook_tools.remapping.token_writers import writing_tokens
 
@@ -89,3 +93,29 @@ def test_many_approximations_are_better_made_anew(codebook: Run, with_model: Wri
         if said:
             assert command in done["next_step"] and done["next_step"].startswith("15% of the tokens")
             assert command in codebook(*asked).stdout
+
+
+def test_a_map_of_one_level_leaves_the_others(codebook: Run, tmp_path: Path) -> None:
+    """Its surgery chose one of the codebooks of the model that lies beside it. Two such surgeries in a row are one."""
+    keys, pairs = [f"quantizer.layers.{i}.codebook.embed" for i in range(3)], [*MAPS.values()]
+    books = {key: torch.randn(4, 2) for key in keys}
+    maps, source = list[Path](), ""
+    for name, level in (("a", 1), ("b", 0)):
+        model = tmp_path / f"{name}.safetensors"
+        save_file(books | {"name": torch.tensor([float(ord(name))])}, model)
+        maps.append(save_map(index_map_path(model), {keys[level]: pairs[level]}, file_sha256(model), source))
+        source = file_sha256(model)
+    codes = np.random.default_rng(0).integers(0, 4, (7, 3, 5))
+    path = write(tmp_path / "t.npy", codes)
+    expected = codes.copy()
+    expected[:, 1] = TABLES[1][codes[:, 1]]
+    asked = ("remap", path, "--force", "--map", maps[0])
+    assert_refused(codebook(*asked), "has 3 levels, and the map one codebook of 3: name those of all levels, in order")
+    named = [word for key in keys for word in ("--codebook-key", key)]
+    assert codebook(*asked, *named).exit_code == 0
+    assert np.array_equal(read(tmp_path / "t.remapped.npy", 3), expected)
+    assert_refused(codebook(*asked, "--map", maps[1]), "name the codebooks of all levels, in order")
+    expected[:, 0] = TABLES[0][codes[:, 0]]
+    assert codebook(*asked, "--map", maps[1], *named).exit_code == 0
+    assert np.array_equal(read(tmp_path / "t.remapped.npy", 3), expected)
+    assert_refused(codebook(*asked, *named, "--codebook-key", "layers.9.embed"), "has no map of layers.9.embed")
