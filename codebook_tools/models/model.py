@@ -239,13 +239,7 @@ class Model:
         return self._encoded(media, keep=False)
 
     def walk(self, encoded: object, quantize: Quantize, search: Search | None = None) -> object:
-        """What `encode` returned -> what `decode` takes.
-
-        Args:
-            encoded: As `encode_media` returned it.
-            quantize: As for `run`.
-            search: Of residual stages, where the network `searches`; None for the greedy one.
-        """
+        """What `encode` returned -> what `decode` takes. quantize: as for `run`. search: None for the greedy one."""
         return self._walk(encoded, quantize, search)
 
     def _encoded(self, media: Tensor, keep: bool = True) -> object:
