@@ -25,9 +25,9 @@ import torch
 
 from codebook_tools.models.demo import DEMO
 from codebook_tools.runtime.progress import Watch
+from codebook_tools.strategies.comparison_entries import ENTRIES
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows.compare import compare
-from codebook_tools.workflows.comparison_entries import ENTRIES
 from codebook_tools.workflows.comparison_rows import Comparison, Row, RowStore, markdown_table
 from codebook_tools.workflows.request import Request
 

@@ -35,8 +35,8 @@ from variants import VARIANTS
 from codebook_tools.codebook import Strategy
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import find_strategy
+from codebook_tools.strategies.comparison_entries import find_entry
 from codebook_tools.training.recipe import FineTune
-from codebook_tools.workflows.comparison_entries import find_entry
 from codebook_tools.workflows.pipeline import Calibration, Latents, calibrate, encoder_latents, perform, run_stages
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.session import Opened, open_request

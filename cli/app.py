@@ -11,7 +11,9 @@ from typer.core import TyperCommand, TyperGroup
 
 from .commands.codes import codes
 from .commands.compare import compare
+from .commands.decode import decode
 from .commands.diagnose import diagnose
+from .commands.encode import encode
 from .commands.finetune import finetune
 from .commands.init import init
 from .commands.inspect import inspect as inspect_
@@ -28,7 +30,7 @@ from .errors import interruptible, one_voice, standard_streams
 COMMANDS = (
     *(inspect_, init, measure, diagnose, codes, map_),
     *surgeries(),
-    *(finetune, run, compare, sweep, verify, remap),
+    *(finetune, run, compare, sweep, verify, encode, decode, remap),
 )
 """In the order of `codebook --help`."""
 

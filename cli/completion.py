@@ -22,7 +22,7 @@ def families(incomplete: str) -> list[str]:
 
 def rows(incomplete: str) -> list[str]:
     """Completions of the last of several rows with commas between them."""
-    from codebook_tools.workflows.comparison_entries import ENTRIES, MORE_ENTRIES
+    from codebook_tools.strategies.comparison_entries import ENTRIES, MORE_ENTRIES
 
     before, comma, last = incomplete.rpartition(",")
     named = {*before.split(",")}

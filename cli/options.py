@@ -30,6 +30,10 @@ EngineOption = Annotated[
     Engine,
     typer.Option(metavar="NAME", help="Which k-means runs (auto, native, faiss, sklearn).", rich_help_panel="k-means"),
 ]
+BeamOption = Annotated[
+    int,
+    typer.Option(metavar="N", help="Choose codes of residual levels jointly, keeping N partial sums of each latent."),
+]
 _WIDEST = 20  # characters of choices in the column beside an option; more would narrow that of its help
 _COMPLETIONS: Mapping[str, Callable[[str], list[str]]] = {"device": devices, "family": families}
 
@@ -118,10 +122,16 @@ RUN = [
     *parameters(Request, "batch_size", "workers", "device", "precision", "compiled", "seed"),
     *parameters(Shell, "no_config", "deterministic", "report", "json_", "quiet", "verbose"),
 ]
+PASS = [one for one in RUN if one.name != "report"]
 REPLACE = parameters(Request, "force", help="Replace that file if it exists.", panel=None)
 JSON = parameters(Shell, "json_", panel=None)
 QUIET = parameters(Shell, "quiet", help="No warnings.", panel=None)
 LONG_RUN = [*RUN, *parameters(Request, "latents_cache")]
+
+
+def OUTPUT(text: str, *names: str) -> list[inspect.Parameter]:  # noqa: N802 (a group of options, as those above)
+    """--output with a help of its own, and --force."""
+    return [*parameters(Request, "output", help=text), *parameters(Request, "force")]
 
 
 META = ("config", "notes")

@@ -32,7 +32,7 @@ def request_of(model: Path | None, options: Mapping[str, Any]) -> Request:
     return Request(
         model=model,
         typed=True,
-        gallery=options["report"] is not None,
+        gallery=options.get("report") is not None,
         config=options["config"] or {},
         notes=options["notes"] or (),
         **values(Request, options),

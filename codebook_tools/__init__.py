@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from codebook_tools.workflows.python import CodebookWarning as CodebookWarning
     from codebook_tools.workflows.python import Operation as Operation
     from codebook_tools.workflows.python import compare as compare
+    from codebook_tools.workflows.python import decode as decode
     from codebook_tools.workflows.python import diagnose as diagnose
+    from codebook_tools.workflows.python import encode as encode
     from codebook_tools.workflows.python import inspect as inspect
     from codebook_tools.workflows.python import measure as measure
     from codebook_tools.workflows.python import operate as operate
@@ -46,8 +48,8 @@ _HOMES = {
     "models.wrapped": ("install",),
     "training.recipe": ("FineTune",),
     "workflows.python": (
-        *("CodebookWarning", "Operation", "compare", "diagnose", "inspect", "measure"),
-        *("operate", "remap", "sweep", "verify"),
+        *("CodebookWarning", "Operation", "compare", "decode", "diagnose", "encode", "inspect"),
+        *("measure", "operate", "remap", "sweep", "verify"),
     ),
     "workflows.python_model": ("Model", "load", "wrap"),
 }

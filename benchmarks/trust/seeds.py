@@ -311,6 +311,9 @@ def token_files(kind: str) -> list[bytes]:
         return [numpy_file(ids), numpy_file(np.asfortranarray(ids).astype(np.int16)), numpy_file(ids.astype(">i4"))]
     if kind == "safetensors":
         return [save({"tokens": torch.from_numpy(ids)})]
+    if kind == "jsonl":
+        lines = [{"item": "a", "codes": ids.tolist()}, {"item": "b", "codes": [3, 0]}]
+        return ["".join(json.dumps(line) + "\n" for line in lines).encode()]
     if kind == "parquet":
         import pyarrow as pa
         from pyarrow import parquet

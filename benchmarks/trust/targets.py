@@ -54,10 +54,11 @@ from codebook_tools.models.load import load_model
 from codebook_tools.remapping.index_map import read_index_maps
 from codebook_tools.remapping.token_files import rewrite_tokens
 from codebook_tools.remapping.token_ids import Translation
+from codebook_tools.remapping.token_readers import check_range, open_tokens
+from codebook_tools.training.recipe_file import read_recipe, steps_of
 from codebook_tools.training.resume import SnapshotFile
 from codebook_tools.workflows.comparison_rows import RowStore
 from codebook_tools.workflows.inspect_checkpoint import inspect_checkpoint
-from codebook_tools.workflows.recipe_file import read_recipe, steps_of
 
 __all__ = ["TARGETS", "VQMODEL", "Target", "tried"]
 
@@ -112,6 +113,11 @@ def rewrite(path: Path) -> None:
         pass
 
 
+def read_tokens(path: Path) -> None:
+    for names, codes in open_tokens(path).batches(1, 64):
+        check_range(codes, [4], names, path)
+
+
 def read_counts(path: Path) -> None:
     holds_sample(path)
     with contextlib.suppress(CodebookError):
@@ -145,7 +151,11 @@ TARGETS: dict[str, Target] = {
     "index map": Target("m.index_map.safetensors", map_files, lambda path: read_index_maps([path])),
     **{
         f"{kind} of tokens": Target(f"t.{kind}", partial(token_files, kind), rewrite)
-        for kind in ("npy", "safetensors", "parquet", "tar")
+        for kind in ("npy", "safetensors", "parquet", "tar", "jsonl")
+    },
+    **{
+        f"{kind} to decode": Target(f"t.{kind}", partial(token_files, kind), read_tokens)
+        for kind in ("npy", "safetensors", "parquet", "jsonl")
     },
     "stats": Target("s.safetensors", stats_files, read_counts),
     "trace": Target("t.json", results, read_trace),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..options import DATA, LATENTS, MODEL, REPLACE, RUN, ModelArgument, command
+from ..options import DATA, LATENTS, MODEL, REPLACE, RUN, BeamOption, ModelArgument, command
 from ..run import request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
@@ -42,6 +42,7 @@ def measure(
         list[Path] | None,
         typer.Option(metavar="FILE", help="Add what all shards wrote, in place of data: one pass, in any order."),
     ] = None,
+    beam: BeamOption = 1,
 ) -> None:
     """Usage, perplexity, distortion and reconstruction error on the test data."""
     if more and not merge:
@@ -52,6 +53,6 @@ def measure(
         from codebook_tools.workflows.operate import measure_model
 
         part = parse_shard(shard) if shard else None
-        return measure_model(request_of(model, options), watch, stats, part, [*(merge or ()), *(more or ())])
+        return measure_model(request_of(model, options), watch, stats, part, [*(merge or ()), *(more or ())], beam)
 
     run_and_show(work, options)

@@ -25,7 +25,7 @@ def remap(
         list[Path],
         typer.Argument(
             metavar="TOKENS|PRIOR...",
-            help="Token files (.npy, .safetensors, .parquet, .tar), and priors: a .safetensors file or a directory.",
+            help="Tokens (.npy, .safetensors, .parquet, .jsonl, .tar), and priors: a .safetensors file or a directory.",
         ),
     ],
     maps: Annotated[

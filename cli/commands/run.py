@@ -54,15 +54,15 @@ def run_recipe(context: typer.Context, path: Path, model: Path | None, options: 
     """
     typed = {name for name in (*options, "model") if source_of(context, name) == "COMMANDLINE"}
     with reported():
-        from codebook_tools.workflows.recipe_file import read_recipe
+        from codebook_tools.training.recipe_file import read_recipe
 
         recipe = read_recipe(path)
         combined = merged(recipe.options, {**options, "model": model}, typed)
 
     def work(watch: Watch) -> Chain | ChainPlan:
         from codebook_tools.checkpoints.atomic import write_text
+        from codebook_tools.training.recipe_file import RecipeFile, steps_of, without_nothing
         from codebook_tools.workflows.chain import plan_chain, run_chain
-        from codebook_tools.workflows.recipe_file import RecipeFile, steps_of, without_nothing
 
         request = request_of(combined["model"], combined)
         steps = steps_of(recipe, batch_size=combined["batch_size"], seed=combined["seed"])

@@ -65,6 +65,29 @@ def nearest(latents: Tensor, codebook: Codebook, *, wait: bool = True) -> Tensor
     return index
 
 
+def nearest_few(latents: Tensor, codebook: Codebook, count: int) -> Tensor:
+    """The nearest codes of each latent, the nearest first.
+
+    Args:
+        latents: As for `nearest`.
+        codebook: As for `nearest`.
+        count: How many; at most the codebook's size.
+
+    Returns:
+        (n, count) int64. The first is that of `nearest`; the order of the others is that of float32.
+    """
+    first = nearest(latents, codebook)[:, None]
+    if count == 1:
+        return first
+    search = _Search(codebook.metric.prepare(codebook.vectors.to(latents.device)), codebook.metric)
+    others = []
+    tiles = (torch.split(rows, max(1, _ELSEWHERE // (4 * codebook.size))) for rows in (latents, first))
+    for rows, taken in zip(*tiles, strict=True):
+        scores = torch.addmm(search.norms, codebook.metric.prepare(rows), search.weights.T)
+        others.append(scores.scatter_(1, taken, torch.inf).topk(count - 1, largest=False).indices)
+    return torch.cat([first, torch.cat(others)], 1)
+
+
 class _Search:
     """A search among prepared codes (size, dim), with all that is computed once for all latents."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from codebook_tools.data.modality import Modality
 from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.optional import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC")
 """What is decoded, whatever a file's suffix. libsndfile knows other formats, but seeking in MP3 and Vorbis misses the
@@ -61,6 +65,7 @@ class Waveforms(Modality):
     mixes = "their mean, or the first of them"
     full = 1
     figures = frozenset({"psnr"})
+    ending = ".wav"
 
     size: int | None = None
     rate: int
@@ -131,6 +136,37 @@ class Waveforms(Modality):
     def in_channels(self, values: Values, how: str | None) -> Values | None:
         """The waveform in `channels`; mixed channels are their mean."""
         return in_channels(values, self.channels, how, lambda waves: waves.mean(axis=0, keepdims=True))
+
+    def shape_of(self, grid: Sequence[int], encode: Callable[[Tensor], Tensor]) -> tuple[int, ...] | None:
+        """Channels and samples, a multiple of the hop, for a grid of positions: of more samples there are no fewer."""
+        import torch
+
+        if len(grid) != 1:
+            raise CodebookError(
+                f"tokens of {'x'.join(map(str, grid))} are not this model's: a clip has one axis of them"
+            )
+
+        def positions(hops: int) -> int:
+            try:
+                return encode(torch.zeros(1, self.channels, hops * self.stride)).shape[-1]
+            except CodebookError:  # of a clip that is too short for the network
+                return 0
+
+        wanted = self.size // self.stride if self.size else grid[0]
+        if self.size or positions(wanted) == grid[0]:
+            return self.channels, wanted * self.stride
+        least, most = 1, 2 * grid[0]  # overlapping chunks have more positions than hops
+        while least < most:
+            middle = (least + most) // 2
+            least, most = (least, middle) if positions(middle) >= grid[0] else (middle + 1, most)
+        if positions(least) != grid[0]:
+            raise CodebookError(f"tokens of {grid[0]} positions are not this model's: no clip has so many")
+        return self.channels, least * self.stride
+
+    def save(self, values: Values, path: Path) -> None:
+        """Write a WAV of 32-bit floating point at the model's rate: no sample is rounded or clipped."""
+        soundfile = require("sound", "audio", "soundfile")
+        soundfile.write(path, values.T, self.rate, subtype="FLOAT", format="WAV")
 
 
 def _clip_in_memory(name: str, wave: Values, number: int, samples: int) -> Item:

@@ -61,6 +61,7 @@ class Images(Modality):
     bounds = (0, 1)
     figures = frozenset({"psnr", "ssim", "sharpness"})
     pictures = True
+    ending = ".png"
 
     channels: int = 3
     whole: bool = False
@@ -140,6 +141,33 @@ class Images(Modality):
             raise ValueError(f"{self.written(values.shape)} is smaller than the model's stride of {self.stride}")
         top, left = (values.shape[1] - height) // 2, (values.shape[2] - width) // 2
         return np.ascontiguousarray(values[:, top : top + height, left : left + width])
+
+    def shape_of(self, grid: Sequence[int], encode: Callable[[Tensor], Tensor]) -> tuple[int, ...] | None:
+        """Channels, height and width for a grid of rows and columns, by the channels and the stride that `probe` finds.
+
+        Of a grid of another number of axes the sides are those of `size`; None where that is not set.
+        """
+        channels, stride = probe(encode, *(self.sides or (64, 64)))
+        if stride > 1 and len(grid) != 2:  # a stride is known of grids of rows and columns alone
+            raise CodebookError(f"tokens of {'x'.join(map(str, grid))} are not this model's: it makes rows and columns")
+        if self.sides is None and len(grid) != 2:
+            return None
+        height, width = self.sides or (grid[0] * stride, grid[1] * stride)
+        shape = (channels, height, width)
+        made = tuple(encode(torch.zeros(1, *shape)).shape[2:])
+        if made != tuple(grid):
+            raise CodebookError(
+                f"tokens of {'x'.join(map(str, grid))} are not this model's: it makes {'x'.join(map(str, made))} of "
+                f"{self.written(shape)} pixels"
+            )
+        return shape
+
+    def save(self, values: Values, path: Path) -> None:
+        """Write a PNG of 8 bits; each value is rounded to the nearest 255th."""
+        from PIL import Image
+
+        pixels = np.rint(values.transpose(1, 2, 0) * 255).astype(np.uint8)
+        Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(path, "PNG")
 
     @classmethod
     def picture(cls, values: Tensor, like: Tensor | None = None, bounds: tuple[float, float] | None = None) -> Tensor:

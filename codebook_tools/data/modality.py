@@ -42,6 +42,7 @@ class Modality(ABC):
         figures: Which of psnr (with peak 1), ssim, sharpness and nmse are computed for reconstructions.
         pictures: Whether an item is (1 or 3, height, width) in `bounds`, so that LPIPS and a discriminator accept it,
             and patches are cut from it; pages show other items as `picture` draws them.
+        ending: Of the file that `save` writes for one item; None where items are rows of one array.
         size: Side length of an item as the user set it; None for the default.
         channels: Channels that the network takes.
         stride: Divides the sides of an item.
@@ -59,6 +60,7 @@ class Modality(ABC):
     bounds: ClassVar[tuple[float, float] | None] = None
     figures: ClassVar[frozenset[str]] = frozenset()
     pictures: ClassVar[bool] = False
+    ending: ClassVar[str | None] = None
 
     size: int | tuple[int, int] | None = None
     channels: int = 1
@@ -182,6 +184,33 @@ class Modality(ABC):
         from codebook_tools.data.array_pictures import draw
 
         return draw(values, like, bounds)
+
+    def shape_of(self, grid: Sequence[int], encode: Callable[[Tensor], Tensor]) -> tuple[int, ...] | None:
+        """The shape of the items that latents on a grid are of.
+
+        Args:
+            grid: Positions of the first quantizer stage, by axis.
+            encode: Media (n, channels, ...) to latents (n, dim, *grid) of that stage.
+
+        Returns:
+            (channels, ...); None where the grid does not tell it.
+
+        Raises:
+            CodebookError: The network makes no such grid.
+        """
+        return None
+
+    def save(self, values: Values, path: Path) -> None:
+        """Write one item.
+
+        Args:
+            values: (channels, ...) float32, as `in_channels` and `fitted` leave them.
+            path: Of the file, which ends in `ending`.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        raise NotImplementedError
 
     @classmethod
     def clamped(cls, media: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from codebook_tools.data.items import Item, name_sha256
 from codebook_tools.data.sampling import mixed, sample_keys
 from codebook_tools.data.sources import Source
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import CodebookError, plain
 
 BLOCK = 65_536
 """Rows per block; a multiple of 8, as the selected rows are stored as bits."""
@@ -137,12 +137,16 @@ class RowFile:
         tenth: NDArray[np.bool_] = self.words(numbers, part) % np.uint64(10) == 0
         return tenth
 
+    @cached_property
+    def row_nbytes(self) -> int:
+        """Bytes of a stored row."""
+        return self.mapped()[:1].nbytes
+
     def item(self, number: int) -> RowItem:
         """One row as an item."""
         name, row = f"{self.name}#{number}", partial(_values_of, self, number)
         key = f"{self.kin or self.name}#{number}" if self.groups is None else self.groups.keys[self.groups.of[number]]
-        nbytes = self.mapped()[:1].nbytes
-        source = Source(name, nbytes, partial(_open_row, self, number), self.path)
+        source = Source(name, self.row_nbytes, partial(_open_row, self, number), self.path)
         return RowItem(name, source, row, None if key == name else key, file=self, number=number)
 
 
@@ -204,6 +208,12 @@ class RowBatch(_Items):
         """(n,) hashes, by which latents are sampled."""
         return self.file.hashes(self.numbers)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the rows, on one line each, as `str` of an item."""
+        front = plain(self.file.name)
+        return [f"{front}#{number}" for number in self.numbers.tolist()]
+
     def __len__(self) -> int:
         return len(self.numbers)
 
@@ -263,6 +273,24 @@ class Rows(_Items):
             for numbers in file.blocks():
                 for start in range(0, len(numbers), size):
                     yield RowBatch(file, numbers[start : start + size])
+
+    def run(self, start: int, stop: int) -> Rows:
+        """The selected rows from one position to before another."""
+        files, before = list[RowFile](), 0
+        for file in self.files:
+            first, last = start - before, stop - before  # positions among the rows of this array
+            at = 0
+
+            def within(numbers: Numbers, first: int = first, last: int = last) -> NDArray[np.bool_]:
+                nonlocal at
+                positions = np.arange(at, at + len(numbers))
+                at += len(numbers)
+                chosen: NDArray[np.bool_] = (positions >= first) & (positions < last)
+                return chosen
+
+            files.append(file.where(within))
+            before += file.count
+        return Rows(tuple(files))
 
     def where(self, predicate: Callable[[RowFile, Numbers], NDArray[np.bool_]]) -> Rows:
         """The selected rows that a predicate of an array and indices of rows is true of."""

@@ -48,8 +48,8 @@ def reconstruct(model: Model, media: Tensor) -> Pass:
     reconstructed = model.modality.clamped(result.media)
     if reconstructed.shape != media.shape:
         shape, many = tuple(reconstructed.shape[1:]), model.modality.many
-        given = tuple(media.shape[1:])
-        raise CodebookError(f"decode returns {shape} for {many} of {given}: give sides that the stride divides")
+        wanted = tuple(media.shape[1:])
+        raise CodebookError(f"decode returns {shape} for {many} of {wanted}: give sides that the stride divides")
     if not all_finite(reconstructed):
         raise NotFiniteError("the decoder's reconstructions are not finite")
     return replace(result, media=reconstructed)

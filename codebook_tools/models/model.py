@@ -20,7 +20,7 @@ from codebook_tools.data.latents import EncodedLatents
 from codebook_tools.data.modality import AS_IT_IS, Modality
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.encoder_cache import Kept
-from codebook_tools.models.network import Quantize, axis_of, explained, walks
+from codebook_tools.models.network import Quantize, Search, axis_of, explained, walks
 from codebook_tools.models.stored_codes import changed_codebook, codes_of_rows, owned_keys, rounded, rows_of_codes
 from codebook_tools.runtime.devices import sent
 
@@ -144,9 +144,15 @@ class Model:
         Raises:
             CodebookError: The network fails, or returns something else than expected.
         """
+        with self.autocast():
+            encoded = self._encoded(media)
+        return self.decode_walked(encoded, quantize)
+
+    def decode_walked(self, encoded: object, quantize: Quantize) -> Tensor:
+        """What `encode_media` returned, through `quantize` at every stage and the decoder; as `run` otherwise."""
         low, high = self.input_range
         with self.autocast():
-            decoded = self._call("decode", self._walk(self._encoded(media), quantize))
+            decoded = self._call("decode", self._walk(encoded, quantize))
         if not isinstance(decoded, Tensor):
             raise CodebookError(f"the network's decode returns a {type(decoded).__name__}; expected a tensor")
         return decoded.float() if (low, high) == AS_IT_IS else (decoded.float() - low) / (high - low)
@@ -233,9 +239,9 @@ class Model:
         """What the network's `encode` returns, as `walk` and its own quantizer take it."""
         return self._encoded(media, keep=False)
 
-    def walk(self, encoded: object, quantize: Quantize) -> object:
-        """What `encode` returned -> what `decode` takes. quantize: as for `run`."""
-        return self._walk(encoded, quantize)
+    def walk(self, encoded: object, quantize: Quantize, search: Search | None = None) -> object:
+        """What `encode` returned -> what `decode` takes. quantize: as for `run`. search: None for the greedy one."""
+        return self._walk(encoded, quantize, search)
 
     def in_own_range(self, media: Tensor) -> Tensor:
         """Media on the model's device, mapped to its input range; as they are where that is [0, 1]."""
@@ -253,7 +259,7 @@ class Model:
             return encode()
         return self.kept.encoded(self.network, media, self.input_range, encode)
 
-    def _walk(self, encoded: object, quantize: Quantize) -> object:
+    def _walk(self, encoded: object, quantize: Quantize, search: Search | None = None) -> object:
         def checked(quantizer_stage: int, latents: object) -> Tensor:
             stage = self.route[quantizer_stage]
             axis = self.axis_of(latents, stage)
@@ -265,7 +271,7 @@ class Model:
         if not walks(self.network):
             return checked(0, encoded)
         with explained("walk", encoded):
-            return self.network.walk(encoded, checked)
+            return self.network.walk(encoded, checked, *(() if search is None else (search,)))
 
     def axis_of(self, latents: object, stage: int = 0) -> int:
         """The axis of what meets a stage's quantizer that holds the dimensions of a code. Raises CodebookError."""

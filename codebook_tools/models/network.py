@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -16,6 +17,14 @@ Quantize = Callable[[int, Tensor], Tensor]
 Latents are (n, dim, *grid), (n, dim), or of a user's network (n, t, dim).
 
 The caller of `walk` decides what that is: the nearest codes, or those with a straight-through gradient.
+"""
+
+
+Search = Callable[[Tensor, Iterable[int], Quantize], Tensor]
+"""search(latents (n, dim, *grid), stages, quantize) -> the sum of what residual stages quantize, of the same shape.
+
+Each stage quantizes what those before it leave. The greedy search takes the nearest code at each; others may call
+`quantize` with more items than n, and get back any multiple of them.
 """
 
 
@@ -42,6 +51,7 @@ class Walking(Network, Protocol):
 
     Attributes:
         codebooks: File keys, without the family's prefix, in the order of the stages.
+        not_in_tokens: A sentence on what `decode` uses beside the codes; None, or no attribute, where there is nothing.
     """
 
     codebooks: tuple[str, ...]
@@ -78,6 +88,11 @@ class Entered(Walking, Protocol):
 
     def from_latents(self, latents: Tensor, /) -> Any:
         """latents (n, dim, *grid) as `encode` makes them -> what it returns for them."""
+
+
+def searches(network: Any) -> bool:
+    """Whether the `walk` of a network takes a Search for its residual stages, as its third argument."""
+    return walks(network) and "search" in signature(network.walk).parameters
 
 
 def walks(network: object) -> bool:

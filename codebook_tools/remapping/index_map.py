@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codebook_tools.checkpoints.detect import find_codebooks
 from codebook_tools.checkpoints.layout import PREFIX, SUFFIX, index_map_path
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.sealed_file import SEAL, Sealed
@@ -80,14 +81,16 @@ def read_index_maps(paths: Sequence[Path], keys: Sequence[str] = ()) -> tuple[In
 
     Args:
         paths: Files of index maps, in the order of the surgeries.
-        keys: Codebooks to read, in this order; none for all, in the order of the quantizer stages.
+        keys: Codebooks to read, in this order; none for all, in the order of the quantizer stages. One that no surgery
+            was done on, but that the model beside the last map has, stays as it is.
 
     Returns:
         One map for each codebook.
 
     Raises:
-        CodebookError: A file is no index map, is damaged, has no map of a key, belongs to another checkpoint than the
-            one beside it, or does not start from the model that the file before leads to.
+        CodebookError: A file is no index map, is damaged, belongs to another checkpoint than the one beside it, or does
+            not start from the model that the file before leads to; there is no such codebook; or without keys the files
+            map different codebooks.
     """
     files = [_read(path) for path in paths]
     for earlier, later in pairwise(files):
@@ -95,12 +98,32 @@ def read_index_maps(paths: Sequence[Path], keys: Sequence[str] = ()) -> tuple[In
             raise CodebookError(
                 f"{later.path} is of another checkpoint: its surgery was not done on the model of {earlier.path}"
             )
-    chosen = list(keys) or list(files[0].maps)
     for file in files:
-        for key in chosen:
-            if key not in file.maps:
-                raise CodebookError(f"{file.path} has no map of {key}; it maps {', '.join(file.maps)}")
-    return tuple(reduce(IndexMap.then, (file.maps[key] for file in files)) for key in chosen)
+        if not keys and file.maps.keys() != files[0].maps.keys():
+            raise CodebookError(
+                f"{file.path} maps {', '.join(file.maps)}, and {files[0].path} {', '.join(files[0].maps)}: name the "
+                "codebooks of all levels, in order, with --codebook-key"
+            )
+    return tuple(_composed(files, key) for key in keys or files[0].maps)
+
+
+def _composed(files: Sequence[_File], key: str) -> IndexMap:
+    """The map of one codebook over all surgeries; those that left it as it was have none of it."""
+    maps = [file.maps[key] for file in files if key in file.maps]
+    if maps:
+        return reduce(IndexMap.then, maps)
+    size = codebook_sizes(files[-1].path).get(key)
+    if size is None:
+        raise CodebookError(f"{files[0].path} has no map of {key}; it maps {', '.join(files[0].maps)}")
+    return IndexMap(key, torch.arange(size), torch.arange(size), size)
+
+
+def codebook_sizes(path: Path) -> dict[str, int]:
+    """Number of codes by key of each codebook of the model beside an index map; none where there is no model."""
+    model = _model_beside(path)
+    return (
+        {} if model is None else {book.key: book.size for book in find_codebooks(model.shapes, model.dtypes).codebooks}
+    )
 
 
 def _read(path: Path) -> _File:
@@ -146,8 +169,12 @@ def _sizes(stored: Checkpoint) -> dict[str, int]:
 
 def _model_beside(path: Path) -> Checkpoint | None:
     """The directory or file whose index map would have this name, if there is one."""
+    model = model_path(path)
+    return None if model is None else read_checkpoint(model)
+
+
+def model_path(path: Path) -> Path | None:
+    """Of the directory or file whose index map would have the name of `path`; None where there is none."""
     name = path.name.removesuffix(SUFFIX).removesuffix(".index_map")
-    for model in (path.with_name(name), path.with_name(name + SUFFIX)):
-        if model.exists() and index_map_path(model) == path:
-            return read_checkpoint(model)
-    return None
+    models = (path.with_name(name), path.with_name(name + SUFFIX))
+    return next((model for model in models if model.exists() and index_map_path(model) == path), None)

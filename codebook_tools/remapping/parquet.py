@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,31 +42,57 @@ def rewrite_parquet(path: Path, translation: Translation, keys: Sequence[str], a
         CodebookError: pyarrow is missing, the file is damaged, or it is not clear which columns hold tokens.
     """
     pa, parquet = require(str(path), "parquet", "pyarrow"), require(str(path), "parquet", "pyarrow.parquet")
+    with open_table(path) as table:
+        schema, metadata = table.schema_arrow, table.metadata
+        chosen = choose(path, "column", keys, {field.name: holds_integers(field.type) for field in schema})
+        for name in sorted(chosen):
+            if schema.names.count(name) > 1:
+                raise CodebookError(f"{path} has several columns called {name}; rename those that hold no tokens")
+        sink = Sink()
+        with parquet.ParquetWriter(pa.PythonFile(sink, "w"), schema, compression=_compression(metadata)) as writer:
+            group = max((metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), default=1)
+            row = 0
+            for batch in table.iter_batches(_ROWS):
+                for i, name in enumerate(schema.names):
+                    if name in chosen:
+                        rewritten = _Column(f"{name} in {path}", translation, axis).rewrite(
+                            batch.column(i), (np.arange(row, row + len(batch)),)
+                        )
+                        batch = batch.set_column(i, schema.field(i), rewritten)
+                writer.write_batch(batch, row_group_size=max(group, 1))
+                row += len(batch)
+                yield sink.drained()
+        yield sink.drained()
+
+
+def nested_length(path: Path, keys: Sequence[str]) -> int | None:
+    """Entries of the outermost list of tokens in the first row; None where there is no list. keys: as rewrite_parquet.
+
+    Raises:
+        CodebookError: As `rewrite_parquet`.
+    """
+    with open_table(path) as table:
+        chosen = choose(path, "column", keys, {field.name: holds_integers(field.type) for field in table.schema_arrow})
+        for batch in table.iter_batches(1, columns=sorted(chosen)):
+            first = batch.column(0)[0].as_py()
+            return len(first) if isinstance(first, list) else None
+    return None
+
+
+@contextmanager
+def open_table(path: Path) -> Iterator[Any]:
+    """Open a pyarrow.parquet.ParquetFile that is sound.
+
+    Raises:
+        CodebookError: pyarrow is missing, or the file is damaged, also where that comes up within the context.
+    """
+    pa, parquet = require(str(path), "parquet", "pyarrow"), require(str(path), "parquet", "pyarrow.parquet")
     try:
         with parquet.ParquetFile(path) as table:
-            schema, metadata = table.schema_arrow, table.metadata
-            chosen = choose(path, "column", keys, {field.name: _holds_integers(field.type) for field in schema})
-            for name in sorted(chosen):
-                if schema.names.count(name) > 1:
-                    raise CodebookError(f"{path} has several columns called {name}; rename those that hold no tokens")
             # Damaged column metadata raises here; the accessors that _check_repeats reads would abort the process.
             table.scan_contents(batch_size=_ROWS)
-            _check_repeats(path, metadata)
-            sink = _Sink()
-            with parquet.ParquetWriter(pa.PythonFile(sink, "w"), schema, compression=_compression(metadata)) as writer:
-                group = max((metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), default=1)
-                row = 0
-                for batch in table.iter_batches(_ROWS):
-                    for i, name in enumerate(schema.names):
-                        if name in chosen:
-                            rewritten = _Column(f"{name} in {path}", translation, axis).rewrite(
-                                batch.column(i), (np.arange(row, row + len(batch)),)
-                            )
-                            batch = batch.set_column(i, schema.field(i), rewritten)
-                    writer.write_batch(batch, row_group_size=max(group, 1))
-                    row += len(batch)
-                    yield sink.drained()
-            yield sink.drained()
+            _check_repeats(path, table.metadata)
+            yield table
     except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of names of columns
         raise CodebookError(f"{path} is not a sound parquet file: {' '.join(str(error).split())}") from error
 
@@ -83,7 +110,8 @@ def _check_repeats(path: Path, metadata: Any) -> None:
                 )
 
 
-def _holds_integers(column_type: Any) -> bool:
+def holds_integers(column_type: Any) -> bool:
+    """Whether a column of this type holds integers, or lists of them, however deep."""
     from pyarrow import types
 
     while types.is_list(column_type) or types.is_large_list(column_type) or types.is_fixed_size_list(column_type):
@@ -137,7 +165,7 @@ class _Column:
         return self.translation(ids, stages, lambda i: f"{self.name} at [{', '.join(str(p[i]) for p in places)}]")
 
 
-class _Sink(io.RawIOBase):
+class Sink(io.RawIOBase):
     """Collects the bytes that a ParquetWriter writes, until `drained` takes them."""
 
     def __init__(self) -> None:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from codebook_tools.checkpoints.atomic import check_apart, check_free
 from codebook_tools.checkpoints.layout import SUFFIX
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.write import write_file
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.models.output import check_output
-from codebook_tools.remapping.index_map import IndexMap, read_index_maps
+from codebook_tools.remapping.index_map import IndexMap, codebook_sizes, model_path, read_index_maps
 from codebook_tools.remapping.priors import remap_prior
 from codebook_tools.remapping.request import PRIOR_SUFFIXES, RemapRequest
-from codebook_tools.remapping.token_files import TOKEN_SUFFIXES, rewrite_tokens
+from codebook_tools.remapping.token_files import LEVEL_AXIS, TOKEN_SUFFIXES, has_levels, rewrite_tokens
 from codebook_tools.remapping.token_ids import Counts, Translation
+from codebook_tools.remapping.token_writers import items_path
+
+MANY = 0.1
+"""Share of tokens of removed codes beyond which tokens are better made anew: a map knows no latents."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Remapped:
         nearest: Of the removed, those that became the nearest code.
         outputs: Path of the output by that of the source.
         warnings: A line each.
+        next_step: What is better done; None where there is nothing.
     """
 
     tokens: int
@@ -39,6 +45,7 @@ class Remapped:
     nearest: int
     outputs: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    next_step: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """All fields, by name."""
@@ -56,18 +63,23 @@ def remap(request: RemapRequest) -> Remapped:
     _check_apart(request)
     priors = {source: _open(source, request) for source in request.sources}
     outputs = {str(source): str(request.output_of(source)) for source in request.sources}
-    counts, warnings, done = Counts(), list[str](), list[str]()
+    counts, of_tokens, warnings, done = Counts(), Counts(), list[str](), list[str]()
     for source, prior in priors.items():
         try:
             if prior is None:
-                counts += _remap_tokens(source, maps, request)
+                of_tokens += _remap_tokens(source, maps, request)
             else:
                 rows, remarks = remap_prior(prior, request.output_of(source), maps, request)
                 counts, warnings = counts + rows, [*warnings, *remarks]
         except CodebookError as error:
             raise (CodebookError(f"{error}; already written: {', '.join(done)}") if done else error) from error
         done.append(outputs[str(source)])
-    return Remapped(**asdict(counts), outputs=outputs, warnings=tuple(warnings))
+    return Remapped(
+        **asdict(counts + of_tokens),
+        outputs=outputs,
+        warnings=tuple(warnings),
+        next_step=_next_step(of_tokens, request),
+    )
 
 
 def _check_apart(request: RemapRequest) -> None:
@@ -109,16 +121,54 @@ def _check_token_output(source: Path, output: Path, force: bool) -> None:
         raise CodebookError(f"no such folder: {output.parent}; make it first, or write elsewhere with --output")
     if output.is_dir():
         raise CodebookError(f"{output} is a directory; name a file with --output")
-    check_free(output, force)
+    for target in (output, *([items_path(output)] if items_path(source).is_file() else [])):
+        check_free(target, force)
 
 
 def _remap_tokens(source: Path, maps: tuple[IndexMap, ...], request: RemapRequest) -> Counts:
-    if request.axis is None and len(maps) > 1:
-        raise CodebookError(
-            f"{source}: the map has {len(maps)} codebooks; --axis N says which axis of the tokens runs over them, or "
-            f"--codebook-key whose tokens these all are: {', '.join(one.key for one in maps)}"
-        )
+    axis = request.axis
+    if axis is None and len(maps) > 1:
+        if not has_levels(source, request.key, len(maps)):
+            raise CodebookError(
+                f"{source}: the map has {len(maps)} codebooks; --axis N says which axis of the tokens runs over them, "
+                f"or --codebook-key whose tokens these all are: {', '.join(one.key for one in maps)}"
+            )
+        axis = LEVEL_AXIS
+    if axis is None and not request.codebook_key:
+        _check_alone(source, request)
     translation = Translation(maps, request.on_removed, request.offset, request.special)
-    chunks = rewrite_tokens(source, translation, request.key, request.axis)
-    write_file(request.output_of(source), chunks, force=request.force)
+    chunks = rewrite_tokens(source, translation, request.key, axis)
+    output = request.output_of(source)
+    write_file(output, chunks, force=request.force)
+    if items_path(source).is_file():
+        _copy(items_path(source), items_path(output), request.force)
     return translation.counts
+
+
+def _check_alone(source: Path, request: RemapRequest) -> None:
+    """Raise CodebookError for tokens of several levels where the map is of one, and would be applied to all."""
+    books = codebook_sizes(request.maps[-1])
+    if len(books) > 1 and has_levels(source, request.key, len(books)):
+        raise CodebookError(
+            f"{source} has {len(books)} levels, and the map one codebook of {len(books)}: name those of all levels, in "
+            f"order, with --codebook-key, of {', '.join(books)}; or make the tokens anew with `codebook encode`"
+        )
+
+
+def _copy(source: Path, target: Path, force: bool) -> None:
+    try:
+        with source.open("rb") as file:
+            write_file(target, iter(partial(file.read, 1 << 20), b""), force=force)
+    except OSError as error:
+        raise CodebookError(f"cannot read {source}: {one_line(error)}") from error
+
+
+def _next_step(counts: Counts, request: RemapRequest) -> str | None:
+    """Where many of the tokens are approximations, the command that makes them anew. counts: of token files."""
+    if counts.removed <= MANY * counts.tokens:
+        return None
+    model = model_path(request.maps[-1])
+    became = "nearest codes" if request.on_removed == "nearest" else "masks"
+    command = f"codebook encode {'MODEL' if model is None else model} --data DATA -o tokens.npy"
+    share = f"{counts.removed / counts.tokens:.0%}"
+    return f"{share} of the tokens were of codes that are gone, and are {became} now: `{command}` makes them anew"

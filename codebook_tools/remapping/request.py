@@ -76,7 +76,11 @@ class RemapRequest:
     ] = ()
     axis: Annotated[
         int | None,
-        Option("The axis of the tokens that runs over several codebooks, from 0.", metavar="N", panel="Tokens"),
+        Option(
+            "The axis of the tokens that runs over several codebooks, from 0. Left out: 1, as `encode` has it.",
+            metavar="N",
+            panel="Tokens",
+        ),
     ] = None
     key: Annotated[
         tuple[str, ...],

@@ -1,6 +1,6 @@
 """Token files, rewritten in place: the new file is as long as the old one, and only the bytes of ids differ.
 
-Parquet, whose pages are compressed, has a writer of its own.
+Parquet, whose pages are compressed, and lines of JSON have writers of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.checkpoints.tensors import Stored
 from codebook_tools.errors import CodebookError, one_line
-from codebook_tools.remapping.parquet import rewrite_parquet
+from codebook_tools.remapping.json_lines import CODES, json_records, rewrite_lines
+from codebook_tools.remapping.parquet import nested_length, rewrite_parquet
 from codebook_tools.remapping.token_choice import choose
 from codebook_tools.remapping.token_ids import Translation
 from codebook_tools.runtime.safe_io import check_regular
@@ -63,7 +64,7 @@ def rewrite_tokens(path: Path, translation: Translation, keys: Sequence[str], ax
     """Translate the ids of a token file.
 
     Args:
-        path: A .npy, .safetensors, .tar or .parquet file.
+        path: A .npy, .safetensors, .tar, .parquet or .jsonl file.
         translation: From old ids to new ones; it counts them.
         keys: Tensors, columns or endings of members that hold tokens; none for the only ones of integers.
         axis: Which axis runs over the codebooks; None for one codebook.
@@ -79,11 +80,44 @@ def rewrite_tokens(path: Path, translation: Translation, keys: Sequence[str], ax
         if path.suffix == ".parquet":
             yield from rewrite_parquet(path, translation, keys, axis)
             return
+        if path.suffix == ".jsonl":
+            yield from rewrite_lines(path, translation, keys, axis)
+            return
         with path.open("rb") as file:
             for block in BLOCKS[path.suffix](path, keys):
                 yield from _copied(file, block.start - file.tell())
                 yield from _translated(file, block, translation, axis)
             yield from _copied(file)
+    except OSError as error:
+        raise CodebookError(f"cannot read {path}: {one_line(error)}") from error
+
+
+LEVEL_AXIS = 1
+"""The axis of the levels in what `encode` writes of several codebooks."""
+
+
+def has_levels(path: Path, keys: Sequence[str], codebooks: int) -> bool:
+    """Whether a file of tokens has the layout of `encode`: along LEVEL_AXIS as many levels as there are codebooks.
+
+    Of a table the first row is looked at.
+
+    Args:
+        path: As for `rewrite_tokens`.
+        keys: As for `rewrite_tokens`.
+        codebooks: Of the map.
+
+    Raises:
+        CodebookError: As `rewrite_tokens`.
+    """
+    try:
+        check_regular(path)
+        if path.suffix == ".parquet":
+            return nested_length(path, keys) == codebooks
+        if path.suffix == ".jsonl":
+            key = keys[0] if keys else CODES
+            first = next((record[key] for _, record in json_records(path, key)), None)
+            return isinstance(first, list) and len(first) == codebooks
+        return all(block.shape[1:2] == (codebooks,) for block in BLOCKS[path.suffix](path, keys))
     except OSError as error:
         raise CodebookError(f"cannot read {path}: {one_line(error)}") from error
 
@@ -177,5 +211,5 @@ BLOCKS: Mapping[str, Callable[[Path, Sequence[str]], Iterator[Block]]] = {
 }
 """By the ending of a file's name, what yields its arrays of ids in the order of their bytes."""
 
-TOKEN_SUFFIXES = {".npy", ".tar", ".parquet"}
+TOKEN_SUFFIXES = {".npy", ".tar", ".parquet", ".jsonl"}
 """Endings of files that hold tokens alone; a .safetensors file may be a prior."""

@@ -92,8 +92,8 @@ class Translation:
         if self.on_removed == "error":
             self._refuse(
                 removed, ids, where,
-                lambda i: "is a code that was removed; --on-removed nearest puts the nearest code in its place, and "
-                "mask=ID a mask token",
+                lambda i: "is a code that was removed; --on-removed nearest puts the nearest code in its place, "
+                "mask=ID a mask token, and `codebook encode` makes tokens anew",
             )  # fmt: skip
         new = np.where(coded, self._new[rows], np.where(codes < 0, wide, wide + self._shifts[stages]))
         limits = np.iinfo(ids.dtype)

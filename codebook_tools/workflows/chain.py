@@ -15,7 +15,6 @@ from codebook_tools.checkpoints.atomic import partial_folder
 from codebook_tools.checkpoints.layout import PREFIX, index_map_path
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.write import write_checkpoint
-from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.model_card import CARD
 from codebook_tools.models.output import written_config
@@ -24,27 +23,12 @@ from codebook_tools.models.verification import listed, same_bytes
 from codebook_tools.remapping.index_map import IndexMap, read_index_maps
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
-from codebook_tools.training.finetune import FineTune
+from codebook_tools.training.recipe_file import Step
 from codebook_tools.workflows.dry_run import Plan, plan
 from codebook_tools.workflows.gallery import GalleryImage, gallery_of_files
 from codebook_tools.workflows.operate import operate
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import Result, ResultHeader, check_request_output, provenance
-
-
-@dataclass(frozen=True)
-class Step:
-    """One surgery of a chain.
-
-    Attributes:
-        command: As the command line has it.
-        strategy: None fine-tunes the codebooks as they are.
-        recipe: The fine-tuning after it; of 0 steps for none.
-    """
-
-    command: str
-    strategy: Strategy | None
-    recipe: FineTune
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from codebook_tools.models.output import check_size
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import find_strategy
+from codebook_tools.strategies.comparison_entries import ENTRIES, Entry, find_entry
 from codebook_tools.strategies.padding import power_of_two
 from codebook_tools.training.finetune import FineTune
-from codebook_tools.workflows.comparison_entries import ENTRIES, Entry, find_entry
 from codebook_tools.workflows.comparison_rows import (
     Comparison,
     Row,

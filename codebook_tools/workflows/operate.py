@@ -15,6 +15,7 @@ from codebook_tools.codebook import Codebook, Strategy, Surgery
 from codebook_tools.data.items import items_sha256
 from codebook_tools.data.rows import Rows
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.beam import beam_gain, check_beam
 from codebook_tools.evaluation.figures import Measurement
 from codebook_tools.evaluation.model_card import cards
 from codebook_tools.evaluation.quality_warnings import blur_warnings, worse_warnings
@@ -73,6 +74,7 @@ def measure_model(
     stats: Path | None = None,
     shard: tuple[int, int] | None = None,
     merging: Sequence[Path] = (),
+    beam: int = 1,
 ) -> Result:
     """Usage, perplexity, distortion and reconstruction error of a checkpoint on the test data.
 
@@ -83,10 +85,13 @@ def measure_model(
             sums of the measurement; None for nowhere.
         shard: I, from 1, and N, of the part of the data to measure; None for all.
         merging: Files of all parts, in place of data.
+        beam: Above 1: also measure what a beam search of this width over residual levels gains.
 
     Raises:
         CodebookError: Model or data cannot be opened, or options exclude each other.
     """
+    if beam != 1 and (shard is not None or merging or request.latents):
+        raise CodebookError(f"--beam {beam} is measured on all data; leave out --shard, --merge and --latents")
     if shard is not None:
         check_shard(request, stats, merging)
     if stats is not None:
@@ -97,8 +102,10 @@ def measure_model(
     if merging:
         return merge(request, merging, stats, watch)
     target = open_target(request, watch, measuring=True)
-    if isinstance(target, Opened) and isinstance(target.test.items, Rows):
-        target.pass_once()
+    if isinstance(target, Opened):
+        check_beam(target.model, beam, target.few if beam > 1 else [])
+        if isinstance(target.test.items, Rows):
+            target.pass_once()
     target.warnings += told_by_file(target.model.checkpoint, target.codebooks)
     target.settings["metric"] = target.model.books[target.model.chosen[0]].metric.name
     with watch.phase("measure"):
@@ -113,7 +120,10 @@ def measure_model(
             distributed.by_first(lambda: write_part(stats, part, request.force))
         target.settings["stats"] = str(stats)
     before = None if shard and not sums.images else target.measurement(sums)
-    gallery = tuple[GalleryImage, ...]()
+    gallery, gain = tuple[GalleryImage, ...](), None
+    if isinstance(target, Opened) and beam > 1:
+        with watch.phase("measure"):
+            gain = beam_gain(target.model, target.test.whole(), beam, target.batch, watch)
     if isinstance(target, Opened) and request.gallery and not shard:
         with watch.phase("measure"):
             gallery = gallery_of_run(target, target.model.books, False, None, watch)
@@ -126,6 +136,7 @@ def measure_model(
         gallery=gallery,
         proof=proof,
         seconds=watch.seconds,
+        beam=gain,
     )
 
 

@@ -23,10 +23,12 @@ from codebook_tools.remapping.remap import remap as run_remap
 from codebook_tools.remapping.request import RemapRequest
 from codebook_tools.runtime.progress import Show, Watch
 from codebook_tools.strategies import STRATEGIES
+from codebook_tools.strategies.comparison_entries import ENTRIES
 from codebook_tools.training.recipe import FineTune
+from codebook_tools.workflows import decode as decoding
+from codebook_tools.workflows import encode as encoding
 from codebook_tools.workflows import sweep as sweeps
 from codebook_tools.workflows.compare import compare as run_compare
-from codebook_tools.workflows.comparison_entries import ENTRIES
 from codebook_tools.workflows.comparison_rows import Comparison
 from codebook_tools.workflows.diagnose import Diagnosis
 from codebook_tools.workflows.diagnose import diagnose as run_diagnosis
@@ -305,6 +307,53 @@ def verify(path: PathLike, against: PathLike, maps: Sequence[PathLike] = ()) -> 
         CodebookError: A file is missing or unsound, or the checkpoint was not written by this package.
     """
     return verify_checkpoint(Path(path), Path(against), [Path(one) for one in maps])
+
+
+def encode(
+    model: Model,
+    data: Data | Values | None,
+    output: PathLike,
+    *,
+    beam: int = 1,
+    force: bool = False,
+    progress: Show | None = None,
+) -> encoding.Encoding:
+    """Write the tokens of all data, in order of name.
+
+    Args:
+        model: As `load` or `wrap` returned it.
+        data: Data, or what Data takes as `train`; None for the bundled sample.
+        output: A .npy, .safetensors, .parquet or .jsonl file.
+        beam: Partial sums of each latent that a joint search over residual levels keeps; 1 for no such search.
+        force: Whether to replace the output.
+        progress: Called with the phase, how many are done, of how many, and figures.
+
+    Returns:
+        Layout, counts and paths.
+
+    Raises:
+        CodebookError: Model or data cannot be read, or the output cannot hold the tokens.
+    """
+    request = replace(_request(model, data, 0), force=force)
+    return _warned(encoding.encode(request, Path(output), Watch(progress), beam=beam))
+
+
+def decode(
+    tokens: PathLike, model: Model, output: PathLike, *, data: Data | Values | None = None, progress: Show | None = None
+) -> decoding.Decoding:
+    """Turn tokens back into media, in a new folder.
+
+    Args:
+        tokens: A file that `encode` wrote, or one of the same layout.
+        model: As `load` or `wrap` returned it.
+        output: The folder.
+        data: Data like those that were encoded, where the tokens do not tell the shape of an item.
+        progress: Called with the phase, how many are done, of how many, and figures.
+
+    Raises:
+        CodebookError: The tokens are none of this model, or the folder exists or cannot be written.
+    """
+    return _warned(decoding.decode(_request(model, data, 0), Path(tokens), Path(output), Watch(progress)))
 
 
 def remap(sources: PathLike | Sequence[PathLike], maps: PathLike | Sequence[PathLike], **options: Any) -> Remapped:

@@ -12,6 +12,7 @@ from codebook_tools.checkpoints.layout import DECLARED, training_path
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.beam import BeamGain
 from codebook_tools.evaluation.figures import Measurement
 from codebook_tools.models.choose import layouts
 from codebook_tools.models.output import check_output, check_size, default_output
@@ -99,6 +100,7 @@ class Result(ResultHeader):
         bytes: Of weights, "before" and "after"; "packed" is what a codebook rounded to few bits would pack to.
         gallery: Test images for a page; not in the JSON.
         proof: How the figures were compared with the model that loads the file.
+        beam: What a beam search gains, where that was measured; else no key of the JSON.
     """
 
     before: Measurement | None
@@ -110,8 +112,13 @@ class Result(ResultHeader):
     bytes: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(("before", "after")))
     gallery: tuple[GalleryImage, ...] = ()
     proof: Proof | None = None
+    beam: BeamGain | None = None
 
     json_keys = ("command", *SUBJECT, "kept", "trace", "outputs", "bytes", "seconds", "version", "proof", "stages")
+
+    def to_json(self) -> dict[str, Any]:
+        """The promised keys, and `beam` where there is one."""
+        return super().to_json() | ({"beam": plain(self.beam)} if self.beam else {})
 
     @property
     def stages(self) -> dict[str, Measurement | None]:

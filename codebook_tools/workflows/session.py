@@ -18,6 +18,7 @@ from codebook_tools.evaluation.choose_modality import choose_latent_axis, choose
 from codebook_tools.evaluation.measure import find_input_range, range_errors
 from codebook_tools.models.evidence import uninitialized, untrained
 from codebook_tools.models.load import load_model
+from codebook_tools.models.model import Model
 from codebook_tools.models.registry import CUSTOM
 from codebook_tools.models.settling import settle
 from codebook_tools.models.sizes import size_warning
@@ -33,13 +34,14 @@ UNSEEN = "no --data: the calibration data are two photographs that the model may
 """What is said of a user's model that is looked at with the bundled sample."""
 
 
-def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> Opened:
+def open_request(request: Request, watch: Watch, *, measuring: bool = False, whole: bool = False) -> Opened:
     """Read model and data, and find channels, stride and input range.
 
     Args:
         request: The model and its data.
         watch: Progress and seconds by phase.
         measuring: Whether the test split alone is needed, so that explicit test data are enough.
+        whole: Whether no test or validation split is taken from the data: all are calibration data.
 
     Returns:
         Model and data; with several processes, each passes over its part of both splits.
@@ -48,18 +50,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         CodebookError: Something cannot be read, or does not fit.
     """
     with watch.phase("load"):
-        checkpoint = request.checkpoint
-        model = load_model(
-            checkpoint,
-            network=request.wrapped or request.network,
-            family=request.family,
-            codebook_keys=request.codebook_key,
-            metric=request.metric,
-            device=device_of(request.device),
-            bf16=request.precision == "bf16",
-        )
-        if request.wrapped:
-            model.build = partial(request.wrapped.built, [book.stored for book in model.books], checkpoint)
+        checkpoint, model = request.checkpoint, open_network(request)
         model.modality, of_modality = choose_modality(
             model,
             request.data or request.test_data,
@@ -69,7 +60,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
         model.latent_axis = request.latent_axis
         model.input_range = model.modality.input_ranges[0]
         modality = model.modality.of(model.network, request.size, request.crop)
-        splits = _splits(request, modality, measuring)
+        splits = _splits(request, modality, measuring, whole)
         items = splits.calibration or splits.test
         modality = modality.probed(items, model.encode, request.skip_bad)
         if isinstance(modality, Arrays):
@@ -130,13 +121,34 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False) -> 
     return opened
 
 
+def open_network(request: Request) -> Model:
+    """The model of a request on its device, without data.
+
+    Raises:
+        CodebookError: It cannot be read, has no known layout, or does not fit its network.
+    """
+    checkpoint = request.checkpoint
+    model = load_model(
+        checkpoint,
+        network=request.wrapped or request.network,
+        family=request.family,
+        codebook_keys=request.codebook_key,
+        metric=request.metric,
+        device=device_of(request.device),
+        bf16=request.precision == "bf16",
+    )
+    if request.wrapped:
+        model.build = partial(request.wrapped.built, [book.stored for book in model.books], checkpoint)
+    return model
+
+
 def _helpful_workers() -> int:
     """The share of the cores of each process that torchrun started here, and no more than keep a GPU busy."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _splits(request: Request, modality: Modality, measuring: bool) -> Splits:
+def _splits(request: Request, modality: Modality, measuring: bool, whole: bool) -> Splits:
     """The items that the user names, or the sample, by what they may influence."""
     test = limited(find_items(request.test_data, modality), request.limit, request.seed) if request.test_data else None
     if measuring and test and not request.data:
@@ -145,6 +157,8 @@ def _splits(request: Request, modality: Modality, measuring: bool) -> Splits:
     if request.group is not None:
         data = grouped(data, read_groups(request.group))
     few = limited(data, request.limit, request.seed)
+    if whole:
+        return Splits(few, [], [])
     return split(few, test, many=modality.many, has_more=len(few) < len(data))
 
 

@@ -28,6 +28,7 @@ transcripts = import_module("transcripts")
 BEFORE = {
     "verify": "codebook refit model.safetensors --k 128 --data images/ --steps 2",
     "diagnose": "codebook refit model.safetensors --k 128 --data images/ --steps 2",
+    "decode": "codebook encode model.safetensors --data images/ -o codes.npy",
     "remap": "codebook prune model.safetensors --keep 86 --data images/",
 }
 """What must have been done for an example to have its files."""

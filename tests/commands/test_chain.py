@@ -18,8 +18,8 @@ from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.evaluation.measure import reconstruct
 from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.runtime.progress import Watch
+from codebook_tools.training.recipe_file import read_recipe, steps_of, without_nothing
 from codebook_tools.workflows.chain import run_chain
-from codebook_tools.workflows.recipe_file import read_recipe, steps_of, without_nothing
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.session import open_request
 

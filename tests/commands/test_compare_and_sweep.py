@@ -26,12 +26,12 @@ from codebook_tools.evaluation import metrics
 from codebook_tools.evaluation.figures import CodebookUse, Measurement
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import STRATEGIES, Refit
+from codebook_tools.strategies.comparison_entries import ENTRIES, MORE_ENTRIES
 from codebook_tools.strategies.entropy_refit import EntropyRefit
 from codebook_tools.training.batches import Batches
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.workflows import compare as compare_module
 from codebook_tools.workflows.compare import compare
-from codebook_tools.workflows.comparison_entries import ENTRIES, MORE_ENTRIES
 from codebook_tools.workflows.comparison_rows import Comparison, Row, RowStore, Spread, markdown_table, table_rows
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.sweep import suggest

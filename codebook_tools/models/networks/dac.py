@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from codebook_tools.models.network import Quantize
+from codebook_tools.models.network import Quantize, Search
 from codebook_tools.models.networks.residual import Encoded, fitted, residual
 
 
@@ -31,7 +31,7 @@ class Dac(nn.Module):
         """latents (n, dim, positions) as `encode` makes them -> what it returns for them."""
         return Encoded(latents, 0)
 
-    def walk(self, encoded: Encoded, quantize: Quantize) -> Encoded:
+    def walk(self, encoded: Encoded, quantize: Quantize, search: Search = residual) -> Encoded:
         """A stage quantizes between its projections; residuals are taken outside of them."""
         layers = self.model.quantizer.quantizers
 
@@ -39,7 +39,7 @@ class Dac(nn.Module):
             quantized: Tensor = layers[stage].out_proj(quantize(stage, layers[stage].in_proj(left)))
             return quantized
 
-        return encoded._replace(latents=residual(encoded.latents, range(len(layers)), projected))
+        return encoded._replace(latents=search(encoded.latents, range(len(layers)), projected))
 
     def quantize(self, encoded: Encoded) -> tuple[Encoded, Tensor]:
         """The library's own quantizer, with all of its stages; codes (n, levels, positions)."""

@@ -8,8 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from codebook_tools.models.network import Quantize
+from codebook_tools.models.network import Quantize, Search
 from codebook_tools.models.networks.residual import fitted, residual
+
+_LOUDNESS = (
+    "tokens do not hold loudness, which this model divides each chunk of sound by: decoded sound has a loudness of 1"
+)
 
 
 class Chunks(NamedTuple):
@@ -39,6 +43,7 @@ class Encodec(nn.Module):
         self.hop = math.prod(model.config.upsampling_ratios)
         self.channels = int(model.config.audio_channels)
         self.latent_dim = int(model.config.hidden_size)
+        self.not_in_tokens = _LOUDNESS if model.config.normalize else None
 
     def encode(self, waveforms: Tensor) -> Chunks:
         """waveforms (n, channels, samples) in [-1, 1] -> latents of the library's chunks.
@@ -56,9 +61,9 @@ class Encodec(nn.Module):
         """latents (n, dim, positions) as `encode` makes them -> what it returns for them, as one chunk."""
         return Chunks(latents, (latents.shape[-1],), (latents.new_ones(len(latents), 1, 1),), 0)
 
-    def walk(self, encoded: Chunks, quantize: Quantize) -> Chunks:
+    def walk(self, encoded: Chunks, quantize: Quantize, search: Search = residual) -> Chunks:
         """Residual stages on the latents of all chunks."""
-        return encoded._replace(latents=residual(encoded.latents, range(len(self.codebooks)), quantize))
+        return encoded._replace(latents=search(encoded.latents, range(len(self.codebooks)), quantize))
 
     def quantize(self, encoded: Chunks) -> tuple[Chunks, Tensor]:
         """The library's own quantizer, with all of its stages; codes (n, levels, positions)."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from codebook_tools.models.network import Quantize
+from codebook_tools.models.network import Quantize, Search
 from codebook_tools.models.networks.residual import Encoded, fitted, residual
 
 _SEMANTIC, _ACOUSTIC = "semantic_residual_vector_quantizer", "acoustic_residual_vector_quantizer"
@@ -40,13 +40,13 @@ class Mimi(nn.Module):
         """latents (n, dim, positions) as `encode` makes them -> what it returns for them."""
         return Encoded(latents, 0)
 
-    def walk(self, encoded: Encoded, quantize: Quantize) -> Encoded:
+    def walk(self, encoded: Encoded, quantize: Quantize, search: Search = residual) -> Encoded:
         """Semantic stages, then acoustic ones, each kind on its own projection of the same latents."""
         total, first = encoded.latents.new_zeros(()), 0
         for stack in (self._stack(_SEMANTIC), self._stack(_ACOUSTIC)):
             stages = range(first, first := first + len(stack.layers))
             into, out_of = stack.input_proj or nn.Identity(), stack.output_proj or nn.Identity()
-            total = total + out_of(residual(into(encoded.latents), stages, quantize))
+            total = total + out_of(search(into(encoded.latents), stages, quantize))
         return encoded._replace(latents=total)
 
     def quantize(self, encoded: Encoded) -> tuple[Encoded, Tensor]:

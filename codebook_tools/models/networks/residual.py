@@ -24,7 +24,7 @@ class Encoded(NamedTuple):
 
 
 def residual(latents: Tensor, stages: Iterable[int], quantize: Quantize) -> Tensor:
-    """Quantize latents (n, dim, positions) in residual stages.
+    """Quantize latents (n, dim, *grid) in residual stages, each by its nearest code: the greedy Search.
 
     Args:
         latents: Those of the first stage.

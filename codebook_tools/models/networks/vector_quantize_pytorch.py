@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from codebook_tools.clustering.metric import COSINE_UNIT
 from codebook_tools.codebook import EUCLIDEAN
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.network import Quantize
+from codebook_tools.models.network import Quantize, Search
+from codebook_tools.models.networks.residual import residual
 
 _LIBRARY = "vector_quantize_pytorch"
 _MEMBERS = ("walk", "codebooks", "lookup", "quantize")
@@ -32,12 +33,12 @@ class Kind:
 
     Attributes:
         codebooks: quantizer -> the names of its codebooks, in the order of the stages.
-        walk: (quantizer, latents, code) -> quantized latents.
+        walk: (quantizer, latents, code, search of residual stages) -> quantized latents.
         codes: (the library's indices, (n, *grid)) -> codes (n, *grid), or (n, levels, *grid) of several codebooks.
     """
 
     codebooks: Callable[[Any], list[str]]
-    walk: Callable[[Any, Tensor, Code], Tensor]
+    walk: Callable[[Any, Tensor, Code, Search], Tensor]
     codes: Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
@@ -48,7 +49,7 @@ def _projected(quantizer: Any, latents: Tensor, code: Code) -> Tensor:
     return outside
 
 
-def _heads(quantizer: Any, latents: Tensor, code: Code) -> Tensor:
+def _heads(quantizer: Any, latents: Tensor, code: Code, search: Search) -> Tensor:
     """As `_projected`, with each position split into heads that share one codebook."""
     heads = quantizer.heads
 
@@ -59,20 +60,16 @@ def _heads(quantizer: Any, latents: Tensor, code: Code) -> Tensor:
     return _projected(quantizer, latents, code if heads == 1 else of_heads)
 
 
-def _residual(quantizer: Any, latents: Tensor, code: Code) -> Tensor:
+def _residual(quantizer: Any, latents: Tensor, code: Code, search: Search) -> Tensor:
     def stages(rest: Tensor) -> Tensor:
-        total = torch.zeros_like(rest)
-        for _ in quantizer.layers:
-            quantized = code(rest)
-            rest, total = rest - quantized, total + quantized
-        return total
+        return search(rest, range(len(quantizer.layers)), lambda _, left: code(left))
 
     return _projected(quantizer, latents, stages)
 
 
-def _grouped(quantizer: Any, latents: Tensor, code: Code) -> Tensor:
+def _grouped(quantizer: Any, latents: Tensor, code: Code, search: Search) -> Tensor:
     parts = latents.chunk(quantizer.groups, 1)
-    return torch.cat([_residual(rvq, part, code) for rvq, part in zip(quantizer.rvqs, parts, strict=True)], 1)
+    return torch.cat([_residual(rvq, part, code, search) for rvq, part in zip(quantizer.rvqs, parts, strict=True)], 1)
 
 
 def _layers(quantizer: Any) -> list[str]:
@@ -103,7 +100,7 @@ KINDS = {
     "VectorQuantize": Kind(lambda _: ["_codebook.embed"], _heads, _codes),
     "ResidualVQ": Kind(_layers, _residual, _codes_of_stages),
     "GroupedResidualVQ": Kind(_layers_of_groups, _grouped, _codes_of_groups),
-    "SimVQ": Kind(lambda _: ["frozen_codebook"], lambda _, latents, code: code(latents), _codes),
+    "SimVQ": Kind(lambda _: ["frozen_codebook"], lambda _, latents, code, search: code(latents), _codes),
 }
 
 # Options with which a stage does not simply look up rows: the class, whether the option is on, its name.
@@ -125,10 +122,10 @@ class Walk:
     quantizer: nn.Module
     kind: Kind
 
-    def __call__(self, latents: Tensor, quantize: Quantize) -> Tensor:
+    def __call__(self, latents: Tensor, quantize: Quantize, search: Search = residual) -> Tensor:
         """latents (n, dim, *grid) that the quantizer takes -> what it returns for them, of the same shape."""
         stages = count()
-        return self.kind.walk(self.quantizer, latents, lambda inside: quantize(next(stages), inside))
+        return self.kind.walk(self.quantizer, latents, lambda inside: quantize(next(stages), inside), search)
 
 
 @dataclass(frozen=True, eq=False)

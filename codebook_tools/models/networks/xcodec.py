@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codebook_tools.models.network import Quantize
+from codebook_tools.models.network import Quantize, Search
 from codebook_tools.models.networks.residual import Encoded, fitted, residual
 
 
@@ -43,9 +43,9 @@ class Xcodec(nn.Module):
         """latents (n, dim, positions) as `encode` makes them -> what it returns for them."""
         return Encoded(latents, 0)
 
-    def walk(self, encoded: Encoded, quantize: Quantize) -> Encoded:
+    def walk(self, encoded: Encoded, quantize: Quantize, search: Search = residual) -> Encoded:
         """Residual stages on the mixed latents."""
-        return encoded._replace(latents=residual(encoded.latents, range(len(self.codebooks)), quantize))
+        return encoded._replace(latents=search(encoded.latents, range(len(self.codebooks)), quantize))
 
     def quantize(self, encoded: Encoded) -> tuple[Encoded, Tensor]:
         """The library's own quantizer, with all of its stages; codes (n, levels, positions)."""

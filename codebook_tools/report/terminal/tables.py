@@ -16,11 +16,14 @@ from codebook_tools.remapping.remap import Remapped
 from codebook_tools.report.terminal.diagnosis import diagnosis_table
 from codebook_tools.report.terminal.fitted import FittedTable, Prose
 from codebook_tools.report.terminal.histogram import UsageLines
+from codebook_tools.report.terminal.tokens import beam_line, decoding_table, encoding_table
 from codebook_tools.workflows.chain import Chain, ChainPlan
 from codebook_tools.workflows.code_cards import Codes
 from codebook_tools.workflows.comparison_rows import Comparison, notes, table_rows
+from codebook_tools.workflows.decode import Decoding
 from codebook_tools.workflows.diagnose import Diagnosis
 from codebook_tools.workflows.dry_run import Plan
+from codebook_tools.workflows.encode import Encoding
 from codebook_tools.workflows.latent_map import Map
 from codebook_tools.workflows.result import Result
 from codebook_tools.workflows.session import UNSEEN
@@ -45,7 +48,7 @@ _COMPARISON_COLUMNS = (
 )
 _SWEEP_COLUMNS = ("mse", "distortion", "used", "coverage", "perplexity", "bits")
 
-Found = Result | Chain | Comparison | Sweep | Codes | Map | Diagnosis
+Found = Result | Chain | Comparison | Sweep | Codes | Map | Diagnosis | Encoding | Decoding
 """The result of a command that measures."""
 
 
@@ -59,6 +62,8 @@ def table_of(result: Found | Plan | ChainPlan) -> RenderableType:
         Codes: codes_table,
         Map: map_table,
         Diagnosis: diagnosis_table,
+        Encoding: encoding_table,
+        Decoding: decoding_table,
         Plan: plan_table,
         ChainPlan: chain_plan_table,
     }
@@ -79,6 +84,8 @@ def result_table(result: Result) -> RenderableType:
         elif first.counts:
             names = STAGES if len(stages) > 1 else dict.fromkeys(stages, "usage")
             lines.append(UsageLines({names[name]: stage.counts[0] for name, stage in stages.items() if stage.counts}))
+    if result.beam:
+        lines.append(beam_line(result.beam))
     if "shard" in result.settings:
         lines.append(
             Prose(f"of shard {result.settings['shard']} alone; `codebook measure --merge` adds all", style="dim")
@@ -272,4 +279,5 @@ def remap_table(remapped: Remapped) -> RenderableType:
         ("by their nearest code", remapped.nearest),
     ):
         table.add_row(label, f"{count:,}")
-    return Group(table, *(Prose(f"written to {output}") for output in remapped.outputs.values()))
+    lines = [Prose(f"written to {output}") for output in remapped.outputs.values()]
+    return Group(table, *lines, *([Prose(remapped.next_step)] if remapped.next_step else []))

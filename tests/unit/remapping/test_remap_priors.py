@@ -60,6 +60,7 @@ def test_after_an_exact_prune_kept_tokens_have_their_logits(
     done = codebook("remap", prior, "--map", with_model("m", 4, PRUNE), "--offset", 1, "--json")
     assert done.json == {
         "tokens": 9, "changed": 7, "removed": 2, "nearest": 0, "outputs": {str(prior): str(output)}, "warnings": [],
+        "next_step": None,
     }  # fmt: skip
     new, kept = loaded(output), [0, 1, 3, 4, 6, 7, 8]
     tokens = [0, 4, 1, 6, 3, 3, 7, 8]

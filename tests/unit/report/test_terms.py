@@ -10,7 +10,7 @@ from codebook_tools.evaluation.figures import CodebookUse, Measurement, figures_
 from codebook_tools.evaluation.terms import TERMS
 from codebook_tools.report.html.page import Listing, Page, Table, html
 from codebook_tools.report.html.terms import explanations
-from codebook_tools.workflows.comparison_entries import ENTRIES
+from codebook_tools.strategies.comparison_entries import ENTRIES
 
 GLOSSARY = Path(__file__).parents[3] / "docs" / "glossary.md"
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.safe_io import read_text
 from codebook_tools.runtime.type_checks import check_kinds, kinds_of
 from codebook_tools.strategies import find_strategy
 from codebook_tools.training.finetune import FineTune
-from codebook_tools.workflows.chain import Step
 
 SURGERIES = "surgeries"
 FINETUNE = "finetune"
@@ -22,6 +22,21 @@ FINETUNE = "finetune"
 _OF_RECIPE = {entry.name for entry in fields(FineTune)} - {"batch_size"}
 _LONGEST = 256 << 10  # bytes: a parser of YAML takes a second for so many
 _BY_THE_RUN = {"device", "watch"}  # fields of strategies that no recipe sets
+
+
+@dataclass(frozen=True)
+class Step:
+    """One surgery of a chain.
+
+    Attributes:
+        command: As the command line has it.
+        strategy: None fine-tunes the codebooks as they are.
+        recipe: The fine-tuning after it; of 0 steps for none.
+    """
+
+    command: str
+    strategy: Strategy | None
+    recipe: FineTune
 
 
 @dataclass(frozen=True)
