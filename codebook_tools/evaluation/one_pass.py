@@ -35,12 +35,14 @@ class Batch:
         latents: Of each codebook, (n * positions, dim) float32, item by item.
         codes: Of each codebook, (n * positions,) int64; empty where they are not searched.
         media: Items and reconstructions, (n, channels, ...) each; None where there are only latents.
+        stages: Of each quantizer stage, (n, *grid) int64 codes; empty where there are only latents.
     """
 
     items: Items
     latents: Sequence[Tensor]
     codes: Sequence[Tensor]
     media: tuple[Tensor, Tensor] | None = None
+    stages: Sequence[Tensor] = ()
 
 
 class Accumulator(ABC):
@@ -97,7 +99,7 @@ class MediaSource:
             with torch.no_grad():
                 result = self.through(media)
             codes = [codes.flatten() for codes in result.codes]
-            yield Batch(items, [*map(rows_of, result.latents)], codes, (media, result.media))
+            yield Batch(items, [*map(rows_of, result.latents)], codes, (media, result.media), result.stages)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from typing import Any
 from codebook_tools.checkpoints.atomic import write_text
 from codebook_tools.data.items import items_sha256
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.figures import COLUMNS, STAGES, CodebookUse, Measurement, figures_of, in_markdown
+from codebook_tools.evaluation.figures import COLUMNS, STAGES, CodebookUse, IdUse, Measurement, figures_of, in_markdown
 from codebook_tools.models.user_network import name_of
 from codebook_tools.runtime.safe_io import parse_json, read_text
 from codebook_tools.runtime.version import VERSION
@@ -71,7 +71,8 @@ class Row:
 def _measurement(content: Mapping[str, Any] | None) -> Measurement | None:
     if content is None:
         return None
-    return Measurement(**{**content, "codebooks": tuple(CodebookUse(**use) for use in content["codebooks"])})
+    ids = {"ids": IdUse(**content["ids"])} if "ids" in content else {}
+    return Measurement(**{**content, "codebooks": tuple(CodebookUse(**use) for use in content["codebooks"]), **ids})
 
 
 @dataclass(frozen=True)

@@ -299,7 +299,7 @@ def operate_in_memory(
         if saving and recipe.steps and request.resume and not saving.path.exists():
             target.warnings.append(f"--resume: there is no {saving.path}; the fine-tuning began at step 0")
         done = run_stages(
-            target, surgeries, calibration, latents, recipe,
+            target, surgeries, calibration, latents, recipe, before=before,
             seed=request.seed, watch=watch, saving=saving, log_dir=request.log_dir,
         )  # fmt: skip
         if done.tuned:
@@ -309,9 +309,11 @@ def operate_in_memory(
                 gallery = gallery_of_run(target, books, bool(surgeries), done.tuned, watch)
         if before and done.kept == "finetuned" and done.finetuned:
             target.warnings += blur_warnings(before, done.finetuned)
-            tokens = target.tokens(watch)
-        else:
-            tokens = current_tokens(target, calibration, done.kept == "surgery", watch)
+        tokens = done.tokens or (
+            target.tokens(watch)
+            if done.kept == "finetuned"
+            else current_tokens(target, calibration, done.kept == "surgery", watch)
+        )
     else:
         target.settings |= {"codes": f"{old[0].size} -> {target.size}", **settings_of(strategy)}
         index_maps = {stage: surgery.index_map for stage, surgery in surgeries.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -19,6 +19,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.accumulators import Sums
 from codebook_tools.evaluation.coverage import reference_distance, reference_latents
 from codebook_tools.evaluation.figures import Measurement, measurement_of
+from codebook_tools.evaluation.ids import Ids
 from codebook_tools.evaluation.measure import reconstructions, totals_of
 from codebook_tools.evaluation.one_pass import run_pass
 from codebook_tools.evaluation.usage import Survey, Tokens, survey, tokenize
@@ -172,8 +173,14 @@ class Opened(Target):
     def sums(self, references: Sequence[Tensor | None], watch: Watch) -> Sums:
         with watch.phase("measure"):
             totals = totals_of(self.model, self.reference_distances(references))
-            run_pass(reconstructions(self.model, self.test, self.request.batch_size), [totals], watch)
-            return totals.sums
+            source = reconstructions(self.model, self.test, self.request.batch_size)
+            if len(self.model.route) == 1:
+                run_pass(source, [totals], watch)
+                return totals.sums
+            size = max(book.codebook.size for book in self.model.books)
+            ids = Ids(size, len(self.model.route), self.request.seed)
+            run_pass(source, [totals, ids], watch)
+            return replace(totals.sums, ids=ids.done())
 
     def measurement(self, sums: Sums) -> Measurement:
         return measurement_of(sums, "test", self.model.modality.figures)
