@@ -340,6 +340,10 @@ def _opened(
 ) -> Opened:
     """A network that runs, after all is checked that a fine-tuning needs."""
     require_tensorboard(request.log_dir)
+    if recipe.steps and recipe.codebook_update == "gradient" and getattr(strategy, "balance", False):
+        raise CodebookError(
+            "--codebook-update gradient moves codes to means of latents, which undoes --balance; use ema or frozen"
+        )
     request.require_trainable(recipe.steps)
     opened = open_request(request, watch)
     model = opened.model

@@ -217,6 +217,7 @@ def run_stages(
             tuned = finetune(
                 model, train, validation, recipe, counts,
                 seed=seed, watch=watch, saving=saving, log_dir=log_dir, more=more,
+                powers={stage: surgery.power for stage, surgery in surgeries.items()},
             )  # fmt: skip
         model.round_to_stored()
         if tuned.diverged:

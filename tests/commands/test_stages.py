@@ -18,8 +18,10 @@ from surgeries import do, maps_of, output_of, written
 from torch import Tensor
 
 from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.clustering.balanced import BALANCED
 from codebook_tools.codebook import REMOVED
 from codebook_tools.data.images import array_items
+from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.figures import IdUse
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
@@ -119,6 +121,15 @@ def test_each_codebook_is_measured_with_what_the_one_before_leaves(ask: Ask, tmp
     assert counts(asked, stats) == [[0.25, 0.75, 0, 0], [0.5, 0.25, 0.25, 0]]
     images = 40 - found.images  # the other images are those that are counted
     assert int(load_file(stats)[f"{KEYS[1]}/counts"].sum()) == 16 * images
+
+
+def test_a_balanced_refit_is_fine_tuned_as_it_was_made(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    powers, tuned = list[Any](), pipeline.finetune
+    monkeypatch.setattr(pipeline, "finetune", lambda *a, **more: powers.append(more["powers"]) or tuned(*a, **more))
+    do(ask(), Refit(2, balance=True), FineTune(steps=2, batch_size=8, lr=1e-3))
+    assert powers == [{0: BALANCED, 1: BALANCED}]
+    with pytest.raises(CodebookError, match="--codebook-update gradient moves codes to means"):
+        do(ask(force=True), Refit(2, balance=True), FineTune(steps=2, codebook_update="gradient"))
 
 
 def test_ids_of_shards_add_up_to_those_of_the_pass(ask: Ask, tmp_path: Path) -> None:
