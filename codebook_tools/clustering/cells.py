@@ -10,7 +10,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from codebook_tools.clustering.assignment import nearest
+from codebook_tools.clustering.assignment import nearest, squared_errors
+from codebook_tools.clustering.balanced import Emphasis
 from codebook_tools.codebook import Codebook
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import wide, wide_device
@@ -34,10 +35,19 @@ class Cells:
     squares: Tensor
 
     @staticmethod
-    def of(slab: tuple[Tensor, Tensor | None], codebook: Codebook) -> Cells:
-        """The cells of points (n, dim) float32, with their weights (n,) float64 or None."""
+    def of(slab: tuple[Tensor, Tensor | None], codebook: Codebook, emphasis: Emphasis | None = None) -> Cells:
+        """The cells of points (n, dim) float32, with their weights (n,) float64 or None.
+
+        Args:
+            slab: Points and weights.
+            codebook: The codes of the cells.
+            emphasis: By which weights are multiplied, for their distances.
+        """
         points, weights = slab
         codes = _nearest(points, codebook)
+        if emphasis is not None:
+            of_distance = emphasis.weights(squared_errors(points, codebook, codes))
+            weights = of_distance if weights is None else weights * of_distance
         emitted = codebook.metric.emit(points)
         device = wide_device(points.device)
         sums = torch.zeros(codebook.size, codebook.dim, dtype=torch.float64, device=device)
@@ -52,12 +62,14 @@ class Cells:
         return Cells(sums, torch.bincount(codes, weights, minlength=codebook.size).double(), squares)
 
     @staticmethod
-    def over(slabs: Iterable[tuple[Tensor, Tensor | None]], codebook: Codebook) -> Cells:
+    def over(
+        slabs: Iterable[tuple[Tensor, Tensor | None]], codebook: Codebook, emphasis: Emphasis | None = None
+    ) -> Cells:
         """The cells of the points (n, dim) of all slabs, with their weights, summed over processes."""
         vectors = codebook.vectors
         sums = torch.zeros(vectors.shape, dtype=torch.float64, device=wide_device(vectors.device))
         hits, squares = sums.new_zeros(codebook.size), sums.new_zeros(1)
-        work = partial(Cells.of, codebook=codebook)
+        work = partial(Cells.of, codebook=codebook, emphasis=emphasis)
         for cells in spread(work, slabs) if vectors.is_cpu else map(work, slabs):
             sums += cells.sums
             hits += cells.hits

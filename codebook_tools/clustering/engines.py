@@ -37,6 +37,7 @@ def cluster(
     metric: Metric = EUCLIDEAN,
     weights: Tensor | None = None,
     whole: Latents | None = None,
+    power: float = 2.0,
     watch: Watch,
 ) -> Clustering:
     """k-means by one of the engines.
@@ -55,6 +56,7 @@ def cluster(
         metric: How centroids are searched and emitted; any but the dot product.
         weights: (n,) float64, of the points, above 0; None for 1.
         whole: What `points` are a sample of, to continue over; native alone takes it.
+        power: Of the distance, whose mean is minimized; native alone takes another than 2.
         watch: Called with the progress of the native engine.
 
     Returns:
@@ -66,12 +68,14 @@ def cluster(
     engine = chosen(engine)
     if engine != "native" and whole is not None:
         raise CodebookError(f"engine={engine} has no passes over latents that lie in files; use --engine native")
+    if engine != "native" and power != 2:
+        raise CodebookError(f"engine={engine} has no balanced k-means; use --engine native, or leave out --balance")
     best: Clustering | None = None
     for start in range(starts):
         if engine == "native":
             one = kmeans(
                 points, k, init=init, iterations=iterations, seed=seed + start, metric=metric, weights=weights,
-                whole=whole, watch=watch,
+                whole=whole, power=power, watch=watch,
             )  # fmt: skip
         else:
             one = _by_library(engine, points, k, init, iterations, seed + start, metric, weights)

@@ -10,6 +10,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from codebook_tools.clustering.assignment import nearest, squared_errors
+from codebook_tools.clustering.balanced import Emphasis
 from codebook_tools.clustering.cells import Cells
 from codebook_tools.clustering.seeding import Init, count_distinct, draw_by_error, refuse_unfit, seeds
 from codebook_tools.clustering.split_merge import split_and_merge
@@ -42,7 +44,7 @@ class Clustering:
     Attributes:
         centroids: (k, dim) float32.
         inertia: Sum of squared distances of all points to the centroids of the cells that these are the means of; to
-            the nearest centroids it is at most that.
+            the nearest centroids it is at most that. By another power, the sum of that power of the distances.
         iterations: Of Lloyd over all points.
         converged: Whether the inertia had stopped falling by then.
     """
@@ -64,6 +66,7 @@ def kmeans(
     metric: Metric = EUCLIDEAN,
     whole: Latents | None = None,
     weights: Tensor | None = None,
+    power: float = 2.0,
     watch: Watch,
 ) -> Clustering:
     """Lloyd's k-means over all points (Lloyd 1982), in squared Euclidean distance or by cosine.
@@ -86,6 +89,7 @@ def kmeans(
         whole: What `points` are a sample of, to continue over. Then each process has its part of it, but the same
             `points` as all others.
         weights: (n,) float64, of the points, above 0; None for 1. All points take part from the first iteration then.
+        power: Of the distance, whose mean is minimized: 2, or less for balanced cells (balanced.py).
         watch: Called with the progress.
 
     Returns:
@@ -97,21 +101,24 @@ def kmeans(
     assert k >= 1 and iterations >= 1 and metric.is_distance, (k, iterations, metric)
     prepared = metric.prepare(points)
     refuse_unfit(prepared, k)
-    start = init if isinstance(init, Tensor) else seeds(prepared, k, init, seed, weights)
+    start = init if isinstance(init, Tensor) else seeds(prepared, k, init, seed, weights, power)
     assert start.shape == (k, points.shape[1])
     like, clustering = Codebook(start, metric), Clustering(start, torch.inf, 0, False)
     for head in _heads(len(points), k) if weights is None else [len(points)]:
         if count_distinct(prepared[:head], enough=k) < k:  # repeats would only pull codes away from the points behind
             continue
         slabs = partial(_own, _split(points[:head], weights, _slab(head, points.device)))
-        level = _Level(slabs, points[:head], like, tolerance, seed, watch, weights)
+        level = _Level(slabs, points[:head], like, tolerance, seed, watch, weights, power)
         at_first = clustering.iterations == 0
         clustering = level.lloyd(clustering.centroids, iterations)
         if at_first and not isinstance(init, Tensor) and metric.minimizes_error:
             clustering = level.split_and_merge(clustering, iterations)
+            if power != 2:  # whose weighted means take more iterations to settle
+                clustering = level.lloyd(clustering.centroids, iterations)
     if whole is not None:
         slabs = partial(_in_slabs, whole, points.device)
-        clustering = _Level(slabs, points, like, tolerance, seed, watch).lloyd(clustering.centroids, iterations)
+        level = _Level(slabs, points, like, tolerance, seed, watch, power=power)
+        clustering = level.lloyd(clustering.centroids, iterations)
     return clustering
 
 
@@ -155,6 +162,7 @@ class _Level:
         seed: As of `kmeans`.
         watch: As of `kmeans`.
         weights: As of `kmeans`.
+        power: As of `kmeans`.
     """
 
     slabs: Callable[[], Iterable[_Slab]]
@@ -164,6 +172,7 @@ class _Level:
     seed: int
     watch: Watch
     weights: Tensor | None = None
+    power: float = 2.0
 
     def lloyd(self, start: Tensor, iterations: int, tolerance: float | None = None) -> Clustering:
         """Iterate from start (k, dim) until progress is below the tolerance.
@@ -172,15 +181,16 @@ class _Level:
         centroids by cosine, there is no momentum: the inertia may rise even without it.
         """
         means_are_best = self.like.metric.minimizes_error
+        emphasis = self._emphasis(start)
         tolerance = self.tolerance if tolerance is None else tolerance
         now = before = start
         best, complete = Clustering(now, torch.inf, 0, False), False
         momentum, last, fell = _AS_IF, torch.inf, [torch.inf] * _LOOK_BACK
         for done in range(1, iterations + 1):
             codebook = replace(self.like, vectors=now)
-            cells = Cells.over(self.slabs(), codebook)
+            cells = Cells.over(self.slabs(), codebook, emphasis)
             means = cells.means(codebook)
-            kept = means if means_are_best else now
+            kept = means if means_are_best and emphasis is None else now
             inertia = cells.inertia(kept)
             empty = cells.empty.nonzero()[:, 0].to(means.device)
             placed = len(empty) and self._move(means, empty, self.seed + done)
@@ -202,12 +212,26 @@ class _Level:
             now[empty] = before[empty] = means[empty]
         return replace(best, iterations=iterations)
 
+    def _emphasis(self, start: Tensor) -> Emphasis | None:
+        """The weights by distance that balance; None of plain k-means. start: (k, dim)."""
+        if self.power == 2:
+            return None
+        return Emphasis.at(self.points, replace(self.like, vectors=start), self.power)
+
+    def _weights(self, codes: Codebook) -> Tensor | None:
+        """(n,) float64: the weights of the points, with those by their distances to the codes; None for 1."""
+        if self.power == 2:
+            return self.weights
+        errors = squared_errors(self.points, codes, nearest(self.points, codes))
+        weights = Emphasis.of(errors, self.power).weights(errors)
+        return weights if self.weights is None else weights * self.weights
+
     def _move(self, means: Tensor, empty: Tensor, seed: int) -> int:
         """Move the means of empty cells to points drawn by squared error. Returns how many could be moved."""
         full = torch.ones(len(means), dtype=torch.bool, device=means.device)
         full[empty] = False
         others = replace(self.like, vectors=means[full])
-        drawn = draw_by_error(self.points, others, len(empty), seed, self.weights)
+        drawn = draw_by_error(self.points, others, len(empty), seed, self._weights(others))
         means[empty[: len(drawn)]] = self.like.metric.emit(drawn)
         return len(drawn)
 
@@ -217,7 +241,7 @@ class _Level:
         at_once, left = len(best.centroids) // _AT_MOST_ONE_IN, iterations - best.iterations
         while at_once and left >= _ROUND:
             codes = replace(self.like, vectors=best.centroids)
-            start = split_and_merge(codes, self.points, at_once, random, self.weights)
+            start = split_and_merge(codes, self.points, at_once, random, self._weights(codes))
             new = self.lloyd(start, _ROUND, tolerance=0)
             left -= _ROUND
             gain = best.inertia - new.inertia

@@ -21,7 +21,7 @@ _SHORT = 1e-5  # of the longest point: a residual below is float32 rounding
 _POINTS, _POINTS_PER_SEED = 4096, 8  # that seeds are drawn from: more take longer and are hardly better
 
 
-def seeds(points: Tensor, k: int, init: Init, seed: int, weights: Tensor | None = None) -> Tensor:
+def seeds(points: Tensor, k: int, init: Init, seed: int, weights: Tensor | None = None, power: float = 2.0) -> Tensor:
     """Draw seeds for k-means from the points.
 
     Args:
@@ -31,6 +31,7 @@ def seeds(points: Tensor, k: int, init: Init, seed: int, weights: Tensor | None 
         init: How they are drawn.
         seed: Any integer.
         weights: (n,) float64, of the points, for k-means++; all of them are then drawn from.
+        power: Of the distance, by which k-means++ draws.
 
     Returns:
         (k, dim) of the points.
@@ -42,8 +43,9 @@ def seeds(points: Tensor, k: int, init: Init, seed: int, weights: Tensor | None 
     head = points[: max(_POINTS, _POINTS_PER_SEED * k)]
     data = (head if count_distinct(head, enough=k) == k else points).cpu().contiguous()
     rng = np.random.default_rng(seed % 2**64)  # numpy takes no negative seed
-    if weights is not None and init == "kmeans++":
-        rows = kmeans_plus_plus(points.cpu().numpy(), k, rng, weights.cpu().numpy())
+    if init == "kmeans++" and (weights is not None or power != 2):
+        among = data if weights is None else points.cpu()
+        rows = kmeans_plus_plus(among.numpy(), k, rng, None if weights is None else weights.cpu().numpy(), power)
     else:
         draw = {"kmeans++": kmeans_plus_plus, "afkmc2": afkmc2, "random": _at_random}[init]
         rows = draw(data.numpy(), k, rng)  # type: ignore[operator]  # their type is joined to that of a function
@@ -85,11 +87,15 @@ def _at_random(data: NDArray[np.float32], k: int, rng: np.random.Generator) -> N
 
 
 def kmeans_plus_plus(
-    data: NDArray[np.float32], k: int, rng: np.random.Generator, weights: NDArray[np.float64] | None = None
+    data: NDArray[np.float32],
+    k: int,
+    rng: np.random.Generator,
+    weights: NDArray[np.float64] | None = None,
+    power: float = 2.0,
 ) -> NDArray[np.float32]:
     """(k, dim) seeds of data (n, dim), with weights (n,) or alike, by greedy k-means++.
 
-    Each seed is drawn by squared distance to the seeds before it, in a few trials, of which the best counts.
+    Each seed is drawn by a power of the distance to the seeds before it, in a few trials, of which the best counts.
     Source: Arthur and Vassilvitskii 2007, "k-means++: The Advantages of Careful Seeding".
     """
     trials = 2 + int(math.log(k))
@@ -98,11 +104,13 @@ def kmeans_plus_plus(
     chosen = [int(rng.integers(len(rows)) if weights is None else rng.choice(len(rows), p=weights / weights.sum()))]
     errors = _squared_distances(rows, rows[chosen[0]])
     while len(chosen) < k:
-        before, up_to = errors, (errors if weights is None else errors * weights).cumsum(dtype=np.float64)
+        costs = errors if power == 2 else errors ** (power / 2)
+        before, up_to = errors, (costs if weights is None else costs * weights).cumsum(dtype=np.float64)
         drawn = np.searchsorted(up_to, rng.random(trials) * up_to[-1], side="right").clip(max=len(rows) - 1)
         left = squares[:, None] - 2 * (rows @ rows[drawn].T) + squares[drawn]
         np.minimum(left, errors[:, None], out=left)
-        best = int((left.sum(0) if weights is None else weights @ left).argmin())
+        costs = left if power == 2 else left.clip(min=0) ** (power / 2)
+        best = int((costs.sum(0) if weights is None else weights @ costs).argmin())
         chosen.append(int(drawn[best]))
         errors = left[:, best].copy()
         # Where the expanded square cancels it is rounding; copies must have 0, or they might be drawn, too.

@@ -109,6 +109,13 @@ class Data:
         return ((batch - low) / (high - low)).astype(np.float32)
 
     @property
+    def options(self) -> dict[str, Any]:
+        """How the data are read, by the names of the command line's options."""
+        names = ("limit", "size", "crop", "channels", "skip_bad", "batch_size", "workers")
+        group = None if self.group is None else Path(self.group)
+        return {"group": group, **{name: getattr(self, name) for name in names}}
+
+    @property
     def paths(self) -> tuple[tuple[str | InMemory, ...], tuple[str | InMemory, ...]]:
         """Paths or arrays of `train` and of `test`, for `find_items`."""
         return self._sources["train"], self._sources["test"]

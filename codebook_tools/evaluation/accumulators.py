@@ -16,6 +16,7 @@ from codebook_tools.codebook import Codebook
 from codebook_tools.data.sampling import Sampler
 from codebook_tools.errors import NotFiniteError
 from codebook_tools.evaluation import metrics
+from codebook_tools.evaluation.ids import Distinct
 from codebook_tools.evaluation.one_pass import Accumulator, Batch
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import wide
@@ -79,6 +80,7 @@ class Sums:
         reconstructed_detail: Sum of metrics.detail of the reconstructions; None as similarity.
         total: Sum of the values of the items; None where it is not computed.
         squares: Sum of their squares; None as total.
+        ids: The ids of the items; None of one quantizer stage. Not packed.
     """
 
     images: int
@@ -90,10 +92,11 @@ class Sums:
     reconstructed_detail: Fraction | None = None
     total: Fraction | None = None
     squares: Fraction | None = None
+    ids: Distinct | None = None
 
     def __add__(self, other: Self) -> Self:
         books = tuple(one + more for one, more in zip(self.books, other.books, strict=True))
-        return replace(self, books=books, **_added(self, other, ("images", "values", "error", *_SCORES)))
+        return replace(self, books=books, **_added(self, other, ("images", "values", "error", "ids", *_SCORES)))
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """All numbers as two flat tensors, int64 and float64. Adding the tensors of one model adds the sums."""
@@ -136,7 +139,9 @@ class Sums:
             )
             for i, book in enumerate(self.books)
         ]
-        optional = {name: None if no else of for name, of, no in zip(_SCORES, totals, lacking, strict=False)}
+        optional: dict[str, Any] = {
+            name: None if no else of for name, of, no in zip(_SCORES, totals, lacking, strict=False)
+        }
         return replace(self, images=images, values=values, error=error, books=tuple(books), **optional)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation import metrics
 from codebook_tools.evaluation.accumulators import BookSums, Sums
+from codebook_tools.evaluation.ids import share_changed
 
 STAGES = {"before": "before", "surgery": "after surgery", "finetuned": "after fine-tuning"}
 
@@ -136,6 +137,35 @@ def _nmse(sums: Sums) -> float | None:
 
 
 @dataclass(frozen=True)
+class IdUse:
+    """Figures of ids, the tuples of codes over all quantizer stages.
+
+    Attributes:
+        items: Number of ids: of items where latents have no grid or the grids of stages differ, else of positions.
+        unique: Distinct ones.
+        collision_rate: 1 - unique / items.
+        changed: Share of the ids that are not what the surgery's nearest map makes of the id before, on a sample of at
+            most 200,000; None before a surgery.
+    """
+
+    items: int
+    unique: int
+    collision_rate: float
+    changed: float | None = field(default=None, compare=False)  # not of the state alone
+
+
+def ids_of(sums: Sums) -> IdUse | None:
+    """How many ids of a pass are distinct; None of one quantizer stage."""
+    ids = sums.ids
+    return IdUse(ids.items, ids.unique, 1 - ids.unique / ids.items) if ids is not None and ids.items else None
+
+
+def _id_cell(stage: "Measurement") -> str:
+    ids = stage.ids
+    return "-" if ids is None else f"{ids.unique:,} of {ids.items:,} ({ids.collision_rate:.2%} collide)"
+
+
+@dataclass(frozen=True)
 class Measurement:
     """All figures of a model in one state, on one split.
 
@@ -151,6 +181,8 @@ class Measurement:
             waveforms, and for images without detail.
         counts: (size,) int64 of each codebook, assignments per code; empty where the measurement was read from JSON.
         nmse: mse of arrays over the variance of all their values; None for images and waveforms.
+        ids: How many ids are distinct; None of one quantizer stage, and not in the JSON then.
+        sampled_ids: (n, stages), ids of a sample of the items; None where there is none.
     """
 
     split: str
@@ -162,13 +194,15 @@ class Measurement:
     sharpness: Annotated[float | None, Figure(_sharpness, "sharpness", ".1%", mean=True)] = None
     counts: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
     nmse: Annotated[float | None, Figure(_nmse, "nmse", ".4f", mean=True)] = None
+    ids: Annotated[IdUse | None, Figure(ids_of, "unique ids", cell=_id_cell)] = None
+    sampled_ids: Tensor | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields but the counts, which are long, and what other data have."""
-        record = asdict(replace(self, counts=()))
-        del record["counts"]
-        if self.nmse is None:
-            del record["nmse"]
+        """All fields but the counts and the sample, which are long, and what other models or data have."""
+        record = asdict(replace(self, counts=(), sampled_ids=None))
+        absent = [name for name in ("nmse", "ids") if getattr(self, name) is None]
+        for name in ("counts", "sampled_ids", *absent):
+            del record[name]
         return record
 
     @property
@@ -176,6 +210,20 @@ class Measurement:
         """The mse of a measurement with reconstructions."""
         assert self.mse is not None
         return self.mse
+
+
+def with_changed(after: Measurement, before: Measurement | None, nearest: Sequence[Tensor]) -> Measurement:
+    """A measurement after a surgery, with the share of the ids that it changed.
+
+    Args:
+        after: The measurement.
+        before: That of the same data before the surgery; None where there is none, and then nothing is added.
+        nearest: Of each quantizer stage (old size,) int64, the new code of each old one.
+    """
+    if before is None or before.sampled_ids is None or after.sampled_ids is None or after.ids is None:
+        return after
+    changed = share_changed(before.sampled_ids, after.sampled_ids, nearest)
+    return replace(after, ids=replace(after.ids, changed=changed))
 
 
 COLUMNS = (
@@ -231,6 +279,7 @@ def measurement_of(sums: Sums, split: str, figures: Collection[str] = ("psnr",))
         images=sums.images,
         codebooks=tuple(map(use_of, sums.books)),
         counts=tuple(book.counts.cpu() for book in sums.books),
+        sampled_ids=sums.ids.sample if sums.ids else None,
         **values,
     )
 

@@ -37,12 +37,14 @@ class Batch:
         latents: Of each codebook, (n * positions, dim) float32, item by item.
         codes: Of each codebook, (n * positions,) int64; empty where they are not searched.
         media: Items and reconstructions, (n, channels, ...) each; None where there are only latents.
+        stages: Of each quantizer stage, (n, *grid) int64 codes; empty where there are only latents.
     """
 
     items: Items
     latents: Sequence[Tensor]
     codes: Sequence[Tensor]
     media: tuple[Tensor, Tensor] | None = None
+    stages: Sequence[Tensor] = ()
 
 
 class Accumulator(ABC):
@@ -101,7 +103,7 @@ class MediaSource:
             with torch.no_grad():
                 result = self.through(media)
             codes = [codes.flatten() for codes in result.codes]
-            yield Batch(items, [*map(rows_of, result.latents)], codes, (media, result.media))
+            yield Batch(items, [*map(rows_of, result.latents)], codes, (media, result.media), result.stages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +125,8 @@ class WalkSource:
         for hashes, rows in _reported(self.data.batches(AT_ONCE), self.data, self.task, watch):
             with torch.no_grad():
                 result = self.model.pass_through(rows)
-            yield Batch(hashes, [*map(rows_of, result.latents)], [codes.flatten() for codes in result.codes])
+            codes = [codes.flatten() for codes in result.codes]
+            yield Batch(hashes, [*map(rows_of, result.latents)], codes, stages=result.stages)
 
 
 @dataclass(frozen=True, eq=False)

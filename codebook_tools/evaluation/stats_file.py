@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from codebook_tools.checkpoints.write import write_tensors
 from codebook_tools.data.sampling import Sample
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.accumulators import LIMBS, BookSums, Sums, from_limbs, limbs
+from codebook_tools.evaluation.ids import Distinct
 from codebook_tools.runtime.safe_io import parse_json
 
 
@@ -82,6 +84,9 @@ def write_part(path: Path, part: Part, force: bool) -> None:
         tensors |= {f"{book.key}/sample": sample.vectors, f"{book.key}/sample_hashes": sample.hashes}
     if part.measured is not None:
         tensors |= dict(zip(_MEASURED, part.measured.packed(), strict=True))
+        if (ids := part.measured.ids) is not None:
+            tensors[_IDS] = torch.from_numpy(ids.hashes.view(np.int64))
+            tensors[f"{_IDS}/counted"] = torch.tensor([ids.items, ids.halved])
     about = {
         "checkpoint_sha256": part.checkpoint,
         "split": part.split,
@@ -95,6 +100,7 @@ def write_part(path: Path, part: Part, force: bool) -> None:
 
 
 _MEASURED = ("measured/integers", "measured/floats")
+_IDS = "measured/ids"
 
 
 def read_part(path: Path) -> Part:
@@ -125,10 +131,17 @@ def read_part(path: Path) -> Part:
             shard=(i, n),
             counted=counted,
             bad=parse_json(about["bad"]),
-            measured=counted.unpacked(*map(tensor, _MEASURED)),
+            measured=replace(counted.unpacked(*map(tensor, _MEASURED)), ids=_read_ids(stored)),
         )
     except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise CodebookError(f"{path} is damaged: {error}; measure that part anew") from error
+
+
+def _read_ids(stored: Sealed) -> Distinct | None:
+    if _IDS not in stored.entries:
+        return None
+    items, halved = stored.tensor(f"{_IDS}/counted").tolist()
+    return Distinct(items, stored.tensor(_IDS).numpy().view(np.uint64), halved)
 
 
 def read_hashed(path: Path, book: BookSums) -> Sample:

@@ -11,6 +11,7 @@ TERMS = {
     "dead code": "a code with count 0 on the data measured",
     "perplexity": "exp of the entropy in nats of counts / total; K where all K codes are used equally often",
     "bits per token": "log2 of the perplexity, the cost of a code to an ideal entropy coder",
+    "unique ids": "number of distinct ids; an id is the tuple of codes over all codebooks, of an item or a position",
     "distortion": "mean squared distance from a latent to its emitted code, summed over dimensions",
     "coverage": "share of latents within a reference distance of their code: the 95th percentile of distances in a "
     "k-means of the same size",

@@ -62,11 +62,13 @@ class Pass:
         media: As decoded, images not clamped.
         latents: (n, dim, *grid) of each book; (n, dim, positions), stage by stage, of one that several stages share.
         codes: (n, *grid) int64 of each book; (n, positions) of a shared one.
+        stages: (n, *grid) int64, the codes of each quantizer stage, in order.
     """
 
     media: Tensor
     latents: tuple[Tensor, ...]
     codes: tuple[Tensor, ...]
+    stages: tuple[Tensor, ...] = ()
 
 
 class _ReachedError(BaseException):
@@ -166,14 +168,16 @@ class Model:
         """
         met: list[list[Tensor]] = [[] for _ in self.books]
         codes: list[list[Tensor]] = [[] for _ in self.books]
+        stages = list[Tensor]()
 
         def look(stage: int, latents: Tensor) -> Tensor:
             met[stage].append(latents)
-            codes[stage].append(self.assign(latents, stage, wait=wait))
-            return self.embed(codes[stage][-1], stage)
+            stages.append(self.assign(latents, stage, wait=wait))
+            codes[stage].append(stages[-1])
+            return self.embed(stages[-1], stage)
 
         decoded = self.run(media, look)
-        return Pass(decoded, tuple(map(of_stages, met)), tuple(map(of_stages, codes)))
+        return Pass(decoded, tuple(map(of_stages, met)), tuple(map(of_stages, codes)), tuple(stages))
 
     def encode(self, media: Tensor, stage: int = 0, *, keep: bool = True) -> Tensor:
         """Encode media; books before `stage` quantize.

@@ -23,6 +23,7 @@ from codebook_tools.models.families import (
     mishalaskin,
     pytorch_vae,
     recognized_only,
+    recommenders,
     rosinality,
     taming,
     xcodec,
@@ -46,6 +47,7 @@ FAMILIES = {
     "dac": dac.FAMILY,
     "mimi": mimi.FAMILY,
     "xcodec": xcodec.FAMILY,
+    **recommenders.FAMILIES,
     **recognized_only.FAMILIES,
 }
 """The first that recognizes a file counts: LlamaGen's names are those of the original Janus, too."""

@@ -34,7 +34,7 @@ def filled(surgery: Surgery, old: Codebook, counts: Tensor, size: int) -> Surger
         own, index_map = old.vectors[stays], torch.where(stays, stays.cumsum(0) - 1, REMOVED)
     vectors = torch.cat([own, own[:1].expand(size - len(own), -1)])
     first = surgery.first if surgery.first and surgery.first.codebook.size > size else None
-    return Surgery(replace(surgery.codebook, vectors=vectors), index_map, surgery.bits, first)
+    return replace(surgery, codebook=replace(surgery.codebook, vectors=vectors), index_map=index_map, first=first)
 
 
 def common_sizes(before: Sequence[int], after: Sequence[int], powers_of_two: bool) -> list[int]:

@@ -33,6 +33,8 @@ class Refit:
         seed: Of the seeding.
         engine: Which k-means runs; see clustering/engines.py.
         exact: Whether k-means runs over all latents, in one pass an iteration; seeds are drawn from a sample.
+        balance: Whether cells of even size are sought, as semantic ids need: the mean distance is minimized in place of
+            the mean square (clustering/balanced.py), and a fine-tuning goes on with that.
         device: That k-means runs on.
         watch: Called with the progress.
     """
@@ -54,6 +56,10 @@ class Refit:
     exact: Annotated[
         bool, Option("Over all latents, not a million, of --latents or --latents-cache.", panel="k-means")
     ] = False
+    balance: Annotated[
+        bool,
+        Option("Cells of even size, also after fine-tuning: fewer ids collide, outliers err more.", panel="k-means"),
+    ] = False
     engine: EngineOption = "auto"
     device: str = field(default="cpu", repr=False, compare=False)
     watch: Watch = field(default_factory=Watch, repr=False, compare=False)
@@ -62,11 +68,16 @@ class Refit:
         for name, way_out in (("k", "--k 1 or more"), ("iterations", "--iterations 1 or more")):
             if getattr(self, name) < 1:
                 raise CodebookError(f"{name}={getattr(self, name)} is below 1; use {way_out}")
+        if self.balance and self.engine not in ("auto", "native"):
+            raise CodebookError(
+                f"engine={self.engine} has no balanced k-means; use --engine native, or leave out --balance"
+            )
 
     def __call__(self, codebook: Codebook, latents: Latents, counts: Tensor) -> Surgery:
         """Replace all codes by centroids of the latents."""
         import torch
 
+        from codebook_tools.clustering.balanced import BALANCED
         from codebook_tools.clustering.engines import chosen, cluster
         from codebook_tools.data.latents import StoredLatents, joined
         from codebook_tools.data.sampling import drawn_rows
@@ -79,6 +90,7 @@ class Refit:
         whole = latents if self.exact and not isinstance(latents, StoredLatents) else None
         points = (joined(latents) if whole is None else drawn_rows(whole, self.seed)).to(self.device)
         init: Init | Tensor = self._from_used(codebook, points, counts) if self.init == "used" else self.init
+        power = BALANCED if self.balance else 2.0
         clustering = cluster(
             points,
             self.k,
@@ -88,11 +100,12 @@ class Refit:
             seed=self.seed,
             metric=codebook.metric,
             whole=whole,
+            power=power,
             watch=self.watch,
         )
         new = replace(codebook, vectors=clustering.centroids.cpu())
         index_map = torch.full((codebook.size,), REMOVED)
-        return Surgery(new, index_map, engine=chosen(self.engine))
+        return Surgery(new, index_map, engine=chosen(self.engine), power=power)
 
     def _from_used(self, codebook: Codebook, points: Tensor, counts: Tensor) -> Tensor:
         import torch

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from codebook_tools.clustering.balanced import Emphasis
 from codebook_tools.clustering.pnn import merge_pairs
 from codebook_tools.codebook import REMOVED
 from codebook_tools.models.model import Book, Model
@@ -40,16 +41,21 @@ class CodebookEMA:
         stage: Index of the book.
         moves: Whether the average moves the codes, or only tracks their usage.
         random: Generator that revivals draw from, in the same state on every process.
+        power: Of the distance to its latents, whose mean a code minimizes: 2, or less for balanced codes (balanced.py).
         usage: (size,) float32, running fraction of a batch's tokens that are assigned to each code.
-        sums: (size, dim) float32, running sum of the latents of each code, over the tokens of a batch.
+        sums: (size, dim) float32, running sum of the latents of each code, each times its weight, over the sum of the
+            weights in a batch.
+        mass: (size,) float32, running sum of these weights; `usage` itself where all weigh alike.
         revived: (size,) bool, codes that were moved to a latent.
         merged: (n,) int64, for each of the extra codes at the start the code that it was merged into, REMOVED where it
             had been revived; None before any merge.
     """
 
-    def __init__(self, model: Model, stage: int, counts: Tensor, moves: bool, random: torch.Generator) -> None:
+    def __init__(
+        self, model: Model, stage: int, counts: Tensor, moves: bool, random: torch.Generator, power: float = 2.0
+    ) -> None:
         """Start the average at `counts` (size,), assignments per code over the calibration data."""
-        self.model, self.stage, self.moves, self.random = model, stage, moves, random
+        self.model, self.stage, self.moves, self.random, self.power = model, stage, moves, random, power
         self.merged: Tensor | None = None
         self._begin(counts)
 
@@ -57,7 +63,12 @@ class CodebookEMA:
         self.revived = torch.zeros(len(counts), dtype=torch.bool, device=self.model.device)
         # Fractions, so that the scale of the counts does not matter.
         self.usage = (counts.float() / counts.sum().clamp(min=1)).to(self.model.device)
+        self._weigh()
         self.sums = self.book.vectors.detach() * self.usage[:, None]
+
+    def _weigh(self) -> None:
+        """Start the running sum of weights at the usage."""
+        self.mass = self.usage if self.power == 2 else self.usage.clone()
 
     def widen(self, extra: ExtraCodes) -> None:
         """Replace the codes by a larger codebook."""
@@ -77,6 +88,7 @@ class CodebookEMA:
         weighted = self.book.vectors * usage[:, None]
         self.sums = weighted.new_zeros(size, weighted.shape[1]).index_add_(0, labels, weighted)
         self.usage = usage.new_zeros(size).index_add_(0, labels, usage)
+        self._weigh()
         self.book.vectors = self.sums / self.usage[:, None]
 
     @property
@@ -104,13 +116,17 @@ class CodebookEMA:
     def state(self) -> dict[str, Tensor]:
         """All that `update` changes by name, except for the codes (the model's) and the state of `random`."""
         merged = {} if self.merged is None else {"merged": self.merged}
-        return {"shares": self.usage, "sums": self.sums, "revived": self.revived, **merged}
+        mass = {} if self.power == 2 else {"mass": self.mass}
+        return {"shares": self.usage, "sums": self.sums, "revived": self.revived, **mass, **merged}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
         self.usage, self.sums, self.revived = (
             state[name].to(self.model.device) for name in ("shares", "sums", "revived")
         )
+        self._weigh()
+        if self.power != 2:
+            self.mass = state["mass"].to(self.model.device)
         self.merged = state.get("merged")
 
     def update(self, latents: Tensor, codes: Tensor, revive: bool) -> None:
@@ -124,24 +140,31 @@ class CodebookEMA:
         rows, flat = self.book.metric.emit(latents.movedim(1, -1).flatten(0, -2).float()), codes.flatten()
         # A column of ones counts the assignments along with the sums; floats count exactly up to 16 million.
         ones = rows.new_ones(len(rows), 1)
-        totals = rows.new_zeros(len(self.usage), rows.shape[1] + 1).index_add_(0, flat, torch.cat([rows, ones], 1))
-        totals = distributed.summed(totals)
-        totals /= totals[:, -1].sum()
-        usage, sums = totals[:, -1], totals[:, :-1]
+        columns = torch.cat([rows, ones], 1)
+        if self.power != 2:
+            errors = (rows - self.book.codebook.emitted[flat]).square().sum(1)
+            by_distance = Emphasis.of(distributed.gathered(errors), self.power).weights(errors)[:, None]
+            columns = torch.cat([rows * by_distance, by_distance, ones], 1)
+        totals = distributed.summed(rows.new_zeros(len(self.usage), columns.shape[1]).index_add_(0, flat, columns))
+        usage = totals[:, -1] / totals[:, -1].sum()
         self.usage.lerp_(usage, 1 - DECAY)
         if not self.moves:
             return
-        self.sums.lerp_(sums, 1 - DECAY)
-        self.book.vectors = torch.where((usage > 0)[:, None], self.sums / self.usage[:, None], self.book.vectors)
+        mass = totals[:, rows.shape[1]]
+        total = mass.sum()
+        if self.power != 2:
+            self.mass.lerp_(mass / total, 1 - DECAY)
+        self.sums.lerp_(totals[:, : rows.shape[1]] / total, 1 - DECAY)
+        self.book.vectors = torch.where((usage > 0)[:, None], self.sums / self.mass[:, None], self.book.vectors)
         if revive:
             self._revive(rows, flat)
 
     def _revive(self, rows: Tensor, codes: Tensor) -> None:
-        """Move dead codes to latents of this batch, drawn by squared error, and give them the mean usage."""
+        """Move dead codes to latents of this batch, drawn by `power` of the error, and give them the mean usage."""
         dead = self.usage < DEAD_BELOW / len(self.usage)
         if _surely_none(dead):
             return
-        errors = distributed.gathered((rows - self.book.vectors[codes]).square().sum(1))
+        errors = distributed.gathered((rows - self.book.vectors[codes]).square().sum(1)) ** (self.power / 2)
         rank = dead.cumsum(0) - 1  # of a dead code, among the dead ones
         dead &= rank < (errors > 0).sum()
         if _surely_none(dead):
@@ -151,6 +174,7 @@ class CodebookEMA:
         self.book.vectors = torch.where(dead[:, None], placed, self.book.vectors)
         self.sums = torch.where(dead[:, None], placed / len(self.usage), self.sums)
         self.usage.masked_fill_(dead, 1 / len(self.usage))
+        self.mass.masked_fill_(dead, 1 / len(self.usage))
         self.revived |= dead
 
     def _drawn(self, errors: Tensor, most: int) -> Tensor:

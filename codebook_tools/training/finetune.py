@@ -37,6 +37,7 @@ def finetune(
     saving: SnapshotFile | None = None,
     log_dir: Path | None = None,
     more: Mapping[int, ExtraCodes] | None = None,
+    powers: Mapping[int, float] | None = None,
 ) -> FineTuned:
     """Train a model in place, and leave it in the state with the lowest validation error after at least one step.
 
@@ -54,6 +55,7 @@ def finetune(
         saving: Where a snapshot is written at each evaluation step, and an interrupted run resumed from.
         log_dir: Folder for TensorBoard.
         more: Larger codebooks that some books start with, by index, and merge to their size on the way.
+        powers: As Surgery's, of some books by index; 2 for the others.
 
     Returns:
         The start, the best state and the trace.
@@ -61,7 +63,7 @@ def finetune(
     Raises:
         CodebookError: The run diverged before there was a state to keep, or nothing can be trained.
     """
-    trainer = Trainer(model, train, recipe, counts, seed, more or {})
+    trainer = Trainer(model, train, recipe, counts, seed, more or {}, powers or {})
     history = History(trainer, validation, saving)
     with scalars_into(log_dir, after=history.last.step) as log:
         diverged = _train(trainer, history, watch, log)

@@ -71,6 +71,7 @@ class Trainer:
         counts: Sequence[Tensor],
         seed: int,
         more: Mapping[int, ExtraCodes],
+        powers: Mapping[int, float],
     ) -> None:
         """Prepare a model for training.
 
@@ -81,6 +82,7 @@ class Trainer:
             counts: (size,) of each book, where the codebook EMA starts.
             seed: Of batches, revivals and the discriminator's weights.
             more: Larger codebooks of some books, which `widen` puts in place.
+            powers: Of the distance whose mean the codes of some books minimize; others minimize the mean square.
 
         Raises:
             CodebookError: Nothing can be trained.
@@ -104,8 +106,8 @@ class Trainer:
         self.batches = Batches(train, recipe.batch_size, seed, pixels[:1])
         self._reviving = torch.Generator().manual_seed(seed + 1)
         self.codebooks = [
-            CodebookEMA(model, stage, hits, by_average and stage in model.chosen, self._reviving)
-            for stage, hits in enumerate(counts)
+            CodebookEMA(model, i, hits, by_average and i in model.chosen, self._reviving, powers.get(i, 2.0))
+            for i, hits in enumerate(counts)
         ]
         for book in model.books:  # changed in place from here on, and others may refer to the tensors
             book.vectors = book.vectors.clone()

@@ -188,7 +188,10 @@ def _run(
             calibration, latents = calibrate(trial, watch), encoder_latents(trial)
         row_recipe = replace(recipe, **task.entry.recipe)
         if row_recipe.steps or surgeries:
-            done = run_stages(trial, surgeries, calibration, latents, row_recipe, seed=task.seed, watch=watch)
+            same = None if task.entry.fresh else before  # ids of another encoder have nothing in common
+            done = run_stages(
+                trial, surgeries, calibration, latents, row_recipe, before=same, seed=task.seed, watch=watch
+            )
             stages |= {"surgery": done.surgery, "finetuned": done.finetuned}
             kept = done.kept
         stages["before"] = before

@@ -18,6 +18,7 @@ from codebook_tools.evaluation.figures import (
     COLUMNS_OF_LATENTS,
     STAGES,
     CodebookUse,
+    IdUse,
     Measurement,
     figures_of,
     in_markdown,
@@ -78,7 +79,8 @@ class Row:
 def _measurement(content: Mapping[str, Any] | None) -> Measurement | None:
     if content is None:
         return None
-    return Measurement(**{**content, "codebooks": tuple(CodebookUse(**use) for use in content["codebooks"])})
+    ids = {"ids": IdUse(**content["ids"])} if "ids" in content else {}
+    return Measurement(**{**content, "codebooks": tuple(CodebookUse(**use) for use in content["codebooks"]), **ids})
 
 
 @dataclass(frozen=True)

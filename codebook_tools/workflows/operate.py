@@ -311,7 +311,7 @@ def operate_in_memory(
         target.settings |= {"codes": f"{old[0].size} -> {target.size}", **settings_of(strategy)}
     if isinstance(target, Streamed):
         done = run_stages(
-            target, surgeries, calibration, latents, recipe,
+            target, surgeries, calibration, latents, recipe, before=before,
             seed=request.seed, watch=watch, saving=saving, log_dir=request.log_dir,
         )  # fmt: skip
         if done.tuned:
@@ -321,9 +321,11 @@ def operate_in_memory(
                 gallery = gallery_of_run(target, books, bool(surgeries), done.tuned, watch)
         if before and done.kept == "finetuned" and done.finetuned:
             target.warnings += blur_warnings(before, done.finetuned)
-            tokens = target.tokens(watch)
-        else:
-            tokens = current_tokens(target, calibration, done.kept == "surgery", watch)
+        tokens = done.tokens or (
+            target.tokens(watch)
+            if done.kept == "finetuned"
+            else current_tokens(target, calibration, done.kept == "surgery", watch)
+        )
     else:
         assert isinstance(target, FileTarget)
         index_maps = {stage: surgery.index_map for stage, surgery in surgeries.items()}
@@ -349,6 +351,10 @@ def _opened(
 ) -> Opened:
     """A network that runs, after all is checked that a fine-tuning needs."""
     require_tensorboard(request.log_dir)
+    if recipe.steps and recipe.codebook_update == "gradient" and getattr(strategy, "balance", False):
+        raise CodebookError(
+            "--codebook-update gradient moves codes to means of latents, which undoes --balance; use ema or frozen"
+        )
     request.require_trainable(recipe.steps)
     opened = open_request(request, watch)
     model = opened.model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +13,10 @@ from torch import Tensor
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import REMOVED, Codebook, Strategy, Surgery
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.figures import Measurement
+from codebook_tools.evaluation.figures import Measurement, with_changed
 from codebook_tools.evaluation.usage import Survey, Tokens
 from codebook_tools.models.model import Book
+from codebook_tools.remapping.nearest_map import nearest_map
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import device_of
 from codebook_tools.runtime.progress import Watch
@@ -37,10 +38,12 @@ class Calibration:
     Attributes:
         first: Counts and a sample of latents of the first codebook that is operated on.
         tokens: Of every codebook.
+        codebooks: All of them, on the CPU.
     """
 
     first: Survey
     tokens: tuple[Tokens, ...]
+    codebooks: tuple[Codebook, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,7 @@ class Stages:
         index_maps: As Surgery's, without the codes that fine-tuning revived, by index of each codebook that may have
             changed.
         tuned: The fine-tuning; None without it.
+        tokens: Of the calibration data by the state that is kept, of every codebook; None where none were needed.
     """
 
     surgery: Measurement | None
@@ -61,6 +65,7 @@ class Stages:
     kept: str
     index_maps: Mapping[int, Tensor]
     tuned: FineTuned | None
+    tokens: tuple[Tokens, ...] | None = None
 
 
 def require_training_data(opened: Opened, recipe: FineTune) -> None:
@@ -87,10 +92,10 @@ def require_training_data(opened: Opened, recipe: FineTune) -> None:
 
 def calibrate(target: Target, watch: Watch) -> Calibration:
     """Encode and assign the calibration data with the codebooks as they are."""
-    first = target.survey(target.model.chosen[0], watch)
-    if len(target.model.books) == 1:
-        return Calibration(first, (Tokens(first.counts, first.codes),))
-    return Calibration(first, target.tokens(watch))
+    first, books = target.survey(target.model.chosen[0], watch), tuple(map(on_cpu, target.model.books))
+    if len(books) == 1:
+        return Calibration(first, (Tokens(first.counts, first.codes),), books)
+    return Calibration(first, target.tokens(watch), books)
 
 
 def on_cpu(book: Book) -> Codebook:
@@ -166,6 +171,7 @@ def run_stages(
     latents: Latents,
     recipe: FineTune,
     *,
+    before: Measurement | None = None,
     seed: int,
     watch: Watch,
     saving: SnapshotFile | None = None,
@@ -179,6 +185,7 @@ def run_stages(
         calibration: The data before the surgery.
         latents: Of `encoder_latents`, by the encoder as it is.
         recipe: The fine-tuning; of 0 steps for none.
+        before: The figures before the surgery, which later ids are compared with.
         seed: Of the fine-tuning.
         watch: Progress and seconds by phase.
         saving: Where an interrupted fine-tuning is kept; None for nowhere.
@@ -192,10 +199,15 @@ def run_stages(
         kept, after = "surgery", measure_stage(opened, encoder_latents(opened) if several else latents, watch)
     else:
         index_maps = {stage: torch.arange(model.books[stage].codebook.size) for stage in model.chosen}
-    warnings = list[str]()
+    warnings, tokens = list[str](), None
+    has_ids = before is not None and before.ids is not None
+    if recipe.steps or (surgeries and has_ids):
+        tokens = current_tokens(opened, calibration, bool(surgeries), watch)
+    if after and tokens and has_ids:
+        after = with_changed(after, before, _nearest(opened, calibration, index_maps, tokens))
     if recipe.steps:
-        assert isinstance(opened, Opened), "latents from files are fine-tuned on"
-        counts = [tokens.counts for tokens in current_tokens(opened, calibration, bool(surgeries), watch)]
+        assert isinstance(opened, Opened) and tokens is not None, "latents from files are fine-tuned on"
+        counts = [each.counts for each in tokens]
         more, first = _more(opened, surgeries, recipe, calibration, watch), index_maps
         if more:
             first = {stage: (surgeries[stage].first or surgeries[stage]).index_map for stage in index_maps}
@@ -205,6 +217,7 @@ def run_stages(
             tuned = finetune(
                 model, train, validation, recipe, counts,
                 seed=seed, watch=watch, saving=saving, log_dir=log_dir, more=more,
+                powers={stage: surgery.power for stage, surgery in surgeries.items()},
             )  # fmt: skip
         model.round_to_stored()
         if tuned.diverged:
@@ -212,14 +225,13 @@ def run_stages(
         if tuned.stopped:
             warnings.append(tuned.stopped)
         finetuned = measure_stage(opened, encoder_latents(opened), watch)
+        tuned_maps = {stage: _after(tuned, stage, index_map) for stage, index_map in first.items()}
+        tuned_tokens = opened.tokens(watch) if has_ids else None
+        if tuned_tokens:
+            finetuned = with_changed(finetuned, before, _nearest(opened, calibration, tuned_maps, tuned_tokens))
         if tuned.gained:
-            kept = "finetuned"
+            kept, index_maps, tokens = "finetuned", tuned_maps, tuned_tokens
             warnings += _collapse(after, finetuned)
-            for stage, index_map in first.items():
-                if stage in tuned.merged:
-                    index_map = torch.where(index_map == REMOVED, REMOVED, tuned.merged[stage][index_map])
-                gone = torch.isin(index_map, tuned.best.revived[stage].nonzero()[:, 0])
-                index_maps[stage] = index_map.masked_fill(gone, REMOVED)
         else:
             tuned.start.restore(model)
             model.round_to_stored()
@@ -227,7 +239,26 @@ def run_stages(
             why = "lost codes" if tuned.collapsed else f"did not lower the validation error below that of {stage_kept}"
             warnings.append(f"fine-tuning {why}: {stage_kept} is kept")
     opened.warnings += warnings
-    return Stages(after, finetuned, kept, index_maps, tuned)
+    return Stages(after, finetuned, kept, index_maps, tuned, tokens)
+
+
+def _after(tuned: FineTuned, stage: int, index_map: Tensor) -> Tensor:
+    """The index map of a surgery after a fine-tuning, which may have merged and revived codes."""
+    if stage in tuned.merged:
+        index_map = torch.where(index_map == REMOVED, REMOVED, tuned.merged[stage][index_map])
+    return index_map.masked_fill(torch.isin(index_map, tuned.best.revived[stage].nonzero()[:, 0]), REMOVED)
+
+
+def _nearest(
+    opened: Streamed, calibration: Calibration, index_maps: Mapping[int, Tensor], tokens: Sequence[Tokens]
+) -> list[Tensor]:
+    """Of each quantizer stage (old size,) int64: the nearest map from the codebooks of old to those of the model."""
+    maps = list[Tensor]()
+    for stage, old in enumerate(calibration.codebooks):
+        samples = (calibration.tokens[stage].sample, tokens[stage].sample)
+        new, index_map = on_cpu(opened.model.books[stage]), index_maps.get(stage)
+        maps.append(torch.arange(old.size) if index_map is None else nearest_map(index_map, old, new, samples))
+    return [maps[stage] for stage in opened.model.route]
 
 
 def _more(

@@ -382,11 +382,7 @@ def _request(model: Model, data: Data | Values | None, seed: int) -> Request:
         model.request,
         data=train,
         test_data=test,
-        group=None if of.group is None else Path(of.group),
-        **{
-            name: getattr(of, name)
-            for name in ("limit", "size", "crop", "channels", "skip_bad", "batch_size", "workers")
-        },
+        **of.options,
         seed=seed,
         typed=True,  # the bundled sample is never trained on
     )

@@ -26,6 +26,7 @@ from codebook_tools.workflows.pipeline import (
     current_tokens,
     encoder_latents,
     measure_stage,
+    on_cpu,
     perform,
 )
 from codebook_tools.workflows.request import Request
@@ -232,4 +233,5 @@ def _as_it_is(opened: Streamed, calibration: Calibration, watch: Watch) -> Calib
     """The calibration data with the codes that have moved since."""
     tokens = current_tokens(opened, calibration, True, watch)
     tokens_of_first = tokens[opened.model.chosen[0]]
-    return Calibration(replace(calibration.first, counts=tokens_of_first.counts, codes=tokens_of_first.sample), tokens)
+    first = replace(calibration.first, counts=tokens_of_first.counts, codes=tokens_of_first.sample)
+    return Calibration(first, tokens, tuple(map(on_cpu, opened.model.books)))

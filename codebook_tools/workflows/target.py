@@ -23,9 +23,10 @@ from codebook_tools.data.latents import EncodedLatents, ItemLatents
 from codebook_tools.data.rows import Rows
 from codebook_tools.data.splits import Splits
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.accumulators import Draw, Sums
+from codebook_tools.evaluation.accumulators import Draw, Sums, Totals
 from codebook_tools.evaluation.coverage import POINTS, reference_distance, reference_latents
-from codebook_tools.evaluation.figures import Measurement, measurement_of, use_of
+from codebook_tools.evaluation.figures import Measurement, ids_of, measurement_of, use_of
+from codebook_tools.evaluation.ids import Ids
 from codebook_tools.evaluation.measure import reconstructions, totals_of
 from codebook_tools.evaluation.one_pass import MediaSource, WalkSource, run_pass
 from codebook_tools.evaluation.stats_file import Part
@@ -163,6 +164,16 @@ class Streamed(Target):
         with watch.phase("encode"):
             return tokenize(self.model, self.source("calibration", "tokens"), seed=self.request.seed, watch=watch)
 
+    def _with_ids(self, source: MediaSource | WalkSource, totals: Totals, watch: Watch) -> Sums:
+        """The sums of a pass, and the ids of its items where there are several quantizer stages."""
+        if len(self.model.route) == 1:
+            run_pass(source, [totals], watch)
+            return totals.sums
+        size = max(book.codebook.size for book in self.model.books)
+        ids = Ids(size, len(self.model.route), self.request.seed)
+        run_pass(source, [totals, ids], watch)
+        return replace(totals.sums, ids=ids.done())
+
 
 @dataclass(eq=False, kw_only=True)
 class Opened(Streamed):
@@ -224,8 +235,7 @@ class Opened(Streamed):
     def sums(self, references: Sequence[Tensor | None], watch: Watch) -> Sums:
         with watch.phase("measure"):
             totals = totals_of(self.model, self.reference_distances(references))
-            run_pass(reconstructions(self.model, self.test, self.batch), [totals], watch)
-            return totals.sums
+            return self._with_ids(reconstructions(self.model, self.test, self.batch), totals, watch)
 
     def measurement(self, sums: Sums) -> Measurement:
         return measurement_of(sums, "test", self.model.modality.figures)
@@ -317,11 +327,10 @@ class LatentsTarget(Streamed):
     def sums(self, references: Sequence[Tensor | None], watch: Watch) -> Sums:
         with watch.phase("measure"):
             totals = totals_of(self.model, self.reference_distances(references), structure=False)
-            run_pass(self.source("test", "measure on test"), [totals], watch)
-            return replace(totals.sums, images=0)
+            return replace(self._with_ids(self.source("test", "measure on test"), totals, watch), images=0)
 
     def measurement(self, sums: Sums) -> Measurement:
-        return Measurement("test", None, None, None, None, tuple(map(use_of, sums.books)))
+        return Measurement("test", None, None, None, None, tuple(map(use_of, sums.books)), ids=ids_of(sums))
 
     def part(self, watch: Watch) -> Part:
         """The counts, as `measure --stats` keeps them."""

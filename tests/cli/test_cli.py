@@ -109,7 +109,7 @@ def test_settings_say_what_was_asked_and_found_out(on_tiny: Run, images_folder: 
     assert found["seed"] == 3
     assert found["settings"] == {
         "k": 5, "init": "used", "iterations": 7, "exact": False, "engine": "native", "seed": 3, "steps": 2,
-        "train": "decoder",
+        "train": "decoder", "balance": False,
         "codebook_update": "gradient", "loss": "l1", "lr": 0.002, "batch_size": 9, "data": [str(images_folder)],
         "accumulate": 1, "clip": None, "weight_ema": None, "patience": None, "min_usage": 0.0,
         "perceptual": None, "adversarial": False, "distill": 0.0, "entropy": 0.0,

@@ -18,8 +18,11 @@ from surgeries import do, maps_of, output_of, written
 from torch import Tensor
 
 from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.clustering.balanced import BALANCED
 from codebook_tools.codebook import REMOVED
 from codebook_tools.data.images import array_items
+from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.figures import IdUse
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
@@ -120,12 +123,33 @@ def test_each_codebook_is_measured_with_what_the_one_before_leaves(ask: Ask, tmp
     assert int(load_file(stats)[f"{KEYS[1]}/counts"].sum()) == 16 * images
 
 
+def test_a_balanced_refit_is_fine_tuned_as_it_was_made(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    powers, tuned = list[Any](), pipeline.finetune
+    monkeypatch.setattr(pipeline, "finetune", lambda *a, **more: powers.append(more["powers"]) or tuned(*a, **more))
+    do(ask(), Refit(2, balance=True), FineTune(steps=2, batch_size=8, lr=1e-3))
+    assert powers == [{0: BALANCED, 1: BALANCED}]
+    with pytest.raises(CodebookError, match="--codebook-update gradient moves codes to means"):
+        do(ask(force=True), Refit(2, balance=True), FineTune(steps=2, codebook_update="gradient"))
+
+
+def test_ids_of_shards_add_up_to_those_of_the_pass(ask: Ask, tmp_path: Path) -> None:
+    whole, parts = measure_model(ask(), Watch()), [tmp_path / f"{i}.safetensors" for i in (1, 2, 3)]
+    for i, part in enumerate(parts, 1):
+        measure_model(ask(), Watch(), part, (i, 3))
+    merged = measure_model(replace(ask(), data=()), Watch(), merging=parts[::-1])
+    assert whole.before is not None and whole.before.ids and whole.before.ids.unique == 4
+    assert merged.before is not None and merged.before.ids == whole.before.ids
+
+
 def test_a_refit_of_the_second_sees_what_the_refitted_first_leaves(ask: Ask, tmp_path: Path) -> None:
     result = do(ask(), Refit(2))
     # 0.1 and 0.7 leave -0.1 and 0.1 of each pixel; the old first codes would have left -0.1, 0, 0.3 and 0.5.
     assert sorted(firsts(result, 0)) == [0.1, 0.7] and sorted(firsts(result, 1)) == [-0.1, 0.1]
     assert result.surgery is not None and result.surgery.mse == pytest.approx(0, abs=1e-10)
     assert [use.size for use in result.surgery.codebooks] == [2, 2] and result.warnings == ()
+    before, after = (stage.ids for stage in (result.before, result.surgery) if stage)
+    items = 16 * result.surgery.images if result.surgery.images else 0
+    assert before == IdUse(items, 4, 1 - 4 / items) and after is not None and (after.items, after.unique) == (items, 4)
     assert counts(ask(model=output_of(result)), tmp_path / "after.safetensors") == [[0.5, 0.5], [0.5, 0.5]]
     new = written(result)
     for i in range(2):
@@ -138,6 +162,8 @@ def test_a_refit_of_the_second_sees_what_the_refitted_first_leaves(ask: Ask, tmp
     first, second = maps(result, "nearest")
     # Of 0.2, 0.6 and 0.8, once code 1, two are now with 0.7; dead codes go by distance.
     assert first == [low, high, high, low]
+    # So 0.2 has another id than was expected of it, and 0.0 too if its second code went with 0.2.
+    assert after.changed == (0.25 if less == 0 else 0.5)
     # 0.6 was 0.3 + 0.3 and is 0.7 - 0.1, though 0.1 is nearer to 0.3; 0.8 was 0.3 + 0.5 and is 0.7 + 0.1. The pixels
     # 0.0 and 0.2 had code 0 and have one each: the lowest.
     assert second == [0, less, more, more]

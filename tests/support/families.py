@@ -15,7 +15,7 @@ from codebook_tools.checkpoints.tensors import Stored
 from codebook_tools.models.family import Family, Shapes
 from codebook_tools.models.registry import FAMILIES
 
-NAMED_ALONE = {"rosinality-2019"}
+NAMED_ALONE = {"rosinality-2019", "rq-vae-recommender-2025"}
 """Families of another's layout, which count only where they are asked for by name."""
 
 
@@ -58,9 +58,9 @@ def loaded(family: Family, source: Path | Checkpoint) -> Any:
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5, least: float = 0.1) -> None:
     """Equal to `tolerance` of the largest number, which is above `least`."""
     assert ours.shape == theirs.shape
-    size = float(theirs.abs().max())
+    size = float(theirs.detach().abs().max())
     assert size > least
-    assert float((ours - theirs).abs().max()) <= tolerance * max(1.0, size)
+    assert float((ours - theirs).detach().abs().max()) <= tolerance * max(1.0, size)
 
 
 def pictures(channels: int = 3, side: int = 16) -> Tensor:

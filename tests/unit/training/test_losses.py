@@ -119,7 +119,7 @@ def test_states_from_before_it_counts_give_way(model: Model, images: Images) -> 
     """However low their error was; the one at step 0, too."""
     train, validation = images.subset(images.items[:50]), images.subset(images.items[50:])
     recipe = FineTune(steps=8, adversarial=True, batch_size=8)
-    history = History(Trainer(model, train, recipe, [torch.ones(16)], seed=0, more={}), validation, None)
+    history = History(Trainer(model, train, recipe, [torch.ones(16)], seed=0, more={}, powers={}), validation, None)
     kept = []
     for step, error in zip((1, 2, 3, 4, 8), (0.1, 0.2, 0.5, 0.4, 0.6), strict=True):
         point = replace(history.trace[0], step=step, validation_loss=error)
