@@ -101,6 +101,10 @@ def merged(recipe: Mapping[str, Any], options: dict[str, Any], typed: Collection
 def _as_option(option: Declared, value: Any) -> Any:
     from codebook_tools.runtime.type_checks import check_kind
 
+    if option.option.parse:  # typed as text, such as 0,1; a recipe may also say it as YAML's numbers
+        numbers = value if isinstance(value, list) else [value]
+        if all(type(one) in (int, float) for one in numbers):
+            value = ",".join(map(str, numbers))
     several = value if option.repeated and isinstance(value, list) else [value]
     for one in several:
         check_kind(option.name.replace("_", "-"), one, option.kind)

@@ -14,7 +14,9 @@ import yaml
 from conftest import Run, WriteModel, assert_refused, contents, same
 from safetensors.torch import load_file
 
+from codebook_cli.commands.run import merged
 from codebook_tools.checkpoints.layout import index_map_path
+from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import reconstruct
 from codebook_tools.models.families.zalando import CODEBOOK
 from codebook_tools.runtime.progress import Watch
@@ -192,3 +194,17 @@ def test_a_chain_on_the_demo_sees_the_bundled_sample_throughout(tmp_path: Path, 
     found = codebook("run", tmp_path / "recipe.yaml", "-o", tmp_path / "out.safetensors", "--json")
     assert found.exit_code == 0 and all("the error on the test data rose" in text for text in found.json["warnings"])
     assert all(step["stages"]["surgery"]["mse"] > 0 for step in found.json["steps"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [("size", 64, "64"), ("size", [48, 64], "48,64"), ("size", "48,64", "48,64"), ("input_range", [-1, 1.5], "-1,1.5")],
+)
+def test_a_recipe_says_numbers_as_yaml_or_as_the_command_line_does(name: str, value: object, expected: str) -> None:
+    assert merged({name: value}, {name: None}, ()) == {name: expected}
+
+
+def test_a_recipe_refuses_what_is_no_number() -> None:
+    for value in (True, ["a"], {"a": 1}):
+        with pytest.raises(CodebookError, match="size is .*; expected text"):
+            merged({"size": value}, {"size": None}, ())
