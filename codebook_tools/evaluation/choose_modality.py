@@ -45,11 +45,13 @@ def choose_modality(
         The modality, and warnings.
 
     Raises:
-        CodebookError: The network does not take the kind that was asked for, or the first data cannot be read.
+        CodebookError: There is no such kind, the network does not take it, or the first data cannot be read.
     """
     own = modality_of(model.network)
     if asked != AUTO:
-        kind = BY_NAME[asked]
+        kind = BY_NAME.get(asked)
+        if kind is None:
+            raise CodebookError(f"--modality {asked}: expected {', '.join((AUTO, *BY_NAME))}")
         if kind is not Arrays and not kind.accepts(model.network):
             raise CodebookError(f"--modality {asked}: the network says nothing of a sampling rate; give it one")
         return kind, []

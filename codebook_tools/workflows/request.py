@@ -25,10 +25,6 @@ _MOST_WORKERS = 1024
 """Processes that decode; each is a copy of this one, and no machine has more cores."""
 
 
-MODALITY_NAMES = ("auto", "images", "audio", "arrays")
-"""Choices of --modality."""
-
-
 def parse_range(text: str) -> tuple[float, float]:
     """The lowest and the highest value of an input, from "0,1".
 
@@ -132,8 +128,8 @@ class Request:
     modality: Annotated[
         str,
         Option(
-            "What the data are. auto tries a network of yours: arrays go to it as they are.",
-            choices=MODALITY_NAMES,
+            "What the data are: images, audio or arrays, which go to a network of yours as they are. auto tries it.",
+            metavar="NAME",
             panel="Data",
         ),
     ] = "auto"
@@ -266,8 +262,6 @@ class Request:
                 raise CodebookError(f"{name.replace('_', '-')}={value} is below 1")
         if self.crop not in ("center", "none"):
             raise CodebookError(f"crop={self.crop}: expected center or none")
-        if self.modality not in MODALITY_NAMES:
-            raise CodebookError(f"modality={self.modality}: expected one of {', '.join(MODALITY_NAMES)}")
         if self.latent_axis == 0:
             raise CodebookError("latent-axis=0 is the axis of the items; expected 1 or more, or -1 for the last")
         if self.workers is not None and not 0 <= self.workers <= _MOST_WORKERS:
@@ -319,7 +313,7 @@ class Request:
         bounds = settings["input_range"]
         return replace(
             self,
-            modality=settings["modality"] if settings["modality"] in MODALITY_NAMES else self.modality,
+            modality=settings["modality"],
             input_range=None if bounds is None else (bounds[0], bounds[1]),
         )
 

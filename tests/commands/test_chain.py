@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from codebook_cli.commands.run import merged
 from conftest import Run, WriteModel, assert_refused, contents, same
 from safetensors.torch import load_file
 
-from codebook_cli.commands.run import merged
 from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.measure import reconstruct
