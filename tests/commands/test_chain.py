@@ -206,5 +206,5 @@ def test_a_recipe_says_numbers_as_yaml_or_as_the_command_line_does(name: str, va
 
 def test_a_recipe_refuses_what_is_no_number() -> None:
     for value in (True, ["a"], {"a": 1}):
-        with pytest.raises(CodebookError, match="size is .*; expected text"):
+        with pytest.raises(CodebookError, match=r"size is .*; expected text"):
             merged({"size": value}, {"size": None}, ())
