@@ -31,8 +31,8 @@ class Splits:
     @property
     def calibration(self) -> Sequence[Item]:
         """Train and validation items in order of name, for counts and k-means."""
-        if isinstance(self.train, Rows) and isinstance(self.validation, Rows):
-            return self.train.joined(self.validation)
+        if isinstance(self.train, Rows):
+            return self.train.joined(self.validation) if isinstance(self.validation, Rows) else self.train
         return in_order([*self.train, *self.validation])
 
 

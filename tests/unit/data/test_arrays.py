@@ -23,7 +23,7 @@ from codebook_tools.data.groups import grouped, read_groups
 from codebook_tools.data.items import InMemory, Item, find_items
 from codebook_tools.data.rows import Rows
 from codebook_tools.data.sampling import sample_keys
-from codebook_tools.data.splits import limited, split
+from codebook_tools.data.splits import Splits, limited, split
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.accumulators import Totals
 from codebook_tools.evaluation.figures import measurement_of
@@ -222,6 +222,7 @@ def test_rows_are_selected_by_bits_as_items_would_be(tmp_path: Path, monkeypatch
     for name in ("train", "validation", "test", "calibration"):
         assert list(map(str, getattr(by_bits, name))) == list(map(str, getattr(one_by_one, name)))
     assert 20 < len(by_bits.test) < 65
+    assert isinstance(Splits(rows, [], []).calibration, Rows)  # a list would hold an object for each of millions
     few = limited(by_bits.calibration, 50, seed=3)
     assert len(few) == 50 and [str(item) for item in few] == [str(few[i]) for i in range(50)] == [
         str(i) for i in few[:]
