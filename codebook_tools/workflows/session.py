@@ -109,7 +109,9 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False, who
     opened.settings |= {
         "data": [str(one) for one in request.data] or ([SAMPLE] if splits.calibration else []),
         "test_data": [str(one) for one in request.test_data],
+        "group": str(request.group) if request.group else None,
         "modality": model.modality.name,
+        "latent_axis": request.latent_axis,
         "images": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         **{name: getattr(request, name) for name in ("limit", "crop", "channels", "skip_bad")},
         "size": list(request.size) if isinstance(request.size, tuple) else request.size,

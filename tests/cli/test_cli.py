@@ -116,7 +116,7 @@ def test_settings_say_what_was_asked_and_found_out(on_tiny: Run, images_folder: 
         "test_data": [str(held_out_folder)], "images": {"train": 54, "validation": 6, "test": 12},
         "input_range": [-1.0, 1.0], "device": "cpu",
         "precision": "fp32", "metric": "euclidean", "limit": None, "size": None, "channels": None,
-        "modality": "images", "crop": "center",
+        "modality": "images", "crop": "center", "group": None, "latent_axis": None,
         "skip_bad": False, "network": None,
     }  # fmt: skip
 

@@ -12,7 +12,7 @@ def wrong_input_range(evidence: Evidence) -> Finding:
     """Found where the codes fit the latents of images in another range than the network's own, and not in that."""
     own = evidence.ranges.get(evidence.input_range)
     if own is None:
-        return not_checked(evidence.unseen or "sound is not mapped to a range")
+        return not_checked(evidence.unseen or "images alone are mapped to a range")
     others = {bounds: left for bounds, left in evidence.ranges.items() if bounds != evidence.input_range}
     bounds, least = min(others.items(), key=lambda pair: pair[1])
     summary = (
