@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import ge, mod
 
 import numpy as np
 import torch
@@ -105,15 +106,18 @@ def span(values: Tensor, position: Sequence[int], grid: Sequence[int]) -> Tensor
         grid: Lengths of the axes of the grid; none for a latent of the whole item.
 
     Returns:
-        The part; the whole item where no axes of it follow the grid.
+        The part; the whole item where no axes of it follow the grid. Of several, those whose lengths it divides go
+        first, then the last ones.
     """
     axes = len(grid)
-    for first in range(values.ndim - axes, -1, -1):
-        lengths = values.shape[first : first + axes]
-        if axes and all(length >= cells for length, cells in zip(lengths, grid, strict=True)):
-            cuts = [slice(None)] * values.ndim
-            for i, (length, cells, at) in enumerate(zip(lengths, grid, position, strict=True)):
-                step = length / cells
-                cuts[first + i] = slice(max(0, round((at - 2) * step)), min(length, max(1, round((at + 3) * step))))
-            return values[tuple(cuts)]
-    return values
+    places = range(values.ndim - axes, -1, -1) if axes else ()
+    follows = [first for first in places if all(map(ge, values.shape[first : first + axes], grid))]
+    # An axis that is halved some times is a multiple of what is left; (t, channels) are as usual as (channels, t).
+    follows.sort(key=lambda first: any(map(mod, values.shape[first : first + axes], grid)))
+    if not follows:
+        return values
+    cuts = [slice(None)] * values.ndim
+    for axis, cells, at in zip(range(follows[0], values.ndim), grid, position, strict=False):
+        step = values.shape[axis] / cells
+        cuts[axis] = slice(max(0, round((at - 2) * step)), min(values.shape[axis], max(1, round((at + 3) * step))))
+    return values[tuple(cuts)]
