@@ -4,7 +4,7 @@
 
 Needs what train.py wrote. Writes benchmarks/results/examples/NAME.json: each command as it is typed in the repository's
 folder, its exit code and its JSON. A command that is there already, of the same weights, is not run again. Then
-tables.py writes the table.
+example_tables.py writes the table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tables import RESULTS, write
+from example_tables import RESULTS, write
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -49,7 +49,7 @@ REPAIRS = {
     "signals": Repair("model.pt", "--data {work}/data.npy --group {work}/patients.npy --latent-axis 1", 128, 300),
     "motion": Repair("model.pt", "--data {work}/data.npy", 128, 200),
     "items": Repair("model.safetensors", "--data {work}/data.npy", 256, 300),
-    "clips": Repair("model.pt", "--data {work}/data.npy --test-data {work}/test.npy --batch-size 32", 128, 100),
+    "clips": Repair("model.pt", "--data {work}/data.npy --test-data {work}/test.npy --batch-size 32", 128, 60),
 }
 
 

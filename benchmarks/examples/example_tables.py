@@ -1,6 +1,6 @@
 """The table of benchmarks/results/examples/README.md, from the JSON beside it.
 
-python benchmarks/examples/tables.py
+python benchmarks/examples/example_tables.py
 """
 
 from __future__ import annotations
