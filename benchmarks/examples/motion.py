@@ -40,6 +40,8 @@ def blocks(width: int, reverse: bool) -> nn.Sequential:
 class MotionVQVAE(nn.Module):
     """Windows (n, frames, joints) in radians; latents (n, dim, frames / 4)."""
 
+    mean: Tensor
+    std: Tensor
     codebooks = tuple(f"quantizers.{level}.embedding.weight" for level in range(LEVELS))
 
     def __init__(self, codebook_size: int = 512, width: int = 64, dim: int = 64) -> None:

@@ -142,7 +142,7 @@ class Quantizer:
         codes, rows = self.codes[level], latents.movedim(1, -1)
         flat = rows.detach().flatten(0, -2)
         chosen = nearest(flat, Codebook(codes.detach()))
-        self.used[level] = len(chosen.unique())
+        self.used[level] = len(torch.unique(chosen))
         quantized = functional.embedding(chosen, codes).reshape(rows.shape).movedim(-1, 1)
         if self.recipe.update == "gradient":
             self.losses.append(self.recipe.codebook * functional.mse_loss(quantized, latents.detach()))
@@ -170,10 +170,11 @@ def train(name: str, seed: int = 0) -> dict[str, Any]:
     for file, array in files.items():
         np.save(folder / file, array)
     media = torch.from_numpy(files["data.npy"])
-    network: nn.Module = example.make(recipe.codes)
-    if hasattr(network, "std"):
-        network.std.copy_(media.std((0, 1)))
-        network.mean.copy_(media.mean((0, 1)))
+    network: Any = example.make(recipe.codes)
+    buffers = dict(network.named_buffers())
+    if "std" in buffers:
+        buffers["std"].copy_(media.std((0, 1)))
+        buffers["mean"].copy_(media.mean((0, 1)))
     optimizer = getattr(torch.optim, recipe.optimizer)(network.parameters(), lr=recipe.rate, betas=recipe.betas)
     warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, recipe.warmup)))
     quantizer = Quantizer(network, recipe)
