@@ -28,6 +28,9 @@ class Named(Protocol):
         ...
 
 
+_PIECES = 1024
+"""Pieces of a sample at most, before they are made one."""
+
 Hashed = NDArray[np.uint64]
 """(n,) hashes in place of names, for rows of files, which are too many to be named."""
 
@@ -105,7 +108,8 @@ class Sampler:
             rows = torch.from_numpy(chosen)
             self._kept.append((keys[chosen], tuple(column.cpu()[rows] for column in columns)))
         self._count += len(chosen)
-        if self._count > self._limit + max(self._limit // 4, 65_536):  # rarely, so that n latents cost O(n)
+        full = self._count > self._limit + max(self._limit // 4, 65_536)  # rarely, so that n latents cost O(n)
+        if full or (len(self._kept) > _PIECES and self._count > self._limit):  # or small pieces would add up
             self._kept = [self._smallest()]
             self._count, self._ceiling = self._limit, self._kept[0][0].max()
 
