@@ -106,8 +106,8 @@ def test_the_watch_gets_iterations_and_inertia() -> None:
 
 
 def test_afkmc2_draws_its_second_seed_in_proportion_to_squared_distance() -> None:
-    """A long chain forgets its proposal. From the first seed 0 the point 1 has weight 1, the point 3 has weight 9."""
-    points = np.array([[0.0], [1.0], [3.0]], dtype=np.float32)
+    """A long chain forgets its proposal. From the first seed 0 a point at 1 has weight 1, one at 3 has weight 9."""
+    points = np.repeat(np.array([[0.0], [1.0], [3.0]], dtype=np.float32), 10, 0)
     second = {0.0: [], 1.0: [], 3.0: []}  # type: dict[float, list[float]]
     for seed in range(1200):
         first, other = afkmc2(points, 2, np.random.default_rng(seed), chain=50)[:, 0].tolist()

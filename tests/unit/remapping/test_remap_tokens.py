@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import KEY, Outcome, Run, WriteMap, assert_refused, contents, save_map
+from conftest import KEY, Outcome, Patch, Run, WriteMap, assert_refused, contents, save_map
 from drawing import SPARSE, sparse_tar, tar_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -282,8 +282,15 @@ def test_an_axis_runs_over_the_codebooks(remap: Run, tokens: Save, tmp_path: Pat
     assert remap(path, map_path, "--codebook-key", "layers.2.embed").exit_code == 0
     assert np.array_equal(written(path), (values[:, :2] + 2) % 4)
     keys = ("--codebook-key", "layers.10.embed", "--codebook-key", "layers.0.embed")
+    assert_refused(remap(path, map_path, *keys), "the map has 2 codebooks; --axis N says")
     assert remap(path, map_path, "--axis", 1, *keys).exit_code == 0, "in the order asked for"
     assert np.array_equal(written(path), (values[:, :2] + np.array([10, 0])[:, None]) % 4)
+
+
+def test_many_values_are_no_repetition(remap: Run, pruned: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr("codebook_tools.remapping.parquet._MOST_VALUES", 1)
+    parquet.write_table(pa.table({"t": [[0, 2], [5, 5]]}), tmp_path / "t.parquet")
+    assert remap(tmp_path / "t.parquet", pruned).exit_code == 0
 
 
 def test_levels_of_lists_are_axes(remap: Run, tmp_path: Path) -> None:
