@@ -20,7 +20,8 @@ from weight_files import CODEBOOK, NEW, STATE, safetensors_bytes, save_pickle
 from codebook_tools.checkpoints import hashing
 from codebook_tools.checkpoints.config import entry_of, parse_config, with_entries
 from codebook_tools.checkpoints.hashing import file_sha256, hash_ahead
-from codebook_tools.checkpoints.read import read_checkpoint, torch_dtype
+from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint, torch_dtype
+from codebook_tools.checkpoints.tensors import InMemory
 from codebook_tools.checkpoints.write import check_writable, maps_sha256, write_checkpoint
 from codebook_tools.errors import CodebookError
 
@@ -117,14 +118,23 @@ def test_a_checkpoint_can_replace_the_file_that_it_is_made_from(mixed: Path) -> 
 # --- whether a place can be written, asked beforehand --------------------------------------------------------------
 def test_a_place_that_cannot_be_written_is_refused_beforehand(tmp_path: Path) -> None:
     (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "home").mkdir()
     for name, message in (
         ("missing/out.safetensors", r"no such folder: .*missing"),
         ("folder.safetensors", "is a directory"),
+        ("home", "is not a directory that codebook-tools wrote"),
         *(("x" * length + ".safetensors", "cannot write in") for length in (228, 238, 288)),  # no room for partial, map
     ):
         with pytest.raises(CodebookError, match=message):
             check_writable(tmp_path / name, force=True)
     assert contents(tmp_path) == {}
+
+
+def test_the_hash_of_tensors_in_memory_tells_name_dtype_and_shape() -> None:
+    ones = torch.ones(2, 3)
+    tensors = [("a", ones), ("b", ones), ("a", ones.view(3, 2)), ("a", ones.view(torch.int32)), ("a", 2 * ones)]
+    hashes = [Checkpoint(Path("net"), {key: InMemory(key, value)}, {}, ()).sha256 for key, value in tensors]
+    assert len(set(hashes)) == len(tensors)
 
 
 # --- hashes of files that are begun ahead, and never of what is no longer there --------------------------------------

@@ -124,6 +124,8 @@ FACTS: dict[str, tuple[Shapes, dict[str, set[str]], set[str]]] = {
     "a projection whose width happens to be K": (
         {f"{Q}in_proj.weight": (8, 1024, 1), f"{Q}out_proj.weight": (1024, 8, 1), f"{Q}codebook.weight": (1024, 8)},
         {f"{Q}codebook.weight": set()}, {f"{Q}in_proj.weight", f"{Q}out_proj.weight"}),
+    "a convolution without bias that is called like a codebook": (
+        {**convs(), LDM: (512, 64), "quantize.embed.weight": (512, 64, 1)}, {LDM: {"quantize.embed.weight"}}, set()),
     "an encoder inside the quantizer": (
         {f"{Q}embedding.weight": (512, 64), f"{Q}cluster_size": (512,), f"{Q}encoder.fc.weight": (512, 64)},
         {f"{Q}embedding.weight": {f"{Q}cluster_size"}}, {f"{Q}encoder.fc.weight"}),

@@ -106,8 +106,8 @@ def test_the_watch_gets_iterations_and_inertia() -> None:
 
 
 def test_afkmc2_draws_its_second_seed_in_proportion_to_squared_distance() -> None:
-    """A long chain forgets its proposal. From the first seed 0 the point 1 has weight 1, the point 3 has weight 9."""
-    points = np.array([[0.0], [1.0], [3.0]], dtype=np.float32)
+    """A long chain forgets its proposal. From the first seed 0 a point at 1 has weight 1, one at 3 has weight 9."""
+    points = np.repeat(np.array([[0.0], [1.0], [3.0]], dtype=np.float32), 10, 0)
     second = {0.0: [], 1.0: [], 3.0: []}  # type: dict[float, list[float]]
     for seed in range(1200):
         first, other = afkmc2(points, 2, np.random.default_rng(seed), chain=50)[:, 0].tolist()
@@ -295,9 +295,9 @@ def test_without_error_nothing_moves_and_unit_rows_stay_unit() -> None:
 
 def test_kmeans_finds_every_island_where_seeds_and_lloyd_alone_miss_some() -> None:
     points, means = islands(200, 40)
-    for seed in range(2):
-        centroids = kmeans(points, 200, init="random", seed=seed, watch=Watch()).centroids
-        assert len(nearest(means, Codebook(centroids)).unique()) == 200
+    for seed, scale in enumerate((1.0, 1e-4)):
+        centroids = kmeans(scale * points, 200, init="random", seed=seed, watch=Watch()).centroids
+        assert len(nearest(scale * means, Codebook(centroids)).unique()) == 200
     alone = KMeans(200, init="random", n_init=1, random_state=0).fit(points.numpy()).cluster_centers_
     assert len(nearest(means, Codebook(torch.from_numpy(alone))).unique()) < 190
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -345,6 +346,9 @@ def test_a_character_of_a_remapped_priors_metadata_that_is_another_is_found(
 ) -> None:
     output, verify = followed(shards)
     assert codebook(*verify).exit_code == 0
+    about = {name: read_checkpoint(output).metadata[f"codebook_tools.{name}"] for name in OURS}
+    digest = about.pop("about_sha256")  # the same in all versions, which verify each other's files
+    assert digest == hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     checked = 0
     for path in sorted(output.glob("*.safetensors")):
         whole = path.read_bytes()

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import KEY, Outcome, Run, WriteMap, assert_refused, contents, save_map
+from conftest import KEY, Outcome, Patch, Run, WriteMap, assert_refused, contents, save_map
 from drawing import SPARSE, sparse_tar, tar_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,7 +162,8 @@ def test_special_ids_keep_their_place_beside_the_codes(remap: Run, with_model: W
     options = ("--offset", 2, "--special", 2, "--on-removed", "mask=5")
     assert remap(path, with_model("m", 2, ([1, -1, -1, 0], [1, 1, 0, 0])), *options).exit_code == 0
     assert written(path).tolist() == [0, 1, 3, 5, 5, 2, 4, 5]
-    grown = with_model("g", 300, ([0, 1, 2, 3], [0, 1, 2, 3]))
+    full, grown = (with_model(f"g{size}", size, ([0, 1, 2, 3], [0, 1, 2, 3])) for size in (255, 300))
+    assert remap(tokens([4], np.uint8), full, "--special", 1).exit_code == 0 and written(path).tolist() == [255]
     message = "token 4 becomes 300, for which uint8 has no room; store the tokens in a wider dtype first"
     assert_refused(remap(tokens([4], np.uint8), grown, "--special", 1), message)
 
@@ -181,6 +182,7 @@ def test_a_safetensors_file_changes_in_its_tokens_alone(remap: Run, pruned: Path
     both = remap(path, pruned, "--key", "a.tokens", "--key", "label")
     assert both.exit_code == 0 and load_file(output)["label"].tolist() == [3, 1]
     assert_refused(remap(path, pruned, "--key", "w"), "the tensor w holds no integers")
+    assert_refused(remap(path, pruned, "--key", "x"), "the tensor x is not there")
     del tensors["w"]
     save_file(tensors, path)
     message = "could be tokens in each of the tensors a.tokens, label; name what holds them with --key"
@@ -284,11 +286,13 @@ def test_an_axis_runs_over_the_codebooks(remap: Run, tokens: Save, tmp_path: Pat
     assert remap(path, map_path, "--codebook-key", "layers.2.embed").exit_code == 0
     assert np.array_equal(written(path), (values[:, :2] + 2) % 4)
     keys = ("--codebook-key", "layers.10.embed", "--codebook-key", "layers.0.embed")
+    assert_refused(remap(path, map_path, *keys), "the map has 2 codebooks; --axis N says")
     assert remap(path, map_path, "--axis", 1, *keys).exit_code == 0, "in the order asked for"
     assert np.array_equal(written(path), (values[:, :2] + np.array([10, 0])[:, None]) % 4)
 
 
-def test_levels_of_lists_are_axes(remap: Run, tmp_path: Path) -> None:
+def test_levels_of_lists_are_axes(remap: Run, tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr("codebook_tools.remapping.parquet._MOST_VALUES", 1)  # in a large file many are no repetition
     path, map_path = tmp_path / "t.parquet", save_map(tmp_path / "map.safetensors", STAGES)
     parquet.write_table(pa.table({"t": [[[0, 1], [0], [3]], None, [[2]]]}), path)
     assert remap(path, map_path, "--axis", 1).exit_code == 0

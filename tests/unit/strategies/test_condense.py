@@ -90,6 +90,11 @@ def test_rows_that_are_given_out_at_unit_length_are_merged_by_direction(line: Li
     assert ours.merged is not None and ours.merged.tolist() == [0, 0, 1, 2]
 
 
+@pytest.mark.parametrize("hits", [0, 1, 7])
+def test_usage_is_a_fraction_of_all_hits(line: Line, hits: int) -> None:
+    assert averaged(line([0.0, 1.0]), [0.0, 1.0], [hits, 0]).usage.tolist() == [float(hits > 0), 0.0]
+
+
 def test_dead_codes_leave_those_in_use_where_they_are(line: Line) -> None:
     ours = averaged(line([0.0, 1.0]), [0.0, 0.4, 1.0, 0.41, 7.0], [4, 0, 4, 0, 0])
     ours.merge(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,6 +58,12 @@ def test_nothing_is_added_where_nothing_is_missing_and_metric_and_bits_stay() ->
     book = Codebook(torch.eye(2), COSINE_UNIT)
     padded = filled(Surgery(book, torch.tensor([REMOVED]), bits=4), book, torch.tensor([1]), 4)
     assert (padded.codebook.metric, padded.bits) == (COSINE_UNIT, 4)
+
+
+@pytest.mark.parametrize(("codes", "stays"), [(4, False), (5, True)])
+def test_more_codes_to_start_with_stay_where_padding_has_fewer(codes: int, stays: bool) -> None:
+    first = surgery([*range(codes)], [REMOVED] * 6)
+    assert (filled(replace(PRUNED, first=first), OLD, COUNTS, 4).first is first) == stays
 
 
 def numbers(most: int, max_size: int) -> st.SearchStrategy[list[int]]:

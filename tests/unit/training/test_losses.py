@@ -19,7 +19,7 @@ from torch import Tensor
 
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.clustering.metric import COSINE, DOT
-from codebook_tools.codebook import EUCLIDEAN
+from codebook_tools.codebook import EUCLIDEAN, Codebook
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
@@ -243,3 +243,13 @@ def test_terms_of_the_codebooks_are_means_over_stages_in_units_of_the_latents_va
     assert {name: float(term) for name, term in terms.items()} == {
         "reconstruction": 0.0, "codebook": 1.0, "commitment": 1.0,
     }  # fmt: skip
+
+
+def test_the_term_of_the_entropy_is_a_mean_over_stages() -> None:
+    stages = ((-1.0, 1.0), (-THIRD, THIRD))
+    latents = [torch.tensor(values)[:, None, None, None] for values in stages]
+    book = Codebook(torch.tensor([[-1.0], [1.0]]))
+    outputs = [Quantized(rows, torch.tensor([[[0]], [[1]]]), rows, book) for rows in latents]  # type: ignore[arg-type]
+    losses = Reconstruction(Scales(pixels=1.0, latents=(1.0, 1.0)), "mse", moves_codes=False, entropy=0.5)
+    expected = 0.5 * (-1 + (QUARTERS - 1)) / 2
+    assert float(losses(MEDIA, MEDIA, outputs)["entropy"]) == pytest.approx(expected, abs=1e-3)
