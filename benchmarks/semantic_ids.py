@@ -72,7 +72,7 @@ def perceptron(widths: Sequence[int]) -> nn.Sequential:
 
 
 class RQVAE(nn.Module):
-    """Items are images of one row, (n, 1, 1, DIM), to the library."""
+    """Items (n, DIM) through perceptrons and residual levels of codes."""
 
     def __init__(self, k: int) -> None:
         super().__init__()
@@ -81,9 +81,8 @@ class RQVAE(nn.Module):
         self.levels = nn.ParameterList(map(nn.Parameter, codes))
         self.codebooks = tuple(f"levels.{i}" for i in range(LEVELS))
 
-    def encode(self, images: Tensor) -> Tensor:
-        latents: Tensor = self.encoder(images.flatten(1))[..., None]
-        return latents
+    def encode(self, rows: Tensor) -> Tensor:
+        return torch.as_tensor(self.encoder(rows))
 
     def walk(self, latents: Tensor, quantize: Any) -> Tensor:
         left, total = latents, torch.zeros(())
@@ -93,8 +92,7 @@ class RQVAE(nn.Module):
         return total
 
     def decode(self, quantized: Tensor) -> Tensor:
-        decoded: Tensor = self.decoder(quantized[..., 0])[:, None, None]
-        return decoded
+        return torch.as_tensor(self.decoder(quantized))
 
     def loss(self, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The loss of a batch, and its codes of each level."""
@@ -128,12 +126,10 @@ def collapsed(rows: Tensor, k: int, seed: int) -> tuple[RQVAE, int]:
 
 def figures(network: RQVAE, rows: Tensor) -> dict[str, float]:
     """Of all items."""
-    bounds = float(rows.min()), float(rows.max())
-    model = ct.wrap(network, input_range=bounds, metric="euclidean")
-    found = ct.measure(model, ct.Data(test=rows[:, None, None], values=bounds, batch_size=1000))
+    found = ct.measure(ct.wrap(network, metric="euclidean"), ct.Data(test=rows))
     assert found.ids is not None
     used = sum(use.used for use in found.codebooks) / sum(use.size for use in found.codebooks)
-    error = found.error * (bounds[1] - bounds[0]) ** 2 / float(rows.var(0).mean())
+    error = found.error / float(rows.var(0).mean())
     by_level = {f"perplexity {i}": use.perplexity for i, use in enumerate(found.codebooks)}
     largest = {f"largest {i}": use.top_share * use.size for i, use in enumerate(found.codebooks)}
     return {"collision rate": found.ids.collision_rate, "nmse": error, "used": used, **by_level, **largest}
@@ -144,13 +140,12 @@ def of_seed(seed: int, k: int, steps: int) -> dict[str, dict[str, float]]:
     rows = items(seed)
     network, trained = collapsed(rows, k, seed)
     found = {"before": {**figures(network, rows), "steps": float(trained)}}
-    bounds = float(rows.min()), float(rows.max())
     for name, (balance, tuned) in ROWS.items():
         own, since = copy.deepcopy(network), time.perf_counter()
-        data = ct.Data(rows[:, None, None], values=bounds, batch_size=BATCH)
+        data = ct.Data(rows, batch_size=BATCH)
         recipe = ct.FineTune(steps=steps * tuned, batch_size=BATCH)
         strategy = ct.strategies.Refit(k=k, balance=balance, seed=seed)
-        run = ct.operate(ct.wrap(own, input_range=bounds, metric="euclidean"), data, strategy, recipe, seed=seed)
+        run = ct.operate(ct.wrap(own, metric="euclidean"), data, strategy, recipe, seed=seed)
         after = run.finetuned or run.surgery
         assert after is not None and after.ids is not None and after.ids.changed is not None
         found[name] = {**figures(own, rows), "changed": after.ids.changed}
