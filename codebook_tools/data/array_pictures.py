@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from operator import ge, mod
 
@@ -88,7 +89,7 @@ def _frames(array: np.ndarray[tuple[int, ...], np.dtype[np.float64]], low: float
     """Frames of (3, t, height, width) or (t, height, width); further axes are laid on top of one another."""
     colored = array.ndim == 4 and array.shape[0] == 3
     frames = array.swapaxes(0, 1) if colored else array.reshape(-1, 1, *array.shape[-2:])
-    chosen = frames[np.linspace(0, len(frames) - 1, min(_FRAMES, len(frames))).round().astype(int)]
+    chosen = frames[_chosen(len(frames))]
     pixels = torch.from_numpy((chosen - low) / (high - low)).float().clamp(0, 1)
     return torch.cat([*pixels.expand(-1, 3, -1, -1)], 2)
 
@@ -109,15 +110,48 @@ def span(values: Tensor, position: Sequence[int], grid: Sequence[int]) -> Tensor
         The part; the whole item where no axes of it follow the grid. Of several, those whose lengths it divides go
         first, then the last ones.
     """
-    axes = len(grid)
-    places = range(values.ndim - axes, -1, -1) if axes else ()
-    follows = [first for first in places if all(map(ge, values.shape[first : first + axes], grid))]
-    # An axis that is halved some times is a multiple of what is left; (t, channels) are as usual as (channels, t).
-    follows.sort(key=lambda first: any(map(mod, values.shape[first : first + axes], grid)))
-    if not follows:
+    first = following(values.shape, grid)
+    if first is None:
         return values
     cuts = [slice(None)] * values.ndim
-    for axis, cells, at in zip(range(follows[0], values.ndim), grid, position, strict=False):
+    for axis, cells, at in zip(range(first, values.ndim), grid, position, strict=False):
         step = values.shape[axis] / cells
         cuts[axis] = slice(max(0, round((at - 2) * step)), min(values.shape[axis], max(1, round((at + 3) * step))))
     return values[tuple(cuts)]
+
+
+def following(shape: Sequence[int], grid: Sequence[int]) -> int | None:
+    """The first of the axes of an item that follow the axes of the grid of its latents; None for none."""
+    axes = len(grid)
+    places = range(len(shape) - axes, -1, -1) if axes else ()
+    fitting = [first for first in places if all(map(ge, shape[first : first + axes], grid))]
+    # An axis that is halved some times is a multiple of what is left; (t, channels) are as usual as (channels, t).
+    return min(fitting, key=lambda first: any(map(mod, shape[first : first + axes], grid)), default=None)
+
+
+def lay_out(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """Lay out tokens as `draw` lays out their item, whose time must run along the picture.
+
+    Args:
+        tokens: (*grid).
+        shape: Of the item.
+
+    Returns:
+        (rows, columns); of a clip, each frame that is drawn has the tokens of its time.
+    """
+    if tokens.ndim == 2:
+        return tokens
+    if tokens.ndim != 3:
+        return tokens.reshape(1, -1)
+    first = following(shape, tokens.shape)
+    if first is None:
+        return torch.cat([*tokens], 1)
+    times, channels = shape[first], math.prod(shape[:first])
+    frames = times if channels == 3 else times * channels  # three channels are colors, others frames of their own
+    return torch.cat([tokens[frame % times * len(tokens) // times] for frame in _chosen(frames)], 1)
+
+
+def _chosen(frames: int) -> list[int]:
+    """The frames of a clip that are drawn."""
+    chosen: list[int] = np.linspace(0, frames - 1, min(_FRAMES, frames)).round().astype(int).tolist()
+    return chosen

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools.codebook import Codebook
+from codebook_tools.data.array_pictures import following, lay_out
 from codebook_tools.data.modality import Modality
 from codebook_tools.data.splits import limited
 from codebook_tools.errors import CodebookError
@@ -73,12 +74,14 @@ class Example:
         original: (channels, height, width) in [0, 1], the image, or the picture of the item.
         tokens: (rows, columns) int64.
         decoded: (channels, height, width) in [0, 1], the reconstruction.
+        positions: Number of tokens; those of a frame that is drawn twice are in `tokens` twice.
     """
 
     name: str
     original: Tensor
     tokens: Tensor
     decoded: Tensor
+    positions: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,13 +282,9 @@ def _examples(opened: Opened, stage: int) -> tuple[Example, ...]:
     for items, media in few.batches(_EXAMPLES):
         decoded = reconstruct(opened.model, media)
         for item, own, codes, made in zip(items, media, decoded.codes[stage].cpu(), decoded.media.cpu(), strict=True):
+            if own.ndim == 2 and following(own.shape, codes.shape) == 0 and codes.ndim == 1:
+                own, made = own.T, made.T  # so that time runs along the picture, as along its tokens
             pictures = modality.picture(own), modality.picture(made, own)
-            examples.append(Example(str(item), pictures[0], _laid_out(codes), pictures[1]))
+            tokens = lay_out(codes, own.shape)
+            examples.append(Example(str(item), pictures[0], tokens, pictures[1], codes.numel()))
     return tuple(examples)
-
-
-def _laid_out(tokens: Tensor) -> Tensor:
-    """(rows, columns): tokens (*grid) as `Modality.picture` lays out what they are of."""
-    if tokens.ndim == 3:  # frames side by side
-        return torch.cat([*tokens], 1)
-    return tokens if tokens.ndim == 2 else tokens.reshape(1, -1)

@@ -97,8 +97,8 @@ def _tokens(example: Example, colors: Tensor) -> list[Picture]:
         Picture(
             blended,
             f"{example.name}, its tokens in colors",
-            f"its tokens: {many} codes at {example.tokens.numel()} positions"
-            if example.tokens.numel() > 1
+            f"its tokens: {many} codes at {example.positions} positions"
+            if example.positions > 1
             else f"its token: code {int(example.tokens)}",
         ),
         Picture(decoded, f"{example.name}, decoded from its tokens", "decoded from its tokens"),

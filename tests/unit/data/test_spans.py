@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from codebook_tools.data.array_pictures import span
+from codebook_tools.data.array_pictures import draw, lay_out, span
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,16 @@ def test_a_span_is_two_cells_to_each_side_along_the_axes_that_follow_the_grid(
     numbered = torch.arange(torch.tensor(shape).prod()).reshape(shape)
     cut = span(numbered, position, grid)
     assert cut.shape == part and int(cut.flatten()[0]) == int(numbered[start])
+
+
+def test_each_frame_of_a_clip_has_the_tokens_of_its_time() -> None:
+    tokens = torch.tensor([[[1, 2], [3, 4]], [[5, 6], [7, 8]]])  # two times of 2 by 2
+    laid_out = lay_out(tokens, (1, 4, 6, 6))
+    assert laid_out.tolist() == [[1, 2, 1, 2, 5, 6, 5, 6], [3, 4, 3, 4, 7, 8, 7, 8]]
+    assert draw(torch.rand(1, 4, 6, 6)).shape == (3, 6, 24)
+    sixteen = lay_out(torch.arange(16).reshape(16, 1, 1), (1, 16, 6, 6))  # of which eight are drawn
+    assert sixteen.tolist() == [[0, 2, 4, 6, 9, 11, 13, 15]]
+    assert lay_out(tokens, (2, 2, 6, 6)).tolist()[0] == [1, 2, 5, 6, 1, 2, 5, 6]  # two channels, each of two frames
+    assert lay_out(tokens, (3, 2, 6, 6)).tolist()[0] == [1, 2, 5, 6]
+    assert lay_out(torch.arange(4), (64, 29)).tolist() == [[0, 1, 2, 3]]
+    assert lay_out(torch.tensor(7), (768,)).tolist() == [[7]]
