@@ -20,7 +20,7 @@ LIMIT = 1 << 25
 SAMPLE = 200_000
 """Ids that are compared before and after a surgery, at most."""
 
-_PENDING = 1 << 20  # hashes that are collected before they are sorted into the distinct ones
+_PENDING = 1 << 17  # hashes that are collected before they are sorted into the distinct ones
 _WORD = 63  # bits of codes that one step of the hash takes
 
 Hashes = NDArray[np.uint64]
