@@ -7,6 +7,7 @@ import json
 import re
 from base64 import b64decode
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from codebook_tools.evaluation.extreme_latents import lowest_of_each
 from codebook_tools.evaluation.receptive_field import Place, patches, receptive_side
 from codebook_tools.models.model import Model
 from codebook_tools.report.html.codes import codes_page
-from codebook_tools.report.html.map import map_plot, mapped_page
-from codebook_tools.report.html.page import html
+from codebook_tools.report.html.map import _ON_PAGE, draw_map, map_plot, mapped_page
+from codebook_tools.report.html.page import STYLE, html
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows import latent_map
 from codebook_tools.workflows.code_cards import Codes, look_at_codes
@@ -182,6 +183,24 @@ def test_principal_components_are_those_of_scikit_learn() -> None:
     assert principal(torch.zeros(3, 1))(torch.ones(2, 1)).shape == (2, 2)
 
 
+@pytest.mark.parametrize("scale", [1e-4, 0.03, 30, 4e4])
+def test_labels_of_the_axes_lie_within_the_map(mapped: Callable[..., Map], scale: float) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    first = mapped()
+    scaled = {name: getattr(first, name) * scale - scale / 2 for name in ("latents", "centroids", "codes")}
+    for points in scaled.values():
+        points[:, 1] = points[:, 0]
+    figure = Figure(_ON_PAGE)
+    with matplotlib.rc_context(STYLE):
+        draw_map(replace(first, **scaled), figure)
+        figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [axis.label.get_window_extent() for axis in (axes.xaxis, axes.yaxis)]
+    assert min(min(box.x0, box.y0) for box in boxes) >= 0
+
+
 def test_the_places_of_the_page_are_where_the_points_are_drawn(mapped: Callable[..., Map]) -> None:
     found = mapped()
     plot = map_plot(found)
@@ -189,7 +208,7 @@ def test_the_places_of_the_page_are_where_the_points_are_drawn(mapped: Callable[
     assert hover is not None and sum(svg.count("<use ") for svg in plot.svgs) >= len(found.latents)
     # From left and top: the brightest latent and the darkest are as far apart as a fifth of the axes.
     spread = float(hover.places[:, 0].max() - hover.places[:, 0].min())
-    assert spread == pytest.approx(0.87 / 5.0 / 1.06, rel=0.01)
+    assert spread == pytest.approx(0.83 / 5.0 / 1.06, rel=0.01)
     text = html(mapped_page(found, "codebook map"))
     (script,) = re.findall(r'<script type="application/json">(.*?)</script>', text, re.S)
     assert len(json.loads(script)["places"]) == len(json.loads(script)["labels"]) == len(found.latents)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 _SIZE = (9.0, 7.0)  # inches, of the files
 _ON_PAGE = (5.0, 4.4)
-_AXES = 0.11, 0.11, 0.87, 0.87  # left, bottom, width and height, as shares of the figure's
+_AXES = 0.15, 0.11, 0.83, 0.87  # left, bottom, width and height, as shares of the figure's
 _MARGIN = 0.03  # of the plane, on each side
-_TIP = " A pointer or a finger on a latent brings up its patch of the image, and its code."
+_TIP = " A pointer or a finger on a latent brings up its part of the item, and its code."
 _LATENTS, _CENTROIDS, _CODES = "#4477cc", "#339966", "#cc4455"
 
 
@@ -77,6 +77,7 @@ def draw_map(result: Map, figure: Figure) -> None:
     (left, bottom), (right, top) = (corner.tolist() for corner in _bounds(result))
     name = {"umap": "UMAP", "pca": "principal component"}[result.method]
     axes.set(xlim=(left, right), ylim=(bottom, top), xlabel=f"{name} 1", ylabel=f"{name} 2")
+    axes.ticklabel_format(scilimits=(-1, 3))  # longer numbers would push the label of the axis out of the figure
     dead = result.counts == 0
 
     def dots(label: str, points: Tensor, **style: Any) -> None:
