@@ -117,15 +117,17 @@ class Ids(Accumulator):
         distinct: The ids so far, without those that are still collected.
     """
 
-    def __init__(self, size: int, stages: int, seed: int) -> None:
+    def __init__(self, size: int, stages: int, seed: int | None) -> None:
         """
         Args:
             size: Codes of the largest codebook.
             stages: Number of quantizer stages.
-            seed: Of the sample.
+            seed: Of the sample; None for no sample.
         """
-        self._size, self._stages, self._sampler = size, stages, Sampler(seed, SAMPLE)
-        self._sampler.add([], 0, torch.empty(0, stages, dtype=torch.int32))
+        self._size, self._stages = size, stages
+        self._sampler = None if seed is None else Sampler(seed, SAMPLE)
+        if self._sampler:
+            self._sampler.add([], 0, torch.empty(0, stages, dtype=torch.int32))
         self._pending, self._count, self._items = list[Hashes](), 0, 0
         self.distinct = Distinct.none()
 
@@ -134,7 +136,9 @@ class Ids(Accumulator):
         ids = tuples_of(batch.stages)
         self._pending.append(hashed(ids, self._size))
         self._count += len(ids)
-        if ids.shape[1] == self._stages and len(batch.items):  # else ids are of items, and of any length
+        if (
+            self._sampler and ids.shape[1] == self._stages and len(batch.items)
+        ):  # else ids are of items, and of any length
             self._sampler.add(batch.items, len(ids) // len(batch.items), ids.int())
         if self._count >= max(_PENDING, len(self.distinct.hashes) // 2):  # so that n ids cost O(n log n)
             self._collect()
@@ -152,12 +156,13 @@ class Ids(Accumulator):
         hashes = distributed.gathered(torch.from_numpy(_below(own.hashes, halved).view(np.int64))).numpy()
         items = sum(distributed.each(own.items))
         self.distinct = Distinct.none().with_hashes(items, hashes.view(np.uint64), halved)
-        self._sampler.merge()
+        if self._sampler:
+            self._sampler.merge()
 
     def done(self) -> Distinct:
-        """All ids, with their sample."""
+        """All ids, with their sample if there is one."""
         self._collect()
-        return replace(self.distinct, sample=self._sampler.sample().vectors)
+        return replace(self.distinct, sample=self._sampler.sample().vectors if self._sampler else None)
 
 
 def share_changed(before: Tensor, after: Tensor, nearest: Sequence[Tensor]) -> float | None:

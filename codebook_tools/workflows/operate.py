@@ -113,7 +113,7 @@ def measure_model(
     if isinstance(target, Opened) and shard is not None:
         target = in_part(target, shard)
         target.settings["shard"] = f"{shard[0]}/{shard[1]}"
-    sums = target.sums(latents, watch)
+    sums = target.sums(latents, watch, compared=False)
     if stats is not None:
         part = part_of(target, sums, shard or (1, 1), watch) if isinstance(target, Opened) else target.part(watch)
         with watch.phase("write"):

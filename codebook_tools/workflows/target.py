@@ -98,8 +98,14 @@ class Target(ABC):
         """(n, dim): the calibration latents that coverage is measured against; None where there are none."""
 
     @abstractmethod
-    def sums(self, references: Sequence[Tensor | None], watch: Watch) -> Sums:
-        """The sums of a measurement of the codebooks as they are. references: `reference_latents` of each codebook."""
+    def sums(self, references: Sequence[Tensor | None], watch: Watch, *, compared: bool = True) -> Sums:
+        """The sums of a measurement of the codebooks as they are.
+
+        Args:
+            references: `reference_latents` of each codebook.
+            watch: Is told the progress.
+            compared: Whether those of another state of the codebooks will be compared, for which ids are sampled.
+        """
 
     @abstractmethod
     def measurement(self, sums: Sums) -> Measurement | None:
@@ -164,13 +170,13 @@ class Streamed(Target):
         with watch.phase("encode"):
             return tokenize(self.model, self.source("calibration", "tokens"), seed=self.request.seed, watch=watch)
 
-    def _with_ids(self, source: MediaSource | WalkSource, totals: Totals, watch: Watch) -> Sums:
+    def _with_ids(self, source: MediaSource | WalkSource, totals: Totals, watch: Watch, sampled: bool) -> Sums:
         """The sums of a pass, and the ids of its items where there are several quantizer stages."""
         if len(self.model.route) == 1:
             run_pass(source, [totals], watch)
             return totals.sums
         size = max(book.codebook.size for book in self.model.books)
-        ids = Ids(size, len(self.model.route), self.request.seed)
+        ids = Ids(size, len(self.model.route), self.request.seed if sampled else None)
         run_pass(source, [totals, ids], watch)
         return replace(totals.sums, ids=ids.done())
 
@@ -232,10 +238,10 @@ class Opened(Streamed):
         request = self.request
         return reference_latents(self.model, self.calibration, seed=request.seed, batch=self.batch, stage=stage)
 
-    def sums(self, references: Sequence[Tensor | None], watch: Watch) -> Sums:
+    def sums(self, references: Sequence[Tensor | None], watch: Watch, *, compared: bool = True) -> Sums:
         with watch.phase("measure"):
             totals = totals_of(self.model, self.reference_distances(references))
-            return self._with_ids(reconstructions(self.model, self.test, self.batch), totals, watch)
+            return self._with_ids(reconstructions(self.model, self.test, self.batch), totals, watch, compared)
 
     def measurement(self, sums: Sums) -> Measurement:
         return measurement_of(sums, "test", self.model.modality.figures)
@@ -324,10 +330,10 @@ class LatentsTarget(Streamed):
             self._references = books, [draw.sampler.columns()[0] for draw in draws]
         return self._references[1][stage]
 
-    def sums(self, references: Sequence[Tensor | None], watch: Watch) -> Sums:
+    def sums(self, references: Sequence[Tensor | None], watch: Watch, *, compared: bool = True) -> Sums:
         with watch.phase("measure"):
             totals = totals_of(self.model, self.reference_distances(references), structure=False)
-            return replace(self._with_ids(self.source("test", "measure on test"), totals, watch), images=0)
+            return replace(self._with_ids(self.source("test", "measure on test"), totals, watch, compared), images=0)
 
     def measurement(self, sums: Sums) -> Measurement:
         return Measurement("test", None, None, None, None, tuple(map(use_of, sums.books)), ids=ids_of(sums))

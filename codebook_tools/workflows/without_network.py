@@ -146,7 +146,7 @@ class FileTarget(Target):
     def reference_latents(self, stage: int) -> Tensor:
         return self.surveys[stage].sample.vectors[:POINTS]
 
-    def sums(self, references: Sequence[Tensor | None], watch: Watch) -> Sums:
+    def sums(self, references: Sequence[Tensor | None], watch: Watch, *, compared: bool = True) -> Sums:
         """The counts of an earlier pass, by the codebooks as they were."""
         images = self.stats[0].images if self.stats else 0
         books = tuple(
