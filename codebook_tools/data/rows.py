@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -246,6 +247,15 @@ class Rows(_Items):
     @cached_property
     def _blocks(self) -> list[tuple[RowFile, int]]:
         return [(file, i) for file in self.files for i in range(-(-file.length // BLOCK))]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of the names of all rows, by those of the arrays and the bits, and of their lengths."""
+        about = hashlib.sha256()
+        for file in self.files:
+            about.update(f"{file.name} {file.length} {file.row_nbytes}\n".encode(errors="surrogateescape"))
+            about.update(file.chosen.tobytes())
+        return about.hexdigest()
 
     def __len__(self) -> int:
         return int(self._starts[-1])

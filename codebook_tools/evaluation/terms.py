@@ -16,7 +16,8 @@ TERMS = {
     "coverage": "share of latents within a reference distance of their code: the 95th percentile of distances in a "
     "k-means of the same size",
     "effective dimension": "number of directions in which the latents vary (participation ratio of their covariance)",
-    "mse": "mean squared error of reconstructions, per value; images are in [0, 1], and reconstructions clamped to it",
+    "mse": "mean squared error of reconstructions, per value: of images in [0, 1], and clamped to it, of arrays in "
+    "their own units",
     "nmse": "mse over the variance of the data: 0 without error, 1 for the error of their mean",
     "PSNR": "peak signal-to-noise ratio, −10 · log10(mse) for images; higher is better",
     "SSIM": "structural similarity of image and reconstruction; 1 where they are equal",

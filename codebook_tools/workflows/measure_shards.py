@@ -12,6 +12,7 @@ from operator import add
 from pathlib import Path
 
 from codebook_tools.checkpoints.layout import PREFIX
+from codebook_tools.data.rows import Rows
 from codebook_tools.data.sampling import smallest
 from codebook_tools.data.splits import Splits
 from codebook_tools.errors import CodebookError
@@ -114,14 +115,19 @@ def part_of(opened: Opened, measured: Sums, shard: tuple[int, int], watch: Watch
     return Part(model.checkpoint.sha256, split, about, shard, total, opened.unreadable(), measured, samples)
 
 
-_SETTINGS = ("images", "limit", "size", "channels", "skip_bad", "input_range", "precision")
+_SETTINGS = (
+    *("images", "limit", "size", "crop", "channels", "modality", "latent_axis", "group"),
+    *("skip_bad", "input_range", "precision"),
+)
 
 
 def _digest(splits: Splits) -> str:
     """SHA-256 of the names of all items, by split."""
     names = hashlib.sha256()
     for items in (splits.train, splits.validation, splits.test):
-        names.update(b"".join([len(items).to_bytes(8, "big"), *(item.digest for item in items)]))
+        names.update(len(items).to_bytes(8, "big"))
+        digests = [bytes.fromhex(items.sha256)] if isinstance(items, Rows) else [item.digest for item in items]
+        names.update(b"".join(digests))
     return names.hexdigest()
 
 
@@ -219,7 +225,8 @@ def _how_to_mend(few: Sequence[int], missing: int, of: Part, model: Path) -> str
     """few: the first of the missing shards."""
     named = ", ".join(map(str, few)) + (f" and {missing - len(few)} more" if missing > len(few) else "")
     settings = {option: of.about.get(name) for name, option in _OPTIONS.items()}
-    options = " ".join(f"{option} {value}" for option, value in settings.items() if value is not None)
+    texts = {option: ",".join(map(str, of)) if isinstance(of, list) else of for option, of in settings.items()}
+    options = " ".join(f"{option} {value}" for option, value in texts.items() if value is not None)
     command = f"codebook measure {model} --shard {few[0]}/{of.shard[1]} --stats FILE {options}"
     shards = "shards" if missing > 1 else "shard"
     return f"{shards} {named} of {of.shard[1]} missing; run `{command}`, with --data and the rest as it was"

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from conftest import Run
 from numpy.typing import NDArray
 from pyarrow import feather, parquet
 from safetensors.torch import save_file
@@ -359,3 +360,29 @@ def test_whole_numbers_reach_a_network_that_takes_them_and_are_floats_for_others
         ct.wrap(Any2(down, nn.Linear(4, 8)), ["codes.weight"]), rows, ct.strategies.Refit(k=3), ct.FineTune(steps=2)
     )
     assert run.finetuned is not None and run.finetuned.codebooks[0].size == 3
+
+
+@pytest.mark.filterwarnings("ignore::codebook_tools.CodebookWarning")
+def test_shards_of_rows_add_up_to_one_pass(tmp_path: Path, codebook: Run) -> None:
+    net = Any2(nn.Linear(12, 4), nn.Linear(4, 12))
+    save_file(net.state_dict(), tmp_path / "m.safetensors")
+    np.save(tmp_path / "d.npy", np.random.default_rng(0).normal(size=(900, 12)).astype(np.float16))
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nclass Net(nn.Module):\n"
+        "    def __init__(self, k):\n        super().__init__()\n"
+        "        self.down, self.up, self.codes = nn.Linear(12, 4), nn.Linear(4, 12), nn.Embedding(k, 4)\n"
+        "    def encode(self, x): return self.down(x)\n    def decode(self, q): return self.up(q)\n"
+        "def make(codebook_size): return Net(codebook_size)\n"
+    )
+    model, how = tmp_path / "m.safetensors", ("--network", f"{tmp_path / 'net.py'}:make", "--batch-size", 20)
+    key = ("--codebook-key", "codes.weight")
+    data = ("--data", tmp_path / "d.npy", *how, "--json")
+    whole = codebook("measure", model, *data, "--stats", tmp_path / "whole")
+    for i in (1, 2, 3):
+        assert codebook("measure", model, *data, "--shard", f"{i}/3", "--stats", tmp_path / f"{i}").exit_code == 0
+    merged = codebook("measure", model, "--merge", *(tmp_path / f"{i}" for i in (3, 1, 2)), *key, "--json")
+    assert merged.exit_code == 0, merged.stderr
+    assert merged.json["stages"]["before"] == whole.json["stages"]["before"]
+    out = tmp_path / "p.safetensors"
+    pruned = codebook("prune", model, "--stats", tmp_path / "whole", *key, "--metric", "euclidean", "--json", "-o", out)
+    assert pruned.exit_code == 0, pruned.stderr
