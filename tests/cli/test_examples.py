@@ -45,7 +45,18 @@ def make(codebook_size):
     return ZalandoVQVAE(shapes, (codebook_size, shapes[CODEBOOK][1]))
 """
 TRAIN = ("refit", "grow", "condense", "restart", "finetune", "compare")
-NOT_AT_HAND = ("vqgan/", "$", "--merge", "all.safetensors", "--map a.", "shards/", "prior/ --map")
+NOT_AT_HAND = (
+    "vqgan/",
+    "$",
+    "--merge",
+    "all.safetensors",
+    "--map a.",
+    "shards/",
+    "prior/ --map",
+    "rqvae.pt",
+    "motion.",
+    "eeg.",
+)
 
 
 def examples() -> dict[str, str]:

@@ -146,6 +146,7 @@ def train(
     network: Any, media: Tensor, steps: int, lr: float = 3e-3, *, quantized: bool = True, only: str = "", seed: int = 0
 ) -> None:
     """Adam on the squared error and the quantizer's own loss. only: the prefix of what learns."""
+    torch.set_num_threads(1)  # high rates are chaotic: with more threads other digits, and another network
     learns = [tensor for name, tensor in network.named_parameters() if name.startswith(only)]
     optimizer, draws = torch.optim.Adam(learns, lr), torch.Generator().manual_seed(seed)
     network.train()
