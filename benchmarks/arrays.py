@@ -135,16 +135,16 @@ def main() -> None:
             "measure": [*codebook, "measure", *common, "--test-data", str(data)],
             "encode": [*codebook, "encode", *common, "--data", str(data), "-o", str(tokens), "--force"],
         }
-        found: dict[str, Any] = {"bare loop, seconds": bare_loop(network, data)} if size == min(asked.sizes) else {}
+        measured: dict[str, Any] = {"bare loop, seconds": bare_loop(network, data)} if size == min(asked.sizes) else {}
         for name in asked.commands:
             command = commands[name]
             result, seconds, most = run(command)
-            found[name] = {"seconds": seconds, "RssAnon": most, "phases": result["seconds"]}
+            measured[name] = {"seconds": seconds, "RssAnon": most, "phases": result["seconds"]}
             tokens.unlink(missing_ok=True)
         if size == min(asked.sizes):
-            found["bare loop again, seconds"] = bare_loop(network, data)
-        rows_of[f"{size:,}"] = found
-        print(json.dumps(found, indent=1), flush=True)
+            measured["bare loop again, seconds"] = bare_loop(network, data)
+        rows_of[f"{size:,}"] = measured
+        print(json.dumps(measured, indent=1), flush=True)
     results = {"machine": machine(), "command": " ".join(["python", *sys.argv]), "rows": rows_of}
     asked.output.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -56,10 +56,10 @@ def items(seed: int, count: int = ITEMS, topics: int = 400, freedom: int = 4, co
     topic = torch.multinomial(sizes, count, True, generator=random)
     tails = normal(count, freedom).square().mean(1).sqrt()
     inner = torch.einsum("nk,nkd->nd", normal(count, 12), directions[topic])
-    found = centers[topic] + (widths[topic] / tails)[:, None] * inner + 0.1 * normal(count, DIM)
+    embeddings = centers[topic] + (widths[topic] / tails)[:, None] * inner + 0.1 * normal(count, DIM)
     order, many = torch.randperm(count, generator=random), int(copies * count)
-    found[order[:many]] = found[order[many : 2 * many]] + 0.02 * normal(many, DIM)
-    return found
+    embeddings[order[:many]] = embeddings[order[many : 2 * many]] + 0.02 * normal(many, DIM)
+    return embeddings
 
 
 def perceptron(widths: Sequence[int]) -> nn.Sequential:
@@ -126,20 +126,20 @@ def collapsed(rows: Tensor, k: int, seed: int) -> tuple[RQVAE, int]:
 
 def figures(network: RQVAE, rows: Tensor) -> dict[str, float]:
     """Of all items."""
-    found = ct.measure(ct.wrap(network, metric="euclidean"), ct.Data(test=rows))
-    assert found.ids is not None
-    used = sum(use.used for use in found.codebooks) / sum(use.size for use in found.codebooks)
-    error = found.error / float(rows.var(0).mean())
-    by_level = {f"perplexity {i}": use.perplexity for i, use in enumerate(found.codebooks)}
-    largest = {f"largest {i}": use.top_share * use.size for i, use in enumerate(found.codebooks)}
-    return {"collision rate": found.ids.collision_rate, "nmse": error, "used": used, **by_level, **largest}
+    measured = ct.measure(ct.wrap(network, metric="euclidean"), ct.Data(test=rows))
+    assert measured.ids is not None
+    used = sum(use.used for use in measured.codebooks) / sum(use.size for use in measured.codebooks)
+    error = measured.error / float(rows.var(0).mean())
+    by_level = {f"perplexity {i}": use.perplexity for i, use in enumerate(measured.codebooks)}
+    largest = {f"largest {i}": use.top_share * use.size for i, use in enumerate(measured.codebooks)}
+    return {"collision rate": measured.ids.collision_rate, "nmse": error, "used": used, **by_level, **largest}
 
 
 def of_seed(seed: int, k: int, steps: int) -> dict[str, dict[str, float]]:
     """The figures of each row."""
     rows = items(seed)
     network, trained = collapsed(rows, k, seed)
-    found = {"before": {**figures(network, rows), "steps": float(trained)}}
+    measured = {"before": {**figures(network, rows), "steps": float(trained)}}
     for name, (balance, tuned) in ROWS.items():
         own, since = copy.deepcopy(network), time.perf_counter()
         data = ct.Data(rows, batch_size=BATCH)
@@ -148,9 +148,9 @@ def of_seed(seed: int, k: int, steps: int) -> dict[str, dict[str, float]]:
         run = ct.operate(ct.wrap(own, metric="euclidean"), data, strategy, recipe, seed=seed)
         after = run.finetuned or run.surgery
         assert after is not None and after.ids is not None and after.ids.changed is not None
-        found[name] = {**figures(own, rows), "changed": after.ids.changed}
-        print(seed, name, found[name], f"{time.perf_counter() - since:.0f} s", flush=True)
-    return found
+        measured[name] = {**figures(own, rows), "changed": after.ids.changed}
+        print(seed, name, measured[name], f"{time.perf_counter() - since:.0f} s", flush=True)
+    return measured
 
 
 def spread(values: Sequence[float]) -> str:
@@ -173,13 +173,13 @@ def main() -> None:
     parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--k", type=int, default=256)
     parser.add_argument("--steps", type=int, default=400)
-    given = parser.parse_args()
+    asked = parser.parse_args()
     warnings.simplefilter("ignore", ct.CodebookWarning)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for seed in given.seeds:
+    for seed in asked.seeds:
         began = time.perf_counter()
-        rows = of_seed(seed, given.k, given.steps)
-        about = {"seed": seed, "k": given.k, "steps": given.steps, "machine": machine()}
+        rows = of_seed(seed, asked.k, asked.steps)
+        about = {"seed": seed, "k": asked.k, "steps": asked.steps, "machine": machine()}
         about |= {"seconds": round(time.perf_counter() - began), "rows": rows, "ratios": bars(rows)}
         (RESULTS / f"seed-{seed}.json").write_text(json.dumps(about, indent=1) + "\n")
     done = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("seed-*.json"))]

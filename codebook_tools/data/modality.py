@@ -210,7 +210,7 @@ class Modality(ABC):
         Raises:
             OSError: The file cannot be written.
         """
-        raise NotImplementedError
+        raise AssertionError(f"{self.many} have no files of their own: `ending` is None")
 
     @classmethod
     def clamped(cls, media: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from codebook_tools.data.items import Item, in_order
-from codebook_tools.data.rows import BLOCK, Rows, refuse_shared_rows
+from codebook_tools.data.rows import BLOCK, Rows
+from codebook_tools.data.shared_rows import refuse_shared_rows
 from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError
 

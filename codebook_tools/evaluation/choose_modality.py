@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from codebook_tools.data.arrays import Arrays, first_items
 from codebook_tools.data.images import Images, probe
-from codebook_tools.data.items import InMemory, find_items
+from codebook_tools.data.items import InMemory, Item, Values, find_items
 from codebook_tools.data.modality import Modality
 from codebook_tools.data.parquet_images import has_pictures
 from codebook_tools.data.registry import BY_NAME, modality_of
@@ -58,11 +59,13 @@ def choose_modality(
     if own is not Images or model.family != CUSTOM or of_images or not paths or not all(map(_holds_arrays, paths)):
         return own, []
     items = find_items([_alone(paths[0])], Arrays())
-    stored = [item.decode() for item in items[:_ROWS]]
+    stored = _readable(items[:_ROWS])
+    if not stored:
+        return Arrays, []  # whose reading names the first row
     picture = _as_picture(stored[0].shape)
     if picture is None or stored[0].dtype.kind != "f":
         return (Images if picture and stored[0].dtype == np.uint8 else Arrays), []
-    if min(map(np.nanmin, stored)) < 0 or max(map(np.nanmax, stored)) > 1:
+    if any(bool(((row < 0) | (row > 1)).any()) for row in stored):
         return Arrays, []
     as_images = _encodes_pictures(model, picture[1:])
     few = first_items(items, Arrays(), skip_bad=True)[1]
@@ -72,6 +75,15 @@ def choose_modality(
             "--modality arrays hands them over as they are"
         ]
     return (Images if as_images or not encodes(model, few) else Arrays), []
+
+
+def _readable(items: Sequence[Item]) -> list[Values]:
+    """The values of the items that can be read and are not empty."""
+    rows = list[Values]()
+    for item in items:
+        with suppress(ValueError, OSError):  # passes over all items report them
+            rows.append(item.decode())
+    return [row for row in rows if row.size]
 
 
 def _alone(path: str | InMemory) -> str | InMemory:

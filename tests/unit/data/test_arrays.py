@@ -181,12 +181,12 @@ def test_rows_of_unlike_length_are_batched_by_length(ragged: Path) -> None:
     media = Media(items, Arrays())
     batches = list(media.batches(2))
     assert all(len(values) <= 2 for _, values in batches) and len(batches) == 3 + 1 + 2
-    found = {str(item): row for batch, values in batches for item, row in zip(batch, values, strict=True)}
-    assert all(torch.equal(found[f"{ragged.name}#{i}"], rows) for i, rows in enumerate(RAGGED))
+    by_name = {str(item): row for batch, values in batches for item, row in zip(batch, values, strict=True)}
+    assert all(torch.equal(by_name[f"{ragged.name}#{i}"], rows) for i, rows in enumerate(RAGGED))
     halves = [
         [str(item) for batch, _ in Media(items, Arrays(), part=(i, 2)).batches(2) for item in batch] for i in (0, 1)
     ]
-    assert sorted(halves[0] + halves[1]) == sorted(found)
+    assert sorted(halves[0] + halves[1]) == sorted(by_name)
 
 
 def test_the_shape_of_a_row_is_that_of_its_lists_whichever_axis_differs(tmp_path: Path) -> None:
@@ -209,6 +209,15 @@ def test_a_row_of_lists_must_be_whole(tmp_path: Path) -> None:
         "lists within it have unlike lengths", "its row is empty", "a value is missing", "a value is not finite",
         "it holds no value",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [[None, [1.0] * 8], [[], [1.0] * 8], [None, None]])
+def test_rows_that_cannot_be_read_do_not_hinder_the_choice(rows: list[object], tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"x": pa.array(rows, pa.list_(pa.float32()))}), tmp_path / "r.parquet")
+    save_file(conv(1, 1).state_dict(), tmp_path / "m.safetensors")
+    model = ct.load(tmp_path / "m.safetensors", network=lambda codebook_size: conv(1, 1), codebooks=["codes.weight"])
+    with pytest.raises(CodebookError, match=r"cannot read item r.parquet#|test split of 2 items|none of"):
+        ct.measure(model, tmp_path / "r.parquet")
 
 
 # --- many rows -----------------------------------------------------------------------------------------------------
