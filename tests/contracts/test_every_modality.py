@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import codebook_tools as ct
 from codebook_tools.codebook import Strategy
+from codebook_tools.errors import CodebookError
 
 K, DIM = 16, 4
 
@@ -141,15 +144,79 @@ def of_size(kind: Kind, codebook_size: int) -> Coder:
 
 def error_of(net: Coder, media: Tensor) -> float:
     """The mean squared error, computed here without the package."""
+    made = quantized(net, media)[1]
+    return float((made.clamp(0, 1) if media.shape[1:] == (1, 6, 6) else made).sub(media).square().mean())
+
+
+@pytest.mark.filterwarnings("ignore::codebook_tools.CodebookWarning")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "audio"])
+def test_tokens_are_those_of_the_nearest_codes_and_decode_to_the_same(kind: str, tmp_path: Path) -> None:
+    of = KINDS[kind]
+    net, media = of.network(), torch.from_numpy(of.data)
+    save_file(net.state_dict(), tmp_path / "m.safetensors")
+    np.save(tmp_path / "d.npy", of.data)
+    bounds = (0.0, 1.0) if kind == "images" else None
+    model = ct.load(tmp_path / "m.safetensors", network=lambda codebook_size: of.network(), input_range=bounds)
+    encoding = ct.encode(model, tmp_path / "d.npy", tmp_path / "t.npy")
+    stages, made = quantized(net, media)
+    expected = stages[0] if len(stages) == 1 else torch.stack(stages, 1)
+    tokens = np.load(tmp_path / "t.npy")
+    assert tokens.dtype == np.int32 and np.array_equal(tokens, expected.numpy()) and encoding.shape == tokens.shape
+    names = (tmp_path / "t.npy.items.txt").read_text().split()
+    assert names == [f"d.npy#{i}" for i in range(len(media))]
+    if kind != "images":
+        ct.decode(tmp_path / "t.npy", model, tmp_path / "decoded", data=tmp_path / "d.npy")
+        assert np.allclose(np.load(tmp_path / "decoded" / "decoded.npy"), made.numpy(), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::codebook_tools.CodebookWarning")
+def test_a_beam_searches_the_stages_of_a_walk_that_are_residual(tmp_path: Path) -> None:
+    of = KINDS["residual vectors"]
+    net, media = of.network(), torch.from_numpy(of.data)
+    save_file(net.state_dict(), tmp_path / "m.safetensors")
+    model = ct.load(tmp_path / "m.safetensors", network=lambda codebook_size: of.network())
+    np.save(tmp_path / "d.npy", of.data)
+    errors = []
+    for beam in (1, 4, K):
+        ct.encode(model, tmp_path / "d.npy", tmp_path / f"{beam}.npy", beam=beam)
+        codes = torch.from_numpy(np.load(tmp_path / f"{beam}.npy")).long()
+        with torch.no_grad():
+            total = sum(book.weight[codes[:, i]] for i, book in enumerate(net.books))
+            errors.append((net.encode(media) - total).double().square().sum(1))
+    assert bool((errors[1] <= errors[0] + 1e-6).all()) and float(errors[1].mean()) < float(errors[0].mean())
+    with torch.no_grad():  # of two stages the widest beam tries all pairs
+        pairs = (net.books[0].weight[:, None] + net.books[1].weight[None]).flatten(0, 1)
+        best = torch.cdist(net.encode(media).double(), pairs.double()).amin(1).square()
+    assert torch.allclose(errors[2], best, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::codebook_tools.CodebookWarning")
+def test_tokens_of_rows_of_unlike_length_are_lists_in_the_order_of_the_rows(tmp_path: Path) -> None:
+    of = KINDS["signals"]
+    net = of.network()
+    rows = [torch.from_numpy(of.data[i, :, : 6 + 2 * (i % 4)].copy()) for i in range(40)]
+    torch.save(rows, tmp_path / "r.pt")
+    save_file(net.state_dict(), tmp_path / "m.safetensors")
+    model = ct.load(tmp_path / "m.safetensors", network=lambda codebook_size: of.network(), modality="arrays")
+    ct.encode(model, ct.Data(tmp_path / "r.pt", batch_size=3), tmp_path / "t.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert [line["item"] for line in lines] == [f"r.pt#{i}" for i in range(40)]
+    for line, row in zip(lines, rows, strict=True):
+        assert line["codes"] == quantized(net, row[None])[0][0][0].tolist()
+    with pytest.raises(CodebookError, match=r"rows of unlike length are written as \.parquet or \.jsonl"):
+        ct.encode(model, tmp_path / "r.pt", tmp_path / "t.npy")
+    assert not (tmp_path / "t.npy").exists()
+
+
+def quantized(net: Coder, media: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The codes of each stage, (n, *grid), and what they decode to, computed here without the package."""
     with torch.no_grad():
         latents = net.encode(media)
         axis = next(axis for axis in range(1, latents.ndim) if latents.shape[axis] == DIM)
-        rows = latents.movedim(axis, -1)
-        rest, total = rows, torch.zeros_like(rows)
+        rest = latents.movedim(axis, -1)
+        total, stages = torch.zeros_like(rest), []
         for book in net.books:
-            emitted = book.weight[
-                torch.cdist(rest.reshape(1, -1, DIM).double(), book.weight[None].double()).argmin(2)[0]
-            ]
-            rest, total = rest - emitted.reshape(rows.shape), total + emitted.reshape(rows.shape)
-        made = net.decode(total.movedim(-1, axis))
-        return float((made.clamp(0, 1) if media.shape[1:] == (1, 6, 6) else made).sub(media).square().mean())
+            distances = torch.cdist(rest.reshape(1, -1, DIM).double(), book.weight[None].double())
+            stages.append(distances.argmin(2)[0].reshape(rest.shape[:-1]))
+            rest, total = rest - book.weight[stages[-1]], total + book.weight[stages[-1]]
+        return stages, net.decode(total.movedim(-1, axis))
