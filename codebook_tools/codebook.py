@@ -114,6 +114,7 @@ class Surgery:
         first: A surgery with a larger codebook for a fine-tuning to start with, which merges its codes into as many as
             `codebook` has on the way.
         engine: The k-means that ran, where one did.
+        engine_reason: Why that one.
         power: Of the distance to its latents, whose mean a code minimizes; a fine-tuning keeps to it. Codes are used
             more evenly by a power below 2.
     """
@@ -123,6 +124,7 @@ class Surgery:
     bits: int | None = None
     first: Surgery | None = None
     engine: Engine | None = None
+    engine_reason: str | None = None
     power: float = 2.0
 
     def __post_init__(self) -> None:

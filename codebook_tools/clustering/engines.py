@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from codebook_tools.clustering.cells import Cells
 from codebook_tools.clustering.kmeans import Clustering, kmeans
+from codebook_tools.clustering.passes import nearby_from
 from codebook_tools.clustering.seeding import Init, refuse_unfit, seeds
 from codebook_tools.codebook import EUCLIDEAN, Codebook, Engine, Latents, Metric
 from codebook_tools.errors import CodebookError
@@ -20,9 +22,24 @@ from codebook_tools.runtime.optional import require
 from codebook_tools.runtime.progress import Watch
 
 
-def chosen(engine: Engine) -> Engine:
-    """The engine that runs; of "auto" the native one, whose moves lead out of optima that the others end in."""
-    return "native" if engine == "auto" else engine
+@dataclass(frozen=True)
+class Choice:
+    """The engine that runs, and why."""
+
+    engine: Engine
+    reason: str
+
+
+def chosen(engine: Engine, k: int, dim: int) -> Choice:
+    """The engine that runs for k centroids of `dim` entries; of "auto" the native one, which was fastest at all sizes.
+
+    The measurements are in benchmarks/results/kmeans.json.
+    """
+    if engine != "auto":
+        return Choice(engine, "as asked")
+    if k >= nearby_from(dim):
+        return Choice("native", f"{k:,} codes of {dim} entries: it searches among neighbors, and moves codes")
+    return Choice("native", f"{k:,} codes of {dim} entries: it starts on samples, and moves codes out of local optima")
 
 
 def cluster(
@@ -65,7 +82,7 @@ def cluster(
     Raises:
         CodebookError: The library is missing, there are fewer than k distinct points, or their distances overflow.
     """
-    engine = chosen(engine)
+    engine = chosen(engine, k, points.shape[1]).engine
     if engine != "native" and whole is not None:
         raise CodebookError(f"engine={engine} has no passes over latents that lie in files; use --engine native")
     if engine != "native" and power != 2:

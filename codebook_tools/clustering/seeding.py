@@ -19,6 +19,9 @@ Init = Literal["kmeans++", "afkmc2", "random"]
 
 _SHORT = 1e-5  # of the longest point: a residual below is float32 rounding
 _POINTS, _POINTS_PER_SEED = 4096, 8  # that seeds are drawn from: more take longer and are hardly better
+_GREEDY = 256  # seeds at most that are drawn in a few trials each; more hardly gain by that, and it takes longest
+_AT_ONCE = 4096  # proposals at most at a time,
+_ONE_IN = 2  # and half as many as there are codes: few are near each other, so most are accepted
 
 
 def seeds(points: Tensor, k: int, init: Init, seed: int, weights: Tensor | None = None, power: float = 2.0) -> Tensor:
@@ -41,21 +44,29 @@ def seeds(points: Tensor, k: int, init: Init, seed: int, weights: Tensor | None 
     """
     refuse_unfit(points, k)
     head = points[: max(_POINTS, _POINTS_PER_SEED * k)]
-    data = (head if count_distinct(head, enough=k) == k else points).cpu().contiguous()
+    among = points if weights is not None or count_distinct(head, enough=k) < k else head
     rng = np.random.default_rng(seed % 2**64)  # numpy takes no negative seed
-    if init == "kmeans++" and (weights is not None or power != 2):
-        among = data if weights is None else points.cpu()
-        rows = kmeans_plus_plus(among.numpy(), k, rng, None if weights is None else weights.cpu().numpy(), power)
-    else:
-        draw = {"kmeans++": kmeans_plus_plus, "afkmc2": afkmc2, "random": _at_random}[init]
-        rows = draw(data.numpy(), k, rng)  # type: ignore[operator]  # their type is joined to that of a function
-    return torch.from_numpy(rows).to(points.device)
+    if init != "kmeans++":
+        draw = {"afkmc2": afkmc2, "random": _at_random}[init]
+        return torch.from_numpy(draw(among.cpu().contiguous().numpy(), k, rng)).to(points.device)
+    if k <= _GREEDY:
+        of = None if weights is None else weights.cpu().numpy()
+        rows = kmeans_plus_plus(among.cpu().contiguous().numpy(), k, rng, of, power)
+        return torch.from_numpy(rows).to(points.device)
+    first = rng.integers(len(among)) if weights is None else rng.choice(len(among), p=_shares(weights.cpu().numpy()))
+    more = _drawn(among, Codebook(among[int(first)][None]), k - 1, seed, weights, power)
+    drawn = torch.cat([more.new_tensor([first]), more])
+    if len(drawn) < k:  # the others are too near to these for float32 to tell
+        others = torch.ones(len(among), dtype=torch.bool, device=among.device)
+        others[drawn] = False
+        drawn = torch.cat([drawn, others.nonzero()[: k - len(drawn), 0]])
+    return among[drawn]
 
 
 def overflow(points: Tensor) -> bool:
     """Whether the sum of squared distances of points (n, dim) to one of them may overflow float32."""
     room = torch.finfo(torch.float32).max / (4 * max(1, points.numel()))
-    return bool((points.abs() > room**0.5).any())
+    return bool(len(points)) and max(map(abs, map(float, points.aminmax()))) > room**0.5
 
 
 def refuse_unfit(points: Tensor, k: int) -> None:
@@ -101,7 +112,7 @@ def kmeans_plus_plus(
     trials = 2 + int(math.log(k))
     rows = data - data.mean(0)  # nearer to 0 the products below round less
     squares = (rows * rows).sum(1)
-    chosen = [int(rng.integers(len(rows)) if weights is None else rng.choice(len(rows), p=weights / weights.sum()))]
+    chosen = [int(rng.integers(len(rows)) if weights is None else rng.choice(len(rows), p=_shares(weights)))]
     errors = _squared_distances(rows, rows[chosen[0]])
     while len(chosen) < k:
         costs = errors if power == 2 else errors ** (power / 2)
@@ -117,6 +128,11 @@ def kmeans_plus_plus(
         unsure = np.flatnonzero(errors < 1e-3 * (squares + squares[chosen[-1]]))
         errors[unsure] = np.minimum(before[unsure], _squared_distances(rows[unsure], rows[chosen[-1]]))
     return data[chosen]
+
+
+def _shares(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    shares: NDArray[np.float64] = weights / weights.sum()
+    return shares
 
 
 def _squared_distances(rows: NDArray[np.float32], row: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -153,19 +169,20 @@ def afkmc2(data: NDArray[np.float32], k: int, rng: np.random.Generator, chain: i
 
 
 def with_direction(points: Tensor, codebook: Codebook) -> Tensor:
-    """Those of points (n, dim) that a code may be placed at.
+    """(n,) bool: which of points (n, dim) a code may be placed at.
 
-    By cosine, points of almost no length are left out, such as rounding leaves of a residual: their direction is
+    By cosine, those of almost no length are left out, such as rounding leaves of a residual: their direction is
     arbitrary.
     """
     if not codebook.metric.by_direction or not len(points):
-        return points
+        return torch.ones(len(points), dtype=torch.bool, device=points.device)
     lengths = points.norm(dim=1)
-    long_enough = lengths > _SHORT * lengths.max()
-    return points if bool(long_enough.all()) else points[long_enough]
+    return torch.gt(lengths, _SHORT * lengths.max())
 
 
-def draw_by_error(points: Tensor, codebook: Codebook, n: int, seed: int, weights: Tensor | None = None) -> Tensor:
+def draw_by_error(
+    points: Tensor, codebook: Codebook, n: int, seed: int, weights: Tensor | None = None, codes: Tensor | None = None
+) -> Tensor:
     """Draw points one after the other by squared error to the codes and to the points drawn before.
 
     This is k-means++ seeding (Arthur and Vassilvitskii 2007) continued from existing codes.
@@ -177,31 +194,65 @@ def draw_by_error(points: Tensor, codebook: Codebook, n: int, seed: int, weights
         n: Number of points to draw.
         seed: Of the drawing.
         weights: (m,) float64, that the errors are multiplied by; all points are then drawn from.
+        codes: (m,) int64, the code of each point; None for the nearest.
 
     Returns:
-        (n, dim) of the points; fewer where no more of them differ from the codes.
+        (n,) int64, indices of points; fewer where no more of them differ from the codes.
     """
     if weights is not None:
-        return _drawn(points, codebook, n, seed, weights)
-    placeable = with_direction(points, codebook)
-    if len(placeable) < len(points) and len(drawn := draw_by_error(placeable, codebook, n, seed)) == n:
-        return drawn
-    head = points[: max(65_536, 128 * n)]
-    drawn = _drawn(head, codebook, n, seed)
-    return drawn if len(drawn) == n or len(head) == len(points) else _drawn(points, codebook, n, seed)
+        return _drawn(points, codebook, n, seed, weights, codes=codes)
+    placeable = with_direction(points, codebook).nonzero()[:, 0]
+    head = max(65_536, 128 * n)
+    drawn = among = placeable[:0]
+    for more in (placeable[:head], placeable, torch.arange(len(points), device=points.device)):
+        if len(drawn) < n and len(more) > len(among):
+            among = more
+            drawn = among[_drawn(points[among], codebook, n, seed, codes=None if codes is None else codes[among])]
+    return drawn
 
 
-def _drawn(points: Tensor, codebook: Codebook, n: int, seed: int, weights: Tensor | float = 1.0) -> Tensor:
-    errors = squared_errors(points, codebook, nearest(points, codebook)) * weights
+def _drawn(
+    points: Tensor, codebook: Codebook, n: int, seed: int, weights: Tensor | None = None, power: float = 2.0,
+    codes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As draw_by_error, by a power of the distance, among all points.
+
+    Several points are proposed at a time, by their errors so far, and accepted one after the other with the probability
+    that is left of their error by those accepted before. So each is drawn as if it were proposed alone. Source:
+    Cohen-Addad, Lattanzi, Norouzi-Fard, Sohler and Svensson 2020, "Fast and Accurate k-means++ via Rejection Sampling".
+    """
+    errors = squared_errors(points, codebook, nearest(points, codebook) if codes is None else codes)
     emitted = codebook.metric.emit(points)
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(seed % 2**63)
     drawn: list[int] = []
     while len(points) and len(drawn) < n:
-        up_to = errors.cumsum(0)
-        total = float(up_to[-1])
-        if not total > 0:
+        costs = errors if power == 2 else errors ** (power / 2)
+        up_to = (costs if weights is None else costs * weights.to(costs.device)).cumsum(0)
+        if not float(up_to[-1]) > 0:
             break
-        at = float(torch.rand((), generator=random, dtype=torch.float64)) * total
-        drawn.append(min(int(torch.searchsorted(up_to, at, right=True)), len(points) - 1))
-        errors = torch.minimum(errors, wide((emitted - emitted[drawn[-1]]).square().sum(1)) * weights)
-    return points[drawn]
+        at_once = min(_AT_ONCE, 1 + (codebook.size + len(drawn)) // _ONE_IN)
+        chances = torch.rand(at_once, 2, generator=random, dtype=torch.float64)
+        at = chances[:, 0].to(up_to.device) * up_to[-1]
+        proposed = torch.searchsorted(up_to, at, right=True).clamp(max=len(points) - 1)
+        rows = emitted[proposed.to(points.device)]
+        accepted = _accepted(rows, errors[proposed], chances[:, 1] ** (2 / power))[: n - len(drawn)]
+        drawn += proposed[accepted].tolist()
+        if len(accepted):
+            new = Codebook(rows[accepted])
+            errors = torch.minimum(errors, squared_errors(emitted, new, nearest(emitted, new)))
+    return torch.tensor(drawn, dtype=torch.int64, device=points.device)
+
+
+def _accepted(rows: Tensor, errors: Tensor, chances: Tensor) -> Tensor:
+    """Indices of the proposed rows (m, dim) that are accepted: what is left of their errors (m,) exceeds a chance (m,).
+
+    errors: to the codes that were there before. At least the first row is accepted.
+    """
+    apart = torch.cdist(wide(rows), wide(rows), compute_mode="donot_use_mm_for_euclid_dist").square().cpu().numpy()
+    left, needed = errors.cpu().numpy().copy(), (errors.cpu() * chances).numpy()
+    accepted = []
+    for i in range(len(left)):
+        if left[i] > needed[i]:
+            accepted.append(i)
+            np.minimum(left, apart[i], out=left)
+    return torch.tensor(accepted, device=rows.device)

@@ -72,5 +72,6 @@ def grown(codebook: Codebook, latents: Latents, counts: Tensor, k: int, seed: in
 
     pruned = Prune()(codebook, latents, counts)
     used = pruned.codebook
-    more = draw_by_error(joined(latents), used, k - used.size, seed)
+    points = joined(latents)
+    more = points[draw_by_error(points, used, k - used.size, seed)]
     return replace(pruned, codebook=replace(used, vectors=torch.cat([used.vectors, more])))

@@ -73,17 +73,18 @@ class Quantize:
         if 0 < int((counts > 0).sum()) <= self.k:
             return _filled_up(codebook, counts > 0, self.k)
         weights = counts.double() if int(counts.sum()) else torch.ones(codebook.size, dtype=torch.float64)
-        used, emitted, engine = weights > 0, codebook.emitted, None
+        used, emitted, engine, reason = weights > 0, codebook.emitted, None, None
         if self.method == "pnn":
             merge = merge_pairs(emitted[used].double().numpy(), weights[used].numpy(), self.k)
             rows, labels = (torch.from_numpy(part) for part in merge)
         else:
             rows, labels = self._merge_by_kmeans(emitted[used], weights[used], self.k)
-            engine = chosen(self.engine)
+            choice = chosen(self.engine, self.k, codebook.dim)
+            engine, reason = choice.engine, choice.reason
         merged = replace(codebook, vectors=rows.float())
         index_map = nearest(emitted, merged)
         index_map[used] = labels
-        return Surgery(merged, index_map, engine=engine)
+        return Surgery(merged, index_map, engine=engine, engine_reason=reason)
 
     def _merge_by_kmeans(self, rows: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Of fewer distinct codes than k, some of the merged ones are alike."""

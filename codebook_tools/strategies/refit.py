@@ -105,7 +105,8 @@ class Refit:
         )
         new = replace(codebook, vectors=clustering.centroids.cpu())
         index_map = torch.full((codebook.size,), REMOVED)
-        return Surgery(new, index_map, engine=chosen(self.engine), power=power)
+        choice = chosen(self.engine, self.k, codebook.dim)
+        return Surgery(new, index_map, engine=choice.engine, engine_reason=choice.reason, power=power)
 
     def _from_used(self, codebook: Codebook, points: Tensor, counts: Tensor) -> Tensor:
         import torch
@@ -116,4 +117,4 @@ class Refit:
         used = replace(codebook, vectors=codebook.vectors[order[counts[order] > 0]].to(points.device))
         if not used.size:
             return seeds(points, self.k, "kmeans++", self.seed)
-        return torch.cat([used.vectors, draw_by_error(points, used, self.k - used.size, self.seed)])
+        return torch.cat([used.vectors, points[draw_by_error(points, used, self.k - used.size, self.seed)]])

@@ -65,11 +65,11 @@ class Restart:
             raise CodebookError(
                 f"threshold={self.threshold} moves every code: the most used one counts {most}; {way_out}"
             )
-        if len(placeable := with_direction(points, codebook)) >= len(dead):
+        if len(placeable := points[with_direction(points, codebook)]) >= len(dead):
             points = placeable
         random = torch.Generator().manual_seed(self.seed)
         if self.method == "error":
-            new = draw_by_error(points, living, len(dead), self.seed)
+            new = points[draw_by_error(points, living, len(dead), self.seed)]
         elif self.method == "random":
             new = points[torch.randperm(len(points), generator=random)[: len(dead)]]
         elif self.method == "split":

@@ -333,7 +333,7 @@ def operate_in_memory(
         tokens = target.tokens_after(old, index_maps)
     for surgery in surgeries.values():
         if surgery.engine:
-            target.settings["engine"] = surgery.engine
+            target.settings |= {"engine": surgery.engine, "engine_reason": surgery.engine_reason}
     maps = dict[str, Tensor]()
     for stage, index_map in done.index_maps.items():
         samples = (calibration.tokens[stage].sample, tokens[stage].sample)

@@ -112,7 +112,8 @@ def sweep(
     suggested, reason = suggest(curve)
     left = {k: result.codebooks[0].distortion for k, result in curve.items()}
     table = folder / "table.md"
-    opened.settings |= {"k": sizes, "lambda": [*prices], "engine": chosen(engine)}
+    choice = chosen(engine, max(sizes), opened.model.books[0].codebook.dim)
+    opened.settings |= {"k": sizes, "lambda": [*prices], "engine": choice.engine, "engine_reason": choice.reason}
     result = Sweep(
         **header("sweep", opened),
         points=tuple(points),

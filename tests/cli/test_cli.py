@@ -109,6 +109,7 @@ def test_settings_say_what_was_asked_and_found_out(on_tiny: Run, images_folder: 
     assert found["seed"] == 3
     assert found["settings"] == {
         "k": 5, "init": "used", "iterations": 7, "exact": False, "engine": "native", "seed": 3, "steps": 2,
+        "engine_reason": "5 codes of 4 entries: it starts on samples, and moves codes out of local optima",
         "train": "decoder", "balance": False,
         "codebook_update": "gradient", "loss": "l1", "lr": 0.002, "batch_size": 9, "data": [str(images_folder)],
         "accumulate": 1, "clip": None, "weight_ema": None, "patience": None, "min_usage": 0.0,

@@ -18,8 +18,9 @@ from torch import Tensor
 from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.clustering.kmeans import Clustering, kmeans
 from codebook_tools.clustering.metric import COSINE, COSINE_UNIT, unit
+from codebook_tools.clustering.neighbors import Neighbors
 from codebook_tools.clustering.seeding import Init, afkmc2, count_distinct
-from codebook_tools.clustering.split_merge import split_and_merge
+from codebook_tools.clustering.split_merge import Moves, split_and_merge
 from codebook_tools.codebook import EUCLIDEAN, Codebook, Metric
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.progress import Watch
@@ -61,7 +62,7 @@ def test_the_same_start_ends_as_low_as_scikit_learn_or_lower(count: int, k: int,
     assert result.centroids.dtype == torch.float32 and result.centroids.shape == (k, dim)
     # Momentum may carry it past a shallow optimum; it stops a little before scikit-learn's tol=0.
     assert reference.inertia_ * 0.98 <= result.inertia <= reference.inertia_ * 1.001
-    assert result.inertia == pytest.approx(inertia_of(points, result.centroids), rel=1e-5)
+    assert result.inertia == pytest.approx(inertia_of(points, result.centroids), rel=1e-4)  # not of the last means
     assert torch.equal(points, before)
 
 
@@ -74,11 +75,11 @@ def test_momentum_needs_a_fraction_of_the_iterations() -> None:
 
 @each_init
 def test_growing_heads_end_as_low_as_scikit_learn_on_all_points_at_once(init: Init) -> None:
-    points, k = normal(6000, 4), 5  # heads of 375, 1,500 and 6,000
+    points, k = normal(20_000, 4), 5  # heads of 5,000 and 20,000
     reference = min(KMeans(k, n_init=1, tol=0, random_state=s).fit(points.numpy()).inertia_ for s in range(5))
     result, first, other = run(points, k, init=init), *(run(points, k, init=init, iterations=1, seed=s) for s in (0, 1))
     assert result.inertia <= 1.01 * reference and not torch.equal(first.centroids, other.centroids)
-    assert result.inertia == pytest.approx(inertia_of(points, result.centroids), rel=1e-5)
+    assert result.inertia == pytest.approx(inertia_of(points, result.centroids), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -97,9 +98,12 @@ def test_the_most_iterations_are_kept_to_and_more_never_hurt() -> None:
 def test_the_watch_gets_iterations_and_inertia() -> None:
     calls: list[tuple[str, int, dict[str, float]]] = []
     watch = Watch(lambda what, done, total, figures: calls.append((what, done, dict(figures))))
-    result = kmeans(normal(6000, 3), 5, watch=watch)
-    assert calls[0][0] == "k-means on 375 latents" and calls[-1][:2] == ("k-means on 6,000 latents", result.iterations)
-    assert calls[-1][2]["inertia"] == pytest.approx(result.inertia / 6000, rel=1e-4)
+    result = kmeans(normal(20_000, 3), 5, watch=watch)
+    assert [calls[0][0], calls[-1][:2]] == [
+        "k-means on 5,000 latents",
+        ("k-means on 20,000 latents", result.iterations),
+    ]
+    assert calls[-1][2]["inertia"] == pytest.approx(result.inertia / 20_000, rel=1e-4)
 
 
 # --- seeding by Markov chains --------------------------------------------------------------------------------------
@@ -258,8 +262,13 @@ def test_directions_that_cancel_out_keep_their_centroid_finite() -> None:
 # --- split-and-merge moves out of a local optimum ------------------------------------------------------------------
 
 
+def moves(codebook: Codebook, points: Tensor, count: int) -> Moves:
+    near = Neighbors.of(codebook, 32).codes
+    return split_and_merge(codebook, points, nearest(points, codebook), near, count, torch.Generator().manual_seed(0))
+
+
 def moved(codes: Tensor, points: Tensor, count: int) -> Tensor:
-    return split_and_merge(Codebook(codes), points, count, torch.Generator().manual_seed(0))
+    return moves(Codebook(codes), points, count).vectors
 
 
 def islands(count: int, each: int) -> tuple[Tensor, Tensor]:
@@ -275,6 +284,15 @@ def test_by_hand_the_code_that_is_cheapest_to_merge_goes_into_the_cell_of_the_la
     result = moved(codes, points, 1)
     assert torch.equal(result[[1, 3]], codes[[1, 3]])
     assert sorted(result[[0, 2], 0].tolist()) == pytest.approx([13.5, 16.5])  # 0.3 of the way to 10, and beyond
+    assert moves(Codebook(codes), points, 1).into.tolist() == [1, 1, 2, 3]
+
+
+def test_points_follow_a_merge_through_cells_that_are_moved_themselves() -> None:
+    """0 of one point goes into 1, then 2 of one point into 0: the points of 2 are near 1."""
+    points = column(0, 1, 1, 1, 1, 1, 1, 1, 1, -1.5, 50, 60, 70, 90, 100, 110)
+    codes = column(0, 1, -1.5, 60, 100)
+    into = moves(Codebook(codes), points, 2).into
+    assert into.tolist() == [1, 1, 1, 3, 4]
 
 
 def test_a_dead_code_goes_first_and_no_partner_of_a_merge_goes_too() -> None:
@@ -289,7 +307,7 @@ def test_without_error_nothing_moves_and_unit_rows_stay_unit() -> None:
     points, means = islands(8, 20)
     assert torch.equal(moved(means, means, 3), means)
     codebook = Codebook(unit(points[:8]), COSINE_UNIT)
-    rows = split_and_merge(codebook, points, 8, torch.Generator().manual_seed(0))  # more than can be moved
+    rows = moves(codebook, points, 8).vectors  # more than can be moved
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(8))
 
 

@@ -34,7 +34,7 @@ def grown(codes: Tensor, points: Tensor, counts: list[int], k: int, seed: int = 
 
 
 def drawn(points: Tensor, codes: Tensor, n: int, seed: int) -> Any:
-    return draw_by_error(points, Codebook(codes), n, seed).flatten().tolist()
+    return points[draw_by_error(points, Codebook(codes), n, seed)].flatten().tolist()
 
 
 def assert_frequencies(counts: Counter[Any], expected: dict[Any, float]) -> None:
@@ -69,15 +69,15 @@ def test_unit_codes_are_missed_by_angle_and_not_by_length() -> None:
     """From (1, 0) on the circle: (0, 90) has 2, (1, 1) has 2 - sqrt(2) = 0.586, (500, 0) has nothing."""
     points = torch.tensor([[0.0, 90.0], [1.0, 1.0], [500.0, 0.0]])
     codebook = Codebook(torch.tensor([[3.0, 0.0]]), COSINE_UNIT)
-    draws = Counter(float(draw_by_error(points, codebook, 1, seed)[0, 1]) for seed in range(1500))
+    draws = Counter(float(points[draw_by_error(points, codebook, 1, seed)][0, 1]) for seed in range(1500))
     frequency = (2 - 2**0.5) / (4 - 2**0.5)
     assert_frequencies(draws, {90: 1 - frequency, 1: frequency})
     # After (0, 90) the next is (1, 1), though (500, 0) is farther from it: a code points there.
-    both = {tuple(draw_by_error(points, codebook, 2, seed)[:, 1].tolist()) for seed in range(20)}
+    both = {tuple(points[draw_by_error(points, codebook, 2, seed)][:, 1].tolist()) for seed in range(20)}
     assert both == {(90, 1), (1, 90)}
     # (0, 7) and (0, 90) are one place.
     more = torch.cat([points, torch.tensor([[0.0, 7.0]])])
-    assert all(len(draw_by_error(more, codebook, 4, seed)) == 2 for seed in range(5))
+    assert all(len(more[draw_by_error(more, codebook, 4, seed)]) == 2 for seed in range(5))
 
 
 GRID = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=30)
@@ -86,16 +86,16 @@ GRID = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, m
 @given(GRID, GRID, st.integers(0, 40), st.integers(0, 99))
 def test_no_place_is_drawn_twice_and_none_that_a_code_sits_on(rows: Any, codes: Any, n: int, seed: int) -> None:
     points, codebook = torch.tensor(rows, dtype=torch.float32), Codebook(torch.tensor(codes, dtype=torch.float32))
-    places = [tuple(row) for row in draw_by_error(points, codebook, n, seed).tolist()]
+    places = [tuple(row) for row in points[draw_by_error(points, codebook, n, seed)].tolist()]
     free = set(rows) - set(codes)
     assert len(set(places)) == len(places) == min(n, len(free)) and set(places) <= free
 
 
 def test_fewer_draws_are_the_first_of_more() -> None:
     points, codebook = normal(200, 3), Codebook(normal(4, 3, seed=1))
-    many = draw_by_error(points, codebook, 30, 7)
-    assert torch.equal(draw_by_error(points, codebook, 11, 7), many[:11])
-    assert not torch.equal(draw_by_error(points, codebook, 30, 8), many)
+    many = points[draw_by_error(points, codebook, 30, 7)]
+    assert torch.equal(points[draw_by_error(points, codebook, 11, 7)], many[:11])
+    assert not torch.equal(points[draw_by_error(points, codebook, 30, 8)], many)
 
 
 def test_of_very_many_points_a_head_is_drawn_from_unless_it_is_full_of_repeats() -> None:
@@ -145,7 +145,7 @@ def test_what_is_drawn_comes_from_the_seed(method: Method) -> None:
 
 def test_new_codes_are_latents_drawn_by_their_error_from_the_living_codes_alone() -> None:
     codes, points, counts = normal(6, 2), normal(50, 2, seed=1), [0, 2, 0, 1, 0, 0]
-    expected = draw_by_error(points, Codebook(codes[[1, 3]]), 4, 3)
+    expected = points[draw_by_error(points, Codebook(codes[[1, 3]]), 4, 3)]
     assert torch.equal(restarted(codes, points, counts, seed=3).codebook.vectors[[0, 2, 4, 5]], expected)
     assert torch.equal(grown(codes, points, counts, 6, seed=3).codebook.vectors[2:], expected)
 
