@@ -27,7 +27,7 @@ class Net(nn.Module):
 
 
 class Straight(nn.Module):
-    """nn.Embedding, with the losses of the paper: (quantized, loss, indices), as mishalaskin, taming and many others."""
+    """nn.Embedding, with the losses of the paper: (quantized, loss, indices), as mishalaskin's and taming's."""
 
     def __init__(self, size: int = K, dim: int = DIM) -> None:
         super().__init__()
@@ -139,7 +139,8 @@ def diffusers() -> nn.Module:
 
 QUANTIZERS: dict[str, Callable[[], nn.Module]] = {
     "straight": Straight, "without codes": WithoutCodes, "looked up": LookedUp, "averaged": Averaged,
-    "columns": Columns, "diffusers": diffusers, "vq": vq, "vq, learned": lambda: vq(learnable_codebook=True, ema_update=False),
+    "columns": Columns, "diffusers": diffusers, "vq": vq,
+    "vq, learned": lambda: vq(learnable_codebook=True, ema_update=False),
     "vq, k-means": lambda: vq(kmeans_init=True), "vq, cosine": lambda: vq(use_cosine_sim=True),
 }  # fmt: skip
 

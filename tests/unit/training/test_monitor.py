@@ -247,7 +247,7 @@ def test_a_codebook_by_name_and_codes_by_a_function() -> None:
     ("module", "settings", "message"),
     [
         (lambda: nn.Linear(3, 3), {}, r"Linear has no codebook.*codebooks=\["),
-        (lambda: made("straight"), {"codebooks": ["quantizer.embeding"]}, "'quantizer.embeding'.*quantizer.embedding.weight"),
+        (lambda: made("straight"), {"codebooks": ["quantizer.w"]}, "'quantizer.w'.*quantizer.embedding.weight"),
         (lambda: made("straight"), {"revive_every": 10}, "give optimizer="),
         (lambda: made("straight"), {"refit_at": 0}, "refit_at=0"),
         (lambda: fsq(), {}, "FSQ rounds to a grid and has no learned codebook"),

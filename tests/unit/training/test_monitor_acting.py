@@ -62,7 +62,7 @@ def test_dead_codes_move_to_latents_and_living_ones_stay(name: str) -> None:
     moved = (now != before).any(1)
     assert int(moved.sum()) == figures["revived"] and bool(moved[FAR][1:].all())
     rows = nn.functional.normalize(latents, dim=1) if name == "vq, cosine" else latents
-    assert all(bool((row == rows).all(1).any()) for row in now[moved]), "each is a latent"
+    assert all(float((row - rows).abs().amax(1).min()) < 1e-6 for row in now[moved]), "each is a latent"
     assert len(now[moved].unique(dim=0)) == int(moved.sum()), "of its own"
     mine, others = net.quantizer.state_dict(), twin.quantizer.state_dict()
     for key, tensor in mine.items():
@@ -165,10 +165,10 @@ def test_codes_that_cannot_be_moved_are_refused() -> None:
     net = Blind(DIM)
     optimizer = torch.optim.Adam(net.parameters())
     ct.CodebookMonitor(net, codebooks=["codes.weight"], optimizer=optimizer, revive_every=1)
+    for _ in range(20):
+        net.train()(torch.randn(64, 4)).sum().backward()
     with pytest.raises(ct.CodebookError, match=r"codes.weight: the latents.*codes=lambda"):
-        for _ in range(50):
-            net.train()(torch.randn(64, 4)).sum().backward()
-            optimizer.step()
+        optimizer.step()
 
 
 class Blind(nn.Module):
