@@ -35,6 +35,21 @@ class Layout:
     metric: Metric
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a quantizer was called with, and what it chose.
+
+    Attributes:
+        codes: (n,) int64, -1 where a mask is off; none where there are none to be had.
+        latents: (m, dim) float32, all or a sample; None where they are unknown.
+        codes_of_latents: (m,) int64, their codes.
+    """
+
+    codes: Tensor
+    latents: Tensor | None = None
+    codes_of_latents: Tensor | None = None
+
+
 class Reader:
     """Reads the calls of one quantizer.
 
@@ -42,9 +57,11 @@ class Reader:
         layout: Where the latents are; None until that is settled, and where it cannot be.
     """
 
-    def __init__(self, quantizer: Quantizer) -> None:
-        self.quantizer = quantizer
+    def __init__(self, quantizer: Quantizer, most: int, seed: int) -> None:
+        """most: latents of a call, of which more are sampled. seed: of that, apart from torch's own random numbers."""
+        self.quantizer, self._most, self._seed = quantizer, most, seed
         self.layout: Layout | None = None
+        self._random: torch.Generator | None = None
         self._tries, self._searches = 0, False
         self._before: Tensor | None = None
         self._lookups: list[Tensor] = []
@@ -59,17 +76,13 @@ class Reader:
         """During a call: indices that the embedding was called with."""
         self._lookups.append(indices.detach())
 
-    def end(self, args: Sequence[object], kwargs: Mapping[str, object], output: object) -> tuple[Tensor, Tensor | None]:
+    def end(self, args: Sequence[object], kwargs: Mapping[str, object], output: object) -> Call:
         """After a call.
 
         Args:
             args: Of the call.
             kwargs: Of the call.
             output: What it returned.
-
-        Returns:
-            Codes (n,) int64, -1 where a mask is off, and the latents (n, dim) float32 that they stand for. No codes
-            (0,) where there are none to be had; None where the latents are not.
         """
         tensors = {"inputs": list(_tensors([*args, *kwargs.values()])), "outputs": list(_tensors(output))}
         codes = self._codes(tensors["outputs"])
@@ -77,14 +90,25 @@ class Reader:
             self._tries += 1
             self.layout = self._settled(tensors, codes)
             self._searches = codes is None and self.layout is not None
-        rows = None if self.layout is None else self._rows(tensors, self.layout)
+        if self.layout is None:
+            return Call(_masked(codes, kwargs.get("mask")) if codes is not None else torch.zeros(0, dtype=torch.int64))
+        latents = self._rows(tensors, self.layout)
         if codes is None:
-            if rows is None or self._before is None or self.layout is None:
-                return torch.zeros(0, dtype=torch.int64), None
-            codes = nearest(rows, Codebook(self._before, self.layout.metric), wait=False)
-        if rows is not None and len(rows) != len(codes):
-            rows = None
-        return _masked(codes, kwargs.get("mask")), rows
+            assert self._before is not None
+            codes = nearest(latents.float(), Codebook(self._before, self.layout.metric), wait=False)
+        codes = _masked(codes, kwargs.get("mask"))
+        if len(latents) != len(codes):
+            return Call(codes)
+        if len(codes) <= self._most:
+            return Call(codes, latents.float(), codes)
+        at = self._drawn(len(codes), codes.device)
+        return Call(codes, latents.index_select(0, at).float(), codes.index_select(0, at))
+
+    def _drawn(self, n: int, device: torch.device) -> Tensor:
+        """Positions of a call, drawn alike."""
+        if self._random is None or self._random.device != device:
+            self._random = torch.Generator(device).manual_seed(self._seed)
+        return torch.randint(n, (self._most,), generator=self._random, device=device)
 
     def _codes(self, outputs: Sequence[Tensor]) -> Tensor | None:
         """(n,) int64: integers of the output, else lookups in the embedding, else what is one-hot in the output."""
@@ -103,10 +127,9 @@ class Reader:
         """The layout by which the nearest codes are those of the call, or make its output where it returns none."""
         assert self._before is not None
         for layout in self._candidates(tensors, self._before.shape[1], None if codes is None else len(codes)):
-            rows = self._rows(tensors, layout)
+            head = self._rows(tensors, layout)[:_ROWS].float()
             for vectors in (self._before, self.quantizer.codes()):
                 codebook = Codebook(vectors, layout.metric)
-                head = rows[:_ROWS]
                 own = nearest(head, codebook)
                 if _is_copy(head, codebook.emitted[own]):  # the quantized vectors, not the latents
                     continue
@@ -137,14 +160,14 @@ class Reader:
     @staticmethod
     def _rows(tensors: Mapping[str, Sequence[Tensor]], layout: Layout) -> Tensor:
         tensor = tensors[layout.among][layout.index].detach()
-        return tensor.movedim(layout.axis, -1).flatten(0, -2).float()
+        return tensor.movedim(layout.axis, -1).flatten(0, -2)
 
     def _makes(self, tensors: Mapping[str, Sequence[Tensor]], layout: Layout, emitted: Tensor) -> Tensor:
         """(n,) bool: whether an output of the shape of the latents is made of these codes."""
         shape = tensors["inputs"][layout.index].shape
         for index, tensor in enumerate(tensors["outputs"]):
             if tensor.shape == shape and tensor.is_floating_point():
-                rows = self._rows(tensors, Layout("outputs", index, layout.axis, layout.metric))[:_ROWS]
+                rows = self._rows(tensors, Layout("outputs", index, layout.axis, layout.metric))[:_ROWS].float()
                 close: Tensor = (rows - emitted).norm(dim=1) <= 1e-3 * emitted.norm(dim=1) + 1e-6
                 return close
         return torch.zeros(1, dtype=torch.bool)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools.runtime import distributed
+from codebook_tools.training.monitor.reading import Call
 
 STEPS = 100  # that the sample is of: latents of an encoder that trained on since would mislead
 _ROWS, _ROWS_PER_CODE = 8192, 32  # as many a code as k-means begins with
@@ -18,25 +19,29 @@ class Reservoir:
 
     Attributes:
         capacity: Rows at most.
+        per_step: Rows that are drawn from one call.
     """
 
     def __init__(self, size: int, seed: int) -> None:
         """A reservoir for a codebook of `size` codes, drawn by `seed`, apart from torch's own random numbers."""
         self.capacity = max(_ROWS, _ROWS_PER_CODE * size)
-        self._per_step = math.ceil(self.capacity / STEPS)
+        self.per_step = math.ceil(self.capacity / STEPS)
         self._seed = seed
         self._random: torch.Generator | None = None
         self._rows: Tensor | None = None
         self._valid: Tensor | None = None
         self._at = self._count = 0
 
-    def add(self, codes: Tensor, rows: Tensor) -> None:
-        """Draw from latents rows (n, dim); those of negative codes (n,) are left out."""
+    def add(self, call: Call) -> None:
+        """Draw from the latents of a call; those of negative codes are left out."""
+        rows, codes = call.latents, call.codes_of_latents
+        if rows is None or codes is None or not len(rows):
+            return
         if self._rows is None or self._valid is None or self._random is None:
             self._rows = rows.new_empty(self.capacity, rows.shape[1])
             self._valid = torch.zeros(self.capacity, dtype=torch.bool, device=rows.device)
             self._random = torch.Generator(rows.device).manual_seed(self._seed)
-        n = min(self._per_step, len(rows))
+        n = min(self.per_step, len(rows))
         drawn = torch.randint(len(rows), (n,), generator=self._random, device=rows.device)
         places = (torch.arange(n, device=rows.device) + self._at) % self.capacity
         self._rows[places] = rows[drawn]
@@ -57,7 +62,7 @@ class Reservoir:
         if self._rows is None or self._valid is None:
             own = torch.zeros(0, max(distributed.each(0)))
         else:
-            n = min(self._count, steps * self._per_step)
+            n = min(self._count, steps * self.per_step)
             newest = (self._at - 1 - torch.arange(n, device=self._rows.device)) % self.capacity
             own = self._rows[newest][self._valid[newest]]
         dim = max(distributed.each(own.shape[1]))

@@ -10,6 +10,7 @@ from torch import Tensor
 from codebook_tools.evaluation import metrics
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import wide, wide_device
+from codebook_tools.training.monitor.reading import Call
 
 
 class Figures(TypedDict, total=False):
@@ -44,19 +45,15 @@ class Tally:
         self._begun_at = self.counts.clone()
         self._moments: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
-    def add(self, codes: Tensor, rows: Tensor | None) -> None:
-        """Add a call, without making the host wait for a GPU.
-
-        Args:
-            codes: (n,) int64; negative ones do not count.
-            rows: (n, dim) float32, their latents; None where these are unknown.
-        """
+    def add(self, call: Call) -> None:
+        """Add a call, without making the host wait for a GPU."""
+        codes = call.codes
         if codes.device != self.counts.device:  # the module may be moved after the monitor was made
             self.counts, self._begun_at = self.counts.to(codes.device), self._begun_at.to(codes.device)
-        valid = codes >= 0
-        self.counts.index_add_(0, codes.clamp(min=0), valid.long())
-        if rows is None:
+        self.counts.index_add_(0, codes.clamp(min=0), (codes >= 0).long())
+        if call.latents is None or call.codes_of_latents is None:
             return
+        rows, valid = call.latents, (call.codes_of_latents >= 0).to(call.latents.device)
         if self._moments is None:
             # Differences from a latent of about their mean lose no digits where that is far from 0.
             shift = rows.mean(0)
@@ -64,7 +61,7 @@ class Tally:
             self._moments = shift, of_rows[:1].clone(), of_rows.clone(), of_rows.new_zeros(len(shift), len(shift))
         shift, n, sums, products = self._moments
         with torch.autocast(rows.device.type, enabled=False):
-            centered = (rows - shift) * valid.to(rows.device)[:, None]
+            centered = (rows - shift) * valid[:, None]
             n += wide(valid.sum()).to(n.device)
             sums += wide(centered.sum(0))
             products += wide(centered.T @ centered)

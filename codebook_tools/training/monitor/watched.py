@@ -17,6 +17,7 @@ from codebook_tools.training.monitor.reading import Reader
 from codebook_tools.training.monitor.reservoir import Reservoir
 from codebook_tools.training.monitor.tally import Figures, Tally
 
+_MOST = 512  # latents of a call for the effective dimension: more take time, and an epoch has many calls
 _DRAWN_FROM, _DRAWN_FROM_PER_CODE = 4096, 8  # latents that revived codes are drawn from
 _REFIT_FROM_PER_CODE = 8  # latents, at least; a Re-Fit waits for them
 
@@ -35,8 +36,9 @@ class Watched:
             acting.require_movable(quantizer)
         size = quantizer.book.size
         self.quantizer, self._seed, self.refit_due = quantizer, seed, False
-        self._reader, self._tally = Reader(quantizer), Tally(size)
         self._reservoir = Reservoir(size, seed) if act else None
+        most = max(_MOST, 0 if self._reservoir is None else self._reservoir.per_step)
+        self._reader, self._tally = Reader(quantizer, most, seed), Tally(size)
         self._judged = torch.zeros(size, dtype=torch.int64)  # counts up to the last revival
         self._revived = 0
 
@@ -55,10 +57,10 @@ class Watched:
         self._reader.look_up(*args, *kwargs.values())
 
     def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        codes, rows = self._reader.end(args, kwargs, output)
-        self._tally.add(codes, rows)
-        if self._reservoir is not None and rows is not None:
-            self._reservoir.add(codes, rows)
+        call = self._reader.end(args, kwargs, output)
+        self._tally.add(call)
+        if self._reservoir is not None:
+            self._reservoir.add(call)
 
     def figures(self, revives: bool) -> Figures:
         """Figures since the last call, over all processes. revives: whether to say how many codes were revived."""
