@@ -11,6 +11,7 @@ from torch import Tensor
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.clustering.metric import COSINE, COSINE_UNIT, DOT
 from codebook_tools.codebook import EUCLIDEAN, Codebook, Metric
+from codebook_tools.runtime.devices import sent
 from codebook_tools.training.monitor.quantizers import Quantizer
 
 _ROWS = 4096  # on which a layout is settled, at most
@@ -59,9 +60,9 @@ class Reader:
 
     def __init__(self, quantizer: Quantizer, most: int, seed: int) -> None:
         """most: latents of a call, of which more are sampled. seed: of that, apart from torch's own random numbers."""
-        self.quantizer, self._most, self._seed = quantizer, most, seed
+        self.quantizer, self._most = quantizer, most
         self.layout: Layout | None = None
-        self._random: torch.Generator | None = None
+        self._random = torch.Generator().manual_seed(seed)
         self._tries, self._searches = 0, False
         self._before: Tensor | None = None
         self._lookups: list[Tensor] = []
@@ -101,14 +102,8 @@ class Reader:
             return Call(codes)
         if len(codes) <= self._most:
             return Call(codes, latents.float(), codes)
-        at = self._drawn(len(codes), codes.device)
+        at = sent(torch.randint(len(codes), (self._most,), generator=self._random), codes.device)
         return Call(codes, latents.index_select(0, at).float(), codes.index_select(0, at))
-
-    def _drawn(self, n: int, device: torch.device) -> Tensor:
-        """Positions of a call, drawn alike."""
-        if self._random is None or self._random.device != device:
-            self._random = torch.Generator(device).manual_seed(self._seed)
-        return torch.randint(n, (self._most,), generator=self._random, device=device)
 
     def _codes(self, outputs: Sequence[Tensor]) -> Tensor | None:
         """(n,) int64: integers of the output, else lookups in the embedding, else what is one-hot in the output."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools.runtime import distributed
+from codebook_tools.runtime.devices import sent
 from codebook_tools.training.monitor.reading import Call
 
 STEPS = 100  # that the sample is of: latents of an encoder that trained on since would mislead
@@ -27,7 +28,7 @@ class Reservoir:
         self.capacity = max(_ROWS, _ROWS_PER_CODE * size)
         self.per_step = math.ceil(self.capacity / STEPS)
         self._seed = seed
-        self._random: torch.Generator | None = None
+        self._random = torch.Generator().manual_seed(seed)
         self._rows: Tensor | None = None
         self._valid: Tensor | None = None
         self._at = self._count = 0
@@ -37,12 +38,11 @@ class Reservoir:
         rows, codes = call.latents, call.codes_of_latents
         if rows is None or codes is None or not len(rows):
             return
-        if self._rows is None or self._valid is None or self._random is None:
+        if self._rows is None or self._valid is None:
             self._rows = rows.new_empty(self.capacity, rows.shape[1])
             self._valid = torch.zeros(self.capacity, dtype=torch.bool, device=rows.device)
-            self._random = torch.Generator(rows.device).manual_seed(self._seed)
         n = min(self.per_step, len(rows))
-        drawn = torch.randint(len(rows), (n,), generator=self._random, device=rows.device)
+        drawn = sent(torch.randint(len(rows), (n,), generator=self._random), rows.device)
         places = (torch.arange(n, device=rows.device) + self._at) % self.capacity
         self._rows[places] = rows[drawn]
         self._valid[places] = codes.to(rows.device)[drawn] >= 0
@@ -59,14 +59,12 @@ class Reservoir:
         Returns:
             (n, dim) float32, the same on all processes.
         """
-        if self._rows is None or self._valid is None:
-            own = torch.zeros(0, max(distributed.each(0)))
-        else:
+        own = torch.zeros(0, 0)
+        if self._rows is not None and self._valid is not None:
             n = min(self._count, steps * self.per_step)
             newest = (self._at - 1 - torch.arange(n, device=self._rows.device)) % self.capacity
-            own = self._rows[newest][self._valid[newest]]
-        dim = max(distributed.each(own.shape[1]))
-        own = own if len(own) else own.new_zeros(0, dim)
-        rows = distributed.gathered(own[: math.ceil(most / distributed.count())])
+            own = self._rows[newest][self._valid[newest]][: math.ceil(most / distributed.count())]
+        dim = max(distributed.each(own.shape[1]))  # 0 on a process whose quantizer was not called
+        rows = distributed.gathered(own if len(own) else own.new_zeros(0, dim))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self._seed))
         return rows[order.to(rows.device)]
