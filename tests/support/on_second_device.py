@@ -82,7 +82,7 @@ def monitored(name: str) -> dict[str, Any]:
         for acts in (False, True):
             for step in range(6):
                 before = counts.copy()
-                net.train()(training_loops.images(32, step).to(device))[0].mean().backward()
+                net.train()(training_loops.images(48, step).to(device))[0].mean().backward()
                 if not acts and step == 5 and device == NAME:
                     waits.append(counts - before)
                 optimizer.step()
@@ -90,7 +90,7 @@ def monitored(name: str) -> dict[str, Any]:
             monitor.close()
             if not acts:
                 before = counts.copy()
-                net(training_loops.images(32, 5).to(device))[0].mean().backward()
+                net(training_loops.images(48, 5).to(device))[0].mean().backward()
                 waits.append(counts - before)
                 with torch.no_grad():
                     for parameter in net.quantizer.parameters():

@@ -180,7 +180,7 @@ def test_half_precision_is_counted() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         latents = list[Tensor]()
         net.encoder.register_forward_hook(lambda module, args, output: latents.append(output.detach()))
-        _, (_, _, codes) = net(images(64))
+        _, (_, _, codes) = net(images(32))
     assert monitor.epoch() == counted(codes, latents)
 
 
