@@ -53,7 +53,7 @@ class CodebookMonitor:
             optimizer: After its steps codes are moved; its moments of moved codes become 0.
             revive_every: Steps after which dead codes move to latents that are drawn by squared error: codes with less
                 than 3 % of the mean count, once there are 33 counts a code.
-            refit_at: Step after which k-means on latents of the last 100 steps replaces all codes.
+            refit_at: Step after which k-means on latents of the last 20 steps replaces all codes.
             seed: Of what is drawn for these, apart from torch's own random numbers.
 
         Raises:

@@ -14,6 +14,9 @@ from codebook_tools.codebook import EUCLIDEAN, Codebook, Metric
 from codebook_tools.runtime.devices import sent
 from codebook_tools.training.monitor.quantizers import Quantizer
 
+SAMPLE = 512
+"""Latents of a call that are sampled, unless more are asked for: all of them take time, and an epoch has many calls."""
+
 _ROWS = 4096  # on which a layout is settled, at most
 _AGREE = 0.9  # of the codes must be the nearest ones; the rest may be near-ties, or of a codebook that moved meanwhile
 _TRIES = 8  # calls on which a layout may be settled: a codebook is perhaps initialized by the first
@@ -42,7 +45,7 @@ class Call:
 
     Attributes:
         codes: (n,) int64, -1 where a mask is off; none where there are none to be had.
-        latents: (m, dim) float32, all or a sample; None where they are unknown.
+        latents: (m, dim) float32, all up to SAMPLE, or a sample in random order; None where they are unknown.
         codes_of_latents: (m,) int64, their codes.
     """
 
@@ -59,7 +62,7 @@ class Reader:
     """
 
     def __init__(self, quantizer: Quantizer, most: int, seed: int) -> None:
-        """most: latents of a call, of which more are sampled. seed: of that, apart from torch's own random numbers."""
+        """most: latents to sample of a call. seed: of that, apart from torch's own random numbers."""
         self.quantizer, self._most = quantizer, most
         self.layout: Layout | None = None
         self._random = torch.Generator().manual_seed(seed)
@@ -100,9 +103,9 @@ class Reader:
         codes = _masked(codes, kwargs.get("mask"))
         if len(latents) != len(codes):
             return Call(codes)
-        if len(codes) <= self._most:
+        if len(codes) <= SAMPLE:
             return Call(codes, latents.float(), codes)
-        at = sent(torch.randint(len(codes), (self._most,), generator=self._random), codes.device)
+        at = sent(torch.randint(len(codes), (min(self._most, len(codes)),), generator=self._random), codes.device)
         return Call(codes, latents.index_select(0, at).float(), codes.index_select(0, at))
 
     def _codes(self, outputs: Sequence[Tensor]) -> Tensor | None:

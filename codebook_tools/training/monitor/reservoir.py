@@ -11,7 +11,7 @@ from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import sent
 from codebook_tools.training.monitor.reading import Call
 
-STEPS = 100  # that the sample is of: latents of an encoder that trained on since would mislead
+STEPS = 20  # that the sample is of: latents of an encoder that trained on since would mislead
 _ROWS, _ROWS_PER_CODE = 8192, 32  # as many a code as k-means begins with
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from codebook_tools.evaluation import metrics
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import wide, wide_device
-from codebook_tools.training.monitor.reading import Call
+from codebook_tools.training.monitor.reading import SAMPLE, Call
 
 
 class Figures(TypedDict, total=False):
@@ -53,7 +53,8 @@ class Tally:
         self.counts.index_add_(0, codes.clamp(min=0), (codes >= 0).long())
         if call.latents is None or call.codes_of_latents is None:
             return
-        rows, valid = call.latents, (call.codes_of_latents >= 0).to(call.latents.device)
+        rows = call.latents[:SAMPLE]
+        valid = (call.codes_of_latents[:SAMPLE] >= 0).to(rows.device)
         if self._moments is None:
             # Differences from a latent of about their mean lose no digits where that is far from 0.
             shift = rows.mean(0)

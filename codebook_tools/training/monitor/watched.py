@@ -13,11 +13,10 @@ from codebook_tools.runtime import distributed
 from codebook_tools.training.monitor import acting
 from codebook_tools.training.monitor.hooks import Hooks
 from codebook_tools.training.monitor.quantizers import Quantizer
-from codebook_tools.training.monitor.reading import Reader
+from codebook_tools.training.monitor.reading import SAMPLE, Reader
 from codebook_tools.training.monitor.reservoir import Reservoir
 from codebook_tools.training.monitor.tally import Figures, Tally
 
-_MOST = 512  # latents of a call for the effective dimension: more take time, and an epoch has many calls
 _DRAWN_FROM, _DRAWN_FROM_PER_CODE = 4096, 8  # latents that revived codes are drawn from
 _REFIT_FROM_PER_CODE = 8  # latents, at least; a Re-Fit waits for them
 
@@ -37,7 +36,7 @@ class Watched:
         size = quantizer.book.size
         self.quantizer, self._seed, self.refit_due = quantizer, seed, False
         self._reservoir = Reservoir(size, seed) if act else None
-        most = max(_MOST, 0 if self._reservoir is None else self._reservoir.per_step)
+        most = max(SAMPLE, 0 if self._reservoir is None else self._reservoir.per_step)
         self._reader, self._tally = Reader(quantizer, most, seed), Tally(size)
         self._judged = torch.zeros(size, dtype=torch.int64)  # counts up to the last revival
         self._revived = 0

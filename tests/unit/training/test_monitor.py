@@ -184,6 +184,19 @@ def test_half_precision_is_counted() -> None:
     assert monitor.epoch() == counted(codes, latents)
 
 
+def test_of_many_latents_a_sample_gives_the_effective_dimension_and_all_are_counted() -> None:
+    net = made("straight")
+    monitor = ct.CodebookMonitor(net)
+    latents, codes = list[Tensor](), list[Tensor]()
+    net.encoder.register_forward_hook(lambda module, args, output: latents.append(output.detach()))
+    for seed in range(20):
+        codes.append(net(images(200, seed))[1][2])
+    figures: Any = monitor.epoch()
+    expected = counted(torch.cat(codes), latents)
+    exact = expected.pop("effective_dimension").expected
+    assert figures.pop("effective_dimension") == pytest.approx(exact, rel=0.02) and figures == expected
+
+
 def test_copies_of_a_module_are_not_counted_and_a_closed_monitor_counts_nothing() -> None:
     net, file = made("straight"), io.BytesIO()
     before = copy.deepcopy(net)

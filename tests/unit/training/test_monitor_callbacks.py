@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -181,3 +182,29 @@ def test_accelerate_starts_a_command_as_torchrun_does(tiny: Path, tmp_path: Path
     launched("-m", "codebook_tools", *words, "-o", two)
     state, other = load_file(one), load_file(two)
     assert state.keys() == other.keys() and all(torch.allclose(state[key], other[key], atol=1e-5) for key in state)
+
+
+def test_the_blocks_of_the_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("lightning")
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers import Trainer, TrainingArguments
+
+    def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+        loss: Tensor = model(batch)["loss"]
+        return loss
+
+    monkeypatch.chdir(tmp_path)
+    model = Trained()
+    names: dict[str, Any] = {
+        "model": model, "optimizer": torch.optim.Adam(model.parameters(), 1e-3), "batches": IMAGES.split(32),
+        "loss_of": loss_of, "writer": SummaryWriter(tmp_path),
+        "trainer": Trainer(Trained(), TrainingArguments(str(tmp_path), report_to="none"), train_dataset=Images()),
+    }  # fmt: skip
+    page = (ROOT / "docs" / "training-loop.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.S | re.M)
+    for block in blocks:
+        exec(compile(block.replace("revive_every=50", "revive_every=6"), "training-loop.md", "exec"), names)
+    assert len(blocks) == 2 and names["monitor"].scalars()["codebook/used"] > K / 2
+    assert type(names["callback"]).__name__ == "LightningMonitor"
+    assert "TransformersMonitor" in {type(one).__name__ for one in names["trainer"].callback_handler.callbacks}
