@@ -57,7 +57,7 @@ def transformers_monitor(trainer: Any, **settings: Any) -> Any:
     Raises:
         CodebookError: transformers is missing.
     """
-    base = require("transformers_monitor", "transformers", "transformers").TrainerCallback
+    base = require("transformers_monitor", "accelerate", "transformers").TrainerCallback
 
     class TransformersMonitor(base):  # type: ignore[misc, valid-type]
         monitor: CodebookMonitor | None = None

@@ -208,3 +208,9 @@ def test_the_blocks_of_the_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(blocks) == 2 and names["monitor"].scalars()["codebook/used"] > K / 2
     assert type(names["callback"]).__name__ == "LightningMonitor"
     assert "TransformersMonitor" in {type(one).__name__ for one in names["trainer"].callback_handler.callbacks}
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    with pytest.raises(ct.CodebookError, match=r"lightning_monitor needs lightning.*codebook-tools\[lightning\]"):
+        ct.lightning_monitor()
