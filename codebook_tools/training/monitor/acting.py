@@ -22,7 +22,7 @@ def require_movable(quantizer: Quantizer) -> None:
     """Raise CodebookError where the codes of a quantizer cannot be moved one by one."""
     if quantizer.form.kind != "rows":
         raise CodebookError(
-            f"{quantizer.name}: its codes are made of stored rows by {', '.join(quantizer.form.beside)}; "
+            f"{quantizer.book.key}: its codes are made of stored rows by {', '.join(quantizer.form.beside)}; "
             "a monitor counts them, but cannot move them: leave out revive_every and refit_at"
         )
 
@@ -59,7 +59,7 @@ def revive(
     stay = (index_map >= 0).nonzero()[:, 0]
     before = [(tensor, axis, tensor.clone()) for tensor, axis in _per_code(quantizer)]
     surgery = Surgery(Codebook(codes, metric), index_map)
-    install(surgery, quantizer.target, codebook=quantizer.book.key, optimizer=optimizer)
+    install(surgery, quantizer.part(), codebook=quantizer.book.key, optimizer=optimizer)
     for tensor, axis, old in before:  # an EMA state holds more digits than its codes
         at = stay.to(tensor.device)
         tensor.index_copy_(axis, at, old.index_select(axis, at))
@@ -84,18 +84,18 @@ def refit(quantizer: Quantizer, metric: Metric, rows: Tensor, seed: int, optimiz
     rows, old = rows.to(codes.device), Codebook(codes, metric)
     size, key = len(codes), quantizer.book.key
     if count_distinct(metric.prepare(rows), enough=size) < size:
-        raise CodebookError(f"refit_at: {quantizer.name} has {size} codes and got fewer distinct latents")
+        raise CodebookError(f"refit_at: {quantizer.book.key} has {size} codes and got fewer distinct latents")
     surgery = Refit(k=size, seed=seed, device=str(codes.device))(old, [rows], torch.ones(size, dtype=torch.int64))
     hits = torch.bincount(nearest(rows, surgery.codebook), minlength=size).cpu()
     # An EMA of as many counts as before: more would hold the codes where they are.
-    counts = hits / len(rows) * carried_counts(quantizer.target, key, surgery.index_map).sum()
-    install(surgery, quantizer.target, codebook=key, counts=counts, optimizer=optimizer)
+    counts = hits / len(rows) * carried_counts(quantizer.part(), key, surgery.index_map).sum()
+    install(surgery, quantizer.part(), codebook=key, counts=counts, optimizer=optimizer)
     _follow_first(quantizer, optimizer)
 
 
 def _per_code(quantizer: Quantizer) -> Iterator[tuple[Tensor, int]]:
     """The codebook and what follows it: each tensor, and its axis of codes."""
-    book, state = quantizer.book, quantizer.target.state_dict()
+    book, state = quantizer.book, quantizer.part().state_dict()
     for key in (book.key, *book.companions):
         axes = [axis for axis, length in enumerate(state[key].shape) if length == book.size]
         yield state[key], book.axis if book.axis in axes else axes[0]

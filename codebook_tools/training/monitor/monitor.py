@@ -68,7 +68,7 @@ class CodebookMonitor:
         model = _unwrapped(model)
         quantizers = find_quantizers(model, codebooks)
         self._watched = [Watched(quantizer, seed + i, act) for i, quantizer in enumerate(quantizers)]
-        self.names = tuple(quantizer.name for quantizer in quantizers)
+        self.names = tuple(quantizer.book.key for quantizer in quantizers)
         self.steps = 0
         self._revive_every, self._refit_at, self._codes = revive_every, refit_at, codes
         self._epochs, self._figures = 0, list[Figures]()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 
 from torch import Tensor, nn
 
@@ -24,40 +23,51 @@ class Quantizer:
     """A codebook in a module in training.
 
     Attributes:
-        name: The codebook's key in the module's state dict.
-        caller: The module whose call quantizes.
+        model: The module.
+        caller: The module in it whose call quantizes.
         method: Of the caller, that quantizes: "forward", or "encode" where a library calls that.
-        target: The smallest module that holds the codebook and all that goes with it.
-        book: The codebook in the target.
+        book: The codebook, by its key in the state dict.
         form: How rows of the codebook become codes.
     """
 
-    name: str
+    model: nn.Module
     caller: nn.Module
     method: str
-    target: nn.Module
     book: FoundCodebook
     form: Effective
 
     @property
     def tensor(self) -> Tensor:
         """The parameter or buffer that holds the codes."""
-        path, _, leaf = self.book.key.rpartition(".")
-        tensor: Tensor = getattr(self.target.get_submodule(path), leaf)
+        tensor: Tensor = getattr(self.model.get_submodule(_path(self.book.key)), self.book.key.rpartition(".")[2])
         return tensor
 
     @property
     def embedding(self) -> nn.Embedding | None:
         """The `nn.Embedding` that holds the codes; None where there is none."""
-        holder = self.target.get_submodule(self.book.key.rpartition(".")[0])
+        holder = self.model.get_submodule(_path(self.book.key))
         return holder if isinstance(holder, nn.Embedding) else None
+
+    def part(self) -> nn.Module:
+        """A module of the codebook and what lies beside it alone: the model's own tensors, by their keys there."""
+        paths = {_path(key) for key in (self.book.key, *self.book.companions, *self.form.beside)}
+        part, stored = nn.Module(), self.model.state_dict().keys()
+        for path in paths:
+            module, owner = self.model.get_submodule(path), part
+            for name in filter(None, path.split(".")):
+                if name not in owner._modules:
+                    owner.add_module(name, nn.Module())
+                owner = owner.get_submodule(name)
+            owner._parameters.update(module._parameters)
+            owner._buffers.update({name: one for name, one in module._buffers.items() if _joined(path, name) in stored})
+        return part
 
     def codes(self) -> Tensor:
         """A copy of the codes, (size, dim) float32 on the device of the codebook."""
         tensor = self.tensor.detach()
         if self.form.kind == "rows":
             return stored_rows(tensor, self.book).clone()
-        state = in_memory(type(self.target).__name__, self.target.state_dict())
+        state = in_memory(type(self.model).__name__, self.part().state_dict())
         return codes_of_rows(state, self.book, stored_rows(tensor.cpu(), self.book)).to(tensor.device)
 
 
@@ -111,20 +121,16 @@ def _quantizer(model: nn.Module, book: FoundCodebook, shapes: Mapping[str, Shape
     if book.heads > 1 or form.kind == "network":
         reason = f"of {book.heads} heads" if book.heads > 1 else f"whose codes are made by layers, {form.beside[0]} …"
         raise CodebookError(f"{book.key} is a codebook {reason}: not monitored; name the others with codebooks=[...]")
-    caller, method = _caller(model, book.key.rpartition(".")[0])
-    prefix = _folder([book.key, *book.companions, *form.beside])
-    companions, beside = (
-        tuple(name.removeprefix(prefix) for name in names) for names in (book.companions, form.beside)
-    )
-    form = replace(form, beside=beside)
-    local = replace(book, key=book.key.removeprefix(prefix), companions=companions, form=form)
-    return Quantizer(book.key, caller, method, model.get_submodule(prefix.rstrip(".")), local, form)
+    return Quantizer(model, *_caller(model, _path(book.key)), replace(book, form=form), form)
 
 
-def _folder(names: Sequence[str]) -> str:
-    """The path of the smallest module that holds all tensors of these names, with a dot after it; "" for the whole."""
-    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    return "".join(f"{level[0]}." for level in takewhile(lambda level: len({*level}) == 1, levels))
+def _path(key: str) -> str:
+    """The path of the module that holds a tensor."""
+    return key.rpartition(".")[0]
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _caller(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -136,7 +142,7 @@ def _caller(model: nn.Module, path: str) -> tuple[nn.Module, str]:
                 return module, "forward"
             if callable(getattr(module, "encode", None)):
                 return module, "encode"
-        path = path.rpartition(".")[0]
+        path = _path(path)
 
 
 def _none_in(model: nn.Module, unsure: Sequence[str], reason: str | None) -> str:

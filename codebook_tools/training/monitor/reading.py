@@ -59,12 +59,14 @@ class Reader:
 
     Attributes:
         layout: Where the latents are; None until that is settled, and where it cannot be.
+        called: Whether there was a call.
     """
 
     def __init__(self, quantizer: Quantizer, most: int, seed: int) -> None:
         """most: latents to sample of a call. seed: of that, apart from torch's own random numbers."""
         self.quantizer, self._most = quantizer, most
         self.layout: Layout | None = None
+        self.called = self._within = False
         self._random = torch.Generator().manual_seed(seed)
         self._tries, self._searches = 0, False
         self._before: Tensor | None = None
@@ -72,13 +74,15 @@ class Reader:
 
     def begin(self) -> None:
         """Before a call: keep the codes, which the call may move, where they will be needed."""
+        self.called = self._within = True
         self._lookups.clear()
         unsettled = self.layout is None and self._tries < _TRIES
         self._before = self.quantizer.codes() if unsettled or self._searches else None
 
     def look_up(self, indices: Tensor) -> None:
-        """During a call: indices that the embedding was called with."""
-        self._lookups.append(indices.detach())
+        """Indices that the embedding is called with; they count within a call."""
+        if self._within:
+            self._lookups.append(indices.detach())
 
     def end(self, args: Sequence[object], kwargs: Mapping[str, object], output: object) -> Call:
         """After a call.
@@ -88,6 +92,7 @@ class Reader:
             kwargs: Of the call.
             output: What it returned.
         """
+        self._within = False
         tensors = {"inputs": list(_tensors([*args, *kwargs.values()])), "outputs": list(_tensors(output))}
         codes = self._codes(tensors["outputs"])
         if self.layout is None and self._tries < _TRIES and self._before is not None:

@@ -34,7 +34,7 @@ class Reservoir:
         self._at = self._count = 0
 
     def add(self, call: Call) -> None:
-        """Draw from the latents of a call; those of negative codes are left out."""
+        """Draw from the latents of a call; those of negative codes, and what is not finite, are left out."""
         rows, codes = call.latents, call.codes_of_latents
         if rows is None or codes is None or not len(rows):
             return
@@ -45,7 +45,7 @@ class Reservoir:
         drawn = sent(torch.randint(len(rows), (n,), generator=self._random), rows.device)
         places = (torch.arange(n, device=rows.device) + self._at) % self.capacity
         self._rows[places] = rows[drawn]
-        self._valid[places] = codes.to(rows.device)[drawn] >= 0
+        self._valid[places] = (codes.to(rows.device) >= 0)[drawn] & rows[drawn].isfinite().all(1)
         self._at = (self._at + n) % self.capacity
         self._count = min(self._count + n, self.capacity)
 

@@ -54,7 +54,8 @@ class Tally:
         if call.latents is None or call.codes_of_latents is None:
             return
         rows = call.latents[:SAMPLE]
-        valid = (call.codes_of_latents[:SAMPLE] >= 0).to(rows.device)
+        valid = (call.codes_of_latents[:SAMPLE] >= 0).to(rows.device) & rows.isfinite().all(1)
+        rows = torch.where(valid[:, None], rows, 0)
         if self._moments is None:
             # Differences from a latent of about their mean lose no digits where that is far from 0.
             shift = rows.mean(0)

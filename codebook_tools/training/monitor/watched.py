@@ -13,7 +13,7 @@ from codebook_tools.runtime import distributed
 from codebook_tools.training.monitor import acting
 from codebook_tools.training.monitor.hooks import Hooks
 from codebook_tools.training.monitor.quantizers import Quantizer
-from codebook_tools.training.monitor.reading import SAMPLE, Reader
+from codebook_tools.training.monitor.reading import SAMPLE, Call, Reader
 from codebook_tools.training.monitor.reservoir import Reservoir
 from codebook_tools.training.monitor.tally import Figures, Tally
 
@@ -53,7 +53,10 @@ class Watched:
         self._add(inputs, {}, codes)
 
     def _look_up(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._reader.look_up(*args, *kwargs.values())
+        (indices,) = (*args, *kwargs.values())
+        self._reader.look_up(indices)
+        if not self._reader.called:  # as where a training step calls the parts of a network, and never the whole
+            self._tally.add(Call(indices.flatten().long()))
 
     def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = self._reader.end(args, kwargs, output)
@@ -96,7 +99,7 @@ class Watched:
     def _metric(self) -> Metric:
         if self._reader.layout is None:
             raise CodebookError(
-                f"{self.quantizer.name}: the latents that its codes stand for are not among the inputs and outputs of "
-                f"{type(self.quantizer.caller).__name__}; give codes=lambda output: (codes, latents)"
+                f"{self.quantizer.book.key}: the latents that its codes stand for are not among the inputs and outputs "
+                f"of {type(self.quantizer.caller).__name__}; give codes=lambda output: (codes, latents)"
             )
         return self._reader.layout.metric

@@ -319,5 +319,13 @@ def test_straight_through_quantizers_in_a_bare_module_are_read_by_their_embeddin
 
     net = Whole().train()
     monitor = ct.CodebookMonitor(net, codebooks=["codes.weight"])
-    net(torch.randn(20, 4))
-    assert monitor.epoch()["used"] == len(net.chosen.unique())  # type: ignore[call-overload]
+    for parts in (True, False):  # called one by one, or as a whole
+        x = torch.randn(20, 4)
+        if parts:
+            net.chosen = torch.cdist(net.encoder(x), net.codes.weight).argmin(-1)
+            net.codes(net.chosen)
+        else:
+            net(x)
+        assert monitor.epoch()["used"] == len(net.chosen.unique())  # type: ignore[call-overload]
+    net.codes(torch.arange(K))
+    assert monitor.epoch()["used"] == 0, "a lookup beside the forward is none of the training"  # type: ignore[call-overload]
