@@ -232,3 +232,50 @@ def test_what_is_drawn_leaves_the_random_numbers_of_torch_alone() -> None:
         train(net, 8, optimizer)
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
+
+
+class Table(nn.Module):
+    """A codebook that is a parameter of the network itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.table = nn.Linear(4, DIM), nn.Parameter(torch.randn(K, DIM))
+        with torch.no_grad():
+            self.table[FAR] += 20
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        latents = self.encoder(x)
+        codes = torch.cdist(latents, self.table).argmin(-1)
+        return {"codes": codes, "latents": latents, "loss": (self.table[codes] - latents).square().mean()}
+
+
+def test_codes_and_latents_by_a_function_are_enough_to_move_codes() -> None:
+    torch.manual_seed(0)
+    net = Table().train()
+    optimizer = torch.optim.Adam(net.parameters(), 0.0)
+    monitor = ct.CodebookMonitor(
+        net, codebooks=["table"], codes=lambda out: (out["codes"], out["latents"]), optimizer=optimizer, revive_every=1
+    )
+    table, latents = net.table, list[Tensor]()
+    for step in range(2):
+        out = net(torch.randn(30, 50, 4, generator=torch.Generator().manual_seed(step)))
+        latents.append(out["latents"].detach().flatten(0, 1))
+        out["loss"].backward()
+        optimizer.step()
+    assert net.table is table and monitor.epoch()["revived"] >= int(FAR.sum())  # type: ignore[call-overload]
+    assert all(float((row - torch.cat(latents)).abs().amax(1).min()) < 1e-6 for row in net.table[FAR].detach())
+
+
+def test_latents_that_are_not_finite_are_no_place_for_a_code() -> None:
+    net = with_far_codes("straight")
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    monitor = ct.CodebookMonitor(net, optimizer=optimizer, revive_every=1)
+    train(net, 1, optimizer)
+    nn.init.constant_(net.encoder.weight, torch.nan)
+    before = codebook(net, "straight")
+    net.train()(images(200))
+    optimizer.zero_grad()
+    optimizer.step()
+    figures: Any = monitor.epoch()
+    assert same(codebook(net, "straight"), before)
+    assert figures["effective_dimension"] > 1
