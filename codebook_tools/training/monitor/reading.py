@@ -69,6 +69,7 @@ class Reader:
         self.called = self._within = False
         self._random = torch.Generator().manual_seed(seed)
         self._tries, self._searches = 0, False
+        self._one_hot: list[int] | None = None
         self._before: Tensor | None = None
         self._lookups: list[Tensor] = []
 
@@ -120,11 +121,10 @@ class Reader:
             return max(integers, key=Tensor.numel).detach().flatten().long()
         if self._lookups:
             return torch.cat([indices.flatten() for indices in self._lookups]).long()
-        size = self.quantizer.book.size
-        one_hot = [
-            tensor for tensor in outputs if tensor.ndim > 1 and tensor.shape[-1] == size and not tensor.requires_grad
-        ]
-        return next((tensor.flatten(0, -2).argmax(1) for tensor in one_hot if _is_one_hot(tensor)), None)
+        if self._one_hot is None:  # looking costs a wait for the device
+            size = self.quantizer.book.size
+            self._one_hot = [i for i, tensor in enumerate(outputs) if _is_one_hot(tensor, size)]
+        return outputs[self._one_hot[0]].detach().flatten(0, -2).argmax(1) if self._one_hot else None
 
     def _settled(self, tensors: Mapping[str, Sequence[Tensor]], codes: Tensor | None) -> Layout | None:
         """The layout by which the nearest codes are those of the call, or make its output where it returns none."""
@@ -192,7 +192,9 @@ def _is_copy(rows: Tensor, codes: Tensor) -> bool:
     return bool(((rows - codes).norm(dim=1) <= 1e-5 * codes.norm(dim=1)).all())
 
 
-def _is_one_hot(tensor: Tensor) -> bool:
+def _is_one_hot(tensor: Tensor, size: int) -> bool:
+    if tensor.ndim < 2 or tensor.shape[-1] != size:
+        return False
     rows = tensor.detach().flatten(0, -2)
     return bool(((rows == 0) | (rows == 1)).all()) and bool((rows.sum(1) == 1).all())
 

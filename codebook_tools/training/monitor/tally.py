@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypedDict
 
 import torch
@@ -21,7 +22,8 @@ class Figures(TypedDict, total=False):
         dead: Codes with none.
         usage: Share of codes with at least one assignment, 0 to 1.
         perplexity: exp of the entropy, in nats, of counts / total.
-        effective_dimension: Participation ratio of the latents' covariance; None where the latents are unknown.
+        effective_dimension: Participation ratio of the latents' covariance; None where the latents are unknown, NaN
+            where some were not finite.
         revived: Codes that were moved to latents; only of a monitor that revives.
     """
 
@@ -51,11 +53,10 @@ class Tally:
         if codes.device != self.counts.device:  # the module may be moved after the monitor was made
             self.counts, self._begun_at = self.counts.to(codes.device), self._begun_at.to(codes.device)
         self.counts.index_add_(0, codes.clamp(min=0), (codes >= 0).long())
-        if call.latents is None or call.codes_of_latents is None:
+        if call.latents is None or call.codes_of_latents is None or not len(call.latents):
             return
         rows = call.latents[:SAMPLE]
-        valid = (call.codes_of_latents[:SAMPLE] >= 0).to(rows.device) & rows.isfinite().all(1)
-        rows = torch.where(valid[:, None], rows, 0)
+        valid = (call.codes_of_latents[:SAMPLE] >= 0).to(rows.device)
         if self._moments is None:
             # Differences from a latent of about their mean lose no digits where that is far from 0.
             shift = rows.mean(0)
@@ -63,7 +64,7 @@ class Tally:
             self._moments = shift, of_rows[:1].clone(), of_rows.clone(), of_rows.new_zeros(len(shift), len(shift))
         shift, n, sums, products = self._moments
         with torch.autocast(rows.device.type, enabled=False):
-            centered = (rows - shift) * valid[:, None]
+            centered = torch.where(valid[:, None], rows - shift, 0)
             n += wide(valid.sum()).to(n.device)
             sums += wide(centered.sum(0))
             products += wide(centered.T @ centered)
@@ -96,4 +97,6 @@ class Tally:
         n, sums, products = (distributed.summed(part) for part in (n, sums, products))
         if not float(n):
             return None
+        if not bool(products.isfinite().all()):
+            return math.nan
         return metrics.participation_ratio(metrics.covariance_of_moments(sums, products, int(n)))
