@@ -11,11 +11,14 @@ from codebook_tools.clustering.assignment import nearest
 from codebook_tools.clustering.seeding import count_distinct, draw_by_error
 from codebook_tools.codebook import REMOVED, Codebook, Metric, Surgery
 from codebook_tools.errors import CodebookError
-from codebook_tools.models.wrapped import carried_counts, install
+from codebook_tools.models.stored_codes import followers
+from codebook_tools.models.wrapped import carried_counts, in_memory, install
 from codebook_tools.runtime import distributed
 from codebook_tools.strategies.refit import Refit
 from codebook_tools.training.codebook_ema import DEAD_BELOW
 from codebook_tools.training.monitor.quantizers import Quantizer
+
+_COUNT = "leave out revive_every and refit_at"
 
 
 def require_movable(quantizer: Quantizer) -> None:
@@ -23,8 +26,12 @@ def require_movable(quantizer: Quantizer) -> None:
     if quantizer.form.kind != "rows":
         raise CodebookError(
             f"{quantizer.book.key}: its codes are made of stored rows by {', '.join(quantizer.form.beside)}; "
-            "a monitor counts them, but cannot move them: leave out revive_every and refit_at"
+            f"a monitor counts them, but cannot move them: {_COUNT}"
         )
+    try:
+        followers(in_memory(type(quantizer.model).__name__, quantizer.part().state_dict()), quantizer.book)
+    except CodebookError as error:
+        raise CodebookError(f"{str(error).partition('; say so')[0]}: {_COUNT}") from error
 
 
 def dead_codes(counts: Tensor) -> Tensor | None:
@@ -98,7 +105,7 @@ def _per_code(quantizer: Quantizer) -> Iterator[tuple[Tensor, int]]:
     book, state = quantizer.book, quantizer.part().state_dict()
     for key in (book.key, *book.companions):
         axes = [axis for axis, length in enumerate(state[key].shape) if length == book.size]
-        yield state[key], book.axis if book.axis in axes else axes[0]
+        yield state[key], book.axis if book.axis in axes or not axes else axes[0]
 
 
 def _follow_first(quantizer: Quantizer, optimizer: torch.optim.Optimizer) -> None:

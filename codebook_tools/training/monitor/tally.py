@@ -52,7 +52,8 @@ class Tally:
         codes = call.codes
         if codes.device != self.counts.device:  # the module may be moved after the monitor was made
             self.counts, self._begun_at = self.counts.to(codes.device), self._begun_at.to(codes.device)
-        self.counts.index_add_(0, codes.clamp(min=0), (codes >= 0).long())
+        size = len(self.counts)  # a code beyond it stands for padding, as a negative one does
+        self.counts.index_add_(0, codes.clamp(0, size - 1), ((codes >= 0) & (codes < size)).long())
         if call.latents is None or call.codes_of_latents is None or not len(call.latents):
             return
         rows = call.latents[:SAMPLE]

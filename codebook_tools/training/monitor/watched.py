@@ -53,7 +53,7 @@ class Watched:
         self._add(inputs, {}, codes)
 
     def _look_up(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        (indices,) = (*args, *kwargs.values())
+        indices = next(one for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
         self._reader.look_up(indices)
         if not self._reader.called:  # as where a training step calls the parts of a network, and never the whole
             self._tally.add(Call(indices.flatten().long()))
@@ -80,7 +80,7 @@ class Watched:
         self._judged = counts
         if bool(dead.any()):
             rows = self._rows(max(_DRAWN_FROM, _DRAWN_FROM_PER_CODE * int(dead.sum())), steps)
-            self._revived += acting.revive(self.quantizer, self._metric, dead, rows, self._seed + step, optimizer)
+            self._revived += acting.revive(self.quantizer, self._metric(), dead, rows, self._seed + step, optimizer)
 
     def refit(self, optimizer: torch.optim.Optimizer) -> None:
         """Replace all codes by centroids of the reservoir, once that has enough latents."""
@@ -88,18 +88,19 @@ class Watched:
         rows = self._rows(self._reservoir.capacity)
         if len(rows) < _REFIT_FROM_PER_CODE * self.quantizer.book.size:
             return
-        acting.refit(self.quantizer, self._metric, rows, self._seed, optimizer)
+        acting.refit(self.quantizer, self._metric(), rows, self._seed, optimizer)
         self.refit_due, self._judged = False, self._tally.counts.clone()
 
     def _rows(self, most: int, steps: int | None = None) -> Tensor:
         assert self._reservoir is not None
         return self._reservoir.rows(most) if steps is None else self._reservoir.rows(most, steps)
 
-    @property
     def _metric(self) -> Metric:
-        if self._reader.layout is None:
+        """That of rank 0, for all processes."""
+        metric = distributed.of_first(None if self._reader.layout is None else self._reader.layout.metric)
+        if metric is None:
             raise CodebookError(
                 f"{self.quantizer.book.key}: the latents that its codes stand for are not among the inputs and outputs "
                 f"of {type(self.quantizer.caller).__name__}; give codes=lambda output: (codes, latents)"
             )
-        return self._reader.layout.metric
+        return metric

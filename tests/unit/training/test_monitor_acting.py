@@ -164,6 +164,12 @@ def test_codes_that_cannot_be_moved_are_refused() -> None:
     optimizer = torch.optim.Adam(quantizer.parameters())
     with pytest.raises(ct.CodebookError, match=r"frozen_codebook.*code_transform.weight.*cannot move"):
         ct.CodebookMonitor(quantizer, optimizer=optimizer, revive_every=5)
+    odd = made("straight")
+    odd.quantizer.embedding.register_buffer("zeta", torch.rand(K))  # type: ignore[union-attr, operator]
+    optimizer = torch.optim.Adam(odd.parameters())
+    with pytest.raises(ct.CodebookError, match=r"zeta \[24\].*say what they are: leave out revive_every") as refusal:
+        ct.CodebookMonitor(odd, optimizer=optimizer, refit_at=5)
+    assert "--companion" not in str(refusal.value)
     net = Blind(DIM)
     optimizer = torch.optim.Adam(net.parameters())
     ct.CodebookMonitor(net, codebooks=["codes.weight"], optimizer=optimizer, revive_every=1)
