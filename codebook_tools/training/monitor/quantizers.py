@@ -92,7 +92,8 @@ def find_quantizers(model: nn.Module, codebooks: Sequence[str] | None) -> list[Q
         if not chosen:
             raise CodebookError(_none_in(model, [*books], detection.reason))
     else:
-        chosen = [books.get(key) or _declared(model, key, shapes, [*books]) for key in codebooks]
+        keys = [codebooks] if isinstance(codebooks, str) else codebooks
+        chosen = [books.get(key) or _declared(model, key, shapes, [*books]) for key in keys]
     firsts = {id(tensors[book.key]): book.key for book in reversed(chosen)}  # stages may share a codebook
     return [_quantizer(model, book, shapes) for book in chosen if firsts[id(tensors[book.key])] == book.key]
 

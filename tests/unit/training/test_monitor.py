@@ -329,4 +329,5 @@ def test_straight_through_quantizers_in_a_bare_module_are_read_by_their_embeddin
             net(x)
         assert monitor.epoch()["used"] == len(net.chosen.unique())  # type: ignore[call-overload]
     net.codes(torch.arange(K))
+    assert ct.CodebookMonitor(net, codebooks="codes.weight").names == monitor.names
     assert monitor.epoch()["used"] == 0, "a lookup beside the forward is none of the training"  # type: ignore[call-overload]
