@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from codebook_tools.data.user_data import Data as Data
     from codebook_tools.errors import CodebookError as CodebookError
     from codebook_tools.models.wrapped import install as install
+    from codebook_tools.training.monitor.callbacks import lightning_monitor as lightning_monitor
+    from codebook_tools.training.monitor.callbacks import transformers_monitor as transformers_monitor
+    from codebook_tools.training.monitor.monitor import CodebookMonitor as CodebookMonitor
     from codebook_tools.training.recipe import FineTune as FineTune
     from codebook_tools.workflows.python import CodebookWarning as CodebookWarning
     from codebook_tools.workflows.python import Operation as Operation
@@ -46,6 +49,8 @@ _HOMES = {
     "data.user_data": ("Data",),
     "errors": ("CodebookError",),
     "models.wrapped": ("install",),
+    "training.monitor.callbacks": ("lightning_monitor", "transformers_monitor"),
+    "training.monitor.monitor": ("CodebookMonitor",),
     "training.recipe": ("FineTune",),
     "workflows.python": (
         *("CodebookWarning", "Operation", "compare", "decode", "diagnose", "encode", "inspect"),

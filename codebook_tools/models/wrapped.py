@@ -221,6 +221,12 @@ def _names(module: nn.Module, key: str) -> list[str]:
     return [name for name, other in named if other is tensor]
 
 
+def carried_counts(target: nn.Module, codebook: str, index_map: Tensor) -> Tensor:
+    """The counts that `install` carries over to as many new codes. codebook: the tensor's name in `target`."""
+    checkpoint = in_memory(type(target).__name__, target.state_dict())
+    return _carried(checkpoint, choose_codebook(checkpoint, (codebook,)), index_map, len(index_map))
+
+
 def _carried(checkpoint: Checkpoint, book: FoundCodebook, index_map: Tensor, size: int) -> Tensor:
     """(size,) counts: the EMA counts of the old codes, their mean for new codes; ones without EMA counts."""
     key = next((one.key for one in followers(checkpoint, book) if one.role.value == "counts"), None)

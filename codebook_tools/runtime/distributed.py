@@ -1,7 +1,8 @@
 """Collectives over the processes that torchrun starts for one command; a single process is rank 0 of one.
 
 Every process runs the same code on its part of the data; the functions here return the same on all of them. Only
-processes that `joined` brought together count: a program with processes of its own may call the library from one.
+processes that `joined` brought together count, and within `of_program` those of a program that joined them itself: such
+a program may otherwise call the library from one.
 """
 
 from __future__ import annotations
@@ -67,6 +68,22 @@ def joined(device: str) -> Iterator[None]:
     finally:
         _group.rank, _group.count, _group.store = 0, 1, None
         distributed.destroy_process_group()
+
+
+@contextmanager
+def of_program() -> Iterator[None]:
+    """Within, the processes of a program that initialized torch.distributed itself count, all of which get here."""
+    import torch
+
+    torch_distributed = torch.distributed
+    if _group.count > 1 or not (torch_distributed.is_available() and torch_distributed.is_initialized()):
+        yield
+        return
+    _group.rank, _group.count = torch_distributed.get_rank(), torch_distributed.get_world_size()
+    try:
+        yield
+    finally:
+        _group.rank, _group.count = 0, 1
 
 
 def _own_gpu(gpus: int) -> int:

@@ -258,3 +258,12 @@ def test_every_family_is_measured_and_refitted_there(
         commands[f"{name}, measure"] = f"measure {source} {options}"
         commands[f"{name}, refit"] = f"refit {source} --k 8 --steps 3 {options} -o {output}"
     assert_all_ran(done(jobs_of(commands, {})))
+
+
+@pytest.mark.slow
+def test_counting_in_a_training_makes_the_host_wait_for_nothing() -> None:
+    names = ("straight", "diffusers")
+    for found in done({name: ["monitored", name] for name in names}).values():
+        assert (found[READS], found[UPLOADS]) == (0, 0)
+        assert found[f"{NAME} False"] == found["cpu False"]
+        assert found[f"{NAME} True"]["used"] == 24 and found[f"{NAME} True"]["revived"] >= 6

@@ -131,6 +131,7 @@ def test_definitions_have_nouns_for_names() -> None:
 HEAVY = """
 heavy = {"torch", "numpy", "scipy", "sklearn", "faiss", "PIL", "safetensors", "torchmetrics", "diffusers"}
 heavy |= {"transformers"}
+heavy |= {"lightning", "accelerate"}
 print("HEAVY", sorted((heavy - set(sys.argv[1].split(","))) & set(sys.modules)))
 """
 

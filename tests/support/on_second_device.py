@@ -68,6 +68,38 @@ def waits_of_steps(*words: str) -> dict[str, Any]:
         return {**command(*words), **within}
 
 
+def monitored(name: str) -> dict[str, Any]:
+    """A training there and here with a monitor: the reads and uploads that counting adds to a step, and figures."""
+    import training_loops
+
+    import codebook_tools as ct
+
+    found, waits = dict[str, Any](), list[Counter[str]]()
+    for device in ("cpu", NAME):
+        net = training_loops.made(name).to(device)
+        optimizer = torch.optim.Adam(net.parameters(), 0.0)
+        monitor = ct.CodebookMonitor(net)
+        for acts in (False, True):
+            for step in range(6):
+                before = counts.copy()
+                net.train()(training_loops.images(48, step).to(device))[0].mean().backward()
+                if not acts and step == 5 and device == NAME:
+                    waits.append(counts - before)
+                optimizer.step()
+            found[f"{device} {acts}"] = monitor.epoch()
+            monitor.close()
+            if not acts:
+                before = counts.copy()
+                net(training_loops.images(48, 5).to(device))[0].mean().backward()
+                waits.append(counts - before)
+                with torch.no_grad():
+                    for parameter in net.quantizer.parameters():
+                        parameter[::2] += 20
+                monitor = ct.CodebookMonitor(net, optimizer=optimizer, revive_every=3, refit_at=5)
+    with_monitor, without = waits[-2:]
+    return found | {name: with_monitor[name] - without[name] for name in (READS, UPLOADS)}
+
+
 def mixtures() -> dict[str, str | None]:
     """What operators that mix devices raise, by name; None where they do not."""
     here, there = torch.ones(3, 4), torch.ones(3, 4).to(NAME)
@@ -153,7 +185,8 @@ def _raised(work: Callable[[], object]) -> str | None:
 
 
 JOBS: dict[str, Callable[..., Any]] = {
-    job.__name__: job for job in (command, command_that_mixes, waits_of_steps, mixtures, waits, same_codes, largest)
+    job.__name__: job
+    for job in (command, command_that_mixes, waits_of_steps, monitored, mixtures, waits, same_codes, largest)
 }
 
 

@@ -1,0 +1,1 @@
+"""A monitor of the codebooks in anybody's training loop."""
