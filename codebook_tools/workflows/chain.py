@@ -127,12 +127,12 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
     labeled = zip(labels, results, strict=True)
     return Chain(
         command="run",
-        model=str(request.source),
+        model=request.title,
         family=last.family,
         settings=_shared([result.settings for result in results]),
         seed=request.seed,
         warnings=tuple(f"{label}: {warning}" for label, result in labeled for warning in result.warnings),
-        steps=tuple(replace(result, model=str(request.source), outputs={}) for result in results),
+        steps=tuple(replace(result, model=request.title, outputs={}) for result in results),
         outputs={"model": str(output), "index_map": str(index_map)},
         bytes={"before": request.checkpoint.nbytes, "after": read_checkpoint(output).nbytes},
         gallery=gallery,

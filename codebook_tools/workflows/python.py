@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from codebook_tools.checkpoints.hub import located
 from codebook_tools.checkpoints.tensors import InMemory
 from codebook_tools.codebook import Strategy
 from codebook_tools.data.user_data import Data, PathLike, Values
@@ -279,8 +280,9 @@ def diagnose(
     Raises:
         CodebookError: A file cannot be opened, or the two models do not take the same data.
     """
-    paths = (None if path is None else Path(path) for path in (against, trace))
-    return _warned(run_diagnosis(_request(model, data, seed), Watch(progress), *paths))
+    watch = Watch(progress)
+    original, history = None if against is None else located(against, watch), None if trace is None else Path(trace)
+    return _warned(run_diagnosis(_request(model, data, seed), watch, original, history))
 
 
 def inspect(path: PathLike) -> Inspection:
@@ -289,7 +291,7 @@ def inspect(path: PathLike) -> Inspection:
     Raises:
         CodebookError: The file is missing or unsound.
     """
-    return inspect_checkpoint(Path(path))
+    return inspect_checkpoint(located(path, Watch()))
 
 
 def verify(path: PathLike, against: PathLike, maps: Sequence[PathLike] = ()) -> Verification:
@@ -306,7 +308,7 @@ def verify(path: PathLike, against: PathLike, maps: Sequence[PathLike] = ()) -> 
     Raises:
         CodebookError: A file is missing or unsound, or the checkpoint was not written by this package.
     """
-    return verify_checkpoint(Path(path), Path(against), [Path(one) for one in maps])
+    return verify_checkpoint(located(path, Watch()), located(against, Watch()), [Path(one) for one in maps])
 
 
 def encode(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from codebook_tools.codebook import METRIC_NAMES
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.demo import DEMO
+from codebook_tools.runtime.hub_ids import title_of
 from codebook_tools.runtime.options import Option
 
 if TYPE_CHECKING:
@@ -343,6 +344,11 @@ class Request:
     def source(self) -> Path:
         """Path of the model; of a wrapped module, the name of its class."""
         return Path(self.wrapped.name) if self.wrapped else self.model or DEMO
+
+    @property
+    def title(self) -> str:
+        """How results call the model: its path, or id and commit on the hub."""
+        return self.wrapped.name if self.wrapped else title_of(self.source)
 
     @property
     def read(self) -> tuple[Path, ...]:

@@ -79,7 +79,7 @@ def header(command: str, target: Target, *more: str) -> dict[str, Any]:
     request = target.request
     return {
         "command": command,
-        "model": str(request.source),
+        "model": request.title,
         "family": target.model.family,
         "settings": target.settings | ({"config": request.config} if request.config else {}),
         "seed": request.seed,

@@ -1,0 +1,210 @@
+"""The client of the Hugging Face hub: lists, fetches and commits files, and says in one line what went wrong."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from codebook_tools.errors import CodebookError, one_line
+from codebook_tools.runtime.hub_ids import ModelId, copy_of
+from codebook_tools.runtime.optional import require
+from codebook_tools.runtime.progress import Watch
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a model at a commit.
+
+    Attributes:
+        model: What was asked for.
+        commit: Its hash.
+        files: Bytes by path; 0 where the size is not known.
+        folder: Where they lie in the cache, offline; None online.
+    """
+
+    model: ModelId
+    commit: str
+    files: Mapping[str, int]
+    folder: Path | None = None
+
+
+def library(purpose: str) -> Any:
+    """The module huggingface_hub. Raises CodebookError where it is not installed."""
+    return require(purpose, "hub", "huggingface_hub")
+
+
+def listed(model: ModelId) -> Listing:
+    """Ask for the files of a model; offline, look into the cache.
+
+    Raises:
+        CodebookError: There is no such model or revision, it is not for this user, or the hub cannot be asked.
+    """
+    hub = library(str(model))
+    with in_one_line(str(model), model.repository, model.revision):
+        if hub.constants.HF_HUB_OFFLINE:
+            folder = Path(hub.snapshot_download(model.repository, revision=model.revision, local_files_only=True))
+            names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+            return Listing(model, folder.name, dict.fromkeys(names, 0), folder)
+        info = hub.HfApi().model_info(
+            model.repository, revision=model.revision, files_metadata=True, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT
+        )
+        files = {one.rfilename: one.size or 0 for one in info.siblings or ()}
+        if not isinstance(info.sha, str):
+            raise ValueError("no commit")
+    return Listing(model, info.sha, files)
+
+
+def fetched(listing: Listing, names: list[str], watch: Watch) -> Path:
+    """Bring files of a listing into the cache; those that are there already are not fetched again.
+
+    Returns:
+        The folder that holds them under their names.
+
+    Raises:
+        CodebookError: The hub or the disk fails; files that are whole stay, for the next time.
+    """
+    model = listing.model
+    if listing.folder is not None:
+        missing = [name for name in names if name not in listing.files]
+        if missing:
+            raise _not_cached(str(model), f"lacks {missing[0]}")
+        return listing.folder
+    hub = library(str(model))
+    total = sum(listing.files.get(name, 0) for name in names)
+    done = 0
+    for i, name in enumerate(names):
+        bar = _bar(watch, f"download {model.repository}", done, total)
+        with_bar = {"tqdm_class": bar} if "tqdm_class" in signature(hub.hf_hub_download).parameters else {}
+        with in_one_line(str(model), model.repository, model.revision, name):
+            # The first is asked for by its revision, which the cache then knows offline; a commit's files never change.
+            revision = model.revision if i == 0 else listing.commit
+            path = Path(hub.hf_hub_download(model.repository, name, revision=revision, **with_bar))
+        copy = copy_of(path)
+        if copy is None or copy.model.revision != listing.commit:
+            raise CodebookError(f"{model} changed on the hub while it was fetched; try again")
+        done += listing.files.get(name, 0)
+    return Path(str(path)[: -len(name) - 1])
+
+
+def _bar(watch: Watch, what: str, before: int, total: int) -> type:
+    """A stand-in for tqdm that reports bytes to a watch."""
+
+    class Bar:
+        def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
+            self.done = before + initial
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *_, **__: None
+
+        def update(self, count: float | None = 1) -> None:
+            self.done += int(count or 0)
+            watch.progress(what, self.done, max(total, self.done))
+
+    return Bar
+
+
+@contextmanager
+def in_one_line(title: str, repository: str, revision: str | None = None, file: str = "") -> Iterator[None]:
+    """Turn what the client raises into one line with the next step.
+
+    Args:
+        title: What was asked for, as the user wrote it.
+        repository: "org/name".
+        revision: That was asked for.
+        file: That was asked for.
+
+    Raises:
+        CodebookError: For any exception of the block.
+    """
+    import logging
+
+    errors, loggers = require(title, "hub", "huggingface_hub.errors"), logging.getLogger("huggingface_hub")
+    level = loggers.level
+    loggers.setLevel(logging.ERROR)  # what it says of each retry; the last one's reason is ours to say
+    try:
+        yield
+    except CodebookError:
+        raise
+    except Exception as error:
+        raise CodebookError(_reason(errors, error, title, repository, revision, file)) from error
+    finally:
+        loggers.setLevel(level)
+
+
+def _reason(errors: Any, error: Exception, title: str, repository: str, revision: str | None, file: str) -> str:
+    from huggingface_hub import constants
+
+    place, chain = constants.ENDPOINT, [*_causes(error)]
+    status = next((code for one in chain if (code := _status(one)) is not None), None)
+    said = " ".join(str(one) for one in chain)
+    if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in chain):
+        return f"{title}: the disk is full in {constants.HF_HUB_CACHE}; free some of it, or set HF_HOME elsewhere"
+    if "nvalid credentials" in said or "nvalid username or password" in said or "nvalid user token" in said:
+        return f"{title}: {place} does not accept the token; renew it with `hf auth login`, or in HF_TOKEN"
+    if _among(chain, errors.GatedRepoError):
+        return f"{title} is gated: accept its terms at {place}/{repository}, then log in with `hf auth login`"
+    if _among(chain, errors.RevisionNotFoundError):
+        return f"{repository} has no revision {revision or 'main'}; its branches and tags are at {place}/{repository}"
+    if _among(chain, errors.RepositoryNotFoundError) or (status in (401, 404) and not file):
+        return f"{title} is not on {place}, or is private: check the id, or log in with `hf auth login` or HF_TOKEN"
+    if status == 403:
+        return f"{title}: {place} refuses it to this token ({_short(said)}); use one with the right to write"
+    if _among(chain, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        return str(_not_cached(title, "is not there"))
+    if any("timeout" in type(one).__name__.lower() or isinstance(one, TimeoutError) for one in chain):
+        return f"{title}: {place} does not answer in time; try again, or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds"
+    if status is not None:
+        return f"{title}: {place} answers with error {status}; try again later"
+    if any(type(one).__module__.split(".")[0] in _TRANSPORTS or isinstance(one, ConnectionError) for one in chain):
+        return f"{title}: the connection to {place} failed ({_short(one_line(chain[-1]))}); run it again to go on"
+    if "onsistency check" in said:
+        return f"{title}: the download of {file} broke off; run it again to go on"
+    if isinstance(error, OSError) and error.errno:
+        return f"{title}: cannot write to {constants.HF_HUB_CACHE}: {one_line(error)}; set HF_HOME elsewhere"
+    return f"{title}: {place} does not answer as the hub does ({_short(one_line(error))}); check HF_ENDPOINT"
+
+
+_TRANSPORTS = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+
+
+def _causes(error: BaseException | None) -> Iterator[Exception]:
+    """An error and what it came from."""
+    while isinstance(error, Exception):
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: Exception) -> int | None:
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    return code if isinstance(code, int) and code >= 400 else None
+
+
+def _among(chain: list[Exception], kind: type) -> bool:
+    return any(isinstance(one, kind) for one in chain)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+_LONGEST = 100
+
+
+def _not_cached(title: str, what: str) -> CodebookError:
+    from huggingface_hub import constants
+
+    return CodebookError(
+        f"{title}: HF_HUB_OFFLINE is set, and the copy in {constants.HF_HUB_CACHE} {what}; fetch it online first"
+    )

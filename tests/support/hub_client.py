@@ -1,0 +1,55 @@
+"""The hub's client libraries, pointed at a server on loopback and at a cache of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event
+
+import pytest
+from hub_server import TOKEN, Hub, serving
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A server on loopback that the libraries in this process take for the hub; the current folder is an empty one."""
+    from huggingface_hub import constants
+
+    with serving() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("time.sleep", _briefly)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        yield server
+
+
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    """The variables that do the same for another process."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """All that lies below a folder: links with where they lead, files with the hash of their bytes."""
+    return {
+        path.relative_to(folder).as_posix(): f"-> {os.readlink(path)}"
+        if path.is_symlink()
+        else "folder"
+        if path.is_dir()
+        else hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def _briefly(seconds: float) -> None:
+    """The client waits seconds before it tries again."""
+    Event().wait(min(seconds, 0.05))
