@@ -117,7 +117,7 @@ MODEL = [*parameters(Request, "network"), *panel(Request, "Model")]
 TRAIN = _training(None)
 TRAIN_IF_ASKED = _training(0, help="Fine-tuning steps after the surgery, 0 for none.")
 LATENTS, COUNTS = parameters(Request, "latents"), parameters(Request, "stats")
-RESULT = [*parameters(Request, "output", "force"), *parameters(Shell, "dry_run")]
+RESULT = [*parameters(Request, "output", "force", "push_to_hub", "private"), *parameters(Shell, "dry_run")]
 WRITE = [*RESULT, *parameters(Request, "resume", "log_dir")]
 FOLDER = parameters(Request, "output", metavar="FOLDER", help="Left out: <name>.compare in the current folder.")
 RUN = [

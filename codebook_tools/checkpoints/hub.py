@@ -7,9 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from codebook_tools.checkpoints.config import parse_config
-from codebook_tools.checkpoints.layout import CONFIG, INDEX, SMALL, chosen_weights, goes_along, own_config_path
+from codebook_tools.checkpoints.layout import (
+    CARD,
+    CONFIG,
+    INDEX,
+    INDEX_MAP,
+    SMALL,
+    chosen_weights,
+    goes_along,
+    index_map_path,
+    own_config_path,
+)
 from codebook_tools.errors import CodebookError, few_of
-from codebook_tools.runtime.hub import fetched, listed
+from codebook_tools.runtime.hub import fetched, listed, not_cached
 from codebook_tools.runtime.hub_ids import ModelId, data_set_id, is_uri, model_id
 from codebook_tools.runtime.progress import Watch
 
@@ -47,9 +57,14 @@ def _fetched(asked: ModelId, watch: Watch) -> Path:
     front = f"{folder}/" if folder else ""
     names = [name.removeprefix(front) for name in listing.files if name.startswith(front)]
     flat = sorted(name for name in names if "/" not in name)
+    if not names and listing.folder:
+        raise not_cached(str(asked), "lacks it")
     if not names:
         raise CodebookError(f"{asked.repository} has no {asked.inside}; it has {few_of(sorted(listing.files))}")
-    weights = wanted or _weights(asked, flat, names)
+    try:
+        weights = wanted or _weights(asked, flat, names)
+    except CodebookError as error:
+        raise not_cached(str(asked), "lacks its weights") if listing.folder else error from error
     whole = not wanted and CONFIG in flat
     wanted_files = [weights]
     if weights.endswith(INDEX):
@@ -57,9 +72,11 @@ def _fetched(asked: ModelId, watch: Watch) -> Path:
         places = parse_config(index).get("weight_map")
         shards = {name for name in places.values() if isinstance(name, str)} if isinstance(places, dict) else set()
         wanted_files += sorted(shards & set(flat))
-    configs = [own_config_path(Path(weights)).name, CONFIG]
-    beside = [name for name in flat if name in configs or (goes_along(name) and listing.files[front + name] < SMALL)]
+    named = {CONFIG, own_config_path(Path(weights)).name, index_map_path(Path(weights)).name}
+    small = [name for name in flat if listing.files[front + name] < SMALL]
+    beside = [name for name in small if goes_along(name) or name in named or (whole and name.endswith(INDEX_MAP))]
     needed = [front + name for name in dict.fromkeys([*wanted_files, *beside])]
+    needed += [CARD] if CARD in listing.files and CARD not in needed else []  # it has the licence of all parts
     top = fetched(listing, needed, watch)
     return top / folder if whole else top / (front + weights)
 

@@ -6,10 +6,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from codebook_tools.errors import CodebookError
-from codebook_tools.runtime.hub_ids import lies_within
+from codebook_tools.runtime.hub_ids import copy_of, lies_within
 
 SUFFIX = ".safetensors"
 CONFIG = "config.json"
+CARD = "README.md"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 """File names that libraries load, in order of preference."""
 
@@ -29,7 +30,7 @@ AS_STORED = "as-stored"
 """The statement that a tensor beside a codebook does not change the codes."""
 
 _PARTIAL = ".codebook.partial"
-_INDEX_MAP, _TRAINING = ".index_map.safetensors", ".training.safetensors"
+INDEX_MAP, _TRAINING = ".index_map.safetensors", ".training.safetensors"
 _OTHER_WEIGHTS = {SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf", ".pkl"}
 SMALL = 16 << 20
 """Bytes; a file beside weights that has more does not go along with them."""
@@ -47,7 +48,13 @@ def is_directory_output(path: Path) -> bool:
 
 def index_map_path(model: Path) -> Path:
     """Of the index map beside a written checkpoint."""
-    return _beside(model, _INDEX_MAP)
+    return _beside(model, INDEX_MAP)
+
+
+def stored_map(model: Path) -> Path:
+    """Of the index map of a checkpoint that was written earlier: beside it, or within a directory on the hub."""
+    inside = sorted(model.glob(f"*{INDEX_MAP}")) if copy_of(model) else []
+    return inside[0] if len(inside) == 1 else index_map_path(model)
 
 
 def training_path(model: Path) -> Path:
@@ -79,6 +86,11 @@ def own_config_path(weights: Path) -> Path:
     return weights.with_name(f"{weights.stem}.{CONFIG}")
 
 
+def own_card_path(weights: Path) -> Path:
+    """Of the model card of a single file."""
+    return weights.with_name(f"{weights.stem}.{CARD}")
+
+
 def config_beside(weights: Path) -> Path | None:
     """The path of a single file's config, None where there is none."""
     return next((path for path in (own_config_path(weights), weights.with_name(CONFIG)) if path.is_file()), None)
@@ -102,7 +114,7 @@ def chosen_weights(names: Sequence[str], folder: str) -> str:
         if present:
             return present[0]
     indices = [name for name in names if name.endswith(SUFFIX + INDEX)]
-    files = [name for name in names if name.endswith(SUFFIX) and not name.endswith((_INDEX_MAP, _TRAINING))]
+    files = [name for name in names if name.endswith(SUFFIX) and not name.endswith((INDEX_MAP, _TRAINING))]
     for kind, candidates in ((INDEX, indices), (SUFFIX, files)):
         if len(candidates) > 1:
             raise CodebookError(

@@ -13,6 +13,7 @@ from codebook_tools.checkpoints.layout import (
     index_map_path,
     is_directory_output,
     named,
+    own_card_path,
     own_config_path,
     split_others,
     training_path,
@@ -40,7 +41,9 @@ def default_output(checkpoint: Checkpoint, command: str, size: int, folder: Path
     return (beside if folder is None else folder) / (f"{name}.{command}-k{size}" + ending)
 
 
-def check_output(checkpoint: Checkpoint, output: Path, force: bool, read: Iterable[Path] = ()) -> None:
+def check_output(
+    checkpoint: Checkpoint, output: Path, force: bool, read: Iterable[Path] = (), with_card: bool = False
+) -> None:
     """Check where a result would be written.
 
     Args:
@@ -48,6 +51,7 @@ def check_output(checkpoint: Checkpoint, output: Path, force: bool, read: Iterab
         output: Of the result.
         force: Whether an older result may be replaced.
         read: Further files that must not be replaced.
+        with_card: Whether a model card is written beside a file.
 
     Raises:
         CodebookError: The output cannot be written, has no known format, or would replace what is read.
@@ -68,7 +72,8 @@ def check_output(checkpoint: Checkpoint, output: Path, force: bool, read: Iterab
         raise CodebookError(f"{output} is a directory; name a file with --output")
     if as_folder and (not described or output.suffix in _NOT_WRITTEN):
         raise CodebookError(f"{output} does not end in {SUFFIX}, the one format that is written")
-    check_writable(output, force, with_config=described)
+    beside = [own_config_path(output)] * described + [own_card_path(output)] * with_card
+    check_writable(output, force, beside)
 
 
 def check_size(checkpoint: Checkpoint, size: int | None) -> None:

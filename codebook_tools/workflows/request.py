@@ -191,12 +191,17 @@ class Request:
     output: Annotated[
         Path | None,
         Option(
-            "Where to write. Left out: beside MODEL, <name>.<command>-k<K>.",
+            "Where to write. Left out: beside MODEL (of the hub: here), <name>.<command>-k<K>.",
             metavar="PATH",
             names=("--output", "-o"),
         ),
     ] = None
     force: Annotated[bool, Option("Replace the output if it exists.", panel="Output")] = False
+    push_to_hub: Annotated[
+        str | None,
+        Option("Also commit the verified result to this repository of the hub.", metavar="ORG/NAME", panel="Output"),
+    ] = None
+    private: Annotated[bool, Option("Make that repository private.", panel="Output")] = False
     resume: Annotated[
         bool,
         Option("Go on with an interrupted fine-tuning from what it left beside the output.", panel="Fine-tuning"),

@@ -13,13 +13,12 @@ from torch import Tensor
 from codebook_tools.checkpoints.config import same_config
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.effective import effective
-from codebook_tools.checkpoints.layout import PREFIX, index_map_path, split_others
+from codebook_tools.checkpoints.layout import CARD, PREFIX, split_others, stored_map
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.write import map_metadata
 from codebook_tools.clustering.metric import unit
 from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.model_card import CARD
 from codebook_tools.models.choose import find_book, with_twins
 from codebook_tools.models.demo import DEMO
 from codebook_tools.models.ema_state import Companion, Role, companion_values
@@ -55,7 +54,7 @@ def verify_checkpoint(
     if written.metadata.get(PREFIX + "command") == "remap":
         paths, differences = list(maps), tuple(prior_differences(written, original, maps))
     else:
-        paths = list(maps) or [index_map_path(written.folder or model)]
+        paths = list(maps) or [stored_map(written.folder or model)]
         if len(paths) > 1:
             raise CodebookError(f"--map: {len(paths)} maps; a checkpoint that a surgery wrote has one")
         books = list(_books(written, original))

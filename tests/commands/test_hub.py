@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conftest import Run
+import pytest
+import torch
+from conftest import Run, assert_refused
 from hub_client import hub as hub
 from hub_client import tree
 from hub_server import Hub
+from huggingface_hub import ModelCard
+
+from codebook_tools.errors import VerificationError
 
 RANGE = ("--input-range", "-1,1")
 
@@ -25,5 +30,137 @@ def test_a_model_on_the_hub_is_fetched_once_and_measured(
     assert done.exit_code == 0, done.stderr
     assert hub.downloads() == ["tiny.safetensors"] and tree(tmp_path / "home") == before
     name = Path("vq.model-tiny.prune-k10")
-    assert [*sorted(Path().iterdir())] == [Path(f"{name}.index_map.safetensors"), Path(f"{name}.safetensors")]
+    endings = ("README.md", "index_map.safetensors", "safetensors")
+    assert sorted(Path().iterdir()) == [Path(f"{name}.{ending}") for ending in endings]
     assert codebook("verify", f"{name}.safetensors", "--against", "org/vq.model").exit_code == 0
+
+
+CARD = b"---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\ntags: [vae]\nmodel-index: []\n---\n# Base\n"
+
+
+@pytest.fixture
+def vae(hub: Hub, tmp_path: Path) -> str:
+    """A diffusers VQModel at org/vae, with a card, in shards in a subfolder, and the commit."""
+    from diffusers import VQModel
+
+    torch.manual_seed(0)
+    model = VQModel(block_out_channels=(8,), num_vq_embeddings=16, latent_channels=4, norm_num_groups=4, sample_size=16)
+    model.save_pretrained(tmp_path / "vae")
+    model.save_pretrained(tmp_path / "vae" / "sub", max_shard_size="4KB")
+    folder = tmp_path / "vae"
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return hub.model("org/vae", files | {"README.md": CARD, "big.png": b"png"})
+
+
+PUSHED = ("--push-to-hub", "me/vae-k8", "--private")
+
+
+@pytest.mark.slow
+def test_a_directory_goes_from_the_hub_to_the_hub(
+    codebook: Run, hub: Hub, vae: str, images_folder: Path, tmp_path: Path
+) -> None:
+    options = ("--k", 8, "--steps", 0, "--data", images_folder, *RANGE)
+    done = codebook("refit", "org/vae", *options, *PUSHED, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert done.json["model"] == f"org/vae@{vae}" and done.json["outputs"]["model"] == "vae.refit-k8"
+    pushed = hub.models["me/vae-k8"]
+    assert pushed.private and len(pushed.commits) == 1
+    assert done.json["outputs"]["hub"] == f"{hub.url}/me/vae-k8/commit/{pushed.refs['main']}"
+    local = {path.name: path.read_bytes() for path in [*Path("vae.refit-k8").iterdir(), *Path().glob("*.safetensors")]}
+    assert pushed.files == local and set(local) > {"config.json", "vae.refit-k8.index_map.safetensors", "README.md"}
+    before = tree(tmp_path / "home")
+    again = codebook("verify", "me/vae-k8", "--against", "org/vae")
+    assert again.exit_code == 0, again
+    fetched = {name: of for name, of in tree(tmp_path / "home").items() if "me--vae-k8" not in name}
+    assert fetched == before
+
+    card = ModelCard(pushed.files["README.md"].decode()).data
+    assert card.base_model == "org/vae" and card.base_model_relation == "finetune" and card.license_name == "own"
+    assert {"vae", "codebook-surgery"} <= set(card.tags or ()) and card.library_name == "diffusers"
+    metrics = {result.metric_type: result.metric_value for result in card.eval_results or ()}
+    kept = done.json["stages"][done.json["kept"]]
+    assert metrics["mse"] == pytest.approx(kept["mse"], rel=1e-5) and metrics["used"] == kept["codebooks"][0]["used"]
+
+    assert_refused(codebook("refit", "org/vae", *options, *PUSHED, "-o", "b"), "me/vae-k8 holds 4 files; --force")
+    assert not Path("b").exists()
+    done = codebook("quantize", "hf://org/vae/sub", "--k", 4, *options[4:], *PUSHED, "--force", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert done.json["outputs"]["model"] == "vae-sub.quantize-k4"
+    assert set(pushed.files) == {path.name for path in Path("vae-sub.quantize-k4").iterdir()} | {
+        "vae-sub.quantize-k4.index_map.safetensors"
+    }
+    card = ModelCard(pushed.files["README.md"].decode()).data
+    assert (
+        card.base_model_relation == "quantized"
+        and card.license_link == f"https://huggingface.co/org/vae/blob/{vae}/LICENSE"
+    )
+
+
+@pytest.mark.slow
+def test_a_file_that_is_pushed_has_a_card(codebook: Run, hub: Hub, tiny: Path, images_folder: Path) -> None:
+    words = ("prune", tiny, "--data", images_folder, *RANGE, "-o", "out.safetensors", "--push-to-hub", "me/out")
+    assert codebook(*words).exit_code == 0
+    files = hub.models["me/out"].files
+    assert (
+        set(files) == {"out.safetensors", "out.index_map.safetensors", "README.md"} and not hub.models["me/out"].private
+    )
+    assert files["README.md"] == Path("out.README.md").read_bytes()
+    card = ModelCard(files["README.md"].decode()).data
+    assert card.base_model is None and {result.dataset_name for result in card.eval_results or ()} == {"own data"}
+    assert codebook("verify", "me/out", "--against", tiny).exit_code == 0
+
+
+def unwritten(hub: Hub) -> None:
+    """Nothing is on the hub, not even an empty repository."""
+    assert not hub.models
+
+
+@pytest.mark.parametrize(
+    ("place", "token", "said"),
+    [
+        ("me/new", None, "--push-to-hub me/new: nobody is logged in; log in with `hf auth login`, or set HF_TOKEN"),
+        ("me/new", "hf_wrong", "does not accept the token"),
+        ("new", "hf_good", "--push-to-hub new: expected ORG/NAME"),
+        ("me/new@v1", "hf_good", "expected ORG/NAME"),
+    ],
+)
+def test_what_cannot_be_pushed_is_refused_before_any_work(
+    place: str, token: str | None, said: str, codebook: Run, hub: Hub, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
+    assert_refused(codebook("prune", tiny, "--push-to-hub", place, "-o", "out.safetensors"), said)
+    assert not [*Path().iterdir()]
+    unwritten(hub)
+
+
+@pytest.mark.parametrize("page", ["preupload", "upload/", "commit/"])
+def test_a_push_that_fails_leaves_nothing_on_the_hub_and_the_result_on_the_disk(
+    page: str, codebook: Run, hub: Hub, tiny: Path, images_folder: Path
+) -> None:
+    hub.fault = lambda method, path: (500, b"broken") if page in path else None
+    words = ("prune", tiny, "--data", images_folder, *RANGE, "-o", "out.safetensors", "--push-to-hub", "me/out")
+    said = "out.safetensors is written and verified, but not on the hub: --push-to-hub me/out: http://127.0.0.1"
+    refused = codebook(*words, "--quiet")
+    assert_refused(refused, said)
+    assert "error 500" in refused.stderr and Path("out.safetensors").is_file()
+    unwritten(hub)
+
+
+def test_a_model_that_fails_its_proof_is_not_pushed(
+    codebook: Run, hub: Hub, tiny: Path, images_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disagree(*_: object) -> None:
+        raise VerificationError("the quantizer disagrees")
+
+    monkeypatch.setattr("codebook_tools.workflows.target.prove", disagree)
+    done = codebook("prune", tiny, "--data", images_folder, *RANGE, "-o", "out.safetensors", "--push-to-hub", "me/out")
+    assert done.exit_code == 3 and "disagrees" in done.stderr
+    unwritten(hub)
+
+
+def test_the_model_itself_is_never_overwritten_and_private_needs_a_place(codebook: Run, hub: Hub, tiny: Path) -> None:
+    commit = hub.model("me/own", {"tiny.safetensors": tiny.read_bytes()})
+    assert_refused(codebook("prune", "me/own", "--push-to-hub", "me/own", "--force"), "never overwritten")
+    assert_refused(codebook("prune", "me/own", "--private"), "--private is of --push-to-hub org/name; give both")
+    inside = next(Path("../home").rglob("snapshots"))
+    assert_refused(codebook("prune", "me/own", "-o", inside / commit / "x.safetensors"), "lies in the hub's cache")

@@ -137,9 +137,9 @@ def test_offline_the_cache_is_enough_and_nothing_is_asked(
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert of(hub, "org/name") == online and not hub.requests and tree(tmp_path / "home") == before
-    refused(
-        hub, "hf://org/name/x/a.safetensors", "org/name has no x/a.safetensors; it has config.json, model.safetensors"
-    )
+    refused(hub, "hf://org/name/x/a.safetensors", "HF_HUB_OFFLINE is set, and the copy in", "lacks it; fetch it online")
+    (online / "model.safetensors").unlink()
+    refused(hub, "org/name", "lacks its weights")
     refused(hub, "org/other", "HF_HUB_OFFLINE is set, and the copy in")
 
 
