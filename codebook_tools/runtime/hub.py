@@ -224,9 +224,10 @@ def in_one_line(title: str, repository: str, revision: str | None = None, file: 
     """
     import logging
 
-    errors, loggers = require(title, "hub", "huggingface_hub.errors"), logging.getLogger("huggingface_hub")
-    level = loggers.level
-    loggers.setLevel(logging.ERROR)  # what it says of each retry; the last one's reason is ours to say
+    errors = require(title, "hub", "huggingface_hub.errors")
+    levels = {name: logging.getLogger(name).level for name in ("huggingface_hub", "datasets", "fsspec")}
+    for name in levels:  # what they say of each retry; the last one's reason is ours to say
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         yield
     except CodebookError:
@@ -234,7 +235,8 @@ def in_one_line(title: str, repository: str, revision: str | None = None, file: 
     except Exception as error:
         raise CodebookError(_reason(errors, error, title, repository, revision, file)) from error
     finally:
-        loggers.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _reason(errors: Any, error: Exception, title: str, repository: str, revision: str | None, file: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
@@ -27,9 +28,26 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr("time.sleep", _briefly)
+        if "datasets" in sys.modules:
+            _redirect_datasets(server, tmp_path / "home", monkeypatch)
         (tmp_path / "here").mkdir()
         monkeypatch.chdir(tmp_path / "here")
         yield server
+
+
+def _redirect_datasets(server: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import config
+    from huggingface_hub import HfFileSystem
+
+    from codebook_tools.data import hub as streamed
+
+    monkeypatch.setattr(config, "HF_ENDPOINT", server.url)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", home / "datasets")
+    monkeypatch.setattr(config, "HF_MODULES_CACHE", home / "modules")
+    monkeypatch.setattr(streamed, "_OPENED", {})
+    monkeypatch.setattr(streamed, "_READ", {})
+    HfFileSystem.clear_instance_cache()
 
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:

@@ -227,11 +227,28 @@ class _Handler(BaseHTTPRequestHandler):
         more = {"private": repository.private, "gated": "manual" if repository.gated else False, "disabled": False}
         self._json(answer | more | {"tags": [], "downloads": 0, "likes": 0})
 
-    def tree(self, token: str | None, query: object, kind: str, name: str, revision: str, folder: str = "") -> None:
+    def tree(
+        self,
+        token: str | None,
+        query: Mapping[str, list[str]],
+        kind: str,
+        name: str,
+        revision: str,
+        folder: str | None = None,
+    ) -> None:
         repository = self._repository(token, kind, name)
         files = repository.commits[self._commit_of(repository, revision)]
         front = f"{folder}/" if folder else ""
-        self._json([_entry(path, content) for path, content in files.items() if path.startswith(front)])
+        below = {path: content for path, content in files.items() if path.startswith(front)}
+        if folder and not below:
+            raise _RefusedError(404, "EntryNotFound", "Entry not found")
+        whole = query.get("recursive", ["false"])[0].lower() in ("true", "1")
+        folders = {path.rpartition("/")[0] for path in below if "/" in path[len(front) :]}
+        if not whole:
+            folders = {front + path[len(front) :].partition("/")[0] for path in folders}
+            below = {path: content for path, content in below.items() if "/" not in path[len(front) :]}
+        entries = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
+        self._json([*entries, *(_entry(path, content) for path, content in below.items())])
 
     def paths_info(self, token: str | None, query: object, kind: str, name: str, revision: str) -> None:
         repository = self._repository(token, kind, name)
