@@ -64,7 +64,9 @@ def _fetched(asked: ModelId, watch: Watch) -> Path:
     try:
         weights = wanted or _weights(asked, flat, names)
     except CodebookError as error:
-        raise not_cached(str(asked), "lacks its weights") if listing.folder else error from error
+        if listing.folder:
+            raise not_cached(str(asked), "lacks its weights") from error
+        raise
     whole = not wanted and CONFIG in flat
     wanted_files = [weights]
     if weights.endswith(INDEX):

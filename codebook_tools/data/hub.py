@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from codebook_tools.data.items import Item, RaggedItem, Values
 from codebook_tools.data.list_columns import holds_numbers
 from codebook_tools.data.modality import AUDIO, BINARY, IMAGE, NUMBERS, Modality
+from codebook_tools.data.parquet_images import holds_bytes
 from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError, few_of, one_line
 from codebook_tools.runtime.hub import in_one_line, library
@@ -96,12 +97,10 @@ def _open(datasets: Any, hub: Any, asked: DataSetId) -> Opened:
 
 
 def _kind(feature: Any, stored: Any) -> str | None:
-    from pyarrow import types
-
     stored = getattr(stored, "storage_type", stored)  # of an array of fixed axes
     if type(feature).__name__ in (IMAGE, AUDIO):
         return type(feature).__name__
-    if types.is_binary(stored) or types.is_large_binary(stored):
+    if holds_bytes(stored):
         return BINARY
     return NUMBERS if holds_numbers(stored) else None
 
@@ -215,7 +214,7 @@ def _read(source: Opened, column: str, watch: Watch, first: int | None) -> list[
     """Stream the rows of a column into a temporary file."""
     content = _array if source.kinds[column] == NUMBERS else partial(_encoded, source.root)
     total = first if source.total is None or (first is not None and first < source.total) else source.total
-    file = TemporaryFile(buffering=0)  # noqa: SIM115 (its rows are read from it later)
+    file = TemporaryFile()  # noqa: SIM115 (its rows are read from it later)
     rows, end = list[_Row](), 0
     cells: Iterator[dict[str, Any]] = iter(source.rows.select_columns([column]))
     for cell in cells:
@@ -226,12 +225,16 @@ def _read(source: Opened, column: str, watch: Watch, first: int | None) -> list[
         except ValueError as error:
             rows.append(_Row(file, end, 0, problem=str(error)))
             continue
-        view = memoryview(data)
-        while view:
-            view = view[file.write(view) :]
+        try:
+            file.write(data)
+        except OSError as error:
+            raise CodebookError(
+                f"cannot keep {source.asked} in {gettempdir()}: {one_line(error)}; set TMPDIR"
+            ) from error
         rows.append(_Row(file, end, len(data), shape, dtype))
         end += len(data)
         watch.progress(f"stream {source.asked.repository}", len(rows), total)
+    file.flush()
     return rows
 
 

@@ -35,6 +35,8 @@ class Listing:
 
 def library(purpose: str) -> Any:
     """The module huggingface_hub. Raises CodebookError where it is not installed."""
+    for part in ("constants", "errors", "utils"):  # the module imports none by itself
+        require(purpose, "hub", f"huggingface_hub.{part}")
     return require(purpose, "hub", "huggingface_hub")
 
 
@@ -224,7 +226,7 @@ def in_one_line(title: str, repository: str, revision: str | None = None, file: 
     """
     import logging
 
-    errors = require(title, "hub", "huggingface_hub.errors")
+    errors = library(title).errors
     levels = {name: logging.getLogger(name).level for name in ("huggingface_hub", "datasets", "fsspec")}
     for name in levels:  # what they say of each retry; the last one's reason is ours to say
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -243,16 +245,17 @@ def _reason(errors: Any, error: Exception, title: str, repository: str, revision
     from huggingface_hub import constants
 
     place, chain = constants.ENDPOINT, [*_causes(error)]
+    page = f"{place}/{'datasets/' * title.startswith('hf://datasets/')}{repository}"
     status = next((code for one in chain if (code := _status(one)) is not None), None)
     said = " ".join(str(one) for one in chain)
-    if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in chain):
+    if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) for one in chain):
         return f"{title}: the disk is full in {constants.HF_HUB_CACHE}; free some of it, or set HF_HOME elsewhere"
     if "nvalid credentials" in said or "nvalid username or password" in said or "nvalid user token" in said:
         return f"{title}: {place} does not accept the token; renew it with `hf auth login`, or in HF_TOKEN"
     if _among(chain, errors.GatedRepoError):
-        return f"{title} is gated: accept its terms at {place}/{repository}, then log in with `hf auth login`"
+        return f"{title} is gated: accept its terms at {page}, then log in with `hf auth login`"
     if _among(chain, errors.RevisionNotFoundError):
-        return f"{repository} has no revision {revision or 'main'}; its branches and tags are at {place}/{repository}"
+        return f"{repository} has no revision {revision or 'main'}; its branches and tags are at {page}"
     if _among(chain, errors.RepositoryNotFoundError) or (status in (401, 404) and not file):
         return f"{title} is not on {place}, or is private: check the id, or log in with `hf auth login` or HF_TOKEN"
     if status == 403:

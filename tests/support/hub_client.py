@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
+from typing import Any
 
+import pyarrow as pa
 import pytest
 from hub_server import TOKEN, Hub, serving
+from pyarrow import parquet
 
 
 @pytest.fixture
@@ -66,6 +71,14 @@ def tree(folder: Path) -> dict[str, str]:
         else hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
     }
+
+
+def parquet_of(column: str, kind: str, cells: Any) -> bytes:
+    """A parquet file with a column of a kind that the library datasets has, Image or Audio, as it writes them."""
+    features = {"info": {"features": {column: {"_type": kind}}}}
+    rows, content = pa.table({column: cells}), io.BytesIO()
+    parquet.write_table(rows.replace_schema_metadata({"huggingface": json.dumps(features)}), content, row_group_size=4)
+    return content.getvalue()
 
 
 def _briefly(seconds: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import wave
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pytest
 from drawing import saved
 from hub_client import hub as hub
-from hub_client import tree
+from hub_client import parquet_of, tree
 from hub_server import Hub
 from PIL import Image
 from pyarrow import parquet
@@ -44,21 +43,15 @@ def wav(value: float, samples: int) -> bytes:
     return content.getvalue()
 
 
-def table(features: dict[str, Any] | None = None, **columns: Any) -> bytes:
-    """A parquet file as `push_to_hub` writes it."""
-    rows = pa.table(columns)
-    if features:
-        rows = rows.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+def table(**columns: Any) -> bytes:
+    """A parquet file without the library's own metadata."""
     content = io.BytesIO()
-    parquet.write_table(rows, content, row_group_size=4)
+    parquet.write_table(pa.table(columns), content, row_group_size=4)
     return content.getvalue()
 
 
-PICTURES = {"image": {"_type": "Image"}}
-
-
 def pictures(first: int, count: int) -> bytes:
-    return table(PICTURES, image=[{"bytes": png(first + i), "path": f"{i}.png"} for i in range(count)])
+    return parquet_of("image", "Image", [{"bytes": png(first + i), "path": f"{i}.png"} for i in range(count)])
 
 
 @pytest.fixture
@@ -69,7 +62,7 @@ def sets(hub: Hub) -> Hub:
     hub.dataset("org/pictures", train | {of("test", 0, 1): pictures(20, 5)})
     hub.dataset("org/folder", {f"train/{i}.png": png(10 * i) for i in range(6)})
     cells = [{"bytes": wav(0.25, 12_000), "path": "a.wav"}, {"bytes": wav(0.5, 4_000), "path": "b.wav"}]
-    hub.dataset("org/sound", {of("train", 0, 1): table({"audio": {"_type": "Audio"}}, audio=cells)})
+    hub.dataset("org/sound", {of("train", 0, 1): parquet_of("audio", "Audio", cells)})
     rng = np.random.default_rng(0).standard_normal((12, 3, 2)).astype(np.float32)
     hub.dataset("org/moves", {of("train", 0, 1): table(move=rng.tolist(), steps=[[1] * (i + 1) for i in range(12)])})
     both = table(image=[png(1)], other=[png(2)], words=["text"], row=[[1, 2]])
@@ -110,14 +103,8 @@ def test_files_of_a_folder_are_read_from_the_hub_and_no_others(sets: Hub, tmp_pa
     assert sorted(values(find_items(["hf://datasets/org/folder"], Images()))) == [0, 10, 20, 30, 40, 50]
     (tmp_path / "secret.png").write_bytes(png(99))
     cells = [{"bytes": None, "path": str(tmp_path / "secret.png")}, {"bytes": None, "path": sets.url}, None]
-    sets.dataset(
-        "org/spy",
-        {
-            "train.parquet": table(
-                PICTURES, image=pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-            )
-        },
-    )
+    stored = pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    sets.dataset("org/spy", {"train.parquet": parquet_of("image", "Image", stored)})
     for item in find_items(["hf://datasets/org/spy"], Images()):
         with pytest.raises(ValueError, match=r"its row holds no bytes, only the path|its row is empty"):
             item.decode()
