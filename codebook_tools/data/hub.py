@@ -214,7 +214,7 @@ def _read(source: Opened, column: str, watch: Watch, first: int | None) -> list[
     """Stream the rows of a column into a temporary file."""
     content = _array if source.kinds[column] == NUMBERS else partial(_encoded, source.root)
     total = first if source.total is None or (first is not None and first < source.total) else source.total
-    file = TemporaryFile()  # noqa: SIM115 (its rows are read from it later)
+    file = TemporaryFile(buffering=0)  # noqa: SIM115 (its rows are read from it later)
     rows, end = list[_Row](), 0
     cells: Iterator[dict[str, Any]] = iter(source.rows.select_columns([column]))
     for cell in cells:
@@ -226,7 +226,9 @@ def _read(source: Opened, column: str, watch: Watch, first: int | None) -> list[
             rows.append(_Row(file, end, 0, problem=str(error)))
             continue
         try:
-            file.write(data)
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
         except OSError as error:
             raise CodebookError(
                 f"cannot keep {source.asked} in {gettempdir()}: {one_line(error)}; set TMPDIR"
@@ -234,7 +236,6 @@ def _read(source: Opened, column: str, watch: Watch, first: int | None) -> list[
         rows.append(_Row(file, end, len(data), shape, dtype))
         end += len(data)
         watch.progress(f"stream {source.asked.repository}", len(rows), total)
-    file.flush()
     return rows
 
 
