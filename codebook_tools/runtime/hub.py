@@ -78,9 +78,9 @@ def fetched(listing: Listing, names: list[str], watch: Watch) -> Path:
         return listing.folder
     hub = library(str(model))
     total = sum(listing.files.get(name, 0) for name in names)
-    done = 0
+    done, what = 0, f"download {model.repository}"
     for i, name in enumerate(names):
-        bar = _bar(watch, f"download {model.repository}", done, total)
+        bar = _bar(watch, what, done, total)
         with_bar = {"tqdm_class": bar} if "tqdm_class" in signature(hub.hf_hub_download).parameters else {}
         with in_one_line(str(model), model.repository, model.revision, name):
             # The first is asked for by its revision, which the cache then knows offline; a commit's files never change.
@@ -90,6 +90,7 @@ def fetched(listing: Listing, names: list[str], watch: Watch) -> Path:
         if copy is None or copy.model.revision != listing.commit:
             raise CodebookError(f"{model} changed on the hub while it was fetched; try again")
         done += listing.files.get(name, 0)
+        watch.progress(what, done, total)
     return Path(str(path)[: -len(name) - 1])
 
 
@@ -266,7 +267,9 @@ def _reason(errors: Any, error: Exception, title: str, repository: str, revision
         return f"{title}: {place} does not answer in time; try again, or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds"
     if status is not None:
         return f"{title}: {place} answers with error {status}; try again later"
-    if any(type(one).__module__.split(".")[0] in _TRANSPORTS or isinstance(one, ConnectionError) for one in chain):
+    garbled = any("JSON" in type(one).__name__ for one in chain)
+    lost = any(type(one).__module__.split(".")[0] in _TRANSPORTS or isinstance(one, ConnectionError) for one in chain)
+    if lost and not garbled:
         return f"{title}: the connection to {place} failed ({_short(one_line(chain[-1]))}); run it again to go on"
     if "onsistency check" in said:
         return f"{title}: the download of {file} broke off; run it again to go on"

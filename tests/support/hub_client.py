@@ -15,44 +15,47 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from hub_server import TOKEN, Hub, serving
+from huggingface_hub import HfFileSystem, file_download, hf_api
 from pyarrow import parquet
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A server on loopback that the libraries in this process take for the hub; the current folder is an empty one."""
-    from huggingface_hub import constants
-
+    home = tmp_path / "home"
     with serving() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+        _set(monkeypatch, "huggingface_hub", _of_hub(server.url, home))
+        if "datasets" in sys.modules:
+            _set(monkeypatch, "datasets", {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": False})
+            _set(
+                monkeypatch, "datasets", {"HF_DATASETS_CACHE": home / "datasets", "HF_MODULES_CACHE": home / "modules"}
+            )
+            for name in ("_OPENED", "_READ"):
+                monkeypatch.setattr(f"codebook_tools.data.hub.{name}", {})
+            HfFileSystem.clear_instance_cache()
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr("time.sleep", _briefly)
-        if "datasets" in sys.modules:
-            _redirect_datasets(server, tmp_path / "home", monkeypatch)
         (tmp_path / "here").mkdir()
         monkeypatch.chdir(tmp_path / "here")
         yield server
 
 
-def _redirect_datasets(server: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from datasets import config
-    from huggingface_hub import HfFileSystem
+assert file_download and hf_api  # imported, so that they are redirected
 
-    from codebook_tools.data import hub as streamed
 
-    monkeypatch.setattr(config, "HF_ENDPOINT", server.url)
-    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(config, "HF_DATASETS_CACHE", home / "datasets")
-    monkeypatch.setattr(config, "HF_MODULES_CACHE", home / "modules")
-    monkeypatch.setattr(streamed, "_OPENED", {})
-    monkeypatch.setattr(streamed, "_READ", {})
-    HfFileSystem.clear_instance_cache()
+def _of_hub(url: str, home: Path) -> dict[str, Any]:
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    cache, token = str(home / "hub"), str(home / "token")
+    places = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False}
+    return places | {"HF_HUB_CACHE": cache, "HUGGINGFACE_HUB_CACHE": cache, "HF_TOKEN_PATH": token}
+
+
+def _set(monkeypatch: pytest.MonkeyPatch, library: str, constants: dict[str, Any]) -> None:
+    """Set constants of a library in each module that has imported them."""
+    for name, module in [*sys.modules.items()]:
+        if name.partition(".")[0] == library:
+            for constant in constants.keys() & vars(module).keys():
+                monkeypatch.setattr(module, constant, constants[constant])
 
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -149,8 +150,9 @@ def refused(hub: Hub, text: str, *said: str) -> None:
         of(hub, text)
     message = str(error.value)
     assert "\n" not in message and all(part in message for part in said), message
-    cache = Path().absolute().parent / "home"
-    assert not [*cache.rglob("*.incomplete")]
+    whole = {content for one in hub.models.values() for files in one.commits.values() for content in files.values()}
+    links = [path for path in Path().absolute().parent.glob("home/hub/*/snapshots/*/**/*") if path.is_file()]
+    assert {path.read_bytes() for path in links} <= whole
 
 
 def test_both_readings_are_named(hub: Hub) -> None:
@@ -186,6 +188,9 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(hub: Hub, tiny: Path, m
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
     hub.model("org/name", {"a.safetensors": tiny.read_bytes()})
     hub.break_after, hub.breaks = 1000, 2
+    for _ in range(hub.breaks):  # former versions of the library go on in the next run, present ones in this one
+        with suppress(CodebookError):
+            of(hub, "org/name")
     assert of(hub, "org/name").read_bytes() == tiny.read_bytes()
     ranges = [sent for method, path, sent in hub.requests if method == "GET" and path.endswith("a.safetensors")]
     assert ranges == [None, "bytes=1000-", "bytes=2000-"]
