@@ -24,7 +24,7 @@ from codebook_tools.runtime.hub_ids import ModelId, data_set_id, is_uri, model_i
 from codebook_tools.runtime.progress import Watch
 
 
-def located(model: str | Path, watch: Watch) -> Path:
+def located(model: str | Path, watch: Watch | None = None) -> Path:
     """The path of a model: as it is, or of its copy, for which the files that are needed are fetched.
 
     Args:
@@ -41,7 +41,7 @@ def located(model: str | Path, watch: Watch) -> Path:
             raise CodebookError(f"{model} is a data set; give it with --data")
         return path
     try:
-        return _fetched(asked, watch)
+        return _fetched(asked, watch or Watch())
     except CodebookError as error:
         if is_uri(model):
             raise

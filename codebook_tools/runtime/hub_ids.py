@@ -144,5 +144,8 @@ def title_of(path: Path) -> str:
 
 def lies_within(path: Path, folder: Path) -> bool:
     """Whether a file of a folder is its own, and no link out of it; the hub's cache links to its contents."""
-    copy, place = copy_of(folder), os.path.dirname(os.path.realpath(path))
-    return place in {os.path.realpath(folder), *([os.path.realpath(copy.blobs)] if copy else [])}
+    copy = copy_of(folder)
+    if copy and path.is_symlink():  # where the contents lie in turn is up to the hub's library
+        target = os.path.dirname(os.path.join(path.parent, os.readlink(path)))
+        return os.path.realpath(target) == os.path.realpath(copy.blobs)
+    return os.path.dirname(os.path.realpath(path)) == os.path.realpath(folder)

@@ -280,9 +280,8 @@ def diagnose(
     Raises:
         CodebookError: A file cannot be opened, or the two models do not take the same data.
     """
-    watch = Watch(progress)
-    original, history = None if against is None else located(against, watch), None if trace is None else Path(trace)
-    return _warned(run_diagnosis(_request(model, data, seed), watch, original, history))
+    paths = (None if path is None else located(path) for path in (against, trace))
+    return _warned(run_diagnosis(_request(model, data, seed), Watch(progress), *paths))
 
 
 def inspect(path: PathLike) -> Inspection:
@@ -291,7 +290,7 @@ def inspect(path: PathLike) -> Inspection:
     Raises:
         CodebookError: The file is missing or unsound.
     """
-    return inspect_checkpoint(located(path, Watch()))
+    return inspect_checkpoint(located(path))
 
 
 def verify(path: PathLike, against: PathLike, maps: Sequence[PathLike] = ()) -> Verification:
@@ -308,7 +307,7 @@ def verify(path: PathLike, against: PathLike, maps: Sequence[PathLike] = ()) -> 
     Raises:
         CodebookError: A file is missing or unsound, or the checkpoint was not written by this package.
     """
-    return verify_checkpoint(located(path, Watch()), located(against, Watch()), [Path(one) for one in maps])
+    return verify_checkpoint(located(path), located(against), [Path(one) for one in maps])
 
 
 def encode(

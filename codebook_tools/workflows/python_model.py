@@ -12,7 +12,6 @@ from codebook_tools.data.user_data import PathLike
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.user_network import NetworkMaker
 from codebook_tools.models.wrapped import Function, Wrapped
-from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.request import Request
 
 
@@ -72,7 +71,7 @@ def load(
         CodebookError: There is no such file or model, or it is no checkpoint.
     """
     request = Request(
-        model=located(path, Watch()),
+        model=located(path),
         network=network,
         family=family,
         codebook_key=_names(codebooks),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from hub_client import hub as hub
 from hub_client import tree
 from hub_server import Hub
 from huggingface_hub import ModelCard
+from processes import ran
 
+import codebook_tools as ct
 from codebook_tools.errors import VerificationError
 
 RANGE = ("--input-range", "-1,1")
@@ -110,6 +113,74 @@ def test_a_file_that_is_pushed_has_a_card(codebook: Run, hub: Hub, tiny: Path, i
     assert codebook("verify", "me/out", "--against", tiny).exit_code == 0
 
 
+@pytest.mark.slow
+def test_outputs_are_named_after_the_model_and_lie_in_the_current_folder(
+    codebook: Run, hub: Hub, tiny: Path, images_folder: Path, tmp_path: Path
+) -> None:
+    commit = hub.model("org/vq", {"model.safetensors": tiny.read_bytes()})
+    title, data = f"hf://org/vq@{commit}/model.safetensors", ("--data", images_folder, *RANGE)
+    Path("recipe.yaml").write_text("model: org/vq\nsurgeries: [prune]\n")
+    assert codebook("inspect", "org/vq").exit_code == 0
+    before = tree(tmp_path / "home")
+    commands = [
+        ("encode", "org/vq", *data),
+        ("codes", "org/vq", *data),
+        ("sweep", "org/vq", "--k", 4, *data),
+        ("compare", "org/vq", "--k", 4, "--strategies", "prune", "--steps", 0, *data),
+        ("run", "recipe.yaml", *data),
+        ("diagnose", "org/vq", "--against", "org/vq", *data),
+    ]
+    for command in commands:
+        done = codebook(*command, "--json")
+        assert done.exit_code in (0, 3) and done.json.get("model", title) == title, (command, done.stderr)
+        assert tree(tmp_path / "home") == before
+    ours = {path.name for path in Path().iterdir()} - {"recipe.yaml"}
+    assert {name.partition(".")[0] for name in ours} == {"vq"}
+    assert {"vq.tokens.npy", "vq.codes.html", "vq.sweep", "vq.compare", "vq.run-k10.safetensors"} <= ours
+    recipe = Path("vq.run-k10.recipe.yaml")
+    assert f"model: {title}" in recipe.read_text()
+    assert codebook("run", recipe, "-o", "again.safetensors").exit_code == 0
+    assert Path("again.safetensors").read_bytes() == Path("vq.run-k10.safetensors").read_bytes()
+
+
+def test_from_python(hub: Hub, tiny: Path, images_folder: Path) -> None:
+    commit = hub.model("org/vq", {"model.safetensors": tiny.read_bytes()})
+    model = ct.load("org/vq", input_range=(-1, 1))
+    assert repr(model) == f"Model('hf://org/vq@{commit}/model.safetensors')"
+    assert ct.measure(model, images_folder) == ct.measure(ct.load(tiny, input_range=(-1, 1)), images_folder)
+    assert (
+        ct.inspect("org/vq").model == ct.inspect(f"org/vq@{commit}").model == f"hf://org/vq@{commit}/model.safetensors"
+    )
+
+
+LOCAL = """
+import sys
+import codebook_tools as ct
+from codebook_cli.app import app
+
+sys.argv = ["codebook", "inspect", sys.argv[1]]
+try:
+    app()
+except SystemExit as end:
+    assert not end.code, end.code
+assert not {"huggingface_hub", "datasets"} & {*sys.modules}, sys.modules.keys()
+sys.modules["huggingface_hub"] = None
+for call in (lambda: ct.load("org/name"), lambda: ct.measure(ct.load(sys.argv[2]), "hf://datasets/org/name")):
+    try:
+        call()
+    except ct.CodebookError as error:
+        assert "pip install 'codebook-tools[hub]'" in str(error), error
+    else:
+        raise AssertionError
+"""
+
+
+@pytest.mark.slow
+def test_a_local_model_does_without_the_library_which_a_hub_id_names(tiny: Path) -> None:
+    done = ran(sys.executable, "-c", LOCAL, tiny)
+    assert done.exit_code == 0, done
+
+
 def unwritten(hub: Hub) -> None:
     """Nothing is on the hub, not even an empty repository."""
     assert not hub.models
@@ -133,6 +204,7 @@ def test_what_cannot_be_pushed_is_refused_before_any_work(
     unwritten(hub)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["preupload", "upload/", "commit/"])
 def test_a_push_that_fails_leaves_nothing_on_the_hub_and_the_result_on_the_disk(
     page: str, codebook: Run, hub: Hub, tiny: Path, images_folder: Path

@@ -14,6 +14,7 @@ from hub_client import tree
 from hub_server import Hub
 
 from codebook_tools.checkpoints.hub import located
+from codebook_tools.checkpoints.layout import split_others
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.hub_ids import DataSetId, ModelId, copy_of, data_set_id, model_id
@@ -76,7 +77,7 @@ def test_a_path_in_the_cache_says_what_it_is_a_copy_of(inside: str, title: str, 
 
 
 def of(hub: Hub, text: str) -> Path:
-    return located(text, Watch())
+    return located(text)
 
 
 def test_only_what_the_model_needs_is_fetched(hub: Hub, tiny: Path) -> None:
@@ -257,3 +258,14 @@ def test_progress_is_told(hub: Hub, tiny: Path) -> None:
     located("org/name", Watch(lambda what, done, total, figures: told.append((what, done, total))))
     nbytes = tiny.stat().st_size + 5
     assert told[-1] == ("download org/name", nbytes, nbytes)
+
+
+def test_contents_may_lie_elsewhere_but_links_out_of_the_cache_are_none_of_the_model(hub: Hub, tmp_path: Path) -> None:
+    hub.model("org/name", {"config.json": b"{}", "a.safetensors": b"1", "b.txt": b"2"})
+    folder = of(hub, "org/name")
+    blob = (folder / "b.txt").resolve()
+    blob.rename(tmp_path / "shared")  # as the library does with contents that several repositories share
+    blob.symlink_to(tmp_path / "shared")
+    (folder / "c.txt").symlink_to(tmp_path / "shared")
+    copied, left = split_others(folder, [folder / "a.safetensors"])
+    assert [path.name for path in copied] == ["b.txt"] and left == ["c.txt"]

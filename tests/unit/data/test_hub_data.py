@@ -28,6 +28,8 @@ from codebook_tools.data.splits import split
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.progress import Watch
 
+pytestmark = pytest.mark.slow  # the library takes a second to import
+
 
 def png(value: int) -> bytes:
     return saved(Image.fromarray(np.full((8, 8, 3), value, np.uint8)), "PNG")
