@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from codebook_tools.checkpoints.config import parse_config
@@ -19,7 +20,8 @@ from codebook_tools.checkpoints.layout import (
     own_config_path,
 )
 from codebook_tools.errors import CodebookError, few_of
-from codebook_tools.runtime.hub import fetched, listed, not_cached
+from codebook_tools.runtime.hub import not_cached
+from codebook_tools.runtime.hub_download import fetched, listed
 from codebook_tools.runtime.hub_ids import ModelId, data_set_id, is_uri, model_id
 from codebook_tools.runtime.progress import Watch
 
@@ -39,6 +41,8 @@ def located(model: str | Path, watch: Watch | None = None) -> Path:
     if asked is None:
         if data_set_id(model):
             raise CodebookError(f"{model} is a data set; give it with --data")
+        if is_uri(model):
+            raise CodebookError(f"{model}: expected hf://org/name[@revision][/path]")
         return path
     try:
         return _fetched(asked, watch or Watch())
@@ -88,14 +92,15 @@ def _weights(asked: ModelId, flat: Sequence[str], names: Sequence[str]) -> str:
     try:
         return chosen_weights(flat, str(asked))
     except CodebookError as error:
-        at = f"hf://{asked.repository}" + (f"@{asked.revision}" if asked.revision else "")
+        if any(name.endswith(INDEX) for name in flat):
+            raise
         inside = f"{asked.inside}/" if asked.inside else ""
         endings = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
         files = [name for name in flat if name.endswith(endings)]
         folders = sorted({name.rpartition("/")[0] for name in names if "/" in name and name.endswith(endings)})
-        if len(files) == 1 and not any(name.endswith(INDEX) for name in flat):
+        if len(files) == 1:
             return files[0]
-        meant = [f"{at}/{inside}{name}" for name in files or folders]
+        meant = [str(replace(asked, inside=inside + name)) for name in files or folders]
         if not meant:
             raise CodebookError(f"{asked} has no weights: no file of it ends in {', '.join(endings)}") from error
         raise CodebookError(f"{asked} does not say which weights are meant; give {' or '.join(meant[:3])}") from error

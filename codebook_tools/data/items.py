@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from codebook_tools.data.sources import Source, file_and_entry, find_sources
 from codebook_tools.errors import CodebookError, plain
-from codebook_tools.runtime.hub_ids import data_set_id
+from codebook_tools.runtime.hub_ids import data_set_id, is_uri
 from codebook_tools.runtime.progress import Watch
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ def find_items(
         CodebookError: A path is missing, of no known kind, cannot be listed, holds no item, or is listed twice.
     """
     remote = [asked for path in paths if not isinstance(path, InMemory) and (asked := data_set_id(path))]
+    if odd := [path for path in paths if not isinstance(path, InMemory) and is_uri(path) and not data_set_id(path)]:
+        raise CodebookError(f"{odd[0]}: expected hf://datasets/org/name[@revision][:split][:column]")
     groups: list[tuple[Path, Sequence[Item]]] = [
         (path, _items(path, modality))
         for pattern in paths

@@ -1,36 +1,15 @@
-"""The client of the Hugging Face hub: lists, fetches and commits files, and says in one line what went wrong."""
+"""The client of the Hugging Face hub, and one line for whatever it raises."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from inspect import signature
-from pathlib import Path
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from codebook_tools.errors import CodebookError, one_line
-from codebook_tools.runtime.hub_ids import ModelId, copy_of, model_id
 from codebook_tools.runtime.optional import require
-from codebook_tools.runtime.progress import Watch
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The files of a model at a commit.
-
-    Attributes:
-        model: What was asked for.
-        commit: Its hash.
-        files: Bytes by path; 0 where the size is not known.
-        folder: Where they lie in the cache, offline; None online.
-    """
-
-    model: ModelId
-    commit: str
-    files: Mapping[str, int]
-    folder: Path | None = None
 
 
 def library(purpose: str) -> Any:
@@ -38,178 +17,6 @@ def library(purpose: str) -> Any:
     for part in ("constants", "errors", "utils"):  # the module imports none by itself
         require(purpose, "hub", f"huggingface_hub.{part}")
     return require(purpose, "hub", "huggingface_hub")
-
-
-def listed(model: ModelId) -> Listing:
-    """Ask for the files of a model; offline, look into the cache.
-
-    Raises:
-        CodebookError: There is no such model or revision, it is not for this user, or the hub cannot be asked.
-    """
-    hub = library(str(model))
-    with in_one_line(str(model), model.repository, model.revision):
-        if hub.constants.HF_HUB_OFFLINE:
-            folder = Path(hub.snapshot_download(model.repository, revision=model.revision, local_files_only=True))
-            names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-            return Listing(model, folder.name, dict.fromkeys(names, 0), folder)
-        info = hub.HfApi().model_info(
-            model.repository, revision=model.revision, files_metadata=True, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT
-        )
-        files = {one.rfilename: one.size or 0 for one in info.siblings or ()}
-        if not isinstance(info.sha, str):
-            raise ValueError("no commit")
-    return Listing(model, info.sha, files)
-
-
-def fetched(listing: Listing, names: list[str], watch: Watch) -> Path:
-    """Bring files of a listing into the cache; those that are there already are not fetched again.
-
-    Returns:
-        The folder that holds them under their names.
-
-    Raises:
-        CodebookError: The hub or the disk fails; files that are whole stay, for the next time.
-    """
-    model = listing.model
-    if listing.folder is not None:
-        missing = [name for name in names if name not in listing.files]
-        if missing:
-            raise not_cached(str(model), f"lacks {missing[0]}")
-        return listing.folder
-    hub = library(str(model))
-    total = sum(listing.files.get(name, 0) for name in names)
-    done, what = 0, f"download {model.repository}"
-    for i, name in enumerate(names):
-        bar = _bar(watch, what, done, total)
-        with_bar = {"tqdm_class": bar} if "tqdm_class" in signature(hub.hf_hub_download).parameters else {}
-        with in_one_line(str(model), model.repository, model.revision, name):
-            # The first is asked for by its revision, which the cache then knows offline; a commit's files never change.
-            revision = model.revision if i == 0 else listing.commit
-            path = Path(hub.hf_hub_download(model.repository, name, revision=revision, **with_bar))
-        copy = copy_of(path)
-        if copy is None or copy.model.revision != listing.commit:
-            raise CodebookError(f"{model} changed on the hub while it was fetched; try again")
-        done += listing.files.get(name, 0)
-        watch.progress(what, done, total)
-    return Path(str(path)[: -len(name) - 1])
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a result goes on the hub.
-
-    Attributes:
-        repository: "org/name".
-        private: Whether it is private.
-        replaced: Whether what it holds may be replaced; its history keeps that.
-    """
-
-    repository: str
-    private: bool
-    replaced: bool
-
-
-def check_place(place: Place) -> frozenset[str] | None:
-    """Check that a result may be committed.
-
-    Returns:
-        Paths of the files that the repository holds; None where there is none yet.
-
-    Raises:
-        CodebookError: The text is no id, nobody is logged in, or the repository holds something.
-    """
-    name, option = place.repository, f"--push-to-hub {place.repository}"
-    asked = model_id(name)
-    if asked is None or str(asked) != asked.repository:
-        raise CodebookError(f"{option}: expected ORG/NAME")
-    hub = library(option)
-    if hub.constants.HF_HUB_OFFLINE:
-        raise CodebookError(f"{option}: HF_HUB_OFFLINE is set; unset it, or leave the option out")
-    api = hub.HfApi()
-    with in_one_line(option, name):
-        if hub.get_token() is None:
-            raise CodebookError(f"{option}: nobody is logged in; log in with `hf auth login`, or set HF_TOKEN")
-        api.whoami()
-        try:
-            info = api.model_info(name, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
-        except hub.errors.RepositoryNotFoundError:
-            return None
-    files = frozenset(one.rfilename for one in info.siblings or ()) - {".gitattributes"}
-    if place.private and not info.private:
-        raise CodebookError(f"{option} exists and is public; leave out --private, or name another")
-    if files and not place.replaced:
-        raise CodebookError(f"{option} holds {len(files)} files; --force replaces them, or name another")
-    return files
-
-
-def committed(place: Place, files: Mapping[str, Path], message: str, watch: Watch) -> str:
-    """Commit files to the hub, as one commit after which a repository holds these alone.
-
-    Args:
-        place: Where to; the repository is made where there is none.
-        files: Paths on the disk by path in the repository.
-        message: Of the commit.
-        watch: Is told how many bytes there are.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        CodebookError: It cannot be done; what the hub had is unchanged then, and a repository made for it is gone.
-    """
-    before = check_place(place)
-    option, hub = f"--push-to-hub {place.repository}", library("--push-to-hub")
-    api, nbytes = hub.HfApi(), sum(path.stat().st_size for path in files.values())
-    added = [hub.CommitOperationAdd(name, path) for name, path in files.items()]
-    gone = [hub.CommitOperationDelete(name) for name in sorted((before or frozenset()) - {*files})]
-    watch.progress(f"upload {place.repository}", 0, nbytes)
-    with in_one_line(option, place.repository), _without_bars(hub.utils):
-        if before is None:
-            api.create_repo(place.repository, private=place.private or None)
-        try:
-            done = api.create_commit(place.repository, [*added, *gone], commit_message=message)
-        except BaseException:
-            if before is None:
-                with suppress(Exception):  # the first error counts
-                    api.delete_repo(place.repository)
-            raise
-    watch.progress(f"upload {place.repository}", nbytes, nbytes)
-    return str(done.commit_url)
-
-
-@contextmanager
-def _without_bars(utils: Any) -> Iterator[None]:
-    """Without the client's own progress bars, beside which others may be on the screen."""
-    were = utils.are_progress_bars_disabled()
-    utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not were:
-            utils.enable_progress_bars()
-
-
-def _bar(watch: Watch, what: str, before: int, total: int) -> type:
-    """A stand-in for tqdm that reports bytes to a watch."""
-
-    class Bar:
-        def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
-            self.done = before + initial
-
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def __getattr__(self, name: str) -> Callable[..., None]:
-            return lambda *_, **__: None
-
-        def update(self, count: float | None = 1) -> None:
-            self.done += int(count or 0)
-            watch.progress(what, self.done, max(total, self.done))
-
-    return Bar
 
 
 @contextmanager
@@ -225,8 +32,6 @@ def in_one_line(title: str, repository: str, revision: str | None = None, file: 
     Raises:
         CodebookError: For any exception of the block.
     """
-    import logging
-
     errors = library(title).errors
     levels = {name: logging.getLogger(name).level for name in ("huggingface_hub", "datasets", "fsspec")}
     for name in levels:  # what they say of each retry; the last one's reason is ours to say
@@ -259,6 +64,8 @@ def _reason(errors: Any, error: Exception, title: str, repository: str, revision
         return f"{repository} has no revision {revision or 'main'}; its branches and tags are at {page}"
     if _among(chain, errors.RepositoryNotFoundError) or (status in (401, 404) and not file):
         return f"{title} is not on {place}, or is private: check the id, or log in with `hf auth login` or HF_TOKEN"
+    if "nvalid metadata" in said:
+        return f"{title}: {place} does not accept the metadata of README.md ({_short(said)}); mend it there"
     if status == 403:
         return f"{title}: {place} refuses it to this token ({_short(said)}); use one with the right to write"
     if _among(chain, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:

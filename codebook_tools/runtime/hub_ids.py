@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 _REPOSITORY = r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)"
 _SPECIAL = r"refs/(?:pr|convert)/[\w.-]+"
@@ -37,8 +37,8 @@ class ModelId:
     inside: str = ""
 
     def __str__(self) -> str:
-        at = f"@{self.revision}" if self.revision else ""
-        return f"hf://{self.repository}{at}/{self.inside}" if self.inside else f"{self.repository}{at}"
+        name = self.repository + _at(self.revision)
+        return f"hf://{name}/{self.inside}" if self.inside else name
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class DataSetId:
     column: str | None = None
 
     def __str__(self) -> str:
-        at = f"@{self.revision}" if self.revision else ""
         column = f":{self.column}" if self.column else ""
-        return f"hf://datasets/{self.repository}{at}" + (f":{self.split or ''}{column}" if self.split or column else "")
+        split = f":{self.split or ''}" if self.split or column else ""
+        return f"hf://datasets/{self.repository}{_at(self.revision)}{split}{column}"
 
 
 def model_id(text: str | Path) -> ModelId | None:
@@ -69,7 +69,7 @@ def model_id(text: str | Path) -> ModelId | None:
     A Path has lost one of the slashes after "hf:".
     """
     text = str(text)
-    if text.startswith("hf:/"):
+    if is_uri(text):
         parts = None if data_set_id(text) else _URI.fullmatch(text)
     else:
         parts = None if Path(text).suffix.lower() in _OF_FILES else _PLAIN.fullmatch(text)
@@ -88,8 +88,14 @@ def data_set_id(text: str | Path) -> DataSetId | None:
 
 
 def is_uri(text: str | Path) -> bool:
-    """Whether a text can name nothing but what is on the hub."""
-    return str(text).startswith("hf:/") and not os.path.lexists(text)
+    """Whether a text can name nothing but what is on the hub, in a form that is known or not."""
+    return str(text).startswith("hf:/")
+
+
+def _at(revision: str | None) -> str:
+    if revision is None:
+        return ""
+    return f"@{revision if re.fullmatch(_SPECIAL, revision) else quote(revision, safe='')}"
 
 
 def _unquoted(revision: str | None) -> str | None:

@@ -27,8 +27,8 @@ from codebook_tools.models.choose import layouts
 from codebook_tools.models.output import check_output, check_size, default_output
 from codebook_tools.models.proof import Proof
 from codebook_tools.runtime import distributed
-from codebook_tools.runtime.hub import Place, check_place, committed
 from codebook_tools.runtime.hub_ids import copy_of
+from codebook_tools.runtime.hub_upload import Place, check_place, committed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.training.finetune import FineTune, FineTuned, TracePoint

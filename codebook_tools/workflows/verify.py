@@ -28,6 +28,7 @@ from codebook_tools.models.registry import size_entry
 from codebook_tools.models.stored_codes import effective_rows, exact_rows, followers, owned_keys, rounded, stored_rows
 from codebook_tools.models.verification import Difference, Verification, listed, same_bytes
 from codebook_tools.remapping.verify_prior import prior_differences
+from codebook_tools.runtime.hub_ids import title_of
 from codebook_tools.runtime.safe_io import parse_json
 from codebook_tools.strategies import declaration
 
@@ -62,7 +63,7 @@ def verify_checkpoint(
         if prove is not None:
             proof, more = proved(prove)
             differences += more
-    return Verification(str(model), str(against), ", ".join(map(str, paths)), differences, proof)
+    return Verification(title_of(model), title_of(against), ", ".join(map(str, paths)), differences, proof)
 
 
 def original_of(model: Path) -> Path:
@@ -89,7 +90,7 @@ def original_of(model: Path) -> Path:
 def verify_alone(model: Path, prove: Callable[[], Proof]) -> Verification:
     """Compare any file with the network that loads it, without an original."""
     proof, differences = proved(prove)
-    return Verification(str(model), "", "", differences, proof)
+    return Verification(title_of(model), "", "", differences, proof)
 
 
 def proved(prove: Callable[[], Proof]) -> tuple[Proof | None, tuple[Difference, ...]]:

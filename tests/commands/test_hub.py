@@ -193,6 +193,7 @@ def unwritten(hub: Hub) -> None:
         ("me/new", "hf_wrong", "does not accept the token"),
         ("new", "hf_good", "--push-to-hub new: expected ORG/NAME"),
         ("me/new@v1", "hf_good", "expected ORG/NAME"),
+        ("other/new", "hf_good", "the token writes to me, org alone"),
     ],
 )
 def test_what_cannot_be_pushed_is_refused_before_any_work(
@@ -202,6 +203,12 @@ def test_what_cannot_be_pushed_is_refused_before_any_work(
     assert_refused(codebook("prune", tiny, "--push-to-hub", place, "-o", "out.safetensors"), said)
     assert not [*Path().iterdir()]
     unwritten(hub)
+
+
+def test_a_token_that_may_only_read_is_refused_before_any_work(codebook: Run, hub: Hub, tiny: Path) -> None:
+    hub.role = "read"
+    assert_refused(codebook("prune", tiny, "--push-to-hub", "me/new", "-o", "x.safetensors"), "the token may only read")
+    assert not [*Path().iterdir()]
 
 
 @pytest.mark.slow
@@ -228,6 +235,13 @@ def test_a_model_that_fails_its_proof_is_not_pushed(
     done = codebook("prune", tiny, "--data", images_folder, *RANGE, "-o", "out.safetensors", "--push-to-hub", "me/out")
     assert done.exit_code == 3 and "disagrees" in done.stderr
     unwritten(hub)
+
+
+def test_what_is_fetched_may_be_no_model(codebook: Run, hub: Hub) -> None:
+    hub.model("org/page", {"model.safetensors": b"<html>Not found</html>"})
+    hub.model("org/index", {"config.json": b"{}", "model.safetensors.index.json": b"<html>"})
+    assert_refused(codebook("inspect", "org/page"), "model.safetensors")
+    assert_refused(codebook("inspect", "org/index"), "model.safetensors.index.json is no JSON")
 
 
 def test_the_model_itself_is_never_overwritten_and_private_needs_a_place(codebook: Run, hub: Hub, tiny: Path) -> None:

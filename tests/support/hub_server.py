@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_good"
 USER = "me"
+Query = Mapping[str, list[str]]
 _LARGE = re.compile(r"\.(safetensors|bin|pt|ckpt|parquet|tar|png|wav|zip)$")
 
 
@@ -67,6 +68,8 @@ class Hub:
         breaks: So many downloads break off.
         fault: Called with method and path before each request; what it returns is sent in place of the answer.
         delay: Seconds before each answer.
+        stall: Seconds before the content of a large file.
+        role: Of TOKEN: write or read.
     """
 
     url: str = ""
@@ -78,25 +81,28 @@ class Hub:
     breaks: int = 0
     fault: Callable[[str, str], tuple[int, bytes] | None] = lambda method, path: None
     delay: float = 0.0
+    stall: float = 0.0
+    role: str = "write"
 
     def model(self, name: str, files: Mapping[str, bytes], **more: Any) -> str:
         """Make a model repository, or add a commit to it; the commit's hash."""
-        repository = self.models.setdefault(name, Repository())
-        for key, value in more.items():
-            setattr(repository, key, value)
-        return repository.commit(files)
+        return _with_commit(self.models, name, files, more)
 
     def dataset(self, name: str, files: Mapping[str, bytes], **more: Any) -> str:
         """As `model`, of a data set."""
-        repository = self.datasets.setdefault(name, Repository())
-        for key, value in more.items():
-            setattr(repository, key, value)
-        return repository.commit(files)
+        return _with_commit(self.datasets, name, files, more)
 
     def downloads(self) -> list[str]:
         """Names of the files whose content was asked for, in order."""
         paths = [path for method, path, _ in self.requests if method == "GET" and "/resolve/" in path]
         return [path.split("/resolve/")[1].split("/", 1)[1] for path in paths]
+
+
+def _with_commit(place: dict[str, Repository], name: str, files: Mapping[str, bytes], more: Mapping[str, Any]) -> str:
+    repository = place.setdefault(name, Repository())
+    for key, value in more.items():
+        setattr(repository, key, value)
+    return repository.commit(files)
 
 
 @contextmanager
@@ -214,11 +220,11 @@ class _Handler(BaseHTTPRequestHandler):
     def whoami(self, token: str | None, query: object) -> None:
         if token is None:
             raise _RefusedError(401, "", "Invalid username or password.")
-        self._json({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+        self._json(
+            {"type": "user", "name": USER, "orgs": [{"name": "org"}], "auth": {"accessToken": {"role": self.hub.role}}}
+        )
 
-    def info(
-        self, token: str | None, query: Mapping[str, list[str]], kind: str, name: str, revision: str = "main"
-    ) -> None:
+    def info(self, token: str | None, query: Query, kind: str, name: str, revision: str = "main") -> None:
         repository = self._repository(token, kind, name)
         commit = "" if revision == "main" and not repository.refs else self._commit_of(repository, revision)
         files = repository.commits.get(commit, {})
@@ -228,13 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(answer | more | {"tags": [], "downloads": 0, "likes": 0})
 
     def tree(
-        self,
-        token: str | None,
-        query: Mapping[str, list[str]],
-        kind: str,
-        name: str,
-        revision: str,
-        folder: str | None = None,
+        self, token: str | None, query: Query, kind: str, name: str, revision: str, folder: str | None = None
     ) -> None:
         repository = self._repository(token, kind, name)
         files = repository.commits[self._commit_of(repository, revision)]
@@ -281,6 +281,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         hub, sent = self.hub, content[start:stop]
+        threading.Event().wait(hub.stall if _LARGE.search(file) else 0)
         if hub.breaks and hub.break_after is not None and len(sent) > hub.break_after and _LARGE.search(file):
             hub.breaks -= 1
             self.wfile.write(sent[: hub.break_after])

@@ -41,6 +41,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 )
 def test_a_text_is_an_id_in_exactly_these_forms(text: str, meant: ModelId | None) -> None:
     assert model_id(text) == meant
+    assert meant is None or model_id(str(meant)) == meant
 
 
 @pytest.mark.parametrize(
@@ -132,9 +133,10 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: Hub, tiny: Path) -> None:
 def test_offline_the_cache_is_enough_and_nothing_is_asked(
     hub: Hub, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub import constants
+    from huggingface_hub import constants, snapshot_download
 
     hub.model("org/name", {"config.json": b"{}", "model.safetensors": tiny.read_bytes(), "x/a.safetensors": b"large"})
+    snapshot_download("org/name", allow_patterns=["config.json"])  # others may have fetched a part
     online, before = of(hub, "org/name"), tree(tmp_path / "home")
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -160,6 +162,7 @@ def test_both_readings_are_named(hub: Hub) -> None:
     refused(hub, "org/name", "no such file: org/name; and as a model of the hub, org/name is not on http://127.0.0.1")
     refused(hub, "hf://org/name/a.pt", "hf://org/name/a.pt is not on http://127.0.0.1", "or is private")
     refused(hub, "hf://datasets/org/name", "is a data set; give it with --data")
+    refused(hub, "hf://name", "hf://name: expected hf://org/name[@revision][/path]")
 
 
 def test_what_is_not_for_this_user(hub: Hub, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +181,8 @@ def test_weights_that_no_name_decides_on(hub: Hub) -> None:
     hub.model("org/two", {"a.safetensors": b"", "b.safetensors": b""})
     hub.model("org/parts", {"README.md": b"", "vae/model.safetensors": b"", "unet/model.safetensors": b""})
     hub.model("org/none", {"README.md": b""})
+    hub.model("org/bin", {"pytorch_model.bin.index.json": b"", "pytorch_model-00001-of-00001.bin": b""})
+    refused(hub, "org/bin", "org/bin holds pytorch_model.bin in shards")
     refused(hub, "org/two", "does not say which weights are meant; give hf://org/two/a.safetensors or hf://org/two/b")
     refused(hub, "org/parts", "give hf://org/parts/unet or hf://org/parts/vae")
     refused(hub, "org/none", "org/none has no weights: no file of it ends in .safetensors")
@@ -248,6 +253,9 @@ def test_a_server_that_is_slow_or_gone(hub: Hub, tiny: Path, monkeypatch: pytest
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
     hub.delay = 0.5
     refused(hub, "org/name", "does not answer in time; try again, or set HF_HUB_DOWNLOAD_TIMEOUT")
+    hub.delay, hub.stall = 0, 0.5
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.05)
+    refused(hub, "org/name", "does not answer in time")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     refused(hub, "org/name", "the connection to http://127.0.0.1:9 failed")
 

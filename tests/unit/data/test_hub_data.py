@@ -163,6 +163,7 @@ def refused(path: str, modality: Any, *said: str) -> None:
 def test_what_is_not_there(sets: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     images = Images()
     refused("hf://datasets/org/none", images, "hf://datasets/org/none is not on http://127.0.0.1", "or is private")
+    refused("hf://org/pictures", images, "expected hf://datasets/org/name[@revision][:split][:column]")
     refused("hf://datasets/org/pictures@v3", images, "org/pictures has no revision v3")
     refused("hf://datasets/org/pictures:dev", images, "has no split dev; it has train, test")
     refused("hf://datasets/org/both", images, "has 2 columns of images; say which: hf://datasets/org/both::image")
