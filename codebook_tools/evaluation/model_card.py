@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from codebook_tools.checkpoints.layout import CARD as CARD
-from codebook_tools.checkpoints.layout import is_directory_output, split_others
+from codebook_tools.checkpoints.layout import SMALL, is_directory_output, own_card_path, split_others
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.evaluation.figures import CodebookUse, Measurement, figures_of, in_markdown, stage_rows
 from codebook_tools.runtime.hub_ids import copy_of, data_set_id
@@ -45,8 +45,18 @@ class Done:
 
 
 def has_card(output: Path, original: Checkpoint, published: bool) -> bool:
-    """Whether a card is written: of a directory, and of a file that comes from the hub or goes there."""
-    return is_directory_output(output) or published or copy_of(original.path) is not None
+    """Whether a card is written: of a directory, and of a file that has one, comes from the hub or goes there."""
+    of_hub = published or copy_of(original.path) is not None
+    return is_directory_output(output) or of_hub or _own(original) is not None
+
+
+def _own(original: Checkpoint) -> bytes | None:
+    """The card of the original, where it goes along."""
+    if original.folder is None:
+        card = own_card_path(original.path)
+        return card.read_bytes() if card.is_file() and card.stat().st_size < SMALL else None
+    along = split_others(original.folder, original.files)[0]
+    return next((path.read_bytes() for path in along if path.name == CARD), None)
 
 
 def cards(output: Path, original: Checkpoint, done: Done, published: bool = False) -> dict[str, bytes]:
@@ -65,13 +75,12 @@ def cards(output: Path, original: Checkpoint, done: Done, published: bool = Fals
     """
     if not has_card(output, original, published):
         return {}
-    along = split_others(original.folder, original.files)[0] if original.folder else []
-    own = next((path.read_bytes() for path in along if path.name == CARD), None)
+    own = _own(original)
     head, body = _parted(own or b"")
     if head is None:  # metadata that cannot be read stay as they are
         return {CARD: body.rstrip() + f"\n\n{_section(done)}".encode()}
-    if own is None or not is_directory_output(output):
-        head, body = _of_base(original) | head, _introduction(original)
+    if own is None:
+        head, body = _of_base(original), _introduction(original)
     entries = {**head, **_metadata(original, done, head)}
     return {CARD: _front(entries) + body.strip(b"\r\n").rstrip() + f"\n\n{_section(done)}".encode()}
 
@@ -134,8 +143,8 @@ def _metadata(original: Checkpoint, done: Done, head: Mapping[str, Any]) -> dict
         modality = str(done.settings.get("modality"))
         data = {"name": sets[0], "type": sets[0]} if len(sets) == 1 else {"name": "own data", "type": "own"}
         result = {"task": {"type": _TASKS.get(modality, "feature-extraction")}, "dataset": {**data, "split": "test"}}
-        size = next(iter(done.sizes.values()), 0)
-        name = f"{_name(original)}.{done.command}-k{size}"
+        base = str({**head, **entries}.get("base_model", "model")).rpartition("/")[2]
+        name = f"{base}.{done.command}-k{next(iter(done.sizes.values()), 0)}"
         entries["model-index"] = [{"name": name, "results": [{**result, "metrics": figures}]}]
     elif "model-index" in head:  # those are of other weights
         entries["model-index"] = []
@@ -145,11 +154,6 @@ def _metadata(original: Checkpoint, done: Done, head: Mapping[str, Any]) -> dict
 def _config(original: Checkpoint) -> Mapping[str, object]:
     """The config of a directory; that beside a file may be anyone's."""
     return (original.config or {}) if original.folder else {}
-
-
-def _name(original: Checkpoint) -> str:
-    copy = copy_of(original.folder or original.path)
-    return copy.name if copy else original.folder.resolve().name if original.folder else original.path.stem
 
 
 def _listed(entry: object) -> list[Any]:
@@ -191,7 +195,7 @@ def _introduction(original: Checkpoint) -> bytes:
     name = copy.model.repository
     place = f"`{copy.model.inside}` of " if copy.model.inside else ""
     origin = f"The original is {place}[{name}](https://huggingface.co/{name}), commit `{copy.model.revision}`."
-    return f"# Repaired {_name(original)}\n\n{origin}".encode()
+    return f"# Repaired {name.rpartition('/')[2]}\n\n{origin}".encode()
 
 
 def _section(done: Done) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +38,9 @@ def in_one_line(title: str, repository: str, revision: str | None = None, file: 
     for name in levels:  # what they say of each retry; the last one's reason is ours to say
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except CodebookError:
         raise
     except Exception as error:

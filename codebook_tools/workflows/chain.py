@@ -25,7 +25,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.recipe_file import Step
 from codebook_tools.workflows.dry_run import Plan, plan
 from codebook_tools.workflows.gallery import GalleryImage, gallery_of_files
-from codebook_tools.workflows.operate import operate
+from codebook_tools.workflows.operate import operate_in_memory
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import (
     Result,
@@ -115,7 +115,8 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
         for i, step in enumerate(steps, 1):
             place = folder / f"{i}-{step.command}{output.suffix}"
             asked = replace(request, model=model, output=place, force=False, resume=False, gallery=False)
-            results.append(operate(step.command, asked, step.strategy, step.recipe, watch))
+            run = operate_in_memory(step.command, asked, step.strategy, step.recipe, watch, written=True)
+            results.append(run.write(place))
             model = place
             written.append(place)
             request = request.alike(results[-1].settings)

@@ -235,12 +235,7 @@ class Run:
             finetuned=done.finetuned,
             kept=done.kept,
             trace=done.tuned.trace if done.tuned else (),
-            outputs={
-                "model": str(output),
-                "index_map": str(map_path),
-                "report": None,
-                **published(request, output, watch),
-            },
+            outputs={"model": str(output), "index_map": str(map_path), "report": None},
             gallery=self.gallery,
             proof=proof,
             bytes={"before": checkpoint.nbytes, "after": nbytes, **({"packed": packed} if bits else {})},
@@ -270,6 +265,7 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: F
     run = operate_in_memory(command, request, strategy, recipe, watch, written=True)
     output = request_output(request, command, run.opened.size)
     result = run.write(output)
+    result = replace(result, outputs={**result.outputs, **published(request, output, watch)})
     if isinstance(run.opened, Opened):
         distributed.by_first(lambda: training_path(output).unlink(missing_ok=True))
     return result

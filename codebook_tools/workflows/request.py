@@ -76,7 +76,8 @@ class Request:
         tuple[str | InMemory, ...],
         Option(
             "Images, sound for codecs, or arrays: a folder, .tar shards, .npy, .npz, .pt, .safetensors or .parquet (of "
-            "several arrays or columns FILE:NAME). Repeatable. Left out: the bundled sample.",
+            "several arrays or columns FILE:NAME), or hf://datasets/org/name[:split][:column]. Repeatable. Left out: "
+            "the bundled sample.",
             metavar="PATH",
         ),
     ] = ()
@@ -99,7 +100,11 @@ class Request:
     ] = ()
     limit: Annotated[
         int | None,
-        Option("At most N items of each of --data and --test-data, drawn by seed.", metavar="N", panel="Data"),
+        Option(
+            "At most N items of each of --data and --test-data, drawn by seed; of data on the hub the first N.",
+            metavar="N",
+            panel="Data",
+        ),
     ] = None
     size: Annotated[
         int | tuple[int, int] | None,

@@ -143,6 +143,24 @@ def test_outputs_are_named_after_the_model_and_lie_in_the_current_folder(
     assert Path("again.safetensors").read_bytes() == Path("vq.run-k10.safetensors").read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["org/vae", "org/file", "local"])
+def test_a_chain_is_pushed_once_with_the_card_of_all_its_steps(
+    model: str, codebook: Run, hub: Hub, vae: str, tiny: Path, images_folder: Path, tmp_path: Path
+) -> None:
+    hub.model("org/file", {"model.safetensors": tiny.read_bytes(), "README.md": CARD})
+    Path("recipe.yaml").write_text("surgeries: [{refit: {k: 8, steps: 0}}, {prune: {keep: 4}}]\n")
+    options = ("--data", images_folder, *RANGE, "--push-to-hub", "me/out")
+    done = codebook("run", "recipe.yaml", tiny if model == "local" else model, *options, "--json")
+    assert done.exit_code == 0, done.stderr
+    pushed = hub.models["me/out"]
+    assert len(pushed.commits) == 1 and done.json["outputs"]["hub"].startswith(f"{hub.url}/me/out/commit/")
+    card = pushed.files["README.md"].decode()
+    assert card.index("`codebook refit`") < card.index("`codebook prune`") and card.count("---\n") >= 2
+    data = ModelCard(card).data
+    assert (data.base_model, data.get("license_name")) == ((None, None) if model == "local" else (model, "own"))
+
+
 def test_from_python(hub: Hub, tiny: Path, images_folder: Path) -> None:
     commit = hub.model("org/vq", {"model.safetensors": tiny.read_bytes()})
     model = ct.load("org/vq", input_range=(-1, 1))
