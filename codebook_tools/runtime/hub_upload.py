@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codebook_tools.errors import CodebookError
+from codebook_tools.errors import CodebookError, few_of
 from codebook_tools.runtime.hub import in_one_line, library
 from codebook_tools.runtime.hub_ids import model_id
 from codebook_tools.runtime.progress import Watch
@@ -66,7 +66,7 @@ def check_place(place: Place) -> frozenset[str] | None:
     if place.private and not info.private:
         raise CodebookError(f"{option} exists and is public; leave out --private, or name another")
     if files and not place.replaced:
-        raise CodebookError(f"{option} holds {len(files)} files; --force replaces them, or name another")
+        raise CodebookError(f"{option} holds {few_of(sorted(files))}; --force replaces all of it, or name another")
     return files
 
 

@@ -84,7 +84,10 @@ def test_a_directory_goes_from_the_hub_to_the_hub(
     kept = done.json["stages"][done.json["kept"]]
     assert metrics["mse"] == pytest.approx(kept["mse"], rel=1e-5) and metrics["used"] == kept["codebooks"][0]["used"]
 
-    assert_refused(codebook("refit", "org/vae", *options, *PUSHED, "-o", "b"), "me/vae-k8 holds 4 files; --force")
+    assert_refused(
+        codebook("refit", "org/vae", *options, *PUSHED, "-o", "b"),
+        "me/vae-k8 holds README.md, config.json, diffusion_pytorch_model.safetensors and 1 more; --force",
+    )
     assert not Path("b").exists()
     done = codebook("quantize", "hf://org/vae/sub", "--k", 4, *options[4:], *PUSHED, "--force", "--json")
     assert done.exit_code == 0, done.stderr
@@ -129,12 +132,20 @@ def test_outputs_are_named_after_the_model_and_lie_in_the_current_folder(
         ("compare", "org/vq", "--k", 4, "--strategies", "prune", "--steps", 0, *data),
         ("run", "recipe.yaml", *data),
         ("diagnose", "org/vq", "--against", "org/vq", *data),
+        ("measure", "org/vq", "--stats", "vq.stats.safetensors", *data),
+        ("refit", "org/vq", "--k", 4, "--steps", 1, "--latents-cache", "vq.latents", *data),
+        ("finetune", "org/vq", "--steps", 1, "--report", "vq.html", *data),
+        ("quantize", "org/vq", "--k", 4),
+        ("map", "org/vq", "--method", "pca", *data),
+        ("decode", "vq.tokens.npy", "org/vq", "--input-range=-1,1"),
+        ("verify", "vq.quantize-k4.safetensors", "--against", "org/vq"),
+        ("init", "org/vq", *data),
     ]
     for command in commands:
         done = codebook(*command, "--json")
         assert done.exit_code in (0, 3) and done.json.get("model", title) == title, (command, done.stderr)
         assert tree(tmp_path / "home") == before
-    ours = {path.name for path in Path().iterdir()} - {"recipe.yaml"}
+    ours = {path.name for path in Path().iterdir()} - {"recipe.yaml", "codebook.toml"}
     assert {name.partition(".")[0] for name in ours} == {"vq"}
     assert {"vq.tokens.npy", "vq.codes.html", "vq.sweep", "vq.compare", "vq.run-k10.safetensors"} <= ours
     recipe = Path("vq.run-k10.recipe.yaml")

@@ -11,12 +11,15 @@ import datasets as datasets  # imported before the server is, which redirects it
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from conftest import Run
 from drawing import saved
 from hub_client import hub as hub
 from hub_client import parquet_of, tree
 from hub_server import Hub
 from PIL import Image
 from pyarrow import parquet
+from safetensors.torch import save_file
 
 from codebook_tools.data.arrays import Arrays
 from codebook_tools.data.audio import Waveforms
@@ -137,6 +140,38 @@ def _id(name: str) -> Any:
     from codebook_tools.runtime.hub_ids import data_set_id
 
     return data_set_id(f"hf://datasets/{name}")
+
+
+VECTORS = """
+from torch import nn
+
+
+class Vectors(nn.Module):
+    def __init__(self, codebook_size):
+        super().__init__()
+        self.quantizer = nn.Module()
+        self.quantizer.codebook = nn.Embedding(codebook_size, 2)
+
+    def encode(self, vectors):
+        return vectors
+
+    def decode(self, quantized):
+        return quantized
+"""
+
+
+def test_a_network_for_arrays_is_measured_on_a_column_of_lists(sets: Hub, codebook: Run, tmp_path: Path) -> None:
+    rows = [[float(i % 2), 5.0] for i in range(40)]
+    sets.dataset("org/vectors", {"train.parquet": table(vector=rows, words=["text"] * 40)})
+    (tmp_path / "net.py").write_text(VECTORS)
+    save_file({"quantizer.codebook.weight": torch.tensor([[0.0, 5.0], [1.0, 4.0]])}, "net.safetensors")
+    words = ("--network", f"{tmp_path / 'net.py'}:Vectors", "--data", "hf://datasets/org/vectors", "--json")
+    done = codebook("measure", "net.safetensors", *words)
+    assert done.exit_code == 0, done.stderr
+    before, commit = done.json["stages"]["before"], sets.datasets["org/vectors"].refs["main"]
+    ones = np.mean([item.decode()[0] for item in split(find_items(["hf://datasets/org/vectors"], Arrays())).test])
+    assert before["mse"] == pytest.approx(ones / 2) and 0 < before["images"] < 40  # a code is off by 1 in one of two
+    assert done.json["settings"]["data"] == [f"hf://datasets/org/vectors@{commit}:train"]
 
 
 def test_offline_the_cached_files_are_streamed(sets: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
