@@ -81,7 +81,7 @@ def cards(output: Path, original: Checkpoint, done: Done, published: bool = Fals
         return {CARD: body.rstrip() + f"\n\n{_section(done)}".encode()}
     if own is None:
         head, body = _of_base(original), _introduction(original)
-    entries = {**head, **_metadata(original, done, head)}
+    entries = {name: value for name, value in {**head, **_metadata(original, done, head)}.items() if value is not None}
     return {CARD: _front(entries) + body.strip(b"\r\n").rstrip() + f"\n\n{_section(done)}".encode()}
 
 
@@ -147,7 +147,7 @@ def _metadata(original: Checkpoint, done: Done, head: Mapping[str, Any]) -> dict
         name = f"{base}.{done.command}-k{next(iter(done.sizes.values()), 0)}"
         entries["model-index"] = [{"name": name, "results": [{**result, "metrics": figures}]}]
     elif "model-index" in head:  # those are of other weights
-        entries["model-index"] = []
+        entries["model-index"] = None
     return entries
 
 

@@ -262,10 +262,10 @@ def test_a_server_that_is_slow_or_gone(hub: Hub, tiny: Path, monkeypatch: pytest
 
 def test_progress_is_told(hub: Hub, tiny: Path) -> None:
     hub.model("org/name", {"a.safetensors": tiny.read_bytes(), "README.md": b"12345"})
-    told = list[tuple[str, int, int | None]]()
-    located("org/name", Watch(lambda what, done, total, figures: told.append((what, done, total))))
+    reports = list[tuple[str, int, int | None]]()
+    located("org/name", Watch(lambda what, done, total, figures: reports.append((what, done, total))))
     nbytes = tiny.stat().st_size + 5
-    assert told[-1] == ("download org/name", nbytes, nbytes)
+    assert reports[-1] == ("download org/name", nbytes, nbytes)
 
 
 def test_contents_may_lie_elsewhere_but_links_out_of_the_cache_are_none_of_the_model(hub: Hub, tmp_path: Path) -> None:

@@ -80,12 +80,12 @@ def values(items: Any) -> list[float]:
 
 
 def test_pictures_are_streamed_in_order_and_named_by_their_row(sets: Hub, tmp_path: Path) -> None:
-    told = list[tuple[str, int]]()
-    watch = Watch(lambda what, done, total, figures: told.append((what, done)))
+    reports = list[tuple[str, int]]()
+    watch = Watch(lambda what, done, total, figures: reports.append((what, done)))
     before = tree(tmp_path)
     items = find_items(["hf://datasets/org/pictures"], Images(), watch)
     assert [item.name for item in items] == [f"org/pictures:train#{i}" for i in range(20)]
-    assert values(items) == list(range(20)) and told[-1] == ("stream org/pictures", 20)
+    assert values(items) == list(range(20)) and reports[-1] == ("stream org/pictures", 20)
     commit = sets.datasets["org/pictures"].refs["main"]
     assert stated("hf://datasets/org/pictures") == f"hf://datasets/org/pictures@{commit}:train"
     new = [name for name in tree(tmp_path) if name not in before and "parquet" in name]
