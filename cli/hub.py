@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
+from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.hub_ids import is_uri, model_id
 
-from .errors import reported
+from .errors import LAST_WORDS, reported
 
 
 def on_disk(model: Path, quiet: bool) -> Path:
@@ -20,5 +22,13 @@ def on_disk(model: Path, quiet: bool) -> Path:
 
         from .output import ProgressShow
 
-        with ProgressShow(quiet) as show:
-            return located(model, Watch(show))
+        try:
+            with ProgressShow(quiet) as show:
+                return located(model, Watch(show))
+        except CodebookError as error:
+            failure = error
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                raise
+    time.sleep(LAST_WORDS)  # the first process of a machine says what is wrong; torchrun ends all as soon as one ends
+    with reported():
+        raise failure

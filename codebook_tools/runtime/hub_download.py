@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.hub import in_one_line, library, not_cached
 from codebook_tools.runtime.hub_ids import ModelId, copy_of
+from codebook_tools.runtime.optional import require
 from codebook_tools.runtime.progress import Watch
 
 
@@ -89,23 +92,28 @@ def fetched(listing: Listing, names: list[str], watch: Watch) -> Path:
 
 
 def _bar(watch: Watch, what: str, before: int, total: int) -> type:
-    """A stand-in for tqdm that reports bytes to a watch."""
+    """A progress bar of the client's kind that reports bytes to a watch and draws nothing.
 
-    class Bar:
-        def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
-            self.done = before + initial
+    Args:
+        watch: Is told the bytes.
+        what: Is being done.
+        before: Bytes of earlier files.
+        total: Bytes of all files.
+    """
+    tqdm: Any = require(what, "hub", "tqdm").tqdm
+    most = 0  # of a file, for which there may be two bars: bytes received and bytes written
 
-        def __enter__(self) -> Bar:
-            return self
+    class Bar(tqdm):  # type: ignore[misc]
+        monitor_interval = 0  # no thread that watches over bars
 
-        def __exit__(self, *_: object) -> None:
-            pass
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            options.pop("name", None)
+            super().__init__(*arguments, **options | {"file": StringIO(), "disable": False})
 
-        def __getattr__(self, name: str) -> Callable[..., None]:
-            return lambda *_, **__: None
-
-        def update(self, count: float | None = 1) -> None:
-            self.done += int(count or 0)
-            watch.progress(what, self.done, max(total, self.done))
+        def display(self, *_: Any, **__: Any) -> bool:
+            nonlocal most
+            most = max(most, int(self.n))
+            watch.progress(what, before + most, max(total, before + most))
+            return True
 
     return Bar

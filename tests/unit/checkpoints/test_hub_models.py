@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_client import hub as hub
@@ -17,6 +18,7 @@ from codebook_tools.checkpoints.hub import located
 from codebook_tools.checkpoints.layout import split_others
 from codebook_tools.checkpoints.read import read_checkpoint
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.hub_download import _bar
 from codebook_tools.runtime.hub_ids import DataSetId, ModelId, copy_of, data_set_id, model_id
 from codebook_tools.runtime.progress import Watch
 
@@ -277,3 +279,19 @@ def test_contents_may_lie_elsewhere_but_links_out_of_the_cache_are_none_of_the_m
     (folder / "c.txt").symlink_to(tmp_path / "shared")
     copied, left = split_others(folder, [folder / "a.safetensors"])
     assert [path.name for path in copied] == ["b.txt"] and left == ["c.txt"]
+
+
+def test_progress_of_a_download_by_chunks_has_two_bars_and_one_report() -> None:
+    """The library's other way to fetch, which a server on loopback does not offer."""
+    module = pytest.importorskip("huggingface_hub.utils._xet_progress_reporting")
+    reports = list[tuple[str, int, int | None]]()
+    bar = _bar(Watch(lambda what, done, total, figures: reports.append((what, done, total))), "download", 10, 110)
+    rates = {"total_bytes_completion_rate": 1.0, "total_transfer_bytes_completion_rate": 1.0, "total_bytes": 100}
+    with module.XetDownloadProgressReporter(
+        reconstruction_desc="a", transfer_desc="b", total=100, log_level=30, tqdm_class=bar
+    ) as progress:
+        for received, written in ((30, 0), (60, 50), (90, 100)):
+            counts = {"total_bytes_completed": written, "total_transfer_bytes_completed": received}
+            progress.update_progress(SimpleNamespace(**rates, **counts))
+    done = [count for _, count, _ in reports]
+    assert done == sorted(done) and reports[-1] == ("download", 110, 110)
