@@ -2,12 +2,14 @@
 
     python benchmarks/kmeans.py [--case latents-512 ...] [--model FILE --data PATH ...] [--device cpu|cuda] [--runs 5]
 
-Cases: `latents-K`, a million latents of the model (the bundled demo has fewer) in K clusters, and `mixture-K`, 200,000
-points of 256 dimensions drawn from a thousand normal distributions. All take turns in one process, with another seed in
-each run; seeding counts. Ours runs with several tolerances, from a rough one to a strict one, and on samples, as faiss
-does by default: each is a run of its own, timed from the beginning. What a run found is judged by the mean squared
-distance of all points to their nearest centroid. Writes its cases into benchmarks/results/kmeans.json, or --output, and
-draws one plot a case beside it.
+Cases: `latents-K`, a million latents of the model (the bundled demo has fewer) in K clusters; `mixture-K`, 200,000
+points of 256 dimensions drawn from a thousand normal distributions; `blobs-N-D-K`, N points of D dimensions around
+3,000 means, such as blobs-200000-8-4096, and `cloud-N-D-K`, N points of one normal distribution. All take turns in one
+process, with another seed in each run; seeding counts. What a run found is judged by the mean squared distance of all
+points to their nearest centroid. On the first two, ours runs with several tolerances, from a rough one to a strict one,
+and on samples, as faiss does by default: each is a run of its own, timed from the beginning. On the others it runs with
+its defaults, and gives the inertia of each pass over all points, which is an upper bound of what its centroids have.
+Writes its cases into benchmarks/results/kmeans.json, or --output, and draws one plot a case beside it.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 DEFAULT = 5e-4
 TOLERANCES = (1e-2, 1e-3, DEFAULT, 1e-4, 3e-5, 1e-5)
 DEFAULT_OF_FAISS, ALL_POINTS, SCIKIT_LEARN = "faiss, its defaults", "faiss, all points, 60 iterations", "scikit-learn"
+BLOBS = 3000
 
 Clusterer = Callable[[Tensor, int, int], Any]
 """Called with points (n, dim), k and a seed; returns centroids (k, dim)."""
@@ -79,6 +82,22 @@ def all_points_in_faiss(points: Tensor, k: int, seed: int) -> Any:
     return faiss_kmeans(points, k, seed, niter=60, max_points_per_centroid=len(points))
 
 
+def faiss_to_25(points: Tensor, k: int, seed: int) -> Any:
+    return faiss_kmeans(points, k, seed, niter=25, max_points_per_centroid=len(points))
+
+
+def super_kmeans(points: Tensor, k: int, seed: int, **more: Any) -> Any:
+    from superkmeans import SuperKMeans
+
+    return SuperKMeans(k, points.shape[1], seed=seed, **more).train(points.numpy()).copy()
+
+
+def all_points_in_super_kmeans(points: Tensor, k: int, seed: int) -> Any:
+    return super_kmeans(
+        points, k, seed, hierarchical=False, iters=25, sampling_fraction=1.0, max_points_per_cluster=len(points)
+    )
+
+
 def fast_kmeans(points: Tensor, k: int, seed: int) -> Any:
     from fastkmeans import FastKMeans
 
@@ -99,9 +118,16 @@ PEERS: dict[str, tuple[str, Clusterer, tuple[str, ...]]] = {
     ALL_POINTS: ("faiss", all_points_in_faiss, ("cpu",)),
     DEFAULT_OF_FAISS: ("faiss", faiss_kmeans, ("cpu",)),
     "fastkmeans, all points": ("fastkmeans", fast_kmeans, ("cpu", "cuda")),
+    "SuperKMeans, its defaults": ("superkmeans", super_kmeans, ("cpu",)),
+    "SuperKMeans, all points, 25 iterations": ("superkmeans", all_points_in_super_kmeans, ("cpu",)),
     "flash-kmeans, 60 iterations": ("flash_kmeans", flash_kmeans, ("cuda",)),
 }
 """By name: the module that must be there, the call, and where it runs."""
+
+PEERS_OF_MANY: dict[str, tuple[str, Clusterer, tuple[str, ...]]] = {
+    "faiss, all points, 25 iterations": ("faiss", faiss_to_25, ("cpu",)),
+    **{name: peer for name, peer in PEERS.items() if name not in (SCIKIT_LEARN, ALL_POINTS)},
+}
 
 
 def latents_of(given: argparse.Namespace) -> Tensor:
@@ -116,6 +142,32 @@ def mixture() -> Tensor:
     drawn = torch.Generator().manual_seed(0)
     means = torch.randn(1000, 256, generator=drawn)
     return means[torch.randint(1000, (200_000,), generator=drawn)] + torch.randn(200_000, 256, generator=drawn)
+
+
+def drawn(kind: str, n: int, dim: int) -> Tensor:
+    """(n, dim): standard normal, or a third of it around standard normal means."""
+    random = torch.Generator().manual_seed(0)
+    if kind == "cloud":
+        return torch.randn(n, dim, generator=random)
+    means = torch.randn(BLOBS, dim, generator=random)
+    return means[torch.randint(BLOBS, (n,), generator=random)] + 0.3 * torch.randn(n, dim, generator=random)
+
+
+class Curve:
+    """Ours with its defaults; keeps the seconds and inertia of each pass over all points."""
+
+    def __init__(self) -> None:
+        self.runs: list[list[tuple[float, float]]] = []
+
+    def __call__(self, points: Tensor, k: int, seed: int) -> Tensor:
+        passes, since, of_all = list[tuple[float, float]](), time.perf_counter(), f"k-means on {len(points):,} latents"
+
+        def see(what: str, done: int, total: int | None, figures: Any) -> None:
+            if what == of_all:
+                passes.append((round(time.perf_counter() - since, 3), round(figures["inertia"], 6)))
+
+        self.runs.append(passes)
+        return kmeans(points, k, seed=seed, watch=Watch(see)).centroids
 
 
 def judged(points: Tensor, centroids: Any) -> float:
@@ -163,15 +215,31 @@ def told(mine: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> 
     return said
 
 
-def draw(path: Path, title: str, mine: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> None:
+def told_of_many(passes: list[list[tuple[float, float]]], theirs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """As `told`, by pairs of runs with one seed: when ours is where the peer ends, in parts of what the peer takes."""
+    said = dict[str, Any]()
+    for name, its in theirs.items():
+        ratios, then = list[float | None](), list[float | None]()
+        for run, seconds, end in zip(passes, its["seconds"]["all"], its["inertia"]["all"], strict=True):
+            at = next((at for at, inertia in run if inertia <= end), None)
+            ratios.append(None if at is None else round(at / seconds, 3))
+            then.append(min((inertia for at, inertia in run if at <= seconds), default=None))
+        reached = [ratio for ratio in ratios if ratio is not None]
+        said[name] = {
+            "ratio": {"median": statistics.median(reached) if len(reached) == len(ratios) else None, "all": ratios},
+            "inertia_at_its_end": {"ours": then, "its": its["inertia"]["all"]},
+        }
+    return said
+
+
+def draw(path: Path, title: str, line: list[tuple[float, float]], theirs: dict[str, dict[str, Any]]) -> None:
     if find_spec("matplotlib") is None:
         print("  no plot: matplotlib is not installed")
         return
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    curve = [(one["seconds"]["median"], one["inertia"]["median"]) for one in mine.values()]
-    axes.plot(*zip(*curve, strict=True), "o-", label="ours, by tolerance")
+    axes.plot(*zip(*line, strict=True), ".-", label="ours")
     for (name, its), marker in zip(theirs.items(), "sD^vP", strict=False):
         axes.plot(its["seconds"]["all"], its["inertia"]["all"], marker, alpha=0.7, label=name)
     axes.set(xscale="log", xlabel="seconds, seeding included", ylabel="mean squared distance", title=title)
@@ -180,9 +248,17 @@ def draw(path: Path, title: str, mine: dict[str, dict[str, Any]], theirs: dict[s
     plt.close(figure)
 
 
+def points_of(case: str, given: argparse.Namespace) -> tuple[Tensor, int]:
+    """The points (n, dim) of a case, and the number of clusters."""
+    kind, *sizes = case.split("-")
+    *shape, k = map(int, sizes)
+    points = latents_of(given) if kind == "latents" else drawn(kind, *shape) if shape else mixture()
+    return points.to(given.device), k
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", help="latents-K or mixture-K; repeatable")
+    parser.add_argument("--case", action="append", help="latents-K, mixture-K, blobs-N-D-K or cloud-N-D-K; repeatable")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", action="append")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -190,14 +266,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "kmeans.json")
     given = parser.parse_args()
     results = json.loads(given.output.read_text()) if given.output.exists() else {}
-    peers = {name: call for name, (module, call, where) in PEERS.items() if find_spec(module) and given.device in where}
     for case in given.case or ["latents-512", "latents-128", "mixture-1024"]:
-        kind, _, size = case.partition("-")
-        points = (latents_of(given) if kind == "latents" else mixture()).to(given.device)
-        k = int(size)
+        points, k = points_of(case, given)
         print(f"{case}: {len(points):,} x {points.shape[1]}", flush=True)
-        found = race(points, k, OURS | peers, given.runs)
-        curve, theirs = {name: found[name] for name in OURS}, {name: found[name] for name in peers}
+        of_many = case.startswith(("blobs", "cloud"))
+        peers = {
+            name: call
+            for name, (module, call, where) in (PEERS_OF_MANY if of_many else PEERS).items()
+            if find_spec(module) and given.device in where
+        }
+        curve = Curve()
+        ours: dict[str, Clusterer] = {"ours": curve} if of_many else OURS
+        found = race(points, k, ours | peers, given.runs)
+        mine, theirs = {name: found[name] for name in ours}, {name: found[name] for name in peers}
+        passes = curve.runs[1:]  # the first is for whatever is done once
         results[case] = {
             "machine": machine(given.device),
             "points": list(points.shape),
@@ -206,18 +288,19 @@ def main() -> None:
                 given.model.name if given.model else "the bundled demo",
                 *(Path(path).name for path in given.data or []),
             ]
-            if kind == "latents"
-            else "mixture",
-            "default": f"ours, tolerance {DEFAULT:g}",
-            "ours": curve,
+            if case.startswith("latents")
+            else case.partition("-")[0],
+            "default": "ours" if of_many else f"ours, tolerance {DEFAULT:g}",
+            "ours": mine,
+            **({"passes": passes} if of_many else {}),
             "peers": theirs,
-            "against": told(curve, theirs),
+            "against": told_of_many(passes, theirs) if of_many else told(mine, theirs),
         }
         given.output.parent.mkdir(parents=True, exist_ok=True)
         given.output.write_text(json.dumps(results, indent=2) + "\n")
-        draw(
-            given.output.with_name(f"kmeans-{case}.png"), f"{len(points):,} x {points.shape[1]}, K = {k}", curve, theirs
-        )
+        line = passes[0] if of_many else [(one["seconds"]["median"], one["inertia"]["median"]) for one in mine.values()]
+        title = f"{len(points):,} x {points.shape[1]}, K = {k:,}"
+        draw(given.output.with_name(f"kmeans-{case}.png"), title, line, theirs)
         for name, its in results[case]["against"].items():
             print(f"  against {name}: {its}")
 

@@ -16,7 +16,7 @@ from codebook_tools.workflows.request import Request
 from .errors import reported
 
 NAME = "codebook.toml"
-_EACH_TIME = ("output", "force", "resume")
+_EACH_TIME = ("output", "force", "resume", "push_to_hub", "private")
 """Options of a single run, which no file may set."""
 
 

@@ -16,7 +16,7 @@ import typer
 from codebook_tools.errors import CodebookError
 
 _WRONG_USAGE = 2
-_LAST_WORDS = 10  # seconds that the first process needs at most
+LAST_WORDS = 10  # seconds that the first process needs at most
 _LEFT_ALONE = (
     "another process ended before all was done: killed, or out of memory? "
     "--resume goes on from where a fine-tuning was kept last"
@@ -88,7 +88,7 @@ def one_voice() -> Iterator[None]:
             yield
         except SystemExit as end:
             if end.code == _WRONG_USAGE:
-                time.sleep(_LAST_WORDS)  # the first says what is wrong; torchrun ends all as soon as one ends
+                time.sleep(LAST_WORDS)  # the first says what is wrong; torchrun ends all as soon as one ends
             raise
 
 

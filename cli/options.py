@@ -17,12 +17,14 @@ from codebook_tools.training.recipe import FineTune
 from codebook_tools.workflows.request import Request
 
 from .completion import devices, families
+from .hub import on_disk
 
 ModelArgument = Annotated[
     Path | None,
     typer.Argument(
         metavar="MODEL",
-        help="A .safetensors, .pt or .ckpt file, or a directory of diffusers or transformers. Left out: the demo.",
+        help="A .safetensors, .pt or .ckpt file, a directory of diffusers or transformers, or org/name[@revision] or "
+        "hf://org/name[@revision]/path on the Hugging Face hub. Left out: the demo.",
         show_default=False,
     ),
 ]
@@ -115,7 +117,7 @@ MODEL = [*parameters(Request, "network"), *panel(Request, "Model")]
 TRAIN = _training(None)
 TRAIN_IF_ASKED = _training(0, help="Fine-tuning steps after the surgery, 0 for none.")
 LATENTS, COUNTS = parameters(Request, "latents"), parameters(Request, "stats")
-RESULT = [*parameters(Request, "output", "force"), *parameters(Shell, "dry_run")]
+RESULT = [*parameters(Request, "output", "force", "push_to_hub", "private"), *parameters(Shell, "dry_run")]
 WRITE = [*RESULT, *parameters(Request, "resume", "log_dir")]
 FOLDER = parameters(Request, "output", metavar="FOLDER", help="Left out: <name>.compare in the current folder.")
 RUN = [
@@ -136,6 +138,9 @@ def OUTPUT(text: str, *names: str) -> list[inspect.Parameter]:  # noqa: N802 (a 
 
 META = ("config", "notes")
 """What config.py leaves with the context of a command; options, too, by these names."""
+_MODELS = ("model", "against")
+"""Parameters that may be ids of the hub."""
+
 _CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 
 
@@ -190,6 +195,7 @@ def joined(
 
     def run(**typed: Any) -> None:
         context = typed["context"]
+        typed |= {name: on_disk(typed[name], typed.get("quiet", False)) for name in _MODELS if typed.get(name)}
         options = {one.name: typed[one.name] for one in shared} | {name: context.meta.get(name) for name in META}
         function(options, **{one.name: typed[one.name] for one in own})
 

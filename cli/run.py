@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
+from codebook_tools.runtime.hub_ids import copy_of
 from codebook_tools.runtime.options import values
 from codebook_tools.training.recipe import FineTune
 from codebook_tools.workflows.request import Request
@@ -64,7 +65,8 @@ def named_after(model: Path | None, ending: str) -> Path:
     from codebook_tools.models.demo import DEMO
 
     source = (model or DEMO).absolute()
-    return Path(f"{source.name if source.is_dir() else source.stem}{ending}")
+    copy = copy_of(source)
+    return Path(f"{copy.name if copy else source.name if source.is_dir() else source.stem}{ending}")
 
 
 def _words(value: Any) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, by torch and scikit-learn: threads only slow tiny work down
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_XET": "1"}  # no test asks the hub itself
 
 import numpy as np
 import pytest

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.hub_ids import title_of
 from codebook_tools.runtime.options import Declared, Option, declared
 from codebook_tools.workflows.request import Request
 
 from ..config import source_of
 from ..errors import reported
+from ..hub import on_disk
 from ..options import DATA, LONG_RUN, META, MODEL, RESULT, ModelArgument, Shell, command
 from ..run import request_of, run_and_show
 
@@ -58,6 +60,7 @@ def run_recipe(context: typer.Context, path: Path, model: Path | None, options: 
 
         recipe = read_recipe(path)
         combined = merged(recipe.options, {**options, "model": model}, typed)
+        combined["model"] = combined["model"] and on_disk(combined["model"], options["quiet"])
 
     def work(watch: Watch) -> Chain | ChainPlan:
         from codebook_tools.checkpoints.atomic import write_text
@@ -76,6 +79,7 @@ def run_recipe(context: typer.Context, path: Path, model: Path | None, options: 
         if again.exists() and not combined["force"]:
             return replace(done, warnings=(*done.warnings, f"{again} is there and stays as it is; --force replaces it"))
         settings = {name: value for name, value in combined.items() if name not in _OF_THE_CALL}
+        settings["model"] = combined["model"] and title_of(combined["model"])
         write_text(again, RecipeFile(without_nothing({**settings, "output": output}), recipe.surgeries).text())
         return replace(done, outputs={**done.outputs, "recipe": str(again)})
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.hub_ids import copy_of, lies_within
 
 SUFFIX = ".safetensors"
 CONFIG = "config.json"
+CARD = "README.md"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 """File names that libraries load, in order of preference."""
 
@@ -28,9 +30,10 @@ AS_STORED = "as-stored"
 """The statement that a tensor beside a codebook does not change the codes."""
 
 _PARTIAL = ".codebook.partial"
-_INDEX_MAP, _TRAINING = ".index_map.safetensors", ".training.safetensors"
+INDEX_MAP, _TRAINING = ".index_map.safetensors", ".training.safetensors"
 _OTHER_WEIGHTS = {SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf", ".pkl"}
-_SMALL = 16 << 20
+SMALL = 16 << 20
+"""Bytes; a file beside weights that has more does not go along with them."""
 
 
 def named(path: Path) -> Path:
@@ -45,7 +48,13 @@ def is_directory_output(path: Path) -> bool:
 
 def index_map_path(model: Path) -> Path:
     """Of the index map beside a written checkpoint."""
-    return _beside(model, _INDEX_MAP)
+    return _beside(model, INDEX_MAP)
+
+
+def stored_map(model: Path) -> Path:
+    """Of the index map of a checkpoint that was written earlier: beside it, or within a directory on the hub."""
+    inside = sorted(model.glob(f"*{INDEX_MAP}")) if copy_of(model) else []
+    return inside[0] if len(inside) == 1 else index_map_path(model)
 
 
 def training_path(model: Path) -> Path:
@@ -77,6 +86,11 @@ def own_config_path(weights: Path) -> Path:
     return weights.with_name(f"{weights.stem}.{CONFIG}")
 
 
+def own_card_path(weights: Path) -> Path:
+    """Of the model card of a single file."""
+    return weights.with_name(f"{weights.stem}.{CARD}")
+
+
 def config_beside(weights: Path) -> Path | None:
     """The path of a single file's config, None where there is none."""
     return next((path for path in (own_config_path(weights), weights.with_name(CONFIG)) if path.is_file()), None)
@@ -88,27 +102,31 @@ def weights_in(folder: Path) -> Path:
     Raises:
         CodebookError: There are none, or several between which the names do not decide.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return folder / chosen_weights(sorted(path.name for path in folder.iterdir() if path.is_file()), str(folder))
+
+
+def chosen_weights(names: Sequence[str], folder: str) -> str:
+    """As `weights_in`, of the sorted names of the files in a folder, which messages call `folder`."""
     for name in WEIGHTS:
         present = [known for known in (name, name + INDEX) if known in names]
         if len(present) == 2:
             raise CodebookError(f"{folder} holds {name} and sharded weights, {name + INDEX}; give the one meant")
         if present:
-            return folder / present[0]
+            return present[0]
     indices = [name for name in names if name.endswith(SUFFIX + INDEX)]
-    files = [name for name in names if name.endswith(SUFFIX) and not name.endswith((_INDEX_MAP, _TRAINING))]
+    files = [name for name in names if name.endswith(SUFFIX) and not name.endswith((INDEX_MAP, _TRAINING))]
     for kind, candidates in ((INDEX, indices), (SUFFIX, files)):
         if len(candidates) > 1:
             raise CodebookError(
                 f"{folder} holds {len(candidates)} {kind} files, none called {WEIGHTS[0]}; give the file meant"
             )
         if candidates:
-            return folder / candidates[0]
+            return candidates[0]
     for name in PICKLES:
         if name + INDEX in names:
             raise CodebookError(f"{folder} holds {name} in shards, which are read as {SUFFIX} alone; save the model so")
         if name in names:
-            return folder / name
+            return name
     raise CodebookError(
         f"{folder} is a directory without a {SUFFIX} file; give the model's own folder, where its weights lie"
     )
@@ -126,6 +144,15 @@ def config_in(folder: Path) -> Path:
     return path
 
 
+def goes_along(name: str) -> bool:
+    """Whether a file is one of the texts beside weights that libraries and readers want."""
+    text = Path(name).suffix.lower() in _TEXTS or name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+    return text and not name.endswith(INDEX)
+
+
+_TEXTS = {".json", ".md", ".txt", ".yaml", ".yml", ".model"}
+
+
 def split_others(folder: Path, weights: Collection[Path]) -> tuple[list[Path], list[str]]:
     """Sort what lies in a directory beside its weights and config.
 
@@ -138,8 +165,8 @@ def split_others(folder: Path, weights: Collection[Path]) -> tuple[list[Path], l
     for path in sorted(path for path in folder.iterdir() if path.name not in own):
         other = path.suffix in _OTHER_WEIGHTS or path.name.endswith(INDEX)
         # is_file comes first: of a link to itself it is False, where resolving fails.
-        inside = path.is_file() and path.resolve().parent == folder.resolve()
-        if inside and not other and path.stat().st_size < _SMALL:
+        inside = path.is_file() and lies_within(path, folder)
+        if inside and not other and path.stat().st_size < SMALL:
             copied.append(path)
         else:
             left.append(path.name)

@@ -4,7 +4,6 @@ when they are asked for."""
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -176,7 +175,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         content = read_shards(weights) if sharded else _read_file(weights)
         states = tuple(map(state_of, content.files))
     except FileNotFoundError as error:
-        raise CodebookError(f"no such file: {path}{_hub_hint(path)}") from error
+        raise CodebookError(f"no such file: {path}") from error
     except OSError as error:
         raise CodebookError(f"cannot read {path}: {error.strerror or error}") from error
     checkpoint = Checkpoint(
@@ -185,25 +184,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if folder:
         _ = checkpoint.config  # the user named it with the directory, so it must be sound
     return checkpoint
-
-
-def _hub_hint(path: Path) -> str:
-    """How to fetch the model of a hub id that was given as a path; empty where the path cannot be one."""
-    parts = _HUB_ID.fullmatch(path.as_posix())
-    if parts is None or (not parts["hub"] and (path.parent.exists() or path.suffix in _FILES)):
-        return ""
-    name, revision = parts["name"], parts["revision"]
-    at = f" --revision {revision}" if revision else ""
-    return (
-        f"; ids of the Hugging Face hub are not loaded yet: fetch it with `hf download {parts['org']}/{name}{at} "
-        f"--local-dir {name}`, and give the folder {name}"
-    )
-
-
-_HUB_ID = re.compile(
-    r"(?P<hub>hf:/)?(?P<org>\w[\w.-]*)/(?P<name>\w[\w.-]*)(@(?P<revision>[\w./-]+?))?(?(hub)(/.*)?)", re.ASCII
-)
-_FILES = {SUFFIX, ".pt", ".pth", ".ckpt", ".bin", ".json"}
 
 
 def _read_file(path: Path) -> Weights:

@@ -11,6 +11,7 @@ from codebook_tools.checkpoints.layout import SUFFIX
 from codebook_tools.checkpoints.safetensors_file import read_safetensors
 from codebook_tools.checkpoints.tensors import Entry, Weights
 from codebook_tools.errors import CodebookError
+from codebook_tools.runtime.hub_ids import lies_within
 
 
 def read_shards(index: Path) -> Weights:
@@ -65,7 +66,7 @@ def _check_place(index: Path, name: str) -> None:
     plain = name == os.path.basename(name) and name not in ("", ".", "..") and not odd
     if not plain:
         raise CodebookError(f"{index} names {name!r}, outside its folder; a shard lies beside its index")
-    if os.path.dirname(os.path.realpath(shard)) != os.path.realpath(index.parent):
+    if not lies_within(shard, index.parent):
         raise CodebookError(f"{shard} is a link to outside its folder; copy the folder's files themselves (cp -rL)")
     if not shard.is_file():
         raise CodebookError(f"{index} names {name}, which is missing; fetch all shards of the model")

@@ -26,6 +26,7 @@ from codebook_tools.checkpoints.atomic import (
 from codebook_tools.checkpoints.config import with_entries
 from codebook_tools.checkpoints.hashing import file_sha256
 from codebook_tools.checkpoints.layout import (
+    CARD,
     CONFIG,
     PICKLES,
     PREFIX,
@@ -33,6 +34,7 @@ from codebook_tools.checkpoints.layout import (
     WEIGHTS,
     index_map_path,
     is_directory_output,
+    own_card_path,
     own_config_path,
     partial_path,
     split_others,
@@ -45,19 +47,19 @@ from codebook_tools.checkpoints.tensors import CHUNK, Entry, InMemory, torch_dty
 from codebook_tools.errors import CodebookError, VerificationError
 
 
-def check_writable(path: Path, force: bool, with_config: bool = False) -> None:
+def check_writable(path: Path, force: bool, beside: Iterable[Path] = ()) -> None:
     """Check before hours of work that an output and the files beside it can be written.
 
     Args:
         path: A .safetensors file, or the name of a directory.
         force: Whether what exists may be replaced.
-        with_config: Whether a config is written beside a file.
+        beside: What is written beside a file.
 
     Raises:
         CodebookError: One of the files exists without `force`, or cannot be written.
     """
     as_folder = is_directory_output(path)
-    own = [own_config_path(path)] if with_config and not as_folder else []
+    own = () if as_folder else beside
     try:
         if path.is_dir() and not as_folder:
             raise CodebookError(f"{path} is a directory; name a file with --output")
@@ -108,7 +110,8 @@ def write_checkpoint(
         metadata: Added to that of the original under PREFIX.
         maps: int64 tensors of the index map file, by key; no file is written without any.
         config: The text of the config; None where none is written.
-        others: The text of other files of the directory by name, where it changes or the file is new.
+        others: The text of other files of the directory by name, where it changes or the file is new; of a file, its
+            model card alone, which is written beside it.
         force: Whether what exists is replaced.
         check: Called when all is written and nothing is renamed; if it raises, no file is left.
 
@@ -140,9 +143,11 @@ def write_checkpoint(
                 beside.append(map_path)
                 target = stack.enter_context(partial_file(map_path, force))
                 _write_tensors(target, _in_memory(maps), map_metadata(maps, digest, ours))
-            if config is not None and not is_directory_output(path):
-                beside.append(own_config_path(path))
-                _write_whole(stack.enter_context(partial_file(beside[-1], force)), lambda: [config])
+            texts = {own_config_path(path): config, own_card_path(path): (others or {}).get(CARD)}
+            for own, text in {} if is_directory_output(path) else texts.items():
+                if text is not None:
+                    beside.append(own)
+                    _write_whole(stack.enter_context(partial_file(own, force)), partial(iter, [text]))
             original.check_unchanged()
             check()
             # The model comes last, so that it never lies there without its map.

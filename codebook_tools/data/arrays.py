@@ -20,7 +20,7 @@ from codebook_tools.data.array_files import map_entry, map_npy, stored_arrays
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.items import Item, RaggedItem, Values
 from codebook_tools.data.list_columns import list_items
-from codebook_tools.data.modality import Modality
+from codebook_tools.data.modality import NUMBERS, Modality
 from codebook_tools.data.rows import RowFile, Rows
 from codebook_tools.data.sources import Source, file_and_entry
 from codebook_tools.errors import CodebookError, few_of
@@ -124,6 +124,7 @@ class Arrays(Modality):
     archives = dict.fromkeys((".npy", ".npz", ".safetensors", ".pt", ".pth"), read_rows) | dict.fromkeys(
         (".parquet", ".arrow", ".feather"), list_items
     )
+    columns = frozenset({NUMBERS})
     remedy = "give items of one shape; rows of a list column may differ in length"
     figures = frozenset({"nmse"})
 

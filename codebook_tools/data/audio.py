@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from codebook_tools.data.channels import in_channels
 from codebook_tools.data.items import Item, Values
-from codebook_tools.data.modality import Modality
+from codebook_tools.data.modality import AUDIO, BINARY, Modality
 from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError
 from codebook_tools.runtime.optional import require
@@ -62,6 +62,7 @@ class Waveforms(Modality):
     one = "clip"
     many = "clips"
     suffixes = (".wav", ".flac")
+    columns = frozenset({AUDIO, BINARY})
     mixes = "their mean, or the first of them"
     full = 1
     figures = frozenset({"psnr"})

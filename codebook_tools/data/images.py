@@ -18,7 +18,7 @@ from codebook_tools.data.channels import FIRST, in_channels
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.image_decoding import decode_picture, decode_row, luma, resized
 from codebook_tools.data.items import Item, Values
-from codebook_tools.data.modality import Modality
+from codebook_tools.data.modality import BINARY, IMAGE, Modality
 from codebook_tools.data.parquet_images import parquet_images
 from codebook_tools.data.sources import Source
 from codebook_tools.errors import CodebookError
@@ -55,6 +55,7 @@ class Images(Modality):
     many = "images"
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
     archives = dict.fromkeys((".npy", ".npz"), _stored_items) | {".parquet": parquet_images}
+    columns = frozenset({IMAGE, BINARY})
     mixes = "the luma of colors, or the first of them; alpha goes"
     remedy = "give --size N, or H,W, and the center of each is resized to so many pixels"
     input_ranges = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))  # a checkpoint does not say which one

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from codebook_tools.data.sources import Source, file_and_entry, find_sources
 from codebook_tools.errors import CodebookError, plain
+from codebook_tools.runtime.hub_ids import data_set_id, is_uri
+from codebook_tools.runtime.progress import Watch
 
 if TYPE_CHECKING:
     from codebook_tools.data.modality import Modality
@@ -105,7 +107,9 @@ class InMemory:
         return f"{self.name} {self.values.dtype} {'x'.join(map(str, self.values.shape))}"
 
 
-def find_items(paths: Sequence[str | Path | InMemory], modality: Modality) -> Sequence[Item]:
+def find_items(
+    paths: Sequence[str | Path | InMemory], modality: Modality, watch: Watch | None = None, first: int | None = None
+) -> Sequence[Item]:
     """List every item under the paths, in order of name, without reading any.
 
     Rows of an array, and clips of a file, are in the order of their numbers. Names that several paths share are
@@ -114,20 +118,30 @@ def find_items(paths: Sequence[str | Path | InMemory], modality: Modality) -> Se
 
     Args:
         paths: Folders of any depth, .tar shards, files, items in memory. A {0000..0009} in a path is a range, and *
-            and ? stand for the files that match. FILE.npz:KEY and FILE.parquet:COLUMN name an entry of a file.
+            and ? stand for the files that match. FILE.npz:KEY and FILE.parquet:COLUMN name an entry of a file,
+            hf://datasets/ORG/NAME[:SPLIT][:COLUMN] a column of a data set on the hub.
         modality: The kind of data.
+        watch: Is told the rows that are read of such a data set, which is read whole.
+        first: So many of its rows at most are read, the first ones.
 
     Raises:
         CodebookError: A path is missing, of no known kind, cannot be listed, holds no item, or is listed twice.
     """
-    groups = [
+    remote = [asked for path in paths if not isinstance(path, InMemory) and (asked := data_set_id(path))]
+    if odd := [path for path in paths if not isinstance(path, InMemory) and is_uri(path) and not data_set_id(path)]:
+        raise CodebookError(f"{odd[0]}: expected hf://datasets/org/name[@revision][:split][:column]")
+    groups: list[tuple[Path, Sequence[Item]]] = [
         (path, _items(path, modality))
         for pattern in paths
-        if not isinstance(pattern, InMemory)
+        if not isinstance(pattern, InMemory) and not data_set_id(pattern)
         for named in _paths(str(pattern))
         for path in _files_in(named, modality)
     ]
     groups += [(Path(data.name), modality.rows(data.name, data.values)) for data in paths if isinstance(data, InMemory)]
+    if remote:
+        from codebook_tools.data.hub import hub_items
+
+        groups += [(Path(str(asked)), hub_items(asked, modality, watch or Watch(), first)) for asked in remote]
     for path, items in groups:
         if not items:
             endings = (*modality.suffixes, _TABLE) if _TABLE in modality.archives else modality.suffixes

@@ -31,7 +31,7 @@ def list_items(path: Path) -> list[Item]:
     """
     file, column = file_and_entry(path)
     table = read_table(file)
-    candidates = [name for name, of in table.types if _holds_numbers(of)]
+    candidates = [name for name, of in table.types if holds_numbers(of)]
     chosen = _chosen(file, column, candidates, table)
     if not table.length:
         raise CodebookError(f"{file} has no rows, which items are")
@@ -69,14 +69,14 @@ def _is_list(of: Any) -> bool:
     return bool(types.is_list(of) or types.is_large_list(of) or types.is_fixed_size_list(of))
 
 
-def _holds_numbers(of: Any) -> bool:
+def holds_numbers(of: Any) -> bool:
     """Whether an Arrow type is a list of numbers, or of such lists."""
     from pyarrow import types
 
     if not _is_list(of):
         return False
     inner = of.value_type
-    return _holds_numbers(inner) or bool(types.is_integer(inner) or types.is_floating(inner))
+    return holds_numbers(inner) or bool(types.is_integer(inner) or types.is_floating(inner))
 
 
 def _chosen(file: Path, column: str | None, candidates: list[str], table: Table) -> str:

@@ -15,6 +15,9 @@ from codebook_tools.errors import CodebookError
 if TYPE_CHECKING:
     from torch import Tensor
 
+IMAGE, AUDIO, BINARY, NUMBERS = "Image", "Audio", "binary", "numbers"
+"""Kinds of columns of a data set on the hub that may hold items."""
+
 AS_IT_IS = (0.0, 1.0)
 """The identity as an input range."""
 
@@ -33,6 +36,7 @@ class Modality(ABC):
         suffixes: Suffixes of files that hold items.
         archives: Reader of a file by suffix, for files that count only where the user names them, not within folders;
             .parquet files also in a folder without files that count.
+        columns: Kinds of columns of a data set on the hub that hold items: IMAGE, AUDIO, BINARY or NUMBERS.
         mixes: What `in_channels` does to surplus channels, in words.
         remedy: How items of unlike shapes get one shape, in words.
         full: Absolute value at full scale, which values may exceed; None where they cannot.
@@ -53,6 +57,7 @@ class Modality(ABC):
     many: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
     archives: ClassVar[Mapping[str, Callable[[Path], Sequence[Item]]]] = {}
+    columns: ClassVar[frozenset[str]] = frozenset()
     mixes: ClassVar[str] = ""
     remedy: ClassVar[str] = "give items of one shape"
     full: ClassVar[float | None] = None

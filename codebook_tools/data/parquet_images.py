@@ -31,7 +31,7 @@ def parquet_images(path: Path) -> list[Item]:
     """
     file, column = file_and_entry(path)
     table = read_table(file)
-    candidates = [name for name, type_ in table.types if _holds_pictures(type_)]
+    candidates = [name for name, type_ in table.types if holds_bytes(type_)]
     chosen = _chosen(file, column, candidates, table.types)
     if not table.length:
         raise CodebookError(f"{file} has no rows, which images are")
@@ -46,16 +46,16 @@ def parquet_images(path: Path) -> list[Item]:
 
 def has_pictures(file: Path) -> bool:
     """Whether a parquet file has a column that may hold pictures. Raises CodebookError where it cannot be read."""
-    return any(_holds_pictures(of) for _, of in read_table(file).types)
+    return any(holds_bytes(of) for _, of in read_table(file).types)
 
 
-def _holds_pictures(stored: Any) -> bool:
+def holds_bytes(stored: Any) -> bool:
     """Whether an arrow type is binary, or a struct with a binary field `bytes`."""
     from pyarrow import types
 
     if types.is_struct(stored):
         index = stored.get_field_index("bytes")
-        return index >= 0 and _holds_pictures(stored.field(index).type)
+        return index >= 0 and holds_bytes(stored.field(index).type)
     return bool(types.is_binary(stored) or types.is_large_binary(stored))
 
 

@@ -23,9 +23,9 @@ class Data:
     """What a model is calibrated, trained and measured on.
 
     Attributes:
-        train: Paths (folders, .tar, .npy, .npz, .parquet, single files); or an array or tensor, images
-            (n, channels, height, width), waveforms (n, channels, samples) or arrays (n, ...) for a network of yours; or
-            a DataLoader of tensors, tuples or dicts, which is read once and kept in memory.
+        train: Paths (folders, .tar, .npy, .npz, .parquet, single files, hf://datasets/...); or an array or tensor,
+            images (n, channels, height, width), waveforms (n, channels, samples) or arrays (n, ...) for a network of
+            yours; or a DataLoader of tensors, tuples or dicts, which is read once and kept in memory.
         test: As `train`; None for a tenth of `train`, drawn by name.
         key: Index or key of the images in a batch that is a tuple or a dict; None for the first entry.
         values: Lowest and highest value of floating-point images in memory, if not 0 and 1: (-1, 1) after the usual

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from codebook_tools.data.arrays import Arrays, first_items
+from codebook_tools.data.hub import is_of_numbers
 from codebook_tools.data.images import Images, probe
 from codebook_tools.data.items import InMemory, Item, Values, find_items
 from codebook_tools.data.modality import Modality
@@ -21,6 +22,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.models.model import Model
 from codebook_tools.models.network import axes_of_length, explained, walks
 from codebook_tools.models.registry import CUSTOM
+from codebook_tools.runtime.hub_ids import data_set_id
 
 AUTO = "auto"
 """The choice of --modality that leaves it to `choose_modality`."""
@@ -58,7 +60,7 @@ def choose_modality(
         return kind, []
     if own is not Images or model.family != CUSTOM or of_images or not paths or not all(map(_holds_arrays, paths)):
         return own, []
-    items = find_items([_alone(paths[0])], Arrays())
+    items = find_items([_alone(paths[0])], Arrays(), first=_ROWS)
     stored = _readable(items[:_ROWS])
     if not stored:
         return Arrays, []  # whose reading names the first row
@@ -94,6 +96,8 @@ def _holds_arrays(path: str | InMemory) -> bool:
     """Whether a path is one of arrays, or a folder without pictures and with arrays."""
     if isinstance(path, InMemory):
         return True
+    if asked := data_set_id(path):
+        return is_of_numbers(asked)
     file, _ = file_and_entry(Path(path))
     if file.suffix.lower() == ".parquet":
         return not has_pictures(file)

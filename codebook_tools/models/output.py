@@ -13,6 +13,7 @@ from codebook_tools.checkpoints.layout import (
     index_map_path,
     is_directory_output,
     named,
+    own_card_path,
     own_config_path,
     split_others,
     training_path,
@@ -21,20 +22,28 @@ from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.checkpoints.write import check_writable
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.registry import size_entry
+from codebook_tools.runtime.hub_ids import copy_of
 from codebook_tools.strategies.padding import power_of_two
 
 _NOT_WRITTEN = {".pt", ".pth", ".ckpt", ".bin"}
 
 
 def default_output(checkpoint: Checkpoint, command: str, size: int, folder: Path | None = None) -> Path:
-    """`<name>.<command>-k<K>` beside the model, or in `folder`: a directory where there is a config to go with it."""
+    """`<name>.<command>-k<K>` beside the model, or in `folder`: a directory where there is a config to go with it.
+
+    That of a model in the hub's cache is in the current folder.
+    """
     place = named(checkpoint.folder or checkpoint.path)
-    name = f"{place.name if checkpoint.folder else place.stem}.{command}-k{size}"
+    copy = copy_of(place)
+    name = copy.name if copy else place.name if checkpoint.folder else place.stem
     ending = "" if _has_config(checkpoint) else SUFFIX
-    return (place.parent if folder is None else folder) / (name + ending)
+    beside = place.parent if copy is None else Path()
+    return (beside if folder is None else folder) / (f"{name}.{command}-k{size}" + ending)
 
 
-def check_output(checkpoint: Checkpoint, output: Path, force: bool, read: Iterable[Path] = ()) -> None:
+def check_output(
+    checkpoint: Checkpoint, output: Path, force: bool, read: Iterable[Path] = (), with_card: bool = False
+) -> None:
     """Check where a result would be written.
 
     Args:
@@ -42,10 +51,13 @@ def check_output(checkpoint: Checkpoint, output: Path, force: bool, read: Iterab
         output: Of the result.
         force: Whether an older result may be replaced.
         read: Further files that must not be replaced.
+        with_card: Whether a model card is written beside a file.
 
     Raises:
         CodebookError: The output cannot be written, has no known format, or would replace what is read.
     """
+    if copy_of(output):
+        raise CodebookError(f"{output} lies in the hub's cache, which is never written; write elsewhere with --output")
     if output.name in ("", ".."):
         raise CodebookError(f"--output {output} has no name of its own, to write a partial one beside it; spell it out")
     as_folder, described = is_directory_output(output), _has_config(checkpoint)
@@ -60,7 +72,8 @@ def check_output(checkpoint: Checkpoint, output: Path, force: bool, read: Iterab
         raise CodebookError(f"{output} is a directory; name a file with --output")
     if as_folder and (not described or output.suffix in _NOT_WRITTEN):
         raise CodebookError(f"{output} does not end in {SUFFIX}, the one format that is written")
-    check_writable(output, force, with_config=described)
+    beside = [own_config_path(output)] * described + [own_card_path(output)] * with_card
+    check_writable(output, force, beside)
 
 
 def check_size(checkpoint: Checkpoint, size: int | None) -> None:

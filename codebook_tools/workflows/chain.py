@@ -12,11 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from codebook_tools.checkpoints.atomic import partial_folder
-from codebook_tools.checkpoints.layout import PREFIX, index_map_path
+from codebook_tools.checkpoints.layout import CARD, PREFIX, index_map_path, is_directory_output, own_card_path
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.write import write_checkpoint
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.model_card import CARD
 from codebook_tools.models.output import written_config
 from codebook_tools.models.proof import Proof
 from codebook_tools.models.verification import listed, same_bytes
@@ -26,9 +25,16 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.recipe_file import Step
 from codebook_tools.workflows.dry_run import Plan, plan
 from codebook_tools.workflows.gallery import GalleryImage, gallery_of_files
-from codebook_tools.workflows.operate import operate
+from codebook_tools.workflows.operate import operate_in_memory
 from codebook_tools.workflows.request import Request
-from codebook_tools.workflows.result import Result, ResultHeader, check_request_output, provenance
+from codebook_tools.workflows.result import (
+    Result,
+    ResultHeader,
+    check_published,
+    check_request_output,
+    provenance,
+    published,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +106,7 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
     _refuse_none(steps)
     distributed.require_one("run")
     output = check_request_output(request, "run", None)
+    check_published(request)
     request.require_trainable(max(step.recipe.steps for step in steps))
     request = replace(request, sample=request.model is None)  # for steps whose model is no longer the demo, but of it
     with partial_folder(output.with_name(f"{output.name}.steps"), force=True) as folder:
@@ -108,7 +115,8 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
         for i, step in enumerate(steps, 1):
             place = folder / f"{i}-{step.command}{output.suffix}"
             asked = replace(request, model=model, output=place, force=False, resume=False, gallery=False)
-            results.append(operate(step.command, asked, step.strategy, step.recipe, watch))
+            run = operate_in_memory(step.command, asked, step.strategy, step.recipe, watch, written=True)
+            results.append(run.write(place))
             model = place
             written.append(place)
             request = request.alike(results[-1].settings)
@@ -127,13 +135,13 @@ def run_chain(request: Request, steps: Sequence[Step], watch: Watch) -> Chain:
     labeled = zip(labels, results, strict=True)
     return Chain(
         command="run",
-        model=str(request.source),
+        model=request.title,
         family=last.family,
         settings=_shared([result.settings for result in results]),
         seed=request.seed,
         warnings=tuple(f"{label}: {warning}" for label, result in labeled for warning in result.warnings),
-        steps=tuple(replace(result, model=str(request.source), outputs={}) for result in results),
-        outputs={"model": str(output), "index_map": str(index_map)},
+        steps=tuple(replace(result, model=request.title, outputs={}) for result in results),
+        outputs={"model": str(output), "index_map": str(index_map), **published(request, output, watch)},
         bytes={"before": request.checkpoint.nbytes, "after": read_checkpoint(output).nbytes},
         gallery=gallery,
         proof=last.proof,
@@ -163,7 +171,7 @@ def _write(
     for key, entry in maps.items():
         tensors |= {f"{key}/index_map": entry.index_map, f"{key}/nearest": entry.nearest}
     changed = {key: last.tensor(key) for key in original.entries if not _same(original, last, key)}
-    card = written[-1] / CARD
+    card = written[-1] / CARD if is_directory_output(output) else own_card_path(written[-1])
     others = {CARD: card.read_bytes()} if card.is_file() else {}
     config = written_config(original, max(entry.size for entry in maps.values()))
     return write_checkpoint(original, output, changed, about, tensors, config, others, force=request.force)

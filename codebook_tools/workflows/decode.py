@@ -78,7 +78,7 @@ def decode(request: Request, tokens: Path, output: Path, watch: Watch) -> Decodi
         shape = _decode_all(decoder, file, folder, request.batch_size, watch)
     return Decoding(
         command="decode",
-        model=str(request.source),
+        model=request.title,
         family=model.family,
         settings={"tokens": str(tokens), "input_range": list(model.input_range), "device": str(model.device)},
         seed=request.seed,
@@ -109,7 +109,7 @@ def _decoder(request: Request, model: Model, file: TokenFile) -> tuple[TokenDeco
     source = file.about.get("model_sha256")
     if source is not None and source != model.checkpoint.sha256:
         warnings.append(
-            f"{file.path} was made by another checkpoint than {request.source}, unless it was remapped since"
+            f"{file.path} was made by another checkpoint than {request.title}, unless it was remapped since"
         )
     return TokenDecoder(model, modality, shape), warnings
 

@@ -24,6 +24,7 @@ from codebook_tools.diagnosis.checks.wrong_input_range import wrong_input_range
 from codebook_tools.diagnosis.checks.wrong_layout import wrong_layout
 from codebook_tools.diagnosis.evidence import Evidence
 from codebook_tools.diagnosis.finding import Check, CheckFunction, of_each_book, of_each_book_in
+from codebook_tools.runtime.hub_ids import title_of
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.gather_evidence import gather
 from codebook_tools.workflows.request import Request
@@ -138,12 +139,12 @@ def diagnose(request: Request, watch: Watch, against: Path | None = None, trace:
 
 def _words(request: Request, against: Path | None, evidence: Evidence) -> dict[str, object]:
     """What the fields in the repair commands stand for."""
-    model, trace, data = str(request.model or ""), evidence.trace, _as_typed(request)
-    first = evidence.books[0]
+    model, trace, data = request.title if request.model else "", evidence.trace, _as_typed(request)
+    first, original = evidence.books[0], title_of(against) if against else ""
     return {
         "model": shlex.quote(model) if model else "",
-        "original": shlex.quote(str(against)) if against else "ORIGINAL",
-        "source": shlex.quote(str(against or model)) if against or model else "",
+        "original": shlex.quote(original) if original else "ORIGINAL",
+        "source": shlex.quote(original or model) if original or model else "",
         "k": first.codebook.size,
         "distinct": first.codebook.size - int(copies(prepared(first.codebook).vectors).sum()),
         "data": data,

@@ -84,7 +84,7 @@ def plan(command: str, request: Request, strategy: Strategy | None, recipe: Fine
     added = sum(added_bytes(checkpoint, book, size or book.size) for book in books)
     return Plan(
         command=command,
-        model=str(request.source),
+        model=request.title,
         family=family,
         settings=settings,
         seed=request.seed,

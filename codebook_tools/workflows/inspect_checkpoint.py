@@ -13,6 +13,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.models.evidence import alive, uninitialized, untrained
 from codebook_tools.models.registry import FAMILIES, check_stated, detected, family_of
 from codebook_tools.models.twins import twin_groups, twin_warning
+from codebook_tools.runtime.hub_ids import title_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def inspect_checkpoint(path: Path) -> Inspection:
     living = {book.key: alive(checkpoint, book) for book in detection.codebooks}
     counted = {key: count for key, count in living.items() if count is not None}
     others = () if detection.codebooks else (*matrices(checkpoint),)
-    return Inspection(str(path), family, detection, why_not, warnings, remarks, counted, others)
+    return Inspection(title_of(path), family, detection, why_not, warnings, remarks, counted, others)
 
 
 def _amiss(checkpoint: Checkpoint, detection: Detection) -> Iterator[str]:

@@ -157,7 +157,7 @@ def merge(request: Request, files: Sequence[Path], stats: Path | None, watch: Wa
     few = [f"{name} ({why})" for name, why in sorted(whole.bad.items())]
     return Result(
         command="measure",
-        model=str(request.source),
+        model=request.title,
         family=str(whole.about["family"]),
         settings={**whole.about, "merged": [str(path) for path in files], **({"stats": str(stats)} if stats else {})},
         seed=int(str(whole.about["seed"])),

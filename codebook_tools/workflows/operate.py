@@ -17,7 +17,7 @@ from codebook_tools.data.rows import Rows
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.beam import beam_gain, check_beam
 from codebook_tools.evaluation.figures import Measurement
-from codebook_tools.evaluation.model_card import cards
+from codebook_tools.evaluation.model_card import Done, cards
 from codebook_tools.evaluation.quality_warnings import blur_warnings, worse_warnings
 from codebook_tools.evaluation.stats_file import write_part
 from codebook_tools.evaluation.usage import Tokens
@@ -50,9 +50,11 @@ from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import (
     Result,
     asked_size,
+    check_published,
     check_request_output,
     header,
     provenance_of,
+    published,
     request_output,
     settings_of,
 )
@@ -209,7 +211,8 @@ class Run:
             media, sizes = target.media(), self.sizes()
             config = written_config(checkpoint, size)
             about = provenance_of(self.command, target, sizes, done.kept, done.tuned, sorted(done.index_maps))
-            card = cards(output, checkpoint, self.command, target.settings, sizes, self.stages, done.kept)
+            surgery = Done(self.command, target.settings, sizes, self.stages, done.kept)
+            card = cards(output, checkpoint, surgery, bool(request.push_to_hub))
 
             def write() -> tuple[Path, int, Proof]:
                 contents = (self.changed(), about, self.maps, config, card)
@@ -258,9 +261,11 @@ def operate(command: str, request: Request, strategy: Strategy | None, recipe: F
             no file then.
     """
     check_request_output(request, command, asked_size(strategy, 0))
+    check_published(request)
     run = operate_in_memory(command, request, strategy, recipe, watch, written=True)
     output = request_output(request, command, run.opened.size)
     result = run.write(output)
+    result = replace(result, outputs={**result.outputs, **published(request, output, watch)})
     if isinstance(run.opened, Opened):
         distributed.by_first(lambda: training_path(output).unlink(missing_ok=True))
     return result

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from codebook_tools.checkpoints.hub import located
 from codebook_tools.checkpoints.tensors import InMemory
 from codebook_tools.codebook import Strategy
 from codebook_tools.data.user_data import Data, PathLike, Values
@@ -279,7 +280,7 @@ def diagnose(
     Raises:
         CodebookError: A file cannot be opened, or the two models do not take the same data.
     """
-    paths = (None if path is None else Path(path) for path in (against, trace))
+    paths = (None if path is None else located(path) for path in (against, trace))
     return _warned(run_diagnosis(_request(model, data, seed), Watch(progress), *paths))
 
 
@@ -289,7 +290,7 @@ def inspect(path: PathLike) -> Inspection:
     Raises:
         CodebookError: The file is missing or unsound.
     """
-    return inspect_checkpoint(Path(path))
+    return inspect_checkpoint(located(path))
 
 
 def verify(path: PathLike, against: PathLike, maps: Sequence[PathLike] = ()) -> Verification:
@@ -306,7 +307,7 @@ def verify(path: PathLike, against: PathLike, maps: Sequence[PathLike] = ()) -> 
     Raises:
         CodebookError: A file is missing or unsound, or the checkpoint was not written by this package.
     """
-    return verify_checkpoint(Path(path), Path(against), [Path(one) for one in maps])
+    return verify_checkpoint(located(path), located(against), [Path(one) for one in maps])
 
 
 def encode(

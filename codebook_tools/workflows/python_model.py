@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
+from codebook_tools.checkpoints.hub import located
 from codebook_tools.data.user_data import PathLike
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.user_network import NetworkMaker
@@ -26,7 +26,7 @@ class Model:
     request: Request
 
     def __repr__(self) -> str:
-        return f"Model({str(self.request.source)!r})"
+        return f"Model({self.request.title!r})"
 
 
 def load(
@@ -48,7 +48,8 @@ def load(
     """A checkpoint: a .safetensors file, a directory of diffusers or transformers, an index of shards, or a .pt file.
 
     Args:
-        path: Of the file or the directory.
+        path: Of the file or the directory; or a model of the Hugging Face hub, "org/name[@revision]" or
+            "hf://org/name[@revision][/path]", whose files are fetched into its cache.
         network: For a layout that is not known: "FILE.py:FUNCTION", or a function that, called with codebook_size=K,
             returns a module with `encode` and `decode`.
         family: Name of a known layout, in place of the recognized one.
@@ -67,10 +68,10 @@ def load(
         The model. Its network is made when a call needs it.
 
     Raises:
-        CodebookError: There is no such file, or it is no checkpoint.
+        CodebookError: There is no such file or model, or it is no checkpoint.
     """
     request = Request(
-        model=Path(path),
+        model=located(path),
         network=network,
         family=family,
         codebook_key=_names(codebooks),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from codebook_tools.codebook import METRIC_NAMES
 from codebook_tools.errors import CodebookError
 from codebook_tools.models.demo import DEMO
+from codebook_tools.runtime.hub_ids import title_of
 from codebook_tools.runtime.options import Option
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ class Request:
         tuple[str | InMemory, ...],
         Option(
             "Images, sound for codecs, or arrays: a folder, .tar shards, .npy, .npz, .pt, .safetensors or .parquet (of "
-            "several arrays or columns FILE:NAME). Repeatable. Left out: the bundled sample.",
+            "several arrays or columns FILE:NAME), or hf://datasets/org/name[:split][:column]. Repeatable. Left out: "
+            "the bundled sample.",
             metavar="PATH",
         ),
     ] = ()
@@ -98,7 +100,11 @@ class Request:
     ] = ()
     limit: Annotated[
         int | None,
-        Option("At most N items of each of --data and --test-data, drawn by seed.", metavar="N", panel="Data"),
+        Option(
+            "At most N items of each of --data and --test-data, drawn by seed; of data on the hub the first N.",
+            metavar="N",
+            panel="Data",
+        ),
     ] = None
     size: Annotated[
         int | tuple[int, int] | None,
@@ -190,12 +196,17 @@ class Request:
     output: Annotated[
         Path | None,
         Option(
-            "Where to write. Left out: beside MODEL, <name>.<command>-k<K>.",
+            "Where to write. Left out: beside MODEL (of the hub: here), <name>.<command>-k<K>.",
             metavar="PATH",
             names=("--output", "-o"),
         ),
     ] = None
     force: Annotated[bool, Option("Replace the output if it exists.", panel="Output")] = False
+    push_to_hub: Annotated[
+        str | None,
+        Option("Also commit the verified result to this repository of the hub.", metavar="ORG/NAME", panel="Output"),
+    ] = None
+    private: Annotated[bool, Option("Make that repository private.", panel="Output")] = False
     resume: Annotated[
         bool,
         Option("Go on with an interrupted fine-tuning from what it left beside the output.", panel="Fine-tuning"),
@@ -343,6 +354,11 @@ class Request:
     def source(self) -> Path:
         """Path of the model; of a wrapped module, the name of its class."""
         return Path(self.wrapped.name) if self.wrapped else self.model or DEMO
+
+    @property
+    def title(self) -> str:
+        """How results call the model: its path, or id and commit on the hub."""
+        return self.wrapped.name if self.wrapped else title_of(self.source)
 
     @property
     def read(self) -> tuple[Path, ...]:

@@ -8,16 +8,28 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from codebook_tools.checkpoints.layout import DECLARED, training_path
+from codebook_tools.checkpoints.layout import (
+    CARD,
+    DECLARED,
+    index_map_path,
+    is_directory_output,
+    own_card_path,
+    own_config_path,
+    training_path,
+)
 from codebook_tools.checkpoints.read import Checkpoint
 from codebook_tools.codebook import Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.beam import BeamGain
 from codebook_tools.evaluation.figures import Measurement
+from codebook_tools.evaluation.model_card import has_card
 from codebook_tools.models.choose import layouts
 from codebook_tools.models.output import check_output, check_size, default_output
 from codebook_tools.models.proof import Proof
 from codebook_tools.runtime import distributed
+from codebook_tools.runtime.hub_ids import copy_of
+from codebook_tools.runtime.hub_upload import Place, check_place, committed
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.runtime.version import VERSION
 from codebook_tools.training.finetune import FineTune, FineTuned, TracePoint
 from codebook_tools.workflows.gallery import GalleryImage
@@ -79,7 +91,7 @@ def header(command: str, target: Target, *more: str) -> dict[str, Any]:
     request = target.request
     return {
         "command": command,
-        "model": str(request.source),
+        "model": request.title,
         "family": target.model.family,
         "settings": target.settings | ({"config": request.config} if request.config else {}),
         "seed": request.seed,
@@ -150,7 +162,8 @@ def _checked_output(request: Request, command: str, size: int | None) -> Path:
     checkpoint = request.checkpoint
     check_size(checkpoint, size)
     output = request_output(request, command, size or 0)
-    check_output(checkpoint, output, request.force, request.read)
+    with_card = has_card(output, checkpoint, bool(request.push_to_hub))
+    check_output(checkpoint, output, request.force, request.read, with_card)
     unfinished = training_path(output)
     if unfinished.exists() and not (request.resume or request.force):
         raise CodebookError(f"{unfinished} is of an interrupted run: --resume goes on from it, --force begins anew")
@@ -169,6 +182,46 @@ def request_output(request: Request, command: str, size: int) -> Path:
         return request.output
     folder = None if request.model else Path()
     return default_output(request.checkpoint, command, size, folder)
+
+
+def check_published(request: Request) -> None:
+    """Check before hours of work that the result can go to the hub, where it shall.
+
+    Raises:
+        CodebookError: The id is none, the hub does not let this user write there, or something is there already.
+    """
+    copy = copy_of(request.source)
+    if request.private and not request.push_to_hub:
+        raise CodebookError("--private is of --push-to-hub org/name; give both")
+    if request.push_to_hub and copy and copy.model.repository == request.push_to_hub:
+        raise CodebookError(f"--push-to-hub {request.push_to_hub} is the model itself, which is never overwritten")
+    if request.push_to_hub:
+        distributed.by_first(lambda: check_place(Place(str(request.push_to_hub), request.private, request.force)))
+
+
+def published(request: Request, output: Path, watch: Watch) -> dict[str, str]:
+    """Commit a written and verified result to the hub, where it shall go there. Returns its address by "hub".
+
+    Raises:
+        CodebookError: The hub does not take it; nothing is there then, and the result lies on the disk.
+    """
+    if not request.push_to_hub:
+        return {}
+    if is_directory_output(output):
+        files = {path.name: path for path in sorted(output.iterdir()) if path.is_file()}
+    else:
+        config, card = own_config_path(output), own_card_path(output)
+        files = {path.name: path for path in (output, config) if path.is_file()} | {CARD: card}
+    files[index_map_path(output).name] = index_map_path(output)
+    place = Place(request.push_to_hub, request.private, request.force)
+
+    def commit() -> str:
+        try:
+            return committed(place, files, f"{output.name}, by codebook-tools {VERSION}", watch)
+        except CodebookError as error:
+            raise CodebookError(f"{output} is written and verified, but not on the hub: {error}") from error
+
+    return {"hub": distributed.by_first(commit)}
 
 
 def settings_of(thing: Strategy | FineTune | None) -> dict[str, object]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 
 from codebook_tools.data.arrays import Arrays, first_items
 from codebook_tools.data.channels import MIX
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.groups import grouped, read_groups
+from codebook_tools.data.hub import stated
 from codebook_tools.data.images import SAMPLE
-from codebook_tools.data.items import find_items
+from codebook_tools.data.items import InMemory, Item, find_items
 from codebook_tools.data.modality import AS_IT_IS, Modality
 from codebook_tools.data.splits import Splits, limited, split
 from codebook_tools.errors import CodebookError
@@ -60,7 +62,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False, who
         model.latent_axis = request.latent_axis
         model.input_range = model.modality.input_ranges[0]
         modality = model.modality.of(model.network, request.size, request.crop)
-        splits = _splits(request, modality, measuring, whole)
+        splits = _splits(request, modality, watch, measuring, whole)
         items = splits.calibration or splits.test
         modality = modality.probed(items, model.encode, request.skip_bad)
         if isinstance(modality, Arrays):
@@ -107,8 +109,8 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False, who
     opened.warnings += [twin_warning(book.places, "") for book in opened.codebooks if book.also]
     opened.warnings += more
     opened.settings |= {
-        "data": [str(one) for one in request.data] or ([SAMPLE] if splits.calibration else []),
-        "test_data": [str(one) for one in request.test_data],
+        "data": [stated(str(one)) for one in request.data] or ([SAMPLE] if splits.calibration else []),
+        "test_data": [stated(str(one)) for one in request.test_data],
         "group": str(request.group) if request.group else None,
         "modality": model.modality.name,
         "latent_axis": request.latent_axis,
@@ -150,12 +152,16 @@ def _helpful_workers() -> int:
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _splits(request: Request, modality: Modality, measuring: bool, whole: bool) -> Splits:
+def _splits(request: Request, modality: Modality, watch: Watch, measuring: bool, whole: bool) -> Splits:
     """The items that the user names, or the sample, by what they may influence."""
-    test = limited(find_items(request.test_data, modality), request.limit, request.seed) if request.test_data else None
+
+    def listed(paths: Sequence[str | InMemory]) -> Sequence[Item]:
+        return find_items(paths, modality, watch, request.limit)
+
+    test = limited(listed(request.test_data), request.limit, request.seed) if request.test_data else None
     if measuring and test and not request.data:
         return Splits([], [], test)
-    data = find_items(request.data, modality) if request.data else modality.sample()
+    data = listed(request.data) if request.data else modality.sample()
     if request.group is not None:
         data = grouped(data, read_groups(request.group))
     few = limited(data, request.limit, request.seed)

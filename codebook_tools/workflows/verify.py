@@ -13,13 +13,12 @@ from torch import Tensor
 from codebook_tools.checkpoints.config import same_config
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.effective import effective
-from codebook_tools.checkpoints.layout import PREFIX, index_map_path, split_others
+from codebook_tools.checkpoints.layout import CARD, PREFIX, split_others, stored_map
 from codebook_tools.checkpoints.read import Checkpoint, read_checkpoint
 from codebook_tools.checkpoints.write import map_metadata
 from codebook_tools.clustering.metric import unit
 from codebook_tools.codebook import REMOVED
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.model_card import CARD
 from codebook_tools.models.choose import find_book, with_twins
 from codebook_tools.models.demo import DEMO
 from codebook_tools.models.ema_state import Companion, Role, companion_values
@@ -29,6 +28,7 @@ from codebook_tools.models.registry import size_entry
 from codebook_tools.models.stored_codes import effective_rows, exact_rows, followers, owned_keys, rounded, stored_rows
 from codebook_tools.models.verification import Difference, Verification, listed, same_bytes
 from codebook_tools.remapping.verify_prior import prior_differences
+from codebook_tools.runtime.hub_ids import title_of
 from codebook_tools.runtime.safe_io import parse_json
 from codebook_tools.strategies import declaration
 
@@ -55,7 +55,7 @@ def verify_checkpoint(
     if written.metadata.get(PREFIX + "command") == "remap":
         paths, differences = list(maps), tuple(prior_differences(written, original, maps))
     else:
-        paths = list(maps) or [index_map_path(written.folder or model)]
+        paths = list(maps) or [stored_map(written.folder or model)]
         if len(paths) > 1:
             raise CodebookError(f"--map: {len(paths)} maps; a checkpoint that a surgery wrote has one")
         books = list(_books(written, original))
@@ -63,7 +63,7 @@ def verify_checkpoint(
         if prove is not None:
             proof, more = proved(prove)
             differences += more
-    return Verification(str(model), str(against), ", ".join(map(str, paths)), differences, proof)
+    return Verification(title_of(model), title_of(against), ", ".join(map(str, paths)), differences, proof)
 
 
 def original_of(model: Path) -> Path:
@@ -90,7 +90,7 @@ def original_of(model: Path) -> Path:
 def verify_alone(model: Path, prove: Callable[[], Proof]) -> Verification:
     """Compare any file with the network that loads it, without an original."""
     proof, differences = proved(prove)
-    return Verification(str(model), "", "", differences, proof)
+    return Verification(title_of(model), "", "", differences, proof)
 
 
 def proved(prove: Callable[[], Proof]) -> tuple[Proof | None, tuple[Difference, ...]]:

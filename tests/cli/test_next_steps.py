@@ -28,32 +28,25 @@ def test_verify_asks_for_the_original_unless_it_is_the_demo(
     )
 
 
-@pytest.mark.parametrize(
-    ("model", "fetch"),
-    [
-        ("org/model", "hf download org/model --local-dir model`, and give the folder model"),
-        ("hf://org/a.b@v1/sub/x.safetensors", "hf download org/a.b --revision v1 --local-dir a.b`"),
-    ],
-)
-def test_a_hub_id_says_how_to_fetch_it(
-    model: str, fetch: str, codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("model", ["org/model", "org/a.b@v1", "there/model"])
+def test_a_text_that_may_be_a_hub_id_has_both_readings_in_the_error(
+    model: str, codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for command in ("inspect", "measure"):
-        assert_refused(
-            codebook(command, model), f"ids of the Hugging Face hub are not loaded yet: fetch it with `{fetch}"
-        )
+    (tmp_path / "there").mkdir()
+    for command in ("inspect", "measure", "prune"):
+        refused = codebook(command, model)
+        assert_refused(refused, f"no such file: {model}; and as a model of the hub, {model}: HF_HUB_OFFLINE is set")
 
 
-@pytest.mark.parametrize("path", ["model", "there/model", "org/model.safetensors", "/org/model", "a/b/c"])
+@pytest.mark.parametrize("path", ["model", "org/model.safetensors", "/org/model", "a/b/c"])
 def test_a_path_that_is_no_hub_id_is_not_taken_for_one(
     path: str, codebook: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "there").mkdir()
     refused = codebook("inspect", path)
     assert_refused(refused, f"no such file: {path}")
-    assert "hf download" not in refused.stderr
+    assert "hub" not in refused.stderr
 
 
 @pytest.fixture

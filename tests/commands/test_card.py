@@ -39,8 +39,15 @@ def test_a_directory_gets_a_card_that_the_hub_reads(folder: Path, operate: Run, 
     outcomes = [operate("refit", folder, *options, "-o", tmp_path / name) for name in ("one", "two")]
     card = (tmp_path / "one" / "README.md").read_text()
     _, head, body = card.split("---\n", 2)
-    assert yaml.safe_load(head) == {"library_name": "diffusers", "tags": ["vector-quantization", "codebook-surgery"]}
-    mse = outcomes[0].json["stages"]["surgery"]["mse"]
+    outcome = outcomes[0].json
+    mse, kept = outcome["stages"]["surgery"]["mse"], outcome["stages"][outcome["kept"]]
+    entries = yaml.safe_load(head)
+    (result,) = entries.pop("model-index")[0]["results"]
+    assert entries == {"library_name": "diffusers", "tags": ["vector-quantization", "codebook-surgery"]}
+    assert result["dataset"] == {"name": "own data", "type": "own", "split": "test"}
+    values = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert values["mse"] == pytest.approx(kept["mse"], rel=1e-5)
+    assert values["perplexity"] == pytest.approx(kept["codebooks"][0]["perplexity"], rel=1e-5)
     for text in ("`codebook refit`", "`quantize.embedding.weight`: 8", f"{mse:.6f}", "k 8", "steps 2", "| mse |"):
         assert text in body
     assert str(tmp_path) not in card and card == (tmp_path / "two" / "README.md").read_text()
@@ -54,7 +61,10 @@ def test_a_card_of_any_encoding_stays_and_says_what_was_done_each_time(
     operate("refit", folder, "--k", 8, "--steps", 0, "-o", tmp_path / "one")
     operate("prune", tmp_path / "one", "--keep", 4, "-o", tmp_path / "two")
     card = (tmp_path / "two" / "README.md").read_bytes()
-    assert card.startswith(b"---\nlicense: mit\n---\n# Mod\xe8le\n\n## Codebook surgery\n")
+    assert (
+        card.startswith(b"---\nlicense: mit\nlibrary_name: diffusers\ntags:\n- vector")
+        and b"---\n\n# Mod\xe8le\n\n## Codebook surgery\n" in card
+    )
     assert card.index(b"`codebook refit`") < card.index(b"`codebook prune`") and card.count(b"---\n") >= 2
 
 

@@ -275,7 +275,7 @@ def test_what_lies_beside_the_weights_goes_along_as_it_is_but_for_k(vae: Path, r
         output = Path(result["outputs"]["model"])
         assert {path.name for path in output.iterdir()} == {WEIGHTS, "config.json", "README.md"}
         assert not any(path.is_symlink() for path in output.iterdir())
-        assert (output / "README.md").read_text().startswith("of mine\n\n## Codebook surgery\n")
+        assert "---\n\nof mine\n\n## Codebook surgery\n" in (output / "README.md").read_text()
         assert any("diffusion_pytorch_model.fp16.safetensors, folder, link" in text for text in result["warnings"])
         expected = odd.replace('"num_vq_embeddings": 16', f'"num_vq_embeddings": {size}')
         assert (output / "config.json").read_bytes() == expected.encode()

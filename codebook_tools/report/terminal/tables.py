@@ -96,6 +96,8 @@ def result_table(result: Result) -> RenderableType:
         lines.append(Prose(f"counts written to {result.settings['stats']}"))
     if result.outputs["model"]:
         lines.append(Prose(f"{'* kept, and ' if len(stages) > 1 else ''}written to {result.outputs['model']}"))
+    if address := result.outputs.get("hub"):
+        lines.append(Prose(f"committed to {address}"))
     if config := result.outputs.get("config"):
         lines.append(Prose(f"of one batch; written to {config}, which other commands read in this folder"))
     if "packed" in result.bytes:
