@@ -168,20 +168,22 @@ def nearby_from(dim: int) -> int:
     return _FUSED_FROM if dim <= _FUSED else _NEARBY_FROM
 
 
-def _has_fused(points: Tensor) -> bool:
-    # On macOS torch and faiss each bring an OpenMP, which must not run in one process.
-    return points.is_cpu and points.shape[1] <= _FUSED and sys.platform != "darwin"
-
-
 def _nearest(points: Tensor, codebook: Codebook) -> Tensor:
     """(n,) int64: the nearest of all codes; near-ties are not decided."""
-    slabs = torch.split(points, slab_size(len(points), points.device))
-    if not _has_fused(points):
+    if not _has_fused(points, codebook.size):
+        slabs = torch.split(points, slab_size(len(points), points.device))
         search = partial(nearest_codes, codebook=codebook)
         return torch.cat(list(spread(search, slabs) if points.is_cpu else map(search, slabs)))
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     codes, center = centered(codebook)
-    rows = ((codebook.metric.prepare(slab) - center).numpy() for slab in slabs)
-    return torch.cat([torch.from_numpy(faiss.knn(slab, codes.numpy(), 1)[1][:, 0]) for slab in rows])
+    rows = codebook.metric.prepare(points) - center
+    return torch.from_numpy(faiss.knn(rows.numpy(), codes.numpy(), 1)[1][:, 0])
+
+
+def _has_fused(points: Tensor, codes: int) -> bool:
+    """Whether faiss has a faster search of points (n, dim) among so many codes. Below these sizes it takes another."""
+    n, dim = points.shape
+    # On macOS torch and faiss each bring an OpenMP, which must not run in one process.
+    return points.is_cpu and 2 <= dim <= _FUSED and n * dim >= 1 << 17 and codes >= 64 and sys.platform != "darwin"
