@@ -14,7 +14,7 @@ from codebook_tools.runtime.threads import spread
 _BLOCK = 16  # points of one cell that are compared to the neighbors of its code at a time
 _TILE_BYTES, _ELSEWHERE = {"cpu": 1 << 20}, 128 << 20  # of the codes that blocks are compared to at a time
 _COLUMNS = 32  # columns of distances of which first only the least is looked at
-_PART = 1 << 14  # points, about, that a thread searches at a time
+_PART = {"cpu": 1 << 14}  # points, about, that a thread searches at a time; a GPU searches all
 _CERTAIN = 1 - 1e-4  # of the distance beyond which no code is nearer: float32 rounds
 
 
@@ -76,7 +76,8 @@ class Neighbors:
                 apart = to_best.relu().sqrt() + to_near.relu().sqrt()
                 certain[rows] = apart < _CERTAIN * self.reach[cell][:, None]
 
-        parts = list(zip(*(torch.split(whole, _PART // _BLOCK) for whole in (blocks, cells)), strict=True))
+        of_part = _PART.get(points.device.type, len(points)) // _BLOCK + 1
+        parts = list(zip(*(torch.split(whole, of_part) for whole in (blocks, cells)), strict=True))
         for _ in spread(work, parts) if points.is_cpu else map(work, parts):
             pass
         return codes, certain
