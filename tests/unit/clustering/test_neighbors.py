@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from points import column, normal
+from processes import together
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
+from codebook_tools.clustering import passes
 from codebook_tools.clustering.assignment import nearest, squared_errors
 from codebook_tools.clustering.kmeans import kmeans
 from codebook_tools.clustering.metric import COSINE_UNIT, unit
@@ -77,13 +79,13 @@ def test_passes_among_neighbors_have_the_sums_of_their_cells() -> None:
     """After several passes, moves and places, sums kept up to date are those counted anew."""
     points, weights = around(400, 4, 20), torch.rand(8000, dtype=torch.float64) + 0.1
     for of in (None, weights):
-        passes = InMemory(points, of, 8192)  # as with so many codes
-        assert passes.is_local
+        near = InMemory(points, of, 8192)  # as with so many codes
+        assert near.is_local
         vectors = points[:300].clone()
         for step in range(6):
             codebook = Codebook(vectors)
-            cells = passes.cells(codebook, None, everywhere=step == 4)
-            codes = passes.codes
+            cells = near.cells(codebook, None, everywhere=step == 4)
+            codes = near.codes
             assert codes is not None
             if step == 4:
                 of_all = squared_errors(points, codebook, nearest(points, codebook))
@@ -94,9 +96,9 @@ def test_passes_among_neighbors_have_the_sums_of_their_cells() -> None:
             vectors = cells.means(codebook)
             if step == 1:
                 vectors[7], vectors[9] = points[5000], points[6000]
-                passes.place(torch.tensor([5000, 6000]), torch.tensor([7, 9]))
+                near.place(torch.tensor([5000, 6000]), torch.tensor([7, 9]))
             if step == 2:
-                passes = passes.moved(torch.arange(300).flip(0))
+                near = near.moved(torch.arange(300).flip(0))
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "unit"])
@@ -149,3 +151,22 @@ def test_draws_with_known_codes_are_those_without() -> None:
     points, codebook = around(60, 3, 10), Codebook(around(60, 3, 10)[:9])
     known = draw_by_error(points, codebook, 20, 1, codes=nearest(points, codebook))
     assert torch.equal(known, draw_by_error(points, codebook, 20, 1))
+
+
+def ends(nearby_from: str) -> list[list[float]]:
+    """Centroids by the seeds of the package, and by some that leave ten cells empty."""
+    passes._FUSED_FROM = int(nearby_from)
+    points = around(200, 6, 40)
+    start = torch.cat([points[:290], 100 + normal(10, 6)])
+    results = [kmeans(points, 300, watch=Watch()), kmeans(points, 300, init=start, watch=Watch())]
+    return [result.centroids.flatten().tolist() for result in results]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nearby_from", ["256", "8192"])
+def test_two_processes_end_where_one_does(nearby_from: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "_FUSED_FROM", 0)  # so that it is set back
+    alone = ends(nearby_from)
+    for both in together(ends, nearby_from):
+        for ours, theirs in zip(both, alone, strict=True):
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-4)
