@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codebook_tools.checkpoints.config import Config, parse_config
-from codebook_tools.checkpoints.hashing import State, state_of
+from codebook_tools.checkpoints.hashing import State, is_hashed_ahead, state_of
 from codebook_tools.checkpoints.hashing import file_sha256 as file_sha256
 from codebook_tools.checkpoints.layout import AS_STORED as AS_STORED
 from codebook_tools.checkpoints.layout import DECLARED, INDEX, PREFIX, SUFFIX, config_beside, config_in, weights_in
@@ -53,6 +53,7 @@ class Checkpoint:
     states: tuple[State, ...] = ()
     stated: Mapping[str, str] = field(default_factory=dict)
     memory: dict[str, object] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _expected: list[tuple[str, CodebookError]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def declared(self) -> dict[str, str]:
@@ -127,6 +128,8 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the file; of an index and its shards that of `joined_sha256`; in memory that of the tensors."""
+        if self._expected:
+            return self._expected[0][0]
         if not self.files:
             digest = hashlib.sha256()
             for key in sorted(self.entries):
@@ -134,7 +137,33 @@ class Checkpoint:
                 for chunk in self.chunks(key):
                     digest.update(chunk)
             return digest.hexdigest()
-        return joined_sha256({file.name: file_sha256(file) for file in self.files})
+        return joined_sha256(self.digests)
+
+    def expect_sha256(self, sha256: str, otherwise: CodebookError) -> None:
+        """Check the SHA-256. While files are still hashed ahead it is taken for this one, and `check_sha256` checks it.
+
+        Raises:
+            CodebookError: `otherwise`: it is another.
+        """
+        if any(map(is_hashed_ahead, self.files)):
+            self._expected[:] = [(sha256, otherwise)]
+        elif sha256 != self.sha256:
+            raise otherwise
+
+    def check_sha256(self) -> None:
+        """Check what `expect_sha256` took for granted, before anything that depends on it is kept.
+
+        Raises:
+            CodebookError: The SHA-256 is another.
+        """
+        for sha256, otherwise in self._expected:
+            if sha256 != joined_sha256(self.digests):
+                raise otherwise
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each file, by name."""
+        return {file.name: file_sha256(file) for file in self.files}
 
 
 def declared_in(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import BinaryIO
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from codebook_tools.checkpoints.atomic import (
     sync_folder,
 )
 from codebook_tools.checkpoints.config import with_entries
-from codebook_tools.checkpoints.hashing import file_sha256
+from codebook_tools.checkpoints.hashing import file_sha256, hashed_after, hashed_as_it_grows
 from codebook_tools.checkpoints.layout import (
     CARD,
     CONFIG,
@@ -147,8 +148,9 @@ def write_checkpoint(
             for own, text in {} if is_directory_output(path) else texts.items():
                 if text is not None:
                     beside.append(own)
-                    _write_whole(stack.enter_context(partial_file(own, force)), partial(iter, [text]))
+                    _copy(stack.enter_context(partial_file(own, force)), partial(iter, [text]))
             original.check_unchanged()
+            original.check_sha256()
             check()
             # The model comes last, so that it never lies there without its map.
             for target in (*beside, path):
@@ -179,7 +181,10 @@ def write_file(path: Path, chunks: Iterable[bytes], *, force: bool) -> None:
     """Write a file of any kind atomically and read it back; raises as `write_tensors` does."""
     try:
         with partial_file(path, force) as target:
-            if _write(target, chunks) != file_sha256(target):
+            digest = hashlib.sha256()
+            with target.open("wb") as out:
+                _write(out, hashed_after(chunks, digest))
+            if digest.hexdigest() != file_sha256(target):
                 raise VerificationError(f"{path} read back from disk is not what was written; nothing was kept")
             put_in_place(path)
             sync_folder(path.parent)
@@ -205,7 +210,7 @@ def _furnish(folder: Path, original: Checkpoint, config: bytes | None, others: M
     contents: dict[str, Callable[[], Iterable[bytes]]] = {file.name: partial(_content, file) for file in copied}
     contents |= {name: partial(iter, [text]) for name, text in texts.items()}
     for name, content in contents.items():
-        _write_whole(folder / name, content)
+        _copy(folder / name, content)
 
 
 def _weights_name(original: Checkpoint) -> str:
@@ -234,7 +239,8 @@ def _write_shards(folder: Path, original: Checkpoint, changed: Mapping[str, Tens
                 target, _changed(weights.entries, changed), {**weights.metadata, **ours}
             )
         else:
-            digests[shard.name] = _write_whole(target, partial(_content, shard))
+            _copy(target, partial(_content, shard))
+            digests[shard.name] = original.digests[shard.name]
     total = sum(entry.nbytes for entry in _changed(original.entries, changed))
     text = with_entries(index.read_bytes(), {"metadata.total_size": total})
     digests[index.name] = _write_whole(folder / index.name, lambda: [text])
@@ -280,24 +286,50 @@ def _content(path: Path) -> Iterator[bytes]:
 
 
 def _write_whole(path: Path, content: Callable[[], Iterable[bytes]]) -> str:
-    """Write, flush, read back, and compare with the content, which is made twice. Returns the SHA-256."""
-    digest = _write(path, content())
-    with path.open("rb") as file:
-        if not all(file.read(len(chunk)) == chunk for chunk in content()) or file.read(1):
-            raise VerificationError(f"{path} read back from disk is not what was written; nothing was kept")
-    return digest
+    """As `_copy`. Returns the SHA-256 of the file: hashing takes longer than all the rest, so nothing waits for it."""
+    with path.open("wb") as out, hashed_as_it_grows(path) as sha256:
+        _write_compared(out, path, content)
+        return sha256()
 
 
-def _write(path: Path, chunks: Iterable[bytes]) -> str:
-    """Write and flush. Returns the SHA-256 of the chunks, which another thread computes meanwhile."""
-    digest = hashlib.sha256()
-    with path.open("wb") as out, ThreadPoolExecutor(1) as hasher:
-        hashed: Future[None] | None = None
-        for chunk in chunks:
-            if hashed is not None:
-                hashed.result()  # so that no more than two chunks are in memory
-            hashed = hasher.submit(digest.update, chunk)
-            out.write(chunk)
+def _copy(path: Path, content: Callable[[], Iterable[bytes]]) -> None:
+    """Write, flush, read back, and compare with the content, which is made twice."""
+    with path.open("wb") as out:
+        _write_compared(out, path, content)
+
+
+def _write_compared(out: BinaryIO, path: Path, content: Callable[[], Iterable[bytes]]) -> None:
+    """Write; a thread flushes each part, reads it back and compares it while the next one is written."""
+    again, count, size = iter(content()), 0, 0
+
+    def check(chunks: int, whole: bool = False) -> None:
         out.flush()
         os.fsync(out.fileno())
-    return digest.hexdigest()
+        equal = all(back.read(len(chunk)) == chunk for chunk in islice(again, chunks))
+        if not equal or (whole and back.read(1)):
+            raise VerificationError(f"{path} read back from disk is not what was written; nothing was kept")
+
+    with path.open("rb", buffering=0) as back, ThreadPoolExecutor(1) as checker:
+        checks = list[Future[None]]()
+        try:
+            for chunk in content():
+                out.write(chunk)
+                count, size = count + 1, size + len(chunk)
+                if size >= _PART:
+                    checks.append(checker.submit(check, count))
+                    count = size = 0
+            checks.append(checker.submit(check, count, whole=True))
+            for checked in checks:
+                checked.result()
+        finally:
+            checker.shutdown(cancel_futures=True)
+
+
+_PART = 128 << 20  # bytes
+
+
+def _write(out: BinaryIO, chunks: Iterable[bytes]) -> None:
+    """Write and flush to the disk."""
+    out.writelines(chunks)
+    out.flush()
+    os.fsync(out.fileno())

@@ -172,10 +172,8 @@ def read_stats(path: Path, checkpoint: Checkpoint, codebook: FoundCodebook) -> S
     about = _about(stored)
     if "checkpoint_sha256" not in about or f"{codebook.key}/counts" not in stored.entries:
         raise CodebookError(f"{path} holds no counts of {codebook.key}; `codebook measure --stats FILE` writes them")
-    if about["checkpoint_sha256"] != checkpoint.sha256:
-        raise CodebookError(
-            f"{path} counts the codes of another checkpoint; measure {checkpoint.path} with a --stats of its own"
-        )
+    other = f"{path} counts the codes of another checkpoint; measure {checkpoint.path} with a --stats of its own"
+    checkpoint.expect_sha256(about["checkpoint_sha256"], CodebookError(other))
     shard = about.get("shard", _WHOLE)
     if shard != _WHOLE:
         raise CodebookError(
@@ -188,6 +186,7 @@ def read_stats(path: Path, checkpoint: Checkpoint, codebook: FoundCodebook) -> S
     images = stored.metadata.get(PREFIX + "images", "")
     sound = counts.dtype == torch.int64 and counts.shape == (codebook.size,) and not bool((counts < 0).any())
     if not sound or error is None or error.numel() not in (1, LIMBS) or not images.isdecimal() or len(images) > 18:
+        checkpoint.check_sha256()  # what does not fit may be of another checkpoint
         raise CodebookError(f"{path} is damaged: its counts are not those of {codebook.size} codes; measure anew")
     return Stats(counts, float(error.sum()), about.get("split", ""), int(images))
 

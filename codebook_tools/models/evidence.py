@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,11 +98,14 @@ def beside(codebook_key: str, keys: Iterable[str], pattern: re.Pattern[str]) -> 
 
 def numbers(checkpoint: Checkpoint, key: str) -> NDArray[np.float64]:
     """A tensor's numbers, (n,) float64. Raises KeyError for dtypes that numpy lacks, as 8-bit floats."""
+    return _stored(checkpoint, key).astype(np.float64)
+
+
+def _stored(checkpoint: Checkpoint, key: str) -> NDArray[Any]:
+    """A tensor's numbers, (n,) in the stored dtype."""
     dtype = checkpoint.dtypes[key]
     stored = np.frombuffer(b"".join(checkpoint.chunks(key)), _NUMPY[dtype])
-    if dtype == "BF16":
-        stored = (stored.astype("<u4") << 16).view("<f4")
-    return stored.astype(np.float64)
+    return (stored.astype("<u4") << 16).view("<f4") if dtype == "BF16" else stored
 
 
 def _is_read(checkpoint: Checkpoint, key: str) -> bool:
@@ -109,6 +113,7 @@ def _is_read(checkpoint: Checkpoint, key: str) -> bool:
     return checkpoint.dtypes[key] in _NUMPY
 
 
-def _rows(checkpoint: Checkpoint, book: FoundCodebook) -> NDArray[np.float64]:
-    whole = numbers(checkpoint, book.key).reshape(checkpoint.shapes[book.key])
+def _rows(checkpoint: Checkpoint, book: FoundCodebook) -> NDArray[Any]:
+    """(size, dim) in the stored dtype."""
+    whole = _stored(checkpoint, book.key).reshape(checkpoint.shapes[book.key])
     return np.moveaxis(whole, book.axis, 0)[: book.size].reshape(book.size, -1)

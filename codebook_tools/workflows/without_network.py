@@ -130,7 +130,8 @@ class FileTarget(Target):
             if len(codes):
                 counts = torch.bincount(codes, minlength=book.codebook.size).double() * (known.total / len(codes))
             else:
-                moved = nearest_map(index_maps[stage], old[stage], book.codebook)
+                counted = index_maps[stage].masked_fill(known.counts == 0, 0)  # the others move nothing anywhere
+                moved = nearest_map(counted, old[stage], book.codebook)
                 counts = torch.zeros(book.codebook.size, dtype=torch.float64)
                 counts.index_add_(0, moved, known.counts.double())
             tokens.append(Tokens(counts, codes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from surgeries import do, maps_of, output_of, written
 from weight_files import metadata_of
 
+from codebook_tools.checkpoints import hashing
 from codebook_tools.checkpoints.layout import index_map_path
 from codebook_tools.codebook import REMOVED, Strategy
 from codebook_tools.errors import CodebookError
@@ -304,3 +307,23 @@ def test_what_does_not_go_without_images_is_refused_and_a_dry_run_says_what_woul
     save_file(tensors | {f"{CODEBOOK}/counts": tensors[f"{CODEBOOK}/counts"] - 1}, stats, metadata_of(stats))
     assert_refused(codebook("quantize", tiny, "--k", 4, "--stats", stats), "damaged")
     assert names(tiny.parent) == before
+
+
+@pytest.mark.parametrize("name", ["tiny.safetensors", "other.safetensors"])
+def test_counts_are_trusted_while_the_model_is_hashed_and_checked_before_its_output_has_a_name(
+    name: str, stats: Path, tiny: Path, codebook: Run, write_model: WriteModel, variants: dict[str, State],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    write_model(name="other", state=variants["plain"] | {CODEBOOK: variants["plain"][CODEBOOK] + 1})
+    assert codebook("prune", tiny, "--stats", stats, "-o", tiny.with_name("hashed_before.safetensors")).exit_code == 0
+    digest, fsync, written, before = hashing._digest, os.fsync, threading.Event(), names(tiny.parent)
+    monkeypatch.setattr(os, "fsync", lambda handle: (written.set(), fsync(handle))[1])
+    monkeypatch.setattr(hashing, "_digest", lambda path: (written.wait(30), digest(path))[1])
+    output = tiny.with_name("hashed_after.safetensors")
+    result = codebook("prune", tiny.with_name(name), "--stats", stats, "-o", output)
+    assert written.is_set()
+    if name == tiny.name:
+        assert output.read_bytes() == tiny.with_name("hashed_before.safetensors").read_bytes()
+    else:
+        assert_refused(result, "counts the codes of another checkpoint")
+        assert names(tiny.parent) == before
