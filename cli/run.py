@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -105,11 +107,32 @@ def _with_report(result: Found, options: dict[str, Any], watch: Watch) -> Found:
     return replace(result, outputs=outputs)
 
 
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Import torch without garbage collection, which would go through its objects many times, at the end, too.
+
+    A thread that hashes a file meanwhile gets the interpreter's lock as soon as it asks for it.
+    """
+    if "torch" in sys.modules:  # then garbage may lie among what would be frozen
+        yield
+        return
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(interval / 10)
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        sys.setswitchinterval(interval)
+
+
 def _run_and_show(work: Callable[[Watch], Found | Plan | ChainPlan], options: dict[str, Any]) -> None:
-    from codebook_tools.report.terminal.tables import details_table, table_of
-    from codebook_tools.runtime.progress import Watch
-    from codebook_tools.workflows.chain import ChainPlan
-    from codebook_tools.workflows.dry_run import Plan
+    with _importing():
+        from codebook_tools.report.terminal.tables import details_table, table_of
+        from codebook_tools.runtime.progress import Watch
+        from codebook_tools.workflows.chain import ChainPlan
+        from codebook_tools.workflows.dry_run import Plan
 
     from .output import ProgressShow, print_note, print_table, print_warnings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeGrey, Outcome, Patch, Run, State, WriteModel, assert_refused, contents
+from processes import ran
 from safetensors.torch import load_file
 
 from codebook_tools.checkpoints.read import Checkpoint
@@ -308,3 +310,29 @@ def test_a_log_shows_life_and_quiet_does_not(monkeypatch: Patch, capsys: pytest.
     for quiet in (False, True):
         output.ProgressShow(quiet)("fine-tune", 1200, 5000, {"loss": 0.25})
     assert capsys.readouterr().err == "fine-tune: 1,200 of 5,000 loss 0.25\n"
+
+
+IMPORTING = """
+import gc, sys
+from codebook_cli.run import _importing
+
+interval = sys.getswitchinterval()
+try:
+    with _importing():
+        assert not gc.isenabled()
+        import torch
+        raise ImportError
+except ImportError:
+    pass
+assert gc.isenabled() and sys.getswitchinterval() == interval
+frozen = gc.get_freeze_count()
+assert frozen > 100_000, frozen
+with _importing():
+    assert gc.isenabled(), "torch is imported already"
+assert gc.get_freeze_count() == frozen
+"""
+
+
+def test_garbage_is_collected_again_after_torch_is_imported_and_none_is_kept() -> None:
+    done = ran(sys.executable, "-c", IMPORTING)
+    assert done.exit_code == 0, done.stderr
