@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.write import write_tensors
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "large"
@@ -57,8 +58,8 @@ def make() -> None:
     (MODEL / "model.safetensors.index.json").write_text(text)
     counts = torch.randint(0, 3, (CODES,), generator=drawn)
     about = {"checkpoint_sha256": read_checkpoint(MODEL).sha256, "split": "calibration", "images": "1"}
-    tensors = {f"{KEY}/counts": counts, f"{KEY}/squared_error": torch.tensor(1.0, dtype=torch.float64)}
-    save_file(tensors, STATS, {PREFIX + name: value for name, value in about.items()})
+    tensors = {f"{KEY}/counts": counts, f"{KEY}/squared_error": torch.ones(1, dtype=torch.float64)}
+    write_tensors(STATS, tensors, {PREFIX + name: value for name, value in about.items()}, force=True)
 
 
 TELL = """

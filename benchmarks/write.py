@@ -1,6 +1,6 @@
 """`prune --stats` of a 2 GB checkpoint, in one file and in three, against `cp`, `sync` and `cmp` of the same files.
 
-    python benchmarks/write.py [--runs 5] [--gigabytes 2]
+    python benchmarks/write.py [--runs 3] [--gigabytes 2]
 
 Writes benchmarks/results/write.json. The two take turns; every figure is of processes of its own: wall
 seconds, start-up included, and of ours the highest resident memory, beside that of an interpreter that imports torch.
@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from codebook_tools.checkpoints.layout import PREFIX
 from codebook_tools.checkpoints.read import read_checkpoint
+from codebook_tools.checkpoints.write import write_tensors
 
 BUILD = ROOT / "build" / "write"
 STATS, COPY = BUILD / "stats.safetensors", BUILD / "copy"
@@ -61,7 +62,7 @@ def count(model: Path) -> None:
     counts = torch.randint(0, 3, (CODES,), generator=torch.Generator().manual_seed(1))
     about = {"checkpoint_sha256": read_checkpoint(model).sha256, "split": "calibration", "images": "1"}
     tensors = {f"{KEY}/counts": counts, f"{KEY}/squared_error": torch.ones(1, dtype=torch.float64)}
-    save_file(tensors, STATS, {PREFIX + name: value for name, value in about.items()})
+    write_tensors(STATS, tensors, {PREFIX + name: value for name, value in about.items()}, force=True)
 
 
 def prune(model: Path) -> tuple[float, float]:
@@ -89,7 +90,7 @@ def copy(model: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--gigabytes", type=float, default=2)
     given = parser.parse_args()
     found: dict[str, Any] = {
@@ -114,6 +115,10 @@ def main() -> None:
             "seconds": {way: [round(its, 3) for its, _ in runs] for way, runs in figures.items()},
             "median_seconds": seconds,
             "ratio": seconds["prune --stats"] / seconds["cp + sync + cmp"],
+            "ratios": [
+                round(ours / theirs, 3)
+                for (ours, _), (theirs, _) in zip(figures["prune --stats"], figures["cp + sync + cmp"], strict=True)
+            ],
             "memory_growth_mb": memory["prune --stats"] - memory["import torch"],
         }
         print(f"{name}: {', '.join(f'{way} {its:.2f} s' for way, its in seconds.items())}")
