@@ -1,6 +1,7 @@
 """k-means: inertia against time, ours and every other one that is installed.
 
-    python benchmarks/kmeans.py [--case latents-512 ...] [--model FILE --data PATH ...] [--device cpu|cuda] [--runs 5]
+    python benchmarks/kmeans.py [--case latents-512 ...] [--model FILE --data PATH ...]
+        [--device cpu|cuda] [--runs 5] [--without NAME ...]
 
 Cases: `latents-K`, a million latents of the model (the bundled demo has fewer) in K clusters; `mixture-K`, 200,000
 points of 256 dimensions drawn from a thousand normal distributions; `blobs-N-D-K`, N points of D dimensions around
@@ -263,6 +264,7 @@ def main() -> None:
     parser.add_argument("--data", action="append")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--without", default=(), nargs="+", metavar="NAME", help="peers left out, by how names begin")
     parser.add_argument("--output", type=Path, default=RESULTS / "kmeans.json")
     given = parser.parse_args()
     results = json.loads(given.output.read_text()) if given.output.exists() else {}
@@ -273,7 +275,7 @@ def main() -> None:
         peers = {
             name: call
             for name, (module, call, where) in (PEERS_OF_MANY if of_many else PEERS).items()
-            if find_spec(module) and given.device in where
+            if find_spec(module) and given.device in where and not name.startswith(tuple(given.without))
         }
         curve = Curve()
         ours: dict[str, Clusterer] = {"ours": curve} if of_many else OURS
