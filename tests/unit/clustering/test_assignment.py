@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from points import normal
 from torch import Tensor
 
-from codebook_tools.clustering import assignment
+from codebook_tools.clustering import assignment, groups
+from codebook_tools.clustering import scores as products
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.clustering.metric import COSINE, DOT, METRICS
 from codebook_tools.codebook import EUCLIDEAN, Codebook, Metric
@@ -144,7 +145,7 @@ def test_the_answer_does_not_depend_on_tiles_batch_threads_or_products(
             assert torch.equal(nearest(latents, codebook), expected)
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(assignment, "_ONEDNN", False)
+    monkeypatch.setattr(products, "_ONEDNN", False)
     assert torch.equal(nearest(latents, codebook), expected)
 
 
@@ -161,7 +162,7 @@ def test_products_of_low_precision_are_settled_by_float64(
         low = [(x.view(torch.int32) + half & -2 * half).view(torch.float32) for x in (rows.contiguous(), weights)]
         return torch.addmm(norms, low[0], low[1].T)
 
-    monkeypatch.setattr(assignment, "_product", coarse)
+    monkeypatch.setattr(products, "product", coarse)
     assert not torch.equal(nearest(latents, codebook), expected)  # else this tests nothing
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     assert torch.equal(nearest(latents, codebook), expected)
@@ -175,7 +176,7 @@ def test_a_precision_that_was_set_for_one_backend_counts() -> None:
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
-        assert assignment._rounding() == 2.0**-10
+        assert products.rounding() == 2.0**-10
     finally:
         matmul.fp32_precision = before
-    assert assignment._rounding() == torch.finfo(torch.float32).eps
+    assert products.rounding() == torch.finfo(torch.float32).eps
