@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor
 
 from codebook_tools.clustering.scores import product, rounding, two_lowest
 from codebook_tools.runtime.devices import wide
+from codebook_tools.runtime.threads import spread
 
 LEAST_CODES = 8192  # below, a comparison with all is as fast
 ROWS_PER_GROUP = 16  # of the latents: fewer are not worth the grouping
 
 _SCORES = 1 << 19  # at a time: they fit the cache of one core
 _ROWS_BYTES = 16 << 20  # of what a tile of latents needs for each group
+_AT_ONCE = 16  # products of a thread
 _FEW = 0.2  # of the codes: where more are left to compare with, a comparison with all is as fast
 _ABOVE = 1 + 1e-6  # rounds a factor up
 _LONGEST = 1e15  # whose products stay finite
@@ -53,13 +55,14 @@ class Groups:
         size, longest = len(codes), float(norms.max()) ** 0.5
         if not longest < _LONGEST:
             return None
-        count = math.isqrt(size)
+        count = math.isqrt(size) // 2  # more leave fewer codes to compare, and take longer to go through
         chosen = torch.arange(count) * size // count
         centers = weights[chosen], norms[chosen]
         tiles = torch.split(codes, _SCORES // count)
         group = torch.cat([two_lowest(product(tile, *centers))[0] for tile in tiles])
         order, sizes = group.argsort(stable=True), torch.bincount(group, minlength=count)
-        between = torch.cdist(*[codes[chosen].double()] * 2, compute_mode="donot_use_mm_for_euclid_dist")
+        exact = wide(codes[chosen])
+        between = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist")
         starts, each = (sizes.cumsum(0) - sizes).tolist(), sizes.tolist()
         sorted_rows = zip(torch.split(weights[order], each), torch.split(norms[order], each), strict=True)
         parts = [(start, *rows) for start, rows in zip(starts, sorted_rows, strict=True)]
@@ -117,15 +120,26 @@ class Groups:
         """
         group, each = wanted.T.nonzero().unbind(1)
         rows = torch.split(each, torch.bincount(group, minlength=len(self.parts)).tolist())
-        results = [(row[:0], row[:0], latents[:0, 0], latents[:0, 0]) for row in rows[:1]]
-        for row, (start, weights, norms) in zip(rows, self.parts, strict=True):
-            if not (len(row) and len(norms)):
-                continue
-            for some in torch.split(row, max(1, _SCORES // len(norms))):
-                index, best, second = two_lowest(torch.addmm(norms, latents[some], weights.T))  # oneDNN compiles each shape
-                results.append((some, self.order[index + start], best, second))
+        work = [(some, part) for row, part in zip(rows, self.parts, strict=True) for some in _tiles(row, len(part[1]))]
+
+        def compare(share: list[tuple[Tensor, tuple[int, Tensor, Tensor]]]) -> list[tuple[Tensor, ...]]:
+            results = list[tuple[Tensor, ...]]()
+            for row, (start, weights, norms) in share:
+                # oneDNN would compile a kernel for each shape.
+                index, best, second = two_lowest(torch.addmm(norms, latents[row], weights.T))
+                results.append((row, self.order[index + start], best, second))
+            return results
+
+        shares = [work[at : at + _AT_ONCE] for at in range(0, len(work), _AT_ONCE)]
+        nothing = (each[:0], each[:0], latents[:0, 0], latents[:0, 0])
+        results = [nothing, *(result for share in spread(compare, shares) for result in share)]
         row, index, best, second = (torch.cat(parts) for parts in zip(*results, strict=True))
         return row, index, best, second
+
+
+def _tiles(row: Tensor, size: int) -> Sequence[Tensor]:
+    """Rows of latents that are compared with `size` codes at a time."""
+    return torch.split(row, max(1, _SCORES // size)) if size and len(row) else ()
 
 
 def _merged(n: int, row: Tensor, index: Tensor, best: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:

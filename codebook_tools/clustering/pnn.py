@@ -169,7 +169,8 @@ class _Clusters:
 
     def _lower(self, costs: Rows, mass: Rows) -> Rows:
         """Below the exact costs of clusters of a mass, where the computed ones are rounded."""
-        return costs * (1 - _MARGIN) - self._rounding * mass
+        lower: Rows = costs * (1 - _MARGIN) - self._rounding * mass
+        return lower
 
     def _search(self, some: Indices) -> Rows:
         """List the neighbors of some clusters, among all. Returns (some,) lower bounds of their costs."""
@@ -185,5 +186,4 @@ class _Clusters:
         self.neighbors[some] = some[:, None]
         self.neighbors[some[row], np.arange(len(row)) - np.searchsorted(row, row)] = near
         self.limit[some] = self._lower(least[:, most], self.mass[some])
-        lowest: Rows = self._lower(least.min(1), self.mass[some])
-        return lowest
+        return self._lower(least.min(1), self.mass[some])

@@ -26,10 +26,8 @@ def two_lowest(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         (n,) int64, the code of the lowest score; (n,) float32, that score; and the second, infinite for one code.
     """
-    if scores.is_cpu:
-        index = torch.from_numpy(scores.numpy().argmin(1)[:, None])  # numpy compares many at a time, torch one by one
-    else:
-        index = scores.argmin(1, keepdim=True)
+    # numpy compares many at a time, torch one by one.
+    index = torch.from_numpy(scores.numpy().argmin(1)[:, None]) if scores.is_cpu else scores.argmin(1, keepdim=True)
     best = scores.gather(1, index)
     return index[:, 0], best[:, 0], scores.scatter_(1, index, torch.inf).amin(1)
 
