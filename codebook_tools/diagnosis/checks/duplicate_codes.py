@@ -36,11 +36,11 @@ def copies(codes: Tensor) -> Tensor:
     Equal codes are told by sorting. Of the others only those are compared that are as near along the axis on which
     codes vary most: memory does not grow with the square of their number, and time hardly does.
     """
-    _, index, inverse = np.unique(codes.numpy(), axis=0, return_index=True, return_inverse=True)
-    duplicates = torch.from_numpy(index[inverse.reshape(-1)] != np.arange(len(codes)))
+    _, first, inverse = np.unique(codes.numpy(), axis=0, return_index=True, return_inverse=True)
+    duplicates = torch.from_numpy(first[inverse.reshape(-1)] != np.arange(len(codes)))
     centered = (codes - codes.mean(0)).double()  # whose products do not round away what tells codes apart
     limit = SAME * float(centered.square().sum(1).mean())
-    index = torch.from_numpy(index)
+    index = torch.from_numpy(first)
     rows = centered[index]
     along = rows @ torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -1]
     order = along.argsort()
