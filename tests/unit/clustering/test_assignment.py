@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from points import normal
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from codebook_tools.clustering import assignment, groups
 from codebook_tools.clustering import scores as products
@@ -216,3 +218,27 @@ def test_codes_are_searched_by_groups_only_where_few_are_left_to_compare(monkeyp
         search = assignment._Search(codebook.vectors, codebook.metric)
         search.group(latents)
         assert (search.groups is not None) == grouped
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **kwargs or {})
+        for tensor in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(tensor, Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dim", [3, 24])  # searched by groups, and all
+def test_no_step_needs_a_table_of_all_latents_and_codes(dim: int) -> None:
+    """Which would take 256 MB here; an assignment takes tiles, and sums of codes need none."""
+    codebook, latents = Codebook(normal(16_384, dim, seed=1)), normal(4096, dim, seed=2)
+    with Largest() as largest:
+        codes = nearest(latents, codebook, wait=False)
+    assert largest.bytes <= 32 << 20
+    at = torch.arange(0, 4096, 512)
+    assert torch.equal(codes[at], by_brute_force(latents[at], codebook))
