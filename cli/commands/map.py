@@ -19,7 +19,8 @@ def map_(
     options: dict[str, Any],
     model: ModelArgument = None,
     k: Annotated[
-        int | None, typer.Option("--k", "-k", metavar="K", help="Centroids. Left out: as many as codes in use.")
+        int | None,
+        typer.Option("--k", "-k", metavar="K", help="Centroids. Left out: as many as codes in use, at most 2,048."),
     ] = None,
     method: Annotated[
         Literal["umap", "pca"], typer.Option(help="umap keeps neighbors together, pca distances.")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from codebook_tools.clustering.groups import LEAST_CODES, ROWS_PER_GROUP, Groups
+from codebook_tools.clustering.scores import EPS, product, rounding, two_lowest
 from codebook_tools.codebook import Codebook, Metric
 from codebook_tools.runtime.devices import has_float64, wide
 from codebook_tools.runtime.threads import spread
@@ -15,25 +19,14 @@ _EXACT_BYTES = 16 << 20
 _CODES = 1024  # searched at a time, on a CPU
 _CANDIDATES = 8  # codes of the lowest scores that float64 decides among where the host may not wait
 
-# Otherwise torch multiplies by MKL, which takes up to twice as long on CPUs that are not Intel's.
-_ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
-    torch.ops.mkldnn, "_linear_pointwise"
-)
-
-_EPS = torch.finfo(torch.float32).eps
-
-_ROUNDING = {
-    **dict.fromkeys(("highest", "ieee", "none"), _EPS),
-    **dict.fromkeys(("high", "tf32"), 2.0**-10),
-    **dict.fromkeys(("medium", "bf16"), 2.0**-7),
-}
-"""Relative rounding error of a product's terms, by torch.set_float32_matmul_precision or a backend's fp32_precision."""
+_SAMPLE = 64  # latents, by which it is decided whether codes are searched by groups
 
 
 def nearest(latents: Tensor, codebook: Codebook, *, wait: bool = True) -> Tensor:
     """Assign each latent to its nearest code by the codebook's metric; to the lowest index among equals.
 
-    The search runs in float32 over tiles of at most 128 MB. Where the two best scores lie within float32's rounding of
+    The search runs in float32 over tiles of at most 128 MB; on a CPU, of many codes only those are compared whose group
+    may hold the nearest (groups.py). Where the two best scores lie within float32's rounding of
     each other, float64 decides. So the result does not depend on tile, thread or codebook size: dropping unused codes
     changes no assignment.
 
@@ -51,8 +44,9 @@ def nearest(latents: Tensor, codebook: Codebook, *, wait: bool = True) -> Tensor
     if len(codes) == 1:
         return torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
     search = _Search(codes, codebook.metric)
+    search.group(latents)
     tiles = torch.split(latents, search.rows)
-    if not (wait or latents.is_cpu) and has_float64(latents.device) and _rounding() == _EPS:
+    if not (wait or latents.is_cpu) and has_float64(latents.device) and rounding() == EPS:
         return torch.cat([search.settle(tile) for tile in tiles])
     alone = not latents.is_cpu or len(tiles) == 1
     results = map(search, tiles) if alone else spread(search, tiles)
@@ -102,14 +96,28 @@ class _Search:
         at_once = min(size, _CODES) if codes.is_cpu else size
         self.starts = range(0, size, at_once)
         self.blocks = list(zip(torch.split(self.weights, at_once), torch.split(self.norms, at_once), strict=True))
+        self.groups: Groups | None = None
         self.rows = max(1, _TILE_BYTES.get(codes.device.type, _ELSEWHERE) // (4 * max(at_once, dim)))
+
+    def group(self, latents: Tensor) -> None:
+        """Search by groups of codes where that is faster for latents (n, dim), of which it tries a few."""
+        size = len(self.codes)
+        enough = size >= LEAST_CODES and len(latents) >= ROWS_PER_GROUP * math.isqrt(size)
+        if not (latents.is_cpu and self.metric.is_distance and enough):
+            return
+        groups = Groups.of(self.codes, self.weights, self.norms)
+        few = self.metric.prepare(latents[:: len(latents) // _SAMPLE])
+        if groups is not None and groups.are_few(few, self(few)[1]):
+            self.groups, self.rows = groups, groups.rows
 
     def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (n, dim) -> (n,) int64, the code with the lowest score; that score (n,) float32; and the second."""
         latents = self.metric.prepare(latents)
-        index, best, second = _two_best(latents, *self.blocks[0])
+        if self.groups is not None:
+            return self.groups(latents, self.slack)
+        index, best, second = two_lowest(product(latents, *self.blocks[0]))
         for start, block in zip(self.starts[1:], self.blocks[1:], strict=True):
-            new_index, new_best, new_second = _two_best(latents, *block)
+            new_index, new_best, new_second = two_lowest(product(latents, *block))
             index = torch.where(new_best < best, new_index + start, index)
             second = torch.minimum(torch.maximum(best, new_best), torch.minimum(second, new_second))
             best = torch.minimum(best, new_best)
@@ -123,13 +131,13 @@ class _Search:
         length is bounded by the latent's plus the best distance. The last term is for products too small for float32.
         """
         terms, longest = 2 * (self.codes.shape[1] + 4), self.longest
-        rounding = terms * _rounding()
+        relative = terms * rounding()
         by_direction = self.metric.by_direction
         lengths = torch.ones_like(best) if by_direction else self.metric.prepare(latents).norm(dim=1)
         if self.metric.is_distance and not by_direction:
             squares = lengths.square()
-            longest = torch.minimum(lengths + 1.1 * ((best + squares).relu() + 8 * rounding * squares).sqrt(), longest)
-        slack: Tensor = rounding * longest * (lengths + longest) + terms * torch.finfo(torch.float32).tiny
+            longest = torch.minimum(lengths + 1.1 * ((best + squares).relu() + 8 * relative * squares).sqrt(), longest)
+        slack: Tensor = relative * longest * (lengths + longest) + terms * torch.finfo(torch.float32).tiny
         return slack
 
     def decide(self, latents: Tensor, limit: Tensor) -> Tensor:
@@ -170,38 +178,6 @@ class _Search:
             x, c = wide(latents[row]), wide(self.codes[code])
             scores.append((x - c).square().sum(1) if self.metric.is_distance else -(x * c).sum(1))
         return torch.cat(scores)
-
-
-def _two_best(latents: Tensor, weights: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As _Search.__call__, with scores norms (size,) + latents (n, dim) @ weights (size, dim).T."""
-    if latents.is_cpu:
-        scores = _product(latents, weights, norms)
-        index = torch.from_numpy(scores.numpy().argmin(1)[:, None])  # numpy compares many at a time, torch one by one
-    else:
-        scores = torch.addmm(norms, latents, weights.T)
-        index = scores.argmin(1, keepdim=True)
-    best = scores.gather(1, index)
-    return index[:, 0], best[:, 0], scores.scatter_(1, index, torch.inf).amin(1)
-
-
-def _product(latents: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
-    if not _ONEDNN:
-        return torch.addmm(norms, latents, weights.T)
-    scores: Tensor = torch.ops.mkldnn._linear_pointwise(latents.contiguous(), weights, norms, "none", [], "")
-    return scores
-
-
-def _rounding() -> float:
-    """Rounding of a product's terms at torch's present settings.
-
-    There are two settings, and torch raises where the first is read after the second was written: then the coarsest of
-    the backends counts.
-    """
-    try:
-        precisions = [torch.get_float32_matmul_precision()]
-    except RuntimeError:
-        precisions = [backend.matmul.fp32_precision for backend in (torch.backends.cuda, torch.backends.mkldnn)]
-    return max(_ROUNDING[precision] for precision in precisions)
 
 
 def squared_errors(latents: Tensor, codebook: Codebook, codes: Tensor) -> Tensor:

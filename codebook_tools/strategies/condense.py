@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TIMES = 4  # as many codes as are asked for, at first
-_AT_MOST = 8192  # codes at first: merging more takes minutes
+_AT_MOST = 16_384  # codes at first: more make each step longer, and merging them takes a minute
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from codebook_tools.workflows.session import Opened, open_shown
 
 SORTS = ("share", "map", "error")
 NEIGHBORS = 4
+_DISTANCES = 1 << 23  # at a time
 _POSITIONS = 4  # on a side of the image that a code is decoded to
 _EXAMPLES = 6  # images with their tokens drawn over them
 
@@ -249,9 +250,8 @@ def _neighbors(codebook: Codebook, order: Sequence[int]) -> list[tuple[int, ...]
     vectors = codebook.vectors.cpu().double()
     chosen = torch.tensor(order)
     most = min(NEIGHBORS + 1, codebook.size)
-    indices = torch.cat(
-        [torch.cdist(some, vectors).topk(most, largest=False).indices for some in torch.split(vectors[chosen], 1024)]
-    )
+    tiles = torch.split(vectors[chosen], max(1, _DISTANCES // codebook.size))
+    indices = torch.cat([torch.cdist(some, vectors).topk(most, largest=False).indices for some in tiles])
     return [
         tuple(other for other in others if other != code)[:NEIGHBORS]
         for code, others in zip(order, indices.tolist(), strict=True)

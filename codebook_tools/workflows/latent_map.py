@@ -32,6 +32,9 @@ from codebook_tools.workflows.without_network import open_latents_of
 POINTS = 3000
 """Latents that are drawn."""
 
+CODES = 2048
+"""Codes that are drawn, and centroids, at most: a page of more is larger than 5 MB, and UMAP takes minutes."""
+
 _IMAGES = 1000  # that they are of, at most: neighbors in an image are alike
 
 Method = Literal["umap", "pca"]
@@ -51,7 +54,8 @@ class Map(ResultHeader):
         used: Codes with at least one calibration latent.
         coverage: Of the codes, on the test data; None where it is unknown.
         latents: (n, 2), a sample of the calibration latents in the plane.
-        codes: (size, 2) in the plane.
+        codes: (m, 2) in the plane, all codes or, of more than CODES, evenly as many.
+        indices: (m,) int64, which codes these are.
         centroids: (k, 2) in the plane, of a k-means of the calibration latents.
         counts: (size,) int64, of each code on the calibration data.
         chosen: (n,) int64, the code of each latent.
@@ -67,6 +71,7 @@ class Map(ResultHeader):
     coverage: float | None
     latents: Tensor = field(repr=False, compare=False)
     codes: Tensor = field(repr=False, compare=False)
+    indices: Tensor = field(repr=False, compare=False)
     centroids: Tensor = field(repr=False, compare=False)
     counts: Tensor = field(repr=False, compare=False)
     chosen: Tensor = field(repr=False, compare=False)
@@ -81,7 +86,7 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch, e
 
     Args:
         request: The model, and data or latents.
-        k: Number of centroids; None for as many as there are codes in use.
+        k: Number of centroids; None for as many as there are codes in use, at most CODES.
         method: "umap" or "pca"; umap falls back on pca, with a warning, where umap-learn is not installed.
         watch: Progress and seconds by phase.
         engine: Of the k-means; see clustering/engines.py.
@@ -100,7 +105,7 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch, e
     codebook = model.books[stage].codebook
     measurement = measure_stage(opened, encoder_latents(opened), watch)
     with watch.phase("strategy"):
-        refit = Refit(max(1, used) if k is None else k, seed=request.seed, engine=engine)
+        refit = Refit(min(max(1, used), CODES) if k is None else k, seed=request.seed, engine=engine)
         own = replace(codebook, vectors=codebook.vectors.cpu())
         centroids = refit(own, sample, counts).codebook
     with watch.phase("encode"):
@@ -113,7 +118,9 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch, e
     with watch.phase("strategy"):
         points = own.metric.prepare(rows)
         by, project = _projection(points, method, request.seed)
-        planes = [project(points), *(project(own.metric.prepare(book.emitted)) for book in (own, centroids))]
+        indices = torch.arange(min(own.size, CODES)) * own.size // min(own.size, CODES)
+        drawn = own.metric.prepare(own.emitted[indices]), own.metric.prepare(centroids.emitted)
+        planes = [project(rows) for rows in (points, *drawn)]
     return Map(
         **header("map", opened, *(() if by == method else (_WITHOUT_UMAP,))),
         method=by,
@@ -123,6 +130,7 @@ def look_at_map(request: Request, k: int | None, method: Method, watch: Watch, e
         coverage=measurement.codebooks[stage].coverage,
         latents=planes[0],
         codes=planes[1],
+        indices=indices,
         centroids=planes[2],
         counts=counts,
         chosen=chosen,

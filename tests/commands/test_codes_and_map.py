@@ -173,6 +173,18 @@ def test_one_projection_shows_all_and_the_coverage_is_that_of_a_measurement(
     assert found.coverage == measured.json["stages"]["before"]["codebooks"][0]["coverage"]
 
 
+def test_of_many_codes_some_are_drawn_and_the_page_says_so(
+    mapped: Callable[..., Map], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = mapped()
+    monkeypatch.setattr(latent_map, "CODES", 2)
+    part = mapped()
+    assert (part.size, part.used, part.k, part.indices.tolist()) == (4, 3, 2, [0, 2])
+    assert torch.equal(part.codes, whole.codes[[0, 2]])
+    plot = map_plot(part)
+    assert "2 of 4 codes are drawn" in plot.note and "4 codes" not in plot.title and len(plot.svgs) == 1
+
+
 def test_principal_components_are_those_of_scikit_learn() -> None:
     from sklearn.decomposition import PCA
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ SAME = 1e-6
 MANY, SOME = 0.1, 0.01
 """Shares of the codes."""
 
-_ROWS = 1024
+_ROWS, _COLUMNS = 256, 16_384  # of distances at a time
 
 
 def duplicate_codes(book: BookEvidence) -> Finding:
@@ -30,12 +31,27 @@ def duplicate_codes(book: BookEvidence) -> Finding:
 
 
 def copies(codes: Tensor) -> Tensor:
-    """(size,) bool: whether a code (size, dim) of a lower index is the same."""
-    rows = (codes - codes.mean(0)).double()  # whose products do not round away what tells codes apart
-    limit = SAME * float(rows.square().sum(1).mean())
-    duplicates = torch.zeros(len(rows), dtype=torch.bool)
+    """(size,) bool: whether a code (size, dim) of a lower index is the same.
+
+    Equal codes are told by sorting. Of the others only those are compared that are as near along the axis on which
+    codes vary most: memory does not grow with the square of their number, and time hardly does.
+    """
+    _, first, inverse = np.unique(codes.numpy(), axis=0, return_index=True, return_inverse=True)
+    duplicates = torch.from_numpy(first[inverse.reshape(-1)] != np.arange(len(codes)))
+    centered = (codes - codes.mean(0)).double()  # whose products do not round away what tells codes apart
+    limit = SAME * float(centered.square().sum(1).mean())
+    index = torch.from_numpy(first)
+    rows = centered[index]
+    along = rows @ torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -1]
+    order = along.argsort()
+    rows, along, index = rows[order], along[order], index[order]
+    reach = limit**0.5 + 1e-9 * float(along.abs().max())
     for start in range(0, len(rows), _ROWS):
-        part = rows[start : start + _ROWS]
-        near = torch.cdist(part, rows[: start + len(part)]).square() <= limit
-        duplicates[start : start + len(part)] = near.tril(start - 1).any(1)
+        at = slice(start, start + _ROWS)
+        ends = torch.stack([along[at][0] - reach, along[at][-1] + reach])
+        first, last = torch.searchsorted(along, ends, right=True).tolist()
+        for left in range(first, last, _COLUMNS):
+            others = slice(left, min(last, left + _COLUMNS))
+            near = torch.cdist(rows[at], rows[others]).square() <= limit
+            duplicates[index[at][(near & (index[others] < index[at, None])).any(1)]] = True
     return duplicates

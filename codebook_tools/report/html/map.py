@@ -40,18 +40,19 @@ def map_plot(result: Map) -> Plot:
         for code, place in zip(result.chosen.tolist(), result.places, strict=False)
     ]
     kinds, points = _points(result)
-    dead = result.size - result.used
+    dead = int((result.counts[result.indices] == 0).sum())
     low, high = _bounds(result)
     corner, side = torch.tensor(_AXES).reshape(2, 2)
     from_left = corner + side * (result.latents - low) / (high - low)
     places = torch.stack([from_left[:, 0], 1 - from_left[:, 1]], 1)
+    part = f" {len(result.codes):,} of {result.size:,} codes are drawn." if len(result.codes) < result.size else ""
     return Plot(
-        f"{name} of {len(result.latents):,} latents, {result.size:,} codes and {result.k:,} centroids",
+        f"{name} of {len(result.latents):,} latents, {len(result.codes):,} codes and {result.k:,} centroids",
         f"Latents in blue, centroids of a k-means in green, codes in red, {dead} dead ones hollow.",
         [lambda figure: draw_map(result, figure)],
         {"kind": kinds, "x": points[:, 0].tolist(), "y": points[:, 1].tolist()},
         _ON_PAGE,
-        f"One projection, fitted on the latents, has all points.{_TIP if len(result.patches) else ''}",
+        f"One projection, fitted on the latents, has all points.{part}{_TIP if len(result.patches) else ''}",
         Hover(places, result.patches, labels) if len(result.patches) else None,
     )
 
@@ -78,7 +79,7 @@ def draw_map(result: Map, figure: Figure) -> None:
     name = {"umap": "UMAP", "pca": "principal component"}[result.method]
     axes.set(xlim=(left, right), ylim=(bottom, top), xlabel=f"{name} 1", ylabel=f"{name} 2")
     axes.ticklabel_format(scilimits=(-1, 3))  # longer numbers would push the label of the axis out of the figure
-    dead = result.counts == 0
+    dead = result.counts[result.indices] == 0
 
     def dots(label: str, points: Tensor, **style: Any) -> None:
         axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), label=f"{len(points):,} {label}", **style)
@@ -150,7 +151,7 @@ def _table(result: Map) -> object:
             "kind": kinds,
             "x": points[:, 0].numpy(),
             "y": points[:, 1].numpy(),
-            "code": [*result.chosen.tolist(), *[None] * result.k, *range(result.size)],
+            "code": [*result.chosen.tolist(), *[None] * result.k, *result.indices.tolist()],
             "image": [*(str(place.item) for place in result.places), *nothing],
             "row": [*(place.row for place in result.places), *nothing],
             "column": [*(place.column for place in result.places), *nothing],

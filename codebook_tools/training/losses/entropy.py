@@ -10,7 +10,7 @@ from torch import Tensor
 from codebook_tools.codebook import Metric
 
 _TEMPERATURE = 0.3  # of the mean squared distance to the nearest code: others count where they are about as near
-_AT_MOST = 1 << 26  # distances at a time
+_AT_MOST = 1 << 24  # distances at a time; gradients need a few tensors of as many
 
 
 def indecision(rows: Tensor, vectors: Tensor, metric: Metric) -> Tensor:
@@ -20,7 +20,7 @@ def indecision(rows: Tensor, vectors: Tensor, metric: Metric) -> Tensor:
     Source: Yu et al. 2024, "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation" (arXiv 2310.05737).
 
     Args:
-        rows: (n, dim), latents. Where they need more than 67 million distances, only every second, third, ... counts.
+        rows: (n, dim), latents. Where they need more than 17 million distances, only every second, third, ... counts.
         vectors: (size, dim), codes.
         metric: Any that goes by distance.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from points import normal
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from codebook_tools.clustering import assignment
+from codebook_tools.clustering import assignment, groups
+from codebook_tools.clustering import scores as products
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.clustering.metric import COSINE, DOT, METRICS
 from codebook_tools.codebook import EUCLIDEAN, Codebook, Metric
@@ -144,7 +147,7 @@ def test_the_answer_does_not_depend_on_tiles_batch_threads_or_products(
             assert torch.equal(nearest(latents, codebook), expected)
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(assignment, "_ONEDNN", False)
+    monkeypatch.setattr(products, "_ONEDNN", False)
     assert torch.equal(nearest(latents, codebook), expected)
 
 
@@ -161,7 +164,7 @@ def test_products_of_low_precision_are_settled_by_float64(
         low = [(x.view(torch.int32) + half & -2 * half).view(torch.float32) for x in (rows.contiguous(), weights)]
         return torch.addmm(norms, low[0], low[1].T)
 
-    monkeypatch.setattr(assignment, "_product", coarse)
+    monkeypatch.setattr(assignment, "product", coarse)
     assert not torch.equal(nearest(latents, codebook), expected)  # else this tests nothing
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     assert torch.equal(nearest(latents, codebook), expected)
@@ -175,7 +178,67 @@ def test_a_precision_that_was_set_for_one_backend_counts() -> None:
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
-        assert assignment._rounding() == 2.0**-10
+        assert products.rounding() == 2.0**-10
     finally:
         matmul.fp32_precision = before
-    assert assignment._rounding() == torch.finfo(torch.float32).eps
+    assert products.rounding() == torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("metric", [EUCLIDEAN, COSINE], ids=lambda metric: metric.name)
+@pytest.mark.parametrize("kind", ["few dimensions", "copies", "offset", "one far", "grid"])
+def test_groups_of_codes_change_no_answer(metric: Metric, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against all codes in float64: where most are left out, where many are equal, where rounding leaves few out."""
+    codes, latents = normal(600, 2, seed=1) @ normal(2, 6, seed=3), normal(900, 2, seed=2) @ normal(2, 6, seed=3)
+    if kind == "copies":
+        codes, latents = codes[torch.arange(600) % 90], torch.cat([latents, codes])
+    elif kind == "offset":
+        codes, latents = codes + 300, latents + 300
+    elif kind == "one far":
+        codes[7], latents[3], latents[4] = 1e12, 1e12, torch.nan
+    elif kind == "grid":
+        codes, latents = codes.round(), latents.round()
+    compared = list[int]()
+    monkeypatch.setattr(assignment, "LEAST_CODES", 600)
+    monkeypatch.setattr(assignment, "ROWS_PER_GROUP", 1)
+    monkeypatch.setattr(groups, "_FEW", 2.0)  # by groups also where that is not worth it
+    lowest = groups.two_lowest
+    monkeypatch.setattr(groups, "two_lowest", lambda scores: (compared.append(scores.numel()), lowest(scores))[1])
+    assigned = nearest(latents, Codebook(codes, metric))
+    at = latents.isfinite().all(1)
+    assert torch.equal(assigned[at], by_brute_force(latents[at], Codebook(codes, metric)))
+    assert bool(((assigned >= 0) & (assigned < 600)).all())
+    if kind == "few dimensions":
+        assert 0 < sum(compared) < 0.5 * latents.shape[0] * codes.shape[0]
+
+
+def test_codes_are_searched_by_groups_only_where_few_are_left_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assignment, "LEAST_CODES", 1000)
+    for dim, grouped in ((2, True), (16, False)):
+        codebook, latents = Codebook(normal(1000, dim, seed=1)), normal(2000, dim, seed=2)
+        search = assignment._Search(codebook.vectors, codebook.metric)
+        search.group(latents)
+        assert (search.groups is not None) == grouped
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **kwargs or {})
+        for tensor in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(tensor, Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dim", [3, 24])  # searched by groups, and all
+def test_no_step_needs_a_table_of_all_latents_and_codes(dim: int) -> None:
+    """Which would take 256 MB here; an assignment takes tiles, and sums of codes need none."""
+    codebook, latents = Codebook(normal(16_384, dim, seed=1)), normal(4096, dim, seed=2)
+    with Largest() as largest:
+        codes = nearest(latents, codebook, wait=False)
+    assert largest.bytes <= 32 << 20
+    at = torch.arange(0, 4096, 512)
+    assert torch.equal(codes[at], by_brute_force(latents[at], codebook))

@@ -22,6 +22,7 @@ from codebook_tools.clustering.metric import COSINE, COSINE_UNIT, DOT
 from codebook_tools.clustering.seeding import seeds
 from codebook_tools.codebook import Codebook
 from codebook_tools.diagnosis.alternatives import best_scale, scaled
+from codebook_tools.diagnosis.checks import duplicate_codes
 from codebook_tools.diagnosis.encoder_shift import correlation, shift
 from codebook_tools.diagnosis.evidence import BookEvidence, Evidence, Pair
 from codebook_tools.diagnosis.finding import Finding
@@ -185,6 +186,19 @@ def test_codes_dead_since_birth_are_told_from_those_that_died() -> None:
     born = born_dead(codes, book("dead since birth").dead)
     assert 30 < int(born.sum()) <= 40 and not born[:8].any() and not born[48:].any()
     assert not born_dead(codes, torch.arange(56) >= 48).any(), "eight that are no noise"
+
+
+@pytest.mark.parametrize("apart", [1e-6, 5e-4, 2e-3])
+def test_duplicates_are_those_of_a_table_of_all_distances(apart: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies, neighbors at about the distance that tells codes apart, and a code far off."""
+    monkeypatch.setattr(duplicate_codes, "_ROWS", 7)
+    monkeypatch.setattr(duplicate_codes, "_COLUMNS", 11)
+    codes = normal(300, 5, seed=1)
+    codes[100:200] = codes[50:150] + apart * normal(100, 5, seed=2)
+    codes[290:], codes[17] = codes[3], 30
+    table = (codes[:, None] - codes).double().square().sum(2)
+    limit = 1e-6 * float((codes - codes.mean(0)).double().square().sum(1).mean())
+    assert torch.equal(duplicate_codes.copies(codes), (table <= limit).tril(-1).any(1))
 
 
 @pytest.mark.parametrize(("stale", "verdict"), [(0, "ok"), (1, "suspicious"), (4, "found"), (32, "found")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from fractions import Fraction
 from itertools import combinations, product
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
+from codebook_tools.clustering import pnn
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.clustering.metric import COSINE, COSINE_UNIT, DOT
 from codebook_tools.clustering.pnn import merge_pairs
@@ -82,6 +84,62 @@ def test_ties_are_merged_as_by_brute_force(codes: list[tuple[int, int]], alike: 
     rows, weights = [[float(x)] for x, _ in codes], [1.0 if alike else float(w) for _, w in codes]
     centers, labels = merge_pairs(np.array(rows), np.array(weights), k)
     assert (centers.tolist(), labels.tolist()) == merge_by_brute_force(rows, weights, k)
+
+
+def merge_by_full_table(rows: Any, weights: Any, k: int) -> tuple[Any, list[int]]:
+    """Centers and labels, from a table of all costs in float64 that is searched at each step."""
+    centers, mass, labels = rows.copy(), weights.copy(), np.arange(len(rows))
+    apart = rows[:, None] - rows
+    costs = (apart * apart).sum(2) * (mass[:, None] * mass / (mass[:, None] + mass))
+    costs[np.tril_indices(len(rows))] = np.inf
+    for _ in range(len(rows) - k):
+        i, j = np.unravel_index(costs.argmin(), costs.shape)  # argmin gives the first among equals
+        centers[i] += mass[j] / (mass[i] + mass[j]) * (centers[j] - centers[i])
+        mass[i] += mass[j]
+        labels[labels == j] = i
+        row = ((centers - centers[i]) ** 2).sum(1) * (mass * mass[i] / (mass + mass[i]))
+        dead = np.isin(np.arange(len(rows)), labels, invert=True)
+        costs[i, i + 1 :], costs[:i, i] = row[i + 1 :], row[:i]
+        costs[dead], costs[:, dead] = np.inf, np.inf
+    kept = np.unique(labels)
+    return centers[kept], np.searchsorted(kept, labels).tolist()
+
+
+@pytest.mark.parametrize("renewed", [0.01, 0.5, 1e9])
+@pytest.mark.parametrize("kind", ["normal", "clumps", "copies", "grid", "far from 0", "many dimensions"])
+def test_hundreds_of_codes_are_merged_as_by_a_table_of_all_costs(
+    kind: str, renewed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than a list holds, so that lists are used up, joined and renewed; weights differ by 10,000."""
+    monkeypatch.setattr(pnn, "_RENEWED", renewed)
+    numbers = np.random.default_rng(len(kind))
+    rows = numbers.normal(size=(260, 40 if kind == "many dimensions" else 3))
+    weights = np.floor(10 ** numbers.uniform(0, 4, 260))
+    if kind == "clumps":
+        rows = rows[numbers.integers(0, 20, 260)] + 1e-4 * rows
+    elif kind == "copies":
+        rows = rows[numbers.integers(0, 60, 260)]
+    elif kind == "grid":  # exact in float64, whichever way it is computed: equal costs are equal
+        rows, weights = rows.round(), np.ones(260)
+    elif kind == "far from 0":
+        rows += 1e3
+    for k in (1, 37, 130, 259):
+        centers, labels = merge_pairs(rows, weights, k)
+        expected, expected_labels = merge_by_full_table(rows, weights, k)
+        assert labels.tolist() == expected_labels and np.allclose(centers, expected, rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_codes_of_a_large_codebook_are_merged_in_little_memory() -> None:
+    """A table of all costs would take 2 GB."""
+    rows = np.random.default_rng(0).normal(size=(16_384, 4))
+    tracemalloc.start()
+    try:
+        centers, labels = merge_pairs(rows, np.ones(len(rows)), 16_000)
+        assert tracemalloc.get_traced_memory()[1] < 256 << 20
+    finally:
+        tracemalloc.stop()
+    assert len(centers) == 16_000 and len(np.unique(labels)) == 16_000
 
 
 @each_method

@@ -1,0 +1,53 @@
+"""Scores of codes in float32: products, their rounding, and the two lowest of each latent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Otherwise torch multiplies by MKL, which takes up to twice as long on CPUs that are not Intel's.
+_ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+
+EPS = torch.finfo(torch.float32).eps
+
+_ROUNDING = {
+    **dict.fromkeys(("highest", "ieee", "none"), EPS),
+    **dict.fromkeys(("high", "tf32"), 2.0**-10),
+    **dict.fromkeys(("medium", "bf16"), 2.0**-7),
+}
+"""Relative rounding error of a product's terms, by torch.set_float32_matmul_precision or a backend's fp32_precision."""
+
+
+def two_lowest(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The lowest scores of each row (n, size), which are overwritten.
+
+    Returns:
+        (n,) int64, the code of the lowest score; (n,) float32, that score; and the second, infinite for one code.
+    """
+    # numpy compares many at a time, torch one by one.
+    index = torch.from_numpy(scores.numpy().argmin(1)[:, None]) if scores.is_cpu else scores.argmin(1, keepdim=True)
+    best = scores.gather(1, index)
+    return index[:, 0], best[:, 0], scores.scatter_(1, index, torch.inf).amin(1)
+
+
+def product(latents: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
+    """norms (size,) + latents (n, dim) @ weights (size, dim).T."""
+    if not (_ONEDNN and latents.is_cpu):
+        return torch.addmm(norms, latents, weights.T)
+    scores: Tensor = torch.ops.mkldnn._linear_pointwise(latents.contiguous(), weights, norms, "none", [], "")
+    return scores
+
+
+def rounding() -> float:
+    """Rounding of a product's terms at torch's present settings.
+
+    There are two settings, and torch raises where the first is read after the second was written: then the coarsest of
+    the backends counts.
+    """
+    try:
+        precisions = [torch.get_float32_matmul_precision()]
+    except RuntimeError:
+        precisions = [backend.matmul.fp32_precision for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    return max(_ROUNDING[precision] for precision in precisions)
