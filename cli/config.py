@@ -99,7 +99,7 @@ def _defaults(path: Path, typed: Mapping[str, Any]) -> dict[str, Any]:
             way_out = f"is it {near[0]}?" if near else f"it may have {', '.join(sorted(known))}"
             raise CodebookError(f"{path}: no key {key}; {way_out}")
     of = {known[key].name: _value(path, key, known[key], value) for key, value in content.items()}
-    instead = ("data", "test_data") if any(typed.get(name) for name in ("latents", "stats", "merge")) else ()
+    instead = ("data", "test_data", "metrics") if any(typed.get(name) for name in ("latents", "stats", "merge")) else ()
     return {name: value for name, value in of.items() if name in typed and name not in instead}
 
 

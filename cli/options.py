@@ -116,6 +116,7 @@ DATA = [*parameters(Request, "data"), *(one for one in panel(Request, "Data") if
 MODEL = [*parameters(Request, "network"), *panel(Request, "Model")]
 TRAIN = _training(None)
 TRAIN_IF_ASKED = _training(0, help="Fine-tuning steps after the surgery, 0 for none.")
+FIGURES = parameters(Request, "metrics")
 LATENTS, COUNTS = parameters(Request, "latents"), parameters(Request, "stats")
 RESULT = [*parameters(Request, "output", "force", "push_to_hub", "private"), *parameters(Shell, "dry_run")]
 WRITE = [*RESULT, *parameters(Request, "resume", "log_dir")]

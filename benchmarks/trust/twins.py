@@ -26,7 +26,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.codebook import Codebook
 from codebook_tools.evaluation import metrics
-from codebook_tools.evaluation.accumulators import Sums, book_sums, exact
+from codebook_tools.evaluation.accumulators import Sums, book_sums
+from codebook_tools.evaluation.exact import exact
 from codebook_tools.evaluation.figures import measurement_of
 from codebook_tools.strategies.quantize import round_rows
 

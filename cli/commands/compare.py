@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..completion import rows
-from ..options import DATA, FOLDER, LATENTS, LONG_RUN, MODEL, TRAIN, ModelArgument, command
+from ..options import DATA, FIGURES, FOLDER, LATENTS, LONG_RUN, MODEL, TRAIN, ModelArgument, command
 from ..run import finetuning_of, named_after, request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
 @command(
     "Decide",
     "codebook compare model.safetensors --k 128 --data images/ --seeds 3",
-    *(DATA, LATENTS, MODEL, TRAIN, FOLDER, LONG_RUN),
+    *(DATA, FIGURES, LATENTS, MODEL, TRAIN, FOLDER, LONG_RUN),
 )
 def compare(
     options: dict[str, Any],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..options import DATA, LATENTS, MODEL, REPLACE, RUN, BeamOption, ModelArgument, command
+from ..options import DATA, FIGURES, LATENTS, MODEL, REPLACE, RUN, BeamOption, ModelArgument, command
 from ..run import request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
 @command(
     "Look",
     "codebook measure model.safetensors --data images/ --test-data held-out/",
-    *(LATENTS, REPLACE, DATA, MODEL, RUN),
+    *(LATENTS, REPLACE, DATA, FIGURES, MODEL, RUN),
 )
 def measure(
     options: dict[str, Any],

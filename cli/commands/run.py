@@ -17,7 +17,7 @@ from codebook_tools.workflows.request import Request
 from ..config import source_of
 from ..errors import reported
 from ..hub import on_disk
-from ..options import DATA, LONG_RUN, META, MODEL, RESULT, ModelArgument, Shell, command
+from ..options import DATA, FIGURES, LONG_RUN, META, MODEL, RESULT, ModelArgument, Shell, command
 from ..run import request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
@@ -34,7 +34,7 @@ _OPTIONS = {
 _OF_THE_CALL = (*META, "json_", "quiet", "verbose", "dry_run", "force", "report", "recipe", "no_config")
 
 
-@command("Operate", "codebook run recipe.yaml --data images/", DATA, MODEL, RESULT, LONG_RUN)
+@command("Operate", "codebook run recipe.yaml --data images/", DATA, FIGURES, MODEL, RESULT, LONG_RUN)
 def run(
     options: dict[str, Any],
     context: typer.Context,

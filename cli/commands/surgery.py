@@ -15,6 +15,7 @@ from ..operate import operate_on
 from ..options import (
     COUNTS,
     DATA,
+    FIGURES,
     LATENTS,
     LONG_RUN,
     MODEL,
@@ -42,7 +43,7 @@ def surgeries() -> list[Callable[..., None]]:
 def _command(name: str, strategy: Any) -> Callable[..., None]:
     train = TRAIN if getattr(strategy, "trains", False) else TRAIN_IF_ASKED
     own = [_MODEL, *parameters(strategy)]
-    shared = [*DATA, *COUNTS, *LATENTS, *MODEL, *train, *WRITE, *LONG_RUN]
+    shared = [*DATA, *FIGURES, *COUNTS, *LATENTS, *MODEL, *train, *WRITE, *LONG_RUN]
     by_the_run = {field.name for field in fields(strategy)} & {"seed", "watch"}
 
     def run(options: dict[str, Any], model: Any, **settings: Any) -> None:
@@ -59,7 +60,7 @@ def _command(name: str, strategy: Any) -> Callable[..., None]:
 def added(name: str) -> Callable[..., None]:
     """The command of a strategy that another distribution adds; its class is loaded when the command runs."""
 
-    @command("", "", DATA, MODEL, TRAIN_IF_ASKED, WRITE, LONG_RUN)
+    @command("", "", DATA, FIGURES, MODEL, TRAIN_IF_ASKED, WRITE, LONG_RUN)
     def run(
         options: dict[str, Any],
         model: ModelArgument = None,

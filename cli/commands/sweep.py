@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..options import DATA, FOLDER, LATENTS, LONG_RUN, MODEL, EngineOption, ModelArgument, command
+from ..options import DATA, FIGURES, FOLDER, LATENTS, LONG_RUN, MODEL, EngineOption, ModelArgument, command
 from ..run import named_after, numbers, request_of, run_and_show
 
 if TYPE_CHECKING:  # imported where it is used: --help must not import torch
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # imported where it is used: --help must not import torch
     "Decide",
     "codebook sweep model.safetensors --k 16,32,64,128,256 --data images/",
     DATA,
+    FIGURES,
     LATENTS,
     MODEL,
     FOLDER,

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from math import gcd
 from pathlib import Path
@@ -163,6 +164,11 @@ class Waveforms(Modality):
         if positions(least) != grid[0]:
             raise CodebookError(f"tokens of {grid[0]} positions are not this model's: no clip has so many")
         return self.channels, least * self.stride
+
+    @classmethod
+    def positions_per_second(cls, network: Any) -> Fraction:
+        """The sampling rate over the hop."""
+        return Fraction(network.sampling_rate) / Fraction(network.hop)
 
     def save(self, values: Values, path: Path) -> None:
         """Write a WAV of 32-bit floating point at the model's rate: no sample is rounded or clipped."""

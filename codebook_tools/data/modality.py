@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -216,6 +217,11 @@ class Modality(ABC):
             OSError: The file cannot be written.
         """
         raise AssertionError(f"{self.many} have no files of their own: `ending` is None")
+
+    @classmethod
+    def positions_per_second(cls, network: Any) -> Fraction | None:
+        """Positions of the first quantizer stage in a second; None where data have no time."""
+        return None
 
     @classmethod
     def clamped(cls, media: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Data:
         skip_bad: Leave out unreadable items.
         batch_size: Items per batch when data are encoded.
         workers: Processes that decode files ahead; None for a number that suits the machine.
+        metrics: Figures that are measured beside the usual ones, as --metrics takes them: "rfid=FILE,lpips".
 
     Raises:
         CodebookError: `values` are not ascending, or `train` or `test` is no data.
@@ -55,6 +56,7 @@ class Data:
     skip_bad: bool = False
     batch_size: int = 64
     workers: int | None = None
+    metrics: str = ""
     _sources: dict[str, tuple[str | InMemory, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

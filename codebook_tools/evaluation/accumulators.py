@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Self
 
@@ -14,15 +14,13 @@ from torch import Tensor
 from codebook_tools.clustering.assignment import squared_errors
 from codebook_tools.codebook import Codebook
 from codebook_tools.data.sampling import Sampler
-from codebook_tools.errors import NotFiniteError
 from codebook_tools.evaluation import metrics
+from codebook_tools.evaluation.exact import LIMBS, exact, from_limbs, limbs
 from codebook_tools.evaluation.ids import Distinct
 from codebook_tools.evaluation.one_pass import Accumulator, Batch
+from codebook_tools.evaluation.quoted.tally import Tally
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.devices import wide
-
-LIMBS = 3
-"""float64 numbers that represent a sum: each is nearest to the rest that those before it leave."""
 
 _SCORES: Mapping[str, tuple[str, Callable[[Tensor, Tensor], Tensor | None]]] = {
     "similarity": ("ssim", metrics.ssim),
@@ -81,6 +79,8 @@ class Sums:
         total: Sum of the values of the items; None where it is not computed.
         squares: Sum of their squares; None as total.
         ids: The ids of the items; None of one quantizer stage. Not packed.
+        quoted: Sums of the figures of --metrics by name. Not packed.
+        rate: Latents that meet the first codebook in a second of sound; None of other data. A constant of the model.
     """
 
     images: int
@@ -93,10 +93,13 @@ class Sums:
     total: Fraction | None = None
     squares: Fraction | None = None
     ids: Distinct | None = None
+    quoted: Mapping[str, Tally] = field(default_factory=dict)
+    rate: Fraction | None = None
 
     def __add__(self, other: Self) -> Self:
         books = tuple(one + more for one, more in zip(self.books, other.books, strict=True))
-        return replace(self, books=books, **_added(self, other, ("images", "values", "error", "ids", *_SCORES)))
+        quoted = {name: tally + other.quoted[name] for name, tally in self.quoted.items() if name in other.quoted}
+        return replace(self, books=books, quoted=quoted, **_added(self, other, ("images", "values", "error", "ids", *_SCORES)))
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """All numbers as two flat tensors, int64 and float64. Adding the tensors of one model adds the sums."""
@@ -293,24 +296,3 @@ def total_of(values: Tensor) -> Tensor:
 
 def _total(scores: Tensor | None) -> Fraction | None:
     return None if scores is None else exact(float(wide(scores).sum()))
-
-
-def exact(value: float) -> Fraction:
-    """A float as a fraction, whose sums are not rounded. Raises NotFiniteError where it is not finite."""
-    if not math.isfinite(value):
-        raise NotFiniteError(f"squared errors add up to {value}: latents or codes are too large for float32")
-    return Fraction(value)
-
-
-def limbs(total: Fraction) -> Tensor:
-    """(LIMBS,) float64 that add up to a fraction: to 159 bits, enough for sums of any realistic length."""
-    parts = list[float]()
-    for _ in range(LIMBS):
-        parts.append(float(total))
-        total -= Fraction(parts[-1])
-    return torch.tensor(parts, dtype=torch.float64)
-
-
-def from_limbs(values: Tensor) -> Fraction:
-    """The sum of floats, (n,), without rounding."""
-    return sum(map(exact, values.tolist()), Fraction(0))

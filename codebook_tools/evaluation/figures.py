@@ -1,7 +1,9 @@
 """The figures of a measurement. Each is one field, annotated with how it is computed, formatted and compared."""
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from functools import cache
 from typing import Annotated, Any, get_origin, get_type_hints
 
@@ -11,6 +13,7 @@ from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation import metrics
 from codebook_tools.evaluation.accumulators import BookSums, Sums
 from codebook_tools.evaluation.ids import share_changed
+from codebook_tools.evaluation.quoted.registry import QUOTED, field_of
 
 STAGES = {"before": "before", "surgery": "after surgery", "finetuned": "after fine-tuning"}
 
@@ -136,6 +139,18 @@ def _nmse(sums: Sums) -> float | None:
     return float(sums.error / sums.values / variance) if variance > 0 else None
 
 
+def _per_second(each: Callable[[BookSums], float]) -> Callable[[Sums], float | None]:
+    """The sum over the tokens of a second of sound of what each costs by its codebook; None of other data."""
+
+    def of(sums: Sums) -> float | None:
+        first = sums.books[0].latents
+        if sums.rate is None or not first:
+            return None
+        return float(sum(Fraction(each(book)) * book.latents for book in sums.books) * sums.rate / first)
+
+    return of
+
+
 @dataclass(frozen=True)
 class IdUse:
     """Figures of ids, the tuples of codes over all quantizer stages.
@@ -152,6 +167,21 @@ class IdUse:
     unique: int
     collision_rate: float
     changed: float | None = field(default=None, compare=False)  # not of the state alone
+
+
+def _quoted(name: str, label: str, form: str) -> Figure:
+    """A figure of --metrics, whose cell says of how many items where it is not defined for all."""
+
+    def of(sums: Sums) -> float | None:
+        return sums.quoted[name].value if name in sums.quoted else None
+
+    def cell(stage: "Measurement") -> str:
+        value, without = getattr(stage, field_of(name)), stage.uncounted.get(name)
+        if value is None:
+            return "-"
+        return f"{value:{form}} (without {without})" if without else f"{value:{form}}"
+
+    return Figure(of, label, form, cell, mean=True)
 
 
 def ids_of(sums: Sums) -> IdUse | None:
@@ -183,6 +213,20 @@ class Measurement:
         nmse: mse of arrays over the variance of all their values; None for images and waveforms.
         ids: How many ids are distinct; None of one quantizer stage, and not in the JSON then.
         sampled_ids: (n, stages), ids of a sample of the items; None where there is none.
+        tokens_per_second: Of sound, over all quantizer stages, from the hop; None, as those below, of other data, and
+            not in the JSON then.
+        bitrate: Bits in a second of sound, each token costing log2 of its codebook's size.
+        entropy_bitrate: The same with the bits per token that counts give, for an ideal entropy coder.
+        rfid: The figures of --metrics, from here on: docs/figures.md has their protocols. None of those that were not
+            asked for, or are not defined for any item, which are not in the JSON then.
+        lpips: As rfid.
+        pesq: As rfid.
+        stoi: As rfid.
+        si_sdr: As rfid, in dB.
+        mel: As rfid.
+        stft: As rfid.
+        robustness: As rfid: the mse with a tenth of the tokens swapped for codes near theirs.
+        uncounted: By name of a figure of --metrics the items that it is not defined for, which are not in its mean.
     """
 
     split: str
@@ -196,11 +240,25 @@ class Measurement:
     nmse: Annotated[float | None, Figure(_nmse, "nmse", ".4f", mean=True)] = None
     ids: Annotated[IdUse | None, Figure(ids_of, "unique ids", cell=_id_cell)] = None
     sampled_ids: Tensor | None = field(default=None, repr=False, compare=False)
+    tokens_per_second: Annotated[float | None, Figure(_per_second(lambda book: 1), "tokens per second", ".6g")] = None
+    bitrate: Annotated[float | None, Figure(_per_second(lambda book: math.log2(len(book.counts))), "bits per second", ".0f")] = None
+    entropy_bitrate: Annotated[
+        float | None, Figure(_per_second(lambda book: metrics.bits(book.counts)), "bits per second, entropy-coded", ".0f", mean=True)
+    ] = None
+    rfid: Annotated[float | None, _quoted("rfid", "rFID", ".3f")] = None
+    lpips: Annotated[float | None, _quoted("lpips", "LPIPS", ".4f")] = None
+    pesq: Annotated[float | None, _quoted("pesq", "PESQ", ".3f")] = None
+    stoi: Annotated[float | None, _quoted("stoi", "STOI", ".4f")] = None
+    si_sdr: Annotated[float | None, _quoted("si-sdr", "SI-SDR, dB", ".2f")] = None
+    mel: Annotated[float | None, _quoted("mel", "mel distance", ".4f")] = None
+    stft: Annotated[float | None, _quoted("stft", "STFT distance", ".4f")] = None
+    robustness: Annotated[float | None, _quoted("robustness", "mse, swapped tokens", ".6f")] = None
+    uncounted: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """All fields but the counts and the sample, which are long, and what other models or data have."""
         record = asdict(replace(self, counts=(), sampled_ids=None))
-        absent = [name for name in ("nmse", "ids") if getattr(self, name) is None]
+        absent = [name for name in _OPTIONAL if not getattr(self, name) and getattr(self, name) != 0]
         for name in ("counts", "sampled_ids", *absent):
             del record[name]
         return record
@@ -210,6 +268,10 @@ class Measurement:
         """The mse of a measurement with reconstructions."""
         assert self.mse is not None
         return self.mse
+
+
+_OPTIONAL = ("nmse", "ids", "tokens_per_second", "bitrate", "entropy_bitrate", *map(field_of, QUOTED), "uncounted")
+"""What other models or data have, or was not asked for."""
 
 
 def with_changed(after: Measurement, before: Measurement | None, nearest: Sequence[Tensor]) -> Measurement:
@@ -252,6 +314,14 @@ def figures_of(record: type[CodebookUse] | type[Measurement]) -> dict[str, Figur
     return {name: hint.__metadata__[0] for name, hint in hints if get_origin(hint) is Annotated}
 
 
+def quoted_in(names: Collection[str]) -> dict[str, Figure]:
+    """The figures of --metrics among the named fields of measurements, in order."""
+    return {name: figure for name, figure in figures_of(Measurement).items() if name in names and name in _QUOTED}
+
+
+_QUOTED = [*map(field_of, QUOTED)]
+
+
 def use_of(sums: BookSums) -> CodebookUse:
     """The figures of a codebook."""
     values = {name: figure.of(sums) for name, figure in figures_of(CodebookUse).items()}
@@ -280,6 +350,7 @@ def measurement_of(sums: Sums, split: str, figures: Collection[str] = ("psnr",))
         codebooks=tuple(map(use_of, sums.books)),
         counts=tuple(book.counts.cpu() for book in sums.books),
         sampled_ids=sums.ids.sample if sums.ids else None,
+        uncounted={name: tally.skipped for name, tally in sums.quoted.items() if tally.skipped},
         **values,
     )
 

@@ -116,6 +116,22 @@ def covariance_of(rows: Tensor) -> Tensor:
     return torch.as_tensor(centered.T @ centered / max(len(rows) - 1, 1))
 
 
+def frechet_distance(mean: Tensor, other_mean: Tensor, covariance: Tensor, other_covariance: Tensor) -> float:
+    """Fréchet distance of two Gaussians, |m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½). Source: Dowson and Landau 1982.
+
+    Args:
+        mean: (dim,) float64.
+        other_mean: As mean.
+        covariance: (dim, dim) float64; may be singular.
+        other_covariance: As covariance.
+    """
+    variances, directions = torch.linalg.eigh(covariance)
+    root = directions * variances.clamp(min=0).sqrt()  # C1 = root rootᵀ, and C1 C2 has the eigenvalues of rootᵀ C2 root
+    common = torch.linalg.eigvalsh(root.T @ other_covariance @ root).clamp(min=0).sqrt().sum()
+    traces = covariance.trace() + other_covariance.trace()
+    return max(0.0, float((mean - other_mean).square().sum() + traces - 2 * common))
+
+
 def psnr(mse: float) -> float:
     """Peak signal-to-noise ratio in dB of values in [0, 1]; infinite where `mse` is 0."""
     return math.inf if mse == 0 else -10 * math.log10(mse)

@@ -19,8 +19,10 @@ from codebook_tools.checkpoints.sealed_file import Sealed
 from codebook_tools.checkpoints.write import write_tensors
 from codebook_tools.data.sampling import Sample
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.accumulators import LIMBS, BookSums, Sums, from_limbs, limbs
+from codebook_tools.evaluation.accumulators import BookSums, Sums
+from codebook_tools.evaluation.exact import LIMBS, from_limbs, limbs
 from codebook_tools.evaluation.ids import Distinct
+from codebook_tools.evaluation.quoted.tally import Tally
 from codebook_tools.runtime.safe_io import parse_json
 
 
@@ -87,6 +89,8 @@ def write_part(path: Path, part: Part, force: bool) -> None:
         if (ids := part.measured.ids) is not None:
             tensors[_IDS] = torch.from_numpy(ids.hashes.view(np.int64))
             tensors[f"{_IDS}/counted"] = torch.tensor([ids.items, ids.halved])
+        for name, tally in part.measured.quoted.items():
+            tensors |= dict(zip(_quoted(name), tally.packed(), strict=True))
     about = {
         "checkpoint_sha256": part.checkpoint,
         "split": part.split,
@@ -96,11 +100,18 @@ def write_part(path: Path, part: Part, force: bool) -> None:
         "about": json.dumps(part.about, sort_keys=True),
         "bad": json.dumps(part.bad, sort_keys=True),
     }
+    if part.measured is not None and part.measured.rate is not None:
+        about["rate"] = str(part.measured.rate)
     write_tensors(path, tensors, {PREFIX + name: value for name, value in about.items()}, force=force)
 
 
 _MEASURED = ("measured/integers", "measured/floats")
 _IDS = "measured/ids"
+_QUOTED = "measured/quoted/"
+
+
+def _quoted(name: str) -> tuple[str, str]:
+    return f"{_QUOTED}{name}/integers", f"{_QUOTED}{name}/floats"
 
 
 def read_part(path: Path) -> Part:
@@ -123,7 +134,9 @@ def read_part(path: Path) -> Part:
             BookSums(key, dim, tensor(f"{key}/counts"), from_limbs(tensor(f"{key}/squared_error")), near=None)
             for key, _, dim in books
         )
-        counted = Sums(int(about["images"]), 0, Fraction(0), None, of_books)
+        rate = Fraction(about["rate"]) if "rate" in about else None
+        counted = Sums(int(about["images"]), 0, Fraction(0), None, of_books, rate=rate)
+        measured = counted.unpacked(*map(tensor, _MEASURED))
         return Part(
             checkpoint=about["checkpoint_sha256"],
             split=about["split"],
@@ -131,10 +144,15 @@ def read_part(path: Path) -> Part:
             shard=(i, n),
             counted=counted,
             bad=parse_json(about["bad"]),
-            measured=replace(counted.unpacked(*map(tensor, _MEASURED)), ids=_read_ids(stored)),
+            measured=replace(measured, ids=_read_ids(stored), quoted=_read_quoted(stored)),
         )
     except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise CodebookError(f"{path} is damaged: {error}; measure that part anew") from error
+
+
+def _read_quoted(stored: Sealed) -> dict[str, Tally]:
+    names = {key.split("/")[2] for key in stored.entries if key.startswith(_QUOTED)}
+    return {name: Tally.unpacked(*map(stored.tensor, _quoted(name))) for name in sorted(names)}
 
 
 def _read_ids(stored: Sealed) -> Distinct | None:

@@ -22,6 +22,7 @@ from codebook_tools.evaluation.figures import (
     Measurement,
     figures_of,
     in_markdown,
+    quoted_in,
 )
 from codebook_tools.models.user_network import name_of
 from codebook_tools.runtime.safe_io import parse_json, read_text
@@ -267,7 +268,7 @@ def reconstructed(summaries: Iterable[Summary]) -> bool:
 
 def table_rows(summaries: Sequence[Summary]) -> list[list[str]]:
     """The headings and the cells of a table, one line a strategy and size: figures with their spread over seeds."""
-    columns = COLUMNS if reconstructed(summaries) else COLUMNS_OF_LATENTS
+    columns = [*(COLUMNS if reconstructed(summaries) else COLUMNS_OF_LATENTS), *_quoted_columns(summaries)]
     lines = [["strategy", "K", *(heading for heading, *_ in columns), "kept", "seconds", "bytes"]]
     for summary in summaries:
         cells = [summary.strategy, str(summary.k)]
@@ -281,6 +282,14 @@ def table_rows(summaries: Sequence[Summary]) -> list[list[str]]:
         kept = ", ".join(f"{name} {count}/{summary.seeds}" for name, count in summary.kept.items())
         lines.append([*cells, kept, _shown(summary.seconds, ".0f"), f"{summary.bytes:,}"])
     return lines
+
+
+def _quoted_columns(summaries: Sequence[Summary]) -> list[tuple[str, str, str, str]]:
+    """As COLUMNS: of the figures of --metrics, in the last phase that there is."""
+    measured = {name for summary in summaries for figures in summary.stages.values() for name in figures}
+    last = "finetuned" if any(summary.stages.get("finetuned") for summary in summaries) else "surgery"
+    when = {"finetuned": "fine-tuned", "surgery": "at step 0"}[last]
+    return [(f"{figure.label} {when}", name, last, figure.form) for name, figure in quoted_in(measured).items()]
 
 
 def notes(summaries: Iterable[Summary]) -> list[str]:

@@ -18,6 +18,8 @@ from codebook_tools.data.splits import Splits
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.accumulators import Sums
 from codebook_tools.evaluation.figures import measurement_of
+from codebook_tools.evaluation.quoted.registry import QUOTED
+from codebook_tools.evaluation.quoted.tally import remarks
 from codebook_tools.evaluation.stats_file import Part, read_hashed, read_part, write_part
 from codebook_tools.evaluation.usage import tally
 from codebook_tools.runtime import distributed
@@ -26,7 +28,7 @@ from codebook_tools.runtime.version import VERSION
 from codebook_tools.workflows.request import Request
 from codebook_tools.workflows.result import Result
 from codebook_tools.workflows.session import Opened
-from codebook_tools.workflows.target import Split
+from codebook_tools.workflows.target import Split, Target
 
 SAMPLE = 131_072
 """Latents of a codebook that are kept with its counts, at most."""
@@ -86,6 +88,13 @@ def in_part(opened: Opened, shard: tuple[int, int]) -> Opened:
     return replace(opened, calibration=calibration, test=test)
 
 
+def of_part(opened: Target, measured: Sums) -> Sums:
+    """The sums of a part without figures that say nothing of it, for which there is a warning."""
+    whole = [name for name in measured.quoted if QUOTED[name].of_set]
+    opened.warnings += [f"{name} is of a whole set, not of its shards: --merge gives it" for name in whole]
+    return replace(measured, quoted={name: of for name, of in measured.quoted.items() if name not in whole})
+
+
 def part_of(opened: Opened, measured: Sums, shard: tuple[int, int], watch: Watch) -> Part:
     """Count the codes of the calibration data, or of the test data where there are no others.
 
@@ -111,6 +120,7 @@ def part_of(opened: Opened, measured: Sums, shard: tuple[int, int], watch: Watch
         "version": VERSION,
         **{name: opened.settings[name] for name in _SETTINGS},
         **({} if "psnr" in model.modality.figures else {"psnr": False}),
+        **{name: opened.settings[name] for name in ("metrics",) if name in opened.settings},
     }
     return Part(model.checkpoint.sha256, split, about, shard, total, opened.unreadable(), measured, samples)
 
@@ -145,6 +155,8 @@ def merge(request: Request, files: Sequence[Path], stats: Path | None, watch: Wa
     """
     if request.data or request.test_data or request.latents:
         raise CodebookError("--merge adds what was measured before; leave out --data, --test-data and --latents")
+    if request.metrics:
+        raise CodebookError("--merge gives the --metrics of the shards; leave it out")
     checkpoint = request.checkpoint
     if f"{PREFIX}shard" in checkpoint.metadata:
         raise CodebookError(f"{request.source} is a part itself; MODEL comes first: measure MODEL --merge FILE...")
@@ -161,7 +173,10 @@ def merge(request: Request, files: Sequence[Path], stats: Path | None, watch: Wa
         family=str(whole.about["family"]),
         settings={**whole.about, "merged": [str(path) for path in files], **({"stats": str(stats)} if stats else {})},
         seed=int(str(whole.about["seed"])),
-        warnings=(f"{len(few)} unreadable items were skipped: {'; '.join(few[:3])}",) if few else (),
+        warnings=(
+            *([f"{len(few)} unreadable items were skipped: {'; '.join(few[:3])}"] if few else []),
+            *remarks(whole.measured.quoted, "items"),
+        ),
         before=measurement_of(whole.measured, "test", () if "psnr" in whole.about else ("psnr",)),
         bytes={"before": checkpoint.nbytes, "after": None},
         seconds=watch.seconds,

@@ -35,7 +35,7 @@ from codebook_tools.training.finetune import FineTune
 from codebook_tools.training.resume import SnapshotFile
 from codebook_tools.training.tensorboard import require_tensorboard
 from codebook_tools.workflows.gallery import GalleryImage, gallery_of_run
-from codebook_tools.workflows.measure_shards import check_shard, in_part, merge, part_of
+from codebook_tools.workflows.measure_shards import check_shard, in_part, merge, of_part, part_of
 from codebook_tools.workflows.pipeline import (
     Stages,
     calibrate,
@@ -121,7 +121,7 @@ def measure_model(
         with watch.phase("write"):
             distributed.by_first(lambda: write_part(stats, part, request.force))
         target.settings["stats"] = str(stats)
-    before = None if shard and not sums.images else target.measurement(sums)
+    before = None if shard and not sums.images else target.measurement(of_part(target, sums) if shard else sums)
     gallery, gain = tuple[GalleryImage, ...](), None
     if isinstance(target, Opened) and beam > 1:
         with watch.phase("measure"):
@@ -380,5 +380,5 @@ def _made_with(command: str, opened: Opened) -> dict[str, object]:
         "seed": opened.request.seed,
         "model": opened.model.checkpoint.sha256,
         "data": items_sha256(opened.splits.calibration),
-        **{name: value for name, value in opened.settings.items() if name not in ("data", "test_data")},
+        **{name: value for name, value in opened.settings.items() if name not in ("data", "test_data", "metrics")},
     }

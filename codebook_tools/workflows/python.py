@@ -16,6 +16,7 @@ from codebook_tools.codebook import Strategy
 from codebook_tools.data.user_data import Data, PathLike, Values
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.figures import Measurement
+from codebook_tools.evaluation.quoted.registry import parse_metrics
 from codebook_tools.models.proof import Proof, prove
 from codebook_tools.models.verification import Verification
 from codebook_tools.models.wrapped import Wrapped
@@ -384,6 +385,7 @@ def _request(model: Model, data: Data | Values | None, seed: int) -> Request:
         data=train,
         test_data=test,
         **of.options,
+        metrics=parse_metrics(of.metrics),
         seed=seed,
         typed=True,  # the bundled sample is never trained on
     )

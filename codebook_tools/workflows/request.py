@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from codebook_tools.codebook import METRIC_NAMES
 from codebook_tools.errors import CodebookError
+from codebook_tools.evaluation.quoted.registry import Metrics, parse_metrics
 from codebook_tools.models.demo import DEMO
 from codebook_tools.runtime.hub_ids import title_of
 from codebook_tools.runtime.options import Option
@@ -193,6 +194,16 @@ class Request:
             parse=parse_range,
         ),
     ] = None
+    metrics: Annotated[
+        Metrics | None,
+        Option(
+            "Also measure some of rfid, lpips, pesq, stoi, si-sdr, mel, stft, robustness, with commas between them; "
+            "rfid=FILE and lpips=FILE name the weights of their networks.",
+            metavar="A,B",
+            panel="Figures",
+            parse=parse_metrics,
+        ),
+    ] = None
     output: Annotated[
         Path | None,
         Option(
@@ -281,6 +292,9 @@ class Request:
             raise CodebookError(f"channels={self.channels}: expected {' or '.join(MIXINGS)}")
         if not 0 <= self.seed < 2**63:
             raise CodebookError(f"seed={self.seed} is not within 0 and {2**63 - 1}")
+        if self.metrics and (self.latents or self.stats):
+            name = "latents" if self.latents else "stats"
+            raise CodebookError(f"--metrics is of reconstructions, and --{name} has none: give --data, or leave it out")
 
     @property
     def stated(self) -> dict[str, str]:

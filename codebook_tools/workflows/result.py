@@ -245,7 +245,7 @@ def provenance_of(
         stages: Indices of the codebooks that were operated on.
     """
     checkpoint = target.model.checkpoint
-    private = {"data", "test_data", "stats", "latents", "images", "device", "network"}
+    private = {"data", "test_data", "stats", "latents", "images", "device", "network", "metrics"}
     public = {name: value for name, value in target.settings.items() if name not in private}
     if public.get("perceptual"):
         public["perceptual"] = True  # wherever the weights lay

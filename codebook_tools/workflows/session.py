@@ -18,6 +18,7 @@ from codebook_tools.data.splits import Splits, limited, split
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.choose_modality import choose_latent_axis, choose_modality
 from codebook_tools.evaluation.measure import find_input_range, range_errors
+from codebook_tools.evaluation.quoted.figure import open_figures, weights_by_name
 from codebook_tools.models.evidence import uninitialized, untrained
 from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
@@ -62,6 +63,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False, who
         model.latent_axis = request.latent_axis
         model.input_range = model.modality.input_ranges[0]
         modality = model.modality.of(model.network, request.size, request.crop)
+        quoted = open_figures(request.metrics or {}, modality, model.device, request.seed)
         splits = _splits(request, modality, watch, measuring, whole)
         items = splits.calibration or splits.test
         modality = modality.probed(items, model.encode, request.skip_bad)
@@ -92,6 +94,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False, who
         splits=splits,
         calibration=calibration,
         test=test,
+        quoted=quoted,
         warnings=[*model.caveats, *checkpoint.warnings, *of_modality],
     )
     if model.carried:
@@ -121,6 +124,7 @@ def open_request(request: Request, watch: Watch, *, measuring: bool = False, who
         "input_range": None if model.modality is Arrays else list(model.input_range),
         "device": str(model.device),
         "precision": request.precision,
+        **({"metrics": weights_by_name(quoted)} if quoted else {}),
     }
     return opened
 

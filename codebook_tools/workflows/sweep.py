@@ -14,7 +14,7 @@ from codebook_tools.clustering.engines import chosen
 from codebook_tools.codebook import Engine, Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation import metrics
-from codebook_tools.evaluation.figures import STAGES, Measurement, in_markdown
+from codebook_tools.evaluation.figures import STAGES, Figure, Measurement, in_markdown, quoted_in
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Prune, Quantize, Refit
@@ -151,20 +151,24 @@ def suggest(curve: Mapping[int, Measurement]) -> tuple[int, str]:
 
 def sweep_rows(result: Sweep) -> list[tuple[str, ...]]:
     """The headings and the cells of a table, a line for each point."""
-    head = ("strategy", "K", "used", "perplexity", "bits", "distortion", "mse", "coverage")
-    lines = [head, *(_cells(row) for row in result.points)]
+    measured = {name for row in result.points for name, value in vars(_surgery(row)).items() if value is not None}
+    quoted = quoted_in(measured)
+    labels = [str(figure.label) for figure in quoted.values()]
+    head = ("strategy", "K", "used", "perplexity", "bits", "distortion", "mse", "coverage", *labels)
+    lines = [head, *(_cells(row, quoted) for row in result.points)]
     if any(_surgery(row).mse is not None for row in result.points):
         return lines
     return [tuple(cell for heading, cell in zip(head, line, strict=True) if heading != "mse") for line in lines]
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, quoted: Mapping[str, Figure]) -> tuple[str, ...]:
     measured = _surgery(row)
     use = measured.codebooks[0]
     mse = "–" if measured.mse is None else f"{measured.mse:.6f}"
     coverage = "–" if use.coverage is None else f"{use.coverage:.3f}"
     figures = (f"{use.perplexity:.1f}", f"{use.bits:.2f}", f"{use.distortion:.4g}", mse, coverage)
-    return (row.strategy, str(row.k), str(use.used), *figures)
+    more = [figure.cell(measured) for figure in quoted.values() if figure.cell]
+    return (row.strategy, str(row.k), str(use.used), *figures, *more)
 
 
 def markdown(result: Sweep) -> str:

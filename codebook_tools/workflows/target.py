@@ -28,7 +28,9 @@ from codebook_tools.evaluation.coverage import POINTS, reference_distance, refer
 from codebook_tools.evaluation.figures import Measurement, ids_of, measurement_of, use_of
 from codebook_tools.evaluation.ids import Ids
 from codebook_tools.evaluation.measure import reconstructions, totals_of
-from codebook_tools.evaluation.one_pass import MediaSource, WalkSource, run_pass
+from codebook_tools.evaluation.one_pass import Accumulator, MediaSource, WalkSource, run_pass
+from codebook_tools.evaluation.quoted.figure import QuotedFigure, Tallies
+from codebook_tools.evaluation.quoted.tally import remarks
 from codebook_tools.evaluation.stats_file import Part
 from codebook_tools.evaluation.usage import Survey, Tokens, survey, tally, tokenize
 from codebook_tools.models.agreement import LEAST, Agreement, has_quantizer, in_training
@@ -170,14 +172,16 @@ class Streamed(Target):
         with watch.phase("encode"):
             return tokenize(self.model, self.source("calibration", "tokens"), seed=self.request.seed, watch=watch)
 
-    def _with_ids(self, source: MediaSource | WalkSource, totals: Totals, watch: Watch, sampled: bool) -> Sums:
+    def _with_ids(
+        self, source: MediaSource | WalkSource, totals: Totals, watch: Watch, sampled: bool, *more: Accumulator
+    ) -> Sums:
         """The sums of a pass, and the ids of its items where there are several quantizer stages."""
         if len(self.model.route) == 1:
-            run_pass(source, [totals], watch)
+            run_pass(source, [totals, *more], watch)
             return totals.sums
         size = max(book.codebook.size for book in self.model.books)
         ids = Ids(size, len(self.model.route), self.request.seed if sampled else None)
-        run_pass(source, [totals, ids], watch)
+        run_pass(source, [totals, ids, *more], watch)
         return replace(totals.sums, ids=ids.done())
 
 
@@ -189,11 +193,13 @@ class Opened(Streamed):
         splits: The items of the data.
         calibration: The items for training and validation.
         test: The items that figures are of.
+        quoted: The figures of --metrics.
     """
 
     splits: Splits
     calibration: Media
     test: Media
+    quoted: tuple[QuotedFigure, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -240,10 +246,17 @@ class Opened(Streamed):
 
     def sums(self, references: Sequence[Tensor | None], watch: Watch, *, compared: bool = True) -> Sums:
         with watch.phase("measure"):
-            totals = totals_of(self.model, self.reference_distances(references))
-            return self._with_ids(reconstructions(self.model, self.test, self.batch), totals, watch, compared)
+            model, quoted = self.model, Tallies(self.quoted, self.model)
+            totals = totals_of(model, self.reference_distances(references))
+            source = reconstructions(model, self.test, self.batch)
+            sums = self._with_ids(source, totals, watch, compared, quoted)
+        positions = model.modality.positions_per_second(model.network)
+        rate = positions and positions * model.route.count(0)
+        return replace(sums, quoted=quoted.done, rate=rate)
 
     def measurement(self, sums: Sums) -> Measurement:
+        new = [remark for remark in remarks(sums.quoted, self.model.modality.many) if remark not in self.warnings]
+        self.warnings += new
         return measurement_of(sums, "test", self.model.modality.figures)
 
     def media(self) -> list[Tensor]:

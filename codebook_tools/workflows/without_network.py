@@ -17,8 +17,9 @@ from codebook_tools.codebook import Codebook, Latents, Strategy
 from codebook_tools.data.latent_files import FileLatents, latents_dim, limited_latents, open_latents, split_latents
 from codebook_tools.data.latents import StoredLatents
 from codebook_tools.errors import CodebookError
-from codebook_tools.evaluation.accumulators import BookSums, Sums, exact
+from codebook_tools.evaluation.accumulators import BookSums, Sums
 from codebook_tools.evaluation.coverage import POINTS
+from codebook_tools.evaluation.exact import exact
 from codebook_tools.evaluation.figures import Measurement, use_of
 from codebook_tools.evaluation.stats_file import Stats, holds_sample, read_sample, read_stats
 from codebook_tools.evaluation.usage import Survey, Tokens
@@ -70,6 +71,8 @@ def goes_without_images(request: Request, strategy: Strategy | None) -> bool:
         )
     if request.test_data:
         raise CodebookError("--test-data alone: give --data, too, or leave it out and measure what is written")
+    if request.metrics:
+        raise CodebookError("--metrics is of reconstructions: give --data, or leave it out")
     return True
 
 

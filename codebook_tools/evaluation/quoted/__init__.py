@@ -1,0 +1,1 @@
+"""Figures that papers quote, by the libraries that papers use: one file a figure."""
