@@ -99,7 +99,8 @@ class Sums:
     def __add__(self, other: Self) -> Self:
         books = tuple(one + more for one, more in zip(self.books, other.books, strict=True))
         quoted = {name: tally + other.quoted[name] for name, tally in self.quoted.items() if name in other.quoted}
-        return replace(self, books=books, quoted=quoted, **_added(self, other, ("images", "values", "error", "ids", *_SCORES)))
+        added = _added(self, other, ("images", "values", "error", "ids", *_SCORES))
+        return replace(self, books=books, quoted=quoted, **added)
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """All numbers as two flat tensors, int64 and float64. Adding the tensors of one model adds the sums."""
@@ -189,7 +190,7 @@ class Totals(Accumulator):
             book_sums(*book, latents, codes, moments=self._measured)
             for book, latents, codes in zip(self._books, batch.latents, batch.codes, strict=True)
         )
-        all_of = dict.fromkeys(_SCORES) | optional
+        all_of: dict[str, Any] = dict.fromkeys(_SCORES) | optional
         return Sums(images=len(batch.items), values=values, error=error, books=of_books, **all_of)
 
     def merge(self) -> None:

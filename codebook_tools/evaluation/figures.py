@@ -143,12 +143,20 @@ def _per_second(each: Callable[[BookSums], float]) -> Callable[[Sums], float | N
     """The sum over the tokens of a second of sound of what each costs by its codebook; None of other data."""
 
     def of(sums: Sums) -> float | None:
-        first = sums.books[0].latents
-        if sums.rate is None or not first:
+        if sums.rate is None or not sums.books[0].latents:
             return None
-        return float(sum(Fraction(each(book)) * book.latents for book in sums.books) * sums.rate / first)
+        total = sum(Fraction(each(book)) * book.latents for book in sums.books)
+        return float(total * sums.rate / sums.books[0].latents)
 
     return of
+
+
+def _bits(book: BookSums) -> float:
+    return math.log2(len(book.counts))
+
+
+def _entropy(book: BookSums) -> float:
+    return metrics.bits(book.counts)
 
 
 @dataclass(frozen=True)
@@ -241,9 +249,9 @@ class Measurement:
     ids: Annotated[IdUse | None, Figure(ids_of, "unique ids", cell=_id_cell)] = None
     sampled_ids: Tensor | None = field(default=None, repr=False, compare=False)
     tokens_per_second: Annotated[float | None, Figure(_per_second(lambda book: 1), "tokens per second", ".6g")] = None
-    bitrate: Annotated[float | None, Figure(_per_second(lambda book: math.log2(len(book.counts))), "bits per second", ".0f")] = None
+    bitrate: Annotated[float | None, Figure(_per_second(_bits), "bits per second", ".0f")] = None
     entropy_bitrate: Annotated[
-        float | None, Figure(_per_second(lambda book: metrics.bits(book.counts)), "bits per second, entropy-coded", ".0f", mean=True)
+        float | None, Figure(_per_second(_entropy), "bits per second, coded", ".0f", mean=True)
     ] = None
     rfid: Annotated[float | None, _quoted("rfid", "rFID", ".3f")] = None
     lpips: Annotated[float | None, _quoted("lpips", "LPIPS", ".4f")] = None

@@ -20,6 +20,7 @@ from codebook_tools.evaluation.quoted.weights import Weights
 from codebook_tools.models.model import Model
 from codebook_tools.runtime import distributed
 
+
 class QuotedFigure(ABC):
     """One of the figures. It is made before any pass, and refuses then what it cannot measure."""
 

@@ -71,7 +71,7 @@ class LPIPS(ItemMean):
         lpips_libraries(option)
         path = weights.find("torchvision's VGG16", vgg_url())
         self.sha256 = file_sha256(path)
-        self._network = lpips_network(tensors_of(path), f"{option}={path}").to(self.device)
+        self._network = lpips_network(tensors_of(path, FEATURES), f"{option}={path}").to(self.device)
 
     def scores(self, media: Tensor, reconstructed: Tensor) -> Tensor:
         if min(media.shape[-2:]) < SMALLEST:

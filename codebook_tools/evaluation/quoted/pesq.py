@@ -22,7 +22,7 @@ class PESQ(SpeechMean):
         self._pesq = require(f"--metrics {self.name}", "quality", "pesq")
 
     def score(self, clip: Wave, reconstruction: Wave) -> float:
-        rate = self.modality.rate
+        rate = self.rate
         to, mode = (WIDE, "wb") if rate >= WIDE else (NARROW, "nb")
         pair = [resampled(wave, rate, to) for wave in (clip, reconstruction)]
         if not all(wave.any() for wave in pair):  # pesq divides by the peak

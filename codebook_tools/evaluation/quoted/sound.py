@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from codebook_tools.data.audio import Waveforms
 from codebook_tools.evaluation.quoted.figure import ItemMean
 
 Wave = NDArray[np.floating[Any]]
@@ -27,7 +28,17 @@ def resampled(wave: Wave, rate: int, to: int) -> Wave:
     return result
 
 
-class SpeechMean(ItemMean):
+class SoundMean(ItemMean):
+    """A mean over clips."""
+
+    @property
+    def rate(self) -> int:
+        """Sampling rate of the clips, in Hz."""
+        assert isinstance(self.modality, Waveforms)
+        return self.modality.rate
+
+
+class SpeechMean(SoundMean):
     """A mean over clips of a measure of two waveforms in numpy. Channels are averaged before."""
 
     def score(self, clip: Wave, reconstruction: Wave) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook_tools.evaluation.quoted.figure import ItemMean
+from codebook_tools.evaluation.quoted.sound import SoundMean
 from codebook_tools.runtime.optional import require
 
 WINDOWS = (2048, 512)
@@ -22,7 +22,7 @@ LOWEST = 1e-5
 """Of a magnitude, before its logarithm."""
 
 
-class STFTDistance(ItemMean):
+class STFTDistance(SoundMean):
     """Mean absolute difference of magnitudes plus that of log10 of their squares, summed over WINDOWS.
 
     At the model's rate. It is not defined for clips under half of the longest window.
@@ -50,7 +50,7 @@ class MelDistance(STFTDistance):
     def __init__(self, *of: Any) -> None:
         super().__init__(*of)
         (bank,) = require(f"--metrics {self.name}", "audio", "transformers.audio_utils", "mel_filter_bank")
-        rate = self.modality.rate
+        rate = self.rate
         self._banks: Sequence[Tensor] = [
             torch.from_numpy(bank(1 + window // 2, bands, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"))
             for window, bands in zip(WINDOWS, BANDS, strict=True)
@@ -64,7 +64,7 @@ def magnitudes(waves: Tensor, window: int) -> Tensor:
     """(n, channels, frequencies, frames) float64: the absolute values of a short-time Fourier transform, on the CPU."""
     flat = waves.cpu().double().flatten(0, 1)
     spectra = torch.stft(flat, window, window // 4, window=_hann(window), center=True, return_complex=True)
-    return spectra.abs().unflatten(0, waves.shape[:2])
+    return torch.as_tensor(spectra.abs().reshape(*waves.shape[:2], *spectra.shape[1:]))
 
 
 @cache

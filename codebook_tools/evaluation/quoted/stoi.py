@@ -22,6 +22,6 @@ class STOI(SpeechMean):
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)
             try:
-                return float(self._stoi(clip, reconstruction, self.modality.rate))
+                return float(self._stoi(clip, reconstruction, self.rate))
             except RuntimeWarning:  # in place of which it would return 1e-5
                 return float("nan")

@@ -91,7 +91,7 @@ def moments_of(features: Tensor) -> Tensor:
     # A float64 product of integers is exact while all of its partial sums stay below 2**53.
     if not bool((whole.abs() < _LARGEST).all()):
         raise CodebookError(f"features reach {float(features.abs().max()):.4g}; they are expected within ±128")
-    parts = [torch.cat([part.sum(0, keepdim=True), part.T @ part]).long() for part in whole.split(_AT_ONCE)]
+    parts = [torch.cat([part.sum(0, keepdim=True), part.T @ part]).long() for part in torch.split(whole, _AT_ONCE)]
     return torch.stack(parts).sum(0)
 
 
@@ -106,7 +106,6 @@ def remarks(tallies: Mapping[str, Tally], many: str) -> list[str]:
             of = f"{tally.skipped} of {tally.count + tally.skipped} {many}"
             lines.append(f"{name} is not defined for {of}, which are not counted: they are too short or silent")
         if tally.moments is not None and tally.count <= (dim := tally.moments.shape[-1]):
-            lines.append(
-                f"{name} of {tally.count} {many} is far above that of many: its covariances of {dim:,} features are singular"
-            )
+            why = f"the covariances of its {dim:,} features are singular"
+            lines.append(f"{name} of {tally.count} {many} is far above that of many: {why}")
     return lines

@@ -1,4 +1,4 @@
-"""Weights of the networks that figures are measured with: a named file, or what torch's cache holds. None is fetched."""
+"""Weights of the networks that figures are measured with: a file, or what torch's cache holds. None is fetched."""
 
 from __future__ import annotations
 
@@ -47,7 +47,15 @@ class Weights:
         return cached
 
 
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name, read without running any code in it. Raises CodebookError where it cannot be."""
+def tensors_of(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a file by name, read without running any code in it.
+
+    Args:
+        path: .safetensors or .pth.
+        prefix: Of the names that are read.
+
+    Raises:
+        CodebookError: It cannot be read.
+    """
     stored = read_checkpoint(path)
-    return {name: stored.tensor(name) for name in stored.entries}
+    return {name: stored.tensor(name) for name in stored.entries if name.startswith(prefix)}

@@ -27,8 +27,8 @@ from codebook_tools.codebook import Codebook
 from codebook_tools.errors import CodebookError, NotFiniteError
 from codebook_tools.evaluation import coverage
 from codebook_tools.evaluation.accumulators import BookSums, Sums
-from codebook_tools.evaluation.exact import exact, from_limbs, limbs
 from codebook_tools.evaluation.coverage import reference_distance, reference_latents
+from codebook_tools.evaluation.exact import exact, from_limbs, limbs
 from codebook_tools.evaluation.figures import Measurement, measurement_of
 from codebook_tools.evaluation.measure import find_input_range, measure, reconstruct, reconstructions, totals_of
 from codebook_tools.evaluation.one_pass import run_pass
