@@ -26,8 +26,8 @@ from vector_quantize_pytorch import ResidualVQ  # type: ignore[import-untyped]
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.images import Images, sample_images
 from codebook_tools.data.splits import split
-from codebook_tools.evaluation.figures import in_markdown
 from codebook_tools.evaluation.metrics import psnr
+from codebook_tools.evaluation.tables import in_markdown
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.workflows.operate import measure_model
 from codebook_tools.workflows.request import Request

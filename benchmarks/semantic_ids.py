@@ -27,7 +27,7 @@ from machine import machine
 from torch import Tensor, nn
 
 import codebook_tools as ct
-from codebook_tools.evaluation.figures import in_markdown
+from codebook_tools.evaluation.tables import in_markdown
 
 RESULTS = Path(__file__).parent / "results" / "semantic_ids"
 ITEMS, DIM, LEVELS, WIDTHS = 20_000, 128, 3, (256, 128, 32)

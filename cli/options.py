@@ -119,7 +119,7 @@ TRAIN_IF_ASKED = _training(0, help="Fine-tuning steps after the surgery, 0 for n
 FIGURES = parameters(Request, "metrics")
 LATENTS, COUNTS = parameters(Request, "latents"), parameters(Request, "stats")
 RESULT = [*parameters(Request, "output", "force", "push_to_hub", "private"), *parameters(Shell, "dry_run")]
-WRITE = [*RESULT, *parameters(Request, "resume", "log_dir")]
+WRITE = [*RESULT, *parameters(Request, "resume", "track", "log_dir")]
 FOLDER = parameters(Request, "output", metavar="FOLDER", help="Left out: <name>.compare in the current folder.")
 RUN = [
     *parameters(Request, "batch_size", "workers", "device", "precision", "compiled", "seed"),

@@ -11,7 +11,8 @@ from typing import Any
 from codebook_tools.checkpoints.layout import CARD as CARD
 from codebook_tools.checkpoints.layout import SMALL, is_directory_output, own_card_path, split_others
 from codebook_tools.checkpoints.read import Checkpoint
-from codebook_tools.evaluation.figures import CodebookUse, Measurement, figures_of, in_markdown, stage_rows
+from codebook_tools.evaluation.figures import CodebookUse, Measurement, figures_of
+from codebook_tools.evaluation.tables import in_markdown, stage_rows
 from codebook_tools.runtime.hub_ids import copy_of, data_set_id
 from codebook_tools.runtime.options import declared
 from codebook_tools.runtime.version import VERSION

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from codebook_tools.training.loss_log import SUM, LossLog
 from codebook_tools.training.recipe import FineTune
 from codebook_tools.training.resume import SnapshotFile
 from codebook_tools.training.state import Diverged, FineTuned, TracePoint
-from codebook_tools.training.tensorboard import Scalars, figures_of, scalars_into
+from codebook_tools.training.tracking import Scalars, Untracked, figures_of
 from codebook_tools.training.trainer import Trainer
 
 __all__ = ["FineTune", "FineTuned", "TracePoint", "finetune"]  # with the types of its argument and its result
@@ -35,7 +34,7 @@ def finetune(
     seed: int,
     watch: Watch,
     saving: SnapshotFile | None = None,
-    log_dir: Path | None = None,
+    log: Scalars | None = None,
     more: Mapping[int, ExtraCodes] | None = None,
     powers: Mapping[int, float] | None = None,
 ) -> FineTuned:
@@ -53,7 +52,7 @@ def finetune(
         seed: Of the batches, revivals and the discriminator's weights.
         watch: Called with the progress.
         saving: Where a snapshot is written at each evaluation step, and an interrupted run resumed from.
-        log_dir: Folder for TensorBoard.
+        log: Gets the losses of each step, and the figures of each evaluation.
         more: Larger codebooks that some books start with, by index, and merge to their size on the way.
         powers: As Surgery's, of some books by index; 2 for the others.
 
@@ -65,8 +64,7 @@ def finetune(
     """
     trainer = Trainer(model, train, recipe, counts, seed, more or {}, powers or {})
     history = History(trainer, validation, saving)
-    with scalars_into(log_dir, after=history.last.step) as log:
-        diverged = _train(trainer, history, watch, log)
+    diverged = _train(trainer, history, watch, log or Untracked().log)
     model.network.eval().requires_grad_(False)
     best = history.best or (history.start if more else None)  # with more codes there is none to keep for a while
     (best or history.start).restore(model)

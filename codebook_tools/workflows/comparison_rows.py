@@ -14,16 +14,14 @@ from typing import Any
 from codebook_tools.checkpoints.atomic import write_text
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.figures import (
-    COLUMNS,
-    COLUMNS_OF_LATENTS,
     STAGES,
     CodebookUse,
     IdUse,
     Measurement,
     figures_of,
-    in_markdown,
     quoted_in,
 )
+from codebook_tools.evaluation.tables import COLUMNS, COLUMNS_OF_LATENTS, in_markdown
 from codebook_tools.models.user_network import name_of
 from codebook_tools.runtime.safe_io import parse_json, read_text
 from codebook_tools.runtime.version import VERSION

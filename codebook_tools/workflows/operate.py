@@ -33,7 +33,7 @@ from codebook_tools.runtime.version import VERSION
 from codebook_tools.strategies.quantize import packed_bytes
 from codebook_tools.training.finetune import FineTune
 from codebook_tools.training.resume import SnapshotFile
-from codebook_tools.training.tensorboard import require_tensorboard
+from codebook_tools.training.tracking import Tracker, figures_by_phase, require_tracker, tracked
 from codebook_tools.workflows.gallery import GalleryImage, gallery_of_run
 from codebook_tools.workflows.measure_shards import check_shard, in_part, merge, of_part, part_of
 from codebook_tools.workflows.pipeline import (
@@ -290,7 +290,20 @@ def operate_in_memory(
         target: Target = open_(request, watch, strategy)
     else:
         target = _opened(command, request, strategy, recipe, watch, written)
-    model = target.model
+    with tracked(request.tracking(command)) as tracker:
+        return _operate(command, target, strategy, recipe, watch, written, tracker)
+
+
+def _operate(
+    command: str,
+    target: Target,
+    strategy: Strategy | None,
+    recipe: FineTune,
+    watch: Watch,
+    written: bool,
+    tracker: Tracker,
+) -> Run:
+    request, model = target.request, target.model
     calibration = calibrate(target, watch)
     target.warnings += calibration.first.remarks(getattr(strategy, "exact", False))
     with watch.phase("measure"):
@@ -317,7 +330,7 @@ def operate_in_memory(
     if isinstance(target, Streamed):
         done = run_stages(
             target, surgeries, calibration, latents, recipe, before=before,
-            seed=request.seed, watch=watch, saving=saving, log_dir=request.log_dir,
+            seed=request.seed, watch=watch, saving=saving, log=tracker.log,
         )  # fmt: skip
         if done.tuned:
             target.settings["lr"] = done.tuned.lr
@@ -346,6 +359,7 @@ def operate_in_memory(
         for place in model.books[stage].stored.places:
             maps |= {f"{place.key}/index_map": index_map, f"{place.key}/nearest": nearest}
     run = Run(command, target, before, done, surgeries, old, tokens, maps, gallery, watch, dependents)
+    tracker.conclude(figures_by_phase(run.stages))
     if before:
         target.warnings += worse_warnings(before, run.stages[done.kept])
     return run
@@ -355,7 +369,7 @@ def _opened(
     command: str, request: Request, strategy: Strategy | None, recipe: FineTune, watch: Watch, written: bool
 ) -> Opened:
     """A network that runs, after all is checked that a fine-tuning needs."""
-    require_tensorboard(request.log_dir)
+    require_tracker(request.tracking(command))
     if recipe.steps and recipe.codebook_update == "gradient" and getattr(strategy, "balance", False):
         raise CodebookError(
             "--codebook-update gradient moves codes to means of latents, which undoes --balance; use ema or frozen"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from codebook_tools.training.codebook_ema import ExtraCodes
 from codebook_tools.training.finetune import FineTune, FineTuned, finetune
 from codebook_tools.training.losses.objective import judges
 from codebook_tools.training.resume import SnapshotFile
+from codebook_tools.training.tracking import Scalars
 from codebook_tools.workflows.target import Opened, Streamed, Target
 
 Latents = tuple[Tensor | None, ...]
@@ -175,7 +175,7 @@ def run_stages(
     seed: int,
     watch: Watch,
     saving: SnapshotFile | None = None,
-    log_dir: Path | None = None,
+    log: Scalars | None = None,
 ) -> Stages:
     """Measure what `perform` made, and fine-tune; the model is left in the better state by validation error.
 
@@ -189,7 +189,7 @@ def run_stages(
         seed: Of the fine-tuning.
         watch: Progress and seconds by phase.
         saving: Where an interrupted fine-tuning is kept; None for nowhere.
-        log_dir: Of TensorBoard's files; None for none.
+        log: Gets the history of the fine-tuning; None for none.
     """
     model = opened.model
     kept, after, finetuned, tuned = "before", None, None, None
@@ -216,7 +216,7 @@ def run_stages(
         with watch.phase("finetune"):
             tuned = finetune(
                 model, train, validation, recipe, counts,
-                seed=seed, watch=watch, saving=saving, log_dir=log_dir, more=more,
+                seed=seed, watch=watch, saving=saving, log=log, more=more,
                 powers={stage: surgery.power for stage, surgery in surgeries.items()},
             )  # fmt: skip
         model.round_to_stored()

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from codebook_tools.data.items import InMemory
     from codebook_tools.models.user_network import NetworkMaker
     from codebook_tools.models.wrapped import Wrapped
+    from codebook_tools.training.tracking import Tracking
 else:
-    InMemory = NetworkMaker = Wrapped = Any
+    InMemory = NetworkMaker = Tracking = Wrapped = Any
 
 _MOST_WORKERS = 1024
 """Processes that decode; each is a copy of this one, and no machine has more cores."""
@@ -222,9 +223,17 @@ class Request:
         bool,
         Option("Go on with an interrupted fine-tuning from what it left beside the output.", panel="Fine-tuning"),
     ] = False
+    track: Annotated[
+        str | None,
+        Option(
+            "Write losses, usage, perplexity and all figures for a tracker. Left out: tensorboard with --log-dir.",
+            choices=("tensorboard", "trackio", "wandb"),
+            panel="Fine-tuning",
+        ),
+    ] = None
     log_dir: Annotated[
         Path | None,
-        Option("Write losses, usage and perplexity there, for TensorBoard.", metavar="DIR", panel="Fine-tuning"),
+        Option("The tracker's folder. Left out: its own, of TensorBoard ./runs.", metavar="DIR", panel="Fine-tuning"),
     ] = None
     batch_size: Annotated[int, Option("Images at a time, in passes and in training.", metavar="N", panel="Running")] = (
         64
@@ -346,6 +355,14 @@ class Request:
     def knows_sample(self) -> bool:
         """Whether the bundled sample need not be asked for."""
         return (self.model is None and self.wrapped is None) or self.sample
+
+    def tracking(self, command: str) -> Tracking | None:
+        """Where the run of a command is written for a tracker; None for nowhere."""
+        from codebook_tools.training.tracking import Tracking
+
+        tracker = self.track or ("tensorboard" if self.log_dir else None)
+        name = self.output.stem if self.output else f"{self.source.stem}.{command}"
+        return Tracking(tracker, self.log_dir, name, self.resume, {"seed": self.seed}) if tracker else None
 
     @property
     def trainable(self) -> bool:

@@ -14,7 +14,8 @@ from codebook_tools.clustering.engines import chosen
 from codebook_tools.codebook import Engine, Strategy
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation import metrics
-from codebook_tools.evaluation.figures import STAGES, Figure, Measurement, in_markdown, quoted_in
+from codebook_tools.evaluation.figures import STAGES, Figure, Measurement, quoted_in
+from codebook_tools.evaluation.tables import in_markdown
 from codebook_tools.runtime import distributed
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.strategies import Prune, Quantize, Refit

@@ -15,6 +15,7 @@ from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.codebook_ema import ExtraCodes
 from codebook_tools.training.finetune import FineTune, FineTuned, finetune
 from codebook_tools.training.resume import SnapshotFile
+from codebook_tools.training.tracking import Tracking, tracked
 
 ROWS = [[0.2, 0.2], [0.4, 0.8]]
 """An image of mean 0.4 and variance 0.06. The codes 0 and 1 get 3 of its pixels and 1, at a mean error of 0.07."""
@@ -33,18 +34,19 @@ def tune(
     **recipe: Any,
 ) -> FineTuned:
     recipe.setdefault("batch_size", len(images))
-    return finetune(
-        model,
-        images,
-        validation or images,
-        FineTune(**recipe),
-        [torch.tensor(counts)],
-        seed=0,
-        watch=watch or Watch(),
-        saving=saving,
-        log_dir=log_dir,
-        more=more,
-    )
+    with tracked(Tracking("tensorboard", log_dir, "run") if log_dir else None) as tracker:
+        return finetune(
+            model,
+            images,
+            validation or images,
+            FineTune(**recipe),
+            [torch.tensor(counts)],
+            seed=0,
+            watch=watch or Watch(),
+            saving=saving,
+            log=tracker.log,
+            more=more,
+        )
 
 
 def weights_of(model: Model) -> State:

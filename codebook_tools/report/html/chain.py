@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from codebook_tools.evaluation.figures import rows_of
+from codebook_tools.evaluation.tables import rows_of
 from codebook_tools.report.html.operate import gallery, headline, trace_plot, usage_plot
 from codebook_tools.report.html.page import Page, Part, Table
 from codebook_tools.report.html.result_page import result_page

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from codebook_tools.evaluation.figures import STAGES, Measurement, codes_used, stage_rows
+from codebook_tools.evaluation.figures import STAGES, Measurement, codes_used
+from codebook_tools.evaluation.tables import stage_rows
 from codebook_tools.report.html.axes import plain_counts
 from codebook_tools.report.html.curves import PANELS, draw_panel
 from codebook_tools.report.html.page import Gallery, Page, Part, Picture, Plot, Table

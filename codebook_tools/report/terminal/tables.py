@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from codebook_tools.evaluation.figures import STAGES, Measurement, rows_of, stage_rows
+from codebook_tools.evaluation.figures import STAGES, Measurement
+from codebook_tools.evaluation.tables import rows_of, stage_rows
 from codebook_tools.models.demo import DEMO
 from codebook_tools.models.proof import Proof
 from codebook_tools.models.verification import Verification

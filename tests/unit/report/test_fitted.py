@@ -13,7 +13,7 @@ from rich.color import ColorSystem
 from rich.console import Console
 
 from codebook_tools.diagnosis.finding import Check
-from codebook_tools.evaluation.figures import COLUMNS, COLUMNS_OF_LATENTS
+from codebook_tools.evaluation.tables import COLUMNS, COLUMNS_OF_LATENTS
 from codebook_tools.report.terminal.diagnosis import _CheckLines
 from codebook_tools.report.terminal.fitted import FittedTable, Prose
 from codebook_tools.report.terminal.tables import comparison_table

@@ -31,7 +31,7 @@ from codebook_tools.strategies import Prune, Refit
 from codebook_tools.training.codebook_ema import ExtraCodes
 from codebook_tools.training.finetune import FineTune, FineTuned
 from codebook_tools.training.resume import SnapshotFile
-from codebook_tools.training.tensorboard import require_tensorboard
+from codebook_tools.training.tracking import Tracking, require_tracker
 from codebook_tools.workflows.operate import Result, operate
 from codebook_tools.workflows.request import Request
 
@@ -285,7 +285,7 @@ def test_without_tensorboard_the_command_says_what_to_install(
     codebook: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    require_tensorboard(None)
+    require_tracker(None)
     found = codebook("finetune", tiny, "--log-dir", tmp_path / "runs", "-o", tmp_path / "o.safetensors")
     assert_refused(found, "needs tensorboard: pip install 'codebook-tools[tensorboard]'")
     assert not (tmp_path / "runs").exists()
@@ -294,4 +294,4 @@ def test_without_tensorboard_the_command_says_what_to_install(
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_encoded(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CodebookError, match="cannot write into --log-dir"):
-        require_tensorboard(tmp_path / "file")
+        require_tracker(Tracking("tensorboard", tmp_path / "file", "run"))
