@@ -14,7 +14,7 @@ from codebook_tools.evaluation.exact import exact
 from codebook_tools.evaluation.one_pass import Batch
 from codebook_tools.evaluation.quoted.figure import QuotedFigure
 from codebook_tools.evaluation.quoted.tally import Tally
-from codebook_tools.models.model import Book, Model
+from codebook_tools.models.model import Model
 from codebook_tools.runtime.devices import wide
 
 SHARE = 0.1
@@ -29,7 +29,7 @@ class Robustness(QuotedFigure):
 
     def begin(self, model: Model) -> None:
         """Find the codes near each code."""
-        self._near = [neighbors(model.books[book]) for book in model.route]
+        self._near = [neighbors(model.books[book].codebook) for book in model.route]
 
     def tally(self, batch: Batch, model: Model) -> Tally:
         assert batch.media is not None
@@ -65,9 +65,9 @@ def swapped(codes: Tensor, near: Tensor, keys: NDArray[np.uint64]) -> Tensor:
     return torch.where(chance, near[flat, choice], flat).reshape(codes.shape)
 
 
-def neighbors(book: Book) -> Tensor:
+def neighbors(codebook: Codebook) -> Tensor:
     """(size, NEAR or size - 1) int64: of each code the others nearest to it, as the decoder gets them."""
-    emitted = book.codebook.emitted.cpu()
+    emitted = codebook.emitted.cpu()
     few = nearest_few(emitted, Codebook(emitted), min(NEAR + 1, len(emitted)))
     own = few == torch.arange(len(few))[:, None]
     own[~own.any(1), -1] = True  # of more equal codes than fit, it is none of them
