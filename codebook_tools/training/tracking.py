@@ -101,10 +101,15 @@ class _TensorBoard(Tracker):
 
 class _Trackio(Tracker):
     def __init__(self, tracking: Tracking) -> None:
-        trackio = require("--track trackio", "trackio", "trackio")
+        self._library = require("--track trackio", "trackio", "trackio")
         self._last, resume = 0, "allow" if tracking.resumed else "never"
-        with redirect_stdout(sys.stderr):  # stdout is the command's own
-            self._run = trackio.init(PROJECT, name=tracking.name, config=dict(tracking.settings), resume=resume)
+        try:
+            with redirect_stdout(sys.stderr):  # stdout is the command's own
+                self._run = self._library.init(
+                    PROJECT, name=tracking.name, config=dict(tracking.settings), resume=resume
+                )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CodebookError(f"--track trackio: {one_line(error)}") from error
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._last = step
@@ -115,7 +120,7 @@ class _Trackio(Tracker):
 
     def close(self, failed: bool) -> None:
         with redirect_stdout(sys.stderr):
-            self._run.finish()
+            self._library.finish()  # it would finish a run that is left open when the process ends, on stdout
 
 
 class _WandB(Tracker):

@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import together
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from codebook_tools.data.images import Images
 from codebook_tools.errors import CodebookError
 from codebook_tools.evaluation.one_pass import Batch
-from codebook_tools.evaluation.quoted.figure import open_figures
+from codebook_tools.evaluation.quoted.figure import Tallies, open_figures
 from codebook_tools.evaluation.quoted.registry import parse_metrics
 from codebook_tools.evaluation.quoted.rfid import RFID
 from codebook_tools.evaluation.quoted.tally import Tally, moments_of, remarks
+from codebook_tools.runtime import distributed
 
 CPU = torch.device("cpu")
 
@@ -85,6 +87,24 @@ def test_rfid_of_parts_in_any_order_is_that_of_the_whole_to_the_last_bit() -> No
     assert whole.value == other.value and whole.moments is not None and other.moments is not None
     assert torch.equal(whole.moments, other.moments)
     assert Tally.unpacked(*whole.packed()).value == whole.value
+
+
+def merged(*items: str) -> list[Any]:
+    """In one of two processes: the figure of all, of which each process has its part. items: of rank 0, of rank 1."""
+    figure, media, tallies = rfid(Random(12)), pictures(50), Tallies([], None)  # type: ignore[arg-type]
+    cut, rank = int(items[0]), distributed.rank()
+    part = [images[cut:] if rank else images[:cut] for images in media]
+    tallies.done = {"rfid": figure.tally(batch(*part), None) if len(part[0]) else Tally()}  # type: ignore[arg-type]
+    tallies.merge()
+    done = tallies.done["rfid"]
+    return [done.count, done.value]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [20, 50])
+def test_processes_add_their_parts_even_where_one_has_none(cut: int) -> None:
+    whole = rfid(Random(12)).tally(batch(*pictures(50)), None)  # type: ignore[arg-type]
+    assert together(merged, cut) == [[50, whole.value]] * 2
 
 
 def test_moments_are_those_of_the_features_and_too_large_ones_are_refused() -> None:

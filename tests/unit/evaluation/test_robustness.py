@@ -85,8 +85,9 @@ def test_the_error_is_that_of_the_decoded_tokens(tiny: Path, images_folder: Path
     with torch.no_grad():
         near = neighbors(model.books[0].codebook)
         codes = swapped(batch.stages[0], near, sample_keys(batch.items, batch.stages[0][0].numel(), 0))
-        decoded = model.network.decode(model.books[0].codebook.emitted[codes].movedim(-1, 1)).clamp(0, 1)
-    by_hand = float((decoded - media).double().square().mean())
+        decoded = model.network.decode(model.books[0].codebook.emitted[codes].movedim(-1, 1))
+    low, high = model.input_range
+    by_hand = float((((decoded - low) / (high - low)).clamp(0, 1) - media).double().square().mean())
     assert figure.tally(batch, model).value == pytest.approx(by_hand, rel=1e-5)
     assert not torch.equal(codes, batch.stages[0])
 
