@@ -290,7 +290,7 @@ def operate_in_memory(
         target: Target = open_(request, watch, strategy)
     else:
         target = _opened(command, request, strategy, recipe, watch, written)
-    with tracked(request.tracking(command)) as tracker:
+    with tracked(request.tracking(command, settings_of(strategy) | settings_of(recipe))) as tracker:
         return _operate(command, target, strategy, recipe, watch, written, tracker)
 
 

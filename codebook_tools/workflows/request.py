@@ -356,13 +356,14 @@ class Request:
         """Whether the bundled sample need not be asked for."""
         return (self.model is None and self.wrapped is None) or self.sample
 
-    def tracking(self, command: str) -> Tracking | None:
-        """Where the run of a command is written for a tracker; None for nowhere."""
+    def tracking(self, command: str, settings: Mapping[str, object] | None = None) -> Tracking | None:
+        """Where the run of a command is written for a tracker, with its settings; None for nowhere."""
         from codebook_tools.training.tracking import Tracking
 
         tracker = self.track or ("tensorboard" if self.log_dir else None)
         name = self.output.stem if self.output else f"{self.source.stem}.{command}"
-        return Tracking(tracker, self.log_dir, name, self.resume, {"seed": self.seed}) if tracker else None
+        about = {"command": command, "seed": self.seed, **(settings or {})}
+        return Tracking(tracker, self.log_dir, name, self.resume, about) if tracker else None
 
     @property
     def trainable(self) -> bool:
