@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def inception(path: Path, option: str) -> torch.nn.Module:
             made = fid.NoTrainInceptionV3("inception-v3-compat", ["2048"], state)
     except (KeyError, RuntimeError) as error:
         raise CodebookError(
-            f"{option}: no weights of torch-fidelity's Inception ({one_line(error)}); the file is {URL}"
+            f"{option}: no weights of torch-fidelity's Inception ({shorten(one_line(error), 150)}); the file is {URL}"
         ) from error
     assert isinstance(made, torch.nn.Module)
     return made.requires_grad_(False)
