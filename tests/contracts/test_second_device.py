@@ -71,8 +71,8 @@ def assert_all_ran(found: Mapping[str, Any], exit_codes: Sequence[int] = (0,)) -
 
 
 FEW = {
-    "measure": "measure {tiny} {data} --limit 24",
-    "refit": "refit {tiny} --k 8 --steps 3 {data} --limit 24 -o {out}/few-refit.safetensors",
+    "measure": "measure {tiny} {data} --limit 24 --metrics robustness",
+    "refit": "refit {tiny} --k 8 --steps 3 {data} --limit 24 --metrics robustness -o {out}/few-refit.safetensors",
 }
 TUNED = {"tuned": "finetune {tiny} --steps 20 {data} --limit 24 -o {out}/tuned.safetensors"}
 
@@ -235,7 +235,8 @@ def of_sounds(folder: Path, files: Mapping[str, str]) -> Models:
         noise = np.random.default_rng(i).uniform(-0.5, 0.5, 224)
         soundfile.write(clips / f"{i:02d}.wav", noise, 1600, subtype="FLOAT")
     for i, (name, case) in enumerate(AUDIO_CASES.items()):
-        options = f"--data {clips} --size 224 --batch-size 4 --device {NAME} --json --quiet"
+        figures = "--metrics si-sdr,mel,stft,robustness"
+        options = f"--data {clips} --size 224 --batch-size 4 --device {NAME} --json --quiet {figures}"
         yield name, save_codec(case, folder / str(i) / "model"), options
 
 

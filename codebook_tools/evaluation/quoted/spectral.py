@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -50,11 +51,12 @@ class MelDistance(STFTDistance):
     def __init__(self, *of: Any) -> None:
         super().__init__(*of)
         (bank,) = require(f"--metrics {self.name}", "audio", "transformers.audio_utils", "mel_filter_bank")
-        rate = self.rate
-        self._banks: Sequence[Tensor] = [
-            torch.from_numpy(bank(1 + window // 2, bands, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"))
-            for window, bands in zip(WINDOWS, BANDS, strict=True)
-        ]
+        rate, scale = self.rate, "slaney"
+        with warnings.catch_warnings(action="ignore"):  # of bands between two frequencies, which are 0 here as there
+            self._banks: Sequence[Tensor] = [
+                torch.from_numpy(bank(1 + window // 2, bands, 0.0, rate / 2, rate, norm=scale, mel_scale=scale))
+                for window, bands in zip(WINDOWS, BANDS, strict=True)
+            ]
 
     def reduced(self, spectra: Tensor, window: int) -> Tensor:
         return torch.einsum("ncft,fm->ncmt", spectra, self._banks[window])

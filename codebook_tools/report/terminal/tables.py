@@ -213,12 +213,19 @@ def comparison_table(comparison: Comparison) -> RenderableType:
             if summary.error is not None:
                 line[finetuned] = line[step_0]  # says so, whichever of the two is left out
     elsewhere = f"{comparison.outputs['table']} has all columns"
-    table = FittedTable(lines, fixed=2, importance=_COMPARISON_COLUMNS, elsewhere=elsewhere)
+    importance = with_quoted(_COMPARISON_COLUMNS, lines[0])
+    table = FittedTable(lines, fixed=2, importance=importance, elsewhere=elsewhere)
     about = f"rows: {comparison.outputs['rows']}, table: {comparison.outputs['table']}"
     if any(summary.seeds > 1 for summary in comparison.summaries):
         about += "; figures are mean ± standard deviation over the seeds"
     first = [Prose(UNSEEN)] if UNSEEN in comparison.warnings else []
     return Group(*first, table, *(Prose(note) for note in notes(comparison.summaries)), Prose(about, style="dim"))
+
+
+def with_quoted(importance: Sequence[str], headings: Sequence[str]) -> list[str]:
+    """The columns by importance, with those of --metrics, which the user asked for, right after the error."""
+    first, *others = importance
+    return [first, *(heading for heading in headings[2:] if heading not in importance), *others]
 
 
 def sweep_table(sweep: Sweep) -> RenderableType:
@@ -228,7 +235,8 @@ def sweep_table(sweep: Sweep) -> RenderableType:
     about = Prose(f"{effective}rows: {sweep.outputs['rows']}, table: {sweep.outputs['table']}", style="dim")
     suggested = Prose(f"suggested: {sweep.suggested_k} codes", style="bold")
     lines, elsewhere = sweep_rows(sweep), f"{sweep.outputs['table']} has all columns"
-    table = FittedTable(lines, fixed=2, importance=_SWEEP_COLUMNS, elsewhere=elsewhere)
+    importance = with_quoted(_SWEEP_COLUMNS, lines[0])
+    table = FittedTable(lines, fixed=2, importance=importance, elsewhere=elsewhere)
     return Group(table, suggested, Prose(sweep.headline), about)
 
 
