@@ -52,6 +52,7 @@ def libraries() -> None:
 # --- images
 
 
+@pytest.mark.slow
 def test_a_surgery_has_the_figures_of_each_phase_in_json_table_page_and_card(
     codebook: Run, tiny: Path, images_folder: Path, tmp_path: Path
 ) -> None:
@@ -62,7 +63,7 @@ def test_a_surgery_has_the_figures_of_each_phase_in_json_table_page_and_card(
     for stage, figures in stages_of(done).items():
         assert figures.pop("robustness") > 0 and figures == stages_of(plain)[stage]
     assert done.json["settings"].pop("metrics") == {"robustness": None}
-    assert "mse, swapped tokens" in page.read_text() and "each replaced by one of the ten codes" in page.read_text()
+    assert "mse, swapped tokens" in page.read_text() and "each replaced by one of the ten nearest codes" in page.read_text()
     shown = codebook(*asked, "--force", "--metrics", "robustness")
     assert "mse, swapped tokens" in shown.stdout
 
@@ -77,6 +78,7 @@ def test_what_else_is_measured_does_not_change_the_file(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_compare_and_sweep_have_a_column_and_a_mean(
     codebook: Run, tiny: Path, images_folder: Path, tmp_path: Path
 ) -> None:

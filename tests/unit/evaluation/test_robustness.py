@@ -92,6 +92,7 @@ def test_the_error_is_that_of_the_decoded_tokens(tiny: Path, images_folder: Path
     assert not torch.equal(codes, batch.stages[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["encodec", "encodec, chunks", "dac", "mimi", "xcodec"])
 def test_tokens_of_all_quantizer_stages_are_swapped_and_none_is_chosen_anew(name: str, tmp_path: Path) -> None:
     model = open_network(Request(save(CASES[name], tmp_path / "model")))
