@@ -63,7 +63,10 @@ def test_a_surgery_has_the_figures_of_each_phase_in_json_table_page_and_card(
     for stage, figures in stages_of(done).items():
         assert figures.pop("robustness") > 0 and figures == stages_of(plain)[stage]
     assert done.json["settings"].pop("metrics") == {"robustness": None}
-    assert "mse, swapped tokens" in page.read_text() and "each replaced by one of the ten nearest codes" in page.read_text()
+    assert (
+        "mse, swapped tokens" in page.read_text()
+        and "each replaced by one of the ten nearest codes" in page.read_text()
+    )
     shown = codebook(*asked, "--force", "--metrics", "robustness")
     assert "mse, swapped tokens" in shown.stdout
 

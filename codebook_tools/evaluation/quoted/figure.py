@@ -75,8 +75,9 @@ class Tallies(Accumulator):
 
     def add(self, batch: Batch) -> None:
         """Add the sums of a batch."""
-        for figure in self._figures:
-            self.done[figure.name] += figure.tally(batch, self._model)
+        with torch.no_grad():
+            for figure in self._figures:
+                self.done[figure.name] += figure.tally(batch, self._model)
 
     def merge(self) -> None:
         """All-reduce the sums."""

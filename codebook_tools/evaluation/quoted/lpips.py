@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from codebook_tools.checkpoints.hashing import file_sha256
-from codebook_tools.errors import CodebookError, one_line
+from codebook_tools.data.rows import all_finite
+from codebook_tools.errors import CodebookError, NotFiniteError, one_line
 from codebook_tools.evaluation.quoted.figure import ItemMean
 from codebook_tools.evaluation.quoted.weights import tensors_of
 from codebook_tools.runtime.optional import require
@@ -79,4 +80,6 @@ class LPIPS(ItemMean):
                 f"--metrics {self.name}: {min(media.shape[-2:])} pixels a side are too few; it takes {SMALLEST} or more"
             )
         distances: Tensor = self._network(in_color(reconstructed), in_color(media), normalize=True)
+        if not all_finite(distances):
+            raise NotFiniteError(f"--metrics {self.name}: distances are not finite; are the weights damaged?")
         return distances.flatten()

@@ -34,9 +34,8 @@ class Robustness(QuotedFigure):
     def tally(self, batch: Batch, model: Model) -> Tally:
         assert batch.media is not None
         media = batch.media[0]
-        swapped = iter([self._swapped(batch, stage) for stage in range(len(batch.stages))])
-        with torch.no_grad():
-            decoded = model.run(media, lambda book, latents: model.embed(next(swapped).to(latents.device), book))
+        tokens = iter([self._swapped(batch, stage) for stage in range(len(batch.stages))])
+        decoded = model.run(media, lambda book, latents: model.embed(next(tokens).to(latents.device), book))
         error = wide(model.modality.clamped(decoded) - media.to(decoded.device)).square().sum()
         return Tally(count=media.numel(), total=exact(float(error)))
 
