@@ -380,15 +380,8 @@ def _request(model: Model, data: Data | Values | None, seed: int) -> Request:
         raise CodebookError(f"expected a model of ct.load or ct.wrap, not a {type(model).__name__}")
     of = data if isinstance(data, Data) else Data(data)
     train, test = of.paths
-    return replace(
-        model.request,
-        data=train,
-        test_data=test,
-        **of.options,
-        metrics=parse_metrics(of.metrics),
-        seed=seed,
-        typed=True,  # the bundled sample is never trained on
-    )
+    asked = {**of.options, "metrics": parse_metrics(of.metrics), "seed": seed}
+    return replace(model.request, data=train, test_data=test, typed=True, **asked)  # typed: no training on the sample
 
 
 def _warned(result: _Result) -> _Result:

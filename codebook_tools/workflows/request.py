@@ -198,8 +198,7 @@ class Request:
     metrics: Annotated[
         Metrics | None,
         Option(
-            "Also measure some of rfid, lpips, pesq, stoi, si-sdr, mel, stft, robustness, with commas between them; "
-            "rfid=FILE and lpips=FILE name the weights of their networks.",
+            "Also measure rfid, lpips, pesq, stoi, si-sdr, mel, stft, robustness; rfid=FILE, lpips=FILE: with weights.",
             metavar="A,B",
             panel="Figures",
             parse=parse_metrics,
@@ -302,8 +301,7 @@ class Request:
         if not 0 <= self.seed < 2**63:
             raise CodebookError(f"seed={self.seed} is not within 0 and {2**63 - 1}")
         if self.metrics and (self.latents or self.stats):
-            name = "latents" if self.latents else "stats"
-            raise CodebookError(f"--metrics is of reconstructions, and --{name} has none: give --data, or leave it out")
+            raise CodebookError("--metrics is of reconstructions; --latents and --stats have none: give --data")
 
     @property
     def stated(self) -> dict[str, str]:
@@ -362,8 +360,7 @@ class Request:
 
         tracker = self.track or ("tensorboard" if self.log_dir else None)
         name = self.output.stem if self.output else f"{self.source.stem}.{command}"
-        about = {"command": command, "seed": self.seed, **(settings or {})}
-        return Tracking(tracker, self.log_dir, name, self.resume, about) if tracker else None
+        return Tracking(tracker, self.log_dir, name, self.resume, settings or {}) if tracker else None
 
     @property
     def trainable(self) -> bool:

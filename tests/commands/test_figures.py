@@ -129,7 +129,7 @@ def test_two_processes_measure_what_one_does(tiny: Path, images_folder: Path, co
 def test_where_nothing_is_reconstructed_a_figure_is_refused(codebook: Run, tiny: Path, images_folder: Path) -> None:
     asked = ("prune", tiny, "--metrics", "robustness")
     for name in ("latents", "stats"):
-        line = f"--metrics is of reconstructions, and --{name} has none: give --data, or leave it out"
+        line = "--metrics is of reconstructions; --latents and --stats have none: give --data"
         assert_refused(codebook(*asked, f"--{name}", "x.safetensors"), line)
     refused = codebook("quantize", tiny, "--bits", 8, "--metrics", "robustness")
     assert_refused(refused, "--metrics is of reconstructions: give --data, or leave it out")
