@@ -58,7 +58,8 @@ def revive(
     """
     codes = quantizer.codes()
     living = Codebook(codes[~dead.to(codes.device)], metric)
-    drawn = metric.emit(draw_by_error(rows.to(codes.device), living, int(dead.sum()), seed))
+    rows = rows.to(codes.device)
+    drawn = metric.emit(rows[draw_by_error(rows, living, int(dead.sum()), seed)])
     moved = dead.cpu().nonzero()[: len(drawn), 0]
     codes[moved.to(codes.device)] = drawn
     index_map = torch.arange(len(codes))
