@@ -1,11 +1,12 @@
 """Codebooks of 16,384 codes: seconds and memory of each surgery, a step of fine-tuning against 512, sizes of pages.
 
     python benchmarks/large_codebooks.py [--codes 16384] [--latents 200000] [--dim 8] [--runs 3]
+        [--model FILE --data PATH]
 
 Surgeries run alone, on a codebook and latents of a Gaussian mixture of 3,000 centers, each in a process of its own:
 memory is what its highest resident set grows by. A tenth of the codes are dead. Steps of fine-tuning are those of the
-bundled model with 512 codes and with `--codes`, in turn, in one process; pages are those of commands on files of such
-codes and latents. Writes benchmarks/results/large_codebooks.json, or --output.
+bundled model, and of another, with 512 codes and with `--codes`, in turn, in one process; pages are those of commands
+on files of such codes and latents. Writes benchmarks/results/large_codebooks.json, or --output.
 """
 
 from __future__ import annotations
@@ -81,9 +82,9 @@ def operated(name: str, settings: dict[str, Any], latents: int, codes: int, dim:
     return result
 
 
-def step_seconds(sizes: tuple[int, int], steps: int, runs: int) -> dict[str, Any]:
-    """Seconds of a training step of the bundled model with so many codes, which are latents; in turn, run after run."""
-    opened = open_request(Request(None, ()), Watch())
+def step_seconds(request: Request, sizes: tuple[int, int], steps: int, runs: int) -> dict[str, Any]:
+    """Seconds of a training step of a model with so many codes, which are latents; in turn, run after run."""
+    opened = open_request(request, Watch())
     train, model = opened.calibration, opened.model
     with torch.no_grad():
         passes = [model.pass_through(media).latents[0] for _, media in train.batches(64)]
@@ -135,9 +136,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of a block")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "large_codebooks.json")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--data", action="append", default=[])
     asked = parser.parse_args()
     results: dict[str, Any] = {
-        "command": f"python benchmarks/large_codebooks.py {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python benchmarks/large_codebooks.py {' '.join(Path(text).name for text in sys.argv[1:])}".strip(),
         "machine": machine(),
         "codes": asked.codes,
         "latents": [asked.latents, asked.dim],
@@ -148,10 +151,17 @@ def main() -> None:
         middle = {part: statistics.median(run[part] for run in runs) for part in ("seconds", "memory_mb")}
         results["surgeries"][title] = {**middle, "k": runs[0]["k"], "all_seconds": [run["seconds"] for run in runs]}
         print(f"{title}: {middle['seconds']:.1f} s, {middle['memory_mb']:.0f} MB", flush=True)
-    results["step"] = step_seconds((512, asked.codes), asked.steps, asked.runs)
+    requests = {"the bundled demo": Request(None, ())}
+    if asked.model:
+        requests[asked.model.name] = Request(asked.model, tuple(asked.data), limit=10_000)
+    results["steps"] = {
+        name: step_seconds(request, (512, asked.codes), asked.steps, asked.runs) for name, request in requests.items()
+    }
     results["page_bytes"] = page_bytes(asked.latents, asked.codes, asked.dim)
     asked.output.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"a step: {results['step']['ratio']:.2f} of one with 512 codes; pages: {results['page_bytes']}")
+    for name, step in results["steps"].items():
+        print(f"a step of {name}: {step['ratio']:.2f} of one with 512 codes")
+    print(f"pages: {results['page_bytes']}")
 
 
 if __name__ == "__main__":

@@ -192,6 +192,13 @@ def squared_errors(latents: Tensor, codebook: Codebook, codes: Tensor) -> Tensor
         (n,) float64, on the CPU where the device has no float64. Summed in float32, unless a sum overflows there:
         codes that diverged in training must still be comparable, for they are to be replaced.
     """
-    differences = codebook.metric.emit(latents) - codebook.emitted.to(latents.device)[codes]
-    errors = wide(differences.square().sum(1))
-    return errors if bool(errors.isfinite().all()) else wide(differences).square().sum(1)
+    emitted = codebook.emitted.to(latents.device)
+
+    def work(part: tuple[Tensor, Tensor]) -> Tensor:
+        differences = codebook.metric.emit(part[0]) - emitted[part[1]]
+        errors = wide(differences.square().sum(1))
+        return errors if bool(errors.isfinite().all()) else wide(differences).square().sum(1)
+
+    rows = max(1, _TILE_BYTES.get(latents.device.type, _ELSEWHERE) // (4 * latents.shape[1]))
+    parts = list(zip(torch.split(latents, rows), torch.split(codes, rows), strict=True))
+    return torch.cat(list(spread(work, parts) if latents.is_cpu and len(parts) > 1 else map(work, parts)))

@@ -105,9 +105,10 @@ def kmeans(
     start = init if isinstance(init, Tensor) else seeds(prepared, k, init, seed, weights, power)
     assert start.shape == (k, points.shape[1])
     like, clustering = Codebook(start, metric), Clustering(start, torch.inf, 0, False)
-    is_split = isinstance(init, Tensor) or not metric.minimizes_error
+    is_fit, is_split = False, isinstance(init, Tensor) or not metric.minimizes_error
     for head in _heads(len(points), k) if weights is None else [len(points)]:
-        if count_distinct(prepared[:head], enough=k) < k:  # repeats would only pull codes away from the points behind
+        is_fit = is_fit or count_distinct(prepared[:head], enough=k) == k
+        if not is_fit:  # repeats would only pull codes away from the points behind
             continue
         passes = InMemory(points[:head], weights, k)
         level = _Level(passes, points[:head], like, tolerance, seed, watch, weights, power)

@@ -20,6 +20,7 @@ Init = Literal["kmeans++", "afkmc2", "random"]
 _SHORT = 1e-5  # of the longest point: a residual below is float32 rounding
 _POINTS, _POINTS_PER_SEED = 4096, 8  # that seeds are drawn from: more take longer and are hardly better
 _GREEDY = 256  # seeds at most that are drawn in a few trials each; more hardly gain by that, and it takes longest
+_ROUNDED = 1e-12  # of two squared lengths: what rounding in float64 leaves of the distance of equal points
 _AT_ONCE = 4096  # proposals at most at a time,
 _ONE_IN = 2  # and half as many as there are codes: few are near each other, so most are accepted
 
@@ -42,9 +43,10 @@ def seeds(points: Tensor, k: int, init: Init, seed: int, weights: Tensor | None 
     Raises:
         CodebookError: There are fewer than k distinct points, or their distances overflow.
     """
-    refuse_unfit(points, k)
     head = points[: max(_POINTS, _POINTS_PER_SEED * k)]
-    among = points if weights is not None or count_distinct(head, enough=k) < k else head
+    among = head if weights is None and not overflow(points) and count_distinct(head, enough=k) == k else points
+    if among is points:
+        refuse_unfit(points, k)
     rng = np.random.default_rng(seed % 2**64)  # numpy takes no negative seed
     if init != "kmeans++":
         draw = {"afkmc2": afkmc2, "random": _at_random}[init]
@@ -243,12 +245,21 @@ def _drawn(
     return torch.tensor(drawn, dtype=torch.int64, device=points.device)
 
 
+def _apart(rows: Tensor) -> Tensor:
+    """(m, m) float64 squared distances between rows (m, dim) float64; 0 between those that are equal."""
+    centered = rows - rows.mean(0)
+    squares = centered.square().sum(1)
+    both = squares[:, None] + squares
+    apart = both - 2 * centered @ centered.T
+    return torch.where(apart > _ROUNDED * both, apart, 0.0)
+
+
 def _accepted(rows: Tensor, errors: Tensor, chances: Tensor) -> Tensor:
     """Indices of the proposed rows (m, dim) that are accepted: what is left of their errors (m,) exceeds a chance (m,).
 
     errors: to the codes that were there before. At least the first row is accepted.
     """
-    apart = torch.cdist(wide(rows), wide(rows), compute_mode="donot_use_mm_for_euclid_dist").square().cpu().numpy()
+    apart = _apart(wide(rows)).cpu().numpy()
     left, needed = errors.cpu().numpy().copy(), (errors.cpu() * chances).numpy()
     accepted = []
     for i in range(len(left)):
