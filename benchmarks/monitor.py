@@ -1,11 +1,11 @@
 """What counting by a CodebookMonitor costs of a training step.
 
-    python benchmarks/monitor.py [--pairs 30] [--steps 4] [--device cpu]
+    OMP_NUM_THREADS=1 python benchmarks/monitor.py [--pairs 30] [--steps 4] [--device cpu]
 
 Blocks of steps with a monitor and without one take turns in one process, and each pair gives a ratio of times: of the
-processor on a CPU, of the clock on a GPU. Three trainings: the zalando tutorial's VQ-VAE on images, a ResidualVQ of
-vector-quantize-pytorch, and an RQ-VAE of item embeddings, whose network is small.
-Writes benchmarks/results/monitor.json.
+processor on a CPU, of the clock on a GPU. One thread: of several, those that wait would count. Three trainings: the
+zalando tutorial's VQ-VAE on images, a ResidualVQ of vector-quantize-pytorch, and an RQ-VAE of item embeddings, whose
+network is small. Writes benchmarks/results/monitor.json.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "monitor.json")
     asked = parser.parse_args()
     record: dict[str, Any] = {
-        "command": f"python benchmarks/monitor.py {' '.join(sys.argv[1:])}".strip(),
+        "command": f"OMP_NUM_THREADS=1 python benchmarks/monitor.py {' '.join(sys.argv[1:])}".strip(),
         "machine": machine(asked.device),
         "pairs": asked.pairs,
         "steps": asked.steps,
