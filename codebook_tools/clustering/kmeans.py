@@ -224,8 +224,10 @@ class _Level:
         others, codes = replace(self.like, vectors=means[full]), self.passes.codes
         codes = nearest(self.points, others) if codes is None else (full.cumsum(0) - 1)[codes]
         weights = self._weights(others, codes)
-        head = slice(len(codes) if weights is not None else max(_LEAST, _PER_CENTROID * len(means)))
-        drawn = draw_by_error(self.points[head], others, len(empty), seed, weights, codes[head])
+        drawn, few = empty[:0], max(_LEAST, _PER_CENTROID * len(means))
+        for head in [len(codes)] if weights is not None else [few, len(codes)]:
+            if len(drawn) < len(empty):  # the few may be repeats
+                drawn = draw_by_error(self.points[:head], others, len(empty), seed, weights, codes[:head])
         placed = empty[: len(drawn)]
         means[placed] = self.like.metric.emit(self.points[drawn])
         self.passes.place(drawn, placed)

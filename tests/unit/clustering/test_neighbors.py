@@ -147,6 +147,13 @@ def test_an_empty_cell_gets_a_point_that_finds_it() -> None:
     assert len(nearest(points, Codebook(result.centroids)).unique()) == 400
 
 
+def test_empty_cells_get_points_from_behind_a_head_of_repeats() -> None:
+    points = torch.cat([normal(3, 8).repeat(1700, 1), around(200, 8, 10)])
+    start = torch.cat([points[-100:], 100 + normal(200, 8)])
+    result = kmeans(points, 300, init=start, watch=Watch())
+    assert len(nearest(points, Codebook(result.centroids)).unique()) == 300
+
+
 def test_draws_with_known_codes_are_those_without() -> None:
     points, codebook = around(60, 3, 10), Codebook(around(60, 3, 10)[:9])
     known = draw_by_error(points, codebook, 20, 1, codes=nearest(points, codebook))
