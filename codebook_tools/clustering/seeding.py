@@ -236,8 +236,9 @@ def _drawn(
         chances = torch.rand(at_once, 2, generator=random, dtype=torch.float64)
         at = chances[:, 0].to(up_to.device) * up_to[-1]
         proposed = torch.searchsorted(up_to, at, right=True).clamp(max=len(points) - 1)
-        rows = emitted[proposed.to(points.device)]
-        accepted = _accepted(rows, errors[proposed], chances[:, 1] ** (2 / power))[: n - len(drawn)]
+        left, proposed = errors[proposed], proposed.to(points.device)
+        rows = emitted[proposed]
+        accepted = _accepted(rows, left, chances[:, 1] ** (2 / power))[: n - len(drawn)]
         drawn += proposed[accepted].tolist()
         if len(accepted):
             new = Codebook(rows[accepted])
