@@ -249,6 +249,14 @@ def of_the_users_own(folder: Path, files: Mapping[str, str]) -> Models:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--no-float64",)], ids=["float64", "none"])
+def test_many_clusters_end_as_low_there(options: Sequence[str]) -> None:
+    (ends,) = done({"": ["many_clusters"]}, *options).values()
+    for name in ("kmeans++", "start"):
+        assert ends[f"{NAME} {name}"] == pytest.approx(ends[f"cpu {name}"], rel=0.01)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("models", [of_images, of_sounds, of_the_users_own])
 def test_every_family_is_measured_and_refitted_there(
     models: Callable[[Path, Mapping[str, str]], Models], files: dict[str, str], tmp_path: Path

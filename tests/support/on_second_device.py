@@ -20,9 +20,11 @@ from second_device import NAME, OPERATORS, READS, UPLOADS, counts
 from typer.testing import CliRunner
 
 from codebook_tools.clustering.assignment import nearest
+from codebook_tools.clustering.kmeans import kmeans
 from codebook_tools.clustering.metric import METRICS
 from codebook_tools.codebook import EUCLIDEAN, Codebook
 from codebook_tools.models.model import Model
+from codebook_tools.runtime.progress import Watch
 from codebook_tools.training import finetune
 from codebook_tools.training.history import History
 
@@ -164,6 +166,20 @@ def same_codes() -> dict[str, list[int]]:
     return found
 
 
+def many_clusters() -> dict[str, float]:
+    """The mean error of k-means there and here, among neighbors, with cells that start empty."""
+    random = torch.Generator().manual_seed(0)
+    points = torch.randn(9000, 20, generator=random)
+    start = torch.cat([points[:290], points[:10] + 100])
+    ends = dict[str, float]()
+    for device in ("cpu", NAME):
+        for name, init in (("kmeans++", "kmeans++"), ("start", start.to(device))):
+            result = kmeans(points.to(device), 300, init=init, watch=Watch())  # type: ignore[arg-type]
+            assert result.centroids.device.type == device
+            ends[f"{device} {name}"] = result.inertia / len(points)
+    return ends
+
+
 def largest() -> dict[str, int]:
     """Bytes of the largest tensor that a search among 262,144 codes makes, waiting and not."""
     codebook = Codebook(torch.randn(262_144, 2).to(NAME), EUCLIDEAN)
@@ -186,7 +202,9 @@ def _raised(work: Callable[[], object]) -> str | None:
 
 JOBS: dict[str, Callable[..., Any]] = {
     job.__name__: job
-    for job in (command, command_that_mixes, waits_of_steps, monitored, mixtures, waits, same_codes, largest)
+    for job in (
+        *(command, command_that_mixes, waits_of_steps, monitored, mixtures, waits, same_codes, many_clusters, largest),
+    )
 }
 
 
