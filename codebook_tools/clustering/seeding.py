@@ -19,7 +19,7 @@ Init = Literal["kmeans++", "afkmc2", "random"]
 
 _SHORT = 1e-5  # of the longest point: a residual below is float32 rounding
 _POINTS, _POINTS_PER_SEED = 4096, 8  # that seeds are drawn from: more take longer and are hardly better
-_GREEDY = 256  # seeds at most that are drawn in a few trials each; more hardly gain by that, and it takes longest
+_GREEDY = 1024  # seeds at most that are drawn in a few trials each; with more, that would take longest
 _ROUNDED = 1e-12  # of two squared lengths: what rounding in float64 leaves of the distance of equal points
 _AT_ONCE = 4096  # proposals at most at a time,
 _ONE_IN = 2  # and half as many as there are codes: few are near each other, so most are accepted
@@ -30,7 +30,7 @@ def seeds(points: Tensor, k: int, init: Init, seed: int, weights: Tensor | None 
 
     Args:
         points: (n, dim) float32, in an order in which each head is a uniform sample. Seeds come from the first 4,096,
-            or 8 a seed where that is more; from all where these have fewer than k distinct points.
+            of more than 1,024 from the first 8 a seed; from all where these have fewer than k distinct points.
         k: Number of seeds.
         init: How they are drawn.
         seed: Any integer.
@@ -43,7 +43,7 @@ def seeds(points: Tensor, k: int, init: Init, seed: int, weights: Tensor | None 
     Raises:
         CodebookError: There are fewer than k distinct points, or their distances overflow.
     """
-    head = points[: max(_POINTS, _POINTS_PER_SEED * k)]
+    head = points[: _POINTS if k <= _GREEDY else _POINTS_PER_SEED * k]
     among = head if weights is None and not overflow(points) and count_distinct(head, enough=k) == k else points
     if among is points:
         refuse_unfit(points, k)
