@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from codebook_tools.clustering.scores import EPS, lowest, rounding
 from codebook_tools.codebook import Codebook
 from codebook_tools.runtime.threads import spread
 
@@ -36,7 +37,7 @@ class Neighbors:
         prepared, _ = centered(codebook)
         norms = prepared.square().sum(1)
         count = min(count, codebook.size)
-        rows = max(1, _TILE_BYTES.get(prepared.device.type, _ELSEWHERE) * 4 // (4 * codebook.size))
+        rows = max(1, _TILE_BYTES.get(prepared.device.type, _ELSEWHERE) // codebook.size)
         work = partial(_nearest_columns, prepared=prepared, norms=norms, count=count)
         tiles = torch.split(prepared, rows)
         codes = torch.cat(list(spread(work, tiles) if prepared.is_cpu else map(work, tiles)))
@@ -59,6 +60,7 @@ class Neighbors:
         prepared, center = centered(codebook)
         weights, norms = -2 * prepared, prepared.square().sum(1)
         blocks, cells = _blocks(near, codebook.size)
+        reach = self.reach * (_CERTAIN if rounding() == EPS else 0)  # products may be set to round coarsely
         codes, certain = torch.empty_like(near), torch.empty_like(near, dtype=torch.bool)
         at_once = max(1, _TILE_BYTES.get(points.device.type, _ELSEWHERE) // (4 * points.shape[1] * self.codes.shape[1]))
 
@@ -68,13 +70,13 @@ class Neighbors:
                 ours = codebook.metric.prepare(points.index_select(0, rows.flatten())).sub(center).view(*rows.shape, -1)
                 theirs = weights.index_select(0, among.flatten()).view(*among.shape, -1)
                 scores = torch.baddbmm(norms[among][:, None], ours, theirs.transpose(1, 2))
-                best = _lowest(scores)
+                best = lowest(scores)
                 codes[rows] = among.gather(1, best)
                 squares = ours.square().sum(2)
                 to_best = scores.gather(2, best[..., None])[..., 0] + squares
                 to_near = scores[..., 0] + squares
                 apart = to_best.relu().sqrt() + to_near.relu().sqrt()
-                certain[rows] = apart < _CERTAIN * self.reach[cell][:, None]
+                certain[rows] = apart < reach[cell][:, None]
 
         of_part = _PART.get(points.device.type, len(points)) // _BLOCK + 1
         parts = list(zip(*(torch.split(whole, of_part) for whole in (blocks, cells)), strict=True))
@@ -122,10 +124,3 @@ def _blocks(near: Tensor, size: int) -> tuple[Tensor, Tensor]:
     within = (index * _BLOCK)[:, None] + torch.arange(_BLOCK, device=near.device)
     within = torch.minimum(within, (hits[cells] - 1)[:, None])
     return order[(hits.cumsum(0) - hits)[cells][:, None] + within], cells
-
-
-def _lowest(scores: Tensor) -> Tensor:
-    """(..., n) -> (...) int64, the place of the lowest score of each."""
-    if not scores.is_cpu:
-        return scores.argmin(-1)
-    return torch.from_numpy(scores.numpy().argmin(-1))  # numpy compares many at a time, torch one by one

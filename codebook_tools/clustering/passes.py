@@ -35,6 +35,9 @@ class Streamed:
 
     Attributes:
         slabs: A new iterator over this process's slabs.
+        is_local: As of InMemory: never.
+        codes: As of InMemory: not kept.
+        neighbors: As of InMemory: not listed.
     """
 
     slabs: Callable[[], Iterable[Slab]]

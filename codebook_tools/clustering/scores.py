@@ -20,14 +20,20 @@ _ROUNDING = {
 """Relative rounding error of a product's terms, by torch.set_float32_matmul_precision or a backend's fp32_precision."""
 
 
+def lowest(scores: Tensor) -> Tensor:
+    """(..., size) -> (...) int64, the code of the lowest score of each row; the first among equals."""
+    if not scores.is_cpu:
+        return scores.argmin(-1)
+    return torch.from_numpy(scores.numpy().argmin(-1))  # numpy compares many at a time, torch one by one
+
+
 def two_lowest(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The lowest scores of each row (n, size), which are overwritten.
 
     Returns:
         (n,) int64, the code of the lowest score; (n,) float32, that score; and the second, infinite for one code.
     """
-    # numpy compares many at a time, torch one by one.
-    index = torch.from_numpy(scores.numpy().argmin(1)[:, None]) if scores.is_cpu else scores.argmin(1, keepdim=True)
+    index = lowest(scores)[:, None]
     best = scores.gather(1, index)
     return index[:, 0], best[:, 0], scores.scatter_(1, index, torch.inf).amin(1)
 

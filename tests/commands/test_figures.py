@@ -67,8 +67,8 @@ def test_a_surgery_has_the_figures_of_each_phase_in_json_table_page_and_card(
         "mse, swapped tokens" in page.read_text()
         and "each replaced by one of the ten nearest codes" in page.read_text()
     )
-    shown = codebook(*asked, "--force", "--metrics", "robustness")
-    assert "mse, swapped tokens" in shown.stdout
+    table = codebook(*asked, "--force", "--metrics", "robustness")
+    assert "mse, swapped tokens" in table.stdout
 
 
 def test_what_else_is_measured_does_not_change_the_file(

@@ -76,7 +76,7 @@ def monitored(name: str) -> dict[str, Any]:
 
     import codebook_tools as ct
 
-    found, waits = dict[str, Any](), list[Counter[str]]()
+    figures, waits = dict[str, Any](), list[Counter[str]]()
     for device in ("cpu", NAME):
         net = training_loops.made(name).to(device)
         optimizer = torch.optim.Adam(net.parameters(), 0.0)
@@ -88,7 +88,7 @@ def monitored(name: str) -> dict[str, Any]:
                 if not acts and step == 5 and device == NAME:
                     waits.append(counts - before)
                 optimizer.step()
-            found[f"{device} {acts}"] = monitor.epoch()
+            figures[f"{device} {acts}"] = monitor.epoch()
             monitor.close()
             if not acts:
                 before = counts.copy()
@@ -99,7 +99,7 @@ def monitored(name: str) -> dict[str, Any]:
                         parameter[::2] += 20
                 monitor = ct.CodebookMonitor(net, optimizer=optimizer, revive_every=3, refit_at=5)
     with_monitor, without = waits[-2:]
-    return found | {name: with_monitor[name] - without[name] for name in (READS, UPLOADS)}
+    return figures | {name: with_monitor[name] - without[name] for name in (READS, UPLOADS)}
 
 
 def mixtures() -> dict[str, str | None]:

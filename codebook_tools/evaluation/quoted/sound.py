@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from math import gcd
 from typing import Any
 
@@ -41,9 +42,9 @@ class SoundMean(ItemMean):
 class SpeechMean(SoundMean):
     """A mean over clips of a measure of two waveforms in numpy. Channels are averaged before."""
 
+    @abstractmethod
     def score(self, clip: Wave, reconstruction: Wave) -> float:
-        """Of one clip at the modality's rate; nan where the measure is not defined."""
-        raise NotImplementedError
+        """Of one clip (samples,) at the modality's rate; nan where the measure is not defined."""
 
     def scores(self, media: Tensor, reconstructed: Tensor) -> Tensor:
         pairs = zip(mono(media).numpy(), mono(reconstructed).numpy(), strict=True)

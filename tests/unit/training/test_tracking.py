@@ -132,8 +132,8 @@ def test_a_missing_library_is_named_before_any_work(
 ) -> None:
     for tracker in READERS:
         monkeypatch.setitem(sys.modules, tracker, None)
-        found = codebook("finetune", tiny, "--track", tracker, "-o", tmp_path / "o.safetensors")
-        assert_refused(found, f"--track {tracker} needs {tracker}: pip install 'codebook-tools[{tracker}]'")
+        outcome = codebook("finetune", tiny, "--track", tracker, "-o", tmp_path / "o.safetensors")
+        assert_refused(outcome, f"--track {tracker} needs {tracker}: pip install 'codebook-tools[{tracker}]'")
 
 
 def test_trackio_has_a_place_of_its_own(tmp_path: Path) -> None:
