@@ -272,7 +272,7 @@ def test_every_family_is_measured_and_refitted_there(
 @pytest.mark.slow
 def test_counting_in_a_training_makes_the_host_wait_for_nothing() -> None:
     names = ("straight", "diffusers")
-    for found in done({name: ["monitored", name] for name in names}).values():
-        assert (found[READS], found[UPLOADS]) == (0, 0)
-        assert found[f"{NAME} False"] == found["cpu False"]
-        assert found[f"{NAME} True"]["used"] == 24 and found[f"{NAME} True"]["revived"] >= 6
+    for figures in done({name: ["monitored", name] for name in names}).values():
+        assert (figures[READS], figures[UPLOADS]) == (0, 0)
+        assert figures[f"{NAME} False"] == figures["cpu False"]
+        assert figures[f"{NAME} True"]["used"] == 24 and figures[f"{NAME} True"]["revived"] >= 6

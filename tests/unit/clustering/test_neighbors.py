@@ -53,6 +53,13 @@ def test_by_hand_a_point_goes_to_the_nearest_of_the_codes_near_its_own() -> None
     assert certain.tolist() == [True, False, False, False]
 
 
+def test_products_that_round_coarsely_make_nothing_certain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("codebook_tools.clustering.neighbors.rounding", lambda: 2.0**-7)
+    codebook = Codebook(column(0, 1, 2, 10, 11))
+    codes, certain = Neighbors.of(codebook, 2).search(column(0.1), codebook, torch.tensor([0]))
+    assert codes.tolist() == [0] and certain.tolist() == [False]
+
+
 @examples(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(2, 90), st.sampled_from([1, 2, 5, 24]), st.sampled_from([2, 8, 32]))
 def test_no_code_is_nearer_where_the_search_says_so(seed: int, size: int, dim: int, count: int) -> None:
