@@ -7,22 +7,23 @@ import math
 import torch
 from torch import Tensor
 
-from codebook_tools.clustering.groups import LEAST_CODES, ROWS_PER_GROUP, Groups
-from codebook_tools.clustering.scores import EPS, product, rounding, two_lowest
+from codebook_tools.clustering.groups import LEAST_CODES, LONGEST, ROWS_PER_GROUP, Groups
+from codebook_tools.clustering.kept_groups import KeptGroups
+from codebook_tools.clustering.scores import EPS, not_above, product, rounding, two_lowest
 from codebook_tools.codebook import Codebook, Metric
 from codebook_tools.runtime.devices import has_float64, wide
 from codebook_tools.runtime.threads import spread
 
 # Scores that fit the cache of one core are searched fastest; a GPU needs far larger tiles. Both stay under 256 MB.
 _TILE_BYTES, _ELSEWHERE = {"cpu": 2 << 20}, 128 << 20
-_EXACT_BYTES = 16 << 20
+_EXACT_BYTES = 32 << 20
 _CODES = 1024  # searched at a time, on a CPU
 _CANDIDATES = 8  # codes of the lowest scores that float64 decides among where the host may not wait
 
 _SAMPLE = 64  # latents, by which it is decided whether codes are searched by groups
 
 
-def nearest(latents: Tensor, codebook: Codebook, *, wait: bool = True) -> Tensor:
+def nearest(latents: Tensor, codebook: Codebook, *, wait: bool = True, kept: KeptGroups | None = None) -> Tensor:
     """Assign each latent to its nearest code by the codebook's metric; to the lowest index among equals.
 
     The search runs in float32 over tiles of at most 128 MB; on a CPU, of many codes only those are compared whose group
@@ -36,6 +37,8 @@ def nearest(latents: Tensor, codebook: Codebook, *, wait: bool = True) -> Tensor
         wait: Whether the host may wait for an accelerator, as it must to select near-ties. In a training step it should
             not: float64 then decides among the eight codes of the lowest scores of each latent, which is the same
             unless more than eight lie within rounding of each other.
+        kept: The groups of an earlier search among these codes, or among codes of which few differ; those of this one
+            are left in it.
 
     Returns:
         (n,) int64 on the device of the latents; some code for latents that are not finite.
@@ -44,7 +47,7 @@ def nearest(latents: Tensor, codebook: Codebook, *, wait: bool = True) -> Tensor
     if len(codes) == 1:
         return torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
     search = _Search(codes, codebook.metric)
-    search.group(latents)
+    search.group(latents, kept or KeptGroups())
     tiles = torch.split(latents, search.rows)
     if not (wait or latents.is_cpu) and has_float64(latents.device) and rounding() == EPS:
         return torch.cat([search.settle(tile) for tile in tiles])
@@ -90,8 +93,9 @@ class _Search:
         squares = metric.is_distance
         # |x|² - 2xc + |c|², less |x|², which is the same for all codes.
         self.weights = -2 * codes if squares else -codes
-        self.norms = codes.square().sum(1) if squares else codes.new_zeros(len(codes))
-        self.longest = codes.norm(dim=1).max()
+        lengths = codes.norm(dim=1)
+        self.norms = lengths.square() if squares else torch.zeros_like(lengths)
+        self.longest = lengths.max()
         size, dim = codes.shape
         at_once = min(size, _CODES) if codes.is_cpu else size
         self.starts = range(0, size, at_once)
@@ -99,16 +103,20 @@ class _Search:
         self.groups: Groups | None = None
         self.rows = max(1, _TILE_BYTES.get(codes.device.type, _ELSEWHERE) // (4 * max(at_once, dim)))
 
-    def group(self, latents: Tensor) -> None:
+    def group(self, latents: Tensor, kept: KeptGroups) -> None:
         """Search by groups of codes where that is faster for latents (n, dim), of which it tries a few."""
         size = len(self.codes)
         enough = size >= LEAST_CODES and len(latents) >= ROWS_PER_GROUP * math.isqrt(size)
-        if not (latents.is_cpu and self.metric.is_distance and enough):
+        if not (latents.is_cpu and self.metric.is_distance and enough and bool(self.longest < LONGEST)):
             return
-        groups = Groups.of(self.codes, self.weights, self.norms)
-        few = self.metric.prepare(latents[:: len(latents) // _SAMPLE])
-        if groups is not None and groups.are_few(few, self(few)[1]):
-            self.groups, self.rows = groups, groups.rows
+
+        def pays(groups: Groups) -> bool:
+            few = self.metric.prepare(latents[:: len(latents) // _SAMPLE])
+            return groups.are_few(few, self(few)[1])
+
+        self.groups = kept.of(self.weights, self.norms, pays)
+        if self.groups is not None:
+            self.rows = self.groups.rows
 
     def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (n, dim) -> (n,) int64, the code with the lowest score; that score (n,) float32; and the second."""
@@ -145,9 +153,8 @@ class _Search:
         latents = self.metric.prepare(latents)
         rows = max(1, _EXACT_BYTES // (8 * len(self.codes)))
         codes = []
-        for tile, bound in zip(torch.split(latents, rows), torch.split(limit[:, None], rows), strict=True):
-            scores = torch.addmm(self.norms, tile, self.weights.T)
-            row, code = (~(scores > bound) | ~scores.isfinite()).nonzero(as_tuple=True)
+        for tile, bound in zip(torch.split(latents, rows), torch.split(limit, rows), strict=True):
+            row, code = self._within(tile, bound)
             exact = self._exact(tile, row, code)
             row, code = row.to(exact.device), code.to(exact.device)
             least = exact.new_full((len(tile),), torch.inf).scatter_reduce_(0, row, exact, "amin")
@@ -155,6 +162,12 @@ class _Search:
             lowest = code.new_zeros(len(tile))  # and 0 for what is no number
             codes.append(lowest.scatter_reduce_(0, row[equal], code[equal], "amin", include_self=False))
         return torch.cat(codes).to(latents.device)
+
+    def _within(self, latents: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs of a row of latents (n, dim) and a code that may be as near as limit (n,) says: (pairs,) int64 each."""
+        if self.groups is not None:
+            return self.groups.within(latents, limit)
+        return not_above(torch.addmm(self.norms, latents, self.weights.T), limit)
 
     def settle(self, latents: Tensor) -> Tensor:
         """(n,) int64, decided in float64 among the codes of the lowest float32 scores, without making the host wait."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,9 +34,26 @@ def two_lowest(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         (n,) int64, the code of the lowest score; (n,) float32, that score; and the second, infinite for one code.
     """
-    index = lowest(scores)[:, None]
-    best = scores.gather(1, index)
-    return index[:, 0], best[:, 0], scores.scatter_(1, index, torch.inf).amin(1)
+    if not scores.is_cpu:
+        index = scores.argmin(1, keepdim=True)
+        best = scores.gather(1, index)
+        return index[:, 0], best[:, 0], scores.scatter_(1, index, torch.inf).amin(1)
+    numbers, row = scores.numpy(), np.arange(len(scores))
+    code = numbers.argmin(1)
+    least = numbers[row, code]
+    numbers[row, code] = np.inf
+    return torch.from_numpy(code), torch.from_numpy(least), scores.amin(1)
+
+
+def not_above(scores: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of each score (n, size) that is not above limit (n,), or no finite number: (pairs,) int64 each."""
+    if not scores.is_cpu:
+        row, column = (~(scores > limit[:, None]) | ~scores.isfinite()).nonzero(as_tuple=True)
+        return row, column
+    numbers = scores.numpy()
+    at = np.flatnonzero(~(numbers > limit.numpy()[:, None]) | ~np.isfinite(numbers))
+    of_row, of_code = np.divmod(at, numbers.shape[1])
+    return torch.from_numpy(of_row), torch.from_numpy(of_code)
 
 
 def product(latents: Tensor, weights: Tensor, norms: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from codebook_tools.checkpoints.detect import FoundCodebook
 from codebook_tools.checkpoints.read import Checkpoint, torch_dtype
 from codebook_tools.clustering.assignment import nearest
+from codebook_tools.clustering.kept_groups import KeptGroups
 from codebook_tools.codebook import EUCLIDEAN, Codebook, Metric
 from codebook_tools.data.dataset import Media
 from codebook_tools.data.images import Images
@@ -35,6 +36,7 @@ class Book:
         metric: By which codes are searched and emitted.
         rows: (size, stored dim) float32, of which the model makes the codes; None where codes are stored as they are.
         read: (stored.size, dim), the file's codes, where only the model's quantizer can tell them.
+        groups: The groups of the codes, which only make their search faster.
     """
 
     stored: FoundCodebook
@@ -42,6 +44,7 @@ class Book:
     metric: Metric = EUCLIDEAN
     rows: Tensor | None = None
     read: Tensor | None = None
+    groups: KeptGroups = field(default_factory=KeptGroups, init=False, repr=False)
 
     @property
     def key(self) -> str:
@@ -227,7 +230,8 @@ class Model:
             (n, *grid) int64.
         """
         rows = latents.movedim(1, -1)
-        codes = nearest(rows.reshape(-1, rows.shape[-1]), self.books[stage].codebook, wait=wait)
+        book = self.books[stage]
+        codes = nearest(rows.reshape(-1, rows.shape[-1]), book.codebook, wait=wait, kept=book.groups)
         return codes.reshape(rows.shape[:-1])
 
     def embed(self, codes: Tensor, stage: int = 0) -> Tensor:

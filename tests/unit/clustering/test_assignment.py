@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from codebook_tools.clustering import assignment, groups
 from codebook_tools.clustering import scores as products
 from codebook_tools.clustering.assignment import nearest
+from codebook_tools.clustering.kept_groups import KeptGroups
 from codebook_tools.clustering.metric import COSINE, DOT, METRICS
 from codebook_tools.codebook import EUCLIDEAN, Codebook, Metric
 
@@ -216,7 +217,7 @@ def test_codes_are_searched_by_groups_only_where_few_are_left_to_compare(monkeyp
     for dim, grouped in ((2, True), (16, False)):
         codebook, latents = Codebook(normal(1000, dim, seed=1)), normal(2000, dim, seed=2)
         search = assignment._Search(codebook.vectors, codebook.metric)
-        search.group(latents)
+        search.group(latents, KeptGroups())
         assert (search.groups is not None) == grouped
 
 
