@@ -259,12 +259,6 @@ def line(grey: MakeGrey) -> Callable[..., Model]:
 
 
 @pytest.fixture
-def light_commitment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a quarter of the reconstruction's weight. On `line` latents are pixels, and as much would undo all it asks."""
-    monkeypatch.setattr("codebook_tools.training.losses.reconstruction.COMMITMENT", 0.25)
-
-
-@pytest.fixture
 def grey_images() -> Callable[..., Images]:
     """grey_images([[0.2, 0.4], [0.6, 0.8]], ...): one image for each list of rows, as .npy files give them."""
 

@@ -79,6 +79,7 @@ def finetune(
         trained=trainer.trained,
         groups=trainer.groups,
         lr=trainer.lr,
+        optimizer="muon" if "muon" in trainer.optimizers else "adam",
         diverged=diverged,
         stopped=history.stopped,
         collapsed=history.collapsed,

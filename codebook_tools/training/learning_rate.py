@@ -14,6 +14,8 @@ _MOVED = 1.25  # how far Adam moves all kernels together in a step, in units of 
 _BATCH = 64  # images to a batch where _MOVED was tuned
 _HIGHEST = 5e-3  # that was good anywhere: networks of a few small kernels would have ten times that
 _WITHOUT_KERNELS = 1e-3
+_LARGEST_RMS, _RMS_OF_ONE_STEP, _RMS_DECAY = 0.3, 3.0, 0.4  # 0.25 for 500 steps, 0.14 for 2,000, 0.05 for 25,000
+_CODES_MOVED = 0.01  # how far Adam moves codes that train alone in a step, in deviations of their latents
 _FRESH = 0.1  # relative rate of what starts at 0, or near it as biases do: it would stay there
 
 
@@ -38,6 +40,19 @@ def usual_rate(parameters: Sequence[Tensor], images: int) -> float:
     return min(_HIGHEST, _MOVED * initial / len(kernels) * math.sqrt(images / _BATCH))
 
 
+def rate_of_codes(variances: Sequence[float], images: int) -> float:
+    """Adam's learning rate for codes that train alone, in units of their latents.
+
+    Args:
+        variances: Of the latents of each codebook.
+        images: Items to a step.
+
+    Returns:
+        The rate after warm-up.
+    """
+    return _CODES_MOVED * geometric_mean(map(math.sqrt, variances)) * math.sqrt(images / _BATCH)
+
+
 def relative_rates(parameters: Sequence[Tensor]) -> list[float]:
     """The factor on the learning rate of each tensor: its root mean square over the geometric mean of all kernels'.
 
@@ -56,6 +71,14 @@ def relative_rates(parameters: Sequence[Tensor]) -> list[float]:
             factor = min(max(factor, _FRESH), 1.0)
         factors.append(2.0 ** (round(math.log2(factor) * _STEPS_TO_TWICE) / _STEPS_TO_TWICE))
     return factors
+
+
+def muon_rms(steps: int) -> float:
+    """The root mean square of Muon's updates of so many steps, in units of the learning rate.
+
+    A longer run goes as far by smaller updates, whose noise the end of the run need not average out.
+    """
+    return min(_LARGEST_RMS, _RMS_OF_ONE_STEP * math.pow(steps, -_RMS_DECAY))
 
 
 WARM_UP, FLOOR = 100, 0.05  # steps of linear warm-up; fraction of the learning rate that cosine decay ends at

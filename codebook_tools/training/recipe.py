@@ -26,8 +26,11 @@ class FineTune:
     Attributes:
         steps: Optimizer steps; 0 for no fine-tuning.
         train: The networks that train.
-        codebook_update: How the codes move: codebook EMA with revival of dead codes, gradients, or not at all.
+        codebook_update: How the codes move: codebook EMA with revival of dead codes, gradients, or not at all. Where
+            networks train, gradients are those of the codebook loss; where none does, those of the reconstruction.
         batch_size: Items to a batch.
+        optimizer: What moves the kernels of the network; Adam moves everything else. "auto" is Muon where there are
+            any, and Adam beside a discriminator, with which Muon was not measured.
         lr: Adam's learning rate after warm-up, for tensors of usual size; None for the one that suits the network
             (`learning_rate.py`).
         loss: Of the reconstruction.
@@ -48,9 +51,14 @@ class FineTune:
     steps: Annotated[int, Option("Fine-tuning steps. Left out: 1000; 0 without --data.", metavar="N")] = 1000
     train: Annotated[Literal["all", "decoder", "none"], _option("Which networks train.")] = "all"
     codebook_update: Annotated[
-        Literal["ema", "gradient", "frozen"], _option("How the codes move; ema also revives dead ones.")
+        Literal["ema", "gradient", "frozen"],
+        _option("How the codes move; ema also revives dead ones, gradient with --train none suits the decoder."),
     ] = "ema"
     batch_size: int = 64
+    optimizer: Annotated[
+        Literal["auto", "adam", "muon"],
+        _option("What moves the network's kernels; auto: muon, but not with a discriminator."),
+    ] = "auto"
     lr: Annotated[
         float | None,
         _option("Adam's learning rate after warm-up. Left out: by the network's width and depth.", metavar="RATE"),
@@ -88,6 +96,16 @@ class FineTune:
     ] = 0.0
 
     @property
+    def by_muon(self) -> bool:
+        """Whether Muon moves kernels."""
+        return self.optimizer == "muon" or (self.optimizer == "auto" and not self.adversarial)
+
+    @property
+    def decoder_moves_codes(self) -> bool:
+        """Whether codes follow the gradient of the reconstruction error, through a decoder that does not change."""
+        return self.train == "none" and self.codebook_update == "gradient"
+
+    @property
     def settled_from(self) -> int:
         """The first step at which all terms of the loss count."""
         return round(ALONE * self.steps) + 1 if self.adversarial else 0
@@ -105,6 +123,8 @@ class FineTune:
                 raise CodebookError(f"{name}={value} is no weight; try --{name} {such_as}")
         if self.adversarial and self.train == "none":
             raise CodebookError("adversarial with train=none: no decoder is there to learn from it; leave one out")
+        if self.optimizer == "muon" and self.train == "none":
+            raise CodebookError("optimizer=muon with train=none: no kernel trains; leave one out")
         if self.clip is not None and not (self.clip > 0 and math.isfinite(self.clip)):
             raise CodebookError(f"clip={self.clip} is no norm to keep gradients below; try --clip 1, or leave it out")
         if self.weight_ema is not None and not 0 <= self.weight_ema < 1:

@@ -144,7 +144,8 @@ class FineTuned:
         trace: All evaluations.
         trained: File keys of the parameters that trained.
         groups: The halves of the network that trained.
-        lr: Adam's learning rate after warm-up.
+        lr: The learning rate after warm-up.
+        optimizer: What moved the network's kernels.
         diverged: Where the run diverged; None if it did not.
         stopped: Why the run ended early otherwise; None if it did not.
         collapsed: Whether even the best state is below `min_usage`.
@@ -158,6 +159,7 @@ class FineTuned:
     trained: tuple[str, ...]
     groups: tuple[str, ...]
     lr: float
+    optimizer: str
     diverged: Diverged | None
     stopped: str | None = None
     collapsed: bool = False

@@ -17,9 +17,10 @@ from codebook_tools.runtime.devices import sent
 from codebook_tools.training.batches import Batches
 from codebook_tools.training.codebook_ema import REVIVE_EVERY, CodebookEMA, ExtraCodes
 from codebook_tools.training.ddp import run_together
-from codebook_tools.training.learning_rate import relative_rates, schedule, usual_rate
+from codebook_tools.training.learning_rate import rate_of_codes, schedule, usual_rate
 from codebook_tools.training.losses.objective import objective_of
 from codebook_tools.training.losses.reconstruction import Quantized
+from codebook_tools.training.optimizers import kernels_of, optimizers_of
 from codebook_tools.training.parameters import set_trainable, trained_names, training_mode, written_names
 from codebook_tools.training.recipe import FineTune
 from codebook_tools.training.state import Tensors, by_number, joined, numbered, part
@@ -28,22 +29,12 @@ from codebook_tools.training.weight_average import WeightAverage
 REVIVE_UNTIL = 0.9  # of the run: the last codes placed need time to settle
 MERGE_AT = 0.6  # of the run: networks have learnt most by then, and the learning rate is still high enough to adapt
 
-BETAS = (0.9, 0.95)  # of Adam; with 0.999 the first, large gradients still count after 1,000 steps
-
 GROUPS = {"all": ("encoder", "decoder"), "decoder": ("decoder",), "none": ()}
 
 
 def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:
     """The quantized latents, with gradients that go to the latents unchanged (Bengio, Leonard and Courville 2013)."""
     return latents + (quantized - latents).detach()
-
-
-def _groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, object]]:
-    """Adam's parameter groups: parameters of the same relative learning rate."""
-    by_rate = dict[float, list[nn.Parameter]]()
-    for parameter, factor in zip(parameters, relative_rates(parameters), strict=True):
-        by_rate.setdefault(factor, []).append(parameter)
-    return [{"params": group, "share": factor} for factor, group in by_rate.items()]
 
 
 class Trainer:
@@ -59,7 +50,7 @@ class Trainer:
         objective: The loss.
         batches: The training batches.
         codebooks: One codebook EMA a book.
-        optimizer: Adam; None where gradients move nothing.
+        optimizers: By name; none where gradients move nothing.
         average: The moving average of the parameters; None without.
     """
 
@@ -99,9 +90,8 @@ class Trainer:
             )
         by_gradient, by_average = (recipe.codebook_update == update for update in ("gradient", "ema"))
         self.parameters = set_trainable(model, self.names)
-        images = recipe.batch_size * recipe.accumulate
-        self.lr = usual_rate(self.parameters, images) if recipe.lr is None else recipe.lr
         self.objective = objective_of(model, train, recipe, pixels[:1], seed)
+        self.lr = self._usual_rate() if recipe.lr is None else recipe.lr
         # Two streams: the batches must not depend on how many codes a strategy leaves to be revived.
         self.batches = Batches(train, recipe.batch_size, seed, pixels[:1])
         self._reviving = torch.Generator().manual_seed(seed + 1)
@@ -113,15 +103,22 @@ class Trainer:
             book.vectors = book.vectors.clone()
         assert by_average or not more, "only a codebook EMA, which revives codes, has a use for extra codes"
         self._more, self._sizes = more, [len(book.vectors) for book in model.books]
-        if by_gradient:
-            for stage in model.chosen:
-                self.parameters.append(nn.Parameter(model.books[stage].vectors))
-                model.books[stage].vectors = self.parameters[-1]
-        self.optimizer = torch.optim.Adam(_groups(self.parameters), betas=BETAS) if self.parameters else None
+        codes = [nn.Parameter(model.books[stage].vectors) for stage in model.chosen] if by_gradient else []
+        for stage, vectors in zip(model.chosen, codes, strict=False):
+            model.books[stage].vectors = vectors
+        self.parameters += codes
+        kernels = kernels_of(model.network) if recipe.by_muon else []
+        self.optimizers = optimizers_of(self.parameters, kernels, recipe.steps)
         self.average = None if recipe.weight_ema is None else WeightAverage(self.parameters, recipe.weight_ema)
         self._run = run_together(model, self.parameters)
         self._coming = iter(self.batches)
         self._assigned: list[list[tuple[Tensor, Tensor]]] = []
+
+    def _usual_rate(self) -> float:
+        images = self.recipe.batch_size * self.recipe.accumulate
+        if not self.recipe.decoder_moves_codes:
+            return usual_rate(self.parameters, images)
+        return rate_of_codes([self.objective.plain.scales.latents[stage] for stage in self.model.chosen], images)
 
     @property
     def not_finite(self) -> str | None:
@@ -135,8 +132,8 @@ class Trainer:
         Returns:
             The terms of the loss by name, scalars: this process's part of them.
         """
-        if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
         self._assigned = [[] for _ in self.codebooks]
         batches = [self._gradients_of(*next(self._coming)) for _ in range(self.recipe.accumulate)]
         return {name: reduce(torch.add, (terms[name] for terms in batches)) for name in batches[0]}
@@ -149,16 +146,18 @@ class Trainer:
         def through(stage: int, latents: Tensor) -> Tensor:
             codes, quantized = self.codebooks[stage](latents)
             parts[stage].append((latents, codes, quantized))
-            return straight_through(latents, quantized)
+            return quantized if self.recipe.decoder_moves_codes else straight_through(latents, quantized)
 
         reconstruction = self._run(media, through)
+        if self.recipe.decoder_moves_codes and not reconstruction.requires_grad:
+            raise CodebookError("train=none: no gradient reaches the codes through decode; use codebook_update=ema")
         outputs = []
         for stages, book in zip(parts, self.model.books, strict=True):
             latents, codes, quantized = (of_stages(tensors) for tensors in zip(*stages, strict=True))
             outputs.append(Quantized(latents, codes, quantized, book))
         terms = self.objective(reconstruction, media.to(reconstruction.dtype), outputs)
         weight = fraction / self.recipe.accumulate
-        if self.optimizer is not None:
+        if self.optimizers:
             # Processes average their gradients: each weighs as much of the batch as it has.
             torch.autograd.backward(reduce(torch.add, terms.values()) * (weight * distributed.count()))
         own = len(media) if fraction else 0
@@ -169,12 +168,12 @@ class Trainer:
     def move(self, step: int) -> None:
         """Update weights and codes by the result of `gradients`. step: from 1."""
         steps = self.recipe.steps
-        if self.optimizer is not None:
-            if self.recipe.clip is not None:
-                nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
-            for group in self.optimizer.param_groups:
+        if self.recipe.clip is not None and self.parameters:
+            nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
                 group["lr"] = self.lr * group["share"] * schedule(step - 1, steps)
-            self.optimizer.step()
+            optimizer.step()
         if self.average is not None:
             self.average.update()
         self.objective.step()
@@ -228,13 +227,13 @@ class Trainer:
 
     def state(self) -> Tensors:
         """All that steps change, by name, so that a resumed run ends in the same bytes."""
-        adam = self.optimizer.state_dict()["state"] if self.optimizer else {}
+        moments = {name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()}
         return joined(
             {
                 "network": self.model.network.state_dict(),
                 "books": by_number(book.vectors for book in self.model.books),
                 **{f"quantiser {stage}": codebook.state() for stage, codebook in enumerate(self.codebooks)},
-                **{f"adam {i}": moments for i, moments in adam.items()},
+                **{f"{name} {i}": of_one for name, of_all in moments.items() for i, of_one in of_all.items()},
                 "average": self.average.state() if self.average else {},
                 "objective": self.objective.state(),
                 "random": {"reviving": self._reviving.get_state(), "torch": torch.get_rng_state()},
@@ -252,10 +251,10 @@ class Trainer:
                 book.vectors = vectors.to(self.model.device)
         for stage, codebook in enumerate(self.codebooks):
             codebook.load(part(state, f"quantiser {stage}"))
-        if self.optimizer is not None:
-            moments = {i: part(state, f"adam {i}") for i in range(len(self.parameters))}
-            adam = {i: of_parameter for i, of_parameter in moments.items() if of_parameter}
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": adam})
+        for name, optimizer in self.optimizers.items():
+            moments = {i: part(state, f"{name} {i}") for i in range(len(self.parameters))}
+            known = {i: of_parameter for i, of_parameter in moments.items() if of_parameter}
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": known})
         if self.average is not None:
             self.average.load(part(state, "average"))
         self.objective.load(part(state, "objective"))

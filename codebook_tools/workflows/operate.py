@@ -333,7 +333,7 @@ def _operate(
             seed=request.seed, watch=watch, saving=saving, log=tracker.log,
         )  # fmt: skip
         if done.tuned:
-            target.settings["lr"] = done.tuned.lr
+            target.settings |= {"lr": done.tuned.lr, "optimizer": done.tuned.optimizer}
         if request.gallery and isinstance(target, Opened):
             with watch.phase("measure"):
                 gallery = gallery_of_run(target, books, bool(surgeries), done.tuned, watch)
@@ -372,7 +372,7 @@ def _opened(
     require_tracker(request.tracking(command))
     if recipe.steps and recipe.codebook_update == "gradient" and getattr(strategy, "balance", False):
         raise CodebookError(
-            "--codebook-update gradient moves codes to means of latents, which undoes --balance; use ema or frozen"
+            "--codebook-update gradient lowers the mean error alone, which undoes --balance; use ema or frozen"
         )
     request.require_trainable(recipe.steps)
     opened = open_request(request, watch)

@@ -37,7 +37,7 @@ from codebook_tools.workflows.result import Result
 from codebook_tools.workflows.verify import verify_checkpoint
 
 Ask = Callable[..., Request]
-FEW_STEPS = FineTune(steps=12, batch_size=16, lr=1e-3)
+FEW_STEPS = FineTune(steps=12, batch_size=16, lr=1e-3, optimizer="adam")
 RUINOUS = FineTune(steps=3, batch_size=16, lr=30.0)
 VARIANTS = (
     "plain", "ema", "weight_norm_older", "weight_norm_newer", "module_prefix", "tied", "extra",

@@ -128,7 +128,7 @@ def test_a_balanced_refit_is_fine_tuned_as_it_was_made(ask: Ask, monkeypatch: py
     monkeypatch.setattr(pipeline, "finetune", lambda *a, **more: powers.append(more["powers"]) or tuned(*a, **more))
     do(ask(), Refit(2, balance=True), FineTune(steps=2, batch_size=8, lr=1e-3))
     assert powers == [{0: BALANCED, 1: BALANCED}]
-    with pytest.raises(CodebookError, match="--codebook-update gradient moves codes to means"):
+    with pytest.raises(CodebookError, match="--codebook-update gradient lowers the mean error"):
         do(ask(force=True), Refit(2, balance=True), FineTune(steps=2, codebook_update="gradient"))
 
 
@@ -337,7 +337,7 @@ def test_codes_that_a_fine_tuning_loses_are_warned_of(ask: Ask, monkeypatch: pyt
         for book in model.books:
             book.vectors = torch.full_like(book.vectors, 9.0)
         start, best = Kept(0, 1.0, *tensors, revived), Kept(1, 0.5, *tensors, revived)
-        return FineTuned(start, best, (), (), ("encoder",), 0.1, None)
+        return FineTuned(start, best, (), (), ("encoder",), 0.1, "adam", None)
 
     monkeypatch.setattr(pipeline, "finetune", lose)
     result = do(ask(), Refit(3), FineTune(steps=1))

@@ -143,7 +143,8 @@ def objective_of(model: Model, train: Media, recipe: FineTune, pixels: Tensor, s
     if recipe.entropy and not all(book.metric.is_distance for book in model.books):
         raise CodebookError("--entropy goes by distances to codes, and here inner products choose them; leave it out")
     scales = distributed.of_first(scales_of(model, train))
-    plain = Reconstruction(scales, recipe.loss, recipe.codebook_update == "gradient", recipe.entropy)
+    to_latents = recipe.codebook_update == "gradient" and not recipe.decoder_moves_codes
+    plain = Reconstruction(scales, recipe.loss, to_latents, recipe.entropy)
     perceptual, discriminator = judges(model, recipe, pixels, seed)
     more = dict[str, Term]()
     if perceptual:

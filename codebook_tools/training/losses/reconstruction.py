@@ -15,7 +15,7 @@ from codebook_tools.models.model import Book, Model
 from codebook_tools.training.losses.entropy import indecision
 from codebook_tools.training.recipe import Loss
 
-COMMITMENT = 1.0  # weight of the term that moves latents to codes, in units of their variance
+COMMITMENT = 0.25  # weight of the term that moves latents to codes, in units of their variance
 
 
 class Quantized(NamedTuple):
@@ -49,12 +49,12 @@ class Scales:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Reconstruction error, commitment, the codebook loss where gradients move codes, and entropy.
+    """Reconstruction error, commitment, the codebook loss where it moves codes, and entropy.
 
     Attributes:
         scales: The units.
         kind: Of the reconstruction error.
-        moves_codes: Whether gradients move codes.
+        moves_codes: Whether the codebook loss moves codes to their latents.
         entropy: Weight of the entropy term (entropy.py).
     """
 

@@ -109,6 +109,7 @@ TUNINGS: dict[str, Values] = {
     "uneven": {"batch_size": 5, "codebook_update": "gradient", "loss": "l1"},
     "one image": {"batch_size": 1, "steps": 6},
     "codes alone": {"batch_size": 8, "train": "none"},
+    "codes alone by the decoder": {"batch_size": 8, "train": "none", "codebook_update": "gradient"},
     "unreadable": {"batch_size": 6},
     "every option": {"batch_size": 4, "accumulate": 2, "clip": 0.5, "weight_ema": 0.9, "codebook_update": "gradient"},
     "broken off": {"batch_size": 8},
@@ -190,8 +191,9 @@ def numbered(images_folder: Path, folder: Path) -> Path:
 
 
 def messages_of(done: Outcome) -> list[str]:
-    """Our lines among those of torchrun."""
-    return [line for line in done.stderr.splitlines() if line.startswith(("error:", "warning:"))]
+    """Our lines among those of torchrun, without their figures: trained ones differ by more than rounding."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("error:", "warning:"))]
+    return [re.sub(r"[+-]?\d+\.\d+", "#", line) for line in lines]
 
 
 @pytest.mark.slow

@@ -48,7 +48,6 @@ def test_batches_to_a_step_are_one_of_their_size_together(update: str, tiny: Pat
         torch.testing.assert_close(ended[1][name], tensor, rtol=1e-2, atol=1e-3, msg=name)
 
 
-@pytest.mark.usefixtures("light_commitment")
 def test_gradients_are_clipped_by_the_norm_of_all(tuned: Tuned, monkeypatch: pytest.MonkeyPatch) -> None:
     gradients: list[list[float]] = []
     step = torch.optim.Adam.step
@@ -70,7 +69,6 @@ def test_gradients_are_clipped_by_the_norm_of_all(tuned: Tuned, monkeypatch: pyt
     assert spared == plain
 
 
-@pytest.mark.usefixtures("light_commitment")
 @pytest.mark.parametrize("update", ["frozen", "gradient"])
 def test_the_averaged_weights_are_validated_and_kept(tuned: Tuned, grey_images: GreyImages, update: str) -> None:
     settings: dict[str, Any] = {"steps": 1, "codebook_update": update, "lr": 0.01}
@@ -124,7 +122,6 @@ def test_the_guard_stops_below_a_share_and_names_the_levers(
     assert reason_to_stop(FineTune(), trace, 8, 0) is None
 
 
-@pytest.mark.usefixtures("light_commitment")
 def test_a_run_that_loses_codes_stops_and_keeps_an_earlier_state(tuned: Tuned) -> None:
     recipe: dict[str, Any] = {"steps": 20, "codebook_update": "frozen", "lr": 0.1}
     _, free = tuned([0.2, 1.0], [3, 1], LOSING, **recipe)
@@ -135,7 +132,6 @@ def test_a_run_that_loses_codes_stops_and_keeps_an_earlier_state(tuned: Tuned) -
     assert found.stopped.startswith(f"at step {lost.step} only 1 of 2 codes were in use, fewer than --min-usage 0.9")
 
 
-@pytest.mark.usefixtures("light_commitment")
 def test_a_run_that_loses_them_at_once_has_gained_nothing_whatever_its_error(
     tuned: Tuned, grey_images: GreyImages
 ) -> None:
@@ -176,6 +172,7 @@ def test_bf16_trains_weights_that_stay_float32_by_nearest_codes_in_float32(tiny:
     *(({"distill": weight}, "is no weight; try --distill 1") for weight in (-1.0, float("nan"))),
     ({"entropy": -0.1}, "entropy=-0.1 is no weight; try --entropy 0.1"),
     ({"adversarial": True, "train": "none"}, "adversarial with train=none"),
+    ({"optimizer": "muon", "train": "none"}, "optimizer=muon with train=none"),
     ({"train": "none", "codebook_update": "frozen"}, "nothing to train; use --steps 0"),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -209,3 +206,14 @@ def test_the_command_passes_them_on_and_says_why_it_ended(codebook: Run, tiny: P
     assert {name: found.json["settings"][name] for name in options} == options
     assert found.json["trace"][-1]["step"] < 30
     assert any("--patience 1 evaluation steps without a gain" in warning for warning in found.json["warnings"])
+
+
+@pytest.mark.parametrize(("settings", "optimizer"), [
+    ({}, "muon"), ({"optimizer": "muon"}, "muon"), ({"optimizer": "adam"}, "adam"), ({"train": "none"}, "adam"),
+    ({"adversarial": True}, "adam"), ({"adversarial": True, "optimizer": "muon"}, "muon"),
+])  # fmt: skip
+def test_muon_moves_kernels_unless_a_discriminator_trains(
+    settings: dict[str, Any], optimizer: str, tiny: Path, images_folder: Path
+) -> None:
+    images = Images(find_images([images_folder]), 3, 16)
+    assert tune(load_model(read_checkpoint(tiny)), images, [1] * 16, steps=1, **settings).optimizer == optimizer

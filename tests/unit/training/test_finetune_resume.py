@@ -54,6 +54,7 @@ def everything(model: Model, found: FineTuned) -> list[Any]:
     "recipe",
     [
         {},
+        {"optimizer": "adam"},
         {"codebook_update": "gradient", "weight_ema": 0.9, "clip": 0.5, "accumulate": 2},
         {"train": "decoder", "codebook_update": "frozen", "weight_ema": 0.5},
         {"more": True},

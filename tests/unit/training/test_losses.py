@@ -239,9 +239,9 @@ def test_terms_of_the_codebooks_are_means_over_stages_in_units_of_the_latents_va
     ]
     losses = Reconstruction(Scales(pixels=1.0, latents=(2.0, 6.0)), "mse", moves_codes=True, entropy=0.0)
     terms = losses(MEDIA, MEDIA, outputs)
-    # 1² / 2 and 3² / 6, of which the mean is 1.
+    # 1² / 2 and 3² / 6, of which the mean is 1; commitment has a quarter of the weight.
     assert {name: float(term) for name, term in terms.items()} == {
-        "reconstruction": 0.0, "codebook": 1.0, "commitment": 1.0,
+        "reconstruction": 0.0, "codebook": 1.0, "commitment": 0.25,
     }  # fmt: skip
 
 
