@@ -1,6 +1,7 @@
 """Every strategy and the controls on a checkpoint: the figures of the README and of docs/comparison.md.
 
     python benchmarks/compare.py [NAME ...] [--seeds N] [--shared ../shared]
+    python benchmarks/compare.py --peers [...]        quantizers of another library instead: see peer_rows.py
 
 Without a name it is the bundled demo. Rows, table, settings and machine go to benchmarks/results/compare/NAME/; rows
 that are there already, made with the same model, data, settings and version, are not run again: they are printed with
@@ -164,4 +165,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if "--peers" in sys.argv:
+        import peer_rows
+
+        peer_rows.main([argument for argument in sys.argv[1:] if argument != "--peers"])
+    else:
+        main()
