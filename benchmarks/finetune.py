@@ -2,7 +2,8 @@
 
     python benchmarks/finetune.py [--model MODEL --data PATH ...] [--k K] [--device cpu|cuda] [--runs 5]
 
-Both in one process, in turn, block after block, each from the same state. The bare loop quantises by torch.cdist and
+All in one process, in turn, block after block, each from the same state. The bare loop has Adam; ours has it, too, and
+Muon in a further run. The bare loop quantises by torch.cdist and
 argmin, moves the codes by an average that index_add feeds, revives none and looks at no validation image; ours does all
 that it does for a user, with one validation image. Writes benchmarks/results/finetune.json, or --output.
 """
@@ -15,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -130,7 +132,7 @@ def main() -> None:
     model, scales = opened.model, scales_of(opened.model, train)
     if given.k:
         model.install(Codebook(model.books[0].codebook.vectors[: given.k].cpu()))
-    recipe = FineTune(steps=given.steps, batch_size=min(given.batch_size, len(train)))
+    recipe = FineTune(steps=given.steps, batch_size=min(given.batch_size, len(train)), optimizer="adam")
 
     def fresh() -> Model:
         return model.copy(copy.deepcopy(model.network))
@@ -138,6 +140,7 @@ def main() -> None:
     loops: dict[str, Callable[[], float]] = {
         "ours": lambda: ours(fresh(), train, recipe),
         "bare": lambda: bare(fresh(), images, scales, recipe),
+        "ours with Muon": lambda: ours(fresh(), train, replace(recipe, optimizer="muon")),
     }
     rates: dict[str, list[float]] = {name: [] for name in loops}
     for loop in loops.values():
@@ -145,7 +148,8 @@ def main() -> None:
     for _ in range(given.runs):
         for name, loop in loops.items():
             rates[name].append(loop())
-    ratios = [mine / its for mine, its in zip(rates["ours"], rates["bare"], strict=True)]
+    ratios = [mine / bare for mine, bare in zip(rates["ours"], rates["bare"], strict=True)]
+    by_muon = [muon / adam for muon, adam in zip(rates["ours with Muon"], rates["ours"], strict=True)]
     found = {
         "machine": machine(given.device),
         "model": given.model.name if given.model else "the bundled demo",
@@ -154,12 +158,14 @@ def main() -> None:
         "recipe": {"steps": recipe.steps, "batch_size": recipe.batch_size},
         "steps_per_second": {name: spread(of) for name, of in rates.items()},
         "ours_to_bare": spread(ratios),
+        "muon_to_adam": spread(by_muon),
     }
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.write_text(json.dumps(found, indent=2) + "\n")
     for name, of in rates.items():
         print(f"{name}: {statistics.median(of):.2f} steps a second")
-    print(f"ours to bare: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    for name, of in {"ours to bare": ratios, "Muon to Adam": by_muon}.items():
+        print(f"{name}: {statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})")
 
 
 if __name__ == "__main__":

@@ -112,6 +112,7 @@ def done(run: Run, shared: str) -> dict[str, Any]:
             surgeries = perform(found, strategy, seen, Watch()) if strategy else {}
             recipe = FineTune(steps=run.steps, **variant.recipe)
             stages = run_stages(found, surgeries, seen, latents, recipe, seed=run.seed, watch=Watch())
+        spread = torch.linalg.eigvalsh(torch.cov(torch.cat(list(found.model.latents(found.test, 64))).T))
     finally:
         found.model = before
     assert stages.finetuned and stages.tuned
@@ -126,6 +127,8 @@ def done(run: Run, shared: str) -> dict[str, Any]:
         "perplexity": use.perplexity,
         "coverage": use.coverage,
         "kept": stages.kept,
+        "latent_dimension": float(spread.sum() ** 2 / spread.square().sum()),
+        "dimensions_of_99_percent": int((spread.flip(0).cumsum(0) / spread.sum() < 0.99).sum()) + 1,
         "seconds": round(time.perf_counter() - since, 1),
         "trace": [{name: getattr(point, name) for name in TRACED} for point in stages.tuned.trace],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -11,12 +12,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from codebook_tools.clustering.assignment import nearest
+from codebook_tools.strategies import Refit
 from codebook_tools.training import learning_rate, trainer
 from codebook_tools.training.codebook_ema import DEAD_BELOW, CodebookEMA
+from codebook_tools.training.losses import reconstruction
 from codebook_tools.training.parameters import trained_names
 from codebook_tools.training.trainer import Trainer
 from codebook_tools.workflows.session import Opened
@@ -55,7 +58,11 @@ NUMBERS = (
     "training.codebook_ema:REVIVE_EVERY",
     "training.codebook_ema:DEAD_BELOW",
     "training.trainer:REVIVE_UNTIL",
-    "training.trainer:BETAS",
+    "training.optimizers:BETAS",
+    "training.learning_rate:_LARGEST_RMS",
+    "training.learning_rate:_RMS_OF_ONE_STEP",
+    "training.learning_rate:_RMS_DECAY",
+    "training.muon:MOMENTUM",
     "training.learning_rate:WARM_UP",
     "training.learning_rate:FLOOR",
     "training.learning_rate:_MOVED",
@@ -131,7 +138,9 @@ def anchors(ema: CodebookEMA, rows: Tensor, codes: Tensor) -> None:
     ema.sums = ema.book.vectors * ema.usage[:, None]
 
 
-_move, _update, _groups = Trainer.move, CodebookEMA.update, trainer._groups
+_schedule = learning_rate.schedule
+_COMMITMENT, _straight_through = reconstruction.COMMITMENT, trainer.straight_through
+_move, _update, _relative_rates = Trainer.move, CodebookEMA.update, learning_rate.relative_rates
 
 
 def encoder_later(training: Trainer, step: int) -> None:
@@ -173,20 +182,98 @@ def adam_begins_again(training: Trainer, step: int) -> None:
         if any(parameter is book.vectors for book in training.model.books):
             moved = (parameter.detach() - old).norm(dim=1) > 0.1 * old.norm(dim=1).mean()  # no step of Adam goes so far
             for moment in ("exp_avg", "exp_avg_sq"):
-                training.optimizer.state[parameter][moment][moved] = 0  # type: ignore[union-attr]
+                training.optimizers["adam"].state[parameter][moment][moved] = 0
 
 
-def faster_codes(times: float) -> Callable[[Sequence[nn.Parameter]], list[dict[str, object]]]:
+def faster_codes(times: float) -> Callable[[Sequence[Tensor]], list[float]]:
     """The codes, which are the last parameters where gradients move them, learn so many times as fast."""
 
-    def groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, object]]:
-        *others, codes = parameters
-        (own,) = _groups([codes])
-        share = learning_rate.relative_rates(parameters)[-1]
-        return [*_groups(others), {**own, "share": times * share}]
+    def rates(parameters: Sequence[Tensor]) -> list[float]:
+        *others, codes = _relative_rates(parameters)
+        return [*others, times * codes]
 
-    groups.__name__ = f"faster_codes({times})"
-    return groups
+    rates.__name__ = f"faster_codes({times})"
+    return rates
+
+
+def constant(rms: float) -> Callable[[int], float]:
+    """The same size of Muon's updates whatever the number of steps."""
+
+    def muon_rms(steps: int) -> float:
+        return rms
+
+    muon_rms.__name__ = f"constant({rms})"
+    return muon_rms
+
+
+def decay_by(power: float) -> Callable[[int, int], float]:
+    """The schedule with its cosine to a power: more of the run at low rates."""
+
+    def schedule(step: int, steps: int) -> float:
+        rate = _schedule(step, steps)
+        if step < learning_rate.WARM_UP:
+            return rate
+        floor = learning_rate.FLOOR
+        return floor + (1 - floor) * math.pow((rate - floor) / (1 - floor), power)
+
+    schedule.__name__ = f"decay_by({power})"
+    return schedule
+
+
+def adam_from(share: float) -> Callable[[Trainer, int], None]:
+    """Adam moves the kernels, too, after so much of the run."""
+
+    def move(training: Trainer, step: int) -> None:
+        if "muon" in training.optimizers and step > share * training.recipe.steps:
+            for group in training.optimizers.pop("muon").param_groups:
+                training.optimizers["adam"].add_param_group({"params": group["params"], "share": group["share"]})
+        _move(training, step)
+
+    move.__name__ = f"adam_from({share})"
+    return move
+
+
+class ContinuousFirst:
+    """The decoder gets latents in place of codes for the first share of a run; k-means on the latents then places the
+    codes anew: "continuous first, discrete later" (arXiv 2605.06870).
+
+    Attributes:
+        share: Of the steps.
+        commitment: Its weight until then.
+    """
+
+    def __init__(self, share: float, commitment: float) -> None:
+        self.share, self.commitment, self.is_continuous = share, commitment, False
+
+    def variant(self) -> Variant:
+        inside = {
+            "training.trainer:straight_through": self.straight_through,
+            "training.trainer:Trainer.move": self.move,
+        }
+        return Variant(inside=inside, before=self.begin)
+
+    def begin(self, opened: Opened, seed: int) -> None:
+        self.is_continuous, reconstruction.COMMITMENT = True, self.commitment
+
+    def straight_through(self, latents: Tensor, quantized: Tensor) -> Tensor:
+        return latents if self.is_continuous else _straight_through(latents, quantized)
+
+    @property
+    def move(self) -> Callable[[Trainer, int], None]:
+        def move(training: Trainer, step: int) -> None:
+            _move(training, step)
+            if step == round(self.share * training.recipe.steps):
+                self.is_continuous, reconstruction.COMMITMENT = False, _COMMITMENT
+                images = training.batches.images
+                few = images.subset(images.items[: len(images) // 3])
+                with training.evaluation_mode(), torch.no_grad():
+                    rows = torch.cat(list(training.model.latents(few, 64)))
+                for ema in training.codebooks:
+                    ema.book.vectors = Refit(len(ema.usage))(ema.book.codebook, [rows], ema.usage).codebook.vectors
+                    ema._begin(torch.bincount(nearest(rows, ema.book.codebook), minlength=len(ema.usage)))
+
+        move.__name__ = f"continuous for {self.share}, commitment {self.commitment}"
+        return move
 
 
 def aligned(opened: Opened, seed: int) -> None:
@@ -218,10 +305,17 @@ VARIANTS = {
         {"codebook_update": "gradient"},
         inside={
             "training.codebook_ema:CodebookEMA.update": revived_as_well,
-            "training.trainer:_groups": faster_codes(10),
+            "training.optimizers:relative_rates": faster_codes(10),
         },
     ),
     "codes frozen": Variant({"codebook_update": "frozen"}),
+    "codes alone": Variant({"train": "none"}),
+    **{
+        f"codes alone by the decoder, moved {moved}": Variant(
+            {"train": "none", "codebook_update": "gradient"}, inside={"training.learning_rate:_CODES_MOVED": moved}
+        )
+        for moved in (0.003, 0.01, 0.03)
+    },
     "decoder alone": Variant({"train": "decoder"}),
     **{
         f"decoder alone, at {name} the rate": Variant(
@@ -243,7 +337,10 @@ VARIANTS = {
     **{f"dead below {share}": Variant(inside={"training.codebook_ema:DEAD_BELOW": share}) for share in (0.03, 0.3)},
     **{f"revived until {share}": Variant(inside={"training.trainer:REVIVE_UNTIL": share}) for share in (0.5, 0.9)},
     # The loss.
-    **{f"commitment {w}": Variant(inside={"training.losses.reconstruction:COMMITMENT": w}) for w in (0.25, 1.0, 4.0)},
+    **{
+        f"commitment {w}": Variant(inside={"training.losses.reconstruction:COMMITMENT": w})
+        for w in (0.1, 0.25, 1.0, 4.0)
+    },
     "entropy 0.1": Variant({"entropy": 0.1}),
     # The optimiser.
     **{
@@ -251,8 +348,27 @@ VARIANTS = {
         for name, share in RATES
     },
     **{f"warm-up {n}": Variant(inside={"training.learning_rate:WARM_UP": n}) for n in (1, 100)},
-    **{f"decay to {share}": Variant(inside={"training.learning_rate:FLOOR": share}) for share in (0.05, 1.0)},
-    **{f"Adam's second decay {b}": Variant(inside={"training.trainer:BETAS": (0.9, b)}) for b in (0.95, 0.999)},
+    **{f"decay to {share}": Variant(inside={"training.learning_rate:FLOOR": share}) for share in (0.0, 0.05, 1.0)},
+    **{f"Adam's second decay {b}": Variant(inside={"training.optimizers:BETAS": (0.9, b)}) for b in (0.95, 0.999)},
+    "Adam": Variant({"optimizer": "adam"}),
+    **{
+        f"Adam from {share}": Variant(inside={"training.trainer:Trainer.move": adam_from(share)})
+        for share in (0.5, 0.8)
+    },
+    **{f"Muon's momentum {m}": Variant(inside={"training.muon:MOMENTUM": m}) for m in (0.9, 0.95, 0.98)},
+    **{
+        f"Muon's updates {rms}": Variant(inside={"training.optimizers:muon_rms": constant(rms)})
+        for rms in (0.05, 0.1, 0.2, 0.3, 0.4)
+    },
+    **{
+        f"cosine to the power {power}": Variant(inside={"training.trainer:schedule": decay_by(power)})
+        for power in (2, 3)
+    },
+    **{
+        f"continuous for {share}, commitment {weight}": ContinuousFirst(share, weight).variant()
+        for share in (0.3, 0.5)
+        for weight in (0.0, 0.1, 1.0)
+    },
     "average of weights 0.98": Variant({"weight_ema": 0.98}),
 }
 """One thing changed at a time. Those that name the tool's own number are the same as the default."""

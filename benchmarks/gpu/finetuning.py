@@ -53,7 +53,7 @@ def rates(opened: Opened, k: int, compiled: bool, steps: int, runs: int) -> dict
     noise = 1e-3 * rows.std() * torch.randn(k, rows.shape[1])
     model.install(Codebook(rows[torch.randint(len(rows), (k,))] + noise))
     model.compiled = compiled
-    recipe = FineTune(steps=steps, batch_size=min(64, len(train)), lr=1e-3)
+    recipe = FineTune(steps=steps, batch_size=min(64, len(train)), lr=1e-3, optimizer="adam")
 
     def loops() -> dict[str, float]:
         fresh = model.copy(copy.deepcopy(model.network))
