@@ -53,7 +53,7 @@ class Run:
     times: float = 1.0
 
     def settings(self) -> dict[str, str]:
-        """What else its row depends on."""
+        """What else the row of a run depends on: the quantizer's call, versions, and the library's numbers."""
         library = VARIANTS["default"].settings() | {"recipe": str(FineTune(steps=self.steps))}
         if self.name in OURS:
             return library
@@ -98,8 +98,8 @@ class Rows:
         kept = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
         by_run = {Run(**{field.name: row[field.name] for field in fields(Run)}): row for row in kept}
         known = {*OURS, *PEERS}
-        its = ((run, row) for run, row in by_run.items() if run.name in known)
-        self._rows = {run: row for run, row in its if row["settings"] == run.settings()}
+        of_known = ((run, row) for run, row in by_run.items() if run.name in known)
+        self._rows = {run: row for run, row in of_known if row["settings"] == run.settings()}
 
     def of(self, runs: Iterable[Run]) -> list[Row]:
         """The rows of these runs, in their order; those that are not there are made, and kept one by one."""
@@ -132,13 +132,16 @@ def compared(rows: Rows, data: str, names: Sequence[str], k: int, steps: int, se
     trials = {name: [Run(data, name, k, max(1, steps // 2), 0, times) for times in TIMES] for name in peers}
     rows.of(run for runs in trials.values() for run in runs)
     tried = {name: rows.of(runs) for name, runs in trials.items()}
-    best = {name: min(its, key=lambda row: float(row["validation_mse"]))["times"] for name, its in tried.items()}
+    best = {
+        name: min(trial_rows, key=lambda row: float(row["validation_mse"]))["times"]
+        for name, trial_rows in tried.items()
+    }
     runs = [Run(data, name, k, steps, seed, best.get(name, 1.0)) for seed in range(seeds) for name in names]
-    found = rows.of(runs)
-    for row in found:
+    final = rows.of(runs)
+    for row in final:
         row["tried"] = {f"{trial['lr']:.2g}": trial["validation_mse"] for trial in tried.get(row["name"], [])}
     rows.save()
-    return found
+    return final
 
 
 HEADINGS = ("quantizer", "test mse", "against refit", "validation mse", "at step", "used", "perplexity", "seconds")
@@ -161,13 +164,15 @@ def table(rows: Sequence[Row]) -> str:
     by_name = dict[str, list[Row]]()
     for row in rows:
         by_name.setdefault(row["name"], []).append(row)
-    mean = {name: statistics.mean(row["mse"] for row in its) for name, its in by_name.items()}
+    mean = {name: statistics.mean(row["mse"] for row in of_one) for name, of_one in by_name.items()}
     lines = [f"{data}, K = {k:,}, {steps:,} steps:", "", f"| {' | '.join(HEADINGS)} |", f"|{' --- |' * len(HEADINGS)}"]
     lines += [
         f"| {' | '.join(_cells(name, by_name[name], mean))} |" for name in sorted(mean, key=lambda name: mean[name])
     ]
     lines += ["", ABOUT.format(steps=steps, half=max(1, steps // 2)), ""]
-    return "\n".join([*lines, *(_rates(name, its[0]) for name, its in by_name.items() if its[0]["tried"])]) + "\n"
+    return (
+        "\n".join([*lines, *(_rates(name, of_one[0]) for name, of_one in by_name.items() if of_one[0]["tried"])]) + "\n"
+    )
 
 
 def _cells(name: str, rows: Sequence[Row], mean: Mapping[str, float]) -> list[str]:
@@ -197,13 +202,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--data", choices=tuple(recipes.MODELS), default="cifar10")
     parser.add_argument("--shared", default="../shared")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    given = parser.parse_args(arguments)
-    if unknown := set(given.names) - {*OURS, *PEERS}:
+    asked = parser.parse_args(arguments)
+    if unknown := set(asked.names) - {*OURS, *PEERS}:
         parser.error(f"no quantizer {', '.join(sorted(unknown))}; there are {', '.join((*OURS, *PEERS))}")
-    with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
-        rows = Rows(given.output, given.shared, pool)
-        for k in map(int, given.k.split(",")):
-            seeds = 1 if k > MANY else given.seeds
-            names = given.names or (*OURS, *PEERS)
-            print(table(compared(rows, given.data, names, k, given.steps, seeds)), flush=True)
-            (given.output / "table.md").write_text(tables(rows.compared), encoding="utf-8")
+    with ProcessPoolExecutor(asked.jobs, get_context("spawn")) as pool:
+        rows = Rows(asked.output, asked.shared, pool)
+        for k in map(int, asked.k.split(",")):
+            seeds = 1 if k > MANY else asked.seeds
+            names = asked.names or (*OURS, *PEERS)
+            print(table(compared(rows, asked.data, names, k, asked.steps, seeds)), flush=True)
+            (asked.output / "table.md").write_text(tables(rows.compared), encoding="utf-8")

@@ -54,7 +54,8 @@ class Muon(torch.optim.Optimizer):
 def nearly_orthogonal(matrix: Tensor) -> Tensor:
     """Replace the singular values of a matrix by values of about 0.7 to 1.2, and keep its singular vectors.
 
-    The iteration runs on the smaller Gram matrix, whose products are much cheaper than those of a wide kernel.
+    The Newton-Schulz iteration of the reference implementation, on the smaller Gram matrix, whose products are much
+    cheaper than those of a wide kernel.
 
     Args:
         matrix: (rows, columns) float32.

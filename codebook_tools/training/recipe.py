@@ -32,7 +32,7 @@ class FineTune:
         optimizer: What moves the kernels of the network; Adam moves everything else. "auto" is Muon where there are
             any, and Adam beside a discriminator, with which Muon was not measured.
         lr: Adam's learning rate after warm-up, for tensors of usual size; None for the one that suits the network
-            (`learning_rate.py`).
+            (`learning_rate.py`). Muon's updates are in proportion to it.
         loss: Of the reconstruction.
         perceptual: A file of VGG16's weights, or "auto", for LPIPS; None for none.
         adversarial: Whether a discriminator of patches trains along.

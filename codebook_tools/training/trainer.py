@@ -103,10 +103,10 @@ class Trainer:
             book.vectors = book.vectors.clone()
         assert by_average or not more, "only a codebook EMA, which revives codes, has a use for extra codes"
         self._more, self._sizes = more, [len(book.vectors) for book in model.books]
-        codes = [nn.Parameter(model.books[stage].vectors) for stage in model.chosen] if by_gradient else []
-        for stage, vectors in zip(model.chosen, codes, strict=False):
-            model.books[stage].vectors = vectors
-        self.parameters += codes
+        if by_gradient:
+            for stage in model.chosen:
+                self.parameters.append(nn.Parameter(model.books[stage].vectors))
+                model.books[stage].vectors = self.parameters[-1]
         kernels = kernels_of(model.network) if recipe.by_muon else []
         self.optimizers = optimizers_of(self.parameters, kernels, recipe.steps)
         self.average = None if recipe.weight_ema is None else WeightAverage(self.parameters, recipe.weight_ema)

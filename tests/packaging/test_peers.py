@@ -43,7 +43,7 @@ def in_training(name: str | None, times: float = 1.0) -> Trainer:
 
 
 def test_peers_train_on_the_batches_of_the_tool() -> None:
-    seen = []
+    drawn = []
     for name in (None, "EMA 0.99"):
         trainer, media = in_training(name), list[Tensor]()
         encode = trainer.model.network.encode
@@ -51,10 +51,10 @@ def test_peers_train_on_the_batches_of_the_tool() -> None:
         for step in (1, 2):
             trainer.gradients()
             trainer.move(step)
-        seen.append(media)
-    ours, theirs = seen
+        drawn.append(media)
+    ours, theirs = drawn
     assert len(ours) == 2 and not ours[0].equal(ours[1])
-    assert all(batch.equal(its) for batch, its in zip(ours, theirs, strict=True))
+    assert all(own.equal(of_peer) for own, of_peer in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("name", peers.PEERS)

@@ -80,9 +80,9 @@ def test_codes_alone_learn_in_units_of_their_latents(scale: float, line: Line, g
     """Latents (x, 0) have half of the pixels' variance, 0.06; and the one image of a step is a 64th of the usual."""
     weights = torch.tensor([scale, 0.0]).reshape(2, 1, 1, 1), torch.tensor([1 / scale, 0.0]).reshape(1, 2, 1, 1)
     model = line([0.0, scale], dict(zip(("encoder.weight", "decoder.weight"), weights, strict=True)))
-    found = tune(model, grey_images(ROWS), [3, 1], steps=1, train="none", codebook_update="gradient")
-    assert found.lr == pytest.approx(0.01 * 0.03**0.5 * scale / 8)
-    moved = [found.lr, scale - found.lr]  # Adam's first step
+    tuning = tune(model, grey_images(ROWS), [3, 1], steps=1, train="none", codebook_update="gradient")
+    assert tuning.lr == pytest.approx(0.01 * 0.03**0.5 * scale / 8)
+    moved = [tuning.lr, scale - tuning.lr]  # Adam's first step
     assert model.books[0].vectors[:, 0].tolist() == pytest.approx(moved, rel=1e-5)
 
 
