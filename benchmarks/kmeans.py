@@ -241,7 +241,7 @@ def draw(path: Path, title: str, line: list[tuple[float, float]], theirs: dict[s
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axes.plot(*zip(*line, strict=True), ".-", label="ours")
-    for (name, its), marker in zip(theirs.items(), "sD^vP", strict=False):
+    for (name, its), marker in zip(theirs.items(), "sD^vPX*", strict=False):
         axes.plot(its["seconds"]["all"], its["inertia"]["all"], marker, alpha=0.7, label=name)
     axes.set(xscale="log", xlabel="seconds, seeding included", ylabel="mean squared distance", title=title)
     axes.legend()

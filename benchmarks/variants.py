@@ -18,8 +18,10 @@ from torch.nn import functional
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.strategies import Refit
 from codebook_tools.training import learning_rate, trainer
+from codebook_tools.training.batches import Batches
 from codebook_tools.training.codebook_ema import DEAD_BELOW, CodebookEMA
 from codebook_tools.training.losses import reconstruction
+from codebook_tools.training.muon import Muon
 from codebook_tools.training.parameters import trained_names
 from codebook_tools.training.trainer import Trainer
 from codebook_tools.workflows.session import Opened
@@ -140,6 +142,7 @@ def anchors(ema: CodebookEMA, rows: Tensor, codes: Tensor) -> None:
 
 _schedule = learning_rate.schedule
 _COMMITMENT, _straight_through = reconstruction.COMMITMENT, trainer.straight_through
+_batches, _muon_step = Batches.__iter__, Muon.step
 _move, _update, _relative_rates = Trainer.move, CodebookEMA.update, learning_rate.relative_rates
 
 
@@ -231,6 +234,65 @@ def adam_from(share: float) -> Callable[[Trainer, int], None]:
 
     move.__name__ = f"adam_from({share})"
     return move
+
+
+def linear(step: int, steps: int) -> float:
+    """Linear warm-up, then linear decay to 0."""
+    warm_up = min(learning_rate.WARM_UP, max(1, steps // 2))
+    return min((step + 1) / warm_up, (steps - step) / (steps - warm_up))
+
+
+def changed(mirrored: bool, most: int) -> Callable[[Batches], Iterator[tuple[Tensor, float]]]:
+    """Each image, or its mirror image, moved by up to so many pixels each way, with its edges mirrored outwards."""
+
+    def batches(own: Batches) -> Iterator[tuple[Tensor, float]]:
+        for media, fraction in _batches(own):
+            if mirrored:
+                mirror = torch.rand(len(media)) < 0.5
+                media = torch.where(mirror.view(-1, *[1] * (media.ndim - 1)), media.flip(-1), media)
+            if most:
+                height, width = media.shape[-2:]
+                padded = functional.pad(media, [most] * 4, "reflect")
+                tops, lefts = torch.randint(2 * most + 1, (2, len(media))).tolist()
+                media = torch.stack(
+                    [
+                        image[:, top : top + height, left : left + width]
+                        for image, top, left in zip(padded, tops, lefts, strict=True)
+                    ]
+                )
+            yield media, fraction
+
+    batches.__name__ = f"changed({mirrored}, {most})"
+    return batches
+
+
+def rows_alike(muon: Muon, closure: None = None) -> None:
+    """Muon whose updates have rows of like size: NorMuon, Li et al. 2025 (arXiv 2510.05491), algorithm 1."""
+    by_kernel = {id(kernel): kernel for group in muon.param_groups for kernel in group["params"]}
+    before = {name: kernel.detach().clone() for name, kernel in by_kernel.items()}
+    _muon_step(muon)
+    for name, kernel in by_kernel.items():
+        update = kernel.detach() - before[name]
+        squares = update.flatten(1).square().mean(1)
+        if not squares.any():
+            continue
+        shares = squares / squares.mean()
+        average = muon.state[kernel].setdefault("rows", shares.clone()).lerp_(shares, 0.05)
+        even = update / average.sqrt().view(-1, *[1] * (kernel.ndim - 1))
+        kernel.detach().copy_(before[name] + even * (update.norm() / even.norm()))
+
+
+def decayed(weight: float) -> Callable[[Muon, None], None]:
+    """Muon with decoupled weight decay, in units of the learning rate times the size of updates."""
+
+    def step(muon: Muon, closure: None = None) -> None:
+        for group in muon.param_groups:
+            for kernel in group["params"]:
+                kernel.detach().mul_(1 - group["lr"] * muon.update_rms * weight)
+        _muon_step(muon)
+
+    step.__name__ = f"decayed({weight})"
+    return step
 
 
 class ContinuousFirst:
@@ -363,6 +425,16 @@ VARIANTS = {
     **{
         f"cosine to the power {power}": Variant(inside={"training.trainer:schedule": decay_by(power)})
         for power in (2, 3)
+    },
+    "linear decay": Variant(inside={"training.trainer:schedule": linear}),
+    "Muon, rows alike": Variant(inside={"training.muon:Muon.step": rows_alike}),
+    **{
+        f"Muon, weight decay {weight}": Variant(inside={"training.muon:Muon.step": decayed(weight)})
+        for weight in (0.1, 1.0)
+    },
+    **{
+        name: Variant(inside={"training.batches:Batches.__iter__": changed(mirrored, most)})
+        for name, mirrored, most in (("mirrored", True, 0), ("moved by 3", False, 3), ("mirrored, moved by 3", True, 3))
     },
     **{
         f"continuous for {share}, commitment {weight}": ContinuousFirst(share, weight).variant()
