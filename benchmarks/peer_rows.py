@@ -105,13 +105,18 @@ class Rows:
         """The rows of these runs, in their order; those that are not there are made, and kept one by one."""
         runs = list(runs)
         waiting = {self.pool.submit(done, run, self.shared): run for run in runs if run not in self._rows}
+        failed = list[BaseException]()
         for future in as_completed(waiting):
-            if future.exception():
-                self.pool.shutdown(cancel_futures=True)
-            run, row = waiting[future], future.result()
-            self._rows[run] = row
+            run, error = waiting[future], future.exception()
+            if error:
+                print(f"{run}: {error}", flush=True)
+                failed.append(error)
+                continue
+            row = self._rows[run] = future.result()
             print(f"{run}: {row['validation_mse']:.6f} on validation, {row['mse']:.6f} on test data", flush=True)
             self.save()
+        if failed:
+            raise failed[0]
         return [self._rows[run] for run in runs]
 
     @property

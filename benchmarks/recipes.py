@@ -227,17 +227,20 @@ def main() -> None:
     with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
         waiting = {pool.submit(done, run, given.shared): run for run in asked if run not in rows}
         for future in as_completed(waiting):
-            if future.exception():
-                pool.shutdown(cancel_futures=True)
             run = waiting[future]
+            if error := future.exception():
+                print(f"{run.variant}, seed {run.seed}: {error}", flush=True)
+                continue
             row = rows[run] = future.result()
             print(f"{run.variant}, seed {run.seed}: {row['mse']:.6f}, {row['used']} used", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"machine": machine(), "rows": [*rows.values()]}, indent=1) + "\n")
-    found = [rows[run] for run in asked]
+    found = [rows[run] for run in asked if run in rows]
     draw(path.with_suffix(".png"), found)
     path.with_suffix(".md").write_text(tables([*rows.values()]), encoding="utf-8")
     print(tables(found))
+    if len(found) < len(asked):
+        raise SystemExit(f"{len(asked) - len(found)} of {len(asked)} runs failed")
 
 
 if __name__ == "__main__":

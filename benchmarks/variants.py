@@ -66,7 +66,6 @@ NUMBERS = (
     "training.learning_rate:_RMS_DECAY",
     "training.muon:MOMENTUM",
     "training.learning_rate:WARM_UP",
-    "training.learning_rate:FLOOR",
     "training.learning_rate:_MOVED",
 )
 """Of the library's recipe, by MODULE:NAME: a row that was made with others is run again."""
@@ -140,7 +139,6 @@ def anchors(ema: CodebookEMA, rows: Tensor, codes: Tensor) -> None:
     ema.sums = ema.book.vectors * ema.usage[:, None]
 
 
-_schedule = learning_rate.schedule
 _COMMITMENT, _straight_through = reconstruction.COMMITMENT, trainer.straight_through
 _batches, _muon_step = Batches.__iter__, Muon.step
 _move, _update, _relative_rates = Trainer.move, CodebookEMA.update, learning_rate.relative_rates
@@ -209,20 +207,6 @@ def constant(rms: float) -> Callable[[int], float]:
     return muon_rms
 
 
-def decay_by(power: float) -> Callable[[int, int], float]:
-    """The schedule with its cosine to a power: more of the run at low rates."""
-
-    def schedule(step: int, steps: int) -> float:
-        rate = _schedule(step, steps)
-        if step < learning_rate.WARM_UP:
-            return rate
-        floor = learning_rate.FLOOR
-        return floor + (1 - floor) * math.pow((rate - floor) / (1 - floor), power)
-
-    schedule.__name__ = f"decay_by({power})"
-    return schedule
-
-
 def adam_from(share: float) -> Callable[[Trainer, int], None]:
     """Adam moves the kernels, too, after so much of the run."""
 
@@ -236,33 +220,31 @@ def adam_from(share: float) -> Callable[[Trainer, int], None]:
     return move
 
 
-def linear(step: int, steps: int) -> float:
-    """Linear warm-up, then linear decay to 0."""
-    warm_up = min(learning_rate.WARM_UP, max(1, steps // 2))
-    return min((step + 1) / warm_up, (steps - step) / (steps - warm_up))
+def cosine(floor: float) -> Callable[[int, int], float]:
+    """Linear warm-up, then cosine decay to a fraction of the rate; 1 for a constant rate."""
+
+    def schedule(step: int, steps: int) -> float:
+        warm_up = learning_rate.WARM_UP
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return floor + (1 - floor) * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2
+
+    schedule.__name__ = f"cosine({floor})"
+    return schedule
 
 
-def changed(mirrored: bool, most: int) -> Callable[[Batches], Iterator[tuple[Tensor, float]]]:
-    """Each image, or its mirror image, moved by up to so many pixels each way, with its edges mirrored outwards."""
+def moved_by(most: int) -> Callable[[Batches], Iterator[tuple[Tensor, float]]]:
+    """Each image moved by up to so many pixels each way, with its edges mirrored outwards."""
 
     def batches(own: Batches) -> Iterator[tuple[Tensor, float]]:
         for media, fraction in _batches(own):
-            if mirrored:
-                mirror = torch.rand(len(media)) < 0.5
-                media = torch.where(mirror.view(-1, *[1] * (media.ndim - 1)), media.flip(-1), media)
-            if most:
-                height, width = media.shape[-2:]
-                padded = functional.pad(media, [most] * 4, "reflect")
-                tops, lefts = torch.randint(2 * most + 1, (2, len(media))).tolist()
-                media = torch.stack(
-                    [
-                        image[:, top : top + height, left : left + width]
-                        for image, top, left in zip(padded, tops, lefts, strict=True)
-                    ]
-                )
-            yield media, fraction
+            height, width = media.shape[-2:]
+            padded = functional.pad(media, [most] * 4, "reflect")
+            places = torch.randint(2 * most + 1, (2, len(media))).tolist()
+            images = zip(padded, *places, strict=True)
+            yield torch.stack([image[:, y : y + height, x : x + width] for image, y, x in images]), fraction
 
-    batches.__name__ = f"changed({mirrored}, {most})"
+    batches.__name__ = f"moved_by({most})"
     return batches
 
 
@@ -278,21 +260,8 @@ def rows_alike(muon: Muon, closure: None = None) -> None:
             continue
         shares = squares / squares.mean()
         average = muon.state[kernel].setdefault("rows", shares.clone()).lerp_(shares, 0.05)
-        even = update / average.sqrt().view(-1, *[1] * (kernel.ndim - 1))
+        even = update / average.sqrt().clamp(min=1e-4).view(-1, *[1] * (kernel.ndim - 1))
         kernel.detach().copy_(before[name] + even * (update.norm() / even.norm()))
-
-
-def decayed(weight: float) -> Callable[[Muon, None], None]:
-    """Muon with decoupled weight decay, in units of the learning rate times the size of updates."""
-
-    def step(muon: Muon, closure: None = None) -> None:
-        for group in muon.param_groups:
-            for kernel in group["params"]:
-                kernel.detach().mul_(1 - group["lr"] * muon.update_rms * weight)
-        _muon_step(muon)
-
-    step.__name__ = f"decayed({weight})"
-    return step
 
 
 class ContinuousFirst:
@@ -398,6 +367,9 @@ VARIANTS = {
     **{f"revived every {n}": Variant(inside={"training.codebook_ema:REVIVE_EVERY": n}) for n in (10, 50)},
     **{f"dead below {share}": Variant(inside={"training.codebook_ema:DEAD_BELOW": share}) for share in (0.03, 0.3)},
     **{f"revived until {share}": Variant(inside={"training.trainer:REVIVE_UNTIL": share}) for share in (0.5, 0.9)},
+    # The images.
+    "none mirrored": Variant({"augment": "none"}),
+    "moved by 3": Variant(inside={"training.batches:Batches.__iter__": moved_by(3)}),
     # The loss.
     **{
         f"commitment {w}": Variant(inside={"training.losses.reconstruction:COMMITMENT": w})
@@ -410,7 +382,10 @@ VARIANTS = {
         for name, share in RATES
     },
     **{f"warm-up {n}": Variant(inside={"training.learning_rate:WARM_UP": n}) for n in (1, 100)},
-    **{f"decay to {share}": Variant(inside={"training.learning_rate:FLOOR": share}) for share in (0.0, 0.05, 1.0)},
+    **{
+        f"cosine decay to {share}": Variant(inside={"training.trainer:schedule": cosine(share)})
+        for share in (0.05, 1.0)
+    },
     **{f"Adam's second decay {b}": Variant(inside={"training.optimizers:BETAS": (0.9, b)}) for b in (0.95, 0.999)},
     "Adam": Variant({"optimizer": "adam"}),
     **{
@@ -422,20 +397,7 @@ VARIANTS = {
         f"Muon's updates {rms}": Variant(inside={"training.optimizers:muon_rms": constant(rms)})
         for rms in (0.05, 0.1, 0.2, 0.3, 0.4)
     },
-    **{
-        f"cosine to the power {power}": Variant(inside={"training.trainer:schedule": decay_by(power)})
-        for power in (2, 3)
-    },
-    "linear decay": Variant(inside={"training.trainer:schedule": linear}),
     "Muon, rows alike": Variant(inside={"training.muon:Muon.step": rows_alike}),
-    **{
-        f"Muon, weight decay {weight}": Variant(inside={"training.muon:Muon.step": decayed(weight)})
-        for weight in (0.1, 1.0)
-    },
-    **{
-        name: Variant(inside={"training.batches:Batches.__iter__": changed(mirrored, most)})
-        for name, mirrored, most in (("mirrored", True, 0), ("moved by 3", False, 3), ("mirrored, moved by 3", True, 3))
-    },
     **{
         f"continuous for {share}, commitment {weight}": ContinuousFirst(share, weight).variant()
         for share in (0.3, 0.5)

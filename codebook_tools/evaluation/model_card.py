@@ -221,4 +221,4 @@ def _reported(command: str) -> set[str]:
     return {*(declared(own) if is_dataclass(own) else ()), *_OF_TRAINING}
 
 
-_OF_TRAINING = ("steps", "train", "codebook_update", "batch_size", "lr", "optimizer", "loss")
+_OF_TRAINING = ("steps", "train", "codebook_update", "batch_size", "augment", "lr", "optimizer", "loss")

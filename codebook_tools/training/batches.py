@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import count, islice, tee
 
 import torch
 from torch import Tensor
@@ -17,31 +17,38 @@ class Batches:
 
     Items of unlike length are in batches of one length, of which the short ones are kept, with less weight.
 
-    Of several processes each gets its own slice of every batch.
+    Of several processes each gets its own slice of every batch. Every other epoch is of mirror images, if asked for.
 
     Attributes:
         images: The items to train on.
         size: Items to a batch over all processes, at most all items.
         seed: Of the order.
         stand_in: (1, ...), the item that a process gets where its slice has no readable one.
+        mirror: Whether every other epoch is of mirror images.
         drawn: Batches drawn so far; iteration starts there.
     """
 
-    def __init__(self, images: Media, size: int, seed: int, stand_in: Tensor) -> None:
+    def __init__(self, images: Media, size: int, seed: int, stand_in: Tensor, mirror: bool = False) -> None:
         self.images, self.size, self.seed, self.stand_in = images, min(size, len(images)), seed, stand_in
+        self.mirror = mirror
         self.drawn, self._ragged = 0, images.ragged
 
     def __iter__(self) -> Iterator[tuple[Tensor, float]]:
         """This process's slice of each batch, and the fraction of the batch's readable items that are in it."""
-        for items, pixels in self.images.stream(islice(self._indices(), self.drawn, None)):
+        ahead, now = tee(islice(self._indices(), self.drawn, None))
+        stream = self.images.stream(own for own, _ in ahead)
+        for (_, mirrored), (items, pixels) in zip(now, stream, strict=True):
             self.drawn += 1
             readable = int(distributed.summed(torch.tensor(len(items)))) if self.images.skip_bad else self.size
             if readable:
-                yield pixels if items else self.stand_in, len(items) / readable
+                media = pixels if items else self.stand_in
+                yield media.flip(-1) if mirrored else media, len(items) / readable
 
-    def _indices(self) -> Iterator[Sequence[int]]:
+    def _indices(self) -> Iterator[tuple[Sequence[int], bool]]:
+        """This process's slice of each batch, and whether its items are mirrored."""
         random, own = torch.Generator().manual_seed(self.seed), distributed.own_slice(self.size)
-        while True:
+        for epoch in count():
             order = torch.randperm(len(self.images), generator=random).tolist()
-            batches = self.images.alike(order, self.size)
-            yield from (batch[own] for batch in batches if len(batch) == self.size or self._ragged)
+            for batch in self.images.alike(order, self.size):
+                if len(batch) == self.size or self._ragged:
+                    yield batch[own], self.mirror and epoch % 2 == 1

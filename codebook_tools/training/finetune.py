@@ -80,6 +80,7 @@ def finetune(
         groups=trainer.groups,
         lr=trainer.lr,
         optimizer="muon" if "muon" in trainer.optimizers else "adam",
+        augment="mirror" if trainer.batches.mirror else "none",
         diverged=diverged,
         stopped=history.stopped,
         collapsed=history.collapsed,

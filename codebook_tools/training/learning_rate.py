@@ -81,16 +81,13 @@ def muon_rms(steps: int) -> float:
     return min(_LARGEST_RMS, _RMS_OF_ONE_STEP * math.pow(steps, -_RMS_DECAY))
 
 
-WARM_UP, FLOOR = 100, 0.05  # steps of linear warm-up; fraction of the learning rate that cosine decay ends at
+WARM_UP = 100  # steps
 
 
 def schedule(step: int, steps: int) -> float:
-    """Fraction of the learning rate at a step, from 0, of so many: linear warm-up, then cosine decay to FLOOR."""
+    """Fraction of the learning rate at a step, from 0, of so many: linear warm-up, then linear decay to 0."""
     warm_up = min(WARM_UP, max(1, steps // 2))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    progress = (step - warm_up) / max(1, steps - warm_up)
-    return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
 
 def evaluation_steps(steps: int) -> set[int]:

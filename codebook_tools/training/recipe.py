@@ -29,6 +29,7 @@ class FineTune:
         codebook_update: How the codes move: codebook EMA with revival of dead codes, gradients, or not at all. Where
             networks train, gradients are those of the codebook loss; where none does, those of the reconstruction.
         batch_size: Items to a batch.
+        augment: What is made of the items to train on: pictures are mirrored left to right in every other epoch.
         optimizer: What moves the kernels of the network; Adam moves everything else. "auto" is Muon where there are
             any, and Adam beside a discriminator, with which Muon was not measured.
         lr: Adam's learning rate after warm-up, for tensors of usual size; None for the one that suits the network
@@ -55,6 +56,10 @@ class FineTune:
         _option("How the codes move; ema also revives dead ones, gradient with --train none suits the decoder."),
     ] = "ema"
     batch_size: int = 64
+    augment: Annotated[
+        Literal["mirror", "none"],
+        _option("mirror: in every other epoch images are mirrored left to right; other data stay as they are."),
+    ] = "mirror"
     optimizer: Annotated[
         Literal["auto", "adam", "muon"],
         _option("What moves the network's kernels; auto: muon, but not with a discriminator."),

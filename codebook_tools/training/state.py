@@ -146,6 +146,7 @@ class FineTuned:
         groups: The halves of the network that trained.
         lr: The learning rate after warm-up.
         optimizer: What moved the network's kernels.
+        augment: What was made of the items to train on.
         diverged: Where the run diverged; None if it did not.
         stopped: Why the run ended early otherwise; None if it did not.
         collapsed: Whether even the best state is below `min_usage`.
@@ -160,6 +161,7 @@ class FineTuned:
     groups: tuple[str, ...]
     lr: float
     optimizer: str
+    augment: str
     diverged: Diverged | None
     stopped: str | None = None
     collapsed: bool = False

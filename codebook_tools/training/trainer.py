@@ -93,7 +93,8 @@ class Trainer:
         self.objective = objective_of(model, train, recipe, pixels[:1], seed)
         self.lr = self._usual_rate() if recipe.lr is None else recipe.lr
         # Two streams: the batches must not depend on how many codes a strategy leaves to be revived.
-        self.batches = Batches(train, recipe.batch_size, seed, pixels[:1])
+        mirror = recipe.augment == "mirror" and model.modality.pictures
+        self.batches = Batches(train, recipe.batch_size, seed, pixels[:1], mirror)
         self._reviving = torch.Generator().manual_seed(seed + 1)
         self.codebooks = [
             CodebookEMA(model, i, hits, by_average and i in model.chosen, self._reviving, powers.get(i, 2.0))

@@ -333,7 +333,7 @@ def _operate(
             seed=request.seed, watch=watch, saving=saving, log=tracker.log,
         )  # fmt: skip
         if done.tuned:
-            target.settings |= {"lr": done.tuned.lr, "optimizer": done.tuned.optimizer}
+            target.settings |= {name: getattr(done.tuned, name) for name in ("lr", "optimizer", "augment")}
         if request.gallery and isinstance(target, Opened):
             with watch.phase("measure"):
                 gallery = gallery_of_run(target, books, bool(surgeries), done.tuned, watch)

@@ -116,6 +116,7 @@ def test_settings_say_what_was_asked_and_found_out(on_tiny: Run, images_folder: 
         "codebook_update": "gradient", "loss": "l1", "lr": 0.002, "batch_size": 9, "data": [str(images_folder)],
         "accumulate": 1, "clip": None, "weight_ema": None, "patience": None, "min_usage": 0.0,
         "perceptual": None, "adversarial": False, "distill": 0.0, "entropy": 0.0, "optimizer": "muon",
+            "augment": "mirror",
         "test_data": [str(held_out_folder)], "images": {"train": 54, "validation": 6, "test": 12},
         "input_range": [-1.0, 1.0], "device": "cpu",
         "precision": "fp32", "metric": "euclidean", "limit": None, "size": None, "channels": None,

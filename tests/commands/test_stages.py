@@ -337,7 +337,7 @@ def test_codes_that_a_fine_tuning_loses_are_warned_of(ask: Ask, monkeypatch: pyt
         for book in model.books:
             book.vectors = torch.full_like(book.vectors, 9.0)
         start, best = Kept(0, 1.0, *tensors, revived), Kept(1, 0.5, *tensors, revived)
-        return FineTuned(start, best, (), (), ("encoder",), 0.1, "adam", None)
+        return FineTuned(start, best, (), (), ("encoder",), 0.1, "adam", "none", None)
 
     monkeypatch.setattr(pipeline, "finetune", lose)
     result = do(ask(), Refit(3), FineTune(steps=1))

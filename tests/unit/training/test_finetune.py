@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise, product
+from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -345,10 +345,22 @@ def test_every_image_is_seen_once_before_one_is_seen_again(images: Images) -> No
     assert len(set(pixels[:16])) == len(set(pixels[16:])) == 16 and pixels[:16] != pixels[16:]
 
 
-def test_the_learning_rate_warms_up_and_decays_to_a_twentieth() -> None:
+@pytest.mark.parametrize("drawn", [0, 3, 6])
+def test_every_other_epoch_is_mirrored_from_wherever_it_is_resumed(images: Images, drawn: int) -> None:
+    plain, mirrored = (Batches(images, 4, 0, torch.empty(1, 3, 16, 16), mirror) for mirror in (False, True))
+    mirrored.drawn = drawn
+    expected = [batch for batch, _ in islice(plain, 12)]
+    expected[4:8] = [batch.flip(-1) for batch in expected[4:8]]
+    for batch, (ours, fraction) in zip(expected[drawn:], mirrored, strict=False):
+        assert torch.equal(batch, ours) and fraction == 1
+    assert mirrored.drawn == 12
+
+
+def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
     rates = [schedule(step, 1000) for step in range(1000)]
-    assert [rates[step] for step in (0, 49, 99, 550)] == pytest.approx([0.01, 0.5, 1.0, 0.525])
-    assert rates[-1] == pytest.approx(0.05, abs=1e-4) and all(a >= b for a, b in pairwise(rates[99:]))
+    assert [rates[step] for step in (0, 49, 99, 550, 999)] == pytest.approx([0.01, 0.5, 1.0, 0.5, 1 / 900])
+    assert all(a >= b for a, b in pairwise(rates[99:]))
+    assert [schedule(step, 3) for step in range(3)] == [1, 1, 0.5]
 
 
 def of(size: float, *shape: int) -> torch.Tensor:

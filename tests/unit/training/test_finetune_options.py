@@ -19,6 +19,7 @@ from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.finetune import FineTune, FineTuned, TracePoint
+from codebook_tools.training.trainer import Trainer
 from codebook_tools.training.history import reason_to_stop
 
 GreyImages = Callable[..., Images]
@@ -217,3 +218,21 @@ def test_muon_moves_kernels_unless_a_discriminator_trains(
 ) -> None:
     images = Images(find_images([images_folder]), 3, 16)
     assert tune(load_model(read_checkpoint(tiny)), images, [1] * 16, steps=1, **settings).optimizer == optimizer
+
+
+@pytest.mark.parametrize("augment", ["mirror", "none"])
+def test_the_second_visit_to_images_is_to_their_mirror_images_if_asked_for(
+    augment: str, tiny: Path, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[torch.Tensor]()
+    gradients_of = Trainer._gradients_of
+
+    def recorded(trainer: Trainer, media: torch.Tensor, fraction: float) -> dict[str, torch.Tensor]:
+        seen.append(media)
+        return gradients_of(trainer, media, fraction)
+
+    monkeypatch.setattr(Trainer, "_gradients_of", recorded)
+    found = tune(load_model(read_checkpoint(tiny)), images, COUNTS, steps=2, batch_size=48, augment=augment)
+    first, second = ({image.numpy().tobytes() for image in visit} for visit in seen)
+    mirrored = {image.flip(-1).contiguous().numpy().tobytes() for image in seen[1]}
+    assert found.augment == augment and first == (second if augment == "none" else mirrored) and mirrored != second
