@@ -19,8 +19,8 @@ from codebook_tools.models.load import load_model
 from codebook_tools.models.model import Model
 from codebook_tools.runtime.progress import Watch
 from codebook_tools.training.finetune import FineTune, FineTuned, TracePoint
-from codebook_tools.training.trainer import Trainer
 from codebook_tools.training.history import reason_to_stop
+from codebook_tools.training.trainer import Trainer
 
 GreyImages = Callable[..., Images]
 Tuned = Callable[..., tuple[Model, FineTuned]]
