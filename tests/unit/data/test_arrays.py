@@ -369,7 +369,7 @@ def test_whole_numbers_reach_a_network_that_takes_them_and_are_floats_for_others
         ct.wrap(Any2(down, nn.Linear(4, 8)), ["codes.weight"]), rows, ct.strategies.Refit(k=3), ct.FineTune(steps=2)
     )
     assert run.finetuned is not None and run.finetuned.codebooks[0].size == 3
-    assert run.settings["augment"] == "none"
+    assert run.run.opened.settings["augment"] == "none"
 
 
 @pytest.mark.filterwarnings("ignore::codebook_tools.CodebookWarning")
