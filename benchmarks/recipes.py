@@ -235,12 +235,12 @@ def main() -> None:
             print(f"{run.variant}, seed {run.seed}: {row['mse']:.6f}, {row['used']} used", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"machine": machine(), "rows": [*rows.values()]}, indent=1) + "\n")
-    found = [rows[run] for run in asked if run in rows]
-    draw(path.with_suffix(".png"), found)
+    finished = [rows[run] for run in asked if run in rows]
+    draw(path.with_suffix(".png"), finished)
     path.with_suffix(".md").write_text(tables([*rows.values()]), encoding="utf-8")
-    print(tables(found))
-    if len(found) < len(asked):
-        raise SystemExit(f"{len(asked) - len(found)} of {len(asked)} runs failed")
+    print(tables(finished))
+    if len(finished) < len(asked):
+        raise SystemExit(f"{len(asked) - len(finished)} of {len(asked)} runs failed")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from torch.nn import functional
 from codebook_tools.clustering.assignment import nearest
 from codebook_tools.strategies import Refit
 from codebook_tools.training import learning_rate, trainer
-from codebook_tools.training.batches import Batches
 from codebook_tools.training.codebook_ema import DEAD_BELOW, CodebookEMA
 from codebook_tools.training.losses import reconstruction
 from codebook_tools.training.muon import Muon
@@ -140,7 +139,7 @@ def anchors(ema: CodebookEMA, rows: Tensor, codes: Tensor) -> None:
 
 
 _COMMITMENT, _straight_through = reconstruction.COMMITMENT, trainer.straight_through
-_batches, _muon_step = Batches.__iter__, Muon.step
+_muon_step = Muon.step
 _move, _update, _relative_rates = Trainer.move, CodebookEMA.update, learning_rate.relative_rates
 
 
@@ -233,35 +232,20 @@ def cosine(floor: float) -> Callable[[int, int], float]:
     return schedule
 
 
-def moved_by(most: int) -> Callable[[Batches], Iterator[tuple[Tensor, float]]]:
-    """Each image moved by up to so many pixels each way, with its edges mirrored outwards."""
-
-    def batches(own: Batches) -> Iterator[tuple[Tensor, float]]:
-        for media, fraction in _batches(own):
-            height, width = media.shape[-2:]
-            padded = functional.pad(media, [most] * 4, "reflect")
-            places = torch.randint(2 * most + 1, (2, len(media))).tolist()
-            images = zip(padded, *places, strict=True)
-            yield torch.stack([image[:, y : y + height, x : x + width] for image, y, x in images]), fraction
-
-    batches.__name__ = f"moved_by({most})"
-    return batches
-
-
 def rows_alike(muon: Muon, closure: None = None) -> None:
     """Muon whose updates have rows of like size: NorMuon, Li et al. 2025 (arXiv 2510.05491), algorithm 1."""
-    by_kernel = {id(kernel): kernel for group in muon.param_groups for kernel in group["params"]}
-    before = {name: kernel.detach().clone() for name, kernel in by_kernel.items()}
+    kernels = [kernel for group in muon.param_groups for kernel in group["params"]]
+    before = [kernel.detach().clone() for kernel in kernels]
     _muon_step(muon)
-    for name, kernel in by_kernel.items():
-        update = kernel.detach() - before[name]
+    for kernel, old in zip(kernels, before, strict=True):
+        update = kernel.detach() - old
         squares = update.flatten(1).square().mean(1)
         if not squares.any():
             continue
         shares = squares / squares.mean()
         average = muon.state[kernel].setdefault("rows", shares.clone()).lerp_(shares, 0.05)
         even = update / average.sqrt().clamp(min=1e-4).view(-1, *[1] * (kernel.ndim - 1))
-        kernel.detach().copy_(before[name] + even * (update.norm() / even.norm()))
+        kernel.detach().copy_(old + even * (update.norm() / even.norm()))
 
 
 class ContinuousFirst:
@@ -369,7 +353,6 @@ VARIANTS = {
     **{f"revived until {share}": Variant(inside={"training.trainer:REVIVE_UNTIL": share}) for share in (0.5, 0.9)},
     # The images.
     "none mirrored": Variant({"augment": "none"}),
-    "moved by 3": Variant(inside={"training.batches:Batches.__iter__": moved_by(3)}),
     # The loss.
     **{
         f"commitment {w}": Variant(inside={"training.losses.reconstruction:COMMITMENT": w})

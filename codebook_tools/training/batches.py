@@ -17,14 +17,14 @@ class Batches:
 
     Items of unlike length are in batches of one length, of which the short ones are kept, with less weight.
 
-    Of several processes each gets its own slice of every batch. Every other epoch is of mirror images, if asked for.
+    Of several processes each gets its own slice of every batch. Every other epoch may be of mirror images.
 
     Attributes:
         images: The items to train on.
         size: Items to a batch over all processes, at most all items.
         seed: Of the order.
         stand_in: (1, ...), the item that a process gets where its slice has no readable one.
-        mirror: Whether every other epoch is of mirror images.
+        mirror: Whether the second, fourth, ... epoch is of images flipped along their last axis.
         drawn: Batches drawn so far; iteration starts there.
     """
 

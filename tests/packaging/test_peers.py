@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,3 +155,20 @@ class Inline:
         future = Future()
         future.set_result(function(*arguments))
         return future
+
+
+def test_a_run_that_fails_does_not_cost_the_rows_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [peer_rows.Run("demo", name, K, STEPS, 0) for name in ("EMA 0.8", "SimVQ", "DiVeQ")]
+
+    def done(run: Any, shared: str) -> dict[str, Any]:
+        if run.name == "EMA 0.8":
+            raise ValueError("diverged")
+        return asdict(run) | {"validation_mse": 0.1, "mse": 0.2, "settings": run.settings()}
+
+    monkeypatch.setattr(peer_rows, "done", done)
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(ValueError, match="diverged"):
+            peer_rows.Rows(tmp_path, "", pool).of(runs)
+        monkeypatch.setattr(peer_rows, "done", None)  # rows that are kept are not made again
+        rows = peer_rows.Rows(tmp_path, "", pool).of(runs[1:])
+    assert [row["name"] for row in rows] == ["SimVQ", "DiVeQ"]

@@ -224,15 +224,15 @@ def test_muon_moves_kernels_unless_a_discriminator_trains(
 def test_the_second_visit_to_images_is_to_their_mirror_images_if_asked_for(
     augment: str, tiny: Path, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = list[torch.Tensor]()
+    visits = list[torch.Tensor]()
     gradients_of = Trainer._gradients_of
 
     def recorded(trainer: Trainer, media: torch.Tensor, fraction: float) -> dict[str, torch.Tensor]:
-        seen.append(media)
+        visits.append(media)
         return gradients_of(trainer, media, fraction)
 
     monkeypatch.setattr(Trainer, "_gradients_of", recorded)
-    found = tune(load_model(read_checkpoint(tiny)), images, COUNTS, steps=2, batch_size=48, augment=augment)
-    first, second = ({image.numpy().tobytes() for image in visit} for visit in seen)
-    mirrored = {image.flip(-1).contiguous().numpy().tobytes() for image in seen[1]}
-    assert found.augment == augment and first == (second if augment == "none" else mirrored) and mirrored != second
+    tuned = tune(load_model(read_checkpoint(tiny)), images, COUNTS, steps=2, batch_size=48, augment=augment)
+    first, second = ({image.numpy().tobytes() for image in visit} for visit in visits)
+    mirrored = {image.flip(-1).contiguous().numpy().tobytes() for image in visits[1]}
+    assert tuned.augment == augment and first == (second if augment == "none" else mirrored) and mirrored != second
