@@ -3,7 +3,7 @@
     python benchmarks/checkpoints.py [--shared ../shared] [--only NAME ...]
 
 Every run is one `codebook` command; its JSON, and what benchmarks/independent.py (which shares no code with the
-package) measures on the file it wrote, go to benchmarks/results/NAME.json. Without --only: all but those of hours.
+package) measures on the file it wrote, go to benchmarks/results/NAME.json. Without --only: all but ASKED_FOR.
 """
 
 from __future__ import annotations
@@ -37,18 +37,25 @@ RUNS = {
     "fashion-refit-k64": f"refit {FASHION} {FASHION_TEST} --k 64 --steps 300",
 }
 LONG = "cifar10-refit-k512-25000"
-HOURS = {
+REPAIRED = "cifar10-finetune-2000"
+OF_REPAIRED = (
+    f"refit build/checkpoints/{REPAIRED}.safetensors --data {{shared}}/data/cifar10-train.tar {CIFAR_TEST} --k 128"
+)
+ASKED_FOR = {
     LONG: f"refit {CIFAR} --data {{shared}}/data/cifar10-train-extra.tar {CIFAR_TEST} --k 512 --steps 25000",
     "cifar10-healthy-refit-k128": (
         f"refit build/checkpoints/{LONG}.safetensors --data {{shared}}/data/cifar10-train.tar {CIFAR_TEST} "
         "--k 128 --steps 1000"
     ),
+    REPAIRED: f"finetune {CIFAR} {CIFAR_TEST} --steps 2000",
+    f"{REPAIRED}-refit-k128": f"{OF_REPAIRED} --steps 500",
+    f"{REPAIRED}-refit-k128-whole-rate": f"{OF_REPAIRED} --steps 500 --lr 0.00411997258498526",
 }
-"""What is run only where it is asked for: an hour or two of one core, and what begins from its result."""
+"""What is run only where it is asked for: up to two hours of one core, and what begins from such results."""
 
 
 def run(name: str, shared: str) -> dict[str, Any]:
-    command = f"codebook {(RUNS | HOURS)[name].format(shared=shared)}"
+    command = f"codebook {(RUNS | ASKED_FOR)[name].format(shared=shared)}"
     model = shlex.split(command)[2]
     if " measure " not in command:
         model = f"build/checkpoints/{name}.safetensors"
@@ -75,7 +82,7 @@ def _json(command: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", default="../shared")
-    parser.add_argument("--only", nargs="*", choices=[*RUNS, *HOURS], default=list(RUNS))
+    parser.add_argument("--only", nargs="*", choices=[*RUNS, *ASKED_FOR], default=list(RUNS))
     given = parser.parse_args()
     (ROOT / "build" / "checkpoints").mkdir(parents=True, exist_ok=True)
     for name in given.only:

@@ -54,11 +54,15 @@ class Run:
 
     def settings(self) -> dict[str, str]:
         """What else the row of a run depends on: the quantizer's call, versions, and the library's numbers."""
-        library = VARIANTS["default"].settings() | {"recipe": str(FineTune(steps=self.steps))}
+        library = VARIANTS["default"].settings()
         if self.name in OURS:
-            return library
-        package = "vector-quantize-pytorch"
-        return library | {"quantizer": PEERS[self.name].described(), package: version(package)}
+            return library | {"recipe": str(FineTune(steps=self.steps))}
+        peer, package = PEERS[self.name], "vector-quantize-pytorch"
+        return library | {
+            "recipe": str(peer.recipe(self.steps)),
+            "quantizer": peer.described(),
+            package: version(package),
+        }
 
 
 def done(run: Run, shared: str) -> Row:
@@ -149,7 +153,7 @@ def compared(rows: Rows, data: str, names: Sequence[str], k: int, steps: int, se
     return final
 
 
-HEADINGS = ("quantizer", "test mse", "against refit", "validation mse", "at step", "used", "perplexity", "seconds")
+HEADINGS = ("quantizer", "K", "test mse", "against refit", "validation mse", "at step", "used", "perplexity", "seconds")
 ABOUT = """Mean squared error of test images in [0, 1], reconstructions clamped, in the state with the lowest validation
 error: of the steps of {steps} that are evaluated, from 1 on. Seconds are of one thread of the CPU. The learning rate is
 the best of three by validation error after {half} steps with seed 0; those tried, and these errors:"""
@@ -189,7 +193,8 @@ def _cells(name: str, rows: Sequence[Row], mean: Mapping[str, float]) -> list[st
     steps = sorted({row["step"] for row in rows})
     used = f"{statistics.mean(row['used'] for row in rows):.0f}/{rows[0]['size']}"
     errors = [spread("mse", ".6f"), against, spread("validation_mse", ".6f")]
-    return [name, *errors, ", ".join(map(str, steps)), used, spread("perplexity", ".1f"), spread("cpu_seconds", ".0f")]
+    more = [", ".join(map(str, steps)), used, spread("perplexity", ".1f"), spread("cpu_seconds", ".0f")]
+    return [name, str(rows[0]["k"]), *errors, *more]
 
 
 def _rates(name: str, row: Row) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,16 @@ from codebook_tools.workflows.session import Opened
 @dataclass(frozen=True)
 class Peer:
     """make: (rows (n, dim) of the first batch, K, **settings) -> a module that maps (n, positions, dim) to what the
-    decoder gets, codes and a loss, with the property `codebook`. metric: how its codes are searched and emitted."""
+    decoder gets, codes and a loss, with the property `codebook`. metric: how its codes are searched and emitted.
+    optimizer: of the kernels of encoder and decoder."""
 
     make: Callable[..., nn.Module]
     settings: Mapping[str, Any]
     metric: Metric = EUCLIDEAN
+    optimizer: Literal["auto", "adam"] = "auto"
+
+    def recipe(self, steps: int) -> FineTune:
+        return FineTune(steps=steps, optimizer=self.optimizer)
 
     def quantizer(self, rows: Tensor, k: int) -> nn.Module:
         return self.make(rows, k, **self.settings)
@@ -74,17 +79,21 @@ def sim_vq_at_latents(rows: Tensor, k: int) -> nn.Module:
 
 
 _EMA = {"threshold_ema_dead_code": 2, "rotation_trick": False}
+_DIVEQ = {"directional_reparam": True, "threshold_ema_dead_code": 2}
 PEERS = {
     "EMA 0.8": Peer(vector_quantize, {**_EMA, "decay": 0.8}),
     "EMA 0.99": Peer(vector_quantize, {**_EMA, "decay": 0.99}),
     "EMA 0.8, rotation trick": Peer(vector_quantize, {**_EMA, "decay": 0.8, "rotation_trick": True}),
     "EMA 0.99, rotation trick": Peer(vector_quantize, {**_EMA, "decay": 0.99, "rotation_trick": True}),
     "cosine": Peer(vector_quantize, {"use_cosine_sim": True, "threshold_ema_dead_code": 2}, COSINE_UNIT),
-    "DiVeQ": Peer(vector_quantize, {"directional_reparam": True, "threshold_ema_dead_code": 2}),
+    "DiVeQ": Peer(vector_quantize, _DIVEQ),
     "SimVQ": Peer(sim_vq, {}),
     # Not in the README, but better for what it was not written for: a pretrained encoder, and few latents to a code.
     "SimVQ, begun at latents": Peer(sim_vq_at_latents, {}),
     "EMA 0.99, dead below 0.25": Peer(vector_quantize, {**_EMA, "decay": 0.99, "threshold_ema_dead_code": 0.25}),
+    # With the optimizer that is usual, in the place of the tool's.
+    "EMA 0.8, by Adam": Peer(vector_quantize, {**_EMA, "decay": 0.8}, optimizer="adam"),
+    "DiVeQ, by Adam": Peer(vector_quantize, _DIVEQ, optimizer="adam"),
 }
 """By name. The library's default is the rotation trick, which the cosine and SimVQ have, too. Its README's threshold of
 2 is latents to a code in a batch; at K=4,096 there is 1 here, so that nearly all codes are replaced in each step."""
@@ -170,7 +179,7 @@ def trained(opened: Opened, peer: Peer, k: int, steps: int, seed: int, times: fl
     train, validation = map(opened.calibration.subset, (opened.splits.train, opened.splits.validation))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        trainer = PeerTrainer(peer, k, times, model, train, FineTune(steps=steps), seed)
+        trainer = PeerTrainer(peer, k, times, model, train, peer.recipe(steps), seed)
         history = History(trainer, validation, None)
         for step in range(1, steps + 1):
             terms = trainer.gradients()

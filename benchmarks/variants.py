@@ -168,10 +168,13 @@ def _of_decoder(training: Trainer) -> set[str]:
 
 def revived_as_well(ema: CodebookEMA, latents: Tensor, codes: Tensor, revive: bool) -> None:
     """Codes that gradients move are revived, too."""
+    parameter = ema.book.vectors
     _update(ema, latents, codes, revive)
     if revive:
         with torch.no_grad():
             ema._revive(latents.movedim(1, -1).flatten(0, -2), codes.flatten())
+            parameter.copy_(ema.book.vectors)
+        ema.book.vectors = parameter
 
 
 def adam_begins_again(training: Trainer, step: int) -> None:

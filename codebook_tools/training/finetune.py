@@ -96,6 +96,7 @@ def _train(trainer: Trainer, history: History, watch: Watch, log: Scalars) -> Di
     if not step:
         log(step, figures_of(history.last, history.codes))
         trainer.widen()
+        trainer.settle_rate()
     while step < steps and not history.stopped:
         step += 1
         loss_log.add(trainer.gradients())

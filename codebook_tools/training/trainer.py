@@ -20,6 +20,7 @@ from codebook_tools.training.ddp import run_together
 from codebook_tools.training.learning_rate import rate_of_codes, schedule, usual_rate
 from codebook_tools.training.losses.objective import objective_of
 from codebook_tools.training.losses.reconstruction import Quantized
+from codebook_tools.training.noise_scale import gradient_agreement, rate_factor
 from codebook_tools.training.optimizers import kernels_of, optimizers_of
 from codebook_tools.training.parameters import set_trainable, trained_names, training_mode, written_names
 from codebook_tools.training.recipe import FineTune
@@ -27,6 +28,7 @@ from codebook_tools.training.state import Tensors, by_number, joined, numbered, 
 from codebook_tools.training.weight_average import WeightAverage
 
 REVIVE_UNTIL = 0.9  # of the run: the last codes placed need time to settle
+COMPARED = 8  # batches whose gradients are compared before the first step
 MERGE_AT = 0.6  # of the run: networks have learnt most by then, and the learning rate is still high enough to adapt
 
 GROUPS = {"all": ("encoder", "decoder"), "decoder": ("decoder",), "none": ()}
@@ -126,6 +128,27 @@ class Trainer:
         """Name of the first parameter, or file key of the first codebook, that is not finite; None where all are."""
         named = [*self.model.network.named_parameters(), *((book.key, book.vectors) for book in self.model.books)]
         return next((name for name, tensor in named if not bool(tensor.isfinite().all())), None)
+
+    def settle_rate(self) -> None:
+        """Lower the learning rate where batches disagree, as they do once a model is good; leaves all else as it was.
+
+        A rate that was asked for stays, and so does that beside a discriminator, whose gradients are not there yet.
+        """
+        kernels = [parameter for parameter in self.parameters if parameter.ndim > 1]
+        if self.recipe.lr is not None or self.recipe.adversarial or not (self.names and kernels):
+            return
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.network.buffers()]
+        with torch.random.fork_rng(devices=[]):
+            self.lr *= rate_factor(gradient_agreement(self._compared(kernels)))
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        self.batches.drawn, self._coming = 0, iter(self.batches)
+
+    def _compared(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Their gradients of the first batches."""
+        for _ in range(max(2, min(COMPARED, self.recipe.steps))):
+            self.gradients()
+            yield [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors]
 
     def gradients(self) -> dict[str, Tensor]:
         """Compute the gradients of one step.
@@ -239,6 +262,7 @@ class Trainer:
                 "objective": self.objective.state(),
                 "random": {"reviving": self._reviving.get_state(), "torch": torch.get_rng_state()},
                 "batches": {"drawn": torch.tensor(self.batches.drawn)},
+                "rate": {"lr": torch.tensor(self.lr, dtype=torch.float64)},
             }
         )
 
@@ -263,3 +287,4 @@ class Trainer:
         self._reviving.set_state(random["reviving"])
         torch.set_rng_state(random["torch"])
         self.batches.drawn = int(state["batches/drawn"])
+        self.lr = float(state["rate/lr"])
