@@ -288,7 +288,7 @@ class ContinuousFirst:
                     rows = torch.cat(list(training.model.latents(few, 64)))
                 for ema in training.codebooks:
                     ema.book.vectors = Refit(len(ema.usage))(ema.book.codebook, [rows], ema.usage).codebook.vectors
-                    ema._begin(torch.bincount(nearest(rows, ema.book.codebook), minlength=len(ema.usage)))
+                    ema.begin(torch.bincount(nearest(rows, ema.book.codebook), minlength=len(ema.usage)))
 
         move.__name__ = f"continuous for {self.share}, commitment {self.commitment}"
         return move

@@ -57,9 +57,10 @@ class CodebookEMA:
         """Start the average at `counts` (size,), assignments per code over the calibration data."""
         self.model, self.stage, self.moves, self.random, self.power = model, stage, moves, random, power
         self.merged: Tensor | None = None
-        self._begin(counts)
+        self.begin(counts)
 
-    def _begin(self, counts: Tensor) -> None:
+    def begin(self, counts: Tensor) -> None:
+        """Start the average at the codes as they are, as __init__ does."""
         self.revived = torch.zeros(len(counts), dtype=torch.bool, device=self.model.device)
         # Fractions, so that the scale of the counts does not matter.
         self.usage = (counts.float() / counts.sum().clamp(min=1)).to(self.model.device)
@@ -73,7 +74,7 @@ class CodebookEMA:
     def widen(self, extra: ExtraCodes) -> None:
         """Replace the codes by a larger codebook."""
         self.book.vectors = extra.vectors.to(self.model.device).clone()
-        self._begin(extra.counts)
+        self.begin(extra.counts)
 
     def merge(self, size: int) -> None:
         """Merge the cheapest pairs of codes (pnn.py), weighted by running usage, until `size` codes are left."""

@@ -41,6 +41,7 @@ def finetune(
     """Train a model in place, and leave it in the state with the lowest validation error after at least one step.
 
     Only the chosen books move. Gradients pass the quantizers straight through (Bengio, Leonard and Courville 2013).
+    A run that makes the model worse begins again once, at a lower rate.
     Several processes do together what one does alone: a batch is split among them.
 
     Args:
@@ -82,6 +83,7 @@ def finetune(
         optimizer="muon" if "muon" in trainer.optimizers else "adam",
         augment="mirror" if trainer.batches.mirror else "none",
         diverged=diverged,
+        begun=trainer.begun,
         stopped=history.stopped,
         collapsed=history.collapsed,
         settled_from=recipe.settled_from,
@@ -96,8 +98,9 @@ def _train(trainer: Trainer, history: History, watch: Watch, log: Scalars) -> Di
     if not step:
         log(step, figures_of(history.last, history.codes))
         trainer.widen()
-        trainer.settle_rate()
     while step < steps and not history.stopped:
+        if history.is_too_fast:
+            trainer.begin_again(history.start, step)
         step += 1
         loss_log.add(trainer.gradients())
         loss = None

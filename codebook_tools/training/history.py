@@ -9,6 +9,7 @@ from codebook_tools.data.dataset import Media
 from codebook_tools.errors import CodebookError, one_line
 from codebook_tools.evaluation.measure import measure
 from codebook_tools.runtime.progress import Watch
+from codebook_tools.training.learning_rate import WARM_UP
 from codebook_tools.training.losses.objective import validation_loss
 from codebook_tools.training.recipe import FineTune
 from codebook_tools.training.resume import SnapshotFile
@@ -76,6 +77,13 @@ class History:
         return reason_to_stop(self.trainer.recipe, self.trace, self.codes, self.trainer.merges_at)
 
     @property
+    def is_too_fast(self) -> bool:
+        """Whether the run has made the model worse, at a rate that was not asked for, and has not begun again yet."""
+        trainer, recipe = self.trainer, self.trainer.recipe
+        fixed = recipe.lr is not None or recipe.adversarial or not trainer.names or trainer.merges_at
+        return not fixed and not trainer.begun and has_risen(recipe.steps, self.trace)
+
+    @property
     def collapsed(self) -> bool:
         """Whether even the best state is below `min_usage`: then the first evaluation after the start was."""
         until = [point for point in self.trace if self.best and point.step <= self.best.step]
@@ -96,6 +104,20 @@ _LEVERS = (
     ("--train decoder", lambda recipe: recipe.train == "all"),
 )
 """What keeps codes in use, and whether a recipe does not use it yet."""
+
+
+JUDGED_AT, WORSE = 0.3, 1.05
+
+
+def has_risen(steps: int, trace: Sequence[TracePoint]) -> bool:
+    """Whether the last evaluation is the first after 30 % of the run, and its error 5 % above that at the start.
+
+    Collapsed models are far below by then. In the warm-up, whose rates are highest at its end, and half as long again,
+    they may be above, too; and in the last third too few steps are left.
+    """
+    since = max(JUDGED_AT * steps, 1.5 * WARM_UP)
+    points = [point for point in trace if point.step >= since]
+    return len(points) == 1 and points[0].step <= 2 / 3 * steps and points[0].error > WORSE * trace[0].error
 
 
 def has_fallen(recipe: FineTune, trace: Sequence[TracePoint], codes: int) -> bool:

@@ -33,8 +33,8 @@ class FineTune:
         optimizer: What moves the kernels of the network; Adam moves everything else. "auto" is Muon where there are
             any, and Adam beside a discriminator, with which Muon was not measured.
         lr: Adam's learning rate after warm-up, for tensors of usual size; None for the one that suits the network
-            (`learning_rate.py`), lowered where gradients are noise (`noise_scale.py`). Muon's updates are in proportion
-            to it.
+            (`learning_rate.py`), of which a quarter is taken where that made a model worse. Muon's updates are in
+            proportion to it.
         loss: Of the reconstruction.
         perceptual: A file of VGG16's weights, or "auto", for LPIPS; None for none.
         adversarial: Whether a discriminator of patches trains along.
@@ -67,7 +67,7 @@ class FineTune:
     ] = "auto"
     lr: Annotated[
         float | None,
-        _option("Adam's learning rate after warm-up. Left out: by width, depth and gradient noise.", metavar="RATE"),
+        _option("Adam's learning rate after warm-up. Left out: by the network's width and depth.", metavar="RATE"),
     ] = None
     loss: Annotated[Loss, _option("Error that reconstructions are trained on.")] = "mse"
     perceptual: Annotated[

@@ -148,6 +148,7 @@ class FineTuned:
         optimizer: What moved the network's kernels.
         augment: What was made of the items to train on.
         diverged: Where the run diverged; None if it did not.
+        begun: The step after which it began again from the start at a lower rate; 0 if it did not.
         stopped: Why the run ended early otherwise; None if it did not.
         collapsed: Whether even the best state is below `min_usage`.
         settled_from: As FineTune's.
@@ -163,6 +164,7 @@ class FineTuned:
     optimizer: str
     augment: str
     diverged: Diverged | None
+    begun: int = 0
     stopped: str | None = None
     collapsed: bool = False
     settled_from: int = 0

@@ -20,15 +20,14 @@ from codebook_tools.training.ddp import run_together
 from codebook_tools.training.learning_rate import rate_of_codes, schedule, usual_rate
 from codebook_tools.training.losses.objective import objective_of
 from codebook_tools.training.losses.reconstruction import Quantized
-from codebook_tools.training.noise_scale import gradient_agreement, rate_factor
 from codebook_tools.training.optimizers import kernels_of, optimizers_of
 from codebook_tools.training.parameters import set_trainable, trained_names, training_mode, written_names
 from codebook_tools.training.recipe import FineTune
-from codebook_tools.training.state import Tensors, by_number, joined, numbered, part
+from codebook_tools.training.state import State, Tensors, by_number, joined, numbered, part
 from codebook_tools.training.weight_average import WeightAverage
 
 REVIVE_UNTIL = 0.9  # of the run: the last codes placed need time to settle
-COMPARED = 8  # batches whose gradients are compared before the first step
+SLOWER = 0.25  # of the learning rate, for a model that the whole rate only makes worse
 MERGE_AT = 0.6  # of the run: networks have learnt most by then, and the learning rate is still high enough to adapt
 
 GROUPS = {"all": ("encoder", "decoder"), "decoder": ("decoder",), "none": ()}
@@ -49,6 +48,7 @@ class Trainer:
         names: The parameters of the network that train.
         parameters: These, and the codes where gradients move them.
         lr: Adam's learning rate after warm-up.
+        begun: The step at which the weights were as at the start, last.
         objective: The loss.
         batches: The training batches.
         codebooks: One codebook EMA a book.
@@ -80,6 +80,7 @@ class Trainer:
         Raises:
             CodebookError: Nothing can be trained.
         """
+        self._counts, self.begun = counts, 0
         first = next(train.whole().batches(recipe.batch_size), None)
         if first is None:
             raise CodebookError(f"none of the first training {model.modality.many} can be read")
@@ -110,9 +111,7 @@ class Trainer:
             for stage in model.chosen:
                 self.parameters.append(nn.Parameter(model.books[stage].vectors))
                 model.books[stage].vectors = self.parameters[-1]
-        kernels = kernels_of(model.network) if recipe.by_muon else []
-        self.optimizers = optimizers_of(self.parameters, kernels, recipe.steps)
-        self.average = None if recipe.weight_ema is None else WeightAverage(self.parameters, recipe.weight_ema)
+        self._prepare()
         self._run = run_together(model, self.parameters)
         self._coming = iter(self.batches)
         self._assigned: list[list[tuple[Tensor, Tensor]]] = []
@@ -123,32 +122,34 @@ class Trainer:
             return usual_rate(self.parameters, images)
         return rate_of_codes([self.objective.plain.scales.latents[stage] for stage in self.model.chosen], images)
 
+    def _prepare(self) -> None:
+        """Make optimizers and average anew, for the weights as they are and the steps that are left."""
+        kernels = kernels_of(self.model.network) if self.recipe.by_muon else []
+        self.optimizers = optimizers_of(self.parameters, kernels, self.recipe.steps - self.begun)
+        decay = self.recipe.weight_ema
+        self.average = None if decay is None else WeightAverage(self.parameters, decay)
+
+    def begin_again(self, start: State, step: int) -> None:
+        """Train on from the state at the start at a quarter of the learning rate. step: that is over."""
+        self.begun, self.lr = step, self.lr * SLOWER
+        self._restore(start.weights, start.vectors)
+        for codebook, counts in zip(self.codebooks, self._counts, strict=True):
+            codebook.begin(counts)
+        self._prepare()
+
+    def _restore(self, weights: Mapping[str, Tensor], vectors: Sequence[Tensor]) -> None:
+        self.model.network.load_state_dict(weights)
+        for book, own in zip(self.model.books, vectors, strict=True):
+            if isinstance(book.vectors, nn.Parameter):
+                book.vectors.detach().copy_(own)
+            else:
+                book.vectors = own.to(self.model.device, copy=True)
+
     @property
     def not_finite(self) -> str | None:
         """Name of the first parameter, or file key of the first codebook, that is not finite; None where all are."""
         named = [*self.model.network.named_parameters(), *((book.key, book.vectors) for book in self.model.books)]
         return next((name for name, tensor in named if not bool(tensor.isfinite().all())), None)
-
-    def settle_rate(self) -> None:
-        """Lower the learning rate where batches disagree, as they do once a model is good; leaves all else as it was.
-
-        A rate that was asked for stays, and so does that beside a discriminator, whose gradients are not there yet.
-        """
-        kernels = [parameter for parameter in self.parameters if parameter.ndim > 1]
-        if self.recipe.lr is not None or self.recipe.adversarial or not (self.names and kernels):
-            return
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.network.buffers()]
-        with torch.random.fork_rng(devices=[]):
-            self.lr *= rate_factor(gradient_agreement(self._compared(kernels)))
-        for buffer, before in buffers:
-            buffer.copy_(before)
-        self.batches.drawn, self._coming = 0, iter(self.batches)
-
-    def _compared(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Their gradients of the first batches."""
-        for _ in range(max(2, min(COMPARED, self.recipe.steps))):
-            self.gradients()
-            yield [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors]
 
     def gradients(self) -> dict[str, Tensor]:
         """Compute the gradients of one step.
@@ -191,12 +192,12 @@ class Trainer:
 
     def move(self, step: int) -> None:
         """Update weights and codes by the result of `gradients`. step: from 1."""
-        steps = self.recipe.steps
+        steps, since = self.recipe.steps, self.begun
         if self.recipe.clip is not None and self.parameters:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * group["share"] * schedule(step - 1, steps)
+                group["lr"] = self.lr * group["share"] * schedule(step - 1 - since, steps - since)
             optimizer.step()
         if self.average is not None:
             self.average.update()
@@ -262,18 +263,16 @@ class Trainer:
                 "objective": self.objective.state(),
                 "random": {"reviving": self._reviving.get_state(), "torch": torch.get_rng_state()},
                 "batches": {"drawn": torch.tensor(self.batches.drawn)},
-                "rate": {"lr": torch.tensor(self.lr, dtype=torch.float64)},
+                "rate": {"begun": torch.tensor(self.begun), "lr": torch.tensor(self.lr, dtype=torch.float64)},
             }
         )
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
-        self.model.network.load_state_dict(part(state, "network"))
-        for book, vectors in zip(self.model.books, numbered(part(state, "books")), strict=True):
-            if isinstance(book.vectors, nn.Parameter):
-                book.vectors.detach().copy_(vectors)
-            else:
-                book.vectors = vectors.to(self.model.device)
+        self.begun, self.lr = int(state["rate/begun"]), float(state["rate/lr"])
+        if self.begun:
+            self._prepare()  # while the weights are as at the start, by which tensors learn
+        self._restore(part(state, "network"), numbered(part(state, "books")))
         for stage, codebook in enumerate(self.codebooks):
             codebook.load(part(state, f"quantiser {stage}"))
         for name, optimizer in self.optimizers.items():
@@ -287,4 +286,3 @@ class Trainer:
         self._reviving.set_state(random["reviving"])
         torch.set_rng_state(random["torch"])
         self.batches.drawn = int(state["batches/drawn"])
-        self.lr = float(state["rate/lr"])

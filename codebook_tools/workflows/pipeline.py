@@ -222,6 +222,11 @@ def run_stages(
         model.round_to_stored()
         if tuned.diverged:
             warnings.append(f"{tuned.diverged}; an earlier state was taken")
+        if tuned.begun:
+            warnings.append(
+                f"at step {tuned.begun} the validation error was above that at the start: the fine-tuning began again "
+                f"from there at a quarter of the learning rate, {tuned.lr:.2g}"
+            )
         if tuned.stopped:
             warnings.append(tuned.stopped)
         finetuned = measure_stage(opened, encoder_latents(opened), watch)

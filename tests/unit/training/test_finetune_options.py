@@ -232,7 +232,7 @@ def test_the_second_visit_to_images_is_to_their_mirror_images_if_asked_for(
         return gradients_of(trainer, media, fraction)
 
     monkeypatch.setattr(Trainer, "_gradients_of", recorded)
-    tuned = tune(load_model(read_checkpoint(tiny)), images, COUNTS, steps=2, batch_size=48, augment=augment, lr=0.01)
+    tuned = tune(load_model(read_checkpoint(tiny)), images, COUNTS, steps=2, batch_size=48, augment=augment)
     first, second = ({image.numpy().tobytes() for image in visit} for visit in visits)
     mirrored = {image.flip(-1).contiguous().numpy().tobytes() for image in visits[1]}
     assert tuned.augment == augment and first == (second if augment == "none" else mirrored) and mirrored != second
