@@ -16,7 +16,8 @@ from codebook_tools.workflows.comparison_rows import Comparison, Row, markdown_t
 
 DOCUMENTS = [*ROOT.glob("*.md"), *(path for path in (ROOT / "docs").glob("*.md") if path.name != "cli.md")]
 RESULTS = BENCHMARKS / "results"
-TABLES = sorted((RESULTS / "compare").glob("*/table.md"))
+# Of comparisons; that of peers has other columns, and its own test.
+TABLES = sorted(path for path in (RESULTS / "compare").glob("*/table.md") if path.parent.name != "peers")
 sys.path += [str(BENCHMARKS), str(TRUST), str(BENCHMARKS / "gpu")]
 excerpts = import_module("excerpts")
 

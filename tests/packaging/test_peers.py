@@ -172,3 +172,9 @@ def test_a_run_that_fails_does_not_cost_the_rows_of_the_others(tmp_path: Path, m
         monkeypatch.setattr(peer_rows, "done", None)  # rows that are kept are not made again
         rows = peer_rows.Rows(tmp_path, "", pool).of(runs[1:])
     assert [row["name"] for row in rows] == ["SimVQ", "DiVeQ"]
+
+
+def test_the_table_is_that_of_its_rows() -> None:
+    rows = json.loads((peer_rows.RESULTS / "rows.json").read_text())["rows"]
+    table = (peer_rows.RESULTS / "table.md").read_text(encoding="utf-8")
+    assert peer_rows.tables(row for row in rows if "tried" in row) == table
