@@ -60,7 +60,7 @@ class CodebookEMA:
         self.begin(counts)
 
     def begin(self, counts: Tensor) -> None:
-        """Start the average at the codes as they are, as __init__ does."""
+        """Start the average anew at the codes as they are. counts: (size,), assignments per code."""
         self.revived = torch.zeros(len(counts), dtype=torch.bool, device=self.model.device)
         # Fractions, so that the scale of the counts does not matter.
         self.usage = (counts.float() / counts.sum().clamp(min=1)).to(self.model.device)

@@ -48,7 +48,7 @@ class Trainer:
         names: The parameters of the network that train.
         parameters: These, and the codes where gradients move them.
         lr: Adam's learning rate after warm-up.
-        begun: The step at which the weights were as at the start, last.
+        begun: The step after which training began, or began again from the weights and codes of the start.
         objective: The loss.
         batches: The training batches.
         codebooks: One codebook EMA a book.
@@ -130,7 +130,7 @@ class Trainer:
         self.average = None if decay is None else WeightAverage(self.parameters, decay)
 
     def begin_again(self, start: State, step: int) -> None:
-        """Train on from the state at the start at a quarter of the learning rate. step: that is over."""
+        """Go back to the state at the start, for the rest of the run at a lower learning rate. step: the last one."""
         self.begun, self.lr = step, self.lr * SLOWER
         self._restore(start.weights, start.vectors)
         for codebook, counts in zip(self.codebooks, self._counts, strict=True):
@@ -138,6 +138,7 @@ class Trainer:
         self._prepare()
 
     def _restore(self, weights: Mapping[str, Tensor], vectors: Sequence[Tensor]) -> None:
+        """Copy in the network's state dict, and (size, dim) of each book: a parameter stays one."""
         self.model.network.load_state_dict(weights)
         for book, own in zip(self.model.books, vectors, strict=True):
             if isinstance(book.vectors, nn.Parameter):

@@ -225,7 +225,7 @@ def run_stages(
         if tuned.begun:
             warnings.append(
                 f"at step {tuned.begun} the validation error was above that at the start: the fine-tuning began again "
-                f"from there at a quarter of the learning rate, {tuned.lr:.2g}"
+                f"from there, at the lower learning rate {tuned.lr:.2g}"
             )
         if tuned.stopped:
             warnings.append(tuned.stopped)
