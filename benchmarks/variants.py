@@ -351,7 +351,7 @@ VARIANTS = {
     "revived alike": Variant(inside={"training.codebook_ema:CodebookEMA._revive": revive_alike}),
     "revived by splits": Variant(inside={"training.codebook_ema:CodebookEMA._revive": revive_by_splits}),
     "CVQ anchors": Variant(inside={"training.codebook_ema:CodebookEMA._revive": anchors}),
-    **{f"revived every {n}": Variant(inside={"training.codebook_ema:REVIVE_EVERY": n}) for n in (10, 50)},
+    **{f"revived every {n}": Variant(inside={"training.trainer:REVIVE_EVERY": n}) for n in (10, 50)},
     **{f"dead below {share}": Variant(inside={"training.codebook_ema:DEAD_BELOW": share}) for share in (0.03, 0.3)},
     **{f"revived until {share}": Variant(inside={"training.trainer:REVIVE_UNTIL": share}) for share in (0.5, 0.9)},
     # The images.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from importlib import import_module
+from inspect import getsource
 
 import pytest
 from places import BENCHMARKS
@@ -22,3 +24,15 @@ def test_what_a_variant_changes_is_there_and_comes_back(name: str) -> None:
             changed = {where for where, value in dict(variants._library()).items() if value != before[where]}
             assert changed <= set(variant.inside)
     assert dict(variants._library()) == before
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_what_a_variant_changes_is_read_where_it_is_changed(name: str) -> None:
+    for where in variants.VARIANTS[name].inside:
+        module, _, changed = where.partition(":")
+        read = {
+            node.id
+            for node in ast.walk(ast.parse(getsource(import_module(f"codebook_tools.{module}"))))
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+        }
+        assert "." in changed or changed in read, "another module has the name by its own import"
