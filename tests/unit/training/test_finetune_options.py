@@ -142,7 +142,10 @@ def test_a_run_that_loses_them_at_once_has_gained_nothing_whatever_its_error(
     assert found.collapsed and not found.gained
 
 
-def test_bf16_trains_weights_that_stay_float32_by_nearest_codes_in_float32(tiny: Path, images: Images) -> None:
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_bf16_trains_weights_that_stay_float32_by_nearest_codes_in_float32(
+    tiny: Path, images: Images, optimizer: str
+) -> None:
     model, assigned = load_model(read_checkpoint(tiny), bf16=True), set[tuple[torch.dtype, bool]]()
     assign = model.assign
 
@@ -155,10 +158,11 @@ def test_bf16_trains_weights_that_stay_float32_by_nearest_codes_in_float32(tiny:
     for module in model.network.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(lambda module, inputs, output: computed.add(output.dtype))
-    found = tune(model, images, COUNTS, steps=10, batch_size=16, lr=0.002)
+    recipe: dict[str, Any] = {"steps": 10, "batch_size": 16, "lr": 0.002, "optimizer": optimizer}
+    found = tune(model, images, COUNTS, **recipe)
     assert assigned == {(torch.float32, False)} and computed == {torch.bfloat16}
     assert {tensor.dtype for tensor in found.best.tensors().values()} == {torch.float32, torch.bool}
-    whole = tune(load_model(read_checkpoint(tiny)), images, COUNTS, steps=10, batch_size=16, lr=0.002)
+    whole = tune(load_model(read_checkpoint(tiny)), images, COUNTS, **recipe)
     assert found.trace[-1].validation_mse == pytest.approx(whole.trace[-1].validation_mse, rel=0.05)
     assert found.trace[-1].validation_mse < found.trace[0].validation_mse
 
