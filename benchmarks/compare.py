@@ -67,22 +67,15 @@ CIFAR10 = Run(
     "{shared}/checkpoints/cifar10-vqvae-k512.safetensors",
     "{shared}/data/cifar10-train.tar",
     "{shared}/data/cifar10-test.tar",
-    steps=2000,
+    steps=500,
 )
 AGES = ("untouched", "untouched+same-recipe", "prune", "refit", "grow")
 RUNS = {
     "demo": Run({128: ALL}),
-    "cifar10-2000": replace(
+    "cifar10": replace(
         CIFAR10, parts={128: ("untouched", "refit", "condense", "grow", "top-k", "prune", *CONTROLS), 512: ("refit",)}
     ),
-    "cifar10-2000-sizes": replace(
-        CIFAR10,
-        parts={
-            32: ("refit", "top-k", "condense"),
-            64: ("refit", "top-k", "condense"),
-            256: ("refit", "grow", "condense"),
-        },
-    ),
+    "cifar10-sizes": replace(CIFAR10, parts=dict.fromkeys((32, 64, 256), ("refit", "condense"))),
     "fashion": Run(
         {32: ALL, 64: ("refit", "grow"), 128: ("refit",)},
         "{shared}/checkpoints/fashion-vqvae-k128.safetensors",

@@ -35,7 +35,7 @@ from variants import VARIANTS
 from codebook_tools.training.recipe import FineTune
 
 RESULTS = Path(__file__).parent / "results" / "compare" / "peers"
-OURS = ("refit", "grow")
+OURS = ("refit", "grow", "condense")
 TIMES = (1 / 3, 1.0, 3.0)  # of the learning rate that the tool takes for the network
 MANY = 1024  # codes, above which there is one seed
 Row = dict[str, Any]
@@ -76,8 +76,7 @@ def done(run: Run, shared: str) -> Row:
 
 def _ours(run: Run, shared: str) -> Row:
     row = recipes.done(recipes.Run(run.data, "default", run.name, run.k, run.steps, run.seed), shared)
-    best = min(row["trace"][1:], key=lambda point: float(point["validation_mse"]))
-    return {"lr": None, **{name: best[name] for name in ("validation_mse", "step")}, **_of_test(row)}
+    return {"lr": None, **row["best"], **_of_test(row)}
 
 
 def _peer(run: Run, shared: str) -> Row:

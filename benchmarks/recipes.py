@@ -127,6 +127,7 @@ def done(run: Run, shared: str) -> dict[str, Any]:
         "perplexity": use.perplexity,
         "coverage": use.coverage,
         "kept": stages.kept,
+        "best": {"step": stages.tuned.best.step, "validation_mse": stages.tuned.best.validation_mse},
         "latent_dimension": float(spread.sum() ** 2 / spread.square().sum()),
         "dimensions_of_99_percent": int((spread.flip(0).cumsum(0) / spread.sum() < 0.99).sum()) + 1,
         "seconds": round(time.perf_counter() - since, 1),

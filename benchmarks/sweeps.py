@@ -35,7 +35,7 @@ PRICES = (0.003, 0.01, 0.03, 0.1)
 def run(name: str, shared: str) -> Sweep:
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
-    asked = RUNS["cifar10-2000" if name == "cifar10" else name]
+    asked = RUNS[name]
     with tempfile.TemporaryDirectory() as rows:
         found = sweep(asked.request(shared), SIZES[name], PRICES, Path(rows), Watch())
     (folder / "table.md").write_text(markdown(found))
