@@ -61,7 +61,7 @@ class Run:
         )
 
 
-CONTROLS = ("untouched+textbook", "untouched+same-recipe", "refit+textbook", "refit+frozen-encoder")
+CONTROLS = ("untouched+textbook", "untouched+same-recipe", "refit+textbook")
 CIFAR10 = Run(
     {},
     "{shared}/checkpoints/cifar10-vqvae-k512.safetensors",
@@ -73,9 +73,15 @@ AGES = ("untouched", "untouched+same-recipe", "prune", "refit", "grow")
 RUNS = {
     "demo": Run({128: ALL}),
     "cifar10": replace(
-        CIFAR10, parts={128: ("untouched", "refit", "condense", "grow", "top-k", "prune", *CONTROLS), 512: ("refit",)}
+        CIFAR10,
+        parts={
+            128: ("untouched", "refit", "condense", "top-k", "prune", *CONTROLS),
+            512: ("refit",),
+            32: ("refit", "condense"),
+            64: ("refit",),
+            256: ("refit",),
+        },
     ),
-    "cifar10-sizes": replace(CIFAR10, parts=dict.fromkeys((32, 64, 256), ("refit", "condense"))),
     "fashion": Run(
         {32: ALL, 64: ("refit", "grow"), 128: ("refit",)},
         "{shared}/checkpoints/fashion-vqvae-k128.safetensors",
