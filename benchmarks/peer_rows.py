@@ -152,7 +152,10 @@ def compared(rows: Rows, data: str, names: Sequence[str], k: int, steps: int, se
     return final
 
 
-HEADINGS = ("quantizer", "K", "test mse", "against refit", "validation mse", "at step", "used", "perplexity", "seconds")
+HEADINGS = (
+    *("quantizer", "K", "test mse", "against refit", "validation mse"),
+    *("at step", "used", "perplexity", "seconds", "seeds"),
+)
 ABOUT = """Mean squared error of test images in [0, 1], reconstructions clamped, in the state with the lowest validation
 error: of the steps of {steps} that are evaluated, from 1 on. Seconds are of one thread of the CPU. The learning rate is
 the best of three by validation error after {half} steps with seed 0; those tried, and these errors:"""
@@ -192,7 +195,7 @@ def _cells(name: str, rows: Sequence[Row], mean: Mapping[str, float]) -> list[st
     steps = sorted({row["step"] for row in rows})
     used = f"{statistics.mean(row['used'] for row in rows):.0f}/{rows[0]['size']}"
     errors = [spread("mse", ".6f"), against, spread("validation_mse", ".6f")]
-    more = [", ".join(map(str, steps)), used, spread("perplexity", ".1f"), spread("cpu_seconds", ".0f")]
+    more = [", ".join(map(str, steps)), used, spread("perplexity", ".1f"), spread("cpu_seconds", ".0f"), str(len(rows))]
     return [name, str(rows[0]["k"]), *errors, *more]
 
 
