@@ -4,7 +4,7 @@
 
 Replaces what stands between the two comments of an excerpt:
 
-    <!-- excerpt: compare/cifar10-2000, compare/cifar10-2000-sizes | strategy; K; used | prune; refit 32 -->
+    <!-- excerpt: compare/cifar10, compare/demo | strategy; K; used | prune 86; refit 32 -->
     <!-- end -->
 
 First the tables: `compare/demo` is benchmarks/results/compare/demo/table.md, `trust` is benchmarks/results/trust.md.

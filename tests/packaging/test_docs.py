@@ -35,7 +35,7 @@ def test_each_table_of_the_results_is_in_a_document_or_linked_from_one() -> None
 
 
 def test_an_excerpt_takes_named_rows_and_columns() -> None:
-    selection = "compare/cifar10-2000, compare/cifar10-2000-sizes | K; strategy; used | prune;\n refit 32"
+    selection = "compare/cifar10-2000, compare/fashion | K; strategy; used | prune 86;\n refit 32"
     assert excerpts.excerpt(selection).splitlines() == [
         "| K | strategy | used |",
         "| ---: | --- | ---: |",
