@@ -32,8 +32,8 @@ def rotation(latents: Tensor, quantised: Tensor) -> Tensor:
     middle = functional.normalize(from_ + to, dim=-1)
     scale = y.norm(dim=-1, keepdim=True) / x.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
     turned = x - 2 * (x * middle).sum(-1, keepdim=True) * middle + 2 * (x * from_).sum(-1, keepdim=True) * to
-    found: Tensor = (turned * scale).movedim(-1, 1)
-    return found
+    through: Tensor = (turned * scale).movedim(-1, 1)
+    return through
 
 
 def _placed(ema: CodebookEMA, dead: Tensor, vectors: Tensor) -> None:
@@ -81,7 +81,7 @@ def encoder_later(training: Trainer, step: int) -> None:
     """The encoder stays as it is for the first fifth of the run, and then moves further with each step for a while, as
     all does in the beginning."""
     of_decoder, fifth = _of_decoder(training), training.recipe.steps // 5
-    encoder = [its for name, its in training.model.network.named_parameters() if name not in of_decoder]
+    encoder = [weight for name, weight in training.model.network.named_parameters() if name not in of_decoder]
     before = [parameter.detach().clone() for parameter in encoder]
     if step <= fifth:
         for parameter in encoder:
@@ -96,8 +96,8 @@ def _of_decoder(training: Trainer) -> set[str]:
     if not hasattr(training, "of_decoder"):
         model = deepcopy(training.model)  # asking turns gradients on
         training.of_decoder = trained_names(model, training.batches.stand_in, ("decoder",))  # type: ignore[attr-defined]
-    found: set[str] = training.of_decoder  # type: ignore[attr-defined]
-    return found
+    names: set[str] = training.of_decoder  # type: ignore[attr-defined]
+    return names
 
 
 def revived_as_well(ema: CodebookEMA, latents: Tensor, codes: Tensor, revive: bool) -> None:
@@ -197,8 +197,8 @@ def aligned(opened: Opened, seed: int) -> None:
 
 def diveq(noise: float) -> Callable[[Tensor, Tensor], Tensor]:
     """Latents, moved by their distance to the code in a direction near the code's; the decoder's gradient reaches codes
-    through the distance. DiVeQ: Vali, Bäckström and Solin 2025 (arXiv 2509.26469). Noise is in units of the distance,
-    there of the latents."""
+    through the distance. DiVeQ: Vali, Bäckström and Solin 2025 (arXiv 2509.26469), but with noise in units of the
+    distance, so that no direction depends on the scale of latents. Both (n, dim, *grid)."""
 
     def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:
         error = quantized - latents

@@ -62,25 +62,21 @@ class Run:
 
 
 CONTROLS = ("untouched+textbook", "untouched+same-recipe", "refit+textbook")
-CIFAR10 = Run(
-    {},
-    "{shared}/checkpoints/cifar10-vqvae-k512.safetensors",
-    "{shared}/data/cifar10-train.tar",
-    "{shared}/data/cifar10-test.tar",
-    steps=500,
-)
 AGES = ("untouched", "untouched+same-recipe", "prune", "refit", "grow")
 RUNS = {
     "demo": Run({128: ALL}),
-    "cifar10": replace(
-        CIFAR10,
-        parts={
+    "cifar10": Run(
+        {
             128: ("untouched", "refit", "condense", "top-k", "prune", *CONTROLS),
             512: ("refit",),
             32: ("refit", "condense"),
             64: ("refit",),
             256: ("refit",),
         },
+        "{shared}/checkpoints/cifar10-vqvae-k512.safetensors",
+        "{shared}/data/cifar10-train.tar",
+        "{shared}/data/cifar10-test.tar",
+        steps=500,
     ),
     "fashion": Run(
         {32: ALL, 64: ("refit", "grow"), 128: ("refit",)},
